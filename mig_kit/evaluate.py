@@ -1,0 +1,108 @@
+"""Stage 06: base, SFT and GRPO models on all suites, greedy and sampled, with intervals.
+
+A reply is right if its one box reaches IoU 0.5 in the right image; naming several boxes counts as naming none. A suite's
+score is the unweighted mean over its tasks (MIG-Bench's AVG). Intervals: percentile bootstrap over the samples of each
+task (2,000 resamples, stratified); differences are paired by sample.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+
+from mig_kit.prompts import parse
+from mig_kit.records import Sample
+from mig_kit.rejection_sampling import pass_at_k
+from mig_kit.rewards import box_reward, correct, image_reward
+
+RESAMPLES = 2000
+
+
+def score_reply(reply: str, sample: Sample, pixels: tuple[int, int]) -> dict[str, float]:
+    """IoU, right or not, image right or not, and well-formed or not of one reply (0..1 each)."""
+    if sample.options:
+        right = float(correct(reply, sample))
+        return {"iou": right, "right": right, "image": right, "format": float(parse(reply).well_formed)}
+    if not sample.targets:  # nothing to find: right is to name no box
+        right = float(parse(reply).box is None and parse(reply).well_formed)
+        return {"iou": right, "right": right, "image": right, "format": float(parse(reply).well_formed)}
+    overlap = box_reward(reply, sample, 0.0, pixels)
+    return {"iou": overlap, "right": float(overlap >= 0.5), "image": image_reward(reply, sample),
+            "format": float(parse(reply).well_formed)}
+
+
+def by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.ndarray]:
+    """values (samples, ...) split by task, in order of appearance."""
+    rows = defaultdict(list)
+    for index, sample in enumerate(samples):
+        rows[sample.task].append(index)
+    return {task: values[index] for task, index in rows.items()}
+
+
+def bootstrap(groups: list[np.ndarray], seed: int = 0, resamples: int = RESAMPLES) -> list[float]:
+    """95 % interval [low, high] of the unweighted mean of the groups' means; groups: (n,) float each."""
+    rng = np.random.default_rng(seed)
+    means = np.zeros(resamples)
+    for values in groups:
+        means += values[rng.integers(0, len(values), (resamples, len(values)))].mean(1) / len(groups)
+    return [float(v) for v in np.percentile(means, [2.5, 97.5])]
+
+
+def macro(groups: list[np.ndarray]) -> float:
+    """Unweighted mean of the groups' means."""
+    return float(np.mean([values.mean() for values in groups]))
+
+
+def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], pixels: tuple[int, int]) -> dict:
+    """One system on one suite: n, score and ci95 (greedy, percent), sampled (mean at T 1), pass@8, and every task.
+
+    drawn: (samples, replies) at T 1; may be empty lists, then sampled and pass@k are None.
+    """
+    scores = [score_reply(reply, sample, pixels) for reply, sample in zip(greedy, samples, strict=True)]
+    right = np.array([s["right"] for s in scores])
+    overlap = np.array([s["iou"] for s in scores])
+    many = np.array([[correct_or_none(r, s, pixels) for r in replies] for replies, s in zip(drawn, samples)]) if drawn and drawn[0] else None
+    tasks = {}
+    for task, rows in by_task(samples, np.arange(len(samples))).items():
+        tasks[task] = {
+            "n": len(rows), **{f"acc@{t}": percent((overlap[rows] >= t).mean()) for t in (0.3, 0.5, 0.7)},
+            "mean_iou": percent(overlap[rows].mean()), "ci95": [percent(v) for v in bootstrap([right[rows]])],
+            "format": percent(np.mean([scores[i]["format"] for i in rows])),
+            "image": percent(np.mean([scores[i]["image"] for i in rows]))}
+        if many is not None:
+            tasks[task]["sampled"] = percent(many[rows].mean())
+            tasks[task][f"pass@{many.shape[1]}"] = percent((many[rows].sum(1) > 0).mean())
+    groups = list(by_task(samples, right).values())
+    result = {"n": len(samples), "score": percent(macro(groups)), "ci95": [percent(v) for v in bootstrap(groups)],
+              "sampled": None, "tasks": tasks}
+    if many is not None:
+        result["sampled"] = percent(macro(list(by_task(samples, many.mean(1)).values())))
+        result["pass_at_k"] = {str(k): percent(macro([np.array([pass_at_k(int(r.sum()), len(r), k) for r in rows])
+                                                      for rows in by_task(samples, many).values()]))
+                               for k in (1, 2, 4, 8) if k <= many.shape[1]}
+    for name in ("format", "image"):
+        result[name] = percent(macro(list(by_task(samples, np.array([s[name] for s in scores])).values())))
+    return result
+
+
+def correct_or_none(reply: str, sample: Sample, pixels: tuple[int, int]) -> float:
+    """1.0 if the reply is right."""
+    return score_reply(reply, sample, pixels)["right"]
+
+
+def percent(value: float) -> float:
+    """A share as percent, two decimals."""
+    return round(100 * float(value), 2)
+
+
+def delta(samples: list[Sample], after: list[str], before: list[str], after_drawn: list[list[str]],
+          before_drawn: list[list[str]], pixels: tuple[int, int]) -> dict:
+    """Paired difference of two systems in points: value and ci95 (greedy), sampled and sampled_ci95 (mean at T 1)."""
+    gap = np.array([correct_or_none(a, s, pixels) - correct_or_none(b, s, pixels) for a, b, s in zip(after, before, samples)])
+    groups = list(by_task(samples, gap).values())
+    result = {"value": percent(macro(groups)), "ci95": [percent(v) for v in bootstrap(groups)], "sampled": None}
+    if after_drawn and after_drawn[0]:
+        means = np.array([np.mean([correct_or_none(r, s, pixels) for r in a]) - np.mean([correct_or_none(r, s, pixels) for r in b])
+                          for a, b, s in zip(after_drawn, before_drawn, samples)])
+        groups = list(by_task(samples, means).values())
+        result |= {"sampled": percent(macro(groups)), "sampled_ci95": [percent(v) for v in bootstrap(groups)]}
+    return result

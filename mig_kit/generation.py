@@ -1,0 +1,227 @@
+"""Rollouts and log-probabilities that read a shared prompt once.
+
+In multi-image grounding the prompt is many image tokens and the reply a few dozen; G replies to one prompt share it. Here
+the prompt is prefilled once per group, its keys and values serve all replies, and with a frozen vision tower the features
+of an image are computed once. Everything goes through the model's own modules, so LoRA and 4-bit layers work unchanged.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import log_softmax, softmax
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+
+from mig_kit.models import check_tokens
+from mig_kit.prompts import messages
+from mig_kit.records import Sample
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample made ready. ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    features: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How replies are drawn; temperature 0 is greedy. Vision tokens are never drawn: they would break the prompt."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 160
+
+
+def inner(model):
+    """The Qwen2.5-VL model itself, without a PEFT wrapper."""
+    return model.base_model.model if "base_model" in dict(model.named_children()) else model
+
+
+class PromptCache:
+    """Prompts by sample id. The features come from the vision tower, which no stage trains, so they stay valid."""
+
+    def __init__(self, model, processor, min_pixels: int = 3136, max_pixels: int = 401408, limit: int = 4096):
+        self.model, self.processor, self.limit = inner(model), processor, limit
+        self.pixels = (min_pixels, max_pixels)
+        self.store: OrderedDict[str, Prompt] = OrderedDict()
+
+    @torch.no_grad()
+    def get(self, samples: list[Sample]) -> list[Prompt]:
+        """The prompts of `samples`; missing ones are encoded together. Raises ValueError if images were lost."""
+        fresh = list({s.id: s for s in samples if s.id not in self.store}.values())
+        for start in range(0, len(fresh), 64):
+            for sample, prompt in zip(fresh[start:start + 64], self._encode(fresh[start:start + 64])):
+                self.store[sample.id] = prompt
+        prompts = [self.store[s.id] for s in samples]
+        while len(self.store) > self.limit:
+            self.store.popitem(last=False)
+        return prompts
+
+    def _encode(self, samples: list[Sample]) -> list[Prompt]:
+        texts = [self.processor.apply_chat_template(messages(s, *self.pixels), add_generation_prompt=True, tokenize=False)
+                 for s in samples]
+        inputs = self.processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
+        check_tokens(self.processor, inputs)
+        device = self.model.device
+        visual = self.model.model.visual
+        features = visual(inputs["pixel_values"].to(device, visual.dtype),
+                          grid_thw=inputs["image_grid_thw"].to(device)).pooler_output
+        counts = (inputs["input_ids"] == self.processor.image_token_id).sum(1).tolist()
+        place, _ = self.model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=inputs["attention_mask"])
+        there = inputs["attention_mask"].bool()
+        return [Prompt(inputs["input_ids"][i][there[i]], place[:, i][:, there[i]], part)
+                for i, part in enumerate(features.split(counts))]
+
+
+def left_padded(model, prompts: list[Prompt], image_token: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings (prompts, longest, hidden), mask (prompts, longest) and positions (3, prompts, longest)."""
+    longest, device = max(len(p.ids) for p in prompts), model.device
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    place = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+    for i, p in enumerate(prompts):
+        ids[i, longest - len(p.ids):], mask[i, longest - len(p.ids):], place[:, i, longest - len(p.ids):] = p.ids, 1, p.positions
+    embeds = model.model.language_model.embed_tokens(ids.to(device))
+    seen = [p.features for p in prompts if p.features is not None]
+    if seen:
+        where = ((ids == image_token) & mask.bool()).to(device)
+        embeds = embeds.masked_scatter(where[..., None], torch.cat(seen).to(embeds.dtype))
+    return embeds, mask.to(device), place.to(device)
+
+
+class _Decoder:
+    """One decoding step for prompts x group rows over shared prompt keys and a preallocated cache of replies."""
+
+    def __init__(self, model, cache, mask: torch.Tensor, group: int, room: int):
+        self.language, self.head, self.group = model.model.language_model, model.lm_head, group
+        attention = self.language.layers[0].self_attn
+        self.heads, self.kv, self.width = attention.num_heads, attention.num_key_value_heads, attention.head_dim
+        self.scale, rows = attention.scaling, mask.shape[0] * group
+        self.prompt = [(layer.keys, layer.values) for layer in cache.layers]
+        shape = (rows, self.kv, room, self.width)
+        self.own = [(torch.zeros(shape, dtype=k.dtype, device=k.device), torch.zeros(shape, dtype=k.dtype, device=k.device))
+                    for k, _ in self.prompt]
+        self.bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(mask == 0, -1e30)
+        self.step = 0
+
+    def keep(self, prompts: torch.Tensor, rows: torch.Tensor) -> None:
+        """Drop the prompts (and their rows) that are done."""
+        self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
+        self.own = [(k[rows], v[rows]) for k, v in self.own]
+        self.bias = self.bias[prompts]
+
+    def attend(self, q, k, v, layer: int) -> torch.Tensor:
+        """q: (rows, heads, width) against the prompt and the row's own past -> (rows, heads * width)."""
+        prompt_k, prompt_v = self.prompt[layer]
+        own_k, own_v = self.own[layer]
+        own_k[:, :, self.step], own_v[:, :, self.step] = k, v
+        rows, prompts, past = q.shape[0], prompt_k.shape[0], self.step + 1
+        shared = q.view(prompts, self.group, self.kv, -1, self.width).transpose(1, 2).flatten(2, 3)
+        to_prompt = torch.matmul(shared, prompt_k.transpose(2, 3)).float() * self.scale + self.bias[:, None, None]
+        single = q.view(rows, self.kv, -1, self.width)
+        to_own = torch.matmul(single, own_k[:, :, :past].transpose(2, 3)).float() * self.scale
+        repeat = single.shape[2]
+        to_prompt = to_prompt.view(prompts, self.kv, self.group, repeat, -1).transpose(1, 2).reshape(rows, self.kv, repeat, -1)
+        weight = softmax(torch.cat([to_prompt, to_own], -1), -1).to(q.dtype)
+        length = prompt_k.shape[2]
+        on_prompt = weight[..., :length].view(prompts, self.group, self.kv, repeat, length).transpose(1, 2).flatten(2, 3)
+        mixed = torch.matmul(on_prompt, prompt_v).view(prompts, self.kv, self.group, repeat, self.width).transpose(1, 2)
+        mixed = mixed.reshape(rows, self.kv, repeat, self.width) + torch.matmul(weight[..., length:], own_v[:, :, :past])
+        return mixed.reshape(rows, -1)
+
+    def forward(self, tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """tokens, place: (rows,) -> logits (rows, vocabulary) of the next token."""
+        hidden = self.language.embed_tokens(tokens)
+        cos, sin = self.language.rotary_emb(hidden[:, None], place[None, :, None].expand(3, -1, -1))
+        for index, layer in enumerate(self.language.layers):
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            q = attention.q_proj(normed).view(-1, self.heads, 1, self.width)
+            k = attention.k_proj(normed).view(-1, self.kv, 1, self.width)
+            v = attention.v_proj(normed).view(-1, self.kv, self.width)
+            q, k = apply_rotary_pos_emb(q, k, cos, sin)
+            k = k.to(v.dtype)
+            hidden = hidden + attention.o_proj(self.attend(q[:, :, 0].to(v.dtype), k[:, :, 0], v, index))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        self.step += 1
+        return self.head(self.language.norm(hidden))
+
+
+def draw_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None) -> torch.Tensor:
+    """One token per row of logits (rows, vocabulary), greedy at temperature 0, else sampled with top-p."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    chances = softmax(logits.float() / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        ranked, order = chances.sort(-1, descending=True)
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= sampling.top_p, 0)
+        chances = torch.zeros_like(chances).scatter(-1, order, ranked)
+    return torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Sampling,
+             generator: torch.Generator | None = None, autocast: bool = False) -> list[list[list[int]]]:
+    """`group` replies to each prompt: token ids with the end token, or cut at sampling.max_new_tokens."""
+    model = inner(model)
+    device, end = model.device, processor.tokenizer.eos_token_id
+    banned = [processor.tokenizer.convert_tokens_to_ids(t) for t in
+              ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        embeds, mask, place = left_padded(model, prompts, processor.image_token_id)
+        out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=place, use_cache=True)
+        decoder = _Decoder(model, out.past_key_values, mask, group, sampling.max_new_tokens)
+        logits = model.lm_head(out.last_hidden_state[:, -1]).repeat_interleave(group, 0)
+        at = (place[:, :, -1].amax(0) + 1).repeat_interleave(group)
+        replies: list[list[int]] = [[] for _ in range(len(prompts) * group)]
+        rows = torch.arange(len(replies), device=device)
+        done = torch.zeros(len(replies), dtype=torch.bool, device=device)
+        for step in range(sampling.max_new_tokens):
+            logits[:, banned] = -torch.inf
+            tokens = draw_tokens(logits, sampling, generator)
+            for row, token, over in zip(rows.tolist(), tokens.tolist(), done.tolist()):
+                if not over:
+                    replies[row].append(token)
+            done |= tokens == end
+            if done.all() or step + 1 == sampling.max_new_tokens:
+                break
+            waiting = ~done.view(-1, group).all(1)
+            if waiting.sum() <= 0.85 * len(waiting):
+                kept = waiting.repeat_interleave(group)
+                decoder.keep(waiting, kept)
+                rows, done, tokens, at = rows[kept], done[kept], tokens[kept], at[kept]
+            logits = decoder.forward(tokens, at)
+            at = at + 1
+    return [replies[i * group:(i + 1) * group] for i in range(len(prompts))]
+
+
+def completion_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
+                     image_token: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of every completion token; gradients flow into the shared prompts.
+
+    owner: (rows,) the prompt of each row; ids, mask: (rows, longest completion), padded on the right.
+    Two passes: one over the prompts that keeps its graph, one over the completions on the prompts' keys and values.
+    """
+    model = inner(model)
+    embeds, prompt_mask, place = left_padded(model, prompts, image_token)
+    language = model.model.language_model
+    first = language(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=place, use_cache=True)
+    cache = first.past_key_values
+    cache.batch_select_indices(owner)
+    start = (place[:, :, -1].amax(0) + 1)[owner]
+    steps = (start[:, None] + torch.arange(ids.shape[1], device=ids.device))[None].expand(3, -1, -1)
+    second = language(input_ids=ids, attention_mask=torch.cat([prompt_mask[owner], mask], 1), position_ids=steps,
+                      past_key_values=cache, use_cache=True)
+    hidden = torch.cat([first.last_hidden_state[owner][:, -1:], second.last_hidden_state[:, :-1]], 1)
+    there = mask.bool()
+    logs = log_softmax(model.lm_head(hidden[there]).float() / temperature, -1)
+    logps, entropies = torch.zeros(2, *ids.shape, device=ids.device)
+    chosen = logs.gather(-1, ids[there][:, None])[:, 0]
+    logps = logps.masked_scatter(there, chosen)
+    with torch.no_grad():
+        entropies = entropies.masked_scatter(there, -(logs.exp() * logs).sum(-1))
+    return logps, entropies

@@ -1,0 +1,172 @@
+"""Stage 05: rule-based reinforcement learning with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
+
+Deviations from the paper: it publishes no group size, rates or KL weight; the tiny values are ours, the full profiles'
+are VLM-R1's and MG-Thinker's. `SharedPrefixGRPOTrainer` computes what TRL computes, reading each prompt once per group;
+`share_prefix: false` is stock TRL.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from mig_kit.generation import PromptCache, Sampling, completion_logps, rollouts
+from mig_kit.models import Hardware
+from mig_kit.prompts import messages
+from mig_kit.records import Sample
+from mig_kit.rewards import box_reward, format_reward, image_reward
+
+
+def reward_functions(samples: list[Sample], pixels: tuple[int, int]) -> list[Callable]:
+    """The three rewards in TRL's form; the column `sample` is the index into `samples`."""
+
+    def format(completions, sample, **_):
+        return [format_reward(c[0]["content"], samples[i]) for c, i in zip(completions, sample)]
+
+    def image(completions, sample, **_):
+        return [image_reward(c[0]["content"], samples[i]) for c, i in zip(completions, sample)]
+
+    def box(completions, sample, **_):
+        return [box_reward(c[0]["content"], samples[i], pixels=pixels) for c, i in zip(completions, sample)]
+
+    return [format, image, box]
+
+
+def training_rows(samples: list[Sample], pixels: tuple[int, int], with_images: bool) -> Dataset:
+    """A table of prompt and sample index; images only where TRL itself reads them."""
+    return Dataset.from_list([
+        {"prompt": messages(s, *pixels), "sample": i, **({"images": list(s.images)} if with_images else {})}
+        for i, s in enumerate(samples)])
+
+
+def group_advantages(rewards: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, spread): A = (r - mean) / (std + 1e-4) within each group, both (rows,). rewards: (rows,), groups in sequence.
+
+    DeepSeekMath, arXiv 2402.03300, with TRL's epsilon.
+    """
+    grouped = rewards.view(-1, group)
+    spread = grouped.std(1).repeat_interleave(group)
+    return (rewards - grouped.mean(1).repeat_interleave(group)) / (spread + 1e-4), spread
+
+
+class SharedPrefixGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer that prefills every prompt once per group, in generation and in training.
+
+    samples: what the column `sample` of the data set points into. A process's batch holds whole groups.
+    """
+
+    def __init__(self, *args, samples: list[Sample], cache: PromptCache, autocast: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.samples, self.cache, self.autocast_rollouts = samples, cache, autocast
+        self._rows = None
+        if self.args.per_device_train_batch_size % self.num_generations:
+            raise ValueError("share_prefix needs batch_size to be a multiple of num_generations, so that groups stay whole")
+
+    def _generate_and_score_completions(self, inputs):
+        device, mode = self.accelerator.device, "train" if self.model.training else "eval"
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        owners = [row["sample"] for row in inputs][::group]
+        prompts = self.cache.get([self.samples[i] for i in owners])
+        rank = self.accelerator.process_index
+        generator = torch.Generator(device).manual_seed(self.args.seed * 1_000_003 + self.state.global_step * 64 + rank)
+        model = self.accelerator.unwrap_model(self.model)
+        sampling = Sampling(self.temperature, self.top_p, self.max_completion_length)
+        model.eval()
+        replies = [r for g in rollouts(model, self.processing_class, prompts, group, sampling, generator, self.autocast_rollouts)
+                   for r in g]
+        model.train(mode == "train")
+        texts = self.processing_class.tokenizer.batch_decode(replies, skip_special_tokens=True)
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+        per_function = self._calculate_rewards(inputs, [row["prompt"] for row in inputs], completions, replies)
+        rewards = (per_function * self.reward_weights.to(device)).nansum(1)
+        advantages, spread = group_advantages(rewards, group)
+        here = slice(rank * len(inputs), (rank + 1) * len(inputs))
+        ids = torch.full((len(replies), max(map(len, replies))), self._tokenizer.pad_token_id, device=device)
+        mask = torch.zeros_like(ids)
+        for i, reply in enumerate(replies):
+            ids[i, :len(reply)], mask[i, :len(reply)] = torch.tensor(reply, device=device), 1
+        lengths = mask.sum(1).float()
+        cut = torch.tensor([reply[-1] not in self.eos_token_ids for reply in replies], device=device)
+        log = self._metrics[mode]
+        for i, name in enumerate(self.reward_func_names):
+            log[f"rewards/{name}/mean"].append(per_function[:, i].nanmean().item())
+        log["reward"].append(rewards.mean().item())
+        log["reward_std"].append(rewards.std().item())
+        log["frac_reward_zero_std"].append((spread < 1e-6).float().mean().item())
+        log["completions/mean_length"].append(self.accelerator.gather(lengths).mean().item())
+        log["completions/clipped_ratio"].append(self.accelerator.gather(cut.float()).mean().item())
+        rows = torch.tensor([row["sample"] for row in inputs], device=device)
+        empty = torch.zeros(len(replies), 0, dtype=torch.long, device=device)
+        output = {"prompt_ids": empty, "prompt_mask": empty, "completion_ids": ids, "completion_mask": mask,
+                  "advantages": advantages[here], "sample": rows,
+                  "num_items_in_batch": self.accelerator.gather(mask.sum()).sum()}
+        again = self.num_iterations > 1 or self.args.steps_per_generation > self.args.gradient_accumulation_steps
+        with torch.no_grad():
+            if again:
+                output["old_per_token_logps"] = self._logps(self.model, rows, ids, mask)[0]
+            if self.beta != 0.0:
+                with model.disable_adapter():
+                    output["ref_per_token_logps"] = self._logps(self.model, rows, ids, mask)[0]
+        return output
+
+    def _logps(self, model, rows, ids, mask):
+        distinct, owner = rows.unique(return_inverse=True)
+        prompts = self.cache.get([self.samples[i] for i in distinct.tolist()])
+        with self.accelerator.autocast():
+            return completion_logps(self.accelerator.unwrap_model(model), prompts, owner, ids, mask,
+                                    self.processing_class.image_token_id, self.temperature)
+
+    def _compute_loss(self, model, inputs):
+        self._rows = inputs["sample"]
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        logps, entropies = self._logps(model, self._rows, input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:])
+        return logps, entropies, None
+
+
+def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path, *, share_prefix: bool, adapter,
+            num_generations: int, batch_size: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
+            warmup: int, beta: float, temperature: float, max_new_tokens: int, weights: list[float], clip_low: float,
+            clip_high: float, seed: int, save_steps: int, pixels: tuple[int, int], schedule: str = "constant_with_warmup") -> GRPOTrainer:
+    """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image and box."""
+    config = GRPOConfig(
+        output_dir=str(folder / "checkpoints"), num_generations=num_generations, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation, max_steps=max_steps, learning_rate=learning_rate,
+        lr_scheduler_type=schedule, warmup_steps=warmup, beta=beta, temperature=temperature,
+        max_completion_length=max_new_tokens, reward_weights=weights, epsilon=clip_low, epsilon_high=clip_high, seed=seed,
+        data_seed=seed, logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to="none",
+        use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,
+        gradient_checkpointing=hw.device == "cuda" and not share_prefix, dataloader_pin_memory=False)
+    common = dict(model=model, args=config, reward_funcs=reward_functions(samples, pixels), processing_class=processor,
+                  train_dataset=training_rows(samples, pixels, with_images=not share_prefix), peft_config=adapter)
+    if not share_prefix:
+        return GRPOTrainer(**common)
+    return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast,
+                                   cache=PromptCache(model, processor, *pixels))
+
+
+class Stopwatch(TrainerCallback):
+    """Stops training after `minutes`, after a checkpoint; 0 means never. For machines that are lent by the hour."""
+
+    def __init__(self, minutes: float):
+        import time
+
+        self.clock, self.limit = time.monotonic, minutes * 60
+        self.start = self.clock()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask the trainer to save and stop once the time is up."""
+        if self.limit and self.clock() - self.start > self.limit:
+            control.should_save = control.should_training_stop = True
+
+
+def curves(history: list[dict]) -> list[dict]:
+    """Rows of a trainer's log history: step, rewards, length, entropy, KL (if any) and groups without signal."""
+    names = {"reward": "reward", "rewards/format/mean": "format", "rewards/image/mean": "image", "rewards/box/mean": "box",
+             "completions/mean_length": "length", "entropy": "entropy", "kl": "kl", "frac_reward_zero_std": "no_signal",
+             "completions/clipped_ratio": "cut"}
+    return [{"step": row["step"], **{new: row.get(old) for old, new in names.items()}} for row in history if "reward" in row]

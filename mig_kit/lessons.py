@@ -1,0 +1,195 @@
+"""What the tiny base is taught (notebook 90): to see, and to reason over short lists of text. Not the ten tasks.
+
+Visual lessons are many short questions about one picture each, asked over an album of one to six pictures that share
+their things' names, so that the image number matters. Text lessons are puzzles over lists of names, without pictures.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+from mig_kit.prompts import CHOICE, GROUNDING, answer_text, box_text
+from mig_kit.frames import to_model
+from mig_kit.scenes import Scene, Thing, arrange, cropped, random_looks, random_size
+from mig_kit.tasks import EXTREMES, extreme
+
+Turn = tuple[str, str, float]  # what the user says, what the assistant says, weight of the assistant's words
+VERBS = ("Compare.", "Search.", "Track.", "Associate.")
+
+
+def name_of(look: tuple[str, str, str]) -> str:
+    """ "striped red star" for ("red", "star", "striped"). """
+    return f"{'striped ' if look[2] == 'striped' else ''}{look[0]} {look[1]}"
+
+
+def album(rng: random.Random, pictures: int = 6) -> list[Scene]:
+    """Unrelated pictures that draw their things from the same few looks."""
+    looks = random_looks(rng, rng.randint(5, 8))
+    scenes = []
+    for _ in range(pictures):
+        kind = rng.random()
+        if kind < 0.12:
+            source = arrange(rng, rng.sample(looks, rng.randint(2, 4)))
+            x1, y1, x2, y2 = rng.choice(source.things).box
+            margin = rng.uniform(0.5, 4)
+            scenes.append(cropped(source, (x1 - margin, y1 - margin, x2 + margin, y2 + margin), random_size(rng)))
+        elif kind < 0.24:
+            scenes.append(arrange(rng, rng.sample(looks, rng.randint(1, 2)), sides=(20, 34)))
+        else:
+            scene = arrange(rng, rng.sample(looks, rng.randint(2, 5)), sides=(12, 26))
+            scenes.append(replace(scene, mark=rng.choice(scene.things).box) if kind < 0.4 else scene)
+    return scenes
+
+
+def visible(scene: Scene) -> Scene:
+    """The scene with only the things whose centre is in the picture, their boxes clipped to it."""
+    things = tuple(
+        replace(t, box=(max(0.0, t.box[0]), max(0.0, t.box[1]), min(scene.width, t.box[2]), min(scene.height, t.box[3])))
+        for t in scene.things if 0 <= t.centre[0] < scene.width and 0 <= t.centre[1] < scene.height)
+    return replace(scene, things=things)
+
+
+def box_of(scene: Scene, thing: Thing):
+    """The thing's box in pixels of the resized picture."""
+    return to_model(thing.box, (scene.width, scene.height))
+
+
+def _find(rng: random.Random, scenes: list[Scene], number: int, thing: Thing, what: str = "") -> Turn:
+    answer = answer_text(number, box_of(scenes[number - 1], thing))
+    question = rng.choice(["Where is {} in image {}?", "Find {} in image {}."]).format(what or f"the {thing.name}", number)
+    if rng.random() < 0.3:
+        return f"{question} {GROUNDING}", f"<answer>{answer}</answer>", 1.0
+    return question, answer, 1.0
+
+
+def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8) -> list[Turn]:
+    """`count` or a few more questions with answers, each about one picture of `scenes`."""
+    turns: list[Turn] = []
+    while len(turns) < count:
+        number = rng.randint(1, len(scenes))
+        scene = scenes[number - 1]
+        if not scene.things:
+            continue
+        thing, kind, at = rng.choice(scene.things), rng.random(), f"image {number}"
+        name = ""
+        if kind < 0.36:
+            turns.append(_find(rng, scenes, number, thing))
+        elif kind < 0.52:
+            question = rng.choice(["What is at {} in {}?", "What does the box {} of {} hold?"])
+            turns.append((question.format(box_text(box_of(scene, thing)), at), thing.name, 1.0))
+            name = thing.name
+        elif kind < 0.68:
+            turns.append((f"List {at}.", ", ".join(scene.names()), 0.7))
+        elif kind < 0.80:
+            which = rng.choice(list(EXTREMES))
+            found = extreme(scene, which)
+            if found:
+                turns.append((f"Which is the {which} thing in {at}?", found.name, 1.0))
+                name = found.name
+        elif kind < 0.86:
+            word = rng.choice([f"{thing.colour} ", f"{thing.shape} ", ""])
+            total = sum(word.strip() in (t.colour, t.shape, "") for t in scene.things)
+            turns.append((f"How many {word}things are in {at}?", str(total), 1.0))
+        elif kind < 0.89 and scene.mark:
+            marked = [t.name for t in scene.things if t.box == scene.mark]
+            turns.append((f"What is marked in {at}?", marked[0], 1.0))
+            name = marked[0]
+        elif kind < 0.94 and len(scene.things) > 1:
+            a, b = rng.sample(scene.things, 2)
+            if abs(a.centre[0] - b.centre[0]) > 4:
+                left = a.centre[0] < b.centre[0]
+                turns.append((f"Is the {a.name} left of the {b.name} in {at}? A. yes B. no {CHOICE}",
+                              f"<answer>{'A' if left else 'B'}</answer>", 1.0))
+        else:
+            others = [name_of(look) for look in random_looks(rng, 3) if name_of(look) not in scene.names()][:2]
+            options = rng.sample([thing.name, *others], len(others) + 1)
+            listed = " ".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+            turns.append((f"What is in {at}? {listed} {CHOICE}", f"<answer>{'ABC'[options.index(thing.name)]}</answer>", 1.0))
+        if name and rng.random() < 0.5:
+            places = [(i, t) for i, s in enumerate(scenes, 1) for t in s.things if t.name == name]
+            place, again = rng.choice(places)
+            turns.append(_find(rng, scenes, place, again, "it"))
+    return turns
+
+
+def _notes(pictures: list[list[str]]) -> str:
+    return " ".join(f"image {i}: {', '.join(names)}." for i, names in enumerate(pictures, 1))
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """A question over lists: what is asked, the lists as notes, the finding, and the thing or image it is about."""
+
+    question: str
+    notes: str
+    finding: str
+    options: tuple[str, ...]
+    right: str
+
+
+def puzzle(rng: random.Random) -> Puzzle:
+    """One text puzzle over lists of names."""
+    looks = random_looks(rng, 9)
+    names = [name_of(look) for look in looks]
+    kind = rng.choice(["new", "all", "has", "attribute", "attribute", "gone"])
+    if kind in ("new", "gone"):
+        first = names[:rng.randint(2, 5)]
+        second = [names[7] if i == 0 else name for i, name in enumerate(first)]
+        if rng.random() < 0.5:
+            rng.shuffle(second)
+        else:
+            place = rng.randrange(len(first))
+            second = list(first)
+            second[place] = names[7]
+            first[0], first[place] = first[place], first[0]
+            second[0], second[place] = second[place], second[0]
+        gone = next(name for name in first if name not in second)
+        if kind == "new":
+            return Puzzle("Which thing is new?", _notes([first, second]), f"new: {names[7]}.",
+                          tuple(rng.sample([names[7], *second[:3], gone], 3)), names[7])
+        return Puzzle("Which thing is gone?", _notes([first, second]), f"gone: {gone}.",
+                      tuple(rng.sample([gone, *first[:3]], 3)), gone)
+    if kind == "all":
+        while True:
+            pictures = [rng.sample([names[0], *rng.sample(names[1:], rng.randint(1, 3))], k=2) for _ in range(rng.randint(2, 5))]
+            pictures = [p if names[0] in p else [names[0], *p] for p in pictures]
+            pictures = [rng.sample(p, len(p)) for p in pictures]
+            if not any(all(name in p for p in pictures) for name in names[1:]):
+                break
+        return Puzzle("Which thing is in every image?", _notes(pictures), f"in all: {names[0]}.",
+                      tuple(rng.sample([names[0], *names[1:3]], 3)), names[0])
+    if kind == "has":
+        k, count = 0, rng.randint(2, 5)
+        pictures = [rng.sample(names[1:], rng.randint(1, 3)) for _ in range(count)]
+        k = rng.randint(1, count)
+        pictures[k - 1][rng.randrange(len(pictures[k - 1]))] = names[0]
+        return Puzzle(f"Which image shows the {names[0]}?", _notes(pictures), f"image {k} has {names[0]}.",
+                      tuple(f"image {i}" for i in range(1, count + 1)), f"image {k}")
+    attribute = rng.randint(0, 1)
+    while True:
+        one, *rest = random_looks(rng, rng.randint(3, 5))
+        if one[:2] != rest[0][:2] and [look[attribute] == one[attribute] for look in rest] == [True] + [False] * (len(rest) - 1):
+            break
+    word = ("colour", "shape")[attribute]
+    listed = rng.sample([name_of(look) for look in rest], len(rest))
+    start = rng.choice(["image 1: the box holds {}.", f"image 1: the {rng.choice(list(EXTREMES))} is {{}}.", "image 1: {}."])
+    notes = f"{start.format(name_of(one))} image 2: {', '.join(listed)}."
+    return Puzzle(f"Which thing has the same {word}?", notes, f"same {word}: {name_of(rest[0])}.", tuple(listed[:3]),
+                  name_of(rest[0]))
+
+
+def text_turns(rng: random.Random, count: int = 3) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Puzzles as turns: the user's words, and the assistant's in pieces with the weight of each piece."""
+    turns = []
+    for _ in range(count):
+        item, form = puzzle(rng), rng.random()
+        if form < 0.35:
+            turns.append((f"{item.notes} {item.question}", [(item.finding, 1.0)]))
+            continue
+        question, ending = item.question, [("</think>", 1.0)]
+        if form > 0.75 and item.right in item.options:
+            letters = "ABCDE"[:len(item.options)]
+            question += "".join(f" {a}. {option}" for a, option in zip(letters, item.options)) + f" {CHOICE}"
+            ending = [("</think><answer>", 0.5), (letters[item.options.index(item.right)], 2.0), ("</answer>", 0.5)]
+        verb = rng.choice(VERBS) + " " if rng.random() < 0.5 else ""
+        turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03), (item.finding, 1.0), *ending]))
+    return turns

@@ -1,0 +1,177 @@
+"""Loading models and processors: one place that decides device, dtype and attention, and says why.
+
+Every Qwen2.5-VL folder or hub name loads here, the shipped tiny base like the 7B. Only safetensors are read, and no code
+that a model folder carries is ever run.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration,
+                          Qwen2_5_VLProcessor)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+
+TINY_BASE = Path(__file__).parent / "tiny_base"
+
+# LoRA goes on every projection of the language model and nowhere else. A list of names such as "gate_proj" would also
+# land in the vision tower, whose MLP uses the same names, hence a regular expression over full module paths.
+LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and in which numbers to compute. autocast: bf16 matrix products over float32 weights."""
+
+    device: str
+    dtype: torch.dtype
+    autocast: bool
+    attention: str
+    reason: str
+
+
+def bf16_speedup(size: int = 512, rounds: int = 5) -> float:
+    """How many times faster a bf16 matrix product is than a float32 one on this CPU (best of `rounds`)."""
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(4 * size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        torch.mm(a, b)
+        best = float("inf")
+        for _ in range(rounds):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - start)
+        times[dtype] = best
+    return times[torch.float32] / times[torch.bfloat16]
+
+
+def hardware(dtype: str = "auto") -> Hardware:
+    """Decide device, dtype and attention once; `reason` is one sentence for the log.
+
+    dtype: "auto", "float32" or "bfloat16". On a CPU "auto" measures whether bf16 matrix products pay: CPUs with
+    avx512_bf16 or AMX run them several times faster than float32, others slower.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
+    if torch.cuda.is_available():
+        if dtype == "float32":
+            return Hardware("cuda", torch.float32, False, "sdpa", "a GPU, float32 by parameter")
+        return Hardware("cuda", torch.bfloat16, False, "sdpa", f"{torch.cuda.get_device_name()}: weights in bfloat16")
+    if dtype == "auto":
+        ratio = bf16_speedup()
+        chosen = ratio > 1.5
+        why = f"CPU, {torch.get_num_threads()} threads: bf16 products run {ratio:.1f}x as fast as float32"
+    else:
+        chosen, why = dtype == "bfloat16", f"CPU, {dtype} by parameter"
+    how = "float32 weights, bf16 products (autocast)" if chosen else "float32 throughout"
+    return Hardware("cpu", torch.float32, chosen, "sdpa", f"{why}: {how}")
+
+
+class ImageProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor without its video part, which needs torchvision.
+
+    Token expansion, chat template and image processing are transformers' own code. `padding_side` is left: a
+    right-padded batch is accepted by the trainers and misplaces the image tokens' positions.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        tokenizer.padding_side = "left"
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def get_attributes(cls):
+        """The two parts this processor is made of."""
+        return ["image_processor", "tokenizer"]
+
+
+def load_processor(model: str | Path, min_pixels: int = 3136, max_pixels: int = 401408) -> ImageProcessor:
+    """The processor of a model folder or hub name; the one place where the pixel limits of the kit are set.
+
+    min_pixels, max_pixels: area limits of the resized image. Two places with two limits would resize twice and shift
+    every box. Raises FileNotFoundError with a remedy when the folder has no processor files.
+    """
+    check_model_folder(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    images = Qwen2VLImageProcessorPil.from_pretrained(
+        model, size={"shortest_edge": min_pixels, "longest_edge": max_pixels})
+    template = None
+    for name in ("chat_template.jinja", "chat_template.json"):
+        path = Path(model) / name
+        if path.is_file():
+            template = path.read_text() if name.endswith("jinja") else json.loads(path.read_text())["chat_template"]
+            break
+    return ImageProcessor(images, tokenizer, chat_template=template or tokenizer.chat_template)
+
+
+def check_model_folder(model: str | Path) -> None:
+    """Raise FileNotFoundError with one sentence when a local folder lacks what loading needs; hub names pass."""
+    path = Path(model)
+    if not path.exists():
+        if os.sep in str(model) and str(model).count("/") != 1 or str(model).startswith("."):
+            raise FileNotFoundError(f"no model folder at {model}; run the stage that makes it, or give a hub name")
+        return
+    names = {p.name for p in path.iterdir()}
+    if not any(name.endswith(".safetensors") for name in names):
+        raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are loaded, so convert them")
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        if name not in names:
+            raise FileNotFoundError(f"{model} has no {name}; copy the processor's files beside the weights "
+                                    "(save_pretrained of the processor writes them)")
+
+
+def load_model(model: str | Path, hw: Hardware, four_bit: bool = False) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL from a folder or hub name, in eval mode, on hw.device.
+
+    four_bit: NF4 with double quantisation; the vision tower and the head stay in hw.dtype. The skip list needs the
+    full path "model.visual": plain "visual" is ignored and would quantise the tower.
+    """
+    check_model_folder(model)
+    quantization = None
+    if four_bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if hw.device == "cuda" or hw.autocast else torch.float32,
+            llm_int8_skip_modules=["model.visual", "lm_head"])
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model, config=AutoConfig.from_pretrained(model, trust_remote_code=False), dtype=hw.dtype,
+        attn_implementation=hw.attention, quantization_config=quantization, device_map=hw.device, use_safetensors=True)
+    return loaded.eval()
+
+
+def adapted_modules(model: torch.nn.Module) -> list[str]:
+    """Full names of the modules that carry a LoRA adapter."""
+    return sorted(name for name, module in model.named_modules() if "lora_A" in dict(module.named_children()))
+
+
+def check_adapters(model: torch.nn.Module) -> list[str]:
+    """The adapted modules; raises ValueError if one lies outside the language model or a projection was missed."""
+    names = adapted_modules(model)
+    outside = [name for name in names if "language_model" not in name]
+    layers = sum(1 for name, _ in model.named_modules() if name.endswith(".self_attn") and "language_model" in name)
+    if outside:
+        raise ValueError(f"LoRA landed outside the language model ({outside[0]}); use models.LORA_TARGETS")
+    if len(names) != 7 * layers:
+        raise ValueError(f"LoRA is on {len(names)} projections, expected {7 * layers}; use models.LORA_TARGETS")
+    return names
+
+
+def check_tokens(processor: ImageProcessor, batch: dict) -> None:
+    """Raise ValueError unless the batch's image tokens equal its image features, row padding on the left.
+
+    TRL drops all images of a batch whose counts disagree and goes on training blind; this check comes first.
+    """
+    if processor.tokenizer.padding_side != "left":
+        raise ValueError("the tokenizer pads on the right; set processor.tokenizer.padding_side = 'left'")
+    tokens = int((batch["input_ids"] == processor.image_token_id).sum())
+    grid = batch.get("image_grid_thw")
+    features = 0 if grid is None else int(grid.prod(-1).sum()) // processor.image_processor.merge_size**2
+    if tokens != features:
+        raise ValueError(f"the prompt holds {tokens} image tokens but the images give {features} features; "
+                         "the images of a sample and its placeholders disagree, or tokens were cut")

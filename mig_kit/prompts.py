@@ -1,0 +1,98 @@
+"""Prompts and answers: how a sample is put to the model, and how its reply is read.
+
+Edit GROUNDING or CHOICE to try another prompt. The reply the kit asks for is the neighbours' (MG-Thinker): reasoning in
+<think>, then one JSON object with the image number and the box, in pixels of the resized image, in <answer>.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from mig_kit.frames import Box, to_model, to_original
+from mig_kit.records import Sample
+
+GROUNDING = 'Think in <think></think>, then answer <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
+CHOICE = "Think in <think></think>, then answer with the letter in <answer></answer>."
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's reply, read. box: xyxy pixels of the resized image; image: from 1; None where the reply has none.
+
+    well_formed: the whole reply is one <think> block followed by one <answer> block that holds one answer.
+    """
+
+    thinking: str
+    image: int | None
+    box: Box | None
+    letter: str
+    well_formed: bool
+
+
+def box_text(box: Box) -> str:
+    """A box as the model reads and writes it: whole pixels, no spaces."""
+    return "[" + ",".join(str(round(v)) for v in box) + "]"
+
+
+def answer_text(image: int, box: Box) -> str:
+    """The JSON inside <answer>; box in pixels of the resized image `image`."""
+    return f'{{"image": {image}, "box": {box_text(box)}}}'
+
+
+def question_text(sample: Sample, min_pixels: int = 3136, max_pixels: int = 401408) -> str:
+    """The question with its reference box in the model's frame, its options, and the instruction."""
+    text = sample.question
+    if sample.reference:
+        text = text.replace("{ref}", box_text(to_model(sample.reference, sample.sizes[0], min_pixels, max_pixels)))
+    if sample.options:
+        text += "".join(f" {letter}. {option}" for letter, option in zip("ABCDEFGH", sample.options))
+    return f"{text} {CHOICE if sample.options else GROUNDING}"
+
+
+def messages(sample: Sample, min_pixels: int = 3136, max_pixels: int = 401408) -> list[dict]:
+    """The conversational prompt: every image announced by its number, in order, then the question."""
+    content = []
+    for number in range(1, len(sample.images) + 1):
+        content += [{"type": "text", "text": f"Image {number}: "}, {"type": "image"}]
+    content.append({"type": "text", "text": question_text(sample, min_pixels, max_pixels)})
+    return [{"role": "user", "content": content}]
+
+
+def parse(text: str) -> Reply:
+    """Read a reply; never raises. An answer that names several boxes, or two <answer> blocks, counts as none."""
+    thinking = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    blocks = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    whole = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", text, re.DOTALL)
+    clean = bool(whole) and text.count("<think>") == 1 == text.count("<answer>")
+    image, box, letter = None, None, ""
+    if len(blocks) == 1:
+        image, box = _read_box(blocks[0])
+        choice = re.fullmatch(r"\s*\(?([A-H])\)?\.?\s*", blocks[0])
+        letter = choice.group(1) if choice else ""
+    return Reply(thinking.group(1).strip() if thinking else "", image, box, letter,
+                 clean and (box is not None or letter != ""))
+
+
+def _read_box(block: str) -> tuple[int | None, Box | None]:
+    try:
+        data = json.loads(block)
+    except (ValueError, RecursionError):
+        return None, None
+    if not isinstance(data, dict):
+        return None, None
+    image, box = data.get("image"), data.get("box")
+    if not isinstance(image, int) or isinstance(image, bool):
+        return None, None
+    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
+        return image, None
+    if not all(-1e6 < v < 1e6 and math.isfinite(v) for v in box):
+        return image, None
+    return image, tuple(float(v) for v in box)
+
+
+def box_in_original(sample: Sample, reply: Reply, min_pixels: int = 3136, max_pixels: int = 401408) -> Box | None:
+    """The reply's box in pixels of the original of the image it names; None without box or with no such image."""
+    if reply.box is None or reply.image is None or not 1 <= reply.image <= len(sample.images):
+        return None
+    return to_original(reply.box, sample.sizes[reply.image - 1], min_pixels, max_pixels)

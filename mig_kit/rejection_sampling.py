@@ -1,0 +1,102 @@
+"""Stage 04: rejection sampling with the merged model curates the prompts for reinforcement learning.
+
+The paper names the step but not the rule. Ours: draw N replies per candidate at T 1, call a reply right if it names the
+right image with IoU >= 0.5, and keep prompts that are neither always right nor never right (a group without spread has no
+advantage to learn from), the same number from every task.
+"""
+
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from mig_kit.generation import PromptCache, Sampling, rollouts
+from mig_kit.records import Sample
+from mig_kit.rewards import correct
+
+
+def stored(path: Path) -> dict[str, list[str]]:
+    """Replies by sample id from a rollout file; a last line cut by a kill is dropped from the file."""
+    if not path.is_file():
+        return {}
+    lines, whole = path.read_text().split("\n"), []
+    for line in lines:
+        try:
+            whole.append(json.loads(line))
+        except ValueError:
+            continue
+    text = "".join(json.dumps(row) + "\n" for row in whole)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text)
+    beside.replace(path)
+    return {row["id"]: row["replies"] for row in whole}
+
+
+def sample_replies(model, processor, samples: list[Sample], path: Path, *, replies: int, temperature: float,
+                   max_new_tokens: int, batch_size: int, seed: int, pixels: tuple[int, int], autocast: bool,
+                   label: str = "rollouts") -> dict[str, list[str]]:
+    """`replies` replies to every sample, appended to `path` batch by batch; what is there already is not drawn again.
+
+    Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run draws what an
+    uninterrupted one would have drawn.
+    """
+    have = stored(path)
+    cache = PromptCache(model, processor, *pixels, limit=batch_size)
+    order = sorted(samples, key=lambda s: (len(s.images), s.id))
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for number, batch in enumerate(tqdm(batches, desc=label, mininterval=2)):
+            if all(s.id in have for s in batch):
+                continue
+            generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)
+            groups = rollouts(model, processor, cache.get(batch), replies, sampling, generator, autocast)
+            for sample, group in zip(batch, groups):
+                if sample.id not in have:
+                    have[sample.id] = processor.tokenizer.batch_decode(group, skip_special_tokens=True)
+                    file.write(json.dumps({"id": sample.id, "replies": have[sample.id]}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    return {s.id: have[s.id] for s in samples}
+
+
+def pass_rates(samples: list[Sample], replies: dict[str, list[str]], pixels: tuple[int, int], threshold: float = 0.5) -> np.ndarray:
+    """Share of right replies per sample, (samples,) float in 0..1."""
+    return np.array([np.mean([correct(r, s, threshold, pixels) for r in replies[s.id]]) for s in samples])
+
+
+def pass_at_k(right: int, total: int, k: int) -> float:
+    """Chance that k of `total` replies, `right` of them right, hold a right one (Chen et al., arXiv 2107.03374, eq. 1)."""
+    if total - right < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(total - right + 1, total + 1)))
+
+
+def curate(samples: list[Sample], rates: np.ndarray, *, lowest: float, highest: float, per_task: int,
+           seed: int) -> tuple[list[Sample], dict[str, dict[str, int]]]:
+    """The kept samples, and per task how many were kept or dropped and why.
+
+    Kept: lowest <= pass rate <= highest, at most `per_task` of every task, drawn at random.
+    """
+    counts: dict[str, Counter] = defaultdict(Counter)
+    fit = defaultdict(list)
+    for sample, rate in zip(samples, rates, strict=True):
+        reason = "never right" if rate < lowest else "always right" if rate > highest else ""
+        if reason:
+            counts[sample.task][reason] += 1
+        else:
+            fit[sample.task].append(sample)
+    rng, kept = random.Random(f"curate/{seed}"), []
+    for task, found in fit.items():
+        rng.shuffle(found)
+        kept += found[:per_task]
+        counts[task]["kept"] = len(found[:per_task])
+        counts[task]["over the task's share"] = len(found[per_task:])
+    rng.shuffle(kept)
+    return kept, {task: dict(c) for task, c in counts.items()}

@@ -1,0 +1,42 @@
+"""Rule-based rewards: format, image index, box. Plain functions of one reply and one sample, each in 0..1.
+
+The paper names the three rewards but publishes no formula. The form is MG-Thinker's nearest published one: the format
+counts correctly paired tags, the image index is 0 or 1 and gates the box term. Our choice: the box term is the IoU itself
+from `floor` up (theirs steps to 1 at IoU 0.9), because an unclipped IoU says more about a small box.
+"""
+
+from mig_kit.frames import to_original
+from mig_kit.prompts import parse
+from mig_kit.records import Sample, best_iou
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def format_reward(reply: str, sample: Sample) -> float:
+    """0.25 per tag that occurs exactly once, all of it only if the whole reply is well formed; else at most 0.75."""
+    paired = sum(reply.count(tag) == 1 for tag in TAGS) / len(TAGS)
+    return 1.0 if parse(reply).well_formed else min(paired, 0.75)
+
+
+def image_reward(reply: str, sample: Sample) -> float:
+    """1 if the reply names an image that holds a target."""
+    return float(parse(reply).image in {number for number, _ in sample.targets})
+
+
+def box_reward(reply: str, sample: Sample, floor: float = 0.1, pixels: tuple[int, int] = (3136, 401408)) -> float:
+    """IoU with the target in the named image, 0 below `floor` or in the wrong image.
+
+    pixels: (min_pixels, max_pixels) of the processor; the reply's box is in pixels of the resized image.
+    """
+    read = parse(reply)
+    if read.box is None or read.image is None or not 1 <= read.image <= len(sample.images):
+        return 0.0
+    value = best_iou(sample, read.image, to_original(read.box, sample.sizes[read.image - 1], *pixels))
+    return value if value >= floor else 0.0
+
+
+def correct(reply: str, sample: Sample, threshold: float = 0.5, pixels: tuple[int, int] = (3136, 401408)) -> bool:
+    """Right image and IoU >= threshold; for a multiple-choice sample, the right letter."""
+    if sample.options:
+        return parse(reply).letter == sample.letter
+    return box_reward(reply, sample, 0.0, pixels) >= threshold

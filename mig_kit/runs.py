@@ -1,0 +1,211 @@
+"""Run folders, parameters and what makes a stage up to date.
+
+A stage lives in runs/<run id>/NN_stage/. Its run.json is written last and by renaming, so a stage that was killed never
+looks finished; what it left behind is kept for resuming as long as parameters, inputs and code are the same.
+"""
+
+import ast
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {
+    "00_preflight": (), "01_synthesize": (), "02_sft": ("01_synthesize",), "03_merge": ("02_sft",),
+    "04_rejection_sampling": ("01_synthesize", "03_merge"), "05_grpo": ("03_merge", "04_rejection_sampling"),
+    "06_evaluate": ("03_merge", "05_grpo"),
+    "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo", "06_evaluate"),
+}
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy", "pillow")
+# glibc gives freed memory back to the system at once and faults it in again for every tensor; this costs a CPU a third.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
+               "MALLOC_TOP_PAD_": "268435456", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def runs_root() -> Path:
+    """Where run folders are kept: $MIG_KIT_RUNS, else runs/ beside the package."""
+    return Path(os.environ.get("MIG_KIT_RUNS", ROOT / "runs"))
+
+
+def params_file(stage: str, profile: str = "tiny") -> Path:
+    """params/<profile>/<stage>.yaml; FileNotFoundError names the profiles there are."""
+    path = ROOT / "params" / profile / f"{stage}.yaml"
+    if not path.is_file():
+        profiles = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir())
+        raise FileNotFoundError(f"no parameters for {stage} in profile '{profile}'; the profiles are {', '.join(profiles)}")
+    return path
+
+
+def read_params(path: Path) -> dict:
+    """A flat parameter file; ValueError if it nests or is no mapping."""
+    data = yaml.safe_load(path.read_text())
+    if not isinstance(data, dict) or any(isinstance(v, dict) for v in data.values()):
+        raise ValueError(f"{path} must be a flat mapping of parameter: value")
+    return data
+
+
+def checked(given: dict, stage: str) -> dict:
+    """`given` completed from the tiny profile's defaults and typed as they are.
+
+    An unknown key is a KeyError that names the nearest known one; a wrong type is a TypeError.
+    """
+    defaults = read_params(params_file(stage))
+    for key, value in given.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, 1, 0.0)
+            raise KeyError(f"{stage} has no parameter '{key}'; did you mean '{near[0]}'?")
+        kind = type(defaults[key])
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits:
+            raise TypeError(f"{stage}: parameter '{key}' is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}")
+    merged = {**defaults, **given}
+    return {key: float(value) if type(defaults[key]) is float else value for key, value in merged.items()}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, data) -> None:
+    """Write beside, then rename: the file is either old or whole."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    beside.replace(path)
+
+
+def code_files(stage: str) -> list[Path]:
+    """The stage's notebook and module, and every module of the kit they import, directly or not."""
+    package, notebook = Path(__file__).parent, ROOT / "notebooks" / f"{stage}.ipynb"
+    cells = json.loads(notebook.read_text())["cells"] if notebook.is_file() else []
+    source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    found, todo = set(), _imported(source) | {stage[3:]}
+    while todo:
+        name = todo.pop()
+        path = package / f"{name}.py"
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        todo |= _imported(path.read_text())
+    return sorted(found)
+
+
+def _imported(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!"))))):
+        if isinstance(node, ast.ImportFrom) and node.module == "mig_kit":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mig_kit."):
+            names.add(node.module.split(".")[1])
+    return names
+
+
+def stage_key(stage: str, run_id: str, params: dict) -> str:
+    """What a finished stage stands for: its parameters, the outputs of the stages before it, and its code."""
+    before = {name: finished(name, run_id) for name in STAGES[stage]}
+    missing = [name for name, record in before.items() if record is None]
+    if missing:
+        raise FileNotFoundError(f"{stage} needs {missing[0]} of run '{run_id}', which has not finished; "
+                                f"run: mig-kit run {missing[0]} --run-id {run_id}")
+    notebook = ROOT / "notebooks" / f"{stage}.ipynb"
+    cells = json.loads(notebook.read_text())["cells"] if notebook.is_file() else []
+    text = json.dumps([params, {name: record["outputs"] for name, record in before.items()},
+                       [sha256(path) for path in code_files(stage)],
+                       [c["source"] for c in cells if "parameters" not in c["metadata"].get("tags", ())]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def finished(stage: str, run_id: str) -> dict | None:
+    """The run.json of a finished stage, or None."""
+    path = runs_root() / run_id / stage / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def up_to_date(stage: str, run_id: str, params: dict) -> bool:
+    """True if the stage finished with these parameters, inputs and code."""
+    record = finished(stage, run_id)
+    return record is not None and record["key"] == stage_key(stage, run_id, params)
+
+
+def git_revision() -> str:
+    """The commit of the project, with "+" if the tree has changes; "" outside git."""
+    try:
+        run = [subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=20)
+               for args in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
+    except OSError:
+        return ""
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "") if run[0].returncode == 0 else ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+@dataclass
+class Stage:
+    """A running stage. folder: where it writes; params: checked parameters."""
+
+    name: str
+    run_id: str
+    folder: Path
+    params: dict
+    key: str
+    started: float = field(default_factory=time.time)
+    facts: dict = field(default_factory=dict)
+
+    def before(self, stage: str, name: str = "") -> Path:
+        """A file or folder that an earlier stage of this run made."""
+        return runs_root() / self.run_id / stage / name
+
+    def finish(self, metrics: dict, **facts) -> None:
+        """Write metrics.json, then run.json; only now does the stage count as finished."""
+        write_json(self.folder / "metrics.json", metrics)
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix not in (".ipynb", ".tmp")
+                       and "checkpoint" not in str(p.relative_to(self.folder)))
+        write_json(self.folder / "run.json", {
+            "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
+            "inputs": {name: finished(name, self.run_id)["outputs"] for name in STAGES[self.name]},
+            "outputs": {str(p.relative_to(self.folder)): sha256(p) for p in files}, "versions": versions(),
+            "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs", "git": git_revision(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "seconds": round(time.time() - self.started, 1), **self.facts, **facts})
+
+
+def begin(stage: str, names: dict) -> Stage:
+    """Start a stage from a notebook: `names` is globals(), where the parameters cell left its values.
+
+    Plain values that are no parameters of the stage are refused: a mistyped `-p` would otherwise be ignored in silence.
+    Leftovers of an interrupted run with the same key stay for resuming, all others are removed.
+    """
+    plain = {k: v for k, v in names.items() if not k.startswith("_") and type(v) in (int, float, str, bool, list)
+             and k not in ("In", "quit", "exit")}
+    params = checked(plain, stage)
+    run_id = params["run_id"]
+    if not run_id or run_id.startswith(".") or any(c in run_id for c in "/\\"):
+        raise ValueError(f"run_id is '{run_id}'; use letters, digits, '-' and '_'")
+    key = stage_key(stage, run_id, params)
+    folder = runs_root() / run_id / stage
+    marker = folder / "started.json"
+    if folder.exists() and (not marker.is_file() or json.loads(marker.read_text())["key"] != key):
+        for path in folder.iterdir():
+            if path.suffix != ".ipynb":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").unlink(missing_ok=True)
+    write_json(marker, {"key": key})
+    return Stage(stage, run_id, folder, params, key)

@@ -1,0 +1,78 @@
+"""Stage 02: supervised fine-tuning on the cold-start set, with QLoRA.
+
+NF4 weights with double quantisation, LoRA on the language model only, loss on the reply only (TRL's SFTTrainer). The paper
+publishes neither rank nor rates; rank and alpha of the full profiles are VLM-R1's, those of the tiny one are ours.
+"""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from trl import SFTConfig, SFTTrainer
+
+from mig_kit.generation import PromptCache, Sampling, rollouts
+from mig_kit.models import LORA_TARGETS, Hardware, check_adapters, check_tokens, load_model
+from mig_kit.prompts import messages
+from mig_kit.records import Sample
+
+
+def training_rows(samples: list[Sample], replies: list[str], pixels: tuple[int, int]) -> Dataset:
+    """A table of conversational prompt, completion and images, as TRL reads it; one row per sample."""
+    rows = [{"prompt": messages(s, *pixels), "completion": [{"role": "assistant", "content": [{"type": "text", "text": r}]}],
+             "images": list(s.images)} for s, r in zip(samples, replies, strict=True)]
+    return Dataset.from_list(rows)
+
+
+def adapter(rank: int, alpha: int, dropout: float = 0.0) -> LoraConfig:
+    """LoRA on every projection of the language model."""
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none",
+                      task_type="CAUSAL_LM")
+
+
+def quantised_model(base: str | Path, hw: Hardware, lora: LoraConfig, seed: int):
+    """The 4-bit base with a fresh adapter, ready to train; raises ValueError if the adapter landed elsewhere."""
+    torch.manual_seed(seed)
+    model = prepare_model_for_kbit_training(load_model(base, hw, four_bit=True), use_gradient_checkpointing=hw.device == "cuda")
+    model = get_peft_model(model, lora)
+    check_adapters(model)
+    return model
+
+
+def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epochs: float, batch_size: int,
+            gradient_accumulation: int, learning_rate: float, warmup: float, seed: int, save_steps: int) -> SFTTrainer:
+    """TRL's trainer on `data`; the first batch's image tokens and features are compared before anything is trained."""
+    config = SFTConfig(
+        output_dir=str(folder / "checkpoints"), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation, learning_rate=learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=warmup, logging_steps=5, save_steps=save_steps, save_total_limit=1, report_to="none", seed=seed,
+        data_seed=seed, max_length=None, completion_only_loss=True, use_cpu=hw.device == "cpu",
+        bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
+        dataloader_pin_memory=False, remove_unused_columns=False)
+    made = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=processor)
+    batch = made.data_collator([data[i] for i in range(min(4, len(data)))])
+    check_tokens(processor, batch)
+    if int((batch["labels"] != -100).sum()) == 0:
+        raise ValueError("no token of the first batch carries loss; the completion column is empty")
+    return made
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint under folder/checkpoints, to resume from, or None."""
+    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    whole = [p for p in found if (p / "trainer_state.json").is_file()]
+    return str(whole[-1]) if whole else None
+
+
+def loss_curve(history: list[dict]) -> list[dict]:
+    """Rows {step, loss, mean_token_accuracy} of a trainer's log history."""
+    return [{"step": row["step"], "loss": row["loss"], "token_accuracy": row.get("mean_token_accuracy")}
+            for row in history if "loss" in row]
+
+
+def greedy_replies(model, processor, samples: list[Sample], hw: Hardware, pixels: tuple[int, int],
+                   max_new_tokens: int = 128) -> list[str]:
+    """One greedy reply per sample, decoded."""
+    prompts = PromptCache(model, processor, *pixels).get(samples)
+    groups = rollouts(model.eval(), processor, prompts, 1, Sampling(0.0, max_new_tokens=max_new_tokens), autocast=hw.autocast)
+    return processor.tokenizer.batch_decode([group[0] for group in groups], skip_special_tokens=True)

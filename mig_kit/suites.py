@@ -1,0 +1,181 @@
+"""The other suites of the evaluation: out-of-domain grounding, and multiple-choice perception.
+
+Each is the tiny world's counterpart of a benchmark the paper reports: LISA (implicit queries in one image), ReVOS (film,
+answered in the third frame), MC-Bench (image pairs), the ten tasks on unseen things and textures; BLINK and MMIU.
+None of their questions is asked in any training split.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from mig_kit.records import Sample
+from mig_kit.scenes import Scene, cropped, random_looks, random_size
+from mig_kit.tasks import TASKS, Draft, World, _name, _sharing, _swap, draft_of, extreme, finish, frames, listed, make
+
+
+def lisa(rng: random.Random, world: World) -> Draft:
+    """One picture and a query that describes its thing without naming it."""
+    while True:
+        kind = rng.choice(["shares", "pattern", "extreme"])
+        looks = world.looks(rng, rng.randint(3, 5))
+        scene = world.scene(rng, looks)
+        if kind == "shares":
+            attribute = rng.randint(0, 1)
+            mates = [look for look in looks[1:] if look[attribute] == looks[0][attribute]]
+            if len(mates) == 1:
+                word = ("colour", "shape")[attribute]
+                return Draft([scene], f"Which thing has the same {word} as the {_name(looks[0])}? Find it.", [(1, _name(mates[0]))],
+                             "", [])
+        elif kind == "pattern":
+            striped = [look for look in looks if look[2] == "striped"]
+            if len(striped) == 1:
+                return Draft([scene], "Find the striped thing.", [(1, _name(striped[0]))], "", [])
+        else:
+            which = rng.choice(["leftmost", "rightmost", "largest", "smallest"])
+            found = extreme(scene, which)
+            if found:
+                return Draft([scene], f"Find the {which} thing.", [(1, found.name)], "", [])
+
+
+def revos(rng: random.Random, world: World) -> Draft:
+    """A film of three or four frames; the thing that appears, or the one that stays, boxed in frame 3."""
+    while True:
+        looks = world.looks(rng, rng.randint(3, 4))
+        film = frames(rng, world.scene(rng, looks), rng.randint(3, 4))
+        if film is None:
+            continue
+        if rng.random() < 0.5:
+            film = [replace(f, things=f.things[1:]) if i < 2 else f for i, f in enumerate(film)]
+            return Draft(film, "Which thing is new in image 3? Find it.", [(3, _name(looks[0]))], "", [])
+        gone = 0
+        shown = []
+        for i, frame in enumerate(film):  # every thing but the first is missing from one frame or more
+            missing = {j for j in range(1, len(looks)) if (i + j) % len(film) == 0 or (i == 0 and rng.random() < 0.3)}
+            gone |= sum(1 << j for j in missing)
+            shown.append(replace(frame, things=tuple(t for j, t in enumerate(frame.things) if j not in missing)))
+        if gone == sum(1 << j for j in range(1, len(looks))):
+            return Draft(shown, "Find the thing of all frames in image 3.", [(3, _name(looks[0]))], "", [])
+
+
+def mc_bench(rng: random.Random, world: World) -> Draft:
+    """An image pair; the thing asked for is in one image, in both, or (one in ten) in neither."""
+    looks = world.looks(rng, 7)
+    where = rng.choices([(1,), (2,), (1, 2), ()], (25, 25, 40, 10))[0]
+    scenes = [world.scene(rng, [*looks[1 + 3 * i:3 + 3 * i], looks[0] if i + 1 in where else looks[3 + 3 * i]]) for i in (0, 1)]
+    question = f"Find the {_name(looks[0])} in the images."
+    return Draft(scenes, question, [(k, _name(looks[0])) for k in where], "", [])
+
+
+def _choice(rng: random.Random, right: str, wrong: list[str]) -> tuple[tuple[str, ...], str]:
+    """Options in random order, and the letter of the right one."""
+    options = rng.sample([right, *wrong], 1 + len(wrong))
+    return tuple(options), "ABCDEFGH"[options.index(right)]
+
+
+def counting(rng: random.Random, world: World) -> Draft:
+    """BLINK: how many things of a colour."""
+    colour_look, *looks = world.looks(rng, rng.randint(3, 5))
+    colour = colour_look[0]
+    scene = world.scene(rng, [colour_look, *looks])
+    total = sum(t.colour == colour for t in scene.things)
+    options, letter = _choice(rng, str(total), [str(n) for n in (1, 2, 3) if n != total])
+    return Draft([scene], f"How many {colour} things are in image 1?", [], "", [], options=options, letter=letter)
+
+
+def jigsaw(rng: random.Random, world: World) -> Draft:
+    """BLINK: which of two pieces was cut out of image 1."""
+    looks = world.looks(rng, 4)
+    scene, other = world.scene(rng, looks[:3]), world.scene(rng, [looks[3]])
+    pieces = []
+    for source in (scene, other):
+        x1, y1, x2, y2 = source.things[0].box
+        pieces.append(cropped(source, (max(0, x1 - 2), max(0, y1 - 2), min(source.width, x2 + 2), min(source.height, y2 + 2)),
+                              random_size(rng)))
+    order = rng.sample([0, 1], 2)
+    return Draft([scene, *(pieces[i] for i in order)], "Which image is a part of image 1?", [], "", [],
+                 options=("image 2", "image 3"), letter="AB"[order.index(0)])
+
+
+def visual_correspondence(rng: random.Random, world: World) -> Draft:
+    """BLINK: which thing of image 2 has the shape of the boxed thing in image 1."""
+    look = world.looks(rng, 1)[0]
+    others = _sharing(rng, look, 1, 3)
+    first = world.scene(rng, [look, *(o for o in world.looks(rng, 2) if o != look)])
+    options, letter = _choice(rng, _name(others[0]), [_name(o) for o in others[1:]])
+    return Draft([first, world.scene(rng, others)], "Which thing in image 2 has the same shape as the thing at {ref} in image 1?",
+                 [], "", [], _name(look), options, letter)
+
+
+def relations(rng: random.Random, world: World) -> Draft:
+    """BLINK: is one thing left of another."""
+    while True:
+        scene = world.scene(rng, world.looks(rng, rng.randint(2, 4)))
+        a, b = scene.things[:2]
+        if abs(a.centre[0] - b.centre[0]) > 6:
+            right = "yes" if a.centre[0] < b.centre[0] else "no"
+            return Draft([scene], f"Is the {a.name} left of the {b.name} in image 1?", [], "", [],
+                         options=("yes", "no"), letter="AB"[right == "no"])
+
+
+def order(rng: random.Random, world: World) -> Draft:
+    """MMIU: things come one by one; in which order were the shuffled frames taken."""
+    scene = world.scene(rng, world.looks(rng, 3))
+    film = [replace(scene, things=scene.things[:n]) for n in (1, 2, 3)]
+    shuffle = rng.sample([0, 1, 2], 3)
+    right = " ".join(str(shuffle.index(n) + 1) for n in range(3))
+    wrong = [w for w in ("1 2 3", "1 3 2", "2 1 3", "2 3 1", "3 1 2", "3 2 1") if w != right]
+    options, letter = _choice(rng, right, rng.sample(wrong, 2))
+    return Draft([film[n] for n in shuffle], "The images are frames of a film. Every image has one new thing. Which image is one, two, three?", [], "", [],
+                 options=options, letter=letter)
+
+
+def retrieval(rng: random.Random, world: World) -> Draft:
+    """MMIU: which image shows the same things as image 1."""
+    looks = world.looks(rng, 8)
+    first = world.scene(rng, looks[:3])
+    others = [world.scene(rng, [looks[rng.randint(0, 2)], *looks[3 + 2 * i:5 + 2 * i]]) for i in (0, 1)]
+    images = [world.scene(rng, looks[:3]), *others]
+    shuffle = rng.sample([0, 1, 2], 3)
+    return Draft([first, *(images[i] for i in shuffle)], "Which image shows the same things as image 1?", [], "", [],
+                 options=("image 2", "image 3", "image 4"), letter="ABC"[shuffle.index(0)])
+
+
+def change(rng: random.Random, world: World) -> Draft:
+    """MMIU: what is new in image 2."""
+    first = world.scene(rng, world.looks(rng, rng.randint(3, 4)))
+    second, name = _swap(rng, first, world)
+    kept = [n for n in second.names() if n != name]
+    options, letter = _choice(rng, name, rng.sample(kept, 2))
+    return Draft([first, second], "Which thing is new in image 2?", [], "", [], options=options, letter=letter)
+
+
+Maker = Callable[[random.Random, World], Draft]
+GROUNDING: dict[str, Maker] = {"lisa": lisa, "revos": revos, "mc_bench": mc_bench}
+BLINK: dict[str, Maker] = {"counting": counting, "jigsaw": jigsaw, "visual_correspondence": visual_correspondence,
+                           "relations": relations}
+MMIU: dict[str, Maker] = {"order": order, "retrieval": retrieval, "change": change}
+SUITES = ("mig_bench", "ood_grounding", "blink", "mmiu")
+
+
+def suite_tasks(suite: str) -> list[str]:
+    """The task keys of a suite; "unseen" stands for the ten tasks on unseen things and textured backgrounds."""
+    return {"mig_bench": list(TASKS), "ood_grounding": [*GROUNDING, "unseen"], "blink": list(BLINK), "mmiu": list(MMIU)}[suite]
+
+
+def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sample]:
+    """`per_task` samples of every task of a suite, in order of task and index."""
+    if suite not in SUITES:
+        raise ValueError(f"no suite '{suite}'; the suites are {', '.join(SUITES)}")
+    if suite == "mig_bench":
+        return [make(task, split, i, seed) for task in TASKS for i in range(per_task)]
+    samples = []
+    makers = {"ood_grounding": GROUNDING, "blink": BLINK, "mmiu": MMIU}[suite]
+    for task, maker in makers.items():
+        samples += [finish(draft_of(maker, task, split, i, seed, World()), suite, task, split, i) for i in range(per_task)]
+    if suite == "ood_grounding":
+        names = list(TASKS)
+        for i in range(per_task):
+            draft = draft_of(TASKS[names[i % 10]], f"unseen/{names[i % 10]}", split, i, seed, World(True, True))
+            samples.append(finish(draft, suite, "unseen", split, i))
+    return samples

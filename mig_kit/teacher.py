@@ -1,0 +1,66 @@
+"""The tiny profile's teacher: writes chain-of-thought traces from the scene graph, and errs.
+
+Like a real teacher it knows more than its student and does not say how much of its way to write down: a third of its
+traces list the evidence, a third give only the finding, a third name only the method. Which of them a small student can
+use is what reinforcement learning has to find out.
+"""
+
+import random
+from dataclasses import dataclass
+
+from mig_kit.frames import to_model
+from mig_kit.prompts import answer_text, box_text
+from mig_kit.records import Sample
+
+METHOD = {"diff": "Compare.", "view_diff": "Compare.", "common_object": "Compare.", "object_tracking": "Track.",
+          "multi_view": "Track.", "region": "Search.", "refer_grounding": "Search.", "group_grounding": "Search.",
+          "reasoning": "Associate.", "correspondence": "Associate."}
+DETAILS = ("evidence", "finding", "method")
+ERRORS = ("wrong object", "wrong image", "sloppy box", "leaked answer", "broken format")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A teacher's reply to a sample. detail: how much it says; error: what went wrong on purpose, or ""."""
+
+    text: str
+    detail: str
+    error: str
+
+
+def thinking(sample: Sample, detail: str, rng: random.Random) -> str:
+    """The reasoning at one of the three levels of DETAILS; the method's name comes first in all of them."""
+    parts = [METHOD[sample.task]]
+    if detail == "evidence":
+        parts += sample.notes
+    if detail != "method":
+        parts.append(sample.finding)
+    return " ".join(parts)
+
+
+def write(sample: Sample, rng: random.Random, mix: tuple[float, float, float] = (1, 1, 1), error_rate: float = 0.2,
+          jitter: float = 0.7, pixels: tuple[int, int] = (3136, 401408)) -> Trace:
+    """One trace. mix: weights of DETAILS; error_rate: share of traces with one of ERRORS.
+
+    jitter: standard deviation of every box edge, pixels of the resized image; a "sloppy box" has five times as much.
+    """
+    detail = rng.choices(DETAILS, mix)[0]
+    error = rng.choice(ERRORS) if rng.random() < error_rate else ""
+    number, box = sample.targets[0]
+    thought = thinking(sample, detail, rng)
+    if error == "wrong image":
+        number = rng.choice([n for n in range(1, len(sample.images) + 1) if n != number] or [number + 1])
+    size = sample.sizes[min(number, len(sample.sizes)) - 1]
+    seen = to_model(box, size, *pixels)
+    if error == "wrong object":
+        shift = rng.choice((-1, 1)) * 28
+        seen = tuple(max(0.0, v + shift) for v in seen)
+    spread = jitter * (5 if error == "sloppy box" else 1)
+    seen = tuple(max(0.0, v + rng.gauss(0, spread)) for v in seen)
+    if error == "leaked answer":
+        thought = f"{thought} {box_text(seen)}"
+    answer = answer_text(number, seen)
+    if error == "broken format":
+        return Trace(rng.choice([f"{thought} <answer>{answer}</answer>", f"<think>{thought}</think>{answer}",
+                                 f"<think>{thought}</think><answer>{answer}"]), detail, error)
+    return Trace(f"<think>{thought}</think><answer>{answer}</answer>", detail, error)
