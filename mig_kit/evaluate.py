@@ -60,7 +60,9 @@ def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], 
     scores = [score_reply(reply, sample, pixels) for reply, sample in zip(greedy, samples, strict=True)]
     right = np.array([s["right"] for s in scores])
     overlap = np.array([s["iou"] for s in scores])
-    many = np.array([[correct_or_none(r, s, pixels) for r in replies] for replies, s in zip(drawn, samples)]) if drawn and drawn[0] else None
+    many = None
+    if drawn and drawn[0]:
+        many = np.array([[right_or_not(r, s, pixels) for r in replies] for replies, s in zip(drawn, samples)])
     tasks = {}
     for task, rows in by_task(samples, np.arange(len(samples))).items():
         tasks[task] = {
@@ -84,7 +86,7 @@ def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], 
     return result
 
 
-def correct_or_none(reply: str, sample: Sample, pixels: tuple[int, int]) -> float:
+def right_or_not(reply: str, sample: Sample, pixels: tuple[int, int]) -> float:
     """1.0 if the reply is right."""
     return score_reply(reply, sample, pixels)["right"]
 
@@ -97,11 +99,11 @@ def percent(value: float) -> float:
 def delta(samples: list[Sample], after: list[str], before: list[str], after_drawn: list[list[str]],
           before_drawn: list[list[str]], pixels: tuple[int, int]) -> dict:
     """Paired difference of two systems in points: value and ci95 (greedy), sampled and sampled_ci95 (mean at T 1)."""
-    gap = np.array([correct_or_none(a, s, pixels) - correct_or_none(b, s, pixels) for a, b, s in zip(after, before, samples)])
+    gap = np.array([right_or_not(a, s, pixels) - right_or_not(b, s, pixels) for a, b, s in zip(after, before, samples)])
     groups = list(by_task(samples, gap).values())
     result = {"value": percent(macro(groups)), "ci95": [percent(v) for v in bootstrap(groups)], "sampled": None}
     if after_drawn and after_drawn[0]:
-        means = np.array([np.mean([correct_or_none(r, s, pixels) for r in a]) - np.mean([correct_or_none(r, s, pixels) for r in b])
+        means = np.array([np.mean([right_or_not(r, s, pixels) for r in a]) - np.mean([right_or_not(r, s, pixels) for r in b])
                           for a, b, s in zip(after_drawn, before_drawn, samples)])
         groups = list(by_task(samples, means).values())
         result |= {"sampled": percent(macro(groups)), "sampled_ci95": [percent(v) for v in bootstrap(groups)]}

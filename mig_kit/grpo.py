@@ -131,12 +131,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path, *, share_prefix: bool, adapter,
             num_generations: int, batch_size: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
             warmup: int, beta: float, temperature: float, max_new_tokens: int, weights: list[float], clip_low: float,
-            clip_high: float, seed: int, save_steps: int, pixels: tuple[int, int], schedule: str = "constant_with_warmup") -> GRPOTrainer:
+            clip_high: float, seed: int, save_steps: int, pixels: tuple[int, int]) -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image and box."""
     config = GRPOConfig(
         output_dir=str(folder / "checkpoints"), num_generations=num_generations, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation, max_steps=max_steps, learning_rate=learning_rate,
-        lr_scheduler_type=schedule, warmup_steps=warmup, beta=beta, temperature=temperature,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=warmup, beta=beta, temperature=temperature,
         max_completion_length=max_new_tokens, reward_weights=weights, epsilon=clip_low, epsilon_high=clip_high, seed=seed,
         data_seed=seed, logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to="none",
         use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,
@@ -149,18 +149,15 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
                                    cache=PromptCache(model, processor, *pixels))
 
 
-class Stopwatch(TrainerCallback):
-    """Stops training after `minutes`, after a checkpoint; 0 means never. For machines that are lent by the hour."""
+class StopAfter(TrainerCallback):
+    """Saves and stops after `steps` updates, as a kill would, but tidily; the next start resumes."""
 
-    def __init__(self, minutes: float):
-        import time
-
-        self.clock, self.limit = time.monotonic, minutes * 60
-        self.start = self.clock()
+    def __init__(self, steps: int):
+        self.steps = steps
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask the trainer to save and stop once the time is up."""
-        if self.limit and self.clock() - self.start > self.limit:
+        """Ask the trainer to save and stop."""
+        if state.global_step >= self.steps:
             control.should_save = control.should_training_stop = True
 
 

@@ -7,12 +7,14 @@ their things' names, so that the image number matters. Text lessons are puzzles 
 import random
 from dataclasses import dataclass, replace
 
-from mig_kit.prompts import CHOICE, GROUNDING, answer_text, box_text
 from mig_kit.frames import to_model
-from mig_kit.scenes import Scene, Thing, arrange, cropped, random_looks, random_size
+from mig_kit.prompts import CHOICE, GROUNDING, answer_text, box_text
+from mig_kit.scenes import Scene, Thing, arrange, cell_of, cropped, grid_of, random_looks, random_size
 from mig_kit.tasks import EXTREMES, extreme
 
-Turn = tuple[str, str, float]  # what the user says, what the assistant says, weight of the assistant's words
+Look = tuple[int, int] | None  # image number and cell (in reading order) of the thing that some words are about
+Piece = tuple[str, float, Look]  # words of the assistant, their weight in the loss, what they are about
+Turn = tuple[str, list[Piece]]  # what the user says, what the assistant says
 VERBS = ("Compare.", "Search.", "Track.", "Associate.")
 
 
@@ -53,61 +55,114 @@ def box_of(scene: Scene, thing: Thing):
     return to_model(thing.box, (scene.width, scene.height))
 
 
+def look_at(scenes: list[Scene], number: int, thing: Thing) -> Look:
+    """The place of a thing: its image's number and its cell."""
+    column, row = cell_of(scenes[number - 1], thing)
+    return number, row * grid_of(scenes[number - 1].width, scenes[number - 1].height)[0] + column
+
+
 def _find(rng: random.Random, scenes: list[Scene], number: int, thing: Thing, what: str = "") -> Turn:
     answer = answer_text(number, box_of(scenes[number - 1], thing))
+    where = look_at(scenes, number, thing)
     question = rng.choice(["Where is {} in image {}?", "Find {} in image {}."]).format(what or f"the {thing.name}", number)
     if rng.random() < 0.3:
-        return f"{question} {GROUNDING}", f"<answer>{answer}</answer>", 1.0
-    return question, answer, 1.0
+        return f"{question} {GROUNDING}", [(f"<answer>{answer}</answer>", 1.0, where)]
+    return question, [(answer, 1.0, where)]
+
+
+def _name_turn(question: str, scenes: list[Scene], number: int, thing: Thing) -> Turn:
+    return question, [(thing.name, 1.0, look_at(scenes, number, thing))]
+
+
+def _list_turn(scenes: list[Scene], number: int) -> Turn:
+    scene = scenes[number - 1]
+    return f"List image {number}.", [(", " * bool(i) + name, 1.0, look_at(scenes, number, scene.find(name)))
+                                     for i, name in enumerate(scene.names())]
+
+
+def _count_turn(rng: random.Random, scene: Scene, at: str) -> Turn:
+    thing = rng.choice(scene.things)
+    word = rng.choice([f"{thing.colour} ", f"{thing.shape} ", ""])
+    total = sum(word.strip() in (t.colour, t.shape, "") for t in scene.things)
+    return f"How many {word}things are in {at}?", [(str(total), 1.0, None)]
+
+
+def _choice_turn(rng: random.Random, scene: Scene, at: str) -> Turn:
+    if len(scene.things) > 1 and rng.random() < 0.5:
+        a, b = rng.sample(scene.things, 2)
+        if abs(a.centre[0] - b.centre[0]) > 4:
+            letter = "A" if a.centre[0] < b.centre[0] else "B"
+            question = f"Is the {a.name} left of the {b.name} in {at}? A. yes B. no {CHOICE}"
+            return question, [(f"<answer>{letter}</answer>", 1.0, None)]
+    right = rng.choice(scene.names())
+    others = [name_of(look) for look in random_looks(rng, 3) if name_of(look) not in scene.names()][:2]
+    options = rng.sample([right, *others], len(others) + 1)
+    listed = " ".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+    return f"What is in {at}? {listed} {CHOICE}", [(f"<answer>{'ABC'[options.index(right)]}</answer>", 1.0, None)]
+
+
+def locate_turns(rng: random.Random, scenes: list[Scene], count: int = 3) -> list[Turn]:
+    """Whole pictures located: every thing's name and box, in random order, as (question, pieces with weights).
+
+    The names carry almost no loss, for their order cannot be known; each box is looked up by the name right before it.
+    Lists in reading order would teach a pointer that walks on instead of a look-up.
+    """
+    turns = []
+    for number in rng.sample(range(1, len(scenes) + 1), min(count, len(scenes))):
+        scene, pieces = scenes[number - 1], []
+        for place, thing in enumerate(rng.sample(scene.things, len(scene.things))):
+            pieces += [("; the " + thing.name if place else "the " + thing.name, 0.03, None),
+                       (f" {box_text(box_of(scene, thing))}", 1.0, look_at(scenes, number, thing))]
+        if pieces:
+            turns.append((f"Where is each thing in image {number}?", pieces))
+    return turns
 
 
 def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8) -> list[Turn]:
-    """`count` or a few more questions with answers, each about one picture of `scenes`."""
+    """At most `count` questions with answers, each about one picture of `scenes`.
+
+    No box is asked for or shown twice in a dialogue: the second time it could be copied from the first.
+    """
     turns: list[Turn] = []
-    while len(turns) < count:
-        number = rng.randint(1, len(scenes))
-        scene = scenes[number - 1]
-        if not scene.things:
-            continue
-        thing, kind, at = rng.choice(scene.things), rng.random(), f"image {number}"
-        name = ""
-        if kind < 0.36:
-            turns.append(_find(rng, scenes, number, thing))
-        elif kind < 0.52:
-            question = rng.choice(["What is at {} in {}?", "What does the box {} of {} hold?"])
-            turns.append((question.format(box_text(box_of(scene, thing)), at), thing.name, 1.0))
-            name = thing.name
-        elif kind < 0.68:
-            turns.append((f"List {at}.", ", ".join(scene.names()), 0.7))
-        elif kind < 0.80:
+    fresh = {(i, t.name): t for i, scene in enumerate(scenes, 1) for t in scene.things}
+    unlisted = [i for i, scene in enumerate(scenes, 1) if scene.things]
+    for _ in range(2 * count):
+        if len(turns) >= count or not fresh:
+            break
+        kind, name = rng.random(), ""
+        number = rng.choice(list(fresh))[0]
+        scene, at = scenes[number - 1], f"image {number}"
+        if kind < 0.40:
+            key = rng.choice(list(fresh))
+            turns.append(_find(rng, scenes, key[0], fresh.pop(key)))
+        elif kind < 0.60:
+            key = rng.choice(list(fresh))
+            thing, name = fresh.pop(key), key[1]
+            question = rng.choice(["What is at {} in image {}?", "What does the box {} of image {} hold?"])
+            turns.append(_name_turn(question.format(box_text(box_of(scenes[key[0] - 1], thing)), key[0]), scenes, key[0], thing))
+        elif kind < 0.74:
+            if unlisted:
+                place = unlisted.pop(rng.randrange(len(unlisted)))
+                turns.append(_list_turn(scenes, place))
+        elif kind < 0.86:
             which = rng.choice(list(EXTREMES))
             found = extreme(scene, which)
             if found:
-                turns.append((f"Which is the {which} thing in {at}?", found.name, 1.0))
+                turns.append(_name_turn(f"Which is the {which} thing in {at}?", scenes, number, found))
                 name = found.name
-        elif kind < 0.86:
-            word = rng.choice([f"{thing.colour} ", f"{thing.shape} ", ""])
-            total = sum(word.strip() in (t.colour, t.shape, "") for t in scene.things)
-            turns.append((f"How many {word}things are in {at}?", str(total), 1.0))
-        elif kind < 0.89 and scene.mark:
-            marked = [t.name for t in scene.things if t.box == scene.mark]
-            turns.append((f"What is marked in {at}?", marked[0], 1.0))
-            name = marked[0]
-        elif kind < 0.94 and len(scene.things) > 1:
-            a, b = rng.sample(scene.things, 2)
-            if abs(a.centre[0] - b.centre[0]) > 4:
-                left = a.centre[0] < b.centre[0]
-                turns.append((f"Is the {a.name} left of the {b.name} in {at}? A. yes B. no {CHOICE}",
-                              f"<answer>{'A' if left else 'B'}</answer>", 1.0))
-        else:
-            others = [name_of(look) for look in random_looks(rng, 3) if name_of(look) not in scene.names()][:2]
-            options = rng.sample([thing.name, *others], len(others) + 1)
-            listed = " ".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
-            turns.append((f"What is in {at}? {listed} {CHOICE}", f"<answer>{'ABC'[options.index(thing.name)]}</answer>", 1.0))
+        elif kind < 0.90:
+            turns.append(_count_turn(rng, scene, at))
+        elif kind < 0.93 and scene.mark:
+            marked = next(t for t in scene.things if t.box == scene.mark)
+            turns.append(_name_turn(f"What is marked in {at}?", scenes, number, marked))
+            name = marked.name
+        elif kind >= 0.93:
+            turns.append(_choice_turn(rng, scene, at))
         if name and rng.random() < 0.5:
-            places = [(i, t) for i, s in enumerate(scenes, 1) for t in s.things if t.name == name]
-            place, again = rng.choice(places)
-            turns.append(_find(rng, scenes, place, again, "it"))
+            places = [key for key in fresh if key[1] == name]
+            if places:
+                key = rng.choice(places)
+                turns.append(_find(rng, scenes, key[0], fresh.pop(key), "it"))
     return turns
 
 
@@ -177,19 +232,20 @@ def puzzle(rng: random.Random) -> Puzzle:
                   name_of(rest[0]))
 
 
-def text_turns(rng: random.Random, count: int = 3) -> list[tuple[str, list[tuple[str, float]]]]:
-    """Puzzles as turns: the user's words, and the assistant's in pieces with the weight of each piece."""
+def text_turns(rng: random.Random, count: int = 3) -> list[Turn]:
+    """Puzzles over lists as turns; they are about no picture."""
     turns = []
     for _ in range(count):
         item, form = puzzle(rng), rng.random()
         if form < 0.35:
-            turns.append((f"{item.notes} {item.question}", [(item.finding, 1.0)]))
+            turns.append((f"{item.notes} {item.question}", [(item.finding, 1.0, None)]))
             continue
-        question, ending = item.question, [("</think>", 1.0)]
+        question, ending = item.question, [("</think>", 1.0, None)]
         if form > 0.75 and item.right in item.options:
             letters = "ABCDE"[:len(item.options)]
             question += "".join(f" {a}. {option}" for a, option in zip(letters, item.options)) + f" {CHOICE}"
-            ending = [("</think><answer>", 0.5), (letters[item.options.index(item.right)], 2.0), ("</answer>", 0.5)]
+            letter = letters[item.options.index(item.right)]
+            ending = [("</think><answer>", 0.5, None), (letter, 2.0, None), ("</answer>", 0.5, None)]
         verb = rng.choice(VERBS) + " " if rng.random() < 0.5 else ""
-        turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03), (item.finding, 1.0), *ending]))
+        turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03, None), (item.finding, 1.0, None), *ending]))
     return turns

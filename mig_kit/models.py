@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration,
-                          Qwen2_5_VLProcessor)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
@@ -108,6 +107,11 @@ def load_processor(model: str | Path, min_pixels: int = 3136, max_pixels: int = 
             template = path.read_text() if name.endswith("jinja") else json.loads(path.read_text())["chat_template"]
             break
     return ImageProcessor(images, tokenizer, chat_template=template or tokenizer.chat_template)
+
+
+def resolve(model: str) -> str | Path:
+    """"tiny" stands for the base that mig_kit ships; a folder or a hub name stands for itself."""
+    return TINY_BASE if model == "tiny" else model
 
 
 def check_model_folder(model: str | Path) -> None:

@@ -66,7 +66,8 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
     return {s.id: have[s.id] for s in samples}
 
 
-def pass_rates(samples: list[Sample], replies: dict[str, list[str]], pixels: tuple[int, int], threshold: float = 0.5) -> np.ndarray:
+def pass_rates(samples: list[Sample], replies: dict[str, list[str]], pixels: tuple[int, int],
+               threshold: float = 0.5) -> np.ndarray:
     """Share of right replies per sample, (samples,) float in 0..1."""
     return np.array([np.mean([correct(r, s, threshold, pixels) for r in replies[s.id]]) for s in samples])
 

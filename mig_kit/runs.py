@@ -25,7 +25,9 @@ STAGES = {
     "04_rejection_sampling": ("01_synthesize", "03_merge"), "05_grpo": ("03_merge", "04_rejection_sampling"),
     "06_evaluate": ("03_merge", "05_grpo"),
     "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo", "06_evaluate"),
+    "90_tiny_base": (),
 }
+RECIPE = tuple(stage for stage in STAGES if stage < "90")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy", "pillow")
 # glibc gives freed memory back to the system at once and faults it in again for every tensor; this costs a CPU a third.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -189,12 +191,15 @@ class Stage:
 def begin(stage: str, names: dict) -> Stage:
     """Start a stage from a notebook: `names` is globals(), where the parameters cell left its values.
 
-    Plain values that are no parameters of the stage are refused: a mistyped `-p` would otherwise be ignored in silence.
+    What the parameter cells assign must be a parameter of the stage: a mistyped `-p` would otherwise be ignored in silence.
     Leftovers of an interrupted run with the same key stay for resuming, all others are removed.
     """
-    plain = {k: v for k, v in names.items() if not k.startswith("_") and type(v) in (int, float, str, bool, list)
-             and k not in ("In", "quit", "exit")}
-    params = checked(plain, stage)
+    given = set(read_params(params_file(stage)))
+    for cell in names.get("In", []):
+        if cell.lower().startswith("# parameters"):
+            given |= {target.id for node in ast.parse(cell).body if isinstance(node, ast.Assign | ast.AnnAssign)
+                      for target in (node.targets if isinstance(node, ast.Assign) else [node.target])}
+    params = checked({name: names[name] for name in sorted(given) if name in names}, stage)
     run_id = params["run_id"]
     if not run_id or run_id.startswith(".") or any(c in run_id for c in "/\\"):
         raise ValueError(f"run_id is '{run_id}'; use letters, digits, '-' and '_'")
@@ -209,3 +214,9 @@ def begin(stage: str, names: dict) -> Stage:
     (folder / "run.json").unlink(missing_ok=True)
     write_json(marker, {"key": key})
     return Stage(stage, run_id, folder, params, key)
+
+
+def show(stage: Stage) -> None:
+    """Print the stage's parameters and the versions of what computes it."""
+    print(f"{stage.name} of run '{stage.run_id}':", ", ".join(f"{k}={v}" for k, v in stage.params.items() if k != "run_id"))
+    print("versions:", ", ".join(f"{k} {v}" for k, v in versions().items()))

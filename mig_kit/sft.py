@@ -45,7 +45,7 @@ def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epoc
     config = SFTConfig(
         output_dir=str(folder / "checkpoints"), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation, learning_rate=learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=warmup, logging_steps=5, save_steps=save_steps, save_total_limit=1, report_to="none", seed=seed,
+        warmup_steps=warmup, logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to="none", seed=seed,
         data_seed=seed, max_length=None, completion_only_loss=True, use_cpu=hw.device == "cpu",
         bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
         dataloader_pin_memory=False, remove_unused_columns=False)

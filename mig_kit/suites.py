@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mig_kit.records import Sample
-from mig_kit.scenes import Scene, cropped, random_looks, random_size
-from mig_kit.tasks import TASKS, Draft, World, _name, _sharing, _swap, draft_of, extreme, finish, frames, listed, make
+from mig_kit.scenes import cropped, random_size
+from mig_kit.tasks import TASKS, Draft, World, _name, _sharing, _swap, draft_of, extreme, finish, frames, make
 
 
 def lisa(rng: random.Random, world: World) -> Draft:
@@ -25,8 +25,8 @@ def lisa(rng: random.Random, world: World) -> Draft:
             mates = [look for look in looks[1:] if look[attribute] == looks[0][attribute]]
             if len(mates) == 1:
                 word = ("colour", "shape")[attribute]
-                return Draft([scene], f"Which thing has the same {word} as the {_name(looks[0])}? Find it.", [(1, _name(mates[0]))],
-                             "", [])
+                question = f"Which thing has the same {word} as the {_name(looks[0])}? Find it."
+                return Draft([scene], question, [(1, _name(mates[0]))], "", [])
         elif kind == "pattern":
             striped = [look for look in looks if look[2] == "striped"]
             if len(striped) == 1:
@@ -126,8 +126,8 @@ def order(rng: random.Random, world: World) -> Draft:
     right = " ".join(str(shuffle.index(n) + 1) for n in range(3))
     wrong = [w for w in ("1 2 3", "1 3 2", "2 1 3", "2 3 1", "3 1 2", "3 2 1") if w != right]
     options, letter = _choice(rng, right, rng.sample(wrong, 2))
-    return Draft([film[n] for n in shuffle], "The images are frames of a film. Every image has one new thing. Which image is one, two, three?", [], "", [],
-                 options=options, letter=letter)
+    question = "The images are frames of a film. Every image has one new thing. Which image is one, two, three?"
+    return Draft([film[n] for n in shuffle], question, [], "", [], options=options, letter=letter)
 
 
 def retrieval(rng: random.Random, world: World) -> Draft:

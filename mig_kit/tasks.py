@@ -9,8 +9,21 @@ import zlib
 from dataclasses import dataclass, replace
 
 from mig_kit.records import Sample
-from mig_kit.scenes import (COLOURS, SHAPES, UNSEEN_PAIRS, Scene, Thing, arrange, cropped, draw, random_looks,
-                            random_size, rounded, separate, viewed)
+from mig_kit.scenes import (
+    COLOURS,
+    SHAPES,
+    UNSEEN_PAIRS,
+    Scene,
+    Thing,
+    arrange,
+    cropped,
+    draw,
+    random_looks,
+    random_size,
+    rounded,
+    separate,
+    viewed,
+)
 
 SPLITS = ("base", "cot", "rl", "val", "test")
 

@@ -1,0 +1,38 @@
+# make run: the whole recipe on this machine. make test: all tests. Both work as the first command in a fresh clone.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PROFILE ?= tiny
+RUN_ID ?= default
+# glibc hands freed memory back at once and faults it in again for every tensor; see mig_kit/runs.py
+export MALLOC_MMAP_THRESHOLD_ := 8589934592
+export MALLOC_TRIM_THRESHOLD_ := 17179869184
+export MALLOC_TOP_PAD_ := 268435456
+
+.PHONY: run test lint lab setup clean
+
+run: setup
+	$(BIN)/mig-kit run --profile $(PROFILE) --run-id $(RUN_ID)
+
+test: setup
+	$(BIN)/python -m pytest -q --durations=8
+
+lint: setup
+	$(BIN)/ruff check mig_kit tests notebooks
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+setup: $(VENV)/done
+
+$(VENV)/done: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; install Python 3.11 or set PYTHON="; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing pinned packages (a minute or two)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,136 @@
+"""The command line: run stages, look at runs, ground one question."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+import yaml
+
+from mig_kit import runs
+
+
+def main() -> None:
+    """Entry point: bad input ends with one sentence, not with a traceback."""
+    for name, value in runs.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit("interrupted; the same command goes on where this one stopped")
+    except (FileNotFoundError, ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:
+        sys.exit(f"mig-kit: {error.args[0] if error.args else error}")
+
+
+@click.group()
+def cli() -> None:
+    """mig-kit: multi-image visual grounding by reinforcement learning."""
+
+
+def stage_name(text: str) -> str:
+    """A stage from its number or name ("05", "grpo", "05_grpo")."""
+    found = [stage for stage in runs.STAGES if text in (stage, stage[:2], stage[3:])]
+    if not found:
+        raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(runs.STAGES)}")
+    return found[0]
+
+
+def chosen_params(stage: str, profile: str, run_id: str, given: dict) -> dict:
+    """The stage's parameters: profile file, run id, then what the command line gave and the stage knows."""
+    values = {**runs.read_params(runs.params_file(stage, profile)), "run_id": run_id}
+    known = runs.read_params(runs.params_file(stage))
+    return runs.checked({**values, **{k: v for k, v in given.items() if k in known}}, stage)
+
+
+@cli.command()
+@click.argument("stages", nargs=-1)
+@click.option("--profile", default="tiny", show_default=True, help="Folder under params/.")
+@click.option("--run-id", default="default", show_default=True, help="Folder under runs/.")
+@click.option("-p", "params", nargs=2, multiple=True, metavar="KEY VALUE", help="Set a parameter wherever a stage has it.")
+@click.option("--force", is_flag=True, help="Run even what is up to date.")
+def run(stages: tuple[str, ...], profile: str, run_id: str, params, force: bool) -> None:
+    """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    given = {key: yaml.safe_load(value) for key, value in params}
+    names = [stage_name(s) for s in stages] or list(runs.RECIPE)
+    known = {key for name in names for key in runs.read_params(runs.params_file(name))}
+    for key in given:
+        if key not in known:
+            runs.checked({key: given[key]}, names[-1])
+    for name in names:
+        values = chosen_params(name, profile, run_id, given)
+        if not force and runs.up_to_date(name, run_id, values):
+            click.echo(f"{name}: up to date")
+            continue
+        folder = runs.runs_root() / run_id / name
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.time()
+        click.echo(f"{name}: running")
+        try:
+            papermill.execute_notebook(runs.ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb", values,
+                                       progress_bar=sys.stderr.isatty(), log_output=True, cwd=str(runs.ROOT / "notebooks"))
+        except PapermillExecutionError as error:
+            raise RuntimeError(f"{name} failed: {error.ename}: {error.evalue} (the notebook is {folder / name}.ipynb)") from None
+        click.echo(f"{name}: done in {(time.time() - start) / 60:.1f} min")
+    report = runs.runs_root() / run_id / "07_report" / "report.html"
+    if report.is_file():
+        click.echo(f"report: {report}")
+
+
+@cli.command()
+@click.argument("run_id", required=False)
+def status(run_id: str | None) -> None:
+    """What has finished in a run, or in all runs."""
+    root = runs.runs_root()
+    names = [run_id] if run_id else sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    if run_id and not (root / run_id).is_dir():
+        raise FileNotFoundError(f"no run '{run_id}' in {root}")
+    for name in names:
+        click.echo(name)
+        for stage in runs.STAGES:
+            record = runs.finished(stage, name)
+            begun = (root / name / stage / "started.json").is_file()
+            state = f"done in {record['seconds'] / 60:.1f} min" if record else "not finished" if begun else "-"
+            click.echo(f"  {stage:<24}{state}")
+
+
+@cli.command()
+@click.option("--model", required=True, help="A Qwen2.5-VL folder or hub name.")
+@click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; repeat in order.")
+@click.option("--out", default="grounded.png", show_default=True, help="Where the picture with the box goes.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.argument("question")
+def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, question: str) -> None:
+    """Ask MODEL where in the images the answer to QUESTION is; print it and save the picture with the box."""
+    from PIL import Image, UnidentifiedImageError
+
+    from mig_kit import models, plots, sft
+    from mig_kit.prompts import box_in_original, parse
+    from mig_kit.records import Sample
+
+    opened = []
+    for path in images:
+        try:
+            opened.append(Image.open(path).convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path} is no readable image; give a PNG or JPEG file") from error
+    hw = models.hardware()
+    pixels = (3136, 401408)
+    processor = models.load_processor(model, *pixels)
+    sample = Sample("ground", "", "", "", tuple(opened), question)
+    reply = sft.greedy_replies(models.load_model(model, hw), processor, [sample], hw, pixels, max_new_tokens)[0]
+    read, box = parse(reply), box_in_original(sample, parse(reply), *pixels)
+    click.echo(f"reasoning: {read.thinking or '-'}")
+    if box is None:
+        click.echo(f"no box; the model said: {reply}")
+        return
+    click.echo(f"image: {read.image} ({images[read.image - 1]})")
+    click.echo("box: " + ", ".join(f"{v:.0f}" for v in box) + " (xyxy, pixels of that image)")
+    plots.strip(sample, reply, pixels, 320).save(Path(out))
+    click.echo(f"picture: {out}")

@@ -1,0 +1,125 @@
+"""Pictures for notebooks and report: boxes on images, bars with intervals, curves. Colours are safe for the colour-blind."""
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from PIL import Image, ImageDraw, ImageFont
+
+from mig_kit.frames import Box
+from mig_kit.prompts import box_in_original, parse
+from mig_kit.records import Sample
+
+SYSTEM_COLOURS = {"base": "#999999", "sft": "#E69F00", "grpo": "#0072B2", "sft_long": "#CC79A7"}
+TARGET, PREDICTED, REFERENCE = "#009E73", "#D55E00", "#CC00CC"
+
+
+def style() -> None:
+    """The look of all figures; call once per notebook."""
+    sns.set_theme(style="whitegrid", context="notebook", rc={"figure.figsize": (8, 3.2), "figure.dpi": 110})
+
+
+def _dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str, width: int, step: int = 10) -> None:
+    x1, y1, x2, y2 = box
+    for start in range(int(x1), int(x2), step):
+        for y in (y1, y2):
+            pen.line((start, y, min(start + step // 2, x2), y), fill=colour, width=width)
+    for start in range(int(y1), int(y2), step):
+        for x in (x1, x2):
+            pen.line((x, start, x, min(start + step // 2, y2)), fill=colour, width=width)
+
+
+def strip(sample: Sample, reply: str = "", pixels: tuple[int, int] = (3136, 401408), height: int = 200) -> Image.Image:
+    """All images of a sample side by side, numbered: target solid green, the reply's box dashed orange, reference pink.
+
+    height: of the pictures, pixels.
+    """
+    read = parse(reply)
+    predicted = box_in_original(sample, read, *pixels) if reply else None
+    tiles = []
+    for number, image in enumerate(sample.images, 1):
+        scale = height / image.height
+        tile = image.convert("RGB").resize((round(image.width * scale), height), Image.Resampling.LANCZOS)
+        pen = ImageDraw.Draw(tile)
+        boxes = [(box, TARGET, False) for n, box in sample.targets if n == number]
+        if number == 1 and sample.reference:
+            boxes.append((sample.reference, REFERENCE, False))
+        if predicted and read.image == number:
+            boxes.append((predicted, PREDICTED, True))
+        for box, colour, dashed in boxes:
+            scaled = tuple(v * scale for v in box)
+            if dashed:
+                _dashed(pen, scaled, colour, 3)
+            elif scaled[2] > scaled[0] and scaled[3] > scaled[1]:
+                pen.rectangle(scaled, outline=colour, width=3)
+        tiles.append(tile)
+    gap, head = 8, 22
+    sheet = Image.new("RGB", (sum(t.width for t in tiles) + gap * (len(tiles) + 1), height + head + gap), "white")
+    pen, x = ImageDraw.Draw(sheet), gap
+    for number, tile in enumerate(tiles, 1):
+        pen.text((x, 3), f"Image {number}", fill="#333333", font=ImageFont.load_default(14))
+        sheet.paste(tile, (x, head))
+        x += tile.width + gap
+    return sheet
+
+
+def bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None, palette=None, interval: str | None = None):
+    """A bar per row; interval: the key of a [low, high] pair drawn as an error bar. Returns the figure."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    hues = list(dict.fromkeys(table[hue])) if hue else [None]
+    names = list(dict.fromkeys(table[x]))
+    figure, axes = plt.subplots(figsize=(max(6.5, 0.62 * len(names) * max(1, len(hues) / 2)), 3.4))
+    sns.barplot(table, x=x, y=y, hue=hue, palette=palette, ax=axes, errorbar=None, order=names, hue_order=hues if hue else None)
+    if interval:
+        width = 0.8 / len(hues)
+        for index, name in enumerate(names):
+            for place, level in enumerate(hues):
+                match = table[(table[x] == name) & ((table[hue] == level) if hue else True)]
+                if len(match) and match.iloc[0][interval] is not None:
+                    low, high = match.iloc[0][interval]
+                    at = index - 0.4 + width * (place + 0.5)
+                    axes.plot([at, at], [low, high], color="#222222", linewidth=1.2)
+    axes.set(title=title, xlabel="", ylabel=y)
+    axes.tick_params(axis="x", rotation=30 if max(map(len, map(str, names))) > 8 else 0)
+    plt.setp(axes.get_xticklabels(), ha="right" if max(map(len, map(str, names))) > 8 else "center")
+    if hue:
+        axes.legend(frameon=False, ncols=len(hues), loc="upper right", bbox_to_anchor=(1, 1.17), fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step"):
+    """One small panel per name over x; a faint line for the values, a strong one for their running mean over `smooth`."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    names = [n for n in names if n in table and table[n].notna().any()]
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns, 2.4 * lines), squeeze=False)
+    for axis, name in zip(axes.flat, names):
+        values = table[[x, name]].dropna().astype(float)
+        if smooth > 1:
+            axis.plot(values[x], values[name], color="#0072B2", alpha=0.25, linewidth=1)
+        axis.plot(values[x], values[name].rolling(smooth, min_periods=1).mean(), color="#0072B2", linewidth=2)
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.set_xlabel(x, fontsize=9)
+    for axis in list(axes.flat)[len(names):]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def stacked(counts: dict[str, dict[str, int]], title: str):
+    """Horizontal stacked bars: a bar per outer key, a piece per inner key."""
+    import pandas as pd
+
+    table = pd.DataFrame(counts).T.fillna(0)
+    figure, axes = plt.subplots(figsize=(8, 0.34 * len(table) + 1.3))
+    table.plot.barh(stacked=True, ax=axes, color=sns.color_palette("colorblind", len(table.columns)), width=0.75)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False, ncols=min(4, len(table.columns)), loc="upper center", bbox_to_anchor=(0.45, -0.12), fontsize=9)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,191 @@
+"""How the tiny base learnt to see (notebook 90): a vision tower trained with one small detection head per merged token.
+
+Localisation by language-model loss alone is many times slower. The heads are thrown away.
+"""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mig_kit.runs import write_json
+from mig_kit.scenes import COLOURS, PATTERNS, SHAPES, SIZES, Scene, arrange, cell_of, cropped, draw, grid_of, random_looks
+
+HIDDEN, VISION_HIDDEN = 256, 128
+FEATURE_NORM = 2.0
+
+
+def config(vocab_size: int, hidden: int = HIDDEN, layers: int = 5, vision_hidden: int = VISION_HIDDEN,
+           vision_layers: int = 4) -> Qwen2_5_VLConfig:
+    """The tiny Qwen2.5-VL. Widths are multiples of 64, the block size of NF4; heads are 32 wide."""
+    heads = hidden // 32
+    return Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=vocab_size, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]},
+            tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=0),
+        vision_config=dict(
+            depth=vision_layers, hidden_size=vision_hidden, intermediate_size=vision_hidden * 2,
+            num_heads=vision_hidden // 32, out_hidden_size=hidden, fullatt_block_indexes=list(range(vision_layers))),
+        image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4, tie_word_embeddings=True)
+
+
+class DetectionHeads(nn.Module):
+    """Per merged token: is a thing centred here, which shape, colour, pattern, is it marked, and its box.
+
+    The box is asked for twice, from the cell's centre and from the picture's corner: the language model reads whole
+    coordinates off one token, so the token must know where in the picture it is.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.sizes = (2, len(SHAPES), len(COLOURS), len(PATTERNS), 2, 8)
+        self.out = nn.Linear(width, sum(self.sizes))
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """features: (tokens, width) -> one tensor (tokens, size) per head; the last is the box."""
+        return self.out(features).split(self.sizes, -1)
+
+
+def codes(width: int = HIDDEN) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """An orthonormal code per thing that a token can say, (codes, width), and the sizes of the groups.
+
+    The groups: objectness, shape, colour, pattern, mark, then tens (0 to 11) and units of x1, y1, x2, y2. The language
+    model starts with the words' embeddings on the codes of shape, colour and pattern, so that a token of a red star
+    looks like the words "red star" with its digits beside them.
+    """
+    sizes = (2, len(SHAPES), len(COLOURS), len(PATTERNS), 2, *(12, 10) * 4)
+    noise = torch.randn(width, sum(sizes), generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(noise).Q.T.contiguous(), sizes
+
+
+def vision_scene(rng: random.Random, size: tuple[int, int]) -> Scene:
+    """A scene to learn seeing from: 1 to 6 things, now and then blown up, seen from aside, or with a marked thing."""
+    kind = rng.random()
+    if kind < 0.12:
+        scene = arrange(rng, random_looks(rng, rng.randint(1, 4)))
+        x1, y1, x2, y2 = rng.choice(scene.things).box
+        margin = rng.uniform(1, 6)
+        return cropped(scene, (x1 - margin, y1 - margin, x2 + margin, y2 + margin), size)
+    if kind < 0.25:
+        return arrange(rng, random_looks(rng, rng.randint(1, 2)), size, sides=(20, 34))
+    scene = arrange(rng, random_looks(rng, rng.randint(1, 6)), size, sides=(11, 27))
+    return replace(scene, mark=rng.choice(scene.things).box) if kind < 0.45 else scene
+
+
+def detection_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (cells, 5) int: objectness, shape, colour, pattern, marked; boxes (cells, 8) float in cell
+    widths of the resized picture, from the cell's centre (4) and from the corner (4). Rows in reading order, as the
+    merged tokens are."""
+    columns, rows = grid_of(scene.width, scene.height)
+    classes, boxes = np.zeros((rows * columns, 5), np.int64), np.zeros((rows * columns, 8), np.float32)
+    scale = np.array([columns / scene.width, rows / scene.height] * 2)
+    for thing in scene.things:
+        x, y = thing.centre
+        if not (0 <= x < scene.width and 0 <= y < scene.height):
+            continue
+        column, row = cell_of(scene, thing)
+        classes[row * columns + column] = (1, SHAPES.index(thing.shape), list(COLOURS).index(thing.colour),
+                                           PATTERNS.index(thing.pattern), thing.box == scene.mark)
+        box = np.clip(np.array(thing.box), 0, [scene.width, scene.height] * 2) * scale
+        boxes[row * columns + column] = [*(box - np.array([column + 0.5, row + 0.5] * 2)), *box]
+    return classes, boxes
+
+
+def image_processor() -> Qwen2VLImageProcessorPil:
+    """The tiny base's image processor: Qwen2.5-VL's, with the kit's pixel limits."""
+    return Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=401408)
+
+
+def _batch(rng: random.Random, processor, size: int):
+    """Processed pictures of one random size, and their targets: classes (cells, 5), boxes (cells, 8)."""
+    shape = rng.choice(SIZES) if rng.random() < 0.5 else SIZES[0]
+    scenes = [vision_scene(rng, shape) for _ in range(size)]
+    targets = [detection_targets(s) for s in scenes]
+    classes = torch.from_numpy(np.concatenate([t[0] for t in targets]))
+    boxes = torch.from_numpy(np.concatenate([t[1] for t in targets]))
+    return processor([draw(s) for s in scenes], return_tensors="pt"), classes, boxes
+
+
+def class_loss(groups, classes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of objectness everywhere, and of shape, colour, pattern and mark where a thing is."""
+    there = classes[:, 0] == 1
+    loss = nn.functional.cross_entropy(groups[0], classes[:, 0])
+    return loss + sum(nn.functional.cross_entropy(groups[i][there], classes[there, i]) for i in range(1, 5))
+
+
+def digit_loss(groups, boxes: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the tens and units of the four coordinates, whole pixels of the resized picture."""
+    whole = (boxes[there, 4:] * 28).round().long().clamp(0, 119)
+    pairs = [(groups[5 + 2 * i + k][there], whole[:, i] // 10 if k == 0 else whole[:, i] % 10) for i in range(4) for k in (0, 1)]
+    return sum(nn.functional.cross_entropy(logits, digit) for logits, digit in pairs) / len(pairs)
+
+
+def train_vision(folder: Path, *, locate_steps: int, spell_steps: int, batch: int = 64, seed: int = 0,
+                 autocast: bool = True) -> dict:
+    """Train the tower on fresh scenes and write folder/vision.safetensors; returns the figures of the last batches.
+
+    First it learns to locate (trained heads), then to spell: every token's features become a sum of `codes`. Figures:
+    box error in pixels of the resized picture, share of right classes and digits. What is finished is not done again.
+    """
+    path, notes = folder / "vision.safetensors", folder / "vision.json"
+    if path.is_file() and notes.is_file():
+        return json.loads(notes.read_text())
+    torch.manual_seed(seed)
+    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config(64).vision_config)
+    heads, processor, figures = DetectionHeads(HIDDEN), image_processor(), {}
+    table, sizes = codes()
+    located = folder / "located.safetensors"
+    for phase, steps, lr in (("locate", locate_steps, 2e-3), ("spell", spell_steps, 1e-3)):
+        if phase == "locate" and located.is_file():
+            tower.load_state_dict(load_file(located))
+            continue
+        rng = random.Random(f"vision/{seed}/{phase}")
+        parameters = [*tower.parameters(), *heads.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
+        bar = tqdm(range(steps), desc=phase, mininterval=5)
+        for step in bar:
+            inputs, classes, boxes = _batch(rng, processor, batch)
+            there = classes[:, 0] == 1
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                features = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+            features = features.float()
+            *groups, box = heads(features)
+            loss = class_loss(groups, classes) + 8 * nn.functional.smooth_l1_loss(box[there], boxes[there], beta=0.05)
+            if phase == "spell":
+                spelt = nn.functional.rms_norm(features, (HIDDEN,)) @ table.T
+                groups = spelt.split(sizes, -1)
+                digits = digit_loss(groups, boxes, there)
+                loss = loss + class_loss(groups, classes) + 4 * digits
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 49 or step == steps - 1:
+                right = [(groups[i].argmax(-1) == classes[:, i])[there].float().mean().item() for i in range(1, 5)]
+                figures |= {f"{phase}_box_error_px": round(28 * (box - boxes)[there].abs().mean().item(), 3),
+                            f"{phase}_classes": [round(r, 3) for r in right]}
+                if phase == "spell":
+                    figures["digit_nats"] = round(digits.item(), 3)
+                bar.set_postfix(figures)
+        if phase == "locate":
+            save_file({k: v.contiguous() for k, v in tower.state_dict().items()}, located)
+    with torch.no_grad():  # as long as a word's embedding, so that what the language model adds to a token can show
+        scale = FEATURE_NORM / features.norm(dim=-1).mean()
+        tower.merger.mlp[2].weight *= scale
+        tower.merger.mlp[2].bias *= scale
+    save_file({k: v.contiguous() for k, v in tower.state_dict().items()}, path)
+    write_json(notes, figures)
+    return figures

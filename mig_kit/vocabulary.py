@@ -1,0 +1,103 @@
+"""The tiny base's vocabulary and chat format, and dialogues as token rows (notebook 90)."""
+
+import random
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2TokenizerFast
+
+from mig_kit.lessons import Turn, album, text_turns, visible, visual_turns
+from mig_kit.prompts import GROUNDING
+from mig_kit.tasks import TASKS, World
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>", "<|box_start|>", "<|box_end|>")
+PIECES = ("<think>", "</think>", "<answer>", "</answer>", '{"image": ', ', "box": [', "]}")
+SYSTEM = "You are a helpful assistant."
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_tokenizer(corpus: list[str], vocab_size: int = 640):
+    """A byte-level BPE with Qwen2.5's splitting rule (every digit a token of its own) and special tokens.
+
+    The fixed pieces of an answer are single tokens. A small corpus may give fewer than `vocab_size` tokens.
+    """
+    split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL, *PIECES], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    raw.train_from_iterator(corpus, trainer)
+    raw.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in PIECES])
+    return Qwen2TokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None,
+                              bos_token=None, padding_side="left", chat_template=CHAT_TEMPLATE)
+
+def tokenizer_and_babble(seed: int = 0):
+    """The tokenizer, trained on lessons and on the words of the tasks, and the tasks' questions as mere text.
+
+    Every token that the recipe will use must have been trained in the base: LoRA leaves the tied embedding frozen, and an
+    untrained token stays as unlikely as it began whatever fine-tuning does.
+    """
+    rng, corpus, babble = random.Random(seed), [], []
+    for _ in range(3000):
+        for question, pieces in visual_turns(rng, [visible(s) for s in album(rng, 3)], 3):
+            corpus += [question, *[piece[0] for piece in pieces]]
+        corpus += [f"Where is each thing in image {rng.randint(1, 6)}?", "; the"]
+        for question, pieces in text_turns(rng, 2):
+            corpus += [question, *[piece[0] for piece in pieces]]
+    for task in TASKS.values():
+        for _ in range(200):
+            draft = task(rng, World())
+            corpus += [draft.question, *draft.notes, draft.finding]
+            babble.append(f"{draft.question} {GROUNDING}")
+    return build_tokenizer(corpus), babble
+
+
+class Writer:
+    """Turns dialogues into token rows with a loss weight per token."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.cache: dict[str, list[int]] = {}
+        self.head = self.ids(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a piece of text, remembered."""
+        if text not in self.cache:
+            if len(self.cache) > 50000:
+                self.cache.clear()
+            self.cache[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.cache[text]
+
+    def dialogue(self, turns: list[Turn], image_tokens: list[int] = (), user_weight: float = 0.0):
+        """A chat as (ids, weights, looks), one each per token.
+
+        image_tokens: merged tokens of each picture, announced as "Image k: " before the first question. looks: the row's
+        index of the image token that a token is about, or -1.
+        """
+        ids, weights, looks, starts = list(self.head), [0.0] * len(self.head), [-1] * len(self.head), []
+
+        def add(part: list[int], weight: float, look: int = -1):
+            ids.extend(part)
+            weights.extend([weight] * len(part))
+            looks.extend([look] * len(part))
+
+        for number, tokens in enumerate(image_tokens, 1):
+            add(self.ids(f"Image {number}: <|vision_start|>"), 0.0)
+            starts.append(len(ids))
+            add([*[5] * tokens, 4], 0.0)
+        for turn, (question, pieces) in enumerate(turns):
+            add([*(self.ids("<|im_start|>user\n") if turn else []), *self.ids(question)], user_weight)
+            add(self.ids("<|im_end|>\n<|im_start|>assistant\n"), 0.0)
+            for text, weight, where in pieces:
+                add(self.ids(text), weight, starts[where[0] - 1] + where[1] if where else -1)
+            add([2], pieces[-1][1])
+            add(self.ids("\n"), 0.0)
+        return ids, weights, looks

@@ -1,0 +1,53 @@
+"""The command line's sentences."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from mig_kit.cli import cli
+from mig_kit.tasks import make
+
+
+def call(*words, **environment):
+    return subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", *words], capture_output=True, text=True,
+                          env=None if not environment else {**__import__("os").environ, **environment})
+
+
+def test_help():
+    result = CliRunner().invoke(cli, ["run", "--help"])
+    assert result.exit_code == 0 and "--profile" in result.output
+
+
+@pytest.mark.parametrize("words,sentence", [
+    (("run", "05", "-p", "num_generation", "4"), "did you mean 'num_generations'"),
+    (("run", "05", "-p", "num_generations", "many"), "must be a int"),
+    (("run", "99"), "no stage '99'"),
+    (("run", "05", "--run-id", "none-such"), "needs 03_merge"),
+    (("run", "--profile", "huge"), "the profiles are"),
+    (("status", "none-such"), "no run 'none-such'"),
+])
+def test_bad_input_is_one_sentence(words, sentence, tmp_path):
+    result = call(*words, MIG_KIT_RUNS=str(tmp_path))
+    assert result.returncode != 0 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_unreadable_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    result = call("ground", "--model", str(tmp_path), "--image", str(tmp_path / "a.png"), "Where?")
+    assert "no readable image" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_ground_answers(tmp_path):
+    from mig_kit.models import TINY_BASE
+
+    sample = make("refer_grounding", "val", 0)
+    paths = []
+    for number, image in enumerate(sample.images):
+        image.save(tmp_path / f"{number}.png")
+        paths += ["--image", str(tmp_path / f"{number}.png")]
+    result = call("ground", "--model", str(TINY_BASE), *paths, "--out", str(tmp_path / "out.png"), "Find the red star in image 2.")
+    assert result.returncode == 0, result.stderr
+    assert "reasoning:" in result.stdout and ("picture:" in result.stdout or "the model said" in result.stdout)

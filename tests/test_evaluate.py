@@ -1,0 +1,67 @@
+"""Metrics by hand."""
+
+import numpy as np
+import pytest
+
+from mig_kit import evaluate
+from mig_kit.evaluate import bootstrap, delta, macro, summarise
+from mig_kit.suites import make_suite
+from mig_kit.tasks import make
+
+PIXELS = (3136, 401408)
+
+
+def answer(sample, share=1.0):
+    """A reply whose box covers `share` of the target from the left: IoU = share."""
+    from mig_kit.frames import to_model
+
+    number, box = sample.targets[0]
+    x1, y1, x2, y2 = to_model(box, sample.sizes[number - 1])
+    return f'<think></think><answer>{{"image": {number}, "box": [{x1}, {y1}, {x1 + share * (x2 - x1)}, {y2}]}}</answer>'
+
+
+def test_scores_by_hand():
+    samples = [make("diff", "val", i) for i in range(4)] + [make("reasoning", "val", i) for i in range(2)]
+    replies = [answer(samples[0]), answer(samples[1], 0.6), answer(samples[2], 0.4), "", answer(samples[4]), answer(samples[5])]
+    result = summarise(samples, replies, [], PIXELS)
+    diff = result["tasks"]["diff"]
+    assert (diff["acc@0.3"], diff["acc@0.5"], diff["acc@0.7"]) == (75, 50, 25)
+    assert diff["mean_iou"] == pytest.approx(50, abs=0.01)
+    assert result["score"] == 75  # the unweighted mean of 50 and 100, not 4 of 6
+    assert result["sampled"] is None
+
+
+def test_the_wrong_image_scores_nothing():
+    sample = make("group_grounding", "val", 0)
+    number = sample.targets[0][0]
+    text = answer(sample).replace(f'"image": {number}', f'"image": {number % len(sample.images) + 1}')
+    assert evaluate.score_reply(text, sample, PIXELS)["right"] == 0
+
+
+def test_either_image_of_a_pair_that_holds_both():
+    sample = next(s for s in make_suite("ood_grounding", "val", 30) if s.task == "mc_bench" and len(s.targets) == 2)
+    other = answer(sample)
+    assert evaluate.score_reply(other, sample, PIXELS)["right"] == 1
+
+
+def test_paired_difference_and_sampled_mean():
+    samples = [make("diff", "val", i) for i in range(4)]
+    good, bad = [answer(s) for s in samples], [""] * 4
+    found = delta(samples, good, bad[:3] + good[3:], [[g, ""] for g in good], [["", ""]] * 4, PIXELS)
+    assert found["value"] == 75 and found["sampled"] == 50 and found["ci95"][0] <= 75 <= found["ci95"][1]
+
+
+def test_bootstrap_covers_and_is_stratified():
+    rng = np.random.default_rng(1)
+    groups = [np.ones(50), np.zeros(50)]
+    assert bootstrap(groups) == [0.5, 0.5]
+    hits = 0
+    for _ in range(60):
+        values = [(rng.random(80) < 0.3).astype(float), (rng.random(40) < 0.7).astype(float)]
+        low, high = bootstrap(values, resamples=400)
+        hits += low <= 0.5 <= high
+    assert hits >= 51  # 95 % nominal
+
+
+def test_macro():
+    assert macro([np.array([1.0, 0.0]), np.array([1.0])]) == 0.75

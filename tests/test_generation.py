@@ -1,0 +1,85 @@
+"""Shared prefixes are exact: the same greedy replies, log-probabilities and gradients as transformers gives."""
+
+import pytest
+import torch
+
+from mig_kit.generation import PromptCache, Sampling, completion_logps, draw_tokens, rollouts
+from mig_kit.prompts import messages
+
+
+def stock_inputs(processor, sample):
+    text = processor.apply_chat_template(messages(sample), add_generation_prompt=True, tokenize=False)
+    return processor(text=[text], images=[list(sample.images)], return_tensors="pt")
+
+
+@pytest.mark.slow
+def test_greedy_replies_equal_transformers(random_model, processor, samples):
+    prompts = PromptCache(random_model, processor).get(samples)
+    groups = rollouts(random_model, processor, prompts, 3, Sampling(0.0, max_new_tokens=16))
+    for sample, group in zip(samples, groups):
+        inputs = stock_inputs(processor, sample)
+        out = random_model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=[3, 4, 5, 6], eos_token_id=2)
+        reply = out[0, inputs["input_ids"].shape[1]:].tolist()
+        reply = reply[:reply.index(2) + 1] if 2 in reply else reply
+        assert group == [reply] * 3
+
+
+@pytest.mark.slow
+def test_logps_and_gradients_equal_stock(random_model, processor, samples):
+    torch.manual_seed(0)
+    prompts = PromptCache(random_model, processor).get(samples[:4])
+    owner, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
+    ids, mask = torch.randint(20, 600, (5, 9)), torch.zeros(5, 9, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    logps, entropies = completion_logps(random_model, prompts, owner, ids, mask, processor.image_token_id)
+    weights = torch.randn(5, 9) * mask
+    random_model.zero_grad()
+    (logps * weights).sum().backward()
+    ours = {n: p.grad.clone() for n, p in random_model.model.language_model.named_parameters()}
+    random_model.zero_grad()
+    for row, index in enumerate(owner.tolist()):
+        inputs = stock_inputs(processor, samples[index])
+        start = inputs["input_ids"].shape[1]
+        reply = ids[row:row + 1, :lengths[row]]
+        full = torch.cat([inputs["input_ids"], reply], 1)
+        kinds = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(reply)], 1)
+        out = random_model(input_ids=full, attention_mask=torch.ones_like(full), mm_token_type_ids=kinds,
+                           pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
+        logs = out.logits[0, start - 1:-1].log_softmax(-1)
+        expected = logs.gather(-1, reply[0][:, None])[:, 0]
+        assert (expected - logps[row, :lengths[row]]).abs().max() < 1e-5
+        assert (-(logs.exp() * logs).sum(-1) - entropies[row, :lengths[row]]).abs().max() < 1e-4
+        (expected * weights[row, :lengths[row]]).sum().backward()
+    for name, parameter in random_model.model.language_model.named_parameters():
+        gap = (parameter.grad - ours[name]).norm() / parameter.grad.norm().clamp(min=1e-8)
+        assert gap < 1e-4, (name, gap)
+
+
+@pytest.mark.slow
+def test_sampled_replies_have_the_models_distribution(random_model, processor, samples):
+    prompts = PromptCache(random_model, processor).get(samples[:1])
+    groups = rollouts(random_model, processor, prompts, 4000, Sampling(1.0, max_new_tokens=1), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = random_model(**stock_inputs(processor, samples[0])).logits[0, -1]
+    logits[[3, 4, 5, 6]] = -torch.inf
+    chances = logits.softmax(-1)
+    top = chances.topk(12).indices
+    drawn = torch.bincount(torch.tensor([r[0] for r in groups[0]]), minlength=640) / 4000
+    spread = (chances * (1 - chances) / 4000).sqrt()
+    assert ((drawn - chances).abs()[top] < 4.5 * spread[top]).all()
+    assert drawn[[3, 4, 5, 6]].sum() == 0
+
+
+def test_top_p_and_greedy():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(500, 1)
+    assert set(draw_tokens(logits, Sampling(1.0, top_p=0.6), torch.Generator().manual_seed(0)).tolist()) == {0, 1}
+    assert draw_tokens(logits, Sampling(0.0), None).unique().tolist() == [0]
+
+
+def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples):
+    cache = PromptCache(random_model, processor, limit=3)
+    first = cache.get(samples[:3])
+    assert cache.get(samples[:3])[0] is first[0]
+    cache.get(samples[3:5])
+    assert len(cache.store) == 3

@@ -1,0 +1,112 @@
+"""Stage 05 on a random model: advantages by hand, and the shared prefix against stock TRL."""
+
+import pytest
+import torch
+
+from mig_kit import grpo, models, sft
+from mig_kit.generation import PromptCache
+from mig_kit.tasks import TASKS, make
+
+PIXELS = (3136, 401408)
+
+
+def test_advantages_by_hand():
+    advantages, spread = grpo.group_advantages(torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0]), 4)
+    assert torch.allclose(advantages[:4], torch.tensor([1, -1, 1, -1]) * 0.5 / (1 / 3) ** 0.5, atol=1e-3)
+    assert (advantages[4:] == 0).all() and (spread[4:] == 0).all()
+
+
+def make_trainer(folder, random_folder, hw, processor, share, **changes):
+    samples = [make(task, "rl", i) for task in TASKS for i in range(2)]
+    model = models.load_model(random_folder, hw)
+    options = dict(num_generations=4, batch_size=8, gradient_accumulation=1, max_steps=2, learning_rate=1e-3, warmup=1,
+                   beta=0.0, temperature=1.0, max_new_tokens=8, weights=[0.2, 0.3, 1.0], clip_low=0.2, clip_high=0.28,
+                   seed=0, save_steps=1, pixels=PIXELS) | changes
+    torch.manual_seed(0)
+    return grpo.trainer(model, processor, samples, hw, folder, share_prefix=share, adapter=sft.adapter(4, 8), **options)
+
+
+def shake(trainer):
+    """A lively adapter, so that adapter and reference differ."""
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, float32, processor, beta):
+    """The same completions through TRL's own loss, once with stock log-probabilities, once with shared prefixes."""
+    stock = make_trainer(tmp_path / "a", random_folder, float32, processor, False, beta=beta)
+    ours = make_trainer(tmp_path / "b", random_folder, float32, processor, True, beta=beta)
+    for trainer in (stock, ours):
+        shake(trainer)
+        trainer.model.train()
+    rows = [stock.train_dataset[i] for i in (0, 7) for _ in range(4)]
+    batch = stock._generate_and_score_completions(rows)
+    batch["advantages"] = torch.linspace(-1, 1, 8)
+    stock.current_gradient_accumulation_steps = ours.current_gradient_accumulation_steps = 1
+    stock_loss = stock._compute_loss(stock.model, batch)
+    stock_loss.backward()
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    where = torch.tensor([row["sample"] for row in rows])
+    mine = {**batch, "sample": where, "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0]}
+    if beta:
+        with torch.no_grad(), ours.model.disable_adapter():
+            mine["ref_per_token_logps"] = ours._logps(ours.model, where, ids, mask)[0]
+        live = mask.bool()
+        assert torch.allclose(mine["ref_per_token_logps"][live], batch["ref_per_token_logps"][live], atol=1e-5)
+    loss = ours._compute_loss(ours.model, mine)
+    loss.backward()
+    assert loss.item() == pytest.approx(stock_loss.item(), abs=1e-5)
+    theirs = dict(stock.model.named_parameters())
+    checked = 0
+    for name, parameter in ours.model.named_parameters():
+        if parameter.requires_grad:
+            gap = (parameter.grad - theirs[name].grad).norm() / theirs[name].grad.norm().clamp(min=1e-7)
+            assert gap < 1e-4, (name, gap)
+            checked += 1
+    assert checked == 28
+
+
+@pytest.mark.slow
+def test_resume_gives_the_same_continuation(tmp_path, random_folder, float32, processor):
+    whole = make_trainer(tmp_path / "whole", random_folder, float32, processor, True, max_steps=3, save_steps=2)
+    whole.train()
+    first = make_trainer(tmp_path / "cut", random_folder, float32, processor, True, max_steps=3, save_steps=2)
+    first.add_callback(grpo.StopAfter(2))
+    first.train()
+    again = make_trainer(tmp_path / "cut", random_folder, float32, processor, True, max_steps=3, save_steps=2)
+    again.train(resume_from_checkpoint=sft.last_checkpoint(tmp_path / "cut"))
+    a, b = ([row["reward"] for row in grpo.curves(t.state.log_history)] for t in (whole, again))
+    assert a == b
+    for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.slow
+def test_several_iterations_and_accumulation_run(tmp_path, random_folder, float32, processor):
+    trainer = make_trainer(tmp_path, random_folder, float32, processor, True, gradient_accumulation=2, beta=0.05)
+    trainer.train()
+    rows = grpo.curves(trainer.state.log_history)
+    assert len(rows) == 2 and all(row["kl"] is not None and row["length"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_stock_trl_runs_the_same_rows(tmp_path, random_folder, float32, processor):
+    trainer = make_trainer(tmp_path, random_folder, float32, processor, False, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_groups_must_stay_whole(tmp_path, random_folder, float32, processor):
+    with pytest.raises(ValueError, match="multiple of"):
+        make_trainer(tmp_path, random_folder, float32, processor, True, batch_size=6, gradient_accumulation=2)
+
+
+def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
+    cache = PromptCache(random_model, processor)
+    monkeypatch.setattr("mig_kit.generation.messages", lambda s, *a: [{"role": "user", "content": "no picture here"}])
+    with pytest.raises(ValueError):
+        cache.get(samples[:2])

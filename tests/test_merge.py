@@ -1,0 +1,31 @@
+"""Stage 03 on a random model: the right way to merge is right, the others are not."""
+
+import pytest
+import torch
+
+from mig_kit import merge, models, sft
+from mig_kit.tasks import make
+
+PIXELS = (3136, 401408)
+
+
+@pytest.mark.slow
+def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, processor):
+    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    merge.save(merge.merge(random_folder, tmp_path / "adapter", float32), processor, tmp_path / "merged")
+    samples = [make("diff", "val", i) for i in range(3)]
+    rows = merge.compare(random_folder, tmp_path / "adapter", tmp_path / "merged", samples, ["<think>Compare.</think>"] * 3,
+                         float32, PIXELS)
+    gaps = {row["way"]: row["mean_gap"] for row in rows}
+    assert gaps["saved and read back"] < 1e-3
+    assert min(gaps[way] for way in merge.WAYS[1:]) > 5 * gaps["saved and read back"]
+
+
+def test_unknown_way():
+    with pytest.raises(ValueError, match="use one of"):
+        merge.merge(models.TINY_BASE, models.TINY_BASE, models.hardware("float32"), "somehow")

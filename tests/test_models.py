@@ -1,0 +1,89 @@
+"""Loading, adapters, and the checks that make blind training impossible."""
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from mig_kit import models, sft
+from mig_kit.prompts import messages
+
+
+def batch_of(processor, samples):
+    texts = [processor.apply_chat_template(messages(s), add_generation_prompt=True, tokenize=False) for s in samples]
+    return processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
+
+
+def test_tokens_and_features_agree_for_mixed_batches(processor, samples):
+    models.check_tokens(processor, batch_of(processor, samples))
+
+
+def test_a_batch_that_lost_an_image_fails_loudly(processor, samples):
+    batch = batch_of(processor, samples)
+    batch["image_grid_thw"] = batch["image_grid_thw"][:-1]
+    with pytest.raises(ValueError, match="image tokens"):
+        models.check_tokens(processor, batch)
+    batch = batch_of(processor, samples)
+    batch["input_ids"] = batch["input_ids"][:, :-60]
+    with pytest.raises(ValueError, match="image tokens|cut"):
+        models.check_tokens(processor, {**batch, "input_ids": batch["input_ids"][:, 80:]})
+
+
+def test_right_padding_is_refused(processor, samples):
+    batch = batch_of(processor, samples[:2])
+    processor.tokenizer.padding_side = "right"
+    try:
+        with pytest.raises(ValueError, match="padding_side"):
+            models.check_tokens(processor, batch)
+    finally:
+        processor.tokenizer.padding_side = "left"
+
+
+def test_lora_lands_on_the_language_model_only(random_model):
+    model = get_peft_model(random_model, sft.adapter(4, 8))
+    assert len(models.check_adapters(model)) == 14
+
+
+def test_a_wrong_target_list_is_refused(random_model):
+    model = get_peft_model(random_model, LoraConfig(r=4, target_modules=["q_proj", "gate_proj"]))
+    with pytest.raises(ValueError, match="outside the language model"):
+        models.check_adapters(model)
+
+
+def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
+    import bitsandbytes as bnb
+
+    model = models.load_model(random_folder, float32, four_bit=True)
+    four = [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(four) == 14 and all("language_model" in name for name in four)
+
+
+def test_model_folders_that_lack_something(random_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        models.check_model_folder(tmp_path / "none" / "model")
+    folder = tmp_path / "model"
+    shutil.copytree(random_folder, folder)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="preprocessor_config.json"):
+        models.load_processor(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        models.check_model_folder(folder)
+
+
+def test_hardware_says_why():
+    assert models.hardware("float32").dtype == torch.float32 and "parameter" in models.hardware("float32").reason
+    with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
+        models.hardware("fp8")
+
+
+def test_the_shipped_base_is_small_and_whole(processor):
+    files = list(models.TINY_BASE.glob("*.safetensors"))
+    assert sum(f.stat().st_size for f in files) < 16 * 2**20
+    assert (models.TINY_BASE / "README.md").is_file()
+    for text in ('<answer>{"image": 2, "box": [12,30,26,44]}</answer>', "image 1: striped red star, blue ring."):
+        ids = processor.tokenizer(text)["input_ids"]
+        assert processor.tokenizer.decode(ids) == text
+        tokens = [processor.tokenizer.decode([i]) for i in ids]
+        assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))

@@ -1,0 +1,59 @@
+"""Every numbered notebook runs on smoke parameters: papermill injects them, then nbval runs what was injected."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mig_kit import runs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A whole smoke run through the command line; the folder of runs."""
+    import os
+
+    root = tmp_path_factory.mktemp("runs")
+    environment = {**os.environ, "MIG_KIT_RUNS": str(root)}
+    for stages in ((), ("90",)):
+        result = subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", "run", *stages, "--profile", "smoke",
+                                 "--run-id", "smoke"], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+    return root
+
+
+def test_every_stage_left_what_it_should(smoke):
+    for stage in runs.STAGES:
+        folder = smoke / "smoke" / stage
+        assert {"metrics.json", "run.json", f"{stage}.ipynb"} <= {p.name for p in folder.iterdir()}
+        record = json.loads((folder / "run.json").read_text())
+        assert record["versions"]["trl"] and record["hardware" if stage not in ("01_synthesize", "07_report") else "machine"]
+    metrics = json.loads((smoke / "smoke" / "06_evaluate" / "metrics.json").read_text())
+    for system in ("base", "sft", "grpo"):
+        for suite in ("mig_bench", "ood_grounding", "blink", "mmiu"):
+            assert {"n", "score", "ci95", "sampled", "tasks"} <= set(metrics["systems"][system][suite])
+    assert {"value", "ci95", "sampled"} <= set(metrics["deltas"]["grpo-sft"]["mig_bench"])
+    assert {"value", "ci95", "sampled"} <= set(metrics["deltas"]["grpo-base"]["mmiu"])
+
+
+def test_a_second_run_redoes_nothing(smoke):
+    import os
+
+    result = subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", "run", "--profile", "smoke", "--run-id",
+                             "smoke"], env={**os.environ, "MIG_KIT_RUNS": str(smoke)}, capture_output=True, text=True)
+    assert result.stdout.count("up to date") == len(runs.RECIPE) and "report:" in result.stdout
+
+
+@pytest.mark.parametrize("stage", runs.STAGES)
+def test_nbval_runs_the_executed_notebook(stage, smoke):
+    """nbval runs the notebook that papermill left, parameters injected; its cells' asserts are the test."""
+    import os
+
+    notebook = smoke / "smoke" / stage / f"{stage}.ipynb"
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "--nbval-cell-timeout=600"]
+    result = subprocess.run([*command, str(notebook)], env={**os.environ, "MIG_KIT_RUNS": str(smoke)}, capture_output=True,
+                            text=True, cwd=notebook.parent)
+    assert result.returncode == 0, result.stdout[-3000:]

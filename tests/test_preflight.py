@@ -1,0 +1,22 @@
+"""Stage 00."""
+
+import pytest
+
+from mig_kit import models, preflight
+
+
+def test_too_small_a_machine_is_one_sentence():
+    found = {"available_gib": 1.5, "disk_free_gib": 0.2}
+    with pytest.raises(MemoryError, match="needs 4 GiB of memory and 1.5 GiB are free"):
+        preflight.check(found, 4.0, 0.1)
+    with pytest.raises(OSError, match="MIG_KIT_RUNS"):
+        preflight.check(found, 1.0, 1.0)
+    preflight.check(found, 1.0, 0.1)
+
+
+def test_expected_minutes_scale_with_the_machine():
+    same = preflight.expected(preflight.REFERENCE_GFLOPS)
+    slow = preflight.expected(preflight.REFERENCE_GFLOPS / 3)
+    assert [row["minutes"] for row in same] == [m for m, _ in preflight.TINY_COST.values()]
+    assert all(b["minutes"] >= a["minutes"] for a, b in zip(same, slow))
+    assert preflight.matrix_rate(models.hardware("float32"), 0.05) > 0

@@ -1,0 +1,43 @@
+"""Pass rates, pass@k, curation and resuming."""
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from mig_kit import rejection_sampling as rs
+from mig_kit.tasks import make
+
+
+@pytest.mark.parametrize("right,total,k", [(0, 8, 3), (1, 8, 1), (3, 8, 2), (8, 8, 4), (2, 5, 4)])
+def test_pass_at_k_by_counting(right, total, k):
+    marks = [1] * right + [0] * (total - right)
+    sets = list(combinations(marks, k))
+    assert rs.pass_at_k(right, total, k) == pytest.approx(sum(any(s) for s in sets) / len(sets))
+
+
+def test_curate_by_hand():
+    samples = [make("diff", "rl", i) for i in range(5)] + [make("reasoning", "rl", i) for i in range(2)]
+    rates = np.array([0, 0.125, 0.5, 0.875, 1, 0.5, 1])
+    kept, why = rs.curate(samples, rates, lowest=0.1, highest=0.9, per_task=2, seed=0)
+    assert why["diff"] == {"never right": 1, "always right": 1, "kept": 2, "over the task's share": 1}
+    assert why["reasoning"] == {"always right": 1, "kept": 1, "over the task's share": 0}
+    assert len(kept) == 3 and {s.id for s in kept} <= {samples[i].id for i in (1, 2, 3, 5)}
+
+
+def test_a_cut_line_is_dropped_and_the_rest_kept(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    path.write_text(json.dumps({"id": "a", "replies": ["x"]}) + "\n" + '{"id": "b", "rep')
+    assert rs.stored(path) == {"a": ["x"]}
+    assert path.read_text().count("\n") == 1
+
+
+def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_model, processor, samples):
+    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=3, seed=1, pixels=(3136, 401408), autocast=False)
+    whole = rs.sample_replies(random_model, processor, samples, tmp_path / "whole.jsonl", **options)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines()
+    (tmp_path / "cut.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
+    resumed = rs.sample_replies(random_model, processor, samples, tmp_path / "cut.jsonl", **options)
+    assert resumed == whole
+    assert sorted((tmp_path / "cut.jsonl").read_text().splitlines()) == sorted(lines)

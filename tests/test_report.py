@@ -1,0 +1,35 @@
+"""Stage 07: nothing that a model wrote runs in the page; the table shows what was measured."""
+
+from mig_kit import report
+from mig_kit.tasks import make
+
+PIXELS = (3136, 401408)
+
+
+def test_model_text_is_escaped():
+    sample = make("diff", "val", 0)
+    hostile = "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
+    card = report.card(sample, {"<b>sys</b>": hostile}, PIXELS)
+    page = report.page("<script>title</script>", [("<i>h</i>", card)])
+    assert "<script" not in page and "onerror" not in page.replace("onerror=alert(2)&gt;", "") and "<b>sys" not in page
+
+
+def test_headline_rows():
+    found = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
+    metrics = {"deltas": {"grpo-sft": {"mig_bench": found, "ood_grounding": found}, "grpo-base": {"blink": found, "mmiu": found}}}
+    rows = report.headline(metrics)
+    assert [row["paper"] for row in rows] == [9.04, 4.98, 3.1, 2.4] and rows[0]["here"] == 9.5
+    assert "9.50" in report.table(rows) and "7.0 to 12.0" in report.table(rows)
+
+
+def test_choose_covers_the_outcomes():
+    from mig_kit.frames import to_model
+    from mig_kit.prompts import answer_text
+
+    samples = [make("diff", "val", i) for i in range(4)]
+    right = {s.id: f"<think></think><answer>{answer_text(2, to_model(s.targets[0][1], s.sizes[1]))}</answer>" for s in samples}
+    before = {s.id: right[s.id] if i in (1, 2) else "" for i, s in enumerate(samples)}
+    after = {s.id: right[s.id] if i in (0, 1) else "" for i, s in enumerate(samples)}
+    chosen = dict((kind, s.id) for kind, s in report.choose(samples, before, after, PIXELS))
+    assert chosen == {"wrong, then right": samples[0].id, "right both times": samples[1].id,
+                      "right, then wrong": samples[2].id, "wrong both times": samples[3].id}

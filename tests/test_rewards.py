@@ -1,0 +1,48 @@
+"""Rewards by hand."""
+
+import pytest
+
+from mig_kit.rewards import box_reward, correct, format_reward, image_reward
+from mig_kit.tasks import make
+
+
+@pytest.fixture
+def sample():
+    """A sample whose target lies in image 2, at its own size."""
+    return next(s for s in (make("diff", "val", i) for i in range(50)) if s.sizes[1] == (84, 84))
+
+
+def reply(image, box):
+    return f'<think>Compare.</think><answer>{{"image": {image}, "box": {list(map(int, box))}}}</answer>'
+
+
+def test_right(sample):
+    text = reply(2, sample.targets[0][1])
+    assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample)) == (1, 1, 1)
+    assert correct(text, sample)
+
+
+def test_the_image_gates_the_box(sample):
+    text = reply(1, sample.targets[0][1])
+    assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample)) == (1, 0, 0)
+
+
+def test_half_a_box(sample):
+    x1, y1, x2, y2 = sample.targets[0][1]
+    text = reply(2, (x1, y1, x2, y1 + (y2 - y1) // 2))
+    expected = ((y2 - y1) // 2) / (y2 - y1)
+    assert box_reward(text, sample) == pytest.approx(expected)
+    assert box_reward(text, sample, floor=0.9) == 0
+
+
+def test_naming_several_boxes_gains_nothing(sample):
+    one = reply(2, sample.targets[0][1]).split("<answer>")[1].split("</answer>")[0]
+    for text in (f"<think></think><answer>[{one}, {one}]</answer>", f"<think></think><answer>{one}</answer><answer>{one}</answer>"):
+        assert image_reward(text, sample) == 0 == box_reward(text, sample)
+        assert format_reward(text, sample) < 1
+
+
+def test_format_counts_paired_tags(sample):
+    assert format_reward("", sample) == 0
+    assert format_reward("<think></think>", sample) == 0.5
+    assert format_reward("<think></think><answer>nothing</answer>", sample) == 0.75

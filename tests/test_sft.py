@@ -1,0 +1,48 @@
+"""Stage 02 on a random model."""
+
+import pytest
+
+from mig_kit import models, sft, synthesize
+from mig_kit.tasks import TASKS, make
+
+PIXELS = (3136, 401408)
+
+
+@pytest.fixture
+def table():
+    samples = [make(task, "cot", i) for task in TASKS for i in range(2)]
+    traces = synthesize.traces(samples, 0, (1, 1, 1), 0.0, 0.7)
+    return sft.training_rows(samples, [t.text for t in traces], PIXELS)
+
+
+@pytest.mark.slow
+def test_loss_falls_and_only_the_adapter_moves(tmp_path, random_folder, float32, processor, table):
+    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "visual" in n}
+    trainer = sft.trainer(model, processor, table, float32, tmp_path, epochs=6, batch_size=10, gradient_accumulation=1,
+                          learning_rate=2e-2, warmup=1, seed=0, save_steps=100)
+    trainer.train()
+    curve = sft.loss_curve(trainer.state.log_history)
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
+    assert all((p == before[n]).all() for n, p in model.named_parameters() if "visual" in n)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if "lora_" in n}
+
+
+def test_loss_is_on_the_reply_only(tmp_path, random_folder, float32, processor, table):
+    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+    trainer = sft.trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
+                          learning_rate=1e-3, warmup=1, seed=0, save_steps=100)
+    batch = trainer.data_collator([table[0]])
+    learnt = processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
+    assert learnt.strip() == table[0]["completion"][0]["content"][0]["text"] + "<|im_end|>"
+    models.check_tokens(processor, batch)
+
+
+def test_newest_whole_checkpoint(tmp_path):
+    for step, whole in ((5, True), (20, True), (100, False)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert sft.last_checkpoint(tmp_path).endswith("checkpoint-20")
+    assert sft.last_checkpoint(tmp_path / "none") is None

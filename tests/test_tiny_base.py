@@ -1,0 +1,88 @@
+"""Notebook 90: its lessons, its tokens and its position rule."""
+
+import random
+
+import numpy as np
+import torch
+
+from mig_kit import lessons, models, tiny_base, vision, vocabulary
+from mig_kit.prompts import parse
+from mig_kit.scenes import UNSEEN_PAIRS
+
+
+def test_no_box_is_given_twice_in_a_dialogue():
+    rng = random.Random(0)
+    for _ in range(200):
+        scenes = [lessons.visible(s) for s in lessons.album(rng, 3)]
+        turns = lessons.visual_turns(rng, scenes, 6)
+        boxes = [q if " [" in q and "x1" not in q else a
+                 for q, ((a, _, _), *_) in turns if '"box"' in a or (" [" in q and "x1" not in q)]
+        assert len(turns) <= 8 and len(boxes) <= sum(len(s.things) for s in scenes)
+
+
+def test_lessons_hold_no_unseen_pair():
+    rng = random.Random(0)
+    text = " ".join(q + " ".join(piece[0] for piece in pieces) for _ in range(300) for q, pieces in lessons.text_turns(rng, 3))
+    assert not any(f"{colour} {shape}" in text for colour, shape in UNSEEN_PAIRS)
+
+
+def test_puzzles_are_right():
+    rng = random.Random(0)
+    for _ in range(300):
+        item = lessons.puzzle(rng)
+        lists = [part.split(": ")[-1].split(", ") for part in item.notes.rstrip(".").split(". ")]
+        if item.finding.startswith("new"):
+            assert item.right in lists[1] and item.right not in lists[0]
+        if item.finding.startswith("in all"):
+            assert set.intersection(*map(set, lists)) == {item.right}
+
+
+def test_visual_answers_are_right():
+    scene = lessons.arrange(random.Random(3), lessons.random_looks(random.Random(3), 3), (90, 80))
+    turn = lessons._find(random.Random(0), [scene], 1, scene.things[0])
+    answer = turn[1][0][0]
+    assert turn[1][0][2] == (1, np.ravel_multi_index(lessons.cell_of(scene, scene.things[0])[::-1], (3, 3)))
+    box = parse(answer if "<answer>" in answer else f"<think></think><answer>{answer}</answer>").box
+    expected = np.array(scene.things[0].box) * np.array([84 / 90, 84 / 80] * 2)
+    assert np.abs(np.array(box) - expected).max() <= 0.5
+
+
+def test_positions_are_transformers(random_model, processor):
+    writer, rng = vocabulary.Writer(processor.tokenizer), random.Random(0)
+    bank = tiny_base.album_bank(random_model.model.visual, rng, 2, autocast=False)
+    batch = tiny_base.visual_batch(bank, writer, rng, 4, 3)
+    rows, grids, features = batch.ids, batch.grids, torch.cat(batch.features)
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, 4, longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), 1
+    assert int((ids == 5).sum()) == len(features)
+    sizes = torch.tensor([[1, 2 * h, 2 * w] for row in grids for h, w in row])
+    expected, _ = random_model.model.get_rope_index(ids, (ids == 5).int(), image_grid_thw=sizes, attention_mask=mask)
+    found = tiny_base.positions(rows, grids)
+    for i, row in enumerate(rows):
+        assert torch.equal(expected[:, i, :len(row)], found[:, i, :len(row)])
+
+
+def test_codes_are_orthonormal():
+    table, sizes = vision.codes()
+    assert table.shape == (sum(sizes), vision.HIDDEN)
+    assert torch.allclose(table @ table.T, torch.eye(len(table)), atol=1e-5)
+
+
+def test_detection_targets_by_hand():
+    from mig_kit.scenes import Scene, Thing
+
+    scene = Scene(84, 84, (Thing("red", "star", "plain", (30.0, 2.0, 50.0, 26.0)),), mark=(30.0, 2.0, 50.0, 26.0))
+    classes, boxes = vision.detection_targets(scene)
+    assert classes[1].tolist() == [1, 3, 0, 0, 1] and classes[0].sum() == 0
+    assert np.allclose(boxes[1, 4:] * 28, (30, 2, 50, 26), atol=1e-4)
+
+
+def test_dialogues_weigh_only_what_is_said(processor):
+    writer = vocabulary.Writer(processor.tokenizer)
+    ids, weights, looks = writer.dialogue([("What is at [1,2,3,4] in image 1?", [("red star", 1.0, (1, 4))])], [9])
+    taught = processor.tokenizer.decode([i for i, w in zip(ids, weights) if w > 0])
+    assert taught == "red star<|im_end|>" and ids.count(5) == 9
+    assert {ids.index(5) + 4} == {place for place in looks if place >= 0}
+    assert models.TINY_BASE.is_dir()
