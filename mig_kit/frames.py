@@ -17,7 +17,7 @@ def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: in
     """
     if min(width, height) < 1 or max(width, height) / min(width, height) > 200:
         raise ValueError(f"an image of {width}x{height} px cannot be used: the aspect ratio must be at most 200")
-    w, h = (max(factor, round(side / factor) * factor) for side in (width, height))
+    w, h = (round(side / factor) * factor for side in (width, height))
     if w * h > max_pixels:
         beta = math.sqrt(width * height / max_pixels)
         w, h = (max(factor, math.floor(side / beta / factor) * factor) for side in (width, height))

@@ -38,7 +38,7 @@ def test_smart_resize_by_hand():
     assert smart_resize(84, 84) == (84, 84)
     assert smart_resize(90, 80) == (84, 84)
     assert smart_resize(76, 104) == (84, 112)
-    assert smart_resize(1920, 1080) == (840, 476)
+    assert smart_resize(1920, 1080) == (840, 448)
 
 
 def test_frames_of_one_prompt_differ():
