@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel
 
 from mig_kit.generation import PromptCache, completion_logps, inner
-from mig_kit.models import Hardware, load_model, load_processor
+from mig_kit.models import Hardware, keep_packing, load_model, load_processor
 from mig_kit.records import Sample
 
 WAYS = ("dequantise, then merge", "merge into 4 bit", "merge into the original", "merge into the original, then 4 bit")
 
 
 def trained_model(base: str | Path, adapter: Path, hw: Hardware):
-    """What training saw: a fresh 4-bit base under the adapter. Use it once; evaluating repacks its weights in place."""
-    return PeftModel.from_pretrained(load_model(base, hw, four_bit=True), adapter)
+    """What training saw: a fresh 4-bit base under the adapter."""
+    return keep_packing(PeftModel.from_pretrained(load_model(base, hw, four_bit=True), adapter))
 
 
 def merge(base: str | Path, adapter: Path, hw: Hardware, way: str = WAYS[0]):
@@ -27,7 +27,7 @@ def merge(base: str | Path, adapter: Path, hw: Hardware, way: str = WAYS[0]):
     if way not in WAYS:
         raise ValueError(f"no way to merge called '{way}'; use one of: {'; '.join(WAYS)}")
     if way == WAYS[1]:
-        return PeftModel.from_pretrained(load_model(base, hw, four_bit=True), adapter).merge_and_unload(safe_merge=True)
+        return keep_packing(trained_model(base, adapter, hw).merge_and_unload(safe_merge=True))
     if way == WAYS[0]:
         model = load_model(base, hw, four_bit=True).dequantize(dtype=hw.dtype)
     else:
@@ -56,7 +56,6 @@ def reply_logps(model, processor, samples: list[Sample], replies: list[str], pix
     for row, reply in enumerate(tokens):
         ids[row, :len(reply)], mask[row, :len(reply)] = torch.tensor(reply), 1
     owner = torch.arange(len(samples), device=ids.device)
-    # with gradients on, a 4-bit layer computes as it did in training instead of repacking its weights
     logps, _ = completion_logps(model, prompts, owner, ids, mask, processor.image_token_id)
     return logps[mask.bool()].detach().float().cpu()
 
@@ -68,8 +67,7 @@ def compare(base: str | Path, adapter: Path, merged: Path, samples: list[Sample]
     merged: the folder that stage 03 wrote, read back. The last way quantises the saved wrong merge again.
     """
     processor = load_processor(base, *pixels)
-    with torch.enable_grad():
-        truth = reply_logps(trained_model(base, adapter, hw), processor, samples, replies, pixels)
+    truth = reply_logps(trained_model(base, adapter, hw), processor, samples, replies, pixels)
     rows = []
     for way in ("saved and read back", *WAYS):
         if way == "saved and read back":

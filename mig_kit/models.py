@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import bitsandbytes
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -146,7 +147,19 @@ def load_model(model: str | Path, hw: Hardware, four_bit: bool = False) -> Qwen2
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         model, config=AutoConfig.from_pretrained(model, trust_remote_code=False), dtype=hw.dtype,
         attn_implementation=hw.attention, quantization_config=quantization, device_map=hw.device, use_safetensors=True)
-    return loaded.eval()
+    return keep_packing(loaded.eval())
+
+
+def keep_packing(model: torch.nn.Module) -> torch.nn.Module:
+    """Puts only the 4-bit layers in train mode, where they compute the same and leave their weights alone.
+
+    In eval mode, on CPUs with avx512_bf16, a 4-bit layer repacks its weights in place at its first use; merging it or
+    training it afterwards gives garbage. Call it after whatever puts the whole model in eval mode.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.train()
+    return model
 
 
 def adapted_modules(model: torch.nn.Module) -> list[str]:

@@ -30,7 +30,7 @@ def config(vocab_size: int, hidden: int = HIDDEN, layers: int = 5, vision_hidden
     heads = hidden // 32
     return Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=vocab_size, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+            vocab_size=vocab_size, hidden_size=hidden, intermediate_size=-(-hidden * 11 // 256) * 64, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=4096,
             rope_parameters={"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]},
             tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=0),
