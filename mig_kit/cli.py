@@ -101,6 +101,20 @@ def status(run_id: str | None) -> None:
 
 
 @cli.command()
+@click.argument("run_ids", nargs=-1, required=True)
+def table(run_ids: tuple[str, ...]) -> None:
+    """Runs side by side, as a Markdown table: scores and differences in points, and their mean over the runs."""
+    from mig_kit import report
+
+    found = {}
+    for run_id in run_ids:
+        if runs.finished("06_evaluate", run_id) is None:
+            raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; run: mig-kit run --run-id {run_id}")
+        found[run_id] = report.read_metrics(runs.runs_root() / run_id / "06_evaluate")
+    click.echo(report.side_by_side(found))
+
+
+@cli.command()
 @click.option("--model", required=True, help="A Qwen2.5-VL folder or hub name.")
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; repeat in order.")
 @click.option("--out", default="grounded.png", show_default=True, help="Where the picture with the box goes.")
