@@ -31,7 +31,7 @@ from mig_kit.vocabulary import Writer, tokenizer_and_babble
 
 __all__ = ["tokenizer_and_babble", "train_vision"]
 VOCABULARY = 640
-LOOKING_LAYER, LOOKERS = 2, (0, 4)
+LOOKING_LAYER, LOOKERS = 2, (0, 2, 4, 6)
 
 
 def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -110,8 +110,8 @@ class Batch:
 def language_loss(model, batch: Batch, attention: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of a batch, and for the log: nats and share right of the tokens of weight >= 0.5, and share of attention.
 
-    The loss is the weighted mean cross-entropy, plus, where words are about a thing, minus the log of what the LOOKERS (two
-    heads of one layer, left in `attention` by a hook) attend to that thing's token. Without this the look-up of a token by
+    The loss is the weighted mean cross-entropy, plus, where words are about a thing, minus the log of what the LOOKERS (half
+    the heads of one layer, left in `attention` by a hook) attend to that thing's token. Without this the look-up of a token by
     its content forms only after a long plateau.
     """
     longest = -(-max(map(len, batch.ids)) // 32) * 32
@@ -142,16 +142,19 @@ def language_loss(model, batch: Batch, attention: list[torch.Tensor]) -> tuple[t
     return loss, torch.stack([losses[heavy].mean().detach(), right, seen])
 
 
-def visual_batch(bank, writer: Writer, rng: random.Random, rows: int, pictures: int, located: float = 0.0) -> Batch:
+def visual_batch(bank, writer: Writer, rng: random.Random, rows: int, pictures: int, located: float = 0.0,
+                 named: float = 1.0) -> Batch:
     """`rows` dialogues over `pictures` pictures of one album each.
 
-    located: the share of dialogues that locate every thing; the others ask up to six questions.
+    located: the share of dialogues that locate every thing; the others ask up to six questions. named: how much more a
+    word of a name weighs than a digit of a box, of which there are many more.
     """
     batch = Batch()
     for _ in range(rows):
         chosen = rng.sample(rng.choice(bank), pictures)
         scenes = [scene for scene, _, _ in chosen]
         turns = locate_turns(rng, scenes) if rng.random() < located else visual_turns(rng, scenes, 6)
+        turns = [(q, [(text, w if "[" in text else named * w, look) for text, w, look in pieces]) for q, pieces in turns]
         batch.add(writer.dialogue(turns, [len(part) for _, part, _ in chosen]), [grid for _, _, grid in chosen])
         batch.features += [part for _, part, _ in chosen]
     return batch
@@ -173,9 +176,9 @@ def train_language(model, tokenizer, folder: Path, *, steps: int, albums: int, v
                    compile_layers: bool = False) -> dict:
     """Teach the language model; checkpoints to folder/language.pt every 200 steps. Returns {"curve": rows of 25 steps}.
 
-    One picture a dialogue for the first fifth, up to three until half, then up to six: with several from the start
-    it sits on a plateau, reading none of them. `visual_rows` is the number of dialogues of many pictures; short ones are
-    more.
+    One picture a dialogue for the first quarter, up to three until half, then up to six: with several from the start it
+    sits on a plateau, reading none of them. Boxes come first; after two fifths names weigh more. `visual_rows` is the
+    number of dialogues of many pictures; short ones are more.
     """
     writer, rng = Writer(tokenizer), random.Random(f"language/{seed}")
     bank = album_bank(model.model.visual, random.Random("albums" if seed == 0 else f"albums/{seed}"), albums, autocast)
@@ -198,15 +201,17 @@ def train_language(model, tokenizer, folder: Path, *, steps: int, albums: int, v
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
         first, curve, rng = saved["step"], json.loads(saved["curve"]), random.Random(f"language/{seed}/{saved['step']}")
+        for _ in range(first):
+            schedule.step()
     model.train()
     for step in tqdm(range(first, steps), desc="language", initial=first, total=steps, mininterval=10):
-        top = 1 if step < 0.22 * steps else 3 if step < 0.5 * steps else 6
+        top = 1 if step < 0.235 * steps else 3 if step < 0.5 * steps else 6
+        mix = (0.6, 1.0) if step < 0.4 * steps else (0.2, 3.0)
         count = rng.choices(range(1, top + 1), (3, 6, 4, 3, 2, 2)[:top])[0]
         rows = round(visual_rows * (1.5, 1.3, 1.15, 1.0, 0.9, 0.8)[count - 1])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            batch = visual_batch(bank, writer, rng, rows, count, 0.6 if step < 0.5 * steps else 0.3)
+            batch = visual_batch(bank, writer, rng, rows, count, *mix)
             seen, seen_figures = language_loss(model, batch, attention)
             read, read_figures = language_loss(model, text_batch(writer, rng, text_rows, babble), attention)
         optimizer.zero_grad()
@@ -223,7 +228,6 @@ def train_language(model, tokenizer, folder: Path, *, steps: int, albums: int, v
             tqdm.write(str(curve[-1]))
         if step % 200 == 199 or step == steps - 1:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                        "schedule": {"last_epoch": schedule.last_epoch, "_step_count": schedule._step_count},
                         "curve": json.dumps(curve)}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
     write_json(folder / "language.json", curve)
