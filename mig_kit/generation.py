@@ -6,9 +6,11 @@ of an image are computed once. Everything goes through the model's own modules, 
 """
 
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.functional import log_softmax, softmax
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
@@ -163,6 +165,33 @@ def draw_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Gener
     return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
 
+@contextmanager
+def decoding_weights(model, autocast: bool):
+    """Adapters folded into the weights, and weights in bfloat16 if that is what they compute in, while replies are drawn.
+
+    Otherwise every step would cast every weight again and run every adapter beside it. Afterwards the weights are what
+    they were, bit for bit. 4-bit layers are left as they are.
+    """
+    folded = [m for m in model.modules() if isinstance(m, LoraLinear) and not m.merged and not m.disable_adapters]
+    saved = []
+    for name, module in model.model.language_model.named_modules():
+        if type(module) is torch.nn.Linear and ".lora_" not in name and (folded or autocast):
+            saved.append((module, module.weight.data))
+            module.weight.data = module.weight.data.clone()
+    try:
+        for layer in folded:
+            layer.merge()
+        if autocast:
+            for module, _ in saved:
+                module.weight.data = module.weight.data.to(torch.bfloat16)
+        yield
+    finally:
+        for layer in folded:
+            layer.merged_adapters.clear()
+        for module, weight in saved:
+            module.weight.data = weight
+
+
 @torch.no_grad()
 def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Sampling,
              generator: torch.Generator | None = None, autocast: bool = False) -> list[list[list[int]]]:
@@ -171,7 +200,7 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
     device, end = model.device, processor.tokenizer.eos_token_id
     banned = [processor.tokenizer.convert_tokens_to_ids(t) for t in
               ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    with decoding_weights(model, autocast), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         embeds, mask, place = left_padded(model, prompts, processor.image_token_id)
         out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=place, use_cache=True)
         decoder = _Decoder(model, out.past_key_values, mask, group, sampling.max_new_tokens)

@@ -132,15 +132,15 @@ def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8) -> lis
         kind, name = rng.random(), ""
         number = rng.choice(list(fresh))[0]
         scene, at = scenes[number - 1], f"image {number}"
-        if kind < 0.40:
+        if kind < 0.32:
             key = rng.choice(list(fresh))
             turns.append(_find(rng, scenes, key[0], fresh.pop(key)))
-        elif kind < 0.60:
+        elif kind < 0.44:
             key = rng.choice(list(fresh))
             thing, name = fresh.pop(key), key[1]
             question = rng.choice(["What is at {} in image {}?", "What does the box {} of image {} hold?"])
             turns.append(_name_turn(question.format(box_text(box_of(scenes[key[0] - 1], thing)), key[0]), scenes, key[0], thing))
-        elif kind < 0.74:
+        elif kind < 0.72:
             if unlisted:
                 place = unlisted.pop(rng.randrange(len(unlisted)))
                 turns.append(_list_turn(scenes, place))
@@ -150,13 +150,13 @@ def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8) -> lis
             if found:
                 turns.append(_name_turn(f"Which is the {which} thing in {at}?", scenes, number, found))
                 name = found.name
-        elif kind < 0.90:
+        elif kind < 0.89:
             turns.append(_count_turn(rng, scene, at))
-        elif kind < 0.93 and scene.mark:
+        elif kind < 0.92 and scene.mark:
             marked = next(t for t in scene.things if t.box == scene.mark)
             turns.append(_name_turn(f"What is marked in {at}?", scenes, number, marked))
             name = marked.name
-        elif kind >= 0.93:
+        elif kind >= 0.92:
             turns.append(_choice_turn(rng, scene, at))
         if name and rng.random() < 0.5:
             places = [key for key in fresh if key[1] == name]

@@ -79,7 +79,8 @@ def bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None, p
                     low, high = match.iloc[0][interval]
                     at = index - 0.4 + width * (place + 0.5)
                     axes.plot([at, at], [low, high], color="#222222", linewidth=1.2)
-    axes.set(title=title, xlabel="", ylabel=y)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set(xlabel="", ylabel=y)
     axes.tick_params(axis="x", rotation=30 if max(map(len, map(str, names))) > 8 else 0)
     plt.setp(axes.get_xticklabels(), ha="right" if max(map(len, map(str, names))) > 8 else "center")
     if hue:

@@ -207,7 +207,7 @@ def train_language(model, tokenizer, folder: Path, *, steps: int, albums: int, v
     model.train()
     for step in tqdm(range(first, steps), desc="language", initial=first, total=steps, mininterval=10):
         top = 1 if step < 0.235 * steps else 3 if step < 0.5 * steps else 6
-        mix = (0.6, 1.0) if step < 0.4 * steps else (0.2, 3.0)
+        mix = (0.6, 1.0) if step < 0.4 * steps else (0.3, 3.0)
         count = rng.choices(range(1, top + 1), (3, 6, 4, 3, 2, 2)[:top])[0]
         rows = round(visual_rows * (1.5, 1.3, 1.15, 1.0, 0.9, 0.8)[count - 1])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -83,3 +83,22 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
     assert cache.get(samples[:3])[0] is first[0]
     cache.get(samples[3:5])
     assert len(cache.store) == 3
+
+
+@pytest.mark.slow
+def test_folding_adapters_for_decoding_changes_no_weight(random_model, processor, samples):
+    from peft import get_peft_model
+
+    from mig_kit import sft
+
+    model = get_peft_model(random_model, sft.adapter(4, 8))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prompts = PromptCache(model, processor).get(samples[:2])
+    folded = rollouts(model, processor, prompts, 1, Sampling(0.0, max_new_tokens=12))
+    rollouts(model, processor, prompts, 1, Sampling(0.0, max_new_tokens=2), autocast=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    merged = model.merge_and_unload()
+    assert rollouts(merged, processor, prompts, 1, Sampling(0.0, max_new_tokens=12)) == folded
