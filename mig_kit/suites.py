@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mig_kit.records import Sample
 from mig_kit.scenes import cropped, random_size
-from mig_kit.tasks import TASKS, Draft, World, _name, _sharing, _swap, draft_of, extreme, finish, frames, make
+from mig_kit.tasks import TASKS, Draft, World, _name, _sharing, _swap, draft_of, extreme, finish, frames, listed, make
 
 
 def lisa(rng: random.Random, world: World) -> Draft:
@@ -150,11 +150,45 @@ def change(rng: random.Random, world: World) -> Draft:
     return Draft([first, second], "Which thing is new in image 2?", [], "", [], options=options, letter=letter)
 
 
+def naming(rng: random.Random, world: World) -> Draft:
+    """Free form: what is in image k."""
+    looks = world.looks(rng, 8)
+    scenes = [world.scene(rng, rng.sample(looks[:6], rng.randint(1, 3))) for _ in range(rng.randint(1, 3))]
+    k = rng.randint(1, len(scenes))
+    right = rng.choice(scenes[k - 1].names())
+    options, letter = _choice(rng, right, [n for n in map(_name, reversed(looks)) if n not in scenes[k - 1].names()][:2])
+    return Draft(scenes, f"What is in image {k}?", [], f"image {k} has {right}.", [listed(k, scenes[k - 1])], options=options,
+                 letter=letter)
+
+
+def showing(rng: random.Random, world: World) -> Draft:
+    """Free form: which image shows the named thing."""
+    count = rng.randint(2, 4)
+    looks = world.looks(rng, count + 3)
+    k = rng.randint(1, count)
+    chosen = [rng.sample(looks[1:], rng.randint(2, 3)) for _ in range(count)]
+    chosen[k - 1][0] = looks[0]
+    scenes = [world.scene(rng, picture) for picture in chosen]
+    return Draft(scenes, f"Which image shows the {_name(looks[0])}?", [], f"image {k} has {_name(looks[0])}.",
+                 [listed(i, s) for i, s in enumerate(scenes, 1)], options=tuple(f"image {i}" for i in range(1, count + 1)),
+                 letter="ABCD"[k - 1])
+
+
+def sharing(rng: random.Random, world: World) -> Draft:
+    """Free form: which thing is in every image."""
+    looks = world.looks(rng, 5)
+    scenes = [world.scene(rng, [looks[0], looks[1 + i]]) for i in range(rng.randint(2, 3))]
+    options, letter = _choice(rng, _name(looks[0]), [_name(looks[1]), _name(looks[2])])
+    return Draft(scenes, "Which thing is in every image?", [], f"in all: {_name(looks[0])}.",
+                 [listed(i, s) for i, s in enumerate(scenes, 1)], options=options, letter=letter)
+
+
 Maker = Callable[[random.Random, World], Draft]
 GROUNDING: dict[str, Maker] = {"lisa": lisa, "revos": revos, "mc_bench": mc_bench}
 BLINK: dict[str, Maker] = {"counting": counting, "jigsaw": jigsaw, "visual_correspondence": visual_correspondence,
                            "relations": relations}
 MMIU: dict[str, Maker] = {"order": order, "retrieval": retrieval, "change": change}
+FREE_FORM: dict[str, Maker] = {"naming": naming, "showing": showing, "sharing": sharing}  # cold start only, in no suite
 SUITES = ("mig_bench", "ood_grounding", "blink", "mmiu")
 
 
@@ -179,3 +213,12 @@ def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sam
             draft = draft_of(TASKS[names[i % 10]], f"unseen/{names[i % 10]}", split, i, seed, World(True, True))
             samples.append(finish(draft, suite, "unseen", split, i))
     return samples
+
+
+def make_free_form(split: str, per_task: int, seed: int = 0) -> list[Sample]:
+    """General multiple-choice questions for the cold start, which keep the model able to answer with a letter.
+
+    Their questions are none of those that the perception suites ask.
+    """
+    return [finish(draft_of(maker, task, split, i, seed, World()), "free_form", task, split, i)
+            for task, maker in FREE_FORM.items() for i in range(per_task)]

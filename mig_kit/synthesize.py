@@ -15,10 +15,11 @@ from datasets import Dataset, Features, Image, List, Value
 from mig_kit.frames import iou, to_model
 from mig_kit.prompts import box_in_original, parse
 from mig_kit.records import Sample, best_iou, from_row, to_row
+from mig_kit.suites import make_free_form
 from mig_kit.tasks import TASKS, make
 from mig_kit.teacher import Trace, write
 
-REASONS = ("format", "image", "box", "leak")
+REASONS = ("format", "image", "box", "choice", "leak")
 FEATURES = Features({
     "id": Value("string"), "suite": Value("string"), "task": Value("string"), "split": Value("string"),
     "images": List(Image()), "question": Value("string"), "target_images": List(Value("int32")),
@@ -39,8 +40,11 @@ def leaks(thinking: str, sample: Sample, pixels: tuple[int, int]) -> bool:
 def verdict(reply: str, sample: Sample, pixels: tuple[int, int] = (3136, 401408), threshold: float = 0.5) -> str:
     """"" if the reply may teach, else the first of REASONS that speaks against it."""
     read = parse(reply)
-    if not read.well_formed or read.box is None:
+    if not read.well_formed or (not read.letter if sample.options else read.box is None):
         return "format"
+    if sample.options:
+        leak = re.search(r"(?:^|\s)\(?[A-H][.)](?:\s|$)", read.thinking)
+        return "choice" if read.letter != sample.letter else "leak" if leak else ""
     if read.image not in {n for n, _ in sample.targets}:
         return "image"
     if best_iou(sample, read.image, box_in_original(sample, read, *pixels)) < threshold:
@@ -52,6 +56,11 @@ def traces(samples: list[Sample], seed: int, mix: tuple[float, float, float], er
            pixels: tuple[int, int] = (3136, 401408)) -> list[Trace]:
     """The teacher's trace for every sample, each from its own random state."""
     return [write(s, random.Random(f"{seed}/{s.id}"), mix, error_rate, jitter, pixels) for s in samples]
+
+
+def cold_start(per_task: int, free_form_per_task: int, seed: int) -> list[Sample]:
+    """The samples the teacher writes for: the ten tasks, and general multiple-choice questions."""
+    return draw_split("cot", per_task, seed) + make_free_form("cot", free_form_per_task, seed)
 
 
 def draw_split(split: str, per_task: int, seed: int) -> list[Sample]:

@@ -14,7 +14,8 @@ from mig_kit.records import Sample
 
 METHOD = {"diff": "Compare.", "view_diff": "Compare.", "common_object": "Compare.", "object_tracking": "Track.",
           "multi_view": "Track.", "region": "Search.", "refer_grounding": "Search.", "group_grounding": "Search.",
-          "reasoning": "Associate.", "correspondence": "Associate."}
+          "reasoning": "Associate.", "correspondence": "Associate.", "naming": "Search.",
+          "showing": "Search.", "sharing": "Compare."}
 DETAILS = ("evidence", "finding", "method")
 ERRORS = ("wrong object", "wrong image", "sloppy box", "leaked answer", "broken format")
 
@@ -46,8 +47,10 @@ def write(sample: Sample, rng: random.Random, mix: tuple[float, float, float] = 
     """
     detail = rng.choices(DETAILS, mix)[0]
     error = rng.choice(ERRORS) if rng.random() < error_rate else ""
-    number, box = sample.targets[0]
     thought = thinking(sample, detail, rng)
+    if sample.options:
+        return _write_choice(sample, rng, detail, error, thought)
+    number, box = sample.targets[0]
     if error == "wrong image":
         number = rng.choice([n for n in range(1, len(sample.images) + 1) if n != number] or [number + 1])
     size = sample.sizes[min(number, len(sample.sizes)) - 1]
@@ -64,3 +67,15 @@ def write(sample: Sample, rng: random.Random, mix: tuple[float, float, float] = 
         return Trace(rng.choice([f"{thought} <answer>{answer}</answer>", f"<think>{thought}</think>{answer}",
                                  f"<think>{thought}</think><answer>{answer}"]), detail, error)
     return Trace(f"<think>{thought}</think><answer>{answer}</answer>", detail, error)
+
+
+def _write_choice(sample: Sample, rng: random.Random, detail: str, error: str, thought: str) -> Trace:
+    letter = sample.letter
+    if error in ("wrong object", "wrong image", "sloppy box"):
+        error = "wrong choice"
+        letter = rng.choice([other for other in "ABCDEFGH"[:len(sample.options)] if other != letter])
+    if error == "leaked answer":
+        thought = f"{letter}. {thought}"
+    if error == "broken format":
+        return Trace(f"{thought} <answer>{letter}</answer>", detail, error)
+    return Trace(f"<think>{thought}</think><answer>{letter}</answer>", detail, error)

@@ -76,3 +76,18 @@ def test_a_truncated_parquet_is_one_sentence(tmp_path):
         synthesize.read_rows(path)
     with pytest.raises(FileNotFoundError, match="is missing"):
         synthesize.read_rows(tmp_path / "none.parquet")
+
+
+def test_multiple_choice_verdicts():
+    from mig_kit.suites import FREE_FORM, make_free_form
+
+    for sample in make_free_form("cot", 3):
+        wrong = "B" if sample.letter == "A" else "A"
+        assert synthesize.verdict(f"<think>{sample.finding}</think><answer>{sample.letter}</answer>", sample) == ""
+        assert synthesize.verdict(f"<think>so</think><answer>{wrong}</answer>", sample) == "choice"
+        assert synthesize.verdict(f"<think>{sample.letter}. so</think><answer>{sample.letter}</answer>", sample) == "leak"
+        assert synthesize.verdict('<think>so</think><answer>{"image": 1, "box": [1,2,3,4]}</answer>', sample) == "format"
+        assert sample.task in FREE_FORM and sample.finding.split(" has ")[-1].split(": ")[-1].rstrip(".") in " ".join(sample.notes)
+    traces = synthesize.traces(make_free_form("cot", 40), 0, (1, 1, 1), 0.3, 0.7)
+    kept = [synthesize.verdict(t.text, s) == "" for t, s in zip(traces, make_free_form("cot", 40))]
+    assert all(k == (not t.error) for k, t in zip(kept, traces))
