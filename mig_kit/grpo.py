@@ -18,6 +18,7 @@ from mig_kit.models import Hardware
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward, format_reward, image_reward
+from mig_kit.sft import Progress
 
 
 def reward_functions(samples: list[Sample], pixels: tuple[int, int]) -> list[Callable]:
@@ -142,7 +143,8 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
         use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,
         gradient_checkpointing=hw.device == "cuda" and not share_prefix, dataloader_pin_memory=False)
     common = dict(model=model, args=config, reward_funcs=reward_functions(samples, pixels), processing_class=processor,
-                  train_dataset=training_rows(samples, pixels, with_images=not share_prefix), peft_config=adapter)
+                  train_dataset=training_rows(samples, pixels, with_images=not share_prefix), peft_config=adapter,
+                  callbacks=[Progress(("reward", "rewards/format/mean", "rewards/image/mean", "rewards/box/mean", "entropy"))])
     if not share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast,
