@@ -54,9 +54,12 @@ def chosen_params(stage: str, profile: str, run_id: str, given: dict) -> dict:
 @click.option("--force", is_flag=True, help="Run even what is up to date.")
 def run(stages: tuple[str, ...], profile: str, run_id: str, params, force: bool) -> None:
     """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
+    import logging
+
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # what the notebooks print
     given = {key: yaml.safe_load(value) for key, value in params}
     names = [stage_name(s) for s in stages] or list(runs.RECIPE)
     known = {key for name in names for key in runs.read_params(runs.params_file(name))}

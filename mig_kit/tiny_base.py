@@ -31,7 +31,7 @@ from mig_kit.vocabulary import Writer, tokenizer_and_babble
 
 __all__ = ["tokenizer_and_babble", "train_vision"]
 VOCABULARY = 640
-LOOKING_LAYER, LOOKERS = 2, (0, 2, 4, 6)
+LOOKING_LAYER, LOOKERS, HOMING = 2, (0, 2, 4, 6), (1, 5)
 
 
 def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -92,34 +92,44 @@ def positions(rows: list[list[int]], grids: list[list[tuple[int, int]]]) -> torc
 
 @dataclass
 class Batch:
-    """Dialogues as rows: ids, weights and looks per token; grids (rows, columns) per picture; features of all pictures."""
+    """Dialogues as rows: ids, weights, looks and homes per token; grids (rows, columns) per picture; features of all pictures."""
 
     ids: list[list[int]] = field(default_factory=list)
     weights: list[list[float]] = field(default_factory=list)
     looks: list[list[int]] = field(default_factory=list)
+    homes: list[list[int]] = field(default_factory=list)
     grids: list[list[tuple[int, int]]] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, row: tuple[list[int], list[float], list[int]], grids: list[tuple[int, int]]) -> None:
+    def add(self, row: tuple, grids: list[tuple[int, int]]) -> None:
         """Append one dialogue."""
-        for store, part in zip((self.ids, self.weights, self.looks), row):
+        for store, part in zip((self.ids, self.weights, self.looks, self.homes), row):
             store.append(part)
         self.grids.append(grids)
 
 
-def language_loss(model, batch: Batch, attention: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _attended(weights: torch.Tensor, target: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+    """What `heads` attend from every position with a target >= 0 to that target: (positions, heads), at least 1e-6."""
+    row, place = (target >= 0).nonzero(as_tuple=True)
+    chosen = weights[row, :, place][:, heads, :]
+    goal = target[row, place][:, None, None].expand(-1, len(heads), 1)
+    return chosen.gather(-1, goal)[..., 0].float().clamp(min=1e-6)
+
+
+def language_loss(model, batch: Batch, attention: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of a batch, and for the log: nats and share right of the tokens of weight >= 0.5, and share of attention.
 
     The loss is the weighted mean cross-entropy, plus, where words are about a thing, minus the log of what the LOOKERS (half
-    the heads of one layer, left in `attention` by a hook) attend to that thing's token. Without this the look-up of a token by
-    its content forms only after a long plateau.
+    the heads of one layer, left in `attention` by a hook) attend to that thing's token, and of what two heads of the first
+    layer attend from an image token to its image's number. Without this the look-up of a token by content and image forms
+    only after a long plateau.
     """
     longest = -(-max(map(len, batch.ids)) // 32) * 32
     ids = torch.zeros(len(batch.ids), longest, dtype=torch.long)
-    weight, look = torch.zeros(ids.shape), torch.full(ids.shape, -1)
+    weight, look, home = torch.zeros(ids.shape), torch.full(ids.shape, -1), torch.full(ids.shape, -1)
     for r, row in enumerate(batch.ids):
         ids[r, :len(row)], weight[r, :len(row)] = torch.tensor(row), torch.tensor(batch.weights[r])
-        look[r, :len(row)] = torch.tensor(batch.looks[r])
+        look[r, :len(row)], home[r, :len(row)] = torch.tensor(batch.looks[r]), torch.tensor(batch.homes[r])
     language = model.model.language_model
     embeds = language.embed_tokens(ids)
     if batch.features:
@@ -134,11 +144,9 @@ def language_loss(model, batch: Batch, attention: list[torch.Tensor]) -> tuple[t
     heavy = weight[wanted] >= 0.5
     right = (logits.argmax(-1) == ids[wanted])[heavy].float().mean()
     loss, seen = (losses * weight[wanted]).sum() / weight[wanted].sum(), torch.zeros(())
-    row, place = (look >= 0).nonzero(as_tuple=True)
-    if len(row):
-        share = attention[0][row, :, place][:, LOOKERS, :].gather(-1, look[row, place][:, None, None].expand(-1, len(LOOKERS), 1))
-        share = share.float().clamp(min=1e-6)
-        loss, seen = loss - 0.5 * share.log().mean(), share.mean().detach()
+    if batch.features:
+        looked, found = _attended(attention[LOOKING_LAYER], look, LOOKERS), _attended(attention[0], home, HOMING)
+        loss, seen = loss - 0.5 * looked.log().mean() - 0.5 * found.log().mean(), looked.mean().detach()
     return loss, torch.stack([losses[heavy].mean().detach(), right, seen])
 
 
@@ -185,11 +193,12 @@ def train_language(model, tokenizer, folder: Path, *, steps: int, albums: int, v
     if compile_layers:
         torch._dynamo.config.cache_size_limit = 64
         for index, layer in enumerate(model.model.language_model.layers):
-            if index != LOOKING_LAYER:
+            if index not in (0, LOOKING_LAYER):
                 layer.compile(dynamic=True)
-    attention: list[torch.Tensor] = []
-    looking = model.model.language_model.layers[LOOKING_LAYER].self_attn
-    looking.register_forward_hook(lambda module, given, result: attention.append(result[1]))
+    attention: dict[int, torch.Tensor] = {}
+    for index in (0, LOOKING_LAYER):
+        model.model.language_model.layers[index].self_attn.register_forward_hook(
+            lambda module, given, result, index=index: attention.update({index: result[1]}))
     parameters = [p for n, p in model.named_parameters() if "visual" not in n]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},

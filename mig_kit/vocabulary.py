@@ -77,22 +77,27 @@ class Writer:
         return self.cache[text]
 
     def dialogue(self, turns: list[Turn], image_tokens: list[int] = (), user_weight: float = 0.0):
-        """A chat as (ids, weights, looks), one each per token.
+        """A chat as (ids, weights, looks, homes), one each per token.
 
         image_tokens: merged tokens of each picture, announced as "Image k: " before the first question. looks: the row's
-        index of the image token that a token is about, or -1.
+        index of the image token that a token is about, or -1; homes: of the number that announced an image token's image.
         """
-        ids, weights, looks, starts = list(self.head), [0.0] * len(self.head), [-1] * len(self.head), []
+        ids, weights, looks, homes, starts = [], [], [], [], []
 
-        def add(part: list[int], weight: float, look: int = -1):
+        def add(part: list[int], weight: float, look: int = -1, home: int = -1):
             ids.extend(part)
             weights.extend([weight] * len(part))
             looks.extend([look] * len(part))
+            homes.extend([home] * len(part))
 
+        add(self.head, 0.0)
         for number, tokens in enumerate(image_tokens, 1):
-            add(self.ids(f"Image {number}: <|vision_start|>"), 0.0)
+            label = self.ids(f"Image {number}: <|vision_start|>")
+            home = len(ids) + label.index(self.ids(str(number))[0])
+            add(label, 0.0)
             starts.append(len(ids))
-            add([*[5] * tokens, 4], 0.0)
+            add([5] * tokens, 0.0, home=home)
+            add([4], 0.0)
         for turn, (question, pieces) in enumerate(turns):
             add([*(self.ids("<|im_start|>user\n") if turn else []), *self.ids(question)], user_weight)
             add(self.ids("<|im_end|>\n<|im_start|>assistant\n"), 0.0)
@@ -100,4 +105,4 @@ class Writer:
                 add(self.ids(text), weight, starts[where[0] - 1] + where[1] if where else -1)
             add([2], pieces[-1][1])
             add(self.ids("\n"), 0.0)
-        return ids, weights, looks
+        return ids, weights, looks, homes

@@ -81,8 +81,9 @@ def test_detection_targets_by_hand():
 
 def test_dialogues_weigh_only_what_is_said(processor):
     writer = vocabulary.Writer(processor.tokenizer)
-    ids, weights, looks = writer.dialogue([("What is at [1,2,3,4] in image 1?", [("red star", 1.0, (1, 4))])], [9])
+    ids, weights, looks, homes = writer.dialogue([("What is at [1,2,3,4] in image 1?", [("red star", 1.0, (1, 4))])], [9])
     taught = processor.tokenizer.decode([i for i, w in zip(ids, weights) if w > 0])
     assert taught == "red star<|im_end|>" and ids.count(5) == 9
+    assert [processor.tokenizer.decode([ids[home]]) for home in homes if home >= 0] == ["1"] * 9
     assert {ids.index(5) + 4} == {place for place in looks if place >= 0}
     assert models.TINY_BASE.is_dir()
