@@ -134,6 +134,9 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
             warmup: int, beta: float, temperature: float, max_new_tokens: int, weights: list[float], clip_low: float,
             clip_high: float, seed: int, save_steps: int, pixels: tuple[int, int]) -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image and box."""
+    if hw.device == "cpu":  # sums over a group's rows would otherwise depend on which thread comes first
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     config = GRPOConfig(
         output_dir=str(folder / "checkpoints"), num_generations=num_generations, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation, max_steps=max_steps, learning_rate=learning_rate,
