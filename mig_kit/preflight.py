@@ -9,9 +9,10 @@ import torch
 from mig_kit.models import Hardware
 from mig_kit.runs import runs_root
 
-# Measured on two cores of an AMD EPYC (Zen 5) with avx512_bf16: minutes and peak GiB of each stage of the tiny profile.
-TINY_COST = {"01_synthesize": (0.5, 1.0), "02_sft": (4.0, 2.5), "03_merge": (0.5, 1.5), "04_rejection_sampling": (1.5, 2.0),
-             "05_grpo": (12.0, 3.5), "06_evaluate": (4.0, 2.5), "07_report": (0.5, 1.0)}
+# Measured on two cores of an AMD EPYC (Zen 5) with avx512_bf16: minutes of each stage of the tiny profile,
+# and GiB that it stayed within.
+TINY_COST = {"01_synthesize": (0.2, 1.0), "02_sft": (2.8, 6.4), "03_merge": (0.2, 6.9), "04_rejection_sampling": (1.3, 6.9),
+             "05_grpo": (4.2, 7.5), "06_evaluate": (4.2, 7.5), "07_report": (0.2, 1.0)}
 REFERENCE_GFLOPS = 650.0  # what `matrix_rate` gives on that machine
 
 
