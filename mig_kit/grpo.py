@@ -6,6 +6,7 @@ are VLM-R1's and MG-Thinker's. `SharedPrefixGRPOTrainer` computes what TRL compu
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,23 +18,25 @@ from mig_kit.generation import PromptCache, Sampling, completion_logps, rollouts
 from mig_kit.models import Hardware
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
-from mig_kit.rewards import box_reward, format_reward, image_reward
+from mig_kit.rewards import box_reward, choice_reward, format_reward, image_reward
 from mig_kit.sft import Progress
 
 
 def reward_functions(samples: list[Sample], pixels: tuple[int, int]) -> list[Callable]:
-    """The three rewards in TRL's form; the column `sample` is the index into `samples`."""
+    """The four rewards in TRL's form; the column `sample` is the index into `samples`.
 
-    def format(completions, sample, **_):
-        return [format_reward(c[0]["content"], samples[i]) for c, i in zip(completions, sample)]
+    None where a reward does not apply: image and box of a multiple-choice sample, choice of any other.
+    """
 
-    def image(completions, sample, **_):
-        return [image_reward(c[0]["content"], samples[i]) for c, i in zip(completions, sample)]
+    def over(function, applies):
+        return lambda completions, sample, **_: [
+            function(c[0]["content"], samples[i]) if applies(samples[i]) else None for c, i in zip(completions, sample)]
 
-    def box(completions, sample, **_):
-        return [box_reward(c[0]["content"], samples[i], pixels=pixels) for c, i in zip(completions, sample)]
-
-    return [format, image, box]
+    found = [over(format_reward, lambda s: True), over(image_reward, lambda s: not s.options),
+             over(partial(box_reward, pixels=pixels), lambda s: not s.options), over(choice_reward, lambda s: bool(s.options))]
+    for function, name in zip(found, ("format", "image", "box", "choice")):
+        function.__name__ = name
+    return found
 
 
 def training_rows(samples: list[Sample], pixels: tuple[int, int], with_images: bool) -> Dataset:
@@ -133,7 +136,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
             num_generations: int, batch_size: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
             warmup: int, beta: float, temperature: float, max_new_tokens: int, weights: list[float], clip_low: float,
             clip_high: float, seed: int, save_steps: int, pixels: tuple[int, int]) -> GRPOTrainer:
-    """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image and box."""
+    """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice."""
     if hw.device == "cpu":  # sums over a group's rows would otherwise depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -147,7 +150,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
         gradient_checkpointing=hw.device == "cuda" and not share_prefix, dataloader_pin_memory=False)
     common = dict(model=model, args=config, reward_funcs=reward_functions(samples, pixels), processing_class=processor,
                   train_dataset=training_rows(samples, pixels, with_images=not share_prefix), peft_config=adapter,
-                  callbacks=[Progress(("reward", "rewards/format/mean", "rewards/image/mean", "rewards/box/mean", "entropy"))])
+                  callbacks=[Progress(("reward", "rewards/format/mean", "rewards/image/mean", "rewards/box/mean", "rewards/choice/mean", "entropy"))])
     if not share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast,
@@ -169,6 +172,7 @@ class StopAfter(TrainerCallback):
 def curves(history: list[dict]) -> list[dict]:
     """Rows of a trainer's log history: step, rewards, length, entropy, KL (if any) and groups without signal."""
     names = {"reward": "reward", "rewards/format/mean": "format", "rewards/image/mean": "image", "rewards/box/mean": "box",
-             "completions/mean_length": "length", "entropy": "entropy", "kl": "kl", "frac_reward_zero_std": "no_signal",
-             "completions/clipped_ratio": "cut"}
-    return [{"step": row["step"], **{new: row.get(old) for old, new in names.items()}} for row in history if "reward" in row]
+             "rewards/choice/mean": "choice", "completions/mean_length": "length", "entropy": "entropy", "kl": "kl",
+             "frac_reward_zero_std": "no_signal", "completions/clipped_ratio": "cut"}
+    found = [{"step": row["step"], **{new: row.get(old) for old, new in names.items()}} for row in history if "reward" in row]
+    return [{key: None if value != value else value for key, value in row.items()} for row in found]  # NaN: no such sample

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from mig_kit.frames import to_model
 from mig_kit.prompts import CHOICE, GROUNDING, answer_text, box_text
-from mig_kit.scenes import Scene, Thing, arrange, cell_of, cropped, grid_of, random_looks, random_size
+from mig_kit.scenes import Scene, Thing, arrange, cell_of, cropped, grid_of, name_of, random_looks, random_size
 from mig_kit.tasks import EXTREMES, extreme
 
 Look = tuple[int, int] | None  # image number and cell (in reading order) of the thing that some words are about
@@ -18,26 +18,21 @@ Turn = tuple[str, list[Piece]]  # what the user says, what the assistant says
 VERBS = ("Compare.", "Search.", "Track.", "Associate.")
 
 
-def name_of(look: tuple[str, str, str]) -> str:
-    """ "striped red star" for ("red", "star", "striped"). """
-    return f"{'striped ' if look[2] == 'striped' else ''}{look[0]} {look[1]}"
-
-
-def album(rng: random.Random, pictures: int = 6) -> list[Scene]:
-    """Unrelated pictures that draw their things from the same few looks."""
-    looks = random_looks(rng, rng.randint(5, 8))
+def album(rng: random.Random, pictures: int = 6, fewest: int = 5) -> list[Scene]:
+    """Unrelated pictures that draw their things from the same `fewest` to 8 looks."""
+    looks = random_looks(rng, rng.randint(fewest, 8))
     scenes = []
     for _ in range(pictures):
         kind = rng.random()
         if kind < 0.12:
-            source = arrange(rng, rng.sample(looks, rng.randint(2, 4)))
+            source = arrange(rng, rng.sample(looks, min(len(looks), rng.randint(2, 4))))
             x1, y1, x2, y2 = rng.choice(source.things).box
             margin = rng.uniform(0.5, 4)
             scenes.append(cropped(source, (x1 - margin, y1 - margin, x2 + margin, y2 + margin), random_size(rng)))
         elif kind < 0.24:
             scenes.append(arrange(rng, rng.sample(looks, rng.randint(1, 2)), sides=(20, 34)))
         else:
-            scene = arrange(rng, rng.sample(looks, rng.randint(2, 5)), sides=(12, 26))
+            scene = arrange(rng, rng.sample(looks, min(len(looks), rng.randint(2, 5))), sides=(12, 26))
             scenes.append(replace(scene, mark=rng.choice(scene.things).box) if kind < 0.4 else scene)
     return scenes
 

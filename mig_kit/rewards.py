@@ -1,4 +1,4 @@
-"""Rule-based rewards: format, image index, box. Plain functions of one reply and one sample, each in 0..1.
+"""Rule-based rewards: format, image index, box, choice. Plain functions of one reply and one sample, each in 0..1.
 
 The paper names the three rewards but publishes no formula. The form is MG-Thinker's nearest published one: the format
 counts correctly paired tags, the image index is 0 or 1 and gates the box term. Our choice: the box term is the IoU itself
@@ -35,8 +35,13 @@ def box_reward(reply: str, sample: Sample, floor: float = 0.1, pixels: tuple[int
     return value if value >= floor else 0.0
 
 
+def choice_reward(reply: str, sample: Sample) -> float:
+    """1 if the reply to a multiple-choice sample gives the right letter."""
+    return float(bool(sample.letter) and parse(reply).letter == sample.letter)
+
+
 def correct(reply: str, sample: Sample, threshold: float = 0.5, pixels: tuple[int, int] = (3136, 401408)) -> bool:
     """Right image and IoU >= threshold; for a multiple-choice sample, the right letter."""
     if sample.options:
-        return parse(reply).letter == sample.letter
+        return choice_reward(reply, sample) == 1
     return box_reward(reply, sample, 0.0, pixels) >= threshold

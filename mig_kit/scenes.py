@@ -30,6 +30,11 @@ SIZE_WEIGHTS = (6, 1, 1, 1, 1)
 SUPERSAMPLING = 3
 
 
+def name_of(look: tuple[str, str, str]) -> str:
+    """What the kit calls a (colour, shape, pattern): "red star", "striped red star"."""
+    return f"{'striped ' if look[2] == 'striped' else ''}{look[0]} {look[1]}"
+
+
 @dataclass(frozen=True)
 class Thing:
     """One shape. box: xyxy, pixels of the scene, the tight bounding box of what is drawn."""
@@ -41,8 +46,8 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """What the kit calls it: "red star", "striped red star"."""
-        return f"{'striped ' if self.pattern == 'striped' else ''}{self.colour} {self.shape}"
+        """Its name, as `name_of` gives it."""
+        return name_of((self.colour, self.shape, self.pattern))
 
     @property
     def centre(self) -> tuple[float, float]:

@@ -32,7 +32,7 @@ class Progress(TrainerCallback):
             return
         done = max(1, state.global_step - self.first)
         left = (time.monotonic() - self.start) / done * (state.max_steps - state.global_step) / 60
-        short = {name: name.split("/")[-2] if "/" in name else name for name in self.names if name in logs}
+        short = {name: name.split("/")[-2] if "/" in name else name for name in self.names if logs.get(name) is not None}
         figures = ", ".join(f"{word} {logs[name]:.3f}" for name, word in short.items())
         print(f"step {state.global_step}/{state.max_steps}: {figures}; {left:.1f} min left", flush=True)
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mig_kit.records import Sample
-from mig_kit.scenes import cropped, random_size
-from mig_kit.tasks import TASKS, Draft, World, _name, _sharing, _swap, draft_of, extreme, finish, frames, listed, make
+from mig_kit.scenes import cropped, name_of, random_size
+from mig_kit.tasks import TASKS, Draft, World, _sharing, _swap, draft_of, extreme, finish, frames, listed, make
 
 
 def lisa(rng: random.Random, world: World) -> Draft:
@@ -25,12 +25,12 @@ def lisa(rng: random.Random, world: World) -> Draft:
             mates = [look for look in looks[1:] if look[attribute] == looks[0][attribute]]
             if len(mates) == 1:
                 word = ("colour", "shape")[attribute]
-                question = f"Which thing has the same {word} as the {_name(looks[0])}? Find it."
-                return Draft([scene], question, [(1, _name(mates[0]))], "", [])
+                question = f"Which thing has the same {word} as the {name_of(looks[0])}? Find it."
+                return Draft([scene], question, [(1, name_of(mates[0]))], "", [])
         elif kind == "pattern":
             striped = [look for look in looks if look[2] == "striped"]
             if len(striped) == 1:
-                return Draft([scene], "Find the striped thing.", [(1, _name(striped[0]))], "", [])
+                return Draft([scene], "Find the striped thing.", [(1, name_of(striped[0]))], "", [])
         else:
             which = rng.choice(["leftmost", "rightmost", "largest", "smallest"])
             found = extreme(scene, which)
@@ -47,7 +47,7 @@ def revos(rng: random.Random, world: World) -> Draft:
             continue
         if rng.random() < 0.5:
             film = [replace(f, things=f.things[1:]) if i < 2 else f for i, f in enumerate(film)]
-            return Draft(film, "Which thing is new in image 3? Find it.", [(3, _name(looks[0]))], "", [])
+            return Draft(film, "Which thing is new in image 3? Find it.", [(3, name_of(looks[0]))], "", [])
         gone = 0
         shown = []
         for i, frame in enumerate(film):  # every thing but the first is missing from one frame or more
@@ -55,7 +55,7 @@ def revos(rng: random.Random, world: World) -> Draft:
             gone |= sum(1 << j for j in missing)
             shown.append(replace(frame, things=tuple(t for j, t in enumerate(frame.things) if j not in missing)))
         if gone == sum(1 << j for j in range(1, len(looks))):
-            return Draft(shown, "Find the thing of all frames in image 3.", [(3, _name(looks[0]))], "", [])
+            return Draft(shown, "Find the thing of all frames in image 3.", [(3, name_of(looks[0]))], "", [])
 
 
 def mc_bench(rng: random.Random, world: World) -> Draft:
@@ -63,8 +63,8 @@ def mc_bench(rng: random.Random, world: World) -> Draft:
     looks = world.looks(rng, 7)
     where = rng.choices([(1,), (2,), (1, 2), ()], (25, 25, 40, 10))[0]
     scenes = [world.scene(rng, [*looks[1 + 3 * i:3 + 3 * i], looks[0] if i + 1 in where else looks[3 + 3 * i]]) for i in (0, 1)]
-    question = f"Find the {_name(looks[0])} in the images."
-    return Draft(scenes, question, [(k, _name(looks[0])) for k in where], "", [])
+    question = f"Find the {name_of(looks[0])} in the images."
+    return Draft(scenes, question, [(k, name_of(looks[0])) for k in where], "", [])
 
 
 def _choice(rng: random.Random, right: str, wrong: list[str]) -> tuple[tuple[str, ...], str]:
@@ -102,9 +102,9 @@ def visual_correspondence(rng: random.Random, world: World) -> Draft:
     look = world.looks(rng, 1)[0]
     others = _sharing(rng, look, 1, 3)
     first = world.scene(rng, [look, *(o for o in world.looks(rng, 2) if o != look)])
-    options, letter = _choice(rng, _name(others[0]), [_name(o) for o in others[1:]])
+    options, letter = _choice(rng, name_of(others[0]), [name_of(o) for o in others[1:]])
     return Draft([first, world.scene(rng, others)], "Which thing in image 2 has the same shape as the thing at {ref} in image 1?",
-                 [], "", [], _name(look), options, letter)
+                 [], "", [], name_of(look), options, letter)
 
 
 def relations(rng: random.Random, world: World) -> Draft:
@@ -156,7 +156,7 @@ def naming(rng: random.Random, world: World) -> Draft:
     scenes = [world.scene(rng, rng.sample(looks[:6], rng.randint(1, 3))) for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
     right = rng.choice(scenes[k - 1].names())
-    options, letter = _choice(rng, right, [n for n in map(_name, reversed(looks)) if n not in scenes[k - 1].names()][:2])
+    options, letter = _choice(rng, right, [n for n in map(name_of, reversed(looks)) if n not in scenes[k - 1].names()][:2])
     return Draft(scenes, f"What is in image {k}?", [], f"image {k} has {right}.", [listed(k, scenes[k - 1])], options=options,
                  letter=letter)
 
@@ -169,7 +169,7 @@ def showing(rng: random.Random, world: World) -> Draft:
     chosen = [rng.sample(looks[1:], rng.randint(2, 3)) for _ in range(count)]
     chosen[k - 1][0] = looks[0]
     scenes = [world.scene(rng, picture) for picture in chosen]
-    return Draft(scenes, f"Which image shows the {_name(looks[0])}?", [], f"image {k} has {_name(looks[0])}.",
+    return Draft(scenes, f"Which image shows the {name_of(looks[0])}?", [], f"image {k} has {name_of(looks[0])}.",
                  [listed(i, s) for i, s in enumerate(scenes, 1)], options=tuple(f"image {i}" for i in range(1, count + 1)),
                  letter="ABCD"[k - 1])
 
@@ -178,8 +178,8 @@ def sharing(rng: random.Random, world: World) -> Draft:
     """Free form: which thing is in every image."""
     looks = world.looks(rng, 5)
     scenes = [world.scene(rng, [looks[0], looks[1 + i]]) for i in range(rng.randint(2, 3))]
-    options, letter = _choice(rng, _name(looks[0]), [_name(looks[1]), _name(looks[2])])
-    return Draft(scenes, "Which thing is in every image?", [], f"in all: {_name(looks[0])}.",
+    options, letter = _choice(rng, name_of(looks[0]), [name_of(looks[1]), name_of(looks[2])])
+    return Draft(scenes, "Which thing is in every image?", [], f"in all: {name_of(looks[0])}.",
                  [listed(i, s) for i, s in enumerate(scenes, 1)], options=options, letter=letter)
 
 

@@ -58,9 +58,9 @@ def traces(samples: list[Sample], seed: int, mix: tuple[float, float, float], er
     return [write(s, random.Random(f"{seed}/{s.id}"), mix, error_rate, jitter, pixels) for s in samples]
 
 
-def cold_start(per_task: int, free_form_per_task: int, seed: int) -> list[Sample]:
-    """The samples the teacher writes for: the ten tasks, and general multiple-choice questions."""
-    return draw_split("cot", per_task, seed) + make_free_form("cot", free_form_per_task, seed)
+def training_mix(split: str, per_task: int, free_form_per_task: int, seed: int) -> list[Sample]:
+    """What is trained on: the ten tasks, and general multiple-choice questions so that the model goes on answering them."""
+    return draw_split(split, per_task, seed) + make_free_form(split, free_form_per_task, seed)
 
 
 def draw_split(split: str, per_task: int, seed: int) -> list[Sample]:

@@ -18,6 +18,7 @@ from mig_kit.scenes import (
     arrange,
     cropped,
     draw,
+    name_of,
     random_looks,
     random_size,
     rounded,
@@ -69,10 +70,6 @@ def held(name: str) -> str:
     return f"image 1: the box holds {name}."
 
 
-def _name(look: tuple[str, str, str]) -> str:
-    return f"{'striped ' if look[2] == 'striped' else ''}{look[0]} {look[1]}"
-
-
 def _swap(rng: random.Random, scene: Scene, world: World) -> tuple[Scene, str]:
     """The scene with one thing's look replaced by a new one; the new name."""
     taken = [(t.colour, t.shape, t.pattern) for t in scene.things]
@@ -80,7 +77,7 @@ def _swap(rng: random.Random, scene: Scene, world: World) -> tuple[Scene, str]:
     place = rng.randrange(len(scene.things))
     things = list(scene.things)
     things[place] = Thing(*look, things[place].box)
-    return replace(scene, things=tuple(things)), _name(look)
+    return replace(scene, things=tuple(things)), name_of(look)
 
 
 def diff(rng: random.Random, world: World) -> Draft:
@@ -119,7 +116,7 @@ def common_object(rng: random.Random, world: World) -> Draft:
     question = rng.choice([f"Which thing is in every image? Find it in image {k}.",
                            f"Find the common thing of all images in image {k}.",
                            f"One thing is in all images. Where is it in image {k}?"])
-    return Draft(scenes, question, [(k, _name(shared))], f"in all: {_name(shared)}.",
+    return Draft(scenes, question, [(k, name_of(shared))], f"in all: {name_of(shared)}.",
                  [listed(i, s) for i, s in enumerate(scenes, 1)])
 
 
@@ -206,7 +203,7 @@ def refer_grounding(rng: random.Random, world: World) -> Draft:
     looks = world.looks(rng, rng.randint(3, 5))
     first = world.scene(rng, looks[:1], sides=(20, 34))
     second = world.scene(rng, looks)
-    name = _name(looks[0])
+    name = name_of(looks[0])
     question = rng.choice(["Find the thing of image 1 in image 2.", "Image 1 shows a thing. Where is it in image 2?",
                            "Which thing in image 2 is the one of image 1?"])
     return Draft([first, second], question, [(2, name)], f"the same: {name}.", [listed(1, first), listed(2, second)])
@@ -220,7 +217,7 @@ def group_grounding(rng: random.Random, world: World) -> Draft:
     chosen = [rng.sample(looks[1:], rng.randint(2, 3)) for _ in range(count)]
     chosen[k - 1][0] = looks[0]
     scenes = [world.scene(rng, picture) for picture in chosen]
-    name = _name(looks[0])
+    name = name_of(looks[0])
     question = rng.choice([f"Find the {name}.", f"Which image shows the {name}? Find it.",
                            f"One image has a {name}. Where is it?"])
     return Draft(scenes, question, [(k, name)], f"image {k} has {name}.", [listed(i, s) for i, s in enumerate(scenes, 1)])
@@ -263,7 +260,7 @@ def reasoning(rng: random.Random, world: World) -> Draft:
     word = ("colour", "shape")[attribute]
     looks = _sharing(rng, (anchor.colour, anchor.shape, anchor.pattern), attribute, rng.randint(3, 4))
     second = world.scene(rng, looks)
-    name = _name(looks[0])
+    name = name_of(looks[0])
     question = rng.choice([f"Which thing in image 2 has the {word} of the {which} thing in image 1?",
                            f"Find the thing in image 2 with the same {word} as the {which} thing in image 1.",
                            f"The {which} thing in image 1 has a {word}. Which thing in image 2 has it too?"])

@@ -29,7 +29,7 @@ class Trace:
     error: str
 
 
-def thinking(sample: Sample, detail: str, rng: random.Random) -> str:
+def thinking(sample: Sample, detail: str) -> str:
     """The reasoning at one of the three levels of DETAILS; the method's name comes first in all of them."""
     parts = [METHOD[sample.task]]
     if detail == "evidence":
@@ -47,7 +47,7 @@ def write(sample: Sample, rng: random.Random, mix: tuple[float, float, float] = 
     """
     detail = rng.choices(DETAILS, mix)[0]
     error = rng.choice(ERRORS) if rng.random() < error_rate else ""
-    thought = thinking(sample, detail, rng)
+    thought = thinking(sample, detail)
     if sample.options:
         return _write_choice(sample, rng, detail, error, thought)
     number, box = sample.targets[0]

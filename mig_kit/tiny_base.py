@@ -8,6 +8,7 @@ the ten tasks nor how to reason about pictures.
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mig_kit.evaluate import summarise
 from mig_kit.lessons import album, locate_turns, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
-from mig_kit.runs import sha256, write_json
+from mig_kit.runs import sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
 from mig_kit.sft import greedy_replies
 from mig_kit.suites import SUITES, make_suite
@@ -31,7 +32,7 @@ from mig_kit.vocabulary import Writer, tokenizer_and_babble
 
 __all__ = ["tokenizer_and_babble", "train_vision"]
 VOCABULARY = 640
-LOOKING_LAYER, LOOKERS, HOMING = 2, (0, 2, 4, 6), (1, 5)
+LOOKING_LAYER, LOOKERS, HOMING, ASKING_LAYER, ASKING = 2, (0, 2, 4, 6), (1, 5), 1, (1, 5)
 
 
 def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -53,11 +54,11 @@ def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGene
 
 
 @torch.no_grad()
-def album_bank(tower, rng: random.Random, albums: int, autocast: bool = True) -> list[list[tuple]]:
+def album_bank(tower, rng: random.Random, albums: int, autocast: bool = True, fewest: int = 5) -> list[list[tuple]]:
     """Pictures seen once and for all: per album a list of (scene, features (tokens, hidden) bf16, (rows, columns))."""
     bank, processor = [], image_processor()
     for _ in tqdm(range(albums), desc="albums", mininterval=5):
-        scenes = album(rng)
+        scenes = album(rng, fewest=fewest)
         inputs = processor([draw(s) for s in scenes], return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             features = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output.to(torch.bfloat16)
@@ -92,18 +93,19 @@ def positions(rows: list[list[int]], grids: list[list[tuple[int, int]]]) -> torc
 
 @dataclass
 class Batch:
-    """Dialogues as rows: ids, weights, looks and homes per token; grids (rows, columns) per picture; features of all pictures."""
+    """Dialogues as rows: ids, weights, looks, homes and asks per token; grids (rows, columns) and features per picture."""
 
     ids: list[list[int]] = field(default_factory=list)
     weights: list[list[float]] = field(default_factory=list)
     looks: list[list[int]] = field(default_factory=list)
     homes: list[list[int]] = field(default_factory=list)
+    asks: list[list[int]] = field(default_factory=list)
     grids: list[list[tuple[int, int]]] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, row: tuple, grids: list[tuple[int, int]]) -> None:
         """Append one dialogue."""
-        for store, part in zip((self.ids, self.weights, self.looks, self.homes), row):
+        for store, part in zip((self.ids, self.weights, self.looks, self.homes, self.asks), row):
             store.append(part)
         self.grids.append(grids)
 
@@ -116,38 +118,80 @@ def _attended(weights: torch.Tensor, target: torch.Tensor, heads: tuple[int, ...
     return chosen.gather(-1, goal)[..., 0].float().clamp(min=1e-6)
 
 
-def language_loss(model, batch: Batch, attention: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of a batch, and for the log: nats and share right of the tokens of weight >= 0.5, and share of attention.
+class Tutor(nn.Module):
+    """Supervises how the language model looks things up, which otherwise forms only after a long plateau.
 
-    The loss is the weighted mean cross-entropy, plus, where words are about a thing, minus the log of what the LOOKERS (half
-    the heads of one layer, left in `attention` by a hook) attend to that thing's token, and of what two heads of the first
-    layer attend from an image token to its image's number. Without this the look-up of a token by content and image forms
-    only after a long plateau.
+    Always: what the LOOKERS (half the heads of one layer) attend from the words about a thing to that thing's token, and what
+    two heads of the first layer attend from an image token to its image's number. With `asking` also what two heads of the
+    layer between attend from those words to the number in the question, and that a linear reader, thrown away afterwards,
+    tells the number from what the looking layer is given, on both sides: a query that does not hold the number looks the
+    thing up in all images at once.
+    """
+
+    def __init__(self, model, asking: bool):
+        super().__init__()
+        self.seen: dict = {}
+        language = model.model.language_model
+        self.watched = {0, LOOKING_LAYER} | ({ASKING_LAYER} if asking else set())
+        self.hooks = [language.layers[i].self_attn.register_forward_hook(
+            lambda module, given, result, i=i: self.seen.update({i: result[1]})) for i in self.watched]
+        self.hooks.append(language.layers[LOOKING_LAYER].input_layernorm.register_forward_hook(
+            lambda module, given, result: self.seen.update(given=result)))
+        self.reader = nn.Linear(language.config.hidden_size, VOCABULARY) if asking else None
+
+    def forward(self, ids: torch.Tensor, look: torch.Tensor, home: torch.Tensor, ask: torch.Tensor):
+        """(rows, tokens) each, as `Writer.dialogue` gives them; the loss, and attention from first words to the thing.
+
+        The first words about a thing weigh four times as much: once a digit is written, it gives the thing away.
+        """
+        look, ask = look[:, 1:], ask[:, 1:]
+        looked, found = _attended(self.seen[LOOKING_LAYER], look, LOOKERS), _attended(self.seen[0], home, HOMING)
+        first = (look != torch.roll(look, 1, 1))[look >= 0]
+        weight = 1 + 3 * first.float()
+        loss = -0.5 * (looked.log() * weight[:, None]).mean() / weight.mean() - 0.5 * found.log().mean()
+        figure = looked[first].mean().detach()
+        if self.reader is None:
+            return loss, figure
+        loss = loss - 0.5 * _attended(self.seen[ASKING_LAYER], ask, ASKING).log().mean()
+        for place, given in ((home, self.seen["given"]), (ask, self.seen["given"][:, :-1])):
+            there = place >= 0
+            number = ids.gather(1, place.clamp(min=0))[there]
+            loss = loss + 0.5 * nn.functional.cross_entropy(self.reader(given[there]).float(), number)
+        return loss, figure
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def language_loss(model, batch: Batch, tutor: Tutor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a batch, and for the log: nats and share right of the tokens of weight >= 0.5, and the tutor's figure.
+
+    The loss is the weighted mean cross-entropy plus, with pictures, the tutor's.
     """
     longest = -(-max(map(len, batch.ids)) // 32) * 32
     ids = torch.zeros(len(batch.ids), longest, dtype=torch.long)
-    weight, look, home = torch.zeros(ids.shape), torch.full(ids.shape, -1), torch.full(ids.shape, -1)
+    weight, marks = torch.zeros(ids.shape), torch.full((3, *ids.shape), -1)
     for r, row in enumerate(batch.ids):
         ids[r, :len(row)], weight[r, :len(row)] = torch.tensor(row), torch.tensor(batch.weights[r])
-        look[r, :len(row)], home[r, :len(row)] = torch.tensor(batch.looks[r]), torch.tensor(batch.homes[r])
+        marks[:, r, :len(row)] = torch.tensor([batch.looks[r], batch.homes[r], batch.asks[r]])
     language = model.model.language_model
     embeds = language.embed_tokens(ids)
     if batch.features:
         embeds = embeds.masked_scatter((ids == 5)[..., None], torch.cat(batch.features).to(embeds.dtype))
-    attention.clear()
     place = positions(batch.ids, batch.grids)
     hidden = language(inputs_embeds=embeds, position_ids=place, use_cache=False).last_hidden_state[:, :-1]
-    weight, look, ids = weight[:, 1:], look[:, 1:], ids[:, 1:]
-    wanted = weight > 0
-    logits = model.lm_head(hidden[wanted]).float()
-    losses = nn.functional.cross_entropy(logits, ids[wanted], reduction="none")
+    weight, wanted = weight[:, 1:], weight[:, 1:] > 0
+    logits, said = model.lm_head(hidden[wanted]).float(), ids[:, 1:][wanted]
+    losses = nn.functional.cross_entropy(logits, said, reduction="none")
     heavy = weight[wanted] >= 0.5
-    right = (logits.argmax(-1) == ids[wanted])[heavy].float().mean()
-    loss, seen = (losses * weight[wanted]).sum() / weight[wanted].sum(), torch.zeros(())
+    right = (logits.argmax(-1) == said)[heavy].float().mean()
+    loss, figure = (losses * weight[wanted]).sum() / weight[wanted].sum(), torch.zeros(())
     if batch.features:
-        looked, found = _attended(attention[LOOKING_LAYER], look, LOOKERS), _attended(attention[0], home, HOMING)
-        loss, seen = loss - 0.5 * looked.log().mean() - 0.5 * found.log().mean(), looked.mean().detach()
-    return loss, torch.stack([losses[heavy].mean().detach(), right, seen])
+        taught, figure = tutor(ids, *marks)
+        loss = loss + taught
+    return loss, torch.stack([losses[heavy].mean().detach(), right, figure])
 
 
 def visual_batch(bank, writer: Writer, rng: random.Random, rows: int, pictures: int, located: float = 0.0,
@@ -179,50 +223,73 @@ def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str])
     return batch
 
 
-def train_language(model, tokenizer, folder: Path, *, steps: int, albums: int, visual_rows: int = 24, text_rows: int = 24,
-                   babble: list[str] = (), seed: int = 0, lr: float = 1.5e-3, autocast: bool = True,
-                   compile_layers: bool = False) -> dict:
-    """Teach the language model; checkpoints to folder/language.pt every 200 steps. Returns {"curve": rows of 25 steps}.
-
-    One picture a dialogue for the first quarter, up to three until half, then up to six: with several from the start it
-    sits on a plateau, reading none of them. Boxes come first; after two fifths names weigh more. `visual_rows` is the
-    number of dialogues of many pictures; short ones are more.
+@dataclass(frozen=True)
+class Course:
+    """A course of lessons. name: of its checkpoint and curve; fewest: looks an album draws from, at least; asking: see Tutor;
+    plan: share of the course done -> (most pictures a dialogue, share of locating dialogues, weight of names), the last two
+    as in `visual_batch`.
     """
-    writer, rng = Writer(tokenizer), random.Random(f"language/{seed}")
-    bank = album_bank(model.model.visual, random.Random("albums" if seed == 0 else f"albums/{seed}"), albums, autocast)
-    if compile_layers:
-        torch._dynamo.config.cache_size_limit = 64
-        for index, layer in enumerate(model.model.language_model.layers):
-            if index not in (0, LOOKING_LAYER):
-                layer.compile(dynamic=True)
-    attention: dict[int, torch.Tensor] = {}
-    for index in (0, LOOKING_LAYER):
-        model.model.language_model.layers[index].self_attn.register_forward_hook(
-            lambda module, given, result, index=index: attention.update({index: result[1]}))
-    parameters = [p for n, p in model.named_parameters() if "visual" not in n]
+
+    name: str
+    lr: float
+    warmup: int
+    fewest: int
+    asking: bool
+    plan: Callable[[float], tuple[int, float, float]]
+
+
+def _seeing(done: float) -> tuple[int, float, float]:
+    return 1 if done < 0.235 else 3 if done < 0.5 else 6, 0.6 if done < 0.4 else 0.3, 1.0 if done < 0.4 else 3.0
+
+
+# One picture a dialogue for the first quarter, up to three until half, then up to six: with several from the start the model
+# sits on a plateau, reading none of them. Boxes come first; after two fifths names weigh more.
+SEEING = Course("seeing", 1.5e-3, 100, 5, False, _seeing)
+# After the first course the model reads one picture but mixes up several. Here an album's pictures hold the same few things, so
+# that the image's number decides.
+TELLING_APART = Course("telling_apart", 1.5e-3, 50, 3, True, lambda done: (6, 0.3, 3.0))
+
+
+def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int, albums: int, visual_rows: int = 24,
+                   text_rows: int = 24, babble: list[str] = (), seed: int = 0, autocast: bool = True,
+                   compile_layers: bool = False) -> list[dict]:
+    """One course of lessons; checkpoints to folder/<course>.pt every 200 steps. Returns the curve in rows of 25 steps.
+
+    `visual_rows` is the number of dialogues of many pictures; short ones are more.
+    """
+    torch.manual_seed(seed)
+    writer, rng = Writer(tokenizer), random.Random(f"{course.name}/{seed}")
+    tutor = Tutor(model, course.asking)
+    torch._dynamo.config.cache_size_limit = 64
+    for index, layer in enumerate(model.model.language_model.layers):
+        if compile_layers and index not in tutor.watched:
+            layer.compile(dynamic=True)
+    parameters = [p for n, p in model.named_parameters() if "visual" not in n] + list(tutor.parameters())
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
-         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))))
-    path, first, curve, recent = folder / "language.pt", 0, [], []
+         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}], lr=course.lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / course.warmup) * (
+        0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))))
+    path, first, curve, recent = folder / f"{course.name}.pt", 0, [], []
     if path.is_file():
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
+        tutor.load_state_dict(saved["tutor"])
         optimizer.load_state_dict(saved["optimizer"])
-        first, curve, rng = saved["step"], json.loads(saved["curve"]), random.Random(f"language/{seed}/{saved['step']}")
+        first, curve, rng = saved["step"], json.loads(saved["curve"]), random.Random(f"{course.name}/{seed}/{saved['step']}")
         for _ in range(first):
             schedule.step()
+    albums = albums if first < steps else 0
+    bank = album_bank(model.model.visual, random.Random(f"{course.name}/albums/{seed}"), albums, autocast, course.fewest)
     model.train()
-    for step in tqdm(range(first, steps), desc="language", initial=first, total=steps, mininterval=10):
-        top = 1 if step < 0.235 * steps else 3 if step < 0.5 * steps else 6
-        mix = (0.6, 1.0) if step < 0.4 * steps else (0.3, 3.0)
+    for step in tqdm(range(first, steps), desc=course.name, initial=first, total=steps, mininterval=10):
+        top, *mix = course.plan(step / steps)
         count = rng.choices(range(1, top + 1), (3, 6, 4, 3, 2, 2)[:top])[0]
         rows = round(visual_rows * (1.5, 1.3, 1.15, 1.0, 0.9, 0.8)[count - 1])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             batch = visual_batch(bank, writer, rng, rows, count, *mix)
-            seen, seen_figures = language_loss(model, batch, attention)
-            read, read_figures = language_loss(model, text_batch(writer, rng, text_rows, babble), attention)
+            seen, seen_figures = language_loss(model, batch, tutor)
+            read, read_figures = language_loss(model, text_batch(writer, rng, text_rows, babble), tutor)
         optimizer.zero_grad()
         (seen + read).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -236,11 +303,13 @@ def train_language(model, tokenizer, folder: Path, *, steps: int, albums: int, v
             curve.append(dict(zip(names, [step + 1, *mean])))
             tqdm.write(str(curve[-1]))
         if step % 200 == 199 or step == steps - 1:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                        "curve": json.dumps(curve)}, path.with_suffix(".tmp"))
+            torch.save({"model": model.state_dict(), "tutor": tutor.state_dict(), "optimizer": optimizer.state_dict(),
+                        "step": step + 1, "curve": json.dumps(curve)}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
-    write_json(folder / "language.json", curve)
-    return {"curve": curve}
+    tutor.close()
+    for layer in model.model.language_model.layers:
+        layer._compiled_call_impl = None  # the next course watches other layers
+    return curve
 
 
 def save(model, tokenizer, folder: Path) -> None:
@@ -265,7 +334,7 @@ def examine(folder: Path, hw: Hardware, per_task: int = 50) -> dict:
     return scores
 
 
-def model_card(folder: Path, params: dict, vision: dict, language: dict, scores: dict) -> str:
+def model_card(folder: Path, params: dict, vision: dict, courses: dict, scores: dict) -> str:
     """The model card in Markdown: data, seeds, command, hash and scores."""
     weights = next(folder.glob("*.safetensors"))
     tensors = load_file(weights)
@@ -281,6 +350,7 @@ def model_card(folder: Path, params: dict, vision: dict, language: dict, scores:
         "- data: drawn scenes only, no picture from anywhere else; things of the unseen pairs never appear as text",
         f"- command: `mig-kit run 90` with {', '.join(f'{k} {v}' for k, v in params.items() if k != 'run_id')}",
         f"- sha256 of {weights.name}: `{sha256(weights)}`",
-        f"- vision, last batch: {json.dumps(vision)}", f"- language, last 25 steps: {json.dumps(language)}", "",
+        f"- vision, last batch: {json.dumps(vision)}",
+        *(f"- {name.replace('_', ' ')}, last 25 steps: {json.dumps(rows[-1])}" for name, rows in courses.items()), "",
         "Greedy scores on validation samples, percent (chance on the multiple-choice suites is 33 to 50):", "",
         "| suite | score | tasks |", "|---|---|---|", *lines, ""])

@@ -67,6 +67,8 @@ class Writer:
         self.tokenizer = tokenizer
         self.cache: dict[str, list[int]] = {}
         self.head = self.ids(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
+        self.before_number = {tuple(self.ids(text)) for text in (" image ", '{"image": ')}
+        self.numbers = {self.ids(str(number))[0]: number for number in range(1, 10)}
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a piece of text, remembered."""
@@ -77,15 +79,20 @@ class Writer:
         return self.cache[text]
 
     def dialogue(self, turns: list[Turn], image_tokens: list[int] = (), user_weight: float = 0.0):
-        """A chat as (ids, weights, looks, homes), one each per token.
+        """A chat as (ids, weights, looks, homes, asks), one each per token.
 
-        image_tokens: merged tokens of each picture, announced as "Image k: " before the first question. looks: the row's
-        index of the image token that a token is about, or -1; homes: of the number that announced an image token's image.
+        image_tokens: merged tokens of each picture, announced as "Image k: " before the first question. Indices in the row,
+        or -1: looks, of the image token that a token is about; homes, of the number that announced an image token's image;
+        asks, of the last mention of the number of the image that a token is about, as in "List image 2".
         """
-        ids, weights, looks, homes, starts = [], [], [], [], []
+        ids, weights, looks, homes, asks, starts, mentions = [], [], [], [], [], [], {}
 
-        def add(part: list[int], weight: float, look: int = -1, home: int = -1):
-            ids.extend(part)
+        def add(part: list[int], weight: float, look: int = -1, home: int = -1, about: int = 0):
+            for token in part:
+                asks.append(mentions.get(about, -1))
+                if token in self.numbers and not self.before_number.isdisjoint((tuple(ids[-2:]), tuple(ids[-1:]))):
+                    mentions[self.numbers[token]] = len(ids)
+                ids.append(token)
             weights.extend([weight] * len(part))
             looks.extend([look] * len(part))
             homes.extend([home] * len(part))
@@ -102,7 +109,8 @@ class Writer:
             add([*(self.ids("<|im_start|>user\n") if turn else []), *self.ids(question)], user_weight)
             add(self.ids("<|im_end|>\n<|im_start|>assistant\n"), 0.0)
             for text, weight, where in pieces:
-                add(self.ids(text), weight, starts[where[0] - 1] + where[1] if where else -1)
+                place, about = (starts[where[0] - 1] + where[1], where[0]) if where else (-1, 0)
+                add(self.ids(text), weight, place, about=about)
             add([2], pieces[-1][1])
             add(self.ids("\n"), 0.0)
-        return ids, weights, looks, homes
+        return ids, weights, looks, homes, asks

@@ -5,6 +5,7 @@ import torch
 
 from mig_kit import grpo, models, sft
 from mig_kit.generation import PromptCache
+from mig_kit.suites import make_free_form
 from mig_kit.tasks import TASKS, make
 
 PIXELS = (3136, 401408)
@@ -17,10 +18,10 @@ def test_advantages_by_hand():
 
 
 def make_trainer(folder, random_folder, hw, processor, share, **changes):
-    samples = [make(task, "rl", i) for task in TASKS for i in range(2)]
+    samples = [make(task, "rl", i) for task in TASKS for i in range(2)] + make_free_form("rl", 1)
     model = models.load_model(random_folder, hw)
     options = dict(num_generations=4, batch_size=8, gradient_accumulation=1, max_steps=2, learning_rate=1e-3, warmup=1,
-                   beta=0.0, temperature=1.0, max_new_tokens=8, weights=[0.2, 0.3, 1.0], clip_low=0.2, clip_high=0.28,
+                   beta=0.0, temperature=1.0, max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28,
                    seed=0, save_steps=1, pixels=PIXELS) | changes
     torch.manual_seed(0)
     return grpo.trainer(model, processor, samples, hw, folder, share_prefix=share, adapter=sft.adapter(4, 8), **options)
@@ -32,6 +33,13 @@ def shake(trainer):
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
+
+
+def test_rewards_apply_where_they_mean_something():
+    samples = [make("diff", "rl", 0), make_free_form("rl", 1)[0]]
+    replies = [[{"role": "assistant", "content": f"<think></think><answer>{samples[1].letter}</answer>"}]] * 2
+    found = {f.__name__: f(completions=replies, sample=[0, 1]) for f in grpo.reward_functions(samples, PIXELS)}
+    assert found == {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None], "choice": [None, 1.0]}
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mig_kit.rewards import box_reward, correct, format_reward, image_reward
+from mig_kit.rewards import box_reward, choice_reward, correct, format_reward, image_reward
+from mig_kit.suites import make_free_form
 from mig_kit.tasks import make
 
 
@@ -46,3 +47,12 @@ def test_format_counts_paired_tags(sample):
     assert format_reward("", sample) == 0
     assert format_reward("<think></think>", sample) == 0.5
     assert format_reward("<think></think><answer>nothing</answer>", sample) == 0.75
+
+
+def test_a_choice_is_right_or_not(sample):
+    question = make_free_form("val", 1)[0]
+    other = "AB"[question.letter == "A"]
+    assert choice_reward(f"<think></think><answer>{question.letter}</answer>", question) == 1
+    assert choice_reward(f"<think></think><answer>{other}</answer>", question) == 0 == choice_reward("", question)
+    assert choice_reward("<think></think><answer></answer>", sample) == 0
+    assert correct(f"<think></think><answer>{question.letter}</answer>", question)

@@ -47,7 +47,7 @@ def test_traces_never_hold_the_final_box_and_follow_the_task():
     for task in TASKS:
         sample = make(task, "cot", 2)
         for detail in teacher.DETAILS:
-            text = teacher.thinking(sample, detail, random.Random(0))
+            text = teacher.thinking(sample, detail)
             assert not synthesize.leaks(text, sample, (3136, 401408)) and text.startswith(teacher.METHOD[task])
 
 

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit import lessons, models, tiny_base, vision, vocabulary
 from mig_kit.prompts import parse
@@ -81,9 +82,36 @@ def test_detection_targets_by_hand():
 
 def test_dialogues_weigh_only_what_is_said(processor):
     writer = vocabulary.Writer(processor.tokenizer)
-    ids, weights, looks, homes = writer.dialogue([("What is at [1,2,3,4] in image 1?", [("red star", 1.0, (1, 4))])], [9])
+    ids, weights, looks, homes, asks = writer.dialogue(
+        [("What is at [1,2,3,4] in image 1?", [("red star", 1.0, (1, 4))])], [9])
     taught = processor.tokenizer.decode([i for i, w in zip(ids, weights) if w > 0])
     assert taught == "red star<|im_end|>" and ids.count(5) == 9
     assert [processor.tokenizer.decode([ids[home]]) for home in homes if home >= 0] == ["1"] * 9
     assert {ids.index(5) + 4} == {place for place in looks if place >= 0}
+    asked = {place for place in asks if place >= 0}
+    assert len(asked) == 1 and processor.tokenizer.decode(ids[min(asked) - 2:min(asked) + 2]) == " image 1?"
     assert models.TINY_BASE.is_dir()
+
+
+def test_an_answer_asks_for_the_number_it_wrote_itself(processor):
+    writer = vocabulary.Writer(processor.tokenizer)
+    ids, _, _, _, asks = writer.dialogue(
+        [("Where is the red star in image 2?", [('{"image": 2, "box": [1,2,3,4]}', 1.0, (2, 0))])], [4, 4])
+    places = [place for place in dict.fromkeys(asks) if place >= 0]
+    assert [processor.tokenizer.decode(ids[place - 2:place]) for place in places] == [" image ", '\n{"image": ']
+
+
+def test_a_course_teaches_saves_and_resumes(processor, tmp_path):
+    from dataclasses import replace
+
+    random_model = Qwen2_5_VLForConditionalGeneration._from_config(
+        vision.config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation="eager")
+    random_model.model.visual.requires_grad_(False)
+    course = replace(tiny_base.TELLING_APART, warmup=1)
+    given = dict(albums=2, visual_rows=3, text_rows=3, autocast=False)
+    before = {n: p.clone() for n, p in random_model.named_parameters()}
+    curve = tiny_base.train_language(random_model, processor.tokenizer, tmp_path, course, steps=2, **given)
+    changed = {n.split(".")[1] for n, p in random_model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"language_model"} and curve[-1]["step"] == 2
+    again = tiny_base.train_language(random_model, processor.tokenizer, tmp_path, course, steps=2, **given)
+    assert again == curve
