@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -59,12 +61,13 @@ def group_advantages(rewards: torch.Tensor, group: int) -> tuple[torch.Tensor, t
 class SharedPrefixGRPOTrainer(GRPOTrainer):
     """GRPOTrainer that prefills every prompt once per group, in generation and in training.
 
-    samples: what the column `sample` of the data set points into. A process's batch holds whole groups.
+    samples: what the column `sample` of the data set points into. A process's batch holds whole groups. held: replies whose
+    graph is kept at a time (0: all of them); fewer need less memory, and one more forward pass.
     """
 
-    def __init__(self, *args, samples: list[Sample], cache: PromptCache, autocast: bool, **kwargs):
+    def __init__(self, *args, samples: list[Sample], cache: PromptCache, autocast: bool, held: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.samples, self.cache, self.autocast_rollouts = samples, cache, autocast
+        self.samples, self.cache, self.autocast_rollouts, self.held = samples, cache, autocast, held
         self._rows = None
         if self.args.per_device_train_batch_size % self.num_generations:
             raise ValueError("share_prefix needs batch_size to be a multiple of num_generations, so that groups stay whole")
@@ -117,11 +120,25 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return output
 
     def _logps(self, model, rows, ids, mask):
+        """(log-probabilities, entropies) of completions (rows, tokens), the graph of `held` replies in memory at a time."""
         distinct, owner = rows.unique(return_inverse=True)
         prompts = self.cache.get([self.samples[i] for i in distinct.tolist()])
-        with self.accelerator.autocast():
-            return completion_logps(self.accelerator.unwrap_model(model), prompts, owner, ids, mask,
-                                    self.processing_class.image_token_id, self.temperature)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # like lengths together: less padding
+        owner = torch.tensor(order, device=owner.device).argsort()[owner]
+        at_once = max(1, self.held // self.num_generations) if self.held else len(prompts)
+        logps, entropies = torch.zeros(2, *ids.shape, device=ids.device)
+        for start in range(0, len(prompts), at_once):
+            there = ((owner >= start) & (owner < start + at_once)).nonzero()[:, 0]
+            longest = int(mask[there].sum(1).max())
+            given = (self.accelerator.unwrap_model(model), [prompts[i] for i in order[start:start + at_once]],
+                     owner[there] - start, ids[there, :longest], mask[there, :longest],
+                     self.processing_class.image_token_id, self.temperature)
+            with self.accelerator.autocast():
+                found = (checkpoint(completion_logps, *given, use_reentrant=False)
+                         if torch.is_grad_enabled() and at_once < len(prompts) else completion_logps(*given))
+            rest = (0, ids.shape[1] - longest)
+            logps, entropies = (whole.index_copy(0, there, pad(part, rest)) for whole, part in zip((logps, entropies), found))
+        return logps, entropies
 
     def _compute_loss(self, model, inputs):
         self._rows = inputs["sample"]
@@ -133,7 +150,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
 
 def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path, *, share_prefix: bool, adapter,
-            num_generations: int, batch_size: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
+            num_generations: int, batch_size: int, held: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
             warmup: int, beta: float, temperature: float, max_new_tokens: int, weights: list[float], clip_low: float,
             clip_high: float, seed: int, save_steps: int, pixels: tuple[int, int]) -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice."""
@@ -150,10 +167,11 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
         gradient_checkpointing=hw.device == "cuda" and not share_prefix, dataloader_pin_memory=False)
     common = dict(model=model, args=config, reward_funcs=reward_functions(samples, pixels), processing_class=processor,
                   train_dataset=training_rows(samples, pixels, with_images=not share_prefix), peft_config=adapter,
-                  callbacks=[Progress(("reward", "rewards/format/mean", "rewards/image/mean", "rewards/box/mean", "rewards/choice/mean", "entropy"))])
+                  callbacks=[Progress(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),
+                                       "entropy"))])
     if not share_prefix:
         return GRPOTrainer(**common)
-    return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast,
+    return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,
                                    cache=PromptCache(model, processor, *pixels))
 
 

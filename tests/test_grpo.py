@@ -20,7 +20,7 @@ def test_advantages_by_hand():
 def make_trainer(folder, random_folder, hw, processor, share, **changes):
     samples = [make(task, "rl", i) for task in TASKS for i in range(2)] + make_free_form("rl", 1)
     model = models.load_model(random_folder, hw)
-    options = dict(num_generations=4, batch_size=8, gradient_accumulation=1, max_steps=2, learning_rate=1e-3, warmup=1,
+    options = dict(num_generations=4, batch_size=8, held=0, gradient_accumulation=1, max_steps=2, learning_rate=1e-3, warmup=1,
                    beta=0.0, temperature=1.0, max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28,
                    seed=0, save_steps=1, pixels=PIXELS) | changes
     torch.manual_seed(0)
@@ -43,11 +43,11 @@ def test_rewards_apply_where_they_mean_something():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, float32, processor, beta):
+@pytest.mark.parametrize(("beta", "held"), [(0.0, 0), (0.0, 4), (0.1, 4)])
+def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, float32, processor, beta, held):
     """The same completions through TRL's own loss, once with stock log-probabilities, once with shared prefixes."""
     stock = make_trainer(tmp_path / "a", random_folder, float32, processor, False, beta=beta)
-    ours = make_trainer(tmp_path / "b", random_folder, float32, processor, True, beta=beta)
+    ours = make_trainer(tmp_path / "b", random_folder, float32, processor, True, beta=beta, held=held)
     for trainer in (stock, ours):
         shake(trainer)
         trainer.model.train()
