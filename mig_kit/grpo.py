@@ -21,7 +21,7 @@ from mig_kit.models import Hardware
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward, choice_reward, format_reward, image_reward
-from mig_kit.sft import Progress
+from mig_kit.sft import Progress, ReleaseMemory
 
 
 def reward_functions(samples: list[Sample], pixels: tuple[int, int]) -> list[Callable]:
@@ -168,7 +168,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
     common = dict(model=model, args=config, reward_funcs=reward_functions(samples, pixels), processing_class=processor,
                   train_dataset=training_rows(samples, pixels, with_images=not share_prefix), peft_config=adapter,
                   callbacks=[Progress(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),
-                                       "entropy"))])
+                                       "entropy")), ReleaseMemory()])
     if not share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,

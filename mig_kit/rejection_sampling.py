@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from mig_kit.generation import PromptCache, Sampling, rollouts
 from mig_kit.records import Sample
 from mig_kit.rewards import correct
+from mig_kit.runs import release_memory
 
 
 def stored(path: Path) -> dict[str, list[str]]:
@@ -63,6 +64,8 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
                     file.write(json.dumps({"id": sample.id, "replies": have[sample.id]}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+            if number % 8 == 7:
+                release_memory()
     return {s.id: have[s.id] for s in samples}
 
 

@@ -17,6 +17,7 @@ from mig_kit.generation import PromptCache, Sampling, rollouts
 from mig_kit.models import LORA_TARGETS, Hardware, check_adapters, check_tokens, load_model
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
+from mig_kit.runs import release_memory
 
 
 class Progress(TrainerCallback):
@@ -35,6 +36,18 @@ class Progress(TrainerCallback):
         short = {name: name.split("/")[-2] if "/" in name else name for name in self.names if logs.get(name) is not None}
         figures = ", ".join(f"{word} {logs[name]:.3f}" for name, word in short.items())
         print(f"step {state.global_step}/{state.max_steps}: {figures}; {left:.1f} min left", flush=True)
+
+
+class ReleaseMemory(TrainerCallback):
+    """Gives freed memory back to the system at every `every`-th step."""
+
+    def __init__(self, every: int = 5):
+        self.every = every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Release, where it is due."""
+        if state.global_step % self.every == 0:
+            release_memory()
 
 
 def training_rows(samples: list[Sample], replies: list[str], pixels: tuple[int, int]) -> Dataset:
@@ -70,7 +83,7 @@ def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epoc
         bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
         dataloader_pin_memory=False, remove_unused_columns=False)
     made = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=processor,
-                      callbacks=[Progress(("loss", "mean_token_accuracy"))])
+                      callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory()])
     batch = made.data_collator([data[i] for i in range(min(4, len(data)))])
     check_tokens(processor, batch)
     if int((batch["labels"] != -100).sum()) == 0:

@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mig_kit.evaluate import summarise
 from mig_kit.lessons import album, locate_turns, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
-from mig_kit.runs import sha256
+from mig_kit.runs import release_memory, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
 from mig_kit.sft import greedy_replies
 from mig_kit.suites import SUITES, make_suite
@@ -297,6 +297,7 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         schedule.step()
         recent.append([*seen_figures.tolist(), *read_figures.tolist()[:2]])
         if step % 25 == 24 or step == steps - 1:
+            release_memory()
             mean = np.mean(recent, 0).round(4).tolist()
             recent = []
             names = ("step", "visual_loss", "visual_right", "looking", "text_loss", "text_right")
