@@ -15,6 +15,7 @@ from mig_kit.tasks import EXTREMES, extreme
 Look = tuple[int, int] | None  # image number and cell (in reading order) of the thing that some words are about
 Piece = tuple[str, float, Look]  # words of the assistant, their weight in the loss, what they are about
 Turn = tuple[str, list[Piece]]  # what the user says, what the assistant says
+KINDS = ("new", "all", "has", "attribute", "attribute", "gone")
 VERBS = ("Compare.", "Search.", "Track.", "Associate.")
 
 
@@ -65,14 +66,20 @@ def _find(rng: random.Random, scenes: list[Scene], number: int, thing: Thing, wh
     return question, [(answer, 1.0, where)]
 
 
-def _name_turn(question: str, scenes: list[Scene], number: int, thing: Thing) -> Turn:
-    return question, [(thing.name, 1.0, look_at(scenes, number, thing))]
+def _name_turn(question: str, scenes: list[Scene], number: int, thing: Thing, lead: str = "") -> Turn:
+    where = look_at(scenes, number, thing)
+    if not lead:
+        return question, [(thing.name, 1.0, where)]
+    return question, [(f"image {number}: {lead}", 0.2, None), (f" {thing.name}", 1.0, where), (".", 0.2, None)]
 
 
-def _list_turn(scenes: list[Scene], number: int) -> Turn:
-    scene = scenes[number - 1]
-    return f"List image {number}.", [(", " * bool(i) + name, 1.0, look_at(scenes, number, scene.find(name)))
-                                     for i, name in enumerate(scene.names())]
+def _list_turn(scenes: list[Scene], number: int, worded: bool) -> Turn:
+    scene, question = scenes[number - 1], f"List image {number}."
+    names = [(name, look_at(scenes, number, scene.find(name))) for name in scene.names()]
+    if not worded:
+        return question, [(", " * bool(i) + name, 1.0, where) for i, (name, where) in enumerate(names)]
+    listed = [((", " if i else " ") + name, 1.0, where) for i, (name, where) in enumerate(names)]
+    return question, [(f"image {number}:", 0.2, None), *listed, (".", 0.5, None)]
 
 
 def _count_turn(rng: random.Random, scene: Scene, at: str) -> Turn:
@@ -113,10 +120,10 @@ def locate_turns(rng: random.Random, scenes: list[Scene], count: int = 3) -> lis
     return turns
 
 
-def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8) -> list[Turn]:
+def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8, worded: float = 0.0) -> list[Turn]:
     """At most `count` questions with answers, each about one picture of `scenes`.
 
-    No box is asked for or shown twice in a dialogue: the second time it could be copied from the first.
+    worded: the share of lists and names given as "image 2: red star, blue ring.", as a note would put it. No box is asked for or shown twice in a dialogue: the second time it could be copied from the first.
     """
     turns: list[Turn] = []
     fresh = {(i, t.name): t for i, scene in enumerate(scenes, 1) for t in scene.things}
@@ -126,7 +133,7 @@ def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8) -> lis
             break
         kind, name = rng.random(), ""
         number = rng.choice(list(fresh))[0]
-        scene, at = scenes[number - 1], f"image {number}"
+        scene, at, noted = scenes[number - 1], f"image {number}", worded > 0 and rng.random() < worded
         if kind < 0.32:
             key = rng.choice(list(fresh))
             turns.append(_find(rng, scenes, key[0], fresh.pop(key)))
@@ -134,16 +141,17 @@ def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8) -> lis
             key = rng.choice(list(fresh))
             thing, name = fresh.pop(key), key[1]
             question = rng.choice(["What is at {} in image {}?", "What does the box {} of image {} hold?"])
-            turns.append(_name_turn(question.format(box_text(box_of(scenes[key[0] - 1], thing)), key[0]), scenes, key[0], thing))
+            question = question.format(box_text(box_of(scenes[key[0] - 1], thing)), key[0])
+            turns.append(_name_turn(question, scenes, key[0], thing, "the box holds" * noted))
         elif kind < 0.72:
             if unlisted:
                 place = unlisted.pop(rng.randrange(len(unlisted)))
-                turns.append(_list_turn(scenes, place))
+                turns.append(_list_turn(scenes, place, noted))
         elif kind < 0.86:
             which = rng.choice(list(EXTREMES))
             found = extreme(scene, which)
             if found:
-                turns.append(_name_turn(f"Which is the {which} thing in {at}?", scenes, number, found))
+                turns.append(_name_turn(f"Which is the {which} thing in {at}?", scenes, number, found, f"the {which} is" * noted))
                 name = found.name
         elif kind < 0.89:
             turns.append(_count_turn(rng, scene, at))
@@ -176,11 +184,11 @@ class Puzzle:
     right: str
 
 
-def puzzle(rng: random.Random) -> Puzzle:
-    """One text puzzle over lists of names."""
+def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
+    """One text puzzle over lists of names, of one of `kinds`."""
     looks = random_looks(rng, 9)
     names = [name_of(look) for look in looks]
-    kind = rng.choice(["new", "all", "has", "attribute", "attribute", "gone"])
+    kind = rng.choice(kinds)
     if kind in ("new", "gone"):
         first = names[:rng.randint(2, 5)]
         second = [names[7] if i == 0 else name for i, name in enumerate(first)]
@@ -227,11 +235,15 @@ def puzzle(rng: random.Random) -> Puzzle:
                   name_of(rest[0]))
 
 
-def text_turns(rng: random.Random, count: int = 3) -> list[Turn]:
-    """Puzzles over lists as turns; they are about no picture."""
+def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS, asked: float = 0.0) -> list[Turn]:
+    """Puzzles over lists as turns; they are about no picture.
+
+    asked: the share of those with notes as thoughts that end with the instruction to ground; what follows the finding is then
+    left open.
+    """
     turns = []
     for _ in range(count):
-        item, form = puzzle(rng), rng.random()
+        item, form = puzzle(rng, kinds), rng.random()
         if form < 0.35:
             turns.append((f"{item.notes} {item.question}", [(item.finding, 1.0, None)]))
             continue
@@ -241,6 +253,8 @@ def text_turns(rng: random.Random, count: int = 3) -> list[Turn]:
             question += "".join(f" {a}. {option}" for a, option in zip(letters, item.options)) + f" {CHOICE}"
             letter = letters[item.options.index(item.right)]
             ending = [("</think><answer>", 0.5, None), (letter, 2.0, None), ("</answer>", 0.5, None)]
+        elif asked and rng.random() < asked:
+            question, ending = f"{question} {GROUNDING}", [*ending, ("", 0.0, None)]
         verb = rng.choice(VERBS) + " " if rng.random() < 0.5 else ""
         turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03, None), (item.finding, 1.0, None), *ending]))
     return turns

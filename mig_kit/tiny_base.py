@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.evaluate import summarise
-from mig_kit.lessons import album, locate_turns, text_turns, visible, visual_turns
+from mig_kit.lessons import KINDS, album, locate_turns, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.runs import release_memory, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
@@ -165,10 +165,10 @@ class Tutor(nn.Module):
             hook.remove()
 
 
-def language_loss(model, batch: Batch, tutor: Tutor) -> tuple[torch.Tensor, torch.Tensor]:
+def language_loss(model, batch: Batch, tutor: Tutor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of a batch, and for the log: nats and share right of the tokens of weight >= 0.5, and the tutor's figure.
 
-    The loss is the weighted mean cross-entropy plus, with pictures, the tutor's.
+    The loss is the weighted mean cross-entropy plus the tutor's, if there is one.
     """
     longest = -(-max(map(len, batch.ids)) // 32) * 32
     ids = torch.zeros(len(batch.ids), longest, dtype=torch.long)
@@ -188,38 +188,46 @@ def language_loss(model, batch: Batch, tutor: Tutor) -> tuple[torch.Tensor, torc
     heavy = weight[wanted] >= 0.5
     right = (logits.argmax(-1) == said)[heavy].float().mean()
     loss, figure = (losses * weight[wanted]).sum() / weight[wanted].sum(), torch.zeros(())
-    if batch.features:
+    if tutor is not None:
         taught, figure = tutor(ids, *marks)
         loss = loss + taught
     return loss, torch.stack([losses[heavy].mean().detach(), right, figure])
 
 
 def visual_batch(bank, writer: Writer, rng: random.Random, rows: int, pictures: int, located: float = 0.0,
-                 named: float = 1.0) -> Batch:
+                 named: float = 1.0, worded: float = 0.0) -> Batch:
     """`rows` dialogues over `pictures` pictures of one album each.
 
     located: the share of dialogues that locate every thing; the others ask up to six questions. named: how much more a
-    word of a name weighs than a digit of a box, of which there are many more.
+    word of a name weighs than a digit of a box, of which there are many more. worded: see `visual_turns`.
     """
     batch = Batch()
     for _ in range(rows):
         chosen = rng.sample(rng.choice(bank), pictures)
         scenes = [scene for scene, _, _ in chosen]
-        turns = locate_turns(rng, scenes) if rng.random() < located else visual_turns(rng, scenes, 6)
+        turns = locate_turns(rng, scenes) if rng.random() < located else visual_turns(rng, scenes, 6, worded)
         turns = [(q, [(text, w if "[" in text else named * w, look) for text, w, look in pieces]) for q, pieces in turns]
         batch.add(writer.dialogue(turns, [len(part) for _, part, _ in chosen]), [grid for _, _, grid in chosen])
         batch.features += [part for _, part, _ in chosen]
     return batch
 
 
-def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str]) -> Batch:
-    """`rows` dialogues of two puzzles, half of them with a task's question as mere text behind."""
+def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str], bank=(), kinds: tuple[str, ...] = KINDS) -> Batch:
+    """`rows` dialogues of two puzzles, half of them with a task's question as mere text behind.
+
+    With a bank, three of four stand behind up to five pictures that have nothing to do with them.
+    """
     batch = Batch()
     for _ in range(rows):
-        turns = text_turns(rng, 2)
+        chosen = []
+        if bank and rng.random() < 0.75:
+            chosen = rng.sample(rng.choice(bank), rng.choice((1, 2, 2, 2, 3, 3, 4, 5)))
+        turns = text_turns(rng, 2, kinds, 0.5 if chosen else 0.0)
         if babble and rng.random() < 0.5:
             turns.append((rng.choice(babble), [("", 0.0, None)]))
-        batch.add(writer.dialogue(turns, user_weight=0.03), [])
+        row = writer.dialogue(turns, [len(part) for _, part, _ in chosen], user_weight=0.03)
+        batch.add(row, [grid for _, _, grid in chosen])
+        batch.features += [part for _, part, _ in chosen]
     return batch
 
 
@@ -227,7 +235,7 @@ def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str])
 class Course:
     """A course of lessons. name: of its checkpoint and curve; fewest: looks an album draws from, at least; asking: see Tutor;
     plan: share of the course done -> (most pictures a dialogue, share of locating dialogues, weight of names), the last two
-    as in `visual_batch`.
+    as in `visual_batch`, like worded; pictured: text puzzles stand behind pictures; kinds: of puzzles.
     """
 
     name: str
@@ -236,6 +244,9 @@ class Course:
     fewest: int
     asking: bool
     plan: Callable[[float], tuple[int, float, float]]
+    worded: float = 0.0
+    pictured: bool = False
+    kinds: tuple[str, ...] = KINDS
 
 
 def _seeing(done: float) -> tuple[int, float, float]:
@@ -248,6 +259,10 @@ SEEING = Course("seeing", 1.5e-3, 100, 5, False, _seeing)
 # After the first course the model reads one picture but mixes up several. Here an album's pictures hold the same few things, so
 # that the image's number decides.
 TELLING_APART = Course("telling_apart", 1.5e-3, 50, 3, True, lambda done: (6, 0.3, 3.0))
+# Now it sees, and it solves puzzles over lists, but not with pictures before it: they distract it. Here they stand before most
+# puzzles, and lists are worded as a puzzle's.
+COMBINING = Course("combining", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0.6, True,
+                   ("new", "all", "has", "has", "has", "attribute", "attribute", "attribute", "gone"))
 
 
 def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int, albums: int, visual_rows: int = 24,
@@ -287,9 +302,10 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         count = rng.choices(range(1, top + 1), (3, 6, 4, 3, 2, 2)[:top])[0]
         rows = round(visual_rows * (1.5, 1.3, 1.15, 1.0, 0.9, 0.8)[count - 1])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            batch = visual_batch(bank, writer, rng, rows, count, *mix)
+            batch = visual_batch(bank, writer, rng, rows, count, *mix, course.worded)
             seen, seen_figures = language_loss(model, batch, tutor)
-            read, read_figures = language_loss(model, text_batch(writer, rng, text_rows, babble), tutor)
+            puzzles = text_batch(writer, rng, text_rows, babble, bank if course.pictured else (), course.kinds)
+            read, read_figures = language_loss(model, puzzles, None)
         optimizer.zero_grad()
         (seen + read).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
