@@ -167,8 +167,8 @@ def revos(records: list[dict]) -> Benchmark:
         video, frames = record.get("video_id"), _field(record, "frames", list, i, "ReVOS-grounding")
         boxes = _field(record, "bbox_list", list, i, "ReVOS-grounding")
         if not isinstance(video, (str, int)) or len(boxes) < 3 or len(frames) < 3 or not all(type(f) is int for f in frames):
-            raise ValueError(f"item {i} of the ReVOS-grounding annotations needs a video_id, three whole-number frames and three boxes")
-        box = _box([float(v) for v in boxes[2]], i, "ReVOS-grounding")
+            raise ValueError(f"item {i} of the ReVOS-grounding annotations needs a video_id, three frame numbers and three boxes")
+        box = _box(boxes[2], i, "ReVOS-grounding")
         items.append(Item(i, "", "revos", _field(record, "question", str, i, "ReVOS-grounding"),
                           tuple(f"{video}#{frame}" for frame in frames), tuple(float(int(v)) for v in box), "pixels", 3))
     return Benchmark("revos", "", tuple(items), True)
@@ -197,8 +197,8 @@ def blink(records: list[dict]) -> Benchmark:
     for i, record in enumerate(records):
         found = re.fullmatch(r"\(?([A-Z])\)?", _field(record, "answer", str, i, "BLINK").strip())
         if not found:
-            raise ValueError(f"item {i} of the BLINK annotations has answer '{record['answer']}'; scoring needs the validation set's "
-                             "letters (the test set's are hidden)")
+            raise ValueError(f"item {i} of the BLINK annotations has answer '{record['answer']}'; scoring needs the letters "
+                             "of the validation set")
         answers[record.get("task")].add(found.group(1))
     for i, record in enumerate(records):
         task, name = _field(record, "task", str, i, "BLINK"), _field(record, "idx", str, i, "BLINK")
@@ -219,10 +219,12 @@ def mmiu(records: list[dict]) -> Benchmark:
         if record.get("output") is None:
             continue
         output = _field(record, "output", str, i, "MMIU").strip().strip(".")
-        options = "".join(dict.fromkeys(re.findall(r"(?:^|\s)\(?([A-Z])\)?\s*[:.]", str(record.get("options", ""))))) or "ABCDEFGH"
+        options = ""
+        for letter in re.findall(r"(?:^|\s)\(?([A-Z])\)?\s*[:.]", str(record.get("options", ""))):
+            options += letter if letter == chr(ord("A") + len(options)) else ""
         images = record.get("input_image_path") or []
         items.append(Item(i, "", _field(record, "task", str, i, "MMIU"), str(record.get("question", "")),
-                          tuple(images), letter=output, options=options))
+                          tuple(images), letter=output, options=options or "ABCDEFGH"))
     return Benchmark("mmiu", "", tuple(items), len({item.task for item in items}) == 52)
 
 
@@ -253,7 +255,7 @@ def with_sizes(items: tuple[Item, ...], root: str | Path | None) -> list[Item]:
     sized, missing, broken = [], [], []
     for item in items:
         if item.size is None and root is None:
-            raise ValueError("these boxes need the images' sizes: pass --images FOLDER, the folder that image names are relative to")
+            raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which image names are relative to")
         if item.size is None:
             name = item.images[(item.target or len(item.images)) - 1]
             path = image_file(root, name)
@@ -278,19 +280,17 @@ def aligned(items: tuple[Item, ...], predictions: list[dict], field: str, source
     A line names its item by "index" (place in the annotation file, from 0) or "id". Raises ValueError that lists lines
     without the field, and indices that are unknown, doubled or missing.
     """
-    by_index, by_id = {item.index: item for item in items}, {item.id: item for item in items if item.id}
+    by_index = {str(item.index): item for item in items}
+    by_id = {item.id: item for item in items if item.id} or by_index
+    sample = f'a line looks like {{"index": 0, "{field}": ...}}'
     found, doubled, unknown = {}, [], []
     for number, line in enumerate(predictions, 1):
         name = line.get("id", line.get("idx", line.get("index")))
         if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise ValueError(f'prediction {number} of {source} has no "index" or "id"; a line looks like '
-                             f'{{"index": 0, "{field}": ...}}')
+            raise ValueError(f'prediction {number} of {source} has no "index" or "id"; {sample}')
         if field not in line or (field == "response" and not isinstance(line[field], str)):
-            raise ValueError(f'prediction {number} of {source} has no "{field}"{" text" if field == "response" else ""}; a line looks '
-                             f'like {{"index": 0, "{field}": ...}}')
-        item = by_id.get(name) or by_index.get(name) if isinstance(name, int) or name in by_id else None
-        if item is None and isinstance(name, str) and not by_id and re.fullmatch(r"\d{1,9}", name):
-            item = by_index.get(int(name))
+            raise ValueError(f'prediction {number} of {source} has no "{field}"; {sample}')
+        item = (by_id if "id" in line or "idx" in line else by_index).get(str(name))
         if item is None:
             unknown.append(str(name))
         elif item.index in found:

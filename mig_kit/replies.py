@@ -5,7 +5,6 @@ numbers compare with published ones. The strict ones ask for what the question a
 All functions are pure and take any string; none raises.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ def strict_answer(text: str) -> StrictAnswer:
     return StrictAnswer(image, found[0])
 
 
-_ALONE = re.compile(r"\W*([A-Z])\W*")
+_ALONE = re.compile(r"\W*([A-Za-z])\W*")
 _LABEL = r"(?:[Pp]oints?|[Bb]ox(?:es)?|[Oo]ptions?|[Pp]ictures?|[Ii]mages?|[Cc]hoices?|[Cc]ircles?|[Aa]nswers?(?: is|:)?)"
 _VERB = r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|corresponds|matches)"
 _NAMED = re.compile(
@@ -128,13 +127,15 @@ _NAMED = re.compile(
     rf"|(?<![\w'$\\.])A(?=\s+{_VERB}\b|\s*[),:;.\"]|\s*$)"
     r"|(?<![\w'$\\.])([B-H])(?![\w'$]|\.\w)")
 _CONCLUSION = re.compile(
-    r"\b(?:therefore|thus|hence|in conclusion|(?:correct|best|final|right|appropriate) (?:corresponding )?(?:answer|choice|option|point)"
-    r"|answer(?: is|:)|based on (?:these|this|the (?:analysis|criteria))|(?:I|we)(?:'d| would| will| can| might)? (?:choose|select|pick|go with|say|conclude|lean|suggest))\b", re.IGNORECASE)
+    r"\b(?:therefore|thus|hence|in conclusion|based on (?:these|this|the (?:analysis|criteria))|answer(?: is|:)"
+    r"|(?:correct|best|final|right|appropriate) (?:corresponding )?(?:answer|choice|option|point)"
+    r"|(?:I|we)(?:'d| would| will| can| might)? (?:choose|select|pick|go with|say|conclude|lean|suggest))\b", re.IGNORECASE)
 _PICKS = re.compile(
-    r"\b(?:closer|nearer|more accurate(?:ly)?|darker|most likely|most similar|most appropriate|higher|stands out|correspond(?:s|ing)?|best|better|match(?:es)?|shares)\b",
-    re.IGNORECASE)
+    r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out|most (?:likely|similar|appropriate)"
+    r"|correspond(?:s|ing)?|match(?:es)?|shares)\b", re.IGNORECASE)
 _REFUSES = re.compile(
-    r"\b(?:none|neither|cannot|can't|unable|impossible|no (?:clear|direct|correct)|not (?:possible|enough|sufficient)|n't)\b", re.IGNORECASE)
+    r"\b(?:none|neither|cannot|can't|unable|impossible|no (?:clear|direct|correct)|not (?:possible|enough|sufficient))\b",
+    re.IGNORECASE)
 _NEGATES = re.compile(r"\b(?:not|less|none|neither|cannot|nor)\b|n't\b", re.IGNORECASE)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _INTRODUCED = re.compile(r":\s*\n\s*\(([A-H])\)[^\n]*(?:\n+(?!\s*\([A-H]\))|$)")
@@ -158,7 +159,7 @@ def choice_letter(text: str, valid: str = "ABCDEFGH") -> str:
     text = re.sub(r"</?s>", " ", text if block is None else block)
     alone = _ALONE.fullmatch(text)
     if alone:
-        return alone.group(1) if alone.group(1) in valid else ""
+        return alone.group(1).upper() if alone.group(1).upper() in valid else ""
     named = option_letters(text, valid)
     if not named:
         return ""
@@ -191,7 +192,7 @@ def _lists_options(text: str, valid: str) -> bool:
     """Whether the text ends in all options again, one a line, which chooses none."""
     lines = [line for line in text.splitlines() if line.strip()][-len(valid):]
     heads = [_OPTION_LINE.match(line) for line in lines]
-    return all(heads) and len({head.group(1) for head in heads if head}) == len(valid) and len(text) < 60 * len(valid) + 200
+    return all(heads) and len({head.group(1) for head in heads if head}) == len(valid)
 
 
 def names_substring(text: str, truth: str) -> bool:
@@ -200,11 +201,3 @@ def names_substring(text: str, truth: str) -> bool:
     Source: thunlp/Migician, eval/utils.py, calculate: white space, then dots, stripped from the truth; case counts.
     """
     return truth.strip().strip(".") in text
-
-
-def json_value(text: str):
-    """The JSON a text holds, or None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
