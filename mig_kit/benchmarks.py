@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mig_kit.frames import Box
@@ -125,9 +125,11 @@ def mig_bench(records: list[dict]) -> Benchmark:
         if task not in MIG_BENCH_TASKS:
             raise ValueError(f"item {i} has task '{task}', which MIG-Bench has not; its tasks are {', '.join(MIG_BENCH_TASKS)}")
         question = _field(record, "question", str, i, "MIG-Bench")
+        images = _field(record, "images", list, i, "MIG-Bench")
         target, stated = _mig_bench_target(task, question, str(record.get("additional_info", "")))
-        items.append(Item(i, "", task, question, tuple(_field(record, "images", list, i, "MIG-Bench")), box,
-                          "thousand" if revised else "unit", target, stated))
+        if not images or (target or 1) > len(images) or not all(isinstance(name, str) for name in images):
+            raise ValueError(f"item {i} of MIG-Bench asks for image {target} of {len(images)}; is the file whole?")
+        items.append(Item(i, "", task, question, tuple(images), box, "thousand" if revised else "unit", target, stated))
     counts = Counter(item.task for item in items)
     return Benchmark("mig_bench", "revised" if revised else "original", tuple(items),
                      counts == Counter(REVISED_TASKS if revised else MIG_BENCH_TASKS))
@@ -166,7 +168,8 @@ def revos(records: list[dict]) -> Benchmark:
     for i, record in enumerate(records):
         video, frames = record.get("video_id"), _field(record, "frames", list, i, "ReVOS-grounding")
         boxes = _field(record, "bbox_list", list, i, "ReVOS-grounding")
-        if not isinstance(video, (str, int)) or len(boxes) < 3 or len(frames) < 3 or not all(type(f) is int for f in frames):
+        numbered = len(frames) >= 3 and all(type(frame) is int and frame >= 0 for frame in frames)
+        if not isinstance(video, (str, int)) or len(boxes) < 3 or not numbered:
             raise ValueError(f"item {i} of the ReVOS-grounding annotations needs a video_id, three frame numbers and three boxes")
         box = _box(boxes[2], i, "ReVOS-grounding")
         items.append(Item(i, "", "revos", _field(record, "question", str, i, "ReVOS-grounding"),
@@ -235,21 +238,20 @@ READERS: dict[str, Callable[[list[dict]], Benchmark]] = {
 def image_file(root: str | Path, name: str) -> Path:
     """The file a benchmark's image name means below the image root. Raises ValueError where the name leaves the root."""
     root = Path(root).resolve()
-    folder, _, place = name.partition("#")
-    path = (root / folder).resolve()
-    if not path.is_relative_to(root):
+    folder, _, place = name.rpartition("#")
+    video = (root / folder).resolve() if folder and place.isdecimal() else root
+    path = (root / name).resolve()
+    if not (path.is_relative_to(root) and video.is_relative_to(root)):
         raise ValueError(f"the image name '{name}' leaves the image root {root}; names must be relative to --images")
-    if place and path.is_dir():  # ReVOS: the place of a frame among the video's files, sorted by the first number in the name
-        files = sorted((f for f in path.iterdir() if f.suffix in (".jpg", ".png") and re.search(r"\d", f.stem)),
+    if video != root and video.is_dir():  # ReVOS: a place among the video's frames, sorted by the first number in their names
+        files = sorted((f for f in video.iterdir() if f.suffix in (".jpg", ".png") and re.search(r"\d", f.name)),
                        key=lambda f: int(re.findall(r"\d+", f.name)[0]))
-        return files[int(place)] if int(place) < len(files) else path / f"frame {place}"
+        return files[int(place)] if int(place) < len(files) else path
     return path
 
 
 def with_sizes(items: tuple[Item, ...], root: str | Path | None) -> list[Item]:
     """The items with the size of each target image, read from the files. Raises ValueError listing what is missing."""
-    from dataclasses import replace
-
     from PIL import Image, UnidentifiedImageError
 
     sized, missing, broken = [], [], []
@@ -275,7 +277,7 @@ def with_sizes(items: tuple[Item, ...], root: str | Path | None) -> list[Item]:
 
 
 def aligned(items: tuple[Item, ...], predictions: list[dict], field: str, source: str, allow_missing: bool = False) -> list:
-    """Each item's prediction (`field` of its line, or None where allowed to be missing), in the items' order.
+    """Each item's prediction line (None where one may be missing and is), in the items' order.
 
     A line names its item by "index" (place in the annotation file, from 0) or "id". Raises ValueError that lists lines
     without the field, and indices that are unknown, doubled or missing.
@@ -304,7 +306,7 @@ def aligned(items: tuple[Item, ...], predictions: list[dict], field: str, source
     if said:
         hint = " (or pass --allow-missing to count missing ones wrong)" if missing and not allow_missing else ""
         raise ValueError(f"{source}: {said}; give one prediction for each of the {len(items)} items{hint}")
-    return [found[item.index][field] if item.index in found else None for item in items]
+    return [found.get(item.index) for item in items]
 
 
 def _first(names: list[str], count: int = 10) -> str:
