@@ -60,7 +60,7 @@ class Benchmark:
     complete: bool
 
 
-def read_records(path: str | Path) -> list[dict]:
+def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     """The objects of a .json list, a .jsonl file or a .parquet table. Raises ValueError naming the file and line."""
     path = Path(path)
     if not path.is_file():
@@ -80,8 +80,8 @@ def read_records(path: str | Path) -> list[dict]:
     for number, record in numbered:
         if not isinstance(record, dict):
             raise ValueError(f"entry {number} of {path} is no JSON object; every entry must look like {{...}}")
-    if not numbered:
-        raise ValueError(f"{path} is empty")
+    if not numbered and not may_be_empty:
+        raise ValueError(f"{path} is empty; it needs one JSON object per item")
     return [record for _, record in numbered]
 
 

@@ -123,7 +123,7 @@ def mc_bench(annotations: dict, predictions: list[dict], source: str, protocol: 
     for task in dict.fromkeys(tasks):
         images = [image for pair, style in pairs for image in pair if style == task]
         whole[task] = {"ap50": _weighted_ap50(coco, found, images)}
-    return Scored(tasks, {"accuracy": right}, False, right, whole=whole)
+    return Scored(tasks, {"accuracy": right}, False, right, tuple(range(len(pairs))), whole=whole)
 
 
 def _pairs(coco: COCO) -> list[tuple[tuple, str]]:

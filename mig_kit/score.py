@@ -9,10 +9,11 @@ before a function that has none says so. MC-Bench and OdinW go through pycocotoo
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
-from mig_kit.benchmarks import Benchmark, Item, aligned, with_sizes
+from mig_kit.benchmarks import READERS, Benchmark, Item, aligned, read_json, read_records, with_sizes
 from mig_kit.evaluate import bootstrap, macro, percent
 from mig_kit.frames import Box, iou, rescale, smart_resize
 from mig_kit.replies import (
@@ -34,16 +35,18 @@ MACRO = ("mig_bench", "blink", "mmiu")  # their headline is the unweighted mean 
 
 @dataclass(frozen=True)
 class Scored:
-    """Predictions, judged. tasks: (n,) task of each item. columns: metric -> (n,) shares in 0..1, the first is the headline.
+    """Predictions, judged.
 
-    macro: whether the average is over tasks. values: (n,) IoU or right. problems: how many replies scored nothing, and why.
-    whole: "avg" or task -> metric -> percent, for metrics that are not means over items (AP). notes: defects of the annotations.
+    tasks: (n,) task of each item. columns: metric -> (n,) shares in 0..1, the first is the headline. macro: whether the average
+    is over tasks. values: (n,) IoU or right; indices: (n,) places in the annotation file. problems: why replies scored nothing,
+    and how many. whole: "avg" or task -> metric -> percent, for what is no mean over items (AP). notes: annotation defects.
     """
 
     tasks: tuple[str, ...]
     columns: dict[str, np.ndarray]
     macro: bool
     values: np.ndarray
+    indices: tuple[int, ...] = ()
     problems: dict[str, int] = field(default_factory=dict)
     whole: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, list] = field(default_factory=dict)
@@ -175,11 +178,11 @@ def score(benchmark: Benchmark, predictions: list[dict], source: str, protocol: 
                          '"format": "xyxy"}; for free text use --protocol strict')
     lines = aligned(benchmark.items, predictions, "pred_bbox" if boxes_given else "response", source, allow_missing)
     items = list(benchmark.items)
-    tasks = tuple(item.task for item in items)
+    tasks, indices = tuple(item.task for item in items), tuple(item.index for item in items)
     if name in ("blink", "mmiu"):
         judge = {"official": official_choice, "strict": strict_choice, "substring": substring_choice}[protocol]
         values, problems = judged(items, lines, judge)
-        return Scored(tasks, {"accuracy": values}, True, values, dict(problems))
+        return Scored(tasks, {"accuracy": values}, True, values, indices, dict(problems))
     same = frame == "pixels" and items[0].frame == "pixels"  # then no frame has to be converted
     if protocol == "official" and name in ("lisa", "revos") or protocol == "strict" and not same and (
             frame in ("pixels", "resized") or items[0].frame == "pixels"):
@@ -197,7 +200,37 @@ def score(benchmark: Benchmark, predictions: list[dict], source: str, protocol: 
         columns = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)} | {"macc": steps, "mean_iou": values}
     else:
         columns = {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)} | {"mean_iou": values}
-    return Scored(tasks, columns, name in MACRO, values, dict(problems), notes=defects(benchmark))
+    return Scored(tasks, columns, name in MACRO, values, indices, dict(problems), notes=defects(benchmark))
+
+
+def score_files(name: str, annotations: str, predictions: str, protocol: str = "official", frame: str = "thousand",
+                **settings) -> tuple[dict, Scored]:
+    """({"benchmark", "version", "complete", "protocol"}, Scored) from files; settings: images, pixels, allow_missing of `score`.
+
+    Raises ValueError for an unknown benchmark, protocol or frame, and as `score`.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
+    if protocol not in PROTOCOLS[name]:
+        raise ValueError(f"{name} has no protocol '{protocol}'; its protocols are {', '.join(PROTOCOLS[name])}")
+    if frame not in FRAMES:
+        raise ValueError(f"no frame '{frame}'; the frames are {', '.join(FRAMES)}")
+    header = {"benchmark": name, "version": "", "complete": True, "protocol": protocol}
+    source = Path(predictions).name
+    if name in ("mc_bench", "odinw"):
+        from mig_kit import coco  # here, because coco needs Scored
+
+        truth, boxes = read_json(annotations), read_records(predictions, may_be_empty=True)
+        return header, coco.odinw(truth, boxes, source) if name == "odinw" else coco.mc_bench(truth, boxes, source, protocol)
+    benchmark = READERS[name](read_records(annotations))
+    header |= {"version": benchmark.version, "complete": benchmark.complete}
+    return header, score(benchmark, read_records(predictions), source, protocol, frame, **settings)
+
+
+def item_lines(scored: Scored) -> list[dict]:
+    """{"index", "task", "value"} of every item in order: its IoU, or 1 and 0 for right and wrong."""
+    return [{"index": int(index), "task": task, "value": float(value)}
+            for index, task, value in zip(scored.indices, scored.tasks, scored.values, strict=True)]
 
 
 def _ref_l4_values(items: list[Item], lines: list[dict | None], source: str) -> tuple[np.ndarray, Counter]:
