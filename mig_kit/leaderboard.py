@@ -72,11 +72,12 @@ def notes(result: dict, rows: tuple[Row, ...]) -> list[str]:
         said.append("Not every item of the benchmark is in the annotations: do not set these numbers beside published ones.")
     if rows and result["protocol"] != "official":
         said.append("Published columns follow the authors' own rules, not this protocol.")
+    if result["benchmark"] in ("blink", "mmiu") and result["protocol"] == "official":
+        said.append("Letters are read from the text alone; the authors ask another model where the text is not an option itself.")
     said += [f"{row.system}: {row.source}." for row in rows]
     said += [f"Replies, {reason}: {count}." for reason, count in sorted(result["problems"].items(), key=lambda item: -item[1])]
     for kind, names in result["notes"].items():
-        shown = ", ".join(str(name) for name in names[:10])
-        said.append(f"Annotations, {kind}: {len(names)} ({shown}{', ...' if len(names) > 10 else ''}).")
+        said.append(f"Annotations, {kind}: {len(names)} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}).")
     if "compare" in result:
         for metric, gap in result["compare"]["difference"].items():
             interval = f" ({gap['ci95'][0]:+.2f} to {gap['ci95'][1]:+.2f})" if gap["ci95"] else " (no interval)"

@@ -151,9 +151,10 @@ def option_letters(text: str, valid: str = "ABCDEFGH") -> list[str]:
 def choice_letter(text: str, valid: str = "ABCDEFGH") -> str:
     """The option a free text settles on, one letter of `valid`, or "" where it names none or several without choosing.
 
-    Of an <answer> block only the last one is read. In order: a lone letter; the only option named; what follows the last
-    conclusion ("therefore", "the answer is"); the last sentence that prefers one ("A is closer to the camera than B"). The
-    rules are ours: BLINK's authors (zeyofu/BLINK_Benchmark) asked another model wherever the text is not an option itself.
+    Of an <answer> block only the last one is read. In order: a lone letter; the only option named; an option alone in the last
+    or first line, or after a colon; what follows the last conclusion ("therefore", "the answer is"); the first sentence that
+    prefers one ("A is closer to the camera than B"). The rules are ours: BLINK's authors (zeyofu/BLINK_Benchmark) ask another
+    model wherever the text is not an option itself.
     """
     block = answer_block(text)
     text = re.sub(r"</?s>", " ", text if block is None else block)
@@ -169,6 +170,9 @@ def choice_letter(text: str, valid: str = "ABCDEFGH") -> str:
     last = option_letters(sentences[-1], valid)
     if _OPTION_LINE.match(sentences[-1]) and len(set(last)) == 1 and not _lists_options(text, valid):
         return last[0]
+    opening = _OPTION_LINE.match(sentences[0]) and set(option_letters(sentences[0], valid))
+    if opening and len(opening) == 1 and len(sentences) > 1 and not _OPTION_LINE.match(sentences[1]) and "\n" in text.strip():
+        return opening.pop()
     introduced = [x for x in _INTRODUCED.findall(text) if x in valid]
     if introduced:
         return introduced[-1]

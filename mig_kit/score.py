@@ -1,14 +1,14 @@
 """Scores of any model's predictions on the public benchmarks, by the authors' rule or by the strict one.
 
 `official` repeats what each benchmark's own script does with a reply, quirks included, so that numbers compare with published
-ones. `strict` asks for what the question asks for: the last <answer>, one box in it, the right image, the stated frame.
-`substring` is the lax multiple-choice rule. The sources of the official rules are named at each function; the sentence
-before a function that has none says so. MC-Bench and OdinW go through pycocotools, in `coco.py`.
+ones; each function names its source. `strict` asks for what the question asks for: the last <answer>, one box in it, the right
+image, the stated frame. `substring` is the lax multiple-choice rule. One deviation: where BLINK's and MMIU's authors ask
+another model which option a free text means, `official` here reads the text alone. MC-Bench and OdinW are in `coco.py`.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +115,9 @@ def frame_size(frame: str, size: tuple[int, int] | None, pixels: tuple[int, int]
     """(width, height) of a frame: "unit" 1, "thousand" 1000, "pixels" `size`, "resized" what smart_resize makes of `size`."""
     if frame in ("unit", "thousand"):
         return (1, 1) if frame == "unit" else (1000, 1000)
-    return size if frame == "pixels" else smart_resize(*size, *pixels)
+    if frame == "pixels":
+        return size or (float("inf"), float("inf"))  # no size is needed where answers are pixels too
+    return smart_resize(*size, *pixels)
 
 
 def strict_iou(item: Item, response: str, frame: str, pixels: tuple[int, int]) -> tuple[float, str]:
@@ -135,7 +137,8 @@ def strict_iou(item: Item, response: str, frame: str, pixels: tuple[int, int]) -
     source = frame_size(frame, item.size, pixels)
     if min(read.box) < 0 or max(read.box[0::2]) > source[0] or max(read.box[1::2]) > source[1]:
         return 0.0, "outside the frame"
-    return iou(item.box, rescale(read.box, source, frame_size(item.frame, item.size, pixels))), ""
+    box = read.box if frame == item.frame else rescale(read.box, source, frame_size(item.frame, item.size, pixels))
+    return iou(item.box, box), ""
 
 
 def official_choice(item: Item, response: str) -> tuple[float, str]:
@@ -183,24 +186,21 @@ def score(benchmark: Benchmark, predictions: list[dict], source: str, protocol: 
         judge = {"official": official_choice, "strict": strict_choice, "substring": substring_choice}[protocol]
         values, problems = judged(items, lines, judge)
         return Scored(tasks, {"accuracy": values}, True, values, indices, dict(problems))
-    same = frame == "pixels" and items[0].frame == "pixels"  # then no frame has to be converted
-    if protocol == "official" and name in ("lisa", "revos") or protocol == "strict" and not same and (
-            frame in ("pixels", "resized") or items[0].frame == "pixels"):
+    converted = frame != items[0].frame and (frame in ("pixels", "resized") or items[0].frame == "pixels")
+    if converted if protocol == "strict" else name in ("lisa", "revos"):
         items = with_sizes(benchmark.items, images)
     if boxes_given:
         values, problems = _ref_l4_values(items, lines, source)
     elif protocol == "official":
         values, problems = judged(items, lines, official_iou)
     else:
-        if same:
-            items = [replace(item, size=item.size or (float("inf"), float("inf"))) for item in items]
         values, problems = judged(items, lines, lambda item, text: strict_iou(item, text, frame, pixels))
     if name == "ref_l4":
         steps = np.mean([values > i / 100 for i in range(50, 100, 5)], axis=0)
         columns = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)} | {"macc": steps, "mean_iou": values}
     else:
         columns = {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)} | {"mean_iou": values}
-    return Scored(tasks, columns, name in MACRO, values, indices, dict(problems), notes=defects(benchmark))
+    return Scored(tasks, columns, name in MACRO, values, indices, dict(problems), notes=defects(benchmark, protocol == "strict"))
 
 
 def score_files(name: str, annotations: str, predictions: str, protocol: str = "official", frame: str = "thousand",
@@ -245,17 +245,20 @@ def _ref_l4_values(items: list[Item], lines: list[dict | None], source: str) -> 
     return values, Counter({"missing": missing} if (missing := sum(line is None for line in lines)) else {})
 
 
-def defects(benchmark: Benchmark) -> dict[str, list]:
-    """Item names no box can match (inverted or empty answers), with answers outside the image, and given twice."""
+def defects(benchmark: Benchmark, strict: bool) -> dict[str, list[str]]:
+    """Names of items that no box can match (inverted or empty answers), whose answer leaves the image, that are given twice.
+
+    Under strict also those whose target image the annotations do not say, so that it cannot be checked.
+    """
     limits = {"unit": 1, "thousand": 1000}
     boxes = [(item, item.box) for item in benchmark.items if item.box]
     seen: dict[tuple, list[str]] = {}
     for item in benchmark.items if benchmark.name == "mig_bench" else ():
         seen.setdefault((item.task, item.images, item.question, item.box), []).append(item.name)
     found = {"no box can match": [item.name for item, (x1, y1, x2, y2) in boxes if x1 >= x2 or y1 >= y2],
-             "answer outside the image": [item.name for item, box in boxes if max(box) > limits.get(item.frame, float("inf"))],
-             "given twice": [names for names in seen.values() if len(names) > 1],
-             "target image not annotated": [item.name for item in benchmark.items if item.box and item.target is None]}
+             "answer leaves the image": [item.name for item, box in boxes if max(box) > limits.get(item.frame, float("inf"))],
+             "given twice": [" = ".join(names) for names in seen.values() if len(names) > 1],
+             "target image unknown, not checked": [item.name for item, _ in boxes if strict and item.target is None]}
     return {kind: names for kind, names in found.items() if names}
 
 
