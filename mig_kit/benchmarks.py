@@ -106,8 +106,13 @@ def _field(record: dict, name: str, kind: type | tuple, index: int, benchmark: s
     return value
 
 
+def four_numbers(values) -> bool:
+    """Whether a JSON value is a list of four finite numbers of sane size."""
+    return isinstance(values, list) and len(values) == 4 and all(type(v) in (int, float) and -1e9 < v < 1e9 for v in values)
+
+
 def _box(values: list, index: int, benchmark: str) -> Box:
-    if not (isinstance(values, list) and len(values) == 4 and all(type(v) in (int, float) for v in values)):
+    if not four_numbers(values):
         raise ValueError(f"item {index} of the {benchmark} annotations has no box of four numbers; is this the {benchmark} file?")
     return tuple(float(v) for v in values)
 
@@ -267,7 +272,7 @@ def with_sizes(items: tuple[Item, ...], root: str | Path | None) -> list[Item]:
             try:
                 with Image.open(path) as image:
                     item = replace(item, size=image.size)
-            except (UnidentifiedImageError, OSError):
+            except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
                 broken.append(name)
         sized.append(item)
     for words, names in (("images are missing below", missing), ("files are no readable images below", broken)):

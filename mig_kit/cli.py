@@ -139,6 +139,9 @@ def score(benchmark: str, annotations: str, predictions: str, compare: str | Non
 
     settings = {"frame": frame, "images": images, "pixels": (min_pixels, max_pixels), "allow_missing": allow_missing}
     name = benchmark.lower().replace("-", "_")
+    for path in (out, items):
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
     header, scored = score.score_files(name, annotations, predictions, protocol, **settings)
     result = {**header, "predictions": Path(predictions).name, **score.summary(scored)}
     if compare:

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import io
 import itertools
-import math
 from collections import defaultdict
 
 import numpy as np
@@ -17,6 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
+from mig_kit.benchmarks import four_numbers
 from mig_kit.evaluate import percent
 from mig_kit.score import Scored
 
@@ -28,7 +28,11 @@ def load(annotations: dict, name: str) -> COCO:
         raise ValueError(f"the {name} annotations need the lists {', '.join(wanted)}; give the benchmark's COCO-style JSON file")
     coco = COCO()
     coco.dataset = copy.deepcopy(annotations)
+    if not all(isinstance(e, dict) and "id" in e for part in wanted for e in annotations[part]):
+        raise ValueError(f"every image, annotation and category of the {name} annotations needs an id; is the file whole?")
     for entry in coco.dataset["annotations"]:
+        if not (four_numbers(entry.get("bbox")) and "image_id" in entry and "category_id" in entry):
+            raise ValueError(f"annotation {entry['id']} of {name} needs image_id, category_id and a bbox of four numbers")
         entry.setdefault("iscrowd", 0)
         entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
     with contextlib.redirect_stdout(io.StringIO()):
@@ -39,9 +43,8 @@ def load(annotations: dict, name: str) -> COCO:
 def checked(predictions: list[dict], coco: COCO, source: str) -> list[dict]:
     """Copies of the predictions. Raises ValueError that lists unknown images and categories, or says which entry is malformed."""
     for number, entry in enumerate(predictions, 1):
-        box, score = entry.get("bbox"), entry.get("score")
-        numbers = [*box, score] if isinstance(box, list) and len(box) == 4 else []
-        if not (numbers and all(type(v) in (int, float) and math.isfinite(v) for v in numbers)):
+        score = entry.get("score")
+        if not (four_numbers(entry.get("bbox")) and type(score) in (int, float) and -1e9 < score < 1e9):
             raise ValueError(f'entry {number} of {source} needs "bbox", four numbers x, y, width, height in pixels, and "score"')
     for field, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
         names = {str(key) for key in known}

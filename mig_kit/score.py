@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mig_kit.benchmarks import READERS, Benchmark, Item, aligned, read_json, read_records, with_sizes
+from mig_kit.benchmarks import READERS, Benchmark, Item, aligned, four_numbers, read_json, read_records, with_sizes
 from mig_kit.evaluate import bootstrap, macro, percent
 from mig_kit.frames import Box, iou, rescale, smart_resize
 from mig_kit.replies import (
@@ -237,8 +237,7 @@ def _ref_l4_values(items: list[Item], lines: list[dict | None], source: str) -> 
     boxes = []
     for item, line in zip(items, lines, strict=True):
         box, kind = (line["pred_bbox"], line.get("format")) if line else ([0, 0, 0, 0], "xyxy")
-        numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
-        if not numbers or kind not in ("xyxy", "xywh"):
+        if not four_numbers(box) or kind not in ("xyxy", "xywh"):
             raise ValueError(f'{source}: the line of {item.name} needs "pred_bbox", four numbers, and "format", xyxy or xywh')
         boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]] if kind == "xywh" else box)
     values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))

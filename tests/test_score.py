@@ -399,7 +399,8 @@ def test_odinw_by_hand():
 
 @pytest.mark.parametrize("entries,sentence", [
     ([found(9, [0, 0, 1, 1])], "image_id"), ([found(1, [0, 0, 1, 1], 7)], "category_id"),
-    ([{"image_id": 1, "category_id": 1}], '"score"'), ([found(1, [0, 0, 1, math.nan])], '"score"')])
+    ([{"image_id": 1, "category_id": 1}], '"score"'),
+    ([found(1, [0, 0, 1, math.nan])], '"score"'), ([found(1, [0, 0, 1, 10**400])], '"score"')])
 def test_coco_predictions_must_fit(entries, sentence):
     with pytest.raises(ValueError, match=sentence):
         coco.odinw(coco_truth(), entries, "P.json")
@@ -467,7 +468,8 @@ def test_command_writes_the_result(files):
     (("mig_bench",), {"predictions": "empty.jsonl"}, "is empty"), (("mig_bench",), {"predictions": "bytes.jsonl"}, "UTF-8"),
     (("mig_bench",), {"annotations": "a.jsonl"}, "is this the MIG-Bench file"), (("lisa",), {}, "is this the LISA-grounding file"),
     (("blink",), {}, "is this the BLINK file"), (("mc_bench",), {}, "COCO-style"), (("odinw",), {}, "COCO-style"),
-    (("mig_bench", "--protocol", "strict", "--frame", "pixels"), {}, "--images")])
+    (("mig_bench", "--protocol", "strict", "--frame", "pixels"), {}, "--images"),
+    (("mig_bench", "--json", "no/such/folder.json"), {}, "cannot be written")])
 def test_bad_input_is_one_sentence(files, words, changes, sentence):
     (files / "cut.jsonl").write_text('{"index": 0, "response": ""}\n{"index": 1, "resp')
     (files / "list.json").write_text("[1, 2]")
