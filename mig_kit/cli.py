@@ -118,6 +118,45 @@ def table(run_ids: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("benchmark", metavar="BENCHMARK")
+@click.option("--annotations", required=True, type=click.Path(), help="The benchmark's own annotation file.")
+@click.option("--predictions", required=True, type=click.Path(), help='JSONL of {"index": 0, "response": "text"}, or COCO results.')
+@click.option("--compare", type=click.Path(), help="A second model's predictions: adds the paired difference.")
+@click.option("--protocol", default="official", show_default=True, help="official, strict, or substring (multiple choice).")
+@click.option("--frame", default="thousand", show_default=True, help="strict: boxes are in thousand, unit, pixels or resized.")
+@click.option("--images", type=click.Path(), help="The folder of the images, where their sizes are needed.")
+@click.option("--min-pixels", default=3136, show_default=True, help="The processor's, for --frame resized.")
+@click.option("--max-pixels", default=401408, show_default=True, help="The processor's, for --frame resized.")
+@click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
+@click.option("--json", "out", type=click.Path(), help="Write the result here.")
+@click.option("--items", type=click.Path(), help="Write every item's value here, as JSONL.")
+def score(benchmark: str, annotations: str, predictions: str, compare: str | None, protocol: str, frame: str, images: str | None,
+          min_pixels: int, max_pixels: int, allow_missing: bool, out: str | None, items: str | None) -> None:
+    """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink or mmiu."""
+    import json
+
+    from mig_kit import leaderboard, score
+
+    settings = {"frame": frame, "images": images, "pixels": (min_pixels, max_pixels), "allow_missing": allow_missing}
+    name = benchmark.lower().replace("-", "_")
+    for path in (out, items):
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
+    header, scored = score.score_files(name, annotations, predictions, protocol, **settings)
+    result = {**header, "predictions": Path(predictions).name, **score.summary(scored)}
+    if compare:
+        other = score.score_files(name, annotations, compare, protocol, **settings)[1]
+        both = score.summary(other)
+        result["compare"] = {"predictions": Path(compare).name, "tasks": both["tasks"], "avg": both["avg"],
+                             "problems": both["problems"], "difference": score.difference(scored, other)}
+    click.echo(leaderboard.table(result))
+    if items:
+        Path(items).write_text("".join(json.dumps(line) + "\n" for line in score.item_lines(scored)))
+    if out:
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+@cli.command()
 @click.option("--model", required=True, help="A Qwen2.5-VL folder or hub name.")
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; repeat in order.")
 @click.option("--out", default="grounded.png", show_default=True, help="Where the picture with the box goes.")
