@@ -123,7 +123,8 @@ def locate_turns(rng: random.Random, scenes: list[Scene], count: int = 3) -> lis
 def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8, worded: float = 0.0) -> list[Turn]:
     """At most `count` questions with answers, each about one picture of `scenes`.
 
-    worded: the share of lists and names given as "image 2: red star, blue ring.", as a note would put it. No box is asked for or shown twice in a dialogue: the second time it could be copied from the first.
+    worded: the share of lists and names given as "image 2: red star, blue ring.", as a note would put it. No box is asked for or
+    shown twice in a dialogue: the second time it could be copied from the first.
     """
     turns: list[Turn] = []
     fresh = {(i, t.name): t for i, scene in enumerate(scenes, 1) for t in scene.things}
