@@ -12,7 +12,8 @@ from mig_kit.prompts import CHOICE, GROUNDING, answer_text, box_text
 from mig_kit.scenes import Scene, Thing, arrange, cell_of, cropped, grid_of, name_of, random_looks, random_size
 from mig_kit.tasks import EXTREMES, extreme
 
-Look = tuple[int, int] | None  # image number and cell (in reading order) of the thing that some words are about
+# What some words are about: image number and cell (in reading order) of a thing, or a name in the lists of text before
+Look = tuple[int, int] | str | None
 Piece = tuple[str, float, Look]  # words of the assistant, their weight in the loss, what they are about
 Turn = tuple[str, list[Piece]]  # what the user says, what the assistant says
 KINDS = ("new", "all", "has", "attribute", "attribute", "gone")
@@ -176,13 +177,26 @@ def _notes(pictures: list[list[str]]) -> str:
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A question over lists: what is asked, the lists as notes, the finding, and the thing or image it is about."""
+    """A question over lists: what is asked, the lists as notes, the finding, the options and the right one.
+
+    name: the listed name that must be looked up for the finding, where one look-up is all it takes; else "".
+    """
 
     question: str
     notes: str
     finding: str
     options: tuple[str, ...]
     right: str
+    name: str = ""
+
+    def pieces(self) -> list[Piece]:
+        """The finding, cut before the word that the look-up gives."""
+        if not self.name:
+            return [(self.finding, 1.0, None)]
+        before, word, after = self.finding.rpartition(f" {self.right.removeprefix('image ')}")
+        if "has" in self.finding:
+            before, word, after = self.finding.partition(self.right.removeprefix("image "))
+        return [(before, 1.0, None), (word, 1.0, self.name), (after, 1.0, None)]
 
 
 def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
@@ -222,7 +236,7 @@ def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
         k = rng.randint(1, count)
         pictures[k - 1][rng.randrange(len(pictures[k - 1]))] = names[0]
         return Puzzle(f"Which image shows the {names[0]}?", _notes(pictures), f"image {k} has {names[0]}.",
-                      tuple(f"image {i}" for i in range(1, count + 1)), f"image {k}")
+                      tuple(f"image {i}" for i in range(1, count + 1)), f"image {k}", names[0])
     attribute = rng.randint(0, 1)
     while True:
         one, *rest = random_looks(rng, rng.randint(3, 5))
@@ -233,7 +247,7 @@ def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
     start = rng.choice(["image 1: the box holds {}.", f"image 1: the {rng.choice(list(EXTREMES))} is {{}}.", "image 1: {}."])
     notes = f"{start.format(name_of(one))} image 2: {', '.join(listed)}."
     return Puzzle(f"Which thing has the same {word}?", notes, f"same {word}: {name_of(rest[0])}.", tuple(listed[:3]),
-                  name_of(rest[0]))
+                  name_of(rest[0]), name_of(rest[0]))
 
 
 def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS, asked: float = 0.0) -> list[Turn]:
@@ -246,7 +260,7 @@ def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KIND
     for _ in range(count):
         item, form = puzzle(rng, kinds), rng.random()
         if form < 0.35:
-            turns.append((f"{item.notes} {item.question}", [(item.finding, 1.0, None)]))
+            turns.append((f"{item.notes} {item.question}", item.pieces()))
             continue
         question, ending = item.question, [("</think>", 1.0, None)]
         if form > 0.75 and item.right in item.options:
@@ -257,5 +271,5 @@ def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KIND
         elif asked and rng.random() < asked:
             question, ending = f"{question} {GROUNDING}", [*ending, ("", 0.0, None)]
         verb = rng.choice(VERBS) + " " if rng.random() < 0.5 else ""
-        turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03, None), (item.finding, 1.0, None), *ending]))
+        turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03, None), *item.pieces(), *ending]))
     return turns

@@ -122,10 +122,10 @@ class Tutor(nn.Module):
     """Supervises how the language model looks things up, which otherwise forms only after a long plateau.
 
     Always: what the LOOKERS (half the heads of one layer) attend from the words about a thing to that thing's token, and what
-    two heads of the first layer attend from an image token to its image's number. With `asking` also what two heads of the
-    layer between attend from those words to the number in the question, and that a linear reader, thrown away afterwards,
-    tells the number from what the looking layer is given, on both sides: a query that does not hold the number looks the
-    thing up in all images at once.
+    two heads of the first layer attend from an image token (or a listed name) to its image's number. With `asking` also what
+    two heads of the layer between attend from those words to the number in the question, and that a linear reader, thrown away
+    afterwards, tells the number from what the looking layer is given, on both sides: a query that does not hold the number
+    looks the thing up in all images at once.
     """
 
     def __init__(self, model, asking: bool):
@@ -145,12 +145,14 @@ class Tutor(nn.Module):
         The first words about a thing weigh four times as much: once a digit is written, it gives the thing away.
         """
         look, ask = look[:, 1:], ask[:, 1:]
+        if not ((look >= 0).any() and (home >= 0).any()):
+            return torch.zeros(()), torch.zeros(())
         looked, found = _attended(self.seen[LOOKING_LAYER], look, LOOKERS), _attended(self.seen[0], home, HOMING)
         first = (look != torch.roll(look, 1, 1))[look >= 0]
         weight = 1 + 3 * first.float()
         loss = -0.5 * (looked.log() * weight[:, None]).mean() / weight.mean() - 0.5 * found.log().mean()
         figure = looked[first].mean().detach()
-        if self.reader is None:
+        if self.reader is None or not (ask >= 0).any():
             return loss, figure
         loss = loss - 0.5 * _attended(self.seen[ASKING_LAYER], ask, ASKING).log().mean()
         for place, given in ((home, self.seen["given"]), (ask, self.seen["given"][:, :-1])):
@@ -305,7 +307,7 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
             batch = visual_batch(bank, writer, rng, rows, count, *mix, course.worded)
             seen, seen_figures = language_loss(model, batch, tutor)
             puzzles = text_batch(writer, rng, text_rows, babble, bank if course.pictured else (), course.kinds)
-            read, read_figures = language_loss(model, puzzles, None)
+            read, read_figures = language_loss(model, puzzles, tutor if course.pictured else None)
         optimizer.zero_grad()
         (seen + read).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

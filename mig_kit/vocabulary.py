@@ -83,7 +83,8 @@ class Writer:
 
         image_tokens: merged tokens of each picture, announced as "Image k: " before the first question. Indices in the row,
         or -1: looks, of the image token that a token is about; homes, of the number that announced an image token's image;
-        asks, of the last mention of the number of the image that a token is about, as in "List image 2".
+        asks, of the last mention of the number of the image that a token is about, as in "List image 2". A look may also be a
+        name in a list of this turn ("image 2: red star, ..."): then it is the name's last token, whose home is its list's number.
         """
         ids, weights, looks, homes, asks, starts, mentions = [], [], [], [], [], [], {}
 
@@ -106,11 +107,23 @@ class Writer:
             add([5] * tokens, 0.0, home=home)
             add([4], 0.0)
         for turn, (question, pieces) in enumerate(turns):
+            begin = len(ids)
             add([*(self.ids("<|im_start|>user\n") if turn else []), *self.ids(question)], user_weight)
             add(self.ids("<|im_end|>\n<|im_start|>assistant\n"), 0.0)
             for text, weight, where in pieces:
-                place, about = (starts[where[0] - 1] + where[1], where[0]) if where else (-1, 0)
+                place, about = -1, 0
+                if isinstance(where, str):
+                    place, number = self.listed(ids, begin, where)
+                    homes[place] = number
+                elif where:
+                    place, about = starts[where[0] - 1] + where[1], where[0]
                 add(self.ids(text), weight, place, about=about)
             add([2], pieces[-1][1])
             add(self.ids("\n"), 0.0)
         return ids, weights, looks, homes, asks
+
+    def listed(self, ids: list[int], begin: int, name: str) -> tuple[int, int]:
+        """Where, from `begin` on, a list holds the name: indices of the name's last token and of the list's number."""
+        words, marks = self.ids(f" {name}"), {self.ids(",")[0], self.ids(":")[0]}
+        place = next(i for i in range(len(ids) - len(words), begin, -1) if ids[i:i + len(words)] == words and ids[i - 1] in marks)
+        return place + len(words) - 1, max(i for i in range(begin, place) if ids[i] in self.numbers)
