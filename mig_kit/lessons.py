@@ -17,6 +17,8 @@ Look = tuple[int, int] | str | None
 Piece = tuple[str, float, Look]  # words of the assistant, their weight in the loss, what they are about
 Turn = tuple[str, list[Piece]]  # what the user says, what the assistant says
 KINDS = ("new", "all", "has", "attribute", "attribute", "gone")
+LOOSE_KINDS = ("new", "new", "all", "has", "has", "attribute", "attribute", "attribute", "same", "gone")
+HOLDERS = ("Which image shows the {}?", "Where is the {}?", "There is a {} in an image. Where?", "Look for the {}.")
 VERBS = ("Compare.", "Search.", "Track.", "Associate.")
 
 
@@ -189,14 +191,15 @@ class Puzzle:
     right: str
     name: str = ""
 
-    def pieces(self) -> list[Piece]:
-        """The finding, cut before the word that the look-up gives."""
+    def pieces(self, guided: float = 1.0) -> list[Piece]:
+        """The finding, cut before the word that the look-up gives; `guided` is the weight of "new:" and its like."""
         if not self.name:
-            return [(self.finding, 1.0, None)]
+            kind, colon, rest = self.finding.partition(":")
+            return [(kind + colon, guided, None), (rest, 1.0, None)] if colon else [(self.finding, 1.0, None)]
         before, word, after = self.finding.rpartition(f" {self.right.removeprefix('image ')}")
         if "has" in self.finding:
             before, word, after = self.finding.partition(self.right.removeprefix("image "))
-        return [(before, 1.0, None), (word, 1.0, self.name), (after, 1.0, None)]
+        return [(before, guided, None), (word, 1.0, self.name), (after, 1.0, None)]
 
 
 def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
@@ -237,6 +240,13 @@ def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
         pictures[k - 1][rng.randrange(len(pictures[k - 1]))] = names[0]
         return Puzzle(f"Which image shows the {names[0]}?", _notes(pictures), f"image {k} has {names[0]}.",
                       tuple(f"image {i}" for i in range(1, count + 1)), f"image {k}", names[0])
+    if kind == "same":
+        listed, (first, second) = rng.sample(names[:5], rng.randint(2, 5)), rng.choice(((1, rng.randint(2, 6)), (2, 1)))
+        start = rng.choice(["image {}: the box holds {}.", "image {}: {}."]).format(first, listed[0])
+        word, listed = rng.choice(["same", "part"]), rng.sample(listed, len(listed)) if len(listed) > 1 else listed
+        right = start.removesuffix(".").split(": ")[1].removeprefix("the box holds ")
+        return Puzzle(f"Which thing is the {word}?", f"{start} image {second}: {', '.join(listed)}.", f"the {word}: {right}.",
+                      tuple(listed[:3]), right)
     attribute = rng.randint(0, 1)
     while True:
         one, *rest = random_looks(rng, rng.randint(3, 5))
@@ -250,26 +260,30 @@ def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
                   name_of(rest[0]), name_of(rest[0]))
 
 
-def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS, asked: float = 0.0) -> list[Turn]:
+def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS, strange: list[str] = ()) -> list[Turn]:
     """Puzzles over lists as turns; they are about no picture.
 
-    asked: the share of those with notes as thoughts that end with the instruction to ground; what follows the finding is then
-    left open.
+    strange: questions that have nothing to do with the lists. Half of the puzzles whose notes are thoughts then stand behind
+    one of them, so that the notes and the first words of the finding alone must lead to it.
     """
     turns = []
     for _ in range(count):
         item, form = puzzle(rng, kinds), rng.random()
-        if form < 0.35:
+        if form < 0.35 and not strange:
             turns.append((f"{item.notes} {item.question}", item.pieces()))
             continue
-        question, ending = item.question, [("</think>", 1.0, None)]
+        question, ending, guided = item.question, [("</think>", 1.0, None)], 1.0
         if form > 0.75 and item.right in item.options:
             letters = "ABCDE"[:len(item.options)]
             question += "".join(f" {a}. {option}" for a, option in zip(letters, item.options)) + f" {CHOICE}"
             letter = letters[item.options.index(item.right)]
             ending = [("</think><answer>", 0.5, None), (letter, 2.0, None), ("</answer>", 0.5, None)]
-        elif asked and rng.random() < asked:
-            question, ending = f"{question} {GROUNDING}", [*ending, ("", 0.0, None)]
-        verb = rng.choice(VERBS) + " " if rng.random() < 0.5 else ""
-        turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03, None), *item.pieces(), *ending]))
+        elif strange:
+            ending = [*ending, ("", 0.0, None)]
+            if "has" in item.finding:
+                question = f"{rng.choice(HOLDERS).format(item.name)} {GROUNDING}"
+            elif rng.random() < 0.75:
+                question, guided = rng.choice(strange), 0.0
+        verb = rng.choice(VERBS) + " " if rng.random() < (0.8 if strange else 0.5) else ""
+        turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03, None), *item.pieces(guided), *ending]))
     return turns

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.evaluate import summarise
-from mig_kit.lessons import KINDS, album, locate_turns, text_turns, visible, visual_turns
+from mig_kit.lessons import KINDS, LOOSE_KINDS, album, locate_turns, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.runs import release_memory, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
@@ -217,14 +217,14 @@ def visual_batch(bank, writer: Writer, rng: random.Random, rows: int, pictures: 
 def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str], bank=(), kinds: tuple[str, ...] = KINDS) -> Batch:
     """`rows` dialogues of two puzzles, half of them with a task's question as mere text behind.
 
-    With a bank, three of four stand behind up to five pictures that have nothing to do with them.
+    With a bank, three of four stand behind up to five pictures that have nothing to do with them, as do most questions.
     """
     batch = Batch()
     for _ in range(rows):
         chosen = []
         if bank and rng.random() < 0.75:
             chosen = rng.sample(rng.choice(bank), rng.choice((1, 2, 2, 2, 3, 3, 4, 5)))
-        turns = text_turns(rng, 2, kinds, 0.5 if chosen else 0.0)
+        turns = text_turns(rng, 2, kinds, babble if chosen else ())
         if babble and rng.random() < 0.5:
             turns.append((rng.choice(babble), [("", 0.0, None)]))
         row = writer.dialogue(turns, [len(part) for _, part, _ in chosen], user_weight=0.03)
@@ -264,7 +264,7 @@ TELLING_APART = Course("telling_apart", 1.5e-3, 50, 3, True, lambda done: (6, 0.
 # Now it sees, and it solves puzzles over lists, but not with pictures before it: they distract it. Here they stand before most
 # puzzles, and lists are worded as a puzzle's.
 COMBINING = Course("combining", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0.6, True,
-                   ("new", "all", "has", "has", "has", "attribute", "attribute", "attribute", "gone"))
+                   LOOSE_KINDS)
 
 
 def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int, albums: int, visual_rows: int = 24,
