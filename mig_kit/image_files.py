@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
+KINDS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class BadImage(ValueError):
-    """An image that cannot be used. reason: "outside root", "missing image" or "unreadable image"."""
+    """An image that cannot be used. reason: "outside root", "missing image", "unreadable image" or "image shape"."""
 
     def __init__(self, reason: str, sentence: str):
         super().__init__(sentence)
@@ -39,7 +40,7 @@ class Report:
         """Count one more thing left out for `reason`; the first few are remembered by name."""
         self.counts[reason] += 1
         if len(first := self.names.setdefault(reason, [])) < self.named:
-            first.append(name[:200])
+            first.append("".join(c if c.isprintable() else "?" for c in name[:200]))
 
     def text(self) -> str:
         """One line per reason, the most frequent first."""
@@ -73,16 +74,17 @@ def is_file(path: Path) -> bool:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """(width, height), pixels, from the header alone; BadImage if it is missing, no image, or over MAX_PIXELS."""
+    """(width, height), pixels, from the header alone; BadImage if it is missing, no image, over MAX_PIXELS or too long."""
     if not is_file(path):
-        raise BadImage("missing image", f"{path.name} is not there")
+        raise BadImage("missing image", f"{path.name!r} is not there")
     try:
         with Image.open(path) as image:
             width, height = image.size
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage("unreadable image", f"{path.name} is no readable image: give a PNG or JPEG file") from error
-    if width * height > MAX_PIXELS:
-        raise BadImage("unreadable image", f"{path.name} has {width}x{height} pixels; make it smaller than {MAX_PIXELS} pixels")
+        raise BadImage("unreadable image", f"{path.name!r} is no readable image: give a PNG or JPEG file") from error
+    if width * height > MAX_PIXELS or max(width, height) > 200 * min(width, height):
+        raise BadImage("image shape", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL takes sides up to 200 to 1, and the "
+                                      f"kit {MAX_PIXELS} pixels; crop or shrink it")
     return width, height
 
 
@@ -93,7 +95,7 @@ def open_rgb(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage("unreadable image", f"{path.name} is cut or broken; copy it again") from error
+        raise BadImage("unreadable image", f"{path.name!r} is cut or broken; copy it again") from error
 
 
 def perceptual_hashes(images: Iterable[tuple[str, Image.Image]]) -> tuple[list[str], np.ndarray]:
@@ -118,9 +120,14 @@ def near_duplicates(train: tuple[list[str], np.ndarray], held_out: tuple[list[st
             yield name, held_out[0][index], int(distance[index])
 
 
-def below(root: Path, limit: int | None = None) -> Iterator[tuple[str, Path]]:
-    """(name, path) of the image files under a folder, in name order, links out of it left out; at most `limit`."""
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    found = (p for p in sorted(root.rglob("*")) if p.suffix.lower() in kinds and p.is_file())
-    inside = ((str(p.relative_to(root)), p) for p in found if p.resolve().is_relative_to(root.resolve()))
-    return islice(inside, limit)
+def opened(folder: Path, report: Report, limit: int | None = None) -> Iterator[tuple[str, Image.Image]]:
+    """(name below the folder, RGB image) of its image files in name order; what cannot be opened is counted in the report."""
+    found = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in KINDS)
+    for path in islice(found, limit):
+        name = path.relative_to(folder).as_posix()
+        try:
+            image = open_rgb(confined(folder, name))
+        except BadImage as bad:
+            report.add(bad.reason, name)
+            continue
+        yield name, image

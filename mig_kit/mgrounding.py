@@ -26,10 +26,10 @@ MAX_TEXT = 20_000
 BOX = re.compile(r"<\|box_start\|>\(([0-9.]{1,8}),\s?([0-9.]{1,8})\),\s?\(([0-9.]{1,8}),\s?([0-9.]{1,8})\)<\|box_end\|>")
 WORDS = {w: n for n, w in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)}
 ORDINAL = "(?:" + "|".join(WORDS) + r"|last|[0-9]{1,3}(?:st|nd|rd|th))"
-AND = r"(?:\s*(?:,|\band\b|\bor\b))+\s*(?:in\s+)?(?:the\s+)?"
+AND = r"\s{0,3}(?:,\s{0,3}|\b(?:and|or)\b\s{0,3}){1,2}(?:in\s{1,3})?(?:the\s{1,3})?"
 KIND = "(?:image|picture|photo|frame)s?"
-MENTION = re.compile(rf"\b{ORDINAL}(?:{AND}{ORDINAL})*\s+{KIND}\b"
-                     rf"|\b{KIND}[\s#_-]{{0,2}}[0-9]{{1,3}}(?:{AND}[0-9]{{1,3}})*\b", re.IGNORECASE)
+MENTION = re.compile(rf"\b{ORDINAL}(?:{AND}{ORDINAL}){{0,9}}\s{{1,3}}{KIND}\b"
+                     rf"|\b{KIND}[\s#_-]{{0,2}}[0-9]{{1,3}}(?:{AND}[0-9]{{1,3}}){{0,9}}\b", re.IGNORECASE)
 JOINT = re.compile(r"(?:[\s,;.&]|\band\b|<\|object_ref_start\|>.{0,200}?<\|object_ref_end\|>)*", re.IGNORECASE | re.DOTALL)
 SHUFFLED = re.compile(r"shuffl|scrambl|disorder|unordered|out of order|not in order|random(?:ly)? order|chronolog|temporal order",
                       re.IGNORECASE)
@@ -252,7 +252,7 @@ def locate(root: Path, roots: list[Path], name: str) -> Path:
         path = confined(root, f"{folder.relative_to(root).as_posix()}/{inner}")
         if is_file(path):
             return path
-    raise BadImage("missing image", f"{name} is not below {root}; unpack its archive there")
+    raise BadImage("missing image", f"{name!r} is not below {root}; unpack its archive there")
 
 
 def check(path: Path, root: Path, unstated: dict[str, int] | None = None, limit: int | None = None) -> Report:
