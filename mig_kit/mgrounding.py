@@ -279,7 +279,7 @@ def samples(path: Path, root: Path, report: Report, unstated: dict[str, int] | N
             continue
         scale = [(k, rescale(box, (1000, 1000), images[k - 1].size)) for k, box in item.targets]
         reference = rescale(item.reference, (1000, 1000), images[0].size) if item.reference else None
-        yield Sample(item.id, "mgrounding", item.subset, "train", images, item.question, tuple(scale), reference)
+        yield Sample(item.id, "mgrounding", item.subset or "mgrounding", "train", images, item.question, tuple(scale), reference)
 
 
 def _located(path: Path, root: Path, report: Report, unstated: dict | None, limit: int | None

@@ -175,7 +175,7 @@ def _sample(data: dict, number: int, root: Path) -> Sample:
     boxes = [data["box"]] if "box" in data else data["boxes"]
     reference = _pixels(data["reference"], data["unit"], images[0].size) if "reference" in data else None
     targets = tuple((data["image"], _pixels(box, data["unit"], images[data["image"] - 1].size)) for box in boxes)
-    return Sample(data.get("id", f"line-{number}"), "own", data.get("task", ""), "train", images, data["question"], targets,
+    return Sample(data.get("id", f"line-{number}"), "own", data.get("task", "own"), "train", images, data["question"], targets,
                   reference)
 
 
