@@ -151,7 +151,8 @@ async def ask(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str
 
     calls: read as they are needed, `concurrency` at a time. An entry has the "reply", or "failed" where the server refused
     this very request; a call that fails for other reasons in all its attempts gets no entry and is asked again the next time.
-    Raises RuntimeError when going on makes no sense: a refused key, an unknown address or model, IN_A_ROW failures in a row.
+    Raises RuntimeError when going on makes no sense: a refused key, an unknown address or model, a redirect, IN_A_ROW failures
+    in a row.
     """
     secret = os.environ.get(KEY, "").strip()
     if not (secret.isascii() and (secret + "k").isprintable()):
@@ -166,7 +167,8 @@ async def ask(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str
         log.seek(0, os.SEEK_END)
         run = _Run(endpoint, secret, log, done)
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout) as client:
+        limits = httpx.Limits(max_connections=endpoint.concurrency)
+        async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout, limits=limits) as client:
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(run.produce(calls))
@@ -174,6 +176,8 @@ async def ask(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str
                         group.create_task(run.work(client))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
+        if run.works and run.unwritten:
+            log.write("".join(json.dumps(entry) + "\n" for entry in run.unwritten).encode())
     return {key: done[key] for key in run.asked if key in done}
 
 
@@ -185,7 +189,9 @@ class _Run:
         self.asked: dict[str, None] = {}
         self.queue: asyncio.Queue = asyncio.Queue(endpoint.concurrency)
         self.next_start = self.paused_until = 0.0
-        self.in_a_row = 0
+        self.in_a_row = self.finished = 0
+        self.unwritten: list[dict] = []
+        self.works = False
 
     async def produce(self, calls: Iterable[Call]) -> None:
         for call in calls:
@@ -203,10 +209,16 @@ class _Run:
             if entry is not None:
                 entry = {"key": call.key, "id": call.sample.id, "kind": call.kind, "model": self.endpoint.model, **entry,
                          "seconds": round(time.time() - start, 3)}
-                self.log.write((json.dumps(entry) + "\n").encode())
+                self.done[call.key] = entry
+                self.unwritten.append(entry)
+            if entry and "reply" in entry:  # a refusal counts only once something else shows that the endpoint works
+                self.log.write("".join(json.dumps(e) + "\n" for e in self.unwritten).encode())
                 self.log.flush()
                 os.fsync(self.log.fileno())
-                self.done[call.key] = entry
+                self.unwritten, self.works = [], True
+            self.finished += 1
+            if self.finished % 100 == 0:
+                print(f"{self.finished} calls finished", flush=True)
             self.in_a_row = 0 if entry and "reply" in entry else self.in_a_row + 1
             if self.in_a_row >= IN_A_ROW:
                 raise RuntimeError(f"{IN_A_ROW} calls in a row failed, the last with: {why}; what is done is kept, start again "
@@ -236,11 +248,11 @@ class _Run:
                 else:
                     why = f"HTTP {status}: {self.redacted(text.decode(errors='replace'))[:200]!r}"
                     after = retry_after(headers.get("retry-after", ""))
-                    if status in (401, 403, 404):
+                    if status in (400, 413, 422):
+                        return {"failed": why, "attempts": attempt}, why
+                    if status not in (408, 409, 425, 429) and status < 500:
                         raise RuntimeError(f"the endpoint answered {why}; check endpoint_url, endpoint_model and the environment "
                                            f"variable {KEY}")
-                    if status not in (408, 409, 425, 429) and status < 500:
-                        return {"failed": why, "attempts": attempt}, why
             if after is not None and after > 3600:
                 raise RuntimeError(f"the endpoint asks to wait {after:.0f} s; what is done is kept, start again then")
             if attempt < self.endpoint.attempts:

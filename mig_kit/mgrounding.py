@@ -33,6 +33,7 @@ MENTION = re.compile(rf"\b{ORDINAL}(?:{AND}{ORDINAL}){{0,9}}\s{{1,3}}{KIND}\b"
 JOINT = re.compile(r"(?:[\s,;.&]|\band\b|<\|object_ref_start\|>.{0,200}?<\|object_ref_end\|>)*", re.IGNORECASE | re.DOTALL)
 SHUFFLED = re.compile(r"shuffl|scrambl|disorder|unordered|out of order|not in order|random(?:ly)? order|chronolog|temporal order",
                       re.IGNORECASE)
+COMPARES = re.compile(r"compared|unlike|differ(?:s|ent|ently)? from|\bthan\b|instead|\bnot\b|n't\b|without|except", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def _numbers(text: str, boxes: list, n: int) -> list[int] | None:
     said = [sorted(set(_mentions(gap, n))) for gap in gaps]
     if not any(said):
         return None
+    if any(found and COMPARES.search(gap) for gap, found in zip(gaps, said)):
+        raise _Skip("image of a box unclear")
     if len(said[0]) == 1:
         numbers = said[0]
         for gap, found in zip(gaps[1:-1], said[1:-1]):
@@ -211,7 +214,7 @@ def _elsewhere(question: str, marked: int | None, n: int, subset: str, count: in
             raise _Skip("tracking boxes do not fit the frames")
         return list(range(1, n + 1))
     named = set(_mentions(question, n)) - {marked}
-    if len(named) == 1:
+    if len(named) == 1 and not COMPARES.search(question):
         return list(named) * count
     if subset in unstated and not named:
         return [unstated[subset]] * count

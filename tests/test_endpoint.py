@@ -208,7 +208,17 @@ def test_a_refused_request_is_not_repeated(serve, tmp_path):
     assert endpoint.usage(tmp_path / "c")["failed"] == 2
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+def test_refusals_by_a_server_that_refuses_everything_are_not_kept(serve, tmp_path):
+    wrong = [True]
+    server = serve(lambda nth, body: (400, {"error": "unknown field"}) if wrong[0] else (200, completion()))
+    with pytest.raises(RuntimeError, match="10 calls in a row failed.*unknown field"):
+        ask(server, tmp_path / "c", some(30), concurrency=1)
+    assert server.total == 10 and endpoint.usage(tmp_path / "c")["calls"] == 0
+    wrong[0] = False
+    assert not any(t.error for t in ask(server, tmp_path / "c", some(6))[0]) and server.total == 22
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 307])
 def test_a_refused_key_stops_the_run_and_is_never_written(serve, tmp_path, status, monkeypatch):
     monkeypatch.setenv(endpoint.KEY, "sk-very-secret")
     server = serve(lambda nth, body: (status, {"error": "wrong key sk-very-secret"}))

@@ -72,6 +72,8 @@ def test_how_an_answer_names_its_image(answer, expected):
     ("Find it.", "first image " + box("1.2.3", 2, 3, 4), "box text cannot be read"),
     ("Find it.", f"Unlike the first image, the second image has {box(1, 2, 3, 4)}", "image of a box unclear"),
     ("Find it.", f"first image {box(1, 2, 3, 4)}, elsewhere {box(1, 2, 3, 4)}", "image of a box unclear"),
+    ("Find it.", f"Compared with the first image, there is {box(1, 2, 3, 4)}", "image of a box unclear"),
+    ("What is not in the first image?", box(1, 2, 3, 4), "image not named"),
     (f"As {box(1, 2, 3, 4)} and {box(1, 2, 3, 4)}", f"first image {box(1, 2, 3, 4)}", "several reference boxes"),
     (f"As {box(1, 2, 3, 4)}", f"second image {box(1, 2, 3, 4)}", "reference box not said to be in the first image"),
     (f"As in the second image {box(1, 2, 3, 4)}", f"first image {box(1, 2, 3, 4)}",
