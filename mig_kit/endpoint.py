@@ -299,8 +299,8 @@ def read_completion(text: bytes) -> dict | None:
 
 def retry_after(value: str) -> float | None:
     """Seconds to wait by a Retry-After header, which holds seconds or a date (RFC 9110); None if it is neither."""
-    if re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]{1,6})?\s*", value):
-        return float(value)
+    if seconds := re.fullmatch(r" *([0-9]{1,9}(?:\.[0-9]{1,6})?) *", value):
+        return float(seconds.group(1))
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, OSError):

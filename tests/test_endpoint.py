@@ -180,6 +180,7 @@ def test_retry_after_holds_all_workers(serve, tmp_path):
     (formatdate(0, usegmt=True), 0, 0)])
 def test_retry_after_in_seconds_or_as_a_date(value, low, high):
     assert low <= endpoint.retry_after(value) <= high
+    assert endpoint.retry_after("\x1f0") is None and endpoint.retry_after("soon") is None
 
 
 def test_a_wait_of_hours_stops_the_run(serve, tmp_path):
