@@ -1,4 +1,4 @@
-"""The command line: run stages, look at runs, ground one question."""
+"""The command line: run stages, look at runs, check data, ground one question."""
 
 import os
 import sys
@@ -16,7 +16,8 @@ def main() -> None:
     for name, value in runs.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        cli(standalone_mode=False)
+        if code := cli(standalone_mode=False):
+            sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -190,3 +191,80 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, q
     click.echo("box: " + ", ".join(f"{v:.0f}" for v in box) + " (xyxy, pixels of that image)")
     plots.strip(sample, reply, pixels, 320).save(Path(out))
     click.echo(f"picture: {out}")
+
+
+@cli.group()
+def data() -> None:
+    """Check, look at and compare training data; nothing here loads a model."""
+
+
+@data.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Image root; else FILE's folder.")
+@click.option("--show", default=100, show_default=True, help="How many wrong lines to print.")
+def check(file: Path, root: Path | None, show: int) -> None:
+    """Say line by line what is wrong with FILE, a JSONL of your own data (format: mig_kit/own_data.py)."""
+    from mig_kit import own_data
+
+    total = bad = 0
+    for number, wrong in own_data.check(file, root or file.parent):
+        total += 1
+        bad += bool(wrong)
+        if wrong and bad <= show:
+            click.echo(f"line {number}: {'; '.join(wrong)}")
+    click.echo(f"{total} lines, {total - bad} right, {bad} wrong" + (f" (the first {show} shown)" if bad > show else ""))
+    if bad or not total:
+        raise click.exceptions.Exit(1)
+
+
+@data.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Image root; else FILE's folder.")
+@click.option("--out", default="preview.html", show_default=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="A .png or an .html.")
+@click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200), help="How many questions, from the top.")
+def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
+    """Draw the boxes of FILE's first questions on their images."""
+    from mig_kit import own_data
+
+    drawn = own_data.preview(own_data.samples(file, root or file.parent, count), out)
+    click.echo(f"{drawn} questions drawn: {out}")
+
+
+@data.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--root", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Where the archives were unpacked.")
+@click.option("--unstated", nargs=2, multiple=True, type=(str, int), metavar="SUBSET IMAGE",
+              help="Image number to take in a subset whose answers name none.")
+@click.option("--limit", type=int, help="Stop after so many questions.")
+def mgrounding(file: Path, root: Path, unstated, limit: int | None) -> None:
+    """Read FILE, MGrounding-630k's annotations, and say what is kept and what is left out, and why."""
+    from mig_kit import mgrounding
+
+    report = mgrounding.check(file, root, dict(unstated), limit)
+    click.echo(report.text())
+    if not report.kept:
+        raise click.exceptions.Exit(1)
+
+
+@data.command()
+@click.argument("train", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("held_out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(0, 32), help="Of 64 hash bits, how many may differ.")
+@click.option("--limit", type=int, help="Look at so many images of each folder.")
+def duplicates(train: Path, held_out: Path, bits: int, limit: int | None) -> None:
+    """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1 if there are any."""
+    from mig_kit import image_files
+
+    report = image_files.Report()
+    hashes = [image_files.perceptual_hashes(image_files.opened(folder, report, limit)) for folder in (train, held_out)]
+    found = 0
+    for name, other, distance in image_files.near_duplicates(*hashes, bits):
+        found += 1
+        click.echo(f"{train / name}\t{held_out / other}\t{distance} bits")
+    click.echo(f"{len(hashes[0][0])} against {len(hashes[1][0])} images: {found} pairs within {bits} bits")
+    for reason, names in report.names.items():
+        click.echo(f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})")
+    if found:
+        raise click.exceptions.Exit(1)

@@ -37,7 +37,7 @@ def strip(sample: Sample, reply: str = "", pixels: tuple[int, int] = (3136, 4014
     tiles = []
     for number, image in enumerate(sample.images, 1):
         scale = height / image.height
-        tile = image.convert("RGB").resize((round(image.width * scale), height), Image.Resampling.LANCZOS)
+        tile = image.convert("RGB").resize((max(1, round(image.width * scale)), height), Image.Resampling.LANCZOS)
         pen = ImageDraw.Draw(tile)
         boxes = [(box, TARGET, False) for n, box in sample.targets if n == number]
         if number == 1 and sample.reference:

@@ -131,7 +131,7 @@ def _imported(source: str) -> set[str]:
 
 
 def stage_key(stage: str, run_id: str, params: dict) -> str:
-    """What a finished stage stands for: its parameters, the outputs of the stages before it, and its code."""
+    """What a finished stage stands for: its parameters and the files they name, what the stages before it made, its code."""
     before = {name: finished(name, run_id) for name in STAGES[stage]}
     missing = [name for name, record in before.items() if record is None]
     if missing:
@@ -139,7 +139,9 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
                                 f"run: mig-kit run {missing[0]} --run-id {run_id}")
     notebook = ROOT / "notebooks" / f"{stage}.ipynb"
     cells = json.loads(notebook.read_text())["cells"] if notebook.is_file() else []
-    text = json.dumps([params, {name: record["outputs"] for name, record in before.items()},
+    data = {name: sha256(ROOT / value) for name, value in params.items()
+            if name.endswith("_file") and value and (ROOT / value).is_file()}
+    text = json.dumps([params, data, {name: record["outputs"] for name, record in before.items()},
                        [sha256(path) for path in code_files(stage)],
                        [c["source"] for c in cells if "parameters" not in c["metadata"].get("tags", ())]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

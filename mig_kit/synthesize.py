@@ -70,7 +70,8 @@ def draw_split(split: str, per_task: int, seed: int) -> list[Sample]:
 
 def counts(verdicts: list[str], found: list[Trace]) -> dict:
     """How many traces were kept, dropped per reason, and what became of each kind of the teacher's errors."""
-    return {"total": len(verdicts), "kept": verdicts.count(""), "dropped": {r: verdicts.count(r) for r in REASONS},
+    reasons = [*REASONS, *sorted({v for v in verdicts if v} - set(REASONS))]
+    return {"total": len(verdicts), "kept": verdicts.count(""), "dropped": {r: verdicts.count(r) for r in reasons},
             "errors": dict(Counter(t.error for t in found if t.error)),
             "errors_kept": dict(Counter(t.error for t, v in zip(found, verdicts) if t.error and not v)),
             "details_kept": dict(Counter(t.detail for t, v in zip(found, verdicts) if not v))}
@@ -101,12 +102,15 @@ def read_samples(path: Path) -> list[Sample]:
     return [from_row(row) for row in read_rows(path)]
 
 
-def data_card(seed: int, kept: dict, sizes: dict[str, int]) -> str:
-    """The data card in Markdown: what the set holds and how it was made."""
+def data_card(seed: int, kept: dict, sizes: dict[str, int], data: str = "scenes", teacher: str = "") -> str:
+    """The data card in Markdown: what the set holds and how it was made. teacher: the model's name; "" for the rules."""
     lines = [f"- `{name}.parquet`: {n} samples" for name, n in sizes.items()]
     reasons = ", ".join(f"{reason} {n}" for reason, n in kept["dropped"].items())
+    source = f"Drawn scenes (seed {seed})" if data == "scenes" else f"Questions and images from '{data}', under their own licence,"
+    writer = f"{teacher}, asked over an endpoint" if teacher else "a rule-based teacher"
+    licence = "apache-2.0" if data == "scenes" else "other"
     return "\n".join([
-        "---", "license: apache-2.0", "task_categories: [visual-question-answering]", "---", "# Cold-start set", "",
-        f"Drawn scenes (seed {seed}) with chain-of-thought traces of a rule-based teacher; boxes are xyxy pixels of the",
+        "---", f"license: {licence}", "task_categories: [visual-question-answering]", "---", "# Cold-start set", "",
+        f"{source} with chain-of-thought traces of {writer}; boxes are xyxy pixels of the",
         "original image, boxes inside replies are pixels of the resized image.", "", *lines, "",
         f"Traces: {kept['total']}, kept {kept['kept']}; dropped: {reasons}.", ""])
