@@ -1,8 +1,8 @@
 """The tiny profile's teacher: writes chain-of-thought traces from the scene graph, and errs.
 
-Like a real teacher it knows more than its student and does not say how much of its way to write down: a third of its
-traces list the evidence, a third give only the finding, a third name only the method. Which of them a small student can
-use is what reinforcement learning has to find out.
+Like a real teacher it knows more than its student and does not say how much of its way to write down: some traces list the
+evidence, some give only the finding, some name only the method. Which of them a small student can use is what reinforcement
+learning has to find out. Too many of the last two, which a small student cannot follow, cost it what the base could do.
 """
 
 import random
