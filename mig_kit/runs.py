@@ -184,7 +184,6 @@ class Stage:
     params: dict
     key: str
     started: float = field(default_factory=time.time)
-    facts: dict = field(default_factory=dict)
 
     def before(self, stage: str, name: str = "") -> Path:
         """A file or folder that an earlier stage of this run made."""
@@ -201,7 +200,7 @@ class Stage:
             "outputs": {str(p.relative_to(self.folder)): sha256(p) for p in files}, "versions": versions(),
             "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs", "git": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-            "seconds": round(time.time() - self.started, 1), **self.facts, **facts})
+            "seconds": round(time.time() - self.started, 1), **facts})
 
 
 def begin(stage: str, names: dict) -> Stage:
