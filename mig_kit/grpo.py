@@ -48,14 +48,16 @@ def training_rows(samples: list[Sample], pixels: tuple[int, int], with_images: b
         for i, s in enumerate(samples)])
 
 
-def group_advantages(rewards: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, spread): A = (r - mean) / (std + 1e-4) within each group, both (rows,). rewards: (rows,), groups in sequence.
+def group_advantages(rewards: torch.Tensor, group: int, scale: str = "group") -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, spread): A = (r - the group's mean) / (std + 1e-4), both (rows,). rewards: (rows,), groups in sequence.
 
-    DeepSeekMath, arXiv 2402.03300, with TRL's epsilon.
+    scale: whose std: "group" (DeepSeekMath, arXiv 2402.03300), "batch" (a group whose replies differ little then teaches little,
+    however clear its order is) or "none" (no division). TRL's names and epsilon. spread: the std within the row's group.
     """
     grouped = rewards.view(-1, group)
     spread = grouped.std(1).repeat_interleave(group)
-    return (rewards - grouped.mean(1).repeat_interleave(group)) / (spread + 1e-4), spread
+    centred = rewards - grouped.mean(1).repeat_interleave(group)
+    return (centred if scale == "none" else centred / ((rewards.std() if scale == "batch" else spread) + 1e-4)), spread
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
@@ -89,7 +91,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         per_function = self._calculate_rewards(inputs, [row["prompt"] for row in inputs], completions, replies)
         rewards = (per_function * self.reward_weights.to(device)).nansum(1)
-        advantages, spread = group_advantages(rewards, group)
+        advantages, spread = group_advantages(rewards, group, self.scale_rewards)
         here = slice(rank * len(inputs), (rank + 1) * len(inputs))
         ids = torch.full((len(replies), max(map(len, replies))), self._tokenizer.pad_token_id, device=device)
         mask = torch.zeros_like(ids)
@@ -151,7 +153,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
 def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path, *, share_prefix: bool, adapter,
             num_generations: int, batch_size: int, held: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
-            warmup: int, beta: float, temperature: float, max_new_tokens: int, weights: list[float], clip_low: float,
+            schedule: str, warmup: int, scale_rewards: str, beta: float, temperature: float, max_new_tokens: int, weights: list[float], clip_low: float,
             clip_high: float, seed: int, save_steps: int, pixels: tuple[int, int]) -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice."""
     if hw.device == "cpu":  # sums over a group's rows would otherwise depend on which thread comes first
@@ -160,7 +162,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
     config = GRPOConfig(
         output_dir=str(folder / "checkpoints"), num_generations=num_generations, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation, max_steps=max_steps, learning_rate=learning_rate,
-        lr_scheduler_type="constant_with_warmup", warmup_steps=warmup, beta=beta, temperature=temperature,
+        lr_scheduler_type=schedule, warmup_steps=warmup, scale_rewards=scale_rewards, beta=beta, temperature=temperature,
         max_completion_length=max_new_tokens, reward_weights=weights, epsilon=clip_low, epsilon_high=clip_high, seed=seed,
         data_seed=seed, logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to="none",
         use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,

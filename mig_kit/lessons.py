@@ -18,12 +18,20 @@ Piece = tuple[str, float, Look]  # words of the assistant, their weight in the l
 Turn = tuple[str, list[Piece]]  # what the user says, what the assistant says
 KINDS = ("new", "all", "has", "attribute", "attribute", "gone")
 LOOSE_KINDS = ("new", "new", "all", "has", "has", "attribute", "attribute", "attribute", "same", "gone")
-HOLDERS = ("Which image shows the {}?", "Where is the {}?", "There is a {} in an image. Where?", "Look for the {}.")
-VERBS = ("Compare.", "Search.", "Track.", "Associate.")
+HARD_KINDS = ("new", "new", "new", "all", "all", "all", "has", "has", "has", "attribute", "same", "gone")
+HOLDERS = ("Which image shows the {}?", "Where is the {}?", "There is a {} in an image. Where?", "Look for the {}.",
+           "Find the image with the {}.")
+VERBS = ("Compare.", "Search.", "Track.", "Associate.", "List.", "Find.")
 
 
-def album(rng: random.Random, pictures: int = 6, fewest: int = 5) -> list[Scene]:
-    """Unrelated pictures that draw their things from the same `fewest` to 8 looks."""
+def album(rng: random.Random, pictures: int = 6, fewest: int = 5, alike: float = 0.0) -> list[Scene]:
+    """Unrelated pictures that draw their things from the same `fewest` to 8 looks.
+
+    alike: the share of albums whose pictures show the same 2 to 4 things at other places each, so that only the number tells.
+    """
+    if alike and rng.random() < alike:
+        looks = random_looks(rng, rng.randint(2, 4))
+        return [arrange(rng, rng.sample(looks, len(looks))) for _ in range(pictures)]
     looks = random_looks(rng, rng.randint(fewest, 8))
     scenes = []
     for _ in range(pictures):
@@ -197,8 +205,6 @@ class Puzzle:
             kind, colon, rest = self.finding.partition(":")
             return [(kind + colon, guided, None), (rest, 1.0, None)] if colon else [(self.finding, 1.0, None)]
         before, word, after = self.finding.rpartition(f" {self.right.removeprefix('image ')}")
-        if "has" in self.finding:
-            before, word, after = self.finding.partition(self.right.removeprefix("image "))
         return [(before, guided, None), (word, 1.0, self.name), (after, 1.0, None)]
 
 
@@ -238,7 +244,7 @@ def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
         pictures = [rng.sample(names[1:], rng.randint(1, 3)) for _ in range(count)]
         k = rng.randint(1, count)
         pictures[k - 1][rng.randrange(len(pictures[k - 1]))] = names[0]
-        return Puzzle(f"Which image shows the {names[0]}?", _notes(pictures), f"image {k} has {names[0]}.",
+        return Puzzle(f"Which image shows the {names[0]}?", _notes(pictures), f"{names[0]}: image {k}.",
                       tuple(f"image {i}" for i in range(1, count + 1)), f"image {k}", names[0])
     if kind == "same":
         listed, (first, second) = rng.sample(names[:5], rng.randint(2, 5)), rng.choice(((1, rng.randint(2, 6)), (2, 1)))
@@ -260,11 +266,12 @@ def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
                   name_of(rest[0]), name_of(rest[0]))
 
 
-def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS, strange: list[str] = ()) -> list[Turn]:
+def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS, strange: list[str] = (),
+               unfit: float = 0.75) -> list[Turn]:
     """Puzzles over lists as turns; they are about no picture.
 
-    strange: questions that have nothing to do with the lists. Half of the puzzles whose notes are thoughts then stand behind
-    one of them, so that the notes and the first words of the finding alone must lead to it.
+    strange: questions that have nothing to do with the lists. A share `unfit` of the puzzles whose notes are thoughts stands
+    behind one of them, so that the notes and the first words of the finding alone must lead to it.
     """
     turns = []
     for _ in range(count):
@@ -280,10 +287,11 @@ def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KIND
             ending = [("</think><answer>", 0.5, None), (letter, 2.0, None), ("</answer>", 0.5, None)]
         elif strange:
             ending = [*ending, ("", 0.0, None)]
-            if "has" in item.finding:
+            if item.right.startswith("image"):
                 question = f"{rng.choice(HOLDERS).format(item.name)} {GROUNDING}"
-            elif rng.random() < 0.75:
+            elif rng.random() < unfit:
                 question, guided = rng.choice(strange), 0.0
         verb = rng.choice(VERBS) + " " if rng.random() < (0.8 if strange else 0.5) else ""
-        turns.append((question, [(f"<think>{verb}{item.notes} ", 0.03, None), *item.pieces(guided), *ending]))
+        (head, weight, where), *rest = item.pieces(guided)  # a space belongs to the word behind it, as in a trace's tokens
+        turns.append((question, [(f"<think>{verb}{item.notes}", 0.03, None), (f" {head}", weight, where), *rest, *ending]))
     return turns

@@ -22,6 +22,8 @@ TINY_BASE = Path(__file__).parent / "tiny_base"
 # land in the vision tower, whose MLP uses the same names, hence a regular expression over full module paths.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+FULL_PRECISION = ["model.visual", "lm_head"]  # never 4-bit; the full path, for plain "visual" is ignored and the tower quantised
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -135,8 +137,7 @@ def check_model_folder(model: str | Path) -> None:
 def load_model(model: str | Path, hw: Hardware, four_bit: bool = False) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL from a folder or hub name, in eval mode, on hw.device.
 
-    four_bit: NF4 with double quantisation; the vision tower and the head stay in hw.dtype. The skip list needs the
-    full path "model.visual": plain "visual" is ignored and would quantise the tower.
+    four_bit: NF4 with double quantisation; the vision tower and the head stay in hw.dtype.
     """
     check_model_folder(model)
     quantization = None
@@ -144,7 +145,7 @@ def load_model(model: str | Path, hw: Hardware, four_bit: bool = False) -> Qwen2
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if hw.device == "cuda" or hw.autocast else torch.float32,
-            llm_int8_skip_modules=["model.visual", "lm_head"])
+            llm_int8_skip_modules=FULL_PRECISION)
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         model, config=AutoConfig.from_pretrained(model, trust_remote_code=False), dtype=hw.dtype,
         attn_implementation=hw.attention, quantization_config=quantization, device_map=hw.device, use_safetensors=True)

@@ -157,7 +157,7 @@ def naming(rng: random.Random, world: World) -> Draft:
     k = rng.randint(1, len(scenes))
     right = rng.choice(scenes[k - 1].names())
     options, letter = _choice(rng, right, [n for n in map(name_of, reversed(looks)) if n not in scenes[k - 1].names()][:2])
-    return Draft(scenes, f"What is in image {k}?", [], f"image {k} has {right}.", [listed(k, scenes[k - 1])], options=options,
+    return Draft(scenes, f"What is in image {k}?", [], f"{right}: image {k}.", [listed(k, scenes[k - 1])], options=options,
                  letter=letter)
 
 
@@ -169,7 +169,7 @@ def showing(rng: random.Random, world: World) -> Draft:
     chosen = [rng.sample(looks[1:], rng.randint(2, 3)) for _ in range(count)]
     chosen[k - 1][0] = looks[0]
     scenes = [world.scene(rng, picture) for picture in chosen]
-    return Draft(scenes, f"Which image shows the {name_of(looks[0])}?", [], f"image {k} has {name_of(looks[0])}.",
+    return Draft(scenes, f"Which image shows the {name_of(looks[0])}?", [], f"{name_of(looks[0])}: image {k}.",
                  [listed(i, s) for i, s in enumerate(scenes, 1)], options=tuple(f"image {i}" for i in range(1, count + 1)),
                  letter="ABCD"[k - 1])
 
@@ -183,12 +183,40 @@ def sharing(rng: random.Random, world: World) -> Draft:
                  [listed(i, s) for i, s in enumerate(scenes, 1)], options=options, letter=letter)
 
 
+def choosing(rng: random.Random, world: World) -> Draft:
+    """Free form: a question of the ten tasks, with things (or, where any image may be the one, images) to choose from."""
+    task = rng.choice(list(TASKS))
+    draft = TASKS[task](rng, world)
+    (k, right), = draft.answers
+    if task == "group_grounding":
+        options, letter = tuple(f"image {i}" for i in range(1, len(draft.scenes) + 1)), "ABCDE"[k - 1]
+    else:
+        others = [name for name in draft.scenes[k - 1].names() if name != right]
+        options, letter = _choice(rng, right, rng.sample(others, min(2, len(others))))
+    return replace(draft, answers=[], box=None, options=options, letter=letter)
+
+
+def pointing(rng: random.Random, world: World) -> Draft:
+    """Free form: the named thing, wherever it is, in one to four images; a box, not a letter."""
+    count = rng.randint(1, 4)
+    looks = world.looks(rng, 9)
+    chosen = [rng.sample(looks[1:], rng.randint(2, 4)) for _ in range(count)]
+    where = sorted({rng.randint(1, count), *(k for k in range(1, count + 1) if rng.random() < 0.2)})
+    for k in where:
+        chosen[k - 1][rng.randrange(len(chosen[k - 1]))] = looks[0]
+    scenes, name = [world.scene(rng, picture) for picture in chosen], name_of(looks[0])
+    question = rng.choice([f"Where is the {name}?", f"Point at the {name}.", f"Look for the {name}."])
+    return Draft(scenes, question, [(k, name) for k in where], f"{name}: image {where[0]}.",
+                 [listed(i, s) for i, s in enumerate(scenes, 1)])
+
+
 Maker = Callable[[random.Random, World], Draft]
 GROUNDING: dict[str, Maker] = {"lisa": lisa, "revos": revos, "mc_bench": mc_bench}
 BLINK: dict[str, Maker] = {"counting": counting, "jigsaw": jigsaw, "visual_correspondence": visual_correspondence,
                            "relations": relations}
 MMIU: dict[str, Maker] = {"order": order, "retrieval": retrieval, "change": change}
-FREE_FORM: dict[str, Maker] = {"naming": naming, "showing": showing, "sharing": sharing}  # cold start only, in no suite
+FREE_FORM: dict[str, Maker] = {"naming": naming, "showing": showing, "sharing": sharing, "choosing": choosing,
+                              "pointing": pointing}  # trained on, in no suite
 SUITES = ("mig_bench", "ood_grounding", "blink", "mmiu")
 
 
@@ -216,9 +244,10 @@ def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sam
 
 
 def make_free_form(split: str, per_task: int, seed: int = 0) -> list[Sample]:
-    """General multiple-choice questions for the cold start, which keep the model able to answer with a letter.
+    """General questions beside the ten tasks, as MGrounding-630k has them, a fifth of all.
 
-    Their questions are none of those that the perception suites ask.
+    They keep the model answering with a letter where it is asked to choose, and reading the question: the ten tasks are nearly
+    told apart by the number of their images. Their questions are none of those that the suites ask.
     """
     return [finish(draft_of(maker, task, split, i, seed, World()), "free_form", task, split, i)
             for task, maker in FREE_FORM.items() for i in range(per_task)]

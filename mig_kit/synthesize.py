@@ -59,7 +59,7 @@ def traces(samples: list[Sample], seed: int, mix: tuple[float, float, float], er
 
 
 def training_mix(split: str, per_task: int, free_form_per_task: int, seed: int) -> list[Sample]:
-    """What is trained on: the ten tasks, and general multiple-choice questions so that the model goes on answering them."""
+    """What is trained on: the ten tasks and general questions."""
     return draw_split(split, per_task, seed) + make_free_form(split, free_form_per_task, seed)
 
 

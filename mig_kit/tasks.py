@@ -220,7 +220,7 @@ def group_grounding(rng: random.Random, world: World) -> Draft:
     name = name_of(looks[0])
     question = rng.choice([f"Find the {name}.", f"Which image shows the {name}? Find it.",
                            f"One image has a {name}. Where is it?"])
-    return Draft(scenes, question, [(k, name)], f"image {k} has {name}.", [listed(i, s) for i, s in enumerate(scenes, 1)])
+    return Draft(scenes, question, [(k, name)], f"{name}: image {k}.", [listed(i, s) for i, s in enumerate(scenes, 1)])
 
 
 EXTREMES = {

@@ -12,10 +12,8 @@ from mig_kit.frames import to_model
 from mig_kit.prompts import answer_text, box_text
 from mig_kit.records import Sample
 
-METHOD = {"diff": "Compare.", "view_diff": "Compare.", "common_object": "Compare.", "object_tracking": "Track.",
-          "multi_view": "Track.", "region": "Search.", "refer_grounding": "Search.", "group_grounding": "Search.",
-          "reasoning": "Associate.", "correspondence": "Associate.", "naming": "Search.",
-          "showing": "Search.", "sharing": "Compare."}
+METHOD = {"new": "Compare.", "in all": "List.", "the same": "Track.", "the part": "Search.", "same colour": "Associate.",
+          "same shape": "Associate."}  # what is to be found -> how; "red star: image 2" is a matter of "Find."
 DETAILS = ("evidence", "finding", "method")
 ERRORS = ("wrong object", "wrong image", "sloppy box", "leaked answer", "broken format")
 
@@ -31,7 +29,7 @@ class Trace:
 
 def thinking(sample: Sample, detail: str) -> str:
     """The reasoning at one of the three levels of DETAILS; the method's name comes first in all of them."""
-    parts = [METHOD[sample.task]]
+    parts = [METHOD.get(sample.finding.partition(":")[0], "Find.")]
     if detail == "evidence":
         parts += sample.notes
     if detail != "method":

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.evaluate import summarise
-from mig_kit.lessons import KINDS, LOOSE_KINDS, album, locate_turns, text_turns, visible, visual_turns
+from mig_kit.lessons import HARD_KINDS, KINDS, LOOSE_KINDS, album, locate_turns, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.runs import release_memory, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
@@ -54,11 +54,12 @@ def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGene
 
 
 @torch.no_grad()
-def album_bank(tower, rng: random.Random, albums: int, autocast: bool = True, fewest: int = 5) -> list[list[tuple]]:
+def album_bank(tower, rng: random.Random, albums: int, autocast: bool = True, fewest: int = 5,
+               alike: float = 0.0) -> list[list[tuple]]:
     """Pictures seen once and for all: per album a list of (scene, features (tokens, hidden) bf16, (rows, columns))."""
     bank, processor = [], image_processor()
     for _ in tqdm(range(albums), desc="albums", mininterval=5):
-        scenes = album(rng, fewest=fewest)
+        scenes = album(rng, fewest=fewest, alike=alike)
         inputs = processor([draw(s) for s in scenes], return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             features = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output.to(torch.bfloat16)
@@ -214,7 +215,8 @@ def visual_batch(bank, writer: Writer, rng: random.Random, rows: int, pictures: 
     return batch
 
 
-def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str], bank=(), kinds: tuple[str, ...] = KINDS) -> Batch:
+def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str], bank=(), kinds: tuple[str, ...] = KINDS,
+               unfit: float = 0.75) -> Batch:
     """`rows` dialogues of two puzzles, half of them with a task's question as mere text behind.
 
     With a bank, three of four stand behind up to five pictures that have nothing to do with them, as do most questions.
@@ -224,7 +226,7 @@ def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str],
         chosen = []
         if bank and rng.random() < 0.75:
             chosen = rng.sample(rng.choice(bank), rng.choice((1, 2, 2, 2, 3, 3, 4, 5)))
-        turns = text_turns(rng, 2, kinds, babble if chosen else ())
+        turns = text_turns(rng, 2, kinds, babble if chosen else (), unfit)
         if babble and rng.random() < 0.5:
             turns.append((rng.choice(babble), [("", 0.0, None)]))
         row = writer.dialogue(turns, [len(part) for _, part, _ in chosen], user_weight=0.03)
@@ -237,7 +239,8 @@ def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str],
 class Course:
     """A course of lessons. name: of its checkpoint and curve; fewest: looks an album draws from, at least; asking: see Tutor;
     plan: share of the course done -> (most pictures a dialogue, share of locating dialogues, weight of names), the last two
-    as in `visual_batch`, like worded; pictured: text puzzles stand behind pictures; kinds: of puzzles.
+    as in `visual_batch`, like worded; pictured: text puzzles stand behind pictures; kinds: of puzzles; unfit: see
+    `text_turns`; alike: see `album`; texts: how many times the usual number of puzzles.
     """
 
     name: str
@@ -249,6 +252,9 @@ class Course:
     worded: float = 0.0
     pictured: bool = False
     kinds: tuple[str, ...] = KINDS
+    unfit: float = 0.75
+    alike: float = 0.0
+    texts: int = 1
 
 
 def _seeing(done: float) -> tuple[int, float, float]:
@@ -265,6 +271,8 @@ TELLING_APART = Course("telling_apart", 1.5e-3, 50, 3, True, lambda done: (6, 0.
 # puzzles, and lists are worded as a puzzle's.
 COMBINING = Course("combining", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0.6, True,
                    LOOSE_KINDS)
+# The hardest puzzles again, more of them behind their own question; and films, whose pictures all show the same things.
+CONCLUDING = Course("concluding", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0.6, True, HARD_KINDS, 0.5, 0.35, 2)
 
 
 def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int, albums: int, visual_rows: int = 24,
@@ -297,7 +305,8 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         for _ in range(first):
             schedule.step()
     albums = albums if first < steps else 0
-    bank = album_bank(model.model.visual, random.Random(f"{course.name}/albums/{seed}"), albums, autocast, course.fewest)
+    bank = album_bank(model.model.visual, random.Random(f"{course.name}/albums/{seed}"), albums, autocast, course.fewest,
+                      course.alike)
     model.train()
     for step in tqdm(range(first, steps), desc=course.name, initial=first, total=steps, mininterval=10):
         top, *mix = course.plan(step / steps)
@@ -306,7 +315,8 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             batch = visual_batch(bank, writer, rng, rows, count, *mix, course.worded)
             seen, seen_figures = language_loss(model, batch, tutor)
-            puzzles = text_batch(writer, rng, text_rows, babble, bank if course.pictured else (), course.kinds)
+            puzzles = text_batch(writer, rng, course.texts * text_rows, babble, bank if course.pictured else (), course.kinds,
+                                 course.unfit)
             read, read_figures = language_loss(model, puzzles, tutor if course.pictured else None)
         optimizer.zero_grad()
         (seen + read).backward()
@@ -314,8 +324,9 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         optimizer.step()
         schedule.step()
         recent.append([*seen_figures.tolist(), *read_figures.tolist()[:2]])
-        if step % 25 == 24 or step == steps - 1:
+        if step % 5 == 4:
             release_memory()
+        if step % 25 == 24 or step == steps - 1:
             mean = np.mean(recent, 0).round(4).tolist()
             recent = []
             names = ("step", "visual_loss", "visual_right", "looking", "text_loss", "text_right")

