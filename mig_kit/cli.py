@@ -105,6 +105,19 @@ def status(run_id: str | None) -> None:
 
 
 @cli.command()
+@click.argument("run_a")
+@click.argument("run_b")
+def diff(run_a: str, run_b: str) -> None:
+    """What differs between two runs: parameters, inputs, versions, machine and metrics."""
+    from mig_kit import compare
+
+    rows = compare.differences(run_a, run_b)
+    for row in rows:
+        click.echo(f"{row['stage']:<24}{row['what']:<11}{row['name']:<44}{row['a']!s:<20} {row['b']!s}")
+    click.echo(f"{len(rows)} differences" if rows else "no difference")
+
+
+@cli.command()
 @click.argument("run_ids", nargs=-1, required=True)
 def table(run_ids: tuple[str, ...]) -> None:
     """Runs side by side, as a Markdown table: scores and differences in points, and their mean over the runs."""

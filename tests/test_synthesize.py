@@ -44,8 +44,8 @@ def test_the_teacher_errs_at_its_rate_and_the_filter_finds_it():
 
 
 def test_traces_never_hold_the_final_box_and_follow_the_task():
-    methods = {"diff": "Compare.", "common_object": "List.", "multi_view": "Track.", "region": "Search.", "group_grounding": "Find.",
-               "reasoning": "Associate."}
+    methods = {"diff": "Compare.", "common_object": "List.", "multi_view": "Track.", "region": "Search.",
+               "group_grounding": "Find.", "reasoning": "Associate."}
     for task in TASKS:
         sample = make(task, "cot", 2)
         for detail in teacher.DETAILS:
@@ -89,7 +89,8 @@ def test_multiple_choice_verdicts():
         assert synthesize.verdict(f"<think>so</think><answer>{wrong}</answer>", sample) == "choice"
         assert synthesize.verdict(f"<think>{sample.letter}. so</think><answer>{sample.letter}</answer>", sample) == "leak"
         assert synthesize.verdict('<think>so</think><answer>{"image": 1, "box": [1,2,3,4]}</answer>', sample) == "format"
-        assert sample.task in FREE_FORM and sample.finding.split(": image ")[0].split(": ")[-1].rstrip(".") in " ".join(sample.notes)
+        found = sample.finding.split(": image ")[0].split(": ")[-1].rstrip(".")
+        assert sample.task in FREE_FORM and found in " ".join(sample.notes)
     traces = synthesize.traces(make_free_form("cot", 40), 0, (1, 1, 1), 0.3, 0.7)
     pairs = [(t, synthesize.verdict(t.text, s)) for t, s in zip(traces, make_free_form("cot", 40)) if s.options]
     assert len(pairs) == 40 * (len(FREE_FORM) - 1) and all((not verdict) == (not t.error) for t, verdict in pairs)
