@@ -26,7 +26,8 @@ def make_trainer(folder, random_folder, hw, processor, share, **changes):
     model = models.load_model(random_folder, hw)
     options = dict(num_generations=4, batch_size=8, held=0, gradient_accumulation=1, max_steps=2, learning_rate=1e-3,
                    schedule="constant_with_warmup", warmup=1, scale_rewards="group", beta=0.0, temperature=1.0,
-                   max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=0, save_steps=1, pixels=PIXELS) | changes
+                   max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28,
+                   seed=0, save_steps=1, pixels=PIXELS) | changes
     torch.manual_seed(0)
     return grpo.trainer(model, processor, samples, hw, folder, share_prefix=share, adapter=sft.adapter(4, 8), **options)
 
