@@ -1,5 +1,6 @@
 """The command line: run stages, look at runs, check data, ground one question."""
 
+import json
 import os
 import sys
 import time
@@ -90,7 +91,7 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, params, force: bool)
 @cli.command()
 @click.argument("run_id", required=False)
 def status(run_id: str | None) -> None:
-    """What has finished in a run, or in all runs."""
+    """What has finished in a run, or in all runs, and the greedy scores (percent) where there are any."""
     root = runs.runs_root()
     names = [run_id] if run_id else sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if run_id and not (root / run_id).is_dir():
@@ -102,6 +103,10 @@ def status(run_id: str | None) -> None:
             begun = (root / name / stage / "started.json").is_file()
             state = f"done in {record['seconds'] / 60:.1f} min" if record else "not finished" if begun else "-"
             click.echo(f"  {stage:<24}{state}")
+        if runs.finished("06_evaluate", name):
+            systems = json.loads((root / name / "06_evaluate" / "metrics.json").read_text())["systems"]
+            for suite in systems["grpo"]:
+                click.echo(f"  {suite:<24}" + ", ".join(f"{s} {found[suite]['score']:.1f}" for s, found in systems.items()))
 
 
 @cli.command()
@@ -147,8 +152,6 @@ def table(run_ids: tuple[str, ...]) -> None:
 def score(benchmark: str, annotations: str, predictions: str, compare: str | None, protocol: str, frame: str, images: str | None,
           min_pixels: int, max_pixels: int, allow_missing: bool, out: str | None, items: str | None) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink or mmiu."""
-    import json
-
     from mig_kit import leaderboard, score
 
     settings = {"frame": frame, "images": images, "pixels": (min_pixels, max_pixels), "allow_missing": allow_missing}

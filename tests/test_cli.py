@@ -1,5 +1,6 @@
 """The command line's sentences."""
 
+import json
 import subprocess
 import sys
 
@@ -31,6 +32,17 @@ def test_help():
 def test_bad_input_is_one_sentence(words, sentence, tmp_path):
     result = call(*words, MIG_KIT_RUNS=str(tmp_path))
     assert result.returncode != 0 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_status_shows_stages_and_scores(tmp_path):
+    for stage in ("05_grpo", "06_evaluate"):
+        (tmp_path / "one" / stage).mkdir(parents=True)
+        (tmp_path / "one" / stage / "run.json").write_text('{"seconds": 90.0}')
+    scores = {name: {"mig_bench": {"score": value}} for name, value in (("base", 1.0), ("sft", 40.0), ("grpo", 55.5))}
+    (tmp_path / "one" / "06_evaluate" / "metrics.json").write_text(json.dumps({"systems": scores}))
+    output = call("status", MIG_KIT_RUNS=str(tmp_path)).stdout
+    assert "05_grpo                 done in 1.5 min" in output and "02_sft                  -" in output
+    assert "mig_bench               base 1.0, sft 40.0, grpo 55.5" in output
 
 
 def test_an_unreadable_image(tmp_path):
