@@ -10,9 +10,9 @@ from mig_kit.models import Hardware
 from mig_kit.runs import runs_root
 
 # Measured on two cores of an AMD EPYC (Zen 5) with avx512_bf16: minutes of each stage of the tiny profile,
-# and GiB that it stayed within. 06 was measured on an earlier model, whose replies were shorter.
-TINY_COST = {"01_synthesize": (0.2, 1.0), "02_sft": (4.8, 5.6), "03_merge": (0.2, 5.6), "04_rejection_sampling": (2.5, 5.6),
-             "05_grpo": (14.0, 5.6), "06_evaluate": (4.2, 5.6), "07_report": (0.2, 1.0)}
+# and GiB that it stayed within.
+TINY_COST = {"01_synthesize": (0.3, 6.1), "02_sft": (6.3, 6.1), "03_merge": (0.1, 6.1), "04_rejection_sampling": (1.9, 6.1),
+             "05_grpo": (10.8, 6.1), "06_evaluate": (8.5, 6.1), "07_report": (0.1, 6.1)}
 REFERENCE_GFLOPS = 1060.0  # what `matrix_rate` gives on that machine
 
 
