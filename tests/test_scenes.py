@@ -58,7 +58,7 @@ def test_the_tasks_mean_what_they_say():
         track = make("object_tracking", "val", index)
         assert len(track.images) == 6 and track.reference and "{ref}" in track.question
         group = make("group_grounding", "val", index)
-        name = group.finding.split(" has ")[1][:-1]
+        name = group.finding.split(": image ")[0]
         assert [name in note.split(": ")[1].rstrip(".").split(", ") for note in group.notes].count(True) == 1
         assert make("region", "val", index).targets[0][0] == 1
 
