@@ -9,6 +9,9 @@ export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
 
+# another checkout on PYTHONPATH would be imported instead of this one
+unexport PYTHONPATH
+
 .PHONY: run test lint lab setup clean
 
 run: setup

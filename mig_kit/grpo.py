@@ -154,8 +154,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path, *, share_prefix: bool, adapter,
             num_generations: int, batch_size: int, held: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
             schedule: str, warmup: int, scale_rewards: str, beta: float, temperature: float, max_new_tokens: int,
-            weights: list[float], clip_low: float, clip_high: float, seed: int,
-            save_steps: int, pixels: tuple[int, int]) -> GRPOTrainer:
+            weights: list[float], clip_low: float, clip_high: float, seed: int, save_steps: int,
+            pixels: tuple[int, int]) -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice."""
     if hw.device == "cpu":  # sums over a group's rows would otherwise depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -244,10 +244,11 @@ def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sam
 
 
 def make_free_form(split: str, per_task: int, seed: int = 0) -> list[Sample]:
-    """General questions beside the ten tasks, as MGrounding-630k has them, a fifth of all.
+    """General questions beside the ten tasks, as MGrounding-630k has them.
 
     They keep the model answering with a letter where it is asked to choose, and reading the question: the ten tasks are nearly
-    told apart by the number of their images. Their questions are none of those that the suites ask.
+    told apart by the number of their images. No suite asks one of them word for word, but some are near: "choosing" to what
+    is asked about changes and shapes, "pointing" to the image pairs.
     """
     return [finish(draft_of(maker, task, split, i, seed, World()), "free_form", task, split, i)
             for task, maker in FREE_FORM.items() for i in range(per_task)]
