@@ -12,7 +12,8 @@ from mig_kit.prompts import CHOICE, GROUNDING, answer_text, box_text
 from mig_kit.scenes import Scene, Thing, arrange, cell_of, cropped, grid_of, name_of, random_looks, random_size
 from mig_kit.tasks import EXTREMES, extreme
 
-# What some words are about: image number and cell (in reading order) of a thing, or a name in the lists of text before
+# What some words are about: image number and cell (in reading order) of a thing, or a name in the lists of text before, or one
+# of the options ("B. red star")
 Look = tuple[int, int] | str | None
 Piece = tuple[str, float, Look]  # words of the assistant, their weight in the loss, what they are about
 Turn = tuple[str, list[Piece]]  # what the user says, what the assistant says
@@ -91,6 +92,15 @@ def _list_turn(scenes: list[Scene], number: int, worded: bool) -> Turn:
         return question, [(", " * bool(i) + name, 1.0, where) for i, (name, where) in enumerate(names)]
     listed = [((", " if i else " ") + name, 1.0, where) for i, (name, where) in enumerate(names)]
     return question, [(f"image {number}:", 0.2, None), *listed, (".", 0.5, None)]
+
+
+def survey_turn(scenes: list[Scene]) -> Turn:
+    """Every picture listed in turn, and no more of them than there are."""
+    pieces: list[Piece] = []
+    for number in range(1, len(scenes) + 1):
+        listed = _list_turn(scenes, number, True)[1]
+        pieces += [(" " * (number > 1) + listed[0][0], 0.5, None), *listed[1:]]
+    return "List every image.", pieces
 
 
 def _count_turn(rng: random.Random, scene: Scene, at: str) -> Turn:
@@ -267,11 +277,13 @@ def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
 
 
 def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS, strange: list[str] = (),
-               unfit: float = 0.75) -> list[Turn]:
+               unfit: float = 0.75, lettered: float = 0.25) -> list[Turn]:
     """Puzzles over lists as turns; they are about no picture.
 
     strange: questions that have nothing to do with the lists. A share `unfit` of the puzzles whose notes are thoughts stands
-    behind one of them, so that the notes and the first words of the finding alone must lead to it.
+    behind one of them, so that the notes and the first words of the finding alone must lead to it; then how many images the
+    notes are about carries no loss, for there are others. lettered: the share of puzzles with options, to be answered with a
+    letter.
     """
     turns = []
     for _ in range(count):
@@ -280,11 +292,11 @@ def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KIND
             turns.append((f"{item.notes} {item.question}", item.pieces()))
             continue
         question, ending, guided = item.question, [("</think>", 1.0, None)], 1.0
-        if form > 0.75 and item.right in item.options:
+        if form > 1 - lettered and item.right in item.options:
             letters = "ABCDE"[:len(item.options)]
             question += "".join(f" {a}. {option}" for a, option in zip(letters, item.options)) + f" {CHOICE}"
             letter = letters[item.options.index(item.right)]
-            ending = [("</think><answer>", 0.5, None), (letter, 2.0, None), ("</answer>", 0.5, None)]
+            ending = [("</think><answer>", 0.5, None), (letter, 2.0, f"{letter}. {item.right}"), ("</answer>", 0.5, None)]
         elif strange:
             ending = [*ending, ("", 0.0, None)]
             if item.right.startswith("image"):
@@ -293,5 +305,6 @@ def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KIND
                 question, guided = rng.choice(strange), 0.0
         verb = rng.choice(VERBS) + " " if rng.random() < (0.8 if strange else 0.5) else ""
         (head, weight, where), *rest = item.pieces(guided)  # a space belongs to the word behind it, as in a trace's tokens
-        turns.append((question, [(f"<think>{verb}{item.notes}", 0.03, None), (f" {head}", weight, where), *rest, *ending]))
+        notes = (f"<think>{verb}{item.notes}", 0.0 if strange else 0.03, None)
+        turns.append((question, [notes, (f" {head}", weight, where), *rest, *ending]))
     return turns

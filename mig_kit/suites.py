@@ -157,7 +157,7 @@ def naming(rng: random.Random, world: World) -> Draft:
     k = rng.randint(1, len(scenes))
     right = rng.choice(scenes[k - 1].names())
     options, letter = _choice(rng, right, [n for n in map(name_of, reversed(looks)) if n not in scenes[k - 1].names()][:2])
-    return Draft(scenes, f"What is in image {k}?", [], f"{right}: image {k}.", [listed(k, scenes[k - 1])], options=options,
+    return Draft(scenes, f"What is in image {k}?", [], f"the same: {right}.", [listed(k, scenes[k - 1])], options=options,
                  letter=letter)
 
 
@@ -198,7 +198,7 @@ def choosing(rng: random.Random, world: World) -> Draft:
 
 def pointing(rng: random.Random, world: World) -> Draft:
     """Free form: the named thing, wherever it is, in one to four images; a box, not a letter."""
-    count = rng.randint(1, 4)
+    count = rng.choice((1, 1, 2, 3, 4))
     looks = world.looks(rng, 9)
     chosen = [rng.sample(looks[1:], rng.randint(2, 4)) for _ in range(count)]
     where = sorted({rng.randint(1, count), *(k for k in range(1, count + 1) if rng.random() < 0.2)})
@@ -210,13 +210,39 @@ def pointing(rng: random.Random, world: World) -> Draft:
                  [listed(i, s) for i, s in enumerate(scenes, 1)])
 
 
+def telling(rng: random.Random, world: World) -> Draft:
+    """Free form: the only thing of a colour or of a shape in one of one to three images; a box, not a letter."""
+    count = rng.choice((1, 1, 2, 3))
+    k, attribute = rng.randint(1, count), rng.randint(0, 1)
+    while True:
+        scenes = [world.scene(rng, world.looks(rng, rng.randint(2, 4))) for _ in range(count)]
+        thing = rng.choice(scenes[k - 1].things)
+        word = (thing.colour, thing.shape)[attribute]
+        if sum(word in (t.colour, t.shape) for t in scenes[k - 1].things) == 1:
+            break
+    where = f" in image {k}" if count > 1 else ""
+    what = f"{word} thing" if attribute == 0 else word
+    question = rng.choice([f"Where is the {what}{where}?", f"Point at the {what}{where}."])
+    return Draft(scenes, question, [(k, thing.name)], f"{thing.name}: image {k}.", [listed(k, scenes[k - 1])])
+
+
+def tallying(rng: random.Random, world: World) -> Draft:
+    """Free form: how many things are in image k."""
+    scenes = [world.scene(rng, world.looks(rng, rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
+    k = rng.randint(1, len(scenes))
+    total = len(scenes[k - 1].things)
+    options, letter = _choice(rng, str(total), rng.sample([str(n) for n in range(1, 5) if n != total], 2))
+    return Draft(scenes, f"How many things are in image {k}?", [], f"things: {total}.", [listed(k, scenes[k - 1])],
+                 options=options, letter=letter)
+
+
 Maker = Callable[[random.Random, World], Draft]
 GROUNDING: dict[str, Maker] = {"lisa": lisa, "revos": revos, "mc_bench": mc_bench}
 BLINK: dict[str, Maker] = {"counting": counting, "jigsaw": jigsaw, "visual_correspondence": visual_correspondence,
                            "relations": relations}
 MMIU: dict[str, Maker] = {"order": order, "retrieval": retrieval, "change": change}
 FREE_FORM: dict[str, Maker] = {"naming": naming, "showing": showing, "sharing": sharing, "choosing": choosing,
-                              "pointing": pointing}  # trained on, in no suite
+                              "pointing": pointing, "telling": telling, "tallying": tallying}  # trained on, in no suite
 SUITES = ("mig_bench", "ood_grounding", "blink", "mmiu")
 
 
@@ -248,7 +274,7 @@ def make_free_form(split: str, per_task: int, seed: int = 0) -> list[Sample]:
 
     They keep the model answering with a letter where it is asked to choose, and reading the question: the ten tasks are nearly
     told apart by the number of their images. No suite asks one of them word for word, but some are near: "choosing" to what
-    is asked about changes and shapes, "pointing" to the image pairs.
+    is asked about changes and shapes, "pointing" to the image pairs, "telling" to the single images, "tallying" to counting.
     """
     return [finish(draft_of(maker, task, split, i, seed, World()), "free_form", task, split, i)
             for task, maker in FREE_FORM.items() for i in range(per_task)]

@@ -13,7 +13,7 @@ from mig_kit.prompts import answer_text, box_text
 from mig_kit.records import Sample
 
 METHOD = {"new": "Compare.", "in all": "List.", "the same": "Track.", "the part": "Search.", "same colour": "Associate.",
-          "same shape": "Associate."}  # what is to be found -> how; "red star: image 2" is a matter of "Find."
+          "same shape": "Associate.", "things": "List."}  # what is to be found -> how; "red star: image 2" is a matter of "Find."
 DETAILS = ("evidence", "finding", "method")
 ERRORS = ("wrong object", "wrong image", "sloppy box", "leaked answer", "broken format")
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.evaluate import summarise
-from mig_kit.lessons import HARD_KINDS, KINDS, LOOSE_KINDS, album, locate_turns, text_turns, visible, visual_turns
+from mig_kit.lessons import HARD_KINDS, KINDS, LOOSE_KINDS, album, locate_turns, survey_turn, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.runs import release_memory, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
@@ -198,17 +198,21 @@ def language_loss(model, batch: Batch, tutor: Tutor | None) -> tuple[torch.Tenso
 
 
 def visual_batch(bank, writer: Writer, rng: random.Random, rows: int, pictures: int, located: float = 0.0,
-                 named: float = 1.0, worded: float = 0.0) -> Batch:
+                 named: float = 1.0, worded: float = 0.0, surveyed: float = 0.0) -> Batch:
     """`rows` dialogues over `pictures` pictures of one album each.
 
     located: the share of dialogues that locate every thing; the others ask up to six questions. named: how much more a
-    word of a name weighs than a digit of a box, of which there are many more. worded: see `visual_turns`.
+    word of a name weighs than a digit of a box, of which there are many more. worded: see `visual_turns`. surveyed: the share
+    that lists all pictures first, so that the model knows how many there are.
     """
     batch = Batch()
     for _ in range(rows):
         chosen = rng.sample(rng.choice(bank), pictures)
         scenes = [scene for scene, _, _ in chosen]
-        turns = locate_turns(rng, scenes) if rng.random() < located else visual_turns(rng, scenes, 6, worded)
+        if surveyed and rng.random() < surveyed:
+            turns = [survey_turn(scenes), *locate_turns(rng, scenes, 1)]
+        else:
+            turns = locate_turns(rng, scenes) if rng.random() < located else visual_turns(rng, scenes, 6, worded)
         turns = [(q, [(text, w if "[" in text else named * w, look) for text, w, look in pieces]) for q, pieces in turns]
         batch.add(writer.dialogue(turns, [len(part) for _, part, _ in chosen]), [grid for _, _, grid in chosen])
         batch.features += [part for _, part, _ in chosen]
@@ -216,7 +220,7 @@ def visual_batch(bank, writer: Writer, rng: random.Random, rows: int, pictures: 
 
 
 def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str], bank=(), kinds: tuple[str, ...] = KINDS,
-               unfit: float = 0.75) -> Batch:
+               unfit: float = 0.75, lettered: float = 0.25) -> Batch:
     """`rows` dialogues of two puzzles, half of them with a task's question as mere text behind.
 
     With a bank, three of four stand behind up to five pictures that have nothing to do with them, as do most questions.
@@ -226,7 +230,7 @@ def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str],
         chosen = []
         if bank and rng.random() < 0.75:
             chosen = rng.sample(rng.choice(bank), rng.choice((1, 2, 2, 2, 3, 3, 4, 5)))
-        turns = text_turns(rng, 2, kinds, babble if chosen else (), unfit)
+        turns = text_turns(rng, 2, kinds, babble if chosen else (), unfit, lettered)
         if babble and rng.random() < 0.5:
             turns.append((rng.choice(babble), [("", 0.0, None)]))
         row = writer.dialogue(turns, [len(part) for _, part, _ in chosen], user_weight=0.03)
@@ -255,6 +259,8 @@ class Course:
     unfit: float = 0.75
     alike: float = 0.0
     texts: int = 1
+    lettered: float = 0.25
+    surveyed: float = 0.0
 
 
 def _seeing(done: float) -> tuple[int, float, float]:
@@ -271,8 +277,9 @@ TELLING_APART = Course("telling_apart", 1.5e-3, 50, 3, True, lambda done: (6, 0.
 # puzzles, and lists are worded as a puzzle's.
 COMBINING = Course("combining", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0.6, True,
                    LOOSE_KINDS)
-# The hardest puzzles again, more of them behind their own question; and films, whose pictures all show the same things.
-CONCLUDING = Course("concluding", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0.6, True, HARD_KINDS, 0.5, 0.35, 2)
+# The hardest puzzles again, more of them behind their own question, half with options to choose from by letter; films, whose
+# pictures all show the same things; and all pictures listed in turn, for before it did not know how many there are.
+CONCLUDING = Course("concluding", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0.6, True, HARD_KINDS, 0.5, 0.35, 2, 0.5, 0.25)
 
 
 def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int, albums: int, visual_rows: int = 24,
@@ -313,10 +320,10 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         count = rng.choices(range(1, top + 1), (3, 6, 4, 3, 2, 2)[:top])[0]
         rows = round(visual_rows * (1.5, 1.3, 1.15, 1.0, 0.9, 0.8)[count - 1])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            batch = visual_batch(bank, writer, rng, rows, count, *mix, course.worded)
+            batch = visual_batch(bank, writer, rng, rows, count, *mix, course.worded, course.surveyed)
             seen, seen_figures = language_loss(model, batch, tutor)
             puzzles = text_batch(writer, rng, course.texts * text_rows, babble, bank if course.pictured else (), course.kinds,
-                                 course.unfit)
+                                 course.unfit, course.lettered)
             read, read_figures = language_loss(model, puzzles, tutor if course.pictured else None)
         optimizer.zero_grad()
         (seen + read).backward()

@@ -84,7 +84,8 @@ class Writer:
         image_tokens: merged tokens of each picture, announced as "Image k: " before the first question. Indices in the row,
         or -1: looks, of the image token that a token is about; homes, of the number that announced an image token's image;
         asks, of the last mention of the number of the image that a token is about, as in "List image 2". A look may also be a
-        name in a list of this turn ("image 2: red star, ..."): then it is the name's last token, whose home is its list's number.
+        name in a list of this turn ("image 2: red star, ..."): then it is the name's last token, whose home is its list's number;
+        or an option of the question ("B. red star"): then the option's last token, whose home is the letter.
         """
         ids, weights, looks, homes, asks, starts, mentions = [], [], [], [], [], [], {}
 
@@ -113,14 +114,20 @@ class Writer:
             for text, weight, where in pieces:
                 place, about = -1, 0
                 if isinstance(where, str):
-                    place, number = self.listed(ids, begin, where)
-                    homes[place] = number
+                    place, home = self.option(ids, begin, where) if where[1] == "." else self.listed(ids, begin, where)
+                    homes[place] = home
                 elif where:
                     place, about = starts[where[0] - 1] + where[1], where[0]
                 add(self.ids(text), weight, place, about=about)
             add([2], pieces[-1][1])
             add(self.ids("\n"), 0.0)
         return ids, weights, looks, homes, asks
+
+    def option(self, ids: list[int], begin: int, option: str) -> tuple[int, int]:
+        """Where, from `begin` on, an option such as "B. red star" stands: indices of its last token and of its letter."""
+        words = self.ids(f" {option}")
+        place = next(i for i in range(begin, len(ids)) if ids[i:i + len(words)] == words)
+        return place + len(words) - 1, place
 
     def listed(self, ids: list[int], begin: int, name: str) -> tuple[int, int]:
         """Where, from `begin` on, a list holds the name: indices of the name's last token and of the list's number."""

@@ -90,7 +90,22 @@ def test_multiple_choice_verdicts():
         assert synthesize.verdict(f"<think>{sample.letter}. so</think><answer>{sample.letter}</answer>", sample) == "leak"
         assert synthesize.verdict('<think>so</think><answer>{"image": 1, "box": [1,2,3,4]}</answer>', sample) == "format"
         found = sample.finding.split(": image ")[0].split(": ")[-1].rstrip(".")
+        if sample.task == "tallying":
+            found = " ".join(sample.notes)
+            assert found.count(",") + 1 == int(sample.options["ABC".index(sample.letter)])
         assert sample.task in FREE_FORM and found in " ".join(sample.notes)
     traces = synthesize.traces(make_free_form("cot", 40), 0, (1, 1, 1), 0.3, 0.7)
     pairs = [(t, synthesize.verdict(t.text, s)) for t, s in zip(traces, make_free_form("cot", 40)) if s.options]
-    assert len(pairs) == 40 * (len(FREE_FORM) - 1) and all((not verdict) == (not t.error) for t, verdict in pairs)
+    assert len(pairs) == 40 * (len(FREE_FORM) - 2) and all((not verdict) == (not t.error) for t, verdict in pairs)
+
+
+def test_what_is_told_is_the_only_one():
+    from mig_kit.suites import make_free_form
+
+    for sample in (s for s in make_free_form("cot", 40) if s.task == "telling"):
+        (number, _), = sample.targets
+        names = sample.notes[0].split(": ")[1].rstrip(".").split(", ")
+        words = sample.question.split(" in image ")[0].rstrip("?.").split()
+        word = words[-2] if words[-1] == "thing" else words[-1]
+        assert [name for name in names if word in name] == [sample.finding.split(":")[0]]
+        assert (f"in image {number}" in sample.question) == (len(sample.images) > 1)

@@ -9,6 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mig_kit import lessons, models, tiny_base, vision, vocabulary
 from mig_kit.prompts import parse
 from mig_kit.scenes import UNSEEN_PAIRS
+from mig_kit.tasks import listed
 
 
 def test_no_box_is_given_twice_in_a_dialogue():
@@ -134,3 +135,26 @@ def test_a_course_teaches_saves_and_resumes(processor, tmp_path):
     assert changed == {"language_model"} and curve[-1]["step"] == 2
     again = tiny_base.train_language(random_model, processor.tokenizer, tmp_path, course, steps=2, **given)
     assert again == curve
+
+
+def test_a_letter_looks_at_its_option(processor):
+    writer = vocabulary.Writer(processor.tokenizer)
+    rng, seen = random.Random(0), 0
+    for question, pieces in lessons.text_turns(rng, 60, lessons.HARD_KINDS, lettered=1.0):
+        option = next((where for _, _, where in pieces if where and where[1] == "."), None)
+        if option is None:
+            continue
+        ids, weights, looks, homes, _ = writer.dialogue([(question, pieces)])
+        letter = max(i for i, weight in enumerate(weights) if weight == 2.0)
+        assert processor.tokenizer.decode([ids[letter]]) == option[0]
+        assert processor.tokenizer.decode(ids[homes[looks[letter]]:looks[letter] + 1]) == f" {option}"
+        assert option in question and option.split(". ")[1] in "".join(text for text, _, _ in pieces)
+        seen += 1
+    assert seen > 30
+
+
+def test_a_survey_lists_every_picture_once():
+    scenes = [lessons.visible(scene) for scene in lessons.album(random.Random(3), 4)]
+    question, pieces = lessons.survey_turn(scenes)
+    assert "".join(text for text, _, _ in pieces) == " ".join(listed(i, scene) for i, scene in enumerate(scenes, 1))
+    assert pieces[-1][1] > 0 and question == "List every image."
