@@ -28,7 +28,8 @@ class Item:
     index: place in the annotation file, from 0. id: the benchmark's own id, or "". box: xyxy in `frame`, or None. frame: "unit"
     (0..1), "thousand" (0..1000) or "pixels" (of the original target image). target: image number from 1, None where the file
     does not say. image_stated: whether the question itself names the image. size: (width, height) of the target image, pixels,
-    where the file gives it. letter and options: the right letter and all letters of a multiple-choice question.
+    where the file gives it. letter, options and choices: the right letter, all letters and what they stand for, of a
+    multiple-choice question.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Item:
     size: tuple[int, int] | None = None
     letter: str = ""
     options: str = ""
+    choices: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -199,7 +201,10 @@ def ref_l4(records: list[dict]) -> Benchmark:
 
 
 def blink(records: list[dict]) -> Benchmark:
-    """BLINK: `{idx, task, answer: "(B)"}`, the benchmark's own records; options from `choices`, else from the task's answers."""
+    """BLINK: `{idx, task, answer: "(B)"}`, the benchmark's own records; options from `choices`, else from the task's answers.
+
+    `images`, file names, is ours: the benchmark holds the pictures themselves, which must be saved as files to be asked about.
+    """
     items = []
     answers = defaultdict(set)
     for i, record in enumerate(records):
@@ -210,9 +215,12 @@ def blink(records: list[dict]) -> Benchmark:
         answers[record.get("task")].add(found.group(1))
     for i, record in enumerate(records):
         task, name = _field(record, "task", str, i, "BLINK"), _field(record, "idx", str, i, "BLINK")
-        count = len(record["choices"]) if isinstance(record.get("choices"), list) else ord(max(answers[task])) - ord("A") + 1
-        items.append(Item(i, name, task, str(record.get("prompt", "")), letter=record["answer"].strip().strip("()"),
-                          options="ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count]))
+        choices = tuple(map(str, record["choices"])) if isinstance(record.get("choices"), list) else ()
+        count = len(choices) or ord(max(answers[task])) - ord("A") + 1
+        images = tuple(map(str, record["images"])) if isinstance(record.get("images"), list) else ()
+        items.append(Item(i, name, task, str(record.get("question") or record.get("prompt", "")), images,
+                          letter=record["answer"].strip().strip("()"), options="ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count],
+                          choices=choices))
     val = len(items) == 1901 and all(item.id.startswith("val_") for item in items)
     return Benchmark("blink", "val" if val else "subset", tuple(items), val)
 
@@ -227,12 +235,17 @@ def mmiu(records: list[dict]) -> Benchmark:
         if record.get("output") is None:
             continue
         output = _field(record, "output", str, i, "MMIU").strip().strip(".")
-        options = ""
-        for letter in re.findall(r"(?:^|\s)\(?([A-Z])\)?\s*[:.]", str(record.get("options", ""))):
-            options += letter if letter == chr(ord("A") + len(options)) else ""
+        options, text, starts = "", str(record.get("options", "")), []
+        for mark in re.finditer(r"(?:^|\s)\(?([A-Z])\)?\s*[:.]", text):
+            if mark.group(1) == chr(ord("A") + len(options)):
+                options += mark.group(1)
+                starts.append(mark.span())
+        ends = [start for start, _ in starts[1:]] + [len(text)]
+        choices = tuple(text[start:end].strip() for (_, start), end in zip(starts, ends))
         images = record.get("input_image_path") or []
-        items.append(Item(i, "", _field(record, "task", str, i, "MMIU"), str(record.get("question", "")),
-                          tuple(images), letter=output, options=options or "ABCDEFGH"))
+        asked = " ".join(str(record[name]).strip() for name in ("context", "question") if record.get(name))
+        items.append(Item(i, "", _field(record, "task", str, i, "MMIU"), asked, tuple(images), letter=output,
+                          options=options or "ABCDEFGH", choices=choices))
     return Benchmark("mmiu", "", tuple(items), len({item.task for item in items}) == 52)
 
 

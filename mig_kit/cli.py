@@ -75,6 +75,8 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, params, force: bool)
             continue
         folder = runs.runs_root() / run_id / name
         folder.mkdir(parents=True, exist_ok=True)
+        runs.lock(folder.parent)  # refused here, before papermill writes its notebook over another's
+        runs.unlock(folder.parent)
         start = time.time()
         click.echo(f"{name}: running")
         try:
@@ -110,6 +112,32 @@ def status(run_id: str | None) -> None:
 
 
 @cli.command()
+@click.argument("stage")
+@click.option("--profile", default="tiny", show_default=True, help="Folder under params/.")
+def params(stage: str, profile: str) -> None:
+    """The parameters of STAGE, their values in a profile and what they mean."""
+    click.echo(runs.params_file(stage_name(stage), profile).read_text().rstrip())
+
+
+@cli.command()
+@click.argument("run_id")
+@click.argument("repository")
+@click.option("--private/--public", default=True, show_default=True)
+@click.option("--dry-run", type=click.Path(path_type=Path), help="Only write what would be sent to this new folder.")
+def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> None:
+    """Send the reinforced model of RUN_ID, with its card, to REPOSITORY (user/name) on the Hugging Face Hub; needs HF_TOKEN."""
+    import tempfile
+
+    from mig_kit import hub
+
+    if dry_run:
+        click.echo(f"written, not sent: {hub.staged(run_id, dry_run)}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        click.echo(hub.push(hub.staged(run_id, Path(folder) / "model"), repository, private))
+
+
+@cli.command()
 @click.argument("run_a")
 @click.argument("run_b")
 def diff(run_a: str, run_b: str) -> None:
@@ -120,6 +148,24 @@ def diff(run_a: str, run_b: str) -> None:
     for row in rows:
         click.echo(f"{row['stage']:<24}{row['what']:<11}{row['name']:<44}{row['a']!s:<20} {row['b']!s}")
     click.echo(f"{len(rows)} differences" if rows else "no difference")
+
+
+@cli.command()
+@click.argument("run_a")
+@click.argument("run_b")
+@click.option("--out", default="compared.html", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
+def report(run_a: str, run_b: str, out: Path) -> None:
+    """Two runs on one page: scores, training, and what differs."""
+    from mig_kit import compare, report
+
+    found = {}
+    for run_id in (run_a, run_b):
+        for stage in ("05_grpo", "06_evaluate"):
+            if runs.finished(stage, run_id) is None:
+                raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; run: mig-kit run --run-id {run_id}")
+            found.setdefault(run_id, {})[stage] = report.read_metrics(runs.runs_root() / run_id / stage)
+    out.write_text(report.two_runs(found, compare.differences(run_a, run_b)))
+    click.echo(f"report: {out}")
 
 
 @cli.command()
@@ -134,6 +180,42 @@ def table(run_ids: tuple[str, ...]) -> None:
             raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; run: mig-kit run --run-id {run_id}")
         found[run_id] = report.read_metrics(runs.runs_root() / run_id / "06_evaluate")
     click.echo(report.side_by_side(found))
+
+
+@cli.command()
+@click.option("--model", default="tiny", show_default=True, help="tiny, or a Qwen2.5-VL folder.")
+@click.option("--images", default=6, show_default=True, type=click.IntRange(1, 8), help="Images of a prompt.")
+@click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960), help="Side of an image, pixels.")
+@click.option("--group", default=8, show_default=True, type=click.IntRange(2), help="Replies to a prompt.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a reply.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Turns of either side.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
+def bench(model: str, images: int, side: int, group: int, tokens: int, repeats: int, dtype: str, out: Path | None) -> None:
+    """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection sampling, evaluation."""
+    import tempfile
+
+    from mig_kit import benchmark, models
+
+    if out and not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
+    hw, load = models.hardware(dtype), benchmark.Load(images, group, tokens, side)
+    with tempfile.TemporaryDirectory() as folder:
+        found = benchmark.headline(models.resolve(model), hw, load, Path(folder), repeats)
+        if hw.device == "cpu":
+            wide = benchmark.random_model(Path(folder) / "wide", models.TINY_BASE, 1024, 8)
+            found["utilisation"] = benchmark.utilisation(wide, hw, load, Path(folder) / "use", repeats)
+    click.echo(f"{images} images of {side} px ({found['prompt_tokens']} tokens), {group} replies of {tokens} tokens; {hw.reason}")
+    for name in benchmark.STAGES:
+        click.echo(f"{name:<12} stock {found[name]['stock_s']:8.3f} s   kit {found[name]['kit_s']:8.3f} s   "
+                   f"{found[name]['ratio']:6.1f} times as fast")
+    click.echo(f"memory of a step: stock {found['peak_mem_mb']['stock']:.0f} MiB, kit {found['peak_mem_mb']['kit']:.0f} MiB")
+    click.echo(f"gradients apart by {found['grad_rel_error']:.1e} (relative, float32)")
+    if "utilisation" in found:
+        click.echo(f"{100 * found['utilisation']['share']:.0f} % of this machine's matrix rate "
+                   f"({found['utilisation']['parameters_m']:.0f} M parameters)")
+    if out:
+        runs.write_json(out, found)
 
 
 @cli.command()

@@ -5,79 +5,31 @@ the prompt is prefilled once per group, its keys and values serve all replies, a
 of an image are computed once. Everything goes through the model's own modules, so LoRA and 4-bit layers work unchanged.
 """
 
-from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.functional import log_softmax, softmax
+from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from mig_kit.models import check_tokens
-from mig_kit.prompts import messages
-from mig_kit.records import Sample
+from mig_kit.prompt_cache import Prompt, inner
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A sample made ready. ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None."""
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    features: torch.Tensor | None
+HEAD_TOKENS = 1024  # whose logits are in memory at a time where layers are checkpointed
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are drawn; temperature 0 is greedy. Vision tokens are never drawn: they would break the prompt."""
+    """How replies are drawn; temperature 0 is greedy. Vision tokens are never drawn: they would break the prompt.
+
+    min_new_tokens: no reply ends before.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 160
-
-
-def inner(model):
-    """The Qwen2.5-VL model itself, without a PEFT wrapper."""
-    return model.base_model.model if "base_model" in dict(model.named_children()) else model
-
-
-class PromptCache:
-    """Prompts by sample id. The features come from the vision tower, which no stage trains, so they stay valid."""
-
-    def __init__(self, model, processor, min_pixels: int = 3136, max_pixels: int = 401408, limit: int = 4096):
-        self.model, self.processor, self.limit = inner(model), processor, limit
-        self.pixels = (min_pixels, max_pixels)
-        self.store: OrderedDict[str, Prompt] = OrderedDict()
-
-    @torch.no_grad()
-    def get(self, samples: list[Sample]) -> list[Prompt]:
-        """The prompts of `samples`; missing ones are encoded together. Raises ValueError if images were lost."""
-        fresh = list({s.id: s for s in samples if s.id not in self.store}.values())
-        for start in range(0, len(fresh), 64):
-            for sample, prompt in zip(fresh[start:start + 64], self._encode(fresh[start:start + 64])):
-                self.store[sample.id] = prompt
-        prompts = [self.store[s.id] for s in samples]
-        while len(self.store) > self.limit:
-            self.store.popitem(last=False)
-        return prompts
-
-    def _encode(self, samples: list[Sample]) -> list[Prompt]:
-        texts = [self.processor.apply_chat_template(messages(s, *self.pixels), add_generation_prompt=True, tokenize=False)
-                 for s in samples]
-        inputs = self.processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
-        check_tokens(self.processor, inputs)
-        device = self.model.device
-        visual = self.model.model.visual
-        features = visual(inputs["pixel_values"].to(device, visual.dtype),
-                          grid_thw=inputs["image_grid_thw"].to(device)).pooler_output
-        counts = (inputs["input_ids"] == self.processor.image_token_id).sum(1).tolist()
-        place, _ = self.model.model.get_rope_index(
-            inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"],
-            attention_mask=inputs["attention_mask"])
-        there = inputs["attention_mask"].bool()
-        return [Prompt(inputs["input_ids"][i][there[i]], place[:, i][:, there[i]], part)
-                for i, part in enumerate(features.split(counts))]
+    min_new_tokens: int = 0
 
 
 def left_padded(model, prompts: list[Prompt], image_token: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -211,6 +163,8 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
         done = torch.zeros(len(replies), dtype=torch.bool, device=device)
         for step in range(sampling.max_new_tokens):
             logits[:, banned] = -torch.inf
+            if step + 1 < sampling.min_new_tokens:
+                logits[:, end] = -torch.inf
             tokens = draw_tokens(logits, sampling, generator)
             for row, token, over in zip(rows.tolist(), tokens.tolist(), done.tolist()):
                 if not over:
@@ -246,11 +200,63 @@ def completion_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: tor
     second = language(input_ids=ids, attention_mask=torch.cat([prompt_mask[owner], mask], 1), position_ids=steps,
                       past_key_values=cache, use_cache=True)
     hidden = torch.cat([first.last_hidden_state[owner][:, -1:], second.last_hidden_state[:, :-1]], 1)
-    there = mask.bool()
-    logs = log_softmax(model.lm_head(hidden[there]).float() / temperature, -1)
-    logps, entropies = torch.zeros(2, *ids.shape, device=ids.device)
-    chosen = logs.gather(-1, ids[there][:, None])[:, 0]
-    logps = logps.masked_scatter(there, chosen)
+    return _spread(*_said(model, hidden[mask.bool()], ids[mask.bool()], temperature), mask)
+
+
+def packed_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
+                 image_token: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `completion_logps` gives, in one pass without a cache, so that layers can be checkpointed: far less memory.
+
+    A row is a prompt and its replies behind one another; a reply's token attends to the prompt and to its own past. With
+    checkpointed layers the head, too, is computed piece by piece.
+    """
+    model, device = inner(model), ids.device
+    lengths = mask.sum(1).tolist()
+    mine = [(owner == i).nonzero()[:, 0].tolist() for i in range(len(prompts))]
+    longest = max(len(p.ids) + sum(lengths[r] for r in rows) for p, rows in zip(prompts, mine))
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+    part, place = torch.full_like(tokens, -1), torch.zeros(3, *tokens.shape, dtype=torch.long)
+    source: list[tuple[int, int]] = [(0, 0)] * int(sum(lengths))
+    first = [sum(lengths[:r]) for r in range(len(lengths))]
+    for i, (prompt, rows) in enumerate(zip(prompts, mine)):
+        at = end = len(prompt.ids)
+        tokens[i, :end], part[i, :end], place[:, i, :end] = prompt.ids, 0, prompt.positions
+        for number, r in enumerate(rows, 1):
+            here = slice(at, at + lengths[r])
+            tokens[i, here], part[i, here] = ids[r, :lengths[r]].cpu(), number
+            place[:, i, here] = prompt.positions[:, -1].max() + 1 + torch.arange(lengths[r])
+            source[first[r]:first[r] + lengths[r]] = [(i, end - 1), *((i, k) for k in range(at, at + lengths[r] - 1))]
+            at += lengths[r]
+    language = model.model.language_model
+    tokens, part, place = tokens.to(device), part.to(device), place.to(device)
+    embeds = language.embed_tokens(tokens)
+    seen = [p.features for p in prompts if p.features is not None]
+    if seen:
+        where = (tokens == image_token) & (part == 0)
+        embeds = embeds.masked_scatter(where[..., None], torch.cat(seen).to(embeds.dtype))
+    asked, given = part[:, :, None], part[:, None, :]
+    order = torch.arange(longest, device=device)
+    allowed = (order[:, None] >= order) & (given >= 0) & ((given == 0) | (given == asked)) | (order[:, None] == order)
+    bias = torch.zeros(allowed.shape, dtype=embeds.dtype, device=device).masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
+    out = language(inputs_embeds=embeds, attention_mask={"full_attention": bias[:, None]}, position_ids=place, use_cache=False)
+    rows, columns = torch.tensor(source, device=device).T
+    hidden, said = out.last_hidden_state[rows, columns], ids[mask.bool()]
+    if not (torch.is_grad_enabled() and model.is_gradient_checkpointing):
+        return _spread(*_said(model, hidden, said, temperature), mask)
+    pieces = [checkpoint(_said, model, *piece, temperature, use_reentrant=False)
+              for piece in zip(hidden.split(HEAD_TOKENS), said.split(HEAD_TOKENS))]
+    return _spread(*(torch.cat(found) for found in zip(*pieces)), mask)
+
+
+def _said(model, hidden: torch.Tensor, said: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the tokens said, and entropies, from the hidden states (tokens, hidden) before them."""
+    logs = log_softmax(model.lm_head(hidden).float() / temperature, -1)
     with torch.no_grad():
-        entropies = entropies.masked_scatter(there, -(logs.exp() * logs).sum(-1))
-    return logps, entropies
+        entropies = -(logs.exp() * logs).sum(-1)
+    return logs.gather(-1, said[:, None])[:, 0], entropies
+
+
+def _spread(logps: torch.Tensor, entropies: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of the tokens under a mask (rows, longest) as (rows, longest), 0 elsewhere."""
+    there, empty = mask.bool(), torch.zeros(mask.shape, device=mask.device)
+    return empty.masked_scatter(there, logps), empty.masked_scatter(there, entropies)

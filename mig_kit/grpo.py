@@ -16,23 +16,29 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from mig_kit.generation import PromptCache, Sampling, completion_logps, rollouts
+from mig_kit.generation import Sampling, completion_logps, packed_logps, rollouts
 from mig_kit.models import Hardware
+from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
-from mig_kit.rewards import box_reward, choice_reward, format_reward, image_reward
+from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_reward, image_reward
 from mig_kit.sft import Progress, ReleaseMemory
 
 
-def reward_functions(samples: list[Sample], pixels: tuple[int, int]) -> list[Callable]:
+def reward_functions(samples: list[Sample], pixels: tuple[int, int], gate_citations: bool = False) -> list[Callable]:
     """The four rewards in TRL's form; the column `sample` is the index into `samples`.
 
-    None where a reward does not apply: image and box of a multiple-choice sample, choice of any other.
+    None where a reward does not apply: image and box of a multiple-choice sample, choice of any other. gate_citations: a reply
+    whose reasoning cites an image that the prompt does not have earns nothing.
     """
 
     def over(function, applies):
-        return lambda completions, sample, **_: [
-            function(c[0]["content"], samples[i]) if applies(samples[i]) else None for c, i in zip(completions, sample)]
+        def one(reply: str, sample: Sample) -> float | None:
+            if not applies(sample):
+                return None
+            return 0.0 if gate_citations and not cites_only_given(reply, sample) else function(reply, sample)
+
+        return lambda completions, sample, **_: [one(c[0]["content"], samples[i]) for c, i in zip(completions, sample)]
 
     found = [over(format_reward, lambda s: True), over(image_reward, lambda s: not s.options),
              over(partial(box_reward, pixels=pixels), lambda s: not s.options), over(choice_reward, lambda s: bool(s.options))]
@@ -82,7 +88,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         rank = self.accelerator.process_index
         generator = torch.Generator(device).manual_seed(self.args.seed * 1_000_003 + self.state.global_step * 64 + rank)
         model = self.accelerator.unwrap_model(self.model)
-        sampling = Sampling(self.temperature, self.top_p, self.max_completion_length)
+        sampling = Sampling(self.temperature, self.top_p, self.max_completion_length, **self.args.generation_kwargs)
         model.eval()
         replies = [r for g in rollouts(model, self.processing_class, prompts, group, sampling, generator, self.autocast_rollouts)
                    for r in g]
@@ -135,12 +141,24 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             given = (self.accelerator.unwrap_model(model), [prompts[i] for i in order[start:start + at_once]],
                      owner[there] - start, ids[there, :longest], mask[there, :longest],
                      self.processing_class.image_token_id, self.temperature)
+            logps_of = packed_logps if self.args.gradient_checkpointing else completion_logps
             with self.accelerator.autocast():
-                found = (checkpoint(completion_logps, *given, use_reentrant=False)
-                         if torch.is_grad_enabled() and at_once < len(prompts) else completion_logps(*given))
+                found = (checkpoint(logps_of, *given, use_reentrant=False)
+                         if torch.is_grad_enabled() and at_once < len(prompts) else logps_of(*given))
             rest = (0, ids.shape[1] - longest)
             logps, entropies = (whole.index_copy(0, there, pad(part, rest)) for whole, part in zip((logps, entropies), found))
         return logps, entropies
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        """As TRL's; afterwards the processes' gradients are averaged, for the shared passes go around DDP, which would do it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.accelerator.num_processes
+        return loss
 
     def _compute_loss(self, model, inputs):
         self._rows = inputs["sample"]
@@ -155,8 +173,12 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
             num_generations: int, batch_size: int, held: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
             schedule: str, warmup: int, scale_rewards: str, beta: float, temperature: float, max_new_tokens: int,
             weights: list[float], clip_low: float, clip_high: float, seed: int, save_steps: int,
-            pixels: tuple[int, int]) -> GRPOTrainer:
-    """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice."""
+            pixels: tuple[int, int], gate_citations: bool = False, checkpoint_layers: bool = False,
+            min_new_tokens: int = 0) -> GRPOTrainer:
+    """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice.
+
+    checkpoint_layers: only the layers' inputs are kept for the backward pass, with shared prefixes as without.
+    """
     if hw.device == "cpu":  # sums over a group's rows would otherwise depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -164,11 +186,14 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
         output_dir=str(folder / "checkpoints"), num_generations=num_generations, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation, max_steps=max_steps, learning_rate=learning_rate,
         lr_scheduler_type=schedule, warmup_steps=warmup, scale_rewards=scale_rewards, beta=beta, temperature=temperature,
-        max_completion_length=max_new_tokens, reward_weights=weights, epsilon=clip_low, epsilon_high=clip_high, seed=seed,
+        max_completion_length=max_new_tokens, reward_weights=weights, generation_kwargs={"min_new_tokens": min_new_tokens},
+        epsilon=clip_low, epsilon_high=clip_high, seed=seed,
         data_seed=seed, logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to="none",
         use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,
-        gradient_checkpointing=hw.device == "cuda" and not share_prefix, dataloader_pin_memory=False)
-    common = dict(model=model, args=config, reward_funcs=reward_functions(samples, pixels), processing_class=processor,
+        gradient_checkpointing=checkpoint_layers, gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=False)
+    common = dict(model=model, args=config, reward_funcs=reward_functions(samples, pixels, gate_citations),
+                  processing_class=processor,
                   train_dataset=training_rows(samples, pixels, with_images=not share_prefix), peft_config=adapter,
                   callbacks=[Progress(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),
                                        "entropy")), ReleaseMemory()])

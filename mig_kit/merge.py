@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from mig_kit.generation import PromptCache, completion_logps, inner
+from mig_kit.generation import completion_logps
 from mig_kit.models import Hardware, keep_packing, load_model, load_processor
+from mig_kit.prompt_cache import PromptCache, inner
 from mig_kit.records import Sample
 
 WAYS = ("dequantise, then merge", "merge into 4 bit", "merge into the original", "merge into the original, then 4 bit")

@@ -9,6 +9,7 @@ from mig_kit.prompts import box_in_original, parse
 from mig_kit.records import Sample
 
 SYSTEM_COLOURS = {"base": "#999999", "sft": "#E69F00", "grpo": "#0072B2", "sft_long": "#CC79A7"}
+SIDE_COLOURS = {"stock": "#999999", "kit": "#0072B2"}
 TARGET, PREDICTED, REFERENCE = "#009E73", "#D55E00", "#CC00CC"
 
 
@@ -113,14 +114,36 @@ def curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: s
 
 
 def stacked(counts: dict[str, dict[str, int]], title: str):
-    """Horizontal stacked bars: a bar per outer key, a piece per inner key."""
+    """Horizontal stacked bars: a bar per outer key, a piece per inner key that counts anything."""
     import pandas as pd
 
     table = pd.DataFrame(counts).T.fillna(0)
+    table = table.loc[:, table.any()]
     figure, axes = plt.subplots(figsize=(8, 0.34 * len(table) + 1.3))
     table.plot.barh(stacked=True, ax=axes, color=sns.color_palette("colorblind", len(table.columns)), width=0.75)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=11)
-    axes.legend(frameon=False, ncols=min(4, len(table.columns)), loc="upper center", bbox_to_anchor=(0.45, -0.12), fontsize=9)
+    axes.legend(frameon=False, ncols=min(4, len(table.columns)), loc="upper center", fontsize=9,
+                bbox_to_anchor=(0.45, -0.3 / (0.34 * len(table) + 0.2)))  # 0.3 inches below the axis, whatever its height
+    figure.tight_layout()
+    return figure
+
+
+def speedup(rows: list[dict], title: str):
+    """Three panels over images' tokens, replies and tokens of a reply; a line per stage. rows: of `benchmark.sweep`."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    usual = {key: table[key].mode()[0] for key in ("images", "group", "tokens")}
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.9), sharey=True)
+    for axis, (key, x, label) in zip(axes, (("images", "prompt_tokens", "tokens of the prompt"), ("group", "group", "replies"),
+                                            ("tokens", "tokens", "tokens of a reply"))):
+        part = table[[all(row[other] == usual[other] for other in usual if other != key) for _, row in table.iterrows()]]
+        sns.lineplot(part, x=x, y="ratio", hue="stage", style="stage", markers=True, dashes=False, palette="colorblind", ax=axis,
+                     errorbar=None, legend=axis is axes[0])
+        axis.axhline(1, color="#555555", linewidth=1)
+        axis.set(xlabel=label, ylabel="times as fast", ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11, x=0.06, ha="left")
     figure.tight_layout()
     return figure

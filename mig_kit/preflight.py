@@ -11,8 +11,8 @@ from mig_kit.runs import runs_root
 
 # Measured on two cores of an AMD EPYC (Zen 5) with avx512_bf16: minutes of each stage of the tiny profile,
 # and GiB that it stayed within.
-TINY_COST = {"01_synthesize": (0.3, 4.0), "02_sft": (6.3, 6.1), "03_merge": (0.1, 6.1), "04_rejection_sampling": (1.9, 6.1),
-             "05_grpo": (10.8, 6.1), "06_evaluate": (8.5, 4.0), "07_report": (0.1, 4.0)}
+TINY_COST = {"01_synthesize": (0.3, 4.0), "02_sft": (6.3, 4.9), "03_merge": (0.1, 4.9), "04_rejection_sampling": (1.6, 4.9),
+             "05_grpo": (7.1, 4.9), "06_evaluate": (5.8, 4.0), "07_report": (0.1, 4.0)}
 REFERENCE_GFLOPS = 1060.0  # what `matrix_rate` gives on that machine
 
 

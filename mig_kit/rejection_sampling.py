@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from mig_kit.generation import PromptCache, Sampling, rollouts
+from mig_kit.generation import Sampling, rollouts
+from mig_kit.prompt_cache import PromptCache
 from mig_kit.records import Sample
 from mig_kit.rewards import correct
 from mig_kit.runs import release_memory
@@ -44,8 +45,10 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
     """`replies` replies to every sample, appended to `path` batch by batch; what is there already is not drawn again.
 
     Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run draws what an
-    uninterrupted one would have drawn.
+    uninterrupted one would have drawn. Raises ValueError for fewer than one reply.
     """
+    if replies < 1:
+        raise ValueError(f"replies is {replies}; a prompt needs at least one reply (only 06_evaluate can do without)")
     have = stored(path)
     cache = PromptCache(model, processor, *pixels, limit=batch_size)
     order = sorted(samples, key=lambda s: (len(s.images), s.id))

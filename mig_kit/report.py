@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import stats
 from mig_kit.plots import strip
 from mig_kit.prompts import parse, question_text
 from mig_kit.records import Sample
-from mig_kit.rewards import correct
+from mig_kit.rewards import box_reward, choice_reward, correct, format_reward, image_reward
 
 # Claim, the paper's points (arXiv 2507.00748, v1/v2 for the second row), the delta and suite of metrics.json.
 CLAIMS = (
@@ -30,8 +31,10 @@ table{border-collapse:collapse;margin:1rem 0}th,td{padding:.35rem .8rem;border-b
 th:first-child,td:first-child{text-align:left}img{max-width:100%;background:#fff;border-radius:4px}
 .card{border:1px solid #8886;border-radius:8px;padding:.8rem;margin:1rem 0}.card p{margin:.3rem 0}
 .right{border-left:6px solid #009E73}.wrong{border-left:6px solid #D55E00}code{white-space:pre-wrap;word-break:break-word}
-small{opacity:.75}
+small{opacity:.75}.pick{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.3rem 0}.wide{overflow-x:auto}
+@media print{.pick{display:none}.card{break-inside:avoid}}
 """
+OUTCOMES = ("right", "box off", "wrong image", "wrong option", "no answer")
 
 
 def headline(metrics: dict) -> list[dict]:
@@ -65,6 +68,109 @@ def side_by_side(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def outcome(reply: str, sample: Sample, pixels: tuple[int, int]) -> str:
+    """What became of a reply, one of OUTCOMES; "box off" is the right image with an IoU under 0.5."""
+    read = parse(reply)
+    if correct(reply, sample, pixels=pixels):
+        return "right"
+    if sample.options:
+        return "wrong option" if read.letter else "no answer"
+    if read.box is None:
+        return "no answer"
+    return "box off" if read.image in {number for number, _ in sample.targets} else "wrong image"
+
+
+def outcomes(samples: list[Sample], replies: dict[str, dict[str, str]], pixels: tuple[int, int]) -> dict[str, dict[str, int]]:
+    """system -> outcome -> how many of `samples`; replies: per system by sample id."""
+    counts = {name: Counter(outcome(found[s.id], s, pixels) for s in samples) for name, found in replies.items()}
+    seen = [kind for kind in OUTCOMES if any(found[kind] for found in counts.values())]
+    return {name: {kind: found[kind] for kind in seen} for name, found in counts.items()}
+
+
+def flow(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
+    """Where samples went: traces through the filter, candidates through rejection sampling. metrics: by stage."""
+    traces, sampled = metrics["01_synthesize"]["traces"], metrics["04_rejection_sampling"]
+    why: Counter = Counter()
+    for counts in sampled["why"].values():
+        why.update(counts)
+    return {"traces": {"kept": traces["kept"], **{f"dropped: {reason}": n for reason, n in traces["dropped"].items()}},
+            "candidates": dict(why)}
+
+
+def calibration(rates: dict[str, float], samples: list[Sample], bins: int = 5) -> list[dict]:
+    """Mean pass rate over what makes a question hard: rows {"things": "3 to 4", "pass rate", "n"}, by things in all images.
+
+    rates: by sample id, 0..1; counted on the samples whose notes list their images.
+    """
+    listed = [(sum(note.count(",") + 1 for note in s.notes), rates[s.id]) for s in samples if s.notes and s.id in rates]
+    edges = np.unique(np.quantile([n for n, _ in listed], np.linspace(0, 1, bins + 1)).round())
+    rows = []
+    for low, high in zip(edges, edges[1:]):
+        inside = [rate for n, rate in listed if low <= n < high or n == high == edges[-1]]
+        last = int(high) - (high != edges[-1])
+        if inside:
+            rows.append({"things": f"{int(low)} to {last}" if last > low else f"{int(low)}", "pass rate": float(np.mean(inside)),
+                         "n": len(inside)})
+    return rows
+
+
+def compared(found: dict[str, dict]) -> list[dict]:
+    """Rows {run, system, suites...} of several runs' 06 metrics, with the differences in points below each run."""
+    rows = []
+    for run, metrics in found.items():
+        rows += [{"run": run, "what": system, **{suite: r["score"] for suite, r in suites.items()}}
+                 for system, suites in metrics["systems"].items()]
+        rows += [{"run": run, "what": f"{name} (points)", **{suite: d["value"] for suite, d in deltas.items()}}
+                 for name, deltas in metrics["deltas"].items()]
+    return rows
+
+
+def two_runs(found: dict[str, dict[str, dict]], differences: list[dict]) -> str:
+    """One page about several runs. found: run -> stage -> metrics; differences: rows of `compare.differences`."""
+    import pandas as pd
+    import seaborn as sns
+    from matplotlib import pyplot as plt
+
+    from mig_kit import plots
+
+    plots.style()
+    evaluated = {run: metrics["06_evaluate"] for run, metrics in found.items()}
+    bars = [{"suite": suite, "run": run, "score": r["score"], "ci95": r["ci95"]}
+            for run, metrics in evaluated.items() for suite, r in metrics["systems"]["grpo"].items()]
+    figure = plots.bars(bars, "suite", "score", "GRPO model, greedy, percent", "run", "colorblind", "ci95")
+    rows = [{"run": run, "step": row["step"], "reward": row["reward"]}
+            for run, metrics in found.items() for row in metrics["05_grpo"]["curves"]]
+    curve, axis = plt.subplots(figsize=(8, 3))
+    table_rows = pd.DataFrame(rows)
+    table_rows["reward"] = table_rows.groupby("run")["reward"].transform(lambda v: v.rolling(10, min_periods=1).mean())
+    sns.lineplot(table_rows, x="step", y="reward", hue="run", palette="colorblind", ax=axis)
+    axis.set_title("Mean reward over the last ten steps", loc="left", fontsize=11)
+    what = table([{k: str(v) for k, v in row.items()} for row in differences]) if differences else "nothing"
+    sections = [("Scores, greedy (percent)", table(compared(evaluated))), ("Bars", image_tag(figure, "scores per suite")),
+                ("Training", image_tag(curve, "reward")), ("What differs", what)]
+    return page(" and ".join(found), sections)
+
+
+def filters(tasks: list[str], kinds: list[str]) -> str:
+    """Radio buttons that show only some cards of the gallery; style sheets do it, no script."""
+    rules, rows = [], []
+    for group, names in (("task", tasks), ("kind", kinds)):
+        buttons = [f'<label><input type=radio name=pick-{group} id=pick-{group}-all checked> all</label>']
+        for i, name in enumerate(names):
+            buttons.append(f"<label><input type=radio name=pick-{group} id=pick-{group}-{i}> {html.escape(name)}</label>")
+            rules.append(f"body:has(#pick-{group}-{i}:checked) .card:not(.{group}-{i}){{display:none}}")
+        rows.append(f"<div class=pick>{''.join(buttons)}</div>")
+    return f"<style>{''.join(rules)}</style>{''.join(rows)}"
+
+
+def gallery(chosen: list[tuple[str, Sample]], replies: dict[str, dict[str, str]], pixels: tuple[int, int]) -> str:
+    """Cards of (kind, sample) pairs with the filters above them; replies: per system by sample id."""
+    tasks, kinds = (list(dict.fromkeys(values)) for values in (sorted(s.task for _, s in chosen), (k for k, _ in chosen)))
+    cards = [card(s, {name: r[s.id] for name, r in replies.items()}, pixels,
+                  f"task-{tasks.index(s.task)} kind-{kinds.index(kind)}", kind) for kind, s in chosen]
+    return filters(tasks, kinds) + "".join(cards)
+
+
 def image_tag(picture, alt: str) -> str:
     """An <img> with the picture inside: a PIL image or a matplotlib figure."""
     data = io.BytesIO()
@@ -84,18 +190,24 @@ def table(rows: list[dict]) -> str:
 
     head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
-def card(sample: Sample, replies: dict[str, str], pixels: tuple[int, int]) -> str:
-    """One sample with the replies of some systems: pictures with boxes, question, reasoning and answer, all escaped."""
-    parts = [f"<div class=card><p><b>{html.escape(sample.task)}</b> <small>{html.escape(sample.id)}</small></p>",
+def card(sample: Sample, replies: dict[str, str], pixels: tuple[int, int], classes: str = "", kind: str = "") -> str:
+    """One sample with the replies of some systems: pictures with boxes, question, reasoning, answer and rewards, all escaped.
+
+    classes: what the filters know the card by; kind: said in its head.
+    """
+    parts = [f'<div class="card {html.escape(classes)}"><p><b>{html.escape(sample.task)}</b> {html.escape(kind)} '
+             f"<small>{html.escape(sample.id)}</small></p>",
              f"<p>{html.escape(question_text(sample, *pixels).split(' Think in ')[0])}</p>"]
     for system, reply in replies.items():
-        right = correct(reply, sample, pixels=pixels)
-        read = parse(reply)
+        right, read = correct(reply, sample, pixels=pixels), parse(reply)
+        rewards = f"format {format_reward(reply, sample):g}, " + (
+            f"choice {choice_reward(reply, sample):g}" if sample.options else
+            f"image {image_reward(reply, sample):g}, box {box_reward(reply, sample, pixels=pixels):.2f}")
         parts.append(f'<div class="{"right" if right else "wrong"}" style="padding-left:.6rem"><p><b>{html.escape(system)}</b> '
-                     f'({"right" if right else "wrong"})</p>{image_tag(strip(sample, reply, pixels, 130), system)}'
+                     f"({outcome(reply, sample, pixels)}; {rewards})</p>{image_tag(strip(sample, reply, pixels, 130), system)}"
                      f"<p><small>thinks:</small> <code>{html.escape(read.thinking or '-')}</code></p>"
                      f"<p><small>says:</small> <code>{html.escape(reply.split('</think>')[-1][:300])}</code></p></div>")
     return "".join(parts) + "</div>"

@@ -5,6 +5,8 @@ counts correctly paired tags, the image index is 0 or 1 and gates the box term. 
 from `floor` up (theirs steps to 1 at IoU 0.9), because an unclipped IoU says more about a small box.
 """
 
+import re
+
 from mig_kit.frames import to_original
 from mig_kit.prompts import parse
 from mig_kit.records import Sample, best_iou
@@ -38,6 +40,11 @@ def box_reward(reply: str, sample: Sample, floor: float = 0.1, pixels: tuple[int
 def choice_reward(reply: str, sample: Sample) -> float:
     """1 if the reply to a multiple-choice sample gives the right letter."""
     return float(bool(sample.letter) and parse(reply).letter == sample.letter)
+
+
+def cites_only_given(reply: str, sample: Sample) -> bool:
+    """Whether every "image k" in the reasoning is an image of the prompt; a model may list images that are not there."""
+    return all(1 <= int(number) <= len(sample.images) for number in re.findall(r"\bimage (\d{1,3})\b", parse(reply).thinking, re.I))
 
 
 def correct(reply: str, sample: Sample, threshold: float = 0.5, pixels: tuple[int, int] = (3136, 401408)) -> bool:

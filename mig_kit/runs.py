@@ -7,6 +7,7 @@ looks finished; what it left behind is kept for resuming as long as parameters, 
 import ast
 import ctypes
 import difflib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -27,9 +28,9 @@ STAGES = {
     "04_rejection_sampling": ("01_synthesize", "03_merge"), "05_grpo": ("03_merge", "04_rejection_sampling"),
     "06_evaluate": ("03_merge", "05_grpo"),
     "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo", "06_evaluate"),
-    "90_tiny_base": (),
+    "08_benchmark": (), "90_tiny_base": (),
 }
-RECIPE = tuple(stage for stage in STAGES if stage < "90")
+RECIPE = tuple(stage for stage in STAGES if stage < "08")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy", "pillow")
 # glibc gives freed memory back to the system at once and faults it in again for every tensor: measured 9 % of a step.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -63,11 +64,18 @@ def params_file(stage: str, profile: str = "tiny") -> Path:
 
 
 def read_params(path: Path) -> dict:
-    """A flat parameter file; ValueError if it nests or is no mapping."""
-    data = yaml.safe_load(path.read_text())
-    if not isinstance(data, dict) or any(isinstance(v, dict) for v in data.values()):
-        raise ValueError(f"{path} must be a flat mapping of parameter: value")
+    """A flat parameter file; ValueError if it nests, is no mapping or no YAML."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML ({str(error).splitlines()[0]}); write lines of parameter: value") from None
+    if not isinstance(data, dict) or not all(_plain(v) or isinstance(v, list) and all(map(_plain, v)) for v in data.values()):
+        raise ValueError(f"{path} must be a flat mapping of parameter: value; a value is a number, a word or a list of those")
     return data
+
+
+def _plain(value) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool))
 
 
 def checked(given: dict, stage: str) -> dict:
@@ -174,6 +182,43 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
+_LOCKS: dict[Path, object] = {}  # open lock files of the runs that this process writes
+
+
+def lock(run: Path, patience: float = 5.0) -> None:
+    """Keep other processes from writing this run until `unlock` or the end of this process.
+
+    Raises RuntimeError if another has it for longer than `patience` seconds (a notebook whose caller was killed ends within one).
+    """
+    if run in _LOCKS:
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / "lock").open("a+")
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > until:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise RuntimeError(f"run '{run.name}' is being written by {holder}; wait for it, shut its notebook down, or use "
+                                   "another --run-id") from None
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    _LOCKS[run] = file
+
+
+def unlock(run: Path) -> None:
+    """Let others write the run again."""
+    if run in _LOCKS:
+        _LOCKS.pop(run).close()
+
+
 @dataclass
 class Stage:
     """A running stage. folder: where it writes; params: checked parameters."""
@@ -184,6 +229,7 @@ class Stage:
     params: dict
     key: str
     started: float = field(default_factory=time.time)
+    clock: float = field(default_factory=time.monotonic)
 
     def before(self, stage: str, name: str = "") -> Path:
         """A file or folder that an earlier stage of this run made."""
@@ -200,13 +246,15 @@ class Stage:
             "outputs": {str(p.relative_to(self.folder)): sha256(p) for p in files}, "versions": versions(),
             "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs", "git": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-            "seconds": round(time.time() - self.started, 1), **facts})
+            "seconds": round(time.monotonic() - self.clock, 1), **facts})
+        unlock(self.folder.parent)
 
 
 def begin(stage: str, names: dict) -> Stage:
     """Start a stage from a notebook: `names` is globals(), where the parameters cell left its values.
 
     What the parameter cells assign must be a parameter of the stage: a mistyped `-p` would otherwise be ignored in silence.
+    Until it finishes, no other process can write this run.
     Leftovers of an interrupted run with the same key stay for resuming, all others are removed.
     """
     given = set(read_params(params_file(stage)))
@@ -218,6 +266,7 @@ def begin(stage: str, names: dict) -> Stage:
     run_id = params["run_id"]
     if not run_id or run_id.startswith(".") or any(c in run_id for c in "/\\"):
         raise ValueError(f"run_id is '{run_id}'; use letters, digits, '-' and '_'")
+    lock(runs_root() / run_id)
     key = stage_key(stage, run_id, params)
     folder = runs_root() / run_id / stage
     marker = folder / "started.json"

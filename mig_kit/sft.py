@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from mig_kit.generation import PromptCache, Sampling, rollouts
+from mig_kit.generation import Sampling, rollouts
 from mig_kit.models import LORA_TARGETS, Hardware, check_adapters, check_tokens, load_model
+from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.runs import release_memory
@@ -83,7 +84,7 @@ def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epoc
         bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
         dataloader_pin_memory=False, remove_unused_columns=False)
     made = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=processor,
-                      callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory()])
+                      callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory(2)])
     batch = made.data_collator([data[i] for i in range(min(4, len(data)))])
     check_tokens(processor, batch)
     if int((batch["labels"] != -100).sum()) == 0:
@@ -96,6 +97,21 @@ def last_checkpoint(folder: Path) -> str | None:
     found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     whole = [p for p in found if (p / "trainer_state.json").is_file()]
     return str(whole[-1]) if whole else None
+
+
+def train(made, folder: Path) -> None:
+    """Train, from the newest checkpoint under folder/checkpoints if there is one.
+
+    One that was saved at the last step is only loaded: the trainer itself would take a step too many.
+    """
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.global_step >= state.max_steps:
+            made.state = state
+            made._load_from_checkpoint(checkpoint)
+            return
+    made.train(resume_from_checkpoint=checkpoint)
 
 
 def loss_curve(history: list[dict]) -> list[dict]:

@@ -1,9 +1,12 @@
 """Shared prefixes are exact: the same greedy replies, log-probabilities and gradients as transformers gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from mig_kit.generation import PromptCache, Sampling, completion_logps, draw_tokens, rollouts
+from mig_kit.generation import Sampling, completion_logps, draw_tokens, packed_logps, rollouts
+from mig_kit.prompt_cache import PromptCache, digest
 from mig_kit.prompts import messages
 
 
@@ -25,14 +28,18 @@ def test_greedy_replies_equal_transformers(random_model, processor, samples):
 
 
 @pytest.mark.slow
-def test_logps_and_gradients_equal_stock(random_model, processor, samples):
+@pytest.mark.parametrize(("way", "layers"), [(completion_logps, False), (packed_logps, False), (packed_logps, True)])
+def test_logps_and_gradients_equal_stock(random_model, processor, samples, way, layers):
     torch.manual_seed(0)
+    if layers:
+        random_model.train()
+        random_model.gradient_checkpointing_enable({"use_reentrant": False})
     prompts = PromptCache(random_model, processor).get(samples[:4])
     owner, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
     ids, mask = torch.randint(20, 600, (5, 9)), torch.zeros(5, 9, dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
-    logps, entropies = completion_logps(random_model, prompts, owner, ids, mask, processor.image_token_id)
+    logps, entropies = way(random_model, prompts, owner, ids, mask, processor.image_token_id)
     weights = torch.randn(5, 9) * mask
     random_model.zero_grad()
     (logps * weights).sum().backward()
@@ -79,10 +86,29 @@ def test_top_p_and_greedy():
 
 def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples):
     cache = PromptCache(random_model, processor, limit=3)
+    seen, visual = [], random_model.model.visual.forward
+
+    def watched(pixels, grid_thw, **more):
+        seen.append(len(grid_thw))
+        return visual(pixels, grid_thw, **more)
+
+    random_model.model.visual.forward = watched
     first = cache.get(samples[:3])
-    assert cache.get(samples[:3])[0] is first[0]
+    again = cache.get([samples[0], replace(samples[1], id="the same images, asked about again")])
+    assert seen == [len({digest(image) for s in samples[:3] for image in s.images})], "every image is seen once"
+    assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
     cache.get(samples[3:5])
     assert len(cache.store) == 3
+
+
+@pytest.mark.slow
+def test_features_stay_within_their_room(random_model, processor, samples):
+    whole, tight = PromptCache(random_model, processor), PromptCache(random_model, processor, room=2000)
+    for sample in [*samples[:4], *samples[:4]]:
+        expected, = whole.get([sample])
+        found, = tight.get([sample])
+        assert torch.allclose(expected.features, found.features, atol=1e-6) and torch.equal(expected.ids, found.ids)
+        assert tight.size <= 2000 and tight.size == sum(f.nbytes for f in tight.images.values())
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mig_kit import grpo, models, sft
-from mig_kit.generation import PromptCache
+from mig_kit.frames import to_model
+from mig_kit.prompt_cache import PromptCache
+from mig_kit.prompts import answer_text
 from mig_kit.suites import make_free_form
 from mig_kit.tasks import TASKS, make
 
@@ -23,7 +25,7 @@ def test_advantages_by_hand():
 
 def make_trainer(folder, random_folder, hw, processor, share, **changes):
     samples = [make(task, "rl", i) for task in TASKS for i in range(2)] + make_free_form("rl", 1)
-    model = models.load_model(random_folder, hw)
+    model = models.load_model(random_folder, hw, four_bit=changes.pop("four_bit", False))
     options = dict(num_generations=4, batch_size=8, held=0, gradient_accumulation=1, max_steps=2, learning_rate=1e-3,
                    schedule="constant_with_warmup", warmup=1, scale_rewards="group", beta=0.0, temperature=1.0,
                    max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28,
@@ -33,9 +35,11 @@ def make_trainer(folder, random_folder, hw, processor, share, **changes):
 
 
 def shake(trainer):
-    """A lively adapter, so that adapter and reference differ."""
+    """A lively adapter, so that adapter and reference differ; in float32, for TRL makes it bfloat16 on a 4-bit model."""
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
 
@@ -47,12 +51,25 @@ def test_rewards_apply_where_they_mean_something():
     assert found == {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None], "choice": [None, 1.0]}
 
 
+def test_a_citation_of_nothing_earns_nothing():
+    samples = [make("diff", "rl", 0)]
+    image, box = samples[0].targets[0]
+    answer = f"<answer>{answer_text(image, to_model(box, samples[0].sizes[image - 1]))}</answer>"
+    replies = [[{"role": "assistant", "content": f"<think>image {n}: a.</think>{answer}"}] for n in (2, 3)]
+    found = {f.__name__: f(completions=replies, sample=[0, 0]) for f in grpo.reward_functions(samples, PIXELS, True)}
+    assert found["format"] == [1.0, 0.0] and found["image"] == [1.0, 0.0] and found["box"][1] == 0.0 < found["box"][0]
+    assert found["choice"] == [None, None]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("beta", "held"), [(0.0, 0), (0.0, 4), (0.1, 4)])
-def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, float32, processor, beta, held):
+@pytest.mark.parametrize(("beta", "held", "four_bit", "layers"), [
+    (0.0, 0, False, False), (0.0, 4, False, False), (0.1, 4, False, False), (0.1, 0, True, False), (0.1, 0, False, True),
+    (0.0, 4, False, True)])
+def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, float32, processor, beta, held, four_bit, layers):
     """The same completions through TRL's own loss, once with stock log-probabilities, once with shared prefixes."""
-    stock = make_trainer(tmp_path / "a", random_folder, float32, processor, False, beta=beta)
-    ours = make_trainer(tmp_path / "b", random_folder, float32, processor, True, beta=beta, held=held)
+    stock = make_trainer(tmp_path / "a", random_folder, float32, processor, False, beta=beta, four_bit=four_bit)
+    ours = make_trainer(tmp_path / "b", random_folder, float32, processor, True, beta=beta, held=held, four_bit=four_bit,
+                        checkpoint_layers=layers)
     for trainer in (stock, ours):
         shake(trainer)
         trainer.model.train()
@@ -74,6 +91,8 @@ def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, float32, pr
     loss.backward()
     assert loss.item() == pytest.approx(stock_loss.item(), abs=1e-5)
     theirs = dict(stock.model.named_parameters())
+    whole = [torch.cat([p.grad.flatten() for p in t.model.parameters() if p.requires_grad]) for t in (stock, ours)]
+    assert (whole[0] - whole[1]).norm() < 1e-5 * whole[0].norm()
     checked = 0
     for name, parameter in ours.model.named_parameters():
         if parameter.requires_grad:
@@ -91,9 +110,22 @@ def test_resume_gives_the_same_continuation(tmp_path, random_folder, float32, pr
     first.add_callback(grpo.StopAfter(2))
     first.train()
     again = make_trainer(tmp_path / "cut", random_folder, float32, processor, True, max_steps=3, save_steps=2)
-    again.train(resume_from_checkpoint=sft.last_checkpoint(tmp_path / "cut"))
+    sft.train(again, tmp_path / "cut")
     a, b = ([row["reward"] for row in grpo.curves(t.state.log_history)] for t in (whole, again))
     assert a == b
+    for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.slow
+def test_killed_after_the_last_step_takes_no_step_more(tmp_path, random_folder, float32, processor):
+    whole = make_trainer(tmp_path, random_folder, float32, processor, True)
+    whole.train()
+    again = make_trainer(tmp_path, random_folder, float32, processor, True)
+    sft.train(again, tmp_path)
+    assert again.state.global_step == 2
+    rows = [grpo.curves(t.state.log_history) for t in (whole, again)]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
     for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
         assert torch.equal(x, y), name
 
@@ -113,6 +145,30 @@ def test_stock_trl_runs_the_same_rows(tmp_path, random_folder, float32, processo
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.slow
+def test_two_processes_share_one_adapter(tmp_path, random_folder):
+    """torchrun with gloo: every process has prompts of its own, and both end with the same weights."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    from safetensors import safe_open
+
+    script = Path(__file__).with_name("two_processes.py")
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
+                             str(tmp_path), str(random_folder)], capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = [safe_open(tmp_path / f"adapter{rank}.safetensors", "pt") for rank in (0, 1)]
+    assert files[0].metadata()["steps"] == "2" and files[0].metadata()["samples"] != files[1].metadata()["samples"]
+    moved = 0
+    for name in files[0].keys():
+        assert torch.equal(files[0].get_tensor(name), files[1].get_tensor(name)), name
+        moved += "lora_B" in name and bool(files[0].get_tensor(name).any())
+    assert moved > 0
+
+
 def test_groups_must_stay_whole(tmp_path, random_folder, float32, processor):
     with pytest.raises(ValueError, match="multiple of"):
         make_trainer(tmp_path, random_folder, float32, processor, True, batch_size=6, gradient_accumulation=2)
@@ -120,6 +176,6 @@ def test_groups_must_stay_whole(tmp_path, random_folder, float32, processor):
 
 def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
     cache = PromptCache(random_model, processor)
-    monkeypatch.setattr("mig_kit.generation.messages", lambda s, *a: [{"role": "user", "content": "no picture here"}])
+    monkeypatch.setattr("mig_kit.prompt_cache.messages", lambda s, *a: [{"role": "user", "content": "no picture here"}])
     with pytest.raises(ValueError):
         cache.get(samples[:2])

@@ -18,7 +18,7 @@ def smoke(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("runs")
     environment = {**os.environ, "MIG_KIT_RUNS": str(root)}
-    for stages in ((), ("90",)):
+    for stages in ((), ("08", "90")):
         result = subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", "run", *stages, "--profile", "smoke",
                                  "--run-id", "smoke"], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
@@ -57,3 +57,26 @@ def test_nbval_runs_the_executed_notebook(stage, smoke):
     result = subprocess.run([*command, str(notebook)], env={**os.environ, "MIG_KIT_RUNS": str(smoke)}, capture_output=True,
                             text=True, cwd=notebook.parent)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_evaluate_runs_a_real_benchmark(smoke):
+    """A made MIG-Bench file through 06 and 07, by parameter."""
+    import os
+    import shutil
+
+    from PIL import Image
+
+    shutil.copytree(smoke / "smoke", smoke / "real")
+    Image.new("RGB", (90, 70), "white").save(smoke / "one.png")
+    question = {"task": "reasoning", "images": ["one.png", "one.png"], "question": "Find it.", "answer": [0.1, 0.2, 0.6, 0.7]}
+    (smoke / "made.json").write_text(json.dumps([question] * 3))
+    result = subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", "run", "06", "07", "--profile", "smoke",
+                             "--run-id", "real", "-p", "benchmark", "mig_bench", "-p", "annotations_file", str(smoke / "made.json"),
+                             "-p", "image_root", str(smoke), "-p", "benchmark_limit", "2"],
+                            env={**os.environ, "MIG_KIT_RUNS": str(smoke)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads((smoke / "real" / "06_evaluate" / "metrics.json").read_text())["benchmark"]
+    assert found["version"] == "original" and found["systems"]["grpo"]["strict"]["n"] == 2
+    lines = (smoke / "real" / "06_evaluate" / "predictions_grpo.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
+    assert "mig_bench original" in (smoke / "real" / "07_report" / "report.html").read_text()

@@ -41,3 +41,9 @@ def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_model, proces
     resumed = rs.sample_replies(random_model, processor, samples, tmp_path / "cut.jsonl", **options)
     assert resumed == whole
     assert sorted((tmp_path / "cut.jsonl").read_text().splitlines()) == sorted(lines)
+
+
+def test_no_replies_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="replies is 0; a prompt needs at least one"):
+        rs.sample_replies(None, None, [], tmp_path / "x.jsonl", replies=0, temperature=1.0, max_new_tokens=1,
+                          batch_size=1, seed=0, pixels=(1, 2), autocast=False)

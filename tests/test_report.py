@@ -1,6 +1,7 @@
 """Stage 07: nothing that a model wrote runs in the page; the table shows what was measured."""
 
 from mig_kit import report
+from mig_kit.suites import make_free_form
 from mig_kit.tasks import make
 
 PIXELS = (3136, 401408)
@@ -44,3 +45,56 @@ def test_choose_covers_the_outcomes():
     chosen = dict((kind, s.id) for kind, s in report.choose(samples, before, after, PIXELS))
     assert chosen == {"wrong, then right": samples[0].id, "right both times": samples[1].id,
                       "right, then wrong": samples[2].id, "wrong both times": samples[3].id}
+
+
+def reply_for(sample, number=None, shift=0):
+    from mig_kit.frames import to_model
+    from mig_kit.prompts import answer_text
+
+    image, box = sample.targets[0]
+    x1, y1, x2, y2 = to_model(box, sample.sizes[image - 1])
+    return f"<think></think><answer>{answer_text(number or image, (x1 + shift, y1, x2 + shift, y2))}</answer>"
+
+
+def test_outcomes_by_hand():
+    sample, choice = make("diff", "val", 0), make_free_form("val", 1)[0]
+    replies = {"right": reply_for(sample), "wrong image": reply_for(sample, 1), "box off": reply_for(sample, shift=40),
+               "no answer": "?"}
+    for kind, reply in replies.items():
+        assert report.outcome(reply, sample, PIXELS) == kind
+    wrong = "B" if choice.letter == "A" else "A"
+    assert report.outcome(f"<think></think><answer>{wrong}</answer>", choice, PIXELS) == "wrong option"
+    counts = report.outcomes([sample], {"a": {sample.id: replies["right"]}, "b": {sample.id: "?"}}, PIXELS)
+    assert counts == {"a": {"right": 1, "no answer": 0}, "b": {"right": 0, "no answer": 1}}
+
+
+def test_flow_adds_up():
+    metrics = {"01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
+               "04_rejection_sampling": {"why": {"diff": {"kept": 3, "never right": 1}, "region": {"kept": 2}}}}
+    assert report.flow(metrics) == {"traces": {"kept": 8, "dropped: format": 2}, "candidates": {"kept": 5, "never right": 1}}
+
+
+def test_calibration_counts_every_sample_once():
+    samples = [make("diff", "val", i) for i in range(40)]
+    rows = report.calibration({s.id: i / 40 for i, s in enumerate(samples)}, samples)
+    assert sum(row["n"] for row in rows) == 40 and all(0 <= row["pass rate"] <= 1 for row in rows)
+
+
+def test_the_gallery_is_filtered_without_a_script():
+    samples = [make("diff", "val", 0), make("region", "val", 0)]
+    replies = {"sft": {s.id: "?" for s in samples}}
+    text = report.gallery([("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, PIXELS)
+    assert text.count('class="card task-') == 2 and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
+    assert "<script" not in text and "<b>lost" not in text
+
+
+def test_two_runs_on_one_page():
+    def run(value):
+        gap = {"value": value, "ci95": [value - 1, value + 1], "sampled": 0.0}
+        suites = {suite: {"score": value, "ci95": [value - 1, value + 1]} for suite in ("mig_bench", "mmiu")}
+        systems = {s: suites for s in ("base", "sft", "grpo")}
+        return {"06_evaluate": {"systems": systems, "deltas": {"grpo-sft": {"mig_bench": gap}}},
+                "05_grpo": {"curves": [{"step": i, "reward": value + i} for i in range(12)]}}
+
+    text = report.two_runs({"a<script>": run(9.0), "b": run(11.0)}, [{"stage": "05_grpo", "name": "<script>", "a": 1, "b": None}])
+    assert "<script" not in text and text.count("<img") == 2 and "grpo-sft (points)" in text

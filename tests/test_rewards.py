@@ -2,7 +2,7 @@
 
 import pytest
 
-from mig_kit.rewards import box_reward, choice_reward, correct, format_reward, image_reward
+from mig_kit.rewards import box_reward, choice_reward, cites_only_given, correct, format_reward, image_reward
 from mig_kit.suites import make_free_form
 from mig_kit.tasks import make
 
@@ -56,3 +56,11 @@ def test_a_choice_is_right_or_not(sample):
     assert choice_reward(f"<think></think><answer>{other}</answer>", question) == 0 == choice_reward("", question)
     assert choice_reward("<think></think><answer></answer>", sample) == 0
     assert correct(f"<think></think><answer>{question.letter}</answer>", question)
+
+
+def test_citations_of_images_that_are_not_there():
+    sample = make("diff", "val", 0)
+    assert cites_only_given("<think>image 1: a. image 2: b. new: b.</think><answer>?</answer>", sample)
+    assert not cites_only_given("<think>image 1: a. Image 3: b.</think><answer>?</answer>", sample)
+    assert not cites_only_given("<think>image 0: a.</think>", sample)
+    assert cites_only_given('<answer>{"image": 7}</answer>', sample), "the answer has a reward of its own"

@@ -1,12 +1,17 @@
 """Run folders and parameters."""
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from mig_kit import runs
+from mig_kit.cli import cli
 
 
 @pytest.fixture
@@ -46,6 +51,15 @@ def test_unknown_and_mistyped_parameters():
         runs.params_file("05_grpo", "huge")
 
 
+def test_hostile_parameter_files(tmp_path):
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+    for text in (bomb, "a: {b: 1}", "- 1", "a: [", "a: !!python/object/apply:os.system ['true']", "a: \x00", "a: [[1]]"):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ValueError, match="must be a flat mapping|is no YAML"):
+            runs.read_params(tmp_path / "x.yaml")
+
+
 def test_what_the_injected_cell_assigns_is_checked(root):
     cells = ["", "# parameters\nseed: int = 0", "# Parameters\nsede = 3\n"]
     with pytest.raises(KeyError, match="did you mean 'seed'"):
@@ -76,6 +90,59 @@ def test_a_missing_stage_names_the_command(root):
         runs.begin("02_sft", {"run_id": "a"})
     with pytest.raises(ValueError, match="run_id"):
         runs.begin("00_preflight", {"run_id": "../a"})
+
+
+def test_two_writers_of_one_run(root):
+    """A second process is refused while the first is in a stage, and let in when it has finished or was killed."""
+    code = ("import sys, time; from mig_kit import runs; stage = runs.begin('00_preflight', {'run_id': 'a'})\n"
+            "print('in', flush=True)\nif sys.argv[1] == 'finish': stage.finish({})\nelse: time.sleep(60)")
+    environment = {**os.environ, "MIG_KIT_RUNS": str(root)}
+    first = subprocess.Popen([sys.executable, "-c", code, "stay"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "in\n"
+    with pytest.raises(RuntimeError, match=f"'a' is being written by process {first.pid}; wait for it"):
+        runs.lock(root / "a", 0.2)
+    runs.begin("00_preflight", {"run_id": "b"})  # another run is free
+    refused = CliRunner().invoke(cli, ["run", "00", "--run-id", "a"])
+    assert isinstance(refused.exception, RuntimeError) and "another --run-id" in str(refused.exception)
+    first.kill()
+    first.wait()
+    second = subprocess.run([sys.executable, "-c", code, "finish"], env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    runs.lock(root / "a", 0.0)
+    runs.unlock(root / "a")
+
+
+def test_a_clock_that_jumps_back_gives_no_negative_time(root, monkeypatch):
+    stage = runs.begin("00_preflight", {"run_id": "a"})
+    monkeypatch.setattr(runs.time, "time", lambda: 0.0)
+    stage.finish({"n": 1})
+    assert 0 <= runs.finished("00_preflight", "a")["seconds"] < 60
+    assert runs.up_to_date("00_preflight", "a", stage.params)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_finished_stage(tmp_path, monkeypatch):
+    """On a tmpfs of one MiB, where this user may mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        monkeypatch.setenv("MIG_KIT_RUNS", str(small))
+        stage = runs.begin("00_preflight", {"run_id": "a"})
+        runs.write_json(small / "old.json", {"kept": True})
+        (small / "filler").write_bytes(b"x" * (2**20 - 40_000))
+        with pytest.raises(OSError, match="No space left"):
+            runs.write_json(small / "old.json", {"data": "y" * 100_000})
+        assert json.loads((small / "old.json").read_text()) == {"kept": True}
+        with pytest.raises(OSError, match="No space left"):
+            stage.finish({"data": "y" * 100_000})
+        assert runs.finished("00_preflight", "a") is None
+        (small / "filler").unlink()
+        runs.begin("00_preflight", {"run_id": "a"}).finish({"n": 1})
+        assert runs.finished("00_preflight", "a")
+    finally:
+        runs.unlock(small / "a")
+        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_code_is_part_of_the_key():

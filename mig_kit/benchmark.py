@@ -1,0 +1,313 @@
+"""Stage 08: what it saves to read every prompt once, beside stock TRL and transformers in one run.
+
+Both sides have the same weights, the same data and the same number of tokens per reply, and take turns. A prompt of several
+images is long and its replies are short; stock trainers read it, and run the vision tower over its images, once per reply.
+Nothing is remembered from one repetition to the next: every rollout of the kit encodes its images anew.
+"""
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mig_kit import grpo, sft
+from mig_kit.generation import Sampling, rollouts
+from mig_kit.models import Hardware, load_model, load_processor
+from mig_kit.prompt_cache import PromptCache, inner
+from mig_kit.prompts import messages
+from mig_kit.records import Sample
+from mig_kit.runs import release_memory
+from mig_kit.scenes import draw
+from mig_kit.tasks import World
+from mig_kit.vision import config
+
+PIXELS = (3136, 4_000_000)
+STAGES = ("rollout", "train", "grpo_step", "rejection", "evaluate")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is measured. images: of a prompt; group: replies to it; tokens: of a reply; side: of an image, pixels."""
+
+    images: int = 6
+    group: int = 8
+    tokens: int = 64
+    side: int = 392
+
+
+def questions(load: Load, count: int, seed: int = 0) -> list[Sample]:
+    """`count` questions over `load.images` drawn scenes each, blown up to `load.side` pixels."""
+    rng, world, made = random.Random(f"benchmark/{seed}"), World(), []
+    for i in range(count):
+        scenes = [world.scene(rng, world.looks(rng, 4), (84, 84)) for _ in range(load.images)]
+        images = tuple(draw(scene).resize((load.side, load.side)) for scene in scenes)
+        thing = scenes[0].things[0]
+        box = tuple(v * load.side / 84 for v in thing.box)
+        question = f"Find the {thing.name}."
+        made.append(Sample(f"benchmark/{seed}/{i}", "benchmark", "benchmark", "val", images, question, ((1, box),)))
+    return made
+
+
+def random_model(folder: Path, tiny: Path, hidden: int, layers: int, seed: int = 0) -> Path:
+    """A random Qwen2.5-VL of another size in `folder`, with the tokenizer and processor files of `tiny`."""
+    torch.manual_seed(seed)
+    processor = load_processor(tiny)
+    shape = config(len(processor.tokenizer), hidden=hidden, layers=layers)
+    Qwen2_5_VLForConditionalGeneration._from_config(shape).to(torch.bfloat16).save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    return folder
+
+
+def _wait(hw: Hardware) -> None:
+    if hw.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], hw: Hardware) -> float:
+    """Wall time of one call."""
+    _wait(hw)
+    start = time.perf_counter()
+    call()
+    _wait(hw)
+    return time.perf_counter() - start
+
+
+def side_by_side(stock: Callable[[], object], kit: Callable[[], object], repeats: int, hw: Hardware) -> dict:
+    """Both, warmed up, in turns: medians in seconds, their ratio, and the fastest and slowest of each."""
+    stock(), kit()
+    pairs = [(seconds(stock, hw), seconds(kit, hw)) for _ in range(repeats)]
+    theirs, ours = zip(*pairs)
+    return {"stock_s": round(statistics.median(theirs), 4), "kit_s": round(statistics.median(ours), 4),
+            "ratio": round(statistics.median(theirs) / statistics.median(ours), 2),
+            "stock_spread": [round(min(theirs), 4), round(max(theirs), 4)],
+            "kit_spread": [round(min(ours), 4), round(max(ours), 4)]}
+
+
+def peak_memory(call: Callable[[], object], hw: Hardware) -> float:
+    """MiB that a call needs at its peak beyond what was there before: of the GPU, else of the process."""
+    release_memory()
+    if hw.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    process, over = psutil.Process(), threading.Event()
+    before = highest = process.memory_info().rss
+
+    def watch():
+        nonlocal highest
+        while not over.wait(0.002):
+            highest = max(highest, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    call()
+    over.set()
+    watcher.join()
+    return round((highest - before) / 2**20, 1)
+
+
+class Pair:
+    """Stock TRL's trainer and the kit's, on copies of one model, ready for single steps.
+
+    stock_attention: transformers' name of what the stock side computes attention with.
+    """
+
+    def __init__(self, model: str | Path, hw: Hardware, load: Load, folder: Path, stock_attention: str = "", seed: int = 0):
+        self.load, self.hw, self.samples = load, hw, questions(load, 1, seed)
+        self.trainers = {}
+        for share in (False, True):
+            here = hw if share or not stock_attention else replace(hw, attention=stock_attention)
+            torch.manual_seed(seed)
+            made = grpo.trainer(
+                load_model(model, here), load_processor(model, *PIXELS), self.samples, here, folder / str(share),
+                share_prefix=share, adapter=sft.adapter(32, 64), num_generations=load.group, batch_size=load.group, held=0,
+                gradient_accumulation=1, max_steps=1, learning_rate=1e-4, schedule="linear", warmup=1, scale_rewards="group",
+                beta=0.0, temperature=1.0, max_new_tokens=load.tokens, min_new_tokens=load.tokens, weights=[0.2, 0.3, 1.0, 1.3],
+                clip_low=0.2, clip_high=0.28, seed=seed, save_steps=100, pixels=PIXELS)
+            torch.manual_seed(seed + 1)
+            for name, parameter in made.model.named_parameters():  # an adapter that does something
+                if "lora_B" in name:
+                    parameter.data.normal_(0, 0.02)
+            made.create_optimizer()
+            made.model.train()
+            made.current_gradient_accumulation_steps = 1
+            self.trainers[share] = made
+        self.rows = {share: [made.train_dataset[0]] * load.group for share, made in self.trainers.items()}
+
+    def rollout(self, share: bool) -> dict:
+        """Replies and rewards of one prompt, and advantages that are not all 0; the kit's cache of prompts starts empty."""
+        made = self.trainers[share]
+        if share:
+            made.cache.clear()
+        batch = made._generate_and_score_completions(self.rows[share])
+        return {**batch, "advantages": torch.linspace(-1, 1, self.load.group, device=batch["completion_ids"].device)}
+
+    def batches(self) -> dict[bool, dict]:
+        """The same replies as either trainer's loss reads them."""
+        batch = self.rollout(False)
+        ids, mask = batch["completion_ids"], batch["completion_mask"]
+        where = torch.zeros(self.load.group, dtype=torch.long, device=ids.device)
+        return {False: batch, True: {**batch, "sample": where, "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0]}}
+
+    def learn(self, share: bool, batch: dict) -> None:
+        """Log-probabilities, loss and gradients of a batch."""
+        made = self.trainers[share]
+        made.model.zero_grad()
+        with made.compute_loss_context_manager():
+            loss = made._compute_loss(made.model, batch)
+        loss.backward()
+
+    def step(self, share: bool) -> None:
+        """A whole GRPO step."""
+        self.learn(share, self.rollout(share))
+        self.trainers[share].optimizer.step()
+
+    def gradient_error(self, batches: dict[bool, dict]) -> float:
+        """Norm of the gradients' difference over the norm of stock TRL's, over all adapters."""
+        for share, batch in batches.items():
+            self.learn(share, batch)
+        stock, kit = (torch.cat([p.grad.flatten().float() for p in made.model.parameters() if p.grad is not None])
+                      for made in (self.trainers[False], self.trainers[True]))
+        return float((stock - kit).norm() / stock.norm())
+
+
+def _stock_inputs(processor, samples: list[Sample], device) -> dict:
+    texts = [processor.apply_chat_template(messages(s, *PIXELS), add_generation_prompt=True, tokenize=False) for s in samples]
+    return processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt").to(device)
+
+
+def rejection(model, processor, samples: list[Sample], load: Load, hw: Hardware) -> tuple[Callable, Callable]:
+    """(stock, kit): `load.group` sampled replies to every question, all questions in one batch.
+
+    Stock is `generate(num_return_sequences=group)`.
+    """
+
+    def stock():
+        with torch.no_grad(), torch.autocast(hw.device, torch.bfloat16, enabled=hw.autocast):
+            return model.generate(**_stock_inputs(processor, samples, model.device), do_sample=True, top_k=0, top_p=1.0,
+                                  num_return_sequences=load.group, min_new_tokens=load.tokens, max_new_tokens=load.tokens)
+
+    def kit():
+        prompts = PromptCache(model, processor, *PIXELS).get(samples)
+        return rollouts(model, processor, prompts, load.group, Sampling(1.0, 1.0, load.tokens, load.tokens), None, hw.autocast)
+
+    return stock, kit
+
+
+def evaluation(model, processor, samples: list[Sample], load: Load, hw: Hardware) -> tuple[Callable, Callable]:
+    """(stock, kit): one greedy reply to every question, one at a time as MIG-Bench's script does, or in one batch."""
+
+    def stock():
+        with torch.no_grad(), torch.autocast(hw.device, torch.bfloat16, enabled=hw.autocast):
+            return [model.generate(**_stock_inputs(processor, [s], model.device), do_sample=False,
+                                   min_new_tokens=load.tokens, max_new_tokens=load.tokens) for s in samples]
+
+    def kit():
+        prompts = PromptCache(model, processor, *PIXELS).get(samples)
+        return rollouts(model, processor, prompts, 1, Sampling(0.0, 1.0, load.tokens, load.tokens), None, hw.autocast)
+
+    return stock, kit
+
+
+def minimal_flops(model, prompt: int, replies: int, tokens: int) -> float:
+    """Floating-point operations that log-probabilities and gradients of a group cannot do without.
+
+    Every distinct token once: forward and the gradient of the activations through frozen weights, and the adapters' own
+    gradient; attention of every token to what stands before it (backward counts twice); the head for the replies only.
+    """
+    language = inner(model).model.language_model
+    sizes = {"base": 0, "lora": 0}
+    for name, parameter in language.layers.named_parameters():
+        if parameter.ndim > 1:
+            sizes["lora" if ".lora_" in name else "base"] += parameter.numel()
+    shape, every = language.config, prompt + replies * tokens
+    linear = 2 * every * (2 * sizes["base"] + 3 * sizes["lora"]) + 2 * 2 * replies * tokens * shape.hidden_size * shape.vocab_size
+    pairs = prompt**2 / 2 + replies * (tokens * prompt + tokens**2 / 2)
+    return linear + 3 * 4 * shape.hidden_size * shape.num_hidden_layers * pairs
+
+
+def matrix_rate(hw: Hardware, rounds: int = 5) -> float:
+    """FLOP/s of matrix products in the dtype in use: the best of a few sizes and of `rounds`."""
+    dtype = torch.bfloat16 if hw.autocast or hw.dtype == torch.bfloat16 else torch.float32
+    best = 0.0
+    for m, k, n in ((2048, 1024, 1024), (2048, 1024, 2816), (4096, 1024, 4096)):
+        a, b = torch.ones(m, k, dtype=dtype, device=hw.device), torch.ones(n, k, dtype=dtype, device=hw.device)
+        torch.nn.functional.linear(a, b)
+        best = max(best, 2 * m * k * n / min(seconds(lambda a=a, b=b: torch.nn.functional.linear(a, b), hw) for _ in range(rounds)))
+    return best
+
+
+def utilisation(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int) -> dict:
+    """Share of the matrix rate that log-probabilities and gradients reach, counting only work that must be done."""
+    pair = Pair(model, hw, load, folder)
+    made = pair.trainers[True]
+    batch = pair.rollout(True)
+    prompt = len(made.cache.get(pair.samples)[0].ids)
+    work = minimal_flops(made.model, prompt, load.group, load.tokens)
+    pair.learn(True, batch)
+    took, rate = statistics.median(seconds(lambda: pair.learn(True, batch), hw) for _ in range(repeats)), matrix_rate(hw)
+    return {"seconds": round(took, 4), "gflop": round(work / 1e9, 2), "matrix_gflops": round(rate / 1e9, 1),
+            "parameters_m": round(sum(p.numel() for p in made.model.parameters()) / 1e6, 1), "share": round(work / took / rate, 3)}
+
+
+def training(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, stock_attention: str = "",
+             whole: bool = False) -> dict:
+    """rollout and train of one load, side by side; whole: also a whole GRPO step, and its memory."""
+    pair = Pair(model, hw, load, folder, stock_attention)
+    batches = pair.batches()
+    pair.rollout(True)
+    found = {"prompt_tokens": len(pair.trainers[True].cache.get(pair.samples)[0].ids),
+             "rollout": side_by_side(lambda: pair.rollout(False), lambda: pair.rollout(True), repeats, hw),
+             "train": side_by_side(lambda: pair.learn(False, batches[False]), lambda: pair.learn(True, batches[True]), repeats, hw)}
+    if whole:
+        found["grpo_step"] = side_by_side(lambda: pair.step(False), lambda: pair.step(True), repeats, hw)
+        found["peak_mem_mb"] = {"stock": peak_memory(lambda: pair.step(False), hw), "kit": peak_memory(lambda: pair.step(True), hw)}
+    return found
+
+
+def sweep(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, images: list[int], groups: list[int],
+          tokens: list[int], stock_attention: str = "") -> list[dict]:
+    """Rollout and training with one thing at a time changed from `load`; a row per load and stage."""
+    loads = dict.fromkeys([*(replace(load, images=n) for n in images), *(replace(load, group=n) for n in groups),
+                           *(replace(load, tokens=n) for n in tokens)])
+    rows = []
+    for number, one in enumerate(tqdm(loads, desc="loads")):
+        found = training(model, hw, one, folder / str(number), repeats, stock_attention)
+        release_memory()
+        rows += [{**vars(one), "prompt_tokens": found["prompt_tokens"], "stage": stage, **found[stage]}
+                 for stage in ("rollout", "train")]
+    return rows
+
+
+def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, asked: int = 4,
+             stock_attention: str = "") -> dict:
+    """All five comparisons at one load, the memory of a whole step, and how far the gradients are apart in float32.
+
+    asked: questions in rejection sampling and, four times as many, in evaluation.
+    """
+    exact = Pair(model, replace(hw, dtype=torch.float32, autocast=False, attention="sdpa"), load, folder)
+    error = exact.gradient_error(exact.batches())
+    del exact
+    stock_attention = stock_attention or hw.attention
+    found = {"load": vars(load), "model": Path(model).name, "hardware": hw.reason, "stock_attention": stock_attention,
+             "repeats": repeats, "grad_rel_error": error,
+             **training(model, hw, load, folder, repeats, stock_attention, whole=True)}
+    release_memory()
+    theirs, ours = load_model(model, replace(hw, attention=stock_attention)), load_model(model, hw)
+    processor = load_processor(model, *PIXELS)
+    for name, maker, count in (("rejection", rejection, asked), ("evaluate", evaluation, 4 * asked)):
+        samples = questions(load, count)
+        stock, kit = maker(theirs, processor, samples, load, hw)[0], maker(ours, processor, samples, load, hw)[1]
+        found[name] = side_by_side(stock, kit, max(1, repeats // 2), hw)
+    return found

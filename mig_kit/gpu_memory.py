@@ -1,0 +1,179 @@
+"""What the full profiles will need of a GPU, part by part, before anything is downloaded (stage 00).
+
+Predicted, not yet checked against a GPU. Weights, adapters and caches follow from the published shapes; what a layer keeps
+for the backward pass is measured here on small models of the same code, by width, and scaled up.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from peft import get_peft_model
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mig_kit import runs
+from mig_kit.generation import HEAD_TOKENS
+from mig_kit.sft import adapter
+from mig_kit.vision import config
+
+GIB = 2**30
+GPUS = (24, 40, 80, 141)  # GB on the label; about 93 % of it, in GiB, can be used
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a byte for 64 of them, and 4 bytes for 256 of those (double quantisation)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A published Qwen2.5-VL: widths of the language model, and the parameter count of the whole."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    total: int
+
+    @property
+    def projections(self) -> list[tuple[int, int]]:
+        """(in, out) of the seven projections of a layer; heads are 128 wide."""
+        kv = 128 * self.kv_heads
+        return [(self.hidden, self.hidden), (self.hidden, kv), (self.hidden, kv), (self.hidden, self.hidden),
+                (self.hidden, self.inner), (self.hidden, self.inner), (self.inner, self.hidden)]
+
+    @property
+    def linear(self) -> int:
+        """Weights of all projections: what 4-bit and LoRA apply to."""
+        return self.layers * sum(a * b for a, b in self.projections)
+
+
+# config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct; totals as tests/test_full_profile.py counts them
+SHAPES = {"Qwen/Qwen2.5-VL-3B-Instruct": Shape(2048, 11008, 36, 16, 2, 151936, 3_754_622_976),
+          "Qwen/Qwen2.5-VL-7B-Instruct": Shape(3584, 18944, 28, 28, 4, 152064, 8_292_166_656)}
+
+ADVICE = {"02_sft": "lower max_pixels, or lora_rank", "04_rejection_sampling": "lower batch_size",
+          "05_grpo": "lower max_pixels, num_generations or max_new_tokens", "06_evaluate": "lower batch_size"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage does at once. prompt: tokens of one prompt; prompts: of them; replies: to each; tokens: of a reply.
+
+    kept: prompts whose graph is in memory at a time; checkpointed: only the layers' inputs are kept, one layer in full.
+    """
+
+    prompt: int
+    prompts: int = 1
+    replies: int = 1
+    tokens: int = 512
+    rank: int = 64
+    kept: int = 1
+    checkpointed: bool = False
+
+
+def saved_bytes(hidden: int, inner: int, layers: int, tokens: int, rank: int, dropout: float) -> int:
+    """Bytes that the language model of a small random Qwen2.5-VL keeps for its backward pass, bfloat16 with LoRA."""
+    shape = config(640, hidden=hidden, layers=layers, vision_layers=1)
+    shape.text_config.intermediate_size = inner
+    model = Qwen2_5_VLForConditionalGeneration._from_config(shape, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = get_peft_model(model, adapter(rank, rank, dropout)).train()
+    language = model.base_model.model.model.language_model
+    embeds = torch.zeros(1, tokens, hidden, dtype=torch.bfloat16)
+    parameters, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor  # held, so that none is reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        language(inputs_embeds=embeds.requires_grad_(), use_cache=False)
+    return sum(size for size, _ in found.values())
+
+
+@cache
+def layer_bytes(rank: int = 64, dropout: float = 0.05, tokens: int = 64) -> tuple[float, float, float]:
+    """(a, b, c): a layer keeps a * hidden + b * inner + c bytes per token; from the difference of one layer and two."""
+
+    def layer(hidden: int, inner: int) -> float:
+        two, one = (saved_bytes(hidden, inner, layers, tokens, rank, dropout) for layers in (2, 1))
+        return (two - one) / tokens
+
+    small, taller, wider = layer(128, 256), layer(128, 512), layer(256, 256)
+    b, a = (taller - small) / 256, (wider - small) / 128
+    return a, b, small - 128 * a - 256 * b
+
+
+def training(shape: Shape, work: Work, four_bit: bool) -> dict[str, float]:
+    """GiB of each part of a training step.
+
+    four_bit also means what peft's prepare_model_for_kbit_training does: everything that is not 4-bit becomes float32.
+    """
+    a, b, c = layer_bytes(work.rank)
+    layer = a * shape.hidden + b * shape.inner + c
+    seen = work.prompt + work.replies * work.tokens  # tokens of one prompt with its replies, the prompt read once
+    stream = 4 if four_bit else 2
+    tokens = work.kept * seen
+    mask = work.kept * seen**2 * 2 * (work.checkpointed and work.replies > 1)  # who sees whom, of a prompt and its replies
+    kept = mask + tokens * (layer + shape.layers * shape.hidden * stream if work.checkpointed else shape.layers * layer)
+    said = work.kept * work.replies * work.tokens
+    if work.checkpointed:
+        said = seen if work.replies == 1 else min(said, HEAD_TOKENS)  # fine-tuning's loss reads the logits of all tokens at once
+    adapters = shape.layers * sum(work.rank * (x + y) for x, y in shape.projections)
+    rest = shape.total - shape.linear
+    return {"weights": (shape.linear * NF4_BYTES + rest * 4 if four_bit else shape.total * 2) / GIB,
+            "adapter, gradients, Adam": adapters * 16 / GIB, "activations": kept / GIB,
+            "logits": said * shape.vocabulary * 10 / GIB}  # bfloat16, float32, and the gradient
+
+
+def decoding(shape: Shape, work: Work) -> dict[str, float]:
+    """GiB of each part of drawing replies: keys and values of the prompts once, of every reply's own tokens."""
+    per_token = 2 * shape.layers * shape.kv_heads * 128 * 2
+    return {"weights": shape.total * 2 / GIB,
+            "keys and values": work.prompts * (work.prompt + work.replies * work.tokens) * per_token / GIB,
+            "logits": work.prompts * work.replies * shape.vocabulary * 6 / GIB,
+            "prefill": work.prompts * work.prompt * (4 * shape.hidden + 3 * shape.inner) * 2 / GIB}
+
+
+def profile_params(profile: str) -> dict[str, dict]:
+    """The parameters of the stages that need a GPU."""
+    return {stage: runs.read_params(runs.params_file(stage, profile)) for stage in ADVICE}
+
+
+def needs(model: str, params: dict[str, dict], images: int = 6) -> dict[str, dict[str, float]]:
+    """Stage -> parts in GiB, for parameters per stage; prompts are `images` images of the largest size and 200 tokens of text."""
+    shape = SHAPES[model]
+    sft, sampling, grpo, evaluate = (params[name] for name in ("02_sft", "04_rejection_sampling", "05_grpo", "06_evaluate"))
+    prompt = 200 + images * grpo["max_pixels"] // 784
+    group = grpo["num_generations"]
+    held = max(1, grpo["held"] // group) if grpo["held"] else grpo["batch_size"] // group
+    learn = Work(prompt, grpo["batch_size"] // group, group, grpo["max_new_tokens"], grpo["lora_rank"], held,
+                 grpo["checkpoint_layers"])
+    return {
+        "02_sft": training(shape, Work(prompt, 1, 1, 300, sft["lora_rank"], sft["batch_size"], True), True),
+        "04_rejection_sampling": decoding(shape, Work(prompt, sampling["batch_size"], sampling["replies"],
+                                                      sampling["max_new_tokens"])),
+        "05_grpo": training(shape, learn, False),
+        "06_evaluate": decoding(shape, Work(prompt, evaluate["batch_size"], max(1, evaluate["replies"]),
+                                            evaluate["max_new_tokens"]))}
+
+
+
+def table(found: dict[str, dict[str, float]]) -> list[dict]:
+    """Rows {stage, GiB, largest part, one column per GPU of GPUS: "fits" or what to lower}."""
+    rows = []
+    for stage, parts in found.items():
+        total = sum(parts.values()) + 1.5  # the CUDA context, and what the allocator cannot use
+        largest = max(parts, key=parts.get)
+        rows.append({"stage": stage, "GiB": round(total, 1), "largest part": f"{largest} {parts[largest]:.1f}",
+                     **{f"{gpu} GB": "fits" if total <= 0.93 * gpu else ADVICE[stage] for gpu in GPUS}})
+    return rows
+
+
+def fitting_pixels(model: str, params: dict[str, dict], gpu: int, images: int = 6) -> int:
+    """The largest max_pixels, in steps of 28 * 28 * 16, with which every stage fits a GPU of `gpu` GB; 0 if none does."""
+    for tokens in range(params["05_grpo"]["max_pixels"] // 784, 0, -16):
+        changed = {stage: {**values, "max_pixels": tokens * 784} for stage, values in params.items()}
+        if all(row[f"{gpu} GB"] == "fits" for row in table(needs(model, changed, images))):
+            return tokens * 784
+    return 0
+

@@ -1,0 +1,71 @@
+"""A finished run's model as a folder for the Hugging Face Hub, with its card; sent only by `mig-kit push`.
+
+The token comes from the environment (HF_TOKEN) and is written nowhere.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from mig_kit import runs
+
+NAMES = {"mig_bench": "MIG-Bench tasks (drawn)", "ood_grounding": "out-of-domain grounding (drawn)", "blink": "as BLINK (drawn)",
+         "mmiu": "as MMIU (drawn)"}
+
+
+def card(run_id: str) -> str:
+    """The model card of a run's reinforced model: what it was made from, how, its scores with intervals, what it is not for.
+
+    Raises FileNotFoundError for a run without finished 05_grpo and 06_evaluate.
+    """
+    records = {}
+    for stage in ("02_sft", "05_grpo", "06_evaluate"):
+        record = runs.finished(stage, run_id)
+        if record is None:
+            raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; run: mig-kit run --run-id {run_id}")
+        records[stage] = record
+    metrics = json.loads((runs.runs_root() / run_id / "06_evaluate" / "metrics.json").read_text())
+    base, grpo = records["02_sft"]["params"]["base_model"], records["05_grpo"]["params"]
+    seen = "it has only ever seen drawn scenes." if base == "tiny" else "it was measured on drawn scenes only, see above."
+    lines = ["---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: image-text-to-text",
+             *([] if base == "tiny" else [f"base_model: {base}"]), "tags: [multi-image-grounding, grpo, mig-kit]", "---", "",
+             f"# {run_id}", "",
+             f"Made by mig-kit from `{base}` by the recipe of arXiv 2507.00748: cold start, QLoRA, merge,",
+             f"rejection sampling, GRPO ({grpo['max_steps']} steps, seed {grpo['seed']}).", "",
+             "Greedy scores in percent, 95 % intervals over test samples:", "", "| suite | SFT | this model | difference |",
+             "|---|---|---|---|"]
+    for suite, found in metrics["systems"]["grpo"].items():
+        gap = metrics["deltas"]["grpo-sft"][suite]
+        low, high = gap["ci95"]
+        lines.append(f"| {NAMES[suite]} | {metrics['systems']['sft'][suite]['score']:.1f} | {found['score']:.1f} | "
+                     f"{gap['value']:+.1f} ({low:+.1f} to {high:+.1f}) |")
+    lines += ["", "Answers are `<think>` reasoning and, in `<answer>`, JSON with the image's number and a box in pixels of the",
+              f"resized image. Not for anything but research: {seen}", ""]
+    return "\n".join(lines)
+
+
+def staged(run_id: str, folder: Path) -> Path:
+    """The reinforced model with its card, copied to `folder`, which must not exist yet."""
+    text = card(run_id)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name a folder that does not")
+    shutil.copytree(runs.runs_root() / run_id / "05_grpo" / "model", folder)
+    (folder / "README.md").write_text(text)
+    return folder
+
+
+def push(folder: Path, repository: str, private: bool, interface=None) -> str:
+    """Upload a staged folder and return its address. interface: an HfApi; by default one with the token of HF_TOKEN.
+
+    Raises ValueError where HF_TOKEN is not set.
+    """
+    if interface is None:
+        from huggingface_hub import HfApi
+
+        if not os.environ.get("HF_TOKEN"):
+            raise ValueError("HF_TOKEN is not set; put a token with write access into that environment variable")
+        interface = HfApi(token=os.environ["HF_TOKEN"])
+    address = interface.create_repo(repository, private=private, exist_ok=True)
+    interface.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Model and card from mig-kit")
+    return str(address)

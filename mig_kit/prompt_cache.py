@@ -1,0 +1,109 @@
+"""Prompts made ready once: token ids, positions, and the features of their images, each distinct image seen once.
+
+No stage trains the vision tower, so an image's features stay valid for as long as a run lasts, across replies, passes and epochs.
+"""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from mig_kit.models import check_tokens
+from mig_kit.prompts import messages
+from mig_kit.records import Sample
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample made ready. ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    features: torch.Tensor | None
+
+
+def inner(model):
+    """The Qwen2.5-VL model itself, without a PEFT wrapper."""
+    return model.base_model.model if "base_model" in dict(model.named_children()) else model
+
+
+def digest(image: Image.Image) -> bytes:
+    """What tells images apart: their pixels and size."""
+    return hashlib.blake2b(image.tobytes(), digest_size=16, key=f"{image.mode} {image.size}".encode()).digest()
+
+
+class PromptCache:
+    """Prompts by sample id and features by image, the least recently used forgotten first.
+
+    limit: prompts kept. room: bytes of features kept; what a call asks for is always held while it is used.
+    """
+
+    def __init__(self, model, processor, min_pixels: int = 3136, max_pixels: int = 401408, limit: int = 4096,
+                 room: int = 2 * 2**30):
+        self.model, self.processor, self.limit, self.room = inner(model), processor, limit, room
+        self.pixels = (min_pixels, max_pixels)
+        self.store: OrderedDict[str, tuple[torch.Tensor, torch.Tensor, tuple[bytes, ...]]] = OrderedDict()
+        self.images: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self.size = 0  # bytes of self.images
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.store.clear()
+        self.images.clear()
+        self.size = 0
+
+    @torch.no_grad()
+    def get(self, samples: list[Sample]) -> list[Prompt]:
+        """The prompts of `samples`; missing ones are encoded together. Raises ValueError if images were lost."""
+        fresh = list({s.id: s for s in samples if s.id not in self.store}.values())
+        for start in range(0, len(fresh), 64):
+            self._encode(fresh[start:start + 64])
+        gone = {key: image for s in samples for key, image in zip(self.store[s.id][2], s.images) if key not in self.images}
+        if gone:
+            inputs = self.processor.image_processor(list(gone.values()), return_tensors="pt")
+            self._see(list(gone), inputs["pixel_values"], inputs["image_grid_thw"])
+        prompts = []
+        for s in samples:
+            ids, place, keys = self.store[s.id]
+            self.store.move_to_end(s.id)
+            for key in keys:
+                self.images.move_to_end(key)
+            prompts.append(Prompt(ids, place, torch.cat([self.images[key] for key in keys]) if keys else None))
+        while len(self.store) > self.limit:
+            self.store.popitem(last=False)
+        while self.size > self.room and self.images:
+            _, forgotten = self.images.popitem(last=False)
+            self.size -= forgotten.nbytes
+        return prompts
+
+    def _see(self, keys: list[bytes], pixels: torch.Tensor, grids: torch.Tensor) -> None:
+        """Features of the images that are not there yet. pixels: patches of all images; grids: (images, 3)."""
+        sizes = grids.prod(1).tolist()
+        parts, first = pixels.split(sizes), {key: i for i, key in reversed(list(enumerate(keys)))}
+        wanted = sorted(i for key, i in first.items() if key not in self.images)
+        if not wanted:
+            return
+        visual, device = self.model.model.visual, self.model.device
+        features = visual(torch.cat([parts[i] for i in wanted]).to(device, visual.dtype), grid_thw=grids[wanted].to(device))
+        merged = self.processor.image_processor.merge_size**2
+        for i, part in zip(wanted, features.pooler_output.split([sizes[i] // merged for i in wanted])):
+            self.images[keys[i]] = part.clone()  # a slice would keep its whole batch alive
+            self.size += part.nbytes
+
+    def _encode(self, samples: list[Sample]) -> None:
+        texts = [self.processor.apply_chat_template(messages(s, *self.pixels), add_generation_prompt=True, tokenize=False)
+                 for s in samples]
+        inputs = self.processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
+        check_tokens(self.processor, inputs)
+        keys = [digest(image) for s in samples for image in s.images]
+        self._see(keys, inputs["pixel_values"], inputs["image_grid_thw"])
+        place, _ = self.model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=inputs["attention_mask"])
+        there, at = inputs["attention_mask"].bool(), 0
+        for i, sample in enumerate(samples):
+            ids = inputs["input_ids"][i][there[i]], place[:, i][:, there[i]]
+            self.store[sample.id] = (*ids, tuple(keys[at:at + len(sample.images)]))
+            at += len(sample.images)

@@ -1,0 +1,142 @@
+"""Real benchmarks for stage 06: their items as samples of the kit, and the models' replies judged by both protocols.
+
+Images are opened a batch at a time and must lie below one root. All of them are looked for before any model is loaded.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from mig_kit import image_files, score
+from mig_kit.benchmarks import READERS, Benchmark, Item, image_file, read_records
+from mig_kit.frames import Box, rescale, smart_resize
+from mig_kit.prompts import parse
+from mig_kit.records import Sample
+
+RUNNABLE = ("mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu")  # MC-Bench and OdinW want every box of an image, with a score
+_INLINE = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
+
+
+def read(name: str, annotations: str | Path, root: str | Path, limit: int = 0) -> Benchmark:
+    """A benchmark whose images are all there. limit: only the first so many items of every task; 0 for all.
+
+    Raises ValueError with one sentence for an unknown benchmark, items without images, and images that are missing.
+    """
+    if name not in RUNNABLE:
+        raise ValueError(f"06_evaluate cannot run '{name}'; the benchmarks it runs are {', '.join(RUNNABLE)} "
+                         "(mig-kit score judges finished predictions on the others)")
+    benchmark = READERS[name](read_records(annotations))
+    if limit:
+        counts: dict[str, int] = {}
+        kept = []
+        for item in benchmark.items:
+            counts[item.task] = counts.get(item.task, 0) + 1
+            if counts[item.task] <= limit:
+                kept.append(item)
+        benchmark = replace(benchmark, items=tuple(kept), complete=False)
+    bare = [item.name for item in benchmark.items if not item.images]
+    if bare:
+        raise ValueError(f"{len(bare)} items of {annotations} name no images (first: {', '.join(bare[:3])}); "
+                         'give every record its "images", a list of file names below the image root')
+    names = dict.fromkeys(name for item in benchmark.items for name in item.images)
+    missing = [image for image in names if not image_files.is_file(image_file(root, image))]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(names)} images are missing below {root} (first: {', '.join(missing[:3])}); "
+                         "download and unpack them, or correct image_root")
+    return benchmark
+
+
+def image_sizes(benchmark: Benchmark, root: str | Path) -> dict[str, list[tuple[int, int]]]:
+    """Sample id -> (width, height) of its original images, from their headers; BadImage for one that is none."""
+    names = dict.fromkeys(name for item in benchmark.items for name in item.images)
+    sizes = {name: image_files.size_of(image_file(root, name)) for name in names}
+    return {f"{benchmark.name}/{item.index}": [sizes[name] for name in item.images] for item in benchmark.items}
+
+
+def question_of(item: Item) -> tuple[str, tuple[int, ...] | None]:
+    """(question, reference box in 0..1000 of the first image, or None); "{ref}" stands for it in the question."""
+    text = item.question.replace("<|object_ref_start|>", "").replace("<|object_ref_end|>", "").strip()
+    found = _INLINE.search(text)
+    if not found:
+        return text.replace("{ref}", "ref"), None
+    return text[:found.start()] + "{ref}" + text[found.end():], tuple(int(v) for v in found.groups())
+
+
+def sample_of(item: Item, benchmark: str, root: str | Path) -> Sample:
+    """The item with its images opened; boxes in pixels of the original images. BadImage for a broken one."""
+    images = tuple(image_files.open_rgb(image_file(root, name)) for name in item.images)
+    question, inline = question_of(item)
+    reference = rescale(tuple(map(float, inline)), (1000, 1000), images[0].size) if inline else None
+    targets: tuple[tuple[int, Box], ...] = ()
+    if item.box:
+        numbers = [item.target] if item.target else range(1, len(images) + 1)  # a static difference is in either
+        frames = {"unit": (1, 1), "thousand": (1000, 1000)}
+        targets = tuple((n, rescale(item.box, frames.get(item.frame, images[n - 1].size), images[n - 1].size)) for n in numbers)
+    return Sample(f"{benchmark}/{item.index}", benchmark, item.task, "test", images, question, targets, reference,
+                  item.choices if item.letter else (), item.letter)
+
+
+def batches(benchmark: Benchmark, root: str | Path, size: int) -> Iterator[list[Sample]]:
+    """Samples in the order of the file, `size` at a time, so that no more images are in memory."""
+    for start in range(0, len(benchmark.items), size):
+        yield [sample_of(item, benchmark.name, root) for item in benchmark.items[start:start + size]]
+
+
+def in_thousandths(reply: str, sizes: list[tuple[int, int]], pixels: tuple[int, int], exact: bool = False) -> str:
+    """A reply's box in 0..1000 of the image it names, "(x1,y1),(x2,y2)", as the authors' scripts read it.
+
+    Without this, boxes in pixels of the resized image would be read as thousandths, silently. exact: with decimals and not cut
+    to the image, for the strict protocol; the scripts want whole numbers. sizes: of the original images. A reply without a box
+    stays as it is.
+    """
+    read = parse(reply)
+    if read.box is None or read.image is None or not 1 <= read.image <= len(sizes):
+        return reply
+    box = rescale(read.box, smart_resize(*sizes[read.image - 1], *pixels), (1000, 1000))
+    x1, y1, x2, y2 = (f"{v:.4f}" if exact else str(min(max(round(v), 0), 1000)) for v in box)
+    return f"<answer>image {read.image}: ({x1},{y1}),({x2},{y2})</answer>"
+
+
+def predictions(benchmark: Benchmark, replies: dict[str, list[str]], sizes: dict[str, list[tuple[int, int]]],
+                pixels: tuple[int, int], exact: bool = False) -> list[dict]:
+    """Lines for `mig-kit score`: {"index", "response"}; of Ref-L4 also "pred_bbox", original pixels, and "format".
+
+    replies and sizes (of the original images) by sample id. exact: see `in_thousandths`.
+    """
+    lines = []
+    for item in benchmark.items:
+        name = f"{benchmark.name}/{item.index}"
+        reply = replies[name][0]
+        line = {"index": item.index, "response": reply if item.letter else in_thousandths(reply, sizes[name], pixels, exact)}
+        if benchmark.name == "ref_l4":
+            read = parse(reply)
+            frame = smart_resize(*sizes[name][0], *pixels)
+            line |= {"pred_bbox": list(rescale(read.box, frame, sizes[name][0])) if read.box else [0, 0, 0, 0], "format": "xyxy"}
+        lines.append(line)
+    return lines
+
+
+def results(benchmark: Benchmark, replies: dict[str, dict[str, list[str]]], sizes: dict[str, list[tuple[int, int]]],
+            root: str | Path, pixels: tuple[int, int], pairs: list[tuple[str, str]]) -> dict:
+    """{"name", "version", "complete", "systems": {system: {protocol: summary}}, "deltas": {pair: {protocol: difference}}}.
+
+    replies: per system as in `predictions`; pairs: of systems, first minus second.
+    """
+    scored = {system: {protocol: score.score(benchmark, predictions(benchmark, found, sizes, pixels, protocol == "strict"),
+                                             f"the replies of {system}", protocol, "thousand", images=str(root))
+                       for protocol in ("official", "strict")} for system, found in replies.items()}
+    return {"name": benchmark.name, "version": benchmark.version, "complete": benchmark.complete,
+            "systems": {system: {p: score.summary(one) for p, one in found.items()} for system, found in scored.items()},
+            "deltas": {f"{a}-{b}": {p: score.difference(scored[a][p], scored[b][p]) for p in scored[a]} for a, b in pairs}}
+
+
+def table(result: dict) -> list[dict]:
+    """Rows {system, protocol, task -> headline metric in percent, avg} of `results`."""
+    rows = []
+    for system, found in result["systems"].items():
+        for protocol, one in found.items():
+            metric = next(name for name in one["avg"] if name != "ci95")
+            rows.append({"system": system, "protocol": protocol, **{task: t[metric] for task, t in one["tasks"].items()},
+                         "avg": one["avg"][metric], "ci95": one["avg"]["ci95"]})
+    return rows

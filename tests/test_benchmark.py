@@ -1,0 +1,61 @@
+"""Stage 08 on a random model: the work by hand, and that both sides do the same."""
+
+import time
+
+import pytest
+import torch
+
+from mig_kit import benchmark
+from mig_kit.benchmark import Load
+
+
+def test_questions_have_images_of_one_size():
+    made = benchmark.questions(Load(images=3, side=112), 2)
+    assert [image.size for image in made[1].images] == [(112, 112)] * 3 and made[0].id != made[1].id
+    assert benchmark.questions(Load(images=3, side=112), 2)[0].question == made[0].question
+
+
+def test_turns_are_timed(float32):
+    found = benchmark.side_by_side(lambda: time.sleep(0.03), lambda: time.sleep(0.01), 3, float32)
+    assert 1.5 < found["ratio"] < 4 and found["stock_spread"][0] >= 0.03 and found["kit_spread"][1] >= found["kit_s"]
+
+
+def test_peak_memory_sees_what_is_freed_again(float32):
+    def call():
+        held = torch.ones(64, 2**18)  # 64 MiB
+        time.sleep(0.05)
+        return float(held.sum())
+
+    assert 55 < benchmark.peak_memory(call, float32) < 120
+
+
+def test_minimal_work_by_hand(random_model):
+    language = random_model.model.language_model
+    weights = sum(p.numel() for p in language.layers.parameters() if p.ndim > 1)
+    shape = language.config
+    every, pairs = 10 + 2 * 3, 10**2 / 2 + 2 * (3 * 10 + 3**2 / 2)
+    wanted = 4 * every * weights + 4 * 6 * shape.hidden_size * shape.vocab_size
+    wanted += 12 * shape.hidden_size * shape.num_hidden_layers * pairs
+    assert benchmark.minimal_flops(random_model, 10, 2, 3) == wanted
+
+
+@pytest.mark.slow
+def test_both_sides_do_the_same(tmp_path, random_folder, float32):
+    load = Load(images=2, group=4, tokens=6, side=84)
+    pair = benchmark.Pair(random_folder, float32, load, tmp_path)
+    for share in (False, True):
+        batch = pair.rollout(share)
+        assert batch["completion_mask"].sum().item() == 4 * 6, "a reply ended early"
+        before = [p.clone() for p in pair.trainers[share].model.parameters() if p.requires_grad]
+        pair.step(share)
+        after = [p for p in pair.trainers[share].model.parameters() if p.requires_grad]
+        assert any(not torch.equal(a, b) for a, b in zip(before, after))
+    assert benchmark.Pair(random_folder, float32, load, tmp_path / "b").gradient_error(pair.batches()) < 1e-4
+
+
+@pytest.mark.slow
+def test_headline_compares_all_five(tmp_path, random_folder, float32):
+    found = benchmark.headline(random_folder, float32, Load(2, 2, 4, 56), tmp_path, 1, asked=1)
+    assert all(found[name]["stock_s"] > 0 and found[name]["kit_s"] > 0 for name in benchmark.STAGES)
+    assert found["grad_rel_error"] < 1e-4 and set(found["peak_mem_mb"]) == {"stock", "kit"}
+    assert found["prompt_tokens"] > 8

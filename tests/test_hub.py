@@ -1,0 +1,65 @@
+"""The model card and the upload, with an interface that only remembers; nothing leaves this machine."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mig_kit import hub
+from mig_kit.cli import cli
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    gap = {"value": 9.5, "ci95": [7.0, 12.0]}
+    suites = {suite: {"score": 50.0} for suite in hub.NAMES}
+    for stage, params in (("02_sft", {"base_model": "tiny"}), ("05_grpo", {"max_steps": 3, "seed": 1}), ("06_evaluate", {})):
+        (tmp_path / "a" / stage).mkdir(parents=True)
+        (tmp_path / "a" / stage / "run.json").write_text(json.dumps({"params": params}))
+    (tmp_path / "a" / "06_evaluate" / "metrics.json").write_text(json.dumps(
+        {"systems": {"sft": suites, "grpo": suites}, "deltas": {"grpo-sft": {suite: gap for suite in hub.NAMES}}}))
+    (tmp_path / "a" / "05_grpo" / "model").mkdir()
+    (tmp_path / "a" / "05_grpo" / "model" / "model.safetensors").write_bytes(b"x")
+    return tmp_path
+
+
+def test_card_follows_the_hubs_form(run):
+    text = hub.card("a")
+    assert text.startswith("---\nlicense: apache-2.0\n") and text.count("---\n") >= 2 and "base_model" not in text
+    assert text.count("+9.5 (+7.0 to +12.0)") == 4
+    with pytest.raises(FileNotFoundError, match="has no finished 02_sft"):
+        hub.card("b")
+
+
+def test_push_sends_the_staged_folder_only(run):
+    seen = []
+
+    class Remembers:
+        def create_repo(self, name, private, exist_ok):
+            seen.append((name, private))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            import os
+
+            seen.append((repo_id, sorted(os.listdir(folder_path))))
+
+    folder = hub.staged("a", run / "out")
+    assert hub.push(folder, "me/model", True, Remembers()) == "https://hub/me/model"
+    assert seen == [("me/model", True), ("me/model", ["README.md", "model.safetensors"])]
+    with pytest.raises(ValueError, match="exists already"):
+        hub.staged("a", run / "out")
+
+
+def test_push_needs_a_token_and_a_dry_run_does_not(run):
+    failed = CliRunner().invoke(cli, ["push", "a", "me/model"])
+    assert isinstance(failed.exception, ValueError) and "HF_TOKEN" in str(failed.exception)
+    written = CliRunner().invoke(cli, ["push", "a", "me/model", "--dry-run", str(run / "dry")])
+    assert written.exit_code == 0 and (run / "dry" / "README.md").is_file()
+
+
+def test_params_are_explained():
+    shown = CliRunner().invoke(cli, ["params", "grpo"])
+    assert shown.exit_code == 0 and "num_generations: 8  # replies per prompt" in shown.output

@@ -1,0 +1,82 @@
+"""Every stage of the smoke profile killed (SIGKILL, the kernel with it) at random moments and started again.
+
+What it leaves must equal, file by file, what an undisturbed run leaves. MIG_KIT_KILLS=20 kills every stage twenty times;
+by default once. Progress that a stage stores (replies, checkpoints) must not be made again: it is asserted to have stayed.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mig_kit import runs
+
+pytestmark = pytest.mark.slow
+KILLS = int(os.environ.get("MIG_KIT_KILLS", "1"))
+COMMAND = [sys.executable, "-c", "from mig_kit.cli import main; main()", "run"]
+
+
+def start(root, run_id, *stages):
+    return subprocess.Popen([*COMMAND, *stages, "--profile", "smoke", "--run-id", run_id], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "MIG_KIT_RUNS": str(root)})
+
+
+def finish(process):
+    said = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def kill(process):
+    """The command and everything it started, at once."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A whole smoke run, and the seconds each stage took with its kernel."""
+    root, took = tmp_path_factory.mktemp("kills"), {}
+    for stage in runs.RECIPE:
+        begun = time.monotonic()
+        finish(start(root, "whole", stage))
+        took[stage] = time.monotonic() - begun
+    return root, took
+
+
+def outputs(root, run_id, stage):
+    """Hashes of what the stage wrote, but for the marker that holds its key, in which the run's name is."""
+    found = json.loads((root / run_id / stage / "run.json").read_text())["outputs"]
+    return {name: digest for name, digest in found.items() if name != "started.json"}
+
+
+@pytest.mark.parametrize("stage", runs.RECIPE)
+def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
+    root, took = undisturbed
+    rng, interrupted = random.Random(f"{stage}/{KILLS}"), 0
+    for number in range(KILLS):
+        run_id = f"{stage}-{number}"
+        (root / run_id).mkdir()
+        for before in runs.RECIPE[:runs.RECIPE.index(stage)]:
+            shutil.copytree(root / "whole" / before, root / run_id / before)
+        process = start(root, run_id, stage)
+        try:
+            process.wait(timeout=rng.uniform(0.3, 1.0) * took[stage])
+        except subprocess.TimeoutExpired:
+            kill(process)
+            interrupted += 1
+            assert not (root / run_id / stage / "run.json").exists() or not list((root / run_id / stage).glob("*.tmp"))
+        finish(start(root, run_id, stage))
+        if stage not in ("00_preflight", "07_report"):  # what this machine has, and a page that names its run
+            assert outputs(root, run_id, stage) == outputs(root, "whole", stage)
+        shutil.rmtree(root / run_id)
+    print(f"{stage}: killed {interrupted} of {KILLS} times before it finished")

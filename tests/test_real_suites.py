@@ -1,0 +1,134 @@
+"""Real benchmarks through the kit: made annotation files of each format, answered rightly and wrongly."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mig_kit import benchmarks, real_suites, runs
+from mig_kit.frames import smart_resize, to_model
+from mig_kit.prompts import answer_text, question_text
+from mig_kit.rewards import correct
+
+PIXELS = (3136, 401408)
+SIZES = {"a.png": (400, 200), "b.png": (150, 333), "c.png": (90, 90)}
+TASKS = [
+    {"task": "multi_view", "images": ["a.png", "b.png", "c.png"], "answer": [0.1, 0.2, 0.5, 0.6],
+     "question": "The object marked (<|box_start|>(250,500),(500,1000)<|box_end|>). Locate this object in the 2th image. "},
+    {"task": "diff", "images": ["a.png", "b.png"], "question": "Give me their difference.", "answer": [0.0, 0.0, 0.5, 0.5]},
+    {"task": "group_grounding", "images": ["c.png", "b.png", "a.png"], "answer": [0.5, 0.5, 1.0, 1.0],
+     "question": "Find <|object_ref_start|>a cup<|object_ref_end|>.", "additional_info": "It is in the third image."}]
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name, size in SIZES.items():
+        Image.new("RGB", size, "white").save(tmp_path / name)
+    for name, records in {
+            "mig_bench": TASKS,
+            "lisa": [{"image_path": "b.png", "instruction": "What can be eaten?", "boxes": [[15, 30, 75, 200]]}],
+            "ref_l4": [{"id": 7, "caption": "a cup", "bbox": [40, 20, 200, 100], "file_name": "a.png"}],
+            "mmiu": [{"task": "order", "question": "Which is first?", "context": "Two frames.", "options": "A: one B: the other",
+                      "input_image_path": ["a.png", "c.png"], "output": "B"}],
+            "blink": [{"idx": "val_Counting_1", "task": "Counting", "question": "How many?", "choices": ["1", "3"],
+                       "answer": "(A)", "images": ["c.png"]}]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    (tmp_path / "film").mkdir()
+    for place in range(5):
+        Image.new("RGB", (100 + 10 * place, 80), "white").save(tmp_path / "film" / f"{place:03}.jpg")
+    (tmp_path / "revos.json").write_text(json.dumps(
+        [{"video_id": "film", "frames": [0, 2, 4], "question": "Who runs?", "bbox_list": [[0, 0, 9, 9]] * 2 + [[14, 8, 70, 40]]}]))
+    return tmp_path
+
+
+def right_reply(sample, number=None):
+    """What a model that knows everything says, in its own frame."""
+    if sample.options:
+        return f"<think>x</think><answer>{sample.letter}</answer>"
+    image, box = next(t for t in sample.targets if number in (None, t[0]))
+    return f"<think>x</think><answer>{answer_text(image, to_model(box, sample.sizes[image - 1], *PIXELS))}</answer>"
+
+
+@pytest.mark.parametrize("name", real_suites.RUNNABLE)
+def test_right_replies_score_everything_under_both_protocols(root, name):
+    real = real_suites.read(name, root / f"{name}.json", root)
+    sizes = real_suites.image_sizes(real, root)
+    samples = [s for part in real_suites.batches(real, root, 2) for s in part]
+    assert [s.sizes for s in samples] == [sizes[s.id] for s in samples]
+    good = {s.id: [right_reply(s)] for s in samples}
+    assert all(correct(good[s.id][0], s, pixels=PIXELS) for s in samples), "the kit's own rule agrees"
+    bad = {s.id: ["<think>x</think><answer>H</answer>"] for s in samples}
+    found = real_suites.results(real, {"sft": bad, "grpo": good}, sizes, root, PIXELS, [("grpo", "sft")])
+    rows = {(row["system"], row["protocol"]): row["avg"] for row in real_suites.table(found)}
+    assert rows == {("sft", "official"): 0, ("sft", "strict"): 0, ("grpo", "official"): 100, ("grpo", "strict"): 100}
+    metric = next(iter(found["deltas"]["grpo-sft"]["strict"]))
+    assert found["deltas"]["grpo-sft"]["strict"][metric]["value"] == 100 and found["name"] == name
+
+
+def test_reference_boxes_reach_the_model_in_its_own_frame(root):
+    real = real_suites.read("mig_bench", root / "mig_bench.json", root)
+    sample = real_suites.sample_of(real.items[0], real.name, root)
+    assert sample.reference == (100, 100, 200, 200) and sample.targets[0][0] == 2
+    width, height = smart_resize(400, 200, *PIXELS)
+    text = question_text(sample, *PIXELS)
+    assert f"[{round(width / 4)},{round(height / 2)},{round(width / 2)},{height}]" in text and "box_start" not in text
+    assert "object_ref" not in real_suites.sample_of(real.items[2], real.name, root).question
+
+
+def test_the_right_box_in_the_wrong_image_passes_only_the_official_rule(root):
+    real = real_suites.read("mig_bench", root / "mig_bench.json", root)
+    sizes = real_suites.image_sizes(real, root)
+    item = benchmarks.Benchmark("mig_bench", "original", real.items[2:], False)
+    width, height = smart_resize(*SIZES["b.png"], *PIXELS)
+    reply = f"<think>x</think><answer>{answer_text(2, (width / 2, height / 2, width, height))}</answer>"
+    found = real_suites.results(item, {"grpo": {"mig_bench/2": [reply]}}, sizes, root, PIXELS, [])
+    assert [row["avg"] for row in real_suites.table(found)] == [100, 0]
+
+
+def test_multiple_choice_shows_the_texts_of_the_options(root):
+    for name, texts in (("mmiu", ("one", "the other")), ("blink", ("1", "3"))):
+        real = real_suites.read(name, root / f"{name}.json", root)
+        sample = real_suites.sample_of(real.items[0], name, root)
+        assert sample.options == texts and f"A. {texts[0]} B. {texts[1]}" in question_text(sample, *PIXELS)
+
+
+def test_what_is_missing_is_said_before_any_model_is_loaded(root):
+    (root / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 images are missing .*b\.png"):
+        real_suites.read("mig_bench", root / "mig_bench.json", root)
+    with pytest.raises(ValueError, match="cannot run 'mc_bench'"):
+        real_suites.read("mc_bench", root / "mig_bench.json", root)
+    (root / "bare.json").write_text(json.dumps([{"idx": "val_x_1", "task": "x", "answer": "(A)"}]))
+    with pytest.raises(ValueError, match="name no images"):
+        real_suites.read("blink", root / "bare.json", root)
+
+
+def test_a_limit_takes_the_first_of_every_task(root):
+    (root / "mig_bench.json").write_text(json.dumps([*TASKS, *TASKS]))
+    real = real_suites.read("mig_bench", root / "mig_bench.json", root, 1)
+    assert [item.task for item in real.items] == ["multi_view", "diff", "group_grounding"]
+
+
+def test_names_that_leave_the_root_are_refused(root):
+    (root / "lisa.json").write_text(json.dumps([{"image_path": "../x.png", "instruction": "?", "boxes": [[0, 0, 1, 1]]}]))
+    with pytest.raises(ValueError, match="leaves the image root"):
+        real_suites.read("lisa", root / "lisa.json", root)
+
+
+def test_every_official_item_becomes_a_sample(tmp_path):
+    """All of the official file's questions, over one blank picture in place of the images nobody ships."""
+    file = Path(os.environ.get("MIG_KIT_DATA", runs.ROOT.parent / "shared" / "data")) / "mig_bench" / "MIG_data.json"
+    if not file.is_file():
+        pytest.skip("no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
+    Image.new("RGB", (560, 420)).save(tmp_path / "one.png")
+    real = benchmarks.mig_bench(benchmarks.read_records(file))
+    marked = 0
+    for item in real.items[::7]:
+        blank = benchmarks.Item(**{**vars(item), "images": ("one.png",) * len(item.images)})
+        sample = real_suites.sample_of(blank, real.name, tmp_path)
+        text = question_text(sample, *PIXELS)
+        assert sample.targets and "<|" not in text and "{ref}" not in text
+        marked += sample.reference is not None
+    assert marked > 80
