@@ -43,6 +43,8 @@ def save(model, processor, folder: Path) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder, safe_serialization=True)
+    processor.tokenizer.backend_tokenizer.no_padding()  # the last call's padding is state, and would be written with it
+    processor.tokenizer.backend_tokenizer.no_truncation()
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)

@@ -26,6 +26,17 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     assert min(gaps[way] for way in merge.WAYS[1:]) > 5 * gaps["saved and read back"]
 
 
+@pytest.mark.slow
+def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
+    """A tokenizer that has padded a batch writes that into its file: a stage that was resumed would leave another one."""
+    used = models.load_processor(models.TINY_BASE)
+    used.tokenizer(["a", "a longer line"], padding=True, truncation=True, max_length=8)
+    merge.save(random_model, models.load_processor(models.TINY_BASE), tmp_path / "fresh")
+    merge.save(random_model, used, tmp_path / "used")
+    for file in sorted(p.name for p in (tmp_path / "fresh").iterdir()):
+        assert (tmp_path / "fresh" / file).read_bytes() == (tmp_path / "used" / file).read_bytes(), file
+
+
 def test_unknown_way():
     with pytest.raises(ValueError, match="use one of"):
         merge.merge(models.TINY_BASE, models.TINY_BASE, models.hardware("float32"), "somehow")
