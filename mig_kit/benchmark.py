@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit import grpo, sft
+from mig_kit.frames import View
 from mig_kit.generation import Sampling, rollouts
 from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.prompt_cache import PromptCache, inner
@@ -29,7 +30,7 @@ from mig_kit.scenes import draw
 from mig_kit.tasks import World
 from mig_kit.vision import config
 
-PIXELS = (3136, 4_000_000)
+VIEW = View(max_pixels=4_000_000)
 STAGES = ("rollout", "train", "grpo_step", "rejection", "evaluate")
 
 
@@ -130,11 +131,11 @@ class Pair:
             here = hw if share or not stock_attention else replace(hw, attention=stock_attention)
             torch.manual_seed(seed)
             made = grpo.trainer(
-                load_model(model, here), load_processor(model, *PIXELS), self.samples, here, folder / str(share),
+                load_model(model, here), load_processor(model, VIEW), self.samples, here, folder / str(share),
                 share_prefix=share, adapter=sft.adapter(32, 64), num_generations=load.group, batch_size=load.group, held=0,
                 gradient_accumulation=1, max_steps=1, learning_rate=1e-4, schedule="linear", warmup=1, scale_rewards="group",
                 beta=0.0, temperature=1.0, max_new_tokens=load.tokens, min_new_tokens=load.tokens, weights=[0.2, 0.3, 1.0, 1.3],
-                clip_low=0.2, clip_high=0.28, seed=seed, save_steps=100, pixels=PIXELS)
+                clip_low=0.2, clip_high=0.28, seed=seed, save_steps=100, view=VIEW)
             torch.manual_seed(seed + 1)
             for name, parameter in made.model.named_parameters():  # an adapter that does something
                 if "lora_B" in name:
@@ -183,7 +184,7 @@ class Pair:
 
 
 def _stock_inputs(processor, samples: list[Sample], device) -> dict:
-    texts = [processor.apply_chat_template(messages(s, *PIXELS), add_generation_prompt=True, tokenize=False) for s in samples]
+    texts = [processor.apply_chat_template(messages(s, VIEW), add_generation_prompt=True, tokenize=False) for s in samples]
     return processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt").to(device)
 
 
@@ -199,7 +200,7 @@ def rejection(model, processor, samples: list[Sample], load: Load, hw: Hardware)
                                   num_return_sequences=load.group, min_new_tokens=load.tokens, max_new_tokens=load.tokens)
 
     def kit():
-        prompts = PromptCache(model, processor, *PIXELS).get(samples)
+        prompts = PromptCache(model, processor, VIEW).get(samples)
         return rollouts(model, processor, prompts, load.group, Sampling(1.0, 1.0, load.tokens, load.tokens), None, hw.autocast)
 
     return stock, kit
@@ -214,7 +215,7 @@ def evaluation(model, processor, samples: list[Sample], load: Load, hw: Hardware
                                    min_new_tokens=load.tokens, max_new_tokens=load.tokens) for s in samples]
 
     def kit():
-        prompts = PromptCache(model, processor, *PIXELS).get(samples)
+        prompts = PromptCache(model, processor, VIEW).get(samples)
         return rollouts(model, processor, prompts, 1, Sampling(0.0, 1.0, load.tokens, load.tokens), None, hw.autocast)
 
     return stock, kit
@@ -305,7 +306,7 @@ def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats:
              **training(model, hw, load, folder, repeats, stock_attention, whole=True)}
     release_memory()
     theirs, ours = load_model(model, replace(hw, attention=stock_attention)), load_model(model, hw)
-    processor = load_processor(model, *PIXELS)
+    processor = load_processor(model, VIEW)
     for name, maker, count in (("rejection", rejection, asked), ("evaluate", evaluation, 4 * asked)):
         samples = questions(load, count)
         stock, kit = maker(theirs, processor, samples, load, hw)[0], maker(ours, processor, samples, load, hw)[1]

@@ -10,6 +10,7 @@ import click
 import yaml
 
 from mig_kit import runs
+from mig_kit.frames import View
 
 
 def main() -> None:
@@ -236,7 +237,7 @@ def score(benchmark: str, annotations: str, predictions: str, compare: str | Non
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink or mmiu."""
     from mig_kit import leaderboard, score
 
-    settings = {"frame": frame, "images": images, "pixels": (min_pixels, max_pixels), "allow_missing": allow_missing}
+    settings = {"frame": frame, "images": images, "view": View(min_pixels, max_pixels), "allow_missing": allow_missing}
     name = benchmark.lower().replace("-", "_")
     for path in (out, items):
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
@@ -256,12 +257,14 @@ def score(benchmark: str, annotations: str, predictions: str, compare: str | Non
 
 
 @cli.command()
-@click.option("--model", required=True, help="A Qwen2.5-VL folder or hub name.")
+@click.option("--model", required=True, help="A folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL.")
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; repeat in order.")
 @click.option("--out", default="grounded.png", show_default=True, help="Where the picture with the box goes.")
 @click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--frame", default="resized", show_default=True, help="How the model writes boxes: resized, or thousand (Qwen2-VL, "
+              "Qwen3-VL).")
 @click.argument("question")
-def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, question: str) -> None:
+def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, frame: str, question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and save the picture with the box."""
     from PIL import Image, UnidentifiedImageError
 
@@ -276,18 +279,18 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, q
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path} is no readable image; give a PNG or JPEG file") from error
     hw = models.hardware()
-    pixels = (3136, 401408)
-    processor = models.load_processor(model, *pixels)
+    view = View(frame=frame)
+    processor = models.load_processor(model, view)
     sample = Sample("ground", "", "", "", tuple(opened), question)
-    reply = sft.greedy_replies(models.load_model(model, hw), processor, [sample], hw, pixels, max_new_tokens)[0]
-    read, box = parse(reply), box_in_original(sample, parse(reply), *pixels)
+    reply = sft.greedy_replies(models.load_model(model, hw), processor, [sample], hw, view, max_new_tokens)[0]
+    read, box = parse(reply), box_in_original(sample, parse(reply), view)
     click.echo(f"reasoning: {read.thinking or '-'}")
     if box is None:
         click.echo(f"no box; the model said: {reply}")
         return
     click.echo(f"image: {read.image} ({images[read.image - 1]})")
     click.echo("box: " + ", ".join(f"{v:.0f}" for v in box) + " (xyxy, pixels of that image)")
-    plots.strip(sample, reply, pixels, 320).save(Path(out))
+    plots.strip(sample, reply, view, 320).save(Path(out))
     click.echo(f"picture: {out}")
 
 

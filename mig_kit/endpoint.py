@@ -21,14 +21,14 @@ import random
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
 from PIL import Image
 
-from mig_kit.frames import smart_resize, to_model
+from mig_kit.frames import QWEN2_5, View, seen_size, to_model
 from mig_kit.prompts import CHOICE, GROUNDING, answer_text, question_text
 from mig_kit.records import Sample
 from mig_kit.teacher import Trace
@@ -48,7 +48,8 @@ CUE_OF = {
     "correspondence": "associate", "Difference": "compare", "Common_Object": "compare", "Region_Locating": "search",
     "Referring_Grounding": "search", "Group_Grounding": "search", "Object_Tracking": "track", "Free-Form": "associate"}
 RULES = ("Inside <think>, reason from what is visible, step by step, and come to the conclusion last. Do not write coordinates "
-         "there, and do not mention that an answer was given to you. Boxes are in pixels of the images as you see them.")
+         "there, and do not mention that an answer was given to you. Boxes are in {frame}.")
+THERE = {"resized": "pixels of the images as you see them", "thousand": "thousandths of an image's width and height"}
 DIRECT = 'Do not reason. Reply with nothing but <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
 DIRECT_CHOICE = "Do not reason. Reply with nothing but the letter in <answer></answer>."
 
@@ -91,41 +92,41 @@ class Call:
     key: str
     kind: str
     sample: Sample
-    pixels: tuple[int, int]
+    view: View
 
 
-def prompt_text(sample: Sample, kind: str, pixels: tuple[int, int]) -> str:
+def prompt_text(sample: Sample, kind: str, view: View) -> str:
     """What is said after the images; "direct" has neither the truth nor the request to think."""
-    question = question_text(sample, *pixels)
+    question = question_text(sample, view)
     if kind == "direct":
         return question.removesuffix(CHOICE).removesuffix(GROUNDING) + (DIRECT_CHOICE if sample.options else DIRECT)
     truth = sample.letter or " or ".join(
-        answer_text(n, to_model(box, sample.sizes[n - 1], *pixels)) for n, box in sample.targets)
-    cue = CUES[CUE_OF.get(sample.task, "search")]
-    return f"You are an expert at reading several images together. {cue}\n\nQuestion: {question}\n\n{RULES}\n\n" \
+        answer_text(n, to_model(box, sample.sizes[n - 1], view)) for n, box in sample.targets)
+    cue, rules = CUES[CUE_OF.get(sample.task, "search")], RULES.format(frame=THERE[view.frame])
+    return f"You are an expert at reading several images together. {cue}\n\nQuestion: {question}\n\n{rules}\n\n" \
            f"Only to check your conclusion, and never to be mentioned: the verified answer is {truth}."
 
 
-def messages(sample: Sample, kind: str, pixels: tuple[int, int]) -> list[dict]:
+def messages(sample: Sample, kind: str, view: View) -> list[dict]:
     """The chat in the OpenAI form: images numbered, with their sizes, as JPEG data, resized as the student sees them."""
     content = []
     for number, image in enumerate(sample.images, 1):
-        size = smart_resize(*image.size, *pixels)
+        size = seen_size(image.size, view)
         buffer = io.BytesIO()
         image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(buffer, format="JPEG", quality=95, subsampling=0)
         data = base64.b64encode(buffer.getvalue()).decode()
         content += [{"type": "text", "text": f"Image {number} ({size[0]} x {size[1]} pixels): "},
                     {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt_text(sample, kind, pixels)}]}]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt_text(sample, kind, view)}]}]
 
 
-def make_call(sample: Sample, kind: str, endpoint: Endpoint, pixels: tuple[int, int]) -> Call:
-    """The call with its key: model, settings, text and pixels; not the server's address, which may move."""
-    digest = hashlib.sha256(json.dumps([endpoint.model, endpoint.max_tokens, endpoint.temperature, kind, pixels,
-                                        prompt_text(sample, kind, pixels), sample.sizes]).encode())
+def make_call(sample: Sample, kind: str, endpoint: Endpoint, view: View) -> Call:
+    """The call with its key: model, settings, text and images; not the server's address, which may move."""
+    digest = hashlib.sha256(json.dumps([endpoint.model, endpoint.max_tokens, endpoint.temperature, kind, astuple(view),
+                                        prompt_text(sample, kind, view), sample.sizes]).encode())
     for image in sample.images:
         digest.update(image.convert("RGB").tobytes())
-    return Call(digest.hexdigest(), kind, sample, pixels)
+    return Call(digest.hexdigest(), kind, sample, view)
 
 
 def read_log(path: Path) -> dict[str, dict]:
@@ -227,7 +228,7 @@ class _Run:
     async def attempts(self, client: httpx.AsyncClient, call: Call) -> tuple[dict | None, str]:
         """The entry to write, or None and why all attempts failed."""
         why = ""
-        body = {"model": self.endpoint.model, "messages": messages(call.sample, call.kind, call.pixels),
+        body = {"model": self.endpoint.model, "messages": messages(call.sample, call.kind, call.view),
                 "temperature": self.endpoint.temperature, self.endpoint.token_field: self.endpoint.max_tokens}
         for attempt in range(1, self.endpoint.attempts + 1):
             await self.turn()
@@ -307,7 +308,7 @@ def retry_after(value: str) -> float | None:
         return None
 
 
-async def traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path, pixels: tuple[int, int] = (3136, 401408)
+async def traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path, view: View = QWEN2_5
                  ) -> tuple[list[Trace], list[str]]:
     """The teacher's trace and its direct answer for every sample, in order; "" where there is none.
 
@@ -320,7 +321,7 @@ async def traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path, pixe
         for sample in samples:
             if not sample.targets and not sample.letter:
                 raise ValueError(f"sample {sample.id} has no target, so there is nothing to check a trace against; leave it out")
-            pair = [make_call(sample, kind, endpoint, pixels) for kind in KINDS]
+            pair = [make_call(sample, kind, endpoint, view) for kind in KINDS]
             keys.append([call.key for call in pair])
             yield from pair
 

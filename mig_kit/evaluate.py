@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from mig_kit.frames import View
 from mig_kit.prompts import parse
 from mig_kit.records import Sample
 from mig_kit.rejection_sampling import pass_at_k
@@ -17,7 +18,7 @@ from mig_kit.rewards import box_reward, correct, image_reward
 RESAMPLES = 2000
 
 
-def score_reply(reply: str, sample: Sample, pixels: tuple[int, int]) -> dict[str, float]:
+def score_reply(reply: str, sample: Sample, view: View) -> dict[str, float]:
     """IoU, right or not, image right or not, and well-formed or not of one reply (0..1 each)."""
     if sample.options:
         right = float(correct(reply, sample))
@@ -25,7 +26,7 @@ def score_reply(reply: str, sample: Sample, pixels: tuple[int, int]) -> dict[str
     if not sample.targets:  # nothing to find: right is to name no box
         right = float(parse(reply).box is None and parse(reply).well_formed)
         return {"iou": right, "right": right, "image": right, "format": float(parse(reply).well_formed)}
-    overlap = box_reward(reply, sample, 0.0, pixels)
+    overlap = box_reward(reply, sample, 0.0, view)
     return {"iou": overlap, "right": float(overlap >= 0.5), "image": image_reward(reply, sample),
             "format": float(parse(reply).well_formed)}
 
@@ -55,17 +56,17 @@ def macro(groups: list[np.ndarray]) -> float:
     return float(np.mean([values.mean() for values in groups]))
 
 
-def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], pixels: tuple[int, int]) -> dict:
+def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], view: View) -> dict:
     """One system on one suite: n, score and ci95 (greedy, percent), sampled (mean at T 1), pass@8, and every task.
 
     drawn: (samples, replies) at T 1; may be empty lists, then sampled and pass@k are None.
     """
-    scores = [score_reply(reply, sample, pixels) for reply, sample in zip(greedy, samples, strict=True)]
+    scores = [score_reply(reply, sample, view) for reply, sample in zip(greedy, samples, strict=True)]
     right = np.array([s["right"] for s in scores])
     overlap = np.array([s["iou"] for s in scores])
     many = None
     if drawn and drawn[0]:
-        many = np.array([[right_or_not(r, s, pixels) for r in replies] for replies, s in zip(drawn, samples)])
+        many = np.array([[right_or_not(r, s, view) for r in replies] for replies, s in zip(drawn, samples)])
     tasks = {}
     for task, rows in by_task(samples, np.arange(len(samples))).items():
         tasks[task] = {
@@ -89,9 +90,9 @@ def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], 
     return result
 
 
-def right_or_not(reply: str, sample: Sample, pixels: tuple[int, int]) -> float:
+def right_or_not(reply: str, sample: Sample, view: View) -> float:
     """1.0 if the reply is right."""
-    return score_reply(reply, sample, pixels)["right"]
+    return score_reply(reply, sample, view)["right"]
 
 
 def percent(value: float) -> float:
@@ -100,13 +101,13 @@ def percent(value: float) -> float:
 
 
 def delta(samples: list[Sample], after: list[str], before: list[str], after_drawn: list[list[str]],
-          before_drawn: list[list[str]], pixels: tuple[int, int]) -> dict:
+          before_drawn: list[list[str]], view: View) -> dict:
     """Paired difference of two systems in points: value and ci95 (greedy), sampled and sampled_ci95 (mean at T 1)."""
-    gap = np.array([right_or_not(a, s, pixels) - right_or_not(b, s, pixels) for a, b, s in zip(after, before, samples)])
+    gap = np.array([right_or_not(a, s, view) - right_or_not(b, s, view) for a, b, s in zip(after, before, samples)])
     groups = list(by_task(samples, gap).values())
     result = {"value": percent(macro(groups)), "ci95": [percent(v) for v in bootstrap(groups)], "sampled": None}
     if after_drawn and after_drawn[0]:
-        means = np.array([np.mean([right_or_not(r, s, pixels) for r in a]) - np.mean([right_or_not(r, s, pixels) for r in b])
+        means = np.array([np.mean([right_or_not(r, s, view) for r in a]) - np.mean([right_or_not(r, s, view) for r in b])
                           for a, b, s in zip(after_drawn, before_drawn, samples)])
         groups = list(by_task(samples, means).values())
         result |= {"sampled": percent(macro(groups)), "sampled_ci95": [percent(v) for v in bootstrap(groups)]}

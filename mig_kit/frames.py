@@ -1,12 +1,34 @@
 """Boxes and the frames they live in.
 
 A box is xyxy. The kit keeps boxes in pixels of the original image; Qwen2.5-VL sees and answers in pixels of the resized
-image, and every image of a prompt is resized on its own. All conversions happen here, per target image.
+image, and every image of a prompt is resized on its own; Qwen2-VL and Qwen3-VL answer in thousandths of an image's sides.
+All conversions happen here, per target image.
 """
 
 import math
+from dataclasses import dataclass
 
 Box = tuple[float, float, float, float]
+FRAMES = {"resized": "pixels of the resized image", "thousand": "thousandths of the image's width and height"}
+
+
+@dataclass(frozen=True)
+class View:
+    """How a model sees images and writes boxes. min_pixels, max_pixels: area limits of the resized image.
+
+    frame: "resized", boxes in pixels of the resized image, or "thousand", in 0..1000 of its width and height.
+    """
+
+    min_pixels: int = 3136
+    max_pixels: int = 401408
+    frame: str = "resized"
+
+    def __post_init__(self):
+        if self.frame not in FRAMES:
+            raise ValueError(f"frame is '{self.frame}'; use resized (Qwen2.5-VL) or thousand (Qwen2-VL, Qwen3-VL)")
+
+
+QWEN2_5 = View()
 
 
 def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: int = 401408,
@@ -33,14 +55,24 @@ def rescale(box: Box, source: tuple[int, int], target: tuple[int, int]) -> Box:
     return box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy
 
 
-def to_model(box: Box, size: tuple[int, int], min_pixels: int = 3136, max_pixels: int = 401408) -> Box:
-    """From pixels of the original image of `size` (width, height) to pixels of the resized image, as the model answers."""
-    return rescale(box, size, smart_resize(*size, min_pixels, max_pixels))
+def seen_size(size: tuple[int, int], view: View) -> tuple[int, int]:
+    """(width, height) of the resized image that a Qwen2-VL or Qwen2.5-VL sees for an original of `size`."""
+    return smart_resize(*size, view.min_pixels, view.max_pixels)
 
 
-def to_original(box: Box, size: tuple[int, int], min_pixels: int = 3136, max_pixels: int = 401408) -> Box:
-    """From pixels of the resized image, as the model answers, to pixels of the original image of `size`."""
-    return rescale(box, smart_resize(*size, min_pixels, max_pixels), size)
+def answer_size(size: tuple[int, int], view: View) -> tuple[int, int]:
+    """(width, height) of the frame in which the model writes boxes of an original of `size`."""
+    return (1000, 1000) if view.frame == "thousand" else seen_size(size, view)
+
+
+def to_model(box: Box, size: tuple[int, int], view: View = QWEN2_5) -> Box:
+    """From pixels of the original image of `size` (width, height) to the frame in which the model answers."""
+    return rescale(box, size, answer_size(size, view))
+
+
+def to_original(box: Box, size: tuple[int, int], view: View = QWEN2_5) -> Box:
+    """From the frame in which the model answers to pixels of the original image of `size`."""
+    return rescale(box, answer_size(size, view), size)
 
 
 def iou(a: Box, b: Box) -> float:

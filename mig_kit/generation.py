@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.functional import log_softmax, softmax
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 
 from mig_kit.prompt_cache import Prompt, inner
 
@@ -32,8 +33,18 @@ class Sampling:
     min_new_tokens: int = 0
 
 
-def left_padded(model, prompts: list[Prompt], image_token: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings (prompts, longest, hidden), mask (prompts, longest) and positions (3, prompts, longest)."""
+def with_features(embeds: torch.Tensor, where: torch.Tensor, prompts: list[Prompt]) -> dict:
+    """The language model's inputs: embeddings (prompts, longest, hidden) with the images' features at `where`."""
+    seen = [p.features for p in prompts if p.features is not None]
+    if not seen:
+        return {"inputs_embeds": embeds}
+    features, *deeper = torch.cat(seen).to(embeds.dtype).split(embeds.shape[-1], 1)
+    given = {"inputs_embeds": embeds.masked_scatter(where[..., None], features)}
+    return given | {"visual_pos_masks": where, "deepstack_visual_embeds": deeper} if deeper else given
+
+
+def left_padded(model, prompts: list[Prompt], image_token: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Inputs of `with_features`, mask (prompts, longest) and positions (3, prompts, longest)."""
     longest, device = max(len(p.ids) for p in prompts), model.device
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -41,11 +52,8 @@ def left_padded(model, prompts: list[Prompt], image_token: int) -> tuple[torch.T
     for i, p in enumerate(prompts):
         ids[i, longest - len(p.ids):], mask[i, longest - len(p.ids):], place[:, i, longest - len(p.ids):] = p.ids, 1, p.positions
     embeds = model.model.language_model.embed_tokens(ids.to(device))
-    seen = [p.features for p in prompts if p.features is not None]
-    if seen:
-        where = ((ids == image_token) & mask.bool()).to(device)
-        embeds = embeds.masked_scatter(where[..., None], torch.cat(seen).to(embeds.dtype))
-    return embeds, mask.to(device), place.to(device)
+    where = ((ids == image_token) & mask.bool()).to(device)
+    return with_features(embeds, where, prompts), mask.to(device), place.to(device)
 
 
 class _Decoder:
@@ -54,8 +62,10 @@ class _Decoder:
     def __init__(self, model, cache, mask: torch.Tensor, group: int, room: int):
         self.language, self.head, self.group = model.model.language_model, model.lm_head, group
         attention = self.language.layers[0].self_attn
-        self.heads, self.kv, self.width = attention.num_heads, attention.num_key_value_heads, attention.head_dim
+        shape, self.width = self.language.config, attention.head_dim
+        self.heads, self.kv = shape.num_attention_heads, shape.num_key_value_heads
         self.scale, rows = attention.scaling, mask.shape[0] * group
+        self.normed_heads = isinstance(attention, Qwen3VLTextAttention)
         self.prompt = [(layer.keys, layer.values) for layer in cache.layers]
         shape = (rows, self.kv, room, self.width)
         self.own = [(torch.zeros(shape, dtype=k.dtype, device=k.device), torch.zeros(shape, dtype=k.dtype, device=k.device))
@@ -96,6 +106,8 @@ class _Decoder:
             attention, normed = layer.self_attn, layer.input_layernorm(hidden)
             q = attention.q_proj(normed).view(-1, self.heads, 1, self.width)
             k = attention.k_proj(normed).view(-1, self.kv, 1, self.width)
+            if self.normed_heads:
+                q, k = attention.q_norm(q), attention.k_norm(k)
             v = attention.v_proj(normed).view(-1, self.kv, self.width)
             q, k = apply_rotary_pos_emb(q, k, cos, sin)
             k = k.to(v.dtype)
@@ -153,8 +165,8 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
     banned = [processor.tokenizer.convert_tokens_to_ids(t) for t in
               ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
     with decoding_weights(model, autocast), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        embeds, mask, place = left_padded(model, prompts, processor.image_token_id)
-        out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=place, use_cache=True)
+        given, mask, place = left_padded(model, prompts, processor.image_token_id)
+        out = model.model.language_model(**given, attention_mask=mask, position_ids=place, use_cache=True)
         decoder = _Decoder(model, out.past_key_values, mask, group, sampling.max_new_tokens)
         logits = model.lm_head(out.last_hidden_state[:, -1]).repeat_interleave(group, 0)
         at = (place[:, :, -1].amax(0) + 1).repeat_interleave(group)
@@ -190,9 +202,9 @@ def completion_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: tor
     Two passes: one over the prompts that keeps its graph, one over the completions on the prompts' keys and values.
     """
     model = inner(model)
-    embeds, prompt_mask, place = left_padded(model, prompts, image_token)
+    given, prompt_mask, place = left_padded(model, prompts, image_token)
     language = model.model.language_model
-    first = language(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=place, use_cache=True)
+    first = language(**given, attention_mask=prompt_mask, position_ids=place, use_cache=True)
     cache = first.past_key_values
     cache.batch_select_indices(owner)
     start = (place[:, :, -1].amax(0) + 1)[owner]
@@ -230,15 +242,12 @@ def packed_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: torch.T
     language = model.model.language_model
     tokens, part, place = tokens.to(device), part.to(device), place.to(device)
     embeds = language.embed_tokens(tokens)
-    seen = [p.features for p in prompts if p.features is not None]
-    if seen:
-        where = (tokens == image_token) & (part == 0)
-        embeds = embeds.masked_scatter(where[..., None], torch.cat(seen).to(embeds.dtype))
-    asked, given = part[:, :, None], part[:, None, :]
+    given = with_features(embeds, (tokens == image_token) & (part == 0), prompts)
+    asking, asked = part[:, :, None], part[:, None, :]
     order = torch.arange(longest, device=device)
-    allowed = (order[:, None] >= order) & (given >= 0) & ((given == 0) | (given == asked)) | (order[:, None] == order)
+    allowed = (order[:, None] >= order) & (asked >= 0) & ((asked == 0) | (asked == asking)) | (order[:, None] == order)
     bias = torch.zeros(allowed.shape, dtype=embeds.dtype, device=device).masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
-    out = language(inputs_embeds=embeds, attention_mask={"full_attention": bias[:, None]}, position_ids=place, use_cache=False)
+    out = language(**given, attention_mask=bias[:, None], position_ids=place, use_cache=False)
     rows, columns = torch.tensor(source, device=device).T
     hidden, said = out.last_hidden_state[rows, columns], ids[mask.bool()]
     if not (torch.is_grad_enabled() and model.is_gradient_checkpointing):

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from mig_kit.frames import View
 from mig_kit.generation import Sampling, completion_logps, packed_logps, rollouts
 from mig_kit.models import Hardware
 from mig_kit.prompt_cache import PromptCache
@@ -25,7 +26,7 @@ from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_
 from mig_kit.sft import Progress, ReleaseMemory
 
 
-def reward_functions(samples: list[Sample], pixels: tuple[int, int], gate_citations: bool = False) -> list[Callable]:
+def reward_functions(samples: list[Sample], view: View, gate_citations: bool = False) -> list[Callable]:
     """The four rewards in TRL's form; the column `sample` is the index into `samples`.
 
     None where a reward does not apply: image and box of a multiple-choice sample, choice of any other. gate_citations: a reply
@@ -41,16 +42,16 @@ def reward_functions(samples: list[Sample], pixels: tuple[int, int], gate_citati
         return lambda completions, sample, **_: [one(c[0]["content"], samples[i]) for c, i in zip(completions, sample)]
 
     found = [over(format_reward, lambda s: True), over(image_reward, lambda s: not s.options),
-             over(partial(box_reward, pixels=pixels), lambda s: not s.options), over(choice_reward, lambda s: bool(s.options))]
+             over(partial(box_reward, view=view), lambda s: not s.options), over(choice_reward, lambda s: bool(s.options))]
     for function, name in zip(found, ("format", "image", "box", "choice")):
         function.__name__ = name
     return found
 
 
-def training_rows(samples: list[Sample], pixels: tuple[int, int], with_images: bool) -> Dataset:
+def training_rows(samples: list[Sample], view: View, with_images: bool) -> Dataset:
     """A table of prompt and sample index; images only where TRL itself reads them."""
     return Dataset.from_list([
-        {"prompt": messages(s, *pixels), "sample": i, **({"images": list(s.images)} if with_images else {})}
+        {"prompt": messages(s, view), "sample": i, **({"images": list(s.images)} if with_images else {})}
         for i, s in enumerate(samples)])
 
 
@@ -173,7 +174,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
             num_generations: int, batch_size: int, held: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
             schedule: str, warmup: int, scale_rewards: str, beta: float, temperature: float, max_new_tokens: int,
             weights: list[float], clip_low: float, clip_high: float, seed: int, save_steps: int,
-            pixels: tuple[int, int], gate_citations: bool = False, checkpoint_layers: bool = False,
+            view: View, gate_citations: bool = False, checkpoint_layers: bool = False,
             min_new_tokens: int = 0) -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice.
 
@@ -192,15 +193,15 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
         use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,
         gradient_checkpointing=checkpoint_layers, gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_pin_memory=False)
-    common = dict(model=model, args=config, reward_funcs=reward_functions(samples, pixels, gate_citations),
+    common = dict(model=model, args=config, reward_funcs=reward_functions(samples, view, gate_citations),
                   processing_class=processor,
-                  train_dataset=training_rows(samples, pixels, with_images=not share_prefix), peft_config=adapter,
+                  train_dataset=training_rows(samples, view, with_images=not share_prefix), peft_config=adapter,
                   callbacks=[Progress(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),
                                        "entropy")), ReleaseMemory()])
     if not share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,
-                                   cache=PromptCache(model, processor, *pixels))
+                                   cache=PromptCache(model, processor, view))
 
 
 class StopAfter(TrainerCallback):

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from mig_kit import runs
+from mig_kit.frames import FRAMES
 
 NAMES = {"mig_bench": "MIG-Bench tasks (drawn)", "ood_grounding": "out-of-domain grounding (drawn)", "blink": "as BLINK (drawn)",
          "mmiu": "as MMIU (drawn)"}
@@ -40,8 +41,8 @@ def card(run_id: str) -> str:
         low, high = gap["ci95"]
         lines.append(f"| {NAMES[suite]} | {metrics['systems']['sft'][suite]['score']:.1f} | {found['score']:.1f} | "
                      f"{gap['value']:+.1f} ({low:+.1f} to {high:+.1f}) |")
-    lines += ["", "Answers are `<think>` reasoning and, in `<answer>`, JSON with the image's number and a box in pixels of the",
-              f"resized image. Not for anything but research: {seen}", ""]
+    lines += ["", "Answers are `<think>` reasoning and, in `<answer>`, JSON with the image's number and a box in",
+              f"{FRAMES[grpo['frame']]}. Not for anything but research: {seen}", ""]
     return "\n".join(lines)
 
 

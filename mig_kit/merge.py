@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from mig_kit.frames import View
 from mig_kit.generation import completion_logps
 from mig_kit.models import Hardware, keep_packing, load_model, load_processor
 from mig_kit.prompt_cache import PromptCache, inner
@@ -50,9 +51,9 @@ def save(model, processor, folder: Path) -> None:
     processor.tokenizer.save_pretrained(folder)
 
 
-def reply_logps(model, processor, samples: list[Sample], replies: list[str], pixels: tuple[int, int]) -> torch.Tensor:
+def reply_logps(model, processor, samples: list[Sample], replies: list[str], view: View) -> torch.Tensor:
     """Log-probability of every token of the given replies, in float32; (tokens,), padding left out."""
-    prompts = PromptCache(model, processor, *pixels).get(samples)
+    prompts = PromptCache(model, processor, view).get(samples)
     tokens = [processor.tokenizer(r, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id] for r in replies]
     longest = max(map(len, tokens))
     ids, mask = torch.zeros(2, len(tokens), longest, dtype=torch.long, device=inner(model).device)
@@ -64,13 +65,13 @@ def reply_logps(model, processor, samples: list[Sample], replies: list[str], pix
 
 
 def compare(base: str | Path, adapter: Path, merged: Path, samples: list[Sample], replies: list[str], hw: Hardware,
-            pixels: tuple[int, int]) -> list[dict]:
+            view: View) -> list[dict]:
     """Mean and largest |difference| in reply log-probability against what training saw, for every way to merge.
 
     merged: the folder that stage 03 wrote, read back. The last way quantises the saved wrong merge again.
     """
-    processor = load_processor(base, *pixels)
-    truth = reply_logps(trained_model(base, adapter, hw), processor, samples, replies, pixels)
+    processor = load_processor(base, view)
+    truth = reply_logps(trained_model(base, adapter, hw), processor, samples, replies, view)
     rows = []
     for way in ("saved and read back", *WAYS):
         if way == "saved and read back":
@@ -81,7 +82,7 @@ def compare(base: str | Path, adapter: Path, merged: Path, samples: list[Sample]
             model = load_model(again, hw, four_bit=True)
         else:
             model = merge(base, adapter, hw, way)
-        gap = (reply_logps(model, processor, samples, replies, pixels) - truth).abs()
+        gap = (reply_logps(model, processor, samples, replies, view) - truth).abs()
         rows.append({"way": way, "mean_gap": gap.mean().item(), "max_gap": gap.max().item()})
         del model
         gc.collect()

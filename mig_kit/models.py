@@ -1,7 +1,7 @@
 """Loading models and processors: one place that decides device, dtype and attention, and says why.
 
-Every Qwen2.5-VL folder or hub name loads here, the shipped tiny base like the 7B. Only safetensors are read, and no code
-that a model folder carries is ever run.
+Every Qwen2.5-VL folder or hub name loads here, the shipped tiny base like the 7B, and so do Qwen2-VL and (dense) Qwen3-VL,
+which write boxes in thousandths. Only safetensors are read, and no code that a model folder carries is ever run.
 """
 
 import json
@@ -12,15 +12,30 @@ from pathlib import Path
 
 import bitsandbytes
 import torch
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
+
+from mig_kit.frames import QWEN2_5, View
 
 TINY_BASE = Path(__file__).parent / "tiny_base"
 
 # LoRA goes on every projection of the language model and nowhere else. A list of names such as "gate_proj" would also
 # land in the vision tower, whose MLP uses the same names, hence a regular expression over full module paths.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+# by the model_type of config.json
+FAMILIES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration,
+            "qwen3_vl": Qwen3VLForConditionalGeneration}
+VisionLanguageModel = Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration | Qwen3VLForConditionalGeneration
 
 FULL_PRECISION = ["model.visual", "lm_head"]  # never 4-bit; the full path, for plain "visual" is ignored and the tower quantised
 
@@ -75,7 +90,7 @@ def hardware(dtype: str = "auto") -> Hardware:
 
 
 class ImageProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without its video part, which needs torchvision.
+    """Qwen2.5-VL's processor without its video part, which needs torchvision; for still images its relatives' is the same.
 
     Token expansion, chat template and image processing are transformers' own code. `padding_side` is left: a
     right-padded batch is accepted by the trainers and misplaces the image tokens' positions.
@@ -94,16 +109,19 @@ class ImageProcessor(Qwen2_5_VLProcessor):
         return ["image_processor", "tokenizer"]
 
 
-def load_processor(model: str | Path, min_pixels: int = 3136, max_pixels: int = 401408) -> ImageProcessor:
+def load_processor(model: str | Path, view: View = QWEN2_5) -> ImageProcessor:
     """The processor of a model folder or hub name; the one place where the pixel limits of the kit are set.
 
-    min_pixels, max_pixels: area limits of the resized image. Two places with two limits would resize twice and shift
-    every box. Raises FileNotFoundError with a remedy when the folder has no processor files.
+    Two places with two limits would resize twice and shift every box. Raises FileNotFoundError with a remedy when the folder
+    has no processor files, and ValueError for a family of models that writes its boxes in another frame than `view` says.
     """
     check_model_folder(model)
+    family = family_of(model).model_type
+    if family != "qwen2_5_vl" and view.frame != "thousand":
+        raise ValueError(f"{model} is a {family}, which writes boxes in 0 to 1000; set the parameter frame to thousand")
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     images = Qwen2VLImageProcessorPil.from_pretrained(
-        model, size={"shortest_edge": min_pixels, "longest_edge": max_pixels})
+        model, size={"shortest_edge": view.min_pixels, "longest_edge": view.max_pixels})
     template = None
     for name in ("chat_template.jinja", "chat_template.json"):
         path = Path(model) / name
@@ -134,21 +152,29 @@ def check_model_folder(model: str | Path) -> None:
                                     "(save_pretrained of the processor writes them)")
 
 
-def load_model(model: str | Path, hw: Hardware, four_bit: bool = False) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL from a folder or hub name, in eval mode, on hw.device.
+def family_of(model: str | Path):
+    """The configuration of a folder or hub name; ValueError unless its model_type is one of FAMILIES."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{model} is a {config.model_type}; the kit loads {', '.join(FAMILIES)}")
+    return config
+
+
+def load_model(model: str | Path, hw: Hardware, four_bit: bool = False) -> VisionLanguageModel:
+    """A model of one of FAMILIES from a folder or hub name, in eval mode, on hw.device.
 
     four_bit: NF4 with double quantisation; the vision tower and the head stay in hw.dtype.
     """
     check_model_folder(model)
-    quantization = None
+    config, quantization = family_of(model), None
     if four_bit:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if hw.device == "cuda" or hw.autocast else torch.float32,
             llm_int8_skip_modules=FULL_PRECISION)
-    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        model, config=AutoConfig.from_pretrained(model, trust_remote_code=False), dtype=hw.dtype,
-        attn_implementation=hw.attention, quantization_config=quantization, device_map=hw.device, use_safetensors=True)
+    loaded = FAMILIES[config.model_type].from_pretrained(
+        model, config=config, dtype=hw.dtype, attn_implementation=hw.attention, quantization_config=quantization,
+        device_map=hw.device, use_safetensors=True)
     return keep_packing(loaded.eval())
 
 

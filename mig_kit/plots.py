@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from PIL import Image, ImageDraw, ImageFont
 
-from mig_kit.frames import Box
+from mig_kit.frames import QWEN2_5, Box, View
 from mig_kit.prompts import box_in_original, parse
 from mig_kit.records import Sample
 
@@ -28,13 +28,13 @@ def _dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str, width: int, step: i
             pen.line((x, start, x, min(start + step // 2, y2)), fill=colour, width=width)
 
 
-def strip(sample: Sample, reply: str = "", pixels: tuple[int, int] = (3136, 401408), height: int = 200) -> Image.Image:
+def strip(sample: Sample, reply: str = "", view: View = QWEN2_5, height: int = 200) -> Image.Image:
     """All images of a sample side by side, numbered: target solid green, the reply's box dashed orange, reference pink.
 
     height: of the pictures, pixels.
     """
     read = parse(reply)
-    predicted = box_in_original(sample, read, *pixels) if reply else None
+    predicted = box_in_original(sample, read, view) if reply else None
     tiles = []
     for number, image in enumerate(sample.images, 1):
         scale = height / image.height

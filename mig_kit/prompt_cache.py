@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from transformers import Qwen3VLForConditionalGeneration
 
+from mig_kit.frames import QWEN2_5, View
 from mig_kit.models import check_tokens
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
@@ -17,7 +19,10 @@ from mig_kit.records import Sample
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample made ready. ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None."""
+    """A sample made ready. ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None.
+
+    Of Qwen3-VL, which feeds its first layers features of their own, features are (image tokens, (1 + layers) * hidden).
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -25,7 +30,7 @@ class Prompt:
 
 
 def inner(model):
-    """The Qwen2.5-VL model itself, without a PEFT wrapper."""
+    """The vision-language model itself, without a PEFT wrapper."""
     return model.base_model.model if "base_model" in dict(model.named_children()) else model
 
 
@@ -40,10 +45,8 @@ class PromptCache:
     limit: prompts kept. room: bytes of features kept; what a call asks for is always held while it is used.
     """
 
-    def __init__(self, model, processor, min_pixels: int = 3136, max_pixels: int = 401408, limit: int = 4096,
-                 room: int = 2 * 2**30):
-        self.model, self.processor, self.limit, self.room = inner(model), processor, limit, room
-        self.pixels = (min_pixels, max_pixels)
+    def __init__(self, model, processor, view: View = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30):
+        self.model, self.processor, self.view, self.limit, self.room = inner(model), processor, view, limit, room
         self.store: OrderedDict[str, tuple[torch.Tensor, torch.Tensor, tuple[bytes, ...]]] = OrderedDict()
         self.images: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self.size = 0  # bytes of self.images
@@ -86,14 +89,17 @@ class PromptCache:
         if not wanted:
             return
         visual, device = self.model.model.visual, self.model.device
-        features = visual(torch.cat([parts[i] for i in wanted]).to(device, visual.dtype), grid_thw=grids[wanted].to(device))
+        out = visual(torch.cat([parts[i] for i in wanted]).to(device, visual.dtype), grid_thw=grids[wanted].to(device))
+        features = out.pooler_output
+        if isinstance(self.model, Qwen3VLForConditionalGeneration):
+            features = torch.cat([features, *out.deepstack_features], 1)
         merged = self.processor.image_processor.merge_size**2
-        for i, part in zip(wanted, features.pooler_output.split([sizes[i] // merged for i in wanted])):
+        for i, part in zip(wanted, features.split([sizes[i] // merged for i in wanted])):
             self.images[keys[i]] = part.clone()  # a slice would keep its whole batch alive
             self.size += part.nbytes
 
     def _encode(self, samples: list[Sample]) -> None:
-        texts = [self.processor.apply_chat_template(messages(s, *self.pixels), add_generation_prompt=True, tokenize=False)
+        texts = [self.processor.apply_chat_template(messages(s, self.view), add_generation_prompt=True, tokenize=False)
                  for s in samples]
         inputs = self.processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
         check_tokens(self.processor, inputs)

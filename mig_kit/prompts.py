@@ -1,7 +1,7 @@
 """Prompts and answers: how a sample is put to the model, and how its reply is read.
 
 Edit GROUNDING or CHOICE to try another prompt. The reply the kit asks for is the neighbours' (MG-Thinker): reasoning in
-<think>, then one JSON object with the image number and the box, in pixels of the resized image, in <answer>.
+<think>, then one JSON object with the image number and the box, in the frame of the model's View, in <answer>.
 """
 
 import json
@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from mig_kit.frames import Box, to_model, to_original
+from mig_kit.frames import QWEN2_5, Box, View, to_model, to_original
 from mig_kit.records import Sample
 
 GROUNDING = 'Think in <think></think>, then answer <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
@@ -18,7 +18,7 @@ CHOICE = "Think in <think></think>, then answer with the letter in <answer></ans
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's reply, read. box: xyxy pixels of the resized image; image: from 1; None where the reply has none.
+    """A model's reply, read. box: xyxy in the model's frame; image: from 1; None where the reply has none.
 
     well_formed: the whole reply is one <think> block followed by one <answer> block that holds one answer.
     """
@@ -31,31 +31,31 @@ class Reply:
 
 
 def box_text(box: Box) -> str:
-    """A box as the model reads and writes it: whole pixels, no spaces."""
+    """A box as the model reads and writes it: whole numbers, no spaces."""
     return "[" + ",".join(str(round(v)) for v in box) + "]"
 
 
 def answer_text(image: int, box: Box) -> str:
-    """The JSON inside <answer>; box in pixels of the resized image `image`."""
+    """The JSON inside <answer>; box in the model's frame of the image numbered `image`."""
     return f'{{"image": {image}, "box": {box_text(box)}}}'
 
 
-def question_text(sample: Sample, min_pixels: int = 3136, max_pixels: int = 401408) -> str:
+def question_text(sample: Sample, view: View = QWEN2_5) -> str:
     """The question with its reference box in the model's frame, its options, and the instruction."""
     text = sample.question
     if sample.reference:
-        text = text.replace("{ref}", box_text(to_model(sample.reference, sample.sizes[0], min_pixels, max_pixels)))
+        text = text.replace("{ref}", box_text(to_model(sample.reference, sample.sizes[0], view)))
     if sample.options:
         text += "".join(f" {letter}. {option}" for letter, option in zip("ABCDEFGH", sample.options))
     return f"{text} {CHOICE if sample.options else GROUNDING}"
 
 
-def messages(sample: Sample, min_pixels: int = 3136, max_pixels: int = 401408) -> list[dict]:
+def messages(sample: Sample, view: View = QWEN2_5) -> list[dict]:
     """The conversational prompt: every image announced by its number, in order, then the question."""
     content = []
     for number in range(1, len(sample.images) + 1):
         content += [{"type": "text", "text": f"Image {number}: "}, {"type": "image"}]
-    content.append({"type": "text", "text": question_text(sample, min_pixels, max_pixels)})
+    content.append({"type": "text", "text": question_text(sample, view)})
     return [{"role": "user", "content": content}]
 
 
@@ -91,8 +91,8 @@ def _read_box(block: str) -> tuple[int | None, Box | None]:
     return image, tuple(float(v) for v in box)
 
 
-def box_in_original(sample: Sample, reply: Reply, min_pixels: int = 3136, max_pixels: int = 401408) -> Box | None:
+def box_in_original(sample: Sample, reply: Reply, view: View = QWEN2_5) -> Box | None:
     """The reply's box in pixels of the original of the image it names; None without box or with no such image."""
     if reply.box is None or reply.image is None or not 1 <= reply.image <= len(sample.images):
         return None
-    return to_original(reply.box, sample.sizes[reply.image - 1], min_pixels, max_pixels)
+    return to_original(reply.box, sample.sizes[reply.image - 1], view)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mig_kit import image_files, score
 from mig_kit.benchmarks import READERS, Benchmark, Item, image_file, read_records
-from mig_kit.frames import Box, rescale, smart_resize
+from mig_kit.frames import Box, View, answer_size, rescale
 from mig_kit.prompts import parse
 from mig_kit.records import Sample
 
@@ -83,7 +83,7 @@ def batches(benchmark: Benchmark, root: str | Path, size: int) -> Iterator[list[
         yield [sample_of(item, benchmark.name, root) for item in benchmark.items[start:start + size]]
 
 
-def in_thousandths(reply: str, sizes: list[tuple[int, int]], pixels: tuple[int, int], exact: bool = False) -> str:
+def in_thousandths(reply: str, sizes: list[tuple[int, int]], view: View, exact: bool = False) -> str:
     """A reply's box in 0..1000 of the image it names, "(x1,y1),(x2,y2)", as the authors' scripts read it.
 
     Without this, boxes in pixels of the resized image would be read as thousandths, silently. exact: with decimals and not cut
@@ -93,13 +93,13 @@ def in_thousandths(reply: str, sizes: list[tuple[int, int]], pixels: tuple[int, 
     read = parse(reply)
     if read.box is None or read.image is None or not 1 <= read.image <= len(sizes):
         return reply
-    box = rescale(read.box, smart_resize(*sizes[read.image - 1], *pixels), (1000, 1000))
+    box = rescale(read.box, answer_size(sizes[read.image - 1], view), (1000, 1000))
     x1, y1, x2, y2 = (f"{v:.4f}" if exact else str(min(max(round(v), 0), 1000)) for v in box)
     return f"<answer>image {read.image}: ({x1},{y1}),({x2},{y2})</answer>"
 
 
 def predictions(benchmark: Benchmark, replies: dict[str, list[str]], sizes: dict[str, list[tuple[int, int]]],
-                pixels: tuple[int, int], exact: bool = False) -> list[dict]:
+                view: View, exact: bool = False) -> list[dict]:
     """Lines for `mig-kit score`: {"index", "response"}; of Ref-L4 also "pred_bbox", original pixels, and "format".
 
     replies and sizes (of the original images) by sample id. exact: see `in_thousandths`.
@@ -108,22 +108,22 @@ def predictions(benchmark: Benchmark, replies: dict[str, list[str]], sizes: dict
     for item in benchmark.items:
         name = f"{benchmark.name}/{item.index}"
         reply = replies[name][0]
-        line = {"index": item.index, "response": reply if item.letter else in_thousandths(reply, sizes[name], pixels, exact)}
+        line = {"index": item.index, "response": reply if item.letter else in_thousandths(reply, sizes[name], view, exact)}
         if benchmark.name == "ref_l4":
             read = parse(reply)
-            frame = smart_resize(*sizes[name][0], *pixels)
+            frame = answer_size(sizes[name][0], view)
             line |= {"pred_bbox": list(rescale(read.box, frame, sizes[name][0])) if read.box else [0, 0, 0, 0], "format": "xyxy"}
         lines.append(line)
     return lines
 
 
 def results(benchmark: Benchmark, replies: dict[str, dict[str, list[str]]], sizes: dict[str, list[tuple[int, int]]],
-            root: str | Path, pixels: tuple[int, int], pairs: list[tuple[str, str]]) -> dict:
+            root: str | Path, view: View, pairs: list[tuple[str, str]]) -> dict:
     """{"name", "version", "complete", "systems": {system: {protocol: summary}}, "deltas": {pair: {protocol: difference}}}.
 
     replies: per system as in `predictions`; pairs: of systems, first minus second.
     """
-    scored = {system: {protocol: score.score(benchmark, predictions(benchmark, found, sizes, pixels, protocol == "strict"),
+    scored = {system: {protocol: score.score(benchmark, predictions(benchmark, found, sizes, view, protocol == "strict"),
                                              f"the replies of {system}", protocol, "thousand", images=str(root))
                        for protocol in ("official", "strict")} for system, found in replies.items()}
     return {"name": benchmark.name, "version": benchmark.version, "complete": benchmark.complete,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from mig_kit.frames import View
 from mig_kit.generation import Sampling, rollouts
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.records import Sample
@@ -40,7 +41,7 @@ def stored(path: Path) -> dict[str, list[str]]:
 
 
 def sample_replies(model, processor, samples: list[Sample], path: Path, *, replies: int, temperature: float,
-                   max_new_tokens: int, batch_size: int, seed: int, pixels: tuple[int, int], autocast: bool,
+                   max_new_tokens: int, batch_size: int, seed: int, view: View, autocast: bool,
                    label: str = "rollouts") -> dict[str, list[str]]:
     """`replies` replies to every sample, appended to `path` batch by batch; what is there already is not drawn again.
 
@@ -50,7 +51,7 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply (only 06_evaluate can do without)")
     have = stored(path)
-    cache = PromptCache(model, processor, *pixels, limit=batch_size)
+    cache = PromptCache(model, processor, view, limit=batch_size)
     order = sorted(samples, key=lambda s: (len(s.images), s.id))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
@@ -72,10 +73,10 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
     return {s.id: have[s.id] for s in samples}
 
 
-def pass_rates(samples: list[Sample], replies: dict[str, list[str]], pixels: tuple[int, int],
+def pass_rates(samples: list[Sample], replies: dict[str, list[str]], view: View,
                threshold: float = 0.5) -> np.ndarray:
     """Share of right replies per sample, (samples,) float in 0..1."""
-    return np.array([np.mean([correct(r, s, threshold, pixels) for r in replies[s.id]]) for s in samples])
+    return np.array([np.mean([correct(r, s, threshold, view) for r in replies[s.id]]) for s in samples])
 
 
 def pass_at_k(right: int, total: int, k: int) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from mig_kit.frames import View
 from mig_kit.plots import strip
 from mig_kit.prompts import parse, question_text
 from mig_kit.records import Sample
@@ -68,10 +69,10 @@ def side_by_side(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def outcome(reply: str, sample: Sample, pixels: tuple[int, int]) -> str:
+def outcome(reply: str, sample: Sample, view: View) -> str:
     """What became of a reply, one of OUTCOMES; "box off" is the right image with an IoU under 0.5."""
     read = parse(reply)
-    if correct(reply, sample, pixels=pixels):
+    if correct(reply, sample, view=view):
         return "right"
     if sample.options:
         return "wrong option" if read.letter else "no answer"
@@ -80,9 +81,9 @@ def outcome(reply: str, sample: Sample, pixels: tuple[int, int]) -> str:
     return "box off" if read.image in {number for number, _ in sample.targets} else "wrong image"
 
 
-def outcomes(samples: list[Sample], replies: dict[str, dict[str, str]], pixels: tuple[int, int]) -> dict[str, dict[str, int]]:
+def outcomes(samples: list[Sample], replies: dict[str, dict[str, str]], view: View) -> dict[str, dict[str, int]]:
     """system -> outcome -> how many of `samples`; replies: per system by sample id."""
-    counts = {name: Counter(outcome(found[s.id], s, pixels) for s in samples) for name, found in replies.items()}
+    counts = {name: Counter(outcome(found[s.id], s, view) for s in samples) for name, found in replies.items()}
     seen = [kind for kind in OUTCOMES if any(found[kind] for found in counts.values())]
     return {name: {kind: found[kind] for kind in seen} for name, found in counts.items()}
 
@@ -163,10 +164,10 @@ def filters(tasks: list[str], kinds: list[str]) -> str:
     return f"<style>{''.join(rules)}</style>{''.join(rows)}"
 
 
-def gallery(chosen: list[tuple[str, Sample]], replies: dict[str, dict[str, str]], pixels: tuple[int, int]) -> str:
+def gallery(chosen: list[tuple[str, Sample]], replies: dict[str, dict[str, str]], view: View) -> str:
     """Cards of (kind, sample) pairs with the filters above them; replies: per system by sample id."""
     tasks, kinds = (list(dict.fromkeys(values)) for values in (sorted(s.task for _, s in chosen), (k for k, _ in chosen)))
-    cards = [card(s, {name: r[s.id] for name, r in replies.items()}, pixels,
+    cards = [card(s, {name: r[s.id] for name, r in replies.items()}, view,
                   f"task-{tasks.index(s.task)} kind-{kinds.index(kind)}", kind) for kind, s in chosen]
     return filters(tasks, kinds) + "".join(cards)
 
@@ -193,33 +194,33 @@ def table(rows: list[dict]) -> str:
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
-def card(sample: Sample, replies: dict[str, str], pixels: tuple[int, int], classes: str = "", kind: str = "") -> str:
+def card(sample: Sample, replies: dict[str, str], view: View, classes: str = "", kind: str = "") -> str:
     """One sample with the replies of some systems: pictures with boxes, question, reasoning, answer and rewards, all escaped.
 
     classes: what the filters know the card by; kind: said in its head.
     """
     parts = [f'<div class="card {html.escape(classes)}"><p><b>{html.escape(sample.task)}</b> {html.escape(kind)} '
              f"<small>{html.escape(sample.id)}</small></p>",
-             f"<p>{html.escape(question_text(sample, *pixels).split(' Think in ')[0])}</p>"]
+             f"<p>{html.escape(question_text(sample, view).split(' Think in ')[0])}</p>"]
     for system, reply in replies.items():
-        right, read = correct(reply, sample, pixels=pixels), parse(reply)
+        right, read = correct(reply, sample, view=view), parse(reply)
         rewards = f"format {format_reward(reply, sample):g}, " + (
             f"choice {choice_reward(reply, sample):g}" if sample.options else
-            f"image {image_reward(reply, sample):g}, box {box_reward(reply, sample, pixels=pixels):.2f}")
+            f"image {image_reward(reply, sample):g}, box {box_reward(reply, sample, view=view):.2f}")
         parts.append(f'<div class="{"right" if right else "wrong"}" style="padding-left:.6rem"><p><b>{html.escape(system)}</b> '
-                     f"({outcome(reply, sample, pixels)}; {rewards})</p>{image_tag(strip(sample, reply, pixels, 130), system)}"
+                     f"({outcome(reply, sample, view)}; {rewards})</p>{image_tag(strip(sample, reply, view, 130), system)}"
                      f"<p><small>thinks:</small> <code>{html.escape(read.thinking or '-')}</code></p>"
                      f"<p><small>says:</small> <code>{html.escape(reply.split('</think>')[-1][:300])}</code></p></div>")
     return "".join(parts) + "</div>"
 
 
-def choose(samples: list[Sample], before: dict[str, str], after: dict[str, str], pixels: tuple[int, int],
+def choose(samples: list[Sample], before: dict[str, str], after: dict[str, str], view: View,
            per_kind: int = 4) -> list[tuple[str, Sample]]:
     """Samples for the gallery by what changed from `before` to `after` (replies by id): fixed, kept, lost, never right."""
     kinds: dict[str, list[Sample]] = {"wrong, then right": [], "right both times": [], "right, then wrong": [],
                                       "wrong both times": []}
     for sample in samples:
-        was, now = (correct(r[sample.id], sample, pixels=pixels) for r in (before, after))
+        was, now = (correct(r[sample.id], sample, view=view) for r in (before, after))
         kind = list(kinds)[{(0, 1): 0, (1, 1): 1, (1, 0): 2, (0, 0): 3}[int(was), int(now)]]
         if len(kinds[kind]) < per_kind and sample.task not in [s.task for s in kinds[kind]]:
             kinds[kind].append(sample)

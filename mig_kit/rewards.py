@@ -7,7 +7,7 @@ from `floor` up (theirs steps to 1 at IoU 0.9), because an unclipped IoU says mo
 
 import re
 
-from mig_kit.frames import to_original
+from mig_kit.frames import QWEN2_5, View, to_original
 from mig_kit.prompts import parse
 from mig_kit.records import Sample, best_iou
 
@@ -25,7 +25,7 @@ def image_reward(reply: str, sample: Sample) -> float:
     return float(parse(reply).image in {number for number, _ in sample.targets})
 
 
-def box_reward(reply: str, sample: Sample, floor: float = 0.1, pixels: tuple[int, int] = (3136, 401408)) -> float:
+def box_reward(reply: str, sample: Sample, floor: float = 0.1, view: View = QWEN2_5) -> float:
     """IoU with the target in the named image, 0 below `floor` or in the wrong image.
 
     pixels: (min_pixels, max_pixels) of the processor; the reply's box is in pixels of the resized image.
@@ -33,7 +33,7 @@ def box_reward(reply: str, sample: Sample, floor: float = 0.1, pixels: tuple[int
     read = parse(reply)
     if read.box is None or read.image is None or not 1 <= read.image <= len(sample.images):
         return 0.0
-    value = best_iou(sample, read.image, to_original(read.box, sample.sizes[read.image - 1], *pixels))
+    value = best_iou(sample, read.image, to_original(read.box, sample.sizes[read.image - 1], view))
     return value if value >= floor else 0.0
 
 
@@ -47,8 +47,8 @@ def cites_only_given(reply: str, sample: Sample) -> bool:
     return all(1 <= int(number) <= len(sample.images) for number in re.findall(r"\bimage (\d{1,3})\b", parse(reply).thinking, re.I))
 
 
-def correct(reply: str, sample: Sample, threshold: float = 0.5, pixels: tuple[int, int] = (3136, 401408)) -> bool:
+def correct(reply: str, sample: Sample, threshold: float = 0.5, view: View = QWEN2_5) -> bool:
     """Right image and IoU >= threshold; for a multiple-choice sample, the right letter."""
     if sample.options:
         return choice_reward(reply, sample) == 1
-    return box_reward(reply, sample, 0.0, pixels) >= threshold
+    return box_reward(reply, sample, 0.0, view) >= threshold

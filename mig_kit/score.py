@@ -15,7 +15,7 @@ import numpy as np
 
 from mig_kit.benchmarks import READERS, Benchmark, Item, aligned, four_numbers, read_json, read_records, with_sizes
 from mig_kit.evaluate import bootstrap, macro, percent
-from mig_kit.frames import Box, iou, rescale, smart_resize
+from mig_kit.frames import QWEN2_5, Box, View, iou, rescale, seen_size
 from mig_kit.replies import (
     answer_block,
     choice_letter,
@@ -111,21 +111,21 @@ def official_iou(item: Item, response: str) -> tuple[float, str]:
     return value, problem
 
 
-def frame_size(frame: str, size: tuple[int, int] | None, pixels: tuple[int, int]) -> tuple[float, float]:
-    """(width, height) of a frame: "unit" 1, "thousand" 1000, "pixels" `size`, "resized" what smart_resize makes of `size`."""
+def frame_size(frame: str, size: tuple[int, int] | None, view: View) -> tuple[float, float]:
+    """(width, height) of a frame: "unit" 1, "thousand" 1000, "pixels" `size`, "resized" what the model sees of `size`."""
     if frame in ("unit", "thousand"):
         return (1, 1) if frame == "unit" else (1000, 1000)
     if frame == "pixels":
         return size or (float("inf"), float("inf"))  # no size is needed where answers are pixels too
-    return smart_resize(*size, *pixels)
+    return seen_size(size, view)
 
 
-def strict_iou(item: Item, response: str, frame: str, pixels: tuple[int, int]) -> tuple[float, str]:
+def strict_iou(item: Item, response: str, frame: str, view: View) -> tuple[float, str]:
     """(IoU, problem or "") of the one box in the last <answer>; 0 outside the frame or in another image than the target.
 
     A reply that names no image passes where the question names it, and where the annotations do not say (static differences,
-    which are in the same place of both images); it fails where finding the image is the task. frame: one of FRAMES; pixels:
-    (min_pixels, max_pixels) of the processor, for "resized". The rule is ours.
+    which are in the same place of both images); it fails where finding the image is the task. frame: one of FRAMES; view:
+    the processor's limits, for "resized". The rule is ours.
     """
     read = strict_answer(response)
     if read.box is None:
@@ -134,10 +134,10 @@ def strict_iou(item: Item, response: str, frame: str, pixels: tuple[int, int]) -
         return 0.0, "no image named"
     if read.image is not None and (read.image != item.target if item.target else not 1 <= read.image <= len(item.images)):
         return 0.0, "wrong image"
-    source = frame_size(frame, item.size, pixels)
+    source = frame_size(frame, item.size, view)
     if min(read.box) < 0 or max(read.box[0::2]) > source[0] or max(read.box[1::2]) > source[1]:
         return 0.0, "outside the frame"
-    box = read.box if frame == item.frame else rescale(read.box, source, frame_size(item.frame, item.size, pixels))
+    box = read.box if frame == item.frame else rescale(read.box, source, frame_size(item.frame, item.size, view))
     return iou(item.box, box), ""
 
 
@@ -168,10 +168,10 @@ def judged(items: list[Item], lines: list[dict | None], judge: Callable) -> tupl
 
 
 def score(benchmark: Benchmark, predictions: list[dict], source: str, protocol: str = "official", frame: str = "thousand",
-          images: str | None = None, pixels: tuple[int, int] = (3136, 401408), allow_missing: bool = False) -> Scored:
+          images: str | None = None, view: View = QWEN2_5, allow_missing: bool = False) -> Scored:
     """Judge predictions (dicts with "index" or "id", and "response"; Ref-L4 official: "pred_bbox" and "format").
 
-    source: the predictions' name, for errors. frame, pixels: see strict_iou. images: the folder of the images, where their
+    source: the predictions' name, for errors. frame, view: see strict_iou. images: the folder of the images, where their
     sizes are needed. Raises ValueError for missing, doubled and unknown items and for what the protocol cannot use.
     """
     name = benchmark.name
@@ -194,7 +194,7 @@ def score(benchmark: Benchmark, predictions: list[dict], source: str, protocol: 
     elif protocol == "official":
         values, problems = judged(items, lines, official_iou)
     else:
-        values, problems = judged(items, lines, lambda item, text: strict_iou(item, text, frame, pixels))
+        values, problems = judged(items, lines, lambda item, text: strict_iou(item, text, frame, view))
     if name == "ref_l4":
         steps = np.mean([values > i / 100 for i in range(50, 100, 5)], axis=0)
         columns = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)} | {"macc": steps, "mean_iou": values}
@@ -205,7 +205,7 @@ def score(benchmark: Benchmark, predictions: list[dict], source: str, protocol: 
 
 def score_files(name: str, annotations: str, predictions: str, protocol: str = "official", frame: str = "thousand",
                 **settings) -> tuple[dict, Scored]:
-    """({"benchmark", "version", "complete", "protocol"}, Scored) from files; settings: images, pixels, allow_missing of `score`.
+    """({"benchmark", "version", "complete", "protocol"}, Scored) from files; settings: images, view, allow_missing of `score`.
 
     Raises ValueError for an unknown benchmark, protocol or frame, and as `score`.
     """

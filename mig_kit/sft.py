@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from mig_kit.frames import View
 from mig_kit.generation import Sampling, rollouts
 from mig_kit.models import LORA_TARGETS, Hardware, check_adapters, check_tokens, load_model
 from mig_kit.prompt_cache import PromptCache
@@ -51,9 +52,9 @@ class ReleaseMemory(TrainerCallback):
             release_memory()
 
 
-def training_rows(samples: list[Sample], replies: list[str], pixels: tuple[int, int]) -> Dataset:
+def training_rows(samples: list[Sample], replies: list[str], view: View) -> Dataset:
     """A table of conversational prompt, completion and images, as TRL reads it; one row per sample."""
-    rows = [{"prompt": messages(s, *pixels), "completion": [{"role": "assistant", "content": [{"type": "text", "text": r}]}],
+    rows = [{"prompt": messages(s, view), "completion": [{"role": "assistant", "content": [{"type": "text", "text": r}]}],
              "images": list(s.images)} for s, r in zip(samples, replies, strict=True)]
     return Dataset.from_list(rows)
 
@@ -120,9 +121,9 @@ def loss_curve(history: list[dict]) -> list[dict]:
             for row in history if "loss" in row]
 
 
-def greedy_replies(model, processor, samples: list[Sample], hw: Hardware, pixels: tuple[int, int],
+def greedy_replies(model, processor, samples: list[Sample], hw: Hardware, view: View,
                    max_new_tokens: int = 128) -> list[str]:
     """One greedy reply per sample, decoded."""
-    prompts = PromptCache(model, processor, *pixels).get(samples)
+    prompts = PromptCache(model, processor, view).get(samples)
     groups = rollouts(model.eval(), processor, prompts, 1, Sampling(0.0, max_new_tokens=max_new_tokens), autocast=hw.autocast)
     return processor.tokenizer.batch_decode([group[0] for group in groups], skip_special_tokens=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow
 from datasets import Dataset, Features, Image, List, Value
 
-from mig_kit.frames import iou, to_model
+from mig_kit.frames import FRAMES, QWEN2_5, View, iou, to_model
 from mig_kit.prompts import box_in_original, parse
 from mig_kit.records import Sample, best_iou, from_row, to_row
 from mig_kit.suites import make_free_form
@@ -28,16 +28,16 @@ FEATURES = Features({
 TRACE_FEATURES = Features({**FEATURES, "reply": Value("string"), "detail": Value("string"), "error": Value("string")})
 
 
-def leaks(thinking: str, sample: Sample, pixels: tuple[int, int]) -> bool:
+def leaks(thinking: str, sample: Sample, view: View) -> bool:
     """True if a box written in the thinking meets a target with IoU >= 0.5 (pixels of the resized target image)."""
     for found in re.findall(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]", thinking):
         box = tuple(float(v) for v in found)
-        if any(iou(box, to_model(target, sample.sizes[n - 1], *pixels)) >= 0.5 for n, target in sample.targets):
+        if any(iou(box, to_model(target, sample.sizes[n - 1], view)) >= 0.5 for n, target in sample.targets):
             return True
     return False
 
 
-def verdict(reply: str, sample: Sample, pixels: tuple[int, int] = (3136, 401408), threshold: float = 0.5) -> str:
+def verdict(reply: str, sample: Sample, view: View = QWEN2_5, threshold: float = 0.5) -> str:
     """"" if the reply may teach, else the first of REASONS that speaks against it."""
     read = parse(reply)
     if not read.well_formed or (not read.letter if sample.options else read.box is None):
@@ -47,15 +47,15 @@ def verdict(reply: str, sample: Sample, pixels: tuple[int, int] = (3136, 401408)
         return "choice" if read.letter != sample.letter else "leak" if leak else ""
     if read.image not in {n for n, _ in sample.targets}:
         return "image"
-    if best_iou(sample, read.image, box_in_original(sample, read, *pixels)) < threshold:
+    if best_iou(sample, read.image, box_in_original(sample, read, view)) < threshold:
         return "box"
-    return "leak" if leaks(read.thinking, sample, pixels) else ""
+    return "leak" if leaks(read.thinking, sample, view) else ""
 
 
 def traces(samples: list[Sample], seed: int, mix: tuple[float, float, float], error_rate: float, jitter: float,
-           pixels: tuple[int, int] = (3136, 401408)) -> list[Trace]:
+           view: View = QWEN2_5) -> list[Trace]:
     """The teacher's trace for every sample, each from its own random state."""
-    return [write(s, random.Random(f"{seed}/{s.id}"), mix, error_rate, jitter, pixels) for s in samples]
+    return [write(s, random.Random(f"{seed}/{s.id}"), mix, error_rate, jitter, view) for s in samples]
 
 
 def training_mix(split: str, per_task: int, free_form_per_task: int, seed: int) -> list[Sample]:
@@ -102,8 +102,12 @@ def read_samples(path: Path) -> list[Sample]:
     return [from_row(row) for row in read_rows(path)]
 
 
-def data_card(seed: int, kept: dict, sizes: dict[str, int], data: str = "scenes", teacher: str = "") -> str:
-    """The data card in Markdown: what the set holds and how it was made. teacher: the model's name; "" for the rules."""
+def data_card(seed: int, kept: dict, sizes: dict[str, int], data: str = "scenes", teacher: str = "",
+              frame: str = "resized") -> str:
+    """The data card in Markdown: what the set holds and how it was made. teacher: the model's name; "" for the rules.
+
+    frame: of the boxes in the replies, one of frames.FRAMES.
+    """
     lines = [f"- `{name}.parquet`: {n} samples" for name, n in sizes.items()]
     reasons = ", ".join(f"{reason} {n}" for reason, n in kept["dropped"].items())
     source = f"Drawn scenes (seed {seed})" if data == "scenes" else f"Questions and images from '{data}', under their own licence,"
@@ -112,5 +116,5 @@ def data_card(seed: int, kept: dict, sizes: dict[str, int], data: str = "scenes"
     return "\n".join([
         "---", f"license: {licence}", "task_categories: [visual-question-answering]", "---", "# Cold-start set", "",
         f"{source} with chain-of-thought traces of {writer}; boxes are xyxy pixels of the",
-        "original image, boxes inside replies are pixels of the resized image.", "", *lines, "",
+        f"original image, boxes inside replies are {FRAMES[frame]}.", "", *lines, "",
         f"Traces: {kept['total']}, kept {kept['kept']}; dropped: {reasons}.", ""])

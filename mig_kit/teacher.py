@@ -8,7 +8,7 @@ learning has to find out. Too many of the last two, which a small student cannot
 import random
 from dataclasses import dataclass
 
-from mig_kit.frames import to_model
+from mig_kit.frames import QWEN2_5, View, to_model
 from mig_kit.prompts import answer_text, box_text
 from mig_kit.records import Sample
 
@@ -38,7 +38,7 @@ def thinking(sample: Sample, detail: str) -> str:
 
 
 def write(sample: Sample, rng: random.Random, mix: tuple[float, float, float] = (1, 1, 1), error_rate: float = 0.2,
-          jitter: float = 0.7, pixels: tuple[int, int] = (3136, 401408)) -> Trace:
+          jitter: float = 0.7, view: View = QWEN2_5) -> Trace:
     """One trace. mix: weights of DETAILS; error_rate: share of traces with one of ERRORS.
 
     jitter: standard deviation of every box edge, pixels of the resized image; a "sloppy box" has five times as much.
@@ -52,7 +52,7 @@ def write(sample: Sample, rng: random.Random, mix: tuple[float, float, float] = 
     if error == "wrong image":
         number = rng.choice([n for n in range(1, len(sample.images) + 1) if n != number] or [number + 1])
     size = sample.sizes[min(number, len(sample.sizes)) - 1]
-    seen = to_model(box, size, *pixels)
+    seen = to_model(box, size, view)
     if error == "wrong object":
         shift = rng.choice((-1, 1)) * 28
         seen = tuple(max(0.0, v + shift) for v in seen)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.evaluate import summarise
+from mig_kit.frames import QWEN2_5
 from mig_kit.lessons import HARD_KINDS, KINDS, LOOSE_KINDS, album, locate_turns, survey_turn, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.runs import release_memory, sha256
@@ -361,12 +362,12 @@ def save(model, tokenizer, folder: Path) -> None:
 
 def examine(folder: Path, hw: Hardware, per_task: int = 50) -> dict:
     """Greedy scores of the base on validation samples of every suite, percent, and on questions it was taught."""
-    pixels = (3136, 401408)
-    model, processor = load_model(folder, hw), load_processor(folder, *pixels)
+    view = QWEN2_5
+    model, processor = load_model(folder, hw), load_processor(folder, view)
     scores = {}
     for suite in SUITES:
         samples = make_suite(suite, "val", per_task)
-        result = summarise(samples, greedy_replies(model, processor, samples, hw, pixels), [], pixels)
+        result = summarise(samples, greedy_replies(model, processor, samples, hw, view), [], view)
         scores[suite] = {"score": result["score"], "tasks": {k: t["acc@0.5"] for k, t in result["tasks"].items()}}
     return scores
 

@@ -7,7 +7,7 @@ MG-Thinker publishes these criteria but not its text rules; the patterns here ar
 import re
 
 from mig_kit import synthesize
-from mig_kit.frames import iou, rescale, to_model
+from mig_kit.frames import QWEN2_5, View, iou, rescale, to_model
 from mig_kit.prompts import parse
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward
@@ -29,7 +29,7 @@ def up_front(thinking: str) -> bool:
     return bool(CONCLUDES.search(re.split(r"(?<=[.!?])\s|\n", thinking.strip(), maxsplit=1)[0]))
 
 
-def reveals(thinking: str, sample: Sample, pixels: tuple[int, int] = (3136, 401408)) -> bool:
+def reveals(thinking: str, sample: Sample, view: View = QWEN2_5) -> bool:
     """True if the thinking mentions that an answer was given, or writes four numbers that meet a target with IoU >= 0.5.
 
     synthesize.leaks reads whole numbers in square brackets in the student's frame; a real teacher also writes pairs in
@@ -44,7 +44,7 @@ def reveals(thinking: str, sample: Sample, pixels: tuple[int, int] = (3136, 4014
         box = tuple(float(m.group()) for m in four)
         for n, target in sample.targets:
             size = sample.sizes[n - 1]
-            frames = (target, to_model(target, size, *pixels), rescale(target, size, (1000, 1000)), rescale(target, size, (1, 1)))
+            frames = (target, to_model(target, size, view), rescale(target, size, (1000, 1000)), rescale(target, size, (1, 1)))
             if any(iou(box, framed) >= 0.5 for framed in frames):
                 return True
     return False
@@ -60,7 +60,7 @@ def gained(direct: float, reasoned: float) -> bool:
     return reasoned >= 0.5 or reasoned - direct >= 0.2 - 1e-9
 
 
-def verdict(trace: Trace, direct: str, sample: Sample, pixels: tuple[int, int] = (3136, 401408)) -> str:
+def verdict(trace: Trace, direct: str, sample: Sample, view: View = QWEN2_5) -> str:
     """"" if the trace may teach, else why not: synthesize.verdict's reasons, "no reply", "up front", "reveals" or "no gain".
 
     trace, direct: the two replies of endpoint.traces. The reasoned IoU is that of the trace's own answer, written with the
@@ -68,15 +68,15 @@ def verdict(trace: Trace, direct: str, sample: Sample, pixels: tuple[int, int] =
     """
     if trace.error:
         return "no reply"
-    if reason := synthesize.verdict(trace.text, sample, pixels):
+    if reason := synthesize.verdict(trace.text, sample, view):
         return reason
     thinking = parse(trace.text).thinking
     if up_front(thinking):
         return "up front"
-    if reveals(thinking, sample, pixels):
+    if reveals(thinking, sample, view):
         return "reveals"
     if sample.options:
         return ""
     if not direct:
         return "no reply"
-    return "" if gained(box_reward(direct, sample, 0.0, pixels), box_reward(trace.text, sample, 0.0, pixels)) else "no gain"
+    return "" if gained(box_reward(direct, sample, 0.0, view), box_reward(trace.text, sample, 0.0, view)) else "no gain"

@@ -9,12 +9,14 @@ for name, value in runs.ENVIRONMENT.items():
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 from mig_kit import models, vision  # noqa: E402
+from mig_kit.frames import View  # noqa: E402
 from mig_kit.tasks import TASKS, make  # noqa: E402
 
-PIXELS = (3136, 401408)
+VIEW = View()
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +46,33 @@ def random_folder(tmp_path_factory, processor):
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def relatives(tmp_path_factory, processor):
+    """Folders with random models of the two families that write boxes in thousandths, by model_type."""
+    root, folders = tmp_path_factory.mktemp("relatives"), {}
+    text = vision.config(640, hidden=64, layers=2).text_config.to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = dict(image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4, tie_word_embeddings=True)
+    towers = {"qwen2_vl": dict(depth=2, embed_dim=64, hidden_size=64, num_heads=2),
+              "qwen3_vl": dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64,
+                               num_position_embeddings=64, deepstack_visual_indexes=[0, 1])}
+    for family, tower in towers.items():
+        language = {name: text[name] for name in kept} | ({"head_dim": 32} if family == "qwen3_vl" else {})
+        torch.manual_seed(0)
+        model = models.FAMILIES[family](AutoConfig.for_model(family, text_config=language, vision_config=tower, **tokens))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data *= 4
+        folders[family] = root / family
+        model.save_pretrained(folders[family])
+        processor.tokenizer.save_pretrained(folders[family])
+        images = Qwen2VLImageProcessorPil(patch_size={"qwen2_vl": 14, "qwen3_vl": 16}[family])
+        images.save_pretrained(folders[family])
+        (folders[family] / "chat_template.jinja").write_text(processor.chat_template)
+    return folders
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mig_kit import endpoint, trace_filter
-from mig_kit.frames import rescale, to_model
+from mig_kit.frames import View, rescale, to_model
 from mig_kit.prompts import answer_text
 from mig_kit.suites import make_free_form
 from mig_kit.tasks import TASKS, make
 from mig_kit.teacher import Trace
 
-PIXELS = (3136, 401408)
+VIEW = View()
 SAMPLE = make("diff", "cot", 1)
 
 
@@ -117,8 +117,8 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
     path, samples = tmp_path / "calls.jsonl", some(6)
     for _ in range(2):
         traces, direct = ask(server, path, iter([*samples, samples[0]]))
-        assert [t.text for t in traces] == [endpoint.prompt_text(s, "trace", PIXELS) for s in [*samples, samples[0]]]
-        assert direct == [endpoint.prompt_text(s, "direct", PIXELS) for s in [*samples, samples[0]]]
+        assert [t.text for t in traces] == [endpoint.prompt_text(s, "trace", VIEW) for s in [*samples, samples[0]]]
+        assert direct == [endpoint.prompt_text(s, "direct", VIEW) for s in [*samples, samples[0]]]
         assert server.total == 12  # once each, the sample that is there twice and the second run included
     assert endpoint.usage(path, price_in=2.0, price_out=30.0) == {
         "calls": 12, "failed": 0, "attempts": 12, "prompt_tokens": 1200, "completion_tokens": 120, "without_counts": 0,
@@ -155,7 +155,7 @@ def test_a_cut_connection_is_tried_once_more(serve, tmp_path):
 
     threading.Thread(target=drop, daemon=True).start()
     keys = {"url": f"http://127.0.0.1:{port}/v1", "model": "m", "first_wait": 0.01, "attempts": 3, "concurrency": 1}
-    call = endpoint.make_call(some(1)[0], "trace", endpoint.Endpoint(**keys), PIXELS)
+    call = endpoint.make_call(some(1)[0], "trace", endpoint.Endpoint(**keys), VIEW)
     assert asyncio.run(endpoint.ask(endpoint.Endpoint(**keys), [call], tmp_path / "calls.jsonl")) == {} and len(seen) == 3
     listener.close()
 
@@ -336,10 +336,10 @@ def test_what_is_sent(serve, tmp_path):
     pictures = [p for p in trace["messages"][0]["content"] if p["type"] == "image_url"]
     assert len(pictures) == len(sample.images)
     assert all(p["image_url"]["url"].startswith("data:image/jpeg;base64,") for p in pictures)
-    assert len({re.sub("Question.*", "", endpoint.prompt_text(make(t, "cot", 0), "trace", PIXELS), flags=re.S) for t in TASKS}) == 4
+    assert len({re.sub("Question.*", "", endpoint.prompt_text(make(t, "cot", 0), "trace", VIEW), flags=re.S) for t in TASKS}) == 4
     choice = make_free_form("cot", 1)[0]
-    assert f"answer is {choice.letter}." in endpoint.prompt_text(choice, "trace", PIXELS)
-    assert endpoint.prompt_text(choice, "direct", PIXELS).endswith(endpoint.DIRECT_CHOICE)
+    assert f"answer is {choice.letter}." in endpoint.prompt_text(choice, "trace", VIEW)
+    assert endpoint.prompt_text(choice, "direct", VIEW).endswith(endpoint.DIRECT_CHOICE)
     with pytest.raises(ValueError, match="has no target"):
         ask(server, tmp_path / "c", [endpoint.Sample("x", "", "", "", sample.images, "q")])
 

@@ -5,10 +5,11 @@ import pytest
 
 from mig_kit import evaluate
 from mig_kit.evaluate import bootstrap, delta, macro, summarise
+from mig_kit.frames import View
 from mig_kit.suites import make_suite
 from mig_kit.tasks import make
 
-PIXELS = (3136, 401408)
+VIEW = View()
 
 
 def answer(sample, share=1.0):
@@ -23,7 +24,7 @@ def answer(sample, share=1.0):
 def test_scores_by_hand():
     samples = [make("diff", "val", i) for i in range(4)] + [make("reasoning", "val", i) for i in range(2)]
     replies = [answer(samples[0]), answer(samples[1], 0.6), answer(samples[2], 0.4), "", answer(samples[4]), answer(samples[5])]
-    result = summarise(samples, replies, [], PIXELS)
+    result = summarise(samples, replies, [], VIEW)
     diff = result["tasks"]["diff"]
     assert (diff["acc@0.3"], diff["acc@0.5"], diff["acc@0.7"]) == (75, 50, 25)
     assert diff["mean_iou"] == pytest.approx(50, abs=0.01)
@@ -35,19 +36,19 @@ def test_the_wrong_image_scores_nothing():
     sample = make("group_grounding", "val", 0)
     number = sample.targets[0][0]
     text = answer(sample).replace(f'"image": {number}', f'"image": {number % len(sample.images) + 1}')
-    assert evaluate.score_reply(text, sample, PIXELS)["right"] == 0
+    assert evaluate.score_reply(text, sample, VIEW)["right"] == 0
 
 
 def test_either_image_of_a_pair_that_holds_both():
     sample = next(s for s in make_suite("ood_grounding", "val", 30) if s.task == "mc_bench" and len(s.targets) == 2)
     other = answer(sample)
-    assert evaluate.score_reply(other, sample, PIXELS)["right"] == 1
+    assert evaluate.score_reply(other, sample, VIEW)["right"] == 1
 
 
 def test_paired_difference_and_sampled_mean():
     samples = [make("diff", "val", i) for i in range(4)]
     good, bad = [answer(s) for s in samples], [""] * 4
-    found = delta(samples, good, bad[:3] + good[3:], [[g, ""] for g in good], [["", ""]] * 4, PIXELS)
+    found = delta(samples, good, bad[:3] + good[3:], [[g, ""] for g in good], [["", ""]] * 4, VIEW)
     assert found["value"] == 75 and found["sampled"] == 50 and found["ci95"][0] <= 75 <= found["ci95"][1]
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
 
-from mig_kit.frames import iou, rescale, smart_resize, to_model, to_original
+from mig_kit.frames import FRAMES, View, iou, rescale, smart_resize, to_model, to_original
 
 sides = st.integers(1, 3000)
 boxes = st.tuples(*[st.floats(-50, 500, allow_nan=False) for _ in range(4)])
@@ -47,10 +47,20 @@ def test_frames_of_one_prompt_differ():
     assert to_original((0, 0, 42, 42), (84, 84)) == pytest.approx((0, 0, 42, 42))
 
 
-@given(boxes, st.integers(28, 2000), st.integers(28, 2000))
-def test_there_and_back(box, width, height):
-    back = to_original(to_model(box, (width, height)), (width, height))
+@given(boxes, st.integers(28, 2000), st.integers(28, 2000), st.sampled_from(FRAMES))
+def test_there_and_back(box, width, height, frame):
+    view = View(frame=frame)
+    back = to_original(to_model(box, (width, height), view), (width, height), view)
     assert back == pytest.approx(box, abs=1e-6)
+
+
+def test_thousandths_by_hand():
+    view = View(frame="thousand")
+    assert to_model((10, 20, 30, 40), (200, 80), view) == (50, 250, 150, 500)
+    assert to_original((50, 250, 150, 500), (200, 80), view) == (10, 20, 30, 40)
+    assert to_original((50, 250, 150, 500), (200, 80)) != (10, 20, 30, 40), "read in the wrong frame it is another box"
+    with pytest.raises(ValueError, match="use resized .* or thousand"):
+        View(frame="percent")
 
 
 def test_rescale_by_hand():

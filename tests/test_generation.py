@@ -5,23 +5,34 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mig_kit import models
+from mig_kit.frames import QWEN2_5, View
 from mig_kit.generation import Sampling, completion_logps, draw_tokens, packed_logps, rollouts
 from mig_kit.prompt_cache import PromptCache, digest
 from mig_kit.prompts import messages
 
 
-def stock_inputs(processor, sample):
-    text = processor.apply_chat_template(messages(sample), add_generation_prompt=True, tokenize=False)
+@pytest.fixture(params=sorted(models.FAMILIES))
+def family(request, random_folder, relatives, float32):
+    """(model, processor, view) of every family that the kit loads."""
+    folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
+    view = View() if request.param == "qwen2_5_vl" else View(frame="thousand")
+    return models.load_model(folder, float32), models.load_processor(folder, view), view
+
+
+def stock_inputs(processor, sample, view=QWEN2_5):
+    text = processor.apply_chat_template(messages(sample, view), add_generation_prompt=True, tokenize=False)
     return processor(text=[text], images=[list(sample.images)], return_tensors="pt")
 
 
 @pytest.mark.slow
-def test_greedy_replies_equal_transformers(random_model, processor, samples):
-    prompts = PromptCache(random_model, processor).get(samples)
-    groups = rollouts(random_model, processor, prompts, 3, Sampling(0.0, max_new_tokens=16))
+def test_greedy_replies_equal_transformers(family, samples):
+    model, processor, view = family
+    prompts = PromptCache(model, processor, view).get(samples)
+    groups = rollouts(model, processor, prompts, 3, Sampling(0.0, max_new_tokens=16))
     for sample, group in zip(samples, groups):
-        inputs = stock_inputs(processor, sample)
-        out = random_model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=[3, 4, 5, 6], eos_token_id=2)
+        inputs = stock_inputs(processor, sample, view)
+        out = model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=[3, 4, 5, 6], eos_token_id=2)
         reply = out[0, inputs["input_ids"].shape[1]:].tolist()
         reply = reply[:reply.index(2) + 1] if 2 in reply else reply
         assert group == [reply] * 3
@@ -29,36 +40,37 @@ def test_greedy_replies_equal_transformers(random_model, processor, samples):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "layers"), [(completion_logps, False), (packed_logps, False), (packed_logps, True)])
-def test_logps_and_gradients_equal_stock(random_model, processor, samples, way, layers):
+def test_logps_and_gradients_equal_stock(family, samples, way, layers):
+    model, processor, view = family
     torch.manual_seed(0)
     if layers:
-        random_model.train()
-        random_model.gradient_checkpointing_enable({"use_reentrant": False})
-    prompts = PromptCache(random_model, processor).get(samples[:4])
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    prompts = PromptCache(model, processor, view).get(samples[:4])
     owner, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
     ids, mask = torch.randint(20, 600, (5, 9)), torch.zeros(5, 9, dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
-    logps, entropies = way(random_model, prompts, owner, ids, mask, processor.image_token_id)
+    logps, entropies = way(model, prompts, owner, ids, mask, processor.image_token_id)
     weights = torch.randn(5, 9) * mask
-    random_model.zero_grad()
+    model.zero_grad()
     (logps * weights).sum().backward()
-    ours = {n: p.grad.clone() for n, p in random_model.model.language_model.named_parameters()}
-    random_model.zero_grad()
+    ours = {n: p.grad.clone() for n, p in model.model.language_model.named_parameters()}
+    model.zero_grad()
     for row, index in enumerate(owner.tolist()):
-        inputs = stock_inputs(processor, samples[index])
+        inputs = stock_inputs(processor, samples[index], view)
         start = inputs["input_ids"].shape[1]
         reply = ids[row:row + 1, :lengths[row]]
         full = torch.cat([inputs["input_ids"], reply], 1)
         kinds = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(reply)], 1)
-        out = random_model(input_ids=full, attention_mask=torch.ones_like(full), mm_token_type_ids=kinds,
+        out = model(input_ids=full, attention_mask=torch.ones_like(full), mm_token_type_ids=kinds,
                            pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
         logs = out.logits[0, start - 1:-1].log_softmax(-1)
         expected = logs.gather(-1, reply[0][:, None])[:, 0]
         assert (expected - logps[row, :lengths[row]]).abs().max() < 1e-5
         assert (-(logs.exp() * logs).sum(-1) - entropies[row, :lengths[row]]).abs().max() < 1e-4
         (expected * weights[row, :lengths[row]]).sum().backward()
-    for name, parameter in random_model.model.language_model.named_parameters():
+    for name, parameter in model.model.language_model.named_parameters():
         gap = (parameter.grad - ours[name]).norm() / parameter.grad.norm().clamp(min=1e-8)
         assert gap < 1e-4, (name, gap)
 

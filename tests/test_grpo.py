@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from mig_kit import grpo, models, sft
-from mig_kit.frames import to_model
+from mig_kit.frames import View, to_model
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import answer_text
 from mig_kit.suites import make_free_form
 from mig_kit.tasks import TASKS, make
 
-PIXELS = (3136, 401408)
+VIEW = View()
 
 
 def test_advantages_by_hand():
@@ -29,7 +29,7 @@ def make_trainer(folder, random_folder, hw, processor, share, **changes):
     options = dict(num_generations=4, batch_size=8, held=0, gradient_accumulation=1, max_steps=2, learning_rate=1e-3,
                    schedule="constant_with_warmup", warmup=1, scale_rewards="group", beta=0.0, temperature=1.0,
                    max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28,
-                   seed=0, save_steps=1, pixels=PIXELS) | changes
+                   seed=0, save_steps=1, view=VIEW) | changes
     torch.manual_seed(0)
     return grpo.trainer(model, processor, samples, hw, folder, share_prefix=share, adapter=sft.adapter(4, 8), **options)
 
@@ -47,7 +47,7 @@ def shake(trainer):
 def test_rewards_apply_where_they_mean_something():
     samples = [make("diff", "rl", 0), make_free_form("rl", 1)[0]]
     replies = [[{"role": "assistant", "content": f"<think></think><answer>{samples[1].letter}</answer>"}]] * 2
-    found = {f.__name__: f(completions=replies, sample=[0, 1]) for f in grpo.reward_functions(samples, PIXELS)}
+    found = {f.__name__: f(completions=replies, sample=[0, 1]) for f in grpo.reward_functions(samples, VIEW)}
     assert found == {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None], "choice": [None, 1.0]}
 
 
@@ -56,20 +56,22 @@ def test_a_citation_of_nothing_earns_nothing():
     image, box = samples[0].targets[0]
     answer = f"<answer>{answer_text(image, to_model(box, samples[0].sizes[image - 1]))}</answer>"
     replies = [[{"role": "assistant", "content": f"<think>image {n}: a.</think>{answer}"}] for n in (2, 3)]
-    found = {f.__name__: f(completions=replies, sample=[0, 0]) for f in grpo.reward_functions(samples, PIXELS, True)}
+    found = {f.__name__: f(completions=replies, sample=[0, 0]) for f in grpo.reward_functions(samples, VIEW, True)}
     assert found["format"] == [1.0, 0.0] and found["image"] == [1.0, 0.0] and found["box"][1] == 0.0 < found["box"][0]
     assert found["choice"] == [None, None]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("beta", "held", "four_bit", "layers"), [
-    (0.0, 0, False, False), (0.0, 4, False, False), (0.1, 4, False, False), (0.1, 0, True, False), (0.1, 0, False, True),
-    (0.0, 4, False, True)])
-def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, float32, processor, beta, held, four_bit, layers):
+@pytest.mark.parametrize(("beta", "held", "four_bit", "layers", "family"), [
+    (0.0, 0, False, False, ""), (0.0, 4, False, False, ""), (0.1, 4, False, False, ""), (0.1, 0, True, False, ""),
+    (0.1, 0, False, True, ""), (0.0, 4, False, True, ""), (0.1, 4, False, False, "qwen2_vl"), (0.1, 0, True, False, "qwen3_vl"),
+    (0.0, 4, False, True, "qwen3_vl")])
+def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, relatives, float32, beta, held, four_bit, layers, family):
     """The same completions through TRL's own loss, once with stock log-probabilities, once with shared prefixes."""
-    stock = make_trainer(tmp_path / "a", random_folder, float32, processor, False, beta=beta, four_bit=four_bit)
-    ours = make_trainer(tmp_path / "b", random_folder, float32, processor, True, beta=beta, held=held, four_bit=four_bit,
-                        checkpoint_layers=layers)
+    folder, view = (relatives[family], View(frame="thousand")) if family else (random_folder, VIEW)
+    processor, same = models.load_processor(folder, view), dict(beta=beta, four_bit=four_bit, view=view)
+    stock = make_trainer(tmp_path / "a", folder, float32, processor, False, **same)
+    ours = make_trainer(tmp_path / "b", folder, float32, processor, True, held=held, checkpoint_layers=layers, **same)
     for trainer in (stock, ours):
         shake(trainer)
         trainer.model.train()

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from mig_kit import merge, models, sft
+from mig_kit.frames import View
 from mig_kit.tasks import make
 
-PIXELS = (3136, 401408)
+VIEW = View()
 
 
 @pytest.mark.slow
@@ -20,7 +21,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     merge.save(merge.merge(random_folder, tmp_path / "adapter", float32), processor, tmp_path / "merged")
     samples = [make("diff", "val", i) for i in range(3)]
     rows = merge.compare(random_folder, tmp_path / "adapter", tmp_path / "merged", samples, ["<think>Compare.</think>"] * 3,
-                         float32, PIXELS)
+                         float32, VIEW)
     gaps = {row["way"]: row["mean_gap"] for row in rows}
     assert gaps["saved and read back"] < 1e-3
     assert min(gaps[way] for way in merge.WAYS[1:]) > 5 * gaps["saved and read back"]

@@ -7,7 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mig_kit import models, sft
+from mig_kit.frames import View
 from mig_kit.prompts import messages
+
+THOUSAND = View(frame="thousand")
 
 
 def batch_of(processor, samples):
@@ -87,3 +90,25 @@ def test_the_shipped_base_is_small_and_whole(processor):
         assert processor.tokenizer.decode(ids) == text
         tokens = [processor.tokenizer.decode([i]) for i in ids]
         assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_relatives_load_in_thousandths_only(family, relatives, float32, samples):
+    folder = relatives[family]
+    with pytest.raises(ValueError, match="set the parameter frame to thousand"):
+        models.load_processor(folder)
+    processor = models.load_processor(folder, THOUSAND)
+    batch = batch_of(processor, samples)
+    models.check_tokens(processor, batch)
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    assert side == {"qwen2_vl": 28, "qwen3_vl": 32}[family]
+    model = models.load_model(folder, float32, four_bit=True)
+    assert len(models.check_adapters(get_peft_model(model, sft.adapter(4, 8)))) == 14
+    assert type(model.model.visual).__module__.endswith(family)
+
+
+def test_another_kind_of_model_is_refused(tmp_path, random_folder, float32):
+    shutil.copytree(random_folder, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is a llama; the kit loads qwen2_5_vl, qwen2_vl, qwen3_vl"):
+        models.load_model(tmp_path / "model", float32)

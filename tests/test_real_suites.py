@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from mig_kit import benchmarks, real_suites, runs
-from mig_kit.frames import smart_resize, to_model
+from mig_kit.frames import View, seen_size, to_model
 from mig_kit.prompts import answer_text, question_text
 from mig_kit.rewards import correct
 
-PIXELS = (3136, 401408)
+VIEW = View()
 SIZES = {"a.png": (400, 200), "b.png": (150, 333), "c.png": (90, 90)}
 TASKS = [
     {"task": "multi_view", "images": ["a.png", "b.png", "c.png"], "answer": [0.1, 0.2, 0.5, 0.6],
@@ -48,7 +48,7 @@ def right_reply(sample, number=None):
     if sample.options:
         return f"<think>x</think><answer>{sample.letter}</answer>"
     image, box = next(t for t in sample.targets if number in (None, t[0]))
-    return f"<think>x</think><answer>{answer_text(image, to_model(box, sample.sizes[image - 1], *PIXELS))}</answer>"
+    return f"<think>x</think><answer>{answer_text(image, to_model(box, sample.sizes[image - 1], VIEW))}</answer>"
 
 
 @pytest.mark.parametrize("name", real_suites.RUNNABLE)
@@ -58,9 +58,9 @@ def test_right_replies_score_everything_under_both_protocols(root, name):
     samples = [s for part in real_suites.batches(real, root, 2) for s in part]
     assert [s.sizes for s in samples] == [sizes[s.id] for s in samples]
     good = {s.id: [right_reply(s)] for s in samples}
-    assert all(correct(good[s.id][0], s, pixels=PIXELS) for s in samples), "the kit's own rule agrees"
+    assert all(correct(good[s.id][0], s, view=VIEW) for s in samples), "the kit's own rule agrees"
     bad = {s.id: ["<think>x</think><answer>H</answer>"] for s in samples}
-    found = real_suites.results(real, {"sft": bad, "grpo": good}, sizes, root, PIXELS, [("grpo", "sft")])
+    found = real_suites.results(real, {"sft": bad, "grpo": good}, sizes, root, VIEW, [("grpo", "sft")])
     rows = {(row["system"], row["protocol"]): row["avg"] for row in real_suites.table(found)}
     assert rows == {("sft", "official"): 0, ("sft", "strict"): 0, ("grpo", "official"): 100, ("grpo", "strict"): 100}
     metric = next(iter(found["deltas"]["grpo-sft"]["strict"]))
@@ -71,8 +71,8 @@ def test_reference_boxes_reach_the_model_in_its_own_frame(root):
     real = real_suites.read("mig_bench", root / "mig_bench.json", root)
     sample = real_suites.sample_of(real.items[0], real.name, root)
     assert sample.reference == (100, 100, 200, 200) and sample.targets[0][0] == 2
-    width, height = smart_resize(400, 200, *PIXELS)
-    text = question_text(sample, *PIXELS)
+    width, height = seen_size((400, 200), VIEW)
+    text = question_text(sample, VIEW)
     assert f"[{round(width / 4)},{round(height / 2)},{round(width / 2)},{height}]" in text and "box_start" not in text
     assert "object_ref" not in real_suites.sample_of(real.items[2], real.name, root).question
 
@@ -81,9 +81,9 @@ def test_the_right_box_in_the_wrong_image_passes_only_the_official_rule(root):
     real = real_suites.read("mig_bench", root / "mig_bench.json", root)
     sizes = real_suites.image_sizes(real, root)
     item = benchmarks.Benchmark("mig_bench", "original", real.items[2:], False)
-    width, height = smart_resize(*SIZES["b.png"], *PIXELS)
+    width, height = seen_size(SIZES["b.png"], VIEW)
     reply = f"<think>x</think><answer>{answer_text(2, (width / 2, height / 2, width, height))}</answer>"
-    found = real_suites.results(item, {"grpo": {"mig_bench/2": [reply]}}, sizes, root, PIXELS, [])
+    found = real_suites.results(item, {"grpo": {"mig_bench/2": [reply]}}, sizes, root, VIEW, [])
     assert [row["avg"] for row in real_suites.table(found)] == [100, 0]
 
 
@@ -91,7 +91,7 @@ def test_multiple_choice_shows_the_texts_of_the_options(root):
     for name, texts in (("mmiu", ("one", "the other")), ("blink", ("1", "3"))):
         real = real_suites.read(name, root / f"{name}.json", root)
         sample = real_suites.sample_of(real.items[0], name, root)
-        assert sample.options == texts and f"A. {texts[0]} B. {texts[1]}" in question_text(sample, *PIXELS)
+        assert sample.options == texts and f"A. {texts[0]} B. {texts[1]}" in question_text(sample, VIEW)
 
 
 def test_what_is_missing_is_said_before_any_model_is_loaded(root):
@@ -128,7 +128,7 @@ def test_every_official_item_becomes_a_sample(tmp_path):
     for item in real.items[::7]:
         blank = benchmarks.Item(**{**vars(item), "images": ("one.png",) * len(item.images)})
         sample = real_suites.sample_of(blank, real.name, tmp_path)
-        text = question_text(sample, *PIXELS)
+        text = question_text(sample, VIEW)
         assert sample.targets and "<|" not in text and "{ref}" not in text
         marked += sample.reference is not None
     assert marked > 80

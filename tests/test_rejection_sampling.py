@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mig_kit import rejection_sampling as rs
+from mig_kit.frames import View
 from mig_kit.tasks import make
 
 
@@ -34,7 +35,7 @@ def test_a_cut_line_is_dropped_and_the_rest_kept(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_model, processor, samples):
-    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=3, seed=1, pixels=(3136, 401408), autocast=False)
+    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=3, seed=1, view=View(), autocast=False)
     whole = rs.sample_replies(random_model, processor, samples, tmp_path / "whole.jsonl", **options)
     lines = (tmp_path / "whole.jsonl").read_text().splitlines()
     (tmp_path / "cut.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
@@ -46,4 +47,4 @@ def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_model, proces
 def test_no_replies_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="replies is 0; a prompt needs at least one"):
         rs.sample_replies(None, None, [], tmp_path / "x.jsonl", replies=0, temperature=1.0, max_new_tokens=1,
-                          batch_size=1, seed=0, pixels=(1, 2), autocast=False)
+                          batch_size=1, seed=0, view=View(), autocast=False)

@@ -1,16 +1,17 @@
 """Stage 07: nothing that a model wrote runs in the page; the table shows what was measured."""
 
 from mig_kit import report
+from mig_kit.frames import View
 from mig_kit.suites import make_free_form
 from mig_kit.tasks import make
 
-PIXELS = (3136, 401408)
+VIEW = View()
 
 
 def test_model_text_is_escaped():
     sample = make("diff", "val", 0)
     hostile = "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
-    card = report.card(sample, {"<b>sys</b>": hostile}, PIXELS)
+    card = report.card(sample, {"<b>sys</b>": hostile}, VIEW)
     page = report.page("<script>title</script>", [("<i>h</i>", card)])
     assert "<script" not in page and "onerror" not in page.replace("onerror=alert(2)&gt;", "") and "<b>sys" not in page
 
@@ -42,7 +43,7 @@ def test_choose_covers_the_outcomes():
     right = {s.id: f"<think></think><answer>{answer_text(2, to_model(s.targets[0][1], s.sizes[1]))}</answer>" for s in samples}
     before = {s.id: right[s.id] if i in (1, 2) else "" for i, s in enumerate(samples)}
     after = {s.id: right[s.id] if i in (0, 1) else "" for i, s in enumerate(samples)}
-    chosen = dict((kind, s.id) for kind, s in report.choose(samples, before, after, PIXELS))
+    chosen = dict((kind, s.id) for kind, s in report.choose(samples, before, after, VIEW))
     assert chosen == {"wrong, then right": samples[0].id, "right both times": samples[1].id,
                       "right, then wrong": samples[2].id, "wrong both times": samples[3].id}
 
@@ -61,10 +62,10 @@ def test_outcomes_by_hand():
     replies = {"right": reply_for(sample), "wrong image": reply_for(sample, 1), "box off": reply_for(sample, shift=40),
                "no answer": "?"}
     for kind, reply in replies.items():
-        assert report.outcome(reply, sample, PIXELS) == kind
+        assert report.outcome(reply, sample, VIEW) == kind
     wrong = "B" if choice.letter == "A" else "A"
-    assert report.outcome(f"<think></think><answer>{wrong}</answer>", choice, PIXELS) == "wrong option"
-    counts = report.outcomes([sample], {"a": {sample.id: replies["right"]}, "b": {sample.id: "?"}}, PIXELS)
+    assert report.outcome(f"<think></think><answer>{wrong}</answer>", choice, VIEW) == "wrong option"
+    counts = report.outcomes([sample], {"a": {sample.id: replies["right"]}, "b": {sample.id: "?"}}, VIEW)
     assert counts == {"a": {"right": 1, "no answer": 0}, "b": {"right": 0, "no answer": 1}}
 
 
@@ -83,7 +84,7 @@ def test_calibration_counts_every_sample_once():
 def test_the_gallery_is_filtered_without_a_script():
     samples = [make("diff", "val", 0), make("region", "val", 0)]
     replies = {"sft": {s.id: "?" for s in samples}}
-    text = report.gallery([("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, PIXELS)
+    text = report.gallery([("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, VIEW)
     assert text.count('class="card task-') == 2 and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
     assert "<script" not in text and "<b>lost" not in text
 

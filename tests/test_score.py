@@ -16,7 +16,7 @@ from PIL import Image
 
 from mig_kit import benchmarks, coco, leaderboard, replies, runs, score
 from mig_kit.cli import cli
-from mig_kit.frames import smart_resize
+from mig_kit.frames import View, smart_resize
 
 DATA = Path(os.environ.get("MIG_KIT_DATA", runs.ROOT.parent / "shared" / "data"))
 MIG_FILE, BLINK_FILES = DATA / "mig_bench" / "MIG_data.json", sorted((DATA / "blink").glob("val_*.jsonl"))
@@ -200,9 +200,9 @@ def test_strict_converts_the_resized_frame():
     width, height = smart_resize(*size)
     box = [0.1 * width, 0.2 * height, 0.3 * width, 0.4 * height]
     text = f"<answer>[{', '.join(f'{v:.4f}' for v in box)}]</answer>"
-    assert score.strict_iou(item(size=size), text, "resized", (3136, 401408))[0] == pytest.approx(1, abs=1e-3)
+    assert score.strict_iou(item(size=size), text, "resized", View())[0] == pytest.approx(1, abs=1e-3)
     pixels = "<answer>[100, 100, 300, 200]</answer>"
-    assert score.strict_iou(item(size=size), pixels, "pixels", (3136, 401408))[0] == pytest.approx(1)
+    assert score.strict_iou(item(size=size), pixels, "pixels", View())[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("text,letter", [

@@ -3,16 +3,17 @@
 import pytest
 
 from mig_kit import models, sft, synthesize
+from mig_kit.frames import View
 from mig_kit.tasks import TASKS, make
 
-PIXELS = (3136, 401408)
+VIEW = View()
 
 
 @pytest.fixture
 def table():
     samples = [make(task, "cot", i) for task in TASKS for i in range(2)]
     traces = synthesize.traces(samples, 0, (1, 1, 1), 0.0, 0.7)
-    return sft.training_rows(samples, [t.text for t in traces], PIXELS)
+    return sft.training_rows(samples, [t.text for t in traces], VIEW)
 
 
 @pytest.mark.slow
@@ -46,3 +47,19 @@ def test_newest_whole_checkpoint(tmp_path):
             (folder / "trainer_state.json").write_text("{}")
     assert sft.last_checkpoint(tmp_path).endswith("checkpoint-20")
     assert sft.last_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_relatives_learn_boxes_in_thousandths(tmp_path, relatives, family, float32):
+    view = View(frame="thousand")
+    samples = [make(task, "cot", i) for task in TASKS for i in range(2)]
+    replies = [t.text for t in synthesize.traces(samples, 0, (1, 1, 1), 0.0, 0.7, view)]
+    assert all(synthesize.verdict(r, s, view) == "" for r, s in zip(replies, samples))
+    table = sft.training_rows(samples, replies, view)
+    model = sft.quantised_model(relatives[family], float32, sft.adapter(4, 8), 0)
+    trainer = sft.trainer(model, models.load_processor(relatives[family], view), table, float32, tmp_path, epochs=6, batch_size=10,
+                          gradient_accumulation=1, learning_rate=2e-2, warmup=1, seed=0, save_steps=100)
+    sft.train(trainer, tmp_path)
+    curve = sft.loss_curve(trainer.state.log_history)
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.5

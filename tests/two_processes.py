@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mig_kit import grpo, models, sft
+from mig_kit.frames import View
 from mig_kit.tasks import TASKS, make
 
 
@@ -14,13 +15,12 @@ def main(folder: Path, random_folder: Path) -> None:
     """Train two steps on this process's half of every batch."""
     hw = models.Hardware("cpu", torch.float32, False, "sdpa", "float32 for tests")
     samples = [make(task, "rl", i) for task in TASKS for i in range(2)]
-    pixels = (3136, 401408)
     torch.manual_seed(0)
     trainer = grpo.trainer(
-        models.load_model(random_folder, hw), models.load_processor(random_folder, *pixels), samples, hw, folder, share_prefix=True,
+        models.load_model(random_folder, hw), models.load_processor(random_folder), samples, hw, folder, share_prefix=True,
         adapter=sft.adapter(4, 8), num_generations=4, batch_size=4, held=0, gradient_accumulation=1, max_steps=2,
         learning_rate=1e-2, schedule="constant_with_warmup", warmup=1, scale_rewards="group", beta=0.05, temperature=1.0,
-        max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=0, save_steps=100, pixels=pixels)
+        max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=0, save_steps=100, view=View())
     seen = []
     stock = trainer._calculate_rewards
 
