@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mig_kit.frames import Box
+from mig_kit.image_files import confined
 from mig_kit.replies import ORDINALS
 
 MIG_BENCH_TASKS = {"diff": 528, "view_diff": 94, "common_object": 816, "object_tracking": 550, "multi_view": 288, "region": 1203,
@@ -254,14 +255,10 @@ READERS: dict[str, Callable[[list[dict]], Benchmark]] = {
 
 
 def image_file(root: str | Path, name: str) -> Path:
-    """The file a benchmark's image name means below the image root. Raises ValueError where the name leaves the root."""
-    root = Path(root).resolve()
-    folder, _, place = name.rpartition("#")
-    video = (root / folder).resolve() if folder and place.isdecimal() else root
-    path = (root / name).resolve()
-    if not (path.is_relative_to(root) and video.is_relative_to(root)):
-        raise ValueError(f"the image name '{name}' leaves the image root {root}; names must be relative to --images")
-    if video != root and video.is_dir():  # ReVOS: a place among the video's frames, sorted by the first number in their names
+    """The file a benchmark's image name means below the image root; image_files.BadImage where the name leaves the root."""
+    path, (folder, _, place) = confined(Path(root), name), name.rpartition("#")
+    video = confined(Path(root), folder) if folder and place.isdecimal() else path
+    if video != path and video.is_dir():  # ReVOS: a place among the video's frames, sorted by the first number in their names
         files = sorted((f for f in video.iterdir() if f.suffix in (".jpg", ".png") and re.search(r"\d", f.name)),
                        key=lambda f: int(re.findall(r"\d+", f.name)[0]))
         return files[int(place)] if int(place) < len(files) else path

@@ -23,7 +23,7 @@ from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_reward, image_reward
-from mig_kit.sft import Progress, ReleaseMemory
+from mig_kit.sft import Progress, ReleaseMemory, tracking
 
 
 def reward_functions(samples: list[Sample], view: View, gate_citations: bool = False) -> list[Callable]:
@@ -175,7 +175,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
             schedule: str, warmup: int, scale_rewards: str, beta: float, temperature: float, max_new_tokens: int,
             weights: list[float], clip_low: float, clip_high: float, seed: int, save_steps: int,
             view: View, gate_citations: bool = False, checkpoint_layers: bool = False,
-            min_new_tokens: int = 0) -> GRPOTrainer:
+            min_new_tokens: int = 0, track: str = "none") -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice.
 
     checkpoint_layers: only the layers' inputs are kept for the backward pass, with shared prefixes as without.
@@ -189,7 +189,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
         lr_scheduler_type=schedule, warmup_steps=warmup, scale_rewards=scale_rewards, beta=beta, temperature=temperature,
         max_completion_length=max_new_tokens, reward_weights=weights, generation_kwargs={"min_new_tokens": min_new_tokens},
         epsilon=clip_low, epsilon_high=clip_high, seed=seed,
-        data_seed=seed, logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to="none",
+        data_seed=seed, logging_steps=1, save_steps=save_steps, save_total_limit=1, **tracking(track, folder),
         use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,
         gradient_checkpointing=checkpoint_layers, gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_pin_memory=False)

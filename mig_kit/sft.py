@@ -4,6 +4,7 @@ NF4 weights with double quantisation, LoRA on the language model only, loss on t
 publishes neither rank nor rates; rank and alpha of the full profiles are VLM-R1's, those of the tiny one are ours.
 """
 
+import importlib.util
 import time
 from pathlib import Path
 
@@ -74,13 +75,29 @@ def quantised_model(base: str | Path, hw: Hardware, lora: LoraConfig, seed: int)
     return model
 
 
+def tracking(track: str, folder: Path) -> dict:
+    """The trainer's settings that send its curves to "trackio" or "wandb" as well, by the name of run and stage; "none": nowhere.
+
+    Keys come from the tracker's own environment variables. Raises ValueError for another name, or where it is not installed.
+    """
+    if track == "none":
+        return {"report_to": "none"}
+    if track not in ("trackio", "wandb"):
+        raise ValueError(f"track is '{track}'; use none, trackio or wandb")
+    if importlib.util.find_spec(track) is None:
+        raise ValueError(f"track is '{track}', which is not installed; run: pip install {track}")
+    return {"report_to": track, "project": "mig-kit", "run_name": f"{folder.parent.name}/{folder.name}",
+            "trackio_static_space_id": False}
+
+
 def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epochs: float, batch_size: int,
-            gradient_accumulation: int, learning_rate: float, warmup: float, seed: int, save_steps: int) -> SFTTrainer:
+            gradient_accumulation: int, learning_rate: float, warmup: float, seed: int, save_steps: int,
+            track: str = "none") -> SFTTrainer:
     """TRL's trainer on `data`; the first batch's image tokens and features are compared before anything is trained."""
     config = SFTConfig(
         output_dir=str(folder / "checkpoints"), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation, learning_rate=learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=warmup, logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to="none", seed=seed,
+        warmup_steps=warmup, logging_steps=1, save_steps=save_steps, save_total_limit=1, **tracking(track, folder), seed=seed,
         data_seed=seed, max_length=None, completion_only_loss=True, use_cpu=hw.device == "cpu",
         bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
         dataloader_pin_memory=False, remove_unused_columns=False)

@@ -15,7 +15,8 @@ def run(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     gap = {"value": 9.5, "ci95": [7.0, 12.0]}
     suites = {suite: {"score": 50.0} for suite in hub.NAMES}
-    for stage, params in (("02_sft", {"base_model": "tiny"}), ("05_grpo", {"max_steps": 3, "seed": 1, "frame": "resized"}), ("06_evaluate", {})):
+    params_of = {"02_sft": {"base_model": "tiny"}, "05_grpo": {"max_steps": 3, "seed": 1, "frame": "resized"}, "06_evaluate": {}}
+    for stage, params in params_of.items():
         (tmp_path / "a" / stage).mkdir(parents=True)
         (tmp_path / "a" / stage / "run.json").write_text(json.dumps({"params": params}))
     (tmp_path / "a" / "06_evaluate" / "metrics.json").write_text(json.dumps(

@@ -63,3 +63,24 @@ def test_relatives_learn_boxes_in_thousandths(tmp_path, relatives, family, float
     sft.train(trainer, tmp_path)
     curve = sft.loss_curve(trainer.state.log_history)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
+
+
+def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path, monkeypatch):
+    assert sft.tracking("none", tmp_path) == {"report_to": "none"}
+    with pytest.raises(ValueError, match="use none, trackio or wandb"):
+        sft.tracking("all", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="run: pip install wandb"):
+        sft.tracking("wandb", tmp_path)
+
+
+@pytest.mark.slow
+def test_trackio_gets_the_curve(tmp_path, random_folder, float32, processor, table, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    pytest.importorskip("trackio")
+    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+    trainer = sft.trainer(model, processor, table, float32, tmp_path / "mine" / "02_sft", epochs=1, batch_size=10,
+                          gradient_accumulation=1, learning_rate=1e-3, warmup=1, seed=0, save_steps=100, track="trackio")
+    trainer.train()
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
+    assert b"mine/02_sft" in stored and b"mean_token_accuracy" in stored
