@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.frames import View
 from mig_kit.generation import Sampling, completion_logps, packed_logps, rollouts
+from mig_kit.guards import Watch
 from mig_kit.models import Hardware
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
@@ -197,7 +198,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
                   processing_class=processor,
                   train_dataset=training_rows(samples, view, with_images=not share_prefix), peft_config=adapter,
                   callbacks=[Progress(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),
-                                       "entropy")), ReleaseMemory()])
+                                       "entropy")), ReleaseMemory(), Watch()])
     if not share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,

@@ -144,6 +144,8 @@ def check_model_folder(model: str | Path) -> None:
             raise FileNotFoundError(f"no model folder at {model}; run the stage that makes it, or give a hub name")
         return
     names = {p.name for p in path.iterdir()}
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise FileNotFoundError(f"{model} holds an adapter, not a model; merge it into its base first (stage 03)")
     if not any(name.endswith(".safetensors") for name in names):
         raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are loaded, so convert them")
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
@@ -157,6 +159,9 @@ def family_of(model: str | Path):
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise ValueError(f"{model} is a {config.model_type}; the kit loads {', '.join(FAMILIES)}")
+    if "quantization_config" in config.to_dict():
+        raise ValueError(f"{model} holds quantised weights, which are neither what training saw nor what a merge gives; "
+                         "give the full weights (stage 03 writes them)")
     return config
 
 

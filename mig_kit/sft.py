@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from mig_kit.frames import View
 from mig_kit.generation import Sampling, rollouts
+from mig_kit.guards import Watch
 from mig_kit.models import LORA_TARGETS, Hardware, check_adapters, check_tokens, load_model
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
@@ -102,7 +103,7 @@ def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epoc
         bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
         dataloader_pin_memory=False, remove_unused_columns=False)
     made = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=processor,
-                      callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory(2)])
+                      callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory(2), Watch()])
     batch = made.data_collator([data[i] for i in range(min(4, len(data)))])
     check_tokens(processor, batch)
     if int((batch["labels"] != -100).sum()) == 0:

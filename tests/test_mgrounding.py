@@ -217,7 +217,7 @@ turns = st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]
 paths = st.lists(st.sampled_from([GROUP.format(1), FILM.format(3), FILM.format(1), "/a", ".."]) | st.text(max_size=9), max_size=4)
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=int(os.environ.get("MIG_KIT_FUZZ", 1500)), deadline=None, suppress_health_check=list(HealthCheck))
 @given(values | st.fixed_dictionaries({"images": paths | values, "conversations": turns | values}),
        st.lists(st.tuples(pieces, pieces), min_size=1, max_size=3), st.integers(1, 4), st.booleans())
 def test_any_record_gives_items_inside_the_rules_or_a_reason(data, talk, n, tracking):

@@ -1,6 +1,7 @@
 """Own data: what each mistake is called, on which line, and the reader under fuzz."""
 
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -120,7 +121,7 @@ rows = st.fixed_dictionaries(
               "x": values})
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=int(os.environ.get("MIG_KIT_FUZZ", 1500)), deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows.map(lambda row: json.dumps(row).encode()) | values.map(lambda v: json.dumps(v).encode()) | st.binary(max_size=200))
 def test_any_line_is_a_sample_inside_the_rules_or_has_sentences(root, line):
     path = root / "fuzz.jsonl"

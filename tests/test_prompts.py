@@ -1,6 +1,7 @@
 """Prompts and the parser: it never raises, and never gives a box outside the rules."""
 
 import json
+import os
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ def test_format_needs_the_whole_reply():
     assert parse("<think>x</think><answer>B</answer>").letter == "B"
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=int(os.environ.get("MIG_KIT_FUZZ", 2000)), deadline=None)
 @given(st.one_of(st.text(), st.lists(pieces, max_size=14).map("".join)))
 def test_parser_never_raises_and_keeps_the_rules(text):
     reply = parse(text)
