@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -62,30 +61,34 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, params, force: bool)
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # what the notebooks print
+    from mig_kit.stage_table import StageTable
+
     given = {key: yaml.safe_load(value) for key, value in params}
     names = [stage_name(s) for s in stages] or list(runs.RECIPE)
     known = {key for name in names for key in runs.read_params(runs.params_file(name))}
     for key in given:
         if key not in known:
             runs.checked({key: given[key]}, names[-1])
-    for name in names:
-        values = chosen_params(name, profile, run_id, given)
-        if not force and runs.up_to_date(name, run_id, values):
-            click.echo(f"{name}: up to date")
-            continue
-        folder = runs.runs_root() / run_id / name
-        folder.mkdir(parents=True, exist_ok=True)
-        runs.lock(folder.parent)  # refused here, before papermill writes its notebook over another's
-        runs.unlock(folder.parent)
-        start = time.time()
-        click.echo(f"{name}: running")
-        try:
-            papermill.execute_notebook(runs.ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb", values,
-                                       progress_bar=sys.stderr.isatty(), log_output=True, cwd=str(runs.ROOT / "notebooks"))
-        except PapermillExecutionError as error:
-            raise RuntimeError(f"{name} failed: {error.ename}: {error.evalue} (the notebook is {folder / name}.ipynb)") from None
-        click.echo(f"{name}: done in {(time.time() - start) / 60:.1f} min")
+    with StageTable(names) as shown:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[shown], force=True)  # what the notebooks print
+        for name in names:
+            values = chosen_params(name, profile, run_id, given)
+            if not force and runs.up_to_date(name, run_id, values):
+                shown.set(name, "up to date")
+                continue
+            folder = runs.runs_root() / run_id / name
+            folder.mkdir(parents=True, exist_ok=True)
+            runs.lock(folder.parent)  # refused here, before papermill writes its notebook over another's
+            runs.unlock(folder.parent)
+            shown.set(name, "running")
+            try:
+                papermill.execute_notebook(runs.ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb", values,
+                                           progress_bar=False, log_output=True, cwd=str(runs.ROOT / "notebooks"))
+            except PapermillExecutionError as error:
+                shown.set(name, "failed")
+                raise RuntimeError(f"{name} failed: {error.ename}: {error.evalue} "
+                                   f"(the notebook is {folder / name}.ipynb)") from None
+            shown.set(name, "done")
     report = runs.runs_root() / run_id / "07_report" / "report.html"
     if report.is_file():
         click.echo(f"report: {report}")

@@ -24,7 +24,7 @@ from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_reward, image_reward
-from mig_kit.sft import Progress, ReleaseMemory, tracking
+from mig_kit.sft import LiveCurves, Progress, ReleaseMemory, tracking
 
 
 def reward_functions(samples: list[Sample], view: View, gate_citations: bool = False) -> list[Callable]:
@@ -198,7 +198,8 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
                   processing_class=processor,
                   train_dataset=training_rows(samples, view, with_images=not share_prefix), peft_config=adapter,
                   callbacks=[Progress(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),
-                                       "entropy")), ReleaseMemory(), Watch()])
+                                       "entropy")), ReleaseMemory(), Watch(),
+                             LiveCurves(curves, ("reward", "image", "box", "choice"))])
     if not share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,

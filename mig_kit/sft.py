@@ -6,14 +6,18 @@ publishes neither rank nor rates; rank and alpha of the full profiles are VLM-R1
 
 import importlib.util
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from IPython import get_ipython
+from IPython.display import HTML, display
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from mig_kit import plots
 from mig_kit.frames import View
 from mig_kit.generation import Sampling, rollouts
 from mig_kit.guards import Watch
@@ -40,6 +44,34 @@ class Progress(TrainerCallback):
         short = {name: name.split("/")[-2] if "/" in name else name for name in self.names if logs.get(name) is not None}
         figures = ", ".join(f"{word} {logs[name]:.3f}" for name, word in short.items())
         print(f"step {state.global_step}/{state.max_steps}: {figures}; {left:.1f} min left", flush=True)
+
+
+class LiveCurves(TrainerCallback):
+    """In a notebook, the curves of the training under way, drawn again at most every `seconds`; gone when it ends.
+
+    rows: from the trainer's log history to rows of the figures named; the cell after the training shows the whole of them.
+    """
+
+    def __init__(self, rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...], seconds: float = 20):
+        self.rows, self.names, self.seconds, self.handle, self.drawn = rows, list(names), seconds, None, time.monotonic()
+
+    def on_log(self, args, state, control, **kwargs):
+        """Draw, where there is a notebook and it is time."""
+        rows = self.rows(state.log_history)
+        if get_ipython() is None or len(rows) < 2 or time.monotonic() - self.drawn < self.seconds:
+            return
+        figure = plots.curves(rows, self.names, f"step {state.global_step} of {state.max_steps}")
+        if self.handle:
+            self.handle.update(figure)
+        else:
+            self.handle = display(figure, display_id=True)
+        plots.plt.close(figure)
+        self.drawn = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Make room for the finished curves."""
+        if self.handle:
+            self.handle.update(HTML(""))
 
 
 class ReleaseMemory(TrainerCallback):
@@ -103,7 +135,8 @@ def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epoc
         bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
         dataloader_pin_memory=False, remove_unused_columns=False)
     made = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=processor,
-                      callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory(2), Watch()])
+                      callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory(2), Watch(),
+                                 LiveCurves(loss_curve, ("loss", "token_accuracy"))])
     batch = made.data_collator([data[i] for i in range(min(4, len(data)))])
     check_tokens(processor, batch)
     if int((batch["labels"] != -100).sum()) == 0:

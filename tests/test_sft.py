@@ -1,5 +1,7 @@
 """Stage 02 on a random model."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from mig_kit import models, sft, synthesize
@@ -84,3 +86,20 @@ def test_trackio_gets_the_curve(tmp_path, random_folder, float32, processor, tab
     trainer.train()
     stored = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
     assert b"mine/02_sft" in stored and b"mean_token_accuracy" in stored
+
+
+def test_live_curves_are_drawn_in_a_notebook_and_removed(monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=shown.append)
+    history = [{"step": i, "loss": 1 / i, "mean_token_accuracy": 0.5} for i in (1, 2, 3)]
+    state = SimpleNamespace(log_history=history, global_step=3, max_steps=9)
+    monkeypatch.setattr(sft, "display", lambda figure, display_id: shown.append(figure) or handle)
+    live = sft.LiveCurves(sft.loss_curve, ("loss", "token_accuracy"), seconds=0)
+    live.on_log(None, state, None)
+    assert shown == [], "no notebook, no picture"
+    monkeypatch.setattr(sft, "get_ipython", object)
+    for _ in range(2):
+        live.on_log(None, state, None)
+    live.on_train_end(None, state, None)
+    assert [axis.get_title() for axis in shown[0].axes] == ["loss", "token accuracy"]
+    assert len(shown) == 3 and shown[2].data == ""
