@@ -8,8 +8,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 60  # characters of the last line that a stage printed
-
 
 class StageTable(logging.Handler):
     """States of the stages by name; as a log handler it takes what the notebooks print. Use it in a `with` statement."""
@@ -54,10 +52,11 @@ class StageTable(logging.Handler):
 
     def table(self) -> Table:
         """Stage, state, minutes, and of the running stage the last line it printed."""
-        made = Table("stage", "state", "minutes", "now", box=None, padding=(0, 2, 0, 0))
+        made = Table("stage", "state", "minutes", box=None, padding=(0, 2, 0, 0))
+        made.add_column("now", no_wrap=True, overflow="ellipsis")
         colours = {"running": "bold", "failed": "red", "done": "green", "up to date": "green", "waiting": "dim"}
         for name, state in self.states.items():
             seconds = self.taken.get(name, time.monotonic() - self.begun[name] if state == "running" else None)
             minutes = "" if seconds is None else f"{seconds / 60:.1f}"
-            made.add_row(name, Text(state, colours[state]), minutes, Text(self.last[:WIDTH] if state == "running" else ""))
+            made.add_row(name, Text(state, colours[state]), minutes, Text(self.last if state == "running" else ""))
         return made
