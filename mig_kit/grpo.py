@@ -27,18 +27,22 @@ from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_
 from mig_kit.sft import LiveCurves, Progress, ReleaseMemory, tracking
 
 
-def reward_functions(samples: list[Sample], view: View, gate_citations: bool = False) -> list[Callable]:
+def reward_functions(samples: list[Sample], view: View, missing_images: str = "format") -> list[Callable]:
     """The four rewards in TRL's form; the column `sample` is the index into `samples`.
 
-    None where a reward does not apply: image and box of a multiple-choice sample, choice of any other. gate_citations: a reply
-    whose reasoning cites an image that the prompt does not have earns nothing.
+    None where a reward does not apply: image and box of a multiple-choice sample, choice of any other. missing_images: what a
+    reply loses whose reasoning cites an image that the prompt does not have: "nothing", the "format" reward, or "all" of them.
     """
+    if missing_images not in ("nothing", "format", "all"):
+        raise ValueError(f"missing_images is '{missing_images}'; use nothing, format or all")
 
     def over(function, applies):
+        lost = missing_images == "all" or missing_images == "format" and function is format_reward
+
         def one(reply: str, sample: Sample) -> float | None:
             if not applies(sample):
                 return None
-            return 0.0 if gate_citations and not cites_only_given(reply, sample) else function(reply, sample)
+            return 0.0 if lost and not cites_only_given(reply, sample) else function(reply, sample)
 
         return lambda completions, sample, **_: [one(c[0]["content"], samples[i]) for c, i in zip(completions, sample)]
 
@@ -175,7 +179,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
             num_generations: int, batch_size: int, held: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
             schedule: str, warmup: int, scale_rewards: str, beta: float, temperature: float, max_new_tokens: int,
             weights: list[float], clip_low: float, clip_high: float, seed: int, save_steps: int,
-            view: View, gate_citations: bool = False, checkpoint_layers: bool = False,
+            view: View, missing_images: str = "format", checkpoint_layers: bool = False,
             min_new_tokens: int = 0, track: str = "none") -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice.
 
@@ -194,7 +198,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
         use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,
         gradient_checkpointing=checkpoint_layers, gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_pin_memory=False)
-    common = dict(model=model, args=config, reward_funcs=reward_functions(samples, view, gate_citations),
+    common = dict(model=model, args=config, reward_funcs=reward_functions(samples, view, missing_images),
                   processing_class=processor,
                   train_dataset=training_rows(samples, view, with_images=not share_prefix), peft_config=adapter,
                   callbacks=[Progress(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),

@@ -56,9 +56,12 @@ def test_a_citation_of_nothing_earns_nothing():
     image, box = samples[0].targets[0]
     answer = f"<answer>{answer_text(image, to_model(box, samples[0].sizes[image - 1]))}</answer>"
     replies = [[{"role": "assistant", "content": f"<think>image {n}: a.</think>{answer}"}] for n in (2, 3)]
-    found = {f.__name__: f(completions=replies, sample=[0, 0]) for f in grpo.reward_functions(samples, VIEW, True)}
-    assert found["format"] == [1.0, 0.0] and found["image"] == [1.0, 0.0] and found["box"][1] == 0.0 < found["box"][0]
-    assert found["choice"] == [None, None]
+    for lost, (form, image) in {"nothing": (1.0, 1.0), "format": (0.0, 1.0), "all": (0.0, 0.0)}.items():
+        found = {f.__name__: f(completions=replies, sample=[0, 0]) for f in grpo.reward_functions(samples, VIEW, lost)}
+        assert found["format"] == [1.0, form] and found["image"] == [1.0, image] and (found["box"][1] > 0) == (image > 0)
+        assert found["choice"] == [None, None] and found["box"][0] > 0
+    with pytest.raises(ValueError, match="use nothing, format or all"):
+        grpo.reward_functions(samples, VIEW, "everything")
 
 
 @pytest.mark.slow
