@@ -47,7 +47,9 @@ def check_sight(model, processor, samples: list[Sample], replies: list[str], vie
     if len(pairs) < fewest:
         return {"pairs": len(pairs), "gap": None, "error": None}
     texts, end = [reply for _, _, reply in pairs], 0
-    own, others = (reply_logps(model, processor, [pair[k] for pair in pairs], texts, view).double().numpy() for k in (0, 1))
+    own, others = (np.concatenate([
+        reply_logps(model, processor, [pair[k] for pair in pairs[i:i + 16]], texts[i:i + 16], view).double()
+        for i in range(0, len(pairs), 16)]) for k in (0, 1))
     gaps = []
     for text in texts:
         start, end = end, end + len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1

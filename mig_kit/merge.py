@@ -51,6 +51,7 @@ def save(model, processor, folder: Path) -> None:
     processor.tokenizer.save_pretrained(folder)
 
 
+@torch.no_grad()
 def reply_logps(model, processor, samples: list[Sample], replies: list[str], view: View) -> torch.Tensor:
     """Log-probability of every token of the given replies, in float32; (tokens,), padding left out."""
     prompts = PromptCache(model, processor, view).get(samples)
