@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,9 +23,9 @@ KILLS = int(os.environ.get("MIG_KIT_KILLS", "1"))
 COMMAND = [sys.executable, "-c", "from mig_kit.cli import main; main()", "run"]
 
 
-def start(root, run_id, *stages):
+def start(root, run_id, *stages, **more):
     return subprocess.Popen([*COMMAND, *stages, "--profile", "smoke", "--run-id", run_id], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "MIG_KIT_RUNS": str(root)})
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "MIG_KIT_RUNS": str(root)}, **more)
 
 
 def finish(process):
@@ -80,3 +81,42 @@ def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
             assert outputs(root, run_id, stage) == outputs(root, "whole", stage)
         shutil.rmtree(root / run_id)
     print(f"{stage}: killed {interrupted} of {KILLS} times before it finished")
+
+
+def kernel_of(process, patience=60):
+    """The kernel that the command has started."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if "ipykernel_launcher" in " ".join(child.cmdline()):
+                return child
+        time.sleep(0.1)
+    raise AssertionError("no kernel was started")
+
+
+def test_a_kernel_that_dies_is_one_sentence_and_nothing_is_lost(undisturbed):
+    root, took = undisturbed
+    process = start(root, "dead-kernel", "01_synthesize")
+    kernel = kernel_of(process)
+    time.sleep(0.5 * took["01_synthesize"])
+    kernel.kill()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "mig-kit: Kernel died" in said and "Traceback" not in said
+    assert not (root / "dead-kernel" / "01_synthesize" / "run.json").exists()
+    finish(start(root, "dead-kernel", "01_synthesize"))
+    assert outputs(root, "dead-kernel", "01_synthesize") == outputs(root, "whole", "01_synthesize")
+
+
+def test_an_interrupt_stops_command_and_kernel(undisturbed):
+    root, took = undisturbed
+    process = start(root, "interrupted", "01_synthesize", start_new_session=True)
+    kernel = kernel_of(process)
+    time.sleep(0.5 * took["01_synthesize"])
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to the command and its kernel alike
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "Traceback" not in said.split("interrupted;")[-1]
+    assert not (root / "interrupted" / "01_synthesize" / "run.json").exists()
+    psutil.wait_procs([kernel], timeout=30)
+    assert not kernel.is_running()
+    finish(start(root, "interrupted", "01_synthesize"))
+    assert outputs(root, "interrupted", "01_synthesize") == outputs(root, "whole", "01_synthesize")

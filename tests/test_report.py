@@ -1,5 +1,12 @@
 """Stage 07: nothing that a model wrote runs in the page; the table shows what was measured."""
 
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
 from mig_kit import report
 from mig_kit.frames import View
 from mig_kit.suites import make_free_form
@@ -99,3 +106,47 @@ def test_two_runs_on_one_page():
 
     text = report.two_runs({"a<script>": run(9.0), "b": run(11.0)}, [{"stage": "05_grpo", "name": "<script>", "a": 1, "b": None}])
     assert "<script" not in text and text.count("<img") == 2 and "grpo-sft (points)" in text
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OWN = "document.title='owned'"
+HOSTILE = (f'<script>{OWN}</script><img src=x onerror="{OWN}"><svg onload="{OWN}"></style></title><script>{OWN}</script>'
+           f'<a href="javascript:{OWN}">&lt;script&gt;')
+
+
+class Running(HTMLParser):
+    """Collects what a page could run, and its title."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.title, self.inside = [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag == "title"
+        self.found += [tag] * (tag == "script")
+        self.found += [f"{k}={v}" for k, v in attrs if k.startswith("on") or (v or "").startswith("javascript:")]
+
+    def handle_data(self, data):
+        self.title += data * self.inside
+        self.inside = False
+
+
+def in_chromium(page, folder):
+    """The page as Chromium has it two seconds after opening it."""
+    (folder / "page.html").write_text(page)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", f"--user-data-dir={folder}/profile"]
+    command = [CHROMIUM, *flags, "--dump-dom", f"file://{folder}/page.html"]
+    return Running(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
+    bare = in_chromium(f"<title>mine</title><p>{HOSTILE}</p>", tmp_path)
+    assert bare.title == "owned" and bare.found, "unescaped it would run"
+    sample = replace(make("diff", "val", 0), question=HOSTILE, id=f"{HOSTILE}/../x.png", task=HOSTILE, options=(HOSTILE, "b"))
+    reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
+    text = report.gallery([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, VIEW)
+    shown = in_chromium(report.page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
+    assert shown.title.startswith("mine ") and shown.found == []
