@@ -98,7 +98,7 @@ def test_a_kernel_that_dies_is_one_sentence_and_nothing_is_lost(undisturbed):
     root, took = undisturbed
     process = start(root, "dead-kernel", "01_synthesize")
     kernel = kernel_of(process)
-    time.sleep(0.5 * took["01_synthesize"])
+    time.sleep(0.2 * took["01_synthesize"])
     kernel.kill()
     said = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and "mig-kit: Kernel died" in said and "Traceback" not in said
@@ -111,7 +111,7 @@ def test_an_interrupt_stops_command_and_kernel(undisturbed):
     root, took = undisturbed
     process = start(root, "interrupted", "01_synthesize", start_new_session=True)
     kernel = kernel_of(process)
-    time.sleep(0.5 * took["01_synthesize"])
+    time.sleep(0.2 * took["01_synthesize"])
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to the command and its kernel alike
     said = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and "Traceback" not in said.split("interrupted;")[-1]
