@@ -183,14 +183,17 @@ def image_tag(picture, alt: str) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """An HTML table of plain rows; pairs are shown as intervals."""
+    """An HTML table of plain rows; pairs are shown as intervals. Columns without a value are left out; "" if only one has any."""
     def cell(value) -> str:
         if isinstance(value, list | tuple):
             return f"{value[0]:+.1f} to {value[1]:+.1f}" if min(value) < 0 else f"{value[0]:.1f} to {value[1]:.1f}"
         return f"{value:.2f}" if isinstance(value, float) else html.escape("" if value is None else str(value))
 
-    head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
+    keys = [key for key in dict.fromkeys(k for row in rows for k in row) if any(row.get(key) is not None for row in rows)]
+    if len(keys) < 2:
+        return ""
+    head = "".join(f"<th>{html.escape(str(key))}</th>" for key in keys)
+    body = "".join("<tr>" + "".join(f"<td>{cell(row.get(key))}</td>" for key in keys) + "</tr>" for row in rows)
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
@@ -229,7 +232,7 @@ def choose(samples: list[Sample], before: dict[str, str], after: dict[str, str],
 
 def page(title: str, sections: list[tuple[str, str]]) -> str:
     """The whole page. sections: (heading, HTML) pairs; headings are escaped here, the HTML must be safe already."""
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections if content)
     return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n")
 

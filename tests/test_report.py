@@ -29,6 +29,10 @@ def test_headline_rows():
     rows = report.headline(metrics)
     assert [row["paper"] for row in rows] == [9.04, 4.98, 3.1, 2.4] and rows[0]["here"] == 9.5
     assert "9.50" in report.table(rows) and "7.0 to 12.0" in report.table(rows)
+    bare = report.table([{**row, "sampled": None} for row in rows])
+    assert "sampled" not in bare and "9.50" in bare
+    empty = report.table([{"system": "base", "mig_bench": None}])
+    assert "T 1" not in report.page("t", [("T 1", empty)]), "nothing drawn, no heading"
 
 
 def test_runs_side_by_side():
