@@ -109,7 +109,8 @@ def test_a_kernel_that_dies_is_one_sentence_and_nothing_is_lost(undisturbed):
 
 def test_an_interrupt_stops_command_and_kernel(undisturbed):
     root, took = undisturbed
-    process = start(root, "interrupted", "01_synthesize", start_new_session=True)
+    process = start(root, "interrupted", "01_synthesize", start_new_session=True,  # a shell's background jobs ignore Ctrl-C
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     kernel = kernel_of(process)
     time.sleep(0.2 * took["01_synthesize"])
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to the command and its kernel alike
