@@ -80,7 +80,7 @@ def test_every_cell_runs_in_lab(stage, lab, page):
         Path(shots).mkdir(parents=True, exist_ok=True)
         page.screenshot(path=Path(shots) / f"{stage}.png")
     page.get_by_role("menuitem", name="File", exact=True).click()
-    page.get_by_role("menuitem", name="Save Notebook", exact=True).click()
+    page.locator(".lm-Menu-item[data-command='docmanager:save']").click()
     time.sleep(1.5)
     saved = papermill.iorw.load_notebook_node(str(folder / f"{stage}.ipynb"))
     outputs = [output for cell in saved.cells for output in cell.get("outputs", [])]
@@ -88,6 +88,6 @@ def test_every_cell_runs_in_lab(stage, lab, page):
     assert not [output for output in outputs if output.output_type == "error"]
     assert pictures, f"{stage} shows no picture"
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
-    page.get_by_role("menuitem", name="Shut Down Kernel", exact=True).click()
+    page.locator(".lm-Menu-item[data-command='kernelmenu:shutdown']").click()
     time.sleep(1)
 
