@@ -13,10 +13,7 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration  # noqa:
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 from mig_kit import models, vision  # noqa: E402
-from mig_kit.frames import View  # noqa: E402
 from mig_kit.tasks import TASKS, make  # noqa: E402
-
-VIEW = View()
 
 
 @pytest.fixture(scope="session")
