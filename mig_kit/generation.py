@@ -18,6 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 from mig_kit.prompt_cache import Prompt, inner
 
 HEAD_TOKENS = 1024  # whose logits are in memory at a time where layers are checkpointed
+KV_BYTES = 8 * 2**30  # of keys and values that a training step draws replies with at a time
 
 
 @dataclass(frozen=True)
@@ -129,31 +130,48 @@ def draw_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Gener
     return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
 
+def prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int) -> int:
+    """How many of `count` prompts to draw replies to at once: all that KV_BYTES holds, in rounds of about the same size.
+
+    longest: tokens of the longest prompt; tokens: of the longest reply; token_bytes: of one token's keys and values.
+    """
+    rounds = -(-count // max(1, KV_BYTES // ((longest + group * tokens) * token_bytes)))
+    return -(-count // rounds)
+
+
+def kv_bytes(model) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    language = inner(model).model.language_model
+    width = language.config.num_key_value_heads * language.layers[0].self_attn.head_dim
+    return 2 * len(language.layers) * width * language.embed_tokens.weight.element_size()
+
+
 @contextmanager
 def decoding_weights(model, autocast: bool):
     """Adapters folded into the weights, and weights in bfloat16 if that is what they compute in, while replies are drawn.
 
     Otherwise every step would cast every weight again and run every adapter beside it. Afterwards the weights are what
-    they were, bit for bit. 4-bit layers are left as they are.
+    they were, bit for bit: until then those with an adapter wait in the host's memory. 4-bit layers are left as they are.
     """
     folded = [m for m in model.modules() if isinstance(m, LoraLinear) and not m.merged and not m.disable_adapters]
+    adapted = {id(layer.base_layer) for layer in folded}
     saved = []
     for name, module in model.model.language_model.named_modules():
-        if type(module) is torch.nn.Linear and ".lora_" not in name and (folded or autocast):
-            saved.append((module, module.weight.data))
-            module.weight.data = module.weight.data.clone()
+        if type(module) is torch.nn.Linear and ".lora_" not in name and (autocast or id(module) in adapted):
+            weight = module.weight.data
+            saved.append((module, weight, weight.to("cpu", copy=True) if id(module) in adapted else None))
     try:
         for layer in folded:
             layer.merge()
         if autocast:
-            for module, _ in saved:
+            for module, *_ in saved:
                 module.weight.data = module.weight.data.to(torch.bfloat16)
         yield
     finally:
         for layer in folded:
             layer.merged_adapters.clear()
-        for module, weight in saved:
-            module.weight.data = weight
+        for module, weight, kept in saved:
+            module.weight.data = weight if kept is None else weight.copy_(kept)
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ for the backward pass is measured here on small models of the same code, by widt
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from mig_kit import runs
-from mig_kit.generation import HEAD_TOKENS
+from mig_kit import models, runs
+from mig_kit.generation import HEAD_TOKENS, prompts_at_once
 from mig_kit.sft import adapter
 from mig_kit.vision import config
 
@@ -23,7 +24,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a byte for 64 of them, and 
 
 @dataclass(frozen=True)
 class Shape:
-    """A published Qwen2.5-VL: widths of the language model, and the parameter count of the whole."""
+    """A model: widths of the language model, parameters of the whole and of its vision tower, side of an image token (px)."""
 
     hidden: int
     inner: int
@@ -32,13 +33,21 @@ class Shape:
     kv_heads: int
     vocabulary: int
     total: int
+    vision: int
+    head: int = 128
+    side: int = 28
 
     @property
     def projections(self) -> list[tuple[int, int]]:
-        """(in, out) of the seven projections of a layer; heads are 128 wide."""
-        kv = 128 * self.kv_heads
-        return [(self.hidden, self.hidden), (self.hidden, kv), (self.hidden, kv), (self.hidden, self.hidden),
+        """(in, out) of the seven projections of a layer."""
+        query, kv = self.head * self.heads, self.head * self.kv_heads
+        return [(self.hidden, query), (self.hidden, kv), (self.hidden, kv), (query, self.hidden),
                 (self.hidden, self.inner), (self.hidden, self.inner), (self.inner, self.hidden)]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values in bfloat16."""
+        return 2 * self.layers * self.kv_heads * self.head * 2
 
     @property
     def linear(self) -> int:
@@ -46,9 +55,30 @@ class Shape:
         return self.layers * sum(a * b for a, b in self.projections)
 
 
-# config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct; totals as tests/test_full_profile.py counts them
-SHAPES = {"Qwen/Qwen2.5-VL-3B-Instruct": Shape(2048, 11008, 36, 16, 2, 151936, 3_754_622_976),
-          "Qwen/Qwen2.5-VL-7B-Instruct": Shape(3584, 18944, 28, 28, 4, 152064, 8_292_166_656)}
+# as in each model's config.json; tests/test_full_profile.py counts their parameters
+SHAPES = {"Qwen/Qwen2.5-VL-3B-Instruct": Shape(2048, 11008, 36, 16, 2, 151936, 3_754_622_976, 668_684_288),
+          "Qwen/Qwen2.5-VL-7B-Instruct": Shape(3584, 18944, 28, 28, 4, 152064, 8_292_166_656, 676_550_144),
+          "Qwen/Qwen2-VL-7B-Instruct": Shape(3584, 18944, 28, 28, 4, 152064, 8_291_375_616, 675_759_104),
+          "Qwen/Qwen3-VL-4B-Instruct": Shape(2560, 9728, 36, 32, 8, 151936, 4_437_815_808, 415_347_712, side=32)}
+
+
+def counted(config) -> Shape:
+    """The shape of a model by its configuration; its parameters are counted on the meta device, without weights."""
+    with torch.device("meta"):
+        model = models.FAMILIES[config.model_type](config)
+    text = config.text_config
+    return Shape(text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,
+                 text.num_key_value_heads, text.vocab_size, sum(p.numel() for p in model.parameters()),
+                 sum(p.numel() for p in model.model.visual.parameters()),
+                 getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+                 config.vision_config.patch_size * config.vision_config.spatial_merge_size)
+
+
+def shape_of(model: str) -> Shape | None:
+    """The shape of a known hub name or of a model folder; None for any other name, for nothing is downloaded here."""
+    if model in SHAPES or not (Path(model) / "config.json").is_file():
+        return SHAPES.get(model)
+    return counted(AutoConfig.from_pretrained(model, local_files_only=True))
 
 ADVICE = {"02_sft": "lower max_pixels, or lora_rank", "04_rejection_sampling": "lower batch_size",
           "05_grpo": "lower max_pixels, num_generations or max_new_tokens", "06_evaluate": "lower batch_size"}
@@ -127,32 +157,41 @@ def training(shape: Shape, work: Work, four_bit: bool) -> dict[str, float]:
 
 def decoding(shape: Shape, work: Work) -> dict[str, float]:
     """GiB of each part of drawing replies: keys and values of the prompts once, of every reply's own tokens."""
-    per_token = 2 * shape.layers * shape.kv_heads * 128 * 2
     return {"weights": shape.total * 2 / GIB,
-            "keys and values": work.prompts * (work.prompt + work.replies * work.tokens) * per_token / GIB,
+            "keys and values": work.prompts * (work.prompt + work.replies * work.tokens) * shape.token_bytes / GIB,
             "logits": work.prompts * work.replies * shape.vocabulary * 6 / GIB,
             "prefill": work.prompts * work.prompt * (4 * shape.hidden + 3 * shape.inner) * 2 / GIB}
 
 
 def profile_params(profile: str) -> dict[str, dict]:
-    """The parameters of the stages that need a GPU."""
-    return {stage: runs.read_params(runs.params_file(stage, profile)) for stage in ADVICE}
+    """The parameters of 01, which says how many samples there are, and of the stages that need a GPU."""
+    return {stage: runs.read_params(runs.params_file(stage, profile)) for stage in ("01_synthesize", *ADVICE)}
 
 
-def needs(model: str, params: dict[str, dict], images: int = 6) -> dict[str, dict[str, float]]:
-    """Stage -> parts in GiB, for parameters per stage; prompts are `images` images of the largest size and 200 tokens of text."""
-    shape = SHAPES[model]
+def groups_per_update(grpo: dict) -> int:
+    """Prompts whose replies one process draws for an update."""
+    return max(1, grpo["batch_size"] * grpo["gradient_accumulation"] // grpo["num_generations"])
+
+
+def needs(shape: Shape, params: dict[str, dict], images: int = 6) -> dict[str, dict[str, float]]:
+    """Stage -> parts in GiB, for parameters per stage; prompts are `images` images of the largest size and 200 tokens of text.
+
+    05 draws replies, then learns from them: its parts are those of the phase that needs more.
+    """
     sft, sampling, grpo, evaluate = (params[name] for name in ("02_sft", "04_rejection_sampling", "05_grpo", "06_evaluate"))
-    prompt = 200 + images * grpo["max_pixels"] // 784
+    prompt = 200 + images * grpo["max_pixels"] // shape.side**2
     group = grpo["num_generations"]
     held = max(1, grpo["held"] // group) if grpo["held"] else grpo["batch_size"] // group
-    learn = Work(prompt, grpo["batch_size"] // group, group, grpo["max_new_tokens"], grpo["lora_rank"], held,
-                 grpo["checkpoint_layers"])
+    learn = training(shape, Work(prompt, grpo["batch_size"] // group, group, grpo["max_new_tokens"], grpo["lora_rank"], held,
+                                 grpo["checkpoint_layers"]), False)
+    at_once = prompts_at_once(groups_per_update(grpo), prompt, group, grpo["max_new_tokens"], shape.token_bytes)
+    draw = decoding(shape, Work(prompt, at_once, group, grpo["max_new_tokens"]))
+    draw["adapter, gradients, Adam"] = learn["adapter, gradients, Adam"]
     return {
         "02_sft": training(shape, Work(prompt, 1, 1, 300, sft["lora_rank"], sft["batch_size"], True), True),
         "04_rejection_sampling": decoding(shape, Work(prompt, sampling["batch_size"], sampling["replies"],
                                                       sampling["max_new_tokens"])),
-        "05_grpo": training(shape, learn, False),
+        "05_grpo": max(draw, learn, key=lambda parts: sum(parts.values())),
         "06_evaluate": decoding(shape, Work(prompt, evaluate["batch_size"], max(1, evaluate["replies"]),
                                             evaluate["max_new_tokens"]))}
 
@@ -169,11 +208,12 @@ def table(found: dict[str, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def fitting_pixels(model: str, params: dict[str, dict], gpu: int, images: int = 6) -> int:
-    """The largest max_pixels, in steps of 28 * 28 * 16, with which every stage fits a GPU of `gpu` GB; 0 if none does."""
-    for tokens in range(params["05_grpo"]["max_pixels"] // 784, 0, -16):
-        changed = {stage: {**values, "max_pixels": tokens * 784} for stage, values in params.items()}
-        if all(row[f"{gpu} GB"] == "fits" for row in table(needs(model, changed, images))):
-            return tokens * 784
+def fitting_pixels(shape: Shape, params: dict[str, dict], gpu: int, images: int = 6) -> int:
+    """The largest max_pixels, in steps of 16 image tokens, with which every stage fits a GPU of `gpu` GB; 0 if none does."""
+    area = shape.side**2
+    for tokens in range(params["05_grpo"]["max_pixels"] // area, 0, -16):
+        changed = {stage: {**values, "max_pixels": tokens * area} for stage, values in params.items()}
+        if all(row[f"{gpu} GB"] == "fits" for row in table(needs(shape, changed, images))):
+            return tokens * area
     return 0
 

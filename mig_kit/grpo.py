@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.frames import View
-from mig_kit.generation import Sampling, completion_logps, packed_logps, rollouts
+from mig_kit.generation import Sampling, completion_logps, kv_bytes, packed_logps, prompts_at_once, rollouts
 from mig_kit.guards import Watch
 from mig_kit.models import Hardware
 from mig_kit.prompt_cache import PromptCache
@@ -96,8 +96,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         sampling = Sampling(self.temperature, self.top_p, self.max_completion_length, **self.args.generation_kwargs)
         model.eval()
-        replies = [r for g in rollouts(model, self.processing_class, prompts, group, sampling, generator, self.autocast_rollouts)
-                   for r in g]
+        longest = max(len(prompt.ids) for prompt in prompts)
+        at_once = prompts_at_once(len(prompts), longest, group, self.max_completion_length, kv_bytes(model))
+        replies = [r for start in range(0, len(prompts), at_once)
+                   for g in rollouts(model, self.processing_class, prompts[start:start + at_once], group, sampling, generator,
+                                     self.autocast_rollouts) for r in g]
         model.train(mode == "train")
         texts = self.processing_class.tokenizer.batch_decode(replies, skip_special_tokens=True)
         completions = [[{"role": "assistant", "content": text}] for text in texts]

