@@ -151,9 +151,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                      owner[there] - start, ids[there, :longest], mask[there, :longest],
                      self.processing_class.image_token_id, self.temperature)
             logps_of = packed_logps if self.args.gradient_checkpointing else completion_logps
+            last = start + at_once >= len(prompts)  # whose backward pass comes first: its graph is in memory anyway
             with self.accelerator.autocast():
-                found = (checkpoint(logps_of, *given, use_reentrant=False)
-                         if torch.is_grad_enabled() and at_once < len(prompts) else logps_of(*given))
+                found = (logps_of(*given) if last or not torch.is_grad_enabled()
+                         else checkpoint(logps_of, *given, use_reentrant=False))
             rest = (0, ids.shape[1] - longest)
             logps, entropies = (whole.index_copy(0, there, pad(part, rest)) for whole, part in zip((logps, entropies), found))
         return logps, entropies
