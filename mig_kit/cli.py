@@ -175,15 +175,10 @@ def report(run_a: str, run_b: str, out: Path) -> None:
 @cli.command()
 @click.argument("run_ids", nargs=-1, required=True)
 def table(run_ids: tuple[str, ...]) -> None:
-    """Runs side by side, as a Markdown table: scores and differences in points, and their mean over the runs."""
-    from mig_kit import report
+    """Runs side by side, as a Markdown table: scores, differences in points, and the mean over runs with its intervals."""
+    from mig_kit import seeds
 
-    found = {}
-    for run_id in run_ids:
-        if runs.finished("06_evaluate", run_id) is None:
-            raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; run: mig-kit run --run-id {run_id}")
-        found[run_id] = report.read_metrics(runs.runs_root() / run_id / "06_evaluate")
-    click.echo(report.side_by_side(found))
+    click.echo(seeds.table(list(run_ids)))
 
 
 @cli.command()

@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from mig_kit.frames import View
 from mig_kit.plots import strip
@@ -45,28 +44,6 @@ def headline(metrics: dict) -> list[dict]:
         found = metrics["deltas"][delta][suite]
         rows.append({"claim": claim, "paper": paper, "here": found["value"], "ci95": found["ci95"], "sampled": found["sampled"]})
     return rows
-
-
-def side_by_side(found: dict[str, dict]) -> str:
-    """A Markdown table of runs (run id -> 06's metrics.json): per claim base, SFT and GRPO, the difference, the mean.
-
-    Differences carry their 95 % interval over the test samples; the last column is the mean over runs, with the half width
-    of its 95 % t interval when there are several.
-    """
-    lines = ["| claim | paper | " + " | ".join(f"{run}: base / SFT / GRPO, difference" for run in found) + " | mean |",
-             "|---|---|" + "---|" * (len(found) + 1)]
-    for claim, paper, delta, suite in CLAIMS:
-        cells, values = [], []
-        for metrics in found.values():
-            scores = " / ".join(f"{metrics['systems'][s][suite]['score']:.1f}" for s in ("base", "sft", "grpo"))
-            gap = metrics["deltas"][delta][suite]
-            values.append(gap["value"])
-            cells.append(f"{scores}, **{gap['value']:+.1f}** ({gap['ci95'][0]:+.1f} to {gap['ci95'][1]:+.1f})")
-        mean = f"**{np.mean(values):+.2f}**"
-        if len(values) > 1:
-            mean += f" ± {stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5:.2f}"
-        lines.append(f"| {claim} | {paper:+.2f} | " + " | ".join(cells) + f" | {mean} |")
-    return "\n".join(lines)
 
 
 def outcome(reply: str, sample: Sample, view: View) -> str:

@@ -1,6 +1,9 @@
 """Loading, adapters, and the checks that make blind training impossible."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -79,6 +82,18 @@ def test_hardware_says_why():
     assert models.hardware("float32").dtype == torch.float32 and "parameter" in models.hardware("float32").reason
     with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
         models.hardware("fp8")
+
+
+def test_the_dtype_does_not_depend_on_what_else_runs():
+    quiet, threads = models.hardware().autocast, torch.get_num_threads()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
+    try:
+        assert [models.hardware().autocast for _ in range(3)] == [quiet] * 3
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert torch.get_num_threads() == threads
 
 
 def test_the_shipped_base_is_small_and_whole(processor):

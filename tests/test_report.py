@@ -35,17 +35,6 @@ def test_headline_rows():
     assert "T 1" not in report.page("t", [("T 1", empty)]), "nothing drawn, no heading"
 
 
-def test_runs_side_by_side():
-    def run(value):
-        gap = {"value": value, "ci95": [value - 1, value + 1], "sampled": 0.0}
-        suites = {suite: {"score": 50.0} for suite in ("mig_bench", "ood_grounding", "blink", "mmiu")}
-        return {"systems": {s: suites for s in ("base", "sft", "grpo")},
-                "deltas": {"grpo-sft": {"mig_bench": gap, "ood_grounding": gap}, "grpo-base": {"blink": gap, "mmiu": gap}}}
-
-    text = report.side_by_side({"a": run(9.0), "b": run(11.0), "c": run(10.0)})
-    assert "**+10.00** ± 2.48" in text and "**+9.0** (+8.0 to +10.0)" in text  # t(0.975, 2) = 4.303, sd 1, n 3
-
-
 def test_choose_covers_the_outcomes():
     from mig_kit.frames import to_model
     from mig_kit.prompts import answer_text

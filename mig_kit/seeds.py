@@ -1,0 +1,78 @@
+"""Several runs of the same recipe: what is true of them together, over the test samples and over the seeds."""
+
+import json
+
+import numpy as np
+from scipy import stats
+
+from mig_kit import evaluate, runs, suites
+from mig_kit.frames import View
+from mig_kit.records import Sample
+from mig_kit.report import CLAIMS, read_metrics
+
+SIZES = {"mig_bench": "mig_per_task", "ood_grounding": "ood_per_task", "blink": "blink_per_task", "mmiu": "mmiu_per_task"}
+SAME = ("eval_seed", *SIZES.values(), "min_pixels", "max_pixels", "frame")  # or the runs did not answer the same questions
+
+
+def evaluated(run_ids: list[str]) -> dict[str, dict]:
+    """Run id -> parameters of its 06_evaluate. FileNotFoundError without one, ValueError if their test samples differ."""
+    found = {}
+    for run_id in run_ids:
+        record = runs.finished("06_evaluate", run_id)
+        if record is None:
+            raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; run: mig-kit run --run-id {run_id}")
+        found[run_id] = record["params"]
+    for key in SAME:
+        if len({params[key] for params in found.values()}) > 1:
+            values = ", ".join(f"{run} {params[key]}" for run, params in found.items())
+            raise ValueError(f"the runs were not evaluated on the same samples: {key} is {values}")
+    return found
+
+
+def gaps(run_id: str, delta: str, suite: str, samples: list[Sample], view: View) -> np.ndarray:
+    """Right or not of one system less the other's, greedy, (samples,) in -1..1. delta: as in metrics.json, "grpo-sft"."""
+    right = []
+    for system in delta.split("-"):
+        path = runs.runs_root() / run_id / "06_evaluate" / "replies" / f"{system}_{suite}_greedy.jsonl"
+        replies = {row["id"]: row["replies"][0] for row in map(json.loads, path.read_text().splitlines())}
+        right.append(np.array([evaluate.right_or_not(replies[s.id], s, view) for s in samples]))
+    return right[0] - right[1]
+
+
+def together(run_ids: list[str]) -> dict[str, dict]:
+    """Suite -> {"value", "ci95", "over_seeds"} of the paper's claims, in points.
+
+    value: mean over runs; ci95: its 95 % bootstrap interval over test samples, the runs given; over_seeds: half the width of
+    the 95 % t interval over runs, None for one.
+    """
+    params = evaluated(run_ids)
+    p = next(iter(params.values()))
+    view, found = View(p["min_pixels"], p["max_pixels"], p["frame"]), {}
+    for _, _, delta, suite in CLAIMS:
+        samples = suites.make_suite(suite, "test", p[SIZES[suite]], p["eval_seed"])
+        every = np.stack([gaps(run_id, delta, suite, samples, view) for run_id in run_ids])
+        groups = list(evaluate.by_task(samples, every.mean(0)).values())
+        means = [evaluate.macro(list(evaluate.by_task(samples, one).values())) for one in every]
+        half = stats.t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else None
+        found[suite] = {"value": evaluate.percent(np.mean(means)),
+                        "ci95": [evaluate.percent(v) for v in evaluate.bootstrap(groups)],
+                        "over_seeds": None if half is None else evaluate.percent(half)}
+    return found
+
+
+def table(run_ids: list[str]) -> str:
+    """A Markdown table: per claim of the paper base, SFT and GRPO of every run and their difference, and the runs together."""
+    whole = together(run_ids)
+    found = {run_id: read_metrics(runs.runs_root() / run_id / "06_evaluate") for run_id in run_ids}
+    lines = ["| claim | paper | " + " | ".join(f"{run}: base / SFT / GRPO, difference" for run in found)
+             + " | mean (over samples; over seeds) |", "|---|---|" + "---|" * (len(found) + 1)]
+    for claim, paper, delta, suite in CLAIMS:
+        cells, mean = [], whole[suite]
+        for metrics in found.values():
+            scores = " / ".join(f"{metrics['systems'][s][suite]['score']:.1f}" for s in ("base", "sft", "grpo"))
+            gap = metrics["deltas"][delta][suite]
+            cells.append(f"{scores}, **{gap['value']:+.1f}** ({gap['ci95'][0]:+.1f} to {gap['ci95'][1]:+.1f})")
+        seeds = "" if mean["over_seeds"] is None else f"; ± {mean['over_seeds']:.1f}"
+        cells.append(f"**{mean['value']:+.1f}** ({mean['ci95'][0]:+.1f} to {mean['ci95'][1]:+.1f}{seeds})")
+        lines.append(f"| {claim} | {paper:+.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

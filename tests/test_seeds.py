@@ -1,0 +1,75 @@
+"""Several runs together: hand-made replies of two runs, right or wrong by plan."""
+
+import json
+
+import pytest
+
+from mig_kit import seeds, suites
+from mig_kit.frames import QWEN2_5, to_model
+from mig_kit.prompts import answer_text
+
+PARAMS = {"eval_seed": 3, "mig_per_task": 2, "ood_per_task": 2, "blink_per_task": 2, "mmiu_per_task": 2, "min_pixels": 3136,
+          "max_pixels": 401408, "frame": "resized"}
+
+
+def right(sample) -> str:
+    if sample.options:
+        return f"<think></think><answer>{sample.letter}</answer>"
+    if not sample.targets:
+        return "<think></think><answer>none</answer>"
+    image, box = sample.targets[0]
+    return f"<think></think><answer>{answer_text(image, to_model(box, sample.sizes[image - 1], QWEN2_5))}</answer>"
+
+
+def write_run(root, run_id, share, **changed):
+    """A finished 06_evaluate in which GRPO is right on the first `share` of every task's two samples, the others never."""
+    folder = root / run_id / "06_evaluate"
+    (folder / "replies").mkdir(parents=True)
+    gap = {"value": 50.0 * share, "ci95": [0.0, 100.0], "sampled": None}
+    metrics = {"systems": {}, "deltas": {"grpo-sft": {}, "grpo-base": {}}}
+    for suite in suites.SUITES:
+        samples = suites.make_suite(suite, "test", 2, 3)
+        for system in ("base", "sft", "grpo"):
+            done, lines = {}, []
+            for sample in samples:
+                done[sample.task] = done.get(sample.task, 0) + 1
+                good = system == "grpo" and done[sample.task] <= share
+                lines.append({"id": sample.id, "replies": [right(sample) if good else "no"]})
+            (folder / "replies" / f"{system}_{suite}_greedy.jsonl").write_text("".join(json.dumps(li) + "\n" for li in lines))
+            metrics["systems"].setdefault(system, {})[suite] = {"score": 50.0 * share * (system == "grpo")}
+        metrics["deltas"]["grpo-sft"][suite] = metrics["deltas"]["grpo-base"][suite] = gap
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "run.json").write_text(json.dumps({"params": PARAMS | changed}))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    return tmp_path
+
+
+def test_two_runs_by_hand(root):
+    write_run(root, "a", 1)
+    write_run(root, "b", 2)
+    found = seeds.together(["a", "b"])["mmiu"]
+    assert found["value"] == 75.0 and found["over_seeds"] == pytest.approx(12.706 * 25, abs=0.1)  # t(0.975, 1), sd 35.4, n 2
+    assert 50 <= found["ci95"][0] < 75 < found["ci95"][1] <= 100
+    alone = seeds.together(["b"])["mmiu"]
+    assert (alone["value"], alone["ci95"], alone["over_seeds"]) == (100.0, [100.0, 100.0], None)
+
+
+def test_the_table_names_every_run_and_both_intervals(root):
+    write_run(root, "a", 1)
+    write_run(root, "b", 2)
+    lines = seeds.table(["a", "b"]).splitlines()
+    assert lines[0].count("|") == 6 and "a: base" in lines[0] and "b: base" in lines[0]
+    assert lines[2].startswith("| MIG-Bench, RL over SFT | +9.04 | 0.0 / 0.0 / 50.0, **+50.0**") and "; ± 317.7)" in lines[5]
+
+
+def test_runs_on_other_samples_are_not_compared(root):
+    write_run(root, "a", 1)
+    write_run(root, "b", 2, eval_seed=4)
+    with pytest.raises(ValueError, match="eval_seed is a 3, b 4"):
+        seeds.table(["a", "b"])
+    with pytest.raises(FileNotFoundError, match="mig-kit run --run-id c"):
+        seeds.table(["c"])
