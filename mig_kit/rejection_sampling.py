@@ -86,6 +86,22 @@ def pass_at_k(right: int, total: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(total - right + 1, total + 1)))
 
 
+def by_detail(samples: list[Sample], replies: dict[str, list[str]], view: View) -> list[dict]:
+    """How often replies are right by what their reasoning says: rows {asked, detail, n, right}, right in 0..1.
+
+    asked: "a box" or "a letter". detail: "method" (nothing of the form "name: value"), "finding" (one such statement) or
+    "evidence" (several), as the tiny teacher writes them.
+    """
+    found = defaultdict(list)
+    for sample in samples:
+        for reply in replies[sample.id]:
+            stated = reply.partition("</think>")[0].count(": ")
+            detail = ("method", "finding", "evidence")[min(stated, 2)]
+            found["a letter" if sample.options else "a box", detail].append(correct(reply, sample, 0.5, view))
+    return [{"asked": asked, "detail": detail, "n": len(right), "right": float(np.mean(right))}
+            for (asked, detail), right in sorted(found.items())]
+
+
 def curate(samples: list[Sample], rates: np.ndarray, *, lowest: float, highest: float, per_task: int,
            seed: int) -> tuple[list[Sample], dict[str, dict[str, int]]]:
     """The kept samples, and per task how many were kept or dropped and why.

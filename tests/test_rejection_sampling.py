@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mig_kit import rejection_sampling as rs
-from mig_kit.frames import View
+from mig_kit.frames import View, to_model
+from mig_kit.prompts import answer_text
 from mig_kit.tasks import make
 
 
@@ -25,6 +26,16 @@ def test_curate_by_hand():
     assert why["diff"] == {"never right": 1, "always right": 1, "kept": 2, "over the task's share": 1}
     assert why["reasoning"] == {"always right": 1, "kept": 1, "over the task's share": 0}
     assert len(kept) == 3 and {s.id for s in kept} <= {samples[i].id for i in (1, 2, 3, 5)}
+
+
+def test_by_detail_by_hand():
+    sample = make("diff", "rl", 0)
+    image, box = sample.targets[0]
+    answer = f"<answer>{answer_text(image, to_model(box, sample.sizes[image - 1]))}</answer>"
+    thoughts = ["Compare.", "Compare. new: red star.", "Compare. image 1: a. new: red star."]
+    replies = [f"<think>{t}</think>{answer}" for t in thoughts] + ["<think>Compare. new: x.</think><answer>?: ?: ?</answer>"]
+    rows = {row["detail"]: (row["n"], row["right"]) for row in rs.by_detail([sample], {sample.id: replies}, View())}
+    assert rows == {"method": (1, 1.0), "finding": (2, 0.5), "evidence": (1, 1.0)}
 
 
 def test_a_cut_line_is_dropped_and_the_rest_kept(tmp_path):
