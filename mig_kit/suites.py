@@ -153,11 +153,10 @@ def change(rng: random.Random, world: World) -> Draft:
 def naming(rng: random.Random, world: World) -> Draft:
     """Free form: what is in image k."""
     looks = world.looks(rng, 8)
-    scenes = [world.scene(rng, rng.sample(looks[:6], rng.randint(1, 3))) for _ in range(rng.choice((1, 1, 2, 3)))]
+    scenes = [world.scene(rng, rng.sample(looks[:6], rng.randint(1, 3))) for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
     right = rng.choice(scenes[k - 1].names())
-    wrong = [n for n in map(name_of, reversed(looks)) if n not in scenes[k - 1].names()]
-    options, letter = _choice(rng, right, wrong[:rng.randint(1, 2)])
+    options, letter = _choice(rng, right, [n for n in map(name_of, reversed(looks)) if n not in scenes[k - 1].names()][:2])
     return Draft(scenes, f"What is in image {k}?", [], f"the same: {right}.", [listed(k, scenes[k - 1])], options=options,
                  letter=letter)
 
@@ -179,7 +178,7 @@ def sharing(rng: random.Random, world: World) -> Draft:
     """Free form: which thing is in every image."""
     looks = world.looks(rng, 5)
     scenes = [world.scene(rng, [looks[0], looks[1 + i]]) for i in range(rng.randint(2, 3))]
-    options, letter = _choice(rng, name_of(looks[0]), [name_of(looks[1]), name_of(looks[2])][:rng.randint(1, 2)])
+    options, letter = _choice(rng, name_of(looks[0]), [name_of(looks[1]), name_of(looks[2])])
     return Draft(scenes, "Which thing is in every image?", [], f"in all: {name_of(looks[0])}.",
                  [listed(i, s) for i, s in enumerate(scenes, 1)], options=options, letter=letter)
 
@@ -199,7 +198,7 @@ def choosing(rng: random.Random, world: World) -> Draft:
 
 def pointing(rng: random.Random, world: World) -> Draft:
     """Free form: the named thing, wherever it is, in one to four images; a box, not a letter."""
-    count = rng.choice((1, 1, 1, 2, 3, 4))
+    count = rng.choice((1, 1, 2, 3, 4))
     looks = world.looks(rng, 9)
     chosen = [rng.sample(looks[1:], rng.randint(2, 4)) for _ in range(count)]
     where = sorted({rng.randint(1, count), *(k for k in range(1, count + 1) if rng.random() < 0.2)})
@@ -213,7 +212,7 @@ def pointing(rng: random.Random, world: World) -> Draft:
 
 def telling(rng: random.Random, world: World) -> Draft:
     """Free form: the only thing of a colour or of a shape in one of one to three images; a box, not a letter."""
-    count = rng.choice((1, 1, 1, 2, 3))
+    count = rng.choice((1, 1, 2, 3))
     k, attribute = rng.randint(1, count), rng.randint(0, 1)
     while True:
         scenes = [world.scene(rng, world.looks(rng, rng.randint(2, 4))) for _ in range(count)]
@@ -229,10 +228,10 @@ def telling(rng: random.Random, world: World) -> Draft:
 
 def tallying(rng: random.Random, world: World) -> Draft:
     """Free form: how many things are in image k."""
-    scenes = [world.scene(rng, world.looks(rng, rng.randint(1, 4))) for _ in range(rng.choice((1, 1, 2, 3)))]
+    scenes = [world.scene(rng, world.looks(rng, rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
     total = len(scenes[k - 1].things)
-    options, letter = _choice(rng, str(total), rng.sample([str(n) for n in range(1, 5) if n != total], rng.randint(1, 2)))
+    options, letter = _choice(rng, str(total), rng.sample([str(n) for n in range(1, 5) if n != total], 2))
     return Draft(scenes, f"How many things are in image {k}?", [], f"things: {total}.", [listed(k, scenes[k - 1])],
                  options=options, letter=letter)
 
