@@ -80,6 +80,7 @@ def shape_of(model: str) -> Shape | None:
         return SHAPES.get(model)
     return counted(AutoConfig.from_pretrained(model, local_files_only=True))
 
+TEXT, TRACE = 200, 300  # tokens of a prompt's text, and of a trace
 ADVICE = {"02_sft": "lower max_pixels, or lora_rank", "04_rejection_sampling": "lower batch_size",
           "05_grpo": "lower max_pixels, num_generations or max_new_tokens", "06_evaluate": "lower batch_size"}
 
@@ -174,12 +175,12 @@ def groups_per_update(grpo: dict) -> int:
 
 
 def needs(shape: Shape, params: dict[str, dict], images: int = 6) -> dict[str, dict[str, float]]:
-    """Stage -> parts in GiB, for parameters per stage; prompts are `images` images of the largest size and 200 tokens of text.
+    """Stage -> parts in GiB, for parameters per stage; prompts are `images` images of the largest size and TEXT tokens of text.
 
     05 draws replies, then learns from them: its parts are those of the phase that needs more.
     """
     sft, sampling, grpo, evaluate = (params[name] for name in ("02_sft", "04_rejection_sampling", "05_grpo", "06_evaluate"))
-    prompt = 200 + images * grpo["max_pixels"] // shape.side**2
+    prompt = TEXT + images * grpo["max_pixels"] // shape.side**2
     group = grpo["num_generations"]
     held = max(1, grpo["held"] // group) if grpo["held"] else grpo["batch_size"] // group
     learn = training(shape, Work(prompt, grpo["batch_size"] // group, group, grpo["max_new_tokens"], grpo["lora_rank"], held,
@@ -188,7 +189,7 @@ def needs(shape: Shape, params: dict[str, dict], images: int = 6) -> dict[str, d
     draw = decoding(shape, Work(prompt, at_once, group, grpo["max_new_tokens"]))
     draw["adapter, gradients, Adam"] = learn["adapter, gradients, Adam"]
     return {
-        "02_sft": training(shape, Work(prompt, 1, 1, 300, sft["lora_rank"], sft["batch_size"], True), True),
+        "02_sft": training(shape, Work(prompt, 1, 1, TRACE, sft["lora_rank"], sft["batch_size"], True), True),
         "04_rejection_sampling": decoding(shape, Work(prompt, sampling["batch_size"], sampling["replies"],
                                                       sampling["max_new_tokens"])),
         "05_grpo": max(draw, learn, key=lambda parts: sum(parts.values())),

@@ -5,22 +5,20 @@ as long as `max_new_tokens` allows, so it is nearer to a bound than to an expect
 """
 
 from mig_kit.generation import prompts_at_once
-from mig_kit.gpu_memory import NF4_BYTES, Shape, groups_per_update
-from mig_kit.suites import FREE_FORM, suite_tasks
+from mig_kit.gpu_memory import NF4_BYTES, TEXT, TRACE, Shape, groups_per_update
+from mig_kit.suites import FREE_FORM, SIZES, suite_tasks
 from mig_kit.tasks import TASKS
 
 # one card of each size: name, dense bfloat16 TFLOP/s, memory traffic in GB/s, as their makers give them
 CARDS = {24: ("RTX 4090", 165, 1008), 40: ("A100", 312, 1555), 80: ("A100", 312, 2039), 141: ("H200", 989, 4800)}
-SHARE = 0.35  # of both that is reached; on two CPU cores `mig-kit bench` finds this share of the rate of matrix products
+SHARE = 0.35  # of both that is reached; a guess
 LAYER = 0.001  # seconds that one layer of one decoding step takes at least, for its kernels are started one by one; a guess
-TEXT = 200  # tokens of a prompt's text
-TRACE = 300  # tokens of a trace
 
 
 def counts(params: dict[str, dict]) -> dict[str, int]:
-    """Samples of fine-tuning, candidates of rejection sampling, groups of reinforcement, replies of evaluation.
+    """Samples of fine-tuning, candidates of rejection sampling, groups of reinforcement, questions of evaluation.
 
-    An evaluation asks three systems, for one greedy reply and `replies` drawn ones; on a benchmark whose limit is 0 the number
+    An evaluation asks three systems each of its questions; on a benchmark whose limit is 0 the number
     of its questions is not known here, and the drawn suites are counted.
     """
     p, sft, grpo, evaluate = (params[name] for name in ("01_synthesize", "02_sft", "05_grpo", "06_evaluate"))
@@ -29,8 +27,7 @@ def counts(params: dict[str, dict]) -> dict[str, int]:
                    for name, key in (("cot", "free_form_per_task"), ("rl", "rl_free_form_per_task")))
     else:
         cot, rl = (round(p["data_limit"] * share) for share in p["data_shares"][:2])
-    sizes = {"mig_bench": "mig_per_task", "ood_grounding": "ood_per_task", "blink": "blink_per_task", "mmiu": "mmiu_per_task"}
-    asked = evaluate["benchmark_limit"] or sum(len(suite_tasks(suite)) * evaluate[key] for suite, key in sizes.items())
+    asked = evaluate["benchmark_limit"] or sum(len(suite_tasks(suite)) * evaluate[key] for suite, key in SIZES.items())
     return {"02_sft": round(min(cot, sft["max_samples"] or cot) * sft["epochs"]), "04_rejection_sampling": rl,
             "05_grpo": grpo["max_steps"] * groups_per_update(grpo),
             "06_evaluate": 3 * asked}

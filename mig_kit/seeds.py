@@ -10,8 +10,7 @@ from mig_kit.frames import View
 from mig_kit.records import Sample
 from mig_kit.report import CLAIMS, read_metrics
 
-SIZES = {"mig_bench": "mig_per_task", "ood_grounding": "ood_per_task", "blink": "blink_per_task", "mmiu": "mmiu_per_task"}
-SAME = ("eval_seed", *SIZES.values(), "min_pixels", "max_pixels", "frame")  # or the runs did not answer the same questions
+SAME = ("eval_seed", *suites.SIZES.values(), "min_pixels", "max_pixels", "frame")  # or the runs did not answer the same questions
 
 
 def evaluated(run_ids: list[str]) -> dict[str, dict]:
@@ -49,7 +48,7 @@ def together(run_ids: list[str]) -> dict[str, dict]:
     p = next(iter(params.values()))
     view, found = View(p["min_pixels"], p["max_pixels"], p["frame"]), {}
     for _, _, delta, suite in CLAIMS:
-        samples = suites.make_suite(suite, "test", p[SIZES[suite]], p["eval_seed"])
+        samples = suites.make_suite(suite, "test", p[suites.SIZES[suite]], p["eval_seed"])
         every = np.stack([gaps(run_id, delta, suite, samples, view) for run_id in run_ids])
         groups = list(evaluate.by_task(samples, every.mean(0)).values())
         means = [evaluate.macro(list(evaluate.by_task(samples, one).values())) for one in every]

@@ -243,7 +243,9 @@ BLINK: dict[str, Maker] = {"counting": counting, "jigsaw": jigsaw, "visual_corre
 MMIU: dict[str, Maker] = {"order": order, "retrieval": retrieval, "change": change}
 FREE_FORM: dict[str, Maker] = {"naming": naming, "showing": showing, "sharing": sharing, "choosing": choosing,
                               "pointing": pointing, "telling": telling, "tallying": tallying}  # trained on, in no suite
-SUITES = ("mig_bench", "ood_grounding", "blink", "mmiu")
+SIZES = {"mig_bench": "mig_per_task", "ood_grounding": "ood_per_task", "blink": "blink_per_task",
+         "mmiu": "mmiu_per_task"}  # suite -> the parameter of 06 that says how many samples a task has
+SUITES = tuple(SIZES)
 
 
 def suite_tasks(suite: str) -> list[str]:
