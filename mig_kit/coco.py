@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
 from mig_kit.benchmarks import four_numbers
-from mig_kit.evaluate import percent
+from mig_kit.intervals import percent
 from mig_kit.score import Scored
 
 

@@ -10,12 +10,11 @@ from collections import defaultdict
 import numpy as np
 
 from mig_kit.frames import View
+from mig_kit.intervals import bootstrap, macro, percent
 from mig_kit.prompts import parse
 from mig_kit.records import Sample
 from mig_kit.rejection_sampling import pass_at_k
 from mig_kit.rewards import box_reward, correct, image_reward
-
-RESAMPLES = 2000
 
 
 def score_reply(reply: str, sample: Sample, view: View) -> dict[str, float]:
@@ -37,23 +36,6 @@ def by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.ndarray]:
     for index, sample in enumerate(samples):
         rows[sample.task].append(index)
     return {task: values[index] for task, index in rows.items()}
-
-
-def bootstrap(groups: list[np.ndarray], seed: int = 0, resamples: int = RESAMPLES) -> list[float]:
-    """95 % interval [low, high] of the unweighted mean of the groups' means; groups: (n,) float each."""
-    rng = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for values in groups:
-        rows = max(1, 4_000_000 // len(values))  # at a time: a benchmark of 45,000 items would need gigabytes
-        for start in range(0, resamples, rows):
-            part = means[start:start + rows]
-            part += values[rng.integers(0, len(values), (len(part), len(values)))].mean(1) / len(groups)
-    return [float(v) for v in np.percentile(means, [2.5, 97.5])]
-
-
-def macro(groups: list[np.ndarray]) -> float:
-    """Unweighted mean of the groups' means."""
-    return float(np.mean([values.mean() for values in groups]))
 
 
 def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], view: View) -> dict:
@@ -93,11 +75,6 @@ def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], 
 def right_or_not(reply: str, sample: Sample, view: View) -> float:
     """1.0 if the reply is right."""
     return score_reply(reply, sample, view)["right"]
-
-
-def percent(value: float) -> float:
-    """A share as percent, two decimals."""
-    return round(100 * float(value), 2)
 
 
 def delta(samples: list[Sample], after: list[str], before: list[str], after_drawn: list[list[str]],

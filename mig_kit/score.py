@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from mig_kit.benchmarks import READERS, Benchmark, Item, aligned, four_numbers, read_json, read_records, with_sizes
-from mig_kit.evaluate import bootstrap, macro, percent
 from mig_kit.frames import QWEN2_5, Box, View, iou, rescale, seen_size
+from mig_kit.intervals import bootstrap, macro, percent
 from mig_kit.replies import (
     answer_block,
     choice_letter,

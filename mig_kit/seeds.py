@@ -5,7 +5,7 @@ import json
 import numpy as np
 from scipy import stats
 
-from mig_kit import evaluate, runs, suites
+from mig_kit import evaluate, intervals, runs, suites
 from mig_kit.frames import View
 from mig_kit.records import Sample
 from mig_kit.report import CLAIMS, read_metrics
@@ -51,11 +51,11 @@ def together(run_ids: list[str]) -> dict[str, dict]:
         samples = suites.make_suite(suite, "test", p[suites.SIZES[suite]], p["eval_seed"])
         every = np.stack([gaps(run_id, delta, suite, samples, view) for run_id in run_ids])
         groups = list(evaluate.by_task(samples, every.mean(0)).values())
-        means = [evaluate.macro(list(evaluate.by_task(samples, one).values())) for one in every]
+        means = [intervals.macro(list(evaluate.by_task(samples, one).values())) for one in every]
         half = stats.t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else None
-        found[suite] = {"value": evaluate.percent(np.mean(means)),
-                        "ci95": [evaluate.percent(v) for v in evaluate.bootstrap(groups)],
-                        "over_seeds": None if half is None else evaluate.percent(half)}
+        found[suite] = {"value": intervals.percent(np.mean(means)),
+                        "ci95": [intervals.percent(v) for v in intervals.bootstrap(groups)],
+                        "over_seeds": None if half is None else intervals.percent(half)}
     return found
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from mig_kit import evaluate
-from mig_kit.evaluate import bootstrap, delta, macro, summarise
+from mig_kit.evaluate import delta, summarise
 from mig_kit.frames import View
+from mig_kit.intervals import bootstrap, macro
 from mig_kit.suites import make_suite
 from mig_kit.tasks import make
 
