@@ -24,7 +24,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit("interrupted; the same command goes on where this one stopped")
-    except (FileNotFoundError, ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:
+    except OSError as error:
+        sys.exit(f"mig-kit: {error}")
+    except (ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:
         sys.exit(f"mig-kit: {error.args[0] if error.args else error}")
 
 
@@ -255,7 +257,7 @@ def score(benchmark: str, annotations: str, predictions: str, compare: str | Non
 
 
 @cli.command()
-@click.option("--model", required=True, help="A folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL.")
+@click.option("--model", required=True, help="tiny, or a folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL.")
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; repeat in order.")
 @click.option("--out", default="grounded.png", show_default=True, help="Where the picture with the box goes.")
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -264,20 +266,18 @@ def score(benchmark: str, annotations: str, predictions: str, compare: str | Non
 @click.argument("question")
 def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, frame: str, question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and save the picture with the box."""
-    from PIL import Image, UnidentifiedImageError
-
     from mig_kit import models, plots, sft
+    from mig_kit.image_files import BadImage, open_rgb
     from mig_kit.prompts import box_in_original, parse
     from mig_kit.records import Sample
 
     opened = []
     for path in images:
         try:
-            opened.append(Image.open(path).convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} is no readable image; give a PNG or JPEG file") from error
-    hw = models.hardware()
-    view = View(frame=frame)
+            opened.append(open_rgb(Path(path)))
+        except BadImage as error:
+            raise ValueError(f"--image {path}: {error}") from error
+    hw, view, model = models.hardware(), View(frame=frame), models.resolve(model)
     processor = models.load_processor(model, view)
     sample = Sample("ground", "", "", "", tuple(opened), question)
     reply = sft.greedy_replies(models.load_model(model, hw), processor, [sample], hw, view, max_new_tokens)[0]

@@ -162,8 +162,16 @@ def check_model_folder(model: str | Path) -> None:
 
 
 def family_of(model: str | Path):
-    """The configuration of a folder or hub name; ValueError unless its model_type is one of FAMILIES."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    """The configuration of a folder or hub name.
+
+    ValueError unless its model_type is one of FAMILIES, FileNotFoundError where there is no such folder and the hub gives none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except OSError as error:
+        why = str(error).splitlines()[0]
+        raise FileNotFoundError(f"there is no folder {model}, and the hub gave no model of this name ({why}); "
+                                "give a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct") from error
     if config.model_type not in FAMILIES:
         raise ValueError(f"{model} is a {config.model_type}; the kit loads {', '.join(FAMILIES)}")
     if "quantization_config" in config.to_dict():

@@ -51,15 +51,19 @@ def test_an_unreadable_image(tmp_path):
     assert "no readable image" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_model_that_is_nowhere_is_one_sentence(tmp_path):
+    make("refer_grounding", "val", 0).images[0].save(tmp_path / "a.png")
+    result = call("ground", "--model", "tinny", "--image", str(tmp_path / "a.png"), "Where?", HF_HUB_OFFLINE="1")
+    assert "there is no folder tinny" in result.stderr and "Traceback" not in result.stderr and result.returncode
+
+
 @pytest.mark.slow
 def test_ground_answers(tmp_path):
-    from mig_kit.models import TINY_BASE
-
     sample = make("refer_grounding", "val", 0)
     paths = []
     for number, image in enumerate(sample.images):
         image.save(tmp_path / f"{number}.png")
         paths += ["--image", str(tmp_path / f"{number}.png")]
-    result = call("ground", "--model", str(TINY_BASE), *paths, "--out", str(tmp_path / "out.png"), "Find the red star in image 2.")
+    result = call("ground", "--model", "tiny", *paths, "--out", str(tmp_path / "out.png"), "Find the red star in image 2.")
     assert result.returncode == 0, result.stderr
     assert "reasoning:" in result.stdout and ("picture:" in result.stdout or "the model said" in result.stdout)
