@@ -60,6 +60,16 @@ def outputs(root, run_id, stage):
     return {name: digest for name, digest in found.items() if name != "started.json"}
 
 
+def differing(one, other):
+    """Lines that differ between two folders' texts, the first few of every file: hashes alone say nothing."""
+    said = []
+    for path in sorted(p for p in one.rglob("*") if p.suffix in (".json", ".jsonl") and p.name not in ("run.json", "started.json")):
+        there = other / path.relative_to(one)
+        pairs = zip(path.read_text().splitlines(), there.read_text().splitlines() if there.is_file() else [], strict=False)
+        said += [f"{path.relative_to(one)}:{number}: {a[:300]} | {b[:300]}" for number, (a, b) in enumerate(pairs) if a != b][:3]
+    return "\n".join(said)
+
+
 @pytest.mark.parametrize("stage", runs.RECIPE)
 def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
     root, took = undisturbed
@@ -78,7 +88,8 @@ def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
             assert not (root / run_id / stage / "run.json").exists() or not list((root / run_id / stage).glob("*.tmp"))
         finish(start(root, run_id, stage))
         if stage not in ("00_preflight", "07_report"):  # what this machine has, and a page that names its run
-            assert outputs(root, run_id, stage) == outputs(root, "whole", stage)
+            assert outputs(root, run_id, stage) == outputs(root, "whole", stage), differing(root / run_id / stage,
+                                                                                            root / "whole" / stage)
         shutil.rmtree(root / run_id)
     print(f"{stage}: killed {interrupted} of {KILLS} times before it finished")
 
