@@ -42,16 +42,17 @@ def stored(path: Path) -> dict[str, list[str]]:
 
 def sample_replies(model, processor, samples: list[Sample], path: Path, *, replies: int, temperature: float,
                    max_new_tokens: int, batch_size: int, seed: int, view: View, autocast: bool,
-                   label: str = "rollouts") -> dict[str, list[str]]:
+                   label: str = "rollouts", cache: PromptCache | None = None) -> dict[str, list[str]]:
     """`replies` replies to every sample, appended to `path` batch by batch; what is there already is not drawn again.
 
     Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run draws what an
-    uninterrupted one would have drawn. Raises ValueError for fewer than one reply.
+    uninterrupted one would have drawn. cache: prompts made ready by an earlier call for the same samples and model.
+    Raises ValueError for fewer than one reply.
     """
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply (only 06_evaluate can do without)")
     have = stored(path)
-    cache = PromptCache(model, processor, view, limit=batch_size)
+    cache = cache or PromptCache(model, processor, view, limit=batch_size)
     order = sorted(samples, key=lambda s: (len(s.images), s.id))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)

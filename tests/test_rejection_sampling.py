@@ -8,6 +8,7 @@ import pytest
 
 from mig_kit import rejection_sampling as rs
 from mig_kit.frames import View, to_model
+from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import answer_text
 from mig_kit.tasks import make
 
@@ -53,6 +54,16 @@ def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_model, proces
     resumed = rs.sample_replies(random_model, processor, samples, tmp_path / "cut.jsonl", **options)
     assert resumed == whole
     assert sorted((tmp_path / "cut.jsonl").read_text().splitlines()) == sorted(lines)
+
+
+def test_prompts_made_ready_before_give_the_same_replies(tmp_path, random_model, processor, samples, monkeypatch):
+    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=3, seed=1, view=View(), autocast=False)
+    alone = rs.sample_replies(random_model, processor, samples, tmp_path / "alone.jsonl", **options)
+    cache = PromptCache(random_model, processor, View())
+    greedy = options | {"replies": 1, "temperature": 0.0}
+    rs.sample_replies(random_model, processor, samples, tmp_path / "greedy.jsonl", cache=cache, **greedy)
+    monkeypatch.setattr(cache, "_encode", lambda samples: pytest.fail("encoded again") if samples else None)
+    assert rs.sample_replies(random_model, processor, samples, tmp_path / "drawn.jsonl", cache=cache, **options) == alone
 
 
 def test_no_replies_is_one_sentence(tmp_path):
