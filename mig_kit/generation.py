@@ -85,19 +85,20 @@ class _Decoder:
         prompt_k, prompt_v = self.prompt[layer]
         own_k, own_v = self.own[layer]
         own_k[:, :, self.step], own_v[:, :, self.step] = k, v
-        rows, prompts, past = q.shape[0], prompt_k.shape[0], self.step + 1
-        shared = q.view(prompts, self.group, self.kv, -1, self.width).transpose(1, 2).flatten(2, 3)
-        to_prompt = torch.matmul(shared, prompt_k.transpose(2, 3)).float() * self.scale + self.bias[:, None, None]
-        single = q.view(rows, self.kv, -1, self.width)
-        to_own = torch.matmul(single, own_k[:, :, :past].transpose(2, 3)).float() * self.scale
-        repeat = single.shape[2]
-        to_prompt = to_prompt.view(prompts, self.kv, self.group, repeat, -1).transpose(1, 2).reshape(rows, self.kv, repeat, -1)
-        weight = softmax(torch.cat([to_prompt, to_own], -1), -1).to(q.dtype)
-        length = prompt_k.shape[2]
-        on_prompt = weight[..., :length].view(prompts, self.group, self.kv, repeat, length).transpose(1, 2).flatten(2, 3)
-        mixed = torch.matmul(on_prompt, prompt_v).view(prompts, self.kv, self.group, repeat, self.width).transpose(1, 2)
-        mixed = mixed.reshape(rows, self.kv, repeat, self.width) + torch.matmul(weight[..., length:], own_v[:, :, :past])
-        return mixed.reshape(rows, -1)
+        prompts, length, past = prompt_k.shape[0], prompt_k.shape[2], self.step + 1
+        split = (prompts, self.group, self.kv, -1)
+        shared = q.view(*split, self.width).transpose(1, 2).flatten(2, 3)
+        single = q.view(q.shape[0], self.kv, -1, self.width)
+        # one buffer for both kinds of scores, in the order of the prompts' product: reshaped copies of it would cost most
+        scores = torch.empty(*shared.shape[:3], length + past, dtype=torch.float32, device=q.device)
+        torch.add(self.bias[:, None, None], torch.matmul(shared, prompt_k.transpose(2, 3)).float(), alpha=self.scale,
+                  out=scores[..., :length])
+        to_own = torch.matmul(single, own_k[:, :, :past].transpose(2, 3))
+        torch.mul(to_own.view(*split, past).transpose(1, 2).flatten(2, 3).float(), self.scale, out=scores[..., length:])
+        weight = softmax(scores, -1).to(q.dtype)
+        mixed = torch.matmul(weight[..., :length], prompt_v).view(prompts, self.kv, self.group, -1, self.width).transpose(1, 2)
+        on_own = weight[..., length:].view(prompts, self.kv, self.group, -1, past).transpose(1, 2).reshape(*single.shape[:3], past)
+        return (mixed.reshape(single.shape) + torch.matmul(on_own, own_v[:, :, :past])).reshape(q.shape[0], -1)
 
     def forward(self, tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """tokens, place: (rows,) -> logits (rows, vocabulary) of the next token."""
