@@ -2,42 +2,40 @@
 
 import os
 import shutil
+import time
 
 import psutil
 import torch
 
-from mig_kit.models import Hardware
+from mig_kit.models import TINY_BASE, Hardware, load_model
 from mig_kit.runs import runs_root
 
-# Measured on two cores of an AMD EPYC (Zen 5) with avx512_bf16: minutes of each stage of the tiny profile,
-# and GiB that it stayed within (04: drawn 1,920 candidates in 1.6, scaled to 2,550).
-TINY_COST = {"01_synthesize": (0.3, 4.0), "02_sft": (6.3, 5.7), "03_merge": (0.1, 4.9), "04_rejection_sampling": (2.1, 4.9),
-             "05_grpo": (7.1, 4.9), "06_evaluate": (5.8, 4.0), "07_report": (0.1, 4.0)}
-REFERENCE_GFLOPS = 1060.0  # what `matrix_rate` gives on that machine
+# Measured in one run of the tiny profile on two cores of an Intel Xeon with AMX: minutes of each stage, and GiB that it stayed
+# within. Matrix rates predict these badly: an AMD EPYC (Zen 5) with a third of this machine's rate took two thirds of the time.
+TINY_COST = {"01_synthesize": (0.3, 4.0), "02_sft": (7.8, 5.7), "03_merge": (0.2, 4.9), "04_rejection_sampling": (2.9, 4.9),
+             "05_grpo": (11.2, 4.9), "06_evaluate": (8.2, 4.0), "07_report": (0.2, 4.0)}
+REFERENCE_PACE = 0.26  # what `pace` gives on that machine, seconds
 
 
-def matrix_rate(hw: Hardware, seconds: float = 0.5) -> float:
-    """GFLOP/s of matrix products of the size the tiny model does, in the dtype it will use."""
-    import time
+def pace(hw: Hardware, rounds: int = 3) -> float:
+    """Seconds of a fixed piece of training, the best of `rounds`: the shipped base on 16 rows of 200 tokens, forth and back."""
+    model = load_model(TINY_BASE, hw)
+    ids = torch.arange(16 * 200, device=hw.device).view(16, 200) % 500 + 100  # no special tokens
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        with torch.autocast(hw.device, torch.bfloat16, enabled=hw.autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        model.zero_grad()
+        best = min(best, time.perf_counter() - start)
+    return best
 
-    dtype = torch.bfloat16 if hw.autocast or hw.dtype == torch.bfloat16 else torch.float32
-    a = torch.ones(4096, 256, dtype=dtype, device=hw.device)
-    b = torch.ones(704, 256, dtype=dtype, device=hw.device)
-    torch.nn.functional.linear(a, b)
-    rounds, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        torch.nn.functional.linear(a, b)
-        rounds += 1
-    return 2 * a.shape[0] * a.shape[1] * b.shape[0] * rounds / (time.perf_counter() - start) / 1e9
 
-
-def expected(rate: float) -> list[dict]:
-    """Rows {stage, minutes, memory_gib}: the measured cost, with time scaled by half to this machine's matrix rate.
-
-    Half, because about half of a stage's time is matrix products.
-    """
-    factor = 0.5 + 0.5 * REFERENCE_GFLOPS / max(rate, 1.0)
-    return [{"stage": s, "minutes": round(m * factor, 1), "memory_gib": g} for s, (m, g) in TINY_COST.items()]
+def expected(seconds: float) -> list[dict]:
+    """Rows {stage, minutes, memory_gib}: the measured cost, with time scaled to this machine's `pace`."""
+    return [{"stage": stage, "minutes": round(minutes * seconds / REFERENCE_PACE, 1), "memory_gib": gib}
+            for stage, (minutes, gib) in TINY_COST.items()]
 
 
 def machine() -> dict:

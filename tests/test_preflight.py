@@ -15,8 +15,7 @@ def test_too_small_a_machine_is_one_sentence():
 
 
 def test_expected_minutes_scale_with_the_machine():
-    same = preflight.expected(preflight.REFERENCE_GFLOPS)
-    slow = preflight.expected(preflight.REFERENCE_GFLOPS / 3)
+    same, slow = preflight.expected(preflight.REFERENCE_PACE), preflight.expected(3 * preflight.REFERENCE_PACE)
     assert [row["minutes"] for row in same] == [m for m, _ in preflight.TINY_COST.values()]
-    assert all(b["minutes"] >= a["minutes"] for a, b in zip(same, slow))
-    assert preflight.matrix_rate(models.hardware("float32"), 0.05) > 0
+    assert [row["minutes"] for row in slow] == [round(3 * m, 1) for m, _ in preflight.TINY_COST.values()]
+    assert 0 < preflight.pace(models.hardware("float32"), 1) < 60
