@@ -1,7 +1,7 @@
 """Every stage of the smoke profile killed (SIGKILL, the kernel with it) at random moments and started again.
 
 What it leaves must equal, file by file, what an undisturbed run leaves. MIG_KIT_KILLS=20 kills every stage twenty times;
-by default once. Progress that a stage stores (replies, checkpoints) must not be made again: it is asserted to have stayed.
+by default once. MIG_KIT_KILLS_PROFILE=tiny does so over the tiny profile, which takes hours.
 """
 
 import json
@@ -19,17 +19,17 @@ import pytest
 from mig_kit import runs
 
 pytestmark = pytest.mark.slow
-KILLS = int(os.environ.get("MIG_KIT_KILLS", "1"))
+KILLS, PROFILE = int(os.environ.get("MIG_KIT_KILLS", "1")), os.environ.get("MIG_KIT_KILLS_PROFILE", "smoke")
 COMMAND = [sys.executable, "-c", "from mig_kit.cli import main; main()", "run"]
 
 
 def start(root, run_id, *stages, **more):
-    return subprocess.Popen([*COMMAND, *stages, "--profile", "smoke", "--run-id", run_id], stdout=subprocess.PIPE,
+    return subprocess.Popen([*COMMAND, *stages, "--profile", PROFILE, "--run-id", run_id], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, env={**os.environ, "MIG_KIT_RUNS": str(root)}, **more)
 
 
 def finish(process):
-    said = process.communicate(timeout=600)[0]
+    said = process.communicate(timeout=3600)[0]
     assert process.returncode == 0, said[-3000:]
     return said
 

@@ -61,19 +61,35 @@ def page(tmp_path_factory):
         browser.close()
 
 
+ERRORS = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
+
+
+def show(page, address, name):
+    page.goto(f"{address}/lab/tree/{name}.ipynb?token=lab&reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+    page.wait_for_selector(".jp-NotebookPanel-toolbar .jp-Toolbar-kernelName:not(:has-text('No Kernel'))", timeout=60_000)
+
+
+def run_all(page):
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def wait(finished, page, red=0):
+    """Until `finished()`; no more than `red` errors may show meanwhile."""
+    until = time.monotonic() + 300
+    while not finished():
+        assert page.locator(ERRORS).count() <= red
+        assert time.monotonic() < until, "not finished in five minutes"
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize("stage", runs.RECIPE)
 def test_every_cell_runs_in_lab(stage, lab, page):
     address, folder, root = lab
-    page.goto(f"{address}/lab/tree/{stage}.ipynb?token=lab&reset")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-    page.wait_for_selector(".jp-NotebookPanel-toolbar .jp-Toolbar-kernelName:not(:has-text('No Kernel'))", timeout=60_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    until = time.monotonic() + 300
-    while not (root / "lab" / stage / "run.json").is_file():
-        assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
-        assert time.monotonic() < until, f"{stage} did not finish"
-        time.sleep(0.5)
+    show(page, address, stage)
+    run_all(page)
+    wait(lambda: (root / "lab" / stage / "run.json").is_file(), page)
     time.sleep(1.5)
     shots = os.environ.get("MIG_KIT_SCREENSHOTS")
     if shots:
@@ -91,3 +107,27 @@ def test_every_cell_runs_in_lab(stage, lab, page):
     page.locator(".lm-Menu-item[data-command='kernelmenu:shutdown']").click()
     time.sleep(1)
 
+
+def test_an_interrupt_in_lab_loses_nothing(lab, page):
+    """An evaluation interrupted by Kernel > Interrupt, its cells run again: the same replies as in the run before."""
+    address, folder, root = lab
+    before = root / "lab" / "06_evaluate"
+    if not (before / "run.json").is_file():
+        pytest.skip("needs the notebooks before it")
+    for stage in runs.RECIPE[:6]:
+        shutil.copytree(root / "lab" / stage, root / "again" / stage)
+    papermill.execute_notebook(runs.ROOT / "notebooks" / "06_evaluate.ipynb", folder / "again.ipynb",
+                               chosen_params("06_evaluate", "smoke", "again", {}), prepare_only=True)
+    done = root / "again" / "06_evaluate" / "run.json"
+    show(page, address, "again")
+    run_all(page)
+    wait((done.parent / "replies" / "base_mig_bench_drawn.jsonl").is_file, page)
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.locator(".lm-Menu-item[data-command='kernelmenu:interrupt']").click()
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
+    assert not done.is_file() and len(list(done.parent.glob("replies/*.jsonl"))) < len(list(before.glob("replies/*.jsonl")))
+    run_all(page)
+    wait(done.is_file, page, red=1)
+    drawn = sorted(path.name for path in (before / "replies").glob("*.jsonl"))
+    assert drawn and all((done.parent / "replies" / n).read_bytes() == (before / "replies" / n).read_bytes() for n in drawn)
+    assert (done.parent / "metrics.json").read_bytes() == (before / "metrics.json").read_bytes()

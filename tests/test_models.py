@@ -84,6 +84,14 @@ def test_hardware_says_why():
         models.hardware("fp8")
 
 
+def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):
+    made = []
+    monkeypatch.setattr(models.torch, "cos", lambda x: made.append(x.numel()) or x)
+    monkeypatch.setattr(models, "bf16_speedup", lambda: made.append("products") or 1.0)
+    models.hardware()
+    assert made == [8, "products"]  # eight numbers are computed by one thread
+
+
 def test_the_dtype_does_not_depend_on_what_else_runs():
     quiet, threads = models.hardware().autocast, torch.get_num_threads()
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
