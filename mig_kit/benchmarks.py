@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mig_kit.frames import Box
 from mig_kit.image_files import confined
+from mig_kit.jsonl import MAX_LINE, lines
 from mig_kit.replies import ORDINALS
 
 MIG_BENCH_TASKS = {"diff": 528, "view_diff": 94, "common_object": 816, "object_tracking": 550, "multi_view": 288, "region": 1203,
@@ -72,14 +73,13 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if text.lstrip().startswith("["):
-        numbered = list(enumerate(_json(text, f"{path}"), 1))
+    with path.open("rb") as file:
+        opening = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if opening.startswith(b"["):
+        numbered = list(enumerate(read_json(path), 1))
     else:
-        numbered = [(n, _json(line, f"line {n} of {path}")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        numbered = [(n, _json(_text(line, n, path), f"line {n} of {path}")) for n, line in lines(path)
+                    if line is None or line.strip(b"\xef\xbb\xbf \t")]
     for number, record in numbered:
         if not isinstance(record, dict):
             raise ValueError(f"entry {number} of {path} is no JSON object; every entry must look like {{...}}")
@@ -92,7 +92,19 @@ def read_json(path: str | Path):
     """The one JSON value of a file. Raises like read_records."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or written")
-    return _json(Path(path).read_text(encoding="utf-8-sig"), f"{path}")
+    try:
+        return _json(Path(path).read_text(encoding="utf-8-sig"), f"{path}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _text(line: bytes | None, number: int, path: Path) -> str:
+    if line is None:
+        raise ValueError(f"line {number} of {path} is longer than {MAX_LINE} bytes; write one JSON object per line")
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} of {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
 def _json(text: str, where: str):

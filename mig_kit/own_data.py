@@ -28,9 +28,9 @@ from PIL import Image, ImageDraw, ImageFont
 from mig_kit import plots
 from mig_kit.frames import Box, rescale
 from mig_kit.image_files import BadImage, confined, open_rgb, size_of
+from mig_kit.jsonl import MAX_LINE, lines
 from mig_kit.records import Sample
 
-MAX_LINE = 1 << 20
 MAX_IMAGES = 64
 UNITS = {"pixels": 0, "0-1000": 1000, "0-1": 1}
 REQUIRED, OPTIONAL = ("images", "question", "image", "unit"), ("box", "boxes", "reference", "id", "task")
@@ -38,20 +38,6 @@ REQUIRED, OPTIONAL = ("images", "question", "image", "unit"), ("box", "boxes", "
 
 class OwnDataError(ValueError):
     """A line that cannot be used; the message names the line and the fix."""
-
-
-def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line without its end), None for a line over MAX_LINE bytes; never more than that in memory."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) <= MAX_LINE or line.endswith(b"\n"):
-                yield number, line.rstrip(b"\r\n")
-                continue
-            while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                pass
-            yield number, None
 
 
 def read_line(line: bytes | None) -> tuple[dict, list[str]]:
