@@ -15,7 +15,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit import grpo, sft
@@ -25,7 +24,7 @@ from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.prompt_cache import PromptCache, inner
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
-from mig_kit.runs import release_memory
+from mig_kit.runs import progress, release_memory
 from mig_kit.scenes import draw
 from mig_kit.tasks import World
 from mig_kit.vision import config
@@ -283,7 +282,7 @@ def sweep(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: in
     loads = dict.fromkeys([*(replace(load, images=n) for n in images), *(replace(load, group=n) for n in groups),
                            *(replace(load, tokens=n) for n in tokens)])
     rows = []
-    for number, one in enumerate(tqdm(loads, desc="loads")):
+    for number, one in enumerate(progress(loads, "loads")):
         found = training(model, hw, one, folder / str(number), repeats, stock_attention)
         release_memory()
         rows += [{**vars(one), "prompt_tokens": found["prompt_tokens"], "stage": stage, **found[stage]}

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from mig_kit.frames import View
 from mig_kit.generation import Sampling, rollouts
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.records import Sample
 from mig_kit.rewards import correct
-from mig_kit.runs import release_memory
+from mig_kit.runs import progress, release_memory
 
 
 def stored(path: Path) -> dict[str, list[str]]:
@@ -58,7 +57,7 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        for number, batch in enumerate(tqdm(batches, desc=label, mininterval=2)):
+        for number, batch in enumerate(progress(batches, label)):
             if all(s.id in have for s in batch):
                 continue
             generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)

@@ -17,10 +17,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
@@ -47,6 +49,14 @@ def release_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         except (OSError, AttributeError):  # another C library
             pass
+
+
+def progress(steps: Iterable, label: str, **more) -> tqdm:
+    """A bar with the time left as text on standard output: seen in JupyterLab, under papermill and on a terminal.
+
+    tqdm's own choice in a notebook is a widget, of which papermill and a terminal show nothing. more: as of tqdm.
+    """
+    return tqdm(steps, desc=label, file=sys.stdout, mininterval=5, ascii=" =", **more)
 
 
 def runs_root() -> Path:

@@ -44,9 +44,10 @@ class StageTable(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """A line that a notebook printed: kept as the stage's last on a terminal, printed elsewhere."""
-        text = record.getMessage().strip()
-        if not self.console.is_terminal:
-            self.console.print(record.getMessage(), markup=False, soft_wrap=True)
+        message = "\n".join(line.rsplit("\r", 1)[-1] for line in record.getMessage().split("\n"))  # a bar is printed over itself
+        text = message.strip()
+        if text and not self.console.is_terminal:
+            self.console.print(message.strip("\n"), markup=False, soft_wrap=True)
         elif text and not text.startswith(("Executing Cell", "Ending Cell", "<")):
             self.last = text.splitlines()[-1]
 

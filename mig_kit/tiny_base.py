@@ -17,14 +17,14 @@ import torch
 import torch._dynamo
 from safetensors.torch import load_file
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.evaluate import summarise
 from mig_kit.frames import QWEN2_5
 from mig_kit.lessons import HARD_KINDS, KINDS, LOOSE_KINDS, album, locate_turns, survey_turn, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
-from mig_kit.runs import release_memory, sha256
+from mig_kit.runs import progress, release_memory, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
 from mig_kit.sft import greedy_replies
 from mig_kit.suites import SUITES, make_suite
@@ -59,7 +59,7 @@ def album_bank(tower, rng: random.Random, albums: int, autocast: bool = True, fe
                alike: float = 0.0) -> list[list[tuple]]:
     """Pictures seen once and for all: per album a list of (scene, features (tokens, hidden) bf16, (rows, columns))."""
     bank, processor = [], image_processor()
-    for _ in tqdm(range(albums), desc="albums", mininterval=5):
+    for _ in progress(range(albums), "albums"):
         scenes = album(rng, fewest=fewest, alike=alike)
         inputs = processor([draw(s) for s in scenes], return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -316,7 +316,7 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
     bank = album_bank(model.model.visual, random.Random(f"{course.name}/albums/{seed}"), albums, autocast, course.fewest,
                       course.alike)
     model.train()
-    for step in tqdm(range(first, steps), desc=course.name, initial=first, total=steps, mininterval=10):
+    for step in progress(range(first, steps), course.name, initial=first, total=steps):
         top, *mix = course.plan(step / steps)
         count = rng.choices(range(1, top + 1), (3, 6, 4, 3, 2, 2)[:top])[0]
         rows = round(visual_rows * (1.5, 1.3, 1.15, 1.0, 0.9, 0.8)[count - 1])

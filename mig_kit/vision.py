@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.runs import write_json
+from mig_kit.runs import progress, write_json
 from mig_kit.scenes import COLOURS, PATTERNS, SHAPES, SIZES, Scene, arrange, cell_of, cropped, draw, grid_of, random_looks
 
 HIDDEN, VISION_HIDDEN = 256, 128
@@ -154,7 +153,7 @@ def train_vision(folder: Path, *, locate_steps: int, spell_steps: int, batch: in
         parameters = [*tower.parameters(), *heads.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
-        bar = tqdm(range(steps), desc=phase, mininterval=5)
+        bar = progress(range(steps), phase)
         for step in bar:
             inputs, classes, boxes = _batch(rng, processor, batch)
             there = classes[:, 0] == 1

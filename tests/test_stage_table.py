@@ -5,6 +5,7 @@ import logging
 
 from rich.console import Console
 
+from mig_kit import runs
 from mig_kit.stage_table import StageTable
 
 
@@ -22,6 +23,21 @@ def test_plain_lines_where_there_is_no_terminal():
     lines = out.getvalue().splitlines()
     assert lines[:2] == ["01: up to date", "02: running"] and lines[-1] == "02: done in 0.0 min"
     assert lines[2].startswith("step 12/24: loss 0.5; 1.0 min left [not markup]") and len(lines) == 4
+
+
+def test_a_bar_that_a_notebook_prints_is_seen_with_its_time_left(capsys):
+    with runs.progress(range(4), "replies") as bar:
+        for _ in zip(range(2), bar):
+            bar.refresh()
+    printed = capsys.readouterr().out
+    out = io.StringIO()
+    shown = StageTable(["04"], Console(file=io.StringIO(), width=120, force_terminal=True))
+    shown.set("04", "running")
+    shown.emit(record(printed[:printed.index("1/4") + 20]))
+    assert shown.last.startswith("replies: ") and "1/4 [00:0" in shown.last and "\r" not in shown.last
+    plain = StageTable(["04"], Console(file=out, width=120))
+    plain.emit(record(printed))
+    assert len(out.getvalue().splitlines()) == 1 and "replies: " in out.getvalue() and "\r" not in out.getvalue()
 
 
 def test_a_table_on_a_terminal():
