@@ -24,7 +24,7 @@ from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_reward, image_reward
-from mig_kit.sft import LiveCurves, Progress, ReleaseMemory, tracking
+from mig_kit.sft import KeepsDtypes, LiveCurves, Progress, ReleaseMemory, tracking
 
 
 def reward_functions(samples: list[Sample], view: View, missing_images: str = "format") -> list[Callable]:
@@ -72,7 +72,7 @@ def group_advantages(rewards: torch.Tensor, group: int, scale: str = "group") ->
     return (centred if scale == "none" else centred / ((rewards.std() if scale == "batch" else spread) + 1e-4)), spread
 
 
-class SharedPrefixGRPOTrainer(GRPOTrainer):
+class SharedPrefixGRPOTrainer(KeepsDtypes, GRPOTrainer):
     """GRPOTrainer that prefills every prompt once per group, in generation and in training.
 
     samples: what the column `sample` of the data set points into. A process's batch holds whole groups. held: replies whose
@@ -85,6 +85,21 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self._rows = None
         if self.args.per_device_train_batch_size % self.num_generations:
             raise ValueError("share_prefix needs batch_size to be a multiple of num_generations, so that groups stay whole")
+
+    def _prepare_inputs(self, generation_batch):
+        """As TRL's, which scatters the replies over the steps of an update; here groups stay whole, like lengths together."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or len(self._buffered_inputs) == 1:
+            return inputs
+        parts = self._buffered_inputs
+        rows = torch.cat([part["sample"] for part in parts])
+        lengths = {i: len(p.ids) for i, p in zip(rows.tolist(), self.cache.get([self.samples[i] for i in rows.tolist()]))}
+        order = torch.tensor(sorted(range(len(rows)), key=lambda r: (lengths[rows[r].item()], rows[r].item())), device=rows.device)
+        whole = {name: torch.cat([part[name] for part in parts])[order] for name, value in parts[0].items() if value.ndim}
+        self._buffered_inputs = [parts[0] | {name: value.chunk(len(parts))[i] for name, value in whole.items()}
+                                 for i in range(len(parts))]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs):
         device, mode = self.accelerator.device, "train" if self.model.training else "eval"

@@ -87,9 +87,10 @@ class ReleaseMemory(TrainerCallback):
 
 
 def training_rows(samples: list[Sample], replies: list[str], view: View) -> Dataset:
-    """A table of conversational prompt, completion and images, as TRL reads it; one row per sample."""
+    """A table of conversational prompt, completion and images, as TRL reads it, and about how many tokens; a row per sample."""
     rows = [{"prompt": messages(s, view), "completion": [{"role": "assistant", "content": [{"type": "text", "text": r}]}],
-             "images": list(s.images)} for s, r in zip(samples, replies, strict=True)]
+             "images": list(s.images), "length": sum(w * h for w, h in s.sizes) // 784 + (len(s.question) + len(r)) // 3}
+            for s, r in zip(samples, replies, strict=True)]
     return Dataset.from_list(rows)
 
 
@@ -123,6 +124,58 @@ def tracking(track: str, folder: Path) -> dict:
             "trackio_static_space_id": False}
 
 
+class LikeLengths(torch.utils.data.Sampler):
+    """Rows in random order, those of one update sorted by length, so that the parts it is computed in are padded little.
+
+    lengths: of the rows; size: rows of an update. Which rows an update learns from is as random as without the sorting.
+    """
+
+    def __init__(self, lengths: list[int], size: int, seed: int):
+        self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which pass over the rows comes next, from 0; the trainer says it, also when it resumes."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        for update in torch.randperm(len(self.lengths), generator=generator).split(self.size):
+            yield from sorted(update.tolist(), key=lambda row: self.lengths[row])
+
+
+class KeepsDtypes:
+    """A trainer whose adapter is resumed in the numbers it is trained in: PEFT loads it as float32, TRL trains it in bfloat16
+    on a 4-bit model, so a run that was killed would go on in others."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        kept = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(kept[name])
+
+
+class Trainer(KeepsDtypes, SFTTrainer):
+    """TRL's, with `LikeLengths` where an update is computed in parts, in which every token then weighs the same.
+
+    The model's class says it could not be told the number of tokens of the whole update, but it can; without it each part's
+    mean would weigh the same, and tokens of short rows more.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        if args.gradient_accumulation_steps == 1:
+            return super()._get_train_sampler(train_dataset)
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LikeLengths(data["length"], size, args.data_seed)
+
+
 def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epochs: float, batch_size: int,
             gradient_accumulation: int, learning_rate: float, warmup: float, seed: int, save_steps: int,
             track: str = "none") -> SFTTrainer:
@@ -134,9 +187,9 @@ def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epoc
         data_seed=seed, max_length=None, completion_only_loss=True, use_cpu=hw.device == "cpu",
         bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
         dataloader_pin_memory=False, remove_unused_columns=False)
-    made = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=processor,
-                      callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory(2), Watch(),
-                                 LiveCurves(loss_curve, ("loss", "token_accuracy"))])
+    made = Trainer(model=model, args=config, train_dataset=data, processing_class=processor,
+                   callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory(2), Watch(),
+                              LiveCurves(loss_curve, ("loss", "token_accuracy"))])
     batch = made.data_collator([data[i] for i in range(min(4, len(data)))])
     check_tokens(processor, batch)
     if int((batch["labels"] != -100).sum()) == 0:

@@ -3,9 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import TrainerCallback
 
 from mig_kit import models, sft, synthesize
 from mig_kit.frames import View
+from mig_kit.grpo import StopAfter
 from mig_kit.tasks import TASKS, make
 
 VIEW = View()
@@ -29,6 +32,68 @@ def test_loss_falls_and_only_the_adapter_moves(tmp_path, random_folder, float32,
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
     assert all((p == before[n]).all() for n, p in model.named_parameters() if "visual" in n)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if "lora_" in n}
+
+
+class Gradients(TrainerCallback):
+    """The first update's gradients by name."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = self.found or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_like_lengths_are_together_within_an_update_only():
+    lengths = [(7 * i) % 30 for i in range(25)]
+    rows = sft.LikeLengths(lengths, 10, seed=3)
+    first, again = list(rows), list(rows)
+    rows.set_epoch(1)
+    second = list(rows)
+    assert first == again != second and sorted(first) == sorted(second) == list(range(25)) and len(rows) == 25
+    for update in (first[:10], first[10:20], first[20:], second[:10]):
+        assert [lengths[i] for i in update] == sorted(lengths[i] for i in update)
+    shuffled = torch.randperm(25, generator=torch.Generator().manual_seed(3_000_009)).tolist()
+    assert [set(first[:10]), set(first[10:20])] == [set(shuffled[:10]), set(shuffled[10:20])]
+
+
+@pytest.mark.slow
+def test_an_update_in_parts_has_the_same_gradient(tmp_path, random_folder, float32, processor, table):
+    found = []
+    for name, size, parts in (("whole", 20, 1), ("parts", 5, 4)):
+        model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+        made = sft.trainer(model, processor, table, float32, tmp_path / name, epochs=1, batch_size=size,
+                           gradient_accumulation=parts, learning_rate=1e-3, warmup=0, seed=0, save_steps=100)
+        for parameter in made.model.parameters():  # TRL makes the adapter bfloat16 on a 4-bit model, and sums gradients in it
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        gradients = Gradients()
+        made.add_callback(gradients)
+        made.train()
+        assert made.state.global_step == 1
+        found.append(gradients.found)
+    assert len(found[0]) == 28
+    gaps = {name: ((whole - found[1][name]).abs().max() / whole.abs().max()).item() for name, whole in found[0].items()
+            if whole.abs().max() > 0}
+    assert gaps and max(gaps.values()) < 1e-5, gaps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "parts"), [(10, 1), (5, 2)])
+def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, random_folder, float32, processor, table, size, parts):
+    def made(name):
+        model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+        return sft.trainer(model, processor, table, float32, tmp_path / name, epochs=2, batch_size=size,
+                           gradient_accumulation=parts, learning_rate=1e-2, warmup=1, seed=0, save_steps=3)
+    whole = made("whole")
+    sft.train(whole, tmp_path / "whole")
+    first = made("cut")
+    first.add_callback(StopAfter(3))
+    first.train()
+    again = made("cut")
+    sft.train(again, tmp_path / "cut")
+    assert again.state.global_step == whole.state.global_step == 4
+    for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
+        assert torch.equal(x, y), name
 
 
 def test_loss_is_on_the_reply_only(tmp_path, random_folder, float32, processor, table):
