@@ -5,7 +5,7 @@ score is the unweighted mean over its tasks (MIG-Bench's AVG). Intervals: percen
 task (2,000 resamples, stratified); differences are paired by sample.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -30,6 +30,17 @@ def score_reply(reply: str, sample: Sample, view: View) -> dict[str, float]:
             "format": float(parse(reply).well_formed)}
 
 
+def first_of_each(samples: list[Sample], per_task: int) -> list[Sample]:
+    """The first `per_task` samples of every task, in order; all for 0."""
+    seen: Counter = Counter()
+    kept = []
+    for sample in samples:
+        seen[sample.task] += 1
+        if not per_task or seen[sample.task] <= per_task:
+            kept.append(sample)
+    return kept
+
+
 def by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.ndarray]:
     """values (samples, ...) split by task, in order of appearance."""
     rows = defaultdict(list)
@@ -41,14 +52,13 @@ def by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.ndarray]:
 def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], view: View) -> dict:
     """One system on one suite: n, score and ci95 (greedy, percent), sampled (mean at T 1), pass@8, and every task.
 
-    drawn: (samples, replies) at T 1; may be empty lists, then sampled and pass@k are None.
+    drawn: (samples, replies) at T 1; samples with none are left out of sampled and pass@k, which are None if all are.
     """
     scores = [score_reply(reply, sample, view) for reply, sample in zip(greedy, samples, strict=True)]
     right = np.array([s["right"] for s in scores])
     overlap = np.array([s["iou"] for s in scores])
-    many = None
-    if drawn and drawn[0]:
-        many = np.array([[right_or_not(r, s, view) for r in replies] for replies, s in zip(drawn, samples)])
+    asked = [i for i, replies in enumerate(drawn) if replies]
+    many = by_task([samples[i] for i in asked], np.array([[right_or_not(r, samples[i], view) for r in drawn[i]] for i in asked]))
     tasks = {}
     for task, rows in by_task(samples, np.arange(len(samples))).items():
         tasks[task] = {
@@ -56,17 +66,17 @@ def summarise(samples: list[Sample], greedy: list[str], drawn: list[list[str]], 
             "mean_iou": percent(overlap[rows].mean()), "ci95": [percent(v) for v in bootstrap([right[rows]])],
             "format": percent(np.mean([scores[i]["format"] for i in rows])),
             "image": percent(np.mean([scores[i]["image"] for i in rows]))}
-        if many is not None:
-            tasks[task]["sampled"] = percent(many[rows].mean())
-            tasks[task][f"pass@{many.shape[1]}"] = percent((many[rows].sum(1) > 0).mean())
+        if task in many:
+            tasks[task]["sampled"] = percent(many[task].mean())
+            tasks[task][f"pass@{many[task].shape[1]}"] = percent((many[task].sum(1) > 0).mean())
     groups = list(by_task(samples, right).values())
     result = {"n": len(samples), "score": percent(macro(groups)), "ci95": [percent(v) for v in bootstrap(groups)],
-              "sampled": None, "tasks": tasks}
-    if many is not None:
-        result["sampled"] = percent(macro(list(by_task(samples, many.mean(1)).values())))
+              "sampled": None, "n_sampled": len(asked), "tasks": tasks}
+    if many:
+        result["sampled"] = percent(macro([rows.mean(1) for rows in many.values()]))
         result["pass_at_k"] = {str(k): percent(macro([np.array([pass_at_k(int(r.sum()), len(r), k) for r in rows])
-                                                      for rows in by_task(samples, many).values()]))
-                               for k in (1, 2, 4, 8) if k <= many.shape[1]}
+                                                      for rows in many.values()]))
+                               for k in (1, 2, 4, 8) if k <= len(drawn[asked[0]])}
     for name in ("format", "image"):
         result[name] = percent(macro(list(by_task(samples, np.array([s[name] for s in scores])).values())))
     return result
@@ -79,13 +89,17 @@ def right_or_not(reply: str, sample: Sample, view: View) -> float:
 
 def delta(samples: list[Sample], after: list[str], before: list[str], after_drawn: list[list[str]],
           before_drawn: list[list[str]], view: View) -> dict:
-    """Paired difference of two systems in points: value and ci95 (greedy), sampled and sampled_ci95 (mean at T 1)."""
+    """Paired difference of two systems in points: value and ci95 (greedy), sampled and sampled_ci95 (mean at T 1).
+
+    Samples without drawn replies of either system are left out of the latter two.
+    """
     gap = np.array([right_or_not(a, s, view) - right_or_not(b, s, view) for a, b, s in zip(after, before, samples)])
     groups = list(by_task(samples, gap).values())
     result = {"value": percent(macro(groups)), "ci95": [percent(v) for v in bootstrap(groups)], "sampled": None}
-    if after_drawn and after_drawn[0]:
-        means = np.array([np.mean([right_or_not(r, s, view) for r in a]) - np.mean([right_or_not(r, s, view) for r in b])
-                          for a, b, s in zip(after_drawn, before_drawn, samples)])
-        groups = list(by_task(samples, means).values())
+    asked = [i for i, (a, b) in enumerate(zip(after_drawn, before_drawn)) if a and b]
+    if asked:
+        means = [np.mean([right_or_not(r, samples[i], view) for r in after_drawn[i]])
+                 - np.mean([right_or_not(r, samples[i], view) for r in before_drawn[i]]) for i in asked]
+        groups = list(by_task([samples[i] for i in asked], np.array(means)).values())
         result |= {"sampled": percent(macro(groups)), "sampled_ci95": [percent(v) for v in bootstrap(groups)]}
     return result

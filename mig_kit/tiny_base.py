@@ -28,7 +28,7 @@ from mig_kit.runs import progress, release_memory, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
 from mig_kit.sft import greedy_replies
 from mig_kit.suites import SUITES, make_suite
-from mig_kit.vision import codes, config, image_processor, train_vision
+from mig_kit.vision import CHECKPOINT, codes, config, image_processor, save_checkpoint, train_vision
 from mig_kit.vocabulary import Writer, tokenizer_and_babble
 
 __all__ = ["tokenizer_and_babble", "train_vision"]
@@ -286,12 +286,12 @@ CONCLUDING = Course("concluding", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0),
 def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int, albums: int, visual_rows: int = 24,
                    text_rows: int = 24, babble: list[str] = (), seed: int = 0, autocast: bool = True,
                    compile_layers: bool = False) -> list[dict]:
-    """One course of lessons; checkpoints to folder/<course>.pt every 200 steps. Returns the curve in rows of 25 steps.
+    """One course of lessons; checkpoints to folder/<course>.pt every CHECKPOINT steps. Returns the curve in rows of 25 steps.
 
     `visual_rows` is the number of dialogues of many pictures; short ones are more.
     """
     torch.manual_seed(seed)
-    writer, rng = Writer(tokenizer), random.Random(f"{course.name}/{seed}")
+    writer = Writer(tokenizer)
     tutor = Tutor(model, course.asking)
     torch._dynamo.config.cache_size_limit = 64
     for index, layer in enumerate(model.model.language_model.layers):
@@ -309,7 +309,7 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         model.load_state_dict(saved["model"])
         tutor.load_state_dict(saved["tutor"])
         optimizer.load_state_dict(saved["optimizer"])
-        first, curve, rng = saved["step"], json.loads(saved["curve"]), random.Random(f"{course.name}/{seed}/{saved['step']}")
+        first, curve = saved["step"], json.loads(saved["curve"])
         for _ in range(first):
             schedule.step()
     albums = albums if first < steps else 0
@@ -317,6 +317,8 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
                       course.alike)
     model.train()
     for step in progress(range(first, steps), course.name, initial=first, total=steps):
+        if step % CHECKPOINT == 0:
+            rng = random.Random(f"{course.name}/{seed}/{step}")
         top, *mix = course.plan(step / steps)
         count = rng.choices(range(1, top + 1), (3, 6, 4, 3, 2, 2)[:top])[0]
         rows = round(visual_rows * (1.5, 1.3, 1.15, 1.0, 0.9, 0.8)[count - 1])
@@ -340,10 +342,9 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
             names = ("step", "visual_loss", "visual_right", "looking", "text_loss", "text_right")
             curve.append(dict(zip(names, [step + 1, *mean])))
             tqdm.write(str(curve[-1]))
-        if step % 200 == 199 or step == steps - 1:
-            torch.save({"model": model.state_dict(), "tutor": tutor.state_dict(), "optimizer": optimizer.state_dict(),
-                        "step": step + 1, "curve": json.dumps(curve)}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+        if step % CHECKPOINT == CHECKPOINT - 1 or step == steps - 1:
+            save_checkpoint(path, model=model.state_dict(), tutor=tutor.state_dict(), optimizer=optimizer.state_dict(),
+                            step=step + 1, curve=json.dumps(curve))
     tutor.close()
     for layer in model.model.language_model.layers:
         layer._compiled_call_impl = None  # the next course watches other layers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -21,6 +21,7 @@ from mig_kit.scenes import COLOURS, PATTERNS, SHAPES, SIZES, Scene, arrange, cel
 
 HIDDEN, VISION_HIDDEN = 256, 128
 FEATURE_NORM = 2.0
+CHECKPOINT = 200  # steps; every so many the random state starts anew, so that a resumed run draws what another would
 
 
 def config(vocab_size: int, hidden: int = HIDDEN, layers: int = 5, vision_hidden: int = VISION_HIDDEN,
@@ -130,12 +131,19 @@ def digit_loss(groups, boxes: torch.Tensor, there: torch.Tensor) -> torch.Tensor
     return sum(nn.functional.cross_entropy(logits, digit) for logits, digit in pairs) / len(pairs)
 
 
+def save_checkpoint(path: Path, **state) -> None:
+    """What a training needs to go on (tensors and plain values), written beside and renamed."""
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
 def train_vision(folder: Path, *, locate_steps: int, spell_steps: int, batch: int = 64, seed: int = 0,
                  autocast: bool = True) -> dict:
     """Train the tower on fresh scenes and write folder/vision.safetensors; returns the figures of the last batches.
 
     First it learns to locate (trained heads), then to spell: every token's features become a sum of `codes`. Figures:
-    box error in pixels of the resized picture, share of right classes and digits. What is finished is not done again.
+    box error in pixels of the resized picture, share of right classes and digits. Checkpointed to folder/vision.pt every
+    CHECKPOINT steps; a run that was killed goes on from there and ends on the same weights.
     """
     path, notes = folder / "vision.safetensors", folder / "vision.json"
     if path.is_file() and notes.is_file():
@@ -144,17 +152,27 @@ def train_vision(folder: Path, *, locate_steps: int, spell_steps: int, batch: in
     tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config(64).vision_config)
     heads, processor, figures = DetectionHeads(HIDDEN), image_processor(), {}
     table, sizes = codes()
-    located = folder / "located.safetensors"
+    checkpoint = folder / "vision.pt"
+    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else {}
+    if saved:
+        tower.load_state_dict(saved["tower"])
+        heads.load_state_dict(saved["heads"])
+        figures = json.loads(saved["figures"])
     for phase, steps, lr in (("locate", locate_steps, 2e-3), ("spell", spell_steps, 1e-3)):
-        if phase == "locate" and located.is_file():
-            tower.load_state_dict(load_file(located))
+        going_on = saved.get("phase") == phase
+        if not going_on and phase == "locate" and saved:
             continue
-        rng = random.Random(f"vision/{seed}/{phase}")
         parameters = [*tower.parameters(), *heads.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
-        bar = progress(range(steps), phase)
+        first = saved["step"] if going_on else 0
+        if going_on:
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+        bar = progress(range(first, steps), phase, initial=first, total=steps)
         for step in bar:
+            if step % CHECKPOINT == 0:
+                rng = random.Random(f"vision/{seed}/{phase}/{step}")
             inputs, classes, boxes = _batch(rng, processor, batch)
             there = classes[:, 0] == 1
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -179,8 +197,9 @@ def train_vision(folder: Path, *, locate_steps: int, spell_steps: int, batch: in
                 if phase == "spell":
                     figures["digit_nats"] = round(digits.item(), 3)
                 bar.set_postfix(figures)
-        if phase == "locate":
-            save_file({k: v.contiguous() for k, v in tower.state_dict().items()}, located)
+            if (step + 1) % CHECKPOINT == 0 and (phase, step + 1) != ("spell", steps):
+                save_checkpoint(checkpoint, phase=phase, step=step + 1, tower=tower.state_dict(), heads=heads.state_dict(),
+                                optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), figures=json.dumps(figures))
     with torch.no_grad():  # as long as a word's embedding, so that what the language model adds to a token can show
         scale = FEATURE_NORM / features.norm(dim=-1).mean()
         tower.merger.mlp[2].weight *= scale

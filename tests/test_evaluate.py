@@ -53,6 +53,20 @@ def test_paired_difference_and_sampled_mean():
     assert found["value"] == 75 and found["sampled"] == 50 and found["ci95"][0] <= 75 <= found["ci95"][1]
 
 
+def test_only_some_samples_have_drawn_replies():
+    samples = [make("diff", "val", i) for i in range(4)] + [make("reasoning", "val", i) for i in range(2)]
+    asked = {s.id for s in evaluate.first_of_each(samples, 1)}
+    assert [s.id in asked for s in samples] == [True, False, False, False, True, False]
+    assert evaluate.first_of_each(samples, 0) == samples
+    greedy = [answer(s) for s in samples]
+    drawn = [[answer(s), ""] if s.id in asked else [] for s in samples]
+    result = summarise(samples, greedy, drawn, VIEW)
+    assert (result["score"], result["sampled"], result["n_sampled"]) == (100, 50, 2)
+    assert result["tasks"]["diff"]["pass@2"] == 100 and result["pass_at_k"] == {"1": 50, "2": 100}
+    found = delta(samples, greedy, greedy, drawn, [["", ""] if replies else [] for replies in drawn], VIEW)
+    assert (found["value"], found["sampled"]) == (0, 50)
+
+
 def test_bootstrap_covers_and_is_stratified():
     rng = np.random.default_rng(1)
     groups = [np.ones(50), np.zeros(50)]

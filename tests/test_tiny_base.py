@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -135,6 +136,57 @@ def test_a_course_teaches_saves_and_resumes(processor, tmp_path):
     assert changed == {"language_model"} and curve[-1]["step"] == 2
     again = tiny_base.train_language(random_model, processor.tokenizer, tmp_path, course, steps=2, **given)
     assert again == curve
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(monkeypatch, module, saves):
+    """Let `module` write so many checkpoints and die with the last; afterwards it writes all."""
+    write, left = vision.save_checkpoint, [saves]
+
+    def dying(path, **state):
+        write(path, **state)
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+
+    monkeypatch.setattr(module, "save_checkpoint", dying)
+    monkeypatch.setattr(module, "CHECKPOINT", 2)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3])  # within the first phase, between the two, within the second
+def test_a_killed_vision_training_ends_on_the_same_weights(tmp_path, monkeypatch, saves):
+    given = dict(locate_steps=4, spell_steps=4, batch=2, autocast=False)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    killed_after(monkeypatch, vision, saves)
+    with pytest.raises(Killed):
+        vision.train_vision(killed, **given)
+    assert vision.train_vision(killed, **given) == vision.train_vision(whole, **given)
+    assert (killed / "vision.safetensors").read_bytes() == (whole / "vision.safetensors").read_bytes()
+
+
+def test_a_killed_course_ends_on_the_same_weights(processor, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    def train(folder):
+        torch.manual_seed(0)
+        folder.mkdir(exist_ok=True)
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            vision.config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation="eager")
+        curve = tiny_base.train_language(model, processor.tokenizer, folder, replace(tiny_base.TELLING_APART, warmup=1), steps=4,
+                                         albums=2, visual_rows=3, text_rows=3, autocast=False)
+        return curve, model.state_dict()
+
+    killed_after(monkeypatch, tiny_base, 1)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed")
+    (curve, weights), (wanted_curve, wanted) = train(tmp_path / "killed"), train(tmp_path / "whole")
+    assert curve[-1]["step"] == wanted_curve[-1]["step"] == 4
+    assert all(torch.equal(value, wanted[name]) for name, value in weights.items())
 
 
 def test_a_letter_looks_at_its_option(processor):
