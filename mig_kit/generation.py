@@ -17,6 +17,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 
 from mig_kit.prompt_cache import Prompt, inner
 
+ROUND = 32  # tokens; rows are padded to multiples, for a heap in which every batch has sizes of its own grows and slows down
 HEAD_TOKENS = 1024  # whose logits are in memory at a time where layers are checkpointed
 KV_BYTES = 8 * 2**30  # of keys and values that a training step draws replies with at a time
 
@@ -34,6 +35,11 @@ class Sampling:
     min_new_tokens: int = 0
 
 
+def rounded(tokens: int) -> int:
+    """The next multiple of ROUND."""
+    return -(-tokens // ROUND) * ROUND
+
+
 def with_features(embeds: torch.Tensor, where: torch.Tensor, prompts: list[Prompt]) -> dict:
     """The language model's inputs: embeddings (prompts, longest, hidden) with the images' features at `where`."""
     seen = [p.features for p in prompts if p.features is not None]
@@ -45,8 +51,9 @@ def with_features(embeds: torch.Tensor, where: torch.Tensor, prompts: list[Promp
 
 
 def left_padded(model, prompts: list[Prompt], image_token: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """Inputs of `with_features`, mask (prompts, longest) and positions (3, prompts, longest)."""
+    """Inputs of `with_features`, mask (prompts, longest) and positions (3, prompts, longest); longest is `rounded` if several."""
     longest, device = max(len(p.ids) for p in prompts), model.device
+    longest = rounded(longest) if len(prompts) > 1 else longest
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.long)
     place = torch.zeros(3, len(prompts), longest, dtype=torch.long)

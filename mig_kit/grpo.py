@@ -17,14 +17,14 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.frames import View
-from mig_kit.generation import Sampling, completion_logps, kv_bytes, packed_logps, prompts_at_once, rollouts
+from mig_kit.generation import Sampling, completion_logps, kv_bytes, packed_logps, prompts_at_once, rollouts, rounded
 from mig_kit.guards import Watch
 from mig_kit.models import Hardware
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_reward, image_reward
-from mig_kit.sft import KeepsDtypes, LiveCurves, Progress, ReleaseMemory, tracking
+from mig_kit.sft import KeepsDtypes, LiveCurves, Progress, tracking
 
 
 def reward_functions(samples: list[Sample], view: View, missing_images: str = "format") -> list[Callable]:
@@ -123,7 +123,7 @@ class SharedPrefixGRPOTrainer(KeepsDtypes, GRPOTrainer):
         rewards = (per_function * self.reward_weights.to(device)).nansum(1)
         advantages, spread = group_advantages(rewards, group, self.scale_rewards)
         here = slice(rank * len(inputs), (rank + 1) * len(inputs))
-        ids = torch.full((len(replies), max(map(len, replies))), self._tokenizer.pad_token_id, device=device)
+        ids = torch.full((len(replies), rounded(max(map(len, replies)))), self._tokenizer.pad_token_id, device=device)
         mask = torch.zeros_like(ids)
         for i, reply in enumerate(replies):
             ids[i, :len(reply)], mask[i, :len(reply)] = torch.tensor(reply, device=device), 1
@@ -161,7 +161,7 @@ class SharedPrefixGRPOTrainer(KeepsDtypes, GRPOTrainer):
         logps, entropies = torch.zeros(2, *ids.shape, device=ids.device)
         for start in range(0, len(prompts), at_once):
             there = ((owner >= start) & (owner < start + at_once)).nonzero()[:, 0]
-            longest = int(mask[there].sum(1).max())
+            longest = min(ids.shape[1], rounded(int(mask[there].sum(1).max())))
             given = (self.accelerator.unwrap_model(model), [prompts[i] for i in order[start:start + at_once]],
                      owner[there] - start, ids[there, :longest], mask[there, :longest],
                      self.processing_class.image_token_id, self.temperature)
@@ -221,7 +221,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
                   processing_class=processor,
                   train_dataset=training_rows(samples, view, with_images=not share_prefix), peft_config=adapter,
                   callbacks=[Progress(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),
-                                       "entropy")), ReleaseMemory(), Watch(),
+                                       "entropy")), Watch(),
                              LiveCurves(curves, ("reward", "image", "box", "choice"))])
     if not share_prefix:
         return GRPOTrainer(**common)

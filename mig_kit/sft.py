@@ -14,18 +14,18 @@ from datasets import Dataset
 from IPython import get_ipython
 from IPython.display import HTML, display
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch.nn.functional import pad
 from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from mig_kit import plots
 from mig_kit.frames import View
-from mig_kit.generation import Sampling, rollouts
+from mig_kit.generation import Sampling, rollouts, rounded
 from mig_kit.guards import Watch
 from mig_kit.models import LORA_TARGETS, Hardware, check_adapters, check_tokens, load_model
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
-from mig_kit.runs import release_memory
 
 
 class Progress(TrainerCallback):
@@ -72,18 +72,6 @@ class LiveCurves(TrainerCallback):
         """Make room for the finished curves."""
         if self.handle:
             self.handle.update(HTML(""))
-
-
-class ReleaseMemory(TrainerCallback):
-    """Gives freed memory back to the system at every `every`-th step."""
-
-    def __init__(self, every: int = 5):
-        self.every = every
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Release, where it is due."""
-        if state.global_step % self.every == 0:
-            release_memory()
 
 
 def training_rows(samples: list[Sample], replies: list[str], view: View) -> Dataset:
@@ -176,6 +164,18 @@ class Trainer(KeepsDtypes, SFTTrainer):
         return LikeLengths(data["length"], size, args.data_seed)
 
 
+def round_rows(collate: Callable, pad_token: int) -> Callable:
+    """TRL's collator, its rows padded on the right to a `rounded` number of tokens; TRL itself cannot for prompts with images."""
+    values = {"input_ids": pad_token, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
+
+    def collated(examples: list[dict]) -> dict:
+        batch = collate(examples)
+        more = rounded(batch["input_ids"].shape[1]) - batch["input_ids"].shape[1]
+        return {**batch, **{name: pad(batch[name], (0, more), value=value) for name, value in values.items()}}
+
+    return collated
+
+
 def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epochs: float, batch_size: int,
             gradient_accumulation: int, learning_rate: float, warmup: float, seed: int, save_steps: int,
             track: str = "none") -> SFTTrainer:
@@ -188,8 +188,9 @@ def trainer(model, processor, data: Dataset, hw: Hardware, folder: Path, *, epoc
         bf16=hw.autocast or hw.dtype == torch.bfloat16, gradient_checkpointing=hw.device == "cuda",
         dataloader_pin_memory=False, remove_unused_columns=False)
     made = Trainer(model=model, args=config, train_dataset=data, processing_class=processor,
-                   callbacks=[Progress(("loss", "mean_token_accuracy")), ReleaseMemory(2), Watch(),
+                   callbacks=[Progress(("loss", "mean_token_accuracy")), Watch(),
                               LiveCurves(loss_curve, ("loss", "token_accuracy"))])
+    made.data_collator = round_rows(made.data_collator, processor.tokenizer.pad_token_id)
     batch = made.data_collator([data[i] for i in range(min(4, len(data)))])
     check_tokens(processor, batch)
     if int((batch["labels"] != -100).sum()) == 0:

@@ -44,6 +44,20 @@ class Gradients(TrainerCallback):
         self.found = self.found or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def test_rows_are_rounded_and_teach_the_same(tmp_path, random_folder, float32, processor, table):
+    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+    trainer = sft.trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
+                          learning_rate=1e-3, warmup=1, seed=0, save_steps=100)
+    assert {trainer.data_collator([table[i] for i in rows])["input_ids"].shape[1] % 32 for rows in ((0, 1), (5, 9, 13))} == {0}
+    batch = trainer.data_collator([table[i] for i in range(4)])
+    longest = int(batch["attention_mask"].sum(1).max())
+    assert longest % 32
+    per_token = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
+    cut = {name: value[:, :longest] if name in per_token else value for name, value in batch.items()}
+    with torch.no_grad():
+        assert model(**batch).loss.item() == pytest.approx(model(**cut).loss.item(), abs=1e-6)
+
+
 def test_like_lengths_are_together_within_an_update_only():
     lengths = [(7 * i) % 30 for i in range(25)]
     rows = sft.LikeLengths(lengths, 10, seed=3)
