@@ -42,7 +42,8 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_":
 def release_memory() -> None:
     """Give memory that glibc keeps for later back to the system; elsewhere does nothing.
 
-    With the ENVIRONMENT above and rows of many lengths the heap grows several times over what is in use, within minutes.
+    With the ENVIRONMENT above and rows of many lengths the heap grows several times over what is in use, within minutes. Memory
+    that is given back has to be faulted in again: a training step pads its rows to few lengths instead (`generation.rounded`).
     """
     if sys.platform == "linux":
         try:
