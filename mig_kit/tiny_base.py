@@ -22,6 +22,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.evaluate import summarise
 from mig_kit.frames import QWEN2_5
+from mig_kit.generation import rounded
 from mig_kit.lessons import HARD_KINDS, KINDS, LOOSE_KINDS, album, locate_turns, survey_turn, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.runs import progress, release_memory, sha256
@@ -75,7 +76,7 @@ def positions(rows: list[list[int]], grids: list[list[tuple[int, int]]]) -> torc
 
     The rule of transformers' get_rope_index, without its per-token Python loops; a test holds the two together.
     """
-    longest = -(-max(map(len, rows)) // 32) * 32
+    longest = rounded(max(map(len, rows)))
     out = np.zeros((3, len(rows), longest), np.int64)
     for r, (ids, row_grids) in enumerate(zip(rows, grids)):
         at = now = 0
@@ -174,7 +175,7 @@ def language_loss(model, batch: Batch, tutor: Tutor | None) -> tuple[torch.Tenso
 
     The loss is the weighted mean cross-entropy plus the tutor's, if there is one.
     """
-    longest = -(-max(map(len, batch.ids)) // 32) * 32
+    longest = rounded(max(map(len, batch.ids)))
     ids = torch.zeros(len(batch.ids), longest, dtype=torch.long)
     weight, marks = torch.zeros(ids.shape), torch.full((3, *ids.shape), -1)
     for r, row in enumerate(batch.ids):

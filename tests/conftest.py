@@ -9,7 +9,7 @@ for name, value in runs.ENVIRONMENT.items():
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 from mig_kit import models, vision  # noqa: E402
@@ -20,6 +20,22 @@ from mig_kit.tasks import TASKS, make  # noqa: E402
 def float32():
     """Float32 on the CPU, whatever this CPU does best: the exactness tests need it."""
     return models.Hardware("cpu", torch.float32, False, "sdpa", "float32 for tests")
+
+
+@pytest.fixture
+def first_gradients():
+    """Call it with a trainer for a dict that will hold the first update's gradients by name."""
+    def record(trainer) -> dict[str, torch.Tensor]:
+        found = {}
+
+        class Record(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                found.update(found or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+        trainer.add_callback(Record())
+        return found
+
+    return record
 
 
 @pytest.fixture(scope="session")

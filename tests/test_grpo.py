@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from mig_kit import generation, grpo, models, sft
 from mig_kit.frames import View, to_model
@@ -33,16 +32,6 @@ def make_trainer(folder, random_folder, hw, processor, share, **changes):
                    seed=0, save_steps=1, view=VIEW) | changes
     torch.manual_seed(0)
     return grpo.trainer(model, processor, samples, hw, folder, share_prefix=share, adapter=sft.adapter(4, 8), **options)
-
-
-class Gradients(TrainerCallback):
-    """The first update's gradients by name."""
-
-    def __init__(self):
-        self.found = {}
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found = self.found or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def shake(trainer):
@@ -155,19 +144,20 @@ def test_several_iterations_and_accumulation_run(tmp_path, random_folder, float3
 
 
 @pytest.mark.slow
-def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, random_folder, float32, processor, monkeypatch):
+def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, random_folder, float32, processor, monkeypatch,
+                                                                                 first_gradients):
     monkeypatch.setattr(grpo, "group_advantages", lambda rewards, group, scale: (
         torch.randn(len(rewards), generator=torch.Generator().manual_seed(0)), torch.ones(len(rewards))))
     found, logps = [], grpo.SharedPrefixGRPOTrainer._logps
     for size, parts in ((16, 1), (4, 4)):
-        seen, gradients = [], Gradients()
+        seen = []
         monkeypatch.setattr(grpo.SharedPrefixGRPOTrainer, "_logps", lambda self, model, rows, *given, seen=seen: (
             seen.append(rows) or logps(self, model, rows, *given)))
         trainer = make_trainer(tmp_path / str(parts), random_folder, float32, processor, True, batch_size=size,
                                gradient_accumulation=parts, max_steps=1)
-        trainer.add_callback(gradients)
+        gradients = first_gradients(trainer)
         trainer.train()
-        found.append((gradients.found, seen))
+        found.append((gradients, seen))
     (whole, all_rows), (split, rows) = found
     assert [len(r) for r in rows] == [4] * 4 and all(len(r.unique()) == 1 for r in rows)
     assert sorted(torch.cat(rows).tolist()) == sorted(all_rows[0].tolist())

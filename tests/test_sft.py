@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from mig_kit import models, sft, synthesize
 from mig_kit.frames import View
@@ -32,16 +31,6 @@ def test_loss_falls_and_only_the_adapter_moves(tmp_path, random_folder, float32,
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
     assert all((p == before[n]).all() for n, p in model.named_parameters() if "visual" in n)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if "lora_" in n}
-
-
-class Gradients(TrainerCallback):
-    """The first update's gradients by name."""
-
-    def __init__(self):
-        self.found = {}
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found = self.found or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def test_rows_are_rounded_and_teach_the_same(tmp_path, random_folder, float32, processor, table):
@@ -72,7 +61,7 @@ def test_like_lengths_are_together_within_an_update_only():
 
 
 @pytest.mark.slow
-def test_an_update_in_parts_has_the_same_gradient(tmp_path, random_folder, float32, processor, table):
+def test_an_update_in_parts_has_the_same_gradient(tmp_path, random_folder, float32, processor, table, first_gradients):
     found = []
     for name, size, parts in (("whole", 20, 1), ("parts", 5, 4)):
         model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
@@ -80,11 +69,10 @@ def test_an_update_in_parts_has_the_same_gradient(tmp_path, random_folder, float
                            gradient_accumulation=parts, learning_rate=1e-3, warmup=0, seed=0, save_steps=100)
         for parameter in made.model.parameters():  # TRL makes the adapter bfloat16 on a 4-bit model, and sums gradients in it
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-        gradients = Gradients()
-        made.add_callback(gradients)
+        gradients = first_gradients(made)
         made.train()
         assert made.state.global_step == 1
-        found.append(gradients.found)
+        found.append(gradients)
     assert len(found[0]) == 28
     gaps = {name: ((whole - found[1][name]).abs().max() / whole.abs().max()).item() for name, whole in found[0].items()
             if whole.abs().max() > 0}
