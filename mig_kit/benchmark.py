@@ -30,6 +30,7 @@ from mig_kit.tasks import World
 from mig_kit.vision import config
 
 VIEW = View(max_pixels=4_000_000)
+STOCK_ATTENTION = "sdpa"  # transformers' default
 STAGES = ("rollout", "train", "grpo_step", "rejection", "evaluate")
 
 
@@ -57,14 +58,29 @@ def questions(load: Load, count: int, seed: int = 0) -> list[Sample]:
 
 
 def random_model(folder: Path, tiny: Path, hidden: int, layers: int, seed: int = 0) -> Path:
-    """A random Qwen2.5-VL of another size in `folder`, with the tokenizer and processor files of `tiny`."""
+    """A random Qwen2.5-VL in `folder`, with the tokenizer and processor files of `tiny`.
+
+    Its layers are shaped like the 3B's, which they equal at hidden 2048: heads 128 wide, one pair of keys and values to eight
+    of them, an MLP 5.375 times as wide. hidden: a multiple of 128.
+    """
     torch.manual_seed(seed)
     processor = load_processor(tiny)
     shape = config(len(processor.tokenizer), hidden=hidden, layers=layers)
+    text = shape.text_config
+    text.num_attention_heads, text.intermediate_size = hidden // 128, hidden * 43 // 8
+    text.num_key_value_heads = max(1, text.num_attention_heads // 8)
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [16, 24, 24]}
     Qwen2_5_VLForConditionalGeneration._from_config(shape).to(torch.bfloat16).save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     return folder
+
+
+def stock_model(model: str | Path, hw: Hardware, attention: str = STOCK_ATTENTION) -> Qwen2_5_VLForConditionalGeneration:
+    """The model as transformers itself loads it: its own attention, and its convolution over patches."""
+    loaded = load_model(model, replace(hw, attention=attention))
+    loaded.model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d
+    return loaded
 
 
 def _wait(hw: Hardware) -> None:
@@ -123,14 +139,15 @@ class Pair:
     stock_attention: transformers' name of what the stock side computes attention with.
     """
 
-    def __init__(self, model: str | Path, hw: Hardware, load: Load, folder: Path, stock_attention: str = "", seed: int = 0):
+    def __init__(self, model: str | Path, hw: Hardware, load: Load, folder: Path, stock_attention: str = STOCK_ATTENTION,
+                 seed: int = 0):
         self.load, self.hw, self.samples = load, hw, questions(load, 1, seed)
         self.trainers = {}
         for share in (False, True):
-            here = hw if share or not stock_attention else replace(hw, attention=stock_attention)
+            loaded = load_model(model, hw) if share else stock_model(model, hw, stock_attention)
             torch.manual_seed(seed)
             made = grpo.trainer(
-                load_model(model, here), load_processor(model, VIEW), self.samples, here, folder / str(share),
+                loaded, load_processor(model, VIEW), self.samples, hw, folder / str(share),
                 share_prefix=share, adapter=sft.adapter(32, 64), num_generations=load.group, batch_size=load.group, held=0,
                 gradient_accumulation=1, max_steps=1, learning_rate=1e-4, schedule="linear", warmup=1, scale_rewards="group",
                 beta=0.0, temperature=1.0, max_new_tokens=load.tokens, min_new_tokens=load.tokens, weights=[0.2, 0.3, 1.0, 1.3],
@@ -199,7 +216,7 @@ def rejection(model, processor, samples: list[Sample], load: Load, hw: Hardware)
                                   num_return_sequences=load.group, min_new_tokens=load.tokens, max_new_tokens=load.tokens)
 
     def kit():
-        prompts = PromptCache(model, processor, VIEW).get(samples)
+        prompts = PromptCache(model, processor, VIEW, autocast=hw.autocast).get(samples)
         return rollouts(model, processor, prompts, load.group, Sampling(1.0, 1.0, load.tokens, load.tokens), None, hw.autocast)
 
     return stock, kit
@@ -214,7 +231,7 @@ def evaluation(model, processor, samples: list[Sample], load: Load, hw: Hardware
                                    min_new_tokens=load.tokens, max_new_tokens=load.tokens) for s in samples]
 
     def kit():
-        prompts = PromptCache(model, processor, VIEW).get(samples)
+        prompts = PromptCache(model, processor, VIEW, autocast=hw.autocast).get(samples)
         return rollouts(model, processor, prompts, 1, Sampling(0.0, 1.0, load.tokens, load.tokens), None, hw.autocast)
 
     return stock, kit
@@ -261,7 +278,7 @@ def utilisation(model: str | Path, hw: Hardware, load: Load, folder: Path, repea
             "parameters_m": round(sum(p.numel() for p in made.model.parameters()) / 1e6, 1), "share": round(work / took / rate, 3)}
 
 
-def training(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, stock_attention: str = "",
+def training(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, stock_attention: str = STOCK_ATTENTION,
              whole: bool = False) -> dict:
     """rollout and train of one load, side by side; whole: also a whole GRPO step, and its memory."""
     pair = Pair(model, hw, load, folder, stock_attention)
@@ -277,7 +294,7 @@ def training(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats:
 
 
 def sweep(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, images: list[int], groups: list[int],
-          tokens: list[int], stock_attention: str = "") -> list[dict]:
+          tokens: list[int], stock_attention: str = STOCK_ATTENTION) -> list[dict]:
     """Rollout and training with one thing at a time changed from `load`; a row per load and stage."""
     loads = dict.fromkeys([*(replace(load, images=n) for n in images), *(replace(load, group=n) for n in groups),
                            *(replace(load, tokens=n) for n in tokens)])
@@ -291,7 +308,7 @@ def sweep(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: in
 
 
 def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, asked: int = 4,
-             stock_attention: str = "") -> dict:
+             stock_attention: str = STOCK_ATTENTION) -> dict:
     """All five comparisons at one load, the memory of a whole step, and how far the gradients are apart in float32.
 
     asked: questions in rejection sampling and, four times as many, in evaluation.
@@ -299,12 +316,11 @@ def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats:
     exact = Pair(model, replace(hw, dtype=torch.float32, autocast=False, attention="sdpa"), load, folder)
     error = exact.gradient_error(exact.batches())
     del exact
-    stock_attention = stock_attention or hw.attention
     found = {"load": vars(load), "model": Path(model).name, "hardware": hw.reason, "stock_attention": stock_attention,
              "repeats": repeats, "grad_rel_error": error,
              **training(model, hw, load, folder, repeats, stock_attention, whole=True)}
     release_memory()
-    theirs, ours = load_model(model, replace(hw, attention=stock_attention)), load_model(model, hw)
+    theirs, ours = stock_model(model, hw, stock_attention), load_model(model, hw)
     processor = load_processor(model, VIEW)
     for name, maker, count in (("rejection", rejection, asked), ("evaluate", evaluation, 4 * asked)):
         samples = questions(load, count)

@@ -204,7 +204,7 @@ def bench(model: str, images: int, side: int, group: int, tokens: int, repeats: 
     with tempfile.TemporaryDirectory() as folder:
         found = benchmark.headline(models.resolve(model), hw, load, Path(folder), repeats)
         if hw.device == "cpu":
-            wide = benchmark.random_model(Path(folder) / "wide", models.TINY_BASE, 1024, 8)
+            wide = benchmark.random_model(Path(folder) / "wide", models.TINY_BASE, 2048, 2)
             found["utilisation"] = benchmark.utilisation(wide, hw, load, Path(folder) / "use", repeats)
     click.echo(f"{images} images of {side} px ({found['prompt_tokens']} tokens), {group} replies of {tokens} tokens; {hw.reason}")
     for name in benchmark.STAGES:

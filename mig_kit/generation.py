@@ -50,18 +50,39 @@ def with_features(embeds: torch.Tensor, where: torch.Tensor, prompts: list[Promp
     return given | {"visual_pos_masks": where, "deepstack_visual_embeds": deeper} if deeper else given
 
 
-def left_padded(model, prompts: list[Prompt], image_token: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """Inputs of `with_features`, mask (prompts, longest) and positions (3, prompts, longest); longest is `rounded` if several."""
+@dataclass(frozen=True)
+class _Padded:
+    """Prompts as one batch, padded on the right: a causal model reads them without a mask, which costs twice as much.
+
+    given: inputs of `with_features`; mask: (prompts, longest), 0 where padding is; positions: (3, prompts, longest);
+    last: (prompts,) index of a prompt's last token; after: (prompts,) position of the token that follows it.
+    """
+
+    given: dict
+    mask: torch.Tensor
+    positions: torch.Tensor
+    last: torch.Tensor
+    after: torch.Tensor
+
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(prompts, longest, width) -> (prompts, width) at the last tokens."""
+        return hidden[torch.arange(len(self.last), device=hidden.device), self.last]
+
+
+def padded(model, prompts: list[Prompt], image_token: int) -> _Padded:
+    """Prompts as a batch; longest is `rounded` if there are several."""
     longest, device = max(len(p.ids) for p in prompts), model.device
     longest = rounded(longest) if len(prompts) > 1 else longest
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.long)
     place = torch.zeros(3, len(prompts), longest, dtype=torch.long)
     for i, p in enumerate(prompts):
-        ids[i, longest - len(p.ids):], mask[i, longest - len(p.ids):], place[:, i, longest - len(p.ids):] = p.ids, 1, p.positions
+        ids[i, :len(p.ids)], mask[i, :len(p.ids)], place[:, i, :len(p.ids)] = p.ids, 1, p.positions
     embeds = model.model.language_model.embed_tokens(ids.to(device))
     where = ((ids == image_token) & mask.bool()).to(device)
-    return with_features(embeds, where, prompts), mask.to(device), place.to(device)
+    last = torch.tensor([len(p.ids) - 1 for p in prompts], device=device)
+    after = torch.tensor([int(p.positions[:, -1].max()) + 1 for p in prompts], device=device)
+    return _Padded(with_features(embeds, where, prompts), mask.to(device), place.to(device), last, after)
 
 
 class _Decoder:
@@ -74,7 +95,9 @@ class _Decoder:
         self.heads, self.kv = shape.num_attention_heads, shape.num_key_value_heads
         self.scale, rows = attention.scaling, mask.shape[0] * group
         self.normed_heads = isinstance(attention, Qwen3VLTextAttention)
-        self.prompt = [(layer.keys, layer.values) for layer in cache.layers]
+        kind = mask.device.type  # the cache is float32 under autocast, and every step would cast all of it anew
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else cache.layers[0].keys.dtype
+        self.prompt = [(layer.keys.to(dtype).contiguous(), layer.values.to(dtype).contiguous()) for layer in cache.layers]
         shape = (rows, self.kv, room, self.width)
         self.own = [(torch.zeros(shape, dtype=k.dtype, device=k.device), torch.zeros(shape, dtype=k.dtype, device=k.device))
                     for k, _ in self.prompt]
@@ -191,11 +214,11 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
     banned = [processor.tokenizer.convert_tokens_to_ids(t) for t in
               ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
     with decoding_weights(model, autocast), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        given, mask, place = left_padded(model, prompts, processor.image_token_id)
-        out = model.model.language_model(**given, attention_mask=mask, position_ids=place, use_cache=True)
-        decoder = _Decoder(model, out.past_key_values, mask, group, sampling.max_new_tokens)
-        logits = model.lm_head(out.last_hidden_state[:, -1]).repeat_interleave(group, 0)
-        at = (place[:, :, -1].amax(0) + 1).repeat_interleave(group)
+        batch = padded(model, prompts, processor.image_token_id)
+        out = model.model.language_model(**batch.given, position_ids=batch.positions, use_cache=True)
+        decoder = _Decoder(model, out.past_key_values, batch.mask, group, sampling.max_new_tokens)
+        logits = model.lm_head(batch.final(out.last_hidden_state)).repeat_interleave(group, 0)
+        at = batch.after.repeat_interleave(group)
         replies: list[list[int]] = [[] for _ in range(len(prompts) * group)]
         rows = torch.arange(len(replies), device=device)
         done = torch.zeros(len(replies), dtype=torch.bool, device=device)
@@ -228,16 +251,15 @@ def completion_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: tor
     Two passes: one over the prompts that keeps its graph, one over the completions on the prompts' keys and values.
     """
     model = inner(model)
-    given, prompt_mask, place = left_padded(model, prompts, image_token)
+    batch = padded(model, prompts, image_token)
     language = model.model.language_model
-    first = language(**given, attention_mask=prompt_mask, position_ids=place, use_cache=True)
+    first = language(**batch.given, position_ids=batch.positions, use_cache=True)
     cache = first.past_key_values
     cache.batch_select_indices(owner)
-    start = (place[:, :, -1].amax(0) + 1)[owner]
-    steps = (start[:, None] + torch.arange(ids.shape[1], device=ids.device))[None].expand(3, -1, -1)
-    second = language(input_ids=ids, attention_mask=torch.cat([prompt_mask[owner], mask], 1), position_ids=steps,
+    steps = (batch.after[owner][:, None] + torch.arange(ids.shape[1], device=ids.device))[None].expand(3, -1, -1)
+    second = language(input_ids=ids, attention_mask=torch.cat([batch.mask[owner], mask], 1), position_ids=steps,
                       past_key_values=cache, use_cache=True)
-    hidden = torch.cat([first.last_hidden_state[owner][:, -1:], second.last_hidden_state[:, :-1]], 1)
+    hidden = torch.cat([batch.final(first.last_hidden_state)[owner][:, None], second.last_hidden_state[:, :-1]], 1)
     return _spread(*_said(model, hidden[mask.bool()], ids[mask.bool()], temperature), mask)
 
 

@@ -43,10 +43,13 @@ class PromptCache:
     """Prompts by sample id and features by image, the least recently used forgotten first.
 
     limit: prompts kept. room: bytes of features kept; what a call asks for is always held while it is used.
+    autocast: the vision tower computes its products in bfloat16, as in training.
     """
 
-    def __init__(self, model, processor, view: View = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30):
+    def __init__(self, model, processor, view: View = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30,
+                 autocast: bool = False):
         self.model, self.processor, self.view, self.limit, self.room = inner(model), processor, view, limit, room
+        self.autocast = autocast
         self.store: OrderedDict[str, tuple[torch.Tensor, torch.Tensor, tuple[bytes, ...]]] = OrderedDict()
         self.images: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self.size = 0  # bytes of self.images
@@ -89,7 +92,9 @@ class PromptCache:
         if not wanted:
             return
         visual, device = self.model.model.visual, self.model.device
-        out = visual(torch.cat([parts[i] for i in wanted]).to(device, visual.dtype), grid_thw=grids[wanted].to(device))
+        patches = torch.cat([parts[i] for i in wanted]).to(device, visual.dtype)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            out = visual(patches, grid_thw=grids[wanted].to(device))
         features = out.pooler_output
         if isinstance(self.model, Qwen3VLForConditionalGeneration):
             features = torch.cat([features, *out.deepstack_features], 1)

@@ -1,0 +1,53 @@
+"""Attention for CPUs on which products in bfloat16 are fast, registered with transformers under NAME.
+
+There transformers' two ways wait for memory, not for products: "eager" writes the scores several times over, in float32, and
+the fused kernel of "sdpa" is fast in the forward pass only. This one is the fused kernel where no gradient is wanted or a
+long prompt needs no mask, and otherwise plain products whose scores are in the products' dtype and written in place. The
+numbers are those of "eager" but for rounding in the last bit of bfloat16.
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "mig_kit"
+LONG = 1024  # tokens; what is longer and causal without a mask goes to the fused kernel, which leaves out half of the scores
+
+
+def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+              attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+              is_causal: bool | None = None, **kwargs) -> tuple[torch.Tensor, None]:
+    """query (rows, heads, tokens, width); key, value (rows, groups, past, width) -> (rows, tokens, heads, width), None.
+
+    attention_mask: (rows, 1, tokens, past), bool (True: looks at) or added to the scores; None: all, or all before if causal.
+    """
+    rows, heads, tokens, width = query.shape
+    groups, past = key.shape[1:3]
+    causal = module.is_causal if is_causal is None else is_causal
+    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not wanted or dropout > 0 or (attention_mask is None and causal and tokens == past > LONG):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                      is_causal=is_causal, **kwargs)
+    scale = width**-0.5 if scaling is None else scaling
+    if attention_mask is None and causal and tokens > 1:
+        attention_mask = torch.ones(tokens, past, dtype=torch.bool, device=query.device).tril(past - tokens)[None, None]
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    with torch.autocast(kind, enabled=False):  # it would write the scores anew in float32; the softmax sums in float32 anyway
+        # the heads of a group side by side, so that keys and values need not be repeated
+        query = (query * scale).to(dtype).reshape(rows, groups, -1, width)
+        scores = torch.matmul(query, key.to(dtype).transpose(2, 3))
+        if attention_mask is not None:
+            lowest = torch.finfo(dtype).min / 2  # not -inf: a row of padding sees nothing, and must not become NaN
+            if attention_mask.dtype == torch.bool:
+                added = torch.zeros(attention_mask.shape, dtype=dtype, device=query.device).masked_fill_(~attention_mask, lowest)
+            else:
+                added = attention_mask.clamp(min=lowest).to(dtype)
+            scores += added.repeat(1, 1, heads // groups, 1)  # in place on a view of the scores, backward would copy them
+        mixed = torch.matmul(scores.softmax(-1), value.to(dtype))
+    return mixed.view(rows, heads, tokens, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

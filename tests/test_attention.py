@@ -1,0 +1,63 @@
+"""The kit's attention against transformers' plain one, in float32: outputs and gradients."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
+
+from mig_kit import attention, models
+from mig_kit.prompts import messages
+from mig_kit.tasks import make
+
+FUTURE = torch.ones(7, 12).tril(5).bool()[None, None].expand(2, 1, 7, 12)
+PADDED = FUTURE & (torch.arange(12) >= torch.tensor([0, 8])[:, None])[:, None, None]  # the second row's first tokens see nothing
+
+
+def added(mask: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("given", "meant"), [
+    (FUTURE, FUTURE), (added(FUTURE), FUTURE), (None, FUTURE), (PADDED, PADDED), (added(PADDED), PADDED)])
+def test_outputs_and_gradients_equal_the_plain_ones(heads, given, meant):
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=heads[0] // heads[1], is_causal=True, training=True)
+    inputs = [torch.randn(2, heads[i], tokens, 8, requires_grad=True) for i, tokens in ((0, 7), (1, 12), (1, 12))]
+    seen = meant[:, 0].any(-1)  # (rows, tokens) that look at something
+    found = []
+    kept = None if given is None else given.clone()
+    for function, mask in ((eager_attention_forward, added(meant)), (attention.attention, given)):
+        out, _ = function(module, *inputs, mask, scaling=0.4, dropout=0.0)
+        assert out.isfinite().all()
+        found.append((out[seen], *torch.autograd.grad(out[seen].square().sum(), inputs)))
+    for plain, ours in zip(*found):
+        assert ours.shape == plain.shape and (plain - ours).abs().max() < 1e-5
+    assert given is None or torch.equal(given, kept)
+    with torch.no_grad():
+        out, _ = attention.attention(module, *inputs, meant, scaling=0.4, dropout=0.0)
+    assert (found[0][0] - out[seen]).abs().max() < 1e-5
+
+
+def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float32, processor):
+    samples = [make("refer_grounding", "val", 0), make("object_tracking", "val", 0)]
+    texts = [processor.apply_chat_template(messages(s), tokenize=False) for s in samples]
+    batch = processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
+    there, found = batch["attention_mask"].bool(), []
+    assert not there.all()
+    for name in ("eager", attention.NAME):
+        model = models.load_model(random_folder, replace(float32, attention=name))
+        logits = model(**batch).logits[there]
+        (-logits.log_softmax(-1)[:, 5].mean()).backward()
+        found.append((logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (plain, gradients), (ours, same) = found
+    assert (plain - ours).abs().max() < 1e-4 * plain.abs().max() and gradients.keys() == same.keys()
+    gap = sum((g - same[n]).square().sum() for n, g in gradients.items()) / sum(g.square().sum() for g in gradients.values())
+    assert gap.sqrt() < 1e-5
+
+
+def test_a_cpu_with_fast_bfloat16_uses_it():
+    assert models.hardware("bfloat16").attention == (attention.NAME if not torch.cuda.is_available() else "sdpa")
+    assert models.hardware("float32").attention == "sdpa"
