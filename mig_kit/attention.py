@@ -17,16 +17,18 @@ LONG = 1024  # tokens; what is longer and causal without a mask goes to the fuse
 
 def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
               attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
-              is_causal: bool | None = None, **kwargs) -> tuple[torch.Tensor, None]:
+              is_causal: bool | None = None, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query (rows, heads, tokens, width); key, value (rows, groups, past, width) -> (rows, tokens, heads, width), None.
 
     attention_mask: (rows, 1, tokens, past), bool (True: looks at) or added to the scores; None: all, or all before if causal.
+    A module whose `keep_weights` is true gets the weights (rows, heads, tokens, past) instead of None.
     """
     rows, heads, tokens, width = query.shape
     groups, past = key.shape[1:3]
     causal = module.is_causal if is_causal is None else is_causal
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not wanted or dropout > 0 or (attention_mask is None and causal and tokens == past > LONG):
+    keep = getattr(module, "keep_weights", False)
+    if not keep and (not wanted or dropout > 0 or (attention_mask is None and causal and tokens == past > LONG)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       is_causal=is_causal, **kwargs)
     scale = width**-0.5 if scaling is None else scaling
@@ -45,8 +47,9 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
             else:
                 added = attention_mask.clamp(min=lowest).to(dtype)
             scores += added.repeat(1, 1, heads // groups, 1)  # in place on a view of the scores, backward would copy them
-        mixed = torch.matmul(scores.softmax(-1), value.to(dtype))
-    return mixed.view(rows, heads, tokens, width).transpose(1, 2).contiguous(), None
+        weights = scores.softmax(-1)
+        mixed = torch.matmul(weights, value.to(dtype)).view(rows, heads, tokens, width)
+    return mixed.transpose(1, 2).contiguous(), weights.view(rows, heads, tokens, past) if keep else None
 
 
 AttentionInterface.register(NAME, attention)

@@ -20,12 +20,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from mig_kit import attention
 from mig_kit.evaluate import summarise
 from mig_kit.frames import QWEN2_5
 from mig_kit.generation import rounded
 from mig_kit.lessons import HARD_KINDS, KINDS, LOOSE_KINDS, album, locate_turns, survey_turn, text_turns, visible, visual_turns
-from mig_kit.models import Hardware, load_model, load_processor
-from mig_kit.runs import progress, release_memory, sha256
+from mig_kit.models import Hardware, PatchProduct, load_model, load_processor
+from mig_kit.runs import progress, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
 from mig_kit.sft import greedy_replies
 from mig_kit.suites import SUITES, make_suite
@@ -43,7 +44,8 @@ def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGene
     The embeddings of the words for shapes, colours and patterns start on the tower's codes for them.
     """
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config(VOCABULARY), attn_implementation="eager")
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config(VOCABULARY), attn_implementation=attention.NAME)
+    model.model.visual.patch_embed.proj.__class__ = PatchProduct
     model.model.visual.load_state_dict(load_file(folder / "vision.safetensors"))
     model.model.visual.requires_grad_(False)
     table, sizes = codes()
@@ -136,6 +138,9 @@ class Tutor(nn.Module):
         self.seen: dict = {}
         language = model.model.language_model
         self.watched = {0, LOOKING_LAYER} | ({ASKING_LAYER} if asking else set())
+        self.modules_watched = [language.layers[i].self_attn for i in self.watched]
+        for module in self.modules_watched:
+            module.keep_weights = True
         self.hooks = [language.layers[i].self_attn.register_forward_hook(
             lambda module, given, result, i=i: self.seen.update({i: result[1]})) for i in self.watched]
         self.hooks.append(language.layers[LOOKING_LAYER].input_layernorm.register_forward_hook(
@@ -168,6 +173,8 @@ class Tutor(nn.Module):
         """Take the hooks off the model."""
         for hook in self.hooks:
             hook.remove()
+        for module in self.modules_watched:
+            module.keep_weights = False
 
 
 def language_loss(model, batch: Batch, tutor: Tutor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,8 +342,6 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         optimizer.step()
         schedule.step()
         recent.append([*seen_figures.tolist(), *read_figures.tolist()[:2]])
-        if step % 5 == 4:
-            release_memory()
         if step % 25 == 24 or step == steps - 1:
             mean = np.mean(recent, 0).round(4).tolist()
             recent = []

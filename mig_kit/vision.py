@@ -16,6 +16,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mig_kit.models import PatchProduct
 from mig_kit.runs import progress, write_json
 from mig_kit.scenes import COLOURS, PATTERNS, SHAPES, SIZES, Scene, arrange, cell_of, cropped, draw, grid_of, random_looks
 
@@ -150,6 +151,7 @@ def train_vision(folder: Path, *, locate_steps: int, spell_steps: int, batch: in
         return json.loads(notes.read_text())
     torch.manual_seed(seed)
     tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config(64).vision_config)
+    tower.patch_embed.proj.__class__ = PatchProduct
     heads, processor, figures = DetectionHeads(HIDDEN), image_processor(), {}
     table, sizes = codes()
     checkpoint = folder / "vision.pt"

@@ -41,6 +41,39 @@ def test_outputs_and_gradients_equal_the_plain_ones(heads, given, meant):
     assert (found[0][0] - out[seen]).abs().max() < 1e-5
 
 
+def test_weights_are_given_to_a_module_that_keeps_them():
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=True)
+    query, key, value = torch.randn(2, 6, 7, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    _, plain = eager_attention_forward(module, query, key, value, added(FUTURE), scaling=0.4)
+    assert attention.attention(module, query, key, value, FUTURE, scaling=0.4)[1] is None
+    module.keep_weights = True
+    _, ours = attention.attention(module, query, key, value, FUTURE, scaling=0.4)
+    assert ours.shape == (2, 6, 7, 12) and (plain - ours).abs().max() < 1e-6
+
+
+def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_one():
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    inputs = [torch.randn(2, heads, 40, 32, requires_grad=True) for heads in (4, 2, 2)]
+    mask, found = torch.ones(2, 1, 40, 40).tril().bool(), []
+    for function, lower in ((eager_attention_forward, False), (eager_attention_forward, True), (attention.attention, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            out, _ = function(module, *inputs, mask if function is attention.attention else added(mask), scaling=0.2, dropout=0.0)
+        found.append((out.float(), *torch.autograd.grad(out.float().square().sum(), inputs)))
+    truth, plain, ours = found
+    for right, theirs, mine in zip(truth, plain, ours):
+        assert 0 < (mine - right).norm() < 1.2 * (theirs - right).norm()
+
+
+def test_the_first_layer_of_the_tower_is_its_convolution():
+    torch.manual_seed(0)
+    layer, patches = torch.nn.Conv3d(3, 16, (2, 14, 14), stride=(2, 14, 14)), torch.randn(5, 3, 2, 14, 14)
+    convolved = layer(patches).view(5, 16)
+    layer.__class__ = models.PatchProduct
+    assert (layer(patches) - convolved).abs().max() < 1e-5
+
+
 def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float32, processor):
     samples = [make("refer_grounding", "val", 0), make("object_tracking", "val", 0)]
     texts = [processor.apply_chat_template(messages(s), tokenize=False) for s in samples]
@@ -49,7 +82,10 @@ def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float3
     assert not there.all()
     for name in ("eager", attention.NAME):
         model = models.load_model(random_folder, replace(float32, attention=name))
+        with torch.no_grad():
+            unlearning = model(**batch).logits[there]
         logits = model(**batch).logits[there]
+        assert (unlearning - logits).abs().max() < 1e-4 * logits.abs().max()
         (-logits.log_softmax(-1)[:, 5].mean()).backward()
         found.append((logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (plain, gradients), (ours, same) = found

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit import lessons, models, tiny_base, vision, vocabulary
+from mig_kit import attention, lessons, models, tiny_base, vision, vocabulary
 from mig_kit.prompts import parse
 from mig_kit.scenes import UNSEEN_PAIRS
 from mig_kit.tasks import listed
@@ -126,7 +126,7 @@ def test_a_course_teaches_saves_and_resumes(processor, tmp_path):
     from dataclasses import replace
 
     random_model = Qwen2_5_VLForConditionalGeneration._from_config(
-        vision.config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation="eager")
+        vision.config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation=attention.NAME)
     random_model.model.visual.requires_grad_(False)
     course = replace(tiny_base.TELLING_APART, warmup=1)
     given = dict(albums=2, visual_rows=3, text_rows=3, autocast=False)
@@ -176,7 +176,7 @@ def test_a_killed_course_ends_on_the_same_weights(processor, tmp_path, monkeypat
         torch.manual_seed(0)
         folder.mkdir(exist_ok=True)
         model = Qwen2_5_VLForConditionalGeneration._from_config(
-            vision.config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation="eager")
+            vision.config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation=attention.NAME)
         curve = tiny_base.train_language(model, processor.tokenizer, folder, replace(tiny_base.TELLING_APART, warmup=1), steps=4,
                                          albums=2, visual_rows=3, text_rows=3, autocast=False)
         return curve, model.state_dict()
