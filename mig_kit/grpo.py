@@ -226,7 +226,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
     if not share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,
-                                   cache=PromptCache(model, processor, view, autocast=hw.autocast))
+                                   cache=PromptCache(model, processor, view))
 
 
 class StopAfter(TrainerCallback):

@@ -42,14 +42,13 @@ def digest(image: Image.Image) -> bytes:
 class PromptCache:
     """Prompts by sample id and features by image, the least recently used forgotten first.
 
-    limit: prompts kept. room: bytes of features kept; what a call asks for is always held while it is used.
-    autocast: the vision tower computes its products in bfloat16, as in training.
+    limit: prompts kept. room: bytes of features kept; what a call asks for is always held while it is used. Features are
+    computed in the tower's own dtype, never in autocast: long sums in bfloat16 depend on what else is in the batch, and a run
+    that goes on after a kill would see other features.
     """
 
-    def __init__(self, model, processor, view: View = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30,
-                 autocast: bool = False):
+    def __init__(self, model, processor, view: View = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30):
         self.model, self.processor, self.view, self.limit, self.room = inner(model), processor, view, limit, room
-        self.autocast = autocast
         self.store: OrderedDict[str, tuple[torch.Tensor, torch.Tensor, tuple[bytes, ...]]] = OrderedDict()
         self.images: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self.size = 0  # bytes of self.images
@@ -92,9 +91,7 @@ class PromptCache:
         if not wanted:
             return
         visual, device = self.model.model.visual, self.model.device
-        patches = torch.cat([parts[i] for i in wanted]).to(device, visual.dtype)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            out = visual(patches, grid_thw=grids[wanted].to(device))
+        out = visual(torch.cat([parts[i] for i in wanted]).to(device, visual.dtype), grid_thw=grids[wanted].to(device))
         features = out.pooler_output
         if isinstance(self.model, Qwen3VLForConditionalGeneration):
             features = torch.cat([features, *out.deepstack_features], 1)
