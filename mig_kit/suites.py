@@ -226,19 +226,6 @@ def telling(rng: random.Random, world: World) -> Draft:
     return Draft(scenes, question, [(k, thing.name)], f"{thing.name}: image {k}.", [listed(k, scenes[k - 1])])
 
 
-def spotting(rng: random.Random, world: World) -> Draft:
-    """Free form: the named thing in image k of two to four, though other images hold one, too; a box, not a letter."""
-    count = rng.randint(2, 4)
-    looks = world.looks(rng, 8)
-    chosen = [rng.sample(looks[1:], rng.randint(2, 4)) for _ in range(count)]
-    where = rng.sample(range(1, count + 1), rng.randint(2, count))
-    for i in where:
-        chosen[i - 1][rng.randrange(len(chosen[i - 1]))] = looks[0]
-    scenes, name, k = [world.scene(rng, picture) for picture in chosen], name_of(looks[0]), where[0]
-    question = rng.choice([f"Where is the {name} in image {k}?", f"Point at the {name} in image {k}."])
-    return Draft(scenes, question, [(k, name)], f"{name}: image {k}.", [listed(k, scenes[k - 1])])
-
-
 def tallying(rng: random.Random, world: World) -> Draft:
     """Free form: how many things are in image k."""
     scenes = [world.scene(rng, world.looks(rng, rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
@@ -255,8 +242,7 @@ BLINK: dict[str, Maker] = {"counting": counting, "jigsaw": jigsaw, "visual_corre
                            "relations": relations}
 MMIU: dict[str, Maker] = {"order": order, "retrieval": retrieval, "change": change}
 FREE_FORM: dict[str, Maker] = {"naming": naming, "showing": showing, "sharing": sharing, "choosing": choosing,
-                              "pointing": pointing, "telling": telling, "spotting": spotting,
-                              "tallying": tallying}  # trained on, in no suite
+                              "pointing": pointing, "telling": telling, "tallying": tallying}  # trained on, in no suite
 SIZES = {"mig_bench": "mig_per_task", "ood_grounding": "ood_per_task", "blink": "blink_per_task",
          "mmiu": "mmiu_per_task"}  # suite -> the parameter of 06 that says how many samples a task has
 SUITES = tuple(SIZES)
@@ -290,8 +276,7 @@ def make_free_form(split: str, per_task: int, seed: int = 0) -> list[Sample]:
 
     They keep the model answering with a letter where it is asked to choose, and reading the question: the ten tasks are nearly
     told apart by the number of their images. No suite asks one of them word for word, but some are near: "choosing" to what
-    is asked about changes and shapes, "pointing" to the image pairs, "telling" to the single images, "spotting" to the third
-    frames, "tallying" to counting.
+    is asked about changes and shapes, "pointing" to the image pairs, "telling" to the single images, "tallying" to counting.
     """
     return [finish(draft_of(maker, task, split, i, seed, World()), "free_form", task, split, i)
             for task, maker in FREE_FORM.items() for i in range(per_task)]
