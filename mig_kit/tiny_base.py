@@ -369,12 +369,11 @@ def save(model, tokenizer, folder: Path) -> None:
 
 def examine(folder: Path, hw: Hardware, per_task: int = 50) -> dict:
     """Greedy scores of the base on validation samples of every suite, percent, and on questions it was taught."""
-    view = QWEN2_5
-    model, processor = load_model(folder, hw), load_processor(folder, view)
+    model, processor = load_model(folder, hw), load_processor(folder, QWEN2_5)
     scores = {}
     for suite in SUITES:
         samples = make_suite(suite, "val", per_task)
-        result = summarise(samples, greedy_replies(model, processor, samples, hw, view), [], view)
+        result = summarise(samples, greedy_replies(model, processor, samples, hw, QWEN2_5), [], QWEN2_5)
         scores[suite] = {"score": result["score"], "tasks": {k: t["acc@0.5"] for k, t in result["tasks"].items()}}
     return scores
 
