@@ -191,7 +191,7 @@ def family_of(model: str | Path):
 
 
 class PatchProduct(torch.nn.Conv3d):
-    """The vision tower's first layer as the product it is: its kernel covers a whole patch; 40 times faster than convolving."""
+    """The vision tower's first layer as the product it is: its kernel covers a whole patch, and a convolution is slower."""
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """patches: (patches, channels, frames, height, width) of the kernel's size -> (patches, width of the tower)."""
