@@ -198,7 +198,7 @@ def choosing(rng: random.Random, world: World) -> Draft:
 
 def pointing(rng: random.Random, world: World) -> Draft:
     """Free form: the named thing, wherever it is, in one to four images; a box, not a letter."""
-    count = rng.choice((1, 1, 2, 3, 4))
+    count = rng.choice((1, 1, 1, 2, 3, 4))
     looks = world.looks(rng, 9)
     chosen = [rng.sample(looks[1:], rng.randint(2, 4)) for _ in range(count)]
     where = sorted({rng.randint(1, count), *(k for k in range(1, count + 1) if rng.random() < 0.2)})
@@ -212,7 +212,7 @@ def pointing(rng: random.Random, world: World) -> Draft:
 
 def telling(rng: random.Random, world: World) -> Draft:
     """Free form: the only thing of a colour or of a shape in one of one to three images; a box, not a letter."""
-    count = rng.choice((1, 1, 2, 3))
+    count = rng.choice((1, 1, 1, 1, 2, 3))
     k, attribute = rng.randint(1, count), rng.randint(0, 1)
     while True:
         scenes = [world.scene(rng, world.looks(rng, rng.randint(2, 4))) for _ in range(count)]
