@@ -216,7 +216,7 @@ def rejection(model, processor, samples: list[Sample], load: Load, hw: Hardware)
                                   num_return_sequences=load.group, min_new_tokens=load.tokens, max_new_tokens=load.tokens)
 
     def kit():
-        prompts = PromptCache(model, processor, VIEW).get(samples)
+        prompts = PromptCache(model, processor, VIEW, autocast=hw.autocast).get(samples)
         return rollouts(model, processor, prompts, load.group, Sampling(1.0, 1.0, load.tokens, load.tokens), None, hw.autocast)
 
     return stock, kit
@@ -231,7 +231,7 @@ def evaluation(model, processor, samples: list[Sample], load: Load, hw: Hardware
                                    min_new_tokens=load.tokens, max_new_tokens=load.tokens) for s in samples]
 
     def kit():
-        prompts = PromptCache(model, processor, VIEW).get(samples)
+        prompts = PromptCache(model, processor, VIEW, autocast=hw.autocast).get(samples)
         return rollouts(model, processor, prompts, 1, Sampling(0.0, 1.0, load.tokens, load.tokens), None, hw.autocast)
 
     return stock, kit

@@ -226,7 +226,7 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
     if not share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,
-                                   cache=PromptCache(model, processor, view))
+                                   cache=PromptCache(model, processor, view, autocast=hw.autocast))
 
 
 class StopAfter(TrainerCallback):
@@ -248,3 +248,17 @@ def curves(history: list[dict]) -> list[dict]:
              "frac_reward_zero_std": "no_signal", "completions/clipped_ratio": "cut"}
     found = [{"step": row["step"], **{new: row.get(old) for old, new in names.items()}} for row in history if "reward" in row]
     return [{key: None if value != value else value for key, value in row.items()} for row in found]  # NaN: no such sample
+
+
+def shortened(rows: list[dict], span: int = 10, share: float = 0.8) -> str:
+    """One sentence if the replies of the last `span` updates have less than `share` of the first ones' tokens, else "".
+
+    rows: of `curves`. Where listing what is in each image pays only later, this is how reinforcement fails in the tiny world.
+    """
+    if len(rows) < 2 * span:
+        return ""
+    first, last = (sum(row["length"] for row in part) / span for part in (rows[:span], rows[-span:]))
+    if last >= share * first:
+        return ""
+    return (f"replies fell from {first:.0f} to {last:.0f} tokens: the model may have given up showing its evidence, and with it "
+            "what there was to gain; lower learning_rate and look at 'length' again")

@@ -16,6 +16,8 @@ from mig_kit.models import check_tokens
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 
+ALONE = 256  # patches; an image of so many fills the machine by itself
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -42,13 +44,16 @@ def digest(image: Image.Image) -> bytes:
 class PromptCache:
     """Prompts by sample id and features by image, the least recently used forgotten first.
 
-    limit: prompts kept. room: bytes of features kept; what a call asks for is always held while it is used. Features are
-    computed in the tower's own dtype, never in autocast: long sums in bfloat16 depend on what else is in the batch, and a run
-    that goes on after a kill would see other features.
+    limit: prompts kept. room: bytes of features kept; what a call asks for is always held while it is used.
+    autocast: images of ALONE patches or more are computed in bfloat16, one at a time. Smaller ones share a batch, and there
+    long sums in bfloat16 depend on what else is in it: a run that goes on after a kill would see other features. They are
+    computed in the tower's own dtype.
     """
 
-    def __init__(self, model, processor, view: View = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30):
+    def __init__(self, model, processor, view: View = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30,
+                 autocast: bool = False):
         self.model, self.processor, self.view, self.limit, self.room = inner(model), processor, view, limit, room
+        self.autocast = autocast
         self.store: OrderedDict[str, tuple[torch.Tensor, torch.Tensor, tuple[bytes, ...]]] = OrderedDict()
         self.images: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self.size = 0  # bytes of self.images
@@ -90,15 +95,20 @@ class PromptCache:
         wanted = sorted(i for key, i in first.items() if key not in self.images)
         if not wanted:
             return
+        alone = [i for i in wanted if self.autocast and sizes[i] >= ALONE]
+        together = [i for i in wanted if i not in alone]
         visual, device = self.model.model.visual, self.model.device
-        out = visual(torch.cat([parts[i] for i in wanted]).to(device, visual.dtype), grid_thw=grids[wanted].to(device))
-        features = out.pooler_output
-        if isinstance(self.model, Qwen3VLForConditionalGeneration):
-            features = torch.cat([features, *out.deepstack_features], 1)
         merged = self.processor.image_processor.merge_size**2
-        for i, part in zip(wanted, features.split([sizes[i] // merged for i in wanted])):
-            self.images[keys[i]] = part.clone()  # a slice would keep its whole batch alive
-            self.size += part.nbytes
+        for batch in [*([i] for i in alone), *([together] if together else [])]:
+            patches = torch.cat([parts[i] for i in batch]).to(device, visual.dtype)
+            with torch.autocast(device.type, torch.bfloat16, enabled=batch is not together):
+                out = visual(patches, grid_thw=grids[batch].to(device))
+            features = out.pooler_output
+            if isinstance(self.model, Qwen3VLForConditionalGeneration):
+                features = torch.cat([features, *out.deepstack_features], 1)
+            for i, part in zip(batch, features.split([sizes[i] // merged for i in batch])):
+                self.images[keys[i]] = part.clone()  # a slice would keep its whole batch alive
+                self.size += part.nbytes
 
     def _encode(self, samples: list[Sample]) -> None:
         texts = [self.processor.apply_chat_template(messages(s, self.view), add_generation_prompt=True, tokenize=False)

@@ -51,7 +51,7 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply (only 06_evaluate can do without)")
     have = stored(path)
-    cache = cache or PromptCache(model, processor, view, limit=batch_size)
+    cache = cache or PromptCache(model, processor, view, limit=batch_size, autocast=autocast)
     order = sorted(samples, key=lambda s: (len(s.images), s.id))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)

@@ -229,6 +229,6 @@ def loss_curve(history: list[dict]) -> list[dict]:
 def greedy_replies(model, processor, samples: list[Sample], hw: Hardware, view: View,
                    max_new_tokens: int = 128) -> list[str]:
     """One greedy reply per sample, decoded."""
-    prompts = PromptCache(model, processor, view).get(samples)
+    prompts = PromptCache(model, processor, view, autocast=hw.autocast).get(samples)
     groups = rollouts(model.eval(), processor, prompts, 1, Sampling(0.0, max_new_tokens=max_new_tokens), autocast=hw.autocast)
     return processor.tokenizer.batch_decode([group[0] for group in groups], skip_special_tokens=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mig_kit import generation, models
+from mig_kit import generation, models, prompt_cache
 from mig_kit.frames import QWEN2_5, View
 from mig_kit.generation import Sampling, completion_logps, draw_tokens, packed_logps, rollouts
 from mig_kit.prompt_cache import PromptCache, digest
@@ -121,6 +121,20 @@ def test_features_stay_within_their_room(random_model, processor, samples):
         found, = tight.get([sample])
         assert torch.allclose(expected.features, found.features, atol=1e-6) and torch.equal(expected.ids, found.ids)
         assert tight.size <= 2000 and tight.size == sum(f.nbytes for f in tight.images.values())
+
+
+@pytest.mark.slow
+def test_a_large_image_is_seen_alone(random_model, processor, samples, monkeypatch):
+    monkeypatch.setattr(prompt_cache, "ALONE", 1)
+    alone, = PromptCache(random_model, processor, autocast=True).get(samples[:1])
+    among, *_ = PromptCache(random_model, processor, autocast=True).get(samples[:4])
+    exact, = PromptCache(random_model, processor).get(samples[:1])
+    assert alone.features.dtype == torch.bfloat16 and exact.features.dtype == torch.float32
+    assert torch.equal(alone.features, among.features), "whatever else is asked for"
+    assert (alone.features - exact.features).norm() < 0.02 * exact.features.norm()
+    monkeypatch.setattr(prompt_cache, "ALONE", 10**6)
+    small, = PromptCache(random_model, processor, autocast=True).get(samples[:1])
+    assert torch.equal(small.features, exact.features)
 
 
 def test_rounds_by_hand(random_model, monkeypatch):

@@ -220,3 +220,10 @@ def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypa
     monkeypatch.setattr("mig_kit.prompt_cache.messages", lambda s, *a: [{"role": "user", "content": "no picture here"}])
     with pytest.raises(ValueError):
         cache.get(samples[:2])
+
+
+def test_replies_that_got_short_are_named():
+    rows = [{"length": 40.0}] * 10 + [{"length": 26.0}] * 10
+    assert grpo.shortened(rows).startswith("replies fell from 40 to 26 tokens")
+    assert grpo.shortened(rows[:19]) == "" and grpo.shortened(rows[::-1]) == ""
+    assert grpo.shortened([{"length": 40.0}] * 10 + [{"length": 32.0}] * 10) == "", "four fifths are enough"
