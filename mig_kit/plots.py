@@ -142,8 +142,10 @@ def speedup(rows: list[dict], title: str):
         sns.lineplot(part, x=x, y="ratio", hue="stage", style="stage", markers=True, dashes=False, palette="colorblind", ax=axis,
                      errorbar=None, legend=axis is axes[0])
         axis.axhline(1, color="#555555", linewidth=1)
-        axis.set(xlabel=label, ylabel="times as fast", ylim=(0, None))
-    axes[0].legend(frameon=False, fontsize=9)
+        axis.set(xlabel=label, ylabel="times as fast", xticks=sorted(part[x].unique()))
+    axes[0].set_ylim(0, 1.08 * max(1, table["ratio"].max()))  # of all panels, which share it
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncol=2, loc="upper right")
+    axes[0].get_legend().remove()
     figure.suptitle(title, fontsize=11, x=0.06, ha="left")
     figure.tight_layout()
     return figure

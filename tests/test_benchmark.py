@@ -59,3 +59,16 @@ def test_headline_compares_all_five(tmp_path, random_folder, float32):
     assert all(found[name]["stock_s"] > 0 and found[name]["kit_s"] > 0 for name in benchmark.STAGES)
     assert found["grad_rel_error"] < 1e-4 and set(found["peak_mem_mb"]) == {"stock", "kit"}
     assert found["prompt_tokens"] > 8
+
+
+def test_no_point_of_the_speed_up_is_cut_off():
+    from mig_kit import plots
+
+    usual = {"images": 6, "group": 8, "tokens": 64, "prompt_tokens": 1292}
+    loads = [usual, {**usual, "images": 1, "prompt_tokens": 277}, {**usual, "group": 16}, {**usual, "tokens": 16}]
+    ratios = (5.0, 2.0, 9.4, 8.4)
+    rows = [{**load, "stage": stage, "ratio": ratio} for load, ratio in zip(loads, ratios) for stage in ("rollout", "train")]
+    axes = plots.speedup(rows, "Times as fast").axes
+    assert all(axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 9.4 for axis in axes)
+    drawn = [sorted({float(x) for line in axis.get_lines()[:2] for x in line.get_xdata()}) for axis in axes]
+    assert drawn == [[277, 1292], [8, 16], [16, 64]]
