@@ -12,9 +12,9 @@ from mig_kit.runs import runs_root
 
 # Measured in one run of the tiny profile on two cores of an Intel Xeon with AMX: minutes of each stage, and GiB that it stayed
 # within. Matrix rates predict these badly: an AMD EPYC (Zen 5) with a third of this machine's rate took two thirds of the time.
-TINY_COST = {"01_synthesize": (0.4, 4.0), "02_sft": (4.4, 4.0), "03_merge": (0.3, 4.0), "04_rejection_sampling": (2.4, 4.0),
-             "05_grpo": (5.9, 4.0), "06_evaluate": (4.5, 4.0), "07_report": (0.2, 4.0)}
-REFERENCE_PACE = 0.27  # what `pace` gives on that machine, seconds
+TINY_COST = {"01_synthesize": (0.3, 4.0), "02_sft": (4.6, 4.0), "03_merge": (0.2, 4.0), "04_rejection_sampling": (2.2, 4.0),
+             "05_grpo": (8.2, 4.0), "06_evaluate": (3.7, 4.0), "07_report": (0.2, 4.0)}
+REFERENCE_PACE = 0.265  # what `pace` gives on that machine, seconds
 
 
 def pace(hw: Hardware, rounds: int = 3) -> float:
