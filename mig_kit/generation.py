@@ -2,7 +2,7 @@
 
 In multi-image grounding the prompt is many image tokens and the reply a few dozen; G replies to one prompt share it. Here
 the prompt is prefilled once per group, its keys and values serve all replies, and with a frozen vision tower the features
-of an image are computed once. Everything goes through the model's own modules, so LoRA and 4-bit layers work unchanged.
+of an image are computed once. LoRA and 4-bit layers are the model's own modules and work unchanged.
 """
 
 from contextlib import contextmanager
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from torch.nn.functional import log_softmax, softmax
+from torch.nn.functional import linear, log_softmax, softmax
 from torch.utils.checkpoint import checkpoint
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 
 from mig_kit.prompt_cache import Prompt, inner
@@ -86,67 +85,88 @@ def padded(model, prompts: list[Prompt], image_token: int) -> _Padded:
 
 
 class _Decoder:
-    """One decoding step for prompts x group rows over shared prompt keys and a preallocated cache of replies."""
+    """One decoding step for prompts x group rows over shared prompt keys and a preallocated cache of replies.
 
-    def __init__(self, model, cache, mask: torch.Tensor, group: int, room: int):
-        self.language, self.head, self.group = model.model.language_model, model.lm_head, group
-        attention = self.language.layers[0].self_attn
+    A step is many small operations, and what each costs is its start, not its work. So products of one input are one product
+    where `joined` (see `decoding_weights`) has their weights, positions are turned into angles once for all steps, and what
+    a row remembers lies in the order of its prompt's scores.
+    """
+
+    def __init__(self, model, cache, batch: _Padded, group: int, room: int, joined: dict):
+        self.language, self.head, self.group, self.joined = model.model.language_model, model.lm_head, group, joined
+        attention, prompts, device = self.language.layers[0].self_attn, len(batch.last), batch.mask.device
         shape, self.width = self.language.config, attention.head_dim
-        self.heads, self.kv = shape.num_attention_heads, shape.num_key_value_heads
-        self.scale, rows = attention.scaling, mask.shape[0] * group
+        self.heads, self.kv, self.scale = shape.num_attention_heads, shape.num_key_value_heads, attention.scaling
         self.normed_heads = isinstance(attention, Qwen3VLTextAttention)
-        kind = mask.device.type  # the cache is float32 under autocast, and every step would cast all of it anew
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else cache.layers[0].keys.dtype
-        self.prompt = [(layer.keys.to(dtype).contiguous(), layer.values.to(dtype).contiguous()) for layer in cache.layers]
-        shape = (rows, self.kv, room, self.width)
-        self.own = [(torch.zeros(shape, dtype=k.dtype, device=k.device), torch.zeros(shape, dtype=k.dtype, device=k.device))
-                    for k, _ in self.prompt]
-        self.bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(mask == 0, -1e30)
+        # the cache is float32 under autocast, and every step would cast all of it anew
+        self.dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else cache.layers[0].keys.dtype
+        self.prompt = [(layer.keys.to(self.dtype).contiguous(), layer.values.to(self.dtype).contiguous())
+                       for layer in cache.layers]
+        self.own = [torch.zeros(2, prompts, self.kv, group, room, self.width, dtype=self.dtype, device=device)
+                    for _ in self.prompt]
+        padding = torch.cat([batch.mask, batch.mask.new_ones(prompts, room)], 1) == 0
+        self.bias = torch.zeros(padding.shape, device=device).masked_fill_(padding, -1e30)[:, None, None]
+        place = (batch.after[:, None] + torch.arange(room, device=device)).expand(3, -1, -1)
+        self.cos, self.sin = self.language.rotary_emb(batch.given["inputs_embeds"], place)
+        self.sin[..., :self.width // 2] *= -1  # so that a half turn of the width does for the rest
         self.step = 0
 
-    def keep(self, prompts: torch.Tensor, rows: torch.Tensor) -> None:
-        """Drop the prompts (and their rows) that are done."""
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of this step, each (prompts, 1, heads, width): of queries, keys, and values, which do not turn."""
+        turned = (each[:, self.step, None, None].expand(-1, -1, self.heads + self.kv, -1) for each in (self.cos, self.sin))
+        return tuple(torch.cat([each, each.new_full((1, 1, self.kv, self.width), neutral).expand(len(each), -1, -1, -1)], 2)
+                     for each, neutral in zip(turned, (1, 0)))
+
+    def keep(self, prompts: torch.Tensor) -> None:
+        """Drop the prompts that are done, and their rows."""
         self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
-        self.own = [(k[rows], v[rows]) for k, v in self.own]
-        self.bias = self.bias[prompts]
+        self.own = [own[:, prompts] for own in self.own]
+        self.bias, self.cos, self.sin = self.bias[prompts], self.cos[prompts], self.sin[prompts]
 
-    def attend(self, q, k, v, layer: int) -> torch.Tensor:
-        """q: (rows, heads, width) against the prompt and the row's own past -> (rows, heads * width)."""
+    def project(self, given: torch.Tensor, *layers) -> torch.Tensor:
+        """(rows, inputs) -> what `layers` make of it, side by side."""
+        if layers in self.joined:
+            return linear(given.to(self.dtype), *self.joined[layers])
+        made = [self.project(given, layer) if (layer,) in self.joined else layer(given) for layer in layers]
+        return torch.cat(made, -1) if len(made) > 1 else made[0]
+
+    def attend(self, heads: torch.Tensor, layer: int) -> torch.Tensor:
+        """(prompts, group, heads + 2 * groups of heads, width): queries, keys, values -> (rows, heads * width).
+
+        Against the prompt, which its rows share, and each row's own past.
+        """
         prompt_k, prompt_v = self.prompt[layer]
-        own_k, own_v = self.own[layer]
-        own_k[:, :, self.step], own_v[:, :, self.step] = k, v
         prompts, length, past = prompt_k.shape[0], prompt_k.shape[2], self.step + 1
-        split = (prompts, self.group, self.kv, -1)
-        shared = q.view(*split, self.width).transpose(1, 2).flatten(2, 3)
-        single = q.view(q.shape[0], self.kv, -1, self.width)
-        # one buffer for both kinds of scores, in the order of the prompts' product: reshaped copies of it would cost most
-        scores = torch.empty(*shared.shape[:3], length + past, dtype=torch.float32, device=q.device)
-        torch.add(self.bias[:, None, None], torch.matmul(shared, prompt_k.transpose(2, 3)).float(), alpha=self.scale,
-                  out=scores[..., :length])
-        to_own = torch.matmul(single, own_k[:, :, :past].transpose(2, 3))
-        torch.mul(to_own.view(*split, past).transpose(1, 2).flatten(2, 3).float(), self.scale, out=scores[..., length:])
-        weight = softmax(scores, -1).to(q.dtype)
-        mixed = torch.matmul(weight[..., :length], prompt_v).view(prompts, self.kv, self.group, -1, self.width).transpose(1, 2)
-        on_own = weight[..., length:].view(prompts, self.kv, self.group, -1, past).transpose(1, 2).reshape(*single.shape[:3], past)
-        return (mixed.reshape(single.shape) + torch.matmul(on_own, own_v[:, :, :past])).reshape(q.shape[0], -1)
+        own = self.own[layer]
+        own[..., self.step, :] = heads[:, :, self.heads:].unflatten(2, (2, self.kv)).permute(2, 0, 3, 1, 4)
+        own_k, own_v = own[..., :past, :]
+        shared = heads[:, :, :self.heads].unflatten(2, (self.kv, -1)).transpose(1, 2).flatten(2, 3)
+        single = shared.unflatten(2, (self.group, -1))
+        scores = torch.cat([torch.matmul(shared, prompt_k.transpose(2, 3)),
+                            torch.matmul(single, own_k.transpose(3, 4)).flatten(2, 3)], -1)
+        weight = softmax(torch.add(self.bias[..., :length + past], scores, alpha=self.scale), -1).to(self.dtype)
+        mixed = torch.matmul(weight[..., :length], prompt_v).view(single.shape)
+        on_own = torch.matmul(weight[..., length:].unflatten(2, (self.group, -1)), own_v)
+        return (mixed + on_own).transpose(1, 2).reshape(prompts * self.group, -1)
 
-    def forward(self, tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """tokens, place: (rows,) -> logits (rows, vocabulary) of the next token."""
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: (rows,) -> logits (rows, vocabulary) of the next token."""
         hidden = self.language.embed_tokens(tokens)
-        cos, sin = self.language.rotary_emb(hidden[:, None], place[None, :, None].expand(3, -1, -1))
+        cos, sin = self.angles()
+        by_prompt = (len(cos), self.group, -1, self.width)
         for index, layer in enumerate(self.language.layers):
-            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-            q = attention.q_proj(normed).view(-1, self.heads, 1, self.width)
-            k = attention.k_proj(normed).view(-1, self.kv, 1, self.width)
+            attention, mlp = layer.self_attn, layer.mlp
+            heads = self.project(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
+            heads = heads.view(by_prompt)
             if self.normed_heads:
-                q, k = attention.q_norm(q), attention.k_norm(k)
-            v = attention.v_proj(normed).view(-1, self.kv, self.width)
-            q, k = apply_rotary_pos_emb(q, k, cos, sin)
-            k = k.to(v.dtype)
-            hidden = hidden + attention.o_proj(self.attend(q[:, :, 0].to(v.dtype), k[:, :, 0], v, index))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+                q, k, v = heads.split((self.heads, self.kv, self.kv), 2)
+                heads = torch.cat([attention.q_norm(q), attention.k_norm(k), v], 2)
+            heads = (heads * cos).add_(heads.roll(self.width // 2, -1) * sin).to(self.dtype)
+            hidden = hidden + self.project(self.attend(heads, index), attention.o_proj)
+            gate, up = self.project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj).chunk(2, -1)
+            hidden = hidden + self.project(mlp.act_fn(gate) * up, mlp.down_proj)
         self.step += 1
-        return self.head(self.language.norm(hidden))
+        return self.project(self.language.norm(hidden), self.head)
 
 
 def draw_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None) -> torch.Tensor:
@@ -183,26 +203,51 @@ def decoding_weights(model, autocast: bool):
 
     Otherwise every step would cast every weight again and run every adapter beside it. Afterwards the weights are what
     they were, bit for bit: until then those with an adapter wait in the host's memory. 4-bit layers are left as they are.
+    Yields {layers: (weight, bias)} of plain layers; where they are cast, those with the same input are joined into one, for
+    they need no more memory then.
     """
+    language = model.model.language_model
     folded = [m for m in model.modules() if isinstance(m, LoraLinear) and not m.merged and not m.disable_adapters]
     adapted = {id(layer.base_layer) for layer in folded}
     saved = []
-    for name, module in model.model.language_model.named_modules():
+    for name, module in language.named_modules():
         if type(module) is torch.nn.Linear and ".lora_" not in name and (autocast or id(module) in adapted):
             weight = module.weight.data
             saved.append((module, weight, weight.to("cpu", copy=True) if id(module) in adapted else None))
+    joined = {}
     try:
         for layer in folded:
             layer.merge()
         if autocast:
             for module, *_ in saved:
                 module.weight.data = module.weight.data.to(torch.bfloat16)
-        yield
+        for layer in language.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj),
+                          (attention.o_proj,), (mlp.down_proj,)):
+                for layers in (group,) if autocast else ((one,) for one in group):
+                    _join(joined, layers)
+        if autocast and type(model.lm_head) is torch.nn.Linear:  # its weight may be the embeddings', which stay as they are
+            joined[model.lm_head,] = model.lm_head.weight.to(torch.bfloat16), None
+        yield joined
     finally:
         for layer in folded:
             layer.merged_adapters.clear()
         for module, weight, kept in saved:
             module.weight.data = weight if kept is None else weight.copy_(kept)
+
+
+def _join(joined: dict, layers: tuple) -> None:
+    """Add the layers' weights as one, of which theirs become parts, if all are plain."""
+    plain = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
+    if not all(type(layer) is torch.nn.Linear for layer in plain):
+        return
+    weight, biases = plain[0].weight.data, [layer.bias for layer in plain]
+    if len(plain) > 1:
+        weight = torch.cat([layer.weight.data for layer in plain])
+        for layer, part in zip(plain, weight.split([layer.out_features for layer in plain])):
+            layer.weight.data = part
+    joined[layers] = weight, None if None in biases else torch.cat(biases).to(weight.dtype)
 
 
 @torch.no_grad()
@@ -213,12 +258,12 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
     device, end = model.device, processor.tokenizer.eos_token_id
     banned = [processor.tokenizer.convert_tokens_to_ids(t) for t in
               ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
-    with decoding_weights(model, autocast), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    with decoding_weights(model, autocast) as joined, torch.inference_mode(), \
+            torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         batch = padded(model, prompts, processor.image_token_id)
         out = model.model.language_model(**batch.given, position_ids=batch.positions, use_cache=True)
-        decoder = _Decoder(model, out.past_key_values, batch.mask, group, sampling.max_new_tokens)
+        decoder = _Decoder(model, out.past_key_values, batch, group, sampling.max_new_tokens, joined)
         logits = model.lm_head(batch.final(out.last_hidden_state)).repeat_interleave(group, 0)
-        at = batch.after.repeat_interleave(group)
         replies: list[list[int]] = [[] for _ in range(len(prompts) * group)]
         rows = torch.arange(len(replies), device=device)
         done = torch.zeros(len(replies), dtype=torch.bool, device=device)
@@ -236,10 +281,9 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
             waiting = ~done.view(-1, group).all(1)
             if waiting.sum() <= 0.85 * len(waiting):
                 kept = waiting.repeat_interleave(group)
-                decoder.keep(waiting, kept)
-                rows, done, tokens, at = rows[kept], done[kept], tokens[kept], at[kept]
-            logits = decoder.forward(tokens, at)
-            at = at + 1
+                decoder.keep(waiting)
+                rows, done, tokens = rows[kept], done[kept], tokens[kept]
+            logits = decoder.forward(tokens)
     return [replies[i * group:(i + 1) * group] for i in range(len(prompts))]
 
 

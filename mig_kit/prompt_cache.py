@@ -100,9 +100,9 @@ class PromptCache:
         visual, device = self.model.model.visual, self.model.device
         merged = self.processor.image_processor.merge_size**2
         for batch in [*([i] for i in alone), *([together] if together else [])]:
-            patches = torch.cat([parts[i] for i in batch]).to(device, visual.dtype)
+            patches = parts[batch[0]] if len(batch) == 1 else torch.cat([parts[i] for i in batch])
             with torch.autocast(device.type, torch.bfloat16, enabled=batch is not together):
-                out = visual(patches, grid_thw=grids[batch].to(device))
+                out = visual(patches.to(device, visual.dtype), grid_thw=grids[batch].to(device))
             features = out.pooler_output
             if isinstance(self.model, Qwen3VLForConditionalGeneration):
                 features = torch.cat([features, *out.deepstack_features], 1)

@@ -160,3 +160,23 @@ def test_folding_adapters_for_decoding_changes_no_weight(random_model, processor
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     merged = model.merge_and_unload()
     assert rollouts(merged, processor, prompts, 1, Sampling(0.0, max_new_tokens=12)) == folded
+
+
+@pytest.mark.slow
+def test_joined_products_give_the_same_replies(random_model, processor, samples, monkeypatch):
+    prompts = PromptCache(random_model, processor).get(samples[:3])
+    before = {name: value.clone() for name, value in random_model.state_dict().items()}
+    layer = random_model.model.language_model.layers[0]
+    with generation.decoding_weights(random_model, autocast=True) as joined:
+        weight, bias = joined[layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+        assert weight.dtype == bias.dtype == torch.bfloat16 and len(weight) == len(bias) == 4 * 32
+        assert layer.self_attn.k_proj.weight.data_ptr() == weight[2 * 32].data_ptr(), "a part of it, not one more copy"
+    assert all(torch.equal(value, before[name]) for name, value in random_model.state_dict().items())
+
+    def replies():
+        return rollouts(random_model, processor, prompts, 2, Sampling(1.0, max_new_tokens=12), torch.Generator().manual_seed(0),
+                        autocast=True)
+
+    found = replies()
+    monkeypatch.setattr(generation, "_join", lambda joined, layers: None)
+    assert replies() == found, "as by the layers themselves"

@@ -86,6 +86,31 @@ def test_positions_are_transformers(random_model, processor):
         assert torch.equal(expected[:, i, :len(row)], found[:, i, :len(row)])
 
 
+def test_short_and_long_dialogues_apart_teach_the_same(random_model, processor):
+    writer, rng = vocabulary.Writer(processor.tokenizer), random.Random(0)
+    bank = tiny_base.album_bank(random_model.model.visual, rng, 3, autocast=False)
+    batch = tiny_base.visual_batch(bank, writer, rng, 2, 5, located=1.0)
+    assert len(batch.parts()) == 1
+    for (scene, features, grid), *_ in bank:
+        batch.add(writer.dialogue(lessons.visual_turns(rng, [scene], 1), [len(features)]), [grid])
+        batch.features.append(features)
+    parts = batch.parts()
+    assert [len(part.ids) for part in parts] == [3, 2]
+    assert sum(part.weight() for part in parts) == pytest.approx(batch.weight())
+
+    def learned(whole):
+        random_model.zero_grad()
+        if whole:
+            loss, figures = tiny_base.language_loss(random_model, batch, None)
+            loss.backward()
+        else:
+            figures = tiny_base.gradients(random_model, batch, None, False)
+        return torch.cat([p.grad.flatten() for p in random_model.model.language_model.parameters()]), float(figures[0])
+
+    (one, loss), (apart, also) = learned(True), learned(False)
+    assert (one - apart).norm() < 1e-5 * one.norm() and loss == pytest.approx(also, rel=0.3), "nats, weighed slightly otherwise"
+
+
 def test_codes_are_orthonormal():
     table, sizes = vision.codes()
     assert table.shape == (sum(sizes), vision.HIDDEN)
