@@ -26,7 +26,7 @@ from mig_kit.frames import QWEN2_5
 from mig_kit.generation import rounded
 from mig_kit.lessons import HARD_KINDS, KINDS, LOOSE_KINDS, album, locate_turns, survey_turn, text_turns, visible, visual_turns
 from mig_kit.models import Hardware, PatchProduct, load_model, load_processor
-from mig_kit.runs import progress, sha256
+from mig_kit.runs import progress, release_memory, sha256
 from mig_kit.scenes import COLOURS, SHAPES, draw
 from mig_kit.sft import greedy_replies
 from mig_kit.suites import SUITES, make_suite
@@ -384,6 +384,7 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         if step % CHECKPOINT == CHECKPOINT - 1 or step == steps - 1:
             save_checkpoint(path, model=model.state_dict(), tutor=tutor.state_dict(), optimizer=optimizer.state_dict(),
                             step=step + 1, curve=json.dumps(curve))
+            release_memory()
     tutor.close()
     for module in compiled:
         module._compiled_call_impl = None  # the next course watches other layers
