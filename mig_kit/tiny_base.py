@@ -381,10 +381,10 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
             names = ("step", "visual_loss", "visual_right", "looking", "text_loss", "text_right")
             curve.append(dict(zip(names, [step + 1, *mean])))
             tqdm.write(str(curve[-1]))
+            release_memory()
         if step % CHECKPOINT == CHECKPOINT - 1 or step == steps - 1:
             save_checkpoint(path, model=model.state_dict(), tutor=tutor.state_dict(), optimizer=optimizer.state_dict(),
                             step=step + 1, curve=json.dumps(curve))
-            release_memory()
     tutor.close()
     for module in compiled:
         module._compiled_call_impl = None  # the next course watches other layers
