@@ -334,12 +334,9 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
     writer = Writer(tokenizer)
     tutor = Tutor(model, course.asking)
     torch._dynamo.config.cache_size_limit = 64
-    layers = model.model.language_model.layers
-    # where somebody watches, only what is between the watched: a compiled module does not tell
-    compiled = [part for i, layer in enumerate(layers) for part in
-                ([layer.post_attention_layernorm, layer.mlp] if i in tutor.watched else [layer])] if compile_layers else []
-    for module in compiled:
-        module.compile(dynamic=True)
+    for index, layer in enumerate(model.model.language_model.layers):
+        if compile_layers and index not in tutor.watched:
+            layer.compile(dynamic=True)
     parameters = [p for n, p in model.named_parameters() if "visual" not in n] + list(tutor.parameters())
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
@@ -386,8 +383,8 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
             save_checkpoint(path, model=model.state_dict(), tutor=tutor.state_dict(), optimizer=optimizer.state_dict(),
                             step=step + 1, curve=json.dumps(curve))
     tutor.close()
-    for module in compiled:
-        module._compiled_call_impl = None  # the next course watches other layers
+    for layer in model.model.language_model.layers:
+        layer._compiled_call_impl = None  # the next course watches other layers
     return curve
 
 
