@@ -31,7 +31,8 @@ from mig_kit.vision import config
 
 VIEW = View(max_pixels=4_000_000)
 STOCK_ATTENTION = "sdpa"  # transformers' default
-STAGES = ("rollout", "train", "grpo_step", "rejection", "evaluate")
+STAGES = ("rollout", "train", "grpo_step", "rejection", "evaluate", "evaluate_alike")
+ALIKE = 5  # questions about the same images: all of MIG-Bench's 555 questions about six images are such fives
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ class Load:
     side: int = 392
 
 
-def questions(load: Load, count: int, seed: int = 0) -> list[Sample]:
-    """`count` questions over `load.images` drawn scenes each, blown up to `load.side` pixels."""
+def questions(load: Load, count: int, seed: int = 0, alike: int = 1) -> list[Sample]:
+    """`count` questions over `load.images` drawn scenes each, blown up to `load.side` pixels; `alike` about the same scenes."""
     rng, world, made = random.Random(f"benchmark/{seed}"), World(), []
     for i in range(count):
-        scenes = [world.scene(rng, world.looks(rng, 4), (84, 84)) for _ in range(load.images)]
-        images = tuple(draw(scene).resize((load.side, load.side)) for scene in scenes)
-        thing = scenes[0].things[0]
+        if i % alike == 0:
+            scenes = [world.scene(rng, world.looks(rng, 4), (84, 84)) for _ in range(load.images)]
+            images = tuple(draw(scene).resize((load.side, load.side)) for scene in scenes)
+        things = [thing for scene in scenes for thing in scene.things]
+        thing = things[i % alike % len(things)]
         box = tuple(v * load.side / 84 for v in thing.box)
         question = f"Find the {thing.name}."
         made.append(Sample(f"benchmark/{seed}/{i}", "benchmark", "benchmark", "val", images, question, ((1, box),)))
@@ -309,9 +312,10 @@ def sweep(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: in
 
 def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, asked: int = 4,
              stock_attention: str = STOCK_ATTENTION) -> dict:
-    """All five comparisons at one load, the memory of a whole step, and how far the gradients are apart in float32.
+    """All six comparisons at one load, the memory of a whole step, and how far the gradients are apart in float32.
 
-    asked: questions in rejection sampling and, four times as many, in evaluation.
+    asked: questions in rejection sampling and, four times as many, in evaluation, once about images of their own ("evaluate") and
+    once ALIKE about the same ("evaluate_alike").
     """
     exact = Pair(model, replace(hw, dtype=torch.float32, autocast=False, attention="sdpa"), load, folder)
     error = exact.gradient_error(exact.batches())
@@ -322,8 +326,9 @@ def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats:
     release_memory()
     theirs, ours = stock_model(model, hw, stock_attention), load_model(model, hw)
     processor = load_processor(model, VIEW)
-    for name, maker, count in (("rejection", rejection, asked), ("evaluate", evaluation, 4 * asked)):
-        samples = questions(load, count)
+    for name, maker, count, alike in (("rejection", rejection, asked, 1), ("evaluate", evaluation, 4 * asked, 1),
+                                      ("evaluate_alike", evaluation, ALIKE * asked, ALIKE)):
+        samples = questions(load, count, alike=alike)
         stock, kit = maker(theirs, processor, samples, load, hw)[0], maker(ours, processor, samples, load, hw)[1]
         found[name] = side_by_side(stock, kit, max(1, repeats // 2), hw)
     return found

@@ -208,7 +208,7 @@ def bench(model: str, images: int, side: int, group: int, tokens: int, repeats: 
             found["utilisation"] = benchmark.utilisation(wide, hw, load, Path(folder) / "use", repeats)
     click.echo(f"{images} images of {side} px ({found['prompt_tokens']} tokens), {group} replies of {tokens} tokens; {hw.reason}")
     for name in benchmark.STAGES:
-        click.echo(f"{name:<12} stock {found[name]['stock_s']:8.3f} s   kit {found[name]['kit_s']:8.3f} s   "
+        click.echo(f"{name:<14} stock {found[name]['stock_s']:8.3f} s   kit {found[name]['kit_s']:8.3f} s   "
                    f"{found[name]['ratio']:6.1f} times as fast")
     click.echo(f"memory of a step: stock {found['peak_mem_mb']['stock']:.0f} MiB, kit {found['peak_mem_mb']['kit']:.0f} MiB")
     click.echo(f"gradients apart by {found['grad_rel_error']:.1e} (relative, float32)")

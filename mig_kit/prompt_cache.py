@@ -1,6 +1,7 @@
 """Prompts made ready once: token ids, positions, and the features of their images, each distinct image seen once.
 
-No stage trains the vision tower, so an image's features stay valid for as long as a run lasts, across replies, passes and epochs.
+No stage trains the vision tower, so an image's features stay valid for as long as a run lasts, across questions, replies, passes
+and epochs.
 """
 
 import hashlib
@@ -24,11 +25,18 @@ class Prompt:
     """A sample made ready. ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None.
 
     Of Qwen3-VL, which feeds its first layers features of their own, features are (image tokens, (1 + layers) * hidden).
+    images: what tells its images from others, in order; stem: tokens up to the end of the last of them.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     features: torch.Tensor | None
+    images: tuple[bytes, ...] = ()
+    stem: int = 0
+
+    def begins(self) -> "Prompt":
+        """Its stem as a prompt of its own."""
+        return Prompt(self.ids[:self.stem], self.positions[:, :self.stem], self.features, self.images, self.stem)
 
 
 def inner(model):
@@ -54,9 +62,9 @@ class PromptCache:
                  autocast: bool = False):
         self.model, self.processor, self.view, self.limit, self.room = inner(model), processor, view, limit, room
         self.autocast = autocast
-        self.store: OrderedDict[str, tuple[torch.Tensor, torch.Tensor, tuple[bytes, ...]]] = OrderedDict()
-        self.images: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self.size = 0  # bytes of self.images
+        self.store: OrderedDict[str, tuple[torch.Tensor, torch.Tensor, tuple[bytes, ...], int]] = OrderedDict()
+        self.images: OrderedDict[bytes, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()  # features; grid (3,) of patches
+        self.size = 0  # bytes of the features
 
     def clear(self) -> None:
         """Forget everything."""
@@ -70,33 +78,33 @@ class PromptCache:
         fresh = list({s.id: s for s in samples if s.id not in self.store}.values())
         for start in range(0, len(fresh), 64):
             self._encode(fresh[start:start + 64])
-        gone = {key: image for s in samples for key, image in zip(self.store[s.id][2], s.images) if key not in self.images}
-        if gone:
-            inputs = self.processor.image_processor(list(gone.values()), return_tensors="pt")
-            self._see(list(gone), inputs["pixel_values"], inputs["image_grid_thw"])
+        self._see({key: image for s in samples for key, image in zip(self.store[s.id][2], s.images)})
         prompts = []
         for s in samples:
-            ids, place, keys = self.store[s.id]
+            ids, place, keys, stem = self.store[s.id]
             self.store.move_to_end(s.id)
             for key in keys:
                 self.images.move_to_end(key)
-            prompts.append(Prompt(ids, place, torch.cat([self.images[key] for key in keys]) if keys else None))
+            features = torch.cat([self.images[key][0] for key in keys]) if keys else None
+            prompts.append(Prompt(ids, place, features, keys, stem))
         while len(self.store) > self.limit:
             self.store.popitem(last=False)
         while self.size > self.room and self.images:
-            _, forgotten = self.images.popitem(last=False)
+            _, (forgotten, _) = self.images.popitem(last=False)
             self.size -= forgotten.nbytes
         return prompts
 
-    def _see(self, keys: list[bytes], pixels: torch.Tensor, grids: torch.Tensor) -> None:
-        """Features of the images that are not there yet. pixels: patches of all images; grids: (images, 3)."""
-        sizes = grids.prod(1).tolist()
-        parts, first = pixels.split(sizes), {key: i for i, key in reversed(list(enumerate(keys)))}
-        wanted = sorted(i for key, i in first.items() if key not in self.images)
-        if not wanted:
+    def _see(self, images: dict[bytes, Image.Image]) -> None:
+        """Features of those images that are not there."""
+        keys = [key for key in images if key not in self.images]
+        if not keys:
             return
-        alone = [i for i in wanted if self.autocast and sizes[i] >= ALONE]
-        together = [i for i in wanted if i not in alone]
+        inputs = self.processor.image_processor([images[key] for key in keys], return_tensors="pt")
+        grids = inputs["image_grid_thw"]
+        sizes = grids.prod(1).tolist()
+        parts = inputs["pixel_values"].split(sizes)
+        alone = [i for i, size in enumerate(sizes) if self.autocast and size >= ALONE]
+        together = [i for i in range(len(keys)) if i not in alone]
         visual, device = self.model.model.visual, self.model.device
         merged = self.processor.image_processor.merge_size**2
         for batch in [*([i] for i in alone), *([together] if together else [])]:
@@ -107,21 +115,32 @@ class PromptCache:
             if isinstance(self.model, Qwen3VLForConditionalGeneration):
                 features = torch.cat([features, *out.deepstack_features], 1)
             for i, part in zip(batch, features.split([sizes[i] // merged for i in batch])):
-                self.images[keys[i]] = part.clone()  # a slice would keep its whole batch alive
+                self.images[keys[i]] = part.clone(), grids[i]  # a slice would keep its whole batch alive
                 self.size += part.nbytes
 
     def _encode(self, samples: list[Sample]) -> None:
+        """As the processor itself encodes text and images, but for an image that several ask about, which is prepared once."""
         texts = [self.processor.apply_chat_template(messages(s, self.view), add_generation_prompt=True, tokenize=False)
                  for s in samples]
-        inputs = self.processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
+        for sample, text in zip(samples, texts):
+            if text.count(self.processor.image_token) != len(sample.images):
+                raise ValueError(f"the prompt of {sample.id} has {text.count(self.processor.image_token)} places for its "
+                                 f"{len(sample.images)} images; take {self.processor.image_token} out of the question")
+        objects = {id(image): image for s in samples for image in s.images}
+        names = {where: digest(image) for where, image in objects.items()}
+        self._see({names[where]: image for where, image in objects.items()})
+        keys = [tuple(names[id(image)] for image in s.images) for s in samples]
+        grids = [self.images[key][1] for row in keys for key in row]
+        grid = torch.stack(grids) if grids else None
+        wide = [self.processor.replace_image_token({"image_grid_thw": grid}, i) for i in range(len(grids))]
+        texts, _ = self.processor.get_text_with_replacements(texts, wide)
+        inputs = {**self.processor.tokenizer(texts, padding=True, return_tensors="pt"), "image_grid_thw": grid}
         check_tokens(self.processor, inputs)
-        keys = [digest(image) for s in samples for image in s.images]
-        self._see(keys, inputs["pixel_values"], inputs["image_grid_thw"])
-        place, _ = self.model.model.get_rope_index(
-            inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"],
-            attention_mask=inputs["attention_mask"])
-        there, at = inputs["attention_mask"].bool(), 0
+        kinds = torch.tensor(self.processor.create_mm_token_type_ids(inputs["input_ids"]))
+        place, _ = self.model.model.get_rope_index(inputs["input_ids"], kinds, image_grid_thw=grid,
+                                                   attention_mask=inputs["attention_mask"])
+        there = inputs["attention_mask"].bool()
         for i, sample in enumerate(samples):
-            ids = inputs["input_ids"][i][there[i]], place[:, i][:, there[i]]
-            self.store[sample.id] = (*ids, tuple(keys[at:at + len(sample.images)]))
-            at += len(sample.images)
+            ids = inputs["input_ids"][i][there[i]]
+            seen = (ids == self.processor.image_token_id).nonzero()
+            self.store[sample.id] = ids, place[:, i][:, there[i]], keys[i], int(seen[-1]) + 1 if len(seen) else 0

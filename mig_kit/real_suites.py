@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+
 from mig_kit import image_files, score
 from mig_kit.benchmarks import READERS, Benchmark, Item, image_file, read_records
 from mig_kit.frames import Box, View, answer_size, rescale
@@ -63,9 +65,16 @@ def question_of(item: Item) -> tuple[str, tuple[int, ...] | None]:
     return text[:found.start()] + "{ref}" + text[found.end():], tuple(int(v) for v in found.groups())
 
 
-def sample_of(item: Item, benchmark: str, root: str | Path) -> Sample:
-    """The item with its images opened; boxes in pixels of the original images. BadImage for a broken one."""
-    images = tuple(image_files.open_rgb(image_file(root, name)) for name in item.images)
+def sample_of(item: Item, benchmark: str, root: str | Path, opened: dict[str, Image.Image] | None = None) -> Sample:
+    """The item with its images opened; boxes in pixels of the original images. BadImage for a broken one.
+
+    opened: images by name, which are taken from there and added to it.
+    """
+    opened = {} if opened is None else opened
+    for name in item.images:
+        if name not in opened:
+            opened[name] = image_files.open_rgb(image_file(root, name))
+    images = tuple(opened[name] for name in item.images)
     question, inline = question_of(item)
     reference = rescale(tuple(map(float, inline)), (1000, 1000), images[0].size) if inline else None
     targets: tuple[tuple[int, Box], ...] = ()
@@ -78,9 +87,17 @@ def sample_of(item: Item, benchmark: str, root: str | Path) -> Sample:
 
 
 def batches(benchmark: Benchmark, root: str | Path, size: int) -> Iterator[list[Sample]]:
-    """Samples in the order of the file, `size` at a time, so that no more images are in memory."""
-    for start in range(0, len(benchmark.items), size):
-        yield [sample_of(item, benchmark.name, root) for item in benchmark.items[start:start + size]]
+    """Samples, `size` at a time, so that no more images are in memory.
+
+    In the order of the file, but for questions about the same images, which follow the first of them; they share the image objects.
+    """
+    places: dict[tuple[str, ...], int] = {}
+    for place, item in enumerate(benchmark.items):
+        places.setdefault(item.images, place)
+    items = sorted(benchmark.items, key=lambda item: places[item.images])
+    for start in range(0, len(items), size):
+        opened: dict[str, Image.Image] = {}
+        yield [sample_of(item, benchmark.name, root, opened) for item in items[start:start + size]]
 
 
 def in_thousandths(reply: str, sizes: list[tuple[int, int]], view: View, exact: bool = False) -> str:

@@ -39,20 +39,28 @@ def stored(path: Path) -> dict[str, list[str]]:
     return {row["id"]: row["replies"] for row in whole}
 
 
+def _objects(sample: Sample) -> tuple[int, ...]:
+    """What tells a list of images from others without reading them."""
+    return tuple(map(id, sample.images))
+
+
 def sample_replies(model, processor, samples: list[Sample], path: Path, *, replies: int, temperature: float,
                    max_new_tokens: int, batch_size: int, seed: int, view: View, autocast: bool,
                    label: str = "rollouts", cache: PromptCache | None = None) -> dict[str, list[str]]:
     """`replies` replies to every sample, appended to `path` batch by batch; what is there already is not drawn again.
 
     Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run draws what an
-    uninterrupted one would have drawn. cache: prompts made ready by an earlier call for the same samples and model.
-    Raises ValueError for fewer than one reply.
+    uninterrupted one would have drawn. Questions about the same image objects are asked together, for `rollouts` reads these
+    once. cache: prompts made ready by an earlier call for the same samples and model. Raises ValueError for fewer than one reply.
     """
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply (only 06_evaluate can do without)")
     have = stored(path)
     cache = cache or PromptCache(model, processor, view, limit=batch_size, autocast=autocast)
-    order = sorted(samples, key=lambda s: (len(s.images), s.id))
+    first: dict[tuple[int, ...], str] = {}
+    for s in samples:
+        first[_objects(s)] = min(s.id, first.get(_objects(s), s.id))
+    order = sorted(samples, key=lambda s: (len(s.images), first[_objects(s)], s.id))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,12 @@ def test_questions_have_images_of_one_size():
     assert benchmark.questions(Load(images=3, side=112), 2)[0].question == made[0].question
 
 
+def test_some_questions_are_about_the_same_images():
+    made = benchmark.questions(Load(images=2, side=56), 10, alike=5)
+    assert len({s.question for s in made[:5]}) == 5 == len({s.question for s in made[5:]})
+    assert [s.images[0] is made[0].images[0] for s in made] == [True] * 5 + [False] * 5
+
+
 def test_turns_are_timed(float32):
     found = benchmark.side_by_side(lambda: time.sleep(0.03), lambda: time.sleep(0.01), 3, float32)
     assert 1.5 < found["ratio"] < 4 and found["stock_spread"][0] >= 0.03 and found["kit_spread"][1] >= found["kit_s"]
@@ -54,7 +60,7 @@ def test_both_sides_do_the_same(tmp_path, random_folder, float32):
 
 
 @pytest.mark.slow
-def test_headline_compares_all_five(tmp_path, random_folder, float32):
+def test_headline_compares_all_six(tmp_path, random_folder, float32):
     found = benchmark.headline(random_folder, float32, Load(2, 2, 4, 56), tmp_path, 1, asked=1)
     assert all(found[name]["stock_s"] > 0 and found[name]["kit_s"] > 0 for name in benchmark.STAGES)
     assert found["grad_rel_error"] < 1e-4 and set(found["peak_mem_mb"]) == {"stock", "kit"}

@@ -39,6 +39,64 @@ def test_greedy_replies_equal_transformers(family, samples):
 
 
 @pytest.mark.slow
+def test_questions_about_the_same_images_read_them_once(family, samples, monkeypatch):
+    model, processor, view = family
+    about = [(0, "Find the red star."), (1, "Where?"), (0, "Which thing is new in image 2, and where is it?"),
+             (2, "Find the blue ring."), (1, "What do these pictures have in common?"), (0, "Where?")]
+    asked = [replace(samples[i], id=text + str(i), question=text, reference=None) for i, text in about]
+    prompts = PromptCache(model, processor, view).get(asked)
+    read, language = [], model.model.language_model.forward
+    monkeypatch.setattr(model.model.language_model, "forward",
+                        lambda *a, **given: read.append(given["inputs_embeds"].shape[:2]) or language(*a, **given))
+    groups = rollouts(model, processor, prompts, 2, Sampling(0.0, max_new_tokens=16))
+    monkeypatch.undo()
+    assert [rows for rows, _ in read] == [3, 3], "three lists of images, and what is asked about each"
+    assert read[0][1] == generation.rounded(max(p.stem for p in prompts))
+    for sample, group in zip(asked, groups):
+        inputs = stock_inputs(processor, sample, view)
+        out = model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=[3, 4, 5, 6], eos_token_id=2)
+        reply = out[0, inputs["input_ids"].shape[1]:].tolist()
+        assert group == [reply[:reply.index(2) + 1] if 2 in reply else reply] * 2
+
+
+def test_stems_by_hand():
+    def prompt(name, tokens=3):
+        return prompt_cache.Prompt(torch.arange(tokens + 2), torch.zeros(3, tokens + 2), None, (name,) if tokens else (), tokens)
+
+    a, b, c, text = prompt(b"a"), prompt(b"b"), prompt(b"c"), prompt(b"", 0)
+    assert generation.stems_of([a, b, a, c, b]) == [[0, 2], [1, 4], [3]]
+    assert generation.stems_of([a, prompt(b"a", 4)]) == [[0], [1]], "another text before the end of the images"
+    assert generation.stems_of([a, a, text]) == [[0], [1], [2]], "no images to share"
+    lonely = [prompt(bytes([i])) for i in range(7)]
+    assert generation.stems_of([a] * 5 + lonely) == [[i] for i in range(12)], "40 rows for 12 questions"
+
+
+@pytest.mark.slow
+def test_done_stems_leave_and_the_rest_goes_on(random_model, processor, samples, monkeypatch):
+    asked = [replace(samples[i // 2], id=f"{i}", question="Where?" * (1 + i % 2)) for i in range(8)]
+    prompts = PromptCache(random_model, processor).get(asked)
+    sampling = Sampling(0.0, max_new_tokens=12, min_new_tokens=12)
+    whole = rollouts(random_model, processor, prompts, 3, sampling)
+    ends, drawn = [0, 1, 2, 5], generation.draw_tokens
+
+    def ending(logits, sampling, generator):  # a stem's rows end together, one stem after the other
+        tokens = drawn(logits, sampling, generator)
+        step = ending.step = ending.step + 1
+        here = [stem for stem in range(4) if stem not in ending.over]
+        for place, stem in enumerate(here):
+            if step > ends[stem] + 3:
+                tokens[6 * place:6 * place + 6] = 2
+                ending.over.append(stem)
+        return tokens
+
+    ending.step, ending.over = 0, []
+    monkeypatch.setattr(generation, "draw_tokens", ending)
+    cut = rollouts(random_model, processor, prompts, 3, sampling)
+    for i, (full, short) in enumerate(zip(whole, cut)):
+        assert short == [reply[:ends[i // 2] + 3] + [2] for reply in full]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "layers"), [(completion_logps, False), (packed_logps, False), (packed_logps, True)])
 def test_logps_and_gradients_equal_stock(family, samples, way, layers):
     model, processor, view = family
@@ -114,13 +172,38 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
 
 
 @pytest.mark.slow
+def test_prompts_are_what_the_processor_makes(family, samples, monkeypatch):
+    model, processor, view = family
+    asked = [*samples[:4], replace(samples[1], id="again", question="Where?")]
+    prepared, prepare = [], processor.image_processor.preprocess
+    monkeypatch.setattr(processor.image_processor, "preprocess",
+                        lambda images, *a, **options: prepared.append(len(images)) or prepare(images, *a, **options))
+    prompts = PromptCache(model, processor, view).get(asked)
+    assert prepared == [sum(len(s.images) for s in samples[:4])], "an image is prepared once"
+    monkeypatch.undo()
+    for sample, prompt in zip(asked, prompts):
+        inputs = stock_inputs(processor, sample, view)
+        place, _ = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"],
+                                              image_grid_thw=inputs["image_grid_thw"])
+        assert torch.equal(prompt.ids, inputs["input_ids"][0]) and torch.equal(prompt.positions, place[:, 0])
+        tokens = (prompt.ids == processor.image_token_id).nonzero()
+        assert prompt.stem == tokens[-1] + 1 and len(prompt.features) == len(tokens)
+
+
+def test_a_question_with_an_image_token_is_one_sentence(random_model, processor, samples):
+    bad = replace(samples[0], question="Find <|image_pad|>.")
+    with pytest.raises(ValueError, match=r"has 3 places for its 2 images; take <\|image_pad\|> out of the question"):
+        PromptCache(random_model, processor).get([bad])
+
+
+@pytest.mark.slow
 def test_features_stay_within_their_room(random_model, processor, samples):
     whole, tight = PromptCache(random_model, processor), PromptCache(random_model, processor, room=2000)
     for sample in [*samples[:4], *samples[:4]]:
         expected, = whole.get([sample])
         found, = tight.get([sample])
         assert torch.allclose(expected.features, found.features, atol=1e-6) and torch.equal(expected.ids, found.ids)
-        assert tight.size <= 2000 and tight.size == sum(f.nbytes for f in tight.images.values())
+        assert tight.size <= 2000 and tight.size == sum(f.nbytes for f, _ in tight.images.values())
 
 
 @pytest.mark.slow

@@ -105,6 +105,18 @@ def test_what_is_missing_is_said_before_any_model_is_loaded(root):
         real_suites.read("blink", root / "bare.json", root)
 
 
+def test_questions_about_the_same_images_follow_each_other_and_open_them_once(root, monkeypatch):
+    records = [TASKS[0], TASKS[1], TASKS[0], TASKS[2], TASKS[1], TASKS[0]]
+    (root / "mig_bench.json").write_text(json.dumps(records))
+    real = real_suites.read("mig_bench", root / "mig_bench.json", root)
+    opened, opens = [], real_suites.image_files.open_rgb
+    monkeypatch.setattr(real_suites.image_files, "open_rgb", lambda path: opened.append(path.name) or opens(path))
+    first, second = real_suites.batches(real, root, 4)
+    assert [s.id for s in first + second] == [f"mig_bench/{i}" for i in (0, 2, 5, 1, 4, 3)]
+    assert opened == ["a.png", "b.png", "c.png", "a.png", "b.png", "c.png"], "once a batch"
+    assert first[0].images[0] is first[2].images[0] is first[3].images[0]
+
+
 def test_a_limit_takes_the_first_of_every_task(root):
     (root / "mig_bench.json").write_text(json.dumps([*TASKS, *TASKS]))
     real = real_suites.read("mig_bench", root / "mig_bench.json", root, 1)

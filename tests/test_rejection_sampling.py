@@ -1,6 +1,7 @@
 """Pass rates, pass@k, curation and resuming."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -64,6 +65,16 @@ def test_prompts_made_ready_before_give_the_same_replies(tmp_path, random_model,
     rs.sample_replies(random_model, processor, samples, tmp_path / "greedy.jsonl", cache=cache, **greedy)
     monkeypatch.setattr(cache, "_encode", lambda samples: pytest.fail("encoded again") if samples else None)
     assert rs.sample_replies(random_model, processor, samples, tmp_path / "drawn.jsonl", cache=cache, **options) == alone
+
+
+def test_questions_about_the_same_images_are_asked_together(tmp_path, random_model, processor, samples, monkeypatch):
+    asked = [replace(samples[i], id=f"{turn}/{i}", question="Where?" * (1 + turn)) for turn in range(3) for i in range(3)]
+    options = dict(replies=1, temperature=0.0, max_new_tokens=6, seed=1, view=View(), autocast=False)
+    alone = rs.sample_replies(random_model, processor, asked, tmp_path / "alone.jsonl", batch_size=1, **options)
+    batches, drawn = [], rs.rollouts
+    monkeypatch.setattr(rs, "rollouts", lambda m, p, prompts, *more: batches.append(prompts) or drawn(m, p, prompts, *more))
+    assert rs.sample_replies(random_model, processor, asked, tmp_path / "together.jsonl", batch_size=3, **options) == alone
+    assert [len({p.images for p in batch}) for batch in batches] == [1, 1, 1]
 
 
 def test_no_replies_is_one_sentence(tmp_path):
