@@ -72,6 +72,14 @@ class PromptCache:
         self.images.clear()
         self.size = 0
 
+    def serve(self, model) -> None:
+        """Go on with another model of the same processor: prompts stay, and features if its tower has the same weights."""
+        before, self.model = self.model, inner(model)
+        old, new = (one.model.visual.state_dict() for one in (before, self.model))
+        if old.keys() != new.keys() or not all(torch.equal(weight, new[name].to(weight.device)) for name, weight in old.items()):
+            self.images.clear()
+            self.size = 0
+
     @torch.no_grad()
     def get(self, samples: list[Sample]) -> list[Prompt]:
         """The prompts of `samples`; missing ones are encoded together. Raises ValueError if images were lost."""

@@ -171,6 +171,22 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
     assert len(cache.store) == 3
 
 
+def test_another_model_is_served_what_the_same_tower_saw(random_model, random_folder, float32, processor, samples):
+    cache = PromptCache(random_model, processor)
+    first = cache.get(samples[:3])
+    other = models.load_model(random_folder, float32)
+    other.model.language_model.norm.weight.data += 1
+    cache.serve(other)
+    assert cache.model is other and all(a.features is not None and torch.equal(a.features, b.features)
+                                        for a, b in zip(first, cache.get(samples[:3])))
+    assert cache.size > 0
+    third = models.load_model(random_folder, float32)
+    third.model.visual.merger.mlp[2].bias.data += 1
+    cache.serve(third)
+    assert cache.size == 0
+    assert not any(torch.equal(a.features, b.features) for a, b in zip(first, cache.get(samples[:3])))
+
+
 @pytest.mark.slow
 def test_prompts_are_what_the_processor_makes(family, samples, monkeypatch):
     model, processor, view = family
