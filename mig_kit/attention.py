@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "mig_kit"
 LONG = 1024  # tokens; what is longer and causal without a mask goes to the fused kernel, which leaves out half of the scores
+BLOCK = 128  # tokens whose scores a module with `in_blocks` computes at a time
 
 
 def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -21,7 +22,8 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     """query (rows, heads, tokens, width); key, value (rows, groups, past, width) -> (rows, tokens, heads, width), None.
 
     attention_mask: (rows, 1, tokens, past), bool (True: looks at) or added to the scores; None: all, or all before if causal.
-    A module whose `keep_weights` is true gets the weights (rows, heads, tokens, past) instead of None.
+    A module whose `keep_weights` is true gets the weights (rows, heads, tokens, past) instead of None. With `in_blocks` true a
+    causal module without a mask leaves most scores of the future out; the weights are then as in `_in_blocks`.
     """
     rows, heads, tokens, width = query.shape
     groups, past = key.shape[1:3]
@@ -32,6 +34,8 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       is_causal=is_causal, **kwargs)
     scale = width**-0.5 if scaling is None else scaling
+    if getattr(module, "in_blocks", False) and attention_mask is None and causal and tokens == past:
+        return _in_blocks(query, key, value, scale, keep)
     if attention_mask is None and causal and tokens > 1:
         attention_mask = torch.ones(tokens, past, dtype=torch.bool, device=query.device).tril(past - tokens)[None, None]
     kind = query.device.type
@@ -50,6 +54,31 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
         weights = scores.softmax(-1)
         mixed = torch.matmul(weights, value.to(dtype)).view(rows, heads, tokens, width)
     return mixed.transpose(1, 2).contiguous(), weights.view(rows, heads, tokens, past) if keep else None
+
+
+@torch._dynamo.disable
+def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, keep: bool
+               ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Causal attention, BLOCK tokens after BLOCK tokens, each to what stands before its end.
+
+    The weights, if kept, are a list of (rows, heads, tokens of the block, tokens before its end).
+    """
+    rows, heads, tokens, width = query.shape
+    kind, groups, kept, mixed = query.device.type, key.shape[1], [], []
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    with torch.autocast(kind, enabled=False):
+        query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
+        for start in range(0, tokens, BLOCK):
+            end = min(start + BLOCK, tokens)
+            block = query[:, :, start:end].reshape(rows, groups, -1, width)
+            scores = torch.matmul(block, key[:, :, :end].transpose(2, 3))
+            future = torch.full((end - start,) * 2, torch.finfo(dtype).min / 2, dtype=dtype, device=query.device).triu(1)
+            with torch.no_grad():  # what is added is constant
+                scores.view(rows, heads, -1, end)[..., start:] += future
+            weights = scores.softmax(-1)
+            mixed.append(torch.matmul(weights, value[:, :, :end]).view(rows, heads, -1, width))
+            kept.append(weights.view(rows, heads, -1, end))
+    return torch.cat(mixed, 2).transpose(1, 2).contiguous(), kept if keep else None
 
 
 AttentionInterface.register(NAME, attention)

@@ -136,12 +136,19 @@ class Batch:
         return found
 
 
-def _attended(weights: torch.Tensor, target: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
-    """What `heads` attend from every position with a target >= 0 to that target: (positions, heads), at least 1e-6."""
+def _attended(blocks: list[torch.Tensor], target: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+    """What `heads` attend from every position with a target >= 0 to that target: (positions, heads), at least 1e-6.
+
+    blocks: the weights, as `attention` gives them in blocks.
+    """
     row, place = (target >= 0).nonzero(as_tuple=True)
-    chosen = weights[row, :, place][:, heads, :]
-    goal = target[row, place][:, None, None].expand(-1, len(heads), 1)
-    return chosen.gather(-1, goal)[..., 0].float().clamp(min=1e-6)
+    goal, order, found = target[row, place], [], []
+    for number, weights in enumerate(blocks):
+        here = (place // attention.BLOCK == number).nonzero()[:, 0]
+        where = row[here, None], torch.tensor(heads), place[here, None] % attention.BLOCK, goal[here, None]
+        order.append(here)
+        found.append(weights[where].float().clamp(min=1e-6))
+    return torch.cat(found)[torch.cat(order).argsort()]
 
 
 class Tutor(nn.Module):
@@ -158,10 +165,13 @@ class Tutor(nn.Module):
         super().__init__()
         self.seen: dict = {}
         language = model.model.language_model
+        self.layers = [*language.layers]
         self.watched = {0, LOOKING_LAYER} | ({ASKING_LAYER} if asking else set())
         self.modules_watched = [language.layers[i].self_attn for i in self.watched]
         for module in self.modules_watched:
             module.keep_weights = True
+        for layer in language.layers:
+            layer.self_attn.in_blocks = True
         self.hooks = [language.layers[i].self_attn.register_forward_hook(
             lambda module, given, result, i=i: self.seen.update({i: result[1]})) for i in self.watched]
         self.hooks.append(language.layers[LOOKING_LAYER].input_layernorm.register_forward_hook(
@@ -196,6 +206,8 @@ class Tutor(nn.Module):
             hook.remove()
         for module in self.modules_watched:
             module.keep_weights = False
+        for layer in self.layers:
+            layer.self_attn.in_blocks = False
 
 
 def language_loss(model, batch: Batch, tutor: Tutor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,6 +52,25 @@ def test_weights_are_given_to_a_module_that_keeps_them():
     assert ours.shape == (2, 6, 7, 12) and (plain - ours).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("tokens", [5, 128, 300])
+def test_in_blocks_it_is_the_same(tokens):
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True, keep_weights=True)
+    inputs = [torch.randn(2, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2)]
+    found = []
+    for blocks in (False, True):
+        module.in_blocks = blocks
+        out, weights = attention.attention(module, *inputs, None, scaling=0.4)
+        if blocks:
+            assert [w.shape[2:] for w in weights] == [(min(128, tokens - s), min(s + 128, tokens)) for s in range(0, tokens, 128)]
+            weights = torch.cat([torch.nn.functional.pad(w, (0, tokens - w.shape[-1])) for w in weights], 2)
+        loss = out.square().sum() + weights[..., ::3].square().sum()
+        found.append((out, weights, *torch.autograd.grad(loss, inputs)))
+    assert all((plain - ours).abs().max() < 1e-6 * plain.abs().max() for plain, ours in zip(*found))
+    module.keep_weights = False
+    assert attention.attention(module, *inputs, None, scaling=0.4)[1] is None
+
+
 def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_one():
     torch.manual_seed(0)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
