@@ -56,7 +56,6 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     return mixed.transpose(1, 2).contiguous(), weights.view(rows, heads, tokens, past) if keep else None
 
 
-@torch._dynamo.disable
 def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, keep: bool
                ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """Causal attention, BLOCK tokens after BLOCK tokens, each to what stands before its end.

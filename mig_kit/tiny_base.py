@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -336,8 +335,7 @@ CONCLUDING = Course("concluding", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0),
 
 
 def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int, albums: int, visual_rows: int = 24,
-                   text_rows: int = 24, babble: list[str] = (), seed: int = 0, autocast: bool = True,
-                   compile_layers: bool = False) -> list[dict]:
+                   text_rows: int = 24, babble: list[str] = (), seed: int = 0, autocast: bool = True) -> list[dict]:
     """One course of lessons; checkpoints to folder/<course>.pt every CHECKPOINT steps. Returns the curve in rows of 25 steps.
 
     `visual_rows` is the number of dialogues of many pictures; short ones are more.
@@ -345,10 +343,6 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
     torch.manual_seed(seed)
     writer = Writer(tokenizer)
     tutor = Tutor(model, course.asking)
-    torch._dynamo.config.cache_size_limit = 64
-    for index, layer in enumerate(model.model.language_model.layers):
-        if compile_layers and index not in tutor.watched:
-            layer.compile(dynamic=True)
     parameters = [p for n, p in model.named_parameters() if "visual" not in n] + list(tutor.parameters())
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
@@ -395,8 +389,6 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
             save_checkpoint(path, model=model.state_dict(), tutor=tutor.state_dict(), optimizer=optimizer.state_dict(),
                             step=step + 1, curve=json.dumps(curve))
     tutor.close()
-    for layer in model.model.language_model.layers:
-        layer._compiled_call_impl = None  # the next course watches other layers
     return curve
 
 
@@ -404,7 +396,7 @@ def save(model, tokenizer, folder: Path) -> None:
     """The base as a model folder: bfloat16 safetensors, tokenizer, processor."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = Qwen2_5_VLForConditionalGeneration._from_config(config(VOCABULARY))
-    plain.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()})
+    plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)
