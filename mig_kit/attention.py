@@ -76,7 +76,8 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
                 scores.view(rows, heads, -1, end)[..., start:] += future
             weights = scores.softmax(-1)
             mixed.append(torch.matmul(weights, value[:, :, :end]).view(rows, heads, -1, width))
-            kept.append(weights.view(rows, heads, -1, end))
+            if keep:
+                kept.append(weights.view(rows, heads, -1, end))
     return torch.cat(mixed, 2).transpose(1, 2).contiguous(), kept if keep else None
 
 
