@@ -34,6 +34,7 @@ from mig_kit.vocabulary import Writer, tokenizer_and_babble
 
 __all__ = ["tokenizer_and_babble", "train_vision"]
 VOCABULARY = 640
+MUON = 2.0  # the learning rate of its matrices, as a multiple of all other weights'
 LOOKING_LAYER, LOOKERS, HOMING, ASKING_LAYER, ASKING = 2, (0, 2, 4, 6), (1, 5), 1, (1, 5)
 
 
@@ -293,10 +294,10 @@ def text_batch(writer: Writer, rng: random.Random, rows: int, babble: list[str],
 
 @dataclass(frozen=True)
 class Course:
-    """A course of lessons. name: of its checkpoint and curve; fewest: looks an album draws from, at least; asking: see Tutor;
-    plan: share of the course done -> (most pictures a dialogue, share of locating dialogues, weight of names), the last two
-    as in `visual_batch`, like worded; pictured: text puzzles stand behind pictures; kinds: of puzzles; unfit: see
-    `text_turns`; alike: see `album`; texts: how many times the usual number of puzzles.
+    """A course of lessons. name: of its checkpoint and curve; lr: see `optimizers_of`; fewest: looks an album draws from, at
+    least; asking: see Tutor; plan: share of the course done -> (most pictures a dialogue, share of locating dialogues, weight of
+    names), the last two as in `visual_batch`, like worded; pictured: text puzzles stand behind pictures; kinds: of puzzles;
+    unfit: see `text_turns`; alike: see `album`; texts: how many times the usual number of puzzles.
     """
 
     name: str
@@ -334,6 +335,19 @@ COMBINING = Course("combining", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0
 CONCLUDING = Course("concluding", 1e-3, 50, 3, True, lambda done: (6, 0.3, 3.0), 0.6, True, HARD_KINDS, 0.5, 0.35, 2, 0.5, 0.25)
 
 
+def optimizers_of(model, tutor: Tutor, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the language model's layers, at MUON times `lr`; AdamW for all else that is learned.
+
+    With AdamW for all the same lessons take more than twice as many steps.
+    """
+    matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim > 1]
+    inside = {id(p) for p in matrices}
+    others = [p for p in (*model.parameters(), *tutor.parameters()) if p.requires_grad and id(p) not in inside]
+    adam = torch.optim.AdamW([{"params": [p for p in others if p.ndim > 1], "weight_decay": 0.02},
+                              {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98))
+    return [adam, torch.optim.Muon(matrices, lr=MUON * lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")]
+
+
 def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int, albums: int, visual_rows: int = 24,
                    text_rows: int = 24, babble: list[str] = (), seed: int = 0, autocast: bool = True) -> list[dict]:
     """One course of lessons; checkpoints to folder/<course>.pt every CHECKPOINT steps. Returns the curve in rows of 25 steps.
@@ -344,19 +358,18 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
     writer = Writer(tokenizer)
     tutor = Tutor(model, course.asking)
     parameters = [p for n, p in model.named_parameters() if "visual" not in n] + list(tutor.parameters())
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
-         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}], lr=course.lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / course.warmup) * (
-        0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))))
+    optimizers = optimizers_of(model, tutor, course.lr)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / course.warmup) * (
+        0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))) for optimizer in optimizers]
     path, first, curve, recent = folder / f"{course.name}.pt", 0, [], []
     if path.is_file():
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
         tutor.load_state_dict(saved["tutor"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
         first, curve = saved["step"], json.loads(saved["curve"])
-        for _ in range(first):
+        for schedule in schedules * first:
             schedule.step()
     albums = albums if first < steps else 0
     bank = album_bank(model.model.visual, random.Random(f"{course.name}/albums/{seed}"), albums, autocast, course.fewest,
@@ -371,12 +384,13 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
         batch = visual_batch(bank, writer, rng, rows, count, *mix, course.worded, course.surveyed)
         puzzles = text_batch(writer, rng, course.texts * text_rows, babble, bank if course.pictured else (), course.kinds,
                              course.unfit, course.lettered)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         seen, read = (gradients(model, given, teacher, autocast)
                       for given, teacher in ((batch, tutor), (puzzles, tutor if course.pictured else None)))
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for each in (*optimizers, *schedules):
+            each.step()
         recent.append([*seen, *read[:2]])
         if step % 25 == 24 or step == steps - 1:
             mean = np.mean(recent, 0).round(4).tolist()
@@ -386,8 +400,8 @@ def train_language(model, tokenizer, folder: Path, course: Course, *, steps: int
             tqdm.write(str(curve[-1]))
             release_memory()
         if step % CHECKPOINT == CHECKPOINT - 1 or step == steps - 1:
-            save_checkpoint(path, model=model.state_dict(), tutor=tutor.state_dict(), optimizer=optimizer.state_dict(),
-                            step=step + 1, curve=json.dumps(curve))
+            save_checkpoint(path, model=model.state_dict(), tutor=tutor.state_dict(), step=step + 1, curve=json.dumps(curve),
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers])
     tutor.close()
     return curve
 
