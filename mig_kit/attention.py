@@ -1,9 +1,9 @@
 """Attention for CPUs on which products in bfloat16 are fast, registered with transformers under NAME.
 
 There transformers' two ways wait for memory, not for products: "eager" writes the scores several times over, in float32, and
-the fused kernel of "sdpa" is fast in the forward pass only. This one is the fused kernel where no gradient is wanted or a
-long prompt needs no mask, and otherwise plain products whose scores are in the products' dtype and written in place. The
-numbers are those of "eager" but for rounding in the last bit of bfloat16.
+the fused kernel of "sdpa" is fast in the forward pass only. This one is the fused kernel where no gradient is wanted, and
+otherwise plain products whose scores are in the products' dtype and written in place, block after block for a long prompt
+that needs no mask. The numbers are those of "eager" but for rounding in the last bit of bfloat16.
 """
 
 import torch
@@ -12,8 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "mig_kit"
-LONG = 1024  # tokens; what is longer and causal without a mask goes to the fused kernel, which leaves out half of the scores
-BLOCK = 128  # tokens whose scores a module with `in_blocks` computes at a time
+LONG = 1024  # tokens; what is longer and causal without a mask is computed in blocks, which leaves out half of the scores
+BLOCK = 128  # tokens whose scores are then computed at a time
 
 
 def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -23,18 +23,19 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
 
     attention_mask: (rows, 1, tokens, past), bool (True: looks at) or added to the scores; None: all, or all before if causal.
     A module whose `keep_weights` is true gets the weights (rows, heads, tokens, past) instead of None. With `in_blocks` true a
-    causal module without a mask leaves most scores of the future out; the weights are then as in `_in_blocks`.
+    causal module without a mask leaves most scores of the future out, however short; the weights are then as in `_in_blocks`.
     """
     rows, heads, tokens, width = query.shape
     groups, past = key.shape[1:3]
     causal = module.is_causal if is_causal is None else is_causal
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     keep = getattr(module, "keep_weights", False)
-    if not keep and (not wanted or dropout > 0 or (attention_mask is None and causal and tokens == past > LONG)):
+    if not keep and (not wanted or dropout > 0):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       is_causal=is_causal, **kwargs)
     scale = width**-0.5 if scaling is None else scaling
-    if getattr(module, "in_blocks", False) and attention_mask is None and causal and tokens == past:
+    blocks = getattr(module, "in_blocks", False) or (tokens > LONG and not keep)
+    if blocks and attention_mask is None and causal and tokens == past:
         return _in_blocks(query, key, value, scale, keep)
     if attention_mask is None and causal and tokens > 1:
         attention_mask = torch.ones(tokens, past, dtype=torch.bool, device=query.device).tril(past - tokens)[None, None]

@@ -71,6 +71,21 @@ def test_in_blocks_it_is_the_same(tokens):
     assert attention.attention(module, *inputs, None, scaling=0.4)[1] is None
 
 
+def test_a_long_prompt_is_read_in_blocks_and_is_the_same(monkeypatch):
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    inputs = [torch.randn(1, heads, attention.LONG + 76, 8, requires_grad=True) for heads in (2, 1, 1)]
+    future = torch.ones(1, 1, attention.LONG + 76, attention.LONG + 76).tril().bool()
+    blocks, called = attention._in_blocks, []
+    monkeypatch.setattr(attention, "_in_blocks", lambda *given: called.append(0) or blocks(*given))
+    found = []
+    for function, mask in ((eager_attention_forward, added(future)), (attention.attention, None)):
+        out, _ = function(module, *inputs, mask, scaling=0.4, dropout=0.0)
+        found.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    assert called == [0]
+    assert all((plain - ours).abs().max() < 1e-5 * plain.abs().max() for plain, ours in zip(*found))
+
+
 def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_one():
     torch.manual_seed(0)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
