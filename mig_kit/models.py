@@ -6,7 +6,6 @@ which write boxes in thousandths. Only safetensors are read, and no code that a 
 
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,33 +60,20 @@ def settle_vector_math() -> None:
     torch.cos(torch.ones(8))
 
 
-def bf16_speedup(size: int = 512, rounds: int = 5) -> float:
-    """How many times faster a bf16 matrix product is than a float32 one on one core of this CPU (best of `rounds`).
+def bf16_instructions() -> str:
+    """The instructions of this CPU that multiply bf16 numbers, or "": what it has, not how fast it was just now.
 
-    In the thread's own seconds, not the clock's: what else the machine is doing must not change the dtype of a run.
+    A measured ratio would choose another dtype now and then on a busy machine, and with it other numbers for the same seed.
     """
-    threads, times = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            a, b = torch.ones(4 * size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-            torch.mm(a, b)
-            best = float("inf")
-            for _ in range(rounds):
-                start = time.thread_time()
-                torch.mm(a, b)
-                best = min(best, time.thread_time() - start)
-            times[dtype] = best
-    finally:
-        torch.set_num_threads(threads)
-    return times[torch.float32] / times[torch.bfloat16]
+    has = torch.cpu.get_capabilities()
+    return next((name for name in ("amx_bf16", "avx512_bf16") if has.get(name)), "")
 
 
 def hardware(dtype: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
-    dtype: "auto", "float32" or "bfloat16". On a CPU "auto" measures whether bf16 matrix products pay: CPUs with
-    avx512_bf16 or AMX run them several times faster than float32, others slower.
+    dtype: "auto", "float32" or "bfloat16". On a CPU "auto" asks whether it has instructions for bf16 products: CPUs with
+    avx512_bf16 or AMX run them two to five times faster than float32, others slower.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
@@ -97,9 +83,8 @@ def hardware(dtype: str = "auto") -> Hardware:
             return Hardware("cuda", torch.float32, False, "sdpa", "a GPU, float32 by parameter")
         return Hardware("cuda", torch.bfloat16, False, "sdpa", f"{torch.cuda.get_device_name()}: weights in bfloat16")
     if dtype == "auto":
-        ratio = bf16_speedup()
-        chosen = ratio > 1.5
-        why = f"CPU, {torch.get_num_threads()} threads: bf16 products run {ratio:.1f}x as fast as float32"
+        found = bf16_instructions()
+        chosen, why = bool(found), f"CPU, {torch.get_num_threads()} threads, {found or 'no instructions'} for bf16 products"
     else:
         chosen, why = dtype == "bfloat16", f"CPU, {dtype} by parameter"
     how = "float32 weights, bf16 products (autocast)" if chosen else "float32 throughout"
