@@ -23,7 +23,7 @@ from mig_kit.frames import View
 from mig_kit.generation import Sampling, rollouts, rounded
 from mig_kit.guards import Watch
 from mig_kit.models import LORA_TARGETS, Hardware, check_adapters, check_tokens, load_model
-from mig_kit.prompt_cache import PromptCache
+from mig_kit.prompt_cache import PromptCache, inner
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 
@@ -89,9 +89,17 @@ def adapter(rank: int, alpha: int, dropout: float = 0.0) -> LoraConfig:
 
 
 def quantised_model(base: str | Path, hw: Hardware, lora: LoraConfig, seed: int):
-    """The 4-bit base with a fresh adapter, ready to train; raises ValueError if the adapter landed elsewhere."""
+    """The 4-bit base with a fresh adapter, ready to train; raises ValueError if the adapter landed elsewhere.
+
+    On a CPU whose products are in bfloat16 so is what passes between the language model's layers, as its products round it
+    anyway: in float32 a third of the time goes into converting it to and fro. The vision tower, which locates, keeps float32.
+    """
     torch.manual_seed(seed)
     model = prepare_model_for_kbit_training(load_model(base, hw, four_bit=True), use_gradient_checkpointing=hw.device == "cuda")
+    if hw.autocast:
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32 and "visual" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
     model = get_peft_model(model, lora)
     check_adapters(model)
     return model
@@ -149,12 +157,29 @@ class Trainer(KeepsDtypes, SFTTrainer):
     """TRL's, with `LikeLengths` where an update is computed in parts, in which every token then weighs the same.
 
     The model's class says it could not be told the number of tokens of the whole update, but it can; without it each part's
-    mean would weigh the same, and tokens of short rows more.
+    mean would weigh the same, and tokens of short rows more. Only states that a token with loss follows reach the head, which
+    on a CPU TRL would compute for the whole prompt.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs, self._scored = True, None
+        inner(self.model).model.register_forward_hook(self._keep_scored)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """TRL's; labels: (rows, tokens), -100 where no loss is."""
+        labels = inputs["labels"][:, 1:]
+        self._scored = labels != -100
+        try:
+            return super().compute_loss(model, {**inputs, "shift_labels": labels[self._scored][None]}, *args, **kwargs)
+        finally:
+            self._scored = None
+
+    def _keep_scored(self, module, given, output):
+        """(rows, tokens, width) -> (1, tokens with loss, width), in a pass of `compute_loss`."""
+        if self._scored is not None:
+            output.last_hidden_state = output.last_hidden_state[:, :-1][self._scored][None]
+        return output
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         data, args = self.train_dataset if train_dataset is None else train_dataset, self.args

@@ -1,5 +1,6 @@
 """Stage 02 on a random model."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from mig_kit import models, sft, synthesize
 from mig_kit.frames import View
 from mig_kit.grpo import StopAfter
+from mig_kit.prompt_cache import inner
 from mig_kit.tasks import TASKS, make
 
 VIEW = View()
@@ -45,6 +47,39 @@ def test_rows_are_rounded_and_teach_the_same(tmp_path, random_folder, float32, p
     cut = {name: value[:, :longest] if name in per_token else value for name, value in batch.items()}
     with torch.no_grad():
         assert model(**batch).loss.item() == pytest.approx(model(**cut).loss.item(), abs=1e-6)
+
+
+def test_only_states_with_loss_reach_the_head_and_teach_the_same(tmp_path, random_folder, float32, processor, table):
+    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+    trainer = sft.trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
+                          learning_rate=1e-3, warmup=1, seed=0, save_steps=100)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    batch, states = trainer.data_collator([table[i] for i in (0, 7, 12, 19)]), []
+    inner(model).model.register_forward_hook(lambda module, given, output: states.append(tuple(output.last_hidden_state.shape[:2])))
+
+    def learnt(loss_of):
+        model.zero_grad()
+        trainer._metrics["train"].clear()
+        loss = loss_of(model, dict(batch), num_items_in_batch=torch.tensor(100))
+        loss.backward()
+        figures = {name: trainer._metrics["train"][name][0] for name in ("entropy", "mean_token_accuracy")}
+        return loss.item(), figures, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    loss, figures, gradients = learnt(trainer.compute_loss)
+    theirs, their_figures, their_gradients = learnt(super(sft.Trainer, trainer).compute_loss)
+    assert states == [(1, int((batch["labels"] != -100).sum())), tuple(batch["input_ids"].shape)]
+    assert loss == pytest.approx(theirs, rel=1e-5) and figures == pytest.approx(their_figures, rel=1e-4)
+    for name, gradient in gradients.items():
+        assert (gradient.float() - their_gradients[name].float()).norm() <= 1e-2 * their_gradients[name].float().norm(), name
+
+
+def test_between_bf16_products_the_language_model_stays_in_bf16(random_folder, float32):
+    model = sft.quantised_model(random_folder, dataclasses.replace(float32, autocast=True), sft.adapter(4, 8), 0)
+    plain = {n: p.dtype for n, p in model.named_parameters() if p.dtype.is_floating_point and "lora_" not in n}
+    assert {dtype for name, dtype in plain.items() if "visual" in name} == {torch.float32}
+    assert {dtype for name, dtype in plain.items() if "visual" not in name} == {torch.bfloat16}
 
 
 def test_like_lengths_are_together_within_an_update_only():
