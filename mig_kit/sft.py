@@ -52,7 +52,7 @@ class LiveCurves(TrainerCallback):
     rows: from the trainer's log history to rows of the figures named; the cell after the training shows the whole of them.
     """
 
-    def __init__(self, rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...], seconds: float = 20):
+    def __init__(self, rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...], seconds: float = 60):
         self.rows, self.names, self.seconds, self.handle, self.drawn = rows, list(names), seconds, None, time.monotonic()
 
     def on_log(self, args, state, control, **kwargs):
