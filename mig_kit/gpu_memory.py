@@ -13,7 +13,8 @@ from peft import get_peft_model
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from mig_kit import models, runs
-from mig_kit.generation import HEAD_TOKENS, prompts_at_once
+from mig_kit.generation import prompts_at_once
+from mig_kit.log_probabilities import HEAD_TOKENS
 from mig_kit.sft import adapter
 from mig_kit.vision import config
 

@@ -17,14 +17,16 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.frames import View
-from mig_kit.generation import Sampling, completion_logps, kv_bytes, packed_logps, prompts_at_once, rollouts, rounded
+from mig_kit.generation import Sampling, kv_bytes, prompts_at_once, rollouts
 from mig_kit.guards import Watch
+from mig_kit.log_probabilities import completion_logps, packed_logps
 from mig_kit.models import Hardware
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_reward, image_reward
 from mig_kit.sft import KeepsDtypes, LiveCurves, Progress, tracking
+from mig_kit.shared_prompts import rounded
 
 
 def reward_functions(samples: list[Sample], view: View, missing_images: str = "format") -> list[Callable]:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from mig_kit.frames import View
-from mig_kit.generation import completion_logps
+from mig_kit.log_probabilities import completion_logps
 from mig_kit.models import Hardware, keep_packing, load_model, load_processor
 from mig_kit.prompt_cache import PromptCache, inner
 from mig_kit.records import Sample

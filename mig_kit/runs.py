@@ -43,7 +43,7 @@ def release_memory() -> None:
     """Give memory that glibc keeps for later back to the system; elsewhere does nothing.
 
     With the ENVIRONMENT above and rows of many lengths the heap grows several times over what is in use, within minutes. Memory
-    that is given back has to be faulted in again: a training step pads its rows to few lengths instead (`generation.rounded`).
+    that is given back has to be faulted in again: a training step pads its rows to few lengths instead (`shared_prompts.rounded`).
     """
     if sys.platform == "linux":
         try:

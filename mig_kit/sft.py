@@ -20,12 +20,13 @@ from trl import SFTConfig, SFTTrainer
 
 from mig_kit import plots
 from mig_kit.frames import View
-from mig_kit.generation import Sampling, rollouts, rounded
+from mig_kit.generation import Sampling, rollouts
 from mig_kit.guards import Watch
 from mig_kit.models import LORA_TARGETS, Hardware, check_adapters, check_tokens, load_model
 from mig_kit.prompt_cache import PromptCache, inner
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
+from mig_kit.shared_prompts import rounded
 
 
 class Progress(TrainerCallback):

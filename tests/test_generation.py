@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mig_kit import generation, models, prompt_cache
+from mig_kit import decoding, generation, models, prompt_cache, shared_prompts
 from mig_kit.frames import QWEN2_5, View
-from mig_kit.generation import Sampling, completion_logps, draw_tokens, packed_logps, rollouts
+from mig_kit.generation import Sampling, draw_tokens, rollouts
+from mig_kit.log_probabilities import completion_logps, packed_logps
 from mig_kit.prompt_cache import PromptCache, digest
 from mig_kit.prompts import messages
 
@@ -51,7 +52,7 @@ def test_questions_about_the_same_images_read_them_once(family, samples, monkeyp
     groups = rollouts(model, processor, prompts, 2, Sampling(0.0, max_new_tokens=16))
     monkeypatch.undo()
     assert [rows for rows, _ in read] == [3, 3], "three lists of images, and what is asked about each"
-    assert read[0][1] == generation.rounded(max(p.stem for p in prompts))
+    assert read[0][1] == shared_prompts.rounded(max(p.stem for p in prompts))
     for sample, group in zip(asked, groups):
         inputs = stock_inputs(processor, sample, view)
         out = model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=[3, 4, 5, 6], eos_token_id=2)
@@ -64,11 +65,11 @@ def test_stems_by_hand():
         return prompt_cache.Prompt(torch.arange(tokens + 2), torch.zeros(3, tokens + 2), None, (name,) if tokens else (), tokens)
 
     a, b, c, text = prompt(b"a"), prompt(b"b"), prompt(b"c"), prompt(b"", 0)
-    assert generation.stems_of([a, b, a, c, b]) == [[0, 2], [1, 4], [3]]
-    assert generation.stems_of([a, prompt(b"a", 4)]) == [[0], [1]], "another text before the end of the images"
-    assert generation.stems_of([a, a, text]) == [[0], [1], [2]], "no images to share"
+    assert shared_prompts.stems_of([a, b, a, c, b]) == [[0, 2], [1, 4], [3]]
+    assert shared_prompts.stems_of([a, prompt(b"a", 4)]) == [[0], [1]], "another text before the end of the images"
+    assert shared_prompts.stems_of([a, a, text]) == [[0], [1], [2]], "no images to share"
     lonely = [prompt(bytes([i])) for i in range(7)]
-    assert generation.stems_of([a] * 5 + lonely) == [[i] for i in range(12)], "40 rows for 12 questions"
+    assert shared_prompts.stems_of([a] * 5 + lonely) == [[i] for i in range(12)], "40 rows for 12 questions"
 
 
 @pytest.mark.slow
@@ -266,7 +267,7 @@ def test_joined_products_give_the_same_replies(random_model, processor, samples,
     prompts = PromptCache(random_model, processor).get(samples[:3])
     before = {name: value.clone() for name, value in random_model.state_dict().items()}
     layer = random_model.model.language_model.layers[0]
-    with generation.decoding_weights(random_model, autocast=True) as joined:
+    with decoding.decoding_weights(random_model, autocast=True) as joined:
         weight, bias = joined[layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
         assert weight.dtype == bias.dtype == torch.bfloat16 and len(weight) == len(bias) == 4 * 32
         assert layer.self_attn.k_proj.weight.data_ptr() == weight[2 * 32].data_ptr(), "a part of it, not one more copy"
@@ -277,5 +278,5 @@ def test_joined_products_give_the_same_replies(random_model, processor, samples,
                         autocast=True)
 
     found = replies()
-    monkeypatch.setattr(generation, "_join", lambda joined, layers: None)
+    monkeypatch.setattr(decoding, "_join", lambda joined, layers: None)
     assert replies() == found, "as by the layers themselves"

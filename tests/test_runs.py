@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_finished_stage(tmp_path, monkeyp
 
 def test_code_is_part_of_the_key():
     files = {path.name for path in runs.code_files("05_grpo")}
-    assert {"grpo.py", "rewards.py", "generation.py", "prompts.py"} <= files and "report.py" not in files
+    assert {"grpo.py", "rewards.py", "generation.py", "log_probabilities.py", "prompts.py"} <= files and "report.py" not in files
 
 
 def test_environment_and_pins_agree():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit import attention, lessons, models, tiny_base, vision, vocabulary
+from mig_kit import attention, lesson_batches, lessons, models, tiny_base, vision, vocabulary
 from mig_kit.prompts import parse
 from mig_kit.scenes import UNSEEN_PAIRS
 from mig_kit.tasks import listed
@@ -71,8 +71,8 @@ def test_visual_answers_are_right():
 
 def test_positions_are_transformers(random_model, processor):
     writer, rng = vocabulary.Writer(processor.tokenizer), random.Random(0)
-    bank = tiny_base.album_bank(random_model.model.visual, rng, 2, autocast=False)
-    batch = tiny_base.visual_batch(bank, writer, rng, 4, 3)
+    bank = lesson_batches.album_bank(random_model.model.visual, rng, 2, autocast=False)
+    batch = lesson_batches.visual_batch(bank, writer, rng, 4, 3)
     rows, grids, features = batch.ids, batch.grids, torch.cat(batch.features)
     longest = max(map(len, rows))
     ids, mask = torch.zeros(2, 4, longest, dtype=torch.long)
@@ -81,15 +81,15 @@ def test_positions_are_transformers(random_model, processor):
     assert int((ids == 5).sum()) == len(features)
     sizes = torch.tensor([[1, 2 * h, 2 * w] for row in grids for h, w in row])
     expected, _ = random_model.model.get_rope_index(ids, (ids == 5).int(), image_grid_thw=sizes, attention_mask=mask)
-    found = tiny_base.positions(rows, grids)
+    found = lesson_batches.positions(rows, grids)
     for i, row in enumerate(rows):
         assert torch.equal(expected[:, i, :len(row)], found[:, i, :len(row)])
 
 
 def test_short_and_long_dialogues_apart_teach_the_same(random_model, processor):
     writer, rng = vocabulary.Writer(processor.tokenizer), random.Random(0)
-    bank = tiny_base.album_bank(random_model.model.visual, rng, 3, autocast=False)
-    batch = tiny_base.visual_batch(bank, writer, rng, 2, 5, located=1.0)
+    bank = lesson_batches.album_bank(random_model.model.visual, rng, 3, autocast=False)
+    batch = lesson_batches.visual_batch(bank, writer, rng, 2, 5, located=1.0)
     assert len(batch.parts()) == 1
     for (scene, features, grid), *_ in bank:
         batch.add(writer.dialogue(lessons.visual_turns(rng, [scene], 1), [len(features)]), [grid])
