@@ -10,11 +10,10 @@ import torch
 from mig_kit.models import TINY_BASE, Hardware, load_model
 from mig_kit.runs import runs_root
 
-# Measured in runs of the tiny profile on two cores of an AMD EPYC (Zen 4, no AMX): minutes of each stage, and GiB that it stayed
-# within. An Intel Xeon with AMX took 19 minutes in all, at a pace of 0.265 and six to eight times the matrix rate.
-TINY_COST = {"01_synthesize": (0.5, 4.0), "02_sft": (6.7, 4.0), "03_merge": (0.2, 4.0), "04_rejection_sampling": (3.3, 4.0),
-             "05_grpo": (10.3, 4.0), "06_evaluate": (4.2, 4.0), "07_report": (0.2, 4.0)}
-REFERENCE_PACE = 0.404  # what `pace` gives on that machine, seconds
+# Measured in `make run` on two cores of an AMD EPYC (Zen 4, no AMX): minutes of each stage, and GiB that it stayed within.
+TINY_COST = {"01_synthesize": (0.4, 4.0), "02_sft": (9.9, 4.0), "03_merge": (0.2, 4.0), "04_rejection_sampling": (2.4, 4.0),
+             "05_grpo": (7.7, 4.0), "06_evaluate": (3.4, 4.0), "07_report": (0.2, 4.0)}
+REFERENCE_PACE = 0.465  # what `pace` gave in that run, seconds
 
 
 def pace(hw: Hardware, rounds: int = 3) -> float:
