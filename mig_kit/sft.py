@@ -93,7 +93,8 @@ def quantised_model(base: str | Path, hw: Hardware, lora: LoraConfig, seed: int)
     """The 4-bit base with a fresh adapter, ready to train; raises ValueError if the adapter landed elsewhere.
 
     On a CPU whose products are in bfloat16 so is what passes between the language model's layers, as what enters
-    its products is anyway: in float32 a quarter of a step goes into converting it to and fro. The vision tower, which locates, keeps float32.
+    its products is anyway: in float32 a quarter of a step goes into converting it to and fro. The vision tower,
+    which locates, keeps float32.
     """
     torch.manual_seed(seed)
     model = prepare_model_for_kbit_training(load_model(base, hw, four_bit=True), use_gradient_checkpointing=hw.device == "cuda")
