@@ -6,7 +6,7 @@ as long as `max_new_tokens` allows, so it is nearer to a bound than to an expect
 
 from mig_kit.generation import prompts_at_once
 from mig_kit.gpu_memory import NF4_BYTES, TEXT, TRACE, Shape, groups_per_update
-from mig_kit.suites import FREE_FORM, SIZES, suite_tasks
+from mig_kit.suites import BOX_FORMS, FREE_FORM, SIZES, suite_tasks
 from mig_kit.tasks import TASKS
 
 # one card of each size: name, dense bfloat16 TFLOP/s, memory traffic in GB/s, as their makers give them
@@ -23,8 +23,9 @@ def counts(params: dict[str, dict]) -> dict[str, int]:
     """
     p, sft, grpo, evaluate = (params[name] for name in ("01_synthesize", "02_sft", "05_grpo", "06_evaluate"))
     if p["data"] == "scenes":
-        cot, rl = (len(TASKS) * p[f"{name}_per_task"] + len(FREE_FORM) * p[key]
-                   for name, key in (("cot", "free_form_per_task"), ("rl", "rl_free_form_per_task")))
+        cot = len(TASKS) * p["cot_per_task"] + len(FREE_FORM) * p["free_form_per_task"]
+        rl = (len(TASKS) * p["rl_per_task"] + len(BOX_FORMS) * p["rl_boxes_per_task"]
+              + (len(FREE_FORM) - len(BOX_FORMS)) * p["rl_free_form_per_task"])
     else:
         cot, rl = (round(p["data_limit"] * share) for share in p["data_shares"][:2])
     asked = evaluate["benchmark_limit"] or sum(len(suite_tasks(suite)) * evaluate[key] for suite, key in SIZES.items())

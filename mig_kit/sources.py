@@ -23,7 +23,7 @@ def training_sets(p: SimpleNamespace) -> tuple[dict[str, list[Sample]], str]:
         raise ValueError(f"teacher is '{p.teacher}'; use rules or endpoint")
     if p.data == "scenes":
         return {"cot": synthesize.training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed),
-                "rl": synthesize.training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed),
+                "rl": synthesize.training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed, p.rl_boxes_per_task),
                 "val": synthesize.draw_split("val", p.val_per_task, p.seed)}, ""
     if p.data not in ("own", "mgrounding"):
         raise ValueError(f"data is '{p.data}'; use scenes, own or mgrounding")

@@ -243,6 +243,7 @@ BLINK: dict[str, Maker] = {"counting": counting, "jigsaw": jigsaw, "visual_corre
 MMIU: dict[str, Maker] = {"order": order, "retrieval": retrieval, "change": change}
 FREE_FORM: dict[str, Maker] = {"naming": naming, "showing": showing, "sharing": sharing, "choosing": choosing,
                               "pointing": pointing, "telling": telling, "tallying": tallying}  # trained on, in no suite
+BOX_FORMS = ("pointing", "telling")  # those whose answer is a box
 SIZES = {"mig_bench": "mig_per_task", "ood_grounding": "ood_per_task", "blink": "blink_per_task",
          "mmiu": "mmiu_per_task"}  # suite -> the parameter of 06 that says how many samples a task has
 SUITES = tuple(SIZES)
@@ -271,12 +272,15 @@ def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sam
     return samples
 
 
-def make_free_form(split: str, per_task: int, seed: int = 0) -> list[Sample]:
-    """General questions beside the ten tasks, as MGrounding-630k has them.
+def make_free_form(split: str, per_task: int, seed: int = 0, boxes: int | None = None) -> list[Sample]:
+    """General questions beside the ten tasks, as MGrounding-630k has them: `per_task` of every kind.
+
+    boxes: how many of each kind in BOX_FORMS; None for `per_task`.
 
     They keep the model answering with a letter where it is asked to choose, and reading the question: the ten tasks are nearly
     told apart by the number of their images. No suite asks one of them word for word, but some are near: "choosing" to what
     is asked about changes and shapes, "pointing" to the image pairs, "telling" to the single images, "tallying" to counting.
     """
+    counts = {task: per_task if boxes is None or task not in BOX_FORMS else boxes for task in FREE_FORM}
     return [finish(draft_of(maker, task, split, i, seed, World()), "free_form", task, split, i)
-            for task, maker in FREE_FORM.items() for i in range(per_task)]
+            for task, maker in FREE_FORM.items() for i in range(counts[task])]

@@ -58,9 +58,9 @@ def traces(samples: list[Sample], seed: int, mix: tuple[float, float, float], er
     return [write(s, random.Random(f"{seed}/{s.id}"), mix, error_rate, jitter, view) for s in samples]
 
 
-def training_mix(split: str, per_task: int, free_form_per_task: int, seed: int) -> list[Sample]:
-    """What is trained on: the ten tasks and general questions."""
-    return draw_split(split, per_task, seed) + make_free_form(split, free_form_per_task, seed)
+def training_mix(split: str, per_task: int, free_form_per_task: int, seed: int, boxes: int | None = None) -> list[Sample]:
+    """What is trained on: the ten tasks and general questions, `boxes` of each of their kinds that asks for a box."""
+    return draw_split(split, per_task, seed) + make_free_form(split, free_form_per_task, seed, boxes)
 
 
 def draw_split(split: str, per_task: int, seed: int) -> list[Sample]:

@@ -80,6 +80,8 @@ def test_counts_of_a_profile_by_hand():
     params = gpu_memory.profile_params("qwen2_5_vl_7b")
     drawn, read = params["01_synthesize"], {**params["01_synthesize"], "data": "mgrounding", "data_limit": 4000}
     assert gpu_time.counts(params)["02_sft"] == 10 * drawn["cot_per_task"] + 7 * drawn["free_form_per_task"]
+    several = {**drawn, "rl_per_task": 3, "rl_free_form_per_task": 2, "rl_boxes_per_task": 7}
+    assert gpu_time.counts({**params, "01_synthesize": several})["04_rejection_sampling"] == 10 * 3 + 5 * 2 + 2 * 7
     found = gpu_time.counts({**params, "01_synthesize": read, "06_evaluate": {**params["06_evaluate"], "benchmark_limit": 50}})
     assert (found["02_sft"], found["04_rejection_sampling"], found["06_evaluate"]) == (3000, 800, 150)
     assert found["05_grpo"] == 500 * 16 * 8 // 8

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 from test_endpoint import Server, completion
 
 from mig_kit import runs, sources, synthesize
+from mig_kit.suites import BOX_FORMS, FREE_FORM, make_free_form
 from mig_kit.tasks import make
 
 
@@ -40,6 +42,15 @@ def test_drawn_scenes_are_the_sets_they_always_were():
     assert text == "" and [s.id for s in sets["cot"]] == [
         s.id for s in synthesize.training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed)]
     assert len(sets["val"]) == 10 * p.val_per_task and sets["rl"][0].split == "rl"
+
+
+def test_rl_has_its_own_number_of_general_questions_for_a_box():
+    p = params(rl_per_task=1, rl_free_form_per_task=2, rl_boxes_per_task=5)
+    found = Counter(s.task for s in sources.training_sets(p)[0]["rl"])
+    assert {task: found[task] for task in FREE_FORM} == {
+        "naming": 2, "showing": 2, "sharing": 2, "choosing": 2, "pointing": 5, "telling": 5, "tallying": 2}
+    assert len(found) == 17 and found["diff"] == 1
+    assert all(bool(s.targets) == (s.task in BOX_FORMS) for s in make_free_form("rl", 3))
 
 
 def test_own_data_is_divided_by_image(own):
