@@ -1,9 +1,9 @@
 """Attention for CPUs on which products in bfloat16 are fast, registered with transformers under NAME.
 
 There transformers' two ways wait for memory, not for products: "eager" writes the scores several times over, in float32, and
-the fused kernel of "sdpa" is fast in the forward pass only. This one is the fused kernel where no gradient is wanted, and
-otherwise plain products whose scores are in the products' dtype and written in place, block after block for a long prompt
-that needs no mask. The numbers are those of "eager" but for rounding in the last bit of bfloat16.
+the fused kernel of "sdpa" is fast in the forward pass of short rows only. This one is the fused kernel where no gradient is
+wanted and the rows are short, and otherwise plain products whose scores are in the products' dtype and written in place, block
+after block for a long prompt. The numbers are those of "eager" but for rounding in the last bit of bfloat16.
 """
 
 import torch
@@ -14,6 +14,8 @@ from transformers.masking_utils import sdpa_mask
 NAME = "mig_kit"
 LONG = 1024  # tokens; what is longer and causal without a mask is computed in blocks, which leaves out half of the scores
 BLOCK = 128  # tokens whose scores are then computed at a time
+READ = 512  # tokens from which blocks are faster than the fused kernel where no gradient is wanted, in bfloat16
+AT_ONCE = 8  # rows whose scores are then in memory at a time
 
 
 def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -30,17 +32,22 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     causal = module.is_causal if is_causal is None else is_causal
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     keep = getattr(module, "keep_weights", False)
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    scale = width**-0.5 if scaling is None else scaling
+    if not keep and not wanted and dropout == 0 and READ <= tokens == past and dtype == torch.bfloat16:
+        mask = None if attention_mask is None else attention_mask.expand(rows, -1, -1, -1)
+        parts = [slice(first, first + AT_ONCE) for first in range(0, rows, AT_ONCE)]
+        return torch.cat([_in_blocks(query[part], key[part], value[part], scale, False, causal,
+                                     None if mask is None else mask[part])[0] for part in parts]), None
     if not keep and (not wanted or dropout > 0):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       is_causal=is_causal, **kwargs)
-    scale = width**-0.5 if scaling is None else scaling
     blocks = getattr(module, "in_blocks", False) or (tokens > LONG and not keep)
     if blocks and attention_mask is None and causal and tokens == past:
         return _in_blocks(query, key, value, scale, keep)
     if attention_mask is None and causal and tokens > 1:
         attention_mask = torch.ones(tokens, past, dtype=torch.bool, device=query.device).tril(past - tokens)[None, None]
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     with torch.autocast(kind, enabled=False):  # it would write the scores anew in float32; the softmax sums in float32 anyway
         # the heads of a group side by side, so that keys and values need not be repeated
         query = (query * scale).to(dtype).reshape(rows, groups, -1, width)
@@ -57,28 +64,39 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     return mixed.transpose(1, 2).contiguous(), weights.view(rows, heads, tokens, past) if keep else None
 
 
-def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, keep: bool
-               ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Causal attention, BLOCK tokens after BLOCK tokens, each to what stands before its end.
+def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, keep: bool, causal: bool = True,
+               mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Attention, BLOCK tokens after BLOCK tokens, if causal each to what stands before its end; else three times as many, to all.
 
-    The weights, if kept, are a list of (rows, heads, tokens of the block, tokens before its end).
+    The weights, if kept, are a list of (rows, heads, tokens of the block, tokens it looks at). mask: as of `attention`, where
+    no gradient is wanted.
     """
     rows, heads, tokens, width = query.shape
     kind, groups, kept, mixed = query.device.type, key.shape[1], [], []
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     with torch.autocast(kind, enabled=False):
         query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
-        for start in range(0, tokens, BLOCK):
-            end = min(start + BLOCK, tokens)
+        step, lowest = BLOCK if causal else 3 * BLOCK, torch.finfo(dtype).min / 2
+        for start in range(0, tokens, step):
+            end = min(start + step, tokens)
+            seen = end if causal else tokens
             block = query[:, :, start:end].reshape(rows, groups, -1, width)
-            scores = torch.matmul(block, key[:, :, :end].transpose(2, 3))
-            future = torch.full((end - start,) * 2, torch.finfo(dtype).min / 2, dtype=dtype, device=query.device).triu(1)
+            scores = torch.matmul(block, key[:, :, :seen].transpose(2, 3))
+            by_head = scores.view(rows, heads, -1, seen)
             with torch.no_grad():  # what is added is constant
-                scores.view(rows, heads, -1, end)[..., start:] += future
+                if mask is not None:
+                    here = mask[:, :, start:end, :seen]
+                    if here.dtype == torch.bool:
+                        by_head.masked_fill_(~here, lowest)
+                    else:
+                        by_head += here.clamp(min=lowest).to(dtype)
+                elif causal:
+                    future = torch.full((end - start,) * 2, lowest, dtype=dtype, device=query.device).triu(1)
+                    by_head[..., start:] += future
             weights = scores.softmax(-1)
-            mixed.append(torch.matmul(weights, value[:, :, :end]).view(rows, heads, -1, width))
+            mixed.append(torch.matmul(weights, value[:, :, :seen]).view(rows, heads, -1, width))
             if keep:
-                kept.append(weights.view(rows, heads, -1, end))
+                kept.append(weights.view(rows, heads, -1, seen))
     return torch.cat(mixed, 2).transpose(1, 2).contiguous(), kept if keep else None
 
 

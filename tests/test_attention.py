@@ -71,6 +71,32 @@ def test_in_blocks_it_is_the_same(tokens):
     assert attention.attention(module, *inputs, None, scaling=0.4)[1] is None
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", ["not", "by bool", "by numbers", "for all rows alike"])
+def test_without_gradients_long_rows_are_read_in_blocks_and_are_the_same(causal, masked, monkeypatch):
+    monkeypatch.setattr(attention, "AT_ONCE", 2)
+    torch.manual_seed(0)
+    tokens = attention.READ + 90
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=causal, training=False)
+    inputs = [torch.randn(3, heads, tokens, 8).bfloat16() for heads in (4, 2, 2)]
+    seen = torch.ones(3, 1, tokens, tokens).bool()
+    seen = seen.tril() if causal else seen
+    if masked != "not":
+        seen = seen & (torch.arange(tokens) >= 60)  # padding on the left, whose own rows see nothing
+    mask = {"not": None, "by bool": seen, "by numbers": added(seen), "for all rows alike": seen[:1]}[masked]
+    kept = None if mask is None else mask.clone()
+    blocks, called = attention._in_blocks, []
+    monkeypatch.setattr(attention, "_in_blocks", lambda *given: called.append(len(given[0])) or blocks(*given))
+    out, weights = attention.attention(module, *inputs, mask, scaling=0.4)
+    plain, _ = eager_attention_forward(module, *(x.float() for x in inputs), added(seen), scaling=0.4)
+    assert called == [2, 1] and weights is None and out.dtype == torch.bfloat16 and out.shape == plain.shape
+    assert out.isfinite().all() and (out - plain)[:, 60:].abs().max() < 0.03
+    assert mask is None or torch.equal(mask, kept)
+    attention.attention(module, *(x.float() for x in inputs), mask, scaling=0.4)
+    attention.attention(module, *(x[:, :, :attention.READ - 1] for x in inputs), None, scaling=0.4)
+    assert called == [2, 1], "float32 and short rows are the fused kernel's"
+
+
 def test_a_long_prompt_is_read_in_blocks_and_is_the_same(monkeypatch):
     torch.manual_seed(0)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
