@@ -26,5 +26,5 @@ def macro(groups: list[np.ndarray]) -> float:
 
 
 def percent(value: float) -> float:
-    """A share as percent, two decimals."""
-    return round(100 * float(value), 2)
+    """A share as percent, two decimals; never -0.0."""
+    return round(100 * float(value), 2) + 0.0

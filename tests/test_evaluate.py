@@ -6,7 +6,7 @@ import pytest
 from mig_kit import evaluate
 from mig_kit.evaluate import delta, summarise
 from mig_kit.frames import View
-from mig_kit.intervals import bootstrap, macro
+from mig_kit.intervals import bootstrap, macro, percent
 from mig_kit.suites import make_suite
 from mig_kit.tasks import make
 
@@ -44,6 +44,10 @@ def test_either_image_of_a_pair_that_holds_both():
     sample = next(s for s in make_suite("ood_grounding", "val", 30) if s.task == "mc_bench" and len(s.targets) == 2)
     other = answer(sample)
     assert evaluate.score_reply(other, sample, VIEW)["right"] == 1
+
+
+def test_a_percentage_is_never_minus_zero():
+    assert [f"{percent(v):+.1f}" for v in (-0.0, -1e-17, 0.123456, -0.05)] == ["+0.0", "+0.0", "+12.3", "-5.0"]
 
 
 def test_paired_difference_and_sampled_mean():
