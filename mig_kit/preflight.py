@@ -10,10 +10,11 @@ import torch
 from mig_kit.models import TINY_BASE, Hardware, load_model
 from mig_kit.runs import runs_root
 
-# Measured in `make run` on two cores of an AMD EPYC (Zen 4, no AMX): minutes of each stage, and GiB that it stayed within.
-TINY_COST = {"01_synthesize": (0.4, 4.0), "02_sft": (9.9, 4.0), "03_merge": (0.2, 4.0), "04_rejection_sampling": (2.4, 4.0),
-             "05_grpo": (7.7, 4.0), "06_evaluate": (3.4, 4.0), "07_report": (0.2, 4.0)}
-REFERENCE_PACE = 0.465  # what `pace` gave in that run, seconds
+# Minutes of each stage, the means of two `make run` on two cores of an AMD EPYC (Zen 4, no AMX; 25.5 and 28.4 minutes in all), and
+# GiB that it stayed within.
+TINY_COST = {"01_synthesize": (0.4, 4.0), "02_sft": (10.6, 4.0), "03_merge": (0.3, 4.0), "04_rejection_sampling": (2.6, 4.0),
+             "05_grpo": (8.4, 4.0), "06_evaluate": (3.6, 4.0), "07_report": (0.3, 4.0)}
+REFERENCE_PACE = 0.435  # what `pace` gave in those runs, seconds
 
 
 def pace(hw: Hardware, rounds: int = 3) -> float:
