@@ -53,15 +53,19 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
         query = (query * scale).to(dtype).reshape(rows, groups, -1, width)
         scores = torch.matmul(query, key.to(dtype).transpose(2, 3))
         if attention_mask is not None:
-            lowest = torch.finfo(dtype).min / 2  # not -inf: a row of padding sees nothing, and must not become NaN
-            if attention_mask.dtype == torch.bool:
-                added = torch.zeros(attention_mask.shape, dtype=dtype, device=query.device).masked_fill_(~attention_mask, lowest)
-            else:
-                added = attention_mask.clamp(min=lowest).to(dtype)
+            added = _added(attention_mask, dtype)
             scores += added.repeat(1, 1, heads // groups, 1)  # in place on a view of the scores, backward would copy them
         weights = scores.softmax(-1)
         mixed = torch.matmul(weights, value.to(dtype)).view(rows, heads, tokens, width)
     return mixed.transpose(1, 2).contiguous(), weights.view(rows, heads, tokens, past) if keep else None
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a mask, bool or numbers, adds to scores; never -inf, for a row of padding sees nothing and must not become NaN."""
+    lowest = torch.finfo(dtype).min / 2
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+    return mask.clamp(min=lowest).to(dtype)
 
 
 def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, keep: bool, causal: bool = True,
@@ -85,11 +89,7 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
             by_head = scores.view(rows, heads, -1, seen)
             with torch.no_grad():  # what is added is constant
                 if mask is not None:
-                    here = mask[:, :, start:end, :seen]
-                    if here.dtype == torch.bool:
-                        by_head.masked_fill_(~here, lowest)
-                    else:
-                        by_head += here.clamp(min=lowest).to(dtype)
+                    by_head += _added(mask[:, :, start:end, :seen], dtype)
                 elif causal:
                     future = torch.full((end - start,) * 2, lowest, dtype=dtype, device=query.device).triu(1)
                     by_head[..., start:] += future
