@@ -17,8 +17,9 @@ unexport PYTHONPATH
 run: setup
 	$(BIN)/mig-kit run --profile $(PROFILE) --run-id $(RUN_ID)
 
+# in two processes; a thread that waited actively would keep the other process from its core
 test: setup
-	$(BIN)/python -m pytest -q --durations=8
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=8
 
 lint: setup
 	$(BIN)/ruff check mig_kit tests notebooks

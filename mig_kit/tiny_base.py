@@ -296,7 +296,7 @@ def save(model, tokenizer, folder: Path) -> None:
     image_processor().save_pretrained(folder)
 
 
-def examine(folder: Path, hw: Hardware, per_task: int = 50) -> dict:
+def examine(folder: Path, hw: Hardware, per_task: int) -> dict:
     """Greedy scores of the base on validation samples of every suite, percent, and on questions it was taught."""
     model, processor = load_model(folder, hw), load_processor(folder, QWEN2_5)
     scores = {}

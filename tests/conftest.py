@@ -1,6 +1,8 @@
 """Shared by the tests: a random Qwen2.5-VL of some 200,000 parameters with the shipped tokenizer and processor."""
 
 import os
+import subprocess
+import sys
 
 from mig_kit import runs
 
@@ -9,6 +11,7 @@ for name, value in runs.ENVIRONMENT.items():
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
@@ -59,6 +62,23 @@ def random_folder(tmp_path_factory, processor):
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_runs(tmp_path_factory):
+    """A folder of runs with a whole smoke run, "smoke", 08 and 90 too, through the command line; tests change copies of it.
+
+    Made once, by the first of the processes that the tests run in.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-runs"
+    with FileLock(f"{root}.lock"):
+        for stages in ((), ("08", "90")):
+            command = [sys.executable, "-c", "from mig_kit.cli import main; main()", "run", *stages, "--profile", "smoke"]
+            result = subprocess.run([*command, "--run-id", "smoke"], env={**os.environ, "MIG_KIT_RUNS": str(root)},
+                                    capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+    return root
 
 
 @pytest.fixture(scope="session")

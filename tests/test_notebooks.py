@@ -1,10 +1,13 @@
 """Every numbered notebook runs on smoke parameters: papermill injects them, then nbval runs what was injected."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from mig_kit import runs
 
@@ -12,17 +15,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A whole smoke run through the command line; the folder of runs."""
-    import os
-
-    root = tmp_path_factory.mktemp("runs")
-    environment = {**os.environ, "MIG_KIT_RUNS": str(root)}
-    for stages in ((), ("08", "90")):
-        result = subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", "run", *stages, "--profile", "smoke",
-                                 "--run-id", "smoke"], env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-    return root
+def smoke(smoke_runs, tmp_path_factory):
+    """The folder of runs with the whole smoke run, a copy: nbval runs the stages anew, in place."""
+    return shutil.copytree(smoke_runs, tmp_path_factory.mktemp("notebooks") / "runs")
 
 
 def test_every_stage_left_what_it_should(smoke):
@@ -40,8 +35,6 @@ def test_every_stage_left_what_it_should(smoke):
 
 
 def test_a_second_run_redoes_nothing(smoke):
-    import os
-
     result = subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", "run", "--profile", "smoke", "--run-id",
                              "smoke"], env={**os.environ, "MIG_KIT_RUNS": str(smoke)}, capture_output=True, text=True)
     assert result.stdout.count("up to date") == len(runs.RECIPE) and "report:" in result.stdout
@@ -50,8 +43,6 @@ def test_a_second_run_redoes_nothing(smoke):
 @pytest.mark.parametrize("stage", runs.STAGES)
 def test_nbval_runs_the_executed_notebook(stage, smoke):
     """nbval runs the notebook that papermill left, parameters injected; its cells' asserts are the test."""
-    import os
-
     notebook = smoke / "smoke" / stage / f"{stage}.ipynb"
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "--nbval-cell-timeout=600"]
     result = subprocess.run([*command, str(notebook)], env={**os.environ, "MIG_KIT_RUNS": str(smoke)}, capture_output=True,
@@ -61,11 +52,6 @@ def test_nbval_runs_the_executed_notebook(stage, smoke):
 
 def test_evaluate_runs_a_real_benchmark(smoke):
     """A made MIG-Bench file through 06 and 07, by parameter."""
-    import os
-    import shutil
-
-    from PIL import Image
-
     shutil.copytree(smoke / "smoke", smoke / "real")
     Image.new("RGB", (90, 70), "white").save(smoke / "one.png")
     question = {"task": "reasoning", "images": ["one.png", "one.png"], "question": "Find it.", "answer": [0.1, 0.2, 0.6, 0.7]}
