@@ -37,12 +37,21 @@ ALIKE = 5  # questions about the same images: all of MIG-Bench's 555 questions a
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured. images: of a prompt; group: replies to it; tokens: of a reply; side: of an image, pixels."""
+    """What is measured. images: of a prompt; group: replies to it; tokens: of a reply; side: of an image, pixels.
+
+    prompts: of a GRPO step, as many as stage 05 learns from at a time.
+    """
 
     images: int = 6
     group: int = 8
     tokens: int = 64
     side: int = 392
+    prompts: int = 4
+
+    @property
+    def replies(self) -> int:
+        """Of a GRPO step."""
+        return self.prompts * self.group
 
 
 def questions(load: Load, count: int, seed: int = 0, alike: int = 1) -> list[Sample]:
@@ -144,14 +153,14 @@ class Pair:
 
     def __init__(self, model: str | Path, hw: Hardware, load: Load, folder: Path, stock_attention: str = STOCK_ATTENTION,
                  seed: int = 0):
-        self.load, self.hw, self.samples = load, hw, questions(load, 1, seed)
+        self.load, self.hw, self.samples = load, hw, questions(load, load.prompts, seed)
         self.trainers = {}
         for share in (False, True):
             loaded = load_model(model, hw) if share else stock_model(model, hw, stock_attention)
             torch.manual_seed(seed)
             made = grpo.trainer(
                 loaded, load_processor(model, VIEW), self.samples, hw, folder / str(share),
-                share_prefix=share, adapter=sft.adapter(32, 64), num_generations=load.group, batch_size=load.group, held=0,
+                share_prefix=share, adapter=sft.adapter(32, 64), num_generations=load.group, batch_size=load.replies, held=0,
                 gradient_accumulation=1, max_steps=1, learning_rate=1e-4, schedule="linear", warmup=1, scale_rewards="group",
                 beta=0.0, temperature=1.0, max_new_tokens=load.tokens, min_new_tokens=load.tokens, weights=[0.2, 0.3, 1.0, 1.3],
                 clip_low=0.2, clip_high=0.28, seed=seed, save_steps=100, view=VIEW)
@@ -163,21 +172,23 @@ class Pair:
             made.model.train()
             made.current_gradient_accumulation_steps = 1
             self.trainers[share] = made
-        self.rows = {share: [made.train_dataset[0]] * load.group for share, made in self.trainers.items()}
+        self.rows = {share: [made.train_dataset[i] for i in range(load.prompts) for _ in range(load.group)]
+                     for share, made in self.trainers.items()}
 
     def rollout(self, share: bool) -> dict:
-        """Replies and rewards of one prompt, and advantages that are not all 0; the kit's cache of prompts starts empty."""
+        """Replies and rewards of a step, and advantages that are not all 0; the kit's cache of prompts starts empty."""
         made = self.trainers[share]
         if share:
             made.cache.clear()
         batch = made._generate_and_score_completions(self.rows[share])
-        return {**batch, "advantages": torch.linspace(-1, 1, self.load.group, device=batch["completion_ids"].device)}
+        spread = torch.linspace(-1, 1, self.load.group, device=batch["completion_ids"].device)
+        return {**batch, "advantages": spread.repeat(self.load.prompts)}
 
     def batches(self) -> dict[bool, dict]:
         """The same replies as either trainer's loss reads them."""
         batch = self.rollout(False)
         ids, mask = batch["completion_ids"], batch["completion_mask"]
-        where = torch.zeros(self.load.group, dtype=torch.long, device=ids.device)
+        where = torch.arange(self.load.prompts, device=ids.device).repeat_interleave(self.load.group)
         return {False: batch, True: {**batch, "sample": where, "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0]}}
 
     def learn(self, share: bool, batch: dict) -> None:
@@ -269,8 +280,9 @@ def matrix_rate(hw: Hardware, rounds: int = 5) -> float:
 
 
 def utilisation(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int) -> dict:
-    """Share of the matrix rate that log-probabilities and gradients reach, counting only work that must be done."""
-    pair = Pair(model, hw, load, folder)
+    """Share of the matrix rate that log-probabilities and gradients of one prompt's replies reach, counting only work that must be
+    done."""
+    pair = Pair(model, hw, replace(load, prompts=1), folder)
     made = pair.trainers[True]
     batch = pair.rollout(True)
     prompt = len(made.cache.get(pair.samples)[0].ids)
@@ -297,10 +309,11 @@ def training(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats:
 
 
 def sweep(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, images: list[int], groups: list[int],
-          tokens: list[int], stock_attention: str = STOCK_ATTENTION) -> list[dict]:
-    """Rollout and training with one thing at a time changed from `load`; a row per load and stage."""
+          tokens: list[int], prompts: list[int], stock_attention: str = STOCK_ATTENTION) -> list[dict]:
+    """Rollout and training with one thing at a time changed from `load` with a single prompt; a row per load and stage."""
+    load = replace(load, prompts=1)
     loads = dict.fromkeys([*(replace(load, images=n) for n in images), *(replace(load, group=n) for n in groups),
-                           *(replace(load, tokens=n) for n in tokens)])
+                           *(replace(load, tokens=n) for n in tokens), *(replace(load, prompts=n) for n in prompts)])
     rows = []
     for number, one in enumerate(progress(loads, "loads")):
         found = training(model, hw, one, folder / str(number), repeats, stock_attention)
@@ -310,14 +323,14 @@ def sweep(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: in
     return rows
 
 
-def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int, asked: int = 4,
+def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats: int,
              stock_attention: str = STOCK_ATTENTION) -> dict:
-    """All six comparisons at one load, the memory of a whole step, and how far the gradients are apart in float32.
+    """All six comparisons at one load, the memory of a whole step, and how far the gradients are apart in float32 (one prompt).
 
-    asked: questions in rejection sampling and, four times as many, in evaluation, once about images of their own ("evaluate") and
-    once ALIKE about the same ("evaluate_alike").
+    Rejection sampling is about as many questions as a step has, evaluation about four times as many, once about images of their
+    own ("evaluate") and, with one more of each, once ALIKE about the same ("evaluate_alike").
     """
-    exact = Pair(model, replace(hw, dtype=torch.float32, autocast=False, attention="sdpa"), load, folder)
+    exact = Pair(model, replace(hw, dtype=torch.float32, autocast=False, attention="sdpa"), replace(load, prompts=1), folder)
     error = exact.gradient_error(exact.batches())
     del exact
     found = {"load": vars(load), "model": Path(model).name, "hardware": hw.reason, "stock_attention": stock_attention,
@@ -326,9 +339,9 @@ def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats:
     release_memory()
     theirs, ours = stock_model(model, hw, stock_attention), load_model(model, hw)
     processor = load_processor(model, VIEW)
-    for name, maker, count, alike in (("rejection", rejection, asked, 1), ("evaluate", evaluation, 4 * asked, 1),
-                                      ("evaluate_alike", evaluation, ALIKE * asked, ALIKE)):
+    for name, maker, count, alike in (("rejection", rejection, load.prompts, 1), ("evaluate", evaluation, 4 * load.prompts, 1),
+                                      ("evaluate_alike", evaluation, ALIKE * load.prompts, ALIKE)):
         samples = questions(load, count, alike=alike)
         stock, kit = maker(theirs, processor, samples, load, hw)[0], maker(ours, processor, samples, load, hw)[1]
-        found[name] = side_by_side(stock, kit, max(1, repeats // 2), hw)
+        found[name] = side_by_side(stock, kit, (repeats + 1) // 2, hw)
     return found

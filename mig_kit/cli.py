@@ -189,10 +189,12 @@ def table(run_ids: tuple[str, ...]) -> None:
 @click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960), help="Side of an image, pixels.")
 @click.option("--group", default=8, show_default=True, type=click.IntRange(2), help="Replies to a prompt.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a reply.")
-@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Turns of either side.")
+@click.option("--prompts", default=4, show_default=True, type=click.IntRange(1), help="Prompts of a step.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Turns of either side.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
-def bench(model: str, images: int, side: int, group: int, tokens: int, repeats: int, dtype: str, out: Path | None) -> None:
+def bench(model: str, images: int, side: int, group: int, tokens: int, prompts: int, repeats: int, dtype: str,
+          out: Path | None) -> None:
     """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection sampling, evaluation."""
     import tempfile
 
@@ -200,13 +202,14 @@ def bench(model: str, images: int, side: int, group: int, tokens: int, repeats: 
 
     if out and not out.absolute().parent.is_dir():
         raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
-    hw, load = models.hardware(dtype), benchmark.Load(images, group, tokens, side)
+    hw, load = models.hardware(dtype), benchmark.Load(images, group, tokens, side, prompts)
     with tempfile.TemporaryDirectory() as folder:
         found = benchmark.headline(models.resolve(model), hw, load, Path(folder), repeats)
         if hw.device == "cpu":
             wide = benchmark.random_model(Path(folder) / "wide", models.TINY_BASE, 2048, 2)
             found["utilisation"] = benchmark.utilisation(wide, hw, load, Path(folder) / "use", repeats)
-    click.echo(f"{images} images of {side} px ({found['prompt_tokens']} tokens), {group} replies of {tokens} tokens; {hw.reason}")
+    click.echo(f"{prompts} prompts with {images} images of {side} px ({found['prompt_tokens']} tokens), to each {group} replies of "
+               f"{tokens} tokens; {hw.reason}")
     for name in benchmark.STAGES:
         click.echo(f"{name:<14} stock {found[name]['stock_s']:8.3f} s   kit {found[name]['kit_s']:8.3f} s   "
                    f"{found[name]['ratio']:6.1f} times as fast")

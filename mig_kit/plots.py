@@ -130,14 +130,15 @@ def stacked(counts: dict[str, dict[str, int]], title: str):
 
 
 def speedup(rows: list[dict], title: str):
-    """Three panels over images' tokens, replies and tokens of a reply; a line per stage. rows: of `benchmark.sweep`."""
+    """Four panels over images' tokens, replies, tokens of a reply and prompts; a line per stage. rows: of `benchmark.sweep`."""
     import pandas as pd
 
     table = pd.DataFrame(rows)
-    usual = {key: table[key].mode()[0] for key in ("images", "group", "tokens")}
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.9), sharey=True)
-    for axis, (key, x, label) in zip(axes, (("images", "prompt_tokens", "tokens of the prompt"), ("group", "group", "replies"),
-                                            ("tokens", "tokens", "tokens of a reply"))):
+    usual = {key: table[key].mode()[0] for key in ("images", "group", "tokens", "prompts")}
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), sharey=True)
+    panels = (("images", "prompt_tokens", "tokens of the prompt"), ("group", "group", "replies to a prompt"),
+              ("tokens", "tokens", "tokens of a reply"), ("prompts", "prompts", "prompts of a step"))
+    for axis, (key, x, label) in zip(axes, panels):
         part = table[[all(row[other] == usual[other] for other in usual if other != key) for _, row in table.iterrows()]]
         sns.lineplot(part, x=x, y="ratio", hue="stage", style="stage", markers=True, dashes=False, palette="colorblind", ax=axis,
                      errorbar=None, legend=axis is axes[0])

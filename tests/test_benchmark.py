@@ -47,11 +47,11 @@ def test_minimal_work_by_hand(random_model):
 
 @pytest.mark.slow
 def test_both_sides_do_the_same(tmp_path, random_folder, float32):
-    load = Load(images=2, group=4, tokens=6, side=84)
+    load = Load(images=2, group=4, tokens=6, side=84, prompts=2)
     pair = benchmark.Pair(random_folder, float32, load, tmp_path)
     for share in (False, True):
         batch = pair.rollout(share)
-        assert batch["completion_mask"].sum().item() == 4 * 6, "a reply ended early"
+        assert batch["completion_mask"].sum().item() == 2 * 4 * 6, "a reply ended early"
         before = [p.clone() for p in pair.trainers[share].model.parameters() if p.requires_grad]
         pair.step(share)
         after = [p for p in pair.trainers[share].model.parameters() if p.requires_grad]
@@ -61,7 +61,7 @@ def test_both_sides_do_the_same(tmp_path, random_folder, float32):
 
 @pytest.mark.slow
 def test_headline_compares_all_six(tmp_path, random_folder, float32):
-    found = benchmark.headline(random_folder, float32, Load(2, 2, 4, 56), tmp_path, 1, asked=1)
+    found = benchmark.headline(random_folder, float32, Load(2, 2, 4, 56, 1), tmp_path, 1)
     assert all(found[name]["stock_s"] > 0 and found[name]["kit_s"] > 0 for name in benchmark.STAGES)
     assert found["grad_rel_error"] < 1e-4 and set(found["peak_mem_mb"]) == {"stock", "kit"}
     assert found["prompt_tokens"] > 8
@@ -70,11 +70,12 @@ def test_headline_compares_all_six(tmp_path, random_folder, float32):
 def test_no_point_of_the_speed_up_is_cut_off():
     from mig_kit import plots
 
-    usual = {"images": 6, "group": 8, "tokens": 64, "prompt_tokens": 1292}
-    loads = [usual, {**usual, "images": 1, "prompt_tokens": 277}, {**usual, "group": 16}, {**usual, "tokens": 16}]
-    ratios = (5.0, 2.0, 9.4, 8.4)
+    usual = {"images": 6, "group": 8, "tokens": 64, "prompts": 1, "prompt_tokens": 1292}
+    loads = [usual, {**usual, "images": 1, "prompt_tokens": 277}, {**usual, "group": 16}, {**usual, "tokens": 16},
+             {**usual, "prompts": 4}]
+    ratios = (5.0, 2.0, 9.4, 8.4, 8.0)
     rows = [{**load, "stage": stage, "ratio": ratio} for load, ratio in zip(loads, ratios) for stage in ("rollout", "train")]
     axes = plots.speedup(rows, "Times as fast").axes
     assert all(axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 9.4 for axis in axes)
     drawn = [sorted({float(x) for line in axis.get_lines()[:2] for x in line.get_xdata()}) for axis in axes]
-    assert drawn == [[277, 1292], [8, 16], [16, 64]]
+    assert drawn == [[277, 1292], [8, 16], [16, 64], [1, 4]]
