@@ -327,8 +327,8 @@ def headline(model: str | Path, hw: Hardware, load: Load, folder: Path, repeats:
              stock_attention: str = STOCK_ATTENTION) -> dict:
     """All six comparisons at one load, the memory of a whole step, and how far the gradients are apart in float32 (one prompt).
 
-    Rejection sampling is about as many questions as a step has, evaluation about four times as many, once about images of their
-    own ("evaluate") and, with one more of each, once ALIKE about the same ("evaluate_alike").
+    Rejection sampling has as many questions as a step, evaluation four times as many about images of their own ("evaluate") and
+    five times as many, ALIKE about the same images each ("evaluate_alike").
     """
     exact = Pair(model, replace(hw, dtype=torch.float32, autocast=False, attention="sdpa"), replace(load, prompts=1), folder)
     error = exact.gradient_error(exact.batches())

@@ -189,7 +189,7 @@ def table(run_ids: tuple[str, ...]) -> None:
 @click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960), help="Side of an image, pixels.")
 @click.option("--group", default=8, show_default=True, type=click.IntRange(2), help="Replies to a prompt.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a reply.")
-@click.option("--prompts", default=4, show_default=True, type=click.IntRange(1), help="Prompts of a step.")
+@click.option("--prompts", default=4, show_default=True, type=click.IntRange(1), help="Prompts of a step; fewer need less memory.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Turns of either side.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
