@@ -48,11 +48,6 @@ class Load:
     side: int = 392
     prompts: int = 4
 
-    @property
-    def replies(self) -> int:
-        """Of a GRPO step."""
-        return self.prompts * self.group
-
 
 def questions(load: Load, count: int, seed: int = 0, alike: int = 1) -> list[Sample]:
     """`count` questions over `load.images` drawn scenes each, blown up to `load.side` pixels; `alike` about the same scenes."""
@@ -160,10 +155,11 @@ class Pair:
             torch.manual_seed(seed)
             made = grpo.trainer(
                 loaded, load_processor(model, VIEW), self.samples, hw, folder / str(share),
-                share_prefix=share, adapter=sft.adapter(32, 64), num_generations=load.group, batch_size=load.replies, held=0,
-                gradient_accumulation=1, max_steps=1, learning_rate=1e-4, schedule="linear", warmup=1, scale_rewards="group",
-                beta=0.0, temperature=1.0, max_new_tokens=load.tokens, min_new_tokens=load.tokens, weights=[0.2, 0.3, 1.0, 1.3],
-                clip_low=0.2, clip_high=0.28, seed=seed, save_steps=100, view=VIEW)
+                share_prefix=share, adapter=sft.adapter(32, 64), num_generations=load.group,
+                batch_size=load.prompts * load.group, held=0, gradient_accumulation=1, max_steps=1, learning_rate=1e-4,
+                schedule="linear", warmup=1, scale_rewards="group", beta=0.0, temperature=1.0, max_new_tokens=load.tokens,
+                min_new_tokens=load.tokens, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=seed,
+                save_steps=100, view=VIEW)
             torch.manual_seed(seed + 1)
             for name, parameter in made.model.named_parameters():  # an adapter that does something
                 if "lora_B" in name:
