@@ -26,8 +26,15 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     attention_mask: (rows, 1, tokens, past), bool (True: looks at) or added to the scores; None: all, or all before if causal.
     A module whose `keep_weights` is true gets the weights (rows, heads, tokens, past) instead of None. With `in_blocks` true a
     causal module without a mask leaves most scores of the future out, however short; the weights are then as in `_in_blocks`.
+    A causal module without a mask that has `read_at` (rows, slots) computes only these tokens; what it gives for others is 0.
     """
     rows, heads, tokens, width = query.shape
+    if (read_at := getattr(module, "read_at", None)) is not None:
+        asking = query.gather(2, read_at[:, None, :, None].expand(-1, heads, -1, width))
+        seen = (torch.arange(tokens, device=key.device) <= read_at[..., None])[:, None]
+        mixed, _ = sdpa_attention_forward(module, asking, key, value, seen, scaling=scaling)
+        where = read_at[..., None, None].expand(-1, -1, heads, width)
+        return mixed.new_zeros(rows, tokens, heads, width).scatter(1, where, mixed), None
     groups, past = key.shape[1:3]
     causal = module.is_causal if is_causal is None else is_causal
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -70,7 +77,7 @@ def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, keep: bool, causal: bool = True,
                mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Attention, BLOCK tokens after BLOCK tokens, if causal each to what stands before its end; else three times as many, to all.
+    """Attention, BLOCK tokens after BLOCK tokens, if causal each to what stands before its end; else eight times as many, to all.
 
     The weights, if kept, are a list of (rows, heads, tokens of the block, tokens it looks at). mask: as of `attention`, where
     no gradient is wanted.
@@ -80,7 +87,7 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     with torch.autocast(kind, enabled=False):
         query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
-        step, lowest = BLOCK if causal else 3 * BLOCK, torch.finfo(dtype).min / 2
+        step, lowest = BLOCK if causal else 8 * BLOCK, torch.finfo(dtype).min / 2
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
             seen = end if causal else tokens

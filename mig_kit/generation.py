@@ -74,12 +74,12 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
     with decoding_weights(model, autocast) as joined, torch.inference_mode(), \
             torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         batch = padded(model, [prompts[stem[0]].begins() for stem in stems] if shared else prompts, processor.image_token_id)
-        out = model.model.language_model(**batch.given, position_ids=batch.positions, use_cache=True)
-        tails = read_tails(model, prompts, stems, batch, out.past_key_values) if shared else None
-        final = tails.final if shared else batch.final(out.last_hidden_state)
+        final, cache = batch.read(model)
+        tails = read_tails(model, prompts, stems, batch, cache) if shared else None
+        final = tails.final if shared else final
         owner = (tails.places if shared else torch.arange(len(prompts))[:, None]).repeat_interleave(group, 1)
         per_stem = owner.shape[1]
-        decoder = Decoder(model, out.past_key_values, batch, per_stem, sampling.max_new_tokens, joined, tails)
+        decoder = Decoder(model, cache, batch, per_stem, sampling.max_new_tokens, joined, tails)
         logits = model.lm_head(final)[owner.flatten().clamp(min=0).to(device)]
         replies: list[list[int]] = [[] for _ in range(owner.numel())]
         rows = torch.arange(len(replies), device=device)

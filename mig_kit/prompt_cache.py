@@ -17,7 +17,8 @@ from mig_kit.models import check_tokens
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 
-ALONE = 256  # patches; an image of so many fills the machine by itself
+LARGE = 256  # patches; images of so many had the same features to the bit whatever was in their batch (16 to 56 patches a side)
+AT_ONCE = 8192  # patches of large images in a batch
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,8 @@ class PromptCache:
     """Prompts by sample id and features by image, the least recently used forgotten first.
 
     limit: prompts kept. room: bytes of features kept; what a call asks for is always held while it is used.
-    autocast: images of ALONE patches or more are computed in bfloat16, one at a time. Smaller ones share a batch, and there
-    long sums in bfloat16 depend on what else is in it: a run that goes on after a kill would see other features. They are
-    computed in the tower's own dtype.
+    autocast: images of LARGE patches or more are computed in bfloat16. In a batch of smaller ones long sums in bfloat16 depend
+    on what else is in it: a run that goes on after a kill would see other features. They are computed in the tower's own dtype.
     """
 
     def __init__(self, model, processor, view: View = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30,
@@ -111,13 +111,19 @@ class PromptCache:
         grids = inputs["image_grid_thw"]
         sizes = grids.prod(1).tolist()
         parts = inputs["pixel_values"].split(sizes)
-        alone = [i for i, size in enumerate(sizes) if self.autocast and size >= ALONE]
-        together = [i for i in range(len(keys)) if i not in alone]
+        small = [i for i, size in enumerate(sizes) if not self.autocast or size < LARGE]
+        batches, room = [small] if small else [], 0
+        for i in sorted(set(range(len(keys))) - set(small), key=lambda i: sizes[i]):
+            room -= sizes[i]
+            if room < 0:
+                batches.append([])
+                room = AT_ONCE - sizes[i]
+            batches[-1].append(i)
         visual, device = self.model.model.visual, self.model.device
         merged = self.processor.image_processor.merge_size**2
-        for batch in [*([i] for i in alone), *([together] if together else [])]:
+        for batch in batches:
             patches = parts[batch[0]] if len(batch) == 1 else torch.cat([parts[i] for i in batch])
-            with torch.autocast(device.type, torch.bfloat16, enabled=batch is not together):
+            with torch.autocast(device.type, torch.bfloat16, enabled=batch is not small):
                 out = visual(patches.to(device, visual.dtype), grid_thw=grids[batch].to(device))
             features = out.pooler_output
             if isinstance(self.model, Qwen3VLForConditionalGeneration):

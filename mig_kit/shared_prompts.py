@@ -4,10 +4,12 @@ MIG-Bench's 4,295 questions are about 1,974 lists of images. The images are then
 more pass, each on the images' keys and values and its own tokens alone.
 """
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from mig_kit import attention
 from mig_kit.prompt_cache import Prompt
 
 ROUND = 32  # tokens; rows are padded to multiples, for a heap in which every batch has sizes of its own grows and slows down
@@ -45,6 +47,34 @@ class Padded:
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
         """(prompts, longest, width) -> (prompts, width) at the last tokens."""
         return hidden[torch.arange(len(self.last), device=hidden.device), self.last]
+
+    def read(self, model) -> tuple[torch.Tensor, object]:
+        """States at the last tokens (prompts, hidden), and the cache. Of long prompts the last layer computes nothing else.
+
+        What it leaves out is a fifth of the tiny model's work, and 1/36 of the 3B's. With the kit's own attention only.
+        """
+        language = model.model.language_model
+        short = self.mask.shape[1] < attention.READ or language.config._attn_implementation != attention.NAME
+        whole = short or "deepstack_visual_embeds" in self.given
+        with nullcontext() if whole else _last_layer_at(language.layers[-1], self.last[:, None]):
+            out = language(**self.given, position_ids=self.positions, use_cache=True)
+        return self.final(out.last_hidden_state) if whole else out.last_hidden_state[:, 0], out.past_key_values
+
+
+@contextmanager
+def _last_layer_at(layer, where: torch.Tensor):
+    """While it lasts `layer` gives only the states at `where` (rows, slots): (rows, slots, hidden). Keys and values are whole."""
+
+    def forward(hidden_states: torch.Tensor, **given) -> torch.Tensor:
+        mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **given)
+        hidden = (hidden_states + mixed).gather(1, where[..., None].expand(-1, -1, hidden_states.shape[2]))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    layer.forward, layer.self_attn.read_at = forward, where
+    try:
+        yield
+    finally:
+        del layer.forward, layer.self_attn.read_at
 
 
 def padded(model, prompts: list[Prompt], image_token: int) -> Padded:
