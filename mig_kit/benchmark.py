@@ -251,17 +251,22 @@ def minimal_flops(model, prompt: int, replies: int, tokens: int) -> float:
     """Floating-point operations that log-probabilities and gradients of a group cannot do without.
 
     Every distinct token once: forward and the gradient of the activations through frozen weights, and the adapters' own
-    gradient; attention of every token to what stands before it (backward counts twice); the head for the replies only.
+    gradient; attention of every token to what stands before it (backward counts twice); the head for the replies only. In the
+    last layer the prompt has keys and values alone, but for its last token.
     """
     language = inner(model).model.language_model
-    sizes = {"base": 0, "lora": 0}
+    work, last = {"all": 0, "unread": 0}, f"{len(language.layers) - 1}."
     for name, parameter in language.layers.named_parameters():
         if parameter.ndim > 1:
-            sizes["lora" if ".lora_" in name else "base"] += parameter.numel()
+            passes = (3 if ".lora_" in name else 2) * parameter.numel()
+            work["all"] += passes
+            work["unread"] += passes if name.startswith(last) and ".k_proj" not in name and ".v_proj" not in name else 0
     shape, every = language.config, prompt + replies * tokens
-    linear = 2 * every * (2 * sizes["base"] + 3 * sizes["lora"]) + 2 * 2 * replies * tokens * shape.hidden_size * shape.vocab_size
-    pairs = prompt**2 / 2 + replies * (tokens * prompt + tokens**2 / 2)
-    return linear + 3 * 4 * shape.hidden_size * shape.num_hidden_layers * pairs
+    linear = 2 * every * work["all"] - 2 * (prompt - 1) * work["unread"]
+    head = 2 * 2 * replies * tokens * shape.hidden_size * shape.vocab_size
+    own, before = replies * (tokens * prompt + tokens**2 / 2), prompt**2 / 2
+    pairs = shape.num_hidden_layers * (before + own) - before + prompt
+    return linear + head + 3 * 4 * shape.hidden_size * pairs
 
 
 def matrix_rate(hw: Hardware, rounds: int = 5) -> float:

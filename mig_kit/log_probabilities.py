@@ -24,13 +24,12 @@ def completion_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: tor
     model = inner(model)
     batch = padded(model, prompts, image_token)
     language = model.model.language_model
-    first = language(**batch.given, position_ids=batch.positions, use_cache=True)
-    cache = first.past_key_values
+    final, cache = batch.read(model)
     cache.batch_select_indices(owner)
     steps = (batch.after[owner][:, None] + torch.arange(ids.shape[1], device=ids.device))[None].expand(3, -1, -1)
     second = language(input_ids=ids, attention_mask=torch.cat([batch.mask[owner], mask], 1), position_ids=steps,
                       past_key_values=cache, use_cache=True)
-    hidden = torch.cat([batch.final(first.last_hidden_state)[owner][:, None], second.last_hidden_state[:, :-1]], 1)
+    hidden = torch.cat([final[owner][:, None], second.last_hidden_state[:, :-1]], 1)
     return _spread(*_said(model, hidden[mask.bool()], ids[mask.bool()], temperature), mask)
 
 

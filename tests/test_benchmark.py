@@ -40,8 +40,10 @@ def test_minimal_work_by_hand(random_model):
     weights = sum(p.numel() for p in language.layers.parameters() if p.ndim > 1)
     shape = language.config
     every, pairs = 10 + 2 * 3, 10**2 / 2 + 2 * (3 * 10 + 3**2 / 2)
-    wanted = 4 * every * weights + 4 * 6 * shape.hidden_size * shape.vocab_size
-    wanted += 12 * shape.hidden_size * shape.num_hidden_layers * pairs
+    assert (len(language.layers), shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads) == (2, 64, 2, 1)
+    unread = 2 * 64 * 64 + 3 * 64 * shape.intermediate_size  # q_proj, o_proj and the MLP of the last layer, for 9 tokens
+    wanted = 4 * every * weights - 4 * 9 * unread + 4 * 6 * 64 * shape.vocab_size
+    wanted += 12 * 64 * (2 * pairs - 10**2 / 2 + 10)
     assert benchmark.minimal_flops(random_model, 10, 2, 3) == wanted
 
 

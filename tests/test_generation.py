@@ -98,13 +98,17 @@ def test_done_stems_leave_and_the_rest_goes_on(random_model, processor, samples,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "layers"), [(completion_logps, False), (packed_logps, False), (packed_logps, True)])
-def test_logps_and_gradients_equal_stock(family, samples, way, layers):
+@pytest.mark.parametrize(("way", "how"), [(completion_logps, ""), (completion_logps, "long"), (packed_logps, ""),
+                                          (packed_logps, "checkpointed")])
+def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, way, how):
     model, processor, view = family
     torch.manual_seed(0)
-    if layers:
+    if how == "checkpointed":
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if how == "long":
+        model.set_attn_implementation(attention.NAME)
+        monkeypatch.setattr(attention, "READ", 1)
     prompts = PromptCache(model, processor, view).get(samples[:4])
     owner, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
     ids, mask = torch.randint(20, 600, (5, 9)), torch.zeros(5, 9, dtype=torch.long)
@@ -116,6 +120,7 @@ def test_logps_and_gradients_equal_stock(family, samples, way, layers):
     (logps * weights).sum().backward()
     ours = {n: p.grad.clone() for n, p in model.model.language_model.named_parameters()}
     model.zero_grad()
+    model.set_attn_implementation("sdpa")
     for row, index in enumerate(owner.tolist()):
         inputs = stock_inputs(processor, samples[index], view)
         start = inputs["input_ids"].shape[1]
