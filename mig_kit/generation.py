@@ -5,6 +5,7 @@ several questions about the same images share these (`shared_prompts`). Here wha
 serve all replies (`decoding`), and with a frozen vision tower the features of an image are computed once (`prompt_cache`).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,20 @@ class Sampling:
     min_new_tokens: int = 0
 
 
-def draw_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None) -> torch.Tensor:
-    """One token per row of logits (rows, vocabulary), greedy at temperature 0, else sampled with top-p."""
+def uniform_draws(seed: int, prompts: int, group: int, tokens: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) that decide every token of every reply: (prompts, group, tokens), float64, on the CPU.
+
+    A reply's numbers are its own, whatever device draws it and whatever else is in its batch.
+    """
+    return torch.rand(prompts, group, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_tokens(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor | None = None) -> torch.Tensor:
+    """One token per row of logits (rows, vocabulary), greedy at temperature 0, else sampled with top-p.
+
+    draws: (rows,) uniform numbers; a row's token is the first at which the cumulated probabilities exceed its number.
+    `torch.multinomial` would draw a number for every token of the vocabulary: thirty times as long on a CPU.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
     chances = softmax(logits.float() / sampling.temperature, -1)
@@ -39,7 +52,8 @@ def draw_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Gener
         ranked, order = chances.sort(-1, descending=True)
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= sampling.top_p, 0)
         chances = torch.zeros_like(chances).scatter(-1, order, ranked)
-    return torch.multinomial(chances, 1, generator=generator)[:, 0]
+    sums = chances.double().cumsum(-1)
+    return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0]
 
 
 def prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int) -> int:
@@ -60,10 +74,12 @@ def kv_bytes(model) -> int:
 
 @torch.no_grad()
 def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Sampling,
-             generator: torch.Generator | None = None, autocast: bool = False) -> list[list[list[int]]]:
+             draws: torch.Tensor | None = None, autocast: bool = False, joined: dict | None = None) -> list[list[list[int]]]:
     """`group` replies to each prompt: token ids with the end token, or cut at sampling.max_new_tokens.
 
-    Prompts that begin with the same images (`stems_of`) share the pass over them and their keys and values, too.
+    Prompts that begin with the same images (`stems_of`) share the pass over them and their keys and values, too. draws: of
+    `uniform_draws`; None: new ones. joined: of `decoding_weights`, where the caller holds the model in them, as it must if
+    several threads draw with it.
     """
     model = inner(model)
     device, end = model.device, processor.tokenizer.eos_token_id
@@ -71,7 +87,9 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
               ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
     stems = stems_of(prompts)
     shared = len(stems) < len(prompts)
-    with decoding_weights(model, autocast) as joined, torch.inference_mode(), \
+    if draws is None and sampling.temperature:
+        draws = uniform_draws(int(torch.randint(2**62, ())), len(prompts), group, sampling.max_new_tokens)
+    with decoding_weights(model, autocast) if joined is None else nullcontext(joined) as joined, torch.inference_mode(), \
             torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         batch = padded(model, [prompts[stem[0]].begins() for stem in stems] if shared else prompts, processor.image_token_id)
         final, cache = batch.read(model)
@@ -83,12 +101,14 @@ def rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Samp
         logits = model.lm_head(final)[owner.flatten().clamp(min=0).to(device)]
         replies: list[list[int]] = [[] for _ in range(owner.numel())]
         rows = torch.arange(len(replies), device=device)
+        if sampling.temperature:
+            draws = draws[owner.flatten().clamp(min=0), torch.arange(group).repeat(owner.numel() // group)].to(device)
         done = (owner.flatten() < 0).to(device)
         for step in range(sampling.max_new_tokens):
             logits[:, banned] = -torch.inf
             if step + 1 < sampling.min_new_tokens:
                 logits[:, end] = -torch.inf
-            tokens = draw_tokens(logits, sampling, generator)
+            tokens = draw_tokens(logits, sampling, draws[rows, step] if sampling.temperature else None)
             for row, token, over in zip(rows.tolist(), tokens.tolist(), done.tolist()):
                 if not over:
                     replies[row].append(token)

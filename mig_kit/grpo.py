@@ -17,16 +17,17 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.frames import View
-from mig_kit.generation import Sampling, kv_bytes, prompts_at_once, rollouts
+from mig_kit.generation import Sampling, kv_bytes, prompts_at_once, rollouts, uniform_draws
 from mig_kit.guards import Watch
 from mig_kit.log_probabilities import completion_logps, packed_logps
-from mig_kit.models import Hardware
+from mig_kit.models import Hardware, load_model, load_processor
 from mig_kit.prompt_cache import PromptCache
 from mig_kit.prompts import messages
 from mig_kit.records import Sample
 from mig_kit.rewards import box_reward, choice_reward, cites_only_given, format_reward, image_reward
-from mig_kit.sft import KeepsDtypes, LiveCurves, Progress, tracking
+from mig_kit.sft import KeepsDtypes, LiveCurves, Progress, tracking, train
 from mig_kit.shared_prompts import rounded
+from mig_kit.synthesize import read_samples
 
 
 def reward_functions(samples: list[Sample], view: View, missing_images: str = "format") -> list[Callable]:
@@ -108,16 +109,17 @@ class SharedPrefixGRPOTrainer(KeepsDtypes, GRPOTrainer):
         group = self.num_generations if mode == "train" else self.num_generations_eval
         owners = [row["sample"] for row in inputs][::group]
         prompts = self.cache.get([self.samples[i] for i in owners])
-        rank = self.accelerator.process_index
-        generator = torch.Generator(device).manual_seed(self.args.seed * 1_000_003 + self.state.global_step * 64 + rank)
+        rank, all_prompts = self.accelerator.process_index, len(prompts) * self.accelerator.num_processes
+        draws = uniform_draws(self.args.seed * 1_000_003 + self.state.global_step, all_prompts, group, self.max_completion_length)
+        draws = draws[rank * len(prompts):(rank + 1) * len(prompts)]
         model = self.accelerator.unwrap_model(self.model)
         sampling = Sampling(self.temperature, self.top_p, self.max_completion_length, **self.args.generation_kwargs)
         model.eval()
         longest = max(len(prompt.ids) for prompt in prompts)
         at_once = prompts_at_once(len(prompts), longest, group, self.max_completion_length, kv_bytes(model))
         replies = [r for start in range(0, len(prompts), at_once)
-                   for g in rollouts(model, self.processing_class, prompts[start:start + at_once], group, sampling, generator,
-                                     self.autocast_rollouts) for r in g]
+                   for g in rollouts(model, self.processing_class, prompts[start:start + at_once], group, sampling,
+                                     draws[start:start + at_once], self.autocast_rollouts) for r in g]
         model.train(mode == "train")
         texts = self.processing_class.tokenizer.batch_decode(replies, skip_special_tokens=True)
         completions = [[{"role": "assistant", "content": text}] for text in texts]
@@ -201,17 +203,21 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
             schedule: str, warmup: int, scale_rewards: str, beta: float, temperature: float, max_new_tokens: int,
             weights: list[float], clip_low: float, clip_high: float, seed: int, save_steps: int,
             view: View, missing_images: str = "format", checkpoint_layers: bool = False,
-            min_new_tokens: int = 0, track: str = "none") -> GRPOTrainer:
+            min_new_tokens: int = 0, track: str = "none", processes: int = 1) -> GRPOTrainer:
     """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice.
 
-    checkpoint_layers: only the layers' inputs are kept for the backward pass, with shared prefixes as without.
+    checkpoint_layers: only the layers' inputs are kept for the backward pass, with shared prefixes as without. processes: that
+    train together, under `workers.beside`; they share the steps of an update, so that it is of as many replies as by one.
     """
+    if gradient_accumulation % processes:
+        raise ValueError(f"{processes} processes cannot share {gradient_accumulation} steps of an update evenly; set "
+                         f"gradient_accumulation to a multiple of processes")
     if hw.device == "cpu":  # sums over a group's rows would otherwise depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     config = GRPOConfig(
         output_dir=str(folder / "checkpoints"), num_generations=num_generations, per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation, max_steps=max_steps, learning_rate=learning_rate,
+        gradient_accumulation_steps=gradient_accumulation // processes, max_steps=max_steps, learning_rate=learning_rate,
         lr_scheduler_type=schedule, warmup_steps=warmup, scale_rewards=scale_rewards, beta=beta, temperature=temperature,
         max_completion_length=max_new_tokens, reward_weights=weights, generation_kwargs={"min_new_tokens": min_new_tokens},
         epsilon=clip_low, epsilon_high=clip_high, seed=seed,
@@ -229,6 +235,12 @@ def trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path,
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,
                                    cache=PromptCache(model, processor, view, autocast=hw.autocast))
+
+
+def train_beside(merged: Path, kept: Path, hw: Hardware, folder: Path, settings: dict) -> None:
+    """What the other processes of a training do (`workers.beside`): train the merged model on `kept`; settings as of `trainer`."""
+    model, processor = load_model(merged, hw), load_processor(merged, settings["view"])
+    train(trainer(model, processor, read_samples(kept), hw, folder, **settings), folder)
 
 
 class StopAfter(TrainerCallback):

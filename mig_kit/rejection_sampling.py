@@ -9,17 +9,20 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
+from contextlib import closing
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
-import torch
 
+from mig_kit.decoding import decoding_weights
 from mig_kit.frames import View
-from mig_kit.generation import Sampling, rollouts
-from mig_kit.prompt_cache import PromptCache
+from mig_kit.generation import Sampling, rollouts, uniform_draws
+from mig_kit.prompt_cache import PromptCache, inner
 from mig_kit.records import Sample
 from mig_kit.rewards import correct
 from mig_kit.runs import progress, release_memory
+from mig_kit.workers import in_threads
 
 
 def stored(path: Path) -> dict[str, list[str]]:
@@ -46,12 +49,13 @@ def _objects(sample: Sample) -> tuple[int, ...]:
 
 def sample_replies(model, processor, samples: list[Sample], path: Path, *, replies: int, temperature: float,
                    max_new_tokens: int, batch_size: int, seed: int, view: View, autocast: bool,
-                   label: str = "rollouts", cache: PromptCache | None = None) -> dict[str, list[str]]:
+                   label: str = "rollouts", cache: PromptCache | None = None, workers: int = 1) -> dict[str, list[str]]:
     """`replies` replies to every sample, appended to `path` batch by batch; what is there already is not drawn again.
 
     Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run draws what an
     uninterrupted one would have drawn. Questions about the same image objects are asked together, for `rollouts` reads these
-    once. cache: prompts made ready by an earlier call for the same samples and model. Raises ValueError for fewer than one reply.
+    once. cache: prompts made ready by an earlier call for the same samples and model. workers: batches under way at a time, on a
+    CPU; the replies are the same. Raises ValueError for fewer than one reply.
     """
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply (only 06_evaluate can do without)")
@@ -64,12 +68,19 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for number, batch in enumerate(progress(batches, label)):
-            if all(s.id in have for s in batch):
-                continue
-            generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)
-            groups = rollouts(model, processor, cache.get(batch), replies, sampling, generator, autocast)
+    todo = [(number, batch) for number, batch in enumerate(batches) if not all(s.id in have for s in batch)]
+    looking = Lock()
+
+    def drawn(numbered: tuple[int, list[Sample]]) -> list[list[list[int]]]:
+        number, batch = numbered
+        with looking:
+            prompts = cache.get(batch)
+        draws = uniform_draws(seed * 1_000_003 + number, len(batch), replies, max_new_tokens)
+        return rollouts(model, processor, prompts, replies, sampling, draws, autocast, joined)
+
+    with path.open("a") as file, decoding_weights(inner(model), autocast) as joined, \
+            closing(in_threads(drawn, todo, workers)) as found:
+        for groups, (number, batch) in zip(progress(found, label, total=len(batches), initial=len(batches) - len(todo)), todo):
             for sample, group in zip(batch, groups):
                 if sample.id not in have:
                     have[sample.id] = processor.tokenizer.batch_decode(group, skip_special_tokens=True)

@@ -38,7 +38,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print step, the named figures and the minutes left."""
         self.first = state.global_step if self.first is None else self.first
-        if not logs or "loss" not in logs or state.global_step % max(1, state.max_steps // 20):
+        if not state.is_world_process_zero or not logs or "loss" not in logs or state.global_step % max(1, state.max_steps // 20):
             return
         done = max(1, state.global_step - self.first)
         left = (time.monotonic() - self.start) / done * (state.max_steps - state.global_step) / 60

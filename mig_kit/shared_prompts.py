@@ -4,7 +4,7 @@ MIG-Bench's 4,295 questions are about 1,974 lists of images. The images are then
 more pass, each on the images' keys and values and its own tokens alone.
 """
 
-from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -56,25 +56,27 @@ class Padded:
         language = model.model.language_model
         short = self.mask.shape[1] < attention.READ or language.config._attn_implementation != attention.NAME
         whole = short or "deepstack_visual_embeds" in self.given
-        with nullcontext() if whole else _last_layer_at(language.layers[-1], self.last[:, None]):
-            out = language(**self.given, position_ids=self.positions, use_cache=True)
+        reader = language if whole else _last_layer_at(language, self.last[:, None])
+        out = reader(**self.given, position_ids=self.positions, use_cache=True)
         return self.final(out.last_hidden_state) if whole else out.last_hidden_state[:, 0], out.past_key_values
 
 
-@contextmanager
-def _last_layer_at(layer, where: torch.Tensor):
-    """While it lasts `layer` gives only the states at `where` (rows, slots): (rows, slots, hidden). Keys and values are whole."""
+def _last_layer_at(language, where: torch.Tensor):
+    """The model, its last layer giving only the states at `where` (rows, slots): (rows, slots, hidden); keys and values are whole.
+
+    It has the same weights, and leaves the model itself as it is: another thread may be using it.
+    """
+    layer = language.layers[-1]
+    mixer, last, reader = copy(layer.self_attn), copy(layer), copy(language)
 
     def forward(hidden_states: torch.Tensor, **given) -> torch.Tensor:
-        mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **given)
+        mixed, _ = mixer(hidden_states=layer.input_layernorm(hidden_states), **given)
         hidden = (hidden_states + mixed).gather(1, where[..., None].expand(-1, -1, hidden_states.shape[2]))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
-    layer.forward, layer.self_attn.read_at = forward, where
-    try:
-        yield
-    finally:
-        del layer.forward, layer.self_attn.read_at
+    mixer.read_at, last.forward = where, forward
+    reader._modules = {**language._modules, "layers": torch.nn.ModuleList([*language.layers[:-1], last])}
+    return reader
 
 
 def padded(model, prompts: list[Prompt], image_token: int) -> Padded:

@@ -7,7 +7,7 @@ import torch
 
 from mig_kit import attention, decoding, generation, models, prompt_cache, shared_prompts
 from mig_kit.frames import QWEN2_5, View
-from mig_kit.generation import Sampling, draw_tokens, rollouts
+from mig_kit.generation import Sampling, draw_tokens, rollouts, uniform_draws
 from mig_kit.log_probabilities import completion_logps, packed_logps
 from mig_kit.prompt_cache import PromptCache, digest
 from mig_kit.prompts import messages
@@ -80,8 +80,8 @@ def test_done_stems_leave_and_the_rest_goes_on(random_model, processor, samples,
     whole = rollouts(random_model, processor, prompts, 3, sampling)
     ends, drawn = [0, 1, 2, 5], generation.draw_tokens
 
-    def ending(logits, sampling, generator):  # a stem's rows end together, one stem after the other
-        tokens = drawn(logits, sampling, generator)
+    def ending(logits, sampling, draws):  # a stem's rows end together, one stem after the other
+        tokens = drawn(logits, sampling, draws)
         step = ending.step = ending.step + 1
         here = [stem for stem in range(4) if stem not in ending.over]
         for place, stem in enumerate(here):
@@ -142,7 +142,7 @@ def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, way, how)
 @pytest.mark.slow
 def test_sampled_replies_have_the_models_distribution(random_model, processor, samples):
     prompts = PromptCache(random_model, processor).get(samples[:1])
-    groups = rollouts(random_model, processor, prompts, 4000, Sampling(1.0, max_new_tokens=1), torch.Generator().manual_seed(0))
+    groups = rollouts(random_model, processor, prompts, 4000, Sampling(1.0, max_new_tokens=1), uniform_draws(0, 1, 4000, 1))
     with torch.no_grad():
         logits = random_model(**stock_inputs(processor, samples[0])).logits[0, -1]
     logits[[3, 4, 5, 6]] = -torch.inf
@@ -156,8 +156,32 @@ def test_sampled_replies_have_the_models_distribution(random_model, processor, s
 
 def test_top_p_and_greedy():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(500, 1)
-    assert set(draw_tokens(logits, Sampling(1.0, top_p=0.6), torch.Generator().manual_seed(0)).tolist()) == {0, 1}
-    assert draw_tokens(logits, Sampling(0.0), None).unique().tolist() == [0]
+    draws = uniform_draws(0, 1, 500, 1).flatten()
+    assert set(draw_tokens(logits, Sampling(1.0, top_p=0.6), draws).tolist()) == {0, 1}
+    assert draw_tokens(logits, Sampling(0.0)).unique().tolist() == [0]
+
+
+def test_tokens_by_hand():
+    """A token where its cumulated probability first exceeds the number; never one that cannot be, at either end."""
+    logits = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])).repeat(6, 1)
+    draws = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_tokens(logits, Sampling(1.0), draws).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.slow
+def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, samples):
+    """Whatever else is in its batch, in whatever order, and whether its images are shared."""
+    asked = [replace(samples[i // 2], id=f"{i}", question="Where?" * (1 + i % 2)) for i in range(4)]
+    prompts, sampling = PromptCache(random_model, processor).get(asked), Sampling(1.0, max_new_tokens=10)
+    draws = uniform_draws(3, 4, 3, 10)
+    whole = rollouts(random_model, processor, prompts, 3, sampling, draws)
+    for order in ([2], [3, 0], [1, 2, 3]):
+        found = rollouts(random_model, processor, [prompts[i] for i in order], 3, sampling, draws[order])
+        assert found == [whole[i] for i in order]
+    assert rollouts(random_model, processor, prompts[:1], 2, sampling, draws[:1, 1:]) == [whole[0][1:]]
+    torch.manual_seed(0)
+    again = [rollouts(random_model, processor, prompts, 3, sampling) for _ in range(2)]
+    assert again[0] != again[1], "new numbers where none are given"
 
 
 def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples):
@@ -305,7 +329,7 @@ def test_joined_products_give_the_same_replies(random_model, processor, samples,
     assert all(torch.equal(value, before[name]) for name, value in random_model.state_dict().items())
 
     def replies():
-        return rollouts(random_model, processor, prompts, 2, Sampling(1.0, max_new_tokens=12), torch.Generator().manual_seed(0),
+        return rollouts(random_model, processor, prompts, 2, Sampling(1.0, max_new_tokens=12), uniform_draws(0, 3, 2, 12),
                         autocast=True)
 
     found = replies()

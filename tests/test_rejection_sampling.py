@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 
 from mig_kit import rejection_sampling as rs
 from mig_kit.frames import View, to_model
@@ -55,6 +56,16 @@ def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_model, proces
     resumed = rs.sample_replies(random_model, processor, samples, tmp_path / "cut.jsonl", **options)
     assert resumed == whole
     assert sorted((tmp_path / "cut.jsonl").read_text().splitlines()) == sorted(lines)
+
+
+@pytest.mark.slow
+def test_batches_side_by_side_give_the_same_replies(tmp_path, random_model, processor, samples):
+    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=2, seed=1, view=View(), autocast=True)
+    one = rs.sample_replies(random_model, processor, samples, tmp_path / "one.jsonl", **options)
+    before = {name: value.clone() for name, value in random_model.state_dict().items()}
+    two = rs.sample_replies(random_model, processor, samples, tmp_path / "two.jsonl", **options, workers=2)
+    assert two == one and (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert all(torch.equal(value, before[name]) for name, value in random_model.state_dict().items())
 
 
 def test_prompts_made_ready_before_give_the_same_replies(tmp_path, random_model, processor, samples, monkeypatch):

@@ -1,0 +1,81 @@
+"""Threads side by side, and processes that train together; what two processes learn is in test_grpo."""
+
+import multiprocessing
+import os
+import threading
+import time
+
+import pytest
+import torch
+import two_processes
+from accelerate import PartialState
+
+from mig_kit import workers
+
+
+def test_threads_share_the_cores_and_keep_the_order():
+    cores, barrier = torch.get_num_threads(), threading.Barrier(2, timeout=30)
+
+    def one(part):
+        barrier.wait()  # two are under way at a time, or it breaks
+        return part, torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(4)
+        assert list(workers.in_threads(one, range(6), 2)) == [(part, 2) for part in range(6)]
+        assert torch.get_num_threads() == 4
+        assert list(workers.in_threads(lambda part: (part, torch.get_num_threads()), range(2), 1)) == [(0, 4), (1, 4)]
+    finally:
+        torch.set_num_threads(cores)
+
+
+def test_an_error_in_a_thread_is_raised_and_ends_the_rest():
+    cores, done = torch.get_num_threads(), []
+
+    def one(part):
+        if part == 1:
+            raise KeyError("part 1")
+        time.sleep(0.05)
+        done.append(part)
+
+    with pytest.raises(KeyError, match="part 1"):
+        list(workers.in_threads(one, range(40), 2))
+    assert len(done) < 39 and torch.get_num_threads() == cores
+    with pytest.raises(ValueError, match="workers is 0"):
+        list(workers.in_threads(one, [], 0))
+
+
+def test_one_process_is_this_one():
+    before = dict(os.environ)
+    with workers.beside(1, two_processes.train):
+        assert os.environ == before
+    with pytest.raises(ValueError, match="processes is 0; use 1"), workers.beside(0, two_processes.train):
+        pass
+
+
+def test_processes_within_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one of several already"), workers.beside(2, two_processes.train):
+        pass
+
+
+@pytest.mark.slow
+def test_an_error_in_the_other_process_is_raised_here(tmp_path, random_folder):
+    (tmp_path / "fail").touch()
+    before, cores, start = dict(os.environ), torch.get_num_threads(), time.monotonic()
+    with pytest.raises(Exception, match="no such thing in the second process"):
+        with workers.beside(2, two_processes.train, tmp_path, random_folder, 2):
+            two_processes.train(tmp_path, random_folder, 2)
+    assert time.monotonic() - start < 100
+    assert os.environ == before and torch.get_num_threads() == cores and not torch.distributed.is_initialized()
+    assert PartialState().num_processes == 1
+    PartialState._reset_state()
+
+
+@pytest.mark.slow
+def test_an_error_here_ends_the_other_process(tmp_path, random_folder):
+    with pytest.raises(ZeroDivisionError), workers.beside(2, two_processes.train, tmp_path, random_folder, 2):
+        other, = multiprocessing.active_children()
+        raise ZeroDivisionError
+    other.join(10)
+    assert not other.is_alive()
