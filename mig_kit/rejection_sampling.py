@@ -69,11 +69,11 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
     todo = [(number, batch) for number, batch in enumerate(batches) if not all(s.id in have for s in batch)]
-    looking = Lock()
+    alone = Lock()  # the cache and the tokenizer are for one thread at a time
 
     def drawn(numbered: tuple[int, list[Sample]]) -> list[list[list[int]]]:
         number, batch = numbered
-        with looking:
+        with alone:
             prompts = cache.get(batch)
         draws = uniform_draws(seed * 1_000_003 + number, len(batch), replies, max_new_tokens)
         return rollouts(model, processor, prompts, replies, sampling, draws, autocast, joined)
@@ -83,7 +83,8 @@ def sample_replies(model, processor, samples: list[Sample], path: Path, *, repli
         for groups, (number, batch) in zip(progress(found, label, total=len(batches), initial=len(batches) - len(todo)), todo):
             for sample, group in zip(batch, groups):
                 if sample.id not in have:
-                    have[sample.id] = processor.tokenizer.batch_decode(group, skip_special_tokens=True)
+                    with alone:
+                        have[sample.id] = processor.tokenizer.batch_decode(group, skip_special_tokens=True)
                     file.write(json.dumps({"id": sample.id, "replies": have[sample.id]}) + "\n")
             file.flush()
             os.fsync(file.fileno())
