@@ -39,6 +39,14 @@ def in_threads(function: Callable, parts: Iterable, threads: int) -> Iterator:
         torch.set_num_threads(cores)  # part of what a thread sets is set for all
 
 
+def how_many(asked: int, steps: int) -> int:
+    """Processes to train with: `asked`, or for 0 one per GPU, on a CPU two, the most of them that share `steps` evenly."""
+    if asked:
+        return asked
+    most = torch.cuda.device_count() or min(2, torch.get_num_threads())
+    return max(n for n in range(1, most + 1) if steps % n == 0)
+
+
 def _join(store, rank: int, processes: int) -> None:
     """Be process `rank` of several, all of which are there."""
     kind = "nccl" if torch.cuda.is_available() else "gloo"

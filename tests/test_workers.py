@@ -53,6 +53,18 @@ def test_one_process_is_this_one():
         pass
 
 
+def test_how_many_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [workers.how_many(*given) for given in ((0, 4), (0, 3), (3, 4), (1, 4))] == [2, 1, 3, 1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert workers.how_many(0, 4) == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [workers.how_many(0, steps) for steps in (16, 6, 5)] == [4, 3, 1]
+    with pytest.raises(ValueError, match="processes is 5; use 1 to 4, one per GPU"), workers.beside(5, two_processes.train):
+        pass
+
+
 def test_processes_within_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one of several already"), workers.beside(2, two_processes.train):
