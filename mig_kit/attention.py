@@ -1,9 +1,10 @@
-"""Attention for CPUs on which products in bfloat16 are fast, registered with transformers under NAME.
+"""Attention for CPUs, registered with transformers under NAME.
 
-There transformers' two ways wait for memory, not for products: "eager" writes the scores several times over, in float32, and
-the fused kernel of "sdpa" is fast in the forward pass of short rows only. This one is the fused kernel where no gradient is
-wanted and the rows are short, and otherwise plain products whose scores are in the products' dtype and written in place, block
-after block for a long prompt. The numbers are those of "eager" but for rounding in the last bit of bfloat16.
+Where products in bfloat16 are fast, transformers' two ways wait for memory, not for products: "eager" writes the scores several
+times over, in float32, and the fused kernel of "sdpa" is fast in the forward pass of short rows only. This one is the fused
+kernel where no gradient is wanted and the rows are short, and otherwise plain products whose scores are in the products' dtype
+and written in place, block after block for a long prompt. The numbers are those of "eager" but for rounding in the last bit. In
+float32 it makes less of a difference: training steps are 1.1 to 1.2 times as fast, most of it by what `shared_prompts` leaves out.
 """
 
 import torch

@@ -61,19 +61,21 @@ def settle_vector_math() -> None:
 
 
 def bf16_instructions() -> str:
-    """The instructions of this CPU that multiply bf16 numbers, or "": what it has, not how fast it was just now.
+    """The instructions of this CPU that multiply bf16 numbers faster than float32, or "": what it is, not how fast it was just now.
 
     A measured ratio would choose another dtype now and then on a busy machine, and with it other numbers for the same seed.
+    avx512_bf16 counts where it is not Intel's: a Xeon that lacks or hides AMX multiplies bf16 at 0.6 of its float32 rate.
     """
     has = torch.cpu.get_capabilities()
-    return next((name for name in ("amx_bf16", "avx512_bf16") if has.get(name)), "")
+    fast = ("amx_bf16",) if "Intel" in has.get("cpu_name", "") else ("amx_bf16", "avx512_bf16")
+    return next((name for name in fast if has.get(name)), "")
 
 
 def hardware(dtype: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
-    dtype: "auto", "float32" or "bfloat16". On a CPU "auto" asks whether it has instructions for bf16 products: CPUs with
-    avx512_bf16 or AMX run them two to five times faster than float32, others slower.
+    dtype: "auto", "float32" or "bfloat16". On a CPU "auto" asks for fast instructions for bf16 products (`bf16_instructions`):
+    with them these run two to five times faster than float32, without slower.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
@@ -84,11 +86,11 @@ def hardware(dtype: str = "auto") -> Hardware:
         return Hardware("cuda", torch.bfloat16, False, "sdpa", f"{torch.cuda.get_device_name()}: weights in bfloat16")
     if dtype == "auto":
         found = bf16_instructions()
-        chosen, why = bool(found), f"CPU, {torch.get_num_threads()} threads, {found or 'no instructions'} for bf16 products"
+        chosen, why = bool(found), f"CPU, {torch.get_num_threads()} threads, {found or 'no fast instructions'} for bf16 products"
     else:
         chosen, why = dtype == "bfloat16", f"CPU, {dtype} by parameter"
     how = "float32 weights, bf16 products (autocast)" if chosen else "float32 throughout"
-    return Hardware("cpu", torch.float32, chosen, attention.NAME if chosen else "sdpa", f"{why}: {how}")
+    return Hardware("cpu", torch.float32, chosen, attention.NAME, f"{why}: {how}")
 
 
 class ImageProcessor(Qwen2_5_VLProcessor):

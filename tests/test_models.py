@@ -89,14 +89,16 @@ def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):
     assert made == [8, "dtype"]  # eight numbers are computed by one thread
 
 
-@pytest.mark.parametrize(("has", "autocast"), [({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": True}, True),
-                                               ({"avx2": True, "avx512_bf16": False}, False), ({}, False)])
+@pytest.mark.parametrize(("has", "autocast"), [
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True), ({"avx512_bf16": True}, True), ({"cpu_name": "AMD EPYC"}, False),
+    ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True), ({}, False),
+    ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False), ({"avx2": True, "avx512_bf16": False}, False)])
 def test_the_dtype_follows_from_what_the_cpu_has_alone(has, autocast, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     hw = models.hardware()
     assert hw.autocast == autocast and hw.dtype == torch.float32
-    assert ("bf16 products (autocast)" in hw.reason) == autocast and ("no instructions" in hw.reason) != autocast
+    assert ("bf16 products (autocast)" in hw.reason) == autocast and ("no fast instructions" in hw.reason) != autocast
 
 
 def test_the_shipped_base_is_small_and_whole(processor):
