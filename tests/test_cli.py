@@ -1,24 +1,33 @@
 """The command line's sentences."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 
+from mig_kit import runs
 from mig_kit.cli import cli
 from mig_kit.tasks import make
 
 
 def call(*words, **environment):
     return subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", *words], capture_output=True, text=True,
-                          env=None if not environment else {**__import__("os").environ, **environment})
+                          env={**os.environ, **environment})
 
 
 def test_help():
     result = CliRunner().invoke(cli, ["run", "--help"])
     assert result.exit_code == 0 and "--profile" in result.output
+
+
+def test_bench_starts_anew_on_the_heap_that_stages_have():
+    code = "import os; print(os.environ.get('MALLOC_TOP_PAD_'), flush=True); from mig_kit.cli import main; main()"
+    bare = {name: value for name, value in os.environ.items() if name not in runs.ENVIRONMENT}
+    result = subprocess.run([sys.executable, "-c", code, "bench", "--repeats", "0"], capture_output=True, text=True, env=bare)
+    assert result.stdout.split() == ["None", runs.ENVIRONMENT["MALLOC_TOP_PAD_"]] and result.returncode == 2
 
 
 @pytest.mark.parametrize("words,sentence", [
