@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mig_kit.frames import Box
-from mig_kit.image_files import confined
+from mig_kit.image_files import BROKEN, confined
 from mig_kit.jsonl import MAX_LINE, lines
 from mig_kit.replies import ORDINALS
 
@@ -280,7 +280,7 @@ def image_file(root: str | Path, name: str) -> Path:
 
 def with_sizes(items: tuple[Item, ...], root: str | Path | None) -> list[Item]:
     """The items with the size of each target image, read from the files. Raises ValueError listing what is missing."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     sized, missing, broken = [], [], []
     for item in items:
@@ -295,7 +295,7 @@ def with_sizes(items: tuple[Item, ...], root: str | Path | None) -> list[Item]:
             try:
                 with Image.open(path) as image:
                     item = replace(item, size=image.size)
-            except (UnidentifiedImageError, OSError, RuntimeError, MemoryError, Image.DecompressionBombError):
+            except BROKEN:
                 broken.append(name)
         sized.append(item)
     for words, names in (("images are missing below", missing), ("files are no readable images below", broken)):

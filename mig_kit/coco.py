@@ -119,7 +119,8 @@ def mc_bench(annotations: dict, predictions: list[dict], source: str, protocol: 
     A pair is right if for both images "has a box" agrees with the truth. Where a pair's truth has several groups ("group 2"),
     predicted groups are first renamed to the permutation with the highest mean IoU. `official` repeats the authors' script, in
     which the renaming of only the last such pair survives, and one renaming can run into the next; `strict` renames all pairs,
-    each group once. Source: XuYunqiu/MC-Bench, eval_mc_bench.py.
+    each group once. In both a category's count weighs its own AP; the script pairs them in the file's order, which is the same
+    where that is sorted by id. Source: XuYunqiu/MC-Bench, eval_mc_bench.py.
     """
     coco = load(annotations, "MC-Bench")
     pairs = _pairs(coco)

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import imagehash
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 MAX_PIXELS = 100_000_000
 KINDS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -84,7 +84,7 @@ def size_of(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-    except (*BROKEN, UnidentifiedImageError) as error:
+    except BROKEN as error:
         raise BadImage("unreadable image", f"{path.name!r} is no readable image: give a PNG or JPEG file") from error
     if width * height > MAX_PIXELS or max(width, height) > 200 * min(width, height):
         raise BadImage("image shape", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL takes sides up to 200 to 1, and the "
