@@ -9,14 +9,16 @@ from pathlib import Path
 import click
 import yaml
 
-from mig_kit import runs
-from mig_kit.frames import View
+from mig_kit.boxes import BoxFormat
+from mig_kit.common import PROCESS_ENVIRONMENT, PROJECT_ROOT, write_json
+from mig_kit.pipeline import store
+from mig_kit.pipeline.params import params_file, read_params_file, validate_params
 
 
 def main() -> None:
     """Entry point: bad input ends with one sentence, not with a traceback."""
-    late = [name for name in runs.ENVIRONMENT if name not in os.environ]
-    for name, value in runs.ENVIRONMENT.items():
+    late = [name for name in PROCESS_ENVIRONMENT if name not in os.environ]
+    for name, value in PROCESS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if late and sys.argv[1:2] == ["bench"]:  # measured in this process, whose heap heeds them only from its start
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -42,23 +44,23 @@ def cli() -> None:
 
 def stage_name(text: str) -> str:
     """A stage from its number or name ("05", "grpo", "05_grpo")."""
-    found = [stage for stage in runs.STAGES if text in (stage, stage[:2], stage[3:])]
+    found = [stage for stage in store.STAGES if text in (stage, stage[:2], stage[3:])]
     if not found:
-        raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(runs.STAGES)}")
+        raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(store.STAGES)}")
     return found[0]
 
 
 def chosen_params(stage: str, profile: str, run_id: str, given: dict) -> dict:
     """The stage's parameters: profile file, run id and profile, then what the command line gave and the stage knows."""
-    known = runs.read_params(runs.params_file(stage))
+    known = read_params_file(params_file(stage))
     given = {"run_id": run_id, "profile": profile, **given}
-    values = runs.read_params(runs.params_file(stage, profile))
-    return runs.checked({**values, **{k: v for k, v in given.items() if k in known}}, stage)
+    values = read_params_file(params_file(stage, profile))
+    return validate_params({**values, **{k: v for k, v in given.items() if k in known}}, stage)
 
 
 def given_params(params: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
     """What -p gave, read as YAML. KeyError for a name that no stage of `stages` has, ValueError for what cannot be read."""
-    known, given = {key for stage in stages for key in runs.read_params(runs.params_file(stage))}, {}
+    known, given = {key for stage in stages for key in read_params_file(params_file(stage))}, {}
     for key, text in params:
         if key == "run_id":
             raise ValueError("-p run_id would part a run's notebook from its files; use --run-id")
@@ -85,76 +87,76 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, params, force: bool)
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    from mig_kit.stage_table import StageTable
+    from mig_kit.pipeline.stage_table import StageTable
 
-    names = [stage_name(s) for s in stages] or list(runs.RECIPE)
+    names = [stage_name(s) for s in stages] or list(store.RECIPE)
     given = given_params(params, names)
-    chosen = {name: chosen_params(name, profile, runs.check_run_id(run_id), given) for name in names}  # all, before any runs
+    chosen = {name: chosen_params(name, profile, store.validate_run_id(run_id), given) for name in names}  # all, before any runs
     if chosen.get("01_synthesize", {}).get("teacher") == "endpoint":  # an address with a key in it must not reach a notebook
-        from mig_kit.endpoint import Endpoint
+        from mig_kit.data.endpoint import Endpoint
 
         Endpoint(chosen["01_synthesize"]["endpoint_url"], chosen["01_synthesize"]["endpoint_model"])
     with StageTable(names) as shown:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[shown], force=True)  # what the notebooks print
         for name, values in chosen.items():
-            if not force and runs.up_to_date(name, run_id, values):
+            if not force and store.is_up_to_date(name, run_id, values):
                 shown.set(name, "up to date")
                 continue
-            folder = runs.runs_root() / run_id / name
-            runs.stage_key(name, run_id, values)  # refused here, before anything is written, where another stage is missing
-            runs.lock(folder.parent)  # or where another process writes this run
-            back = not force and runs.take_back(name, run_id, values)
+            folder = store.runs_root() / run_id / name
+            store.stage_key(name, run_id, values)  # refused here, before anything is written, where another stage is missing
+            store.lock_run(folder.parent)  # or where another process writes this run
+            back = not force and store.restore_outputs(name, run_id, values)
             if not back:
-                runs.set_aside(name, run_id)
+                store.set_aside_outputs(name, run_id)
             if force:
                 (folder / "started.json").unlink(missing_ok=True)  # what it left is not gone on with
-            runs.unlock(folder.parent)
+            store.unlock_run(folder.parent)
             if back:
                 shown.set(name, "up to date")
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             shown.set(name, "running")
             try:
-                papermill.execute_notebook(runs.ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb", values,
-                                           progress_bar=False, log_output=True, cwd=str(runs.ROOT / "notebooks"))
+                papermill.execute_notebook(PROJECT_ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb", values,
+                                           progress_bar=False, log_output=True, cwd=str(PROJECT_ROOT / "notebooks"))
             except PapermillExecutionError as error:
                 shown.set(name, "failed")
                 raise RuntimeError(f"{name} failed: {error.ename}: {error.evalue} "
                                    f"(the notebook is {folder / name}.ipynb)") from None
             shown.set(name, "done")
     if "07_report" in names:
-        click.echo(f"report: {runs.runs_root() / run_id / '07_report' / 'report.html'}")
+        click.echo(f"report: {store.runs_root() / run_id / '07_report' / 'report.html'}")
 
 
 @cli.command()
 @click.argument("run_id", required=False)
 def status(run_id: str | None) -> None:
     """What has finished in a run, or in all runs, and the greedy scores (percent) where there are any."""
-    root = runs.runs_root()
+    root = store.runs_root()
     names = [run_id] if run_id else sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if run_id and not (root / run_id).is_dir():
         raise FileNotFoundError(f"no run '{run_id}' in {root}")
     for name in names:
         click.echo(name)
-        for stage in runs.STAGES:
-            record = runs.finished(stage, name)
+        for stage in store.STAGES:
+            record = store.load_record(stage, name)
             begun = (root / name / stage / "started.json").is_file()
             state = f"done in {record['seconds'] / 60:.1f} min" if record else "not finished" if begun else "-"
-            if anew := runs.outdated(stage, name):
+            if anew := store.find_stale_input(stage, name):
                 state += f", before {anew} was run anew"
             click.echo(f"  {stage:<24}{state}")
-        if runs.finished("06_evaluate", name):
+        if store.load_record("06_evaluate", name):
             systems = json.loads((root / name / "06_evaluate" / "metrics.json").read_text())["systems"]
             for suite in systems["grpo"]:
                 click.echo(f"  {suite:<24}" + ", ".join(f"{s} {found[suite]['score']:.1f}" for s, found in systems.items()))
 
 
-@cli.command()
+@cli.command("params")
 @click.argument("stage")
 @click.option("--profile", default="tiny", show_default=True, help="Folder under params/.")
-def params(stage: str, profile: str) -> None:
+def params_command(stage: str, profile: str) -> None:
     """The parameters of STAGE, their values in a profile and what they mean."""
-    click.echo(runs.params_file(stage_name(stage), profile).read_text().rstrip())
+    click.echo(params_file(stage_name(stage), profile).read_text().rstrip())
 
 
 @cli.command()
@@ -166,14 +168,14 @@ def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> N
     """Send the reinforced model of RUN_ID, with its card, to REPOSITORY (user/name) on the Hugging Face Hub; needs HF_TOKEN."""
     import tempfile
 
-    from mig_kit import hub
+    from mig_kit.pipeline import hub
 
     if dry_run:
-        click.echo(f"written, not sent: {hub.staged(run_id, dry_run)}")
+        click.echo(f"written, not sent: {hub.prepare_upload(run_id, dry_run)}")
         return
-    interface = hub.hub_interface()
+    interface = hub.hub_client()
     with tempfile.TemporaryDirectory() as folder:
-        click.echo(hub.push(hub.staged(run_id, Path(folder) / "model"), repository, private, interface))
+        click.echo(hub.upload(hub.prepare_upload(run_id, Path(folder) / "model"), repository, private, interface))
 
 
 @cli.command()
@@ -181,29 +183,30 @@ def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> N
 @click.argument("run_b")
 def diff(run_a: str, run_b: str) -> None:
     """What differs between two runs: parameters, inputs, versions, machine and metrics."""
-    from mig_kit import compare
+    from mig_kit.pipeline import compare
 
-    rows = compare.differences(run_a, run_b)
+    rows = compare.list_differences(run_a, run_b)
     for row in rows:
         click.echo(f"{row['stage']:<24}{row['what']:<11}{row['name']:<44}{row['a']!s:<20} {row['b']!s}")
     click.echo(f"{len(rows)} differences" if rows else "no difference")
 
 
-@cli.command()
+@cli.command("report")
 @click.argument("run_a")
 @click.argument("run_b")
 @click.option("--out", default="compared.html", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
-def report(run_a: str, run_b: str, out: Path) -> None:
+def report_command(run_a: str, run_b: str, out: Path) -> None:
     """Two runs on one page: scores, training, and what differs."""
-    from mig_kit import compare, report
+    from mig_kit.pipeline import compare, store
+    from mig_kit.stages import report
 
     found = {}
     for run_id in (run_a, run_b):
         for stage in ("05_grpo", "06_evaluate"):
-            if runs.finished(stage, run_id) is None:
+            if store.load_record(stage, run_id) is None:
                 raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; run: mig-kit run --run-id {run_id}")
-            found.setdefault(run_id, {})[stage] = report.read_metrics(runs.runs_root() / run_id / stage)
-    out.write_text(report.two_runs(found, compare.differences(run_a, run_b)))
+            found.setdefault(run_id, {})[stage] = store.read_metrics(store.runs_root() / run_id / stage)
+    out.write_text(report.two_run_page(found, compare.list_differences(run_a, run_b)))
     click.echo(f"report: {out}")
 
 
@@ -211,9 +214,9 @@ def report(run_a: str, run_b: str, out: Path) -> None:
 @click.argument("run_ids", nargs=-1, required=True)
 def table(run_ids: tuple[str, ...]) -> None:
     """Runs side by side, as a Markdown table: scores, differences in points, and the mean over runs with its intervals."""
-    from mig_kit import seeds
+    from mig_kit.stages import seeds
 
-    click.echo(seeds.table(list(run_ids)))
+    click.echo(seeds.markdown_table(list(run_ids)))
 
 
 @cli.command()
@@ -231,13 +234,14 @@ def bench(model: str, images: int, side: int, group: int, tokens: int, prompts: 
     """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection sampling, evaluation."""
     import tempfile
 
-    from mig_kit import benchmark, models
+    from mig_kit.engine import models
+    from mig_kit.speed import benchmark
 
     if out and not out.absolute().parent.is_dir():
         raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
-    hw, load = models.hardware(dtype), benchmark.Load(images, group, tokens, side, prompts)
+    hw, load = models.choose_hardware(dtype), benchmark.Workload(images, group, tokens, side, prompts)
     with tempfile.TemporaryDirectory() as folder:
-        found = benchmark.headline(models.resolve(model), hw, load, Path(folder), repeats)
+        found = benchmark.run_headline(models.resolve_model(model), hw, load, Path(folder), repeats)
         if hw.device == "cpu":
             wide = benchmark.random_model(Path(folder) / "wide", models.TINY_BASE, 2048, 2)
             found["utilisation"] = benchmark.utilisation(wide, hw, load, Path(folder) / "use", repeats)
@@ -252,10 +256,10 @@ def bench(model: str, images: int, side: int, group: int, tokens: int, prompts: 
         click.echo(f"{100 * found['utilisation']['share']:.0f} % of this machine's matrix rate "
                    f"({found['utilisation']['parameters_m']:.0f} M parameters)")
     if out:
-        runs.write_json(out, found)
+        write_json(out, found)
 
 
-@cli.command()
+@cli.command("score")
 @click.argument("benchmark", metavar="BENCHMARK")
 @click.option("--annotations", required=True, type=click.Path(), help="The benchmark's own annotation file.")
 @click.option("--predictions", required=True, type=click.Path(), help='JSONL of {"index": 0, "response": "text"}, or COCO results.')
@@ -268,28 +272,29 @@ def bench(model: str, images: int, side: int, group: int, tokens: int, prompts: 
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
 @click.option("--items", type=click.Path(), help="Write every item's value here, as JSONL.")
-def score(benchmark: str, annotations: str, predictions: str, compare: str | None, protocol: str, frame: str, images: str | None,
+def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None, protocol: str, frame: str, images: str | None,
           min_pixels: int, max_pixels: int, allow_missing: bool, out: str | None, items: str | None) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink or mmiu."""
-    from mig_kit import leaderboard, score
+    from mig_kit.scoring import leaderboard, score
+    from mig_kit.scoring.result import item_lines, paired_difference, summarize
 
     if items and benchmark.lower() == "odinw":
         raise ValueError("OdinW's AP is no mean over items, so there are none to write; leave --items out")
-    settings = {"frame": frame, "images": images, "view": View(min_pixels, max_pixels), "allow_missing": allow_missing}
+    settings = {"frame": frame, "images": images, "box_format": BoxFormat(min_pixels, max_pixels), "allow_missing": allow_missing}
     name = benchmark.lower().replace("-", "_")
     for path in (out, items):
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
             raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
     header, scored = score.score_files(name, annotations, predictions, protocol, **settings)
-    result = {**header, "predictions": Path(predictions).name, **score.summary(scored)}
+    result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
     if compare:
         other = score.score_files(name, annotations, compare, protocol, **settings)[1]
-        both = score.summary(other)
+        both = summarize(other)
         result["compare"] = {"predictions": Path(compare).name, "tasks": both["tasks"], "avg": both["avg"],
-                             "problems": both["problems"], "difference": score.difference(scored, other)}
-    click.echo(leaderboard.table(result))
+                             "problems": both["problems"], "difference": paired_difference(scored, other)}
+    click.echo(leaderboard.score_markdown(result))
     if items:
-        Path(items).write_text("".join(json.dumps(line) + "\n" for line in score.item_lines(scored)))
+        Path(items).write_text("".join(json.dumps(line) + "\n" for line in item_lines(scored)))
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
@@ -304,10 +309,11 @@ def score(benchmark: str, annotations: str, predictions: str, compare: str | Non
 @click.argument("question")
 def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, frame: str, question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and save the picture with the box."""
-    from mig_kit import models, plots, sft
+    from mig_kit import plots
+    from mig_kit.engine import models, sampling
     from mig_kit.image_files import BadImage, open_rgb
-    from mig_kit.prompts import box_in_original, parse
-    from mig_kit.records import Sample
+    from mig_kit.prompts import parse_reply, reply_box_in_original
+    from mig_kit.sample import Sample
 
     opened = []
     for path in images:
@@ -315,18 +321,18 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, f
             opened.append(open_rgb(Path(path)))
         except BadImage as error:
             raise ValueError(f"--image {path}: {error}") from error
-    hw, view, model = models.hardware(), View(frame=frame), models.resolve(model)
-    processor = models.load_processor(model, view)
+    hw, box_format, model = models.choose_hardware(), BoxFormat(frame=frame), models.resolve_model(model)
+    processor = models.load_processor(model, box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question)
-    reply = sft.greedy_replies(models.load_model(model, hw), processor, [sample], hw, view, max_new_tokens)[0]
-    read, box = parse(reply), box_in_original(sample, parse(reply), view)
+    reply = sampling.greedy_replies(models.load_model(model, hw), processor, [sample], hw, box_format, max_new_tokens)[0]
+    read, box = parse_reply(reply), reply_box_in_original(sample, parse_reply(reply), box_format)
     click.echo(f"reasoning: {read.thinking or '-'}")
     if box is None:
         click.echo(f"no box; the model said: {reply}")
         return
     click.echo(f"image: {read.image} ({images[read.image - 1]})")
     click.echo("box: " + ", ".join(f"{v:.0f}" for v in box) + " (xyxy, pixels of that image)")
-    plots.strip(sample, reply, view, 320).save(Path(out))
+    plots.draw_sample(sample, reply, box_format, 320).save(Path(out))
     click.echo(f"picture: {out}")
 
 
@@ -341,10 +347,10 @@ def data() -> None:
 @click.option("--show", default=100, show_default=True, help="How many wrong lines to print.")
 def check(file: Path, root: Path | None, show: int) -> None:
     """Say line by line what is wrong with FILE, a JSONL of your own data (format: mig_kit/own_data.py)."""
-    from mig_kit import own_data
+    from mig_kit.data import own_data
 
     total = bad = 0
-    for number, wrong in own_data.check(file, root or file.parent):
+    for number, wrong in own_data.check_file(file, root or file.parent):
         total += 1
         bad += bool(wrong)
         if wrong and bad <= show:
@@ -362,24 +368,24 @@ def check(file: Path, root: Path | None, show: int) -> None:
 @click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200), help="How many questions, from the top.")
 def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
     """Draw the boxes of FILE's first questions on their images."""
-    from mig_kit import own_data
+    from mig_kit.data import own_data
 
-    drawn = own_data.preview(own_data.samples(file, root or file.parent, count), out)
+    drawn = own_data.write_preview(own_data.iter_samples(file, root or file.parent, count), out)
     click.echo(f"{drawn} questions drawn: {out}")
 
 
-@data.command()
+@data.command("mgrounding")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--root", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="Where the archives were unpacked.")
 @click.option("--unstated", nargs=2, multiple=True, type=(str, int), metavar="SUBSET IMAGE",
               help="Image number to take in a subset whose answers name none.")
 @click.option("--limit", type=int, help="Stop after so many questions.")
-def mgrounding(file: Path, root: Path, unstated, limit: int | None) -> None:
+def mgrounding_command(file: Path, root: Path, unstated, limit: int | None) -> None:
     """Read FILE, MGrounding-630k's annotations, and say what is kept and what is left out, and why."""
-    from mig_kit import mgrounding
+    from mig_kit.data import mgrounding
 
-    report = mgrounding.check(file, root, dict(unstated), limit)
+    report = mgrounding.check_annotations(file, root, dict(unstated), limit)
     click.echo(report.text())
     if not report.kept:
         raise click.exceptions.Exit(1)
@@ -394,10 +400,10 @@ def duplicates(train: Path, held_out: Path, bits: int, limit: int | None) -> Non
     """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1 if there are any."""
     from mig_kit import image_files
 
-    report = image_files.Report()
-    hashes = [image_files.perceptual_hashes(image_files.opened(folder, report, limit)) for folder in (train, held_out)]
+    report = image_files.SkipReport()
+    hashes = [image_files.perceptual_hashes(image_files.iter_images(folder, report, limit)) for folder in (train, held_out)]
     found = 0
-    for name, other, distance in image_files.near_duplicates(*hashes, bits):
+    for name, other, distance in image_files.find_near_duplicates(*hashes, bits):
         found += 1
         click.echo(f"{train / name}\t{held_out / other}\t{distance} bits")
     click.echo(f"{len(hashes[0][0])} against {len(hashes[1][0])} images: {found} pairs within {bits} bits")

@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 100_000_000
-KINDS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class BadImage(ValueError):
@@ -27,7 +29,7 @@ class BadImage(ValueError):
 
 
 @dataclass
-class Report:
+class SkipReport:
     """What was left out of a data set, and why. named: how many names are kept per reason."""
 
     read: int = 0
@@ -50,7 +52,7 @@ class Report:
         return "\n".join(lines)
 
 
-def confined(root: Path, name: str) -> Path:
+def resolve_under_root(root: Path, name: str) -> Path:
     """The path of `name` under `root`, whether it exists or not; BadImage if it is, or leads, anywhere else."""
     pure = PurePosixPath(name)
     if not name or "\0" in name or "\\" in name or pure.is_absolute() or ".." in pure.parts or not pure.parts:
@@ -66,10 +68,10 @@ def confined(root: Path, name: str) -> Path:
 
 
 # what Pillow's readers raise for broken files; those of AVIF, DDS and JPEG 2000 the last two
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RuntimeError, MemoryError)
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RuntimeError, MemoryError)
 
 
-def is_file(path: Path) -> bool:
+def is_regular_file(path: Path) -> bool:
     """True for a readable regular file; a name the file system cannot hold is no file."""
     try:
         return path.is_file()
@@ -77,14 +79,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def read_size(path: Path) -> tuple[int, int]:
     """(width, height), pixels, from the header alone; BadImage if it is missing, no image, over MAX_PIXELS or too long."""
-    if not is_file(path):
+    if not is_regular_file(path):
         raise BadImage("missing image", f"{path.name!r} is not there")
     try:
         with Image.open(path) as image:
             width, height = image.size
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         raise BadImage("unreadable image", f"{path.name!r} is no readable image: give a PNG or JPEG file") from error
     if width * height > MAX_PIXELS or max(width, height) > 200 * min(width, height):
         raise BadImage("image shape", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL takes sides up to 200 to 1, and the "
@@ -94,11 +96,11 @@ def size_of(path: Path) -> tuple[int, int]:
 
 def open_rgb(path: Path) -> Image.Image:
     """The image, decoded, RGB; BadImage as `size_of`. Orientation tags are not applied: boxes mean stored pixels."""
-    size_of(path)
+    read_size(path)
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         raise BadImage("unreadable image", f"{path.name!r} is cut or broken; copy it again") from error
 
 
@@ -111,7 +113,7 @@ def perceptual_hashes(images: Iterable[tuple[str, Image.Image]]) -> tuple[list[s
     return names, np.array(hashes, dtype=np.uint64)
 
 
-def near_duplicates(train: tuple[list[str], np.ndarray], held_out: tuple[list[str], np.ndarray], bits: int = 4
+def find_near_duplicates(train: tuple[list[str], np.ndarray], held_out: tuple[list[str], np.ndarray], bits: int = 4
                     ) -> Iterator[tuple[str, str, int]]:
     """(training name, evaluation name, distance) of every pair whose hashes differ in at most `bits` of 64 bits.
 
@@ -124,13 +126,13 @@ def near_duplicates(train: tuple[list[str], np.ndarray], held_out: tuple[list[st
             yield name, held_out[0][index], int(distance[index])
 
 
-def opened(folder: Path, report: Report, limit: int | None = None) -> Iterator[tuple[str, Image.Image]]:
+def iter_images(folder: Path, report: SkipReport, limit: int | None = None) -> Iterator[tuple[str, Image.Image]]:
     """(name below the folder, RGB image) of its image files in name order; what cannot be opened is counted in the report."""
-    found = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in KINDS)
+    found = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
     for path in islice(found, limit):
         name = path.relative_to(folder).as_posix()
         try:
-            image = open_rgb(confined(folder, name))
+            image = open_rgb(resolve_under_root(folder, name))
         except BadImage as bad:
             report.add(bad.reason, name)
             continue

@@ -4,16 +4,20 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from PIL import Image, ImageDraw, ImageFont
 
-from mig_kit.frames import QWEN2_5, Box, View
-from mig_kit.prompts import box_in_original, parse
-from mig_kit.records import Sample
+from mig_kit.boxes import QWEN2_5, Box, BoxFormat
+from mig_kit.prompts import parse_reply, reply_box_in_original
+from mig_kit.sample import Sample
 
 SYSTEM_COLOURS = {"base": "#999999", "sft": "#E69F00", "grpo": "#0072B2", "sft_long": "#CC79A7"}
+
+
 SIDE_COLOURS = {"stock": "#999999", "kit": "#0072B2"}
+
+
 TARGET, PREDICTED, REFERENCE = "#009E73", "#D55E00", "#CC00CC"
 
 
-def style() -> None:
+def set_style() -> None:
     """The look of all figures; call once per notebook."""
     sns.set_theme(style="whitegrid", context="notebook", rc={"figure.figsize": (8, 3.2), "figure.dpi": 110})
 
@@ -28,13 +32,13 @@ def _dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str, width: int, step: i
             pen.line((x, start, x, min(start + step // 2, y2)), fill=colour, width=width)
 
 
-def strip(sample: Sample, reply: str = "", view: View = QWEN2_5, height: int = 200) -> Image.Image:
+def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat = QWEN2_5, height: int = 200) -> Image.Image:
     """All images of a sample side by side, numbered: target solid green, the reply's box dashed orange, reference pink.
 
     height: of the pictures, pixels.
     """
-    read = parse(reply)
-    predicted = box_in_original(sample, read, view) if reply else None
+    read = parse_reply(reply)
+    predicted = reply_box_in_original(sample, read, box_format) if reply else None
     tiles = []
     for number, image in enumerate(sample.images, 1):
         scale = height / image.height
@@ -62,7 +66,7 @@ def strip(sample: Sample, reply: str = "", view: View = QWEN2_5, height: int = 2
     return sheet
 
 
-def bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None, palette=None, interval: str | None = None):
+def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None, palette=None, interval: str | None = None):
     """A bar per row; interval: the key of a [low, high] pair drawn as an error bar. Returns the figure."""
     import pandas as pd
 
@@ -90,7 +94,7 @@ def bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None, p
     return figure
 
 
-def curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step"):
+def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step"):
     """One small panel per name over x; a faint line for the values, a strong one for their running mean over `smooth`."""
     import pandas as pd
 
@@ -113,7 +117,7 @@ def curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: s
     return figure
 
 
-def stacked(counts: dict[str, dict[str, int]], title: str):
+def plot_stacked(counts: dict[str, dict[str, int]], title: str):
     """Horizontal stacked bars: a bar per outer key, a piece per inner key that counts anything."""
     import pandas as pd
 
@@ -129,7 +133,7 @@ def stacked(counts: dict[str, dict[str, int]], title: str):
     return figure
 
 
-def speedup(rows: list[dict], title: str):
+def plot_speedup(rows: list[dict], title: str):
     """Four panels over images' tokens, replies, tokens of a reply and prompts; a line per stage. rows: of `benchmark.sweep`."""
     import pandas as pd
 

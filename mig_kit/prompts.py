@@ -9,11 +9,13 @@ import math
 import re
 from dataclasses import dataclass
 
-from mig_kit.frames import QWEN2_5, Box, View, to_model, to_original
-from mig_kit.records import Sample
+from mig_kit.boxes import QWEN2_5, Box, BoxFormat, to_model_box, to_original_box
+from mig_kit.sample import Sample
 
-GROUNDING = 'Think in <think></think>, then answer <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
-CHOICE = "Think in <think></think>, then answer with the letter in <answer></answer>."
+GROUNDING_INSTRUCTION = 'Think in <think></think>, then answer <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
+
+
+CHOICE_INSTRUCTION = "Think in <think></think>, then answer with the letter in <answer></answer>."
 
 
 @dataclass(frozen=True)
@@ -32,36 +34,36 @@ class Reply:
     names_none: bool = False
 
 
-def box_text(box: Box) -> str:
+def format_box(box: Box) -> str:
     """A box as the model reads and writes it: whole numbers, no spaces."""
     return "[" + ",".join(str(round(v)) for v in box) + "]"
 
 
-def answer_text(image: int, box: Box) -> str:
+def format_answer(image: int, box: Box) -> str:
     """The JSON inside <answer>; box in the model's frame of the image numbered `image`."""
-    return f'{{"image": {image}, "box": {box_text(box)}}}'
+    return f'{{"image": {image}, "box": {format_box(box)}}}'
 
 
-def question_text(sample: Sample, view: View = QWEN2_5) -> str:
+def format_question(sample: Sample, box_format: BoxFormat = QWEN2_5) -> str:
     """The question with its reference box in the model's frame, its options, and the instruction."""
     text = sample.question
     if sample.reference:
-        text = text.replace("{ref}", box_text(to_model(sample.reference, sample.sizes[0], view)))
+        text = text.replace("{ref}", format_box(to_model_box(sample.reference, sample.sizes[0], box_format)))
     if sample.options:
         text += "".join(f" {letter}. {option}" for letter, option in zip("ABCDEFGH", sample.options))
-    return f"{text} {CHOICE if sample.options else GROUNDING}"
+    return f"{text} {CHOICE_INSTRUCTION if sample.options else GROUNDING_INSTRUCTION}"
 
 
-def messages(sample: Sample, view: View = QWEN2_5) -> list[dict]:
+def chat_messages(sample: Sample, box_format: BoxFormat = QWEN2_5) -> list[dict]:
     """The conversational prompt: every image announced by its number, in order, then the question."""
     content = []
     for number in range(1, len(sample.images) + 1):
         content += [{"type": "text", "text": f"Image {number}: "}, {"type": "image"}]
-    content.append({"type": "text", "text": question_text(sample, view)})
+    content.append({"type": "text", "text": format_question(sample, box_format)})
     return [{"role": "user", "content": content}]
 
 
-def parse(text: str) -> Reply:
+def parse_reply(text: str) -> Reply:
     """Read a reply; never raises. An answer that names several boxes, or two <answer> blocks, counts as none."""
     thinking = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
     blocks = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
@@ -93,8 +95,8 @@ def _read_box(block: str) -> tuple[int | None, Box | None]:
     return image, tuple(float(v) for v in box)
 
 
-def box_in_original(sample: Sample, reply: Reply, view: View = QWEN2_5) -> Box | None:
+def reply_box_in_original(sample: Sample, reply: Reply, box_format: BoxFormat = QWEN2_5) -> Box | None:
     """The reply's box in pixels of the original of the image it names; None without box or with no such image."""
     if reply.box is None or reply.image is None or not 1 <= reply.image <= len(sample.images):
         return None
-    return to_original(reply.box, sample.sizes[reply.image - 1], view)
+    return to_original_box(reply.box, sample.sizes[reply.image - 1], box_format)

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
-from mig_kit import runs
+from mig_kit.common import PROCESS_ENVIRONMENT
+from mig_kit.engine import models
+from mig_kit.world.tasks import TASKS, make_sample
 
-for name, value in runs.ENVIRONMENT.items():
+for name, value in PROCESS_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
 import pytest  # noqa: E402
@@ -15,8 +17,8 @@ from filelock import FileLock  # noqa: E402
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
-from mig_kit import models, vision  # noqa: E402
-from mig_kit.tasks import TASKS, make  # noqa: E402
+  # noqa: E402
+  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +54,7 @@ def random_folder(tmp_path_factory, processor):
     """A folder with a random model of some 200,000 parameters, loadable like any other."""
     folder = tmp_path_factory.mktemp("random") / "model"
     torch.manual_seed(0)
-    shape = vision.config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
+    shape = models.tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
     model = Qwen2_5_VLForConditionalGeneration._from_config(shape)
     for parameter in model.model.language_model.parameters():  # livelier than the default, so that differences show
         if parameter.ndim > 1:
@@ -85,7 +87,7 @@ def smoke_runs(tmp_path_factory):
 def relatives(tmp_path_factory, processor):
     """Folders with random models of the two families that write boxes in thousandths, by model_type."""
     root, folders = tmp_path_factory.mktemp("relatives"), {}
-    text = vision.config(640, hidden=64, layers=2).text_config.to_dict()
+    text = models.tiny_config(640, hidden=64, layers=2).text_config.to_dict()
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id")
     tokens = dict(image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4, tie_word_embeddings=True)
@@ -117,4 +119,4 @@ def random_model(random_folder, float32):
 @pytest.fixture(scope="session")
 def samples():
     """One sample per task: 2 to 6 images, several sizes, with and without reference boxes."""
-    return [make(task, "val", 3) for task in TASKS]
+    return [make_sample(task, "val", 3) for task in TASKS]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
-from mig_kit import attention, models
-from mig_kit.prompts import messages
-from mig_kit.tasks import make
+from mig_kit.engine import attention, models
+from mig_kit.prompts import chat_messages
+from mig_kit.world.tasks import make_sample
 
 FUTURE = torch.ones(7, 12).tril(5).bool()[None, None].expand(2, 1, 7, 12)
 PADDED = FUTURE & (torch.arange(12) >= torch.tensor([0, 8])[:, None])[:, None, None]  # the second row's first tokens see nothing
@@ -136,8 +136,8 @@ def test_the_first_layer_of_the_tower_is_its_convolution():
 
 
 def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float32, processor):
-    samples = [make("refer_grounding", "val", 0), make("object_tracking", "val", 0)]
-    texts = [processor.apply_chat_template(messages(s), tokenize=False) for s in samples]
+    samples = [make_sample("refer_grounding", "val", 0), make_sample("object_tracking", "val", 0)]
+    texts = [processor.apply_chat_template(chat_messages(s), tokenize=False) for s in samples]
     batch = processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
     there, found = batch["attention_mask"].bool(), []
     assert not there.all()
@@ -157,4 +157,4 @@ def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float3
 
 def test_every_cpu_uses_it():
     expected = "sdpa" if torch.cuda.is_available() else attention.NAME
-    assert models.hardware("bfloat16").attention == models.hardware("float32").attention == expected
+    assert models.choose_hardware("bfloat16").attention == models.choose_hardware("float32").attention == expected

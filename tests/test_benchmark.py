@@ -5,24 +5,24 @@ import time
 import pytest
 import torch
 
-from mig_kit import benchmark
-from mig_kit.benchmark import Load
+from mig_kit.speed import benchmark
+from mig_kit.speed.benchmark import Workload
 
 
 def test_questions_have_images_of_one_size():
-    made = benchmark.questions(Load(images=3, side=112), 2)
+    made = benchmark.make_questions(Workload(images=3, side=112), 2)
     assert [image.size for image in made[1].images] == [(112, 112)] * 3 and made[0].id != made[1].id
-    assert benchmark.questions(Load(images=3, side=112), 2)[0].question == made[0].question
+    assert benchmark.make_questions(Workload(images=3, side=112), 2)[0].question == made[0].question
 
 
 def test_some_questions_are_about_the_same_images():
-    made = benchmark.questions(Load(images=2, side=56), 10, alike=5)
+    made = benchmark.make_questions(Workload(images=2, side=56), 10, alike=5)
     assert len({s.question for s in made[:5]}) == 5 == len({s.question for s in made[5:]})
     assert [s.images[0] is made[0].images[0] for s in made] == [True] * 5 + [False] * 5
 
 
 def test_turns_are_timed(float32):
-    found = benchmark.side_by_side(lambda: time.sleep(0.03), lambda: time.sleep(0.01), 3, float32)
+    found = benchmark.compare_times(lambda: time.sleep(0.03), lambda: time.sleep(0.01), 3, float32)
     assert 1.5 < found["ratio"] < 4 and found["stock_spread"][0] >= 0.03 and found["kit_spread"][1] >= found["kit_s"]
 
 
@@ -49,8 +49,8 @@ def test_minimal_work_by_hand(random_model):
 
 @pytest.mark.slow
 def test_both_sides_do_the_same(tmp_path, random_folder, float32):
-    load = Load(images=2, group=4, tokens=6, side=84, prompts=2)
-    pair = benchmark.Pair(random_folder, float32, load, tmp_path)
+    load = Workload(images=2, group=4, tokens=6, side=84, prompts=2)
+    pair = benchmark.TrainerPair(random_folder, float32, load, tmp_path)
     for share in (False, True):
         batch = pair.rollout(share)
         assert batch["completion_mask"].sum().item() == 2 * 4 * 6, "a reply ended early"
@@ -58,12 +58,12 @@ def test_both_sides_do_the_same(tmp_path, random_folder, float32):
         pair.step(share)
         after = [p for p in pair.trainers[share].model.parameters() if p.requires_grad]
         assert any(not torch.equal(a, b) for a, b in zip(before, after))
-    assert benchmark.Pair(random_folder, float32, load, tmp_path / "b").gradient_error(pair.batches()) < 1e-4
+    assert benchmark.TrainerPair(random_folder, float32, load, tmp_path / "b").gradient_error(pair.batches()) < 1e-4
 
 
 @pytest.mark.slow
 def test_headline_compares_all_six(tmp_path, random_folder, float32):
-    found = benchmark.headline(random_folder, float32, Load(2, 2, 4, 56, 1), tmp_path, 1)
+    found = benchmark.run_headline(random_folder, float32, Workload(2, 2, 4, 56, 1), tmp_path, 1)
     assert all(found[name]["stock_s"] > 0 and found[name]["kit_s"] > 0 for name in benchmark.STAGES)
     assert found["grad_rel_error"] < 1e-4 and set(found["peak_mem_mb"]) == {"stock", "kit"}
     assert found["prompt_tokens"] > 8
@@ -77,7 +77,7 @@ def test_no_point_of_the_speed_up_is_cut_off():
              {**usual, "prompts": 4}]
     ratios = (5.0, 2.0, 9.4, 8.4, 8.0)
     rows = [{**load, "stage": stage, "ratio": ratio} for load, ratio in zip(loads, ratios) for stage in ("rollout", "train")]
-    axes = plots.speedup(rows, "Times as fast").axes
+    axes = plots.plot_speedup(rows, "Times as fast").axes
     assert all(axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 9.4 for axis in axes)
     drawn = [sorted({float(x) for line in axis.get_lines()[:2] for x in line.get_xdata()}) for axis in axes]
     assert drawn == [[277, 1292], [8, 16], [16, 64], [1, 4]]

@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from mig_kit import cli as cli_module
-from mig_kit import runs
 from mig_kit.cli import cli
-from mig_kit.tasks import make
+from mig_kit.common import PROCESS_ENVIRONMENT, PROJECT_ROOT
+from mig_kit.pipeline import store
+from mig_kit.world.tasks import make_sample
 
 
 def call(*words, **environment):
@@ -28,9 +29,9 @@ def test_help():
 
 def test_bench_starts_anew_on_the_heap_that_stages_have():
     code = "import os; print(os.environ.get('MALLOC_TOP_PAD_'), flush=True); from mig_kit.cli import main; main()"
-    bare = {name: value for name, value in os.environ.items() if name not in runs.ENVIRONMENT}
+    bare = {name: value for name, value in os.environ.items() if name not in PROCESS_ENVIRONMENT}
     result = subprocess.run([sys.executable, "-c", code, "bench", "--repeats", "0"], capture_output=True, text=True, env=bare)
-    assert result.stdout.split() == ["None", runs.ENVIRONMENT["MALLOC_TOP_PAD_"]] and result.returncode == 2
+    assert result.stdout.split() == ["None", PROCESS_ENVIRONMENT["MALLOC_TOP_PAD_"]] and result.returncode == 2
 
 
 @pytest.mark.parametrize("words,sentence", [
@@ -59,9 +60,9 @@ def test_all_stages_are_checked_before_the_first_runs(tmp_path):
 
 
 def test_a_copied_profile_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
-    shutil.copytree(runs.ROOT / "params", tmp_path / "params")
-    shutil.copytree(runs.ROOT / "params" / "qwen2_5_vl_7b", tmp_path / "params" / "mine")
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    shutil.copytree(PROJECT_ROOT / "params", tmp_path / "params")
+    shutil.copytree(PROJECT_ROOT / "params" / "qwen2_5_vl_7b", tmp_path / "params" / "mine")
+    monkeypatch.setattr(store, "PROJECT_ROOT", tmp_path)
     assert cli_module.chosen_params("00_preflight", "mine", "a", {})["profile"] == "mine"
     assert "profile" not in cli_module.chosen_params("05_grpo", "mine", "a", {"learning_rate": "1e-5"})
     assert cli_module.chosen_params("05_grpo", "mine", "a", {"learning_rate": "1e-5"})["learning_rate"] == 1e-5
@@ -91,14 +92,14 @@ def test_an_unreadable_image(tmp_path):
 
 
 def test_a_model_that_is_nowhere_is_one_sentence(tmp_path):
-    make("refer_grounding", "val", 0).images[0].save(tmp_path / "a.png")
+    make_sample("refer_grounding", "val", 0).images[0].save(tmp_path / "a.png")
     result = call("ground", "--model", "tinny", "--image", str(tmp_path / "a.png"), "Where?", HF_HUB_OFFLINE="1")
     assert "there is no folder tinny" in result.stderr and "Traceback" not in result.stderr and result.returncode
 
 
 @pytest.mark.slow
 def test_ground_answers(tmp_path):
-    sample = make("refer_grounding", "val", 0)
+    sample = make_sample("refer_grounding", "val", 0)
     paths = []
     for number, image in enumerate(sample.images):
         image.save(tmp_path / f"{number}.png")

@@ -3,8 +3,9 @@
 import pytest
 from click.testing import CliRunner
 
-from mig_kit import compare, runs
 from mig_kit.cli import cli
+from mig_kit.common import write_json
+from mig_kit.pipeline import compare
 
 
 @pytest.fixture
@@ -14,8 +15,8 @@ def two_runs(tmp_path, monkeypatch):
         folder = tmp_path / run_id / "02_sft"
         folder.mkdir(parents=True)
         many = dict.fromkeys(map(str, range(99)), seed)
-        runs.write_json(folder / "metrics.json", {"loss": {"last": score}, "steps": 7, "curve": [1, 2], "rates": many})
-        runs.write_json(folder / "run.json", {
+        write_json(folder / "metrics.json", {"loss": {"last": score}, "steps": 7, "curve": [1, 2], "rates": many})
+        write_json(folder / "run.json", {
             "params": {"run_id": run_id, "seed": seed, "epochs": 2.0},
             "inputs": {"01_synthesize": {"cot.parquet": f"{seed}" * 64, "started.json": run_id}},
             "versions": {"torch": "2.13.0"}, "machine": "x", "hardware": "CPU", "git": "", "outputs": {}})
@@ -23,15 +24,15 @@ def two_runs(tmp_path, monkeypatch):
 
 
 def test_only_what_differs_is_named(two_runs):
-    found = {(row["what"], row["name"]): (row["a"], row["b"]) for row in compare.differences("a", "b")}
+    found = {(row["what"], row["name"]): (row["a"], row["b"]) for row in compare.list_differences("a", "b")}
     assert found == {("parameter", "seed"): (0, 1), ("input", "01_synthesize/cot.parquet"): ("00000000", "11111111"),
                      ("metric", "loss.last"): (41.5, 43.0)}
-    assert compare.differences("a", "a") == []
+    assert compare.list_differences("a", "a") == []
 
 
 def test_a_stage_that_only_one_run_has(two_runs):
     (two_runs / "b" / "02_sft" / "run.json").unlink()
-    assert compare.differences("a", "b") == [{"stage": "02_sft", "what": "stage", "name": "finished", "a": True, "b": False}]
+    assert compare.list_differences("a", "b") == [{"stage": "02_sft", "what": "stage", "name": "finished", "a": True, "b": False}]
 
 
 def test_the_command(two_runs):

@@ -18,15 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mig_kit import endpoint, trace_filter
-from mig_kit.frames import View, rescale, to_model
-from mig_kit.prompts import answer_text
-from mig_kit.suites import make_free_form
-from mig_kit.tasks import TASKS, make
-from mig_kit.teacher import Trace
+from mig_kit import filters
+from mig_kit.boxes import BoxFormat, rescale_box, to_model_box
+from mig_kit.data import endpoint
+from mig_kit.prompts import format_answer
+from mig_kit.sample import Trace
+from mig_kit.world.suites import make_free_form
+from mig_kit.world.tasks import TASKS, make_sample
 
-VIEW = View()
-SAMPLE = make("diff", "cot", 1)
+VIEW = BoxFormat()
+SAMPLE = make_sample("diff", "cot", 1)
 
 
 def completion(reply="<think>so</think><answer>x</answer>", **usage):
@@ -101,7 +102,7 @@ def serve():
 
 def some(n=3):
     tasks = list(TASKS)
-    return [make(tasks[i % len(tasks)], "cot", i) for i in range(n)]
+    return [make_sample(tasks[i % len(tasks)], "cot", i) for i in range(n)]
 
 
 def settings_of(server, **keys):
@@ -109,7 +110,7 @@ def settings_of(server, **keys):
 
 
 def ask(server, path, samples, **keys):
-    return asyncio.run(endpoint.traces(samples, settings_of(server, **keys), path))
+    return asyncio.run(endpoint.request_traces(samples, settings_of(server, **keys), path))
 
 
 def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
@@ -117,10 +118,10 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
     path, samples = tmp_path / "calls.jsonl", some(6)
     for _ in range(2):
         traces, direct = ask(server, path, iter([*samples, samples[0]]))
-        assert [t.text for t in traces] == [endpoint.prompt_text(s, "trace", VIEW) for s in [*samples, samples[0]]]
-        assert direct == [endpoint.prompt_text(s, "direct", VIEW) for s in [*samples, samples[0]]]
+        assert [t.text for t in traces] == [endpoint.teacher_prompt(s, "trace", VIEW) for s in [*samples, samples[0]]]
+        assert direct == [endpoint.teacher_prompt(s, "direct", VIEW) for s in [*samples, samples[0]]]
         assert server.total == 12  # once each, the sample that is there twice and the second run included
-    assert endpoint.usage(path, price_in=2.0, price_out=30.0) == {
+    assert endpoint.summarize_usage(path, price_in=2.0, price_out=30.0) == {
         "calls": 12, "failed": 0, "attempts": 12, "prompt_tokens": 1200, "completion_tokens": 120, "without_counts": 0,
         "cost": 0.006}
     ask(server, path, samples, model="other")
@@ -157,7 +158,7 @@ def test_a_cut_connection_is_tried_once_more(serve, tmp_path):
     threading.Thread(target=drop, daemon=True).start()
     keys = {"url": f"http://127.0.0.1:{port}/v1", "model": "m", "first_wait": 0.01, "attempts": 3, "concurrency": 1}
     call = endpoint.make_call(some(1)[0], "trace", endpoint.Endpoint(**keys), VIEW)
-    assert asyncio.run(endpoint.ask(endpoint.Endpoint(**keys), [call], tmp_path / "calls.jsonl")) == {} and len(seen) == 3
+    assert asyncio.run(endpoint.ask_all(endpoint.Endpoint(**keys), [call], tmp_path / "calls.jsonl")) == {} and len(seen) == 3
     listener.close()
 
 
@@ -165,7 +166,7 @@ def test_no_token_counts_are_no_tokens(serve, tmp_path):
     plans = iter([{"prompt_tokens": None}, {"prompt_tokens": "7"}, {"prompt_tokens": -7}, {"prompt_tokens": True}])
     server = serve(lambda nth, body: (200, completion(**next(plans))))
     ask(server, tmp_path / "c", some(2), concurrency=1)
-    found = endpoint.usage(tmp_path / "c", 1.0, 1.0)
+    found = endpoint.summarize_usage(tmp_path / "c", 1.0, 1.0)
     assert server.total == 4 and found["without_counts"] == 4 and found["prompt_tokens"] == 0 and found["completion_tokens"] == 40
 
 
@@ -196,7 +197,7 @@ def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):
     server = serve(lambda nth, body: (500, b"") if broken[0] else (200, completion()))
     traces, direct = ask(server, tmp_path / "c", some(2), attempts=3)
     assert server.total == 12 and direct == ["", ""] and all(t.error for t in traces)
-    assert trace_filter.verdict(traces[0], direct[0], some(1)[0]) == "no reply" and endpoint.usage(tmp_path / "c")["calls"] == 0
+    assert filters.drop_reason_of_model_teacher(traces[0], direct[0], some(1)[0]) == "no reply" and endpoint.summarize_usage(tmp_path / "c")["calls"] == 0
     broken[0] = False
     traces, _ = ask(server, tmp_path / "c", some(2), attempts=3)
     assert server.total == 16 and not any(t.error for t in traces)
@@ -207,7 +208,7 @@ def test_a_refused_request_is_not_repeated(serve, tmp_path):
     for _ in range(2):
         traces, direct = ask(server, tmp_path / "c", some(2))
         assert server.total == 4 and all("too many images" in t.error for t in traces) and all(direct)
-    assert endpoint.usage(tmp_path / "c")["failed"] == 2
+    assert endpoint.summarize_usage(tmp_path / "c")["failed"] == 2
 
 
 def test_refusals_by_a_server_that_refuses_everything_are_not_kept(serve, tmp_path):
@@ -215,7 +216,7 @@ def test_refusals_by_a_server_that_refuses_everything_are_not_kept(serve, tmp_pa
     server = serve(lambda nth, body: (400, {"error": "unknown field"}) if wrong[0] else (200, completion()))
     with pytest.raises(RuntimeError, match="10 calls in a row failed.*unknown field"):
         ask(server, tmp_path / "c", some(30), concurrency=1)
-    assert server.total == 10 and endpoint.usage(tmp_path / "c")["calls"] == 0
+    assert server.total == 10 and endpoint.summarize_usage(tmp_path / "c")["calls"] == 0
     wrong[0] = False
     assert not any(t.error for t in ask(server, tmp_path / "c", some(6))[0]) and server.total == 22
 
@@ -293,10 +294,10 @@ def test_killed_and_resumed_no_finished_call_is_repeated(serve, tmp_path):
     assert 5 <= done < 20 and before - done <= 3  # at most the calls under way
     with path.open("ab") as file:
         file.write(b'{"key": "cut')  # as if the kill had met a write
-    samples = [make("diff", "cot", i) for i in range(10)]
+    samples = [make_sample("diff", "cot", i) for i in range(10)]
     traces, direct = ask(server, path, samples, concurrency=3)
     assert server.total == before + 20 - done and all(direct) and not any(t.error for t in traces)
-    assert path.read_bytes().count(b"\n") == 20 == endpoint.usage(path)["calls"]
+    assert path.read_bytes().count(b"\n") == 20 == endpoint.summarize_usage(path)["calls"]
 
 
 def test_a_broken_log_and_a_log_in_use(serve, tmp_path):
@@ -325,22 +326,22 @@ def test_settings_that_cannot_be(keys):
 
 def test_what_is_sent(serve, tmp_path):
     server = serve(lambda nth, body: (200, completion()))
-    sample = make("refer_grounding", "cot", 1)
+    sample = make_sample("refer_grounding", "cot", 1)
     ask(server, tmp_path / "c", [sample], max_tokens=77, token_field="max_completion_tokens", concurrency=1)
     trace, direct = server.bodies
     assert trace["model"] == "m" and trace["max_completion_tokens"] == 77 and "max_tokens" not in trace
     number, box = sample.targets[0]
-    answer = answer_text(number, to_model(box, sample.sizes[number - 1]))
+    answer = format_answer(number, to_model_box(box, sample.sizes[number - 1]))
     said = [[part.get("text", "") for part in body["messages"][0]["content"]] for body in (trace, direct)]
     assert answer in said[0][-1] and answer not in "".join(said[1]) and "Do not write coordinates" in said[0][-1]
     assert "<think>" not in said[1][-1] and said[0][0].startswith("Image 1 (")
     pictures = [p for p in trace["messages"][0]["content"] if p["type"] == "image_url"]
     assert len(pictures) == len(sample.images)
     assert all(p["image_url"]["url"].startswith("data:image/jpeg;base64,") for p in pictures)
-    assert len({re.sub("Question.*", "", endpoint.prompt_text(make(t, "cot", 0), "trace", VIEW), flags=re.S) for t in TASKS}) == 4
+    assert len({re.sub("Question.*", "", endpoint.teacher_prompt(make_sample(t, "cot", 0), "trace", VIEW), flags=re.S) for t in TASKS}) == 4
     choice = make_free_form("cot", 1)[0]
-    assert f"answer is {choice.letter}." in endpoint.prompt_text(choice, "trace", VIEW)
-    assert endpoint.prompt_text(choice, "direct", VIEW).endswith(endpoint.DIRECT_CHOICE)
+    assert f"answer is {choice.letter}." in endpoint.teacher_prompt(choice, "trace", VIEW)
+    assert endpoint.teacher_prompt(choice, "direct", VIEW).endswith(endpoint.DIRECT_CHOICE)
     with pytest.raises(ValueError, match="has no target"):
         ask(server, tmp_path / "c", [endpoint.Sample("x", "", "", "", sample.images, "q")])
 
@@ -352,37 +353,37 @@ def test_what_is_sent(serve, tmp_path):
     ("Compare the images. The answer is in image 2.", False),
     ("To find the target, look at image 1 first.", False), ("", False)])
 def test_conclusions_up_front(thinking, expected):
-    assert trace_filter.up_front(thinking) == expected
+    assert filters.concludes_up_front(thinking) == expected
 
 
 def test_given_answers_in_any_frame_are_revealed():
-    sample = make("diff", "cot", 4)
+    sample = make_sample("diff", "cot", 4)
     number, box = sample.targets[0]
     size = sample.sizes[number - 1]
     x1, y1, x2, y2 = (round(v) for v in box)
     for text in (f"({x1},{y1}),({x2},{y2})", f"x1={x1}, y1={y1}, x2={x2}, y2={y2}", f"[{x1}.0, {y1}.0, {x2}.0, {y2}.0]",
-                 "<box>{:.0f} {:.0f} {:.0f} {:.0f}</box>".format(*rescale(box, size, (1000, 1000))),
-                 "{:.3f}, {:.3f}, {:.3f}, {:.3f}".format(*rescale(box, size, (1, 1))), "as in the ground truth",
+                 "<box>{:.0f} {:.0f} {:.0f} {:.0f}</box>".format(*rescale_box(box, size, (1000, 1000))),
+                 "{:.3f}, {:.3f}, {:.3f}, {:.3f}".format(*rescale_box(box, size, (1, 1))), "as in the ground truth",
                  "the provided answer", "The verified answer fits"):
-        assert trace_filter.reveals(f"I see it at {text} there.", sample), text
+        assert filters.reveals_answer(f"I see it at {text} there.", sample), text
     for text in ("image 1, 2, 3 and 4 things", "[900, 900, 950, 950]", "a star at the top", "the answer must be round"):
-        assert not trace_filter.reveals(text, sample), text
+        assert not filters.reveals_answer(text, sample), text
 
 
 @pytest.mark.parametrize("direct,reasoned,expected", [(0.5, 0.6, True), (0.5, 0.59, False), (0.95, 1.0, False), (0.49, 0.5, True),
                                                       (0.0, 0.2, True), (0.0, 0.19, False), (0.3, 0.5, True), (0.6, 0.4, False)])
 def test_gain(direct, reasoned, expected):
-    assert trace_filter.gained(direct, reasoned) == expected
+    assert filters.reasoning_helps(direct, reasoned) == expected
 
 
 def test_each_verdict_of_a_real_teachers_trace():
-    sample = make("diff", "cot", 1)
+    sample = make_sample("diff", "cot", 1)
     number, box = sample.targets[0]
-    seen = to_model(box, sample.sizes[number - 1])
-    answer = f"<answer>{answer_text(number, seen)}</answer>"
+    seen = to_model_box(box, sample.sizes[number - 1])
+    answer = f"<answer>{format_answer(number, seen)}</answer>"
 
     def judged(thinking="Both show a ring.", direct="<answer>no</answer>", end=answer, error=""):
-        return trace_filter.verdict(Trace(f"<think>{thinking}</think>{end}", "endpoint", error), direct, sample)
+        return filters.drop_reason_of_model_teacher(Trace(f"<think>{thinking}</think>{end}", "endpoint", error), direct, sample)
 
     assert judged() == "" and judged(end="") == "format" and judged(error="x") == "no reply" and judged(direct="") == "no reply"
     assert judged(direct=answer) == "no gain" and judged("The answer is in image 2.") == "up front"
@@ -390,7 +391,7 @@ def test_each_verdict_of_a_real_teachers_trace():
     assert judged(end=answer.replace(f": {number},", f": {3 - number},")) == "image"
     choice = make_free_form("cot", 1)[0]
     trace = Trace(f"<think>It shows one.</think><answer>{choice.letter}</answer>", "endpoint", "")
-    assert trace_filter.verdict(trace, "", choice) == ""
+    assert filters.drop_reason_of_model_teacher(trace, "", choice) == ""
 
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -403,13 +404,13 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | 
 @given(st.binary(max_size=60) | values.map(lambda v: json.dumps(v).encode())
        | values.map(lambda v: json.dumps({"choices": [{"message": {"content": v}}], "usage": v}).encode()), st.text(max_size=40))
 def test_any_answer_is_a_completion_or_none(data, text):
-    entry = endpoint.read_completion(data)
+    entry = endpoint.parse_completion(data)
     assert entry is None or isinstance(entry["reply"], str) and all(
         entry[k] is None or entry[k] >= 0 for k in ("prompt_tokens", "completion_tokens"))
     wait = endpoint.retry_after(text)
     assert wait is None or wait >= 0
-    trace_filter.up_front(text)
-    trace_filter.reveals(text, SAMPLE)
+    filters.concludes_up_front(text)
+    filters.reveals_answer(text, SAMPLE)
 
 
 # `transformers serve` as it is installed, but for the processor: transformers' own needs torchvision, the kit's does not.
@@ -427,7 +428,7 @@ main()
 @pytest.mark.slow
 def test_a_real_server_with_the_tiny_base(tmp_path):
     """`transformers serve` answers with the shipped base; its replies, token counts and a second run without a call."""
-    from mig_kit import models
+    from mig_kit.engine import models
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -448,20 +449,20 @@ def test_a_real_server_with_the_tiny_base(tmp_path):
             pytest.skip(f"transformers serve does not start here: {log.read()[-600:]}")
         samples, path = some(3), tmp_path / "calls.jsonl"
         where = endpoint.Endpoint(f"http://127.0.0.1:{port}/v1", str(models.TINY_BASE), max_tokens=60, concurrency=2)
-        traces, direct = asyncio.run(endpoint.traces(samples, where, path))
+        traces, direct = asyncio.run(endpoint.request_traces(samples, where, path))
         assert not any(t.error for t in traces) and any(t.text for t in traces) and any(direct)
-        taken = endpoint.usage(path)
+        taken = endpoint.summarize_usage(path)
         assert taken["calls"] == taken["attempts"] == 6 and taken["without_counts"] == 0
         assert taken["prompt_tokens"] > 6 * 50 and 0 < taken["completion_tokens"] <= 6 * 60
         for trace, other, sample in zip(traces, direct, samples):
-            assert trace_filter.verdict(trace, other, sample) in {"", *endpoint_reasons()}
+            assert filters.drop_reason_of_model_teacher(trace, other, sample) in {"", *endpoint_reasons()}
     finally:
         child.terminate()
         child.wait(20)
-    assert asyncio.run(endpoint.traces(samples, where, path))[0] == traces  # the server is gone: all of it is in the log
+    assert asyncio.run(endpoint.request_traces(samples, where, path))[0] == traces  # the server is gone: all of it is in the log
 
 
 def endpoint_reasons():
-    from mig_kit import synthesize
+    from mig_kit import filters
 
-    return {*synthesize.REASONS, "no reply", "up front", "reveals", "no gain"}
+    return {*filters.DROP_REASONS, "no reply", "up front", "reveals", "no gain"}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
 
-from mig_kit.frames import FRAMES, View, iou, rescale, smart_resize, to_model, to_original
+from mig_kit.boxes import FRAMES, BoxFormat, iou, rescale_box, smart_resize, to_model_box, to_original_box
 
 sides = st.integers(1, 3000)
 boxes = st.tuples(*[st.floats(-50, 500, allow_nan=False) for _ in range(4)])
@@ -43,25 +43,25 @@ def test_smart_resize_by_hand():
 
 def test_frames_of_one_prompt_differ():
     """The same model box means different original boxes in images of different size: the multi-image bug."""
-    assert to_original((0, 0, 42, 42), (90, 80)) == pytest.approx((0, 0, 45, 40))
-    assert to_original((0, 0, 42, 42), (84, 84)) == pytest.approx((0, 0, 42, 42))
+    assert to_original_box((0, 0, 42, 42), (90, 80)) == pytest.approx((0, 0, 45, 40))
+    assert to_original_box((0, 0, 42, 42), (84, 84)) == pytest.approx((0, 0, 42, 42))
 
 
 @given(boxes, st.integers(28, 2000), st.integers(28, 2000), st.sampled_from(sorted(FRAMES)))
 def test_there_and_back(box, width, height, frame):
-    view = View(frame=frame)
-    back = to_original(to_model(box, (width, height), view), (width, height), view)
+    box_format = BoxFormat(frame=frame)
+    back = to_original_box(to_model_box(box, (width, height), box_format), (width, height), box_format)
     assert back == pytest.approx(box, abs=1e-6)
 
 
 def test_thousandths_by_hand():
-    view = View(frame="thousand")
-    assert to_model((10, 20, 30, 40), (200, 80), view) == (50, 250, 150, 500)
-    assert to_original((50, 250, 150, 500), (200, 80), view) == (10, 20, 30, 40)
-    assert to_original((50, 250, 150, 500), (200, 80)) != (10, 20, 30, 40), "read in the wrong frame it is another box"
+    box_format = BoxFormat(frame="thousand")
+    assert to_model_box((10, 20, 30, 40), (200, 80), box_format) == (50, 250, 150, 500)
+    assert to_original_box((50, 250, 150, 500), (200, 80), box_format) == (10, 20, 30, 40)
+    assert to_original_box((50, 250, 150, 500), (200, 80)) != (10, 20, 30, 40), "read in the wrong frame it is another box"
     with pytest.raises(ValueError, match="use resized .* or thousand"):
-        View(frame="percent")
+        BoxFormat(frame="percent")
 
 
 def test_rescale_by_hand():
-    assert rescale((1, 2, 3, 4), (10, 10), (20, 5)) == (2, 1, 6, 2)
+    assert rescale_box((1, 2, 3, 4), (10, 10), (20, 5)) == (2, 1, 6, 2)

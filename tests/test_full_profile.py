@@ -16,9 +16,12 @@ from transformers import AutoConfig, BitsAndBytesConfig, Qwen2TokenizerFast
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit import gpu_memory, models, prompts, sft, vocabulary
-from mig_kit.frames import smart_resize
-from mig_kit.records import Sample
+from mig_kit.boxes import smart_resize
+from mig_kit.build_base import vocabulary
+from mig_kit.engine import models, training
+from mig_kit.prompts import chat_messages, format_answer, format_box, parse_reply
+from mig_kit.sample import Sample
+from mig_kit.speed import gpu_memory
 
 LIMITS = {"shortest_edge": 3136, "longest_edge": 401408}
 QWEN2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
@@ -56,14 +59,14 @@ def on_meta(name: str):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_counts(name):
-    shape = gpu_memory.counted(configuration(name))
+    shape = gpu_memory.count_shape(configuration(name))
     assert shape == gpu_memory.SHAPES[name] and shape.total == MODELS[name][3]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_lands_on_every_language_projection_and_nowhere_else(name):
     with torch.device("meta"):
-        model = get_peft_model(on_meta(name), sft.adapter(64, 128))
+        model = get_peft_model(on_meta(name), training.lora_config(64, 128))
     layers = MODELS[name][1]["num_hidden_layers"]
     assert len(models.check_adapters(model)) == 7 * layers
     assert not any("visual" in name or "lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
@@ -71,8 +74,8 @@ def test_lora_lands_on_every_language_projection_and_nowhere_else(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_four_bit_leaves_the_vision_tower_and_the_head(name):
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=models.FULL_PRECISION)
-    model = replace_with_bnb_linear(on_meta(name), modules_to_not_convert=models.FULL_PRECISION, quantization_config=quantization)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=models.FULL_PRECISION_MODULES)
+    model = replace_with_bnb_linear(on_meta(name), modules_to_not_convert=models.FULL_PRECISION_MODULES, quantization_config=quantization)
     packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
     assert len(packed) == 7 * MODELS[name][1]["num_hidden_layers"]
     assert all(name.startswith("model.language_model.layers.") for name in packed)
@@ -84,7 +87,7 @@ def real_processor():
     if not Path(path).is_file():
         pytest.skip("MIG_KIT_QWEN_TOKENIZER names no tokenizer.json of Qwen2.5")
     tokenizer = Qwen2TokenizerFast(tokenizer_file=path, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    return models.ImageProcessor(Qwen2VLImageProcessorPil(size=LIMITS), tokenizer, chat_template=vocabulary.CHAT_TEMPLATE)
+    return models.StillImageProcessor(Qwen2VLImageProcessorPil(size=LIMITS), tokenizer, chat_template=vocabulary.CHAT_TEMPLATE)
 
 
 def test_the_real_tokenizer_has_the_tokens_the_kit_counts_on(real_processor):
@@ -94,17 +97,17 @@ def test_the_real_tokenizer_has_the_tokens_the_kit_counts_on(real_processor):
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in known} == known
     digits = [tokenizer.encode(str(d)) for d in range(10)]
     assert all(len(ids) == 1 for ids in digits)
-    box = tokenizer.encode(prompts.box_text((10, 205, 1330, 4)))
+    box = tokenizer.encode(format_box((10, 205, 1330, 4)))
     assert [i for i in box if [i] in digits] == [i for d in "1020513304" for i in digits[int(d)]]
-    answer = f"<think>so</think><answer>{prompts.answer_text(3, (10, 205, 330, 440))}</answer>"
-    assert prompts.parse(tokenizer.decode(tokenizer.encode(answer))).box == (10, 205, 330, 440)
+    answer = f"<think>so</think><answer>{format_answer(3, (10, 205, 330, 440))}</answer>"
+    assert parse_reply(tokenizer.decode(tokenizer.encode(answer))).box == (10, 205, 330, 440)
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_real_prompts_hold_a_token_per_feature(real_processor, count):
     sizes = [(640, 480), (84, 84), (1000, 37), (301, 777), (28, 28), (1920, 1080)][:count]
     sample = Sample(id="x", suite="", task="", split="", images=tuple(Image.new("RGB", size) for size in sizes), question="Where?")
-    text = real_processor.apply_chat_template(prompts.messages(sample), add_generation_prompt=True)
+    text = real_processor.apply_chat_template(chat_messages(sample), add_generation_prompt=True)
     batch = real_processor(text=[text], images=[list(sample.images)], return_tensors="pt")
     models.check_tokens(real_processor, batch)
     assert text.startswith("<|im_start|>system") and text.endswith("<|im_start|>assistant\n")

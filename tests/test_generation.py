@@ -5,34 +5,34 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mig_kit import attention, decoding, generation, models, prompt_cache, shared_prompts
-from mig_kit.frames import QWEN2_5, View
-from mig_kit.generation import Sampling, draw_tokens, rollouts, uniform_draws
-from mig_kit.log_probabilities import completion_logps, packed_logps
-from mig_kit.prompt_cache import PromptCache, digest
-from mig_kit.prompts import messages
+from mig_kit.boxes import QWEN2_5, BoxFormat
+from mig_kit.engine import attention, decoding, generation, models, prefixes, prompt_cache
+from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts, sample_tokens
+from mig_kit.engine.logprobs import completion_logps, packed_logps
+from mig_kit.engine.prompt_cache import PromptCache, image_digest
+from mig_kit.prompts import chat_messages
 
 
 @pytest.fixture(params=sorted(models.FAMILIES))
 def family(request, random_folder, relatives, float32):
-    """(model, processor, view) of every family that the kit loads."""
+    """(model, processor, box_format) of every family that the kit loads."""
     folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
-    view = View() if request.param == "qwen2_5_vl" else View(frame="thousand")
-    return models.load_model(folder, float32), models.load_processor(folder, view), view
+    box_format = BoxFormat() if request.param == "qwen2_5_vl" else BoxFormat(frame="thousand")
+    return models.load_model(folder, float32), models.load_processor(folder, box_format), box_format
 
 
-def stock_inputs(processor, sample, view=QWEN2_5):
-    text = processor.apply_chat_template(messages(sample, view), add_generation_prompt=True, tokenize=False)
+def stock_inputs(processor, sample, box_format=QWEN2_5):
+    text = processor.apply_chat_template(chat_messages(sample, box_format), add_generation_prompt=True, tokenize=False)
     return processor(text=[text], images=[list(sample.images)], return_tensors="pt")
 
 
 @pytest.mark.slow
 def test_greedy_replies_equal_transformers(family, samples):
-    model, processor, view = family
-    prompts = PromptCache(model, processor, view).get(samples)
-    groups = rollouts(model, processor, prompts, 3, Sampling(0.0, max_new_tokens=16))
+    model, processor, box_format = family
+    prompts = PromptCache(model, processor, box_format).get(samples)
+    groups = generate_rollouts(model, processor, prompts, 3, Sampling(0.0, max_new_tokens=16))
     for sample, group in zip(samples, groups):
-        inputs = stock_inputs(processor, sample, view)
+        inputs = stock_inputs(processor, sample, box_format)
         out = model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=[3, 4, 5, 6], eos_token_id=2)
         reply = out[0, inputs["input_ids"].shape[1]:].tolist()
         reply = reply[:reply.index(2) + 1] if 2 in reply else reply
@@ -41,20 +41,20 @@ def test_greedy_replies_equal_transformers(family, samples):
 
 @pytest.mark.slow
 def test_questions_about_the_same_images_read_them_once(family, samples, monkeypatch):
-    model, processor, view = family
+    model, processor, box_format = family
     about = [(0, "Find the red star."), (1, "Where?"), (0, "Which thing is new in image 2, and where is it?"),
              (2, "Find the blue ring."), (1, "What do these pictures have in common?"), (0, "Where?")]
     asked = [replace(samples[i], id=text + str(i), question=text, reference=None) for i, text in about]
-    prompts = PromptCache(model, processor, view).get(asked)
+    prompts = PromptCache(model, processor, box_format).get(asked)
     read, language = [], model.model.language_model.forward
     monkeypatch.setattr(model.model.language_model, "forward",
                         lambda *a, **given: read.append(given["inputs_embeds"].shape[:2]) or language(*a, **given))
-    groups = rollouts(model, processor, prompts, 2, Sampling(0.0, max_new_tokens=16))
+    groups = generate_rollouts(model, processor, prompts, 2, Sampling(0.0, max_new_tokens=16))
     monkeypatch.undo()
     assert [rows for rows, _ in read] == [3, 3], "three lists of images, and what is asked about each"
-    assert read[0][1] == shared_prompts.rounded(max(p.stem for p in prompts))
+    assert read[0][1] == prefixes.pad_to_multiple(max(p.stem for p in prompts))
     for sample, group in zip(asked, groups):
-        inputs = stock_inputs(processor, sample, view)
+        inputs = stock_inputs(processor, sample, box_format)
         out = model.generate(**inputs, max_new_tokens=16, do_sample=False, suppress_tokens=[3, 4, 5, 6], eos_token_id=2)
         reply = out[0, inputs["input_ids"].shape[1]:].tolist()
         assert group == [reply[:reply.index(2) + 1] if 2 in reply else reply] * 2
@@ -65,11 +65,11 @@ def test_stems_by_hand():
         return prompt_cache.Prompt(torch.arange(tokens + 2), torch.zeros(3, tokens + 2), None, (name,) if tokens else (), tokens)
 
     a, b, c, text = prompt(b"a"), prompt(b"b"), prompt(b"c"), prompt(b"", 0)
-    assert shared_prompts.stems_of([a, b, a, c, b]) == [[0, 2], [1, 4], [3]]
-    assert shared_prompts.stems_of([a, prompt(b"a", 4)]) == [[0], [1]], "another text before the end of the images"
-    assert shared_prompts.stems_of([a, a, text]) == [[0], [1], [2]], "no images to share"
+    assert prefixes.group_by_prefix([a, b, a, c, b]) == [[0, 2], [1, 4], [3]]
+    assert prefixes.group_by_prefix([a, prompt(b"a", 4)]) == [[0], [1]], "another text before the end of the images"
+    assert prefixes.group_by_prefix([a, a, text]) == [[0], [1], [2]], "no images to share"
     lonely = [prompt(bytes([i])) for i in range(7)]
-    assert shared_prompts.stems_of([a] * 5 + lonely) == [[i] for i in range(12)], "40 rows for 12 questions"
+    assert prefixes.group_by_prefix([a] * 5 + lonely) == [[i] for i in range(12)], "40 rows for 12 questions"
 
 
 @pytest.mark.slow
@@ -77,8 +77,8 @@ def test_done_stems_leave_and_the_rest_goes_on(random_model, processor, samples,
     asked = [replace(samples[i // 2], id=f"{i}", question="Where?" * (1 + i % 2)) for i in range(8)]
     prompts = PromptCache(random_model, processor).get(asked)
     sampling = Sampling(0.0, max_new_tokens=12, min_new_tokens=12)
-    whole = rollouts(random_model, processor, prompts, 3, sampling)
-    ends, drawn = [0, 1, 2, 5], generation.draw_tokens
+    whole = generate_rollouts(random_model, processor, prompts, 3, sampling)
+    ends, drawn = [0, 1, 2, 5], generation.sample_tokens
 
     def ending(logits, sampling, draws):  # a stem's rows end together, one stem after the other
         tokens = drawn(logits, sampling, draws)
@@ -91,8 +91,8 @@ def test_done_stems_leave_and_the_rest_goes_on(random_model, processor, samples,
         return tokens
 
     ending.step, ending.over = 0, []
-    monkeypatch.setattr(generation, "draw_tokens", ending)
-    cut = rollouts(random_model, processor, prompts, 3, sampling)
+    monkeypatch.setattr(generation, "sample_tokens", ending)
+    cut = generate_rollouts(random_model, processor, prompts, 3, sampling)
     for i, (full, short) in enumerate(zip(whole, cut)):
         assert short == [reply[:ends[i // 2] + 3] + [2] for reply in full]
 
@@ -101,7 +101,7 @@ def test_done_stems_leave_and_the_rest_goes_on(random_model, processor, samples,
 @pytest.mark.parametrize(("way", "how"), [(completion_logps, ""), (completion_logps, "long"), (packed_logps, ""),
                                           (packed_logps, "checkpointed")])
 def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, way, how):
-    model, processor, view = family
+    model, processor, box_format = family
     torch.manual_seed(0)
     if how == "checkpointed":
         model.train()
@@ -109,7 +109,7 @@ def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, way, how)
     if how == "long":
         model.set_attn_implementation(attention.NAME)
         monkeypatch.setattr(attention, "READ", 1)
-    prompts = PromptCache(model, processor, view).get(samples[:4])
+    prompts = PromptCache(model, processor, box_format).get(samples[:4])
     owner, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
     ids, mask = torch.randint(20, 600, (5, 9)), torch.zeros(5, 9, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -122,7 +122,7 @@ def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, way, how)
     model.zero_grad()
     model.set_attn_implementation("sdpa")
     for row, index in enumerate(owner.tolist()):
-        inputs = stock_inputs(processor, samples[index], view)
+        inputs = stock_inputs(processor, samples[index], box_format)
         start = inputs["input_ids"].shape[1]
         reply = ids[row:row + 1, :lengths[row]]
         full = torch.cat([inputs["input_ids"], reply], 1)
@@ -142,7 +142,7 @@ def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, way, how)
 @pytest.mark.slow
 def test_sampled_replies_have_the_models_distribution(random_model, processor, samples):
     prompts = PromptCache(random_model, processor).get(samples[:1])
-    groups = rollouts(random_model, processor, prompts, 4000, Sampling(1.0, max_new_tokens=1), uniform_draws(0, 1, 4000, 1))
+    groups = generate_rollouts(random_model, processor, prompts, 4000, Sampling(1.0, max_new_tokens=1), draw_uniforms(0, 1, 4000, 1))
     with torch.no_grad():
         logits = random_model(**stock_inputs(processor, samples[0])).logits[0, -1]
     logits[[3, 4, 5, 6]] = -torch.inf
@@ -156,16 +156,16 @@ def test_sampled_replies_have_the_models_distribution(random_model, processor, s
 
 def test_top_p_and_greedy():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(500, 1)
-    draws = uniform_draws(0, 1, 500, 1).flatten()
-    assert set(draw_tokens(logits, Sampling(1.0, top_p=0.6), draws).tolist()) == {0, 1}
-    assert draw_tokens(logits, Sampling(0.0)).unique().tolist() == [0]
+    draws = draw_uniforms(0, 1, 500, 1).flatten()
+    assert set(sample_tokens(logits, Sampling(1.0, top_p=0.6), draws).tolist()) == {0, 1}
+    assert sample_tokens(logits, Sampling(0.0)).unique().tolist() == [0]
 
 
 def test_tokens_by_hand():
     """A token where its cumulated probability first exceeds the number; never one that cannot be, at either end."""
     logits = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])).repeat(6, 1)
     draws = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw_tokens(logits, Sampling(1.0), draws).tolist() == [1, 1, 3, 3, 4, 4]
+    assert sample_tokens(logits, Sampling(1.0), draws).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 @pytest.mark.slow
@@ -173,14 +173,14 @@ def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, sampl
     """Whatever else is in its batch, in whatever order, and whether its images are shared."""
     asked = [replace(samples[i // 2], id=f"{i}", question="Where?" * (1 + i % 2)) for i in range(4)]
     prompts, sampling = PromptCache(random_model, processor).get(asked), Sampling(1.0, max_new_tokens=10)
-    draws = uniform_draws(3, 4, 3, 10)
-    whole = rollouts(random_model, processor, prompts, 3, sampling, draws)
+    draws = draw_uniforms(3, 4, 3, 10)
+    whole = generate_rollouts(random_model, processor, prompts, 3, sampling, draws)
     for order in ([2], [3, 0], [1, 2, 3]):
-        found = rollouts(random_model, processor, [prompts[i] for i in order], 3, sampling, draws[order])
+        found = generate_rollouts(random_model, processor, [prompts[i] for i in order], 3, sampling, draws[order])
         assert found == [whole[i] for i in order]
-    assert rollouts(random_model, processor, prompts[:1], 2, sampling, draws[:1, 1:]) == [whole[0][1:]]
+    assert generate_rollouts(random_model, processor, prompts[:1], 2, sampling, draws[:1, 1:]) == [whole[0][1:]]
     torch.manual_seed(0)
-    again = [rollouts(random_model, processor, prompts, 3, sampling) for _ in range(2)]
+    again = [generate_rollouts(random_model, processor, prompts, 3, sampling) for _ in range(2)]
     assert again[0] != again[1], "new numbers where none are given"
 
 
@@ -195,7 +195,7 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
     random_model.model.visual.forward = watched
     first = cache.get(samples[:3])
     again = cache.get([samples[0], replace(samples[1], id="the same images, asked about again")])
-    assert seen == [len({digest(image) for s in samples[:3] for image in s.images})], "every image is seen once"
+    assert seen == [len({image_digest(image) for s in samples[:3] for image in s.images})], "every image is seen once"
     assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
     cache.get(samples[3:5])
     assert len(cache.store) == 3
@@ -223,16 +223,16 @@ def test_another_model_is_served_what_the_same_tower_saw(random_model, random_fo
 
 @pytest.mark.slow
 def test_prompts_are_what_the_processor_makes(family, samples, monkeypatch):
-    model, processor, view = family
+    model, processor, box_format = family
     asked = [*samples[:4], replace(samples[1], id="again", question="Where?")]
     prepared, prepare = [], processor.image_processor.preprocess
     monkeypatch.setattr(processor.image_processor, "preprocess",
                         lambda images, *a, **options: prepared.append(len(images)) or prepare(images, *a, **options))
-    prompts = PromptCache(model, processor, view).get(asked)
+    prompts = PromptCache(model, processor, box_format).get(asked)
     assert prepared == [sum(len(s.images) for s in samples[:4])], "an image is prepared once"
     monkeypatch.undo()
     for sample, prompt in zip(asked, prompts):
-        inputs = stock_inputs(processor, sample, view)
+        inputs = stock_inputs(processor, sample, box_format)
         place, _ = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"],
                                               image_grid_thw=inputs["image_grid_thw"])
         assert torch.equal(prompt.ids, inputs["input_ids"][0]) and torch.equal(prompt.positions, place[:, 0])
@@ -262,12 +262,12 @@ def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, process
              for s, side in zip(samples, (224, 280, 224, 252))]
     exact, = PromptCache(random_model, processor).get(large[:1])
     alone, = PromptCache(random_model, processor, autocast=True).get(large[:1])
-    monkeypatch.setattr(prompt_cache, "AT_ONCE", 600)
+    monkeypatch.setattr(prompt_cache, "PATCHES_AT_ONCE", 600)
     sizes, seen = [], random_model.model.visual.forward
     monkeypatch.setattr(random_model.model.visual, "forward",
                         lambda patches, **given: sizes.append(len(patches)) or seen(patches, **given))
     among, *_ = PromptCache(random_model, processor, autocast=True).get([*large, samples[0]])
-    small = sum(image.size[0] * image.size[1] // 14**2 for image in {digest(i): i for i in samples[0].images}.values())
+    small = sum(image.size[0] * image.size[1] // 14**2 for image in {image_digest(i): i for i in samples[0].images}.values())
     assert sizes == [small, 512, 288, 320], "small ones together, in the order of their sizes otherwise"
     assert alone.features.dtype == torch.bfloat16 and exact.features.dtype == torch.float32
     sizes.clear()
@@ -282,10 +282,10 @@ def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, process
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"], indirect=True)
 def test_of_long_prompts_the_last_layer_reads_only_the_last_token(family, samples, monkeypatch):
-    model, processor, view = family
-    prompts = PromptCache(model, processor, view).get(samples[:4])
+    model, processor, box_format = family
+    prompts = PromptCache(model, processor, box_format).get(samples[:4])
     model.set_attn_implementation(attention.NAME)
-    batch, language = shared_prompts.padded(model, prompts, processor.image_token_id), model.model.language_model
+    batch, language = prefixes.pad_prompts(model, prompts, processor.image_token_id), model.model.language_model
     with torch.inference_mode():
         states, cache = batch.read(model)
         monkeypatch.setattr(attention, "READ", 64)
@@ -301,27 +301,27 @@ def test_of_long_prompts_the_last_layer_reads_only_the_last_token(family, sample
 
 def test_rounds_by_hand(random_model, monkeypatch):
     monkeypatch.setattr(generation, "KV_BYTES", 10_000)
-    assert [generation.prompts_at_once(16, 100, 8, 10, size) for size in (1, 5, 13, 55, 10**6)] == [16, 8, 4, 1, 1]
-    assert generation.kv_bytes(random_model) == 2 * 2 * 32 * 4  # keys and values, layers, the width of one head, bytes
+    assert [generation.count_prompts_at_once(16, 100, 8, 10, size) for size in (1, 5, 13, 55, 10**6)] == [16, 8, 4, 1, 1]
+    assert generation.kv_bytes_per_token(random_model) == 2 * 2 * 32 * 4  # keys and values, layers, the width of one head, bytes
 
 
 @pytest.mark.slow
 def test_folding_adapters_for_decoding_changes_no_weight(random_model, processor, samples):
     from peft import get_peft_model
 
-    from mig_kit import sft
+    from mig_kit.engine import training
 
-    model = get_peft_model(random_model, sft.adapter(4, 8))
+    model = get_peft_model(random_model, training.lora_config(4, 8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     prompts = PromptCache(model, processor).get(samples[:2])
-    folded = rollouts(model, processor, prompts, 1, Sampling(0.0, max_new_tokens=12))
-    rollouts(model, processor, prompts, 1, Sampling(0.0, max_new_tokens=2), autocast=True)
+    folded = generate_rollouts(model, processor, prompts, 1, Sampling(0.0, max_new_tokens=12))
+    generate_rollouts(model, processor, prompts, 1, Sampling(0.0, max_new_tokens=2), autocast=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     merged = model.merge_and_unload()
-    assert rollouts(merged, processor, prompts, 1, Sampling(0.0, max_new_tokens=12)) == folded
+    assert generate_rollouts(merged, processor, prompts, 1, Sampling(0.0, max_new_tokens=12)) == folded
 
 
 @pytest.mark.slow
@@ -329,27 +329,27 @@ def test_a_young_adapter_beside_bfloat16_weights_is_not_rounded_away(random_mode
     """What training computes with is what replies are drawn with, though the weights' grid is coarser than the adapter's effect."""
     from peft import get_peft_model
 
-    from mig_kit import sft
+    from mig_kit.engine import training
 
-    model = get_peft_model(random_model.to(torch.bfloat16), sft.adapter(4, 8))
+    model = get_peft_model(random_model.to(torch.bfloat16), training.lora_config(4, 8))
     layer = next(m for m in model.modules() if hasattr(m, "lora_B"))
     layer.lora_B["default"].weight.data.fill_(1e-4)
-    with decoding.decoding_weights(prompt_cache.inner(model), False) as joined:
+    with decoding.fuse_decoding_weights(models.unwrap_peft(model), False) as joined:
         assert not layer.merged and not any(layer in layers for layers in joined)
     plain = [id(m) for layers in joined for m in layers]
     assert not plain, "every projection has an adapter"
     prompts = PromptCache(model, processor).get(samples[:2])
-    assert all(len(reply) for group in rollouts(model, processor, prompts, 2, Sampling(1.0, max_new_tokens=4)) for reply in group)
-    with model.disable_adapter(), decoding.decoding_weights(prompt_cache.inner(model), False) as joined:
+    assert all(len(reply) for group in generate_rollouts(model, processor, prompts, 2, Sampling(1.0, max_new_tokens=4)) for reply in group)
+    with model.disable_adapter(), decoding.fuse_decoding_weights(models.unwrap_peft(model), False) as joined:
         assert joined, "without adapters the layers are plain"
 
 
 @pytest.mark.slow
 def test_every_end_token_ends_a_reply(random_model, processor, samples):
     prompts, sampling = PromptCache(random_model, processor).get(samples[:2]), Sampling(0.0, max_new_tokens=12)
-    whole = rollouts(random_model, processor, prompts, 1, sampling)
+    whole = generate_rollouts(random_model, processor, prompts, 1, sampling)
     random_model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, whole[0][0][3]]
-    cut = rollouts(random_model, processor, prompts, 1, sampling)
+    cut = generate_rollouts(random_model, processor, prompts, 1, sampling)
     assert cut[0][0] == whole[0][0][:whole[0][0].index(whole[0][0][3]) + 1] and cut[0][0][-1] == whole[0][0][3]
     stock = random_model.generate(**stock_inputs(processor, samples[0]), do_sample=False, max_new_tokens=12)
     start = stock_inputs(processor, samples[0])["input_ids"].shape[1]
@@ -361,16 +361,16 @@ def test_joined_products_give_the_same_replies(random_model, processor, samples,
     prompts = PromptCache(random_model, processor).get(samples[:3])
     before = {name: value.clone() for name, value in random_model.state_dict().items()}
     layer = random_model.model.language_model.layers[0]
-    with decoding.decoding_weights(random_model, autocast=True) as joined:
+    with decoding.fuse_decoding_weights(random_model, autocast=True) as joined:
         weight, bias = joined[layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
         assert weight.dtype == bias.dtype == torch.bfloat16 and len(weight) == len(bias) == 4 * 32
         assert layer.self_attn.k_proj.weight.data_ptr() == weight[2 * 32].data_ptr(), "a part of it, not one more copy"
     assert all(torch.equal(value, before[name]) for name, value in random_model.state_dict().items())
 
     def replies():
-        return rollouts(random_model, processor, prompts, 2, Sampling(1.0, max_new_tokens=12), uniform_draws(0, 3, 2, 12),
+        return generate_rollouts(random_model, processor, prompts, 2, Sampling(1.0, max_new_tokens=12), draw_uniforms(0, 3, 2, 12),
                         autocast=True)
 
     found = replies()
-    monkeypatch.setattr(decoding, "_join", lambda joined, layers: None)
+    monkeypatch.setattr(decoding, "_fuse_layers", lambda joined, layers: None)
     assert replies() == found, "as by the layers themselves"

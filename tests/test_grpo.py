@@ -8,14 +8,15 @@ import torch
 import two_processes
 from safetensors import safe_open
 
-from mig_kit import generation, grpo, models, sft, workers
-from mig_kit.frames import View, to_model
-from mig_kit.prompt_cache import PromptCache
-from mig_kit.prompts import answer_text
-from mig_kit.suites import make_free_form
-from mig_kit.tasks import TASKS, make
+from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.engine import generation, models, parallel, training
+from mig_kit.engine.prompt_cache import PromptCache
+from mig_kit.prompts import format_answer
+from mig_kit.stages import grpo
+from mig_kit.world.suites import make_free_form
+from mig_kit.world.tasks import TASKS, make_sample
 
-VIEW = View()
+VIEW = BoxFormat()
 
 
 def test_advantages_by_hand():
@@ -29,14 +30,14 @@ def test_advantages_by_hand():
 
 
 def make_trainer(folder, random_folder, hw, processor, share, **changes):
-    samples = [make(task, "rl", i) for task in TASKS for i in range(2)] + make_free_form("rl", 1)
+    samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)] + make_free_form("rl", 1)
     model = models.load_model(random_folder, hw, four_bit=changes.pop("four_bit", False))
     options = dict(num_generations=4, batch_size=8, held=0, gradient_accumulation=1, max_steps=2, learning_rate=1e-3,
                    schedule="constant_with_warmup", warmup=1, scale_rewards="group", beta=0.0, temperature=1.0,
                    max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28,
-                   seed=0, save_steps=1, view=VIEW) | changes
+                   seed=0, save_steps=1, box_format=VIEW) | changes
     torch.manual_seed(0)
-    return grpo.trainer(model, processor, samples, hw, folder, share_prefix=share, adapter=sft.adapter(4, 8), **options)
+    return grpo.grpo_trainer(model, processor, samples, hw, folder, share_prefix=share, adapter=training.lora_config(4, 8), **options)
 
 
 def shake(trainer):
@@ -50,16 +51,16 @@ def shake(trainer):
 
 
 def test_rewards_apply_where_they_mean_something():
-    samples = [make("diff", "rl", 0), make_free_form("rl", 1)[0]]
+    samples = [make_sample("diff", "rl", 0), make_free_form("rl", 1)[0]]
     replies = [[{"role": "assistant", "content": f"<think></think><answer>{samples[1].letter}</answer>"}]] * 2
     found = {f.__name__: f(completions=replies, sample=[0, 1]) for f in grpo.reward_functions(samples, VIEW)}
     assert found == {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None], "choice": [None, 1.0]}
 
 
 def test_a_citation_of_nothing_earns_nothing():
-    samples = [make("diff", "rl", 0)]
+    samples = [make_sample("diff", "rl", 0)]
     image, box = samples[0].targets[0]
-    answer = f"<answer>{answer_text(image, to_model(box, samples[0].sizes[image - 1]))}</answer>"
+    answer = f"<answer>{format_answer(image, to_model_box(box, samples[0].sizes[image - 1]))}</answer>"
     replies = [[{"role": "assistant", "content": f"<think>image {n}: a.</think>{answer}"}] for n in (2, 3)]
     for lost, (form, image) in {"nothing": (1.0, 1.0), "format": (0.0, 1.0), "all": (0.0, 0.0)}.items():
         found = {f.__name__: f(completions=replies, sample=[0, 0]) for f in grpo.reward_functions(samples, VIEW, lost)}
@@ -76,8 +77,8 @@ def test_a_citation_of_nothing_earns_nothing():
     (0.0, 4, False, True, "qwen3_vl")])
 def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, relatives, float32, beta, held, four_bit, layers, family):
     """The same completions through TRL's own loss, once with stock log-probabilities, once with shared prefixes."""
-    folder, view = (relatives[family], View(frame="thousand")) if family else (random_folder, VIEW)
-    processor, same = models.load_processor(folder, view), dict(beta=beta, four_bit=four_bit, view=view)
+    folder, box_format = (relatives[family], BoxFormat(frame="thousand")) if family else (random_folder, VIEW)
+    processor, same = models.load_processor(folder, box_format), dict(beta=beta, four_bit=four_bit, box_format=box_format)
     stock = make_trainer(tmp_path / "a", folder, float32, processor, False, **same)
     ours = make_trainer(tmp_path / "b", folder, float32, processor, True, held=held, checkpoint_layers=layers, **same)
     for trainer in (stock, ours):
@@ -117,11 +118,11 @@ def test_resume_gives_the_same_continuation(tmp_path, random_folder, float32, pr
     whole = make_trainer(tmp_path / "whole", random_folder, float32, processor, True, max_steps=3, save_steps=2)
     whole.train()
     first = make_trainer(tmp_path / "cut", random_folder, float32, processor, True, max_steps=3, save_steps=2)
-    first.add_callback(grpo.StopAfter(2))
+    first.add_callback(training.StopAfter(2))
     first.train()
     again = make_trainer(tmp_path / "cut", random_folder, float32, processor, True, max_steps=3, save_steps=2)
-    sft.train(again, tmp_path / "cut")
-    a, b = ([row["reward"] for row in grpo.curves(t.state.log_history)] for t in (whole, again))
+    training.train_or_resume(again, tmp_path / "cut")
+    a, b = ([row["reward"] for row in grpo.training_curves(t.state.log_history)] for t in (whole, again))
     assert a == b
     for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
         assert torch.equal(x, y), name
@@ -132,9 +133,9 @@ def test_killed_after_the_last_step_takes_no_step_more(tmp_path, random_folder, 
     whole = make_trainer(tmp_path, random_folder, float32, processor, True)
     whole.train()
     again = make_trainer(tmp_path, random_folder, float32, processor, True)
-    sft.train(again, tmp_path)
+    training.train_or_resume(again, tmp_path)
     assert again.state.global_step == 2
-    rows = [grpo.curves(t.state.log_history) for t in (whole, again)]
+    rows = [grpo.training_curves(t.state.log_history) for t in (whole, again)]
     assert rows[0] == rows[1] and len(rows[0]) == 2
     for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
         assert torch.equal(x, y), name
@@ -144,7 +145,7 @@ def test_killed_after_the_last_step_takes_no_step_more(tmp_path, random_folder, 
 def test_several_iterations_and_accumulation_run(tmp_path, random_folder, float32, processor):
     trainer = make_trainer(tmp_path, random_folder, float32, processor, True, gradient_accumulation=2, beta=0.05)
     trainer.train()
-    rows = grpo.curves(trainer.state.log_history)
+    rows = grpo.training_curves(trainer.state.log_history)
     assert len(rows) == 2 and all(row["kl"] is not None and row["length"] > 0 for row in rows)
 
 
@@ -195,7 +196,7 @@ def test_stock_trl_runs_the_same_rows(tmp_path, random_folder, float32, processo
 def test_two_processes_train_as_one_does(tmp_path, random_folder):
     """Each has half of the prompts of an update; replies, advantages and gradients are those of one process, to rounding."""
     two_processes.train(tmp_path, random_folder, 1)
-    with workers.beside(2, two_processes.train, tmp_path, random_folder, 2):
+    with parallel.training_processes(2, two_processes.train, tmp_path, random_folder, 2):
         two_processes.train(tmp_path, random_folder, 2)
     alone, first, second = (safe_open(tmp_path / f"{name}.safetensors", "pt") for name in ("1-0", "2-0", "2-1"))
     samples, said = ([ast.literal_eval(file.metadata()[key]) for file in (alone, first, second)] for key in ("samples", "said"))
@@ -241,7 +242,7 @@ def test_it_trains_as_a_gpu_would(tmp_path, random_folder, processor):
     trainer = make_trainer(tmp_path, random_folder, as_on_a_gpu, processor, True, beta=0.04, gradient_accumulation=2, held=4,
                            checkpoint_layers=True)
     trainer.train()
-    rows = grpo.curves(trainer.state.log_history)
+    rows = grpo.training_curves(trainer.state.log_history)
     assert len(rows) == 2 and all(math.isfinite(row["kl"]) and row["length"] > 0 for row in rows)
     learnt = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert len(learnt) == 28 and all(p.dtype == torch.float32 for p in learnt.values())
@@ -256,13 +257,13 @@ def test_groups_must_stay_whole(tmp_path, random_folder, float32, processor):
 
 def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
     cache = PromptCache(random_model, processor)
-    monkeypatch.setattr("mig_kit.prompt_cache.messages", lambda s, *a: [{"role": "user", "content": "no picture here"}])
+    monkeypatch.setattr("mig_kit.engine.prompt_cache.chat_messages", lambda s, *a: [{"role": "user", "content": "no picture here"}])
     with pytest.raises(ValueError):
         cache.get(samples[:2])
 
 
 def test_replies_that_got_short_are_named():
     rows = [{"length": 40.0}] * 10 + [{"length": 26.0}] * 10
-    assert grpo.shortened(rows).startswith("replies fell from 40 to 26 tokens")
-    assert grpo.shortened(rows[:19]) == "" and grpo.shortened(rows[::-1]) == ""
-    assert grpo.shortened([{"length": 40.0}] * 10 + [{"length": 32.0}] * 10) == "", "four fifths are enough"
+    assert grpo.length_collapse_warning(rows).startswith("replies fell from 40 to 26 tokens")
+    assert grpo.length_collapse_warning(rows[:19]) == "" and grpo.length_collapse_warning(rows[::-1]) == ""
+    assert grpo.length_collapse_warning([{"length": 40.0}] * 10 + [{"length": 32.0}] * 10) == "", "four fifths are enough"

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 import mig_kit
-from mig_kit import benchmarks, models, own_data
+from mig_kit.data import own_data
+from mig_kit.engine import models
 from mig_kit.image_files import BadImage, open_rgb
+from mig_kit.scoring import annotations
 
 
 def png(path, width, height):
@@ -42,7 +44,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height):
     assert peak < 4 << 20
     row = {"images": ["a.png"], "question": "Find it.", "image": 1, "box": [1, 2, 3, 4], "unit": "pixels"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    assert list(own_data.check(tmp_path / "a.jsonl", tmp_path))[0][1]
+    assert list(own_data.check_file(tmp_path / "a.jsonl", tmp_path))[0][1]
 
 
 def test_an_image_is_what_its_bytes_say_and_not_its_name(tmp_path):
@@ -106,7 +108,7 @@ def test_a_predictions_line_of_a_hundred_megabytes_takes_bounded_memory(tmp_path
         file.write(b'"}\n')
     tracemalloc.start()
     with pytest.raises(ValueError, match="line 2 of .*P.jsonl is longer than"):
-        benchmarks.read_records(path)
+        annotations.read_records(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20

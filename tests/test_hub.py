@@ -6,8 +6,8 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from mig_kit import hub
 from mig_kit.cli import cli
+from mig_kit.pipeline import hub
 
 
 @pytest.fixture
@@ -28,17 +28,17 @@ def run(tmp_path, monkeypatch):
 
 
 def test_card_follows_the_hubs_form(run):
-    text = hub.card("a")
+    text = hub.model_card("a")
     assert text.startswith("---\nlicense: apache-2.0\n") and text.count("---\n") >= 2 and "base_model" not in text
     assert text.count("+9.5 (+7.0 to +12.0)") == 4
     with pytest.raises(FileNotFoundError, match="has no finished 02_sft"):
-        hub.card("b")
+        hub.model_card("b")
 
 
 @pytest.mark.parametrize("base", ["Qwen/Qwen2.5-VL-3B-Instruct", "/somewhere/models/mine"])
 def test_of_another_base_no_licence_is_claimed_and_no_path_told(run, base):
     (run / "a" / "02_sft" / "run.json").write_text(json.dumps({"params": {"base_model": base}}))
-    text = hub.card("a")
+    text = hub.model_card("a")
     assert "license: other" in text and "apache" not in text and "/somewhere" not in text
     assert (f"base_model: {base}\n" in text) == base.startswith("Qwen")
     assert f"from `{base.removeprefix('/somewhere/models/')}`" in text
@@ -52,9 +52,9 @@ def test_scores_of_another_model_are_not_sent(run):
             {"params": {"max_steps": 3, "seed": 1, "frame": "resized"}, "outputs": {"model/model.safetensors": now}}))
         if refused:
             with pytest.raises(ValueError, match="06_evaluate of run 'a' finished before 05_grpo was run anew"):
-                hub.card("a")
+                hub.model_card("a")
         else:
-            assert hub.card("a")
+            assert hub.model_card("a")
 
 
 def test_push_sends_the_staged_folder_only(run):
@@ -70,18 +70,18 @@ def test_push_sends_the_staged_folder_only(run):
 
             seen.append((repo_id, sorted(os.listdir(folder_path))))
 
-    folder = hub.staged("a", run / "out")
-    assert hub.push(folder, "me/model", True, Remembers()) == "https://hub/me/model"
+    folder = hub.prepare_upload("a", run / "out")
+    assert hub.upload(folder, "me/model", True, Remembers()) == "https://hub/me/model"
     assert seen == [("me/model", True), ("me/model", ["README.md", "model.safetensors"])]
     with pytest.raises(ValueError, match="exists already"):
-        hub.staged("a", run / "out")
+        hub.prepare_upload("a", run / "out")
 
     class Offline(Remembers):
         def create_repo(self, *given, **more):
             raise httpx.ConnectError("no route")
 
     with pytest.raises(OSError, match="the Hub could not be reached"):
-        hub.push(folder, "me/model", True, Offline())
+        hub.upload(folder, "me/model", True, Offline())
 
 
 def test_push_needs_a_token_and_a_dry_run_does_not(run):

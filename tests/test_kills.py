@@ -16,7 +16,7 @@ import time
 import psutil
 import pytest
 
-from mig_kit import runs
+from mig_kit.pipeline import store
 
 pytestmark = pytest.mark.slow
 KILLS, PROFILE = int(os.environ.get("MIG_KIT_KILLS", "1")), os.environ.get("MIG_KIT_KILLS_PROFILE", "smoke")
@@ -51,8 +51,8 @@ def undisturbed(request, tmp_path_factory):
         shutil.copytree(request.getfixturevalue("smoke_runs") / "smoke", root / "whole")
     else:
         finish(start(root, "whole"))
-    ended = [(root / "whole" / stage / "run.json").stat().st_mtime for stage in runs.RECIPE]
-    took = dict(zip(runs.RECIPE[1:], (after - before for before, after in zip(ended, ended[1:]))))
+    ended = [(root / "whole" / stage / "run.json").stat().st_mtime for stage in store.RECIPE]
+    took = dict(zip(store.RECIPE[1:], (after - before for before, after in zip(ended, ended[1:]))))
     return root, took | {"00_preflight": min(took.values())}
 
 
@@ -72,14 +72,14 @@ def differing(one, other):
     return "\n".join(said)
 
 
-@pytest.mark.parametrize("stage", runs.RECIPE)
+@pytest.mark.parametrize("stage", store.RECIPE)
 def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
     root, took = undisturbed
     rng, interrupted = random.Random(f"{stage}/{KILLS}"), 0
     for number in range(KILLS):
         run_id = f"{stage}-{number}"
         (root / run_id).mkdir()
-        for before in runs.RECIPE[:runs.RECIPE.index(stage)]:
+        for before in store.RECIPE[:store.RECIPE.index(stage)]:
             shutil.copytree(root / "whole" / before, root / run_id / before)
         process = start(root, run_id, stage)
         try:

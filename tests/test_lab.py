@@ -16,8 +16,9 @@ from pathlib import Path
 import papermill
 import pytest
 
-from mig_kit import runs
 from mig_kit.cli import chosen_params
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.pipeline import store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -30,8 +31,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 def lab(tmp_path_factory):
     """(address, folder it serves, folder of runs): JupyterLab over the notebooks with smoke parameters put in, nothing run yet."""
     folder, root = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("runs")
-    for stage in runs.RECIPE:
-        papermill.execute_notebook(runs.ROOT / "notebooks" / f"{stage}.ipynb", folder / f"{stage}.ipynb",
+    for stage in store.RECIPE:
+        papermill.execute_notebook(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb", folder / f"{stage}.ipynb",
                                    chosen_params(stage, "smoke", "lab", {}), prepare_only=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,7 +85,7 @@ def wait(finished, page, red=0):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("stage", runs.RECIPE)
+@pytest.mark.parametrize("stage", store.RECIPE)
 def test_every_cell_runs_in_lab(stage, lab, page):
     address, folder, root = lab
     show(page, address, stage)
@@ -114,9 +115,9 @@ def test_an_interrupt_in_lab_loses_nothing(lab, page):
     before = root / "lab" / "06_evaluate"
     if not (before / "run.json").is_file():
         pytest.skip("needs the notebooks before it")
-    for stage in runs.RECIPE[:6]:
+    for stage in store.RECIPE[:6]:
         shutil.copytree(root / "lab" / stage, root / "again" / stage)
-    papermill.execute_notebook(runs.ROOT / "notebooks" / "06_evaluate.ipynb", folder / "again.ipynb",
+    papermill.execute_notebook(PROJECT_ROOT / "notebooks" / "06_evaluate.ipynb", folder / "again.ipynb",
                                chosen_params("06_evaluate", "smoke", "again", {}), prepare_only=True)
     done = root / "again" / "06_evaluate" / "run.json"
     show(page, address, "again")

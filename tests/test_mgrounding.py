@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mig_kit import mgrounding
-from mig_kit.image_files import BadImage, Report, confined, near_duplicates, open_rgb, perceptual_hashes
-from mig_kit.tasks import make
+from mig_kit.data import mgrounding
+from mig_kit.image_files import BadImage, SkipReport, find_near_duplicates, open_rgb, perceptual_hashes, resolve_under_root
+from mig_kit.world.tasks import make_sample
 
 GROUP = "./MGrounding-630k/Group_Grounding/SA-1B/sa_{}.jpg"
 FILM = "./MGrounding-630k/Object_Tracking/GOT-10k/train/GOT_1/{:08d}.jpg"
@@ -29,8 +29,8 @@ def record(*turns, images=None, n=3):
 
 
 def read(data, **kwargs):
-    report = Report()
-    return list(mgrounding.items(0, data, report, **kwargs)), dict(report.counts)
+    report = SkipReport()
+    return list(mgrounding.record_questions(0, data, report, **kwargs)), dict(report.counts)
 
 
 def test_several_turns_with_ordinals_and_reference_tags():
@@ -158,24 +158,24 @@ def dataset(tmp_path):
 
 
 def test_samples_from_nested_folders_in_pixels(dataset):
-    report = Report()
-    found = list(mgrounding.samples(dataset / "MGrounding-630k.json", dataset, report))
+    report = SkipReport()
+    found = list(mgrounding.iter_samples(dataset / "MGrounding-630k.json", dataset, report))
     assert [s.sizes for s in found] == [[(200, 100), (400, 100), (600, 100)], [(80, 80)] * 3]
     assert found[0].targets == ((3, (300.0, 10.0, 600.0, 100.0)),) and found[1].targets == ((1, (0.0, 0.0, 40.0, 40.0)),)
     assert all(i.mode == "RGB" for s in found for i in s.images)
     assert report.read == 5 and report.kept == 2
     assert dict(report.counts) == {"record shape": 1, "missing image": 1, "outside root": 1}
-    assert "sa_77.jpg" in report.text() and mgrounding.check(dataset / "MGrounding-630k.json", dataset).counts == report.counts
+    assert "sa_77.jpg" in report.text() and mgrounding.check_annotations(dataset / "MGrounding-630k.json", dataset).counts == report.counts
 
 
 def test_samples_are_read_lazily(dataset):
     path = dataset / "MGrounding-630k.json"
     path.write_bytes(path.read_bytes()[:-30])  # the end is cut: the first sample comes all the same
-    stream = mgrounding.samples(path, dataset, Report())
+    stream = mgrounding.iter_samples(path, dataset, SkipReport())
     assert next(stream).id == "0-1"
     with pytest.raises(ValueError, match="download it again"):
         list(stream)
-    assert len(list(mgrounding.samples(path, dataset, Report(), limit=1))) == 1
+    assert len(list(mgrounding.iter_samples(path, dataset, SkipReport(), limit=1))) == 1
 
 
 def test_a_broken_image_is_counted_not_raised(dataset):
@@ -184,12 +184,12 @@ def test_a_broken_image_is_counted_not_raised(dataset):
     Image.effect_noise((300, 300), 80).save(whole)
     whole.write_bytes(whole.read_bytes()[:2000])  # the header is whole, the pixels are cut
     (folder / "00000002.jpg").write_bytes(b"no image")
-    report = Report()
-    assert len(list(mgrounding.samples(dataset / "MGrounding-630k.json", dataset, report))) == 1 == report.kept
+    report = SkipReport()
+    assert len(list(mgrounding.iter_samples(dataset / "MGrounding-630k.json", dataset, report))) == 1 == report.kept
     assert report.counts["unreadable image"] == 1
     Image.new("L", (80, 80)).save(folder / "00000002.jpg")
-    report = Report()
-    assert len(list(mgrounding.samples(dataset / "MGrounding-630k.json", dataset, report))) == 1 == report.kept
+    report = SkipReport()
+    assert len(list(mgrounding.iter_samples(dataset / "MGrounding-630k.json", dataset, report))) == 1 == report.kept
     assert report.counts["unreadable image"] == 1
 
 
@@ -202,7 +202,7 @@ def test_paths_stay_below_the_root(name, tmp_path):
     os.symlink(tmp_path / "outside", root / "link")
     os.symlink(root / "loop", root / "loop")
     with pytest.raises(BadImage):
-        path = confined(root, name)
+        path = resolve_under_root(root, name)
         open_rgb(path)
 
 
@@ -237,24 +237,24 @@ def test_any_file_is_read_or_refused_with_one_error(tmp_path, data):
     path = tmp_path / "x.json"
     path.write_bytes(data)
     try:
-        for index, element in enumerate(mgrounding.records(path)):
-            list(mgrounding.items(index, element, Report()))
+        for index, element in enumerate(mgrounding.iter_records(path)):
+            list(mgrounding.record_questions(index, element, SkipReport()))
     except ValueError as error:
         assert "download it again" in str(error)
 
 
 def test_near_duplicates_finds_copies_and_nothing_else():
-    photos = [make("diff", "val", i).images[0].resize((320, 240)) for i in range(12)]
+    photos = [make_sample("diff", "val", i).images[0].resize((320, 240)) for i in range(12)]
     noise = [Image.effect_noise((320, 240), 90).convert("RGB") for _ in range(12)]
     mixed = [Image.blend(a, b, 0.3) for a, b in zip(photos, noise)]
     train = perceptual_hashes((f"t{i}", image) for i, image in enumerate(mixed))
     copies = [image.resize((200, 150)).resize((330, 250)) for image in mixed[:4]]
     held_out = perceptual_hashes((f"e{i}", image) for i, image in enumerate(copies))
-    assert {(a, b) for a, b, _ in near_duplicates(train, held_out)} == {(f"t{i}", f"e{i}") for i in range(4)}
-    assert all(0 <= bits <= 4 for _, _, bits in near_duplicates(train, held_out))
+    assert {(a, b) for a, b, _ in find_near_duplicates(train, held_out)} == {(f"t{i}", f"e{i}") for i in range(4)}
+    assert all(0 <= bits <= 4 for _, _, bits in find_near_duplicates(train, held_out))
 
 
 def test_a_deeply_nested_file_is_one_sentence(tmp_path):
     (tmp_path / "x.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is nested over 32 deep"):
-        list(mgrounding.records(tmp_path / "x.json"))
+        list(mgrounding.iter_records(tmp_path / "x.json"))

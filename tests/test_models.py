@@ -6,15 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mig_kit import models, sft
-from mig_kit.frames import View
-from mig_kit.prompts import messages
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import models, training
+from mig_kit.prompts import chat_messages
 
-THOUSAND = View(frame="thousand")
+THOUSAND = BoxFormat(frame="thousand")
 
 
 def batch_of(processor, samples):
-    texts = [processor.apply_chat_template(messages(s), add_generation_prompt=True, tokenize=False) for s in samples]
+    texts = [processor.apply_chat_template(chat_messages(s), add_generation_prompt=True, tokenize=False) for s in samples]
     return processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
 
 
@@ -44,7 +44,7 @@ def test_right_padding_is_refused(processor, samples):
 
 
 def test_lora_lands_on_the_language_model_only(random_model):
-    model = get_peft_model(random_model, sft.adapter(4, 8))
+    model = get_peft_model(random_model, training.lora_config(4, 8))
     assert len(models.check_adapters(model)) == 14
 
 
@@ -76,16 +76,16 @@ def test_model_folders_that_lack_something(random_folder, tmp_path):
 
 
 def test_hardware_says_why():
-    assert models.hardware("float32").dtype == torch.float32 and "parameter" in models.hardware("float32").reason
+    assert models.choose_hardware("float32").dtype == torch.float32 and "parameter" in models.choose_hardware("float32").reason
     with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
-        models.hardware("fp8")
+        models.choose_hardware("fp8")
 
 
 def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):
     made = []
     monkeypatch.setattr(models.torch, "cos", lambda x: made.append(x.numel()) or x)
-    monkeypatch.setattr(models, "bf16_instructions", lambda: made.append("dtype") or "")
-    models.hardware()
+    monkeypatch.setattr(models, "fast_bf16_instructions", lambda: made.append("dtype") or "")
+    models.choose_hardware()
     assert made == [8, "dtype"]  # eight numbers are computed by one thread
 
 
@@ -96,7 +96,7 @@ def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):
 def test_the_dtype_follows_from_what_the_cpu_has_alone(has, autocast, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    hw = models.hardware()
+    hw = models.choose_hardware()
     assert hw.autocast == autocast and hw.dtype == torch.float32
     assert ("bf16 products (autocast)" in hw.reason) == autocast and ("no fast instructions" in hw.reason) != autocast
 
@@ -123,7 +123,7 @@ def test_relatives_load_in_thousandths_only(family, relatives, float32, samples)
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     assert side == {"qwen2_vl": 28, "qwen3_vl": 32}[family]
     model = models.load_model(folder, float32, four_bit=True)
-    assert len(models.check_adapters(get_peft_model(model, sft.adapter(4, 8)))) == 14
+    assert len(models.check_adapters(get_peft_model(model, training.lora_config(4, 8)))) == 14
     assert type(model.model.visual).__module__.endswith(family)
 
 

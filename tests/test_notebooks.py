@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from mig_kit import runs
+from mig_kit.pipeline import store
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def smoke(smoke_runs, tmp_path_factory):
 
 
 def test_every_stage_left_what_it_should(smoke):
-    for stage in runs.STAGES:
+    for stage in store.STAGES:
         folder = smoke / "smoke" / stage
         assert {"metrics.json", "run.json", f"{stage}.ipynb"} <= {p.name for p in folder.iterdir()}
         record = json.loads((folder / "run.json").read_text())
@@ -37,10 +37,10 @@ def test_every_stage_left_what_it_should(smoke):
 def test_a_second_run_redoes_nothing(smoke):
     result = subprocess.run([sys.executable, "-c", "from mig_kit.cli import main; main()", "run", "--profile", "smoke", "--run-id",
                              "smoke"], env={**os.environ, "MIG_KIT_RUNS": str(smoke)}, capture_output=True, text=True)
-    assert result.stdout.count("up to date") == len(runs.RECIPE) and "report:" in result.stdout
+    assert result.stdout.count("up to date") == len(store.RECIPE) and "report:" in result.stdout
 
 
-@pytest.mark.parametrize("stage", runs.STAGES)
+@pytest.mark.parametrize("stage", store.STAGES)
 def test_nbval_runs_the_executed_notebook(stage, smoke):
     """nbval runs the notebook that papermill left, parameters injected; its cells' asserts are the test."""
     notebook = smoke / "smoke" / stage / f"{stage}.ipynb"

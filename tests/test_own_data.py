@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mig_kit import own_data
+from mig_kit.data import own_data
 
 GOOD = {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2, "box": [10, 20, 60, 90], "unit": "pixels"}
 
@@ -39,12 +39,12 @@ def changed(**keys):
 def test_a_right_file_and_its_samples_in_each_unit(root):
     path = write(root, GOOD, changed(unit="0-1000", box=..., boxes=[[0, 0, 500, 1000], [500, 0, 1000, 1000]], id="x", task="diff"),
                  changed(unit="0-1", box=[0, 0, 0.5, 1], question="Like {ref}?", reference=[0, 0, 0.5, 1]))
-    assert [wrong for _, wrong in own_data.check(path, root)] == [[], [], []]
-    found = list(own_data.samples(path, root))
+    assert [wrong for _, wrong in own_data.check_file(path, root)] == [[], [], []]
+    found = list(own_data.iter_samples(path, root))
     assert found[0].targets == ((2, (10.0, 20.0, 60.0, 90.0)),) and found[0].id == "line-1"
     assert found[1].targets == ((2, (0.0, 0.0, 100.0, 100.0)), (2, (100.0, 0.0, 200.0, 100.0))) and found[1].task == "diff"
     assert found[2].reference == (0.0, 0.0, 50.0, 50.0) and found[2].targets == ((2, (0.0, 0.0, 100.0, 100.0)),)
-    assert len(list(own_data.samples(path, root, limit=2))) == 2
+    assert len(list(own_data.iter_samples(path, root, limit=2))) == 2
 
 
 @pytest.mark.parametrize("row,sentence", [
@@ -77,23 +77,23 @@ def test_a_right_file_and_its_samples_in_each_unit(root):
 ])
 def test_each_mistake_has_its_sentence_and_line(root, row, sentence):
     path = write(root, GOOD, row, GOOD)
-    found = list(own_data.check(path, root))
+    found = list(own_data.check_file(path, root))
     assert [n for n, _ in found] == [1, 2, 3] and not found[0][1] and not found[2][1]
     assert any(sentence in s for s in found[1][1]), found[1]
     with pytest.raises(own_data.OwnDataError, match="line 2"):
-        list(own_data.samples(path, root))
+        list(own_data.iter_samples(path, root))
 
 
 def test_all_mistakes_of_a_line_and_ids_there_twice(root):
     path = write(root, changed(id="x"), changed(id="x"), changed(image=9, unit="px", question=""))
-    found = dict(own_data.check(path, root))
+    found = dict(own_data.check_file(path, root))
     assert "id 'x' is there twice" in found[2][0] and len(found[3]) == 3
 
 
 def test_a_mark_at_the_start_and_windows_line_ends(root):
     path = root / "bom.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n" + json.dumps(GOOD).encode())
-    assert [wrong for _, wrong in own_data.check(path, root)] == [[], []]
+    assert [wrong for _, wrong in own_data.check_file(path, root)] == [[], []]
 
 
 def test_a_line_of_any_length_takes_bounded_memory(root, tmp_path):
@@ -103,7 +103,7 @@ def test_a_line_of_any_length_takes_bounded_memory(root, tmp_path):
             file.write(b"x" * (1 << 20))
         file.write(b"\n" + json.dumps(GOOD).encode())
     tracemalloc.start()
-    found = list(own_data.check(path, root))
+    found = list(own_data.check_file(path, root))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [bool(wrong) for _, wrong in found] == [True, False] and peak < 8 << 20
@@ -126,10 +126,10 @@ rows = st.fixed_dictionaries(
 def test_any_line_is_a_sample_inside_the_rules_or_has_sentences(root, line):
     path = root / "fuzz.jsonl"
     path.write_bytes(line)
-    wrong = [sentence for _, sentences in own_data.check(path, root) for sentence in sentences]
+    wrong = [sentence for _, sentences in own_data.check_file(path, root) for sentence in sentences]
     assert all(isinstance(s, str) and s for s in wrong)
     try:
-        found = list(own_data.samples(path, root))
+        found = list(own_data.iter_samples(path, root))
     except own_data.OwnDataError:
         assert wrong
         return
@@ -143,17 +143,17 @@ def test_any_line_is_a_sample_inside_the_rules_or_has_sentences(root, line):
 def test_preview_draws_boxes_and_escapes_text(root, tmp_path):
     path = write(root, changed(question="<script>alert(1)</script> & Find\nit", id="<b>"), GOOD)
     page = tmp_path / "p.html"
-    assert own_data.preview(own_data.samples(path, root), page) == 2
+    assert own_data.write_preview(own_data.iter_samples(path, root), page) == 2
     text = page.read_text()
     assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Find it" in text and "<h2>&lt;b&gt;</h2>" in text
-    assert own_data.preview(own_data.samples(path, root), tmp_path / "p.png") == 2
+    assert own_data.write_preview(own_data.iter_samples(path, root), tmp_path / "p.png") == 2
     colours = Image.open(tmp_path / "p.png").convert("RGB").getcolors(1 << 20)
     assert any(colour == (0, 0x9E, 0x73) and n > 100 for n, colour in colours)  # the target's green
     with pytest.raises(ValueError, match="must end in .png or .html"):
-        own_data.preview(own_data.samples(path, root), tmp_path / "p.gif")
+        own_data.write_preview(own_data.iter_samples(path, root), tmp_path / "p.gif")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="the file is empty"):
-        own_data.preview(own_data.samples(path, root), page)
+        own_data.write_preview(own_data.iter_samples(path, root), page)
 
 
 def call(*words):

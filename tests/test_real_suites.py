@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mig_kit import benchmarks, image_files, real_suites, runs
-from mig_kit.frames import View, seen_size, to_model
-from mig_kit.prompts import answer_text, question_text
-from mig_kit.rewards import correct
+from mig_kit import image_files
+from mig_kit.boxes import BoxFormat, seen_size, to_model_box
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.prompts import format_answer, format_question
+from mig_kit.rewards import is_correct
+from mig_kit.scoring import annotations, run_benchmark
 
-VIEW = View()
+VIEW = BoxFormat()
 SIZES = {"a.png": (400, 200), "b.png": (150, 333), "c.png": (90, 90)}
 TASKS = [
     {"task": "multi_view", "images": ["a.png", "b.png", "c.png"], "answer": [0.1, 0.2, 0.5, 0.6],
@@ -48,43 +50,43 @@ def right_reply(sample, number=None):
     if sample.options:
         return f"<think>x</think><answer>{sample.letter}</answer>"
     image, box = next(t for t in sample.targets if number in (None, t[0]))
-    return f"<think>x</think><answer>{answer_text(image, to_model(box, sample.sizes[image - 1], VIEW))}</answer>"
+    return f"<think>x</think><answer>{format_answer(image, to_model_box(box, sample.sizes[image - 1], VIEW))}</answer>"
 
 
-@pytest.mark.parametrize("name", real_suites.RUNNABLE)
+@pytest.mark.parametrize("name", run_benchmark.RUNNABLE)
 def test_right_replies_score_everything_under_both_protocols(root, name):
-    real = real_suites.read(name, root / f"{name}.json", root)
-    sizes = real_suites.image_sizes(real, root)
-    samples = [s for part in real_suites.batches(real, root, 2) for s in part]
+    real = run_benchmark.read_runnable(name, root / f"{name}.json", root)
+    sizes = run_benchmark.image_sizes(real, root)
+    samples = [s for part in run_benchmark.iter_batches(real, root, 2) for s in part]
     assert [s.sizes for s in samples] == [sizes[s.id] for s in samples]
     good = {s.id: [right_reply(s)] for s in samples}
-    assert all(correct(good[s.id][0], s, view=VIEW) for s in samples), "the kit's own rule agrees"
+    assert all(is_correct(good[s.id][0], s, box_format=VIEW) for s in samples), "the kit's own rule agrees"
     bad = {s.id: ["<think>x</think><answer>H</answer>"] for s in samples}
-    found = real_suites.results(real, {"sft": bad, "grpo": good}, sizes, root, VIEW, [("grpo", "sft")])
-    rows = {(row["system"], row["protocol"]): row["avg"] for row in real_suites.table(found)}
+    found = run_benchmark.score_systems(real, {"sft": bad, "grpo": good}, sizes, root, VIEW, [("grpo", "sft")])
+    rows = {(row["system"], row["protocol"]): row["avg"] for row in run_benchmark.results_table(found)}
     assert rows == {("sft", "official"): 0, ("sft", "strict"): 0, ("grpo", "official"): 100, ("grpo", "strict"): 100}
     metric = next(iter(found["deltas"]["grpo-sft"]["strict"]))
     assert found["deltas"]["grpo-sft"]["strict"][metric]["value"] == 100 and found["name"] == name
 
 
 def test_reference_boxes_reach_the_model_in_its_own_frame(root):
-    real = real_suites.read("mig_bench", root / "mig_bench.json", root)
-    sample = real_suites.sample_of(real.items[0], real.name, root)
+    real = run_benchmark.read_runnable("mig_bench", root / "mig_bench.json", root)
+    sample = run_benchmark.to_sample(real.items[0], real.name, root)
     assert sample.reference == (100, 100, 200, 200) and sample.targets[0][0] == 2
     width, height = seen_size((400, 200), VIEW)
-    text = question_text(sample, VIEW)
+    text = format_question(sample, VIEW)
     assert f"[{round(width / 4)},{round(height / 2)},{round(width / 2)},{height}]" in text and "box_start" not in text
-    assert "object_ref" not in real_suites.sample_of(real.items[2], real.name, root).question
+    assert "object_ref" not in run_benchmark.to_sample(real.items[2], real.name, root).question
 
 
 def test_the_right_box_in_the_wrong_image_passes_only_the_official_rule(root):
-    real = real_suites.read("mig_bench", root / "mig_bench.json", root)
-    sizes = real_suites.image_sizes(real, root)
-    item = benchmarks.Benchmark("mig_bench", "original", real.items[2:], False)
+    real = run_benchmark.read_runnable("mig_bench", root / "mig_bench.json", root)
+    sizes = run_benchmark.image_sizes(real, root)
+    item = annotations.Benchmark("mig_bench", "original", real.items[2:], False)
     width, height = seen_size(SIZES["b.png"], VIEW)
-    reply = f"<think>x</think><answer>{answer_text(2, (width / 2, height / 2, width, height))}</answer>"
-    found = real_suites.results(item, {"grpo": {"mig_bench/2": [reply]}}, sizes, root, VIEW, [])
-    assert [row["avg"] for row in real_suites.table(found)] == [100, 0]
+    reply = f"<think>x</think><answer>{format_answer(2, (width / 2, height / 2, width, height))}</answer>"
+    found = run_benchmark.score_systems(item, {"grpo": {"mig_bench/2": [reply]}}, sizes, root, VIEW, [])
+    assert [row["avg"] for row in run_benchmark.results_table(found)] == [100, 0]
 
 
 @pytest.mark.parametrize("form,passes", [
@@ -93,13 +95,13 @@ def test_the_right_box_in_the_wrong_image_passes_only_the_official_rule(root):
     ("First {box}, then [1, 2, 3, 4].", (1, 0))])
 def test_boxes_in_other_forms_are_converted_too(root, form, passes):
     """A base model does not keep to the form that the kit asks for; its pixels must not be read as thousandths."""
-    real = real_suites.read("mig_bench", root / "mig_bench.json", root)
-    sizes, item = real_suites.image_sizes(real, root), benchmarks.Benchmark("mig_bench", "original", real.items[:1], False)
-    sample = real_suites.sample_of(item.items[0], "mig_bench", root)
+    real = run_benchmark.read_runnable("mig_bench", root / "mig_bench.json", root)
+    sizes, item = run_benchmark.image_sizes(real, root), annotations.Benchmark("mig_bench", "original", real.items[:1], False)
+    sample = run_benchmark.to_sample(item.items[0], "mig_bench", root)
     number, target = sample.targets[0]
-    box = str([round(v) for v in to_model(target, sample.sizes[number - 1], VIEW)])
-    found = real_suites.results(item, {"base": {"mig_bench/0": [form.format(box=box)]}}, sizes, root, VIEW, [])
-    assert [row["avg"] / 100 for row in real_suites.table(found)] == list(passes)
+    box = str([round(v) for v in to_model_box(target, sample.sizes[number - 1], VIEW)])
+    found = run_benchmark.score_systems(item, {"base": {"mig_bench/0": [form.format(box=box)]}}, sizes, root, VIEW, [])
+    assert [row["avg"] / 100 for row in run_benchmark.results_table(found)] == list(passes)
 
 
 @pytest.mark.parametrize("name,change", [("mmiu", {"options": "one or the other"}), ("blink", {"choices": None})])
@@ -107,14 +109,14 @@ def test_multiple_choice_without_options_is_not_asked_for_a_box(root, name, chan
     record, = json.loads((root / f"{name}.json").read_text())
     (root / f"{name}.json").write_text(json.dumps([record | change]))
     with pytest.raises(ValueError, match="1 multiple-choice items .* have no 2 to 8 options"):
-        real_suites.read(name, root / f"{name}.json", root)
+        run_benchmark.read_runnable(name, root / f"{name}.json", root)
 
 
 def test_frames_are_no_links_out_of_the_root(root):
     (root / "film" / "000.jpg").unlink()
     (root / "film" / "000.jpg").symlink_to("/etc/hostname")
     with pytest.raises(image_files.BadImage, match="leads out of the image root"):
-        benchmarks.image_file(root, "film#0")
+        annotations.resolve_image_path(root, "film#0")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Missing image item"), NotImplementedError("Unknown pixel format"), MemoryError()])
@@ -130,29 +132,29 @@ def test_whatever_a_reader_of_pictures_raises_names_the_picture(root, monkeypatc
 
 def test_multiple_choice_shows_the_texts_of_the_options(root):
     for name, texts in (("mmiu", ("one", "the other")), ("blink", ("1", "3"))):
-        real = real_suites.read(name, root / f"{name}.json", root)
-        sample = real_suites.sample_of(real.items[0], name, root)
-        assert sample.options == texts and f"A. {texts[0]} B. {texts[1]}" in question_text(sample, VIEW)
+        real = run_benchmark.read_runnable(name, root / f"{name}.json", root)
+        sample = run_benchmark.to_sample(real.items[0], name, root)
+        assert sample.options == texts and f"A. {texts[0]} B. {texts[1]}" in format_question(sample, VIEW)
 
 
 def test_what_is_missing_is_said_before_any_model_is_loaded(root):
     (root / "b.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 3 images are missing .*b\.png"):
-        real_suites.read("mig_bench", root / "mig_bench.json", root)
+        run_benchmark.read_runnable("mig_bench", root / "mig_bench.json", root)
     with pytest.raises(ValueError, match="cannot run 'mc_bench'"):
-        real_suites.read("mc_bench", root / "mig_bench.json", root)
+        run_benchmark.read_runnable("mc_bench", root / "mig_bench.json", root)
     (root / "bare.json").write_text(json.dumps([{"idx": "val_x_1", "task": "x", "answer": "(A)"}]))
     with pytest.raises(ValueError, match="name no images"):
-        real_suites.read("blink", root / "bare.json", root)
+        run_benchmark.read_runnable("blink", root / "bare.json", root)
 
 
 def test_questions_about_the_same_images_follow_each_other_and_open_them_once(root, monkeypatch):
     records = [TASKS[0], TASKS[1], TASKS[0], TASKS[2], TASKS[1], TASKS[0]]
     (root / "mig_bench.json").write_text(json.dumps(records))
-    real = real_suites.read("mig_bench", root / "mig_bench.json", root)
-    opened, opens = [], real_suites.image_files.open_rgb
-    monkeypatch.setattr(real_suites.image_files, "open_rgb", lambda path: opened.append(path.name) or opens(path))
-    first, second = real_suites.batches(real, root, 4)
+    real = run_benchmark.read_runnable("mig_bench", root / "mig_bench.json", root)
+    opened, opens = [], run_benchmark.image_files.open_rgb
+    monkeypatch.setattr(run_benchmark.image_files, "open_rgb", lambda path: opened.append(path.name) or opens(path))
+    first, second = run_benchmark.iter_batches(real, root, 4)
     assert [s.id for s in first + second] == [f"mig_bench/{i}" for i in (0, 2, 5, 1, 4, 3)]
     assert opened == ["a.png", "b.png", "c.png", "a.png", "b.png", "c.png"], "once a batch"
     assert first[0].images[0] is first[2].images[0] is first[3].images[0]
@@ -160,28 +162,28 @@ def test_questions_about_the_same_images_follow_each_other_and_open_them_once(ro
 
 def test_a_limit_takes_the_first_of_every_task(root):
     (root / "mig_bench.json").write_text(json.dumps([*TASKS, *TASKS]))
-    real = real_suites.read("mig_bench", root / "mig_bench.json", root, 1)
+    real = run_benchmark.read_runnable("mig_bench", root / "mig_bench.json", root, 1)
     assert [item.task for item in real.items] == ["multi_view", "diff", "group_grounding"]
 
 
 def test_names_that_leave_the_root_are_refused(root):
     (root / "lisa.json").write_text(json.dumps([{"image_path": "../x.png", "instruction": "?", "boxes": [[0, 0, 1, 1]]}]))
     with pytest.raises(ValueError, match="below the image root"):
-        real_suites.read("lisa", root / "lisa.json", root)
+        run_benchmark.read_runnable("lisa", root / "lisa.json", root)
 
 
 def test_every_official_item_becomes_a_sample(tmp_path):
     """All of the official file's questions, over one blank picture in place of the images nobody ships."""
-    file = Path(os.environ.get("MIG_KIT_DATA", runs.ROOT.parent / "shared" / "data")) / "mig_bench" / "MIG_data.json"
+    file = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data")) / "mig_bench" / "MIG_data.json"
     if not file.is_file():
         pytest.skip("no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
     Image.new("RGB", (560, 420)).save(tmp_path / "one.png")
-    real = benchmarks.mig_bench(benchmarks.read_records(file))
+    real = annotations.read_mig_bench(annotations.read_records(file))
     marked = 0
     for item in real.items[::7]:
-        blank = benchmarks.Item(**{**vars(item), "images": ("one.png",) * len(item.images)})
-        sample = real_suites.sample_of(blank, real.name, tmp_path)
-        text = question_text(sample, VIEW)
+        blank = annotations.BenchmarkItem(**{**vars(item), "images": ("one.png",) * len(item.images)})
+        sample = run_benchmark.to_sample(blank, real.name, tmp_path)
+        text = format_question(sample, VIEW)
         assert sample.targets and "<|" not in text and "{ref}" not in text
         marked += sample.reference is not None
     assert marked > 80

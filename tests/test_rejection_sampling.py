@@ -8,87 +8,89 @@ import numpy as np
 import pytest
 import torch
 
-from mig_kit import rejection_sampling as rs
-from mig_kit.frames import View, to_model
-from mig_kit.prompt_cache import PromptCache
-from mig_kit.prompts import answer_text
-from mig_kit.tasks import make
+from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.engine import sampling
+from mig_kit.engine.prompt_cache import PromptCache
+from mig_kit.prompts import format_answer
+from mig_kit.stages import rejection_sampling as rs
+from mig_kit.stats import pass_at_k
+from mig_kit.world.tasks import make_sample
 
 
 @pytest.mark.parametrize("right,total,k", [(0, 8, 3), (1, 8, 1), (3, 8, 2), (8, 8, 4), (2, 5, 4)])
 def test_pass_at_k_by_counting(right, total, k):
     marks = [1] * right + [0] * (total - right)
     sets = list(combinations(marks, k))
-    assert rs.pass_at_k(right, total, k) == pytest.approx(sum(any(s) for s in sets) / len(sets))
+    assert pass_at_k(right, total, k) == pytest.approx(sum(any(s) for s in sets) / len(sets))
 
 
 def test_curate_by_hand():
-    samples = [make("diff", "rl", i) for i in range(5)] + [make("reasoning", "rl", i) for i in range(2)]
+    samples = [make_sample("diff", "rl", i) for i in range(5)] + [make_sample("reasoning", "rl", i) for i in range(2)]
     rates = np.array([0, 0.125, 0.5, 0.875, 1, 0.5, 1])
-    kept, why = rs.curate(samples, rates, lowest=0.1, highest=0.9, per_task=2, seed=0)
+    kept, why = rs.select_by_pass_rate(samples, rates, lowest=0.1, highest=0.9, per_task=2, seed=0)
     assert why["diff"] == {"never right": 1, "always right": 1, "kept": 2, "over the task's share": 1}
     assert why["reasoning"] == {"always right": 1, "kept": 1, "over the task's share": 0}
     assert len(kept) == 3 and {s.id for s in kept} <= {samples[i].id for i in (1, 2, 3, 5)}
 
 
 def test_by_detail_by_hand():
-    sample = make("diff", "rl", 0)
+    sample = make_sample("diff", "rl", 0)
     image, box = sample.targets[0]
-    answer = f"<answer>{answer_text(image, to_model(box, sample.sizes[image - 1]))}</answer>"
+    answer = f"<answer>{format_answer(image, to_model_box(box, sample.sizes[image - 1]))}</answer>"
     thoughts = ["Compare.", "Compare. new: red star.", "Compare. image 1: a. new: red star."]
     replies = [f"<think>{t}</think>{answer}" for t in thoughts] + ["<think>Compare. new: x.</think><answer>?: ?: ?</answer>"]
-    rows = {row["detail"]: (row["n"], row["right"]) for row in rs.by_detail([sample], {sample.id: replies}, View())}
+    rows = {row["detail"]: (row["n"], row["right"]) for row in rs.accuracy_by_detail([sample], {sample.id: replies}, BoxFormat())}
     assert rows == {"method": (1, 1.0), "finding": (2, 0.5), "evidence": (1, 1.0)}
 
 
 def test_a_cut_line_is_dropped_and_the_rest_kept(tmp_path):
     path = tmp_path / "replies.jsonl"
     path.write_text(json.dumps({"id": "a", "replies": ["x"]}) + "\n" + '{"id": "b", "rep')
-    assert rs.stored(path) == {"a": ["x"]}
+    assert sampling.load_replies(path) == {"a": ["x"]}
     assert path.read_text().count("\n") == 1
 
 
 def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_model, processor, samples):
-    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=3, seed=1, view=View(), autocast=False)
-    whole = rs.sample_replies(random_model, processor, samples, tmp_path / "whole.jsonl", **options)
+    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=3, seed=1, box_format=BoxFormat(), autocast=False)
+    whole = sampling.sample_replies(random_model, processor, samples, tmp_path / "whole.jsonl", **options)
     lines = (tmp_path / "whole.jsonl").read_text().splitlines()
     (tmp_path / "cut.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
-    resumed = rs.sample_replies(random_model, processor, samples, tmp_path / "cut.jsonl", **options)
+    resumed = sampling.sample_replies(random_model, processor, samples, tmp_path / "cut.jsonl", **options)
     assert resumed == whole
     assert sorted((tmp_path / "cut.jsonl").read_text().splitlines()) == sorted(lines)
 
 
 @pytest.mark.slow
 def test_batches_side_by_side_give_the_same_replies(tmp_path, random_model, processor, samples):
-    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=2, seed=1, view=View(), autocast=True)
-    one = rs.sample_replies(random_model, processor, samples, tmp_path / "one.jsonl", **options)
+    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=2, seed=1, box_format=BoxFormat(), autocast=True)
+    one = sampling.sample_replies(random_model, processor, samples, tmp_path / "one.jsonl", **options)
     before = {name: value.clone() for name, value in random_model.state_dict().items()}
-    two = rs.sample_replies(random_model, processor, samples, tmp_path / "two.jsonl", **options, workers=2)
+    two = sampling.sample_replies(random_model, processor, samples, tmp_path / "two.jsonl", **options, workers=2)
     assert two == one and (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert all(torch.equal(value, before[name]) for name, value in random_model.state_dict().items())
 
 
 def test_prompts_made_ready_before_give_the_same_replies(tmp_path, random_model, processor, samples, monkeypatch):
-    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=3, seed=1, view=View(), autocast=False)
-    alone = rs.sample_replies(random_model, processor, samples, tmp_path / "alone.jsonl", **options)
-    cache = PromptCache(random_model, processor, View())
+    options = dict(replies=2, temperature=1.0, max_new_tokens=6, batch_size=3, seed=1, box_format=BoxFormat(), autocast=False)
+    alone = sampling.sample_replies(random_model, processor, samples, tmp_path / "alone.jsonl", **options)
+    cache = PromptCache(random_model, processor, BoxFormat())
     greedy = options | {"replies": 1, "temperature": 0.0}
-    rs.sample_replies(random_model, processor, samples, tmp_path / "greedy.jsonl", cache=cache, **greedy)
+    sampling.sample_replies(random_model, processor, samples, tmp_path / "greedy.jsonl", cache=cache, **greedy)
     monkeypatch.setattr(cache, "_encode", lambda samples: pytest.fail("encoded again") if samples else None)
-    assert rs.sample_replies(random_model, processor, samples, tmp_path / "drawn.jsonl", cache=cache, **options) == alone
+    assert sampling.sample_replies(random_model, processor, samples, tmp_path / "drawn.jsonl", cache=cache, **options) == alone
 
 
 def test_questions_about_the_same_images_are_asked_together(tmp_path, random_model, processor, samples, monkeypatch):
     asked = [replace(samples[i], id=f"{turn}/{i}", question="Where?" * (1 + turn)) for turn in range(3) for i in range(3)]
-    options = dict(replies=1, temperature=0.0, max_new_tokens=6, seed=1, view=View(), autocast=False)
-    alone = rs.sample_replies(random_model, processor, asked, tmp_path / "alone.jsonl", batch_size=1, **options)
-    batches, drawn = [], rs.rollouts
-    monkeypatch.setattr(rs, "rollouts", lambda m, p, prompts, *more: batches.append(prompts) or drawn(m, p, prompts, *more))
-    assert rs.sample_replies(random_model, processor, asked, tmp_path / "together.jsonl", batch_size=3, **options) == alone
+    options = dict(replies=1, temperature=0.0, max_new_tokens=6, seed=1, box_format=BoxFormat(), autocast=False)
+    alone = sampling.sample_replies(random_model, processor, asked, tmp_path / "alone.jsonl", batch_size=1, **options)
+    batches, drawn = [], sampling.generate_rollouts
+    monkeypatch.setattr(sampling, "generate_rollouts", lambda m, p, prompts, *more: batches.append(prompts) or drawn(m, p, prompts, *more))
+    assert sampling.sample_replies(random_model, processor, asked, tmp_path / "together.jsonl", batch_size=3, **options) == alone
     assert [len({p.images for p in batch}) for batch in batches] == [1, 1, 1]
 
 
 def test_no_replies_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="replies is 0; a prompt needs at least one"):
-        rs.sample_replies(None, None, [], tmp_path / "x.jsonl", replies=0, temperature=1.0, max_new_tokens=1,
-                          batch_size=1, seed=0, view=View(), autocast=False)
+        sampling.sample_replies(None, None, [], tmp_path / "x.jsonl", replies=0, temperature=1.0, max_new_tokens=1,
+                          batch_size=1, seed=0, box_format=BoxFormat(), autocast=False)

@@ -7,85 +7,85 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mig_kit import report
-from mig_kit.frames import View
-from mig_kit.suites import make_free_form
-from mig_kit.tasks import make
+from mig_kit.boxes import BoxFormat
+from mig_kit.stages import report
+from mig_kit.world.suites import make_free_form
+from mig_kit.world.tasks import make_sample
 
-VIEW = View()
+VIEW = BoxFormat()
 
 
 def test_model_text_is_escaped():
-    sample = make("diff", "val", 0)
+    sample = make_sample("diff", "val", 0)
     hostile = "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
-    card = report.card(sample, {"<b>sys</b>": hostile}, VIEW)
-    page = report.page("<script>title</script>", [("<i>h</i>", card)])
+    card = report.sample_card(sample, {"<b>sys</b>": hostile}, VIEW)
+    page = report.render_page("<script>title</script>", [("<i>h</i>", card)])
     assert "<script" not in page and "onerror" not in page.replace("onerror=alert(2)&gt;", "") and "<b>sys" not in page
 
 
 def test_headline_rows():
     found = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
     metrics = {"deltas": {"grpo-sft": {"mig_bench": found, "ood_grounding": found}, "grpo-base": {"blink": found, "mmiu": found}}}
-    rows = report.headline(metrics)
+    rows = report.claim_rows(metrics)
     assert [row["paper"] for row in rows] == [9.04, 4.98, 3.1, 2.4] and rows[0]["here"] == 9.5
-    assert "9.50" in report.table(rows) and "7.0 to 12.0" in report.table(rows)
-    bare = report.table([{**row, "sampled": None} for row in rows])
+    assert "9.50" in report.html_table(rows) and "7.0 to 12.0" in report.html_table(rows)
+    bare = report.html_table([{**row, "sampled": None} for row in rows])
     assert "sampled" not in bare and "9.50" in bare
-    empty = report.table([{"system": "base", "mig_bench": None}])
-    assert "T 1" not in report.page("t", [("T 1", empty)]), "nothing drawn, no heading"
+    empty = report.html_table([{"system": "base", "mig_bench": None}])
+    assert "T 1" not in report.render_page("t", [("T 1", empty)]), "nothing drawn, no heading"
 
 
 def test_choose_covers_the_outcomes():
-    from mig_kit.frames import to_model
-    from mig_kit.prompts import answer_text
+    from mig_kit.boxes import to_model_box
+    from mig_kit.prompts import format_answer
 
-    samples = [make("diff", "val", i) for i in range(4)]
-    right = {s.id: f"<think></think><answer>{answer_text(2, to_model(s.targets[0][1], s.sizes[1]))}</answer>" for s in samples}
+    samples = [make_sample("diff", "val", i) for i in range(4)]
+    right = {s.id: f"<think></think><answer>{format_answer(2, to_model_box(s.targets[0][1], s.sizes[1]))}</answer>" for s in samples}
     before = {s.id: right[s.id] if i in (1, 2) else "" for i, s in enumerate(samples)}
     after = {s.id: right[s.id] if i in (0, 1) else "" for i, s in enumerate(samples)}
-    chosen = dict((kind, s.id) for kind, s in report.choose(samples, before, after, VIEW))
+    chosen = dict((kind, s.id) for kind, s in report.pick_gallery(samples, before, after, VIEW))
     assert chosen == {"wrong, then right": samples[0].id, "right both times": samples[1].id,
                       "right, then wrong": samples[2].id, "wrong both times": samples[3].id}
 
 
 def reply_for(sample, number=None, shift=0):
-    from mig_kit.frames import to_model
-    from mig_kit.prompts import answer_text
+    from mig_kit.boxes import to_model_box
+    from mig_kit.prompts import format_answer
 
     image, box = sample.targets[0]
-    x1, y1, x2, y2 = to_model(box, sample.sizes[image - 1])
-    return f"<think></think><answer>{answer_text(number or image, (x1 + shift, y1, x2 + shift, y2))}</answer>"
+    x1, y1, x2, y2 = to_model_box(box, sample.sizes[image - 1])
+    return f"<think></think><answer>{format_answer(number or image, (x1 + shift, y1, x2 + shift, y2))}</answer>"
 
 
 def test_outcomes_by_hand():
-    sample, choice = make("diff", "val", 0), make_free_form("val", 1)[0]
+    sample, choice = make_sample("diff", "val", 0), make_free_form("val", 1)[0]
     replies = {"right": reply_for(sample), "wrong image": reply_for(sample, 1), "box off": reply_for(sample, shift=40),
                "no answer": "?"}
     for kind, reply in replies.items():
-        assert report.outcome(reply, sample, VIEW) == kind
+        assert report.classify_outcome(reply, sample, VIEW) == kind
     wrong = "B" if choice.letter == "A" else "A"
-    assert report.outcome(f"<think></think><answer>{wrong}</answer>", choice, VIEW) == "wrong option"
-    counts = report.outcomes([sample], {"a": {sample.id: replies["right"]}, "b": {sample.id: "?"}}, VIEW)
+    assert report.classify_outcome(f"<think></think><answer>{wrong}</answer>", choice, VIEW) == "wrong option"
+    counts = report.count_outcomes([sample], {"a": {sample.id: replies["right"]}, "b": {sample.id: "?"}}, VIEW)
     assert counts == {"a": {"right": 1, "no answer": 0}, "b": {"right": 0, "no answer": 1}}
 
 
 def test_flow_adds_up():
     metrics = {"01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
                "04_rejection_sampling": {"why": {"diff": {"kept": 3, "never right": 1}, "region": {"kept": 2}}}}
-    assert report.flow(metrics) == {"traces": {"kept": 8, "dropped: format": 2}, "candidates": {"kept": 5, "never right": 1}}
+    assert report.sample_counts(metrics) == {"traces": {"kept": 8, "dropped: format": 2}, "candidates": {"kept": 5, "never right": 1}}
 
 
 def test_calibration_counts_every_sample_once():
-    samples = [make("diff", "val", i) for i in range(40)]
-    rows = report.calibration({s.id: i / 40 for i, s in enumerate(samples)}, samples)
+    samples = [make_sample("diff", "val", i) for i in range(40)]
+    rows = report.pass_rate_by_difficulty({s.id: i / 40 for i, s in enumerate(samples)}, samples)
     assert sum(row["n"] for row in rows) == 40 and all(0 <= row["pass rate"] <= 1 for row in rows)
-    assert report.calibration({"x": 0.5}, []) == [], "own data lists nothing"
+    assert report.pass_rate_by_difficulty({"x": 0.5}, []) == [], "own data lists nothing"
 
 
 def test_the_gallery_is_filtered_without_a_script():
-    samples = [make("diff", "val", 0), make("region", "val", 0)]
+    samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
     replies = {"sft": {s.id: "?" for s in samples}}
-    text = report.gallery([("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, VIEW)
+    text = report.gallery_html([("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, VIEW)
     assert text.count('class="card task-') == 2 and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
     assert "<script" not in text and "<b>lost" not in text
 
@@ -98,7 +98,7 @@ def test_two_runs_on_one_page():
         return {"06_evaluate": {"systems": systems, "deltas": {"grpo-sft": {"mig_bench": gap}}},
                 "05_grpo": {"curves": [{"step": i, "reward": value + i} for i in range(12)]}}
 
-    text = report.two_runs({"a<script>": run(9.0), "b": run(11.0)}, [{"stage": "05_grpo", "name": "<script>", "a": 1, "b": None}])
+    text = report.two_run_page({"a<script>": run(9.0), "b": run(11.0)}, [{"stage": "05_grpo", "name": "<script>", "a": 1, "b": None}])
     assert "<script" not in text and text.count("<img") == 2 and "grpo-sft (points)" in text
 
 
@@ -139,8 +139,8 @@ def in_chromium(page, folder):
 def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
     bare = in_chromium(f"<title>mine</title><p>{HOSTILE}</p>", tmp_path)
     assert bare.title == "owned" and bare.found, "unescaped it would run"
-    sample = replace(make("diff", "val", 0), question=HOSTILE, id=f"{HOSTILE}/../x.png", task=HOSTILE, options=(HOSTILE, "b"))
+    sample = replace(make_sample("diff", "val", 0), question=HOSTILE, id=f"{HOSTILE}/../x.png", task=HOSTILE, options=(HOSTILE, "b"))
     reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
-    text = report.gallery([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, VIEW)
-    shown = in_chromium(report.page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
+    text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, VIEW)
+    shown = in_chromium(report.render_page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
     assert shown.title.startswith("mine ") and shown.found == []

@@ -2,15 +2,15 @@
 
 import pytest
 
-from mig_kit.rewards import box_reward, choice_reward, cites_only_given, correct, format_reward, image_reward
-from mig_kit.suites import make_free_form
-from mig_kit.tasks import make
+from mig_kit.rewards import box_reward, choice_reward, cites_only_existing_images, format_reward, image_reward, is_correct
+from mig_kit.world.suites import make_free_form
+from mig_kit.world.tasks import make_sample
 
 
 @pytest.fixture
 def sample():
     """A sample whose target lies in image 2, at its own size."""
-    return next(s for s in (make("diff", "val", i) for i in range(50)) if s.sizes[1] == (84, 84))
+    return next(s for s in (make_sample("diff", "val", i) for i in range(50)) if s.sizes[1] == (84, 84))
 
 
 def reply(image, box):
@@ -20,7 +20,7 @@ def reply(image, box):
 def test_right(sample):
     text = reply(2, sample.targets[0][1])
     assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample)) == (1, 1, 1)
-    assert correct(text, sample)
+    assert is_correct(text, sample)
 
 
 def test_the_image_gates_the_box(sample):
@@ -55,12 +55,12 @@ def test_a_choice_is_right_or_not(sample):
     assert choice_reward(f"<think></think><answer>{question.letter}</answer>", question) == 1
     assert choice_reward(f"<think></think><answer>{other}</answer>", question) == 0 == choice_reward("", question)
     assert choice_reward("<think></think><answer></answer>", sample) == 0
-    assert correct(f"<think></think><answer>{question.letter}</answer>", question)
+    assert is_correct(f"<think></think><answer>{question.letter}</answer>", question)
 
 
 def test_citations_of_images_that_are_not_there():
-    sample = make("diff", "val", 0)
-    assert cites_only_given("<think>image 1: a. image 2: b. new: b.</think><answer>?</answer>", sample)
-    assert not cites_only_given("<think>image 1: a. Image 3: b.</think><answer>?</answer>", sample)
-    assert not cites_only_given("<think>image 0: a.</think>", sample)
-    assert cites_only_given('<answer>{"image": 7}</answer>', sample), "the answer has a reward of its own"
+    sample = make_sample("diff", "val", 0)
+    assert cites_only_existing_images("<think>image 1: a. image 2: b. new: b.</think><answer>?</answer>", sample)
+    assert not cites_only_existing_images("<think>image 1: a. Image 3: b.</think><answer>?</answer>", sample)
+    assert not cites_only_existing_images("<think>image 0: a.</think>", sample)
+    assert cites_only_existing_images('<answer>{"image": 7}</answer>', sample), "the answer has a reward of its own"

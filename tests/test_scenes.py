@@ -5,15 +5,15 @@ import random
 import numpy as np
 import pytest
 
-from mig_kit.scenes import SHAPES, UNSEEN_PAIRS, Scene, Thing, arrange, draw, random_looks, separate
-from mig_kit.suites import SUITES, make_suite, suite_tasks
-from mig_kit.tasks import SPLITS, TASKS, make
+from mig_kit.world.scenes import SHAPES, UNSEEN_PAIRS, Object, Scene, are_separate, arrange_objects, draw_scene, random_appearances
+from mig_kit.world.suites import SUITES, make_suite, suite_tasks
+from mig_kit.world.tasks import SPLITS, TASKS, make_sample
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pattern", ["plain", "striped"])
 def test_boxes_are_exact(shape, pattern):
-    picture = np.asarray(draw(Scene(84, 84, (Thing("blue", shape, pattern, (20.0, 30.0, 44.0, 50.0)),), (255, 255, 255))))
+    picture = np.asarray(draw_scene(Scene(84, 84, (Object("blue", shape, pattern, (20.0, 30.0, 44.0, 50.0)),), (255, 255, 255))))
     rows, columns = np.where((picture != 255).any(-1))
     found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert np.abs(np.array(found) - (20, 30, 44, 50)).max() <= 1
@@ -21,15 +21,15 @@ def test_boxes_are_exact(shape, pattern):
 
 def test_things_keep_apart_and_inside():
     rng = random.Random(0)
-    assert all(separate(arrange(rng, random_looks(rng, 5))) for _ in range(200))
+    assert all(are_separate(arrange_objects(rng, random_appearances(rng, 5))) for _ in range(200))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_sample_needs_no_other(task):
-    alone = make(task, "rl", 7)
+    alone = make_sample(task, "rl", 7)
     for index in (3, 9):
-        make(task, "rl", index)
-    again = make(task, "rl", 7)
+        make_sample(task, "rl", index)
+    again = make_sample(task, "rl", 7)
     assert alone.question == again.question and alone.targets == again.targets
     assert all(a.tobytes() == b.tobytes() for a, b in zip(alone.images, again.images))
 
@@ -41,30 +41,30 @@ def test_splits_cannot_overlap():
         for seed in (0, 1):
             for task in TASKS:
                 for index in range(15):
-                    content = b"".join(i.tobytes() for i in make(task, split, index, seed).images)
+                    content = b"".join(i.tobytes() for i in make_sample(task, split, index, seed).images)
                     assert seen.setdefault(content, split) == split
 
 
 def test_the_tasks_mean_what_they_say():
     for index in range(30):
-        sample = make("diff", "val", index)
+        sample = make_sample("diff", "val", index)
         changed = np.asarray(sample.images[0], int) - np.asarray(sample.images[1], int)
         rows, columns = np.where((changed != 0).any(-1))
         x1, y1, x2, y2 = sample.targets[0][1]
         assert columns.min() >= x1 - 1 and columns.max() < x2 + 1 and rows.min() >= y1 - 1 and rows.max() < y2 + 1
-        common = make("common_object", "val", index)
+        common = make_sample("common_object", "val", index)
         lists = [note.split(": ")[1].rstrip(".").split(", ") for note in common.notes]
         assert 3 <= len(common.images) <= 5 and set.intersection(*map(set, lists)) == {common.finding.split(": ")[1][:-1]}
-        track = make("object_tracking", "val", index)
+        track = make_sample("object_tracking", "val", index)
         assert len(track.images) == 6 and track.reference and "{ref}" in track.question
-        group = make("group_grounding", "val", index)
+        group = make_sample("group_grounding", "val", index)
         name = group.finding.split(": image ")[0]
         assert [name in note.split(": ")[1].rstrip(".").split(", ") for note in group.notes].count(True) == 1
-        assert make("region", "val", index).targets[0][0] == 1
+        assert make_sample("region", "val", index).targets[0][0] == 1
 
 
 def test_images_of_one_prompt_differ_in_size():
-    assert any(len(set(make("group_grounding", "val", i).sizes)) > 1 for i in range(10))
+    assert any(len(set(make_sample("group_grounding", "val", i).sizes)) > 1 for i in range(10))
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -82,5 +82,5 @@ def test_suites(suite):
 
 def test_unseen_pairs_are_in_no_training_split():
     for split in ("cot", "rl"):
-        words = " ".join(note for task in TASKS for i in range(40) for note in make(task, split, i).notes)
+        words = " ".join(note for task in TASKS for i in range(40) for note in make_sample(task, split, i).notes)
         assert not any(f"{colour} {shape}" in words for colour, shape in UNSEEN_PAIRS)

@@ -14,11 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mig_kit import benchmarks, coco, leaderboard, replies, runs, score
+from mig_kit.boxes import BoxFormat, smart_resize
 from mig_kit.cli import cli
-from mig_kit.frames import View, smart_resize
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.scoring import annotations, coco, leaderboard, parsers, score
+from mig_kit.scoring.result import paired_difference, summarize
 
-DATA = Path(os.environ.get("MIG_KIT_DATA", runs.ROOT.parent / "shared" / "data"))
+DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
 MIG_FILE, BLINK_FILES = DATA / "mig_bench" / "MIG_data.json", sorted((DATA / "blink").glob("val_*.jsonl"))
 needs_mig = pytest.mark.skipif(not MIG_FILE.is_file(), reason="no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
 needs_blink = pytest.mark.skipif(not BLINK_FILES, reason="no blink/val_*.jsonl in the folder that MIG_KIT_DATA names")
@@ -126,7 +128,7 @@ def test_official_mig_bench_equals_the_oracle():
     overlapping = several = 0
     for answer, response in varied_responses(6000):
         expected = oracle_iou(answer, response)
-        assert score.mig_bench_iou(answer, replies.mig_bench_box(response)) == pytest.approx(float(expected), abs=1e-9), response
+        assert score.mig_bench_iou(answer, parsers.parse_mig_bench_box(response)) == pytest.approx(float(expected), abs=1e-9), response
         overlapping += expected > 0
         several += len(oracle_boxes(response)) > 1
     assert overlapping > 2000 and several > 500  # the comparison has substance
@@ -142,7 +144,7 @@ def test_official_mig_bench_equals_the_oracle():
     ("<box>10 20 30 40</box>", (0.01, 0.02, 0.03, 0.04)),
     ("(0.1, 0.2),(0.3,0.4)", None), ("[-1, 2, 3, 4]", None), ("[1.0, 2, 3, 4]", None), ("", None)])
 def test_official_mig_bench_boxes(text, box):
-    assert replies.mig_bench_box(text) == (pytest.approx(box) if box else None)
+    assert parsers.parse_mig_bench_box(text) == (pytest.approx(box) if box else None)
 
 
 def test_official_iou_by_hand():
@@ -151,15 +153,15 @@ def test_official_iou_by_hand():
     assert score.mig_bench_iou((0, 0, 0.5, 0.5), (0.5, 0.5, 0, 0)) == 0  # inverted, not repaired
     assert score.mig_bench_iou((0.2, 0.4, 0.4, 0.2), (0.2, 0.4, 0.4, 0.2)) == 0  # an inverted answer matches not even itself
     assert score.mig_bench_iou((0.1, 0.1, 0.1, 0.1), (0.1, 0.1, 0.1, 0.1)) == 0  # the script would divide by zero
-    assert score.mig_bench_iou((0, 0, 0.5, 0.5), replies.mig_bench_box(f"(0,0),({'9' * 400},0)")) == 0
+    assert score.mig_bench_iou((0, 0, 0.5, 0.5), parsers.parse_mig_bench_box(f"(0,0),({'9' * 400},0)")) == 0
     assert score.univg_iou((0, 0, 0.5, 0.5), (0.25, 0, 0.75, 0.5)) == pytest.approx(0.125 / (0.375 + 1e-6), abs=1e-12)
 
 
 def test_revised_boxes_must_be_whole_numbers():
-    assert replies.revised_mig_bench_box("(1,20),(300,400) (5,6),(7,8)") == (1, 20, 300, 400)
-    assert replies.revised_mig_bench_box("[0.1, 0.2, 0.3, 0.4]") is None
-    assert replies.thousandths_pair("( 10 , 20 ) , (30,40)") == (0.01, 0.02, 0.03, 0.04)
-    assert replies.thousandths_pair("[1,2,3,4]") is None
+    assert parsers.parse_revised_mig_bench_box("(1,20),(300,400) (5,6),(7,8)") == (1, 20, 300, 400)
+    assert parsers.parse_revised_mig_bench_box("[0.1, 0.2, 0.3, 0.4]") is None
+    assert parsers.parse_normalized_pair("( 10 , 20 ) , (30,40)") == (0.01, 0.02, 0.03, 0.04)
+    assert parsers.parse_normalized_pair("[1,2,3,4]") is None
 
 
 @pytest.mark.parametrize("text,image,box,problem", [
@@ -172,12 +174,12 @@ def test_revised_boxes_must_be_whole_numbers():
     ("<answer>none</answer>", None, None, "no box"),
     ("[10, 20, 30, 40]", None, None, "no <answer> block"), ("<answer>[1, 2, 3, 4]", None, None, "no <answer> block")])
 def test_strict_answers(text, image, box, problem):
-    read = replies.strict_answer(text)
+    read = parsers.parse_strict_answer(text)
     assert (read.image, read.box, read.problem) == (image, box, problem)
 
 
 def item(**changes):
-    return benchmarks.Item(**{"index": 0, "id": "", "task": "common_object", "question": "", "images": ("a", "b", "c"),
+    return annotations.BenchmarkItem(**{"index": 0, "id": "", "task": "common_object", "question": "", "images": ("a", "b", "c"),
                               "box": (0.1, 0.2, 0.3, 0.4), "target": 2} | changes)
 
 
@@ -200,9 +202,9 @@ def test_strict_converts_the_resized_frame():
     width, height = smart_resize(*size)
     box = [0.1 * width, 0.2 * height, 0.3 * width, 0.4 * height]
     text = f"<answer>[{', '.join(f'{v:.4f}' for v in box)}]</answer>"
-    assert score.strict_iou(item(size=size), text, "resized", View())[0] == pytest.approx(1, abs=1e-3)
+    assert score.strict_iou(item(size=size), text, "resized", BoxFormat())[0] == pytest.approx(1, abs=1e-3)
     pixels = "<answer>[100, 100, 300, 200]</answer>"
-    assert score.strict_iou(item(size=size), pixels, "pixels", View())[0] == pytest.approx(1)
+    assert score.strict_iou(item(size=size), pixels, "pixels", BoxFormat())[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("text,letter", [
@@ -215,24 +217,24 @@ def test_strict_converts_the_resized_frame():
     ("A large cat sits on a mat.", ""), ("Neither (A) nor (B) matches.", ""),
     ("I might lean towards (B) or (C).", ""), ("", ""), ("(H)", "")])
 def test_letters(text, letter):
-    assert replies.choice_letter(text, "ABCD") == letter
+    assert parsers.parse_choice_letter(text, "ABCD") == letter
 
 
 def test_multiple_choice_protocols():
     records = [{"idx": f"val_T_{i}", "task": "T", "answer": answer} for i, answer in enumerate(["(A)", "(B)", "(B)", "(A)"])]
-    bench = benchmarks.blink(records)
+    bench = annotations.read_blink(records)
     texts = ["(A)", "<answer>(B)</answer>", "Not (B) but (A), so I choose (A).", "(B)"]
     lines = [{"id": f"val_T_{i}", "response": text} for i, text in enumerate(texts)]
-    right = {protocol: score.score(bench, lines, "P", protocol).values.tolist() for protocol in score.PROTOCOLS["blink"]}
+    right = {protocol: score.score_predictions(bench, lines, "P", protocol).values.tolist() for protocol in score.PROTOCOLS["blink"]}
     assert right == {"official": [1, 1, 1, 0], "strict": [0, 1, 0, 0], "substring": [1, 1, 1, 0]}  # "(B)" alone: a quirk
 
 
 def test_mmiu_letters_and_left_out_items():
-    bench = benchmarks.mmiu([{"task": "t", "options": "A: the U.S. B: two C: three", "output": "C"}, {"task": "t", "output": None},
+    bench = annotations.read_mmiu([{"task": "t", "options": "A: the U.S. B: two C: three", "output": "C"}, {"task": "t", "output": None},
                              {"task": "u", "options": "A: 1\nB: 2", "output": "B."}])
     assert [(i.index, i.letter, i.options) for i in bench.items] == [(0, "C", "ABC"), (2, "B", "AB")]
-    scored = score.score(bench, [{"index": 0, "response": "C"}, {"index": 2, "response": "A"}], "P")
-    assert score.summary(scored)["avg"]["accuracy"] == 50 and scored.indices == (0, 2)
+    scored = score.score_predictions(bench, [{"index": 0, "response": "C"}, {"index": 2, "response": "A"}], "P")
+    assert summarize(scored)["avg"]["accuracy"] == 50 and scored.indices == (0, 2)
 
 
 def mig_records():
@@ -257,10 +259,10 @@ def lines_of(texts):
 
 
 def test_mig_bench_summary_by_hand():
-    bench = benchmarks.mig_bench(mig_records())
+    bench = annotations.read_mig_bench(mig_records())
     assert (bench.version, bench.complete) == ("original", False)
     assert [i.target for i in bench.items] == [2, 3, 1, None, 1, 1] and not bench.items[2].image_stated
-    result = score.summary(score.score(bench, lines_of(REPLIES), "P"))
+    result = summarize(score.score_predictions(bench, lines_of(REPLIES), "P"))
     tasks = result["tasks"]  # IoU 1 and 0.5; 0.5; 0.8; 0.25 and 0
     assert list(tasks) == ["common_object", "group_grounding", "diff", "region"]
     assert [values["acc@0.5"] for values in tasks.values()] == [100, 100, 100, 0]
@@ -273,19 +275,19 @@ def test_mig_bench_summary_by_hand():
 
 def test_the_revised_version_is_told_by_its_answers():
     records = [{**record, "answer": [round(1000 * v) for v in record["answer"]]} for record in mig_records()]
-    bench = benchmarks.mig_bench(records)
+    bench = annotations.read_mig_bench(records)
     assert bench.version == "revised" and bench.items[0].frame == "thousand"
-    assert score.score(bench, lines_of(REPLIES), "P").values.tolist() == pytest.approx([1, 0.5, 0.5, 0.8, 0.25, 0])
+    assert score.score_predictions(bench, lines_of(REPLIES), "P").values.tolist() == pytest.approx([1, 0.5, 0.5, 0.8, 0.25, 0])
     wrapped = lines_of([f"<answer>{text}</answer>" for text in REPLIES])  # the reply to the group item names no image
-    assert score.score(bench, wrapped, "P", "strict").values.tolist() == pytest.approx([1, 0.5, 0, 0.8, 0.25, 0])
+    assert score.score_predictions(bench, wrapped, "P", "strict").values.tolist() == pytest.approx([1, 0.5, 0, 0.8, 0.25, 0])
 
 
 def test_paired_difference():
-    bench = benchmarks.mig_bench(mig_records())
-    first, second = (score.score(bench, lines_of(texts), "P") for texts in (REPLIES, ["nothing"] * 6))
-    gap = score.difference(first, second)
+    bench = annotations.read_mig_bench(mig_records())
+    first, second = (score.score_predictions(bench, lines_of(texts), "P") for texts in (REPLIES, ["nothing"] * 6))
+    gap = paired_difference(first, second)
     assert gap["acc@0.5"] == {"value": 75, "ci95": [75, 75]} and gap["mean_iou"]["value"] == pytest.approx(54.375, abs=0.01)
-    assert score.difference(first, first)["mean_iou"] == {"value": 0, "ci95": [0, 0]}
+    assert paired_difference(first, first)["mean_iou"] == {"value": 0, "ci95": [0, 0]}
 
 
 @pytest.mark.parametrize("lines,sentence", [
@@ -296,14 +298,14 @@ def test_paired_difference():
     ([{**line, "index": line["index"] + 0.5} for line in lines_of(REPLIES)], 'no "index" or "id"')])
 def test_predictions_must_fit(lines, sentence):
     with pytest.raises(ValueError) as error:
-        score.score(benchmarks.mig_bench(mig_records()), lines, "P.jsonl")
+        score.score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl")
     assert sentence in str(error.value) and "P.jsonl" in str(error.value)
 
 
 def test_blinks_own_rule_and_what_its_authors_leave_to_another_model():
     for text, letter in (("Left is (A) and right is (B) .\n\n(B)", "B"), ("(A) and\nthen (B)", ""), ("(C)", "C"), ("C", "")):
-        assert replies.blink_letter(text, "ABCD") == letter, text
-    assert replies.choice_letter("<think>Either A or C.</think>\n\nB", "ABCD") == "B"
+        assert parsers.parse_blink_letter(text, "ABCD") == letter, text
+    assert parsers.parse_choice_letter("<think>Either A or C.</think>\n\nB", "ABCD") == "B"
 
 
 @pytest.mark.parametrize("text,images", [
@@ -311,17 +313,17 @@ def test_blinks_own_rule_and_what_its_authors_leave_to_another_model():
     ("Image **2**", {2}), ("img 2", {2}), ("2nd picture", {2}), ("image no. 2", {2}), ('"image_idx": 2', {2}),
     ("in the image (100,200),(300,400)", set()), ("image [100, 200, 300, 400]", set()), ("pilgrimage 2", set())])
 def test_names_of_images(text, images):
-    assert replies.named_images(text) == images
+    assert parsers.find_image_numbers(text) == images
 
 
 def test_a_line_that_names_two_items_is_refused_and_ids_count_only_where_there_are_any():
     lines = [{**line, "id": len(REPLIES) - line["index"]} for line in lines_of(REPLIES)]
-    plain = score.score(benchmarks.mig_bench(mig_records()), lines_of(REPLIES), "P.jsonl")
-    assert (score.score(benchmarks.mig_bench(mig_records()), lines, "P.jsonl").values == plain.values).all()
-    bench = benchmarks.blink([{"idx": f"val_{i}", "sub_task": "T", "answer": "(A)"} for i in range(2)])
+    plain = score.score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES), "P.jsonl")
+    assert (score.score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl").values == plain.values).all()
+    bench = annotations.read_blink([{"idx": f"val_{i}", "sub_task": "T", "answer": "(A)"} for i in range(2)])
     with pytest.raises(ValueError, match="which are different items"):
-        score.score(bench, [{"index": 0, "id": "val_1", "response": "A"}, {"index": 1, "id": "val_0", "response": "A"}], "P")
-    assert score.score(bench, [{"id": None, "index": i, "response": "A"} for i in (1, 0)], "P").values.tolist() == [1, 1]
+        score.score_predictions(bench, [{"index": 0, "id": "val_1", "response": "A"}, {"index": 1, "id": "val_0", "response": "A"}], "P")
+    assert score.score_predictions(bench, [{"id": None, "index": i, "response": "A"} for i in (1, 0)], "P").values.tolist() == [1, 1]
 
 
 def test_a_frame_that_nobody_would_read_is_refused(tmp_path):
@@ -333,20 +335,20 @@ def test_a_frame_that_nobody_would_read_is_refused(tmp_path):
 def test_odinw_with_categories_in_any_order_and_ids_as_text():
     truth = {"images": [{"id": 1, "width": 50, "height": 50}], "categories": [{"id": 2, "name": "dog"}, {"id": 1, "name": "cat"}],
              "annotations": [{"id": 0, "image_id": 1, "category_id": c, "bbox": [b, b, 10, 10]} for c, b in ((1, 5), (2, 30))]}
-    found = coco.odinw(truth, [{"image_id": "1", "category_id": "1", "bbox": [5, 5, 10, 10], "score": 1.0, "caption": "x"}], "P")
+    found = coco.score_odinw(truth, [{"image_id": "1", "category_id": "1", "bbox": [5, 5, 10, 10], "score": 1.0, "caption": "x"}], "P")
     assert found.whole["cat"]["ap"] == 100 and found.whole["dog"]["ap"] == 0
 
 
 def test_an_index_may_be_written_as_text_or_as_a_float():
     """As pandas writes a column with gaps."""
-    plain = score.score(benchmarks.mig_bench(mig_records()), lines_of(REPLIES), "P.jsonl")
+    plain = score.score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES), "P.jsonl")
     for kind in (str, float):
         lines = [{**line, "index": kind(line["index"])} for line in lines_of(REPLIES)]
-        assert (score.score(benchmarks.mig_bench(mig_records()), lines, "P.jsonl").values == plain.values).all()
+        assert (score.score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl").values == plain.values).all()
 
 
 def test_missing_may_be_counted_wrong():
-    scored = score.score(benchmarks.mig_bench(mig_records()), lines_of(REPLIES)[:1], "P", allow_missing=True)
+    scored = score.score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES)[:1], "P", allow_missing=True)
     assert scored.problems == {"missing": 5} and scored.values.tolist() == pytest.approx([1, 0, 0, 0, 0, 0])
 
 
@@ -359,48 +361,48 @@ def picture(path, size):
 
 def test_lisa_by_hand(tmp_path):
     picture(tmp_path / "a.jpg", (200, 100))
-    bench = benchmarks.lisa([{"image_path": "a.jpg", "instruction": "the cat", "boxes": [[20, 20, 60, 40], [0, 0, 9, 9]]}] * 2)
+    bench = annotations.read_lisa([{"image_path": "a.jpg", "instruction": "the cat", "boxes": [[20, 20, 60, 40], [0, 0, 9, 9]]}] * 2)
     lines = lines_of(["<answer>(100,200),(300,400)</answer> (0,0),(1,1)", "[100,200,300,400]"])
-    scored = score.score(bench, lines, "P", images=str(tmp_path))
+    scored = score.score_predictions(bench, lines, "P", images=str(tmp_path))
     assert scored.values.tolist() == [pytest.approx(0.04 / (0.04 + 1e-6), abs=1e-12), 0] and bench.version == "subset"
     pixels = lines_of(["<answer>[20,20,60,40]</answer>"] * 2)
-    assert score.score(bench, pixels, "P", "strict", "pixels").values.tolist() == [1, 1]  # no conversion, so no images needed
+    assert score.score_predictions(bench, pixels, "P", "strict", "pixels").values.tolist() == [1, 1]  # no conversion, so no images needed
 
 
 def test_revos_answers_in_the_third_frame(tmp_path):
     for number in (1, 2, 10, 3):
         picture(tmp_path / "v1" / f"{number}.jpg", (number * 100, 100))
     boxes = [[0, 0, 1, 1], [0, 0, 1, 1], [100.9, 20, 500, 60]]
-    bench = benchmarks.revos([{"video_id": "v1", "frames": [0, 1, 3], "question": "q", "bbox_list": boxes}])
-    assert benchmarks.with_sizes(bench.items, tmp_path)[0].size == (1000, 100)  # 1, 2, 3, 10: by number, not by name
-    assert score.score(bench, lines_of(["(100,200),(500,600)"]), "P", images=str(tmp_path)).values[0] == pytest.approx(1, abs=1e-4)
+    bench = annotations.read_revos([{"video_id": "v1", "frames": [0, 1, 3], "question": "q", "bbox_list": boxes}])
+    assert annotations.add_image_sizes(bench.items, tmp_path)[0].size == (1000, 100)  # 1, 2, 3, 10: by number, not by name
+    assert score.score_predictions(bench, lines_of(["(100,200),(500,600)"]), "P", images=str(tmp_path)).values[0] == pytest.approx(1, abs=1e-4)
 
 
 def test_images_are_confined_and_missing_ones_listed(tmp_path):
-    bench = benchmarks.lisa([{"image_path": f"{k}.jpg", "instruction": "", "boxes": [[0, 0, 1, 1]]} for k in range(5)])
+    bench = annotations.read_lisa([{"image_path": f"{k}.jpg", "instruction": "", "boxes": [[0, 0, 1, 1]]} for k in range(5)])
     with pytest.raises(ValueError, match=r"5 images are missing below .* \(first: 0.jpg, 1.jpg, 2.jpg\)"):
-        benchmarks.with_sizes(bench.items, tmp_path)
+        annotations.add_image_sizes(bench.items, tmp_path)
     for name in ("../x.jpg", "/etc/passwd", "../../v#1"):
         with pytest.raises(ValueError, match="below the image root"):
-            benchmarks.image_file(tmp_path, name)
+            annotations.resolve_image_path(tmp_path, name)
     (tmp_path / "0.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="no readable images|are missing"):
-        benchmarks.with_sizes(bench.items[:1], tmp_path)
+        annotations.add_image_sizes(bench.items[:1], tmp_path)
 
 
 def test_ref_l4_by_hand():
     boxes = {"a": [0, 0, 100, 100], "b": [0, 0, 200, 200], "c": [10, 10, 300, 300]}
-    bench = benchmarks.ref_l4([{"id": name, "bbox": box} for name, box in boxes.items()])
+    bench = annotations.read_ref_l4([{"id": name, "bbox": box} for name, box in boxes.items()])
     lines = [{"id": "a", "pred_bbox": [0, 0, 100, 50], "format": "xyxy"},
              {"id": "b", "pred_bbox": [0, 0, 200, 160], "format": "xywh"},
              {"id": "c", "pred_bbox": [10, 10, 300, 300], "format": "xywh"}]
-    result = score.summary(score.score(bench, lines, "P"))
+    result = summarize(score.score_predictions(bench, lines, "P"))
     assert list(result["tasks"]) == ["small", "medium", "large"]
     assert result["avg"]["acc@0.5"] == 66.67  # IoU 0.5 is not over 0.5
     assert (result["avg"]["acc@0.75"], result["avg"]["acc@0.9"], result["avg"]["mean_iou"]) == (66.67, 33.33, 76.67)
     assert result["tasks"]["medium"]["macc"] == 60  # 0.8 passes 0.5 to 0.75, and is not over 0.8 in single precision
     with pytest.raises(ValueError, match="--protocol strict"):
-        score.score(bench, lines_of(["(1,2),(3,4)"] * 3), "P")
+        score.score_predictions(bench, lines_of(["(1,2),(3,4)"] * 3), "P")
 
 
 def coco_truth(groups=1):
@@ -420,27 +422,27 @@ def found(image, box, category=1, confidence=1.0):
 
 def test_mc_bench_by_hand():
     entries = [found(1, [0, 0, 50, 50]), found(2, [0, 0, 40, 40]), found(3, [10, 10, 50, 50]), found(4, [0, 0, 5, 5])]
-    result = score.summary(coco.mc_bench(coco_truth(), entries, "P"))
+    result = summarize(coco.score_mc_bench(coco_truth(), entries, "P"))
     assert result["tasks"]["referring"]["accuracy"] == 100 and result["tasks"]["reasoning"]["accuracy"] == 0  # a box where none is
     assert result["avg"]["accuracy"] == 50 and result["tasks"]["referring"]["ap50"] == 100
-    none = score.summary(coco.mc_bench(coco_truth(), [], "P"))
+    none = summarize(coco.score_mc_bench(coco_truth(), [], "P"))
     assert none["avg"]["accuracy"] == 0 and none["avg"]["ap50"] == 0
 
 
 def test_mc_bench_groups_may_be_named_in_any_order():
     swapped = [found(1, [0, 0, 50, 50], 2), found(2, [0, 0, 40, 40], 1), found(3, [10, 10, 50, 50])]
-    assert score.summary(coco.mc_bench(coco_truth(2), swapped, "P", "strict"))["avg"]["ap50"] == 100
-    official = coco.mc_bench(coco_truth(2), swapped, "P")  # the script renames 1 to 2, then both of them to 1
-    assert score.summary(official)["avg"]["ap50"] < 100
+    assert summarize(coco.score_mc_bench(coco_truth(2), swapped, "P", "strict"))["avg"]["ap50"] == 100
+    official = coco.score_mc_bench(coco_truth(2), swapped, "P")  # the script renames 1 to 2, then both of them to 1
+    assert summarize(official)["avg"]["ap50"] < 100
 
 
 def test_odinw_by_hand():
     truth = coco_truth()
     perfect = [found(e["image_id"], e["bbox"]) for e in truth["annotations"]]
-    assert score.summary(coco.odinw(truth, perfect, "P"))["avg"] == {"ap": 100, "ap50": 100, "ap75": 100}
+    assert summarize(coco.score_odinw(truth, perfect, "P"))["avg"] == {"ap": 100, "ap50": 100, "ap75": 100}
     loose = [found(e["image_id"], [*e["bbox"][:3], e["bbox"][3] * 0.6]) for e in truth["annotations"]]  # IoU 0.6
-    assert score.summary(coco.odinw(truth, loose, "P"))["avg"]["ap75"] == 0
-    assert score.summary(coco.odinw(truth, [], "P"))["avg"]["ap"] == 0
+    assert summarize(coco.score_odinw(truth, loose, "P"))["avg"]["ap75"] == 0
+    assert summarize(coco.score_odinw(truth, [], "P"))["avg"]["ap"] == 0
 
 
 @pytest.mark.parametrize("entries,sentence", [
@@ -449,7 +451,7 @@ def test_odinw_by_hand():
     ([found(1, [0, 0, 1, math.nan])], '"score"'), ([found(1, [0, 0, 1, 10**400])], '"score"')])
 def test_coco_predictions_must_fit(entries, sentence):
     with pytest.raises(ValueError, match=sentence):
-        coco.odinw(coco_truth(), entries, "P.json")
+        coco.score_odinw(coco_truth(), entries, "P.json")
 
 
 # The parsers on anything at all.
@@ -463,20 +465,20 @@ PIECES = st.lists(st.sampled_from(list("()[]<>,. \n-+*:$\\'\"{}ABCDEHZa0159٣²"
 @given(st.one_of(PIECES, st.text()))
 @example("(A)\n.\n(B)")
 def test_parsers_never_raise(text):
-    for read in (replies.mig_bench_box, replies.revised_mig_bench_box, replies.thousandths_pair):
+    for read in (parsers.parse_mig_bench_box, parsers.parse_revised_mig_bench_box, parsers.parse_normalized_pair):
         box = read(text)
         assert box is None or (len(box) == 4 and all(v >= 0 for v in box))
-    strict = replies.strict_answer(text)
+    strict = parsers.parse_strict_answer(text)
     assert (strict.box is None) == bool(strict.problem)
     if strict.box:
         assert strict.box[0] < strict.box[2] and strict.box[1] < strict.box[3] and all(map(math.isfinite, strict.box))
-    assert replies.choice_letter(text, "ABCD") in ("", *"ABCD")
+    assert parsers.parse_choice_letter(text, "ABCD") in ("", *"ABCD")
     for frame in ("thousand", "unit"):
-        assert 0 <= score.strict_iou(item(), text, frame, View())[0] <= 1
+        assert 0 <= score.strict_iou(item(), text, frame, BoxFormat())[0] <= 1
     box = (1, 2, 300, 400)
     for thing in (item(), item(frame="thousand", box=box), item(frame="pixels", size=(640, 480), box=box)):
         assert 0 <= score.official_iou(thing, text)[0] <= 1 + 1e-9
-    assert len(oracle_boxes(text)) == len(replies._matches(text))
+    assert len(oracle_boxes(text)) == len(parsers._matches(text))
 
 
 # The command.
@@ -531,15 +533,15 @@ def test_parquet_annotations(tmp_path):
 
     record = {"id": "a", "bbox": [0.0, 0.0, 10.0, 10.0], "width": 20, "height": 20}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
-    bench = benchmarks.ref_l4(benchmarks.read_records(tmp_path / "a.parquet"))
+    bench = annotations.read_ref_l4(annotations.read_records(tmp_path / "a.parquet"))
     lines = [{"id": "a", "response": "<answer>(0,0),(500,500)</answer>"}]
-    assert score.score(bench, lines, "P", "strict").values[0] == pytest.approx(1)
+    assert score.score_predictions(bench, lines, "P", "strict").values[0] == pytest.approx(1)
 
 
 def test_published_rows_average_to_their_headline():
     for row in (*leaderboard.MIG_BENCH["original"], *leaderboard.MIG_BENCH["revised"]):
         if row.tasks:
-            assert set(row.tasks) == set(benchmarks.MIG_BENCH_TASKS)
+            assert set(row.tasks) == set(annotations.MIG_BENCH_TASKS)
             assert np.mean(list(row.tasks.values())) == pytest.approx(row.avg, abs=0.06)
 
 
@@ -547,22 +549,22 @@ def test_published_rows_average_to_their_headline():
 
 @needs_mig
 def test_the_official_annotations():
-    bench = benchmarks.mig_bench(benchmarks.read_records(MIG_FILE))
+    bench = annotations.read_mig_bench(annotations.read_records(MIG_FILE))
     assert (bench.version, bench.complete, len(bench.items)) == ("original", True, 4295)
-    notes = score.defects(bench, strict=True)
+    notes = score.annotation_problems(bench, strict=True)
     assert notes["no box can match"] == ["7", "105", "126", "163", "512"] and notes["answer leaves the image"] == ["34", "703"]
     assert notes["given twice"] == ["2092 = 2094", "2093 = 2095"] and len(notes["target image unknown, not checked"]) == 528
 
 
 @needs_mig
 def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
-    bench = benchmarks.mig_bench(benchmarks.read_records(MIG_FILE))
+    bench = annotations.read_mig_bench(annotations.read_records(MIG_FILE))
     truth = [f"[{', '.join(map(str, i.box))}]" for i in bench.items]
-    scored = score.score(bench, lines_of(truth), "P")
+    scored = score.score_predictions(bench, lines_of(truth), "P")
     below = {i.index for i, value in zip(bench.items, scored.values) if value < 0.999}
     assert below == {7, 105, 126, 163, 512} | {i.index for i in bench.items if max(i.box) >= 1}  # a lone 1.0 is read as 0.001
     responses = [text for _, text in varied_responses(len(bench.items), seed=1)]
-    values = score.score(bench, lines_of(responses), "P").values
+    values = score.score_predictions(bench, lines_of(responses), "P").values
     for thing, response, value in zip(bench.items, responses, values):
         assert value == pytest.approx(float(oracle_iou(thing.box, response)), abs=1e-9)
 
@@ -571,12 +573,12 @@ def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
 def test_letters_agree_with_blinks_authors():
     picked = agreed = named = agreed_named = 0
     for path in BLINK_FILES:
-        records = benchmarks.read_records(path)
-        for thing, record in zip(benchmarks.blink(records).items, records):
+        records = annotations.read_records(path)
+        for thing, record in zip(annotations.read_blink(records).items, records):
             theirs = record["prediction"][1] if record["prediction"][1] in thing.options else ""
-            ours = replies.choice_letter(record["full_prediction"], thing.options)
+            ours = parsers.parse_choice_letter(record["full_prediction"], thing.options)
             picked, agreed = picked + bool(ours), agreed + (ours != "" and ours == theirs)
-            if ours or replies.option_letters(record["full_prediction"], thing.options):
+            if ours or parsers.find_option_letters(record["full_prediction"], thing.options):
                 named, agreed_named = named + 1, agreed_named + (ours == theirs)
     assert picked > 8400 and agreed / picked >= 0.99  # where the text settles on an option
     assert named > 8700 and agreed_named / named >= 0.98  # wherever an option is mentioned at all
@@ -587,7 +589,7 @@ def test_blinks_published_scores():
     """The authors' own letters through this scoring give the authors' figures."""
     published = {"GPT4V": 51.14, "MiniGPT-4-v2": 34.23, "llava_v1.5_7b": 37.13, "cogvlm-chat": 41.54, "flamingov2": 39.18}
     for path in BLINK_FILES:
-        records = benchmarks.read_records(path)
+        records = annotations.read_records(path)
         lines = [{"id": r["idx"], "response": r["prediction"]} for r in records]
-        got = score.summary(score.score(benchmarks.blink(records), lines, path.name))["avg"]["accuracy"]
+        got = summarize(score.score_predictions(annotations.read_blink(records), lines, path.name))["avg"]["accuracy"]
         assert got == pytest.approx(published[path.stem.removeprefix("val_")], abs=0.3)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from mig_kit import seeds, suites
-from mig_kit.frames import QWEN2_5, to_model
-from mig_kit.prompts import answer_text
+from mig_kit.boxes import QWEN2_5, to_model_box
+from mig_kit.prompts import format_answer
+from mig_kit.stages import seeds
+from mig_kit.world import suites
 
 PARAMS = {"eval_seed": 3, "mig_per_task": 2, "ood_per_task": 2, "blink_per_task": 2, "mmiu_per_task": 2, "min_pixels": 3136,
           "max_pixels": 401408, "frame": "resized"}
@@ -18,7 +19,7 @@ def right(sample) -> str:
     if not sample.targets:
         return "<think></think><answer>none</answer>"
     image, box = sample.targets[0]
-    return f"<think></think><answer>{answer_text(image, to_model(box, sample.sizes[image - 1], QWEN2_5))}</answer>"
+    return f"<think></think><answer>{format_answer(image, to_model_box(box, sample.sizes[image - 1], QWEN2_5))}</answer>"
 
 
 def write_run(root, run_id, share, **changed):
@@ -51,17 +52,17 @@ def root(tmp_path, monkeypatch):
 def test_two_runs_by_hand(root):
     write_run(root, "a", 1)
     write_run(root, "b", 2)
-    found = seeds.together(["a", "b"])["mmiu"]
+    found = seeds.aggregate_runs(["a", "b"])["mmiu"]
     assert found["value"] == 75.0 and found["over_seeds"] == pytest.approx(12.706 * 25, abs=0.1)  # t(0.975, 1), sd 35.4, n 2
     assert 50 <= found["ci95"][0] < 75 < found["ci95"][1] <= 100
-    alone = seeds.together(["b"])["mmiu"]
+    alone = seeds.aggregate_runs(["b"])["mmiu"]
     assert (alone["value"], alone["ci95"], alone["over_seeds"]) == (100.0, [100.0, 100.0], None)
 
 
 def test_the_table_names_every_run_and_both_intervals(root):
     write_run(root, "a", 1)
     write_run(root, "b", 2)
-    lines = seeds.table(["a", "b"]).splitlines()
+    lines = seeds.markdown_table(["a", "b"]).splitlines()
     assert lines[0].count("|") == 6 and "a: base" in lines[0] and "b: base" in lines[0]
     assert lines[2].startswith("| MIG-Bench, RL over SFT | +9.04 | 0.0 / 0.0 / 50.0, **+50.0**") and "; ± 317.7)" in lines[5]
 
@@ -70,15 +71,15 @@ def test_runs_on_other_samples_are_not_compared(root):
     write_run(root, "a", 1)
     write_run(root, "b", 2, eval_seed=4)
     with pytest.raises(ValueError, match="eval_seed is a 3, b 4"):
-        seeds.table(["a", "b"])
+        seeds.markdown_table(["a", "b"])
     with pytest.raises(FileNotFoundError, match="mig-kit run --run-id c"):
-        seeds.table(["c"])
+        seeds.markdown_table(["c"])
     with pytest.raises(ValueError, match="named twice"):
-        seeds.table(["a", "a"])
+        seeds.markdown_table(["a", "a"])
     (root / "a" / "05_grpo").mkdir()
     (root / "a" / "05_grpo" / "run.json").write_text(json.dumps({"outputs": {"model/model.safetensors": "new"}}))
     record = json.loads((root / "a" / "06_evaluate" / "run.json").read_text())
     record["inputs"] = {"05_grpo": {"model/model.safetensors": "old"}}
     (root / "a" / "06_evaluate" / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="are of a model before 05_grpo was run anew; run: mig-kit run 06 --run-id a"):
-        seeds.table(["a"])
+        seeds.markdown_table(["a"])

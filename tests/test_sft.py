@@ -6,27 +6,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mig_kit import models, sft, synthesize
-from mig_kit.frames import View
-from mig_kit.grpo import StopAfter
-from mig_kit.prompt_cache import inner
-from mig_kit.tasks import TASKS, make
+from mig_kit import filters
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import models, training
+from mig_kit.engine.models import unwrap_peft
+from mig_kit.engine.training import StopAfter
+from mig_kit.stages import sft, synthesize
+from mig_kit.world.tasks import TASKS, make_sample
 
-VIEW = View()
+VIEW = BoxFormat()
 
 
 @pytest.fixture
 def table():
-    samples = [make(task, "cot", i) for task in TASKS for i in range(2)]
-    traces = synthesize.traces(samples, 0, (1, 1, 1), 0.0, 0.7)
-    return sft.training_rows(samples, [t.text for t in traces], VIEW)
+    samples = [make_sample(task, "cot", i) for task in TASKS for i in range(2)]
+    traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7)
+    return sft.sft_rows(samples, [t.text for t in traces], VIEW)
 
 
 @pytest.mark.slow
 def test_loss_falls_and_only_the_adapter_moves(tmp_path, random_folder, float32, processor, table):
-    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
+    model = sft.load_qlora_model(random_folder, float32, training.lora_config(4, 8), 0)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "visual" in n}
-    trainer = sft.trainer(model, processor, table, float32, tmp_path, epochs=6, batch_size=10, gradient_accumulation=1,
+    trainer = sft.sft_trainer(model, processor, table, float32, tmp_path, epochs=6, batch_size=10, gradient_accumulation=1,
                           learning_rate=2e-2, warmup=1, seed=0, save_steps=100)
     trainer.train()
     curve = sft.loss_curve(trainer.state.log_history)
@@ -36,8 +38,8 @@ def test_loss_falls_and_only_the_adapter_moves(tmp_path, random_folder, float32,
 
 
 def test_rows_are_rounded_and_teach_the_same(tmp_path, random_folder, float32, processor, table):
-    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
-    trainer = sft.trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
+    model = sft.load_qlora_model(random_folder, float32, training.lora_config(4, 8), 0)
+    trainer = sft.sft_trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
                           learning_rate=1e-3, warmup=1, seed=0, save_steps=100)
     assert {trainer.data_collator([table[i] for i in rows])["input_ids"].shape[1] % 32 for rows in ((0, 1), (5, 9, 13))} == {0}
     batch = trainer.data_collator([table[i] for i in range(4)])
@@ -50,14 +52,14 @@ def test_rows_are_rounded_and_teach_the_same(tmp_path, random_folder, float32, p
 
 
 def test_only_states_with_loss_reach_the_head_and_teach_the_same(tmp_path, random_folder, float32, processor, table):
-    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
-    trainer = sft.trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
+    model = sft.load_qlora_model(random_folder, float32, training.lora_config(4, 8), 0)
+    trainer = sft.sft_trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
                           learning_rate=1e-3, warmup=1, seed=0, save_steps=100)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.1)
     batch, states = trainer.data_collator([table[i] for i in (0, 7, 12, 19)]), []
-    inner(model).model.register_forward_hook(lambda module, given, output: states.append(tuple(output.last_hidden_state.shape[:2])))
+    unwrap_peft(model).model.register_forward_hook(lambda module, given, output: states.append(tuple(output.last_hidden_state.shape[:2])))
 
     def learnt(loss_of):
         model.zero_grad()
@@ -68,7 +70,7 @@ def test_only_states_with_loss_reach_the_head_and_teach_the_same(tmp_path, rando
         return loss.item(), figures, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
     loss, figures, gradients = learnt(trainer.compute_loss)
-    theirs, their_figures, their_gradients = learnt(super(sft.Trainer, trainer).compute_loss)
+    theirs, their_figures, their_gradients = learnt(super(sft.CompletionLossTrainer, trainer).compute_loss)
     assert states == [(1, int((batch["labels"] != -100).sum())), tuple(batch["input_ids"].shape)]
     assert loss == pytest.approx(theirs, rel=1e-5) and figures == pytest.approx(their_figures, rel=1e-4)
     for name, gradient in gradients.items():
@@ -76,7 +78,7 @@ def test_only_states_with_loss_reach_the_head_and_teach_the_same(tmp_path, rando
 
 
 def test_between_bf16_products_the_language_model_stays_in_bf16(random_folder, float32):
-    model = sft.quantised_model(random_folder, dataclasses.replace(float32, autocast=True), sft.adapter(4, 8), 0)
+    model = sft.load_qlora_model(random_folder, dataclasses.replace(float32, autocast=True), training.lora_config(4, 8), 0)
     plain = {n: p.dtype for n, p in model.named_parameters() if p.dtype.is_floating_point and "lora_" not in n}
     assert {dtype for name, dtype in plain.items() if "visual" in name} == {torch.float32}
     assert {dtype for name, dtype in plain.items() if "visual" not in name} == {torch.bfloat16}
@@ -84,7 +86,7 @@ def test_between_bf16_products_the_language_model_stays_in_bf16(random_folder, f
 
 def test_like_lengths_are_together_within_an_update_only():
     lengths = [(7 * i) % 30 for i in range(25)]
-    rows = sft.LikeLengths(lengths, 10, seed=3)
+    rows = sft.LengthGroupedSampler(lengths, 10, seed=3)
     first, again = list(rows), list(rows)
     rows.set_epoch(1)
     second = list(rows)
@@ -99,8 +101,8 @@ def test_like_lengths_are_together_within_an_update_only():
 def test_an_update_in_parts_has_the_same_gradient(tmp_path, random_folder, float32, processor, table, first_gradients):
     found = []
     for name, size, parts in (("whole", 20, 1), ("parts", 5, 4)):
-        model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
-        made = sft.trainer(model, processor, table, float32, tmp_path / name, epochs=1, batch_size=size,
+        model = sft.load_qlora_model(random_folder, float32, training.lora_config(4, 8), 0)
+        made = sft.sft_trainer(model, processor, table, float32, tmp_path / name, epochs=1, batch_size=size,
                            gradient_accumulation=parts, learning_rate=1e-3, warmup=0, seed=0, save_steps=100)
         for parameter in made.model.parameters():  # TRL makes the adapter bfloat16 on a 4-bit model, and sums gradients in it
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -118,24 +120,24 @@ def test_an_update_in_parts_has_the_same_gradient(tmp_path, random_folder, float
 @pytest.mark.parametrize(("size", "parts"), [(10, 1), (5, 2)])
 def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, random_folder, float32, processor, table, size, parts):
     def made(name):
-        model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
-        return sft.trainer(model, processor, table, float32, tmp_path / name, epochs=2, batch_size=size,
+        model = sft.load_qlora_model(random_folder, float32, training.lora_config(4, 8), 0)
+        return sft.sft_trainer(model, processor, table, float32, tmp_path / name, epochs=2, batch_size=size,
                            gradient_accumulation=parts, learning_rate=1e-2, warmup=1, seed=0, save_steps=3)
     whole = made("whole")
-    sft.train(whole, tmp_path / "whole")
+    training.train_or_resume(whole, tmp_path / "whole")
     first = made("cut")
     first.add_callback(StopAfter(3))
     first.train()
     again = made("cut")
-    sft.train(again, tmp_path / "cut")
+    training.train_or_resume(again, tmp_path / "cut")
     assert again.state.global_step == whole.state.global_step == 4
     for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
         assert torch.equal(x, y), name
 
 
 def test_loss_is_on_the_reply_only(tmp_path, random_folder, float32, processor, table):
-    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
-    trainer = sft.trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
+    model = sft.load_qlora_model(random_folder, float32, training.lora_config(4, 8), 0)
+    trainer = sft.sft_trainer(model, processor, table, float32, tmp_path, epochs=1, batch_size=4, gradient_accumulation=1,
                           learning_rate=1e-3, warmup=1, seed=0, save_steps=100)
     batch = trainer.data_collator([table[0]])
     learnt = processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
@@ -149,41 +151,41 @@ def test_newest_whole_checkpoint(tmp_path):
         folder.mkdir(parents=True)
         if whole:
             (folder / "trainer_state.json").write_text("{}")
-    assert sft.last_checkpoint(tmp_path).endswith("checkpoint-20")
-    assert sft.last_checkpoint(tmp_path / "none") is None
+    assert training.last_checkpoint(tmp_path).endswith("checkpoint-20")
+    assert training.last_checkpoint(tmp_path / "none") is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_relatives_learn_boxes_in_thousandths(tmp_path, relatives, family, float32):
-    view = View(frame="thousand")
-    samples = [make(task, "cot", i) for task in TASKS for i in range(2)]
-    replies = [t.text for t in synthesize.traces(samples, 0, (1, 1, 1), 0.0, 0.7, view)]
-    assert all(synthesize.verdict(r, s, view) == "" for r, s in zip(replies, samples))
-    table = sft.training_rows(samples, replies, view)
-    model = sft.quantised_model(relatives[family], float32, sft.adapter(4, 8), 0)
-    trainer = sft.trainer(model, models.load_processor(relatives[family], view), table, float32, tmp_path, epochs=6, batch_size=10,
+    box_format = BoxFormat(frame="thousand")
+    samples = [make_sample(task, "cot", i) for task in TASKS for i in range(2)]
+    replies = [t.text for t in synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7, box_format)]
+    assert all(filters.drop_reason(r, s, box_format) == "" for r, s in zip(replies, samples))
+    table = sft.sft_rows(samples, replies, box_format)
+    model = sft.load_qlora_model(relatives[family], float32, training.lora_config(4, 8), 0)
+    trainer = sft.sft_trainer(model, models.load_processor(relatives[family], box_format), table, float32, tmp_path, epochs=6, batch_size=10,
                           gradient_accumulation=1, learning_rate=2e-2, warmup=1, seed=0, save_steps=100)
-    sft.train(trainer, tmp_path)
+    training.train_or_resume(trainer, tmp_path)
     curve = sft.loss_curve(trainer.state.log_history)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
 
 
 def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path, monkeypatch):
-    assert sft.tracking("none", tmp_path) == {"report_to": "none"}
+    assert training.tracker_args("none", tmp_path) == {"report_to": "none"}
     with pytest.raises(ValueError, match="use none, trackio or wandb"):
-        sft.tracking("all", tmp_path)
+        training.tracker_args("all", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="run: pip install wandb"):
-        sft.tracking("wandb", tmp_path)
+        training.tracker_args("wandb", tmp_path)
 
 
 @pytest.mark.slow
 def test_trackio_gets_the_curve(tmp_path, random_folder, float32, processor, table, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
     pytest.importorskip("trackio")
-    model = sft.quantised_model(random_folder, float32, sft.adapter(4, 8), 0)
-    trainer = sft.trainer(model, processor, table, float32, tmp_path / "mine" / "02_sft", epochs=1, batch_size=10,
+    model = sft.load_qlora_model(random_folder, float32, training.lora_config(4, 8), 0)
+    trainer = sft.sft_trainer(model, processor, table, float32, tmp_path / "mine" / "02_sft", epochs=1, batch_size=10,
                           gradient_accumulation=1, learning_rate=1e-3, warmup=1, seed=0, save_steps=100, track="trackio")
     trainer.train()
     stored = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
@@ -195,11 +197,11 @@ def test_live_curves_are_drawn_in_a_notebook_and_removed(monkeypatch):
     handle = SimpleNamespace(update=shown.append)
     history = [{"step": i, "loss": 1 / i, "mean_token_accuracy": 0.5} for i in (1, 2, 3)]
     state = SimpleNamespace(log_history=history, global_step=3, max_steps=9)
-    monkeypatch.setattr(sft, "display", lambda figure, display_id: shown.append(figure) or handle)
-    live = sft.LiveCurves(sft.loss_curve, ("loss", "token_accuracy"), seconds=0)
+    monkeypatch.setattr(training, "display", lambda figure, display_id: shown.append(figure) or handle)
+    live = training.LiveCurves(sft.loss_curve, ("loss", "token_accuracy"), seconds=0)
     live.on_log(None, state, None)
     assert shown == [], "no notebook, no picture"
-    monkeypatch.setattr(sft, "get_ipython", object)
+    monkeypatch.setattr(training, "get_ipython", object)
     for _ in range(2):
         live.on_log(None, state, None)
     live.on_train_end(None, state, None)

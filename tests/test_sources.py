@@ -10,14 +10,18 @@ from types import SimpleNamespace
 import pytest
 from test_endpoint import Server, completion
 
-from mig_kit import runs, sources, synthesize
-from mig_kit.suites import BOX_FORMS, FREE_FORM, make_free_form
-from mig_kit.tasks import make
+from mig_kit.pipeline import store
+from mig_kit.pipeline.params import params_file, read_params_file, validate_params
+from mig_kit.sample import read_table
+from mig_kit.stages import sources
+from mig_kit.world import suites
+from mig_kit.world.suites import BOX_FORMS, FREE_FORM, make_free_form
+from mig_kit.world.tasks import make_sample
 
 
 def params(**given):
-    smoke = runs.read_params(runs.params_file("01_synthesize", "smoke"))
-    return SimpleNamespace(**runs.checked({**smoke, **given}, "01_synthesize"))
+    smoke = read_params_file(params_file("01_synthesize", "smoke"))
+    return SimpleNamespace(**validate_params({**smoke, **given}, "01_synthesize"))
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def own(tmp_path):
     """Sixty questions of your own, on two images each."""
     rows = []
     for i in range(60):
-        sample = make("refer_grounding", "cot", i)
+        sample = make_sample("refer_grounding", "cot", i)
         for k, image in enumerate(sample.images):
             image.save(tmp_path / f"{i}_{k}.png")
         number, box = sample.targets[0]
@@ -38,15 +42,15 @@ def own(tmp_path):
 
 def test_drawn_scenes_are_the_sets_they_always_were():
     p = params()
-    sets, text = sources.training_sets(p)
+    sets, text = sources.load_training_sets(p)
     assert text == "" and [s.id for s in sets["cot"]] == [
-        s.id for s in synthesize.training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed)]
+        s.id for s in suites.draw_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed)]
     assert len(sets["val"]) == 10 * p.val_per_task and sets["rl"][0].split == "rl"
 
 
 def test_rl_has_its_own_number_of_general_questions_for_a_box():
     p = params(rl_per_task=1, rl_free_form_per_task=2, rl_boxes_per_task=5)
-    found = Counter(s.task for s in sources.training_sets(p)[0]["rl"])
+    found = Counter(s.task for s in sources.load_training_sets(p)[0]["rl"])
     assert {task: found[task] for task in FREE_FORM} == {
         "naming": 2, "showing": 2, "sharing": 2, "choosing": 2, "pointing": 5, "telling": 5, "tallying": 2}
     assert len(found) == 17 and found["diff"] == 1
@@ -55,11 +59,11 @@ def test_rl_has_its_own_number_of_general_questions_for_a_box():
 
 def test_own_data_is_divided_by_image(own):
     keys = {"data": "own", "data_file": str(own), "teacher": "endpoint", "data_shares": [0.5, 0.3, 0.2]}
-    sets, text = sources.training_sets(params(**keys))
+    sets, text = sources.load_training_sets(params(**keys))
     assert text == "" and sum(map(len, sets.values())) == 60 and 20 < len(sets["cot"]) < 40
-    again = sources.divided([s for name in sources.SETS for s in sets[name]], [0.5, 0.3, 0.2])
+    again = sources.split_by_image([s for name in sources.SET_NAMES for s in sets[name]], [0.5, 0.3, 0.2])
     assert [s.id for s in again["val"]] == [s.id for s in sets["val"]]
-    assert sum(map(len, sources.training_sets(params(**{**keys, "data_limit": 30}))[0].values())) == 30
+    assert sum(map(len, sources.load_training_sets(params(**{**keys, "data_limit": 30}))[0].values())) == 30
 
 
 @pytest.mark.parametrize("given,sentence", [
@@ -71,18 +75,18 @@ def test_what_cannot_be(own, given, sentence):
     if "data_file" in given:
         given = {**given, "data_file": str(own)}
     with pytest.raises(ValueError, match=sentence):
-        sources.training_sets(params(**given))
+        sources.load_training_sets(params(**given))
     with pytest.raises(FileNotFoundError, match="is not there"):
-        sources.training_sets(params(data="own", teacher="endpoint", data_file="none.jsonl"))
+        sources.load_training_sets(params(data="own", teacher="endpoint", data_file="none.jsonl"))
 
 
 def test_a_changed_file_is_another_stage(own, tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
     given = vars(params(data="own", data_file=str(own)))
-    before = runs.stage_key("01_synthesize", "a", given)
-    assert before == runs.stage_key("01_synthesize", "a", given)
+    before = store.stage_key("01_synthesize", "a", given)
+    assert before == store.stage_key("01_synthesize", "a", given)
     own.write_text(own.read_text() + "\n")
-    assert before != runs.stage_key("01_synthesize", "a", given)
+    assert before != store.stage_key("01_synthesize", "a", given)
 
 
 @pytest.mark.slow
@@ -108,7 +112,7 @@ def test_the_notebook_with_own_data_and_an_endpoint(own, tmp_path):
         assert server.total == metrics["teacher"]["calls"] == 2 * metrics["traces"]["total"]
         assert metrics["traces"]["kept"] == metrics["sizes"]["cot"] > 0 and metrics["traces"]["dropped"]["up front"] > 0
         assert metrics["teacher"]["cost"] == pytest.approx(server.total * 10 * 1000 / 1e6)
-    kept = synthesize.read_rows(tmp_path / "runs/t/01_synthesize/cot.parquet")
+    kept = read_table(tmp_path / "runs/t/01_synthesize/cot.parquet")
     assert kept["suite"][0] == "own" and kept["detail"][0] == "endpoint"
     assert not any(b"very-secret" in f.read_bytes() for f in (tmp_path / "runs").rglob("*") if f.is_file())
     server.http.shutdown()

@@ -5,8 +5,8 @@ import logging
 
 from rich.console import Console
 
-from mig_kit import runs
-from mig_kit.stage_table import StageTable
+from mig_kit.common import progress_bar
+from mig_kit.pipeline.stage_table import StageTable
 
 
 def record(text):
@@ -26,7 +26,7 @@ def test_plain_lines_where_there_is_no_terminal():
 
 
 def test_a_bar_that_a_notebook_prints_is_seen_with_its_time_left(capsys):
-    with runs.progress(range(4), "replies") as bar:
+    with progress_bar(range(4), "replies") as bar:
         for _ in zip(range(2), bar):
             bar.refresh()
     printed = capsys.readouterr().out

@@ -7,16 +7,18 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit import attention, lesson_batches, lessons, models, tiny_base, vision, vocabulary
-from mig_kit.prompts import parse
-from mig_kit.scenes import UNSEEN_PAIRS
-from mig_kit.tasks import listed
+from mig_kit.build_base import lesson_batches, lessons, tiny_base, vision, vocabulary
+from mig_kit.engine import attention, models
+from mig_kit.prompts import parse_reply
+from mig_kit.world import scenes
+from mig_kit.world.scenes import UNSEEN_PAIRS
+from mig_kit.world.tasks import list_image_note
 
 
 def test_no_box_is_given_twice_in_a_dialogue():
     rng = random.Random(0)
     for _ in range(200):
-        scenes = [lessons.visible(s) for s in lessons.album(rng, 3)]
+        scenes = [lessons.clip_to_image(s) for s in lessons.album(rng, 3)]
         turns = lessons.visual_turns(rng, scenes, 6)
         boxes = [q if " [" in q and "x1" not in q else a
                  for q, ((a, _, _), *_) in turns if '"box"' in a or (" [" in q and "x1" not in q)]
@@ -48,7 +50,7 @@ def test_a_lesson_has_the_tokens_of_its_text(processor):
     rng, writer = random.Random(0), vocabulary.Writer(processor.tokenizer)
     turns = [turn for _ in range(100) for turn in lessons.text_turns(rng, 2, lessons.HARD_KINDS, ["Find it."], 0.5)]
     for _ in range(20):
-        scenes = [lessons.visible(s) for s in lessons.album(rng, 3)]
+        scenes = [lessons.clip_to_image(s) for s in lessons.album(rng, 3)]
         turns += lessons.visual_turns(rng, scenes, 6, 0.6) + lessons.locate_turns(rng, scenes)
     for _, pieces in turns:
         assert sum((writer.ids(text) for text, _, _ in pieces), []) == writer.ids("".join(text for text, _, _ in pieces))
@@ -60,11 +62,11 @@ def test_a_film_shows_the_same_things_in_every_picture():
 
 
 def test_visual_answers_are_right():
-    scene = lessons.arrange(random.Random(3), lessons.random_looks(random.Random(3), 3), (90, 80))
+    scene = scenes.arrange_objects(random.Random(3), scenes.random_appearances(random.Random(3), 3), (90, 80))
     turn = lessons._find(random.Random(0), [scene], 1, scene.things[0])
     answer = turn[1][0][0]
-    assert turn[1][0][2] == (1, np.ravel_multi_index(lessons.cell_of(scene, scene.things[0])[::-1], (3, 3)))
-    box = parse(answer if "<answer>" in answer else f"<think></think><answer>{answer}</answer>").box
+    assert turn[1][0][2] == (1, np.ravel_multi_index(scenes.object_cell(scene, scene.things[0])[::-1], (3, 3)))
+    box = parse_reply(answer if "<answer>" in answer else f"<think></think><answer>{answer}</answer>").box
     expected = np.array(scene.things[0].box) * np.array([84 / 90, 84 / 80] * 2)
     assert np.abs(np.array(box) - expected).max() <= 0.5
 
@@ -81,7 +83,7 @@ def test_positions_are_transformers(random_model, processor):
     assert int((ids == 5).sum()) == len(features)
     sizes = torch.tensor([[1, 2 * h, 2 * w] for row in grids for h, w in row])
     expected, _ = random_model.model.get_rope_index(ids, (ids == 5).int(), image_grid_thw=sizes, attention_mask=mask)
-    found = lesson_batches.positions(rows, grids)
+    found = lesson_batches.position_ids(rows, grids)
     for i, row in enumerate(rows):
         assert torch.equal(expected[:, i, :len(row)], found[:, i, :len(row)])
 
@@ -113,14 +115,14 @@ def test_short_and_long_dialogues_apart_teach_the_same(random_model, processor):
 
 def test_codes_are_orthonormal():
     table, sizes = vision.codes()
-    assert table.shape == (sum(sizes), vision.HIDDEN)
+    assert table.shape == (sum(sizes), models.TINY_HIDDEN)
     assert torch.allclose(table @ table.T, torch.eye(len(table)), atol=1e-5)
 
 
 def test_detection_targets_by_hand():
-    from mig_kit.scenes import Scene, Thing
+    from mig_kit.world.scenes import Object, Scene
 
-    scene = Scene(84, 84, (Thing("red", "star", "plain", (30.0, 2.0, 50.0, 26.0)),), mark=(30.0, 2.0, 50.0, 26.0))
+    scene = Scene(84, 84, (Object("red", "star", "plain", (30.0, 2.0, 50.0, 26.0)),), mark=(30.0, 2.0, 50.0, 26.0))
     classes, boxes = vision.detection_targets(scene)
     assert classes[1].tolist() == [1, 3, 0, 0, 1] and classes[0].sum() == 0
     assert np.allclose(boxes[1, 4:] * 28, (30, 2, 50, 26), atol=1e-4)
@@ -151,7 +153,7 @@ def test_a_course_teaches_saves_and_resumes(processor, tmp_path):
     from dataclasses import replace
 
     random_model = Qwen2_5_VLForConditionalGeneration._from_config(
-        vision.config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation=attention.NAME)
+        models.tiny_config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation=attention.NAME)
     random_model.model.visual.requires_grad_(False)
     course = replace(tiny_base.TELLING_APART, warmup=1)
     given = dict(albums=2, visual_rows=3, text_rows=3, autocast=False)
@@ -201,7 +203,7 @@ def test_a_killed_course_ends_on_the_same_weights(processor, tmp_path, monkeypat
         torch.manual_seed(0)
         folder.mkdir(exist_ok=True)
         model = Qwen2_5_VLForConditionalGeneration._from_config(
-            vision.config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation=attention.NAME)
+            models.tiny_config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2), attn_implementation=attention.NAME)
         curve = tiny_base.train_language(model, processor.tokenizer, folder, replace(tiny_base.TELLING_APART, warmup=1), steps=4,
                                          albums=2, visual_rows=3, text_rows=3, autocast=False)
         return curve, model.state_dict()
@@ -231,7 +233,7 @@ def test_a_letter_looks_at_its_option(processor):
 
 
 def test_a_survey_lists_every_picture_once():
-    scenes = [lessons.visible(scene) for scene in lessons.album(random.Random(3), 4)]
+    scenes = [lessons.clip_to_image(scene) for scene in lessons.album(random.Random(3), 4)]
     question, pieces = lessons.survey_turn(scenes)
-    assert "".join(text for text, _, _ in pieces) == " ".join(listed(i, scene) for i, scene in enumerate(scenes, 1))
+    assert "".join(text for text, _, _ in pieces) == " ".join(list_image_note(i, scene) for i, scene in enumerate(scenes, 1))
     assert pieces[-1][1] > 0 and question == "List every image."

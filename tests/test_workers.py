@@ -10,7 +10,7 @@ import torch
 import two_processes
 from accelerate import PartialState
 
-from mig_kit import workers
+from mig_kit.engine import parallel
 
 
 def test_threads_share_the_cores_and_keep_the_order():
@@ -22,9 +22,9 @@ def test_threads_share_the_cores_and_keep_the_order():
 
     try:
         torch.set_num_threads(4)
-        assert list(workers.in_threads(one, range(6), 2)) == [(part, 2) for part in range(6)]
+        assert list(parallel.map_in_threads(one, range(6), 2)) == [(part, 2) for part in range(6)]
         assert torch.get_num_threads() == 4
-        assert list(workers.in_threads(lambda part: (part, torch.get_num_threads()), range(2), 1)) == [(0, 4), (1, 4)]
+        assert list(parallel.map_in_threads(lambda part: (part, torch.get_num_threads()), range(2), 1)) == [(0, 4), (1, 4)]
     finally:
         torch.set_num_threads(cores)
 
@@ -39,35 +39,35 @@ def test_an_error_in_a_thread_is_raised_and_ends_the_rest():
         done.append(part)
 
     with pytest.raises(KeyError, match="part 1"):
-        list(workers.in_threads(one, range(40), 2))
+        list(parallel.map_in_threads(one, range(40), 2))
     assert len(done) < 39 and torch.get_num_threads() == cores
     with pytest.raises(ValueError, match="workers is 0"):
-        list(workers.in_threads(one, [], 0))
+        list(parallel.map_in_threads(one, [], 0))
 
 
 def test_one_process_is_this_one():
     before = dict(os.environ)
-    with workers.beside(1, two_processes.train):
+    with parallel.training_processes(1, two_processes.train):
         assert os.environ == before
-    with pytest.raises(ValueError, match="processes is 0; use 1"), workers.beside(0, two_processes.train):
+    with pytest.raises(ValueError, match="processes is 0; use 1"), parallel.training_processes(0, two_processes.train):
         pass
 
 
 def test_how_many_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert [workers.how_many(*given) for given in ((0, 4), (0, 3), (3, 4), (1, 4))] == [2, 1, 3, 1]
+    assert [parallel.count_processes(*given) for given in ((0, 4), (0, 3), (3, 4), (1, 4))] == [2, 1, 3, 1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert workers.how_many(0, 4) == 1
+    assert parallel.count_processes(0, 4) == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert [workers.how_many(0, steps) for steps in (16, 6, 5)] == [4, 3, 1]
-    with pytest.raises(ValueError, match="processes is 5; use 1 to 4, one per GPU"), workers.beside(5, two_processes.train):
+    assert [parallel.count_processes(0, steps) for steps in (16, 6, 5)] == [4, 3, 1]
+    with pytest.raises(ValueError, match="processes is 5; use 1 to 4, one per GPU"), parallel.training_processes(5, two_processes.train):
         pass
 
 
 def test_processes_within_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one of several already"), workers.beside(2, two_processes.train):
+    with pytest.raises(ValueError, match="one of several already"), parallel.training_processes(2, two_processes.train):
         pass
 
 
@@ -76,7 +76,7 @@ def test_an_error_in_the_other_process_is_raised_here(tmp_path, random_folder):
     (tmp_path / "fail").touch()
     before, cores, start = dict(os.environ), torch.get_num_threads(), time.monotonic()
     with pytest.raises(Exception, match="no such thing in the second process"):
-        with workers.beside(2, two_processes.train, tmp_path, random_folder, 2):
+        with parallel.training_processes(2, two_processes.train, tmp_path, random_folder, 2):
             two_processes.train(tmp_path, random_folder, 2)
     assert time.monotonic() - start < 100
     assert os.environ == before and torch.get_num_threads() == cores and not torch.distributed.is_initialized()
@@ -86,7 +86,7 @@ def test_an_error_in_the_other_process_is_raised_here(tmp_path, random_folder):
 
 @pytest.mark.slow
 def test_an_error_here_ends_the_other_process(tmp_path, random_folder):
-    with pytest.raises(ZeroDivisionError), workers.beside(2, two_processes.train, tmp_path, random_folder, 2):
+    with pytest.raises(ZeroDivisionError), parallel.training_processes(2, two_processes.train, tmp_path, random_folder, 2):
         other, = multiprocessing.active_children()
         raise ZeroDivisionError
     other.join(10)

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mig_kit import grpo, models, sft
-from mig_kit.frames import View
-from mig_kit.tasks import TASKS, make
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import models, training
+from mig_kit.stages import grpo
+from mig_kit.world.tasks import TASKS, make_sample
 
 
 def train(folder: Path, random_folder: Path, processes: int) -> None:
@@ -17,13 +18,13 @@ def train(folder: Path, random_folder: Path, processes: int) -> None:
     if rank and (folder / "fail").exists():
         raise KeyError("no such thing in the second process")
     hw = models.Hardware("cpu", torch.float32, False, "sdpa", "float32 for tests")
-    samples = [make(task, "rl", i) for task in TASKS for i in range(2)]
+    samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
     torch.manual_seed(0)
-    trainer = grpo.trainer(
+    trainer = grpo.grpo_trainer(
         models.load_model(random_folder, hw), models.load_processor(random_folder), samples, hw, folder, share_prefix=True,
-        adapter=sft.adapter(4, 8), num_generations=4, batch_size=4, held=0, gradient_accumulation=4, max_steps=2,
+        adapter=training.lora_config(4, 8), num_generations=4, batch_size=4, held=0, gradient_accumulation=4, max_steps=2,
         learning_rate=1e-2, schedule="constant_with_warmup", warmup=1, scale_rewards="batch", beta=0.05, temperature=1.0,
-        max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=0, save_steps=100, view=View(),
+        max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=0, save_steps=100, box_format=BoxFormat(),
         processes=processes)
     seen, said = [], []
     stock = trainer._calculate_rewards

@@ -1,0 +1,1 @@
+"""Models, shared-prefix generation and log-probabilities, and training that resumes."""

@@ -1,0 +1,119 @@
+"""The code that a stage's results depend on: the definitions that its notebook uses, and those they use in turn.
+
+A stage is stale when one of these definitions changes, and only then: another reward must not repeat fine-tuning. Comments
+and docstrings do not count, nor do modules that only show or check (DISPLAY_ONLY), except where a stage's results are
+pictures.
+"""
+
+import ast
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+from mig_kit.common import PACKAGE, PROJECT_ROOT
+
+DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store", "mig_kit.pipeline.params",
+                "mig_kit.pipeline.dependencies"}
+STAGES_OF_PICTURES = {"07_report", "08_benchmark"}
+
+
+def notebook_cells(stage: str) -> list[dict]:
+    """The code cells of a stage's notebook; [] where there is none."""
+    path = PROJECT_ROOT / "notebooks" / f"{stage}.ipynb"
+    cells = json.loads(path.read_text())["cells"] if path.is_file() else []
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def used_definitions(stage: str) -> dict[str, str]:
+    """"module.name" -> SHA-256 of its code, of every definition of the kit that the stage's results depend on."""
+    ignored = set() if stage in STAGES_OF_PICTURES else DISPLAY_ONLY
+    source = "\n".join("".join(cell["source"]) for cell in notebook_cells(stage))
+    tree = _parse(source)
+    todo = _references(tree, _imports(tree), set())
+    used: dict[str, str] = {}
+    while todo:
+        module, name = todo.pop()
+        key = f"{module}.{name}"
+        if key in used or module in ignored:
+            continue
+        definition = _definitions(_module_path(module)).get(name)
+        if definition is None:
+            continue
+        code, references = definition
+        used[key] = hashlib.sha256(code.encode()).hexdigest()
+        todo |= references
+    return dict(sorted(used.items()))
+
+
+@cache
+def _module_path(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+
+def _definitions(path: Path) -> dict[str, tuple[str, frozenset]]:
+    """name -> (its code, what it refers to) of every top-level definition of a module; {} where there is no such file."""
+    return _read_definitions(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
+@cache
+def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozenset]]:
+    tree = _parse(path.read_text())
+    module = ".".join(("mig_kit", *path.relative_to(PACKAGE).with_suffix("").parts))
+    by_name = [(name, statement) for statement in tree.body for name in _defined_names(statement)]
+    local = {name for name, _ in by_name}
+    imports = {**_imports(tree), **{name: (module, name) for name in local}}
+    found: dict[str, tuple[str, frozenset]] = {}
+    for name, statement in by_name:
+        code, references = found.get(name, ("", frozenset()))
+        found[name] = (code + ast.dump(_without_docstrings(statement)),
+                       references | _references(statement, imports, {(module, name)}))
+    return found
+
+
+def _parse(source: str) -> ast.Module:
+    lines = ("" if line.startswith(("%", "!")) else line for line in source.splitlines())
+    return compile("\n".join(lines), "<source>", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def _defined_names(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [statement.name]
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    return []
+
+
+def _without_docstrings(statement: ast.stmt) -> ast.stmt:
+    statement = ast.parse(ast.unparse(statement)).body[0]
+    for node in ast.walk(statement):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return statement
+
+
+def _imports(tree: ast.AST) -> dict[str, tuple[str, str]]:
+    """Local name -> (module, name), or (module, "") for a module, of everything imported from the kit anywhere in `tree`."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mig_kit":
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                is_module = _module_path(module).is_file()
+                names[alias.asname or alias.name] = (module, "") if is_module else (node.module, alias.name)
+    return names
+
+
+def _references(tree: ast.AST, imports: dict[str, tuple[str, str]], without: set) -> set[tuple[str, str]]:
+    """(module, name) of every definition of the kit that `tree` names, itself left out."""
+    imports = {**imports, **_imports(tree)}
+    references = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and imports.get(node.id, ("", ""))[1]:
+            references.add(imports[node.id])
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module, name = imports.get(node.value.id, ("", "x"))
+            if not name:
+                references.add((module, node.attr))
+    return references - without

@@ -1,0 +1,1 @@
+"""Any model's predictions on the public benchmarks, by the authors' rule and by the strict one."""

@@ -1,0 +1,1 @@
+"""Speed beside stock TRL, and what a GPU will need."""
