@@ -304,10 +304,10 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; repeat in order.")
 @click.option("--out", default="grounded.png", show_default=True, help="Where the picture with the box goes.")
 @click.option("--max-new-tokens", default=256, show_default=True)
-@click.option("--frame", default="resized", show_default=True, help="How the model writes boxes: resized, or thousand (Qwen2-VL, "
+@click.option("--coordinates", default="absolute", show_default=True, help="How the model writes boxes: absolute, or normalized_1000 (Qwen2-VL, "
               "Qwen3-VL).")
 @click.argument("question")
-def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, frame: str, question: str) -> None:
+def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, coordinates: str, question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and save the picture with the box."""
     from mig_kit import plots
     from mig_kit.engine import models, sampling
@@ -321,7 +321,7 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, f
             opened.append(open_rgb(Path(path)))
         except BadImage as error:
             raise ValueError(f"--image {path}: {error}") from error
-    hw, box_format, model = models.choose_hardware(), BoxFormat(frame=frame), models.resolve_model(model)
+    hw, box_format, model = models.choose_hardware(), BoxFormat(coordinates=coordinates), models.resolve_model(model)
     processor = models.load_processor(model, box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question)
     reply = sampling.greedy_replies(models.load_model(model, hw), processor, [sample], hw, box_format, max_new_tokens)[0]

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from PIL import Image, ImageDraw, ImageFont
 
-from mig_kit.boxes import QWEN2_5, Box, BoxFormat
+from mig_kit.boxes import Box, BoxFormat
 from mig_kit.prompts import parse_reply, reply_box_in_original
 from mig_kit.sample import Sample
 
@@ -32,11 +32,13 @@ def _dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str, width: int, step: i
             pen.line((x, start, x, min(start + step // 2, y2)), fill=colour, width=width)
 
 
-def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat = QWEN2_5, height: int = 200) -> Image.Image:
+def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = None, height: int = 200) -> Image.Image:
     """All images of a sample side by side, numbered: target solid green, the reply's box dashed orange, reference pink.
 
-    height: of the pictures, pixels.
+    box_format: of the reply; a reply without one is a ValueError. height: of the images, pixels.
     """
+    if reply and box_format is None:
+        raise ValueError("a reply's box cannot be drawn without its box_format")
     read = parse_reply(reply)
     predicted = reply_box_in_original(sample, read, box_format) if reply else None
     tiles = []

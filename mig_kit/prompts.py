@@ -1,7 +1,7 @@
 """Prompts and answers: how a sample is put to the model, and how its reply is read.
 
-Edit GROUNDING or CHOICE to try another prompt. The reply the kit asks for is the neighbours' (MG-Thinker): reasoning in
-<think>, then one JSON object with the image number and the box, in the frame of the model's View, in <answer>.
+Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is MG-Thinker's: reasoning in <think>,
+then one JSON object in <answer>, with the image number and the box in the coordinates of the model's BoxFormat.
 """
 
 import json
@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from mig_kit.boxes import QWEN2_5, Box, BoxFormat, to_model_box, to_original_box
+from mig_kit.boxes import Box, BoxFormat, to_model_box, to_original_box
 from mig_kit.sample import Sample
 
 GROUNDING_INSTRUCTION = 'Think in <think></think>, then answer <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
@@ -44,7 +44,7 @@ def format_answer(image: int, box: Box) -> str:
     return f'{{"image": {image}, "box": {format_box(box)}}}'
 
 
-def format_question(sample: Sample, box_format: BoxFormat = QWEN2_5) -> str:
+def format_question(sample: Sample, box_format: BoxFormat) -> str:
     """The question with its reference box in the model's frame, its options, and the instruction."""
     text = sample.question
     if sample.reference:
@@ -54,7 +54,7 @@ def format_question(sample: Sample, box_format: BoxFormat = QWEN2_5) -> str:
     return f"{text} {CHOICE_INSTRUCTION if sample.options else GROUNDING_INSTRUCTION}"
 
 
-def chat_messages(sample: Sample, box_format: BoxFormat = QWEN2_5) -> list[dict]:
+def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
     """The conversational prompt: every image announced by its number, in order, then the question."""
     content = []
     for number in range(1, len(sample.images) + 1):
@@ -95,7 +95,7 @@ def _read_box(block: str) -> tuple[int | None, Box | None]:
     return image, tuple(float(v) for v in box)
 
 
-def reply_box_in_original(sample: Sample, reply: Reply, box_format: BoxFormat = QWEN2_5) -> Box | None:
+def reply_box_in_original(sample: Sample, reply: Reply, box_format: BoxFormat) -> Box | None:
     """The reply's box in pixels of the original of the image it names; None without box or with no such image."""
     if reply.box is None or reply.image is None or not 1 <= reply.image <= len(sample.images):
         return None

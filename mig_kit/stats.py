@@ -1,4 +1,4 @@
-"""Means over tasks and their bootstrap intervals, as every score of the kit has them."""
+"""Means over tasks with their bootstrap intervals, and pass@k: the statistics of every score of the kit."""
 
 import numpy as np
 
@@ -30,8 +30,8 @@ def to_percent(value: float) -> float:
     return round(100 * float(value), 2) + 0.0
 
 
-def pass_at_k(right: int, total: int, k: int) -> float:
-    """Chance that k of `total` replies, `right` of them right, hold a right one (Chen et al., arXiv 2107.03374, eq. 1)."""
-    if total - right < k:
+def pass_at_k(correct: int, total: int, k: int) -> float:
+    """Chance that k of `total` replies, `correct` of them correct, hold a correct one (Chen et al., arXiv 2107.03374, eq. 1)."""
+    if total - correct < k:
         return 1.0
-    return 1.0 - float(np.prod(1.0 - k / np.arange(total - right + 1, total + 1)))
+    return 1.0 - float(np.prod(1.0 - k / np.arange(total - correct + 1, total + 1)))

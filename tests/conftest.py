@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROCESS_ENVIRONMENT
 from mig_kit.engine import models
 from mig_kit.world.tasks import TASKS, make_sample
@@ -46,7 +47,7 @@ def first_gradients():
 @pytest.fixture(scope="session")
 def processor():
     """The shipped base's processor."""
-    return models.load_processor(models.TINY_BASE)
+    return models.load_processor(models.TINY_BASE, box_format=BoxFormat())
 
 
 @pytest.fixture(scope="session")

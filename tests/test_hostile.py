@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import mig_kit
+from mig_kit.boxes import BoxFormat
 from mig_kit.data import own_data
 from mig_kit.engine import models
 from mig_kit.image_files import BadImage, open_rgb
@@ -75,7 +76,7 @@ def test_code_and_pickles_in_a_model_folder_are_not_run(tmp_path, random_folder,
     (folder / "harm.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass T: pass\n")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm(ran)))
     models.load_model(folder, float32)
-    models.load_processor(folder)
+    models.load_processor(folder, box_format=BoxFormat())
     assert not ran.exists()
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="only safetensors"):

@@ -6,6 +6,7 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.prompts import chat_messages, format_question, parse_reply, reply_box_in_original
 from mig_kit.world.tasks import make_sample
 
@@ -49,12 +50,12 @@ def test_parser_never_raises_and_keeps_the_rules(text):
 def test_reference_box_is_put_in_the_models_frame():
     sample = next(s for s in (make_sample("correspondence", "val", i) for i in range(200)) if s.sizes[0] == (90, 80))
     x1, y1, x2, y2 = sample.reference
-    written = json.loads("[" + format_question(sample).split("[")[1].split("]")[0] + "]")
+    written = json.loads("[" + format_question(sample, box_format=BoxFormat()).split("[")[1].split("]")[0] + "]")
     assert written == [round(v) for v in (x1 * 84 / 90, y1 * 84 / 80, x2 * 84 / 90, y2 * 84 / 80)]
 
 
 def test_messages_announce_every_image_in_order():
-    content = chat_messages(make_sample("object_tracking", "val", 0))[0]["content"]
+    content = chat_messages(make_sample("object_tracking", "val", 0), box_format=BoxFormat())[0]["content"]
     assert [part["type"] for part in content[:4]] == ["text", "image", "text", "image"]
     assert [part["text"] for part in content if part["type"] == "text"][:6] == [f"Image {k}: " for k in range(1, 7)]
     assert all(set(part) <= {"type", "text"} for part in content)
@@ -62,6 +63,6 @@ def test_messages_announce_every_image_in_order():
 
 def test_box_in_original_uses_the_named_images_frame():
     sample = next(s for s in (make_sample("refer_grounding", "val", i) for i in range(200)) if s.sizes[1] == (76, 104))
-    box = reply_box_in_original(sample, parse_reply('<think></think><answer>{"image": 2, "box": [0,0,84,112]}</answer>'))
+    box = reply_box_in_original(sample, parse_reply('<think></think><answer>{"image": 2, "box": [0,0,84,112]}</answer>'), box_format=BoxFormat())
     assert [round(v, 6) for v in box] == [0, 0, 76, 104]
-    assert reply_box_in_original(sample, parse_reply('<think></think><answer>{"image": 7, "box": [0,0,84,112]}</answer>')) is None
+    assert reply_box_in_original(sample, parse_reply('<think></think><answer>{"image": 7, "box": [0,0,84,112]}</answer>'), box_format=BoxFormat()) is None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.rewards import box_reward, choice_reward, cites_only_existing_images, format_reward, image_reward, is_correct
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
@@ -19,27 +20,27 @@ def reply(image, box):
 
 def test_right(sample):
     text = reply(2, sample.targets[0][1])
-    assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample)) == (1, 1, 1)
-    assert is_correct(text, sample)
+    assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample, box_format=BoxFormat())) == (1, 1, 1)
+    assert is_correct(text, sample, box_format=BoxFormat())
 
 
 def test_the_image_gates_the_box(sample):
     text = reply(1, sample.targets[0][1])
-    assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample)) == (1, 0, 0)
+    assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample, box_format=BoxFormat())) == (1, 0, 0)
 
 
 def test_half_a_box(sample):
     x1, y1, x2, y2 = sample.targets[0][1]
     text = reply(2, (x1, y1, x2, y1 + (y2 - y1) // 2))
     expected = ((y2 - y1) // 2) / (y2 - y1)
-    assert box_reward(text, sample) == pytest.approx(expected)
-    assert box_reward(text, sample, floor=0.9) == 0
+    assert box_reward(text, sample, box_format=BoxFormat()) == pytest.approx(expected)
+    assert box_reward(text, sample, floor=0.9, box_format=BoxFormat()) == 0
 
 
 def test_naming_several_boxes_gains_nothing(sample):
     one = reply(2, sample.targets[0][1]).split("<answer>")[1].split("</answer>")[0]
     for text in (f"<think></think><answer>[{one}, {one}]</answer>", f"<think></think><answer>{one}</answer><answer>{one}</answer>"):
-        assert image_reward(text, sample) == 0 == box_reward(text, sample)
+        assert image_reward(text, sample) == 0 == box_reward(text, sample, box_format=BoxFormat())
         assert format_reward(text, sample) < 1
 
 
@@ -55,7 +56,7 @@ def test_a_choice_is_right_or_not(sample):
     assert choice_reward(f"<think></think><answer>{question.letter}</answer>", question) == 1
     assert choice_reward(f"<think></think><answer>{other}</answer>", question) == 0 == choice_reward("", question)
     assert choice_reward("<think></think><answer></answer>", sample) == 0
-    assert is_correct(f"<think></think><answer>{question.letter}</answer>", question)
+    assert is_correct(f"<think></think><answer>{question.letter}</answer>", question, box_format=BoxFormat())
 
 
 def test_citations_of_images_that_are_not_there():

@@ -21,7 +21,7 @@ def train(folder: Path, random_folder: Path, processes: int) -> None:
     samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
     torch.manual_seed(0)
     trainer = grpo.grpo_trainer(
-        models.load_model(random_folder, hw), models.load_processor(random_folder), samples, hw, folder, share_prefix=True,
+        models.load_model(random_folder, hw), models.load_processor(random_folder, box_format=BoxFormat()), samples, hw, folder, share_prefix=True,
         adapter=training.lora_config(4, 8), num_generations=4, batch_size=4, held=0, gradient_accumulation=4, max_steps=2,
         learning_rate=1e-2, schedule="constant_with_warmup", warmup=1, scale_rewards="batch", beta=0.05, temperature=1.0,
         max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=0, save_steps=100, box_format=BoxFormat(),

@@ -7,7 +7,7 @@ their things' names, so that the image number matters. Text lessons are puzzles 
 import random
 from dataclasses import dataclass, replace
 
-from mig_kit.boxes import to_model_box
+from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_box
 from mig_kit.world.scenes import (
     Object,
@@ -84,7 +84,7 @@ def clip_to_image(scene: Scene) -> Scene:
 
 def model_box(scene: Scene, thing: Object):
     """The thing's box in pixels of the resized picture."""
-    return to_model_box(thing.box, (scene.width, scene.height))
+    return to_model_box(thing.box, (scene.width, scene.height), box_format=BoxFormat())
 
 
 def object_token(scenes: list[Scene], number: int, thing: Object) -> Appearance:

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit.boxes import QWEN2_5
+from mig_kit.boxes import BoxFormat
 from mig_kit.build_base.lesson_batches import Batch, album_bank, position_ids, text_batch, visual_batch
 from mig_kit.build_base.lessons import HARD_KINDS, KINDS, LOOSE_KINDS
 from mig_kit.build_base.vision import CHECKPOINT, codes, image_processor, save_checkpoint
@@ -307,11 +307,11 @@ def save_base(model, tokenizer, folder: Path) -> None:
 
 def evaluate_base(folder: Path, hw: Hardware, per_task: int) -> dict:
     """Greedy scores of the base on validation samples of every suite, percent, and on questions it was taught."""
-    model, processor = load_model(folder, hw), load_processor(folder, QWEN2_5)
+    model, processor = load_model(folder, hw), load_processor(folder, BoxFormat())
     scores = {}
     for suite in SUITES:
         samples = make_suite(suite, "val", per_task)
-        result = summarize_suite(samples, greedy_replies(model, processor, samples, hw, QWEN2_5), [], QWEN2_5)
+        result = summarize_suite(samples, greedy_replies(model, processor, samples, hw, BoxFormat()), [], BoxFormat())
         scores[suite] = {"score": result["score"], "tasks": {k: t["acc@0.5"] for k, t in result["tasks"].items()}}
     return scores
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from mig_kit.boxes import QWEN2_5, BoxFormat, seen_size, to_model_box
+from mig_kit.boxes import BoxFormat, seen_size, to_model_box
 from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_question
 from mig_kit.sample import Sample, Trace
 
@@ -62,7 +62,7 @@ RULES = ("Inside <think>, reason from what is visible, step by step, and come to
          "there, and do not mention that an answer was given to you. Boxes are in {frame}.")
 
 
-THERE = {"resized": "pixels of the images as you see them", "thousand": "thousandths of an image's width and height"}
+THERE = {"absolute": "pixels of the images as you see them", "normalized_1000": "thousandths of an image's width and height"}
 
 
 DIRECT = 'Do not reason. Reply with nothing but <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
@@ -119,7 +119,7 @@ def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
         return question.removesuffix(CHOICE_INSTRUCTION).removesuffix(GROUNDING_INSTRUCTION) + (DIRECT_CHOICE if sample.options else DIRECT)
     truth = sample.letter or " or ".join(
         format_answer(n, to_model_box(box, sample.sizes[n - 1], box_format)) for n, box in sample.targets)
-    cue, rules = CUES[CUE_OF.get(sample.task, "search")], RULES.format(frame=THERE[box_format.frame])
+    cue, rules = CUES[CUE_OF.get(sample.task, "search")], RULES.format(frame=THERE[box_format.coordinates])
     return f"You are an expert at reading several images together. {cue}\n\nQuestion: {question}\n\n{rules}\n\n" \
            f"Only to check your conclusion, and never to be mentioned: the verified answer is {truth}."
 
@@ -325,7 +325,7 @@ def retry_after(value: str) -> float | None:
         return None
 
 
-async def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path, box_format: BoxFormat = QWEN2_5
+async def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path, box_format: BoxFormat
                  ) -> tuple[list[Trace], list[str]]:
     """The teacher's trace and its direct answer for every sample, in order; "" where there is none.
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
-from mig_kit.boxes import QWEN2_5, BoxFormat
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import PACKAGE
 from mig_kit.engine import attention
 
@@ -123,7 +123,7 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         return ["image_processor", "tokenizer"]
 
 
-def load_processor(model: str | Path, box_format: BoxFormat = QWEN2_5) -> StillImageProcessor:
+def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProcessor:
     """The processor of a model folder or hub name; the one place where the pixel limits of the kit are set.
 
     Two places with two limits would resize twice and shift every box. Raises FileNotFoundError with a remedy when the folder
@@ -131,8 +131,8 @@ def load_processor(model: str | Path, box_format: BoxFormat = QWEN2_5) -> StillI
     """
     check_model_folder(model)
     family = load_config(model).model_type
-    if family != "qwen2_5_vl" and box_format.frame != "thousand":
-        raise ValueError(f"{model} is a {family}, which writes boxes in 0 to 1000; set the parameter frame to thousand")
+    if family != "qwen2_5_vl" and box_format.coordinates != "normalized_1000":
+        raise ValueError(f"{model} is a {family}, which writes boxes in 0 to 1000; set the parameter coordinates to normalized_1000")
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     images = Qwen2VLImageProcessorPil.from_pretrained(
         model, size={"shortest_edge": box_format.min_pixels, "longest_edge": box_format.max_pixels})

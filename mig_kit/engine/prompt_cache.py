@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
-from mig_kit.boxes import QWEN2_5, BoxFormat
+from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import check_tokens, unwrap_peft
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
@@ -65,7 +65,7 @@ class PromptCache:
     computed in the tower's own dtype, all together.
     """
 
-    def __init__(self, model, processor, box_format: BoxFormat = QWEN2_5, limit: int = 4096, room: int = 2 * 2**30,
+    def __init__(self, model, processor, box_format: BoxFormat, limit: int = 4096, room: int = 2 * 2**30,
                  autocast: bool = False):
         self.model, self.processor, self.box_format, self.limit, self.room = unwrap_peft(model), processor, box_format, limit, room
         self.autocast = autocast

@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from mig_kit.boxes import FRAMES
+from mig_kit.boxes import Coordinates
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
 
@@ -49,7 +49,7 @@ def model_card(run_id: str) -> str:
         lines.append(f"| {NAMES[suite]} | {metrics['systems']['sft'][suite]['score']:.1f} | {found['score']:.1f} | "
                      f"{gap['value']:+.1f} ({low:+.1f} to {high:+.1f}) |")
     lines += ["", "Answers are `<think>` reasoning and, in `<answer>`, JSON with the image's number and a box in",
-              f"{FRAMES[grpo['frame']]}. Not for anything but research: {seen}", ""]
+              f"{Coordinates(grpo['coordinates']).description}. Not for anything but research: {seen}", ""]
     return "\n".join(lines)
 
 

@@ -133,7 +133,7 @@ def to_normalized_1000(reply: str, sizes: list[tuple[int, int]], box_format: Box
     if box is None:
         return reply
     place = image if image is not None and 1 <= image <= len(sizes) else target or 1
-    box = rescale_box(box, coordinate_size(sizes[place - 1], box_format), (1000, 1000))
+    box = rescale_box(box, coordinate_size(sizes[place - 1], box_format.coordinates, box_format), (1000, 1000))
     x1, y1, x2, y2 = (f"{v:.4f}" if exact else str(min(max(round(v), 0), 1000)) for v in box)
     return f"<answer>{'' if image is None else f'image {image}: '}({x1},{y1}),({x2},{y2})</answer>"
 
@@ -152,7 +152,7 @@ def prediction_lines(benchmark: Benchmark, replies: dict[str, list[str]], sizes:
                 to_normalized_1000(reply, sizes[name], box_format, exact, item.target)}
         if benchmark.name == "ref_l4":
             _, box = parse_named_box(reply)
-            frame = coordinate_size(sizes[name][0], box_format)
+            frame = coordinate_size(sizes[name][0], box_format.coordinates, box_format)
             line |= {"pred_bbox": list(rescale_box(box, frame, sizes[name][0])) if box else [0, 0, 0, 0], "format": "xyxy"}
         lines.append(line)
     return lines

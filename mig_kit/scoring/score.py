@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mig_kit.boxes import QWEN2_5, Box, BoxFormat, iou, rescale_box, seen_size
+from mig_kit.boxes import Box, BoxFormat, iou, rescale_box, seen_size
 from mig_kit.scoring.annotations import (
     READERS,
     Benchmark,
@@ -161,8 +161,8 @@ def judge_all(items: list[BenchmarkItem], lines: list[dict | None], judge: Calla
     return np.array([value for value, _ in found]), Counter(problem for _, problem in found if problem)
 
 
-def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str, protocol: str = "official", frame: str = "thousand",
-          images: str | None = None, box_format: BoxFormat = QWEN2_5, allow_missing: bool = False) -> Scored:
+def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str, box_format: BoxFormat, protocol: str = "official", frame: str = "thousand",
+                      images: str | None = None, allow_missing: bool = False) -> Scored:
     """Judge predictions (dicts with "index" or "id", and "response"; Ref-L4 official: "pred_bbox" and "format").
 
     source: the predictions' name, for errors. frame, view: see strict_iou. images: the folder of the images, where their
@@ -197,7 +197,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     return Scored(tasks, columns, name in MACRO, values, indices, dict(problems), notes=annotation_problems(benchmark, protocol == "strict"))
 
 
-def score_files(name: str, annotations: str, predictions: str, protocol: str = "official", frame: str = "thousand",
+def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat, protocol: str = "official", frame: str = "thousand",
                 **settings) -> tuple[dict, Scored]:
     """({"benchmark", "version", "complete", "protocol"}, Scored) from files; settings: images, view, allow_missing of `score`.
 

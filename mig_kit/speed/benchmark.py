@@ -77,7 +77,7 @@ def random_model(folder: Path, tiny: Path, hidden: int, layers: int, seed: int =
     of them, an MLP 5.375 times as wide. hidden: a multiple of 128.
     """
     torch.manual_seed(seed)
-    processor = load_processor(tiny)
+    processor = load_processor(tiny, box_format=BoxFormat())
     shape = tiny_config(len(processor.tokenizer), hidden=hidden, layers=layers)
     text = shape.text_config
     text.num_attention_heads, text.intermediate_size = hidden // 128, hidden * 43 // 8

@@ -19,12 +19,12 @@ from mig_kit.stats import bootstrap_interval, macro_mean, pass_at_k, to_percent
 def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, float]:
     """IoU, right or not, image right or not, and well-formed or not of one reply (0..1 each)."""
     if sample.options:
-        right = float(is_correct(reply, sample))
+        right = float(is_correct(reply, sample, box_format))
         return {"iou": right, "right": right, "image": right, "format": float(parse_reply(reply).well_formed)}
     if not sample.targets:  # nothing to find: right is to name no box
         right = float(parse_reply(reply).names_none)
         return {"iou": right, "right": right, "image": right, "format": max(right, float(parse_reply(reply).well_formed))}
-    overlap = box_reward(reply, sample, 0.0, box_format)
+    overlap = box_reward(reply, sample, box_format, floor=0.0)
     return {"iou": overlap, "right": float(overlap >= 0.5), "image": image_reward(reply, sample),
             "format": float(parse_reply(reply).well_formed)}
 

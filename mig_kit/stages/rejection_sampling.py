@@ -18,7 +18,7 @@ from mig_kit.sample import Sample
 def pass_rates(samples: list[Sample], replies: dict[str, list[str]], box_format: BoxFormat,
                threshold: float = 0.5) -> np.ndarray:
     """Share of right replies per sample, (samples,) float in 0..1."""
-    return np.array([np.mean([is_correct(r, s, threshold, box_format) for r in replies[s.id]]) for s in samples])
+    return np.array([np.mean([is_correct(r, s, box_format, threshold) for r in replies[s.id]]) for s in samples])
 
 
 def accuracy_by_detail(samples: list[Sample], replies: dict[str, list[str]], box_format: BoxFormat) -> list[dict]:
@@ -32,7 +32,7 @@ def accuracy_by_detail(samples: list[Sample], replies: dict[str, list[str]], box
         for reply in replies[sample.id]:
             stated = reply.partition("</think>")[0].count(": ")
             detail = ("method", "finding", "evidence")[min(stated, 2)]
-            found["a letter" if sample.options else "a box", detail].append(is_correct(reply, sample, 0.5, box_format))
+            found["a letter" if sample.options else "a box", detail].append(is_correct(reply, sample, box_format, 0.5))
     return [{"asked": asked, "detail": detail, "n": len(right), "right": float(np.mean(right))}
             for (asked, detail), right in sorted(found.items())]
 

@@ -27,7 +27,7 @@ def check_box_coordinates(samples: list[Sample], replies: list[str], box_format:
     found = float(np.mean(right)) if right else 1.0
     if found < share:
         raise ValueError(f"only {sum(right)} of {len(right)} replies to learn from meet their targets with boxes read as "
-                         f"'{box_format.frame}'; give 01 and this stage the same frame, min_pixels and max_pixels")
+                         f"'{box_format.coordinates}'; run 01 again with this run's coordinates, min_pixels and max_pixels")
     return found
 
 

@@ -7,16 +7,16 @@ and no answer given away inside the thinking (MG-Thinker drops traces that state
 import random
 from collections import Counter
 
-from mig_kit.boxes import FRAMES, QWEN2_5, BoxFormat
+from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.filters import DROP_REASONS
 from mig_kit.sample import Sample, Trace
 from mig_kit.world.teacher import write_trace
 
 
 def write_traces(samples: list[Sample], seed: int, mix: tuple[float, float, float], error_rate: float, jitter: float,
-           box_format: BoxFormat = QWEN2_5) -> list[Trace]:
+                 box_format: BoxFormat) -> list[Trace]:
     """The teacher's trace for every sample, each from its own random state."""
-    return [write_trace(s, random.Random(f"{seed}/{s.id}"), mix, error_rate, jitter, box_format) for s in samples]
+    return [write_trace(s, random.Random(f"{seed}/{s.id}"), box_format, mix, error_rate, jitter) for s in samples]
 
 
 def count_drops(verdicts: list[str], found: list[Trace]) -> dict:
@@ -29,10 +29,10 @@ def count_drops(verdicts: list[str], found: list[Trace]) -> dict:
 
 
 def data_card(seed: int, kept: dict, sizes: dict[str, int], data: str = "scenes", teacher: str = "",
-              frame: str = "resized") -> str:
+              coordinates: str = "absolute") -> str:
     """The data card in Markdown: what the set holds and how it was made. teacher: the model's name; "" for the rules.
 
-    frame: of the boxes in the replies, one of frames.FRAMES.
+    coordinates: of the boxes in the replies.
     """
     lines = [f"- `{name}.parquet`: {n} samples" for name, n in sizes.items()]
     reasons = ", ".join(f"{reason} {n}" for reason, n in kept["dropped"].items())
@@ -42,5 +42,5 @@ def data_card(seed: int, kept: dict, sizes: dict[str, int], data: str = "scenes"
     return "\n".join([
         "---", f"license: {licence}", "task_categories: [visual-question-answering]", "---", "# Cold-start set", "",
         f"{source} with chain-of-thought traces of {writer}; boxes are xyxy pixels of the",
-        f"original image, boxes inside replies are {FRAMES[frame]}.", "", *lines, "",
+        f"original image, boxes inside replies are {Coordinates(coordinates).description}.", "", *lines, "",
         f"Traces: {kept['total']}, kept {kept['kept']}; dropped: {reasons}.", ""])

@@ -249,7 +249,8 @@ def _texture(picture: Image.Image, scene: Scene, pen: ImageDraw.ImageDraw) -> No
         for x in range(-height, width, step):
             pen.line((x, height, x + height, 0), fill=dark, width=SUPERSAMPLING)
     else:
-        rng = random.Random(repr(scene.things))
+        # the seed of every published scene, from when the class was called Thing
+        rng = random.Random(repr(scene.things).replace("Object(", "Thing("))
         for _ in range(width * height // 160):
             x, y = rng.randrange(width), rng.randrange(height)
             pen.rectangle((x, y, x + SUPERSAMPLING, y + SUPERSAMPLING), fill=dark)

@@ -7,7 +7,7 @@ learning has to find out. Too many of the last two, which a small student cannot
 
 import random
 
-from mig_kit.boxes import QWEN2_5, BoxFormat, to_model_box
+from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import format_answer, format_box
 from mig_kit.sample import Sample, Trace
 
@@ -31,8 +31,8 @@ def write_reasoning(sample: Sample, detail: str) -> str:
     return " ".join(parts)
 
 
-def write_trace(sample: Sample, rng: random.Random, mix: tuple[float, float, float] = (1, 1, 1), error_rate: float = 0.2,
-          jitter: float = 0.7, box_format: BoxFormat = QWEN2_5) -> Trace:
+def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat, mix: tuple[float, float, float] = (1, 1, 1),
+                error_rate: float = 0.2, jitter: float = 0.7) -> Trace:
     """One trace. mix: weights of DETAILS; error_rate: share of traces with one of ERRORS.
 
     jitter: standard deviation of every box edge, pixels of the resized image; a "sloppy box" has five times as much.

@@ -40,7 +40,7 @@ def test_choose_covers_the_outcomes():
     from mig_kit.prompts import format_answer
 
     samples = [make_sample("diff", "val", i) for i in range(4)]
-    right = {s.id: f"<think></think><answer>{format_answer(2, to_model_box(s.targets[0][1], s.sizes[1]))}</answer>" for s in samples}
+    right = {s.id: f"<think></think><answer>{format_answer(2, to_model_box(s.targets[0][1], s.sizes[1], box_format=BoxFormat()))}</answer>" for s in samples}
     before = {s.id: right[s.id] if i in (1, 2) else "" for i, s in enumerate(samples)}
     after = {s.id: right[s.id] if i in (0, 1) else "" for i, s in enumerate(samples)}
     chosen = dict((kind, s.id) for kind, s in report.pick_gallery(samples, before, after, VIEW))
@@ -53,7 +53,7 @@ def reply_for(sample, number=None, shift=0):
     from mig_kit.prompts import format_answer
 
     image, box = sample.targets[0]
-    x1, y1, x2, y2 = to_model_box(box, sample.sizes[image - 1])
+    x1, y1, x2, y2 = to_model_box(box, sample.sizes[image - 1], box_format=BoxFormat())
     return f"<think></think><answer>{format_answer(number or image, (x1 + shift, y1, x2 + shift, y2))}</answer>"
 
 

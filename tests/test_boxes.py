@@ -43,8 +43,8 @@ def test_smart_resize_by_hand():
 
 def test_frames_of_one_prompt_differ():
     """The same model box means different original boxes in images of different size: the multi-image bug."""
-    assert to_original_box((0, 0, 42, 42), (90, 80)) == pytest.approx((0, 0, 45, 40))
-    assert to_original_box((0, 0, 42, 42), (84, 84)) == pytest.approx((0, 0, 42, 42))
+    assert to_original_box((0, 0, 42, 42), (90, 80), box_format=BoxFormat()) == pytest.approx((0, 0, 45, 40))
+    assert to_original_box((0, 0, 42, 42), (84, 84), box_format=BoxFormat()) == pytest.approx((0, 0, 42, 42))
 
 
 @given(boxes, st.integers(28, 2000), st.integers(28, 2000), st.sampled_from(sorted(FRAMES)))
@@ -58,7 +58,7 @@ def test_thousandths_by_hand():
     box_format = BoxFormat(frame="thousand")
     assert to_model_box((10, 20, 30, 40), (200, 80), box_format) == (50, 250, 150, 500)
     assert to_original_box((50, 250, 150, 500), (200, 80), box_format) == (10, 20, 30, 40)
-    assert to_original_box((50, 250, 150, 500), (200, 80)) != (10, 20, 30, 40), "read in the wrong frame it is another box"
+    assert to_original_box((50, 250, 150, 500), (200, 80), box_format=BoxFormat()) != (10, 20, 30, 40), "read in the wrong frame it is another box"
     with pytest.raises(ValueError, match="use resized .* or thousand"):
         BoxFormat(frame="percent")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mig_kit.boxes import QWEN2_5, BoxFormat
+from mig_kit.boxes import BoxFormat
 from mig_kit.engine import attention, decoding, generation, models, prefixes, prompt_cache
 from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts, sample_tokens
 from mig_kit.engine.logprobs import completion_logps, packed_logps
@@ -21,7 +21,7 @@ def family(request, random_folder, relatives, float32):
     return models.load_model(folder, float32), models.load_processor(folder, box_format), box_format
 
 
-def stock_inputs(processor, sample, box_format=QWEN2_5):
+def stock_inputs(processor, sample, box_format=BoxFormat()):
     text = processor.apply_chat_template(chat_messages(sample, box_format), add_generation_prompt=True, tokenize=False)
     return processor(text=[text], images=[list(sample.images)], return_tensors="pt")
 
@@ -75,7 +75,7 @@ def test_stems_by_hand():
 @pytest.mark.slow
 def test_done_stems_leave_and_the_rest_goes_on(random_model, processor, samples, monkeypatch):
     asked = [replace(samples[i // 2], id=f"{i}", question="Where?" * (1 + i % 2)) for i in range(8)]
-    prompts = PromptCache(random_model, processor).get(asked)
+    prompts = PromptCache(random_model, processor, box_format=BoxFormat()).get(asked)
     sampling = Sampling(0.0, max_new_tokens=12, min_new_tokens=12)
     whole = generate_rollouts(random_model, processor, prompts, 3, sampling)
     ends, drawn = [0, 1, 2, 5], generation.sample_tokens
@@ -141,7 +141,7 @@ def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, way, how)
 
 @pytest.mark.slow
 def test_sampled_replies_have_the_models_distribution(random_model, processor, samples):
-    prompts = PromptCache(random_model, processor).get(samples[:1])
+    prompts = PromptCache(random_model, processor, box_format=BoxFormat()).get(samples[:1])
     groups = generate_rollouts(random_model, processor, prompts, 4000, Sampling(1.0, max_new_tokens=1), draw_uniforms(0, 1, 4000, 1))
     with torch.no_grad():
         logits = random_model(**stock_inputs(processor, samples[0])).logits[0, -1]
@@ -172,7 +172,7 @@ def test_tokens_by_hand():
 def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, samples):
     """Whatever else is in its batch, in whatever order, and whether its images are shared."""
     asked = [replace(samples[i // 2], id=f"{i}", question="Where?" * (1 + i % 2)) for i in range(4)]
-    prompts, sampling = PromptCache(random_model, processor).get(asked), Sampling(1.0, max_new_tokens=10)
+    prompts, sampling = PromptCache(random_model, processor, box_format=BoxFormat()).get(asked), Sampling(1.0, max_new_tokens=10)
     draws = draw_uniforms(3, 4, 3, 10)
     whole = generate_rollouts(random_model, processor, prompts, 3, sampling, draws)
     for order in ([2], [3, 0], [1, 2, 3]):
@@ -185,7 +185,7 @@ def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, sampl
 
 
 def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples):
-    cache = PromptCache(random_model, processor, limit=3)
+    cache = PromptCache(random_model, processor, limit=3, box_format=BoxFormat())
     seen, visual = [], random_model.model.visual.forward
 
     def watched(pixels, grid_thw, **more):
@@ -202,7 +202,7 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
 
 
 def test_another_model_is_served_what_the_same_tower_saw(random_model, random_folder, float32, processor, samples):
-    cache = PromptCache(random_model, processor)
+    cache = PromptCache(random_model, processor, box_format=BoxFormat())
     first = cache.get(samples[:3])
     other = models.load_model(random_folder, float32)
     other.model.language_model.norm.weight.data += 1
@@ -243,12 +243,12 @@ def test_prompts_are_what_the_processor_makes(family, samples, monkeypatch):
 def test_a_question_with_an_image_token_is_one_sentence(random_model, processor, samples):
     bad = replace(samples[0], question="Find <|image_pad|>.")
     with pytest.raises(ValueError, match=r"has 3 places for its 2 images; take <\|image_pad\|> out of the question"):
-        PromptCache(random_model, processor).get([bad])
+        PromptCache(random_model, processor, box_format=BoxFormat()).get([bad])
 
 
 @pytest.mark.slow
 def test_features_stay_within_their_room(random_model, processor, samples):
-    whole, tight = PromptCache(random_model, processor), PromptCache(random_model, processor, room=2000)
+    whole, tight = PromptCache(random_model, processor, box_format=BoxFormat()), PromptCache(random_model, processor, room=2000, box_format=BoxFormat())
     for sample in [*samples[:4], *samples[:4]]:
         expected, = whole.get([sample])
         found, = tight.get([sample])
@@ -260,23 +260,23 @@ def test_features_stay_within_their_room(random_model, processor, samples):
 def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, processor, samples, monkeypatch):
     large = [replace(s, id=f"large/{s.id}", images=(s.images[0].resize((side, 224)),), question="Where?", reference=None)
              for s, side in zip(samples, (224, 280, 224, 252))]
-    exact, = PromptCache(random_model, processor).get(large[:1])
-    alone, = PromptCache(random_model, processor, autocast=True).get(large[:1])
+    exact, = PromptCache(random_model, processor, box_format=BoxFormat()).get(large[:1])
+    alone, = PromptCache(random_model, processor, autocast=True, box_format=BoxFormat()).get(large[:1])
     monkeypatch.setattr(prompt_cache, "PATCHES_AT_ONCE", 600)
     sizes, seen = [], random_model.model.visual.forward
     monkeypatch.setattr(random_model.model.visual, "forward",
                         lambda patches, **given: sizes.append(len(patches)) or seen(patches, **given))
-    among, *_ = PromptCache(random_model, processor, autocast=True).get([*large, samples[0]])
+    among, *_ = PromptCache(random_model, processor, autocast=True, box_format=BoxFormat()).get([*large, samples[0]])
     small = sum(image.size[0] * image.size[1] // 14**2 for image in {image_digest(i): i for i in samples[0].images}.values())
     assert sizes == [small, 512, 288, 320], "small ones together, in the order of their sizes otherwise"
     assert alone.features.dtype == torch.bfloat16 and exact.features.dtype == torch.float32
     sizes.clear()
-    PromptCache(random_model, processor).get([*large, samples[0]])
+    PromptCache(random_model, processor, box_format=BoxFormat()).get([*large, samples[0]])
     assert sum(sizes) == small + 512 + 288 + 320 and max(sizes) <= 600, "without autocast, too"
     assert (alone.features - among.features).norm() <= 0.002 * alone.features.norm(), "whatever else is asked for"
     assert (alone.features - exact.features).norm() < 0.02 * exact.features.norm()
-    small, = PromptCache(random_model, processor, autocast=True).get(samples[:1])
-    assert torch.equal(small.features, PromptCache(random_model, processor).get(samples[:1])[0].features)
+    small, = PromptCache(random_model, processor, autocast=True, box_format=BoxFormat()).get(samples[:1])
+    assert torch.equal(small.features, PromptCache(random_model, processor, box_format=BoxFormat()).get(samples[:1])[0].features)
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_folding_adapters_for_decoding_changes_no_weight(random_model, processor
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    prompts = PromptCache(model, processor).get(samples[:2])
+    prompts = PromptCache(model, processor, box_format=BoxFormat()).get(samples[:2])
     folded = generate_rollouts(model, processor, prompts, 1, Sampling(0.0, max_new_tokens=12))
     generate_rollouts(model, processor, prompts, 1, Sampling(0.0, max_new_tokens=2), autocast=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -338,7 +338,7 @@ def test_a_young_adapter_beside_bfloat16_weights_is_not_rounded_away(random_mode
         assert not layer.merged and not any(layer in layers for layers in joined)
     plain = [id(m) for layers in joined for m in layers]
     assert not plain, "every projection has an adapter"
-    prompts = PromptCache(model, processor).get(samples[:2])
+    prompts = PromptCache(model, processor, box_format=BoxFormat()).get(samples[:2])
     assert all(len(reply) for group in generate_rollouts(model, processor, prompts, 2, Sampling(1.0, max_new_tokens=4)) for reply in group)
     with model.disable_adapter(), decoding.fuse_decoding_weights(models.unwrap_peft(model), False) as joined:
         assert joined, "without adapters the layers are plain"
@@ -346,7 +346,7 @@ def test_a_young_adapter_beside_bfloat16_weights_is_not_rounded_away(random_mode
 
 @pytest.mark.slow
 def test_every_end_token_ends_a_reply(random_model, processor, samples):
-    prompts, sampling = PromptCache(random_model, processor).get(samples[:2]), Sampling(0.0, max_new_tokens=12)
+    prompts, sampling = PromptCache(random_model, processor, box_format=BoxFormat()).get(samples[:2]), Sampling(0.0, max_new_tokens=12)
     whole = generate_rollouts(random_model, processor, prompts, 1, sampling)
     random_model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, whole[0][0][3]]
     cut = generate_rollouts(random_model, processor, prompts, 1, sampling)
@@ -358,7 +358,7 @@ def test_every_end_token_ends_a_reply(random_model, processor, samples):
 
 @pytest.mark.slow
 def test_joined_products_give_the_same_replies(random_model, processor, samples, monkeypatch):
-    prompts = PromptCache(random_model, processor).get(samples[:3])
+    prompts = PromptCache(random_model, processor, box_format=BoxFormat()).get(samples[:3])
     before = {name: value.clone() for name, value in random_model.state_dict().items()}
     layer = random_model.model.language_model.layers[0]
     with decoding.fuse_decoding_weights(random_model, autocast=True) as joined:

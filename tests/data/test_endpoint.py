@@ -331,7 +331,7 @@ def test_what_is_sent(serve, tmp_path):
     trace, direct = server.bodies
     assert trace["model"] == "m" and trace["max_completion_tokens"] == 77 and "max_tokens" not in trace
     number, box = sample.targets[0]
-    answer = format_answer(number, to_model_box(box, sample.sizes[number - 1]))
+    answer = format_answer(number, to_model_box(box, sample.sizes[number - 1], box_format=BoxFormat()))
     said = [[part.get("text", "") for part in body["messages"][0]["content"]] for body in (trace, direct)]
     assert answer in said[0][-1] and answer not in "".join(said[1]) and "Do not write coordinates" in said[0][-1]
     assert "<think>" not in said[1][-1] and said[0][0].startswith("Image 1 (")
@@ -365,9 +365,9 @@ def test_given_answers_in_any_frame_are_revealed():
                  "<box>{:.0f} {:.0f} {:.0f} {:.0f}</box>".format(*rescale_box(box, size, (1000, 1000))),
                  "{:.3f}, {:.3f}, {:.3f}, {:.3f}".format(*rescale_box(box, size, (1, 1))), "as in the ground truth",
                  "the provided answer", "The verified answer fits"):
-        assert filters.reveals_answer(f"I see it at {text} there.", sample), text
+        assert filters.reveals_answer(f"I see it at {text} there.", sample, box_format=BoxFormat()), text
     for text in ("image 1, 2, 3 and 4 things", "[900, 900, 950, 950]", "a star at the top", "the answer must be round"):
-        assert not filters.reveals_answer(text, sample), text
+        assert not filters.reveals_answer(text, sample, box_format=BoxFormat()), text
 
 
 @pytest.mark.parametrize("direct,reasoned,expected", [(0.5, 0.6, True), (0.5, 0.59, False), (0.95, 1.0, False), (0.49, 0.5, True),
@@ -379,7 +379,7 @@ def test_gain(direct, reasoned, expected):
 def test_each_verdict_of_a_real_teachers_trace():
     sample = make_sample("diff", "cot", 1)
     number, box = sample.targets[0]
-    seen = to_model_box(box, sample.sizes[number - 1])
+    seen = to_model_box(box, sample.sizes[number - 1], box_format=BoxFormat())
     answer = f"<answer>{format_answer(number, seen)}</answer>"
 
     def judged(thinking="Both show a ring.", direct="<answer>no</answer>", end=answer, error=""):
@@ -410,7 +410,7 @@ def test_any_answer_is_a_completion_or_none(data, text):
     wait = endpoint.retry_after(text)
     assert wait is None or wait >= 0
     filters.concludes_up_front(text)
-    filters.reveals_answer(text, SAMPLE)
+    filters.reveals_answer(text, SAMPLE, box_format=BoxFormat())
 
 
 # `transformers serve` as it is installed, but for the processor: transformers' own needs torchvision, the kit's does not.

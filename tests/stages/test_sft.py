@@ -20,7 +20,7 @@ VIEW = BoxFormat()
 @pytest.fixture
 def table():
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(2)]
-    traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7)
+    traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7, box_format=BoxFormat())
     return sft.sft_rows(samples, [t.text for t in traces], VIEW)
 
 

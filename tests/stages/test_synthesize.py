@@ -5,7 +5,7 @@ import random
 import pytest
 
 from mig_kit import filters
-from mig_kit.boxes import to_model_box
+from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import format_answer, parse_reply
 from mig_kit.sample import read_samples, read_table, write_samples
 from mig_kit.stages import synthesize
@@ -15,7 +15,7 @@ from mig_kit.world.tasks import TASKS, make_sample
 
 def good(sample):
     number, box = sample.targets[0]
-    return format_answer(number, to_model_box(box, sample.sizes[number - 1])), number, to_model_box(box, sample.sizes[number - 1])
+    return format_answer(number, to_model_box(box, sample.sizes[number - 1], box_format=BoxFormat())), number, to_model_box(box, sample.sizes[number - 1], box_format=BoxFormat())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -25,18 +25,18 @@ def test_each_verdict(task):
     written = answer[answer.index("["):-1]
     wrong = format_answer(number % len(sample.images) + 1, box)
     far = format_answer(number, [v + 60 for v in box])
-    assert filters.drop_reason(f"<think>so</think><answer>{answer}</answer>", sample) == ""
-    assert filters.drop_reason(f"<think>so</think>{answer}", sample) == "format"
-    assert filters.drop_reason(f"<think>so</think><answer>{wrong}</answer>", sample) == "image"
-    assert filters.drop_reason(f"<think>so</think><answer>{far}</answer>", sample) == "box"
-    assert filters.drop_reason(f"<think>at {written}</think><answer>{answer}</answer>", sample) == "leak"
+    assert filters.drop_reason(f"<think>so</think><answer>{answer}</answer>", sample, box_format=BoxFormat()) == ""
+    assert filters.drop_reason(f"<think>so</think>{answer}", sample, box_format=BoxFormat()) == "format"
+    assert filters.drop_reason(f"<think>so</think><answer>{wrong}</answer>", sample, box_format=BoxFormat()) == "image"
+    assert filters.drop_reason(f"<think>so</think><answer>{far}</answer>", sample, box_format=BoxFormat()) == "box"
+    assert filters.drop_reason(f"<think>at {written}</think><answer>{answer}</answer>", sample, box_format=BoxFormat()) == "leak"
 
 
 def test_the_teacher_errs_at_its_rate_and_the_filter_finds_it():
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(40)]
-    traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.25, 0.7)
+    traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.25, 0.7, box_format=BoxFormat())
     assert 0.18 < sum(bool(t.error) for t in traces) / len(traces) < 0.32
-    verdicts = [filters.drop_reason(t.text, s) for t, s in zip(traces, samples)]
+    verdicts = [filters.drop_reason(t.text, s, box_format=BoxFormat()) for t, s in zip(traces, samples)]
     for trace, verdict in zip(traces, verdicts):
         if trace.error in ("wrong image", "leaked answer", "broken format"):
             assert verdict, trace
@@ -58,12 +58,12 @@ def test_traces_never_hold_the_final_box_and_follow_the_task():
 
 def test_a_clean_trace_parses():
     sample = make_sample("reasoning", "cot", 0)
-    assert parse_reply(teacher.write_trace(sample, random.Random(0), error_rate=0.0).text).well_formed
+    assert parse_reply(teacher.write_trace(sample, random.Random(0), error_rate=0.0, box_format=BoxFormat()).text).well_formed
 
 
 def test_round_trip_through_parquet(tmp_path):
     samples = [make_sample(task, "cot", 3) for task in TASKS]
-    traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7)
+    traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7, box_format=BoxFormat())
     write_samples(tmp_path / "cot.parquet", samples, traces)
     back = read_samples(tmp_path / "cot.parquet")
     for a, b in zip(samples, back):
@@ -88,17 +88,17 @@ def test_multiple_choice_verdicts():
 
     for sample in (s for s in make_free_form("cot", 3) if s.options):
         wrong = "B" if sample.letter == "A" else "A"
-        assert filters.drop_reason(f"<think>{sample.finding}</think><answer>{sample.letter}</answer>", sample) == ""
-        assert filters.drop_reason(f"<think>so</think><answer>{wrong}</answer>", sample) == "choice"
-        assert filters.drop_reason(f"<think>{sample.letter}. so</think><answer>{sample.letter}</answer>", sample) == "leak"
-        assert filters.drop_reason('<think>so</think><answer>{"image": 1, "box": [1,2,3,4]}</answer>', sample) == "format"
+        assert filters.drop_reason(f"<think>{sample.finding}</think><answer>{sample.letter}</answer>", sample, box_format=BoxFormat()) == ""
+        assert filters.drop_reason(f"<think>so</think><answer>{wrong}</answer>", sample, box_format=BoxFormat()) == "choice"
+        assert filters.drop_reason(f"<think>{sample.letter}. so</think><answer>{sample.letter}</answer>", sample, box_format=BoxFormat()) == "leak"
+        assert filters.drop_reason('<think>so</think><answer>{"image": 1, "box": [1,2,3,4]}</answer>', sample, box_format=BoxFormat()) == "format"
         found = sample.finding.split(": image ")[0].split(": ")[-1].rstrip(".")
         if sample.task == "tallying":
             found = " ".join(sample.notes)
             assert found.count(",") + 1 == int(sample.options["ABC".index(sample.letter)])
         assert sample.task in FREE_FORM and found in " ".join(sample.notes)
-    traces = synthesize.write_traces(make_free_form("cot", 40), 0, (1, 1, 1), 0.3, 0.7)
-    pairs = [(t, filters.drop_reason(t.text, s)) for t, s in zip(traces, make_free_form("cot", 40)) if s.options]
+    traces = synthesize.write_traces(make_free_form("cot", 40), 0, (1, 1, 1), 0.3, 0.7, box_format=BoxFormat())
+    pairs = [(t, filters.drop_reason(t.text, s, box_format=BoxFormat())) for t, s in zip(traces, make_free_form("cot", 40)) if s.options]
     assert len(pairs) == 40 * (len(FREE_FORM) - 2) and all((not verdict) == (not t.error) for t, verdict in pairs)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mig_kit.boxes import QWEN2_5, to_model_box
+from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import format_answer
 from mig_kit.stages import seeds
 from mig_kit.world import suites
@@ -19,7 +19,7 @@ def right(sample) -> str:
     if not sample.targets:
         return "<think></think><answer>none</answer>"
     image, box = sample.targets[0]
-    return f"<think></think><answer>{format_answer(image, to_model_box(box, sample.sizes[image - 1], QWEN2_5))}</answer>"
+    return f"<think></think><answer>{format_answer(image, to_model_box(box, sample.sizes[image - 1], BoxFormat()))}</answer>"
 
 
 def write_run(root, run_id, share, **changed):

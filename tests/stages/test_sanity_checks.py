@@ -20,7 +20,7 @@ STEP = {"loss": 0.1, "grad_norm": 1.0, "reward": 0.7, "frac_reward_zero_std": 0.
 @pytest.fixture(scope="module")
 def lesson():
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(4)]
-    return samples, [t.text for t in synthesize.write_traces(samples, 0, (1, 0, 0), 0.0, 0.7)]
+    return samples, [t.text for t in synthesize.write_traces(samples, 0, (1, 0, 0), 0.0, 0.7, box_format=BoxFormat())]
 
 
 def watch(*rows):

@@ -14,7 +14,7 @@ THOUSAND = BoxFormat(frame="thousand")
 
 
 def batch_of(processor, samples):
-    texts = [processor.apply_chat_template(chat_messages(s), add_generation_prompt=True, tokenize=False) for s in samples]
+    texts = [processor.apply_chat_template(chat_messages(s, box_format=BoxFormat()), add_generation_prompt=True, tokenize=False) for s in samples]
     return processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
 
 
@@ -69,7 +69,7 @@ def test_model_folders_that_lack_something(random_folder, tmp_path):
     shutil.copytree(random_folder, folder)
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="preprocessor_config.json"):
-        models.load_processor(folder)
+        models.load_processor(folder, box_format=BoxFormat())
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="safetensors"):
         models.check_model_folder(folder)
@@ -116,7 +116,7 @@ def test_the_shipped_base_is_small_and_whole(processor):
 def test_relatives_load_in_thousandths_only(family, relatives, float32, samples):
     folder = relatives[family]
     with pytest.raises(ValueError, match="set the parameter frame to thousand"):
-        models.load_processor(folder)
+        models.load_processor(folder, box_format=BoxFormat())
     processor = models.load_processor(folder, THOUSAND)
     batch = batch_of(processor, samples)
     models.check_tokens(processor, batch)

@@ -39,9 +39,9 @@ def test_few_prompts_at_a_time_have_the_same_log_probabilities(random_model, pro
 @pytest.mark.slow
 def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
     """A tokenizer that has padded a batch writes that into its file: a stage that was resumed would leave another one."""
-    used = models.load_processor(models.TINY_BASE)
+    used = models.load_processor(models.TINY_BASE, box_format=BoxFormat())
     used.tokenizer(["a", "a longer line"], padding=True, truncation=True, max_length=8)
-    models.save_model(random_model, models.load_processor(models.TINY_BASE), tmp_path / "fresh")
+    models.save_model(random_model, models.load_processor(models.TINY_BASE, box_format=BoxFormat()), tmp_path / "fresh")
     models.save_model(random_model, used, tmp_path / "used")
     for file in sorted(p.name for p in (tmp_path / "fresh").iterdir()):
         assert (tmp_path / "fresh" / file).read_bytes() == (tmp_path / "used" / file).read_bytes(), file

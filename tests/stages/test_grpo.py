@@ -60,7 +60,7 @@ def test_rewards_apply_where_they_mean_something():
 def test_a_citation_of_nothing_earns_nothing():
     samples = [make_sample("diff", "rl", 0)]
     image, box = samples[0].targets[0]
-    answer = f"<answer>{format_answer(image, to_model_box(box, samples[0].sizes[image - 1]))}</answer>"
+    answer = f"<answer>{format_answer(image, to_model_box(box, samples[0].sizes[image - 1], box_format=BoxFormat()))}</answer>"
     replies = [[{"role": "assistant", "content": f"<think>image {n}: a.</think>{answer}"}] for n in (2, 3)]
     for lost, (form, image) in {"nothing": (1.0, 1.0), "format": (0.0, 1.0), "all": (0.0, 0.0)}.items():
         found = {f.__name__: f(completions=replies, sample=[0, 0]) for f in grpo.reward_functions(samples, VIEW, lost)}
@@ -256,7 +256,7 @@ def test_groups_must_stay_whole(tmp_path, random_folder, float32, processor):
 
 
 def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
-    cache = PromptCache(random_model, processor)
+    cache = PromptCache(random_model, processor, box_format=BoxFormat())
     monkeypatch.setattr("mig_kit.engine.prompt_cache.chat_messages", lambda s, *a: [{"role": "user", "content": "no picture here"}])
     with pytest.raises(ValueError):
         cache.get(samples[:2])

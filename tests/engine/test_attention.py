@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.engine import attention, models
 from mig_kit.prompts import chat_messages
 from mig_kit.world.tasks import make_sample
@@ -137,7 +138,7 @@ def test_the_first_layer_of_the_tower_is_its_convolution():
 
 def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float32, processor):
     samples = [make_sample("refer_grounding", "val", 0), make_sample("object_tracking", "val", 0)]
-    texts = [processor.apply_chat_template(chat_messages(s), tokenize=False) for s in samples]
+    texts = [processor.apply_chat_template(chat_messages(s, box_format=BoxFormat()), tokenize=False) for s in samples]
     batch = processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
     there, found = batch["attention_mask"].bool(), []
     assert not there.all()

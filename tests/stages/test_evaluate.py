@@ -18,7 +18,7 @@ def answer(sample, share=1.0):
     from mig_kit.boxes import to_model_box
 
     number, box = sample.targets[0]
-    x1, y1, x2, y2 = to_model_box(box, sample.sizes[number - 1])
+    x1, y1, x2, y2 = to_model_box(box, sample.sizes[number - 1], box_format=BoxFormat())
     return f'<think></think><answer>{{"image": {number}, "box": [{x1}, {y1}, {x1 + share * (x2 - x1)}, {y2}]}}</answer>'
 
 
