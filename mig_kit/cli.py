@@ -1,18 +1,16 @@
 """The command line: run stages, look at runs, check data, ground one question."""
 
-import difflib
 import json
 import os
 import sys
 from pathlib import Path
 
 import click
-import yaml
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PROCESS_ENVIRONMENT, PROJECT_ROOT, write_json
+from mig_kit.common import PROCESS_ENVIRONMENT, write_json
 from mig_kit.pipeline import store
-from mig_kit.pipeline.params import params_file, read_params_file, validate_params
+from mig_kit.pipeline.params import params_text
 
 
 def main() -> None:
@@ -43,87 +41,33 @@ def cli() -> None:
 
 
 def stage_name(text: str) -> str:
-    """A stage from its number or name ("05", "grpo", "05_grpo")."""
-    found = [stage for stage in store.STAGES if text in (stage, stage[:2], stage[3:])]
-    if not found:
-        raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(store.STAGES)}")
-    return found[0]
-
-
-def chosen_params(stage: str, profile: str, run_id: str, given: dict) -> dict:
-    """The stage's parameters: profile file, run id and profile, then what the command line gave and the stage knows."""
-    known = read_params_file(params_file(stage))
-    given = {"run_id": run_id, "profile": profile, **given}
-    values = read_params_file(params_file(stage, profile))
-    return validate_params({**values, **{k: v for k, v in given.items() if k in known}}, stage)
-
-
-def given_params(params: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
-    """What -p gave, read as YAML. KeyError for a name that no stage of `stages` has, ValueError for what cannot be read."""
-    known, given = {key for stage in stages for key in read_params_file(params_file(stage))}, {}
-    for key, text in params:
-        if key == "run_id":
-            raise ValueError("-p run_id would part a run's notebook from its files; use --run-id")
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), 1, 0.0)
-            raise KeyError(f"no parameter '{key}' in {', '.join(stages)}; did you mean '{near[0]}'?")
-        try:
-            given[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"-p {key} {text!r} is no value; write a number, a word, or a list as \"[1, 2]\"") from None
-    return given
+    """A stage from its number or name ("5", "05", "grpo", "05_grpo")."""
+    for stage in store.STAGES:
+        if text in (stage, stage[3:]) or text.zfill(2) == stage[:2]:
+            return stage
+    raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(store.STAGES)}")
 
 
 @cli.command()
 @click.argument("stages", nargs=-1)
-@click.option("--profile", default="tiny", show_default=True, help="Folder under params/.")
+@click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
 @click.option("--run-id", default="default", show_default=True, help="Folder under runs/.")
-@click.option("-p", "params", nargs=2, multiple=True, metavar="KEY VALUE", help="Set a parameter wherever a stage has it.")
+@click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="Set a parameter in every stage that has it.")
 @click.option("--force", is_flag=True, help="Run even what is up to date.")
-def run(stages: tuple[str, ...], profile: str, run_id: str, params, force: bool) -> None:
+def run(stages: tuple[str, ...], profile: str, run_id: str, overrides, force: bool) -> None:
     """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
-    import logging
+    from mig_kit.data.endpoint import Endpoint
+    from mig_kit.pipeline import execute
 
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    from mig_kit.pipeline.stage_table import StageTable
-
-    names = [stage_name(s) for s in stages] or list(store.RECIPE)
-    given = given_params(params, names)
-    chosen = {name: chosen_params(name, profile, store.validate_run_id(run_id), given) for name in names}  # all, before any runs
-    if chosen.get("01_synthesize", {}).get("teacher") == "endpoint":  # an address with a key in it must not reach a notebook
-        from mig_kit.data.endpoint import Endpoint
-
-        Endpoint(chosen["01_synthesize"]["endpoint_url"], chosen["01_synthesize"]["endpoint_model"])
-    with StageTable(names) as shown:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[shown], force=True)  # what the notebooks print
-        for name, values in chosen.items():
-            if not force and store.is_up_to_date(name, run_id, values):
-                shown.set(name, "up to date")
-                continue
-            folder = store.runs_root() / run_id / name
-            store.stage_key(name, run_id, values)  # refused here, before anything is written, where another stage is missing
-            store.lock_run(folder.parent)  # or where another process writes this run
-            back = not force and store.restore_outputs(name, run_id, values)
-            if not back:
-                store.set_aside_outputs(name, run_id)
-            if force:
-                (folder / "started.json").unlink(missing_ok=True)  # what it left is not gone on with
-            store.unlock_run(folder.parent)
-            if back:
-                shown.set(name, "up to date")
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            shown.set(name, "running")
-            try:
-                papermill.execute_notebook(PROJECT_ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb", values,
-                                           progress_bar=False, log_output=True, cwd=str(PROJECT_ROOT / "notebooks"))
-            except PapermillExecutionError as error:
-                shown.set(name, "failed")
-                raise RuntimeError(f"{name} failed: {error.ename}: {error.evalue} "
-                                   f"(the notebook is {folder / name}.ipynb)") from None
-            shown.set(name, "done")
+    names = [stage_name(text) for text in stages] or list(store.RECIPE)
+    store.validate_run_id(run_id)
+    given = execute.parse_overrides(overrides, names)
+    params = {name: execute.choose_params(name, profile, run_id, given) for name in names}
+    synthesize = params.get("01_synthesize", {})
+    if synthesize.get("teacher") == "endpoint":  # an address with a key must not reach a notebook
+        Endpoint(synthesize["endpoint_url"], synthesize["endpoint_model"])
+    execute.run_stages(params, run_id, profile, force)
     if "07_report" in names:
         click.echo(f"report: {store.runs_root() / run_id / '07_report' / 'report.html'}")
 
@@ -153,10 +97,10 @@ def status(run_id: str | None) -> None:
 
 @cli.command("params")
 @click.argument("stage")
-@click.option("--profile", default="tiny", show_default=True, help="Folder under params/.")
+@click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
 def params_command(stage: str, profile: str) -> None:
-    """The parameters of STAGE, their values in a profile and what they mean."""
-    click.echo(params_file(stage_name(stage), profile).read_text().rstrip())
+    """All parameters of STAGE, their values in a profile and what they mean."""
+    click.echo(params_text(stage_name(stage), profile))
 
 
 @cli.command()
@@ -324,7 +268,8 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, c
     hw, box_format, model = models.choose_hardware(), BoxFormat(coordinates=coordinates), models.resolve_model(model)
     processor = models.load_processor(model, box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question)
-    reply = sampling.greedy_replies(models.load_model(model, hw), processor, [sample], hw, box_format, max_new_tokens)[0]
+    policy = models.Policy(models.load_model(model, hw), processor, hw, box_format)
+    reply = sampling.greedy_replies(policy, [sample], max_new_tokens)[0]
     read, box = parse_reply(reply), reply_box_in_original(sample, parse_reply(reply), box_format)
     click.echo(f"reasoning: {read.thinking or '-'}")
     if box is None:

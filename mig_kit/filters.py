@@ -1,9 +1,10 @@
 """Stage 01, the filter: which traces may teach.
 
-Every trace passes `drop_reason`: format, right image, IoU, and no answer given away in the reasoning. The traces of a model
-teacher also pass `drop_reason_of_model_teacher`, which adds the criteria of MG-Thinker (its section 3.2): drop traces that
-conclude up front, that reveal the answer, or that gain nothing over a direct answer. MG-Thinker publishes these criteria but
-not its text rules; the patterns here are ours.
+Every trace passes `drop_reason`: format, right image, IoU, and no answer given away in the
+reasoning. The traces of a model teacher also pass `drop_reason_of_model_teacher`, which adds the
+criteria of MG-Thinker (its section 3.2): drop traces that conclude up front, that reveal the
+answer, or that gain nothing over a direct answer. MG-Thinker publishes these criteria but not its
+text rules; the patterns here are ours.
 """
 
 import re
@@ -52,9 +53,10 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: fl
 def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample, box_format: BoxFormat) -> str:
     """"" if a model teacher's trace may teach, else why not.
 
-    Besides DROP_REASONS: "no reply", "up front", "reveals" or "no gain". trace, direct: the reasoned and the direct reply, of
-    `endpoint.request_traces`. The reasoned IoU is that of the trace's own answer, which the teacher wrote knowing the truth;
-    MG-Thinker does not publish whether it asks once more without it. A multiple-choice sample has no IoU and needs no gain.
+    Besides DROP_REASONS: "no reply", "up front", "reveals" or "no gain". trace, direct: the
+    reasoned and the direct reply, of `endpoint.request_traces`. The reasoned IoU is that of the
+    trace's own answer, which the teacher wrote knowing the truth; MG-Thinker does not publish
+    whether it asks once more without it. A multiple-choice sample has no IoU and needs no gain.
     """
     if trace.error:
         return "no reply"
@@ -74,23 +76,27 @@ def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample, box_
 
 
 def contains_target_box(thinking: str, sample: Sample, box_format: BoxFormat) -> bool:
-    """True if a box in square brackets, in the model's coordinates, meets a target with IoU >= 0.5."""
+    """True if a box in square brackets, in the model's coordinates, meets a target with IoU >= 0.5.
+    """
     boxes = [tuple(map(float, numbers)) for numbers in BRACKETED_BOX.findall(thinking)]
     targets = [to_model_box(target.box, sample.sizes[target.image - 1], box_format) for target in sample.targets]
     return any(iou(box, target) >= 0.5 for box in boxes for target in targets)
 
 
 def concludes_up_front(thinking: str) -> bool:
-    """True if the first sentence already concludes: it names the answer or the image that holds it."""
+    """True if the first sentence already concludes: it names the answer or the image that holds it.
+    """
     first_sentence = re.split(r"(?<=[.!?])\s|\n", thinking.strip(), maxsplit=1)[0]
     return bool(CONCLUDES.search(first_sentence))
 
 
 def reveals_answer(thinking: str, sample: Sample, box_format: BoxFormat) -> bool:
-    """True if the reasoning mentions that an answer was given, or holds four numbers that meet a target with IoU >= 0.5.
+    """True if the reasoning mentions that an answer was given, or holds four numbers that meet a
+    target with IoU >= 0.5.
 
-    `contains_target_box` reads whole numbers in square brackets, in the student's coordinates. A model teacher also writes
-    pairs in parentheses, decimals, and boxes in 0 to 1, in 0 to 1000 or in pixels of the original.
+    `contains_target_box` reads whole numbers in square brackets, in the student's coordinates. A
+    model teacher also writes pairs in parentheses, decimals, and boxes in 0 to 1, in 0 to 1000 or
+    in pixels of the original.
     """
     if MENTIONS_GIVEN_ANSWER.search(thinking):
         return True
@@ -112,9 +118,11 @@ def _target_in_all_coordinates(target, sample: Sample, box_format: BoxFormat) ->
 
 
 def reasoning_helps(direct_iou: float, reasoned_iou: float) -> bool:
-    """True if reasoning paid: a correct answer gains 0.1 of IoU, or a wrong one becomes correct or gains 0.2.
+    """True if reasoning paid: a correct answer gains 0.1 of IoU, or a wrong one becomes correct or
+    gains 0.2.
 
-    MG-Thinker's rule; correct means IoU >= 0.5, in the right image. It says "10 %" and "20 %", read here as points of IoU.
+    MG-Thinker's rule; correct means IoU >= 0.5, in the right image. It says "10 %" and "20 %", read
+    here as points of IoU.
     """
     gain = reasoned_iou - direct_iou
     if direct_iou >= 0.5:

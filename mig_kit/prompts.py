@@ -1,7 +1,8 @@
 """Prompts and answers: how a sample is put to the model, and how its reply is read.
 
-Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is MG-Thinker's: reasoning in <think>,
-then one JSON object in <answer>, with the image number and the box in the coordinates of the model's BoxFormat.
+Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is
+MG-Thinker's: reasoning in <think>, then one JSON object in <answer>, with the image number and the
+box in the coordinates of the model's BoxFormat.
 """
 
 import json
@@ -20,10 +21,12 @@ CHOICE_INSTRUCTION = "Think in <think></think>, then answer with the letter in <
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's reply, read. box: xyxy in the model's frame; image: from 1; None where the reply has none.
+    """A model's reply, read. box: xyxy in the model's frame; image: from 1; None where the reply
+    has none.
 
-    well_formed: the whole reply is one <think> block followed by one <answer> block that holds one answer. names_none: as
-    well-formed, but the answer holds neither a number nor a letter to choose: nothing was found.
+    well_formed: the whole reply is one <think> block followed by one <answer> block that holds one
+    answer. names_none: as well-formed, but the answer holds neither a number nor a letter to
+    choose: nothing was found.
     """
 
     thinking: str
@@ -45,7 +48,8 @@ def format_answer(image: int, box: Box) -> str:
 
 
 def format_question(sample: Sample, box_format: BoxFormat) -> str:
-    """The question with its reference box in the model's frame, its options, and the instruction."""
+    """The question with its reference box in the model's frame, its options, and the instruction.
+    """
     text = sample.question
     if sample.reference:
         text = text.replace("{ref}", format_box(to_model_box(sample.reference, sample.sizes[0], box_format)))
@@ -55,7 +59,8 @@ def format_question(sample: Sample, box_format: BoxFormat) -> str:
 
 
 def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
-    """The conversational prompt: every image announced by its number, in order, then the question."""
+    """The conversational prompt: every image announced by its number, in order, then the question.
+    """
     content = []
     for number in range(1, len(sample.images) + 1):
         content += [{"type": "text", "text": f"Image {number}: "}, {"type": "image"}]
@@ -64,7 +69,9 @@ def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
 
 
 def parse_reply(text: str) -> Reply:
-    """Read a reply; never raises. An answer that names several boxes, or two <answer> blocks, counts as none."""
+    """Read a reply; never raises. An answer that names several boxes, or two <answer> blocks,
+    counts as none.
+    """
     thinking = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
     blocks = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     whole = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", text, re.DOTALL)
@@ -96,7 +103,9 @@ def _read_box(block: str) -> tuple[int | None, Box | None]:
 
 
 def reply_box_in_original(sample: Sample, reply: Reply, box_format: BoxFormat) -> Box | None:
-    """The reply's box in pixels of the original of the image it names; None without box or with no such image."""
+    """The reply's box in pixels of the original of the image it names; None without box or with no
+    such image.
+    """
     if reply.box is None or reply.image is None or not 1 <= reply.image <= len(sample.images):
         return None
     return to_original_box(reply.box, sample.sizes[reply.image - 1], box_format)

@@ -1,8 +1,10 @@
-"""Rule-based rewards: format, image, box and choice. Each is a plain function of one reply and one sample, in 0..1.
+"""Rule-based rewards: format, image, box and choice. Each is a plain function of one reply and one
+sample, in 0..1.
 
-The paper names the three rewards but publishes no formula. The form is MG-Thinker's, the nearest published one: the format
-reward counts correctly paired tags, the image reward is 0 or 1 and gates the box reward. Our choice: the box reward is the
-IoU itself from `floor` up (MG-Thinker steps to 1 at IoU 0.9), because the IoU tells good boxes from better ones.
+The paper names the three rewards but publishes no formula. The form is MG-Thinker's, the nearest
+published one: the format reward counts correctly paired tags, the image reward is 0 or 1 and gates
+the box reward. Our choice: the box reward is the IoU itself from `floor` up (MG-Thinker steps to 1
+at IoU 0.9), because the IoU tells good boxes from better ones.
 """
 
 import re
@@ -15,7 +17,9 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format_reward(reply: str, sample: Sample) -> float:
-    """1 if the whole reply is well formed; else 0.25 for each tag that occurs exactly once, at most 0.75."""
+    """1 if the whole reply is well formed; else 0.25 for each tag that occurs exactly once, at most
+    0.75.
+    """
     paired = sum(reply.count(tag) == 1 for tag in TAGS) / len(TAGS)
     return 1.0 if parse_reply(reply).well_formed else min(paired, 0.75)
 
@@ -26,7 +30,8 @@ def image_reward(reply: str, sample: Sample) -> float:
 
 
 def box_reward(reply: str, sample: Sample, box_format: BoxFormat, floor: float = 0.1) -> float:
-    """IoU of the reply's box with the target in the image that the reply names; 0 below `floor` or in the wrong image.
+    """IoU of the reply's box with the target in the image that the reply names; 0 below `floor` or
+    in the wrong image.
 
     box_format: says in which coordinates the reply's box is written.
     """
@@ -44,13 +49,17 @@ def choice_reward(reply: str, sample: Sample) -> float:
 
 
 def cites_only_existing_images(reply: str, sample: Sample) -> bool:
-    """Whether every "image k" in the reasoning is an image of the prompt; models cite images that do not exist."""
+    """Whether every "image k" in the reasoning is an image of the prompt; models cite images that
+    do not exist.
+    """
     cited = re.findall(r"\bimage (\d{1,3})\b", parse_reply(reply).thinking, re.IGNORECASE)
     return all(1 <= int(number) <= len(sample.images) for number in cited)
 
 
 def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> bool:
-    """Whether the reply names the right image with IoU >= threshold; for a multiple-choice sample, the correct letter."""
+    """Whether the reply names the right image with IoU >= threshold; for a multiple-choice sample,
+    the correct letter.
+    """
     if sample.options:
         return choice_reward(reply, sample) == 1
     return box_reward(reply, sample, box_format, floor=0.0) >= threshold

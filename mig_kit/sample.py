@@ -1,4 +1,6 @@
-"""The one record that flows through all stages: a question about several images, and what would answer it."""
+"""The one record that flows through all stages: a question about several images, and what would
+answer it.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,9 @@ TRACE_FEATURES = Features({**SAMPLE_FEATURES, "reply": Value("string"),
 
 
 class Target(NamedTuple):
-    """An acceptable answer: the image's number, from 1, and the box in it (xyxy, pixels of that original image)."""
+    """An acceptable answer: the image's number, from 1, and the box in it (xyxy, pixels of that
+    original image).
+    """
 
     image: int
     box: Box
@@ -33,10 +37,11 @@ class Target(NamedTuple):
 class Sample:
     """One question.
 
-    images: in prompt order, RGB. question: "{ref}" stands for the reference box. targets: the acceptable answers, empty when
-    nothing in the images answers. reference: xyxy pixels of the original first image, or None. options and letter: a
-    multiple-choice question's, else empty. notes and finding: the scene graph's account of the way to the answer, for the
-    tiny profile's teacher.
+    images: in prompt order, RGB. question: "{ref}" stands for the reference box. targets: the
+    acceptable answers, empty when nothing in the images answers. reference: xyxy pixels of the
+    original first image, or None. options and letter: a multiple-choice question's, else empty.
+    notes and finding: the scene graph's account of the way to the answer, for the tiny profile's
+    teacher.
     """
 
     id: str
@@ -63,7 +68,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trace:
-    """A teacher's reply to a sample. detail: how much its reasoning says; error: the mistake it was given, or ""."""
+    """A teacher's reply to a sample. detail: how much its reasoning says; error: the mistake it was
+    given, or "".
+    """
 
     text: str
     detail: str
@@ -71,7 +78,9 @@ class Trace:
 
 
 def best_iou(sample: Sample, image: int, box: Box) -> float:
-    """Highest IoU of a box (xyxy, original pixels of image number `image`) with the targets in that image; else 0."""
+    """Highest IoU of a box (xyxy, original pixels of image number `image`) with the targets in that
+    image; else 0.
+    """
     return max((iou(box, target.box) for target in sample.targets if target.image == image), default=0.0)
 
 
@@ -101,7 +110,9 @@ def sample_from_row(row: dict) -> Sample:
 
 
 def write_samples(path: Path, samples: list[Sample], traces: list[Trace] | None = None) -> None:
-    """Write the samples, with their traces if given, to a parquet file; an old file stays until the new one is whole."""
+    """Write the samples, with their traces if given, to a parquet file; an old file stays until the
+    new one is whole.
+    """
     rows, features = [sample_to_row(sample) for sample in samples], SAMPLE_FEATURES
     if traces is not None:
         rows = [{**row, "reply": trace.text, "detail": trace.detail, "error": trace.error}
@@ -112,7 +123,9 @@ def write_samples(path: Path, samples: list[Sample], traces: list[Trace] | None 
 
 
 def read_table(path: Path) -> Dataset:
-    """The table in a parquet file of this kit; ValueError with a remedy if the file is cut or no parquet."""
+    """The table in a parquet file of this kit; ValueError with a remedy if the file is cut or no
+    parquet.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run the stage that writes it")
     try:

@@ -1,4 +1,6 @@
-"""Means over tasks with their bootstrap intervals, and pass@k: the statistics of every score of the kit."""
+"""Means over tasks with their bootstrap intervals, and pass@k: the statistics of every score of the
+kit.
+"""
 
 import numpy as np
 
@@ -6,7 +8,8 @@ RESAMPLES = 2000
 
 
 def bootstrap_interval(groups: list[np.ndarray], seed: int = 0, resamples: int = RESAMPLES) -> list[float]:
-    """95 % interval [low, high] of the unweighted mean of the groups' means; groups: (n,) float each.
+    """95 % interval [low, high] of the unweighted mean of the groups' means; groups: (n,) float
+    each.
 
     Percentile bootstrap, stratified: every group is drawn again within itself.
     """
@@ -31,7 +34,9 @@ def to_percent(value: float) -> float:
 
 
 def pass_at_k(correct: int, total: int, k: int) -> float:
-    """Chance that k of `total` replies, `correct` of them correct, hold a correct one (Chen et al., arXiv 2107.03374, eq. 1)."""
+    """Chance that k of `total` replies, `correct` of them correct, hold a correct one (Chen et al.,
+    arXiv 2107.03374, eq. 1).
+    """
     if total - correct < k:
         return 1.0
     return 1.0 - float(np.prod(1.0 - k / np.arange(total - correct + 1, total + 1)))

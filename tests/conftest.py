@@ -62,8 +62,6 @@ def random_folder(tmp_path_factory, processor):
             parameter.data *= 4
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
     return folder
 
 

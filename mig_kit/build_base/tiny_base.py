@@ -26,7 +26,14 @@ from mig_kit.build_base.vision import CHECKPOINT, codes, image_processor, save_c
 from mig_kit.build_base.vocabulary import Writer
 from mig_kit.common import file_sha256, progress_bar, release_memory
 from mig_kit.engine import attention
-from mig_kit.engine.models import Hardware, PatchProduct, load_model, load_processor, tiny_config
+from mig_kit.engine.models import (
+    Hardware,
+    PatchProduct,
+    StillImageProcessor,
+    load_model,
+    load_processor,
+    tiny_config,
+)
 from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.sampling import greedy_replies
 from mig_kit.stages.evaluate import summarize_suite
@@ -49,7 +56,8 @@ def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGene
     """
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration._from_config(tiny_config(VOCABULARY), attn_implementation=attention.NAME)
-    model.model.visual.patch_embed.proj.__class__ = PatchProduct
+    patch_embed = model.model.visual.patch_embed
+    patch_embed.proj = PatchProduct(patch_embed.proj)
     model.model.visual.load_state_dict(load_file(folder / "vision.safetensors"))
     model.model.visual.requires_grad_(False)
     table, sizes = codes()
@@ -301,8 +309,7 @@ def save_base(model, tokenizer, folder: Path) -> None:
     plain = Qwen2_5_VLForConditionalGeneration._from_config(tiny_config(VOCABULARY))
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    image_processor().save_pretrained(folder)
+    StillImageProcessor(image_processor(), tokenizer, tokenizer.chat_template).save_pretrained(folder)
 
 
 def evaluate_base(folder: Path, hw: Hardware, per_task: int) -> dict:

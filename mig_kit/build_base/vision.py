@@ -147,7 +147,7 @@ def train_vision(folder: Path, *, locate_steps: int, spell_steps: int, batch: in
         return json.loads(notes.read_text())
     torch.manual_seed(seed)
     tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(tiny_config(64).vision_config)
-    tower.patch_embed.proj.__class__ = PatchProduct
+    tower.patch_embed.proj = PatchProduct(tower.patch_embed.proj)
     heads, processor, figures = DetectionHeads(TINY_HIDDEN), image_processor(), {}
     table, sizes = codes()
     checkpoint = folder / "vision.pt"

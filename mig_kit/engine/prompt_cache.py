@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import check_tokens, unwrap_peft
+from mig_kit.engine.models import check_image_grids, check_tokens, unwrap_peft
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 
@@ -163,6 +163,8 @@ class PromptCache:
         texts, _ = self.processor.get_text_with_replacements(texts, wide)
         inputs = {**self.processor.tokenizer(texts, padding=True, return_tensors="pt"), "image_grid_thw": grid}
         check_tokens(self.processor, inputs)
+        sizes = [image.size for sample in samples for image in sample.images]
+        check_image_grids(self.processor, grid, sizes, self.box_format)
         kinds = torch.tensor(self.processor.create_mm_token_type_ids(inputs["input_ids"]))
         place, _ = self.model.model.get_rope_index(inputs["input_ids"], kinds, image_grid_thw=grid,
                                                    attention_mask=inputs["attention_mask"])

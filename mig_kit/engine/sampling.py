@@ -1,4 +1,4 @@
-"""Draw replies to many samples with one model, batch by batch, into a file that a killed stage resumes from."""
+"""Draw replies to many samples with one model, into a file that a killed stage resumes from."""
 
 import json
 import os
@@ -6,87 +6,107 @@ from contextlib import closing
 from pathlib import Path
 from threading import Lock
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.common import progress_bar, release_memory
+from mig_kit.common import progress_bar, release_memory, write_atomically
 from mig_kit.engine.decoding import fuse_decoding_weights
 from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts
-from mig_kit.engine.models import Hardware, unwrap_peft
+from mig_kit.engine.models import Policy, unwrap_peft
 from mig_kit.engine.parallel import map_in_threads
 from mig_kit.engine.prompt_cache import PromptCache
 from mig_kit.sample import Sample
 
 
-def greedy_replies(model, processor, samples: list[Sample], hw: Hardware, box_format: BoxFormat,
-                   max_new_tokens: int = 128) -> list[str]:
-    """One greedy reply per sample, decoded."""
-    prompts = PromptCache(model, processor, box_format, autocast=hw.autocast).get(samples)
-    groups = generate_rollouts(model.eval(), processor, prompts, 1, Sampling(0.0, max_new_tokens=max_new_tokens), autocast=hw.autocast)
-    return processor.tokenizer.batch_decode([group[0] for group in groups], skip_special_tokens=True)
+def make_cache(policy: Policy, **limits) -> PromptCache:
+    """A cache of prompts for the policy; limits: see PromptCache."""
+    return PromptCache(policy.model, policy.processor, policy.box_format,
+                       autocast=policy.hardware.autocast, **limits)
 
 
-def load_replies(path: Path) -> dict[str, list[str]]:
-    """Replies by sample id from a rollout file; a last line cut by a kill is dropped from the file."""
-    if not path.is_file():
-        return {}
-    lines, whole = path.read_text().split("\n"), []
-    for line in lines:
-        try:
-            whole.append(json.loads(line))
-        except ValueError:
-            continue
-    text = "".join(json.dumps(row) + "\n" for row in whole)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text)
-    beside.replace(path)
-    return {row["id"]: row["replies"] for row in whole}
+def greedy_replies(policy: Policy, samples: list[Sample], max_new_tokens: int = 128) -> list[str]:
+    """One greedy reply to every sample."""
+    prompts = make_cache(policy).get(samples)
+    rollouts = generate_rollouts(
+        policy.model.eval(), policy.processor, prompts, 1,
+        Sampling(0.0, max_new_tokens=max_new_tokens), autocast=policy.hardware.autocast)
+    completions = [rollout[0] for rollout in rollouts]
+    return policy.processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
-def _image_list_key(sample: Sample) -> tuple[int, ...]:
-    """What tells a list of images from others without reading them."""
-    return tuple(map(id, sample.images))
+def sample_replies(policy: Policy, samples: list[Sample], path: Path, *, replies: int,
+                   temperature: float, max_new_tokens: int, batch_size: int, seed: int,
+                   label: str = "rollouts", cache: PromptCache | None = None,
+                   workers: int = 1) -> dict[str, list[str]]:
+    """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
 
-
-def sample_replies(model, processor, samples: list[Sample], path: Path, *, replies: int, temperature: float,
-                   max_new_tokens: int, batch_size: int, seed: int, box_format: BoxFormat, autocast: bool,
-                   label: str = "rollouts", cache: PromptCache | None = None, workers: int = 1) -> dict[str, list[str]]:
-    """`replies` replies to every sample, appended to `path` batch by batch; what is there already is not drawn again.
-
-    Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run draws what an
-    uninterrupted one would have drawn. Questions about the same image objects are asked together, for `rollouts` reads these
-    once. cache: prompts made ready by an earlier call for the same samples and model. workers: batches under way at a time, on a
-    CPU; the replies are the same. Raises ValueError for fewer than one reply.
+    What is in the file already is not drawn again. Each batch has its own seed, and batches are cut
+    before anything is skipped, so a resumed run draws what an uninterrupted one would have drawn.
+    Questions about the same images share a batch, which reads these images once. cache: prompts
+    made ready by an earlier call for the same samples and model. workers: batches under way at a
+    time, on a CPU; the replies are the same. Raises ValueError for fewer than one reply.
     """
     if replies < 1:
-        raise ValueError(f"replies is {replies}; a prompt needs at least one reply (only 06_evaluate can do without)")
-    have = load_replies(path)
-    cache = cache or PromptCache(model, processor, box_format, limit=batch_size, autocast=autocast)
-    first: dict[tuple[int, ...], str] = {}
-    for s in samples:
-        first[_image_list_key(s)] = min(s.id, first.get(_image_list_key(s), s.id))
-    order = sorted(samples, key=lambda s: (len(s.images), first[_image_list_key(s)], s.id))
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        raise ValueError(f"replies is {replies}; a prompt needs at least one reply "
+                         "(only 06_evaluate can do without)")
+    stored = load_replies(path)
+    cache = cache or make_cache(policy, limit=batch_size)
+    batches = list(enumerate(_cut_batches(samples, batch_size)))
+    todo = [(number, batch) for number, batch in batches
+            if not all(sample.id in stored for sample in batch)]
+    one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    todo = [(number, batch) for number, batch in enumerate(batches) if not all(s.id in have for s in batch)]
-    alone = Lock()  # the cache and the tokenizer are for one thread at a time
 
-    def drawn(numbered: tuple[int, list[Sample]]) -> list[list[list[int]]]:
-        number, batch = numbered
-        with alone:
+    def draw(numbered_batch: tuple[int, list[Sample]]) -> list[list[list[int]]]:
+        number, batch = numbered_batch
+        with one_at_a_time:
             prompts = cache.get(batch)
-        draws = draw_uniforms(seed * 1_000_003 + number, len(batch), replies, max_new_tokens)
-        return generate_rollouts(model, processor, prompts, replies, sampling, draws, autocast, joined)
+        uniforms = draw_uniforms(seed * 1_000_003 + number, len(batch), replies, max_new_tokens)
+        return generate_rollouts(policy.model, policy.processor, prompts, replies, sampling,
+                                 uniforms, policy.hardware.autocast, fused_weights)
 
-    with path.open("a") as file, fuse_decoding_weights(unwrap_peft(model), autocast) as joined, \
-            closing(map_in_threads(drawn, todo, workers)) as found:
-        for groups, (number, batch) in zip(progress_bar(found, label, total=len(batches), initial=len(batches) - len(todo)), todo):
-            for sample, group in zip(batch, groups):
-                if sample.id not in have:
-                    with alone:
-                        have[sample.id] = processor.tokenizer.batch_decode(group, skip_special_tokens=True)
-                    file.write(json.dumps({"id": sample.id, "replies": have[sample.id]}) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)
+    with path.open("a") as file, weights as fused_weights, \
+            closing(map_in_threads(draw, todo, workers)) as drawn:
+        bar = progress_bar(drawn, label, total=len(batches), initial=len(batches) - len(todo))
+        for rollouts, (number, batch) in zip(bar, todo):
+            for sample, completions in zip(batch, rollouts):
+                if sample.id not in stored:
+                    with one_at_a_time:
+                        stored[sample.id] = policy.processor.tokenizer.batch_decode(
+                            completions, skip_special_tokens=True)
+                    line = {"id": sample.id, "replies": stored[sample.id]}
+                    file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
             if number % 8 == 7:
                 release_memory()
-    return {s.id: have[s.id] for s in samples}
+    return {sample.id: stored[sample.id] for sample in samples}
+
+
+def _cut_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
+    """The samples by number of images, questions about the same images side by side."""
+    first_id: dict[tuple[int, ...], str] = {}
+    for sample in samples:
+        key = _image_list_key(sample)
+        first_id[key] = min(sample.id, first_id.get(key, sample.id))
+    ordered = sorted(samples, key=lambda s: (len(s.images), first_id[_image_list_key(s)], s.id))
+    return [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def _image_list_key(sample: Sample) -> tuple[int, ...]:
+    """Tells a list of images from others without reading them; the samples keep them alive."""
+    return tuple(map(id, sample.images))
+
+
+def load_replies(path: Path) -> dict[str, list[str]]:
+    """Replies by sample id from a file of `sample_replies`; a line cut by a kill is dropped."""
+    if not path.is_file():
+        return {}
+    rows = []
+    for line in path.read_text().split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    return {row["id"]: row["replies"] for row in rows}

@@ -1,58 +1,159 @@
-"""What stages 02 and 05 share: LoRA settings, trackers, progress, and training that resumes from its last checkpoint."""
+"""What stages 02 and 05 share: LoRA and trainer settings, progress, and training that resumes."""
 
 import importlib.util
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
 from peft import LoraConfig
 from transformers import TrainerCallback, TrainerState
 
 from mig_kit import plots
-from mig_kit.engine.models import LORA_TARGETS
+from mig_kit.engine.models import LORA_TARGETS, Hardware
+
+
+def lora_config(lora_r: int, lora_alpha: int, lora_dropout: float = 0.0) -> LoraConfig:
+    """LoRA on every projection of the language model."""
+    return LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                      target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
+
+
+def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Hardware,
+                      folder: Path) -> dict:
+    """What a TRL config is made of: every parameter of the stage that it has, and the kit's own.
+
+    So a parameter of SFTConfig or GRPOConfig acts as soon as a notebook's parameters cell has it.
+    folder: the stage's; its name and the run's name label a tracker's curves.
+    """
+    names = {field.name for field in fields(config_class)}
+    passed_on = {name: value for name, value in vars(params).items() if name in names}
+    is_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
+    return passed_on | tracker_arguments(params.report_to, folder) | {
+        "output_dir": str(folder / "checkpoints"), "data_seed": params.seed, "logging_steps": 1,
+        "save_total_limit": 1, "use_cpu": hardware.device == "cpu", "bf16": is_bfloat16,
+        "dataloader_pin_memory": False}
+
+
+def tracker_arguments(report_to: str, folder: Path) -> dict:
+    """The settings that also send a trainer's curves to "trackio" or "wandb"; "none" sends nothing.
+
+    Keys come from the tracker's own environment variables. ValueError where it is not installed.
+    """
+    if report_to == "none":
+        return {"report_to": "none"}
+    if importlib.util.find_spec(report_to) is None:
+        raise ValueError(f"report_to is '{report_to}', which is not installed; "
+                         f"run: pip install {report_to}")
+    return {"report_to": report_to, "project": "mig-kit",
+            "run_name": f"{folder.parent.name}/{folder.name}", "trackio_static_space_id": False}
+
+
+def use_one_device(config) -> None:
+    """Let a process train on its own GPU alone.
+
+    transformers would use all GPUs that it sees, in threads, which TRL refuses.
+    """
+    if config.n_gpu > 1:
+        config._n_gpu = 1
+
+
+def train_or_resume(trainer, folder: Path) -> None:
+    """Train, from the newest checkpoint under folder/checkpoints if there is one.
+
+    A checkpoint of the last step is only loaded: the trainer itself would take a step too many.
+    """
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.global_step >= state.max_steps:
+            trainer.state = state
+            trainer._load_from_checkpoint(checkpoint)
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint under folder/checkpoints, or None."""
+    checkpoints = [path for path in (folder / "checkpoints").glob("checkpoint-*")
+                   if (path / "trainer_state.json").is_file()]
+    newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return str(newest) if newest else None
+
+
+class KeepAdapterDtype:
+    """Mixin of a trainer that resumes its adapter in the dtype in which it is trained.
+
+    TRL trains the adapter of a 4-bit model in bfloat16, but PEFT loads it as float32: a run that
+    was killed would go on in other numbers.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 class ProgressLines(TrainerCallback):
-    """A printed line at every twentieth of a training, with the time left; a terminal sees no notebook widgets."""
+    """Prints a line at every twentieth of a training, with the time left.
+
+    A terminal shows no notebook widgets. names: of the logged figures that the line holds.
+    """
 
     def __init__(self, names: tuple[str, ...]):
-        self.names, self.start, self.first = names, time.monotonic(), None
+        self.names, self.start, self.first_step = names, time.monotonic(), None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Print step, the named figures and the minutes left."""
-        self.first = state.global_step if self.first is None else self.first
-        if not state.is_world_process_zero or not logs or "loss" not in logs or state.global_step % max(1, state.max_steps // 20):
+        """Print the step, the named figures and the minutes left."""
+        if self.first_step is None:
+            self.first_step = state.global_step
+        is_due = state.global_step % max(1, state.max_steps // 20) == 0
+        if not state.is_world_process_zero or not logs or "loss" not in logs or not is_due:
             return
-        done = max(1, state.global_step - self.first)
-        left = (time.monotonic() - self.start) / done * (state.max_steps - state.global_step) / 60
-        short = {name: name.split("/")[-2] if "/" in name else name for name in self.names if logs.get(name) is not None}
-        figures = ", ".join(f"{word} {logs[name]:.3f}" for name, word in short.items())
-        print(f"step {state.global_step}/{state.max_steps}: {figures}; {left:.1f} min left", flush=True)
+        seconds_per_step = ((time.monotonic() - self.start)
+                            / max(1, state.global_step - self.first_step))
+        minutes = seconds_per_step * (state.max_steps - state.global_step) / 60
+        figures = ", ".join(f"{_short_name(name)} {logs[name]:.3f}" for name in self.names
+                            if logs.get(name) is not None)
+        print(f"step {state.global_step}/{state.max_steps}: {figures}; {minutes:.1f} min left",
+              flush=True)
+
+
+def _short_name(name: str) -> str:
+    return name.split("/")[-2] if "/" in name else name  # "rewards/box/mean" -> "box"
 
 
 class LiveCurves(TrainerCallback):
-    """In a notebook, the curves of the training under way, drawn again at most every `seconds`; gone when it ends.
+    """In a notebook, the curves of the training under way, drawn again every `seconds` at most.
 
-    rows: from the trainer's log history to rows of the figures named; the cell after the training shows the whole of them.
+    to_rows: from the trainer's log history to rows of the figures named. The curves go when the
+    training ends; the cell after it shows all of them.
     """
 
-    def __init__(self, rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...], seconds: float = 60):
-        self.rows, self.names, self.seconds, self.handle, self.drawn = rows, list(names), seconds, None, time.monotonic()
+    def __init__(self, to_rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...],
+                 seconds: float = 60):
+        self.to_rows, self.names, self.seconds = to_rows, list(names), seconds
+        self.handle, self.drawn_at = None, time.monotonic()
 
     def on_log(self, args, state, control, **kwargs):
         """Draw, where there is a notebook and it is time."""
-        rows = self.rows(state.log_history)
-        if get_ipython() is None or len(rows) < 2 or time.monotonic() - self.drawn < self.seconds:
+        rows = self.to_rows(state.log_history)
+        is_due = time.monotonic() - self.drawn_at >= self.seconds
+        if get_ipython() is None or len(rows) < 2 or not is_due:
             return
-        figure = plots.plot_curves(rows, self.names, f"step {state.global_step} of {state.max_steps}")
+        title = f"step {state.global_step} of {state.max_steps}"
+        figure = plots.plot_curves(rows, self.names, title)
         if self.handle:
             self.handle.update(figure)
         else:
             self.handle = display(figure, display_id=True)
         plots.plt.close(figure)
-        self.drawn = time.monotonic()
+        self.drawn_at = time.monotonic()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Make room for the finished curves."""
@@ -60,68 +161,8 @@ class LiveCurves(TrainerCallback):
             self.handle.update(HTML(""))
 
 
-def lora_config(rank: int, alpha: int, dropout: float = 0.0) -> LoraConfig:
-    """LoRA on every projection of the language model."""
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none",
-                      task_type="CAUSAL_LM")
-
-
-def tracker_args(track: str, folder: Path) -> dict:
-    """The trainer's settings that send its curves to "trackio" or "wandb" as well, by the name of run and stage; "none": nowhere.
-
-    Keys come from the tracker's own environment variables. Raises ValueError for another name, or where it is not installed.
-    """
-    if track == "none":
-        return {"report_to": "none"}
-    if track not in ("trackio", "wandb"):
-        raise ValueError(f"track is '{track}'; use none, trackio or wandb")
-    if importlib.util.find_spec(track) is None:
-        raise ValueError(f"track is '{track}', which is not installed; run: pip install {track}")
-    return {"report_to": track, "project": "mig-kit", "run_name": f"{folder.parent.name}/{folder.name}",
-            "trackio_static_space_id": False}
-
-
-class KeepAdapterDtype:
-    """A trainer whose adapter is resumed in the numbers it is trained in: PEFT loads it as float32, TRL trains it in bfloat16
-    on a 4-bit model, so a run that was killed would go on in others."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        kept = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(kept[name])
-
-
-def use_one_device(config) -> None:
-    """Let a process train on its own GPU alone: transformers would use all that it sees, in threads, which TRL refuses."""
-    if config.n_gpu > 1:
-        config._n_gpu = 1
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint under folder/checkpoints, to resume from, or None."""
-    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    whole = [p for p in found if (p / "trainer_state.json").is_file()]
-    return str(whole[-1]) if whole else None
-
-
-def train_or_resume(made, folder: Path) -> None:
-    """Train, from the newest checkpoint under folder/checkpoints if there is one.
-
-    One that was saved at the last step is only loaded: the trainer itself would take a step too many.
-    """
-    checkpoint = last_checkpoint(folder)
-    if checkpoint:
-        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        if state.global_step >= state.max_steps:
-            made.state = state
-            made._load_from_checkpoint(checkpoint)
-            return
-    made.train(resume_from_checkpoint=checkpoint)
-
-
 class StopAfter(TrainerCallback):
-    """Saves and stops after `steps` updates, as a kill would, but tidily; the next start resumes."""
+    """Saves and stops after `steps` updates, as a kill would, but tidily; then it can be resumed."""
 
     def __init__(self, steps: int):
         self.steps = steps

@@ -1,8 +1,9 @@
-"""The code that a stage's results depend on: the definitions that its notebook uses, and those they use in turn.
+"""The code that a stage's results depend on: the definitions that its notebook uses, and those they
+use in turn.
 
-A stage is stale when one of these definitions changes, and only then: another reward must not repeat fine-tuning. Comments
-and docstrings do not count, nor do modules that only show or check (DISPLAY_ONLY), except where a stage's results are
-pictures.
+A stage is stale when one of these definitions changes, and only then: another reward must not
+repeat fine-tuning. Comments and docstrings do not count, nor do modules that only show or check
+(DISPLAY_ONLY), except where a stage's results are pictures.
 """
 
 import ast
@@ -26,7 +27,9 @@ def notebook_cells(stage: str) -> list[dict]:
 
 
 def used_definitions(stage: str) -> dict[str, str]:
-    """"module.name" -> SHA-256 of its code, of every definition of the kit that the stage's results depend on."""
+    """"module.name" -> SHA-256 of its code, of every definition of the kit that the stage's results
+    depend on.
+    """
     ignored = set() if stage in STAGES_OF_PICTURES else DISPLAY_ONLY
     source = "\n".join("".join(cell["source"]) for cell in notebook_cells(stage))
     tree = _parse(source)
@@ -52,7 +55,9 @@ def _module_path(module: str) -> Path:
 
 
 def _definitions(path: Path) -> dict[str, tuple[str, frozenset]]:
-    """name -> (its code, what it refers to) of every top-level definition of a module; {} where there is no such file."""
+    """name -> (its code, what it refers to) of every top-level definition of a module; {} where
+    there is no such file.
+    """
     return _read_definitions(path, path.stat().st_mtime_ns) if path.is_file() else {}
 
 
@@ -94,7 +99,9 @@ def _without_docstrings(statement: ast.stmt) -> ast.stmt:
 
 
 def _imports(tree: ast.AST) -> dict[str, tuple[str, str]]:
-    """Local name -> (module, name), or (module, "") for a module, of everything imported from the kit anywhere in `tree`."""
+    """Local name -> (module, name), or (module, "") for a module, of everything imported from the
+    kit anywhere in `tree`.
+    """
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mig_kit":

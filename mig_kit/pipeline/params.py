@@ -1,56 +1,149 @@
-"""Parameters of the stages: a notebook's `parameters` cell holds the defaults, params/<profile>/ what differs."""
+"""Parameters of the stages.
 
+The `parameters` cell of a stage's notebook holds its parameters: type, default and one line of help
+each. The defaults are the tiny profile; params/<profile>/<stage>.yaml holds only what another
+profile changes. RUN_PARAMS are set once, in stage 01, and every later stage of the run takes them
+from there.
+"""
+
+import ast
 import difflib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import PROJECT_ROOT
+from mig_kit.pipeline.dependencies import notebook_cells
+
+RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
+RUN_PARAMS_STAGE = "01_synthesize"
+
+# every parameter whose value is one of a few words
+CHOICES = {
+    "benchmark": ("", "mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu"),
+    "coordinates": tuple(MODEL_COORDINATES),
+    "data": ("scenes", "own", "mgrounding"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "hallucinated_image_penalty": ("none", "format", "all"),
+    "loss_type": ("dapo", "grpo", "dr_grpo"),
+    "lr_scheduler_type": ("linear", "cosine", "constant_with_warmup"),
+    "report_to": ("none", "trackio", "wandb"),
+    "scale_rewards": ("batch", "group", "none"),
+    "teacher": ("rules", "endpoint"),
+}
+RENAMED_PARAMS = {
+    "batch_size": "per_device_train_batch_size", "checkpoint_layers": "gradient_checkpointing",
+    "epochs": "num_train_epochs", "frame": "coordinates",
+    "gradient_accumulation": "gradient_accumulation_steps", "held": "micro_replies",
+    "highest": "max_pass_rate", "lora_rank": "lora_r", "lowest": "min_pass_rate",
+    "max_new_tokens": "max_completion_length", "missing_images": "hallucinated_image_penalty",
+    "schedule": "lr_scheduler_type", "track": "report_to",
+}
+REMOVED_PARAMS = {
+    name: "it cannot act while an update learns once from its replies: the ratio that it clips is exactly 1"
+    for name in ("clip_low", "clip_high", "epsilon", "epsilon_high")
+}
 
 
-def params_file(stage: str, profile: str = "tiny") -> Path:
-    """params/<profile>/<stage>.yaml; FileNotFoundError names the profiles there are."""
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a stage: its default and its line of help."""
+
+    default: str | int | float | bool | list
+    help: str
+
+
+def stage_parameters(stage: str) -> dict[str, Parameter]:
+    """The parameters of a stage by name, as its notebook's `parameters` cell has them."""
+    cell = next(cell for cell in notebook_cells(stage) if "parameters" in cell["metadata"].get("tags", ()))
+    source = "".join(cell["source"])
+    lines = source.splitlines()
+    return {node.target.id: Parameter(ast.literal_eval(node.value), lines[node.lineno - 1].partition("  # ")[2])
+            for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)}
+
+
+def list_profiles() -> list[str]:
+    """The names of the profiles: tiny, and every folder of params/."""
+    return ["tiny", *sorted(path.name for path in (PROJECT_ROOT / "params").iterdir() if path.is_dir())]
+
+
+def profile_params(stage: str, profile: str = "tiny") -> dict:
+    """All parameters of a stage in a profile: the notebook's defaults, and what the profile
+    changes.
+
+    FileNotFoundError names the profiles where there is no such one; otherwise raises as
+    `validate_params`.
+    """
+    if profile not in list_profiles():
+        raise FileNotFoundError(f"no profile '{profile}' in params/; the profiles are {', '.join(list_profiles())}")
     path = PROJECT_ROOT / "params" / profile / f"{stage}.yaml"
-    if not path.is_file():
-        profiles = sorted(p.name for p in (PROJECT_ROOT / "params").iterdir() if p.is_dir())
-        raise FileNotFoundError(f"no parameters for {stage} in profile '{profile}'; the profiles are {', '.join(profiles)}")
-    return path
+    return validate_params(read_params_file(path) if path.is_file() else {}, stage)
 
 
 def read_params_file(path: Path) -> dict:
     """A flat parameter file; ValueError if it nests, is no mapping or no YAML."""
     try:
-        data = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML ({str(error).splitlines()[0]}); write lines of parameter: value") from None
-    if not isinstance(data, dict) or not all(_is_plain(v) or isinstance(v, list) and all(map(_is_plain, v)) for v in data.values()):
-        raise ValueError(f"{path} must be a flat mapping of parameter: value; a value is a number, a word or a list of those")
-    return data
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no YAML ({reason}); write lines of parameter: value") from None
+    if not isinstance(values, dict) or not all(_is_flat(value) for value in values.values()):
+        raise ValueError(f"{path} must be a flat mapping of parameter: value; a value is a number, a word "
+                         "or a list of those")
+    return values
 
 
-def _is_plain(value) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool))
+def _is_flat(value) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return all(item is None or isinstance(item, str | int | float | bool) for item in items)
 
 
-def validate_params(given: dict, stage: str) -> dict:
-    """`given` completed from the tiny profile's defaults and typed as they are.
+def validate_params(values: dict, stage: str) -> dict:
+    """`values` completed from the stage's defaults, of the defaults' types.
 
-    An unknown key is a KeyError that names the nearest known one; a wrong type is a TypeError. A number that YAML takes for a
-    word (1e-5, without a point) is a number where one is due.
+    KeyError for an unknown name, ValueError for a word that is not one of its CHOICES, TypeError
+    for a wrong type; each names the fix. A number that YAML reads as a word (1e-5, without a point)
+    counts as a number where a number is due.
     """
-    defaults = read_params_file(params_file(stage))
-    given = {key: _to_number(value) if type(defaults.get(key)) is float else value for key, value in given.items()}
-    for key, value in given.items():
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, 1, 0.0)
-            raise KeyError(f"{stage} has no parameter '{key}'; did you mean '{near[0]}'?")
-        kind = type(defaults[key])
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits:
-            raise TypeError(f"{stage}: parameter '{key}' is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}")
-    merged = {**defaults, **given}
-    return {key: float(value) if type(defaults[key]) is float else value for key, value in merged.items()}
+    defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
+    params = dict(defaults)
+    for name, value in values.items():
+        if name not in defaults:
+            raise KeyError(unknown_parameter_message(name, stage, defaults))
+        params[name] = _typed(name, value, type(defaults[name]), stage)
+    return params
+
+
+def unknown_parameter_message(name: str, where: str, names) -> str:
+    """One sentence on a parameter that `where` does not have, with the nearest of `names` if one is
+    near.
+    """
+    if (new_name := RENAMED_PARAMS.get(name)) in names:
+        return f"the parameter '{name}' is now called '{new_name}'"
+    if name in REMOVED_PARAMS:
+        return f"the parameter '{name}' was taken out: {REMOVED_PARAMS[name]}"
+    if name in RUN_PARAMS:
+        return f"'{name}' is set once per run, in {RUN_PARAMS_STAGE}; run that stage with it"
+    near = difflib.get_close_matches(name, sorted(names), 1)
+    hint = f"did you mean '{near[0]}'?" if near else f"its parameters are {', '.join(sorted(names))}"
+    return f"{where} has no parameter '{name}'; {hint}"
+
+
+def _typed(name: str, value, kind: type, stage: str):
+    if kind is float:
+        value = _to_number(value)
+    is_fitting = type(value) is kind or (kind is float and type(value) is int)
+    if not is_fitting:
+        raise TypeError(f"{stage}: parameter '{name}' is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}")
+    if name in CHOICES and value not in CHOICES[name]:
+        near = difflib.get_close_matches(value, CHOICES[name], 1)
+        words = ", ".join(word or '""' for word in CHOICES[name])
+        hint = f"did you mean '{near[0]}'? It is" if near else "it must be"
+        raise ValueError(f"{stage}: parameter '{name}' is '{value}'; {hint} one of {words}")
+    return kind(value)
 
 
 def _to_number(value):
@@ -58,3 +151,16 @@ def _to_number(value):
         return float(value) if isinstance(value, str) and math.isfinite(float(value)) else value
     except ValueError:
         return value
+
+
+def params_text(stage: str, profile: str = "tiny") -> str:
+    """The parameters of a stage in a profile as lines of "name: value  # help"; a value that
+    differs from tiny says so.
+    """
+    values = profile_params(stage, profile)
+    lines = []
+    for name, parameter in stage_parameters(stage).items():
+        value = yaml.safe_dump({name: values[name]}, default_flow_style=None, width=1000).strip()
+        difference = "" if values[name] == parameter.default else f" (tiny: {parameter.default})"
+        lines.append(f"{value}  # {parameter.help}{difference}")
+    return "\n".join(lines)

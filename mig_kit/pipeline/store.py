@@ -1,7 +1,8 @@
-"""Run folders, parameters and what makes a stage up to date.
+"""Run folders, and what makes a stage up to date.
 
-A stage lives in runs/<run id>/NN_stage/. Its run.json is written last and by renaming, so a stage that was killed never
-looks finished; what it left behind is kept for resuming as long as parameters, inputs and code are the same.
+A stage lives in runs/<run id>/NN_stage/. Its run.json is written last and by renaming, so a stage
+that was killed never looks finished. What a killed stage left behind is kept for resuming as long
+as parameters, inputs and code are the same.
 """
 
 import ast
@@ -16,10 +17,12 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256, write_json
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_cells, used_definitions
-from mig_kit.pipeline.params import params_file, read_params_file, validate_params
+from mig_kit.pipeline.params import RUN_PARAMS, RUN_PARAMS_STAGE, stage_parameters, validate_params
 
 STAGES = {
     "00_preflight": (), "01_synthesize": (), "02_sft": ("01_synthesize",), "03_merge": ("02_sft",),
@@ -28,19 +31,15 @@ STAGES = {
     "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo", "06_evaluate"),
     "08_benchmark": (), "90_tiny_base": (),
 }
-
-
 RECIPE = tuple(stage for stage in STAGES if stage < "08")
-
-
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy", "pillow")
-
-
-LARGE_FILE = 2**26  # bytes; larger ones of a model folder are not read whole to tell whether they are the same
+LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time, not read whole
 
 
 def runs_root() -> Path:
-    """Where run folders are kept: $MIG_KIT_RUNS (relative to the project), else runs/ beside the package."""
+    """Where run folders are kept: $MIG_KIT_RUNS (relative to the project), else runs/ beside the
+    package.
+    """
     return PROJECT_ROOT / os.environ.get("MIG_KIT_RUNS", "runs")
 
 
@@ -51,24 +50,54 @@ def validate_run_id(run_id: str) -> str:
     return run_id
 
 
+def run_params(run_id: str, needed_by: str) -> dict:
+    """RUN_PARAMS of a run, which its stage 01 has set; FileNotFoundError with the command if that
+    has not finished.
+    """
+    params = require_record(RUN_PARAMS_STAGE, run_id, needed_by)["params"]
+    return {name: params[name] for name in RUN_PARAMS}
+
+
+def with_run_params(stage: str, run_id: str, params: dict) -> dict:
+    """The stage's parameters and, where it builds on earlier stages, those of the whole run."""
+    return {**params, **run_params(run_id, stage)} if STAGES[stage] else params
+
+
 def stage_key(stage: str, run_id: str, params: dict) -> str:
-    """What a finished stage stands for: parameters, the files, model and run they name, what the stages before made, its code."""
+    """Hash of all that a stage's results follow from.
+
+    These are its parameters, the files, model and run that they name, what the stages before it
+    made, and the code that it uses.
+    """
+    params = with_run_params(stage, run_id, params)
     inputs = {name: require_record(name, run_id, stage)["outputs"] for name in STAGES[stage]}
     if stage not in STAGES_OF_PICTURES:
         inputs = {name: _stage_products(outputs) for name, outputs in inputs.items()}
-    data = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
-            if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
+    files = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
+             if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
     if params.get("base_model"):
-        data["base_model"] = model_fingerprint(params["base_model"])
+        files["base_model"] = model_fingerprint(params["base_model"])
     if params.get("control_run"):
-        data["control_run"] = require_record("03_merge", validate_run_id(params["control_run"]), stage)["outputs"]
+        files["control_run"] = _control_outputs(params, run_id, stage)
     cells = [cell["source"] for cell in notebook_cells(stage) if "parameters" not in cell["metadata"].get("tags", ())]
-    text = json.dumps([params, data, inputs, used_definitions(stage), cells], sort_keys=True)
+    text = json.dumps([params, files, inputs, used_definitions(stage), cells], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
+    control = validate_run_id(params["control_run"])
+    outputs = require_record("03_merge", control, stage)["outputs"]
+    other = run_params(control, stage)
+    if different := [name for name in RUN_PARAMS if other[name] != params[name]]:
+        raise ValueError(f"control_run '{control}' has another {different[0]} ({other[different[0]]}) than run '{run_id}' "
+                         f"({params[different[0]]}); compare runs of one model and box format")
+    return outputs
+
+
 def model_fingerprint(model: str) -> dict[str, str]:
-    """What tells a model folder's weights and settings from others; {} for a hub name. Large files by their size and time."""
+    """What tells a model folder's weights and settings from others; {} for a hub name. Large files
+    by their size and time.
+    """
     folder = PACKAGE / "tiny_base" if model == "tiny" else PROJECT_ROOT / "notebooks" / model  # where notebooks run
     files = sorted(p for kind in ("*.safetensors", "*.json", "*.jinja") for p in folder.glob(kind) if p.is_file())
     large = {p: p.stat() for p in files if p.stat().st_size > LARGE_FILE}
@@ -76,7 +105,8 @@ def model_fingerprint(model: str) -> dict[str, str]:
 
 
 def load_record(stage: str, run_id: str) -> dict | None:
-    """The run.json of a finished stage, or None; ValueError with a remedy if that file is broken."""
+    """The run.json of a finished stage, or None; ValueError with a remedy if that file is broken.
+    """
     return _read_record(runs_root() / run_id / stage / "run.json")
 
 
@@ -93,7 +123,9 @@ def _read_record(path: Path) -> dict | None:
 
 
 def require_record(stage: str, run_id: str, by: str) -> dict:
-    """The run.json of a stage that another needs; FileNotFoundError with the command if it has not finished."""
+    """The run.json of a stage that another needs; FileNotFoundError with the command if it has not
+    finished.
+    """
     record = load_record(stage, run_id)
     if record is None:
         raise FileNotFoundError(f"{by} needs {stage} of run '{run_id}', which has not finished; run: mig-kit run {stage} --run-id "
@@ -102,7 +134,9 @@ def require_record(stage: str, run_id: str, by: str) -> dict:
 
 
 def find_stale_input(stage: str, run_id: str) -> str:
-    """The earlier stage that was run anew since this one finished, whose results are thus of something else; "" if none was."""
+    """Name of an upstream stage that was re-run after this one finished (its outputs are stale), or
+    "".
+    """
     record = load_record(stage, run_id) or {}
     for name, outputs in record.get("inputs", {}).items():
         now = load_record(name, run_id)
@@ -121,13 +155,19 @@ def outputs_exist(folder: Path, record: dict) -> bool:
 
 
 def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:
-    """True if the stage finished with these parameters, inputs and code, and all it made is there."""
+    """True if the stage finished with these parameters, inputs and code, and all that it made is
+    still there.
+    """
     record = load_record(stage, run_id)
-    return record is not None and record["key"] == stage_key(stage, run_id, params) and outputs_exist(runs_root() / run_id / stage, record)
+    if record is None or record["key"] != stage_key(stage, run_id, params):
+        return False
+    return outputs_exist(runs_root() / run_id / stage, record)
 
 
 def set_aside_outputs(stage: str, run_id: str) -> None:
-    """Keep what a finished stage made in NN_stage.before, until the stage has finished anew: the next may fail."""
+    """Keep what a finished stage made in NN_stage.before, until the stage has finished again: the
+    next attempt may fail.
+    """
     folder = runs_root() / run_id / stage
     if (folder / "run.json").is_file():
         before = folder.with_name(f"{stage}.before")
@@ -137,7 +177,8 @@ def set_aside_outputs(stage: str, run_id: str) -> None:
 
 
 def restore_outputs(stage: str, run_id: str, params: dict) -> bool:
-    """Bring back what `set_aside` kept if that is what is wanted now; True if so."""
+    """Bring back what `set_aside_outputs` kept if it is what these parameters ask for; True if so.
+    """
     folder = runs_root() / run_id / stage
     before = folder.with_name(f"{stage}.before")
     record = _read_record(before / "run.json")
@@ -152,11 +193,14 @@ def restore_outputs(stage: str, run_id: str, params: dict) -> bool:
 def git_revision() -> str:
     """The commit of the project, with "+" if the tree has changes; "" outside git."""
     try:
-        run = [subprocess.run(["git", "-C", str(PROJECT_ROOT), *args], capture_output=True, text=True, timeout=20)
-               for args in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
+        head, status = (subprocess.run(["git", "-C", str(PROJECT_ROOT), *arguments],
+                                       capture_output=True, text=True, timeout=20)
+                        for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]))
     except (OSError, subprocess.SubprocessError):  # no git, or a slow one
         return ""
-    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "") if run[0].returncode == 0 else ""
+    if head.returncode:
+        return ""
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 def package_versions() -> dict[str, str]:
@@ -168,9 +212,10 @@ _LOCKS: dict[Path, object] = {}  # open lock files of the runs that this process
 
 
 def lock_run(run: Path, patience: float = 5.0) -> None:
-    """Keep other processes from writing this run until `unlock` or the end of this process.
+    """Keep other processes from writing this run until `unlock_run` or the end of this process.
 
-    Raises RuntimeError if another has it for longer than `patience` seconds (a notebook whose caller was killed ends within one).
+    Raises RuntimeError if another process holds it for longer than `patience` seconds. A notebook
+    whose caller was killed ends within one second.
     """
     if run in _LOCKS:
         return
@@ -203,7 +248,9 @@ def unlock_run(run: Path) -> None:
 
 @dataclass
 class Stage:
-    """A running stage. folder: where it writes; params: checked parameters."""
+    """A running stage. folder: where it writes; params: its validated parameters and those of the
+    whole run.
+    """
 
     name: str
     run_id: str
@@ -213,19 +260,26 @@ class Stage:
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
 
-    def before(self, stage: str, name: str = "") -> Path:
+    @property
+    def box_format(self) -> BoxFormat:
+        """How the run's model sees images and writes boxes."""
+        return BoxFormat(self.params["min_pixels"], self.params["max_pixels"], self.params["coordinates"])
+
+    def input_path(self, stage: str, name: str = "") -> Path:
         """A file or folder that an earlier stage of this run made."""
         return runs_root() / self.run_id / stage / name
 
-    def finish(self, metrics: dict, **facts) -> None:
-        """Write metrics.json, then run.json; only now does the stage count as finished."""
+    def finish(self, metrics: dict, summary: str = "", **facts) -> None:
+        """Write metrics.json, then run.json; only now does the stage count as finished.
+
+        summary: the result in a few words, for the command line. facts: more entries of run.json.
+        """
         write_json(self.folder / "metrics.json", metrics)
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix not in (".ipynb", ".tmp")
-                       and "checkpoint" not in str(p.relative_to(self.folder)))
+        outputs = {str(path.relative_to(self.folder)): file_sha256(path) for path in _output_files(self.folder)}
         write_json(self.folder / "run.json", {
             "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
             "inputs": {name: load_record(name, self.run_id)["outputs"] for name in STAGES[self.name]},
-            "outputs": {str(p.relative_to(self.folder)): file_sha256(p) for p in files}, "versions": package_versions(),
+            "outputs": outputs, "summary": summary, "versions": package_versions(),
             "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs", "git": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(time.monotonic() - self.clock, 1), **facts})
@@ -233,41 +287,61 @@ class Stage:
         unlock_run(self.folder.parent)
 
 
-def begin_stage(stage: str, names: dict) -> Stage:
-    """Start a stage from a notebook: `names` is globals(), where the parameters cell left its values.
+def _output_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*")
+                  if path.is_file() and path.suffix not in (".ipynb", ".tmp")
+                  and "checkpoint" not in str(path.relative_to(folder)))
 
-    What the parameter cells assign must be a parameter of the stage: a mistyped `-p` would otherwise be ignored in silence.
-    Until it finishes, no other process can write this run.
-    Leftovers of an interrupted run with the same key stay for resuming, all others are removed; what a finished stage made with
-    another key is set aside until this one has finished.
+
+def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
+    """Start a stage from its notebook; gives the stage and its parameters, and prints them.
+
+    names: globals(), where the parameters cell left its values. Whatever a parameters cell assigns
+    must be a parameter of the stage, or a mistyped `-p` would be ignored in silence. Until the
+    stage finishes, no other process can write this run. Leftovers of an interrupted run with the
+    same key stay for resuming, all others are removed; what a finished stage made with another key
+    is set aside until this one has finished.
     """
-    given = set(read_params_file(params_file(stage)))
-    for cell in names.get("In", []):
-        if cell.lower().startswith("# parameters"):
-            given |= {target.id for node in ast.parse(cell).body if isinstance(node, ast.Assign | ast.AnnAssign)
-                      for target in (node.targets if isinstance(node, ast.Assign) else [node.target])}
-    params = validate_params({name: names[name] for name in sorted(given) if name in names}, stage)
+    assigned = set(stage_parameters(stage)) | _assigned_in_parameter_cells(names.get("In", []))
+    params = validate_params({name: names[name] for name in sorted(assigned) if name in names}, stage)
     run_id = validate_run_id(params["run_id"])
     lock_run(runs_root() / run_id)
     key = stage_key(stage, run_id, params)
     folder = runs_root() / run_id / stage
-    marker = folder / "started.json"
-    if (record := load_record(stage, run_id)) and record["key"] != key:
+    record = load_record(stage, run_id)
+    if record and record["key"] != key:
         set_aside_outputs(stage, run_id)
-    if folder.exists() and (not marker.is_file() or json.loads(marker.read_text())["key"] != key):
-        for path in folder.iterdir():
-            if path.suffix != ".ipynb":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    marker = folder / "started.json"
+    is_resumable = marker.is_file() and json.loads(marker.read_text())["key"] == key
+    if folder.exists() and not is_resumable:
+        _remove_leftovers(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     write_json(marker, {"key": key})
-    return Stage(stage, run_id, folder, params, key)
+    begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), key)
+    _print_stage(begun)
+    return begun, SimpleNamespace(**begun.params)
 
 
-def show_stage(stage: Stage) -> None:
-    """Print the stage's parameters and the versions of what computes it."""
-    print(f"{stage.name} of run '{stage.run_id}':", ", ".join(f"{k}={v}" for k, v in stage.params.items() if k != "run_id"))
-    print("versions:", ", ".join(f"{k} {v}" for k, v in package_versions().items()))
+def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
+    statements = [node for cell in cells if cell.lower().startswith("# parameters") for node in ast.parse(cell).body]
+    targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
+    targets += [node.target for node in statements if isinstance(node, ast.AnnAssign)]
+    return {target.id for target in targets}
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != ".ipynb":
+            path.unlink()
+
+
+def _print_stage(stage: Stage) -> None:
+    params = ", ".join(f"{name}={value}" for name, value in stage.params.items() if name != "run_id")
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    print(f"{stage.name} of run '{stage.run_id}': {params}\nversions: {versions}")
 
 
 def read_metrics(folder: Path) -> dict:

@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import progress_bar, release_memory
-from mig_kit.engine import training
 from mig_kit.engine.generation import Sampling, generate_rollouts
-from mig_kit.engine.models import Hardware, load_model, load_processor, tiny_config, unwrap_peft
+from mig_kit.engine.models import Hardware, Policy, load_model, load_processor, tiny_config, unwrap_peft
 from mig_kit.engine.prompt_cache import PromptCache
+from mig_kit.pipeline.params import profile_params
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 from mig_kit.stages import grpo
@@ -84,16 +85,15 @@ def random_model(folder: Path, tiny: Path, hidden: int, layers: int, seed: int =
     text.num_key_value_heads = max(1, text.num_attention_heads // 8)
     text.rope_parameters = {**text.rope_parameters, "mrope_section": [16, 24, 24]}
     Qwen2_5_VLForConditionalGeneration._from_config(shape).to(torch.bfloat16).save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 
 def stock_model(model: str | Path, hw: Hardware, attention: str = STOCK_ATTENTION) -> Qwen2_5_VLForConditionalGeneration:
     """The model as transformers itself loads it: its own attention, and its convolution over patches."""
-    loaded = load_model(model, replace(hw, attention=attention))
-    loaded.model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d
-    return loaded
+    weights = AutoModelForImageTextToText.from_pretrained(
+        model, dtype=hw.dtype, attn_implementation=attention, device_map=hw.device, use_safetensors=True)
+    return weights.eval()
 
 
 def _wait(hw: Hardware) -> None:
@@ -159,13 +159,9 @@ class TrainerPair:
         for share in (False, True):
             loaded = load_model(model, hw) if share else stock_model(model, hw, stock_attention)
             torch.manual_seed(seed)
-            made = grpo.grpo_trainer(
-                loaded, load_processor(model, BOX_FORMAT), self.samples, hw, folder / str(share),
-                share_prefix=share, adapter=training.lora_config(32, 64), num_generations=load.group,
-                batch_size=load.prompts * load.group, held=0, gradient_accumulation=1, max_steps=1, learning_rate=1e-4,
-                schedule="linear", warmup=1, scale_rewards="group", beta=0.0, temperature=1.0, max_new_tokens=load.tokens,
-                min_new_tokens=load.tokens, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=seed,
-                save_steps=100, box_format=BOX_FORMAT)
+            policy = Policy(loaded, load_processor(model, BOX_FORMAT), hw, BOX_FORMAT)
+            made = grpo.grpo_trainer(policy, self.samples, folder / str(share), self._params(share, seed),
+                                     min_new_tokens=load.tokens)
             torch.manual_seed(seed + 1)
             for name, parameter in made.model.named_parameters():  # an adapter that does something
                 if "lora_B" in name:
@@ -176,6 +172,14 @@ class TrainerPair:
             self.trainers[share] = made
         self.rows = {share: [made.train_dataset[i] for i in range(load.prompts) for _ in range(load.group)]
                      for share, made in self.trainers.items()}
+
+    def _params(self, share: bool, seed: int) -> SimpleNamespace:
+        load = self.load
+        return SimpleNamespace(**profile_params("05_grpo") | {
+            "share_prefix": share, "num_generations": load.group, "gradient_accumulation_steps": 1,
+            "per_device_train_batch_size": load.prompts * load.group, "max_steps": 1,
+            "learning_rate": 1e-4, "warmup_steps": 1, "scale_rewards": "group", "seed": seed,
+            "max_completion_length": load.tokens, "save_steps": 100})
 
     def rollout(self, share: bool) -> dict:
         """Replies and rewards of a step, and advantages that are not all 0; the kit's cache of prompts starts empty."""

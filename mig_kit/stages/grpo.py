@@ -1,13 +1,20 @@
-"""Stage 05: rule-based reinforcement learning with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
+"""Stage 05: rule-based RL with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
 
-Deviations from the paper: it publishes no group size, rates or KL weight; the tiny values are ours, the full profiles'
-are VLM-R1's and MG-Thinker's. `SharedPrefixGRPOTrainer` computes what TRL computes, reading each prompt once per group;
-`share_prefix: false` is stock TRL.
+Where this deviates from the paper, or fills a gap in it:
+- The paper publishes no group size, rates or KL weight; the tiny values are ours, those of the full
+  profiles VLM-R1's and MG-Thinker's.
+- The loss is the mean over the tokens of an update (`loss_type` dapo, TRL's default), not the mean
+  per reply of the GRPO paper (arXiv 2402.03300).
+- An update learns once from its replies, so the ratio of new to old probabilities is exactly 1 and
+  no clip can act; the kit has no parameter for one.
+- `SharedPrefixGRPOTrainer` computes what TRL computes, reading each prompt once per group;
+  `share_prefix: false` is stock TRL.
 """
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
@@ -16,255 +23,383 @@ from torch.utils.checkpoint import checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.generation import Sampling, count_prompts_at_once, draw_uniforms, generate_rollouts, kv_bytes_per_token
+from mig_kit.engine.generation import (
+    Sampling,
+    count_prompts_at_once,
+    draw_uniforms,
+    generate_rollouts,
+    kv_bytes_per_token,
+)
 from mig_kit.engine.logprobs import completion_logps, packed_logps
-from mig_kit.engine.models import Hardware, load_model, load_processor
+from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.prefixes import pad_to_multiple
-from mig_kit.engine.prompt_cache import PromptCache
-from mig_kit.engine.training import KeepAdapterDtype, LiveCurves, ProgressLines, tracker_args, train_or_resume, use_one_device
+from mig_kit.engine.prompt_cache import Prompt, PromptCache
+from mig_kit.engine.sampling import make_cache
+from mig_kit.engine.training import (
+    KeepAdapterDtype,
+    LiveCurves,
+    ProgressLines,
+    lora_config,
+    train_or_resume,
+    trainer_arguments,
+    use_one_device,
+)
 from mig_kit.prompts import chat_messages
-from mig_kit.rewards import box_reward, choice_reward, cites_only_existing_images, format_reward, image_reward
+from mig_kit.rewards import (
+    box_reward,
+    choice_reward,
+    cites_only_existing_images,
+    format_reward,
+    image_reward,
+)
 from mig_kit.sample import Sample, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
+CURVES = {
+    "reward": "reward", "rewards/format/mean": "format", "rewards/image/mean": "image",
+    "rewards/box/mean": "box", "rewards/choice/mean": "choice",
+    "completions/mean_length": "length", "entropy": "entropy", "kl": "kl",
+    "frac_reward_zero_std": "no_signal", "completions/clipped_ratio": "cut"}
 
-def reward_functions(samples: list[Sample], box_format: BoxFormat, missing_images: str = "format") -> list[Callable]:
-    """The four rewards in TRL's form; the column `sample` is the index into `samples`.
 
-    None where a reward does not apply: image and box of a multiple-choice sample, choice of any other. missing_images: what a
-    reply loses whose reasoning cites an image that the prompt does not have: "nothing", the "format" reward, or "all" of them.
+def reward_functions(samples: list[Sample], box_format: BoxFormat,
+                     hallucinated_image_penalty: str = "format") -> list[Callable]:
+    """The rewards in TRL's form, in the order of `reward_weights`: format, image, box, choice.
+
+    TRL's column `sample` is the index into `samples`. A reward is None where it does not apply:
+    image and box for a multiple-choice sample, choice for any other. hallucinated_image_penalty:
+    what a reply loses whose reasoning cites an image that the prompt does not have: "none", the
+    "format" reward, or "all" of them.
     """
-    if missing_images not in ("nothing", "format", "all"):
-        raise ValueError(f"missing_images is '{missing_images}'; use nothing, format or all")
+    has_box, has_letter = (lambda sample: not sample.options), (lambda sample: bool(sample.options))
+    rewards = {
+        "format": (format_reward, lambda sample: True),
+        "image": (image_reward, has_box),
+        "box": (partial(box_reward, box_format=box_format), has_box),
+        "choice": (choice_reward, has_letter)}
+    penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
+    return [_trl_reward(name, reward, applies_to, samples,
+                        is_penalised=name in penalised[hallucinated_image_penalty])
+            for name, (reward, applies_to) in rewards.items()]
 
-    def over(function, applies):
-        lost = missing_images == "all" or missing_images == "format" and function is format_reward
 
-        def one(reply: str, sample: Sample) -> float | None:
-            if not applies(sample):
-                return None
-            return 0.0 if lost and not cites_only_existing_images(reply, sample) else function(reply, sample)
+def _trl_reward(name: str, reward: Callable, applies_to: Callable, samples: list[Sample],
+                is_penalised: bool) -> Callable:
+    def score(reply: str, sample: Sample) -> float | None:
+        if not applies_to(sample):
+            return None
+        if is_penalised and not cites_only_existing_images(reply, sample):
+            return 0.0
+        return reward(reply, sample)
 
-        return lambda completions, sample, **_: [one(c[0]["content"], samples[i]) for c, i in zip(completions, sample)]
+    def score_all(completions, sample, **_) -> list[float | None]:
+        replies = [completion[0]["content"] for completion in completions]
+        return [score(reply, samples[index]) for reply, index in zip(replies, sample)]
 
-    found = [over(format_reward, lambda s: True), over(image_reward, lambda s: not s.options),
-             over(partial(box_reward, box_format=box_format), lambda s: not s.options), over(choice_reward, lambda s: bool(s.options))]
-    for function, name in zip(found, ("format", "image", "box", "choice")):
-        function.__name__ = name
-    return found
+    score_all.__name__ = name  # TRL logs a reward under its function's name
+    return score_all
 
 
 def grpo_rows(samples: list[Sample], box_format: BoxFormat, with_images: bool) -> Dataset:
-    """A table of prompt and sample index; images only where TRL itself reads them."""
-    return Dataset.from_list([
-        {"prompt": chat_messages(s, box_format), "sample": i, **({"images": list(s.images)} if with_images else {})}
-        for i, s in enumerate(samples)])
+    """A table of prompt and sample index; with images only where TRL itself reads them."""
+    rows = [{"prompt": chat_messages(sample, box_format), "sample": index}
+            for index, sample in enumerate(samples)]
+    if with_images:
+        rows = [{**row, "images": list(sample.images)} for row, sample in zip(rows, samples)]
+    return Dataset.from_list(rows)
 
 
-def group_advantages(rewards: torch.Tensor, group: int, scale: str = "group") -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, spread): A = (r - the group's mean) / (std + 1e-4), both (rows,). rewards: (rows,), groups in sequence.
+def group_advantages(rewards: torch.Tensor, group: int,
+                     scale: str = "group") -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, group_std): A = (r - mean of the group) / (std + 1e-4), both (rows,).
 
-    scale: whose std: "group" (DeepSeekMath, arXiv 2402.03300), "batch" (a group whose replies differ little then teaches little,
-    however clear its order is) or "none" (no division). TRL's names and epsilon. spread: the std within the row's group.
+    rewards: (rows,), groups in sequence. scale: whose std divides, "group" (DeepSeekMath, arXiv
+    2402.03300), "batch" (a group whose replies differ little then teaches little, however clear its
+    order is) or "none". Names and epsilon are TRL's. group_std: the std within the row's group.
     """
     grouped = rewards.view(-1, group)
-    spread = grouped.std(1).repeat_interleave(group)
+    group_std = grouped.std(1).repeat_interleave(group)
     centred = rewards - grouped.mean(1).repeat_interleave(group)
-    return (centred if scale == "none" else centred / ((rewards.std() if scale == "batch" else spread) + 1e-4)), spread
+    if scale == "none":
+        return centred, group_std
+    std = rewards.std() if scale == "batch" else group_std
+    return centred / (std + 1e-4), group_std
 
 
 class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
-    """GRPOTrainer that prefills every prompt once per group, in generation and in training.
+    """GRPOTrainer that reads every prompt once per group, in generation and in training.
 
-    samples: what the column `sample` of the data set points into. A process's batch holds whole groups. held: replies whose
-    graph is kept at a time (0: all of them); fewer need less memory, and one more forward pass.
+    samples: what the column `sample` of the data set points into. A process's batch holds whole
+    groups. micro_replies: replies whose graph is kept at a time (0: all of them); fewer need less
+    memory, and one more forward pass.
     """
 
-    def __init__(self, *args, samples: list[Sample], cache: PromptCache, autocast: bool, held: int = 0, **kwargs):
+    def __init__(self, *args, samples: list[Sample], cache: PromptCache, autocast: bool,
+                 micro_replies: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.samples, self.cache, self.autocast_rollouts, self.held = samples, cache, autocast, held
-        self._rows = None
+        self.samples, self.cache, self.micro_replies = samples, cache, micro_replies
+        self.autocast_rollouts = autocast
+        # The sample of every row of the step under way: TRL's loss asks for log-probabilities by
+        # token ids alone, which do not say whose images they are about.
+        self._step_samples = None
         if self.args.per_device_train_batch_size % self.num_generations:
-            raise ValueError("share_prefix needs batch_size to be a multiple of num_generations, so that groups stay whole")
+            raise ValueError("share_prefix needs per_device_train_batch_size to be a multiple of "
+                             "num_generations, so that groups stay whole")
+
+    def _prompts_of(self, indices: list[int]) -> list[Prompt]:
+        return self.cache.get([self.samples[index] for index in indices])
 
     def _prepare_inputs(self, generation_batch):
-        """As TRL's, which scatters the replies over the steps of an update; here groups stay whole, like lengths together."""
+        """As TRL's, but groups stay whole, and prompts of like lengths share a step.
+
+        TRL scatters the replies over the steps of an update.
+        """
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or len(self._buffered_inputs) == 1:
+        steps = self._buffered_inputs
+        if steps is before or len(steps) == 1:
             return inputs
-        parts = self._buffered_inputs
-        rows = torch.cat([part["sample"] for part in parts])
+        rows = torch.cat([step["sample"] for step in steps])
         distinct = rows.unique().tolist()
-        lengths = {i: len(p.ids) for i, p in zip(distinct, self.cache.get([self.samples[i] for i in distinct]))}
-        order = torch.tensor(sorted(range(len(rows)), key=lambda r: (lengths[rows[r].item()], rows[r].item())), device=rows.device)
-        whole = {name: torch.cat([part[name] for part in parts])[order] for name, value in parts[0].items() if value.ndim}
-        self._buffered_inputs = [parts[0] | {name: value.chunk(len(parts))[i] for name, value in whole.items()}
-                                 for i in range(len(parts))]
+        lengths = {index: len(prompt.ids)
+                   for index, prompt in zip(distinct, self._prompts_of(distinct))}
+        by_length = sorted(range(len(rows)),
+                           key=lambda row: (lengths[rows[row].item()], rows[row].item()))
+        order = torch.tensor(by_length, device=rows.device)
+        per_row = {name: torch.cat([step[name] for step in steps])[order].chunk(len(steps))
+                   for name, value in steps[0].items() if value.ndim}
+        self._buffered_inputs = [
+            steps[0] | {name: chunks[number] for name, chunks in per_row.items()}
+            for number in range(len(steps))]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs):
-        device, mode = self.accelerator.device, "train" if self.model.training else "eval"
+        mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
-        owners = [row["sample"] for row in inputs][::group]
-        prompts = self.cache.get([self.samples[i] for i in owners])
-        rank, all_prompts = self.accelerator.process_index, len(prompts) * self.accelerator.num_processes
-        draws = draw_uniforms(self.args.seed * 1_000_003 + self.state.global_step, all_prompts, group, self.max_completion_length)
-        draws = draws[rank * len(prompts):(rank + 1) * len(prompts)]
-        model = self.accelerator.unwrap_model(self.model)
-        sampling = Sampling(self.temperature, self.top_p, self.max_completion_length, **self.args.generation_kwargs)
-        model.eval()
-        longest = max(len(prompt.ids) for prompt in prompts)
-        at_once = count_prompts_at_once(len(prompts), longest, group, self.max_completion_length, kv_bytes_per_token(model))
-        replies = [r for start in range(0, len(prompts), at_once)
-                   for g in generate_rollouts(model, self.processing_class, prompts[start:start + at_once], group, sampling,
-                                     draws[start:start + at_once], self.autocast_rollouts) for r in g]
-        model.train(mode == "train")
-        texts = self.processing_class.tokenizer.batch_decode(replies, skip_special_tokens=True)
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        per_function = self._calculate_rewards(inputs, [row["prompt"] for row in inputs], completions, replies)
-        rewards = (per_function * self.reward_weights.to(device)).nansum(1)
-        advantages, spread = group_advantages(rewards, group, self.scale_rewards)
-        here = slice(rank * len(inputs), (rank + 1) * len(inputs))
-        ids = torch.full((len(replies), pad_to_multiple(max(map(len, replies)))), self._tokenizer.pad_token_id, device=device)
-        mask = torch.zeros_like(ids)
-        for i, reply in enumerate(replies):
-            ids[i, :len(reply)], mask[i, :len(reply)] = torch.tensor(reply, device=device), 1
-        lengths = mask.sum(1).float()
-        cut = torch.tensor([reply[-1] not in self.eos_token_ids for reply in replies], device=device)
-        log = self._metrics[mode]
-        for i, name in enumerate(self.reward_func_names):
-            log[f"rewards/{name}/mean"].append(per_function[:, i].nanmean().item())
-        log["reward"].append(rewards.mean().item())
-        log["reward_std"].append(rewards.std().item())
-        log["frac_reward_zero_std"].append((spread < 1e-6).float().mean().item())
-        log["completions/mean_length"].append(self.accelerator.gather(lengths).mean().item())
-        log["completions/clipped_ratio"].append(self.accelerator.gather(cut.float()).mean().item())
-        rows = torch.tensor([row["sample"] for row in inputs], device=device)
-        empty = torch.zeros(len(replies), 0, dtype=torch.long, device=device)
-        output = {"prompt_ids": empty, "prompt_mask": empty, "completion_ids": ids, "completion_mask": mask,
-                  "advantages": advantages[here], "sample": rows,
-                  "num_items_in_batch": self.accelerator.gather(mask.sum()).sum()}
-        again = self.num_iterations > 1 or self.args.steps_per_generation > self.args.gradient_accumulation_steps
-        with torch.no_grad():
-            if again:
-                output["old_per_token_logps"] = self._logps(self.model, rows, ids, mask)[0]
-            if self.beta != 0.0:
-                with model.disable_adapter():
-                    output["ref_per_token_logps"] = self._logps(self.model, rows, ids, mask)[0]
+        rank = self.accelerator.process_index
+        completions = self._draw_completions(inputs, group, mode)
+        tokenizer = self.processing_class.tokenizer
+        replies = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        messages = [[{"role": "assistant", "content": reply}] for reply in replies]
+        per_function = self._calculate_rewards(
+            inputs, [row["prompt"] for row in inputs], messages, completions)
+        weights = self.reward_weights.to(self.accelerator.device)
+        rewards = (per_function * weights).nansum(1)
+        advantages, group_std = group_advantages(rewards, group, self.scale_rewards)
+        own_rows = slice(rank * len(inputs), (rank + 1) * len(inputs))
+        output = self._to_batch(inputs, completions) | {"advantages": advantages[own_rows]}
+        self._log_rollouts(mode, per_function, rewards, group_std, completions, output)
+        self._add_old_and_reference_logps(output)
         return output
 
+    def _draw_completions(self, inputs, group: int, mode: str) -> list[list[int]]:
+        """Token ids of `group` completions to each of this process's prompts, in sequence."""
+        prompts = self._prompts_of([row["sample"] for row in inputs][::group])
+        accelerator, length = self.accelerator, self.max_completion_length
+        # one draw for all processes, so that N of them draw what one would
+        uniforms = draw_uniforms(self.args.seed * 1_000_003 + self.state.global_step,
+                                 len(prompts) * accelerator.num_processes, group, length)
+        first = accelerator.process_index * len(prompts)
+        uniforms = uniforms[first:first + len(prompts)]
+        model = accelerator.unwrap_model(self.model)
+        sampling = Sampling(self.temperature, self.top_p, length, **self.args.generation_kwargs)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        at_once = count_prompts_at_once(len(prompts), longest, group, length,
+                                        kv_bytes_per_token(model))
+        completions = []
+        model.eval()
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
+            rollouts = generate_rollouts(model, self.processing_class, prompts[part], group,
+                                         sampling, uniforms[part], self.autocast_rollouts)
+            completions += [completion for rollout in rollouts for completion in rollout]
+        model.train(mode == "train")
+        return completions
+
+    def _to_batch(self, inputs, completions: list[list[int]]) -> dict:
+        """Completions as TRL's loss reads them, without prompts: the cache holds those."""
+        device = self.accelerator.device
+        length = pad_to_multiple(max(map(len, completions)))
+        ids = torch.full((len(completions), length), self._tokenizer.pad_token_id, device=device)
+        mask = torch.zeros_like(ids)
+        for row, completion in enumerate(completions):
+            ids[row, :len(completion)] = torch.tensor(completion, device=device)
+            mask[row, :len(completion)] = 1
+        no_prompt = torch.zeros(len(completions), 0, dtype=torch.long, device=device)
+        samples = torch.tensor([row["sample"] for row in inputs], device=device)
+        return {"prompt_ids": no_prompt, "prompt_mask": no_prompt, "completion_ids": ids,
+                "completion_mask": mask, "sample": samples,
+                "num_items_in_batch": self.accelerator.gather(mask.sum()).sum()}
+
+    def _log_rollouts(self, mode: str, per_function, rewards, group_std, completions,
+                      output) -> None:
+        """Log what TRL logs of a batch of rollouts, under its names."""
+        gather, log = self.accelerator.gather, self._metrics[mode]
+        lengths = output["completion_mask"].sum(1).float()
+        is_cut = torch.tensor([completion[-1] not in self.eos_token_ids
+                               for completion in completions], device=lengths.device)
+        for column, name in enumerate(self.reward_func_names):
+            log[f"rewards/{name}/mean"].append(per_function[:, column].nanmean().item())
+        log["reward"].append(rewards.mean().item())
+        log["reward_std"].append(rewards.std().item())
+        log["frac_reward_zero_std"].append((group_std < 1e-6).float().mean().item())
+        log["completions/mean_length"].append(gather(lengths).mean().item())
+        log["completions/clipped_ratio"].append(gather(is_cut.float()).mean().item())
+
+    @torch.no_grad()
+    def _add_old_and_reference_logps(self, output: dict) -> None:
+        args = self.args
+        arguments = (self.model, output["sample"], output["completion_ids"],
+                     output["completion_mask"])
+        learns_again = (self.num_iterations > 1
+                        or args.steps_per_generation > args.gradient_accumulation_steps)
+        if learns_again:
+            output["old_per_token_logps"] = self._logps(*arguments)[0]
+        if self.beta != 0.0:
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                output["ref_per_token_logps"] = self._logps(*arguments)[0]
+
     def _logps(self, model, rows, ids, mask):
-        """(log-probabilities, entropies) of completions (rows, tokens), `held` replies, or a step's, in memory at a time."""
-        distinct, owner = rows.unique(return_inverse=True)
-        prompts = self.cache.get([self.samples[i] for i in distinct.tolist()])
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # like lengths together: less padding
-        owner = torch.tensor(order, device=owner.device).argsort()[owner]
-        most = self.held or self.args.per_device_train_batch_size  # the reference's pass is over the replies of several steps
-        at_once = max(1, most // self.num_generations)
+        """(log-probabilities, entropies) of completions, (rows, tokens) each.
+
+        `micro_replies` replies, or a step's, are in memory at a time: the reference's pass is over
+        the replies of several steps.
+        """
+        distinct, prompt_index = rows.unique(return_inverse=True)
+        prompts = self._prompts_of(distinct.tolist())
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        prompts = [prompts[index] for index in order]  # like lengths together: less padding
+        prompt_index = torch.tensor(order, device=prompt_index.device).argsort()[prompt_index]
+        at_once = max(1, (self.micro_replies or self.args.per_device_train_batch_size)
+                      // self.num_generations)
+        compute = packed_logps if self.args.gradient_checkpointing else completion_logps
         logps, entropies = torch.zeros(2, *ids.shape, device=ids.device)
         for start in range(0, len(prompts), at_once):
-            there = ((owner >= start) & (owner < start + at_once)).nonzero()[:, 0]
-            longest = min(ids.shape[1], pad_to_multiple(int(mask[there].sum(1).max())))
-            given = (self.accelerator.unwrap_model(model), [prompts[i] for i in order[start:start + at_once]],
-                     owner[there] - start, ids[there, :longest], mask[there, :longest],
-                     self.processing_class.image_token_id, self.temperature)
-            logps_of = packed_logps if self.args.gradient_checkpointing else completion_logps
-            last = start + at_once >= len(prompts)  # whose backward pass comes first: its graph is in memory anyway
+            part = ((prompt_index >= start) & (prompt_index < start + at_once)).nonzero()[:, 0]
+            length = min(ids.shape[1], pad_to_multiple(int(mask[part].sum(1).max())))
+            arguments = (self.accelerator.unwrap_model(model), prompts[start:start + at_once],
+                         prompt_index[part] - start, ids[part, :length], mask[part, :length],
+                         self.processing_class.image_token_id, self.temperature)
+            # the last part's backward pass comes first: its graph is in memory anyway
+            is_last = start + at_once >= len(prompts)
             with self.accelerator.autocast():
-                found = (logps_of(*given) if last or not torch.is_grad_enabled()
-                         else checkpoint(logps_of, *given, use_reentrant=False))
-            rest = (0, ids.shape[1] - longest)
-            logps, entropies = (whole.index_copy(0, there, pad(part, rest)) for whole, part in zip((logps, entropies), found))
+                if is_last or not torch.is_grad_enabled():
+                    values = compute(*arguments)
+                else:
+                    values = checkpoint(compute, *arguments, use_reentrant=False)
+            padding = (0, ids.shape[1] - length)
+            logps, entropies = (total.index_copy(0, part, pad(value, padding))
+                                for total, value in zip((logps, entropies), values))
         return logps, entropies
 
     def training_step(self, model, inputs, num_items_in_batch):
-        """As TRL's; afterwards the processes' gradients are averaged, for the shared passes go around DDP, which would do it."""
+        """As TRL's; then average the processes' gradients, because shared passes go around DDP."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+        processes = self.accelerator.num_processes
+        if processes > 1 and self.accelerator.sync_gradients:
             for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= self.accelerator.num_processes
+                if not parameter.requires_grad:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= processes
         return loss
 
     def _compute_loss(self, model, inputs):
-        self._rows = inputs["sample"]
+        self._step_samples = inputs["sample"]
         return super()._compute_loss(model, inputs)
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        logps, entropies = self._logps(model, self._rows, input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:])
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep,
+                                           *args, **kwargs):
+        logps, entropies = self._logps(model, self._step_samples, input_ids[:, -logits_to_keep:],
+                                       attention_mask[:, -logits_to_keep:])
         return logps, entropies, None
 
 
-def grpo_trainer(model, processor, samples: list[Sample], hw: Hardware, folder: Path, *, share_prefix: bool, adapter,
-            num_generations: int, batch_size: int, held: int, gradient_accumulation: int, max_steps: int, learning_rate: float,
-            schedule: str, warmup: int, scale_rewards: str, beta: float, temperature: float, max_new_tokens: int,
-            weights: list[float], clip_low: float, clip_high: float, seed: int, save_steps: int,
-            box_format: BoxFormat, missing_images: str = "format", checkpoint_layers: bool = False,
-            min_new_tokens: int = 0, track: str = "none", processes: int = 1) -> GRPOTrainer:
-    """The GRPO trainer over `samples`. batch_size counts replies; weights are those of format, image, box and choice.
+def grpo_trainer(policy: Policy, samples: list[Sample], folder: Path, params: SimpleNamespace,
+                 processes: int = 1, min_new_tokens: int = 0) -> GRPOTrainer:
+    """The GRPO trainer over `samples`, with a new adapter on the policy.
 
-    checkpoint_layers: only the layers' inputs are kept for the backward pass, with shared prefixes as without. processes: that
-    train together, under `workers.beside`; they share the steps of an update, so that it is of as many replies as by one.
+    params: the stage's; those that GRPOConfig has are passed on. processes: that train together,
+    under `parallel.training_processes`; they share the steps of an update, so that an update has as
+    many replies as with one. Raises ValueError where an update needs more prompts than there are.
     """
-    if len(samples) < (prompts := batch_size * gradient_accumulation // num_generations):
-        raise ValueError(f"there are {len(samples)} prompts, and an update needs {prompts} different ones (batch_size x "
-                         "gradient_accumulation / num_generations); lower gradient_accumulation, or widen lowest and highest in 04")
-    if gradient_accumulation % processes:
-        raise ValueError(f"{processes} processes cannot share {gradient_accumulation} steps of an update evenly; set "
-                         f"gradient_accumulation to a multiple of processes")
-    if hw.device == "cpu":  # sums over a group's rows would otherwise depend on which thread comes first
+    hardware = policy.hardware
+    steps = _steps_per_process(params, len(samples), processes)
+    if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    config = GRPOConfig(
-        output_dir=str(folder / "checkpoints"), num_generations=num_generations, per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation // processes, max_steps=max_steps, learning_rate=learning_rate,
-        lr_scheduler_type=schedule, warmup_steps=warmup, scale_rewards=scale_rewards, beta=beta, temperature=temperature,
-        max_completion_length=max_new_tokens, reward_weights=weights, generation_kwargs={"min_new_tokens": min_new_tokens},
-        epsilon=clip_low, epsilon_high=clip_high, seed=seed,
-        data_seed=seed, logging_steps=1, save_steps=save_steps, save_total_limit=1, **tracker_args(track, folder),
-        use_cpu=hw.device == "cpu", bf16=hw.autocast or hw.dtype == torch.bfloat16,
-        gradient_checkpointing=checkpoint_layers, gradient_checkpointing_kwargs={"use_reentrant": False},
-        dataloader_pin_memory=False)
+    arguments = trainer_arguments(GRPOConfig, params, hardware, folder)
+    arguments |= {"gradient_accumulation_steps": steps,
+                  "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                  "generation_kwargs": {"min_new_tokens": min_new_tokens}}
+    config = GRPOConfig(**arguments)
     use_one_device(config)
-    common = dict(model=model, args=config, reward_funcs=reward_functions(samples, box_format, missing_images),
-                  processing_class=processor,
-                  train_dataset=grpo_rows(samples, box_format, with_images=not share_prefix), peft_config=adapter,
-                  callbacks=[ProgressLines(("reward", *(f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")),
-                                       "entropy")), StopIfNothingLearns(),
-                             LiveCurves(training_curves, ("reward", "image", "box", "choice"))])
-    if not share_prefix:
+    reward_names = [f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")]
+    common = {
+        "model": policy.model, "args": config, "processing_class": policy.processor,
+        "reward_funcs": reward_functions(samples, policy.box_format,
+                                         params.hallucinated_image_penalty),
+        "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
+        "peft_config": lora_config(params.lora_r, params.lora_alpha, params.lora_dropout),
+        "callbacks": [ProgressLines(("reward", *reward_names, "entropy")), StopIfNothingLearns(),
+                      LiveCurves(training_curves, ("reward", "image", "box", "choice"))]}
+    if not params.share_prefix:
         return GRPOTrainer(**common)
-    return SharedPrefixGRPOTrainer(**common, samples=samples, autocast=hw.autocast, held=held,
-                                   cache=PromptCache(model, processor, box_format, autocast=hw.autocast))
+    return SharedPrefixGRPOTrainer(
+        **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
+        micro_replies=params.micro_replies)
 
 
-def train_as_worker(merged: Path, kept: Path, hw: Hardware, folder: Path, settings: dict) -> None:
-    """What the other processes of a training do (`workers.beside`): train the merged model on `kept`; settings as of `trainer`."""
-    model, processor = load_model(merged, hw), load_processor(merged, settings["box_format"])
-    train_or_resume(grpo_trainer(model, processor, read_samples(kept), hw, folder, **settings), folder)
+def _steps_per_process(params: SimpleNamespace, n_prompts: int, processes: int) -> int:
+    """gradient_accumulation_steps of each process; ValueError where numbers do not fit."""
+    steps, batch_size = params.gradient_accumulation_steps, params.per_device_train_batch_size
+    needed = batch_size * steps // params.num_generations
+    if n_prompts < needed:
+        raise ValueError(
+            f"there are {n_prompts} prompts, and an update needs {needed} different ones "
+            "(per_device_train_batch_size x gradient_accumulation_steps / num_generations); lower "
+            "gradient_accumulation_steps, or widen min_pass_rate and max_pass_rate in 04")
+    if steps % processes:
+        raise ValueError(
+            f"{processes} processes cannot share {steps} steps of an update evenly; set "
+            "gradient_accumulation_steps to a multiple of processes")
+    return steps // processes
+
+
+def train_as_worker(merged: Path, kept: Path, hardware: Hardware, box_format: BoxFormat,
+                    folder: Path, params: SimpleNamespace, processes: int) -> None:
+    """What every further process of a training does: train the merged model on `kept`, too."""
+    policy = load_policy(merged, hardware, box_format)
+    trainer = grpo_trainer(policy, read_samples(kept), folder, params, processes)
+    train_or_resume(trainer, folder)
 
 
 def training_curves(history: list[dict]) -> list[dict]:
-    """Rows of a trainer's log history: step, rewards, length, entropy, KL (if any) and groups without signal."""
-    names = {"reward": "reward", "rewards/format/mean": "format", "rewards/image/mean": "image", "rewards/box/mean": "box",
-             "rewards/choice/mean": "choice", "completions/mean_length": "length", "entropy": "entropy", "kl": "kl",
-             "frac_reward_zero_std": "no_signal", "completions/clipped_ratio": "cut"}
-    found = [{"step": row["step"], **{new: row.get(old) for old, new in names.items()}} for row in history if "reward" in row]
-    return [{key: None if value != value else value for key, value in row.items()} for row in found]  # NaN: no such sample
+    """Rows of a trainer's log history: the step, and CURVES under their short names.
+
+    None where a figure is missing, or NaN because no sample of the step has that reward.
+    """
+    rows = [{"step": row["step"], **{short: row.get(name) for name, short in CURVES.items()}}
+            for row in history if "reward" in row]
+    return [{name: None if value != value else value for name, value in row.items()}
+            for row in rows]
 
 
 def length_collapse_warning(rows: list[dict], span: int = 10, share: float = 0.8) -> str:
-    """One sentence if the replies of the last `span` updates have less than `share` of the first ones' tokens, else "".
+    """One sentence if the last `span` updates' replies have less than `share` of the first ones'
+    tokens, else "".
 
-    rows: of `curves`. Where listing what is in each image pays only later, this is how reinforcement fails in the tiny world.
+    rows: of `training_curves`. Where listing what is in each image pays only later, this is how RL
+    fails in the tiny world.
     """
     if len(rows) < 2 * span:
         return ""
-    first, last = (sum(row["length"] for row in part) / span for part in (rows[:span], rows[-span:]))
+    first, last = (sum(row["length"] for row in part) / span
+                   for part in (rows[:span], rows[-span:]))
     if last >= share * first:
         return ""
-    return (f"replies fell from {first:.0f} to {last:.0f} tokens: the model may have given up showing its evidence, and with it "
-            "what there was to gain; lower learning_rate and look at 'length' again")
+    return (f"replies fell from {first:.0f} to {last:.0f} tokens: the model may have given up "
+            "listing its evidence, and with it what there was to gain; lower learning_rate and "
+            "look at 'length' again")

@@ -1,4 +1,4 @@
-"""Stage 00: what this machine has, and what the chosen profile will need, before anything is computed."""
+"""Stage 00: what this machine has and what the profile will need, before anything is computed."""
 
 import os
 import shutil
@@ -10,51 +10,68 @@ import torch
 from mig_kit.engine.models import TINY_BASE, Hardware, load_model
 from mig_kit.pipeline.store import runs_root
 
-# Minutes of each stage, the means of two `make run` on two cores of an AMD EPYC (Zen 4, no AMX; 25.5 and 28.4 minutes in all; of
-# 04 to 06 what a later one took, by the time its 02 took), and GiB that it stayed within.
-TINY_COST = {"01_synthesize": (0.4, 4.0), "02_sft": (10.6, 4.0), "03_merge": (0.3, 4.0), "04_rejection_sampling": (2.1, 4.0),
-             "05_grpo": (7.3, 6.0), "06_evaluate": (2.9, 6.0), "07_report": (0.3, 4.0)}
+# Minutes of each stage of `make run` on two cores of an AMD EPYC (Zen 4, no AMX), and GiB of memory
+# that it stayed within.
+TINY_COST = {
+    "01_synthesize": (0.4, 4.0), "02_sft": (10.6, 4.0), "03_merge": (0.3, 4.0),
+    "04_rejection_sampling": (2.1, 4.0), "05_grpo": (7.3, 6.0), "06_evaluate": (2.9, 6.0),
+    "07_report": (0.3, 4.0)}
+REFERENCE_SECONDS = 0.435  # what `time_reference_step` gave in that run
 
 
-REFERENCE_PACE = 0.435  # what `pace` gave in those runs, seconds
+def describe_machine() -> dict:
+    """Cores, memory and free disk (GiB), and the GPU if there is one."""
+    memory = psutil.virtual_memory()
+    existing = next(path for path in (runs_root(), *runs_root().parents) if path.exists())
+    return {
+        "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+        "memory_gib": round(memory.total / 2**30, 1),
+        "available_gib": round(memory.available / 2**30, 1),
+        "disk_free_gib": round(shutil.disk_usage(existing).free / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
 
 
-def time_reference_step(hw: Hardware, rounds: int = 3) -> float:
-    """Seconds of a fixed piece of training, the best of `rounds`: the shipped base on 16 rows of 200 tokens, forth and back."""
-    model = load_model(TINY_BASE, hw)
-    ids = torch.arange(16 * 200, device=hw.device).view(16, 200) % 500 + 100  # no special tokens
+def time_reference_step(hardware: Hardware, rounds: int = 3) -> float:
+    """Seconds of a fixed training step, the best of `rounds`.
+
+    The step is the shipped base on 16 rows of 200 tokens, forward and backward.
+    """
+    model = load_model(TINY_BASE, hardware)
+    ids = torch.arange(16 * 200, device=hardware.device).view(16, 200)
+    ids = ids % 500 + 100  # no special tokens
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
-        with torch.autocast(hw.device, torch.bfloat16, enabled=hw.autocast):
+        with torch.autocast(hardware.device, torch.bfloat16, enabled=hardware.autocast):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         model.zero_grad()
-        if hw.device == "cuda":
+        if hardware.device == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return best
 
 
 def predict_minutes(seconds: float) -> list[dict]:
-    """Rows {stage, minutes, memory_gib}: the measured cost, with time scaled to this machine's `pace`."""
-    return [{"stage": stage, "minutes": round(minutes * seconds / REFERENCE_PACE, 1), "memory_gib": gib}
+    """Rows {stage, minutes, memory_gib}: the measured cost, its time scaled to this machine.
+
+    seconds: of `time_reference_step`.
+    """
+    scale = seconds / REFERENCE_SECONDS
+    return [{"stage": stage, "minutes": round(minutes * scale, 1), "memory_gib": gib}
             for stage, (minutes, gib) in TINY_COST.items()]
 
 
-def describe_machine() -> dict:
-    """Cores, memory and free disk (GiB), and the GPU if there is one."""
-    memory, disk = psutil.virtual_memory(), shutil.disk_usage(next(p for p in (runs_root(), *runs_root().parents) if p.exists()))
-    return {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": round(memory.total / 2**30, 1),
-            "available_gib": round(memory.available / 2**30, 1), "disk_free_gib": round(disk.free / 2**30, 1),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+def require_resources(machine: dict, memory_gib: float, disk_gib: float) -> None:
+    """MemoryError or OSError with one sentence when the machine is too small for the profile.
 
-
-def require_resources(found: dict, memory_gib: float, disk_gib: float) -> None:
-    """MemoryError or OSError with one sentence when the machine is too small for the profile."""
-    if found["available_gib"] < memory_gib:
-        raise MemoryError(f"this profile needs {memory_gib:g} GiB of memory and {found['available_gib']:g} GiB are free; "
-                          "close other programs or use the smoke profile")
-    if found["disk_free_gib"] < disk_gib:
-        raise OSError(f"this profile writes up to {disk_gib:g} GiB and {found['disk_free_gib']:g} GiB are free; "
-                      "free some disk or set MIG_KIT_RUNS to a larger one")
+    machine: of `describe_machine`.
+    """
+    if machine["available_gib"] < memory_gib:
+        raise MemoryError(
+            f"this profile needs {memory_gib:g} GiB of memory and {machine['available_gib']:g} GiB "
+            "are free; close other programs or use the smoke profile")
+    if machine["disk_free_gib"] < disk_gib:
+        raise OSError(
+            f"this profile writes up to {disk_gib:g} GiB and {machine['disk_free_gib']:g} GiB are "
+            "free; free some disk or set MIG_KIT_RUNS to a larger one")

@@ -1,8 +1,9 @@
-"""Stage 04: rejection sampling with the merged model curates the prompts for reinforcement learning.
+"""Stage 04: rejection sampling with the merged model curates the prompts for RL.
 
-The paper names the step but not the rule. Ours: draw N replies per candidate at T 1, call a reply right if it names the
-right image with IoU >= 0.5, and keep prompts that are neither always right nor never right (a group without spread has no
-advantage to learn from), the same number from every task.
+The paper names the step but not the rule. Ours: draw N replies per candidate at temperature 1, call
+a reply correct if it names the right image with IoU >= 0.5, and keep prompts that are neither
+always nor never answered correctly, at most the same number of every task. A group without spread
+has no advantage to learn from.
 """
 
 import random
@@ -14,48 +15,62 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 
+DETAILS = ("method", "finding", "evidence")
+
 
 def pass_rates(samples: list[Sample], replies: dict[str, list[str]], box_format: BoxFormat,
                threshold: float = 0.5) -> np.ndarray:
-    """Share of right replies per sample, (samples,) float in 0..1."""
-    return np.array([np.mean([is_correct(r, s, box_format, threshold) for r in replies[s.id]]) for s in samples])
+    """Share of correct replies per sample, (samples,) float in 0..1."""
+    return np.array([
+        np.mean([is_correct(reply, sample, box_format, threshold) for reply in replies[sample.id]])
+        for sample in samples])
 
 
-def accuracy_by_detail(samples: list[Sample], replies: dict[str, list[str]], box_format: BoxFormat) -> list[dict]:
-    """How often replies are right by what their reasoning says: rows {asked, detail, n, right}, right in 0..1.
+def accuracy_by_detail(samples: list[Sample], replies: dict[str, list[str]],
+                       box_format: BoxFormat) -> list[dict]:
+    """How often replies are correct by how much their reasoning says.
 
-    asked: "a box" or "a letter". detail: "method" (nothing of the form "name: value"), "finding" (one such statement) or
-    "evidence" (several), as the tiny teacher writes them.
+    Rows {asked, detail, n, correct}: asked is "a box" or "a letter", correct a share in 0..1.
     """
-    found = defaultdict(list)
+    outcomes = defaultdict(list)
     for sample in samples:
+        asked = "a letter" if sample.options else "a box"
         for reply in replies[sample.id]:
-            stated = reply.partition("</think>")[0].count(": ")
-            detail = ("method", "finding", "evidence")[min(stated, 2)]
-            found["a letter" if sample.options else "a box", detail].append(is_correct(reply, sample, box_format, 0.5))
-    return [{"asked": asked, "detail": detail, "n": len(right), "right": float(np.mean(right))}
-            for (asked, detail), right in sorted(found.items())]
+            correct = is_correct(reply, sample, box_format)
+            outcomes[asked, reasoning_detail(reply)].append(correct)
+    return [{"asked": asked, "detail": detail, "n": len(values), "correct": float(np.mean(values))}
+            for (asked, detail), values in sorted(outcomes.items())]
 
 
-def select_by_pass_rate(samples: list[Sample], rates: np.ndarray, *, lowest: float, highest: float, per_task: int,
-           seed: int) -> tuple[list[Sample], dict[str, dict[str, int]]]:
-    """The kept samples, and per task how many were kept or dropped and why.
+def reasoning_detail(reply: str) -> str:
+    """One of DETAILS, as the tiny teacher writes them.
+
+    Statements have the form "name: value": "method" has none, "finding" one, "evidence" several.
+    """
+    statements = reply.partition("</think>")[0].count(": ")
+    return DETAILS[min(statements, 2)]
+
+
+def select_by_pass_rate(samples: list[Sample], rates: np.ndarray, *, lowest: float, highest: float,
+                        per_task: int, seed: int) -> tuple[list[Sample], dict[str, dict[str, int]]]:
+    """The kept samples, and per task how many were kept or dropped, and why.
 
     Kept: lowest <= pass rate <= highest, at most `per_task` of every task, drawn at random.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
-    fit = defaultdict(list)
+    within = defaultdict(list)
     for sample, rate in zip(samples, rates, strict=True):
-        reason = "never right" if rate < lowest else "always right" if rate > highest else ""
-        if reason:
-            counts[sample.task][reason] += 1
+        if rate < lowest:
+            counts[sample.task]["never correct"] += 1
+        elif rate > highest:
+            counts[sample.task]["always correct"] += 1
         else:
-            fit[sample.task].append(sample)
+            within[sample.task].append(sample)
     rng, kept = random.Random(f"curate/{seed}"), []
-    for task, found in fit.items():
-        rng.shuffle(found)
-        kept += found[:per_task]
-        counts[task]["kept"] = len(found[:per_task])
-        counts[task]["over the task's share"] = len(found[per_task:])
+    for task, candidates in within.items():
+        rng.shuffle(candidates)
+        kept += candidates[:per_task]
+        counts[task]["kept"] = len(candidates[:per_task])
+        counts[task]["over the task's share"] = len(candidates[per_task:])
     rng.shuffle(kept)
-    return kept, {task: dict(c) for task, c in counts.items()}
+    return kept, {task: dict(count) for task, count in counts.items()}

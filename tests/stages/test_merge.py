@@ -19,7 +19,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
     model.save_pretrained(tmp_path / "adapter")
-    models.save_model(merge.merge_adapter(random_folder, tmp_path / "adapter", float32), processor, tmp_path / "merged")
+    models.save_model(merge.merge_adapter(random_folder, tmp_path / "adapter", float32), processor, tmp_path / "merged", random_folder)
     samples = [make_sample("diff", "val", i) for i in range(3)]
     rows = merge.compare_merge_methods(random_folder, tmp_path / "adapter", tmp_path / "merged", samples, ["<think>Compare.</think>"] * 3,
                          float32, VIEW)
@@ -41,8 +41,8 @@ def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
     """A tokenizer that has padded a batch writes that into its file: a stage that was resumed would leave another one."""
     used = models.load_processor(models.TINY_BASE, box_format=BoxFormat())
     used.tokenizer(["a", "a longer line"], padding=True, truncation=True, max_length=8)
-    models.save_model(random_model, models.load_processor(models.TINY_BASE, box_format=BoxFormat()), tmp_path / "fresh")
-    models.save_model(random_model, used, tmp_path / "used")
+    models.save_model(random_model, models.load_processor(models.TINY_BASE, box_format=BoxFormat()), tmp_path / "fresh", models.TINY_BASE)
+    models.save_model(random_model, used, tmp_path / "used", models.TINY_BASE)
     for file in sorted(p.name for p in (tmp_path / "fresh").iterdir()):
         assert (tmp_path / "fresh" / file).read_bytes() == (tmp_path / "used" / file).read_bytes(), file
 

@@ -71,8 +71,8 @@ def test_outcomes_by_hand():
 
 def test_flow_adds_up():
     metrics = {"01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
-               "04_rejection_sampling": {"why": {"diff": {"kept": 3, "never right": 1}, "region": {"kept": 2}}}}
-    assert report.sample_counts(metrics) == {"traces": {"kept": 8, "dropped: format": 2}, "candidates": {"kept": 5, "never right": 1}}
+               "04_rejection_sampling": {"why": {"diff": {"kept": 3, "never correct": 1}, "region": {"kept": 2}}}}
+    assert report.sample_counts(metrics) == {"traces": {"kept": 8, "dropped: format": 2}, "candidates": {"kept": 5, "never correct": 1}}
 
 
 def test_calibration_counts_every_sample_once():

@@ -1,0 +1,116 @@
+"""Run stages as notebooks, through papermill: what is up to date is skipped."""
+
+import json
+import logging
+
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.pipeline import store
+from mig_kit.pipeline.params import (
+    RUN_PARAMS,
+    RUN_PARAMS_STAGE,
+    profile_params,
+    stage_parameters,
+    unknown_parameter_message,
+    validate_params,
+)
+from mig_kit.pipeline.stage_table import StageTable
+
+
+def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
+    """What `-p name value` gave, values read as YAML.
+
+    KeyError for a name that none of the stages has, ValueError for a value that cannot be read.
+    """
+    known = {name for stage in stages for name in stage_parameters(stage)}
+    overrides = {}
+    for name, text in pairs:
+        if name == "run_id":
+            raise ValueError("-p run_id would part a run's notebook from its files; use --run-id")
+        if name not in known:
+            raise KeyError(unknown_parameter_message(name, " or ".join(stages), known))
+        try:
+            overrides[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
+                             "as \"[1, 2]\"") from None
+    return overrides
+
+
+def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dict:
+    """All parameters of a stage: its profile's, then run id, profile and overrides it knows."""
+    values = profile_params(stage, profile)
+    overrides = {"run_id": run_id, "profile": profile, **overrides}
+    known = {name: value for name, value in overrides.items() if name in values}
+    return validate_params({**values, **known}, stage)
+
+
+def run_stages(params: dict[str, dict], run_id: str, profile: str, force: bool = False) -> None:
+    """Run the stages of `params` in order, each with its parameters.
+
+    A stage that is up to date is skipped unless `force` is set. RuntimeError with the notebook's
+    error where a stage fails; what it left is kept for resuming.
+    """
+    if RUN_PARAMS_STAGE not in params:
+        _check_run_params(run_id, profile)
+    with StageTable(list(params)) as table:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[table], force=True)
+        for stage, values in params.items():
+            if not force and store.is_up_to_date(stage, run_id, values):
+                table.set(stage, "up to date")
+            elif _prepare_folder(stage, run_id, values, force):
+                table.set(stage, "running")
+                _execute_notebook(stage, run_id, values, table)
+                table.set(stage, "done")
+            else:
+                table.set(stage, "up to date")
+
+
+def _check_run_params(run_id: str, profile: str) -> None:
+    """Refuse to go on with a run under a profile of another model or another box format."""
+    record = store.load_record(RUN_PARAMS_STAGE, run_id)
+    if record is None or profile == "tiny":
+        return
+    expected = profile_params(RUN_PARAMS_STAGE, profile)
+    for name in RUN_PARAMS:
+        if record["params"][name] != expected[name]:
+            raise ValueError(
+                f"run '{run_id}' was started with {name} {record['params'][name]}, and profile "
+                f"'{profile}' has {expected[name]}; run {RUN_PARAMS_STAGE} with this profile, or "
+                "use another --run-id")
+
+
+def _prepare_folder(stage: str, run_id: str, params: dict, force: bool) -> bool:
+    """Make room for a new run of the stage; False where an earlier result could be brought back."""
+    folder = store.runs_root() / run_id / stage
+    store.stage_key(stage, run_id, params)  # raises here, before anything is written
+    store.lock_run(folder.parent)
+    is_restored = not force and store.restore_outputs(stage, run_id, params)
+    if not is_restored:
+        store.set_aside_outputs(stage, run_id)
+    if force:
+        (folder / "started.json").unlink(missing_ok=True)  # its leftovers are not resumed
+    store.unlock_run(folder.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return not is_restored
+
+
+def _execute_notebook(stage: str, run_id: str, params: dict, table: StageTable) -> None:
+    notebooks = PROJECT_ROOT / "notebooks"
+    output = store.runs_root() / run_id / stage / f"{stage}.ipynb"
+    try:
+        papermill.execute_notebook(notebooks / f"{stage}.ipynb", output, params,
+                                   progress_bar=False, log_output=True, cwd=str(notebooks))
+    except PapermillExecutionError as error:
+        table.set(stage, "failed")
+        raise RuntimeError(f"{stage} failed: {error.ename}: {error.evalue} "
+                           f"(the notebook is {output})") from None
+
+
+def run_summary(stage: str, run_id: str) -> str:
+    """The result of a finished stage in a few words, or ""."""
+    path = store.runs_root() / run_id / stage / "run.json"
+    return json.loads(path.read_text()).get("summary", "") if path.is_file() else ""
