@@ -50,11 +50,11 @@ class BoxFormat:
 
     def __post_init__(self):
         if self.coordinates not in MODEL_COORDINATES:
-            raise ValueError(f"coordinates is '{self.coordinates}'; use absolute (Qwen2.5-VL) or normalized_1000 "
-                             "(Qwen2-VL, Qwen3-VL)")
+            raise ValueError(f"coordinates is '{self.coordinates}'; use absolute (Qwen2.5-VL) or "
+                             "normalized_1000 (Qwen2-VL, Qwen3-VL)")
         if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; give two areas, "
-                             "the lower one first")
+            raise ValueError(f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; "
+                             "give two areas, the lower one first")
         object.__setattr__(self, "coordinates", Coordinates(self.coordinates))
 
 
@@ -67,7 +67,8 @@ def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: in
     16 x 2 = 32 for Qwen3-VL. Raises ValueError for an aspect ratio over 200.
     """
     if min(width, height) < 1 or max(width, height) / min(width, height) > 200:
-        raise ValueError(f"an image of {width}x{height} px cannot be used: the aspect ratio must be at most 200")
+        raise ValueError(f"an image of {width}x{height} px cannot be used: the aspect ratio must "
+                         "be at most 200")
     w, h = (round(side / factor) * factor for side in (width, height))
     if w * h > max_pixels:
         beta = math.sqrt(width * height / max_pixels)
@@ -85,7 +86,8 @@ def seen_size(size: tuple[int, int], box_format: BoxFormat, factor: int = 28) ->
     return smart_resize(*size, box_format.min_pixels, box_format.max_pixels, factor)
 
 
-def coordinate_size(size: tuple[int, int], coordinates: Coordinates, box_format: BoxFormat) -> tuple[int, int]:
+def coordinate_size(size: tuple[int, int], coordinates: Coordinates,
+                    box_format: BoxFormat) -> tuple[int, int]:
     """(width, height) that the whole image of `size` has in these coordinates."""
     if coordinates == Coordinates.ABSOLUTE:
         return seen_size(size, box_format)

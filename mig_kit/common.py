@@ -1,6 +1,4 @@
-"""The ground every wing stands on: project root, atomic writes, line-wise reading, progress,
-memory.
-"""
+"""The ground that every wing stands on: folders, atomic writes, line-wise reading, progress."""
 
 import ctypes
 import hashlib
@@ -13,20 +11,44 @@ from tqdm import tqdm
 
 PACKAGE = Path(__file__).resolve().parent
 PROJECT_ROOT = PACKAGE.parent
-
-
-# glibc gives freed memory back to the system at once and faults it in again for every tensor:
-# measured 9 % of a step.
-PROCESS_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
-               "MALLOC_TOP_PAD_": "268435456", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
 MAX_LINE = 1 << 20
+
+# glibc returns freed memory at once and faults it in again for every tensor: 9 % of a step.
+PROCESS_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456", "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false"}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it.
+
+    So `path` is either old or complete, also when the process is killed.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+def write_json(path: Path, data) -> None:
+    """Write `data` as JSON, atomically."""
+    text = json.dumps(data, indent=1, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line without its end), None for a line over MAX_LINE bytes; never more
-    than that in memory.
+    """(line number from 1, line without its end); None for a line over MAX_LINE bytes.
+
+    Never more than MAX_LINE bytes are in memory.
     """
     with path.open("rb") as file:
         number = 0
@@ -40,49 +62,24 @@ def iter_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             yield number, None
 
 
-def release_memory() -> None:
-    """Give memory that glibc keeps for later back to the system; elsewhere does nothing.
+def progress_bar(steps: Iterable, label: str, **more) -> tqdm:
+    """A bar with the time left, as text on standard output; more: as of tqdm.
 
-    With the ENVIRONMENT above and rows of many lengths the heap grows several times over what is in
-    use, within minutes. Memory that is given back has to be faulted in again: a training step pads
-    its rows to few lengths instead (`shared_prompts.rounded`).
+    It shows in JupyterLab, under papermill and on a terminal. tqdm's own choice in a notebook is a
+    widget, of which papermill and a terminal show nothing.
+    """
+    return tqdm(steps, desc=label, file=sys.stdout, mininterval=5, ascii=" =", **more)
+
+
+def release_memory() -> None:
+    """Give memory that glibc keeps for later back to the system; does nothing elsewhere.
+
+    Under PROCESS_ENVIRONMENT, and with rows of many lengths, the heap soon grows to several times
+    what is in use. Memory that is given back has to be faulted in again, so a training step pads
+    its rows to few lengths instead (`engine.prefixes.pad_to_multiple`).
     """
     if sys.platform == "linux":
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         except (OSError, AttributeError):  # another C library
             pass
-
-
-def progress_bar(steps: Iterable, label: str, **more) -> tqdm:
-    """A bar with the time left as text on standard output: seen in JupyterLab, under papermill and
-    on a terminal.
-
-    tqdm's own choice in a notebook is a widget, of which papermill and a terminal show nothing.
-    more: as of tqdm.
-    """
-    return tqdm(steps, desc=label, file=sys.stdout, mininterval=5, ascii=" =", **more)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: `path` is either old or
-    whole, never half.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)
-
-
-def write_json(path: Path, data) -> None:
-    """Write `data` as JSON; the file is either old or whole."""
-    text = json.dumps(data, indent=1, default=str) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))

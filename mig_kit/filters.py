@@ -19,7 +19,8 @@ DROP_REASONS = ("format", "image", "box", "choice", "leak")
 CONCLUDES = re.compile(
     r"\b(?:answer|target|object asked for|box)\b[^.]{0,60}\b(?:is|are|lies|sits)\b[^.]{0,60}"
     r"(?:\bimage\s*#?\d|\b(?:first|second|third|fourth|fifth|sixth|last)\s+image\b|[(\[]\s*\d)"
-    r"|^\W*(?:therefore|thus|hence|in conclusion)\b|\b(?:the|final|correct)\s+answer\s+is\b", re.IGNORECASE)
+    r"|^\W*(?:therefore|thus|hence|in conclusion)\b"
+    r"|\b(?:the|final|correct)\s+answer\s+is\b", re.IGNORECASE)
 MENTIONS_GIVEN_ANSWER = re.compile(
     r"\b(?:ground[\s-]?truth|(?:verified|given|provided|supplied|reference) answer"
     r"|answer (?:was |is )?(?:given|provided))\b", re.IGNORECASE)
@@ -45,12 +46,14 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: fl
         return "leak" if OPTION_LETTER.search(answer.thinking) else ""
     if answer.image not in {target.image for target in sample.targets}:
         return "image"
-    if best_iou(sample, answer.image, reply_box_in_original(sample, answer, box_format)) < threshold:
+    box = reply_box_in_original(sample, answer, box_format)
+    if best_iou(sample, answer.image, box) < threshold:
         return "box"
     return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 
 
-def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample, box_format: BoxFormat) -> str:
+def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
+                                 box_format: BoxFormat) -> str:
     """"" if a model teacher's trace may teach, else why not.
 
     Besides DROP_REASONS: "no reply", "up front", "reveals" or "no gain". trace, direct: the
@@ -71,7 +74,8 @@ def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample, box_
         return ""
     if not direct:
         return "no reply"
-    direct_iou, reasoned_iou = (box_reward(reply, sample, box_format, floor=0.0) for reply in (direct, trace.text))
+    direct_iou, reasoned_iou = (box_reward(reply, sample, box_format, floor=0.0)
+                                for reply in (direct, trace.text))
     return "" if reasoning_helps(direct_iou, reasoned_iou) else "no gain"
 
 
@@ -79,7 +83,8 @@ def contains_target_box(thinking: str, sample: Sample, box_format: BoxFormat) ->
     """True if a box in square brackets, in the model's coordinates, meets a target with IoU >= 0.5.
     """
     boxes = [tuple(map(float, numbers)) for numbers in BRACKETED_BOX.findall(thinking)]
-    targets = [to_model_box(target.box, sample.sizes[target.image - 1], box_format) for target in sample.targets]
+    targets = [to_model_box(target.box, sample.sizes[target.image - 1], box_format)
+               for target in sample.targets]
     return any(iou(box, target) >= 0.5 for box in boxes for target in targets)
 
 
@@ -102,7 +107,8 @@ def reveals_answer(thinking: str, sample: Sample, box_format: BoxFormat) -> bool
         return True
     numbers = list(NUMBER.finditer(thinking))
     for four in zip(numbers, numbers[1:], numbers[2:], numbers[3:]):
-        if not all(BETWEEN_NUMBERS.fullmatch(thinking, a.end(), b.start()) for a, b in zip(four, four[1:])):
+        if not all(BETWEEN_NUMBERS.fullmatch(thinking, a.end(), b.start())
+                   for a, b in zip(four, four[1:])):
             continue
         box = tuple(float(number.group()) for number in four)
         if any(iou(box, form) >= 0.5 for target in sample.targets

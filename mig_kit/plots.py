@@ -1,11 +1,14 @@
 """Pictures for notebooks and report: boxes on images, bars with intervals, curves. Colours are safe for the colour-blind."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import seaborn as sns
 from PIL import Image, ImageDraw, ImageFont
 
 from mig_kit.boxes import Box, BoxFormat
-from mig_kit.prompts import parse_reply, reply_box_in_original
+from mig_kit.prompts import format_question, parse_reply, reply_box_in_original
+from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 
 SYSTEM_COLOURS = {"base": "#999999", "sft": "#E69F00", "grpo": "#0072B2", "sft_long": "#CC79A7"}
@@ -156,3 +159,30 @@ def plot_speedup(rows: list[dict], title: str):
     figure.suptitle(title, fontsize=11, x=0.06, ha="left")
     figure.tight_layout()
     return figure
+
+
+def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
+                 height: int = 150) -> Image.Image:
+    """The question, and below it per system its reply with its box on the images.
+
+    replies: system -> reply. height: of the images, pixels.
+    """
+    font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
+    question = format_question(sample, box_format, with_instruction=False)
+    rows = [(draw_sample(sample, reply, box_format, height), f"{system}: {reply}",
+             TARGET if is_correct(reply, sample, box_format) else PREDICTED)
+            for system, reply in replies.items()]
+    width = max(sheet.width for sheet, _, _ in rows)
+    characters = width // 8
+    texts = [textwrap.fill(text, characters) for _, text, _ in rows]
+    heights = [sheet.height + 20 * (text.count("\n") + 1) + 18
+               for (sheet, _, _), text in zip(rows, texts)]
+    page = Image.new("RGB", (width + 16, 40 + sum(heights)), "white")
+    pen, top = ImageDraw.Draw(page), 40
+    pen.text((12, 10), question, fill="#111111", font=bold)
+    for (sheet, _, colour), text, row_height in zip(rows, texts, heights):
+        page.paste(sheet, (8, top))
+        pen.multiline_text((16, top + sheet.height), text, fill="#222222", font=font)
+        pen.rectangle((0, top, 5, top + row_height - 12), fill=colour)
+        top += row_height
+    return page

@@ -81,7 +81,8 @@ def best_iou(sample: Sample, image: int, box: Box) -> float:
     """Highest IoU of a box (xyxy, original pixels of image number `image`) with the targets in that
     image; else 0.
     """
-    return max((iou(box, target.box) for target in sample.targets if target.image == image), default=0.0)
+    overlaps = (iou(box, target.box) for target in sample.targets if target.image == image)
+    return max(overlaps, default=0.0)
 
 
 def sample_to_row(sample: Sample) -> dict:
@@ -131,7 +132,8 @@ def read_table(path: Path) -> Dataset:
     try:
         return Dataset.from_parquet(str(path), keep_in_memory=True, cache_dir=None)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is cut or no parquet file; delete it and run its stage again with --force") from error
+        raise ValueError(f"{path} is cut or no parquet file; delete it and run its stage again "
+                         "with --force") from error
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -314,11 +314,11 @@ def save_base(model, tokenizer, folder: Path) -> None:
 
 def evaluate_base(folder: Path, hw: Hardware, per_task: int) -> dict:
     """Greedy scores of the base on validation samples of every suite, percent, and on questions it was taught."""
-    model, processor = load_model(folder, hw), load_processor(folder, BoxFormat())
+    policy = load_policy(folder, hw, BoxFormat())
     scores = {}
     for suite in SUITES:
         samples = make_suite(suite, "val", per_task)
-        result = summarize_suite(samples, greedy_replies(model, processor, samples, hw, BoxFormat()), [], BoxFormat())
+        result = summarize_suite(samples, greedy_replies(policy, samples), [], BoxFormat())
         scores[suite] = {"score": result["score"], "tasks": {k: t["acc@0.5"] for k, t in result["tasks"].items()}}
     return scores
 

@@ -1,11 +1,12 @@
 """Attention for CPUs, registered with transformers under NAME.
 
-Where products in bfloat16 are fast, transformers' two ways wait for memory, not for products: "eager" writes the scores several
-times over, in float32, and the fused kernel of "sdpa" is fast in the forward pass of short rows only. This one is the fused
-kernel where no gradient is wanted and the rows are short, and otherwise plain products whose scores are in the products' dtype
-and written in place, block after block for a long prompt. The numbers are those of "eager" but for rounding in the last bit. In
-float32, where long prompts keep the fused kernel, training steps are 1.1 to 1.2 times as fast, mostly by what `shared_prompts`
-leaves out.
+transformers has two kinds of attention. "eager" writes the scores several times, in float32. The
+fused kernel of "sdpa" is fast in the forward pass of short rows only. On CPUs that multiply
+bfloat16 fast, both wait for memory. This one uses the fused kernel where no gradient is wanted and
+the rows are short. Otherwise it uses plain products: scores have the products' dtype, are written
+in place, and those of a long prompt are computed block by block. The results equal those of
+"eager" except for rounding in the last bit. In float32 a training step is 1.1 to 1.2 times as fast,
+mostly because `prefixes` reads shared prompts once.
 """
 
 import torch
@@ -14,112 +15,173 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "mig_kit"
+LONG_WITH_GRADIENT = 1024  # tokens; only longer rows are worth blocks, which skip half the scores
+LONG_WITHOUT_GRADIENT = 512  # tokens from which blocks beat the fused kernel, in bfloat16
+BLOCK = 128  # tokens whose scores are computed at a time in a causal model
+NONCAUSAL_BLOCK = 8 * BLOCK  # the same where every token looks at all others
+ROWS_AT_ONCE = 8  # rows whose scores are in memory at a time where no gradient is wanted
 
 
-LONG = 1024  # tokens; what is longer and causal without a mask is computed in blocks, which leaves out half of the scores
+def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
+              value: torch.Tensor, attention_mask: torch.Tensor | None,
+              scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+              query_columns: torch.Tensor | None = None,
+              **kwargs) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
+    """query (rows, heads, tokens, width); key, value (rows, kv_heads, past, width) -> (mixed
+    values (rows, tokens, heads, width), weights or None).
 
+    attention_mask: (rows, 1, tokens, past), bool (True: is attended to) or added to the scores;
+    None: every token attends to all, in a causal module to itself and those before it.
+    query_columns: (rows, slots), for a causal module without a mask: only these tokens are
+    computed, the others are 0.
 
-BLOCK = 128  # tokens whose scores are then computed at a time
-
-
-READ = 512  # tokens from which blocks are faster than the fused kernel where no gradient is wanted, in bfloat16
-
-
-AT_ONCE = 8  # rows whose scores are then in memory at a time
-
-
-def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-              attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
-              is_causal: bool | None = None, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """query (rows, heads, tokens, width); key, value (rows, groups, past, width) -> (rows, tokens, heads, width), None.
-
-    attention_mask: (rows, 1, tokens, past), bool (True: looks at) or added to the scores; None: all, or all before if causal.
-    A module whose `keep_weights` is true gets the weights (rows, heads, tokens, past) instead of None. With `in_blocks` true a
-    causal module without a mask leaves most scores of the future out, however short; the weights are then as in `_in_blocks`.
-    A causal module without a mask that has `read_at` (rows, slots) computes only these tokens; what it gives for others is 0.
+    transformers hands keyword arguments to all layers alike, so a module that differs from others
+    says so by an attribute. With `keep_weights` true it also gets its weights (rows, heads, tokens,
+    past). With `in_blocks` true a causal module without a mask leaves out most scores of the
+    future, however short the rows; its weights are then as in `_attend_in_blocks`.
     """
-    rows, heads, tokens, width = query.shape
-    if (read_at := getattr(module, "read_at", None)) is not None:
-        asking = query.gather(2, read_at[:, None, :, None].expand(-1, heads, -1, width))
-        seen = (torch.arange(tokens, device=key.device) <= read_at[..., None])[:, None]
-        mixed, _ = sdpa_attention_forward(module, asking, key, value, seen, scaling=scaling)
-        where = read_at[..., None, None].expand(-1, -1, heads, width)
-        return mixed.new_zeros(rows, tokens, heads, width).scatter(1, where, mixed), None
-    groups, past = key.shape[1:3]
+    if query_columns is not None:
+        return _attend_from(query_columns, module, query, key, value, scaling), None
+    tokens, width, past = query.shape[2], query.shape[3], key.shape[2]
+    keep_weights = getattr(module, "keep_weights", False)
+    in_blocks = getattr(module, "in_blocks", False)
     causal = module.is_causal if is_causal is None else is_causal
-    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    keep = getattr(module, "keep_weights", False)
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    needs_gradient = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (query, key, value))
+    dtype = _product_dtype(query)
     scale = width**-0.5 if scaling is None else scaling
-    if not keep and not wanted and dropout == 0 and READ <= tokens == past and dtype == torch.bfloat16:
-        mask = None if attention_mask is None else attention_mask.expand(rows, -1, -1, -1)
-        parts = [slice(first, first + AT_ONCE) for first in range(0, rows, AT_ONCE)]
-        return torch.cat([_in_blocks(query[part], key[part], value[part], scale, False, causal,
-                                     None if mask is None else mask[part])[0] for part in parts]), None
-    if not keep and (not wanted or dropout > 0):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                                      is_causal=is_causal, **kwargs)
-    blocks = getattr(module, "in_blocks", False)
-    if attention_mask is None and causal and tokens == past and (blocks or (tokens > LONG and not keep)):
-        if dtype == torch.float32 and not blocks:  # the fused kernel is as fast there, and keeps no scores
-            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True, **kwargs)
-        return _in_blocks(query, key, value, scale, keep)
+
+    def attend_fused() -> tuple[torch.Tensor, None]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
+                                      scaling=scaling, is_causal=is_causal, **kwargs)
+
+    if not keep_weights and not needs_gradient:
+        is_long = tokens == past and tokens >= LONG_WITHOUT_GRADIENT
+        if is_long and dropout == 0 and dtype == torch.bfloat16:
+            return _attend_few_rows(query, key, value, scale, causal, attention_mask), None
+        return attend_fused()
+    if not keep_weights and dropout > 0:
+        return attend_fused()
+    if attention_mask is None and causal and tokens == past:
+        if in_blocks:
+            return _attend_in_blocks(query, key, value, scale, keep_weights)
+        if tokens > LONG_WITH_GRADIENT and not keep_weights:
+            if dtype == torch.float32:  # the fused kernel is as fast there, and keeps no scores
+                return attend_fused()
+            return _attend_in_blocks(query, key, value, scale, keep_weights)
     if attention_mask is None and causal and tokens > 1:
-        attention_mask = torch.ones(tokens, past, dtype=torch.bool, device=query.device).tril(past - tokens)[None, None]
-    with torch.autocast(kind, enabled=False):  # it would write the scores anew in float32; the softmax sums in float32 anyway
-        # the heads of a group side by side, so that keys and values need not be repeated
-        query = (query * scale).to(dtype).reshape(rows, groups, -1, width)
+        all_pairs = torch.ones(tokens, past, dtype=torch.bool, device=query.device)
+        attention_mask = all_pairs.tril(past - tokens)[None, None]
+    return _attend_at_once(query, key, value, scale, keep_weights, attention_mask)
+
+
+def _product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that products of this tensor are computed in."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def _attend_from(columns: torch.Tensor, module: torch.nn.Module, query: torch.Tensor,
+                 key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """Causal attention of the tokens at `columns` (rows, slots) alone; 0 for all others."""
+    rows, heads, tokens, width = query.shape
+    chosen = query.gather(2, columns[:, None, :, None].expand(-1, heads, -1, width))
+    is_past = torch.arange(tokens, device=key.device) <= columns[..., None]  # rows, slots, tokens
+    mixed, _ = sdpa_attention_forward(module, chosen, key, value, is_past[:, None],
+                                      scaling=scaling)
+    index = columns[..., None, None].expand(-1, -1, heads, width)
+    return mixed.new_zeros(rows, tokens, heads, width).scatter(1, index, mixed)
+
+
+def _attend_few_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+                     causal: bool, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention in blocks without weights, ROWS_AT_ONCE rows after ROWS_AT_ONCE rows."""
+    rows = len(query)
+    mask = None if mask is None else mask.expand(rows, -1, -1, -1)
+    parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, rows, ROWS_AT_ONCE)]
+    mixed = [_attend_in_blocks(query[part], key[part], value[part], scale, False, causal,
+                               None if mask is None else mask[part])[0] for part in parts]
+    return torch.cat(mixed)
+
+
+def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+                    keep_weights: bool,
+                    mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention with all scores in memory; shapes are those of `attention`."""
+    rows, heads, tokens, width = query.shape
+    kv_heads, past = key.shape[1:3]
+    dtype = _product_dtype(query)
+    # Autocast would write the scores again in float32; the softmax sums in float32 anyway.
+    with torch.autocast(query.device.type, enabled=False):
+        # The heads that share keys lie side by side, so that no key needs to be repeated.
+        query = (query * scale).to(dtype).reshape(rows, kv_heads, -1, width)
         scores = torch.matmul(query, key.to(dtype).transpose(2, 3))
-        if attention_mask is not None:
-            added = _added(attention_mask, dtype)
-            scores += added.repeat(1, 1, heads // groups, 1)  # in place on a view of the scores, backward would copy them
+        if mask is not None:
+            # Adding in place on a view of the scores would make backward copy them.
+            scores += _additive(mask, dtype).repeat(1, 1, heads // kv_heads, 1)
         weights = scores.softmax(-1)
         mixed = torch.matmul(weights, value.to(dtype)).view(rows, heads, tokens, width)
-    return mixed.transpose(1, 2).contiguous(), weights.view(rows, heads, tokens, past) if keep else None
+    mixed = mixed.transpose(1, 2).contiguous()
+    return mixed, weights.view(rows, heads, tokens, past) if keep_weights else None
 
 
-def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What a mask, bool or numbers, adds to scores; never -inf, for a row of padding sees nothing and must not become NaN."""
-    lowest = torch.finfo(dtype).min / 2
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
-    return mask.clamp(min=lowest).to(dtype)
+def _attend_in_blocks(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+        keep_weights: bool, causal: bool = True,
+        mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Attention of BLOCK tokens at a time to what stands before the block's end; if not causal, of
+    NONCAUSAL_BLOCK tokens at a time to everything.
 
-
-def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, keep: bool, causal: bool = True,
-               mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Attention, BLOCK tokens after BLOCK tokens, if causal each to what stands before its end; else eight times as many, to all.
-
-    The weights, if kept, are a list of (rows, heads, tokens of the block, tokens it looks at). mask: as of `attention`, where
-    no gradient is wanted.
+    The weights, if kept, are a list of (rows, heads, tokens of the block, tokens attended to).
+    mask: as of `attention`, where no gradient is wanted.
     """
     rows, heads, tokens, width = query.shape
-    kind, groups, kept, mixed = query.device.type, key.shape[1], [], []
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    with torch.autocast(kind, enabled=False):
+    kv_heads = key.shape[1]
+    dtype = _product_dtype(query)
+    step = BLOCK if causal else NONCAUSAL_BLOCK
+    mixed_blocks, weight_blocks = [], []
+    with torch.autocast(query.device.type, enabled=False):
         query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
-        step, lowest = BLOCK if causal else 8 * BLOCK, torch.finfo(dtype).min / 2
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
-            seen = end if causal else tokens
-            block = query[:, :, start:end].reshape(rows, groups, -1, width)
-            scores = torch.matmul(block, key[:, :, :seen].transpose(2, 3))
-            by_head = scores.view(rows, heads, -1, seen)
+            past = end if causal else tokens
+            block = query[:, :, start:end].reshape(rows, kv_heads, -1, width)
+            scores = torch.matmul(block, key[:, :, :past].transpose(2, 3))
+            scores_by_head = scores.view(rows, heads, -1, past)
             with torch.no_grad():  # what is added is constant
                 if mask is not None:
-                    by_head += _added(mask[:, :, start:end, :seen], dtype)
+                    scores_by_head += _additive(mask[:, :, start:end, :past], dtype)
                 elif causal:
-                    future = torch.full((end - start,) * 2, lowest, dtype=dtype, device=query.device).triu(1)
-                    by_head[..., start:] += future
+                    scores_by_head[..., start:] += _future(end - start, dtype, query.device)
             weights = scores.softmax(-1)
-            mixed.append(torch.matmul(weights, value[:, :, :seen]).view(rows, heads, -1, width))
-            if keep:
-                kept.append(weights.view(rows, heads, -1, seen))
-    return torch.cat(mixed, 2).transpose(1, 2).contiguous(), kept if keep else None
+            mixed = torch.matmul(weights, value[:, :, :past])
+            mixed_blocks.append(mixed.view(rows, heads, -1, width))
+            if keep_weights:
+                weight_blocks.append(weights.view(rows, heads, -1, past))
+    mixed = torch.cat(mixed_blocks, 2).transpose(1, 2).contiguous()
+    return mixed, weight_blocks if keep_weights else None
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """What is added to the score of a token that must not be seen.
+
+    Never -inf: a row of padding sees nothing and must not become NaN.
+    """
+    return torch.finfo(dtype).min / 2
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a mask, bool or numbers, adds to scores."""
+    if mask.dtype == torch.bool:
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return zeros.masked_fill_(~mask, _lowest(dtype))
+    return mask.clamp(min=_lowest(dtype)).to(dtype)
+
+
+def _future(tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(tokens, tokens), added to scores: nothing at a token and those before it, else `_lowest`."""
+    return torch.full((tokens, tokens), _lowest(dtype), dtype=dtype, device=device).triu(1)
 
 
 AttentionInterface.register(NAME, attention)
-
-
 AttentionMaskInterface.register(NAME, sdpa_mask)

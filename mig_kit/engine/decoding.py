@@ -1,174 +1,284 @@
-"""One token for many rows at a time, over keys and values that they share.
+"""One token at a time for many rows, over keys and values that they share.
 
-Used by `generation`. Where adapters can be folded into plain weights they are, for as long as replies are drawn; 4-bit layers are
-the model's own modules and work unchanged.
+Adapters are folded into plain weights where that is exact, for as long as replies are drawn. 4-bit
+layers are the model's own modules and work unchanged.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.functional import linear, softmax
+from transformers import Cache
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 
 from mig_kit.engine.prefixes import PaddedPrompts, Suffixes
 
+# layers with the same input -> their weights as one (all outputs, inputs), and bias (all outputs,)
+FusedWeights = dict[tuple[torch.nn.Module, ...], tuple[torch.Tensor, torch.Tensor | None]]
+
 
 class Decoder:
-    """One decoding step for stems x group rows over shared keys of what the rows begin with, and a preallocated cache of the rest.
+    """One decoding step for all rows: `group` rows to each of several prefixes.
 
-    A stem is a prompt, whose replies the rows are; with `tails` it is the images that several prompts begin with, and the group
-    is as many rows for each of them. A step is many small operations, and what each costs is its start, not its work. So
-    products of one input are one product where `joined` (see `decoding_weights`) has their weights, positions are turned into
-    angles once for all steps, and what a row remembers lies in the order of its stem's scores.
+    A prefix is a prompt, and its rows are the replies to it. With `suffixes` it is the images that
+    several prompts begin with, and each of the prefix's slots has as many rows.
+
+    cache: keys and values of the prefixes, and of the suffixes behind them. capacity: tokens that a
+    row can hold. A step consists of many small operations, and starting one costs more than its
+    work. So layers with the same input are one product where `fused_weights` has their weights,
+    positions are turned into angles once for all steps, and a row's keys and values lie in the
+    order in which its prefix's scores are computed.
     """
 
-    def __init__(self, model, cache, batch: PaddedPrompts, group: int, room: int, joined: dict, tails: Suffixes | None = None):
-        self.language, self.head, self.group, self.joined = model.model.language_model, model.lm_head, group, joined
-        attention, stems, device = self.language.layers[0].self_attn, len(batch.last), batch.mask.device
-        shape, self.width = self.language.config, attention.head_dim
-        self.heads, self.kv, self.scale = shape.num_attention_heads, shape.num_key_value_heads, attention.scaling
-        self.normed_heads = isinstance(attention, Qwen3VLTextAttention)
-        # the cache is float32 under autocast, and every step would cast all of it anew
-        self.dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else cache.layers[0].keys.dtype
-        shared, self.tail = batch.mask.shape[1], 0 if tails is None else int(tails.length.max())
-        self.prompt = [tuple(kept[:, :, :shared].to(self.dtype).contiguous() for kept in (layer.keys, layer.values))
-                       for layer in cache.layers]
-        self.own = [torch.zeros(2, stems, self.kv, group, self.tail + room, self.width, dtype=self.dtype, device=device)
-                    for _ in self.prompt]
-        padding, after = torch.cat([batch.mask, batch.mask.new_ones(stems, room)], 1)[:, None] == 0, batch.after[:, None]
-        if tails is not None:
-            after = tails.after.repeat_interleave(group // tails.after.shape[1], 1)
-            padding = self._keep_tails(cache, tails, padding, shared)
-        self.bias = torch.zeros(padding.shape, device=device).masked_fill_(padding, -1e30)[:, None]
-        place = (after.flatten()[:, None] + torch.arange(room, device=device)).expand(3, -1, -1)
-        self.cos, self.sin = (each.view(*after.shape, room, -1)
-                              for each in self.language.rotary_emb(batch.given["inputs_embeds"], place))
-        self.sin[..., :self.width // 2] *= -1  # so that a half turn of the width does for the rest
+    def __init__(self, model, cache: Cache, prefixes: PaddedPrompts, group: int, capacity: int,
+                 fused_weights: FusedWeights, suffixes: Suffixes | None = None):
+        self.language, self.head = model.model.language_model, model.lm_head
+        self.group, self.fused_weights = group, fused_weights
+        attention = self.language.layers[0].self_attn
+        self.width, self.scale = attention.head_dim, attention.scaling
+        self.has_head_norms = isinstance(attention, Qwen3VLTextAttention)
+        self.heads = self.language.config.num_attention_heads
+        self.kv_heads = self.language.config.num_key_value_heads
+        self.heads_per_key = self.heads // self.kv_heads
         self.step = 0
 
-    def _keep_tails(self, cache, tails: Suffixes, padding: torch.Tensor, shared: int) -> torch.Tensor:
-        """Put the tails before the rows' own keys and values; what is padding, (stems, rows * heads of a group, all keys)."""
-        stems, slots = tails.first.shape
-        order = torch.arange(self.tail, device=padding.device)
-        where = (tails.first[..., None] + order).clamp(max=cache.layers[0].keys.shape[2] - shared - 1).view(stems, 1, -1, 1)
-        for own, layer in zip(self.own, cache.layers):
-            for side, kept in zip(own, (layer.keys, layer.values)):
-                found = kept[:, :, shared:].gather(2, where.expand(-1, self.kv, -1, self.width)).to(self.dtype)
-                side[..., :self.tail, :] = found.unflatten(2, (slots, -1)).repeat_interleave(self.group // slots, 2)
-        none = (order >= tails.length[..., None]).repeat_interleave(self.group // slots, 1)
-        ahead, behind = padding.expand(-1, self.group, -1).split([shared, padding.shape[2] - shared], 2)
-        return torch.cat([ahead, none, behind], 2).repeat_interleave(self.heads // self.kv, 1)
+        device = prefixes.mask.device
+        n_prefixes, prefix_length = prefixes.mask.shape
+        # Under autocast the cache is float32, and every step would cast all of it again.
+        is_autocast = torch.is_autocast_enabled(device.type)
+        self.dtype = (torch.get_autocast_dtype(device.type) if is_autocast
+                      else cache.layers[0].keys.dtype)
+        self.suffix_length = 0 if suffixes is None else int(suffixes.length.max())
 
-    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of this step, each (stems, 1 or rows, heads, width): of queries, keys, and values, which stay."""
-        turned = (each[:, :, self.step, None].expand(-1, -1, self.heads + self.kv, -1) for each in (self.cos, self.sin))
-        return tuple(torch.cat([each, each.new_full((1, 1, self.kv, self.width), neutral).expand(*each.shape[:2], -1, -1)], 2)
-                     for each, neutral in zip(turned, (1, 0)))
+        # of each layer: keys and values (prefixes, kv_heads, prefix tokens, width)
+        self.prefix_cache = [
+            tuple(tensor[:, :, :prefix_length].to(self.dtype).contiguous()
+                  for tensor in (layer.keys, layer.values))
+            for layer in cache.layers]
+        # of each layer: (keys or values, prefixes, kv_heads, group, suffix and new tokens, width)
+        row_shape = (2, n_prefixes, self.kv_heads, group, self.suffix_length + capacity, self.width)
+        self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device)
+                          for _ in cache.layers]
 
-    def keep(self, stems: torch.Tensor) -> None:
-        """Drop the stems that are done, and their rows."""
-        self.prompt = [(k[stems], v[stems]) for k, v in self.prompt]
-        self.own = [own[:, stems] for own in self.own]
-        self.bias, self.cos, self.sin = self.bias[stems], self.cos[stems], self.sin[stems]
+        new_tokens = prefixes.mask.new_ones(n_prefixes, capacity)
+        is_padding = torch.cat([prefixes.mask, new_tokens], 1)[:, None] == 0
+        next_position = prefixes.next_position[:, None]
+        if suffixes is not None:
+            rows_per_slot = group // suffixes.start.shape[1]
+            next_position = suffixes.next_position.repeat_interleave(rows_per_slot, 1)
+            self._copy_suffixes(cache, suffixes, prefix_length)
+            is_padding = self._insert_suffix_padding(is_padding, suffixes, prefix_length)
+        # added to scores: (prefixes, 1, 1 or rows * heads_per_key, all tokens)
+        zeros = torch.zeros(is_padding.shape, device=device)
+        self.bias = zeros.masked_fill_(is_padding, -1e30)[:, None]
+        self._prepare_angles(next_position, capacity, prefixes.inputs["inputs_embeds"])
 
-    def project(self, given: torch.Tensor, *layers) -> torch.Tensor:
-        """(rows, inputs) -> what `layers` make of it, side by side."""
-        if layers in self.joined:
-            return linear(given.to(self.dtype), *self.joined[layers])
-        made = [self.project(given, layer) if (layer,) in self.joined else layer(given) for layer in layers]
-        return torch.cat(made, -1) if len(made) > 1 else made[0]
+    def _copy_suffixes(self, cache: Cache, suffixes: Suffixes, prefix_length: int) -> None:
+        """Put the suffixes' keys and values before the rows' own, each in all rows of its slot."""
+        n_prefixes, slots = suffixes.start.shape
+        order = torch.arange(self.suffix_length, device=suffixes.start.device)
+        last_column = cache.layers[0].keys.shape[2] - prefix_length - 1
+        columns = (suffixes.start[..., None] + order).clamp(max=last_column)
+        index = columns.view(n_prefixes, 1, -1, 1).expand(-1, self.kv_heads, -1, self.width)
+        for row_cache, layer in zip(self.row_cache, cache.layers):
+            for target, source in zip(row_cache, (layer.keys, layer.values)):
+                by_slot = source[:, :, prefix_length:].gather(2, index).to(self.dtype)
+                by_slot = by_slot.unflatten(2, (slots, -1))
+                target[..., :self.suffix_length, :] = by_slot.repeat_interleave(
+                    self.group // slots, 2)
 
-    def attend(self, heads: torch.Tensor, layer: int) -> torch.Tensor:
-        """(stems, group, heads + 2 * groups of heads, width): queries, keys, values -> (rows, heads * width).
+    def _insert_suffix_padding(self, is_padding: torch.Tensor, suffixes: Suffixes,
+                               prefix_length: int) -> torch.Tensor:
+        """(prefixes, 1, prefix and new tokens) -> (prefixes, rows * heads_per_key, all tokens)."""
+        rows_per_slot = self.group // suffixes.start.shape[1]
+        order = torch.arange(self.suffix_length, device=is_padding.device)
+        behind_suffix = order >= suffixes.length[..., None]
+        behind_suffix = behind_suffix.repeat_interleave(rows_per_slot, 1)
+        by_row = is_padding.expand(-1, self.group, -1)
+        prefix, new = by_row.split([prefix_length, by_row.shape[2] - prefix_length], 2)
+        return torch.cat([prefix, behind_suffix, new], 2).repeat_interleave(self.heads_per_key, 1)
 
-        Against the stem, which its rows share, and each row's own past.
+    def _prepare_angles(self, next_position: torch.Tensor, capacity: int,
+                        embeds: torch.Tensor) -> None:
+        """Cosines and sines of all steps, (prefixes, 1 or rows, steps, width).
+
+        next_position: (prefixes, 1 or rows).
         """
-        prompt_k, prompt_v = self.prompt[layer]
-        stems, length, past = prompt_k.shape[0], prompt_k.shape[2], self.tail + self.step + 1
-        own = self.own[layer]
-        own[..., past - 1, :] = heads[:, :, self.heads:].unflatten(2, (2, self.kv)).permute(2, 0, 3, 1, 4)
-        own_k, own_v = own[..., :past, :]
-        shared = heads[:, :, :self.heads].unflatten(2, (self.kv, -1)).transpose(1, 2).flatten(2, 3)
-        single = shared.unflatten(2, (self.group, -1))
-        scores = torch.cat([torch.matmul(shared, prompt_k.transpose(2, 3)),
-                            torch.matmul(single, own_k.transpose(3, 4)).flatten(2, 3)], -1)
-        weight = softmax(torch.add(self.bias[..., :length + past], scores, alpha=self.scale), -1).to(self.dtype)
-        mixed = torch.matmul(weight[..., :length], prompt_v).view(single.shape)
-        on_own = torch.matmul(weight[..., length:].unflatten(2, (self.group, -1)), own_v)
-        return (mixed + on_own).transpose(1, 2).reshape(stems * self.group, -1)
+        steps = torch.arange(capacity, device=embeds.device)
+        positions = (next_position.flatten()[:, None] + steps).expand(3, -1, -1)
+        cosines, sines = self.language.rotary_emb(embeds, positions)
+        self.cosines = cosines.view(*next_position.shape, capacity, -1)
+        self.sines = sines.view(*next_position.shape, capacity, -1)
+        # With this sign, rotating a head only has to swap its halves.
+        self.sines[..., :self.width // 2] *= -1
+
+    def keep_prefixes(self, is_kept: torch.Tensor) -> None:
+        """Drop the other prefixes, and their rows. is_kept: (prefixes,) bool."""
+        self.prefix_cache = [(keys[is_kept], values[is_kept]) for keys, values in self.prefix_cache]
+        self.row_cache = [cache[:, is_kept] for cache in self.row_cache]
+        self.bias = self.bias[is_kept]
+        self.cosines, self.sines = self.cosines[is_kept], self.sines[is_kept]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (rows,) -> logits (rows, vocabulary) of the next token."""
         hidden = self.language.embed_tokens(tokens)
-        cos, sin = self.angles()
-        by_stem = (len(cos), self.group, -1, self.width)
+        cosines = self._angles_of_step(self.cosines, of_values=1)
+        sines = self._angles_of_step(self.sines, of_values=0)
         for index, layer in enumerate(self.language.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            heads = self.project(layer.input_layernorm(hidden), attention.q_proj, attention.k_proj, attention.v_proj)
-            heads = heads.view(by_stem)
-            if self.normed_heads:
-                q, k, v = heads.split((self.heads, self.kv, self.kv), 2)
-                heads = torch.cat([attention.q_norm(q), attention.k_norm(k), v], 2)
-            heads = (heads * cos).add_(heads.roll(self.width // 2, -1) * sin).to(self.dtype)
-            hidden = hidden + self.project(self.attend(heads, index), attention.o_proj)
-            gate, up = self.project(layer.post_attention_layernorm(hidden), mlp.gate_proj, mlp.up_proj).chunk(2, -1)
-            hidden = hidden + self.project(mlp.act_fn(gate) * up, mlp.down_proj)
+            hidden = self._run_layer(index, layer, hidden, cosines, sines)
         self.step += 1
-        return self.project(self.language.norm(hidden), self.head)
+        return self._project(self.language.norm(hidden), self.head)
+
+    def _angles_of_step(self, angles: torch.Tensor, of_values: int) -> torch.Tensor:
+        """(prefixes, 1 or rows, heads + 2 * kv_heads, width), for queries, keys and values.
+
+        of_values: the cosine or sine that leaves values as they are.
+        """
+        of_step = angles[:, :, self.step, None]
+        turned = of_step.expand(-1, -1, self.heads + self.kv_heads, -1)
+        unturned = of_step.new_full((1, 1, self.kv_heads, self.width), of_values)
+        return torch.cat([turned, unturned.expand(*of_step.shape[:2], -1, -1)], 2)
+
+    def _run_layer(self, index: int, layer: torch.nn.Module, hidden: torch.Tensor,
+                   cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        """One decoder layer: (rows, hidden) -> (rows, hidden)."""
+        attention, mlp = layer.self_attn, layer.mlp
+        heads = self._project(layer.input_layernorm(hidden),
+                              attention.q_proj, attention.k_proj, attention.v_proj)
+        heads = heads.view(len(cosines), self.group, -1, self.width)
+        if self.has_head_norms:
+            q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
+            heads = torch.cat([attention.q_norm(q), attention.k_norm(k), v], 2)
+        swapped = heads.roll(self.width // 2, -1)
+        heads = (heads * cosines).add_(swapped * sines).to(self.dtype)
+        hidden = hidden + self._project(self._attend(heads, index), attention.o_proj)
+        normed = layer.post_attention_layernorm(hidden)
+        gate, up = self._project(normed, mlp.gate_proj, mlp.up_proj).chunk(2, -1)
+        return hidden + self._project(mlp.act_fn(gate) * up, mlp.down_proj)
+
+    def _project(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor:
+        """(rows, inputs) -> the layers' outputs, side by side."""
+        if layers in self.fused_weights:
+            return linear(inputs.to(self.dtype), *self.fused_weights[layers])
+        outputs = [self._project(inputs, layer) if (layer,) in self.fused_weights else layer(inputs)
+                   for layer in layers]
+        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+    def _attend(self, heads: torch.Tensor, index: int) -> torch.Tensor:
+        """(prefixes, group, heads + 2 * kv_heads, width): queries, keys, values -> (rows, heads *
+        width).
+
+        Every row attends to its prefix, which it shares, and to its own past.
+        """
+        prefix_keys, prefix_values = self.prefix_cache[index]
+        n_prefixes, prefix_length = prefix_keys.shape[0], prefix_keys.shape[2]
+        past = self.suffix_length + self.step + 1
+        row_cache = self.row_cache[index]
+        new = heads[:, :, self.heads:].unflatten(2, (2, self.kv_heads))
+        row_cache[..., past - 1, :] = new.permute(2, 0, 3, 1, 4)
+        row_keys, row_values = row_cache[..., :past, :]
+
+        # (prefixes, kv_heads, group * heads_per_key, width)
+        queries = heads[:, :, :self.heads].unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
+        queries = queries.flatten(2, 3)
+        # (prefixes, kv_heads, group, heads_per_key, width)
+        queries_by_row = queries.unflatten(2, (self.group, -1))
+
+        prefix_scores = torch.matmul(queries, prefix_keys.transpose(2, 3))
+        row_scores = torch.matmul(queries_by_row, row_keys.transpose(3, 4)).flatten(2, 3)
+        scores = torch.cat([prefix_scores, row_scores], -1)
+        bias = self.bias[..., :prefix_length + past]
+        weights = softmax(torch.add(bias, scores, alpha=self.scale), -1).to(self.dtype)
+
+        prefix_weights = weights[..., :prefix_length]
+        row_weights = weights[..., prefix_length:].unflatten(2, (self.group, -1))
+        from_prefix = torch.matmul(prefix_weights, prefix_values).view(queries_by_row.shape)
+        from_row = torch.matmul(row_weights, row_values)
+        mixed = (from_prefix + from_row).transpose(1, 2)
+        return mixed.reshape(n_prefixes * self.group, -1)
 
 
 @contextmanager
-def fuse_decoding_weights(model, autocast: bool):
-    """Adapters folded into the weights, and weights in bfloat16 if that is what they compute in, while replies are drawn.
+def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
+    """While it lasts, adapters are folded into the weights, and under autocast weights are bf16.
 
-    Otherwise every step would cast every weight again and run every adapter beside it. Afterwards the weights are what
-    they were, bit for bit: until then those with an adapter wait in the host's memory. Left as they are: 4-bit layers, and
-    adapters beside weights that are kept in bfloat16 (on a GPU), for these would round a young adapter away.
-    Yields {layers: (weight, bias)} of plain layers; where they are cast, those with the same input are joined into one, for
-    they need no more memory then.
+    Otherwise every step would cast every weight and run every adapter again. Afterwards the weights
+    are what they were, bit for bit: those that carry an adapter are kept in the host's memory
+    meanwhile. 4-bit layers stay as they are, and so do adapters on weights that are kept in
+    bfloat16 (on a GPU), because folding would round a young adapter away.
+
+    Yields the weights of plain layers. Where weights are cast, layers with the same input are
+    fused, because they then need no more memory.
     """
     language = model.model.language_model
-    folded = [m for m in model.modules() if isinstance(m, LoraLinear) and not m.merged and not m.disable_adapters
-              and m.base_layer.weight.dtype == torch.float32]
-    adapted = {id(layer.base_layer) for layer in folded}
-    saved = []
-    for name, module in language.named_modules():
-        if type(module) is torch.nn.Linear and ".lora_" not in name and (autocast or id(module) in adapted):
-            weight = module.weight.data
-            saved.append((module, weight, weight.to("cpu", copy=True) if id(module) in adapted else None))
-    joined = {}
+    folded = [module for module in model.modules() if _is_foldable(module)]
+    adapted = {layer.base_layer for layer in folded}
+    plain = [module for name, module in language.named_modules()
+             if type(module) is torch.nn.Linear and ".lora_" not in name]
+    changed = [layer for layer in plain if autocast or layer in adapted]
+    originals = [layer.weight.data for layer in changed]
+    # Folding writes into these weights, so that only a copy can restore them.
+    copies = [layer.weight.data.to("cpu", copy=True) if layer in adapted else None
+              for layer in changed]
     try:
         for layer in folded:
             layer.merge()
         if autocast:
-            for module, *_ in saved:
-                module.weight.data = module.weight.data.to(torch.bfloat16)
-        for layer in language.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj),
-                          (attention.o_proj,), (mlp.down_proj,)):
-                for layers in (group,) if autocast else ((one,) for one in group):
-                    _fuse_layers(joined, layers)
-        if autocast and type(model.lm_head) is torch.nn.Linear:  # its weight may be the embeddings', which stay as they are
-            joined[model.lm_head,] = model.lm_head.weight.to(torch.bfloat16), None
-        yield joined
+            for layer in changed:
+                layer.weight.data = layer.weight.data.to(torch.bfloat16)
+        yield _fuse_model(model, autocast)
     finally:
         for layer in folded:
             layer.merged_adapters.clear()
-        for module, weight, kept in saved:
-            module.weight.data = weight if kept is None else weight.copy_(kept)
+        for layer, original, copy in zip(changed, originals, copies):
+            layer.weight.data = original if copy is None else original.copy_(copy)
 
 
-def _fuse_layers(joined: dict, layers: tuple) -> None:
-    """Add the layers' weights as one, of which theirs become parts, if all are plain."""
-    plain = [layer.base_layer if isinstance(layer, LoraLinear) and (layer.merged or layer.disable_adapters) else layer
-             for layer in layers]
+def _is_foldable(module: torch.nn.Module) -> bool:
+    """Is this a float32 layer with an adapter that is in use?"""
+    return (isinstance(module, LoraLinear) and not module.merged and not module.disable_adapters
+            and module.base_layer.weight.dtype == torch.float32)
+
+
+def _fuse_model(model, autocast: bool) -> FusedWeights:
+    """The weights of all plain projections, and under autocast of the head."""
+    fused_weights: FusedWeights = {}
+    for layer in model.model.language_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        same_input = [(attention.q_proj, attention.k_proj, attention.v_proj),
+                      (mlp.gate_proj, mlp.up_proj), (attention.o_proj,), (mlp.down_proj,)]
+        for layers in same_input:
+            if autocast:
+                _fuse_layers(fused_weights, layers)
+                continue
+            for single in layers:
+                _fuse_layers(fused_weights, (single,))
+    if autocast and type(model.lm_head) is torch.nn.Linear:
+        # a copy: the head's weight may be the embeddings', which stay as they are
+        fused_weights[model.lm_head,] = model.lm_head.weight.to(torch.bfloat16), None
+    return fused_weights
+
+
+def _fuse_layers(fused_weights: FusedWeights, layers: tuple[torch.nn.Module, ...]) -> None:
+    """Add the layers' weights as one, if all layers are plain; theirs become parts of it."""
+    plain = [_unwrap_adapter(layer) for layer in layers]
     if not all(type(layer) is torch.nn.Linear for layer in plain):
         return
-    weight, biases = plain[0].weight.data, [layer.bias for layer in plain]
+    weight = plain[0].weight.data
     if len(plain) > 1:
         weight = torch.cat([layer.weight.data for layer in plain])
-        for layer, part in zip(plain, weight.split([layer.out_features for layer in plain])):
+        parts = weight.split([layer.out_features for layer in plain])
+        for layer, part in zip(plain, parts):
             layer.weight.data = part
-    joined[layers] = weight, None if None in biases else torch.cat(biases).to(weight.dtype)
+    biases = [layer.bias for layer in plain]
+    has_bias = all(bias is not None for bias in biases)
+    fused_weights[layers] = weight, torch.cat(biases).to(weight.dtype) if has_bias else None
+
+
+def _unwrap_adapter(layer: torch.nn.Module) -> torch.nn.Module:
+    """The layer under an adapter that is folded in or not in use."""
+    if isinstance(layer, LoraLinear) and (layer.merged or layer.disable_adapters):
+        return layer.base_layer
+    return layer

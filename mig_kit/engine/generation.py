@@ -1,8 +1,9 @@
 """Rollouts that read a shared prompt once.
 
-In multi-image grounding the prompt is many image tokens and the reply a few dozen; G replies to one prompt share it, and so do
-several questions about the same images share these (`shared_prompts`). Here what is shared is prefilled once, its keys and values
-serve all replies (`decoding`), and with a frozen vision tower the features of an image are computed once (`prompt_cache`).
+In multi-image grounding a prompt is hundreds of image tokens and a reply a few dozen tokens. The
+replies to one prompt share it, and several questions about the same images share these
+(`prefixes`). What is shared is read once, and its keys and values serve all replies (`decoding`).
+With a frozen vision tower the features of an image are computed once, too (`prompt_cache`).
 """
 
 from contextlib import nullcontext
@@ -11,20 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softmax
 
-from mig_kit.engine.decoding import Decoder, fuse_decoding_weights
+from mig_kit.engine.decoding import Decoder, FusedWeights, fuse_decoding_weights
 from mig_kit.engine.models import unwrap_peft
 from mig_kit.engine.prefixes import group_by_prefix, pad_prompts, read_suffixes
 from mig_kit.engine.prompt_cache import Prompt
 
-KV_BYTES = 8 * 2**30  # of keys and values that a training step draws replies with at a time
+KV_BYTES = 8 * 2**30  # of keys and values of the replies that a training step draws at a time
+
+# A completion that held one of these could not be read again as part of a prompt.
+FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+# Dropping finished prefixes copies all that is left: it pays once this share or fewer go on.
+DROP_FINISHED_AT = 0.85
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are drawn; temperature 0 is greedy. Vision tokens are never drawn: they would break the prompt.
-
-    min_new_tokens: no reply ends before.
-    """
+    """How tokens are drawn; temperature 0 is greedy. min_new_tokens: no completion is shorter."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -33,36 +37,46 @@ class Sampling:
 
 
 def draw_uniforms(seed: int, prompts: int, group: int, tokens: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1) that decide every token of every reply: (prompts, group, tokens), float64, on the CPU.
+    """The uniform numbers in [0, 1) that decide every token: (prompts, group, tokens), float64.
 
-    A reply's numbers are its own, whatever device draws it and whatever else is in its batch.
+    They are drawn on the CPU, and each completion has its own: it does not depend on the device,
+    nor on what else is in its batch.
     """
-    return torch.rand(prompts, group, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(prompts, group, tokens, dtype=torch.float64, generator=generator)
 
 
-def sample_tokens(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor | None = None) -> torch.Tensor:
-    """One token per row of logits (rows, vocabulary), greedy at temperature 0, else sampled with top-p.
+def sample_tokens(logits: torch.Tensor, sampling: Sampling,
+                  uniforms: torch.Tensor | None = None) -> torch.Tensor:
+    """One token per row of logits (rows, vocabulary): greedy at temperature 0, else top-p.
 
-    draws: (rows,) uniform numbers; a row's token is the first at which the cumulated probabilities exceed its number.
-    `torch.multinomial` would draw a number for every token of the vocabulary: thirty times as long on a CPU.
+    uniforms: (rows,); a row's token is the first at which the cumulative probability exceeds its
+    number. `torch.multinomial` would draw a number for every token of the vocabulary, which takes
+    thirty times as long on a CPU.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    chances = softmax(logits.float() / sampling.temperature, -1)
+    probabilities = softmax(logits.float() / sampling.temperature, -1)
     if sampling.top_p < 1:
-        ranked, order = chances.sort(-1, descending=True)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= sampling.top_p, 0)
-        chances = torch.zeros_like(chances).scatter(-1, order, ranked)
-    sums = chances.double().cumsum(-1)
-    return torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0]
+        ranked, order = probabilities.sort(-1, descending=True)
+        mass_before = ranked.cumsum(-1) - ranked
+        ranked = ranked.masked_fill(mass_before >= sampling.top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked)
+    cumulative = probabilities.double().cumsum(-1)
+    thresholds = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
 
 
-def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int) -> int:
-    """How many of `count` prompts to draw replies to at once: all that KV_BYTES holds, in rounds of about the same size.
+def count_prompts_at_once(count: int, longest: int, group: int, tokens: int,
+                          token_bytes: int) -> int:
+    """How many of `count` prompts to draw completions to at once, so that KV_BYTES hold them.
 
-    longest: tokens of the longest prompt; tokens: of the longest reply; token_bytes: of one token's keys and values.
+    The rounds are of about the same size. longest: tokens of the longest prompt; tokens: of the
+    longest completion; token_bytes: of one token's keys and values.
     """
-    rounds = -(-count // max(1, KV_BYTES // ((longest + group * tokens) * token_bytes)))
+    bytes_per_prompt = (longest + group * tokens) * token_bytes
+    most = max(1, KV_BYTES // bytes_per_prompt)
+    rounds = -(-count // most)
     return -(-count // rounds)
 
 
@@ -74,64 +88,113 @@ def kv_bytes_per_token(model) -> int:
 
 
 def end_token_ids(model, processor) -> list[int]:
-    """Every token that ends a reply: the tokenizer's, and what else the model declares, as transformers and TRL have it."""
+    """Every token that ends a completion: the tokenizer's, and those that the model declares.
+
+    transformers and TRL end at the same ones.
+    """
     declared = model.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if declared is None:
+        declared = []
+    elif not isinstance(declared, list):
+        declared = [declared]
     return sorted({processor.tokenizer.eos_token_id, *declared})
 
 
 @torch.no_grad()
 def generate_rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Sampling,
-             draws: torch.Tensor | None = None, autocast: bool = False, joined: dict | None = None) -> list[list[list[int]]]:
-    """`group` replies to each prompt: token ids with the end token, or cut at sampling.max_new_tokens.
+                      uniforms: torch.Tensor | None = None, autocast: bool = False,
+                      fused_weights: FusedWeights | None = None) -> list[list[list[int]]]:
+    """`group` completions to each prompt: token ids up to and including the end token.
 
-    Prompts that begin with the same images (`stems_of`) share the pass over them and their keys and values, too. draws: of
-    `uniform_draws`; None: new ones. joined: of `decoding_weights`, where the caller holds the model in them, as it must if
-    several threads draw with it.
+    A completion without one has sampling.max_new_tokens tokens. Prompts that begin with the same
+    images share these images' keys and values (`group_by_prefix`).
+
+    uniforms: of `draw_uniforms`; None: new ones. fused_weights: of `fuse_decoding_weights`, where
+    the caller has folded the model's adapters, as it must if several threads use the model.
     """
     model = unwrap_peft(model)
     device = model.device
-    ends = torch.tensor(end_token_ids(model, processor), device=device)
-    banned = [processor.tokenizer.convert_tokens_to_ids(t) for t in
-              ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
-    stems = group_by_prefix(prompts)
-    shared = len(stems) < len(prompts)
-    if draws is None and sampling.temperature:
-        draws = draw_uniforms(int(torch.randint(2**62, ())), len(prompts), group, sampling.max_new_tokens)
-    with fuse_decoding_weights(model, autocast) if joined is None else nullcontext(joined) as joined, torch.inference_mode(), \
+    if uniforms is None and sampling.temperature:
+        seed = int(torch.randint(2**62, ()))
+        uniforms = draw_uniforms(seed, len(prompts), group, sampling.max_new_tokens)
+    weights = (fuse_decoding_weights(model, autocast) if fused_weights is None
+               else nullcontext(fused_weights))
+    with weights as fused_weights, torch.inference_mode(), \
             torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        batch = pad_prompts(model, [prompts[stem[0]].begins() for stem in stems] if shared else prompts, processor.image_token_id)
-        final, cache = batch.read(model)
-        tails = read_suffixes(model, prompts, stems, batch, cache) if shared else None
-        final = tails.final if shared else final
-        owner = (tails.places if shared else torch.arange(len(prompts))[:, None]).repeat_interleave(group, 1)
-        per_stem = owner.shape[1]
-        decoder = Decoder(model, cache, batch, per_stem, sampling.max_new_tokens, joined, tails)
-        logits = model.lm_head(final)[owner.flatten().clamp(min=0).to(device)]
-        replies: list[list[int]] = [[] for _ in range(owner.numel())]
-        rows = torch.arange(len(replies), device=device)
+        decoder, hidden, prompt_of_row = _read_prompts(
+            model, processor, prompts, group, sampling.max_new_tokens, fused_weights)
+        logits = model.lm_head(hidden)[prompt_of_row.clamp(min=0).to(device)]
         if sampling.temperature:
-            draws = draws[owner.flatten().clamp(min=0), torch.arange(group).repeat(owner.numel() // group)].to(device)
-        done = (owner.flatten() < 0).to(device)
-        for step in range(sampling.max_new_tokens):
-            logits[:, banned] = -torch.inf
-            if step + 1 < sampling.min_new_tokens:
-                logits[:, ends] = -torch.inf
-            tokens = sample_tokens(logits, sampling, draws[rows, step] if sampling.temperature else None)
-            for row, token, over in zip(rows.tolist(), tokens.tolist(), done.tolist()):
-                if not over:
-                    replies[row].append(token)
-            done |= (tokens[:, None] == ends).any(1)
-            if done.all() or step + 1 == sampling.max_new_tokens:
-                break
-            waiting = ~done.view(-1, per_stem).all(1)
-            if waiting.sum() <= 0.85 * len(waiting):
-                kept = waiting.repeat_interleave(per_stem)
-                decoder.keep(waiting)
-                rows, done, tokens = rows[kept], done[kept], tokens[kept]
-            logits = decoder.forward(tokens)
-    found: list[list[list[int]]] = [[] for _ in prompts]
-    for reply, prompt in zip(replies, owner.flatten().tolist()):
+            number_in_group = torch.arange(group).repeat(len(prompt_of_row) // group)
+            uniforms = uniforms[prompt_of_row.clamp(min=0), number_in_group].to(device)
+        is_empty = (prompt_of_row < 0).to(device)
+        completions = _decode(decoder, logits, is_empty, sampling, uniforms,
+                              end_token_ids(model, processor), forbidden_token_ids(processor))
+    rollouts: list[list[list[int]]] = [[] for _ in prompts]
+    for completion, prompt in zip(completions, prompt_of_row.tolist()):
         if prompt >= 0:
-            found[prompt].append(reply)
-    return found
+            rollouts[prompt].append(completion)
+    return rollouts
+
+
+def forbidden_token_ids(processor) -> list[int]:
+    """The tokens that are never drawn."""
+    return [processor.tokenizer.convert_tokens_to_ids(token) for token in FORBIDDEN_TOKENS]
+
+
+def _read_prompts(model, processor, prompts: list[Prompt], group: int, capacity: int,
+                  fused_weights: FusedWeights) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
+    """Read the prompts, those with the same images together.
+
+    Returns a decoder for completions of at most `capacity` tokens, the states at the prompts' last
+    tokens (prompts, hidden), and the prompt of each of its rows (rows,). Every prefix has as many
+    rows as the one with the most prompts; a row without a prompt has -1.
+    """
+    groups = group_by_prefix(prompts)
+    if len(groups) == len(prompts):
+        batch = pad_prompts(model, prompts, processor.image_token_id)
+        hidden, cache = batch.read(model)
+        prompt_index, suffixes = torch.arange(len(prompts))[:, None], None
+    else:
+        prefixes = [prompts[indices[0]].cut_to_prefix() for indices in groups]
+        batch = pad_prompts(model, prefixes, processor.image_token_id)
+        _, cache = batch.read(model)
+        suffixes = read_suffixes(model, prompts, groups, batch, cache)
+        hidden, prompt_index = suffixes.hidden, suffixes.prompt_index
+    prompt_of_row = prompt_index.repeat_interleave(group, 1)  # prefixes, rows of each
+    decoder = Decoder(model, cache, batch, prompt_of_row.shape[1], capacity, fused_weights,
+                      suffixes)
+    return decoder, hidden, prompt_of_row.flatten()
+
+
+def _decode(decoder: Decoder, logits: torch.Tensor, is_done: torch.Tensor, sampling: Sampling,
+            uniforms: torch.Tensor | None, end_tokens: list[int],
+            forbidden_tokens: list[int]) -> list[list[int]]:
+    """Draw tokens until all rows have ended; a completion per row.
+
+    logits: (rows, vocabulary) of the first token; is_done: (rows,) bool, the rows that get no
+    completion; uniforms: (rows, tokens), None at temperature 0.
+    """
+    device = logits.device
+    ends = torch.tensor(end_tokens, device=device)
+    completions: list[list[int]] = [[] for _ in range(len(logits))]
+    rows = torch.arange(len(logits), device=device)  # those that the decoder still holds
+    for step in range(sampling.max_new_tokens):
+        logits[:, forbidden_tokens] = -torch.inf
+        if step + 1 < sampling.min_new_tokens:
+            logits[:, ends] = -torch.inf
+        row_uniforms = uniforms[rows, step] if sampling.temperature else None
+        tokens = sample_tokens(logits, sampling, row_uniforms)
+        for row, token, was_done in zip(rows.tolist(), tokens.tolist(), is_done.tolist()):
+            if not was_done:
+                completions[row].append(token)
+        is_done = is_done | (tokens[:, None] == ends).any(1)
+        if is_done.all() or step + 1 == sampling.max_new_tokens:
+            break
+        goes_on = ~is_done.view(-1, decoder.group).all(1)  # by prefix
+        if goes_on.sum() <= DROP_FINISHED_AT * len(goes_on):
+            decoder.keep_prefixes(goes_on)
+            is_kept = goes_on.repeat_interleave(decoder.group)
+            rows, is_done, tokens = rows[is_kept], is_done[is_kept], tokens[is_kept]
+        logits = decoder.forward(tokens)
+    return completions

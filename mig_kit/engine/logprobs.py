@@ -1,8 +1,10 @@
-"""Log-probabilities of completions whose prompts are read once, gradients flowing into what they share.
+"""Log-probabilities of completions whose prompts are read once, with gradients.
 
-G completions of a prompt in a GRPO update: one pass over the prompt serves them all. LoRA and 4-bit layers are the model's own
-modules and work unchanged.
+In a GRPO update one pass over a prompt serves all its completions. LoRA and 4-bit layers are the
+model's own modules and work unchanged.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import log_softmax
@@ -10,105 +12,163 @@ from torch.utils.checkpoint import checkpoint
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import unwrap_peft
-from mig_kit.engine.prefixes import embed_with_images, pad_prompts
+from mig_kit.engine.prefixes import additive_mask, embed_with_images, pad_prompts, pad_rows
 from mig_kit.engine.prompt_cache import Prompt, PromptCache
 from mig_kit.sample import Sample
 
-PROMPTS_AT_ONCE = 4  # prompts whose logits over the whole vocabulary are in memory at a time
+PROMPTS_AT_ONCE = 4  # prompts that `reply_logps` holds in memory
+HEAD_TOKENS = 1024  # tokens whose logits are in memory at a time where layers are checkpointed
 
 
-HEAD_TOKENS = 1024  # whose logits are in memory at a time where layers are checkpointed
+def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
+                     mask: torch.Tensor, image_token_id: int,
+                     temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of every completion token, (rows, tokens) each; 0 for padding.
 
-
-def completion_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
-                     image_token: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy of every completion token; gradients flow into the shared prompts.
-
-    owner: (rows,) the prompt of each row; ids, mask: (rows, longest completion), padded on the right.
-    Two passes: one over the prompts that keeps its graph, one over the completions on the prompts' keys and values.
+    prompt_index: (rows,) the prompt of each row; ids, mask: (rows, tokens), padded on the right.
+    Two passes: one over the prompts, which keeps its graph, so that gradients flow into them; one
+    over the completions, on the prompts' keys and values.
     """
     model = unwrap_peft(model)
-    batch = pad_prompts(model, prompts, image_token)
-    language = model.model.language_model
-    final, cache = batch.read(model)
-    cache.batch_select_indices(owner)
-    steps = (batch.after[owner][:, None] + torch.arange(ids.shape[1], device=ids.device))[None].expand(3, -1, -1)
-    second = language(input_ids=ids, attention_mask=torch.cat([batch.mask[owner], mask], 1), position_ids=steps,
-                      past_key_values=cache, use_cache=True)
-    hidden = torch.cat([final[owner][:, None], second.last_hidden_state[:, :-1]], 1)
-    return _unpack_rows(*_token_logps(model, hidden[mask.bool()], ids[mask.bool()], temperature), mask)
+    batch = pad_prompts(model, prompts, image_token_id)
+    last_hidden, cache = batch.read(model)
+    cache.batch_select_indices(prompt_index)
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    positions = batch.next_position[prompt_index][:, None] + steps
+    output = model.model.language_model(
+        input_ids=ids, attention_mask=torch.cat([batch.mask[prompt_index], mask], 1),
+        position_ids=positions[None].expand(3, -1, -1), past_key_values=cache, use_cache=True)
+    # the state before a token is what its probability is computed from
+    states = torch.cat([last_hidden[prompt_index][:, None], output.last_hidden_state[:, :-1]], 1)
+    is_token = mask.bool()
+    logps, entropies = _token_logps(model, states[is_token], ids[is_token], temperature)
+    return _unpack_rows(logps, mask), _unpack_rows(entropies, mask)
 
 
-def packed_logps(model, prompts: list[Prompt], owner: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
-                 image_token: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `completion_logps` gives, in one pass without a cache, so that layers can be checkpointed: far less memory.
+def packed_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
+                 mask: torch.Tensor, image_token_id: int,
+                 temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `completion_logps` gives, in one pass without a cache: layers can be checkpointed.
 
-    A row is a prompt and its replies behind one another; a reply's token attends to the prompt and to its own past. With
-    checkpointed layers the head, too, is computed piece by piece.
+    That needs far less memory. A row is a prompt with all its completions behind it; a completion's
+    token attends to the prompt and to its own past. With checkpointed layers the head is computed
+    HEAD_TOKENS tokens at a time, too.
     """
-    model, device = unwrap_peft(model), ids.device
-    lengths = mask.sum(1).tolist()
-    mine = [(owner == i).nonzero()[:, 0].tolist() for i in range(len(prompts))]
-    longest = max(len(p.ids) + sum(lengths[r] for r in rows) for p, rows in zip(prompts, mine))
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-    part, place = torch.full_like(tokens, -1), torch.zeros(3, *tokens.shape, dtype=torch.long)
-    source: list[tuple[int, int]] = [(0, 0)] * int(sum(lengths))
-    first = [sum(lengths[:r]) for r in range(len(lengths))]
-    for i, (prompt, rows) in enumerate(zip(prompts, mine)):
-        at = end = len(prompt.ids)
-        tokens[i, :end], part[i, :end], place[:, i, :end] = prompt.ids, 0, prompt.positions
-        for number, r in enumerate(rows, 1):
-            here = slice(at, at + lengths[r])
-            tokens[i, here], part[i, here] = ids[r, :lengths[r]].cpu(), number
-            place[:, i, here] = prompt.positions[:, -1].max() + 1 + torch.arange(lengths[r])
-            source[first[r]:first[r] + lengths[r]] = [(i, end - 1), *((i, k) for k in range(at, at + lengths[r] - 1))]
-            at += lengths[r]
+    model = unwrap_peft(model)
     language = model.model.language_model
-    tokens, part, place = tokens.to(device), part.to(device), place.to(device)
-    embeds = language.embed_tokens(tokens)
-    given = embed_with_images(embeds, (tokens == image_token) & (part == 0), prompts)
-    asking, asked = part[:, :, None], part[:, None, :]
-    order = torch.arange(longest, device=device)
-    allowed = (order[:, None] >= order) & (asked >= 0) & ((asked == 0) | (asked == asking)) | (order[:, None] == order)
-    bias = torch.zeros(allowed.shape, dtype=embeds.dtype, device=device).masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
-    out = language(**given, attention_mask=bias[:, None], position_ids=place, use_cache=False)
-    rows, columns = torch.tensor(source, device=device).T
-    hidden, said = out.last_hidden_state[rows, columns], ids[mask.bool()]
-    if not model.is_gradient_checkpointing:
-        return _unpack_rows(*_token_logps(model, hidden, said, temperature), mask)
-    pieces = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
-              for piece in zip(hidden.split(HEAD_TOKENS), said.split(HEAD_TOKENS))]
-    return _unpack_rows(*(torch.cat(found) for found in zip(*pieces)), mask)
+    packed = _pack_completions(prompts, prompt_index, ids, mask)
+    embeds = language.embed_tokens(packed.ids)
+    is_image = (packed.ids == image_token_id) & (packed.part == 0)
+    inputs = embed_with_images(embeds, is_image, prompts)
+    output = language(**inputs, attention_mask=additive_mask(packed.is_allowed(), embeds.dtype),
+                      position_ids=packed.positions, use_cache=False)
+    states = output.last_hidden_state[packed.state_rows, packed.state_columns]
+    targets = ids[mask.bool()]
+    if model.is_gradient_checkpointing:
+        pieces = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
+                  for piece in zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS))]
+        logps, entropies = (torch.cat(values) for values in zip(*pieces))
+    else:
+        logps, entropies = _token_logps(model, states, targets, temperature)
+    return _unpack_rows(logps, mask), _unpack_rows(entropies, mask)
 
 
-def _token_logps(model, hidden: torch.Tensor, said: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the tokens said, and entropies, from the hidden states (tokens, hidden) before them."""
-    logs = log_softmax(model.lm_head(hidden).float() / temperature, -1)
+@dataclass(frozen=True)
+class _PackedRows:
+    """Each prompt followed by its completions, padded on the right.
+
+    ids: (prompts, tokens); part: (prompts, tokens) 0 for the prompt, 1, 2, ... for its completions,
+    -1 for padding; positions: (3, prompts, tokens). state_rows, state_columns: (completion tokens,)
+    where the state before each token is, in the order of the completions.
+    """
+
+    ids: torch.Tensor
+    part: torch.Tensor
+    positions: torch.Tensor
+    state_rows: torch.Tensor
+    state_columns: torch.Tensor
+
+    def is_allowed(self) -> torch.Tensor:
+        """(prompts, tokens, past): does a token attend to another? Padding sees only itself."""
+        order = torch.arange(self.ids.shape[1], device=self.ids.device)
+        is_past = order[:, None] >= order
+        query_part, key_part = self.part[:, :, None], self.part[:, None, :]
+        is_prompt_or_own = (key_part == 0) | (key_part == query_part)
+        is_itself = order[:, None] == order
+        return is_past & (key_part >= 0) & is_prompt_or_own | is_itself
+
+
+def _pack_completions(prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
+                      mask: torch.Tensor) -> _PackedRows:
+    """Arguments as of `completion_logps`; the result is on the device of `ids`."""
+    lengths = mask.sum(1).tolist()
+    completions = [row[:length] for row, length in zip(ids.cpu(), lengths)]
+    packed_ids, packed_part, packed_positions = [], [], []
+    state_places: list[list[tuple[int, int]]] = [[] for _ in completions]  # row and column
+    for row, prompt in enumerate(prompts):
+        members = (prompt_index == row).nonzero()[:, 0].tolist()
+        start = len(prompt.ids)
+        row_ids, row_part = [prompt.ids], [torch.zeros_like(prompt.ids)]
+        row_positions = [prompt.positions]
+        for number, member in enumerate(members, 1):
+            completion, length = completions[member], lengths[member]
+            positions = prompt.next_position + torch.arange(length)
+            row_ids.append(completion)
+            row_part.append(torch.full_like(completion, number))
+            row_positions.append(positions.expand(3, -1))
+            columns = [len(prompt.ids) - 1, *range(start, start + length - 1)]
+            state_places[member] = [(row, column) for column in columns[:length]]
+            start += length
+        packed_ids.append(torch.cat(row_ids))
+        packed_part.append(torch.cat(row_part))
+        packed_positions.append(torch.cat(row_positions, 1))
+    longest = max(map(len, packed_ids))
+    device = ids.device
+    all_places = [place for places in state_places for place in places]
+    state_rows, state_columns = torch.tensor(all_places, device=device).T
+    return _PackedRows(
+        pad_rows(packed_ids, longest).to(device), pad_rows(packed_part, longest, -1).to(device),
+        pad_rows(packed_positions, longest).transpose(0, 1).to(device), state_rows, state_columns)
+
+
+def _token_logps(model, states: torch.Tensor, targets: torch.Tensor,
+                 temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the target tokens (tokens,), and entropies, from the states before them
+    (tokens, hidden).
+    """
+    logps = log_softmax(model.lm_head(states).float() / temperature, -1)
     with torch.no_grad():
-        entropies = -(logs.exp() * logs).sum(-1)
-    return logs.gather(-1, said[:, None])[:, 0], entropies
+        entropies = -(logps.exp() * logps).sum(-1)
+    return logps.gather(-1, targets[:, None])[:, 0], entropies
 
 
-def _unpack_rows(logps: torch.Tensor, entropies: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of the tokens under a mask (rows, longest) as (rows, longest), 0 elsewhere."""
-    there, empty = mask.bool(), torch.zeros(mask.shape, device=mask.device)
-    return empty.masked_scatter(there, logps), empty.masked_scatter(there, entropies)
+def _unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values of the tokens under a mask (rows, tokens) as (rows, tokens), 0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), values)
 
 
-def reply_logps(model, processor, samples: list[Sample], replies: list[str], box_format: BoxFormat) -> torch.Tensor:
-    """Log-probability of every token of the given replies, in float32; (tokens,), padding left out. AT_ONCE prompts in memory."""
-    return torch.cat([_reply_logps(model, processor, samples[i:i + PROMPTS_AT_ONCE], replies[i:i + PROMPTS_AT_ONCE], box_format)
-                      for i in range(0, len(samples), PROMPTS_AT_ONCE)])
+def reply_logps(model, processor, samples: list[Sample], replies: list[str],
+                box_format: BoxFormat) -> torch.Tensor:
+    """Log-probability of every token of the replies, one to each sample; (tokens,), float32.
+
+    PROMPTS_AT_ONCE prompts are in memory at a time.
+    """
+    starts = range(0, len(samples), PROMPTS_AT_ONCE)
+    parts = [slice(start, start + PROMPTS_AT_ONCE) for start in starts]
+    return torch.cat([_reply_logps(model, processor, samples[part], replies[part], box_format)
+                      for part in parts])
 
 
 @torch.no_grad()
-def _reply_logps(model, processor, samples: list[Sample], replies: list[str], box_format: BoxFormat) -> torch.Tensor:
+def _reply_logps(model, processor, samples: list[Sample], replies: list[str],
+                 box_format: BoxFormat) -> torch.Tensor:
+    device, tokenizer = unwrap_peft(model).device, processor.tokenizer
     prompts = PromptCache(model, processor, box_format).get(samples)
-    tokens = [processor.tokenizer(r, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id] for r in replies]
-    longest = max(map(len, tokens))
-    ids, mask = torch.zeros(2, len(tokens), longest, dtype=torch.long, device=unwrap_peft(model).device)
-    for row, reply in enumerate(tokens):
-        ids[row, :len(reply)], mask[row, :len(reply)] = torch.tensor(reply), 1
-    owner = torch.arange(len(samples), device=ids.device)
-    logps, _ = completion_logps(model, prompts, owner, ids, mask, processor.image_token_id)
-    return logps[mask.bool()].detach().float().cpu()
+    encoded = tokenizer(replies, add_special_tokens=False)["input_ids"]
+    completions = [torch.tensor([*row, tokenizer.eos_token_id]) for row in encoded]
+    longest = max(map(len, completions))
+    ids = pad_rows(completions, longest).to(device)
+    mask = pad_rows([torch.ones_like(row) for row in completions], longest).to(device)
+    prompt_index = torch.arange(len(samples), device=device)
+    logps, _ = completion_logps(model, prompts, prompt_index, ids, mask, processor.image_token_id)
+    return logps[mask.bool()].float().cpu()

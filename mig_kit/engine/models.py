@@ -247,8 +247,8 @@ def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
     sizes = [(math.ceil(math.sqrt(area * 4 / 3)), math.ceil(math.sqrt(area * 3 / 4)))
              for area in areas]
     images = [Image.new("RGB", size) for size in sizes]
-    grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"]
     try:
+        grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"]
         check_image_grids(processor, grids, sizes, box_format)
     except ValueError as error:
         raise ValueError(f"{model}: {error}; mend do_resize, patch_size and merge_size in its "

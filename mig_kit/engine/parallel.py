@@ -1,7 +1,7 @@
-"""Several at once: threads that draw replies with one model, and processes that train one.
+"""Threads that draw replies with one model, and processes that train one together.
 
-A step of a small model is hundreds of operations too short for all cores of a CPU to share. Two of them side by side, each on half
-of the cores, take less time than one after the other.
+A step of a small model is hundreds of operations that are too short for all cores of a CPU to
+share. Two of them side by side, on half of the cores each, take less time than one after the other.
 """
 
 import os
@@ -15,17 +15,16 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import distributed
 
-PATIENCE = 120  # seconds that processes get to start, and to end after the first
-
-
+TIMEOUT = 120  # seconds that processes get to start, and to end after the first one
 HOST = "127.0.0.1"
 
 
 def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterator:
-    """function(part) for every part, in their order, `threads` at a time, each on its share of this process's cores.
+    """function(part) for every part, in their order, `threads` at a time.
 
-    One thread, or a GPU: here, one after the other. The caller sees to it that no call changes what another one reads. Raises
-    ValueError for fewer than one thread.
+    Each thread has its share of this process's cores. With one thread, or with a GPU, the calls are
+    made in this thread, one after the other. The caller sees to it that no call changes what
+    another one reads. Raises ValueError for fewer than one thread.
     """
     if threads < 1:
         raise ValueError(f"workers is {threads}; use 1 or more")
@@ -33,7 +32,8 @@ def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterato
         yield from map(function, parts)
         return
     cores = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),))
+    share = max(1, cores // threads)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,))
     try:
         yield from pool.map(function, parts)
     finally:
@@ -41,88 +41,128 @@ def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterato
         torch.set_num_threads(cores)  # part of what a thread sets is set for all
 
 
-def count_processes(asked: int, steps: int) -> int:
-    """Processes to train with: `asked`, or for 0 one per GPU, on a CPU two, the most of them that share `steps` evenly."""
-    if asked:
-        return asked
+def count_processes(processes: int, steps: int) -> int:
+    """Processes to train with: `processes`, or for 0 as many as pay that share `steps` evenly.
+
+    One per GPU pays, and on a CPU two.
+    """
+    if processes:
+        return processes
     most = torch.cuda.device_count() or min(2, torch.get_num_threads())
-    return max(n for n in range(1, most + 1) if steps % n == 0)
+    return max(count for count in range(1, most + 1) if steps % count == 0)
 
 
-def _join_process_group(store, rank: int, processes: int) -> None:
-    """Be process `rank` of several, all of which are there."""
-    kind = "nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(kind, store=store, rank=rank, world_size=processes, timeout=timedelta(minutes=30))
+@contextmanager
+def training_processes(processes: int, function: Callable, *arguments) -> Iterator[None]:
+    """While it lasts this process is the first of `processes` that train together.
+
+    The others run function(*arguments). All of them are to make the same trainer, which finds the
+    others as under torchrun. Each process has one GPU, or its share of the cores. function:
+    importable by name; arguments: what pickle takes.
+
+    An error in another process is raised here with its traceback. When this process leaves with an
+    error or is killed, the others end, too. Raises ValueError for an impossible number of
+    processes, and RuntimeError if one does not start or end within TIMEOUT.
+    """
+    _check_process_count(processes)
+    if processes == 1:
+        yield
+        return
+    cores = torch.get_num_threads()
+    share = max(1, cores // processes)
+    store = distributed.TCPStore(HOST, 0, processes, True, wait_for_workers=False)
+    environment = _torchrun_environment(processes, store.port, share)
+    environment_before = dict(os.environ)
+    workers = torch.multiprocessing.spawn(
+        _worker_main, (store.port, processes, environment, function, arguments), processes - 1,
+        join=False)
+    try:
+        os.environ.update(environment, RANK="0", LOCAL_RANK="0")
+        _reset_accelerate_state()
+        torch.set_num_threads(share)
+        _wait_until_started(store, workers, processes)
+        _join_process_group(store, 0, processes)
+        try:
+            yield
+        except RuntimeError:
+            # Perhaps the only cause is that a worker failed; then `join` raises its error.
+            workers.join(timeout=10)
+            raise
+        while not workers.join(timeout=TIMEOUT):
+            if any(process.is_alive() for process in workers.processes):
+                raise RuntimeError("the other processes had not ended "
+                                   f"{TIMEOUT} s after the first")
+    finally:
+        for process in workers.processes:
+            process.kill()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        _reset_accelerate_state()
+        torch.set_num_threads(cores)
+        for name in (*environment, "RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+            if name in environment_before:
+                os.environ[name] = environment_before[name]
 
 
-def _worker_main(number: int, port: int, processes: int, environment: dict, function: Callable, given: tuple) -> None:
-    """What a spawned process does; the one that spawned it is the first, this one is number + 1."""
+def _check_process_count(processes: int) -> None:
+    """Raise ValueError unless so many processes can train together, this one being the first."""
+    gpus = torch.cuda.device_count()
+    if processes < 1 or gpus and processes > gpus:
+        range_text = f"1 to {gpus}, one per GPU" if gpus else "1 or more"
+        raise ValueError(f"processes is {processes}; use {range_text}")
+    if processes > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"processes is {processes} in a process that is one of several already; "
+                         "use 1 under torchrun")
+
+
+def _torchrun_environment(processes: int, port: int, threads: int) -> dict[str, str]:
+    """The variables that torchrun would set for all processes alike."""
+    environment = {"MASTER_ADDR": HOST, "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
+                   "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads)}
+    if not torch.cuda.device_count():
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return environment
+
+
+def _wait_until_started(store: distributed.TCPStore, workers, processes: int) -> None:
+    """Return when all workers have reported; RuntimeError after TIMEOUT, or the error of one."""
+    deadline = time.monotonic() + TIMEOUT
+    reports = [_report_key(rank) for rank in range(1, processes)]
+    while not store.check(reports):
+        if workers.join(timeout=0.2) or time.monotonic() > deadline:
+            raise RuntimeError(f"{processes} processes did not start within {TIMEOUT} s; "
+                               "set processes to 1")
+
+
+def _report_key(rank: int) -> str:
+    """The key under which a worker reports in the store that it has started."""
+    return f"started {rank}"
+
+
+def _worker_main(number: int, port: int, processes: int, environment: dict[str, str],
+                 function: Callable, arguments: tuple) -> None:
+    """What a spawned process does. number: from 0; the process that spawned it has rank 0."""
     rank = number + 1
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     store = distributed.TCPStore(HOST, port, processes, False)
-    store.set(f"here {rank}", "")
+    store.set(_report_key(rank), "")
     _join_process_group(store, rank, processes)
-    function(*given)
+    function(*arguments)
     distributed.destroy_process_group()
 
 
-@contextmanager
-def training_processes(processes: int, function: Callable, *given) -> Iterator[None]:
-    """While it lasts this process is the first of `processes` that train together; the others run function(*given).
-
-    All are to make the same trainer, which finds the others as under torchrun. One process per GPU, or each on its share of the
-    cores. function: importable by name; given: what pickle takes. An error in another process is raised here with its traceback;
-    when this process leaves with an error or is killed, so do the others. Raises ValueError for a number that cannot be had.
-    """
-    gpus = torch.cuda.device_count()
-    if processes < 1 or gpus and processes > gpus:
-        raise ValueError(f"processes is {processes}; use 1{f' to {gpus}, one per GPU' if gpus else ' or more'}")
-    if processes == 1:
-        yield
-        return
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"processes is {processes} in a process that is one of several already; use 1 under torchrun")
-    cores = torch.get_num_threads()
-    store = distributed.TCPStore(HOST, 0, processes, True, wait_for_workers=False)
-    environment = {"MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(processes),
-                   "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(max(1, cores // processes))}
-    environment |= {} if gpus else {"ACCELERATE_USE_CPU": "true"}
-    here = environment | {"RANK": "0", "LOCAL_RANK": "0"}
-    before = {name: os.environ.get(name) for name in here}
-    others = torch.multiprocessing.spawn(_worker_main, (store.port, processes, environment, function, given), processes - 1, join=False)
-    try:
-        os.environ.update(here)
-        _reset_accelerate_state()
-        torch.set_num_threads(max(1, cores // processes))
-        end, names = time.monotonic() + PATIENCE, [f"here {rank}" for rank in range(1, processes)]
-        while not store.check(names):
-            if others.join(timeout=0.2) or time.monotonic() > end:
-                raise RuntimeError(f"{processes} processes did not start within {PATIENCE} s; set processes to 1")
-        _join_process_group(store, 0, processes)
-        try:
-            yield
-        except RuntimeError:  # perhaps only because another one failed, whose error is then raised
-            others.join(timeout=10)
-            raise
-        while not others.join(timeout=PATIENCE):
-            if any(process.is_alive() for process in others.processes):
-                raise RuntimeError(f"the other processes had not ended {PATIENCE} s after the first")
-    finally:
-        for process in others.processes:
-            process.kill()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-        _reset_accelerate_state()
-        torch.set_num_threads(cores)
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            os.environ.update({} if value is None else {name: value})
+def _join_process_group(store: distributed.TCPStore, rank: int, processes: int) -> None:
+    """Become process `rank` of several that have all started."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes,
+                                   timeout=timedelta(minutes=30))
 
 
 def _reset_accelerate_state() -> None:
-    """Have accelerate look anew how many processes there are."""
+    """Have accelerate look again how many processes there are."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()

@@ -1,151 +1,219 @@
-"""Prompts as batches, and what they share: several questions about the same images begin alike, as benchmarks often ask.
+"""Prompts as batches, and what they share: questions about the same images begin alike.
 
-MIG-Bench's 4,295 questions are about 1,974 lists of images. The images are then read once, and the questions behind them in one
-more pass, each on the images' keys and values and its own tokens alone.
+MIG-Bench's 4,295 questions are about 1,974 lists of images. The kit reads the images once, and then
+all the questions about them in one pass: each sees the images' keys and values and its own tokens.
 """
 
 from copy import copy
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
+from transformers import Cache
 
 from mig_kit.engine import attention
 from mig_kit.engine.prompt_cache import Prompt
 
-PAD_MULTIPLE = 32  # tokens; rows are padded to multiples, for a heap in which every batch has sizes of its own grows and slows down
+# Rows are padded to multiples of so many tokens: where every batch has sizes of its own, the heap
+# grows and slows down.
+PAD_MULTIPLE = 32
 
 
 def pad_to_multiple(tokens: int) -> int:
-    """The next multiple of ROUND."""
+    """The next multiple of PAD_MULTIPLE."""
     return -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def embed_with_images(embeds: torch.Tensor, where: torch.Tensor, prompts: list[Prompt]) -> dict:
-    """The language model's inputs: embeddings (prompts, longest, hidden) with the images' features at `where`."""
-    seen = [p.features for p in prompts if p.features is not None]
-    if not seen:
+def pad_rows(rows: list[torch.Tensor], length: int, fill: int = 0) -> torch.Tensor:
+    """Tensors (..., tokens) as one (rows, ..., length), padded on the right."""
+    return torch.stack([pad(row, (0, length - row.shape[-1]), value=fill) for row in rows])
+
+
+def additive_mask(is_allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, tokens, past) bool -> (rows, 1, tokens, past), what is added to attention scores."""
+    zeros = torch.zeros(is_allowed.shape, dtype=dtype, device=is_allowed.device)
+    return zeros.masked_fill_(~is_allowed, torch.finfo(dtype).min)[:, None]
+
+
+def embed_with_images(embeds: torch.Tensor, is_image: torch.Tensor, prompts: list[Prompt]) -> dict:
+    """Inputs of the language model: embeddings that hold the images' features at their tokens.
+
+    embeds: (prompts, tokens, hidden); is_image: (prompts, tokens) bool.
+    """
+    features = [prompt.features for prompt in prompts if prompt.features is not None]
+    if not features:
         return {"inputs_embeds": embeds}
-    features, *deeper = torch.cat(seen).to(embeds.dtype).split(embeds.shape[-1], 1)
-    given = {"inputs_embeds": embeds.masked_scatter(where[..., None], features)}
-    return given | {"visual_pos_masks": where, "deepstack_visual_embeds": deeper} if deeper else given
+    hidden = embeds.shape[-1]
+    first, *deepstack = torch.cat(features).to(embeds.dtype).split(hidden, 1)
+    inputs = {"inputs_embeds": embeds.masked_scatter(is_image[..., None], first)}
+    if deepstack:
+        inputs |= {"visual_pos_masks": is_image, "deepstack_visual_embeds": deepstack}
+    return inputs
 
 
 @dataclass(frozen=True)
 class PaddedPrompts:
-    """Prompts as one batch, padded on the right: a causal model reads them without a mask, which costs twice as much.
+    """Prompts as one batch, padded on the right.
 
-    given: inputs of `with_features`; mask: (prompts, longest), 0 where padding is; positions: (3, prompts, longest);
-    last: (prompts,) index of a prompt's last token; after: (prompts,) position of the token that follows it.
+    A causal model reads it without a mask, at half the cost of reading it with one.
+
+    inputs: of `embed_with_images`; mask: (prompts, tokens), 0 where padding is; positions: (3,
+    prompts, tokens); last_column: (prompts,) index of a prompt's last token; next_position:
+    (prompts,) position of the token that follows it.
     """
 
-    given: dict
+    inputs: dict
     mask: torch.Tensor
     positions: torch.Tensor
-    last: torch.Tensor
-    after: torch.Tensor
+    last_column: torch.Tensor
+    next_position: torch.Tensor
 
-    def final(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(prompts, longest, width) -> (prompts, width) at the last tokens."""
-        return hidden[torch.arange(len(self.last), device=hidden.device), self.last]
+    def read(self, model) -> tuple[torch.Tensor, Cache]:
+        """States at the last tokens (prompts, hidden), and the cache.
 
-    def read(self, model) -> tuple[torch.Tensor, object]:
-        """States at the last tokens (prompts, hidden), and the cache. Of long prompts the last layer computes nothing else.
-
-        What it leaves out is a fifth of the tiny model's work, and 1/36 of the 3B's. With the kit's own attention only.
+        Of long prompts the last layer computes nothing but these states and its keys and values: a
+        fifth less work in the tiny model, 1/36 in the 3B. Only the kit's own attention can do that.
         """
         language = model.model.language_model
-        short = self.mask.shape[1] < attention.READ or language.config._attn_implementation != attention.NAME
-        whole = short or "deepstack_visual_embeds" in self.given
-        reader = language if whole else _last_layer_at(language, self.last[:, None])
-        out = reader(**self.given, position_ids=self.positions, use_cache=True)
-        return self.final(out.last_hidden_state) if whole else out.last_hidden_state[:, 0], out.past_key_values
+        arguments = self.inputs | {"position_ids": self.positions, "use_cache": True}
+        is_long = self.mask.shape[1] >= attention.LONG_WITHOUT_GRADIENT
+        uses_kit_attention = language.config._attn_implementation == attention.NAME
+        # Qwen3-VL adds deepstack features to what a layer returns, which must have all tokens.
+        if is_long and uses_kit_attention and "deepstack_visual_embeds" not in self.inputs:
+            reader = _with_short_last_layer(language, self.last_column[:, None])
+            output = reader(**arguments)
+            return output.last_hidden_state[:, 0], output.past_key_values
+        output = language(**arguments)
+        row = torch.arange(len(self.last_column), device=self.last_column.device)
+        return output.last_hidden_state[row, self.last_column], output.past_key_values
 
 
-def _last_layer_at(language, where: torch.Tensor):
-    """The model, its last layer giving only the states at `where` (rows, slots): (rows, slots, hidden); keys and values are whole.
+class _ShortLastLayer(torch.nn.Module):
+    """A decoder layer that returns only the states at `columns`: (rows, slots, hidden).
 
-    It has the same weights, and leaves the model itself as it is: another thread may be using it.
+    columns: (rows, slots). The keys and values that it adds to the cache are those of all tokens.
     """
-    layer = language.layers[-1]
-    mixer, last, reader = copy(layer.self_attn), copy(layer), copy(language)
 
-    def forward(hidden_states: torch.Tensor, **given) -> torch.Tensor:
-        mixed, _ = mixer(hidden_states=layer.input_layernorm(hidden_states), **given)
-        hidden = (hidden_states + mixed).gather(1, where[..., None].expand(-1, -1, hidden_states.shape[2]))
+    def __init__(self, layer: torch.nn.Module, columns: torch.Tensor):
+        super().__init__()
+        self.layer, self.columns = layer, columns
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """hidden_states: (rows, tokens, hidden); kwargs: what the model hands to its layers."""
+        layer = self.layer
+        normed = layer.input_layernorm(hidden_states)
+        mixed, _ = layer.self_attn(hidden_states=normed, query_columns=self.columns, **kwargs)
+        index = self.columns[..., None].expand(-1, -1, hidden_states.shape[2])
+        hidden = (hidden_states + mixed).gather(1, index)
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
-    mixer.read_at, last.forward = where, forward
-    reader._modules = {**language._modules, "layers": torch.nn.ModuleList([*language.layers[:-1], last])}
+
+def _with_short_last_layer(language: torch.nn.Module, columns: torch.Tensor) -> torch.nn.Module:
+    """A language model with the same weights whose last layer is a `_ShortLastLayer`."""
+    *layers, last = language.layers
+    reader = copy(language)
+    # A shallow copy shares its dict of modules with the original, which another thread may be
+    # using; it gets one of its own.
+    reader._modules = dict(language._modules)
+    reader.layers = torch.nn.ModuleList([*layers, _ShortLastLayer(last, columns)])
     return reader
 
 
-def pad_prompts(model, prompts: list[Prompt], image_token: int) -> PaddedPrompts:
-    """Prompts as a batch; longest is `rounded` if there are several."""
-    longest, device = max(len(p.ids) for p in prompts), model.device
-    longest = pad_to_multiple(longest) if len(prompts) > 1 else longest
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    place = torch.zeros(3, len(prompts), longest, dtype=torch.long)
-    for i, p in enumerate(prompts):
-        ids[i, :len(p.ids)], mask[i, :len(p.ids)], place[:, i, :len(p.ids)] = p.ids, 1, p.positions
+def pad_prompts(model, prompts: list[Prompt], image_token_id: int) -> PaddedPrompts:
+    """Prompts as a batch; several are padded to a multiple of PAD_MULTIPLE tokens."""
+    device = model.device
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if len(prompts) > 1:
+        longest = pad_to_multiple(longest)
+    ids = pad_rows([prompt.ids for prompt in prompts], longest)
+    mask = pad_rows([torch.ones_like(prompt.ids) for prompt in prompts], longest)
+    positions = pad_rows([prompt.positions for prompt in prompts], longest).transpose(0, 1)
+    last_column = torch.tensor([len(prompt.ids) - 1 for prompt in prompts])
+    next_position = torch.tensor([prompt.next_position for prompt in prompts])
     embeds = model.model.language_model.embed_tokens(ids.to(device))
-    where = ((ids == image_token) & mask.bool()).to(device)
-    last = torch.tensor([len(p.ids) - 1 for p in prompts], device=device)
-    after = torch.tensor([int(p.positions[:, -1].max()) + 1 for p in prompts], device=device)
-    return PaddedPrompts(embed_with_images(embeds, where, prompts), mask.to(device), place.to(device), last, after)
+    is_image = ((ids == image_token_id) & mask.bool()).to(device)
+    return PaddedPrompts(embed_with_images(embeds, is_image, prompts), mask.to(device),
+                         positions.to(device), last_column.to(device), next_position.to(device))
+
+
+def group_by_prefix(prompts: list[Prompt]) -> list[list[int]]:
+    """Indices of the prompts that begin with the same images, in order.
+
+    Every prompt is a group of its own where one has no images, and where sharing gains little: a
+    prefix gets as many rows as the largest group, and prefixes are not shared if that more than
+    doubles the batch.
+    """
+    alone = [[index] for index in range(len(prompts))]
+    if not all(prompt.prefix_length for prompt in prompts):
+        return alone
+    by_prefix: dict[tuple, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        prefix_ids = prompt.ids[:prompt.prefix_length].numpy().tobytes()
+        by_prefix.setdefault((prompt.image_digests, prefix_ids), []).append(index)
+    groups = list(by_prefix.values())
+    padded_rows = max(map(len, groups)) * len(groups)
+    return alone if padded_rows > 2 * len(prompts) else groups
 
 
 @dataclass(frozen=True)
 class Suffixes:
-    """What prompts about the same images go on with after them, read in one pass on the keys and values of the images.
+    """What prompts have behind their shared prefixes, read on the prefixes' keys and values.
 
-    places: (stems, slots) the prompt's index, -1 where a stem has fewer; first, length: (stems, slots) where its tokens are
-    among those of its stem; after: (stems, slots) position of the token that follows; final: (prompts, hidden).
+    The suffixes of a prefix stand one behind the other in its row. A slot is a suffix's place in
+    that row, and a prefix with fewer prompts than others has empty slots.
+
+    prompt_index: (prefixes, slots) the prompt, -1 in an empty slot; start, length: (prefixes,
+    slots) the suffix's tokens in its row; next_position: (prefixes, slots) position of the token
+    that follows; hidden: (prompts, hidden) states at the prompts' last tokens.
     """
 
-    places: torch.Tensor
-    first: torch.Tensor
+    prompt_index: torch.Tensor
+    start: torch.Tensor
     length: torch.Tensor
-    after: torch.Tensor
-    final: torch.Tensor
+    next_position: torch.Tensor
+    hidden: torch.Tensor
 
 
-def group_by_prefix(prompts: list[Prompt]) -> list[list[int]]:
-    """Indices of the prompts that begin with the same images, in order; each by itself where little is to be gained.
+def read_suffixes(model, prompts: list[Prompt], groups: list[list[int]], prefixes: PaddedPrompts,
+                  cache: Cache) -> Suffixes:
+    """Read what follows the prefixes. groups: of `group_by_prefix`.
 
-    Every stem gets as many rows as the one with the most prompts: more than twice as many in all as there are prompts is too much.
+    cache: what reading `prefixes` left; the suffixes' keys and values are added to it.
     """
-    found: dict[object, list[int]] = {}
-    for i, p in enumerate(prompts):
-        found.setdefault((p.images, p.ids[:p.stem].numpy().tobytes()) if p.stem else i, []).append(i)
-    stems = list(found.values())
-    apart = not all(p.stem for p in prompts) or max(map(len, stems)) * len(stems) > 2 * len(prompts)
-    return [[i] for i in range(len(prompts))] if apart else stems
+    device = prefixes.mask.device
+    rows = [[prompts[index] for index in group] for group in groups]
+    slots = max(map(len, groups))
+    lengths = [[len(prompt.ids) - prompt.prefix_length for prompt in row] for row in rows]
+    longest = pad_to_multiple(max(map(sum, lengths)))
 
+    ids = pad_rows([torch.cat([prompt.ids[prompt.prefix_length:] for prompt in row])
+                    for row in rows], longest)
+    positions = pad_rows([torch.cat([prompt.positions[:, prompt.prefix_length:] for prompt in row],
+                                    1) for row in rows], longest).transpose(0, 1)
+    slot_of_token = pad_rows([torch.arange(len(row)).repeat_interleave(torch.tensor(row))
+                              for row in lengths], longest, -1)
 
-def read_suffixes(model, prompts: list[Prompt], stems: list[list[int]], batch: PaddedPrompts, cache) -> Suffixes:
-    """Read what follows the images; `cache`, which holds what `batch` of the stems left, is added to."""
-    device, slots = batch.mask.device, max(map(len, stems))
-    longest = pad_to_multiple(max(sum(len(prompts[i].ids) - prompts[i].stem for i in stem) for stem in stems))
-    ids, part = torch.zeros(len(stems), longest, dtype=torch.long), torch.full((len(stems), longest), -1)
-    place = torch.zeros(3, len(stems), longest, dtype=torch.long)
-    places, first, length, after = (torch.full((len(stems), slots), fill) for fill in (-1, 0, 0, 0))
-    for row, stem in enumerate(stems):
-        at = 0
-        for slot, i in enumerate(stem):
-            p = prompts[i]
-            here = slice(at, at + len(p.ids) - p.stem)
-            ids[row, here], part[row, here], place[:, row, here] = p.ids[p.stem:], slot, p.positions[:, p.stem:]
-            places[row, slot], first[row, slot], length[row, slot] = i, at, here.stop - at
-            after[row, slot] = p.positions[:, -1].max() + 1
-            at = here.stop
-    order = torch.arange(longest)
-    own = (part[:, :, None] == part[:, None, :]) & (order[:, None] >= order)
-    allowed = torch.cat([batch.mask.bool()[:, None].expand(-1, longest, -1), own.to(device)], 2)
-    embeds = model.model.language_model.embed_tokens(ids.to(device))
-    bias = torch.zeros(allowed.shape, dtype=embeds.dtype, device=device).masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
-    out = model.model.language_model(inputs_embeds=embeds, attention_mask=bias[:, None], position_ids=place.to(device),
-                                     past_key_values=cache, use_cache=True)
-    row, slot = (places >= 0).nonzero(as_tuple=True)
-    final = out.last_hidden_state[row, (first + length - 1)[row, slot]][places[row, slot].argsort()]
-    return Suffixes(places, first.to(device), length.to(device), after.to(device), final)
+    prompt_index = pad_rows([torch.tensor(group) for group in groups], slots, -1)
+    length = pad_rows([torch.tensor(row) for row in lengths], slots)
+    is_filled = prompt_index >= 0
+    start = (length.cumsum(1) - length) * is_filled
+    next_position = pad_rows([torch.tensor([prompt.next_position for prompt in row])
+                              for row in rows], slots)
+
+    column = torch.arange(longest)
+    is_same_suffix = slot_of_token[:, :, None] == slot_of_token[:, None, :]
+    sees_suffix = is_same_suffix & (column[:, None] >= column)
+    sees_prefix = prefixes.mask.bool()[:, None].expand(-1, longest, -1)
+    is_allowed = torch.cat([sees_prefix, sees_suffix.to(device)], 2)
+    language = model.model.language_model
+    embeds = language.embed_tokens(ids.to(device))
+    output = language(
+        inputs_embeds=embeds, attention_mask=additive_mask(is_allowed, embeds.dtype),
+        position_ids=positions.to(device), past_key_values=cache, use_cache=True)
+
+    row, slot = is_filled.nonzero(as_tuple=True)
+    last_column = (start + length - 1)[row, slot]
+    in_prompt_order = prompt_index[row, slot].argsort()
+    hidden = output.last_hidden_state[row, last_column][in_prompt_order]
+    return Suffixes(prompt_index, start.to(device), length.to(device), next_position.to(device),
+                    hidden)

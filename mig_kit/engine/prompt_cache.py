@@ -1,12 +1,13 @@
-"""Prompts made ready once: token ids, positions, and the features of their images, each distinct image seen once.
+"""Prompts ready for the model: token ids, positions, and the features of their images.
 
-No stage trains the vision tower, so an image's features stay valid for as long as a run lasts, across questions, replies, passes
-and epochs.
+No stage trains the vision tower. So an image's features stay valid for a whole run, across
+questions, replies, passes and epochs, and every distinct image goes through the tower once.
 """
 
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -17,159 +18,249 @@ from mig_kit.engine.models import check_image_grids, check_tokens, unwrap_peft
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 
-LARGE_IMAGE_PATCHES = 256  # patches; images of so many had the same features to the bit whatever was in their batch (16 to 56 patches a side)
-
-
-PATCHES_AT_ONCE = 8192  # patches of large images in a batch
+# Patches from which an image has the same features to the bit, whatever else is in its batch
+# (tried with 16 to 56 patches a side).
+LARGE_IMAGE_PATCHES = 256
+PATCHES_AT_ONCE = 8192  # of large images in a batch
+SAMPLES_AT_ONCE = 64  # whose texts are encoded together
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample made ready. ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None.
+    """A sample, ready for the model.
 
-    Of Qwen3-VL, which feeds its first layers features of their own, features are (image tokens, (1 + layers) * hidden).
-    images: what tells its images from others, in order; stem: tokens up to the end of the last of them.
+    ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None without
+    images. Qwen3-VL feeds further features to its first layers; its features are (image tokens, (1
+    + layers) * hidden). image_digests: of its images, in order. prefix_length: tokens up to and
+    including the last image token.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     features: torch.Tensor | None
-    images: tuple[bytes, ...] = ()
-    stem: int = 0
+    image_digests: tuple[bytes, ...] = ()
+    prefix_length: int = 0
 
-    def begins(self) -> "Prompt":
-        """Its stem as a prompt of its own."""
-        return Prompt(self.ids[:self.stem], self.positions[:, :self.stem], self.features, self.images, self.stem)
+    @property
+    def next_position(self) -> int:
+        """Position of the token that follows the prompt."""
+        return int(self.positions[:, -1].max()) + 1
+
+    def cut_to_prefix(self) -> "Prompt":
+        """The tokens up to the end of the last image as a prompt of their own."""
+        length = self.prefix_length
+        return Prompt(self.ids[:length], self.positions[:, :length], self.features,
+                      self.image_digests, length)
+
+
+class EncodedText(NamedTuple):
+    """A prompt without features; the fields are those of Prompt."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    image_digests: tuple[bytes, ...]
+    prefix_length: int
+
+
+class ImageFeatures(NamedTuple):
+    """features: (image tokens, hidden), on the CPU; grid: (3,) of patches."""
+
+    features: torch.Tensor
+    grid: torch.Tensor
 
 
 def image_digest(image: Image.Image) -> bytes:
-    """What tells images apart: their pixels and size."""
-    return hashlib.blake2b(image.tobytes(), digest_size=16, key=f"{image.mode} {image.size}".encode()).digest()
+    """A hash of the image's pixels, mode and size."""
+    key = f"{image.mode} {image.size}".encode()
+    return hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest()
 
 
 def tower_digest(model) -> bytes:
-    """What tells the weights of a model's vision tower from others."""
-    found = hashlib.blake2b(digest_size=16)
+    """A hash of the weights of a model's vision tower."""
+    digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.model.visual.state_dict().items()):
-        found.update(f"{name} {weight.dtype}".encode())
-        found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.digest()
+        digest.update(f"{name} {weight.dtype}".encode())
+        values = weight.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy())
+    return digest.digest()
 
 
 class PromptCache:
-    """Prompts by sample id and features by image, the least recently used forgotten first.
+    """Prompts by sample id and features by image; the least recently used are dropped first.
 
-    limit: prompts kept. room: bytes of features kept, in the host's memory; what a call asks for is always held while it is used.
-    Images are seen AT_ONCE patches at a time. autocast: those of LARGE patches or more in bfloat16. In a batch of smaller ones
-    long sums in bfloat16 depend on what else is in it: a run that goes on after a kill would see other features. They are
-    computed in the tower's own dtype, all together.
+    limit: prompts kept. max_bytes: of features kept, in the host's memory; what a call of `get`
+    asks for is kept until it returns.
+
+    Large images go through the tower PATCHES_AT_ONCE patches at a time. autocast: compute images of
+    LARGE_IMAGE_PATCHES or more in bfloat16. Smaller ones are computed in the tower's own dtype, all
+    together: in bfloat16 their features depend on what else is in the batch, and a run that goes on
+    after a kill would see other features.
     """
 
-    def __init__(self, model, processor, box_format: BoxFormat, limit: int = 4096, room: int = 2 * 2**30,
-                 autocast: bool = False):
-        self.model, self.processor, self.box_format, self.limit, self.room = unwrap_peft(model), processor, box_format, limit, room
-        self.autocast = autocast
-        self.store: OrderedDict[str, tuple[torch.Tensor, torch.Tensor, tuple[bytes, ...], int]] = OrderedDict()
-        self.images: OrderedDict[bytes, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()  # features; grid (3,) of patches
-        self.size = 0  # bytes of the features
-        self.tower = b""  # what tells the tower's weights from others', while there is no model
+    def __init__(self, model, processor, box_format: BoxFormat, limit: int = 4096,
+                 max_bytes: int = 2 * 2**30, autocast: bool = False):
+        self.model, self.processor, self.box_format = unwrap_peft(model), processor, box_format
+        self.limit, self.max_bytes, self.autocast = limit, max_bytes, autocast
+        self.texts: OrderedDict[str, EncodedText] = OrderedDict()  # by sample id
+        self.images: OrderedDict[bytes, ImageFeatures] = OrderedDict()  # by digest
+        self.bytes_held = 0  # by the features
+        self.released_tower = b""  # digest of the tower of the model that was released
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.store.clear()
+        """Drop all prompts and features."""
+        self.texts.clear()
+        self._clear_features()
+
+    def _clear_features(self) -> None:
         self.images.clear()
-        self.size = 0
+        self.bytes_held = 0
 
     def release(self) -> None:
-        """Let go of the model, so that two need not be in memory at a time; `serve` brings the next."""
+        """Let go of the model, so that two need not be in memory at a time; see `serve`."""
         if self.model is not None:
-            self.tower, self.model = tower_digest(self.model), None
+            self.released_tower, self.model = tower_digest(self.model), None
 
     def serve(self, model) -> None:
-        """Go on with another model of the same processor: prompts stay, and features if its tower has the same weights."""
+        """Go on with another model of the same processor.
+
+        Prompts stay; features stay if its tower has the same weights.
+        """
         self.release()
         self.model = unwrap_peft(model)
-        if tower_digest(self.model) != self.tower:
-            self.images.clear()
-            self.size = 0
+        if tower_digest(self.model) != self.released_tower:
+            self._clear_features()
 
     @torch.no_grad()
     def get(self, samples: list[Sample]) -> list[Prompt]:
-        """The prompts of `samples`; missing ones are encoded together. Raises ValueError if images were lost."""
-        fresh = list({s.id: s for s in samples if s.id not in self.store}.values())
-        for start in range(0, len(fresh), 64):
-            self._encode(fresh[start:start + 64])
-        self._see({key: image for s in samples for key, image in zip(self.store[s.id][2], s.images)})
-        prompts = []
-        for s in samples:
-            ids, place, keys, stem = self.store[s.id]
-            self.store.move_to_end(s.id)
-            for key in keys:
-                self.images.move_to_end(key)
-            features = torch.cat([self.images[key][0] for key in keys]).to(self.model.device) if keys else None
-            prompts.append(Prompt(ids, place, features, keys, stem))
-        while len(self.store) > self.limit:
-            self.store.popitem(last=False)
-        while self.size > self.room and self.images:
-            _, (forgotten, _) = self.images.popitem(last=False)
-            self.size -= forgotten.nbytes
+        """The prompts of `samples`; those that are missing are encoded together.
+
+        Raises ValueError if a prompt lost images, or holds them at another size than boxes are
+        computed for.
+        """
+        missing = {sample.id: sample for sample in samples if sample.id not in self.texts}
+        missing_samples = list(missing.values())
+        for start in range(0, len(missing_samples), SAMPLES_AT_ONCE):
+            self._encode(missing_samples[start:start + SAMPLES_AT_ONCE])
+        self._compute_features({
+            digest: image for sample in samples
+            for digest, image in zip(self.texts[sample.id].image_digests, sample.images)})
+        prompts = [self._assemble(sample.id) for sample in samples]
+        self._drop_least_recent()
         return prompts
 
-    def _see(self, images: dict[bytes, Image.Image]) -> None:
-        """Features of those images that are not there."""
-        keys = [key for key in images if key not in self.images]
-        if not keys:
+    def _assemble(self, sample_id: str) -> Prompt:
+        """The prompt of a sample whose text and features are here, now the most recently used."""
+        text = self.texts[sample_id]
+        self.texts.move_to_end(sample_id)
+        for digest in text.image_digests:
+            self.images.move_to_end(digest)
+        features = [self.images[digest].features for digest in text.image_digests]
+        on_device = torch.cat(features).to(self.model.device) if features else None
+        return Prompt(text.ids, text.positions, on_device, text.image_digests, text.prefix_length)
+
+    def _drop_least_recent(self) -> None:
+        """Keep to the limits."""
+        while len(self.texts) > self.limit:
+            self.texts.popitem(last=False)
+        while self.bytes_held > self.max_bytes and self.images:
+            _, dropped = self.images.popitem(last=False)
+            self.bytes_held -= dropped.features.nbytes
+
+    def _compute_features(self, images: dict[bytes, Image.Image]) -> None:
+        """Add the features of those images, by digest, that are missing."""
+        digests = [digest for digest in images if digest not in self.images]
+        if not digests:
             return
-        inputs = self.processor.image_processor([images[key] for key in keys], return_tensors="pt")
+        missing = [images[digest] for digest in digests]
+        inputs = self.processor.image_processor(missing, return_tensors="pt")
         grids = inputs["image_grid_thw"]
-        sizes = grids.prod(1).tolist()
-        parts = inputs["pixel_values"].split(sizes)
-        small = [i for i, size in enumerate(sizes) if self.autocast and size < LARGE_IMAGE_PATCHES]
-        batches, room = [small] if small else [], 0
-        for i in sorted(set(range(len(keys))) - set(small), key=lambda i: sizes[i]):
-            room -= sizes[i]
-            if room < 0:
-                batches.append([])
-                room = PATCHES_AT_ONCE - sizes[i]
-            batches[-1].append(i)
-        visual, device = self.model.model.visual, self.model.device
-        merged = self.processor.image_processor.merge_size**2
-        for batch in batches:
-            patches = parts[batch[0]] if len(batch) == 1 else torch.cat([parts[i] for i in batch])
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast and batch is not small):
-                out = visual(patches.to(device, visual.dtype), grid_thw=grids[batch].to(device))
-            features = out.pooler_output
-            if isinstance(self.model, Qwen3VLForConditionalGeneration):
-                features = torch.cat([features, *out.deepstack_features], 1)
-            for i, part in zip(batch, features.split([sizes[i] // merged for i in batch])):
-                self.images[keys[i]] = part.to("cpu", copy=True), grids[i]  # a slice would keep its whole batch alive
-                self.size += part.nbytes
+        n_patches = grids.prod(1).tolist()
+        patches = inputs["pixel_values"].split(n_patches)
+        merged = self.processor.image_processor.merge_size**2  # patches that make one token
+        for batch in _batch_images(n_patches, self.autocast):
+            features = self._run_tower([patches[i] for i in batch.indices], grids[batch.indices],
+                                       batch.in_bfloat16)
+            n_tokens = [n_patches[i] // merged for i in batch.indices]
+            for i, part in zip(batch.indices, features.split(n_tokens)):
+                # a slice would keep the features of its whole batch in memory
+                kept = part.to("cpu", copy=True)
+                self.images[digests[i]] = ImageFeatures(kept, grids[i])
+                self.bytes_held += kept.nbytes
+
+    def _run_tower(self, patches: list[torch.Tensor], grids: torch.Tensor,
+                   in_bfloat16: bool) -> torch.Tensor:
+        """Patches and grids (images, 3) of some images -> their features, one after the other."""
+        tower, device = self.model.model.visual, self.model.device
+        pixels = patches[0] if len(patches) == 1 else torch.cat(patches)
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+            output = tower(pixels.to(device, tower.dtype), grid_thw=grids.to(device))
+        if isinstance(self.model, Qwen3VLForConditionalGeneration):
+            return torch.cat([output.pooler_output, *output.deepstack_features], 1)
+        return output.pooler_output
 
     def _encode(self, samples: list[Sample]) -> None:
-        """As the processor itself encodes text and images, but for an image that several ask about, which is prepared once."""
-        texts = [self.processor.apply_chat_template(chat_messages(s, self.box_format), add_generation_prompt=True, tokenize=False)
-                 for s in samples]
-        for sample, text in zip(samples, texts):
-            if text.count(self.processor.image_token) != len(sample.images):
-                raise ValueError(f"the prompt of {sample.id} has {text.count(self.processor.image_token)} places for its "
-                                 f"{len(sample.images)} images; take {self.processor.image_token} out of the question")
-        objects = {id(image): image for s in samples for image in s.images}
-        names = {where: image_digest(image) for where, image in objects.items()}
-        self._see({names[where]: image for where, image in objects.items()})
-        keys = [tuple(names[id(image)] for image in s.images) for s in samples]
-        grids = [self.images[key][1] for row in keys for key in row]
+        """Add the texts of samples, encoded as the processor itself would encode them.
+
+        But an image that several samples ask about is prepared once.
+        """
+        processor = self.processor
+        texts = [self._render_text(sample) for sample in samples]
+        digests = [tuple(image_digest(image) for image in sample.images) for sample in samples]
+        self._compute_features({
+            digest: image for sample, row in zip(samples, digests)
+            for digest, image in zip(row, sample.images)})
+        grids = [self.images[digest].grid for row in digests for digest in row]
         grid = torch.stack(grids) if grids else None
-        wide = [self.processor.replace_image_token({"image_grid_thw": grid}, i) for i in range(len(grids))]
-        texts, _ = self.processor.get_text_with_replacements(texts, wide)
-        inputs = {**self.processor.tokenizer(texts, padding=True, return_tensors="pt"), "image_grid_thw": grid}
-        check_tokens(self.processor, inputs)
+        image_tokens = [processor.replace_image_token({"image_grid_thw": grid}, index)
+                        for index in range(len(grids))]
+        texts, _ = processor.get_text_with_replacements(texts, image_tokens)
+        inputs = {**processor.tokenizer(texts, padding=True, return_tensors="pt"),
+                  "image_grid_thw": grid}
+        check_tokens(processor, inputs)
         sizes = [image.size for sample in samples for image in sample.images]
-        check_image_grids(self.processor, grid, sizes, self.box_format)
-        kinds = torch.tensor(self.processor.create_mm_token_type_ids(inputs["input_ids"]))
-        place, _ = self.model.model.get_rope_index(inputs["input_ids"], kinds, image_grid_thw=grid,
-                                                   attention_mask=inputs["attention_mask"])
-        there = inputs["attention_mask"].bool()
-        for i, sample in enumerate(samples):
-            ids = inputs["input_ids"][i][there[i]]
-            seen = (ids == self.processor.image_token_id).nonzero()
-            self.store[sample.id] = ids, place[:, i][:, there[i]], keys[i], int(seen[-1]) + 1 if len(seen) else 0
+        check_image_grids(processor, grid, sizes, self.box_format)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        token_types = torch.tensor(processor.create_mm_token_type_ids(ids))
+        positions, _ = self.model.model.get_rope_index(
+            ids, token_types, image_grid_thw=grid, attention_mask=mask)
+        for row, sample in enumerate(samples):
+            is_token = mask[row].bool()
+            own_ids = ids[row][is_token]
+            image_columns = (own_ids == processor.image_token_id).nonzero()
+            prefix_length = int(image_columns[-1]) + 1 if len(image_columns) else 0
+            self.texts[sample.id] = EncodedText(own_ids, positions[:, row][:, is_token],
+                                                digests[row], prefix_length)
+
+    def _render_text(self, sample: Sample) -> str:
+        """The sample's prompt as text; ValueError unless it has one place for each image."""
+        text = self.processor.apply_chat_template(
+            chat_messages(sample, self.box_format), add_generation_prompt=True, tokenize=False)
+        token, n_images = self.processor.image_token, len(sample.images)
+        if text.count(token) != n_images:
+            raise ValueError(f"the prompt of {sample.id} has {text.count(token)} places for its "
+                             f"{n_images} images; take {token} out of the question")
+        return text
+
+
+class _ImageBatch(NamedTuple):
+    indices: list[int]
+    in_bfloat16: bool
+
+
+def _batch_images(n_patches: list[int], autocast: bool) -> list[_ImageBatch]:
+    """Which images go through the tower together.
+
+    Under autocast all small images are one batch in the tower's dtype. The others are batched in
+    the order of their sizes, PATCHES_AT_ONCE patches at a time.
+    """
+    small = [i for i, size in enumerate(n_patches) if autocast and size < LARGE_IMAGE_PATCHES]
+    batches = [_ImageBatch(small, False)] if small else []
+    others = set(range(len(n_patches))) - set(small)
+    free = 0  # patches that the last batch still has room for
+    for i in sorted(others, key=lambda i: n_patches[i]):
+        free -= n_patches[i]
+        if free < 0:
+            batches.append(_ImageBatch([], autocast))
+            free = PATCHES_AT_ONCE - n_patches[i]
+        batches[-1].indices.append(i)
+    return batches

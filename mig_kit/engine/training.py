@@ -11,7 +11,8 @@ import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
 from peft import LoraConfig
-from transformers import TrainerCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.utils.notebook import NotebookProgressCallback
 
 from mig_kit import plots
 from mig_kit.engine.models import LORA_TARGETS, Hardware
@@ -67,6 +68,8 @@ def train_or_resume(trainer, folder: Path) -> None:
 
     A checkpoint of the last step is only loaded: the trainer itself would take a step too many.
     """
+    for table in (NotebookProgressCallback, PrinterCallback, ProgressCallback):
+        trainer.remove_callback(table)  # ProgressLines and LiveCurves say the same, in a few lines
     checkpoint = last_checkpoint(folder)
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
@@ -162,7 +165,7 @@ class LiveCurves(TrainerCallback):
 
 
 class StopAfter(TrainerCallback):
-    """Saves and stops after `steps` updates, as a kill would, but tidily; then it can be resumed."""
+    """Saves and stops after `steps` updates, as a tidy kill would; the next start resumes."""
 
     def __init__(self, steps: int):
         self.steps = steps

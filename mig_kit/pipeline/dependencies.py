@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mig_kit.common import PACKAGE, PROJECT_ROOT
 
-DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store", "mig_kit.pipeline.params",
-                "mig_kit.pipeline.dependencies"}
+DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store",
+                "mig_kit.pipeline.params", "mig_kit.pipeline.dependencies"}
 STAGES_OF_PICTURES = {"07_report", "08_benchmark"}
 
 
@@ -78,7 +78,8 @@ def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozens
 
 def _parse(source: str) -> ast.Module:
     lines = ("" if line.startswith(("%", "!")) else line for line in source.splitlines())
-    return compile("\n".join(lines), "<source>", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    return compile("\n".join(lines), "<source>", "exec", flags)
 
 
 def _defined_names(statement: ast.stmt) -> list[str]:
@@ -86,14 +87,17 @@ def _defined_names(statement: ast.stmt) -> list[str]:
         return [statement.name]
     if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+        nodes = [node for target in targets for node in ast.walk(target)]
+        return [node.id for node in nodes if isinstance(node, ast.Name)]
     return []
 
 
 def _without_docstrings(statement: ast.stmt) -> ast.stmt:
     statement = ast.parse(ast.unparse(statement)).body[0]
     for node in ast.walk(statement):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+        is_documented = (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                         and ast.get_docstring(node) is not None)
+        if is_documented:
             node.body = node.body[1:] or [ast.Pass()]
     return statement
 
@@ -108,11 +112,13 @@ def _imports(tree: ast.AST) -> dict[str, tuple[str, str]]:
             for alias in node.names:
                 module = f"{node.module}.{alias.name}"
                 is_module = _module_path(module).is_file()
-                names[alias.asname or alias.name] = (module, "") if is_module else (node.module, alias.name)
+                origin = (module, "") if is_module else (node.module, alias.name)
+                names[alias.asname or alias.name] = origin
     return names
 
 
-def _references(tree: ast.AST, imports: dict[str, tuple[str, str]], without: set) -> set[tuple[str, str]]:
+def _references(tree: ast.AST, imports: dict[str, tuple[str, str]],
+                without: set) -> set[tuple[str, str]]:
     """(module, name) of every definition of the kit that `tree` names, itself left out."""
     imports = {**imports, **_imports(tree)}
     references = set()

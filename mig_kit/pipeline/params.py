@@ -43,7 +43,8 @@ RENAMED_PARAMS = {
     "schedule": "lr_scheduler_type", "track": "report_to",
 }
 REMOVED_PARAMS = {
-    name: "it cannot act while an update learns once from its replies: the ratio that it clips is exactly 1"
+    name: "it cannot act, because an update learns once from its replies and the ratio that it "
+          "would clip is exactly 1"
     for name in ("clip_low", "clip_high", "epsilon", "epsilon_high")
 }
 
@@ -58,16 +59,22 @@ class Parameter:
 
 def stage_parameters(stage: str) -> dict[str, Parameter]:
     """The parameters of a stage by name, as its notebook's `parameters` cell has them."""
-    cell = next(cell for cell in notebook_cells(stage) if "parameters" in cell["metadata"].get("tags", ()))
+    cell = next(cell for cell in notebook_cells(stage)
+                if "parameters" in cell["metadata"].get("tags", ()))
     source = "".join(cell["source"])
     lines = source.splitlines()
-    return {node.target.id: Parameter(ast.literal_eval(node.value), lines[node.lineno - 1].partition("  # ")[2])
-            for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)}
+    parameters = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign):
+            text = lines[node.lineno - 1].partition("  # ")[2]
+            parameters[node.target.id] = Parameter(ast.literal_eval(node.value), text)
+    return parameters
 
 
 def list_profiles() -> list[str]:
     """The names of the profiles: tiny, and every folder of params/."""
-    return ["tiny", *sorted(path.name for path in (PROJECT_ROOT / "params").iterdir() if path.is_dir())]
+    folders = [path.name for path in (PROJECT_ROOT / "params").iterdir() if path.is_dir()]
+    return ["tiny", *sorted(folders)]
 
 
 def profile_params(stage: str, profile: str = "tiny") -> dict:
@@ -78,7 +85,8 @@ def profile_params(stage: str, profile: str = "tiny") -> dict:
     `validate_params`.
     """
     if profile not in list_profiles():
-        raise FileNotFoundError(f"no profile '{profile}' in params/; the profiles are {', '.join(list_profiles())}")
+        raise FileNotFoundError(f"no profile '{profile}' in params/; the profiles are "
+                                f"{', '.join(list_profiles())}")
     path = PROJECT_ROOT / "params" / profile / f"{stage}.yaml"
     return validate_params(read_params_file(path) if path.is_file() else {}, stage)
 
@@ -91,8 +99,8 @@ def read_params_file(path: Path) -> dict:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is no YAML ({reason}); write lines of parameter: value") from None
     if not isinstance(values, dict) or not all(_is_flat(value) for value in values.values()):
-        raise ValueError(f"{path} must be a flat mapping of parameter: value; a value is a number, a word "
-                         "or a list of those")
+        raise ValueError(f"{path} must be a flat mapping of parameter: value; a value is a "
+                         "number, a word or a list of those")
     return values
 
 
@@ -128,7 +136,8 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
     if name in RUN_PARAMS:
         return f"'{name}' is set once per run, in {RUN_PARAMS_STAGE}; run that stage with it"
     near = difflib.get_close_matches(name, sorted(names), 1)
-    hint = f"did you mean '{near[0]}'?" if near else f"its parameters are {', '.join(sorted(names))}"
+    everything = ", ".join(sorted(names))
+    hint = f"did you mean '{near[0]}'?" if near else f"its parameters are {everything}"
     return f"{where} has no parameter '{name}'; {hint}"
 
 
@@ -137,7 +146,8 @@ def _typed(name: str, value, kind: type, stage: str):
         value = _to_number(value)
     is_fitting = type(value) is kind or (kind is float and type(value) is int)
     if not is_fitting:
-        raise TypeError(f"{stage}: parameter '{name}' is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}")
+        raise TypeError(f"{stage}: parameter '{name}' is {value!r}, a {type(value).__name__}; "
+                        f"it must be a {kind.__name__}")
     if name in CHOICES and value not in CHOICES[name]:
         near = difflib.get_close_matches(value, CHOICES[name], 1)
         words = ", ".join(word or '""' for word in CHOICES[name])

@@ -6,7 +6,6 @@ as parameters, inputs and code are the same.
 """
 
 import ast
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -23,17 +22,21 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256, write_json
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_cells, used_definitions
 from mig_kit.pipeline.params import RUN_PARAMS, RUN_PARAMS_STAGE, stage_parameters, validate_params
+from mig_kit.pipeline.run_lock import lock_run, unlock_run
 
 STAGES = {
     "00_preflight": (), "01_synthesize": (), "02_sft": ("01_synthesize",), "03_merge": ("02_sft",),
-    "04_rejection_sampling": ("01_synthesize", "03_merge"), "05_grpo": ("03_merge", "04_rejection_sampling"),
+    "04_rejection_sampling": ("01_synthesize", "03_merge"),
+    "05_grpo": ("03_merge", "04_rejection_sampling"),
     "06_evaluate": ("03_merge", "05_grpo"),
-    "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo", "06_evaluate"),
+    "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo",
+                  "06_evaluate"),
     "08_benchmark": (), "90_tiny_base": (),
 }
 RECIPE = tuple(stage for stage in STAGES if stage < "08")
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy", "pillow")
-LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time, not read whole
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
+            "papermill", "numpy", "pillow")
+LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
 
 
 def runs_root() -> Path:
@@ -79,7 +82,8 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
         files["base_model"] = model_fingerprint(params["base_model"])
     if params.get("control_run"):
         files["control_run"] = _control_outputs(params, run_id, stage)
-    cells = [cell["source"] for cell in notebook_cells(stage) if "parameters" not in cell["metadata"].get("tags", ())]
+    cells = [cell["source"] for cell in notebook_cells(stage)
+             if "parameters" not in cell["metadata"].get("tags", ())]
     text = json.dumps([params, files, inputs, used_definitions(stage), cells], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -89,8 +93,9 @@ def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
     outputs = require_record("03_merge", control, stage)["outputs"]
     other = run_params(control, stage)
     if different := [name for name in RUN_PARAMS if other[name] != params[name]]:
-        raise ValueError(f"control_run '{control}' has another {different[0]} ({other[different[0]]}) than run '{run_id}' "
-                         f"({params[different[0]]}); compare runs of one model and box format")
+        name = different[0]
+        raise ValueError(f"control_run '{control}' has another {name} ({other[name]}) than run "
+                         f"'{run_id}' ({params[name]}); compare runs of one model and box format")
     return outputs
 
 
@@ -98,10 +103,16 @@ def model_fingerprint(model: str) -> dict[str, str]:
     """What tells a model folder's weights and settings from others; {} for a hub name. Large files
     by their size and time.
     """
-    folder = PACKAGE / "tiny_base" if model == "tiny" else PROJECT_ROOT / "notebooks" / model  # where notebooks run
-    files = sorted(p for kind in ("*.safetensors", "*.json", "*.jinja") for p in folder.glob(kind) if p.is_file())
-    large = {p: p.stat() for p in files if p.stat().st_size > LARGE_FILE}
-    return {p.name: f"{large[p].st_size} {large[p].st_mtime_ns}" if p in large else file_sha256(p) for p in files}
+    notebooks = PROJECT_ROOT / "notebooks"  # where they run
+    folder = PACKAGE / "tiny_base" if model == "tiny" else notebooks / model
+    files = [path for kind in ("*.safetensors", "*.json", "*.jinja") for path in folder.glob(kind)]
+    return {path.name: _file_fingerprint(path) for path in sorted(files) if path.is_file()}
+
+
+def _file_fingerprint(path: Path) -> str:
+    facts = path.stat()
+    is_large = facts.st_size > LARGE_FILE
+    return f"{facts.st_size} {facts.st_mtime_ns}" if is_large else file_sha256(path)
 
 
 def load_record(stage: str, run_id: str) -> dict | None:
@@ -128,8 +139,9 @@ def require_record(stage: str, run_id: str, by: str) -> dict:
     """
     record = load_record(stage, run_id)
     if record is None:
-        raise FileNotFoundError(f"{by} needs {stage} of run '{run_id}', which has not finished; run: mig-kit run {stage} --run-id "
-                                f"{run_id}, with the --profile of that run")
+        raise FileNotFoundError(f"{by} needs {stage} of run '{run_id}', which has not finished; "
+                                f"run: mig-kit run {stage} --run-id {run_id}, with the --profile "
+                                "of that run")
     return record
 
 
@@ -146,7 +158,8 @@ def find_stale_input(stage: str, run_id: str) -> str:
 
 
 def _stage_products(outputs: dict[str, str]) -> dict[str, str]:
-    return {name: digest for name, digest in outputs.items() if name not in ("metrics.json", "started.json")}
+    return {name: digest for name, digest in outputs.items()
+            if name not in ("metrics.json", "started.json")}
 
 
 def outputs_exist(folder: Path, record: dict) -> bool:
@@ -182,7 +195,9 @@ def restore_outputs(stage: str, run_id: str, params: dict) -> bool:
     folder = runs_root() / run_id / stage
     before = folder.with_name(f"{stage}.before")
     record = _read_record(before / "run.json")
-    if record is None or record["key"] != stage_key(stage, run_id, params) or not outputs_exist(before, record):
+    if record is None or record["key"] != stage_key(stage, run_id, params):
+        return False
+    if not outputs_exist(before, record):
         return False
     if folder.exists():
         shutil.rmtree(folder)
@@ -205,45 +220,8 @@ def git_revision() -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-_LOCKS: dict[Path, object] = {}  # open lock files of the runs that this process writes
-
-
-def lock_run(run: Path, patience: float = 5.0) -> None:
-    """Keep other processes from writing this run until `unlock_run` or the end of this process.
-
-    Raises RuntimeError if another process holds it for longer than `patience` seconds. A notebook
-    whose caller was killed ends within one second.
-    """
-    if run in _LOCKS:
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / "lock").open("a+")
-    until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if time.monotonic() > until:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                file.close()
-                raise RuntimeError(f"run '{run.name}' is being written by {holder}; wait for it, shut its notebook down, or use "
-                                   "another --run-id") from None
-            time.sleep(0.1)
-    file.truncate(0)
-    file.write(f"process {os.getpid()}")
-    file.flush()
-    _LOCKS[run] = file
-
-
-def unlock_run(run: Path) -> None:
-    """Let others write the run again."""
-    if run in _LOCKS:
-        _LOCKS.pop(run).close()
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions}
 
 
 @dataclass
@@ -263,7 +241,8 @@ class Stage:
     @property
     def box_format(self) -> BoxFormat:
         """How the run's model sees images and writes boxes."""
-        return BoxFormat(self.params["min_pixels"], self.params["max_pixels"], self.params["coordinates"])
+        params = self.params
+        return BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
 
     def input_path(self, stage: str, name: str = "") -> Path:
         """A file or folder that an earlier stage of this run made."""
@@ -275,12 +254,14 @@ class Stage:
         summary: the result in a few words, for the command line. facts: more entries of run.json.
         """
         write_json(self.folder / "metrics.json", metrics)
-        outputs = {str(path.relative_to(self.folder)): file_sha256(path) for path in _output_files(self.folder)}
+        outputs = {str(path.relative_to(self.folder)): file_sha256(path)
+                   for path in _output_files(self.folder)}
+        inputs = {name: load_record(name, self.run_id)["outputs"] for name in STAGES[self.name]}
+        machine = f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs"
         write_json(self.folder / "run.json", {
             "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
-            "inputs": {name: load_record(name, self.run_id)["outputs"] for name in STAGES[self.name]},
-            "outputs": outputs, "summary": summary, "versions": package_versions(),
-            "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs", "git": git_revision(),
+            "inputs": inputs, "outputs": outputs, "summary": summary,
+            "versions": package_versions(), "machine": machine, "git": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(time.monotonic() - self.clock, 1), **facts})
         shutil.rmtree(self.folder.with_name(f"{self.name}.before"), ignore_errors=True)
@@ -303,7 +284,8 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     is set aside until this one has finished.
     """
     assigned = set(stage_parameters(stage)) | _assigned_in_parameter_cells(names.get("In", []))
-    params = validate_params({name: names[name] for name in sorted(assigned) if name in names}, stage)
+    values = {name: names[name] for name in sorted(assigned) if name in names}
+    params = validate_params(values, stage)
     run_id = validate_run_id(params["run_id"])
     lock_run(runs_root() / run_id)
     key = stage_key(stage, run_id, params)
@@ -324,10 +306,16 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
-    statements = [node for cell in cells if cell.lower().startswith("# parameters") for node in ast.parse(cell).body]
-    targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
-    targets += [node.target for node in statements if isinstance(node, ast.AnnAssign)]
-    return {target.id for target in targets}
+    names = set()
+    for cell in cells:
+        if not cell.lower().startswith("# parameters"):
+            continue
+        for node in ast.parse(cell).body:
+            if isinstance(node, ast.Assign):
+                names |= {target.id for target in node.targets}
+            elif isinstance(node, ast.AnnAssign):
+                names.add(node.target.id)
+    return names
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -339,7 +327,8 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _print_stage(stage: Stage) -> None:
-    params = ", ".join(f"{name}={value}" for name, value in stage.params.items() if name != "run_id")
+    params = ", ".join(f"{name}={value}" for name, value in stage.params.items()
+                       if name != "run_id")
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     print(f"{stage.name} of run '{stage.run_id}': {params}\nversions: {versions}")
 

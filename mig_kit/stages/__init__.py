@@ -1,1 +1,1 @@
-"""The stages of the recipe, one module per numbered notebook; a stage never imports another stage."""
+"""The stages of the recipe, one module a notebook; a stage never imports another stage."""

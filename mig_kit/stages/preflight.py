@@ -75,3 +75,16 @@ def require_resources(machine: dict, memory_gib: float, disk_gib: float) -> None
         raise OSError(
             f"this profile writes up to {disk_gib:g} GiB and {machine['disk_free_gib']:g} GiB are "
             "free; free some disk or set MIG_KIT_RUNS to a larger one")
+
+
+def summary(profile: str, minutes: float, hours: list[dict]) -> str:
+    """What the profile will take, in a few words.
+
+    minutes: of the tiny profile on this machine. hours: rows of `gpu_needs.predict`, [] where the
+    profile needs no GPU.
+    """
+    if not hours:
+        return f"about {minutes:.0f} minutes in all"
+    card = next(name for name in hours[0] if name.startswith("80 GB"))
+    total = sum(row[card] for row in hours)
+    return f"profile {profile}: at most {total:.0f} hours in all on an {card.partition(':')[0]}"

@@ -20,6 +20,7 @@ from mig_kit.engine.models import (
     Hardware,
     Policy,
     check_adapters,
+    check_image_grids,
     check_tokens,
     load_policy,
     unwrap_peft,
@@ -163,7 +164,8 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
     """TRL's trainer on the rows of `table`.
 
     params: the stage's; those that SFTConfig has are passed on. Before anything is trained, the
-    first batch's image tokens are compared with its image features; ValueError if they disagree.
+    first batch's image tokens are compared with its image features, and the sizes at which its
+    images are seen with those that boxes are computed for; ValueError if they disagree.
     """
     defaults = {"gradient_checkpointing": policy.hardware.device == "cuda"}
     arguments = defaults | trainer_arguments(SFTConfig, params, policy.hardware, folder)
@@ -177,8 +179,11 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
         processing_class=policy.processor)
     pad_token = policy.processor.tokenizer.pad_token_id
     trainer.data_collator = pad_collated_rows(trainer.data_collator, pad_token)
-    batch = trainer.data_collator([table[i] for i in range(min(4, len(table)))])
+    rows = [table[i] for i in range(min(4, len(table)))]
+    batch = trainer.data_collator(rows)
     check_tokens(policy.processor, batch)
+    sizes = [image.size for row in rows for image in row["images"]]
+    check_image_grids(policy.processor, batch.get("image_grid_thw"), sizes, policy.box_format)
     if int((batch["labels"] != -100).sum()) == 0:
         raise ValueError("no token of the first batch carries loss; the completion column is empty")
     return trainer

@@ -2,39 +2,43 @@
 
 import shutil
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mig_kit.boxes import BoxFormat
+from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine import models, training
 from mig_kit.prompts import chat_messages
 
-THOUSAND = BoxFormat(frame="thousand")
+NORMALIZED = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
 
 
-def batch_of(processor, samples):
-    texts = [processor.apply_chat_template(chat_messages(s, box_format=BoxFormat()), add_generation_prompt=True, tokenize=False) for s in samples]
-    return processor(text=texts, images=[list(s.images) for s in samples], padding=True, return_tensors="pt")
+def make_batch(processor, samples):
+    texts = [processor.apply_chat_template(chat_messages(sample, BoxFormat()), tokenize=False,
+                                           add_generation_prompt=True)
+             for sample in samples]
+    images = [list(sample.images) for sample in samples]
+    return processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
 def test_tokens_and_features_agree_for_mixed_batches(processor, samples):
-    models.check_tokens(processor, batch_of(processor, samples))
+    models.check_tokens(processor, make_batch(processor, samples))
 
 
 def test_a_batch_that_lost_an_image_fails_loudly(processor, samples):
-    batch = batch_of(processor, samples)
+    batch = make_batch(processor, samples)
     batch["image_grid_thw"] = batch["image_grid_thw"][:-1]
     with pytest.raises(ValueError, match="image tokens"):
         models.check_tokens(processor, batch)
-    batch = batch_of(processor, samples)
+    batch = make_batch(processor, samples)
     batch["input_ids"] = batch["input_ids"][:, :-60]
     with pytest.raises(ValueError, match="image tokens|cut"):
         models.check_tokens(processor, {**batch, "input_ids": batch["input_ids"][:, 80:]})
 
 
 def test_right_padding_is_refused(processor, samples):
-    batch = batch_of(processor, samples[:2])
+    batch = make_batch(processor, samples[:2])
     processor.tokenizer.padding_side = "right"
     try:
         with pytest.raises(ValueError, match="padding_side"):
@@ -55,11 +59,10 @@ def test_a_wrong_target_list_is_refused(random_model):
 
 
 def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
-    import bitsandbytes as bnb
-
     model = models.load_model(random_folder, float32, four_bit=True)
-    four = [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
-    assert len(four) == 14 and all("language_model" in name for name in four)
+    packed = [name for name, module in model.named_modules()
+              if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(packed) == 14 and all("language_model" in name for name in packed)
 
 
 def test_model_folders_that_lack_something(random_folder, tmp_path):
@@ -76,36 +79,43 @@ def test_model_folders_that_lack_something(random_folder, tmp_path):
 
 
 def test_hardware_says_why():
-    assert models.choose_hardware("float32").dtype == torch.float32 and "parameter" in models.choose_hardware("float32").reason
+    hardware = models.choose_hardware("float32")
+    assert hardware.dtype == torch.float32 and "parameter" in hardware.reason
     with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
         models.choose_hardware("fp8")
 
 
 def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):
-    made = []
-    monkeypatch.setattr(models.torch, "cos", lambda x: made.append(x.numel()) or x)
-    monkeypatch.setattr(models, "fast_bf16_instructions", lambda: made.append("dtype") or "")
+    calls = []
+    monkeypatch.setattr(models.torch, "cos", lambda x: calls.append(x.numel()) or x)
+    monkeypatch.setattr(models, "fast_bf16_instructions", lambda: calls.append("dtype") or "")
     models.choose_hardware()
-    assert made == [8, "dtype"]  # eight numbers are computed by one thread
+    assert calls == [8, "dtype"]  # eight numbers are computed by one thread
 
 
-@pytest.mark.parametrize(("has", "autocast"), [
-    ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True), ({"avx512_bf16": True}, True), ({"cpu_name": "AMD EPYC"}, False),
-    ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True), ({}, False),
-    ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False), ({"avx2": True, "avx512_bf16": False}, False)])
-def test_the_dtype_follows_from_what_the_cpu_has_alone(has, autocast, monkeypatch):
+@pytest.mark.parametrize(("capabilities", "autocast"), [
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+    ({"avx512_bf16": True}, True),
+    ({"cpu_name": "AMD EPYC"}, False),
+    ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True),
+    ({}, False),
+    ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),
+    ({"avx2": True, "avx512_bf16": False}, False)])
+def test_the_dtype_follows_from_what_the_cpu_has_alone(capabilities, autocast, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    hw = models.choose_hardware()
-    assert hw.autocast == autocast and hw.dtype == torch.float32
-    assert ("bf16 products (autocast)" in hw.reason) == autocast and ("no fast instructions" in hw.reason) != autocast
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    hardware = models.choose_hardware()
+    assert hardware.autocast == autocast and hardware.dtype == torch.float32
+    assert ("bf16 products (autocast)" in hardware.reason) == autocast
+    assert ("no fast instructions" in hardware.reason) != autocast
 
 
 def test_the_shipped_base_is_small_and_whole(processor):
     files = list(models.TINY_BASE.glob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) < 16 * 2**20
     assert (models.TINY_BASE / "README.md").is_file()
-    for text in ('<answer>{"image": 2, "box": [12,30,26,44]}</answer>', "image 1: striped red star, blue ring."):
+    for text in ('<answer>{"image": 2, "box": [12,30,26,44]}</answer>',
+                 "image 1: striped red star, blue ring."):
         ids = processor.tokenizer(text)["input_ids"]
         assert processor.tokenizer.decode(ids) == text
         tokens = [processor.tokenizer.decode([i]) for i in ids]
@@ -113,12 +123,12 @@ def test_the_shipped_base_is_small_and_whole(processor):
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_relatives_load_in_thousandths_only(family, relatives, float32, samples):
+def test_relatives_load_in_normalized_coordinates_only(family, relatives, float32, samples):
     folder = relatives[family]
-    with pytest.raises(ValueError, match="set the parameter frame to thousand"):
+    with pytest.raises(ValueError, match="set the parameter coordinates to normalized_1000"):
         models.load_processor(folder, box_format=BoxFormat())
-    processor = models.load_processor(folder, THOUSAND)
-    batch = batch_of(processor, samples)
+    processor = models.load_processor(folder, NORMALIZED)
+    batch = make_batch(processor, samples)
     models.check_tokens(processor, batch)
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     assert side == {"qwen2_vl": 28, "qwen3_vl": 32}[family]
@@ -130,5 +140,5 @@ def test_relatives_load_in_thousandths_only(family, relatives, float32, samples)
 def test_another_kind_of_model_is_refused(tmp_path, random_folder, float32):
     shutil.copytree(random_folder, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is a llama; the kit loads qwen2_5_vl, qwen2_vl, qwen3_vl"):
+    with pytest.raises(ValueError, match="is a llama; the kit loads qwen2_5_vl, qwen2_vl, qwen3"):
         models.load_model(tmp_path / "model", float32)

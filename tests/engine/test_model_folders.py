@@ -1,0 +1,221 @@
+"""What the kit writes, opened as a stranger opens it: by transformers alone, without the kit."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.build_base.tiny_base import save_base
+from mig_kit.engine import models, training
+from mig_kit.pipeline import hub
+from mig_kit.prompts import chat_messages
+from mig_kit.world.tasks import make_sample
+
+STOCK = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor",
+         "qwen3_vl": "Qwen3VLProcessor"}
+UNTOUCHED = ("generation_config.json", "special_tokens_map.json", "tokenizer.json",
+             "tokenizer_config.json", "chat_template.json")
+# AutoProcessor imports torchvision, which cannot be installed beside a CPU torch: these empty
+# modules satisfy the imports, and whatever computes with images is taken from the PIL backend.
+STUBS = {
+    "torchvision/__init__.py": "",
+    "torchvision/io.py": "",
+    "torchvision/transforms/__init__.py": (
+        "from enum import Enum\n"
+        "InterpolationMode = Enum('InterpolationMode', 'NEAREST NEAREST_EXACT BILINEAR BICUBIC BOX "
+        "HAMMING LANCZOS')\n"),
+    "torchvision/transforms/functional.py": "pil_to_tensor = None\n",
+    "torchvision/transforms/v2/__init__.py": "",
+    "torchvision/transforms/v2/functional.py": "",
+    "torchvision-0.28.0.dist-info/METADATA":
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n",
+}
+OPEN = """
+import json, sys
+from transformers import AutoProcessor
+for folder in sys.argv[1:]:
+    processor = AutoProcessor.from_pretrained(folder)
+    images = getattr(processor, "image_processor", None)
+    patches = images and images.get_number_of_image_patches(768, 1024)
+    print(json.dumps([type(processor).__name__, type(images).__name__, patches]))
+"""
+
+
+def format_of(family: str) -> BoxFormat:
+    if family == "qwen2_5_vl":
+        return BoxFormat()
+    return BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory) -> Path | None:
+    """A folder with a torchvision that only imports; None where there is a real one."""
+    if importlib.util.find_spec("torchvision"):
+        return None
+    root = tmp_path_factory.mktemp("stubs")
+    for name, text in STUBS.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def open_with_auto_processor(folders: list[Path], stubs: Path | None) -> list[list]:
+    """[class, class of its image processor, patches of a 1024x768 image] of every folder."""
+    environment = {**os.environ, **({"PYTHONPATH": str(stubs)} if stubs else {})}
+    result = subprocess.run([sys.executable, "-c", OPEN, *map(str, folders)], env=environment,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+
+
+@pytest.fixture(scope="module")
+def saved(published, tmp_path_factory, float32):
+    """A folder by model_type, trained for nothing: loaded from the published layout and saved."""
+    root, folders = tmp_path_factory.mktemp("saved"), {}
+    for family, base in published.items():
+        policy = models.load_policy(base, float32, format_of(family))
+        folders[family] = root / family
+        models.save_model(policy.model, policy.processor, folders[family], base)
+    return folders
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def assert_names_the_stock_classes(folder: Path, family: str) -> None:
+    settings = read(folder, "preprocessor_config.json")
+    assert settings["processor_class"] == STOCK[family]
+    assert settings["image_processor_type"] == "Qwen2VLImageProcessor"
+    assert read(folder, "tokenizer_config.json").get("processor_class") in (None, STOCK[family])
+    assert not (folder / "processor_config.json").exists()
+    text = "".join(path.read_text() for path in folder.glob("*.json"))
+    assert "StillImage" not in text and "Pil" not in text
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_a_saved_model_names_its_familys_classes(saved, family):
+    assert_names_the_stock_classes(saved[family], family)
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_a_saved_model_keeps_its_bases_files(saved, published, family):
+    names = UNTOUCHED + (("video_preprocessor_config.json",) if family == "qwen3_vl" else ())
+    for name in names:
+        assert (saved[family] / name).read_bytes() == (published[family] / name).read_bytes(), name
+    assert not (saved[family] / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_a_saved_model_is_the_same_model_to_stock_transformers(saved, published, family, float32):
+    config = AutoConfig.from_pretrained(saved[family])
+    assert config.model_type == family
+    tokenizer = AutoTokenizer.from_pretrained(saved[family])
+    text = '<answer>{"image": 2, "box": [12,30,26,44]}</answer><|im_end|>'
+    base_tokenizer = AutoTokenizer.from_pretrained(published[family])
+    assert tokenizer(text)["input_ids"] == base_tokenizer(text)["input_ids"]
+
+    policy = models.load_policy(saved[family], float32, format_of(family))
+    sample = make_sample("diff", "val", 0)
+    messages = chat_messages(sample, policy.box_format)
+    text = policy.processor.apply_chat_template(messages, tokenize=False)
+    batch = policy.processor(text=[text], images=[list(sample.images)], return_tensors="pt")
+    images = Qwen2VLImageProcessorPil.from_pretrained(saved[family])
+    pixels = images(list(sample.images), return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, batch["pixel_values"])
+    stock = AutoModelForImageTextToText.from_pretrained(saved[family], dtype=torch.float32)
+    with torch.no_grad():
+        difference = stock(**batch).logits - policy.model(**batch).logits
+    assert difference.abs().max() < 1e-5
+
+
+def test_auto_processor_opens_every_folder_of_the_kit(saved, published, random_folder, stubs):
+    folders = [*saved.values(), models.TINY_BASE, random_folder]
+    families = [*saved, "qwen2_5_vl", "qwen2_5_vl"]
+    opened = open_with_auto_processor(folders, stubs)
+    patches = {"qwen2_5_vl": 38 * 52, "qwen2_vl": 38 * 52, "qwen3_vl": 34 * 44}
+    assert opened == [[STOCK[family], "Qwen2VLImageProcessor", patches[family]]
+                      for family in families]
+
+
+def test_a_folder_that_names_another_class_is_mended_by_saving(saved, float32, tmp_path, stubs):
+    """A base that was saved by a class of someone's own still gives a folder that opens."""
+    policy = models.load_policy(saved["qwen2_5_vl"], float32, BoxFormat())
+    base, again = tmp_path / "base", tmp_path / "again"
+    models.save_model(policy.model, policy.processor, base, saved["qwen2_5_vl"])
+    settings = read(base, "preprocessor_config.json")
+    own = {"processor_class": "OwnProcessor"}
+    (base / "processor_config.json").write_text(json.dumps({"image_processor": settings, **own}))
+    tokenizer_settings = read(base, "tokenizer_config.json") | own
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings))
+    policy = models.load_policy(base, float32, BoxFormat())
+    models.save_model(policy.model, policy.processor, again, base)
+    assert_names_the_stock_classes(again, "qwen2_5_vl")
+    assert [row[0] for row in open_with_auto_processor([base, again], stubs)] == [
+        "Qwen2Tokenizer", "Qwen2_5_VLProcessor"]
+
+
+def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model, processor,
+                                                    tmp_path, stubs):
+    model = get_peft_model(random_model, training.lora_config(4, 8))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(str(tmp_path))
+    assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
+    assert open_with_auto_processor([tmp_path], stubs)[0][0] == "Qwen2_5_VLProcessor"
+    stock = AutoModelForImageTextToText.from_pretrained(random_folder, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(stock, tmp_path)
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(adapted(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+    with pytest.raises(ValueError, match="use: mig-kit push"):
+        processor.save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_the_shipped_base_and_the_builders_name_the_stock_classes(random_folder, processor,
+                                                                 float32, tmp_path):
+    assert_names_the_stock_classes(models.TINY_BASE, "qwen2_5_vl")
+    assert_names_the_stock_classes(random_folder, "qwen2_5_vl")
+    base = models.load_model(models.TINY_BASE, float32)
+    save_base(base, processor.tokenizer, tmp_path)
+    assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
+    name = "preprocessor_config.json"
+    assert (tmp_path / name).read_bytes() == (models.TINY_BASE / name).read_bytes()
+
+
+def test_what_push_sends_names_the_stock_classes(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "model_card", lambda run_id: "# a card\n")
+    monkeypatch.setattr(hub.store, "runs_root", lambda: tmp_path)
+    (tmp_path / "a" / "05_grpo").mkdir(parents=True)
+    (tmp_path / "a" / "05_grpo" / "model").symlink_to(saved["qwen2_5_vl"])
+    folder = hub.prepare_upload("a", tmp_path / "upload")
+    assert_names_the_stock_classes(folder, "qwen2_5_vl")
+
+
+def test_a_hub_name_as_base_gives_its_cached_files(saved, published, float32, tmp_path,
+                                                   monkeypatch):
+    """The small files come by name from where the hub's client keeps them."""
+    asked = []
+
+    def cached_file(model, name, **options):
+        asked.append((model, name))
+        path = published["qwen2_5_vl"] / name
+        return str(path) if path.is_file() else None
+
+    policy = models.load_policy(saved["qwen2_5_vl"], float32, BoxFormat())
+    monkeypatch.setattr(models, "cached_file", cached_file)
+    models.save_model(policy.model, policy.processor, tmp_path, "Qwen/Qwen2.5-VL-3B-Instruct")
+    assert {model for model, _ in asked} == {"Qwen/Qwen2.5-VL-3B-Instruct"}
+    for name in UNTOUCHED:
+        assert (tmp_path / name).read_bytes() == (published["qwen2_5_vl"] / name).read_bytes()

@@ -1,0 +1,214 @@
+"""What users bring: folders laid out as the families are published, and photos over the limits.
+
+From the processor to the `ground` command the model must see every image at the size that the kit
+computes boxes for, and a box written in the model's coordinates must come back as it was.
+"""
+
+import json
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mig_kit import rewards
+from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
+from mig_kit.cli import cli
+from mig_kit.engine import models, sampling, training
+from mig_kit.sample import Sample, Target
+from mig_kit.stages import evaluate, grpo, sft
+
+SIZES = [(1024, 768), (3000, 2000), (200, 150)]
+BOXES = [(120.0, 96.0, 700.0, 560.0), (300.0, 500.0, 2100.0, 1900.0), (20.0, 30.0, 150.0, 140.0)]
+FAMILIES = sorted(models.FAMILIES)
+FACTORS = {"qwen2_5_vl": 28, "qwen2_vl": 28, "qwen3_vl": 32}
+# by hand: limits 3,136 and 401,408 px, sides multiples of 28 or of 32
+SEEN = {28: [(728, 532), (756, 504), (196, 140)], 32: [(704, 544), (768, 512), (192, 160)]}
+
+
+def format_of(family: str) -> BoxFormat:
+    if family == "qwen2_5_vl":
+        return BoxFormat()
+    return BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def policy(published, family, float32):
+    return models.load_policy(published[family], float32, format_of(family))
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return [Image.effect_noise(size, 60).convert("RGB") for size in SIZES]
+
+
+@pytest.fixture
+def sample(photos):
+    target = Target(1, BOXES[0])
+    return Sample("photos", "", "", "", tuple(photos), "Where is it?", targets=(target,))
+
+
+def sizes_of(grids: torch.Tensor, family: str) -> list[tuple[int, int]]:
+    """(width, height) in pixels of the images with these grids of patches."""
+    patch = FACTORS[family] // 2
+    return [(columns * patch, rows * patch) for _, rows, columns in grids.tolist()]
+
+
+def reply_with(box, size, seen, family: str, image: int) -> str:
+    """The reply of a model that sees an image of `size` at `seen` and knows the box."""
+    width, height = seen if family == "qwen2_5_vl" else (1000, 1000)
+    scaled = [round(value * side / original)
+              for value, side, original in zip(box, (width, height) * 2, size * 2, strict=True)]
+    answer = json.dumps({"image": image, "box": scaled})
+    return f"<think>It is there.</think><answer>{answer}</answer>"
+
+
+def test_the_processor_shows_images_at_the_size_that_boxes_are_computed_for(policy, family, photos):
+    grids = policy.processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
+    assert sizes_of(grids, family) == SEEN[FACTORS[family]]
+    box_format = policy.box_format
+    assert SEEN[FACTORS[family]] == [seen_size(size, box_format, FACTORS[family]) for size in SIZES]
+
+
+@pytest.mark.parametrize("limits", [(3136, 200704), (65536, 1003520), (200704, 200704)])
+def test_other_limits_hold_too(published, family, limits, photos):
+    box_format = BoxFormat(*limits, coordinates=format_of(family).coordinates)
+    processor = models.load_processor(published[family], box_format)
+    grids = processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
+    models.check_image_grids(processor, grids, SIZES, box_format)
+
+
+def test_rollouts_see_that_size(policy, family, sample):
+    cache = sampling.make_cache(policy)
+    prompt = cache.get([sample])[0]
+    grids = torch.stack([cache.images[key][1] for key in prompt.images])
+    assert sizes_of(grids, family) == SEEN[FACTORS[family]]
+    tokens = sum(width * height // FACTORS[family] ** 2 for width, height in SEEN[FACTORS[family]])
+    image_tokens = int((prompt.ids == policy.processor.image_token_id).sum())
+    assert len(prompt.features) == tokens == image_tokens
+
+
+def test_sft_sees_that_size(published, family, float32, sample, tmp_path):
+    box_format = format_of(family)
+    lora = training.lora_config(4, 8)
+    policy = sft.load_qlora_policy(published[family], float32, box_format, lora, 0)
+    table = sft.sft_rows([sample], ["<think></think>"], box_format)
+    params = SimpleNamespace(
+        seed=0, num_train_epochs=1, per_device_train_batch_size=1, gradient_accumulation_steps=1,
+        learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0, save_steps=100,
+        report_to="none")
+    trainer = sft.sft_trainer(policy, table, tmp_path, params)
+    batch = trainer.data_collator([table[0]])
+    assert sizes_of(batch["image_grid_thw"], family) == SEEN[FACTORS[family]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_rl_sees_that_size(policy, family, sample, tmp_path, share_prefix):
+    params = SimpleNamespace(
+        seed=0, share_prefix=share_prefix, lora_r=4, lora_alpha=8, lora_dropout=0.0,
+        num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        micro_replies=0, gradient_checkpointing=False, max_steps=1, learning_rate=1e-3,
+        lr_scheduler_type="linear", warmup_steps=0, beta=0.0, loss_type="dapo",
+        scale_rewards="group", temperature=1.0, max_completion_length=4,
+        reward_weights=[0.2, 0.3, 1.0, 1.3], hallucinated_image_penalty="none", save_steps=10,
+        report_to="none")
+    grids = []
+    tower = policy.model.model.visual
+    tower.register_forward_pre_hook(
+        lambda module, args, kwargs: grids.append(kwargs["grid_thw"]), with_kwargs=True)
+    grpo.grpo_trainer(policy, [sample], tmp_path, params).train()
+    assert set(sizes_of(torch.cat(grids), family)) == set(SEEN[FACTORS[family]])
+
+
+def test_a_known_box_comes_back(policy, family, photos):
+    grids = policy.processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
+    targets = tuple(Target(number, box) for number, box in enumerate(BOXES, 1))
+    for target, size, seen in zip(targets, SIZES, sizes_of(grids, family), strict=True):
+        reply = reply_with(target.box, size, seen, family, target.image)
+        sample = Sample("x", "", "", "", tuple(photos), "Where?", targets=(target,))
+        # half a pixel of rounding on each side of a box of 130 of 196 px
+        assert rewards.box_reward(reply, sample, policy.box_format) > 0.985
+        scores = evaluate.score_reply(reply, sample, policy.box_format)
+        assert scores["iou"] > 0.985 and scores["image"] == scores["format"] == 1
+
+
+def second_image_size(ids: torch.Tensor, image_token: int, factor: int) -> tuple[int, int]:
+    """(width, height) of the second image as the model sees it, 3:2, from its tokens alone."""
+    text = "".join("i" if token == image_token else "." for token in ids.tolist())
+    tokens = len(re.findall("i+", text)[1])
+    columns = round(math.sqrt(tokens * 3 / 2))
+    assert tokens % columns == 0
+    return columns * factor, tokens // columns * factor
+
+
+def test_ground_finds_it(published, family, photos, tmp_path, monkeypatch):
+    """The command, with a model that answers in what it really sees."""
+    def answer(model, processor, prompts, *_, **__):
+        seen = second_image_size(prompts[0].ids, processor.image_token_id, FACTORS[family])
+        reply = reply_with(BOXES[1], SIZES[1], seen, family, image=2)
+        return [[processor.tokenizer.encode(reply)]]
+
+    monkeypatch.setattr(sampling, "generate_rollouts", answer)
+    arguments = ["--model", published[family], "--out", tmp_path / "out.png",
+                 "--coordinates", format_of(family).coordinates]
+    for number, photo in enumerate(photos):
+        photo.save(tmp_path / f"{number}.png")
+        arguments += ["--image", tmp_path / f"{number}.png"]
+    command = ["ground", *map(str, arguments), "Where is it?"]
+    output = CliRunner().invoke(cli, command, catch_exceptions=False).output
+    assert "image: 2" in output
+    box = re.search(r"box: (\d+), (\d+), (\d+), (\d+)", output).groups()
+    assert iou(tuple(map(float, box)), BOXES[1]) > 0.985
+
+
+def test_a_saved_folder_shows_images_at_the_same_size_to_a_stranger(policy, published, family,
+                                                                   photos, tmp_path):
+    models.save_model(policy.model, policy.processor, tmp_path, published[family])
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    limits = settings["min_pixels"], settings["max_pixels"]
+    assert limits == (settings["size"]["shortest_edge"], settings["size"]["longest_edge"])
+    assert limits == (3136, 401408)
+    stock = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    grids = stock(photos, return_tensors="pt")["image_grid_thw"]
+    assert sizes_of(grids, family) == SEEN[FACTORS[family]]
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("do_resize", False), ("patch_size", 16), ("merge_size", 1)])
+def test_a_folder_that_resizes_otherwise_is_refused(published, tmp_path, setting, value):
+    folder = tmp_path / "model"
+    shutil.copytree(published["qwen2_5_vl"], folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    with pytest.raises(ValueError, match="mend do_resize, patch_size and merge_size"):
+        models.load_processor(folder, BoxFormat())
+
+
+def test_a_batch_that_was_resized_otherwise_is_refused(published, photos):
+    processor = models.load_processor(published["qwen2_5_vl"], BoxFormat())
+    grids = processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
+    models.check_image_grids(processor, grids, SIZES, BoxFormat())
+    with pytest.raises(ValueError, match="image 1 of 3000x2000 px reaches the model at 728x532 px"):
+        models.check_image_grids(processor, grids, SIZES[1::-1] + SIZES[2:], BoxFormat())
+    with pytest.raises(ValueError, match="3 images but 2 image grids"):
+        models.check_image_grids(processor, grids[:2], SIZES, BoxFormat())
+    with pytest.raises(ValueError, match="max_pixels 200704"):
+        models.check_image_grids(processor, grids, SIZES, BoxFormat(max_pixels=200704))
+
+
+def test_a_prompt_that_was_resized_otherwise_is_refused(published, float32, sample):
+    policy = models.load_policy(published["qwen2_5_vl"], float32, BoxFormat())
+    policy.processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": 602112}
+    with pytest.raises(ValueError, match="image 1 of 1024x768 px reaches the model at 896x672 px"):
+        sampling.make_cache(policy).get([sample])
