@@ -1,61 +1,94 @@
-"""Used by test_grpo.py: a few shared-prefix steps of one process, alone or among several, then its adapter to a file."""
+"""A few shared-prefix GRPO steps, in one process or several, whose adapter goes to a file.
+
+In a module of its own, because the spawned processes of test_grpo and test_parallel import it.
+"""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, training
+from mig_kit.engine.models import Hardware, load_policy
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
 
+PARAMS = SimpleNamespace(
+    seed=0, share_prefix=True, lora_r=4, lora_alpha=8, lora_dropout=0.0, num_generations=4,
+    per_device_train_batch_size=4, micro_replies=0, gradient_checkpointing=False,
+    gradient_accumulation_steps=4, max_steps=2, learning_rate=1e-2,
+    lr_scheduler_type="constant_with_warmup", warmup_steps=1, beta=0.05, scale_rewards="batch",
+    temperature=1.0, max_completion_length=8, reward_weights=[0.2, 0.3, 1.0, 1.3],
+    hallucinated_image_penalty="format", save_steps=100, report_to="none")
+
 
 def train(folder: Path, random_folder: Path, processes: int) -> None:
-    """Train two updates of four prompts, four replies each; fails in the second process if a file `fail` is in the folder."""
+    """Train two updates of four prompts with four replies each.
+
+    Writes the adapter and the first update's gradients to folder/<processes>-<rank>.safetensors,
+    with the samples, completions and steps as metadata. The second process fails if `folder` holds
+    a file `fail`.
+    """
     rank = int(os.environ.get("RANK", 0))
     if rank and (folder / "fail").exists():
         raise KeyError("no such thing in the second process")
-    hw = models.Hardware("cpu", torch.float32, False, "sdpa", "float32 for tests")
+    hardware = Hardware("cpu", torch.float32, False, "sdpa", "float32 for tests")
     samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
     torch.manual_seed(0)
-    trainer = grpo.grpo_trainer(
-        models.load_model(random_folder, hw), models.load_processor(random_folder, box_format=BoxFormat()), samples, hw, folder, share_prefix=True,
-        adapter=training.lora_config(4, 8), num_generations=4, batch_size=4, held=0, gradient_accumulation=4, max_steps=2,
-        learning_rate=1e-2, schedule="constant_with_warmup", warmup=1, scale_rewards="batch", beta=0.05, temperature=1.0,
-        max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28, seed=0, save_steps=100, box_format=BoxFormat(),
-        processes=processes)
-    seen, said = [], []
-    stock = trainer._calculate_rewards
-
-    def varied(inputs, prompts, completions, ids):
-        """A random model earns nothing; rewards that tell its replies apart, as the real ones would, gathered as TRL does."""
-        seen.extend(row["sample"] for row in inputs)
-        said.extend(ids)
-        found = stock(inputs, prompts, completions, ids)
-        lengths = torch.tensor([float(sum(reply) % 7) for reply in ids])
-        found[:, 0] = trainer.accelerator.gather(lengths)
-        return found
-
-    trainer._calculate_rewards = varied
+    policy = load_policy(random_folder, hardware, BoxFormat())
+    trainer = grpo.grpo_trainer(policy, samples, folder, PARAMS, processes)
+    sample_indices, completions_seen = _vary_rewards(trainer)
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
-    first = {}
-    stepped = trainer.create_optimizer
+    gradients = _record_first_gradients(trainer)
+    trainer.train()
+    tensors = {f"adapter {name}": parameter.detach().contiguous()
+               for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    tensors |= {f"gradient {name}": gradient for name, gradient in gradients.items()}
+    save_file(tensors, folder / f"{processes}-{rank}.safetensors",
+              {"samples": str(sample_indices), "completions": str(completions_seen),
+               "steps": str(trainer.state.global_step)})
 
-    def watched(*args, **kwargs):
-        """Keep the gradients of the first update."""
-        optimizer = stepped(*args, **kwargs)
-        optimizer.register_step_pre_hook(lambda *_: first.update(
-            first or {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}))
+
+def _vary_rewards(trainer) -> tuple[list[int], list[list[int]]]:
+    """Let every completion's format reward depend on its tokens, for a random model earns nothing.
+
+    Returns the lists that this process's sample indices and completions are added to.
+    """
+    sample_indices, completions_seen = [], []
+    stock = trainer._calculate_rewards
+
+    def calculate_rewards(inputs, prompts, replies, completions):
+        sample_indices.extend(row["sample"] for row in inputs)
+        completions_seen.extend(completions)
+        rewards = stock(inputs, prompts, replies, completions)
+        own = torch.tensor([float(sum(completion) % 7) for completion in completions])
+        rewards[:, 0] = trainer.accelerator.gather(own)  # of all processes, as TRL's rewards are
+        return rewards
+
+    trainer._calculate_rewards = calculate_rewards
+    return sample_indices, completions_seen
+
+
+def _record_first_gradients(trainer) -> dict[str, torch.Tensor]:
+    """The dict that the first update's gradients will be added to, by parameter."""
+    gradients: dict[str, torch.Tensor] = {}
+    stock = trainer.create_optimizer
+
+    def record(*_):
+        if not gradients:
+            gradients.update({name: parameter.grad.clone()
+                              for name, parameter in trainer.model.named_parameters()
+                              if parameter.requires_grad})
+
+    def create_optimizer(*args, **kwargs):
+        optimizer = stock(*args, **kwargs)
+        optimizer.register_step_pre_hook(record)
         return optimizer
 
-    trainer.create_optimizer = watched
-    trainer.train()
-    found = {f"adapter {name}": p.detach().contiguous() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    found |= {f"gradient {name}": gradient for name, gradient in first.items()}
-    save_file(found, folder / f"{processes}-{rank}.safetensors",
-              {"samples": str(seen), "said": str(said), "steps": str(trainer.state.global_step)})
+    trainer.create_optimizer = create_optimizer
+    return gradients
