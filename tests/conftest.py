@@ -1,25 +1,50 @@
-"""Shared by the tests: a random Qwen2.5-VL of some 200,000 parameters with the shipped tokenizer and processor."""
+"""Shared by the tests: a random Qwen2.5-VL of some 200,000 parameters with the shipped tokenizer
+and processor, and a smoke run.
+"""
 
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from filelock import FileLock
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROCESS_ENVIRONMENT
 from mig_kit.engine import models
+from mig_kit.pipeline.params import profile_params
 from mig_kit.world.tasks import TASKS, make_sample
 
 for name, value in PROCESS_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from filelock import FileLock  # noqa: E402
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback  # noqa: E402
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
+CLI = [sys.executable, "-c", "from mig_kit.cli import main; main()"]
 
-  # noqa: E402
-  # noqa: E402
+
+@pytest.fixture(scope="session")
+def mig_kit_command():
+    """Call it with words and environment variables: the finished process of the command line."""
+    def call(*words, **environment) -> subprocess.CompletedProcess:
+        return subprocess.run([*CLI, *words], capture_output=True, text=True,
+                              env={**os.environ, **environment})
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def stage_params():
+    """Call it with a stage and changes: its parameters, as its notebook has them but for these."""
+    def change(stage: str, **changes) -> SimpleNamespace:
+        defaults = profile_params(stage)
+        unknown = set(changes) - set(defaults)
+        assert not unknown, f"{stage} has no parameters {unknown}"
+        return SimpleNamespace(**{**defaults, **changes})
+
+    return change
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +57,17 @@ def float32():
 def first_gradients():
     """Call it with a trainer for a dict that will hold the first update's gradients by name."""
     def record(trainer) -> dict[str, torch.Tensor]:
-        found = {}
+        gradients: dict[str, torch.Tensor] = {}
 
         class Record(TrainerCallback):
             def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-                found.update(found or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+                if not gradients:
+                    gradients.update({name: parameter.grad.clone()
+                                      for name, parameter in model.named_parameters()
+                                      if parameter.grad is not None})
 
         trainer.add_callback(Record())
-        return found
+        return gradients
 
     return record
 
@@ -47,7 +75,7 @@ def first_gradients():
 @pytest.fixture(scope="session")
 def processor():
     """The shipped base's processor."""
-    return models.load_processor(models.TINY_BASE, box_format=BoxFormat())
+    return models.load_processor(models.TINY_BASE, BoxFormat())
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +83,10 @@ def random_folder(tmp_path_factory, processor):
     """A folder with a random model of some 200,000 parameters, loadable like any other."""
     folder = tmp_path_factory.mktemp("random") / "model"
     torch.manual_seed(0)
-    shape = models.tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(shape)
-    for parameter in model.model.language_model.parameters():  # livelier than the default, so that differences show
+    config = models.tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config)
+    # livelier than the default, so that differences show
+    for parameter in model.model.language_model.parameters():
         if parameter.ndim > 1:
             parameter.data *= 4
     model.save_pretrained(folder)
@@ -66,46 +95,52 @@ def random_folder(tmp_path_factory, processor):
 
 
 @pytest.fixture(scope="session")
-def smoke_runs(tmp_path_factory):
-    """A folder of runs with a whole smoke run, "smoke", 08 and 90 too, through the command line; tests change copies of it.
+def smoke_runs(tmp_path_factory, mig_kit_command):
+    """A folder of runs with a smoke run, "smoke", 08 and 90 too, through the command line.
 
-    Made once, by the first of the processes that the tests run in.
+    Tests change copies of it. It is made once, by the first of the processes that the tests run in.
     """
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-runs"
     with FileLock(f"{root}.lock"):
         for stages in ((), ("08", "90")):
-            command = [sys.executable, "-c", "from mig_kit.cli import main; main()", "run", *stages, "--profile", "smoke"]
-            result = subprocess.run([*command, "--run-id", "smoke"], env={**os.environ, "MIG_KIT_RUNS": str(root)},
-                                    capture_output=True, text=True)
+            words = ("run", *stages, "--profile", "smoke", "--run-id", "smoke")
+            result = mig_kit_command(*words, MIG_KIT_RUNS=str(root))
             assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
     return root
 
 
 @pytest.fixture(scope="session")
 def relatives(tmp_path_factory, processor):
-    """Folders with random models of the two families that write boxes in thousandths, by model_type."""
+    """Folders with random models of the two families that write boxes in 0 to 1000, by model_type.
+    """
     root, folders = tmp_path_factory.mktemp("relatives"), {}
-    text = models.tiny_config(640, hidden=64, layers=2).text_config.to_dict()
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id")
-    tokens = dict(image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4, tie_word_embeddings=True)
-    towers = {"qwen2_vl": dict(depth=2, embed_dim=64, hidden_size=64, num_heads=2),
-              "qwen3_vl": dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64,
-                               num_position_embeddings=64, deepstack_visual_indexes=[0, 1])}
+    text_config = models.tiny_config(640, hidden=64, layers=2).text_config.to_dict()
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "num_key_value_heads", "rope_parameters", "bos_token_id",
+              "eos_token_id", "pad_token_id")
+    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3,
+              "vision_end_token_id": 4, "tie_word_embeddings": True}
+    towers = {
+        "qwen2_vl": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 2},
+        "qwen3_vl": {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
+                     "out_hidden_size": 64, "num_position_embeddings": 64,
+                     "deepstack_visual_indexes": [0, 1]}}
+    extra = {"qwen2_vl": {}, "qwen3_vl": {"head_dim": 32}}
+    patch_sizes = {"qwen2_vl": 14, "qwen3_vl": 16}
     for family, tower in towers.items():
-        language = {name: text[name] for name in kept} | ({"head_dim": 32} if family == "qwen3_vl" else {})
+        language = {name: text_config[name] for name in shared} | extra[family]
         torch.manual_seed(0)
-        model = models.FAMILIES[family](AutoConfig.for_model(family, text_config=language, vision_config=tower, **tokens))
+        config = AutoConfig.for_model(family, text_config=language, vision_config=tower, **tokens)
+        model = models.FAMILIES[family](config)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data *= 4
-        folders[family] = root / family
-        model.save_pretrained(folders[family])
-        processor.tokenizer.save_pretrained(folders[family])
-        images = Qwen2VLImageProcessorPil(patch_size={"qwen2_vl": 14, "qwen3_vl": 16}[family])
-        images.save_pretrained(folders[family])
-        (folders[family] / "chat_template.jinja").write_text(processor.chat_template)
+        folder = folders[family] = root / family
+        model.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder)
+        Qwen2VLImageProcessorPil(patch_size=patch_sizes[family]).save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(processor.chat_template)
     return folders
 
 
@@ -113,6 +148,12 @@ def relatives(tmp_path_factory, processor):
 def random_model(random_folder, float32):
     """The random model, fresh."""
     return models.load_model(random_folder, float32)
+
+
+@pytest.fixture
+def random_policy(random_model, processor, float32):
+    """The random model, fresh, as a policy."""
+    return models.Policy(random_model, processor, float32, BoxFormat())
 
 
 @pytest.fixture(scope="session")

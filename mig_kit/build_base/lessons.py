@@ -1,13 +1,15 @@
-"""What the tiny base is taught (notebook 90): to see, and to reason over short lists of text. Not the ten tasks.
+"""What the tiny base is taught (notebook 90): to see, and to reason over short lists of text.
 
-Visual lessons are many short questions about one picture each, asked over an album of one to six pictures that share
-their things' names, so that the image number matters. Text lessons are puzzles over lists of names, without pictures.
+It is not taught the ten tasks. Visual lessons are many short questions about one image each, over
+an album of one to six images that share their objects' names, so that the image number matters.
+Text lessons are puzzles over lists of names.
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.build_base.puzzles import KINDS, Puzzle, draw_puzzle
 from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_box
 from mig_kit.world.scenes import (
     Object,
@@ -22,313 +24,281 @@ from mig_kit.world.scenes import (
 )
 from mig_kit.world.tasks import EXTREMES, find_extreme
 
-# What some words are about: image number and cell (in reading order) of a thing, or a name in the lists of text before, or one
-# of the options ("B. red star")
-Appearance = tuple[int, int] | str | None
+
+class Option(str):
+    """An option as the question lists it: "B. red star"."""
 
 
-Piece = tuple[str, float, Appearance]  # words of the assistant, their weight in the loss, what they are about
-
-
+Place = tuple[int, int]  # image number, and number of the cell in reading order
+# What words are about: an object, an option, a name in a list of the turn, or nothing of these.
+Subject = Place | Option | str | None
+Piece = tuple[str, float, Subject]  # words of the assistant, their weight in the loss
 Turn = tuple[str, list[Piece]]  # what the user says, what the assistant says
 
-
-KINDS = ("new", "all", "has", "attribute", "attribute", "gone")
-
-
-LOOSE_KINDS = ("new", "new", "all", "has", "has", "attribute", "attribute", "attribute", "same", "gone")
-
-
-HARD_KINDS = ("new", "new", "new", "all", "all", "all", "has", "has", "has", "attribute", "same", "gone")
-
-
-HOLDERS = ("Which image shows the {}?", "Where is the {}?", "There is a {} in an image. Where?", "Look for the {}.",
-           "Find the image with the {}.")
-
-
+HOLDER_QUESTIONS = (
+    "Which image shows the {}?", "Where is the {}?", "There is a {} in an image. Where?",
+    "Look for the {}.", "Find the image with the {}.")
 VERBS = ("Compare.", "Search.", "Track.", "Associate.", "List.", "Find.")
 
 
-def album(rng: random.Random, pictures: int = 6, fewest: int = 5, alike: float = 0.0) -> list[Scene]:
-    """Unrelated pictures that draw their things from the same `fewest` to 8 looks.
+def album(rng: random.Random, images: int = 6, fewest: int = 5, alike: float = 0.0) -> list[Scene]:
+    """Unrelated scenes whose objects have the same `fewest` to 8 appearances.
 
-    alike: the share of albums whose pictures show the same 2 to 4 things at other places each, so that only the number tells.
+    alike: the share of albums whose scenes show the same 2 to 4 objects at other places each, so
+    that only the image number tells them apart.
     """
     if alike and rng.random() < alike:
-        looks = random_appearances(rng, rng.randint(2, 4))
-        return [arrange_objects(rng, rng.sample(looks, len(looks))) for _ in range(pictures)]
-    looks = random_appearances(rng, rng.randint(fewest, 8))
-    scenes = []
-    for _ in range(pictures):
-        kind = rng.random()
-        if kind < 0.12:
-            source = arrange_objects(rng, rng.sample(looks, min(len(looks), rng.randint(2, 4))))
-            x1, y1, x2, y2 = rng.choice(source.things).box
-            margin = rng.uniform(0.5, 4)
-            scenes.append(crop_scene(source, (x1 - margin, y1 - margin, x2 + margin, y2 + margin), random_size(rng)))
-        elif kind < 0.24:
-            scenes.append(arrange_objects(rng, rng.sample(looks, rng.randint(1, 2)), sides=(20, 34)))
-        else:
-            scene = arrange_objects(rng, rng.sample(looks, min(len(looks), rng.randint(2, 5))), sides=(12, 26))
-            scenes.append(replace(scene, mark=rng.choice(scene.things).box) if kind < 0.4 else scene)
-    return scenes
+        appearances = random_appearances(rng, rng.randint(2, 4))
+        return [arrange_objects(rng, rng.sample(appearances, len(appearances)))
+                for _ in range(images)]
+    appearances = random_appearances(rng, rng.randint(fewest, 8))
+    return [_album_scene(rng, appearances) for _ in range(images)]
+
+
+def _album_scene(rng: random.Random, appearances: list[tuple[str, str, str]]) -> Scene:
+    """A scene of some of the appearances: cropped, with few large objects, marked or plain."""
+    kind = rng.random()
+    count = len(appearances)
+    if kind < 0.12:
+        source = arrange_objects(rng, rng.sample(appearances, min(count, rng.randint(2, 4))))
+        x1, y1, x2, y2 = rng.choice(source.objects).box
+        margin = rng.uniform(0.5, 4)
+        window = (x1 - margin, y1 - margin, x2 + margin, y2 + margin)
+        return crop_scene(source, window, random_size(rng))
+    if kind < 0.24:
+        return arrange_objects(rng, rng.sample(appearances, rng.randint(1, 2)), sides=(20, 34))
+    shown = rng.sample(appearances, min(count, rng.randint(2, 5)))
+    scene = arrange_objects(rng, shown, sides=(12, 26))
+    return replace(scene, mark=rng.choice(scene.objects).box) if kind < 0.4 else scene
 
 
 def clip_to_image(scene: Scene) -> Scene:
-    """The scene with only the things whose centre is in the picture, their boxes clipped to it."""
-    things = tuple(
-        replace(t, box=(max(0.0, t.box[0]), max(0.0, t.box[1]), min(scene.width, t.box[2]), min(scene.height, t.box[3])))
-        for t in scene.things if 0 <= t.centre[0] < scene.width and 0 <= t.centre[1] < scene.height)
-    return replace(scene, things=things)
+    """The scene with only those objects whose centre is in the image, their boxes clipped to it."""
+    inside = []
+    for obj in scene.objects:
+        x, y = obj.centre
+        if not (0 <= x < scene.width and 0 <= y < scene.height):
+            continue
+        x1, y1, x2, y2 = obj.box
+        box = (max(0.0, x1), max(0.0, y1), min(scene.width, x2), min(scene.height, y2))
+        inside.append(replace(obj, box=box))
+    return replace(scene, objects=tuple(inside))
 
 
-def model_box(scene: Scene, thing: Object):
-    """The thing's box in pixels of the resized picture."""
-    return to_model_box(thing.box, (scene.width, scene.height), box_format=BoxFormat())
+def model_box(scene: Scene, obj: Object):
+    """The object's box in pixels of the resized image."""
+    return to_model_box(obj.box, (scene.width, scene.height), BoxFormat())
 
 
-def object_token(scenes: list[Scene], number: int, thing: Object) -> Appearance:
-    """The place of a thing: its image's number and its cell."""
-    column, row = object_cell(scenes[number - 1], thing)
-    return number, row * grid_size(scenes[number - 1].width, scenes[number - 1].height)[0] + column
+def object_place(scenes: list[Scene], number: int, obj: Object) -> Place:
+    """The place of an object of image `number`."""
+    scene = scenes[number - 1]
+    column, row = object_cell(scene, obj)
+    columns, _ = grid_size(scene.width, scene.height)
+    return number, row * columns + column
 
 
-def _find(rng: random.Random, scenes: list[Scene], number: int, thing: Object, what: str = "") -> Turn:
-    answer = format_answer(number, model_box(scenes[number - 1], thing))
-    where = object_token(scenes, number, thing)
-    question = rng.choice(["Where is {} in image {}?", "Find {} in image {}."]).format(what or f"the {thing.name}", number)
+def _find_turn(rng: random.Random, scenes: list[Scene], number: int, obj: Object,
+               called: str = "") -> Turn:
+    """Asks for the box of an object, which the question calls by its name if not `called`."""
+    answer = format_answer(number, model_box(scenes[number - 1], obj))
+    place = object_place(scenes, number, obj)
+    question = rng.choice(["Where is {} in image {}?", "Find {} in image {}."])
+    question = question.format(called or f"the {obj.name}", number)
     if rng.random() < 0.3:
-        return f"{question} {GROUNDING_INSTRUCTION}", [(f"<answer>{answer}</answer>", 1.0, where)]
-    return question, [(answer, 1.0, where)]
+        return f"{question} {GROUNDING_INSTRUCTION}", [(f"<answer>{answer}</answer>", 1.0, place)]
+    return question, [(answer, 1.0, place)]
 
 
-def _name_turn(question: str, scenes: list[Scene], number: int, thing: Object, lead: str = "") -> Turn:
-    where = object_token(scenes, number, thing)
+def _name_turn(question: str, scenes: list[Scene], number: int, obj: Object,
+               lead: str = "") -> Turn:
+    """Asks for an object's name; with a lead the answer is worded as a note."""
+    place = object_place(scenes, number, obj)
     if not lead:
-        return question, [(thing.name, 1.0, where)]
-    return question, [(f"image {number}: {lead}", 0.2, None), (f" {thing.name}", 1.0, where), (".", 0.2, None)]
+        return question, [(obj.name, 1.0, place)]
+    return question, [(f"image {number}: {lead}", 0.2, None), (f" {obj.name}", 1.0, place),
+                      (".", 0.2, None)]
 
 
-def _list_turn(scenes: list[Scene], number: int, worded: bool) -> Turn:
-    scene, question = scenes[number - 1], f"List image {number}."
-    names = [(name, object_token(scenes, number, scene.find(name))) for name in scene.names()]
-    if not worded:
-        return question, [(", " * bool(i) + name, 1.0, where) for i, (name, where) in enumerate(names)]
-    listed = [((", " if i else " ") + name, 1.0, where) for i, (name, where) in enumerate(names)]
-    return question, [(f"image {number}:", 0.2, None), *listed, (".", 0.5, None)]
+def _name_at_box_turn(rng: random.Random, scenes: list[Scene], number: int, obj: Object,
+                      as_note: bool) -> Turn:
+    """Asks what a box holds."""
+    question = rng.choice(["What is at {} in image {}?", "What does the box {} of image {} hold?"])
+    question = question.format(format_box(model_box(scenes[number - 1], obj)), number)
+    return _name_turn(question, scenes, number, obj, "the box holds" if as_note else "")
+
+
+def _list_turn(scenes: list[Scene], number: int, as_note: bool) -> Turn:
+    """Asks for the names of all objects of an image."""
+    scene = scenes[number - 1]
+    pieces: list[Piece] = []
+    for index, name in enumerate(scene.names()):
+        first = " " if as_note else ""
+        separator = ", " if index else first
+        pieces.append((separator + name, 1.0, object_place(scenes, number, scene.find(name))))
+    if as_note:
+        pieces = [(f"image {number}:", 0.2, None), *pieces, (".", 0.5, None)]
+    return f"List image {number}.", pieces
 
 
 def survey_turn(scenes: list[Scene]) -> Turn:
-    """Every picture listed in turn, and no more of them than there are."""
+    """Every image listed in turn, and no more of them than there are."""
     pieces: list[Piece] = []
     for number in range(1, len(scenes) + 1):
-        listed = _list_turn(scenes, number, True)[1]
-        pieces += [(" " * (number > 1) + listed[0][0], 0.5, None), *listed[1:]]
+        (head, _, _), *listed = _list_turn(scenes, number, True)[1]
+        pieces += [(f" {head}" if pieces else head, 0.5, None), *listed]
     return "List every image.", pieces
 
 
-def _count_turn(rng: random.Random, scene: Scene, at: str) -> Turn:
-    thing = rng.choice(scene.things)
-    word = rng.choice([f"{thing.colour} ", f"{thing.shape} ", ""])
-    total = sum(word.strip() in (t.colour, t.shape, "") for t in scene.things)
-    return f"How many {word}things are in {at}?", [(str(total), 1.0, None)]
+def _count_turn(rng: random.Random, scene: Scene, number: int) -> Turn:
+    """Asks how many objects have a colour or a shape, or how many there are."""
+    obj = rng.choice(scene.objects)
+    word = rng.choice([obj.colour, obj.shape, ""])
+    total = sum(word in (other.colour, other.shape, "") for other in scene.objects)
+    described = f"{word} things" if word else "things"
+    return f"How many {described} are in image {number}?", [(str(total), 1.0, None)]
 
 
-def _choice_turn(rng: random.Random, scene: Scene, at: str) -> Turn:
-    if len(scene.things) > 1 and rng.random() < 0.5:
-        a, b = rng.sample(scene.things, 2)
+def _choice_turn(rng: random.Random, scene: Scene, number: int) -> Turn:
+    """A question with options: which of two objects is on the left, or what an image shows."""
+    if len(scene.objects) > 1 and rng.random() < 0.5:
+        a, b = rng.sample(scene.objects, 2)
         if abs(a.centre[0] - b.centre[0]) > 4:
+            question = f"Is the {a.name} left of the {b.name} in image {number}? A. yes B. no"
             letter = "A" if a.centre[0] < b.centre[0] else "B"
-            question = f"Is the {a.name} left of the {b.name} in {at}? A. yes B. no {CHOICE_INSTRUCTION}"
-            return question, [(f"<answer>{letter}</answer>", 1.0, None)]
-    right = rng.choice(scene.names())
-    others = [object_name(look) for look in random_appearances(rng, 3) if object_name(look) not in scene.names()][:2]
-    options = rng.sample([right, *others], len(others) + 1)
+            return f"{question} {CHOICE_INSTRUCTION}", [(f"<answer>{letter}</answer>", 1.0, None)]
+    names = scene.names()
+    correct = rng.choice(names)
+    drawn = [object_name(appearance) for appearance in random_appearances(rng, 3)]
+    wrong = [name for name in drawn if name not in names][:2]
+    options = rng.sample([correct, *wrong], len(wrong) + 1)
     listed = " ".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
-    return f"What is in {at}? {listed} {CHOICE_INSTRUCTION}", [(f"<answer>{'ABC'[options.index(right)]}</answer>", 1.0, None)]
+    letter = "ABC"[options.index(correct)]
+    return (f"What is in image {number}? {listed} {CHOICE_INSTRUCTION}",
+            [(f"<answer>{letter}</answer>", 1.0, None)])
 
 
 def locate_turns(rng: random.Random, scenes: list[Scene], count: int = 3) -> list[Turn]:
-    """Whole pictures located: every thing's name and box, in random order, as (question, pieces with weights).
+    """At most `count` images located: every object's name and box, in random order.
 
-    The names carry almost no loss, for their order cannot be known; each box is looked up by the name right before it.
-    Lists in reading order would teach a pointer that walks on instead of a look-up.
+    The names carry almost no loss, for their order cannot be known; each box is looked up by the
+    name before it. Lists in reading order would teach a pointer that walks on instead of a look-up.
     """
     turns = []
     for number in rng.sample(range(1, len(scenes) + 1), min(count, len(scenes))):
-        scene, pieces = scenes[number - 1], []
-        for place, thing in enumerate(rng.sample(scene.things, len(scene.things))):
-            pieces += [("; the " + thing.name if place else "the " + thing.name, 0.03, None),
-                       (f" {format_box(model_box(scene, thing))}", 1.0, object_token(scenes, number, thing))]
+        scene = scenes[number - 1]
+        pieces: list[Piece] = []
+        for obj in rng.sample(scene.objects, len(scene.objects)):
+            name = f"; the {obj.name}" if pieces else f"the {obj.name}"
+            box = f" {format_box(model_box(scene, obj))}"
+            pieces += [(name, 0.03, None), (box, 1.0, object_place(scenes, number, obj))]
         if pieces:
             turns.append((f"Where is each thing in image {number}?", pieces))
     return turns
 
 
-def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8, worded: float = 0.0) -> list[Turn]:
-    """At most `count` questions with answers, each about one picture of `scenes`.
+def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8,
+                 worded: float = 0.0) -> list[Turn]:
+    """At most `count` questions with answers, each about one image.
 
-    worded: the share of lists and names given as "image 2: red star, blue ring.", as a note would put it. No box is asked for or
-    shown twice in a dialogue: the second time it could be copied from the first.
+    worded: the share of lists and names that are worded as a note ("image 2: red star, blue
+    ring."). No box is asked for or shown twice in a dialogue: the second time it could be copied
+    from the first.
     """
     turns: list[Turn] = []
-    fresh = {(i, t.name): t for i, scene in enumerate(scenes, 1) for t in scene.things}
-    unlisted = [i for i, scene in enumerate(scenes, 1) if scene.things]
+    unseen = {(number, obj.name): obj  # objects whose boxes did not come up yet
+              for number, scene in enumerate(scenes, 1) for obj in scene.objects}
+    unlisted = [number for number, scene in enumerate(scenes, 1) if scene.objects]
+
+    def take_unseen(name: str | None = None) -> tuple[int, Object]:
+        key = rng.choice([key for key in unseen if name in (None, key[1])])
+        return key[0], unseen.pop(key)
+
     for _ in range(2 * count):
-        if len(turns) >= count or not fresh:
+        if len(turns) >= count or not unseen:
             break
-        kind, name = rng.random(), ""
-        number = rng.choice(list(fresh))[0]
-        scene, at, noted = scenes[number - 1], f"image {number}", worded > 0 and rng.random() < worded
+        kind = rng.random()
+        number, _ = rng.choice(list(unseen))
+        scene = scenes[number - 1]
+        as_note = worded > 0 and rng.random() < worded
+        named = None  # the object that the next question may call "it"
         if kind < 0.32:
-            key = rng.choice(list(fresh))
-            turns.append(_find(rng, scenes, key[0], fresh.pop(key)))
+            turns.append(_find_turn(rng, scenes, *take_unseen()))
         elif kind < 0.44:
-            key = rng.choice(list(fresh))
-            thing, name = fresh.pop(key), key[1]
-            question = rng.choice(["What is at {} in image {}?", "What does the box {} of image {} hold?"])
-            question = question.format(format_box(model_box(scenes[key[0] - 1], thing)), key[0])
-            turns.append(_name_turn(question, scenes, key[0], thing, "the box holds" * noted))
+            number, named = take_unseen()
+            turns.append(_name_at_box_turn(rng, scenes, number, named, as_note))
         elif kind < 0.72:
             if unlisted:
-                place = unlisted.pop(rng.randrange(len(unlisted)))
-                turns.append(_list_turn(scenes, place, noted))
+                listed = unlisted.pop(rng.randrange(len(unlisted)))
+                turns.append(_list_turn(scenes, listed, as_note))
         elif kind < 0.86:
-            which = rng.choice(list(EXTREMES))
-            found = find_extreme(scene, which)
-            if found:
-                turns.append(_name_turn(f"Which is the {which} thing in {at}?", scenes, number, found, f"the {which} is" * noted))
-                name = found.name
+            extreme = rng.choice(list(EXTREMES))
+            if named := find_extreme(scene, extreme):
+                question = f"Which is the {extreme} thing in image {number}?"
+                lead = f"the {extreme} is" if as_note else ""
+                turns.append(_name_turn(question, scenes, number, named, lead))
         elif kind < 0.89:
-            turns.append(_count_turn(rng, scene, at))
-        elif kind < 0.92 and scene.mark:
-            marked = next(t for t in scene.things if t.box == scene.mark)
-            turns.append(_name_turn(f"What is marked in {at}?", scenes, number, marked))
-            name = marked.name
+            turns.append(_count_turn(rng, scene, number))
         elif kind >= 0.92:
-            turns.append(_choice_turn(rng, scene, at))
-        if name and rng.random() < 0.5:
-            places = [key for key in fresh if key[1] == name]
-            if places:
-                key = rng.choice(places)
-                turns.append(_find(rng, scenes, key[0], fresh.pop(key), "it"))
+            turns.append(_choice_turn(rng, scene, number))
+        elif scene.mark:
+            named = next(obj for obj in scene.objects if obj.box == scene.mark)
+            question = f"What is marked in image {number}?"
+            turns.append(_name_turn(question, scenes, number, named))
+        if named and rng.random() < 0.5 and any(name == named.name for _, name in unseen):
+            turns.append(_find_turn(rng, scenes, *take_unseen(named.name), called="it"))
     return turns
 
 
-def _notes(pictures: list[list[str]]) -> str:
-    return " ".join(f"image {i}: {', '.join(names)}." for i, names in enumerate(pictures, 1))
+def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS,
+               unrelated_text: list[str] = (), unfit: float = 0.75,
+               lettered: float = 0.25) -> list[Turn]:
+    """`count` puzzles over lists as turns; they are about no image.
 
-
-@dataclass(frozen=True)
-class Puzzle:
-    """A question over lists: what is asked, the lists as notes, the finding, the options and the right one.
-
-    name: the listed name that must be looked up for the finding, where one look-up is all it takes; else "".
-    """
-
-    question: str
-    notes: str
-    finding: str
-    options: tuple[str, ...]
-    right: str
-    name: str = ""
-
-    def pieces(self, guided: float = 1.0) -> list[Piece]:
-        """The finding, cut before the word that the look-up gives; `guided` is the weight of "new:" and its like."""
-        if not self.name:
-            kind, colon, rest = self.finding.partition(":")
-            return [(kind + colon, guided, None), (rest, 1.0, None)] if colon else [(self.finding, 1.0, None)]
-        before, word, after = self.finding.rpartition(f" {self.right.removeprefix('image ')}")
-        return [(before, guided, None), (word, 1.0, self.name), (after, 1.0, None)]
-
-
-def puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
-    """One text puzzle over lists of names, of one of `kinds`."""
-    looks = random_appearances(rng, 9)
-    names = [object_name(look) for look in looks]
-    kind = rng.choice(kinds)
-    if kind in ("new", "gone"):
-        first = names[:rng.randint(2, 5)]
-        second = [names[7] if i == 0 else name for i, name in enumerate(first)]
-        if rng.random() < 0.5:
-            rng.shuffle(second)
-        else:
-            place = rng.randrange(len(first))
-            second = list(first)
-            second[place] = names[7]
-            first[0], first[place] = first[place], first[0]
-            second[0], second[place] = second[place], second[0]
-        gone = next(name for name in first if name not in second)
-        if kind == "new":
-            return Puzzle("Which thing is new?", _notes([first, second]), f"new: {names[7]}.",
-                          tuple(rng.sample([names[7], *second[:3], gone], 3)), names[7])
-        return Puzzle("Which thing is gone?", _notes([first, second]), f"gone: {gone}.",
-                      tuple(rng.sample([gone, *first[:3]], 3)), gone)
-    if kind == "all":
-        while True:
-            pictures = [rng.sample([names[0], *rng.sample(names[1:], rng.randint(1, 3))], k=2) for _ in range(rng.randint(2, 5))]
-            pictures = [p if names[0] in p else [names[0], *p] for p in pictures]
-            pictures = [rng.sample(p, len(p)) for p in pictures]
-            if not any(all(name in p for p in pictures) for name in names[1:]):
-                break
-        return Puzzle("Which thing is in every image?", _notes(pictures), f"in all: {names[0]}.",
-                      tuple(rng.sample([names[0], *names[1:3]], 3)), names[0])
-    if kind == "has":
-        k, count = 0, rng.randint(2, 5)
-        pictures = [rng.sample(names[1:], rng.randint(1, 3)) for _ in range(count)]
-        k = rng.randint(1, count)
-        pictures[k - 1][rng.randrange(len(pictures[k - 1]))] = names[0]
-        return Puzzle(f"Which image shows the {names[0]}?", _notes(pictures), f"{names[0]}: image {k}.",
-                      tuple(f"image {i}" for i in range(1, count + 1)), f"image {k}", names[0])
-    if kind == "same":
-        listed, (first, second) = rng.sample(names[:5], rng.randint(2, 5)), rng.choice(((1, rng.randint(2, 6)), (2, 1)))
-        start = rng.choice(["image {}: the box holds {}.", "image {}: {}."]).format(first, listed[0])
-        word, listed = rng.choice(["same", "part"]), rng.sample(listed, len(listed)) if len(listed) > 1 else listed
-        right = start.removesuffix(".").split(": ")[1].removeprefix("the box holds ")
-        return Puzzle(f"Which thing is the {word}?", f"{start} image {second}: {', '.join(listed)}.", f"the {word}: {right}.",
-                      tuple(listed[:3]), right)
-    attribute = rng.randint(0, 1)
-    while True:
-        one, *rest = random_appearances(rng, rng.randint(3, 5))
-        if one[:2] != rest[0][:2] and [look[attribute] == one[attribute] for look in rest] == [True] + [False] * (len(rest) - 1):
-            break
-    word = ("colour", "shape")[attribute]
-    listed = rng.sample([object_name(look) for look in rest], len(rest))
-    start = rng.choice(["image 1: the box holds {}.", f"image 1: the {rng.choice(list(EXTREMES))} is {{}}.", "image 1: {}."])
-    notes = f"{start.format(object_name(one))} image 2: {', '.join(listed)}."
-    return Puzzle(f"Which thing has the same {word}?", notes, f"same {word}: {object_name(rest[0])}.", tuple(listed[:3]),
-                  object_name(rest[0]), object_name(rest[0]))
-
-
-def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS, strange: list[str] = (),
-               unfit: float = 0.75, lettered: float = 0.25) -> list[Turn]:
-    """Puzzles over lists as turns; they are about no picture.
-
-    strange: questions that have nothing to do with the lists. A share `unfit` of the puzzles whose notes are thoughts stands
-    behind one of them, so that the notes and the first words of the finding alone must lead to it; then how many images the
-    notes are about carries no loss, for there are others. lettered: the share of puzzles with options, to be answered with a
-    letter.
+    unrelated_text: questions that have nothing to do with the lists. A share `unfit` of the puzzles
+    whose notes are thoughts stands behind one of them, so that the notes and the first words of the
+    finding alone must lead to it; the notes then carry no loss, for they could be about any number
+    of images. lettered: the share of puzzles with options, which are answered with a letter.
     """
     turns = []
     for _ in range(count):
-        item, form = puzzle(rng, kinds), rng.random()
-        if form < 0.35 and not strange:
-            turns.append((f"{item.notes} {item.question}", item.pieces()))
+        puzzle, form = draw_puzzle(rng, kinds), rng.random()
+        if form < 0.35 and not unrelated_text:
+            turns.append((f"{puzzle.notes} {puzzle.question}", _finding_pieces(puzzle)))
             continue
-        question, ending, guided = item.question, [("</think>", 1.0, None)], 1.0
-        if form > 1 - lettered and item.right in item.options:
-            letters = "ABCDE"[:len(item.options)]
-            question += "".join(f" {a}. {option}" for a, option in zip(letters, item.options)) + f" {CHOICE_INSTRUCTION}"
-            letter = letters[item.options.index(item.right)]
-            ending = [("</think><answer>", 0.5, None), (letter, 2.0, f"{letter}. {item.right}"), ("</answer>", 0.5, None)]
-        elif strange:
-            ending = [*ending, ("", 0.0, None)]
-            if item.right.startswith("image"):
-                question = f"{rng.choice(HOLDERS).format(item.name)} {GROUNDING_INSTRUCTION}"
-            elif rng.random() < unfit:
-                question, guided = rng.choice(strange), 0.0
-        verb = rng.choice(VERBS) + " " if rng.random() < (0.8 if strange else 0.5) else ""
-        (head, weight, where), *rest = item.pieces(guided)  # a space belongs to the word behind it, as in a trace's tokens
-        notes = (f"<think>{verb}{item.notes}", 0.0 if strange else 0.03, None)
-        turns.append((question, [notes, (f" {head}", weight, where), *rest, *ending]))
+        lead_weight = 1.0
+        if form > 1 - lettered and puzzle.correct in puzzle.options:
+            question, ending = _letter_question(puzzle)
+        else:
+            question, ending = puzzle.question, [("</think>", 1.0, None)]
+            if unrelated_text:
+                ending.append(("", 0.0, None))
+                if puzzle.kind == "has":
+                    question = rng.choice(HOLDER_QUESTIONS).format(puzzle.looked_up)
+                    question = f"{question} {GROUNDING_INSTRUCTION}"
+                elif rng.random() < unfit:
+                    question, lead_weight = rng.choice(unrelated_text), 0.0
+        has_verb = rng.random() < (0.8 if unrelated_text else 0.5)
+        verb = f"{rng.choice(VERBS)} " if has_verb else ""
+        notes = (f"<think>{verb}{puzzle.notes}", 0.0 if unrelated_text else 0.03, None)
+        # a space belongs to the word behind it, as in a trace's tokens
+        (lead, weight, subject), *rest = _finding_pieces(puzzle, lead_weight)
+        turns.append((question, [notes, (f" {lead}", weight, subject), *rest, *ending]))
     return turns
+
+
+def _finding_pieces(puzzle: Puzzle, lead_weight: float = 1.0) -> list[Piece]:
+    """The finding, cut before the word that solves the puzzle."""
+    lead = (puzzle.lead, lead_weight, None)
+    if puzzle.looked_up:
+        return [lead, (f" {puzzle.word}", 1.0, puzzle.looked_up), (".", 1.0, None)]
+    return [lead, (f" {puzzle.word}.", 1.0, None)]
+
+
+def _letter_question(puzzle: Puzzle) -> tuple[str, list[Piece]]:
+    """The question with its options, and the end of a reply that names the letter."""
+    options = [Option(f"{letter}. {option}") for letter, option in zip("ABCDE", puzzle.options)]
+    index = puzzle.options.index(puzzle.correct)
+    question = f"{puzzle.question} {' '.join(options)} {CHOICE_INSTRUCTION}"
+    return question, [("</think><answer>", 0.5, None), ("ABCDE"[index], 2.0, options[index]),
+                      ("</answer>", 0.5, None)]

@@ -17,6 +17,7 @@ from mig_kit.common import PACKAGE, PROJECT_ROOT
 DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store",
                 "mig_kit.pipeline.params", "mig_kit.pipeline.dependencies"}
 STAGES_OF_PICTURES = {"07_report", "08_benchmark"}
+MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
 
 
 def notebook_cells(stage: str) -> list[dict]:
@@ -26,14 +27,20 @@ def notebook_cells(stage: str) -> list[dict]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
+def notebook_code(stage: str) -> list[str]:
+    """The code of a stage's notebook without its parameters cell, cell by cell, free of comments.
+    """
+    return [ast.dump(_parse("".join(cell["source"]))) for cell in notebook_cells(stage)
+            if "parameters" not in cell["metadata"].get("tags", ())]
+
+
 def used_definitions(stage: str) -> dict[str, str]:
     """"module.name" -> SHA-256 of its code, of every definition of the kit that the stage's results
     depend on.
     """
     ignored = set() if stage in STAGES_OF_PICTURES else DISPLAY_ONLY
-    source = "\n".join("".join(cell["source"]) for cell in notebook_cells(stage))
-    tree = _parse(source)
-    todo = _references(tree, _imports(tree), set())
+    tree = _parse("\n".join("".join(cell["source"]) for cell in notebook_cells(stage)))
+    todo = _references(tree, _imports(tree))
     used: dict[str, str] = {}
     while todo:
         module, name = todo.pop()
@@ -49,7 +56,6 @@ def used_definitions(stage: str) -> dict[str, str]:
     return dict(sorted(used.items()))
 
 
-@cache
 def _module_path(module: str) -> Path:
     return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
@@ -66,14 +72,18 @@ def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozens
     tree = _parse(path.read_text())
     module = ".".join(("mig_kit", *path.relative_to(PACKAGE).with_suffix("").parts))
     by_name = [(name, statement) for statement in tree.body for name in _defined_names(statement)]
-    local = {name for name, _ in by_name}
-    imports = {**_imports(tree), **{name: (module, name) for name in local}}
-    found: dict[str, tuple[str, frozenset]] = {}
-    for name, statement in by_name:
-        code, references = found.get(name, ("", frozenset()))
-        found[name] = (code + ast.dump(_without_docstrings(statement)),
-                       references | _references(statement, imports, {(module, name)}))
-    return found
+    local = {name: (module, name) for name, _ in by_name if name != MODULE_BODY}
+    imported = _imports(tree)
+    # a name that is only imported here, and used from here, leads to where it is defined
+    definitions = {name: ("", frozenset({origin})) for name, origin in imported.items()}
+    body = {(module, MODULE_BODY)} if any(name == MODULE_BODY for name, _ in by_name) else set()
+    for name in {name for name, _ in by_name}:
+        statements = [statement for other, statement in by_name if other == name]
+        code = "".join(ast.dump(_without_docstrings(statement)) for statement in statements)
+        references = set(body).union(
+            *(_references(statement, {**imported, **local}) for statement in statements))
+        definitions[name] = code, frozenset(references - {(module, name)})
+    return definitions
 
 
 def _parse(source: str) -> ast.Module:
@@ -89,7 +99,9 @@ def _defined_names(statement: ast.stmt) -> list[str]:
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         nodes = [node for target in targets for node in ast.walk(target)]
         return [node.id for node in nodes if isinstance(node, ast.Name)]
-    return []
+    is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    is_import = isinstance(statement, ast.Import | ast.ImportFrom)
+    return [] if is_docstring or is_import else [MODULE_BODY]
 
 
 def _without_docstrings(statement: ast.stmt) -> ast.stmt:
@@ -117,9 +129,9 @@ def _imports(tree: ast.AST) -> dict[str, tuple[str, str]]:
     return names
 
 
-def _references(tree: ast.AST, imports: dict[str, tuple[str, str]],
-                without: set) -> set[tuple[str, str]]:
-    """(module, name) of every definition of the kit that `tree` names, itself left out."""
+def _references(tree: ast.AST,
+                imports: dict[str, tuple[str, str]]) -> set[tuple[str, str]]:
+    """(module, name) of every definition of the kit that `tree` names."""
     imports = {**imports, **_imports(tree)}
     references = set()
     for node in ast.walk(tree):
@@ -129,4 +141,4 @@ def _references(tree: ast.AST, imports: dict[str, tuple[str, str]],
             module, name = imports.get(node.value.id, ("", "x"))
             if not name:
                 references.add((module, node.attr))
-    return references - without
+    return references

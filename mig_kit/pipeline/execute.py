@@ -12,6 +12,7 @@ from mig_kit.pipeline import store
 from mig_kit.pipeline.params import (
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
+    list_profiles,
     profile_params,
     stage_parameters,
     unknown_parameter_message,
@@ -70,17 +71,27 @@ def run_stages(params: dict[str, dict], run_id: str, profile: str, force: bool =
 
 
 def _check_run_params(run_id: str, profile: str) -> None:
-    """Refuse to go on with a run under a profile of another model or another box format."""
+    """Refuse to go on under `profile` with a run that has the model or box format of another.
+
+    Values that no profile has were set by `-p`, and fit to any.
+    """
     record = store.load_record(RUN_PARAMS_STAGE, run_id)
-    if record is None or profile == "tiny":
+    if record is None:
         return
-    expected = profile_params(RUN_PARAMS_STAGE, profile)
-    for name in RUN_PARAMS:
-        if record["params"][name] != expected[name]:
-            raise ValueError(
-                f"run '{run_id}' was started with {name} {record['params'][name]}, and profile "
-                f"'{profile}' has {expected[name]}; run {RUN_PARAMS_STAGE} with this profile, or "
-                "use another --run-id")
+    values = {name: record["params"][name] for name in RUN_PARAMS}
+    fitting = [other for other in list_profiles() if _run_params_of(other) == values]
+    if not fitting or profile in fitting:
+        return
+    expected = _run_params_of(profile)
+    name = next(name for name in RUN_PARAMS if values[name] != expected[name])
+    raise ValueError(
+        f"run '{run_id}' has the {name} {values[name]}, and profile '{profile}' {expected[name]}; "
+        f"go on with --profile {fitting[0]}, or use another --run-id")
+
+
+def _run_params_of(profile: str) -> dict:
+    values = profile_params(RUN_PARAMS_STAGE, profile)
+    return {name: values[name] for name in RUN_PARAMS}
 
 
 def _prepare_folder(stage: str, run_id: str, params: dict, force: bool) -> bool:

@@ -129,12 +129,15 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
     """One sentence on a parameter that `where` does not have, with the nearest of `names` if one is
     near.
     """
-    if (new_name := RENAMED_PARAMS.get(name)) in names:
-        return f"the parameter '{name}' is now called '{new_name}'"
     if name in REMOVED_PARAMS:
         return f"the parameter '{name}' was taken out: {REMOVED_PARAMS[name]}"
-    if name in RUN_PARAMS:
-        return f"'{name}' is set once per run, in {RUN_PARAMS_STAGE}; run that stage with it"
+    new_name = RENAMED_PARAMS.get(name, name)
+    renaming = f"the parameter '{name}' is now called '{new_name}'"
+    if new_name in names:
+        return renaming
+    if new_name in RUN_PARAMS:
+        start = f"{renaming}; it" if new_name != name else f"'{name}'"
+        return f"{start} is set once per run, in {RUN_PARAMS_STAGE}; run that stage with it"
     near = difflib.get_close_matches(name, sorted(names), 1)
     everything = ", ".join(sorted(names))
     hint = f"did you mean '{near[0]}'?" if near else f"its parameters are {everything}"

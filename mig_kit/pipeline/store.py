@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256, write_json
-from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_cells, used_definitions
+from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
 from mig_kit.pipeline.params import RUN_PARAMS, RUN_PARAMS_STAGE, stage_parameters, validate_params
 from mig_kit.pipeline.run_lock import lock_run, unlock_run
 
@@ -82,9 +82,8 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
         files["base_model"] = model_fingerprint(params["base_model"])
     if params.get("control_run"):
         files["control_run"] = _control_outputs(params, run_id, stage)
-    cells = [cell["source"] for cell in notebook_cells(stage)
-             if "parameters" not in cell["metadata"].get("tags", ())]
-    text = json.dumps([params, files, inputs, used_definitions(stage), cells], sort_keys=True)
+    code = [used_definitions(stage), notebook_code(stage)]
+    text = json.dumps([params, files, inputs, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -61,9 +61,9 @@ def make_questions(load: Workload, count: int, seed: int = 0, alike: int = 1) ->
     rng, world, made = random.Random(f"benchmark/{seed}"), World(), []
     for i in range(count):
         if i % alike == 0:
-            scenes = [world.scene(rng, world.looks(rng, 4), (84, 84)) for _ in range(load.images)]
+            scenes = [world.arrange_scene(rng, world.draw_appearances(rng, 4), (84, 84)) for _ in range(load.images)]
             images = tuple(draw_scene(scene).resize((load.side, load.side)) for scene in scenes)
-        things = [thing for scene in scenes for thing in scene.things]
+        things = [thing for scene in scenes for thing in scene.objects]
         thing = things[i % alike % len(things)]
         box = tuple(v * load.side / 84 for v in thing.box)
         question = f"Find the {thing.name}."

@@ -8,7 +8,7 @@ as long as `max_new_tokens` allows, so it is nearer to a bound than to an expect
 
 from mig_kit.engine.generation import count_prompts_at_once
 from mig_kit.speed.gpu_memory import NF4_BYTES, TEXT, TRACE, Shape, groups_per_update
-from mig_kit.world.suites import BOX_FORMS, FREE_FORM, SIZES, suite_tasks
+from mig_kit.world.suites import BOX_FORMS, FREE_FORM, SIZE_PARAMS, suite_tasks
 from mig_kit.world.tasks import TASKS
 
 # one card of each size: name, dense bfloat16 TFLOP/s, memory traffic in GB/s, as their makers give them
@@ -34,7 +34,7 @@ def count_work(params: dict[str, dict]) -> dict[str, int]:
               + (len(FREE_FORM) - len(BOX_FORMS)) * p["rl_free_form_per_task"])
     else:
         cot, rl = (round(p["data_limit"] * share) for share in p["data_shares"][:2])
-    asked = evaluate["benchmark_limit"] or sum(len(suite_tasks(suite)) * evaluate[key] for suite, key in SIZES.items())
+    asked = evaluate["benchmark_limit"] or sum(len(suite_tasks(suite)) * evaluate[key] for suite, key in SIZE_PARAMS.items())
     return {"02_sft": round(min(cot, sft["max_samples"] or cot) * sft["epochs"]), "04_rejection_sampling": rl,
             "05_grpo": grpo["max_steps"] * groups_per_update(grpo),
             "06_evaluate": 3 * asked}

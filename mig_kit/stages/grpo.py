@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
+from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.generation import (
     Sampling,
@@ -45,42 +46,46 @@ from mig_kit.engine.training import (
     use_one_device,
 )
 from mig_kit.prompts import chat_messages
-from mig_kit.rewards import (
-    box_reward,
-    choice_reward,
-    cites_only_existing_images,
-    format_reward,
-    image_reward,
-)
 from mig_kit.sample import Sample, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
+# TRL's name of a logged figure -> its name in the curves, which also hold every reward
 CURVES = {
-    "reward": "reward", "rewards/format/mean": "format", "rewards/image/mean": "image",
-    "rewards/box/mean": "box", "rewards/choice/mean": "choice",
     "completions/mean_length": "length", "entropy": "entropy", "kl": "kl",
     "frac_reward_zero_std": "no_signal", "completions/clipped_ratio": "cut"}
 
 
 def reward_functions(samples: list[Sample], box_format: BoxFormat,
                      hallucinated_image_penalty: str = "format") -> list[Callable]:
-    """The rewards in TRL's form, in the order of `reward_weights`: format, image, box, choice.
+    """The rewards in TRL's form, in the order of `reward_weights`.
 
-    TRL's column `sample` is the index into `samples`. A reward is None where it does not apply:
-    image and box for a multiple-choice sample, choice for any other. hallucinated_image_penalty:
-    what a reply loses whose reasoning cites an image that the prompt does not have: "none", the
-    "format" reward, or "all" of them.
+    A line of the table is a reward: the name under which it is logged, a function of reply and
+    sample, and the samples that it applies to; it is None for any other. TRL's column `sample` is
+    the index into `samples`. hallucinated_image_penalty: what a reply loses whose reasoning cites
+    an image that the prompt does not have: "none", the "format" reward, or "all" of them.
     """
-    has_box, has_letter = (lambda sample: not sample.options), (lambda sample: bool(sample.options))
-    rewards = {
-        "format": (format_reward, lambda sample: True),
-        "image": (image_reward, has_box),
-        "box": (partial(box_reward, box_format=box_format), has_box),
-        "choice": (choice_reward, has_letter)}
-    penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
+    table = {
+        "format": (rewards.format_reward, _is_any),
+        "image": (rewards.image_reward, _asks_for_a_box),
+        "box": (partial(rewards.box_reward, box_format=box_format), _asks_for_a_box),
+        "choice": (rewards.choice_reward, _asks_for_a_letter),
+    }
+    penalised = {"none": (), "format": ("format",), "all": tuple(table)}
     return [_trl_reward(name, reward, applies_to, samples,
                         is_penalised=name in penalised[hallucinated_image_penalty])
-            for name, (reward, applies_to) in rewards.items()]
+            for name, (reward, applies_to) in table.items()]
+
+
+def _is_any(sample: Sample) -> bool:
+    return True
+
+
+def _asks_for_a_box(sample: Sample) -> bool:
+    return not sample.options
+
+
+def _asks_for_a_letter(sample: Sample) -> bool:
+    return bool(sample.options)
 
 
 def _trl_reward(name: str, reward: Callable, applies_to: Callable, samples: list[Sample],
@@ -88,7 +93,7 @@ def _trl_reward(name: str, reward: Callable, applies_to: Callable, samples: list
     def score(reply: str, sample: Sample) -> float | None:
         if not applies_to(sample):
             return None
-        if is_penalised and not cites_only_existing_images(reply, sample):
+        if is_penalised and not rewards.cites_only_existing_images(reply, sample):
             return 0.0
         return reward(reply, sample)
 
@@ -109,20 +114,20 @@ def grpo_rows(samples: list[Sample], box_format: BoxFormat, with_images: bool) -
     return Dataset.from_list(rows)
 
 
-def group_advantages(rewards: torch.Tensor, group: int,
+def group_advantages(reward: torch.Tensor, group: int,
                      scale: str = "group") -> tuple[torch.Tensor, torch.Tensor]:
     """(A, group_std): A = (r - mean of the group) / (std + 1e-4), both (rows,).
 
-    rewards: (rows,), groups in sequence. scale: whose std divides, "group" (DeepSeekMath, arXiv
+    reward: (rows,), groups in sequence. scale: whose std divides, "group" (DeepSeekMath, arXiv
     2402.03300), "batch" (a group whose replies differ little then teaches little, however clear its
     order is) or "none". Names and epsilon are TRL's. group_std: the std within the row's group.
     """
-    grouped = rewards.view(-1, group)
+    grouped = reward.view(-1, group)
     group_std = grouped.std(1).repeat_interleave(group)
-    centred = rewards - grouped.mean(1).repeat_interleave(group)
+    centred = reward - grouped.mean(1).repeat_interleave(group)
     if scale == "none":
         return centred, group_std
-    std = rewards.std() if scale == "batch" else group_std
+    std = reward.std() if scale == "batch" else group_std
     return centred / (std + 1e-4), group_std
 
 
@@ -184,11 +189,11 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         per_function = self._calculate_rewards(
             inputs, [row["prompt"] for row in inputs], messages, completions)
         weights = self.reward_weights.to(self.accelerator.device)
-        rewards = (per_function * weights).nansum(1)
-        advantages, group_std = group_advantages(rewards, group, self.scale_rewards)
+        total = (per_function * weights).nansum(1)
+        advantages, group_std = group_advantages(total, group, self.scale_rewards)
         own_rows = slice(rank * len(inputs), (rank + 1) * len(inputs))
         output = self._to_batch(inputs, completions) | {"advantages": advantages[own_rows]}
-        self._log_rollouts(mode, per_function, rewards, group_std, completions, output)
+        self._log_rollouts(mode, per_function, total, group_std, completions, output)
         self._add_old_and_reference_logps(output)
         return output
 
@@ -231,7 +236,7 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
                 "completion_mask": mask, "sample": samples,
                 "num_items_in_batch": self.accelerator.gather(mask.sum()).sum()}
 
-    def _log_rollouts(self, mode: str, per_function, rewards, group_std, completions,
+    def _log_rollouts(self, mode: str, per_function, total, group_std, completions,
                       output) -> None:
         """Log what TRL logs of a batch of rollouts, under its names."""
         gather, log = self.accelerator.gather, self._metrics[mode]
@@ -240,8 +245,8 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
                                for completion in completions], device=lengths.device)
         for column, name in enumerate(self.reward_func_names):
             log[f"rewards/{name}/mean"].append(per_function[:, column].nanmean().item())
-        log["reward"].append(rewards.mean().item())
-        log["reward_std"].append(rewards.std().item())
+        log["reward"].append(total.mean().item())
+        log["reward_std"].append(total.std().item())
         log["frac_reward_zero_std"].append((group_std < 1e-6).float().mean().item())
         log["completions/mean_length"].append(gather(lengths).mean().item())
         log["completions/clipped_ratio"].append(gather(is_cut.float()).mean().item())
@@ -336,15 +341,16 @@ def grpo_trainer(policy: Policy, samples: list[Sample], folder: Path, params: Si
                   "generation_kwargs": {"min_new_tokens": min_new_tokens}}
     config = GRPOConfig(**arguments)
     use_one_device(config)
-    reward_names = [f"rewards/{name}/mean" for name in ("format", "image", "box", "choice")]
+    functions = reward_functions(samples, policy.box_format, params.hallucinated_image_penalty)
+    names = [function.__name__ for function in functions]
+    logged = ("reward", *(f"rewards/{name}/mean" for name in names), "entropy")
     common = {
         "model": policy.model, "args": config, "processing_class": policy.processor,
-        "reward_funcs": reward_functions(samples, policy.box_format,
-                                         params.hallucinated_image_penalty),
+        "reward_funcs": functions,
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
         "peft_config": lora_config(params.lora_r, params.lora_alpha, params.lora_dropout),
-        "callbacks": [ProgressLines(("reward", *reward_names, "entropy")), StopIfNothingLearns(),
-                      LiveCurves(training_curves, ("reward", "image", "box", "choice"))]}
+        "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
+                      LiveCurves(training_curves, ("reward", *names))]}
     if not params.share_prefix:
         return GRPOTrainer(**common)
     return SharedPrefixGRPOTrainer(
@@ -377,12 +383,15 @@ def train_as_worker(merged: Path, kept: Path, hardware: Hardware, box_format: Bo
 
 
 def training_curves(history: list[dict]) -> list[dict]:
-    """Rows of a trainer's log history: the step, and CURVES under their short names.
+    """Rows of a trainer's log history: step, reward, every single reward, and CURVES.
 
     None where a figure is missing, or NaN because no sample of the step has that reward.
     """
-    rows = [{"step": row["step"], **{short: row.get(name) for name, short in CURVES.items()}}
-            for row in history if "reward" in row]
+    updates = [row for row in history if "reward" in row]
+    single = {name: name.split("/")[1] for row in updates for name in row
+              if name.startswith("rewards/") and name.endswith("/mean")}
+    curves = {"step": "step", "reward": "reward", **single, **CURVES}
+    rows = [{short: row.get(name) for name, short in curves.items()} for row in updates]
     return [{name: None if value != value else value for name, value in row.items()}
             for row in rows]
 

@@ -14,8 +14,7 @@ import numpy as np
 from mig_kit.boxes import BoxFormat
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
-
-DETAILS = ("method", "finding", "evidence")
+from mig_kit.world.teacher import recognize_detail
 
 
 def pass_rates(samples: list[Sample], replies: dict[str, list[str]], box_format: BoxFormat,
@@ -37,18 +36,9 @@ def accuracy_by_detail(samples: list[Sample], replies: dict[str, list[str]],
         asked = "a letter" if sample.options else "a box"
         for reply in replies[sample.id]:
             correct = is_correct(reply, sample, box_format)
-            outcomes[asked, reasoning_detail(reply)].append(correct)
+            outcomes[asked, recognize_detail(reply)].append(correct)
     return [{"asked": asked, "detail": detail, "n": len(values), "correct": float(np.mean(values))}
             for (asked, detail), values in sorted(outcomes.items())]
-
-
-def reasoning_detail(reply: str) -> str:
-    """One of DETAILS, as the tiny teacher writes them.
-
-    Statements have the form "name: value": "method" has none, "finding" one, "evidence" several.
-    """
-    statements = reply.partition("</think>")[0].count(": ")
-    return DETAILS[min(statements, 2)]
 
 
 def select_by_pass_rate(samples: list[Sample], rates: np.ndarray, *, lowest: float, highest: float,

@@ -15,6 +15,7 @@ from mig_kit.plots import draw_sample
 from mig_kit.prompts import format_question, parse_reply
 from mig_kit.rewards import box_reward, choice_reward, format_reward, image_reward, is_correct
 from mig_kit.sample import Sample
+from mig_kit.world.tasks import count_listed_objects
 
 # Claim, the paper's points (arXiv 2507.00748, v1/v2 for the second row), the delta and suite of metrics.json.
 CLAIMS = (
@@ -82,7 +83,7 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample], bins
 
     rates: by sample id, 0..1; counted on the samples whose notes list their images, as those of drawn scenes do.
     """
-    listed = [(sum(note.count(",") + 1 for note in s.notes), rates[s.id]) for s in samples if s.notes and s.id in rates]
+    listed = [(count_listed_objects(s.notes), rates[s.id]) for s in samples if s.notes and s.id in rates]
     if not listed:
         return []
     edges = np.unique(np.quantile([n for n, _ in listed], np.linspace(0, 1, bins + 1)).round())

@@ -14,7 +14,7 @@ from mig_kit.stages.report import CLAIMS
 from mig_kit.stats import bootstrap_interval, macro_mean, to_percent
 from mig_kit.world import suites
 
-SAMPLE_PARAMS = ("eval_seed", *suites.SIZES.values(), "min_pixels", "max_pixels", "frame")  # or the runs did not answer the same questions
+SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "min_pixels", "max_pixels", "frame")  # or the runs did not answer the same questions
 
 
 def load_evaluations(run_ids: list[str]) -> dict[str, dict]:
@@ -60,7 +60,7 @@ def aggregate_runs(run_ids: list[str]) -> dict[str, dict]:
     p = next(iter(params.values()))
     box_format, found = BoxFormat(p["min_pixels"], p["max_pixels"], p["frame"]), {}
     for _, _, delta, suite in CLAIMS:
-        samples = suites.make_suite(suite, "test", p[suites.SIZES[suite]], p["eval_seed"])
+        samples = suites.make_suite(suite, "test", p[suites.SIZE_PARAMS[suite]], p["eval_seed"])
         every = np.stack([paired_gaps(run_id, delta, suite, samples, box_format) for run_id in run_ids])
         groups = list(evaluate.split_by_task(samples, every.mean(0)).values())
         means = [macro_mean(list(evaluate.split_by_task(samples, one).values())) for one in every]

@@ -1,29 +1,30 @@
-"""The tiny profile's teacher: writes chain-of-thought traces from the scene graph, and errs.
+"""The tiny profile's teacher: writes chain-of-thought traces from the scene graph, with errors.
 
-Like a real teacher it knows more than its student and does not say how much of its way to write down: some traces list the
-evidence, some give only the finding, some name only the method. Which of them a small student can use is what reinforcement
-learning has to find out. Too many of the last two, which a small student cannot follow, cost it what the base could do.
+Like a real teacher it knows more than its student and does not always write down the whole way:
+some traces list the evidence, some give only the finding, some name only the method. RL finds out
+which of them a small student can use. A small student cannot follow the last two; too many of them
+cost it skills that the base had.
 """
 
 import random
 
-from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.prompts import format_answer, format_box
+from mig_kit.boxes import Box, BoxFormat, to_model_box
+from mig_kit.prompts import LETTERS, format_answer, format_box
 from mig_kit.sample import Sample, Trace
+from mig_kit.world.scenes import CELL
 
-METHOD = {"new": "Compare.", "in all": "List.", "the same": "Track.", "the part": "Search.", "same colour": "Associate.",
-          "same shape": "Associate.", "things": "List."}  # what is to be found -> how; "red star: image 2" is a matter of "Find."
-
-
+# The first words of a finding -> the method that leads to it. Samples read back from a file hold
+# the finding as text only. A finding that starts with a name ("red star: image 2") has none here.
+METHOD = {"new": "Compare.", "in all": "List.", "the same": "Track.", "the part": "Search.",
+          "same colour": "Associate.", "same shape": "Associate.", "things": "List."}
+DEFAULT_METHOD = "Find."
 DETAILS = ("evidence", "finding", "method")
-
-
 ERRORS = ("wrong object", "wrong image", "sloppy box", "leaked answer", "broken format")
 
 
 def write_reasoning(sample: Sample, detail: str) -> str:
-    """The reasoning at one of the three levels of DETAILS; the method's name comes first in all of them."""
-    parts = [METHOD.get(sample.finding.partition(":")[0], "Find.")]
+    """The reasoning at one of the levels in DETAILS; all of them begin with the method's name."""
+    parts = [METHOD.get(sample.finding.partition(":")[0], DEFAULT_METHOD)]
     if detail == "evidence":
         parts += sample.notes
     if detail != "method":
@@ -31,41 +32,63 @@ def write_reasoning(sample: Sample, detail: str) -> str:
     return " ".join(parts)
 
 
-def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat, mix: tuple[float, float, float] = (1, 1, 1),
-                error_rate: float = 0.2, jitter: float = 0.7) -> Trace:
-    """One trace. mix: weights of DETAILS; error_rate: share of traces with one of ERRORS.
+def recognize_detail(reply: str) -> str:
+    """The one of DETAILS at which a reply reasons, counted by its statements ("name: value").
 
-    jitter: standard deviation of every box edge, pixels of the resized image; a "sloppy box" has five times as much.
+    "method" has no statement, "finding" one, "evidence" several. It reads what `write_reasoning`
+    and a student of it write.
+    """
+    statements = reply.partition("</think>")[0].count(": ")
+    return ("method", "finding", "evidence")[min(statements, 2)]
+
+
+def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
+                mix: tuple[float, float, float] = (1, 1, 1), error_rate: float = 0.2,
+                jitter: float = 0.7) -> Trace:
+    """One trace.
+
+    mix: weights of DETAILS. error_rate: share of traces with one of ERRORS. jitter: standard
+    deviation of every box edge, in the model's coordinates; a "sloppy box" has five times as much.
     """
     detail = rng.choices(DETAILS, mix)[0]
     error = rng.choice(ERRORS) if rng.random() < error_rate else ""
     thought = write_reasoning(sample, detail)
     if sample.options:
         return _write_choice_trace(sample, rng, detail, error, thought)
-    number, box = sample.targets[0]
+    image, target_box = sample.targets[0]
     if error == "wrong image":
-        number = rng.choice([n for n in range(1, len(sample.images) + 1) if n != number] or [number + 1])
-    size = sample.sizes[min(number, len(sample.sizes)) - 1]
-    seen = to_model_box(box, size, box_format)
-    if error == "wrong object":
-        shift = rng.choice((-1, 1)) * 28
-        seen = tuple(max(0.0, v + shift) for v in seen)
-    spread = jitter * (5 if error == "sloppy box" else 1)
-    seen = tuple(max(0.0, v + rng.gauss(0, spread)) for v in seen)
+        others = [number for number in range(1, len(sample.images) + 1) if number != image]
+        image = rng.choice(others or [image + 1])
+    size = sample.sizes[min(image, len(sample.sizes)) - 1]
+    box = _misplace_box(to_model_box(target_box, size, box_format), rng, error, jitter)
     if error == "leaked answer":
-        thought = f"{thought} {format_box(seen)}"
-    answer = format_answer(number, seen)
+        thought = f"{thought} {format_box(box)}"
+    answer = format_answer(image, box)
     if error == "broken format":
-        return Trace(rng.choice([f"{thought} <answer>{answer}</answer>", f"<think>{thought}</think>{answer}",
-                                 f"<think>{thought}</think><answer>{answer}"]), detail, error)
+        text = rng.choice([f"{thought} <answer>{answer}</answer>",
+                           f"<think>{thought}</think>{answer}",
+                           f"<think>{thought}</think><answer>{answer}"])
+        return Trace(text, detail, error)
     return Trace(f"<think>{thought}</think><answer>{answer}</answer>", detail, error)
 
 
-def _write_choice_trace(sample: Sample, rng: random.Random, detail: str, error: str, thought: str) -> Trace:
+def _misplace_box(box: Box, rng: random.Random, error: str, jitter: float) -> Box:
+    """The box with jittered edges; one cell away, down right or up left, for a "wrong object"."""
+    if error == "wrong object":
+        shift = rng.choice((-1, 1)) * CELL
+        box = tuple(max(0.0, value + shift) for value in box)
+    std = jitter * (5 if error == "sloppy box" else 1)
+    return tuple(max(0.0, value + rng.gauss(0, std)) for value in box)
+
+
+def _write_choice_trace(sample: Sample, rng: random.Random, detail: str, error: str,
+                        thought: str) -> Trace:
+    """A trace that answers with a letter; errors about objects and boxes become "wrong choice"."""
     letter = sample.letter
     if error in ("wrong object", "wrong image", "sloppy box"):
         error = "wrong choice"
-        letter = rng.choice([other for other in "ABCDEFGH"[:len(sample.options)] if other != letter])
+        letters = LETTERS[:len(sample.options)]
+        letter = rng.choice([other for other in letters if other != sample.letter])
     if error == "leaked answer":
         thought = f"{letter}. {thought}"
     if error == "broken format":

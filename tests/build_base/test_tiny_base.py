@@ -22,7 +22,7 @@ def test_no_box_is_given_twice_in_a_dialogue():
         turns = lessons.visual_turns(rng, scenes, 6)
         boxes = [q if " [" in q and "x1" not in q else a
                  for q, ((a, _, _), *_) in turns if '"box"' in a or (" [" in q and "x1" not in q)]
-        assert len(turns) <= 8 and len(boxes) <= sum(len(s.things) for s in scenes)
+        assert len(turns) <= 8 and len(boxes) <= sum(len(s.objects) for s in scenes)
 
 
 def test_lessons_hold_no_unseen_pair():
@@ -57,17 +57,17 @@ def test_a_lesson_has_the_tokens_of_its_text(processor):
 
 
 def test_a_film_shows_the_same_things_in_every_picture():
-    pictures = [{t.name for t in scene.things} for scene in lessons.album(random.Random(0), 6, alike=1.0)]
+    pictures = [{t.name for t in scene.objects} for scene in lessons.album(random.Random(0), 6, alike=1.0)]
     assert all(names == pictures[0] for names in pictures) and 2 <= len(pictures[0]) <= 4
 
 
 def test_visual_answers_are_right():
     scene = scenes.arrange_objects(random.Random(3), scenes.random_appearances(random.Random(3), 3), (90, 80))
-    turn = lessons._find(random.Random(0), [scene], 1, scene.things[0])
+    turn = lessons._find(random.Random(0), [scene], 1, scene.objects[0])
     answer = turn[1][0][0]
-    assert turn[1][0][2] == (1, np.ravel_multi_index(scenes.object_cell(scene, scene.things[0])[::-1], (3, 3)))
+    assert turn[1][0][2] == (1, np.ravel_multi_index(scenes.object_cell(scene, scene.objects[0])[::-1], (3, 3)))
     box = parse_reply(answer if "<answer>" in answer else f"<think></think><answer>{answer}</answer>").box
-    expected = np.array(scene.things[0].box) * np.array([84 / 90, 84 / 80] * 2)
+    expected = np.array(scene.objects[0].box) * np.array([84 / 90, 84 / 80] * 2)
     assert np.abs(np.array(box) - expected).max() <= 0.5
 
 

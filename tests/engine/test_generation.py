@@ -13,6 +13,7 @@ from mig_kit.engine.logprobs import completion_logps, packed_logps
 from mig_kit.engine.prompt_cache import Prompt, PromptCache, image_digest
 from mig_kit.prompts import chat_messages
 
+ABSOLUTE = BoxFormat()
 NEVER_DRAWN = [3, 4, 5, 6]  # the vision tokens
 END = 2
 
@@ -28,7 +29,7 @@ def family(request, random_folder, relatives, float32):
     return model, models.load_processor(folder, box_format), box_format
 
 
-def make_prompts(model, processor, samples, box_format=BoxFormat(), **options) -> list[Prompt]:
+def make_prompts(model, processor, samples, box_format=ABSOLUTE, **options) -> list[Prompt]:
     return PromptCache(model, processor, box_format, **options).get(samples)
 
 
@@ -38,7 +39,7 @@ def questions_in_pairs(samples, count: int) -> list:
             for i in range(count)]
 
 
-def stock_inputs(processor, sample, box_format=BoxFormat()):
+def stock_inputs(processor, sample, box_format=ABSOLUTE):
     text = processor.apply_chat_template(chat_messages(sample, box_format),
                                          add_generation_prompt=True, tokenize=False)
     return processor(text=[text], images=[list(sample.images)], return_tensors="pt")
@@ -236,7 +237,7 @@ def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, sampl
 
 
 def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples):
-    cache = PromptCache(random_model, processor, BoxFormat(), limit=3)
+    cache = PromptCache(random_model, processor, ABSOLUTE, limit=3)
     images_seen, stock = [], random_model.model.visual.forward
 
     def watched(pixels, grid_thw, **kwargs):
@@ -255,7 +256,7 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
 
 def test_another_model_is_served_what_the_same_tower_saw(random_model, random_folder, float32,
                                                          processor, samples):
-    cache = PromptCache(random_model, processor, BoxFormat())
+    cache = PromptCache(random_model, processor, ABSOLUTE)
     first = cache.get(samples[:3])
 
     def equal_features() -> list[bool]:
@@ -316,8 +317,8 @@ def test_a_question_with_an_image_token_is_one_sentence(random_model, processor,
 
 @pytest.mark.slow
 def test_features_stay_within_max_bytes(random_model, processor, samples):
-    roomy = PromptCache(random_model, processor, BoxFormat())
-    tight = PromptCache(random_model, processor, BoxFormat(), max_bytes=2000)
+    roomy = PromptCache(random_model, processor, ABSOLUTE)
+    tight = PromptCache(random_model, processor, ABSOLUTE, max_bytes=2000)
     for sample in [*samples[:4], *samples[:4]]:
         expected, = roomy.get([sample])
         prompt, = tight.get([sample])

@@ -16,32 +16,33 @@ from mig_kit.stages import grpo
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
-VIEW = BoxFormat()
+BOX_FORMAT = BoxFormat()
+SETTINGS = {
+    "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "max_steps": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 1, "scale_rewards": "group", "max_completion_length": 8, "save_steps": 1,
+    "lora_r": 4, "lora_alpha": 8}
 
 
-def test_advantages_by_hand():
-    advantages, spread = grpo.group_advantages(torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0]), 4)
-    assert torch.allclose(advantages[:4], torch.tensor([1, -1, 1, -1]) * 0.5 / (1 / 3) ** 0.5, atol=1e-3)
-    assert (advantages[4:] == 0).all() and (spread[4:] == 0).all()
-    rewards = torch.tensor([1.0, 0.0, 0.6, 0.4])  # a group far apart, and one close together
-    by_batch, _ = grpo.group_advantages(rewards, 2, "batch")
-    assert torch.allclose(by_batch, torch.tensor([0.5, -0.5, 0.1, -0.1]) / (rewards.std() + 1e-4))
-    assert torch.allclose(grpo.group_advantages(rewards, 2, "none")[0], torch.tensor([0.5, -0.5, 0.1, -0.1]))
+@pytest.fixture
+def make_trainer(random_folder, float32, stage_params):
+    """Call it with a folder and changed parameters for a trainer on a random model."""
+    def make(folder, model=random_folder, hardware=float32, box_format=BOX_FORMAT, four_bit=False,
+             processes=1, **changes):
+        samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
+        samples += make_free_form("rl", 1)
+        policy = models.load_policy(model, hardware, box_format, four_bit)
+        torch.manual_seed(0)
+        params = stage_params("05_grpo", **(SETTINGS | changes))
+        return grpo.grpo_trainer(policy, samples, folder, params, processes)
 
-
-def make_trainer(folder, random_folder, hw, processor, share, **changes):
-    samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)] + make_free_form("rl", 1)
-    model = models.load_model(random_folder, hw, four_bit=changes.pop("four_bit", False))
-    options = dict(num_generations=4, batch_size=8, held=0, gradient_accumulation=1, max_steps=2, learning_rate=1e-3,
-                   schedule="constant_with_warmup", warmup=1, scale_rewards="group", beta=0.0, temperature=1.0,
-                   max_new_tokens=8, weights=[0.2, 0.3, 1.0, 1.3], clip_low=0.2, clip_high=0.28,
-                   seed=0, save_steps=1, box_format=VIEW) | changes
-    torch.manual_seed(0)
-    return grpo.grpo_trainer(model, processor, samples, hw, folder, share_prefix=share, adapter=training.lora_config(4, 8), **options)
+    return make
 
 
 def shake(trainer):
-    """A lively adapter, so that adapter and reference differ; in float32, for TRL makes it bfloat16 on a 4-bit model."""
+    """Make the adapter lively, so that it differs from the reference, and float32, because TRL
+    makes it bfloat16 on a 4-bit model.
+    """
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_" in name:
@@ -50,220 +51,359 @@ def shake(trainer):
             parameter.data.normal_(0, 0.05)
 
 
+def as_completions(*replies):
+    """Replies as TRL hands them to a reward."""
+    return [[{"role": "assistant", "content": reply}] for reply in replies]
+
+
+def test_advantages_by_hand():
+    reward = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0])
+    advantages, group_std = grpo.group_advantages(reward, 4)
+    expected = torch.tensor([1, -1, 1, -1]) * 0.5 / (1 / 3) ** 0.5
+    assert torch.allclose(advantages[:4], expected, atol=1e-3)
+    assert (advantages[4:] == 0).all() and (group_std[4:] == 0).all()
+    reward = torch.tensor([1.0, 0.0, 0.6, 0.4])  # a group far apart, and one close together
+    centred = torch.tensor([0.5, -0.5, 0.1, -0.1])
+    by_batch, _ = grpo.group_advantages(reward, 2, "batch")
+    assert torch.allclose(by_batch, centred / (reward.std() + 1e-4))
+    assert torch.allclose(grpo.group_advantages(reward, 2, "none")[0], centred)
+
+
 def test_rewards_apply_where_they_mean_something():
     samples = [make_sample("diff", "rl", 0), make_free_form("rl", 1)[0]]
-    replies = [[{"role": "assistant", "content": f"<think></think><answer>{samples[1].letter}</answer>"}]] * 2
-    found = {f.__name__: f(completions=replies, sample=[0, 1]) for f in grpo.reward_functions(samples, VIEW)}
-    assert found == {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None], "choice": [None, 1.0]}
+    reply = f"<think></think><answer>{samples[1].letter}</answer>"
+    scores = {reward.__name__: reward(completions=as_completions(reply, reply), sample=[0, 1])
+              for reward in grpo.reward_functions(samples, BOX_FORMAT)}
+    assert scores == {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None],
+                      "choice": [None, 1.0]}
 
 
-def test_a_citation_of_nothing_earns_nothing():
-    samples = [make_sample("diff", "rl", 0)]
-    image, box = samples[0].targets[0]
-    answer = f"<answer>{format_answer(image, to_model_box(box, samples[0].sizes[image - 1], box_format=BoxFormat()))}</answer>"
-    replies = [[{"role": "assistant", "content": f"<think>image {n}: a.</think>{answer}"}] for n in (2, 3)]
-    for lost, (form, image) in {"nothing": (1.0, 1.0), "format": (0.0, 1.0), "all": (0.0, 0.0)}.items():
-        found = {f.__name__: f(completions=replies, sample=[0, 0]) for f in grpo.reward_functions(samples, VIEW, lost)}
-        assert found["format"] == [1.0, form] and found["image"] == [1.0, image] and (found["box"][1] > 0) == (image > 0)
-        assert found["choice"] == [None, None] and found["box"][0] > 0
-    with pytest.raises(ValueError, match="use nothing, format or all"):
-        grpo.reward_functions(samples, VIEW, "everything")
+@pytest.mark.parametrize(("penalty", "format_score", "image_score"), [
+    ("none", 1.0, 1.0), ("format", 0.0, 1.0), ("all", 0.0, 0.0)])
+def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, image_score):
+    sample = make_sample("diff", "rl", 0)
+    image, box = sample.targets[0]
+    model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
+    answer = f"<answer>{format_answer(image, model_box)}</answer>"
+    completions = as_completions(*(f"<think>image {n}: a.</think>{answer}" for n in (2, 3)))
+    functions = grpo.reward_functions([sample], BOX_FORMAT, penalty)
+    scores = {reward.__name__: reward(completions=completions, sample=[0, 0])
+              for reward in functions}
+    assert scores["format"] == [1.0, format_score] and scores["image"] == [1.0, image_score]
+    assert scores["box"][0] > 0 and (scores["box"][1] > 0) == (image_score > 0)
+    assert scores["choice"] == [None, None]
+
+
+def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer):
+    args = make_trainer(tmp_path / "a").args
+    assert args.loss_type == "dapo", "the notebook's, whatever TRL's default becomes"
+    changes = {"loss_type": "grpo", "scale_rewards": "none", "beta": 0.03, "temperature": 0.8,
+               "max_completion_length": 9, "learning_rate": 3e-4, "lr_scheduler_type": "linear",
+               "gradient_checkpointing": True, "max_steps": 7, "save_steps": 4, "warmup_steps": 3}
+    args = make_trainer(tmp_path / "b", **changes).args
+    assert {name: getattr(args, name) for name in changes} == changes
+    assert args.reward_weights == [0.2, 0.3, 1.0, 1.3]
+
+
+LOSS_CASES = [
+    {}, {"micro_replies": 4}, {"beta": 0.1, "micro_replies": 4}, {"beta": 0.1, "four_bit": True},
+    {"beta": 0.1, "gradient_checkpointing": True},
+    {"micro_replies": 4, "gradient_checkpointing": True},
+    {"beta": 0.1, "micro_replies": 4, "family": "qwen2_vl"},
+    {"beta": 0.1, "four_bit": True, "family": "qwen3_vl"},
+    {"micro_replies": 4, "gradient_checkpointing": True, "family": "qwen3_vl"},
+    {"loss_type": "grpo"}, {"loss_type": "dr_grpo"},
+    {"loss_type": "grpo", "beta": 0.1, "micro_replies": 4},
+    {"loss_type": "dr_grpo", "beta": 0.1, "micro_replies": 4, "gradient_checkpointing": True},
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("beta", "held", "four_bit", "layers", "family"), [
-    (0.0, 0, False, False, ""), (0.0, 4, False, False, ""), (0.1, 4, False, False, ""), (0.1, 0, True, False, ""),
-    (0.1, 0, False, True, ""), (0.0, 4, False, True, ""), (0.1, 4, False, False, "qwen2_vl"), (0.1, 0, True, False, "qwen3_vl"),
-    (0.0, 4, False, True, "qwen3_vl")])
-def test_loss_and_gradients_equal_stock_trl(tmp_path, random_folder, relatives, float32, beta, held, four_bit, layers, family):
-    """The same completions through TRL's own loss, once with stock log-probabilities, once with shared prefixes."""
-    folder, box_format = (relatives[family], BoxFormat(frame="thousand")) if family else (random_folder, VIEW)
-    processor, same = models.load_processor(folder, box_format), dict(beta=beta, four_bit=four_bit, box_format=box_format)
-    stock = make_trainer(tmp_path / "a", folder, float32, processor, False, **same)
-    ours = make_trainer(tmp_path / "b", folder, float32, processor, True, held=held, checkpoint_layers=layers, **same)
-    for trainer in (stock, ours):
+@pytest.mark.parametrize("case", LOSS_CASES, ids=str)
+def test_loss_and_gradients_equal_stock_trl(tmp_path, relatives, make_trainer, case):
+    """The same completions through TRL's own loss, once with stock log-probabilities, once with
+    shared prefixes.
+    """
+    case = dict(case)
+    shared = {name: case.pop(name) for name in ("beta", "four_bit", "loss_type") if name in case}
+    if family := case.pop("family", ""):
+        shared |= {"model": relatives[family],
+                   "box_format": BoxFormat(coordinates="normalized_1000")}
+    stock = make_trainer(tmp_path / "stock", share_prefix=False, **shared)
+    sharing = make_trainer(tmp_path / "sharing", **case, **shared)
+    for trainer in (stock, sharing):
         shake(trainer)
         trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
     rows = [stock.train_dataset[i] for i in (0, 7) for _ in range(4)]
     batch = stock._generate_and_score_completions(rows)
     batch["advantages"] = torch.linspace(-1, 1, 8)
-    stock.current_gradient_accumulation_steps = ours.current_gradient_accumulation_steps = 1
+    vary_lengths(batch)
     stock_loss = stock._compute_loss(stock.model, batch)
     stock_loss.backward()
-    ids, mask = batch["completion_ids"], batch["completion_mask"]
-    where = torch.tensor([row["sample"] for row in rows])
-    mine = {**batch, "sample": where, "prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0]}
-    if beta:
-        with torch.no_grad(), ours.model.disable_adapter():
-            mine["ref_per_token_logps"] = ours._logps(ours.model, where, ids, mask)[0]
-        live = mask.bool()
-        assert torch.allclose(mine["ref_per_token_logps"][live], batch["ref_per_token_logps"][live], atol=1e-5)
-    loss = ours._compute_loss(ours.model, mine)
+    indices = torch.tensor([row["sample"] for row in rows])
+    loss = sharing._compute_loss(sharing.model, without_prompts(sharing, batch, indices))
     loss.backward()
     assert loss.item() == pytest.approx(stock_loss.item(), abs=1e-5)
-    theirs = dict(stock.model.named_parameters())
-    whole = [torch.cat([p.grad.flatten() for p in t.model.parameters() if p.requires_grad]) for t in (stock, ours)]
-    assert (whole[0] - whole[1]).norm() < 1e-5 * whole[0].norm()
-    checked = 0
-    for name, parameter in ours.model.named_parameters():
-        if parameter.requires_grad:
-            gap = (parameter.grad - theirs[name].grad).norm() / theirs[name].grad.norm().clamp(min=1e-7)
-            assert gap < 1e-4, (name, gap)
-            checked += 1
-    assert checked == 28
+    check_gradients_equal(stock.model, sharing.model)
+
+
+def vary_lengths(batch):
+    """Cut completions to different lengths, or the three losses would hardly differ."""
+    mask = batch["completion_mask"]
+    for row, length in enumerate((8, 3, 5, 8, 2, 8, 4, 7)):
+        mask[row, length:] = 0
+    batch["num_items_in_batch"] = mask.sum()
+
+
+def without_prompts(trainer, batch, indices):
+    """A stock batch as the sharing trainer makes it: sample indices in place of prompts, and the
+    reference's log-probabilities of its own, which must equal stock's.
+    """
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    no_prompt = ids[:, :0]
+    inputs = {**batch, "sample": indices, "prompt_ids": no_prompt, "prompt_mask": no_prompt}
+    if trainer.beta:
+        with torch.no_grad(), trainer.model.disable_adapter():
+            reference = trainer._logps(trainer.model, indices, ids, mask)[0]
+        is_token = mask.bool()
+        stock_reference = batch["ref_per_token_logps"]
+        assert torch.allclose(reference[is_token], stock_reference[is_token], atol=1e-5)
+        inputs["ref_per_token_logps"] = reference
+    return inputs
+
+
+def check_gradients_equal(stock_model, model):
+    stock_gradients, gradients = (
+        {name: parameter.grad for name, parameter in m.named_parameters() if parameter.requires_grad}
+        for m in (stock_model, model))
+    assert len(gradients) == 28 and gradients.keys() == stock_gradients.keys()
+    flat_stock, flat = (torch.cat([gradient.flatten() for gradient in values.values()])
+                        for values in (stock_gradients, gradients))
+    assert flat_stock.any() and (flat_stock - flat).norm() < 1e-5 * flat_stock.norm()
+    for name, gradient in gradients.items():
+        expected = stock_gradients[name]
+        gap = (gradient - expected).norm() / expected.norm().clamp(min=1e-7)
+        assert gap < 1e-4, (name, gap)
 
 
 @pytest.mark.slow
-def test_resume_gives_the_same_continuation(tmp_path, random_folder, float32, processor):
-    whole = make_trainer(tmp_path / "whole", random_folder, float32, processor, True, max_steps=3, save_steps=2)
-    whole.train()
-    first = make_trainer(tmp_path / "cut", random_folder, float32, processor, True, max_steps=3, save_steps=2)
+def test_the_three_losses_weigh_tokens_differently(tmp_path, make_trainer):
+    """Else the comparison with stock TRL could not tell which one was passed on."""
+    losses = set()
+    for loss_type in ("dapo", "grpo", "dr_grpo"):
+        trainer = make_trainer(tmp_path / loss_type, share_prefix=False, loss_type=loss_type)
+        shake(trainer)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        rows = [trainer.train_dataset[i] for i in (0, 7) for _ in range(4)]
+        batch = trainer._generate_and_score_completions(rows)
+        batch["advantages"] = torch.linspace(-1, 1, 8)
+        vary_lengths(batch)
+        losses.add(round(trainer._compute_loss(trainer.model, batch).item(), 5))
+    assert len(losses) == 3
+
+
+@pytest.mark.slow
+def test_resume_gives_the_same_continuation(tmp_path, make_trainer):
+    settings = {"max_steps": 3, "save_steps": 2}
+    uninterrupted = make_trainer(tmp_path / "uninterrupted", **settings)
+    uninterrupted.train()
+    first = make_trainer(tmp_path / "cut", **settings)
     first.add_callback(training.StopAfter(2))
     first.train()
-    again = make_trainer(tmp_path / "cut", random_folder, float32, processor, True, max_steps=3, save_steps=2)
-    training.train_or_resume(again, tmp_path / "cut")
-    a, b = ([row["reward"] for row in grpo.training_curves(t.state.log_history)] for t in (whole, again))
-    assert a == b
-    for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
-        assert torch.equal(x, y), name
+    resumed = make_trainer(tmp_path / "cut", **settings)
+    training.train_or_resume(resumed, tmp_path / "cut")
+    check_same_training(uninterrupted, resumed)
+
+
+def check_same_training(expected, trainer):
+    rewards, expected_rewards = (
+        [row["reward"] for row in grpo.training_curves(t.state.log_history)]
+        for t in (trainer, expected))
+    assert rewards == expected_rewards and rewards
+    parameters = dict(expected.model.named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name
 
 
 @pytest.mark.slow
-def test_killed_after_the_last_step_takes_no_step_more(tmp_path, random_folder, float32, processor):
-    whole = make_trainer(tmp_path, random_folder, float32, processor, True)
-    whole.train()
-    again = make_trainer(tmp_path, random_folder, float32, processor, True)
-    training.train_or_resume(again, tmp_path)
-    assert again.state.global_step == 2
-    rows = [grpo.training_curves(t.state.log_history) for t in (whole, again)]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
-    for (name, x), (_, y) in zip(whole.model.named_parameters(), again.model.named_parameters()):
-        assert torch.equal(x, y), name
+def test_killed_after_the_last_step_takes_no_step_more(tmp_path, make_trainer):
+    uninterrupted = make_trainer(tmp_path)
+    uninterrupted.train()
+    resumed = make_trainer(tmp_path)
+    training.train_or_resume(resumed, tmp_path)
+    assert resumed.state.global_step == 2
+    check_same_training(uninterrupted, resumed)
+    curves, expected = (grpo.training_curves(trainer.state.log_history)
+                        for trainer in (resumed, uninterrupted))
+    assert curves == expected and len(curves) == 2
 
 
 @pytest.mark.slow
-def test_several_iterations_and_accumulation_run(tmp_path, random_folder, float32, processor):
-    trainer = make_trainer(tmp_path, random_folder, float32, processor, True, gradient_accumulation=2, beta=0.05)
+def test_accumulation_with_a_reference_runs(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, beta=0.05)
     trainer.train()
     rows = grpo.training_curves(trainer.state.log_history)
     assert len(rows) == 2 and all(row["kl"] is not None and row["length"] > 0 for row in rows)
 
 
 @pytest.mark.slow
-def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, random_folder, float32, processor, monkeypatch,
-                                                                                 first_gradients):
-    monkeypatch.setattr(grpo, "group_advantages", lambda rewards, group, scale: (
-        torch.randn(len(rewards), generator=torch.Generator().manual_seed(0)), torch.ones(len(rewards))))
-    found, logps = [], grpo.SharedPrefixGRPOTrainer._logps
+def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, make_trainer,
+                                                                   monkeypatch, first_gradients):
+    def random_advantages(reward, group, scale):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(len(reward), generator=generator), torch.ones(len(reward))
+
+    monkeypatch.setattr(grpo, "group_advantages", random_advantages)
+    logps, recorded = grpo.SharedPrefixGRPOTrainer._logps, []
     for size, parts in ((16, 1), (4, 4)):
-        seen = []
-        monkeypatch.setattr(grpo.SharedPrefixGRPOTrainer, "_logps", lambda self, model, rows, *given, seen=seen: (
-            seen.append(rows) or logps(self, model, rows, *given)))
-        trainer = make_trainer(tmp_path / str(parts), random_folder, float32, processor, True, batch_size=size,
-                               gradient_accumulation=parts, max_steps=1)
+        rows_of_steps = []
+
+        def record_rows(self, model, rows, *arguments, rows_of_steps=rows_of_steps):
+            rows_of_steps.append(rows)
+            return logps(self, model, rows, *arguments)
+
+        monkeypatch.setattr(grpo.SharedPrefixGRPOTrainer, "_logps", record_rows)
+        trainer = make_trainer(tmp_path / str(parts), per_device_train_batch_size=size,
+                               gradient_accumulation_steps=parts, max_steps=1)
         gradients = first_gradients(trainer)
         trainer.train()
-        found.append((gradients, seen))
-    (whole, all_rows), (split, rows) = found
-    assert [len(r) for r in rows] == [4] * 4 and all(len(r.unique()) == 1 for r in rows)
+        recorded.append((gradients, rows_of_steps))
+    (at_once, all_rows), (in_parts, rows) = recorded
+    assert [len(step) for step in rows] == [4] * 4
+    assert all(len(step.unique()) == 1 for step in rows)
     assert sorted(torch.cat(rows).tolist()) == sorted(all_rows[0].tolist())
-    lengths = [len(p.ids) for p in trainer.cache.get([trainer.samples[r[0]] for r in rows])]
-    assert lengths == sorted(lengths) and len(whole) == 28
-    for name, gradient in whole.items():
-        assert torch.allclose(gradient, split[name], atol=1e-5 * gradient.abs().max().item()), name
+    prompts = trainer.cache.get([trainer.samples[step[0]] for step in rows])
+    lengths = [len(prompt.ids) for prompt in prompts]
+    assert lengths == sorted(lengths) and len(at_once) == 28
+    for name, gradient in at_once.items():
+        tolerance = 1e-5 * gradient.abs().max().item()
+        assert torch.allclose(gradient, in_parts[name], atol=tolerance), name
 
 
 @pytest.mark.slow
-def test_replies_drawn_in_rounds_are_the_same(tmp_path, random_folder, float32, processor, monkeypatch):
-    """As good as greedy, four prompts at once and, with no room for keys and values, one after another."""
-    found = []
-    for name, room in (("whole", generation.KV_BYTES), ("rounds", 1)):
-        monkeypatch.setattr(generation, "KV_BYTES", room)
-        trainer = make_trainer(tmp_path / name, random_folder, float32, processor, True, temperature=1e-4, batch_size=16)
+def test_replies_drawn_in_rounds_are_the_same(tmp_path, make_trainer, monkeypatch):
+    """As good as greedy, four prompts at once and, with no memory for keys and values, one after
+    another.
+    """
+    outputs = []
+    for name, max_bytes in (("at once", generation.KV_BYTES), ("in rounds", 1)):
+        monkeypatch.setattr(generation, "KV_BYTES", max_bytes)
+        trainer = make_trainer(tmp_path / name, temperature=1e-4, per_device_train_batch_size=16)
         trainer.current_gradient_accumulation_steps = 1
-        found.append(trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0, 7, 3, 11) for _ in range(4)]))
-    assert all(torch.equal(found[0][key], found[1][key]) for key in ("completion_ids", "completion_mask", "sample"))
+        rows = [trainer.train_dataset[i] for i in (0, 7, 3, 11) for _ in range(4)]
+        outputs.append(trainer._generate_and_score_completions(rows))
+    at_once, in_rounds = outputs
+    assert all(torch.equal(at_once[name], in_rounds[name])
+               for name in ("completion_ids", "completion_mask", "sample"))
 
 
 @pytest.mark.slow
-def test_stock_trl_runs_the_same_rows(tmp_path, random_folder, float32, processor):
-    trainer = make_trainer(tmp_path, random_folder, float32, processor, False, max_steps=1)
+def test_stock_trl_runs_the_same_rows(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path, share_prefix=False, max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, random_folder):
-    """Each has half of the prompts of an update; replies, advantages and gradients are those of one process, to rounding."""
+    """Each has half of the prompts of an update; replies, advantages and gradients are those of one
+    process, to rounding.
+    """
     two_processes.train(tmp_path, random_folder, 1)
     with parallel.training_processes(2, two_processes.train, tmp_path, random_folder, 2):
         two_processes.train(tmp_path, random_folder, 2)
-    alone, first, second = (safe_open(tmp_path / f"{name}.safetensors", "pt") for name in ("1-0", "2-0", "2-1"))
-    samples, said = ([ast.literal_eval(file.metadata()[key]) for file in (alone, first, second)] for key in ("samples", "said"))
-    assert [len(each) for each in samples] == [32, 16, 16] and not set(samples[1][:8]) & set(samples[2][:8])
-    assert samples[0][:16] == samples[1][:8] + samples[2][:8] and said[0][:16] == said[1][:8] + said[2][:8]
+    alone, first, second = (safe_open(tmp_path / f"{name}.safetensors", "pt")
+                            for name in ("1-0", "2-0", "2-1"))
+    samples, completions = (
+        [ast.literal_eval(file.metadata()[name]) for file in (alone, first, second)]
+        for name in ("samples", "completions"))
+    assert [len(indices) for indices in samples] == [32, 16, 16]
+    assert not set(samples[1][:8]) & set(samples[2][:8])
+    assert samples[0][:16] == samples[1][:8] + samples[2][:8]
+    assert completions[0][:16] == completions[1][:8] + completions[2][:8]
     assert {file.metadata()["steps"] for file in (alone, first, second)} == {"2"}
     for name in alone.keys():
         assert torch.equal(first.get_tensor(name), second.get_tensor(name)), name
         if name.startswith("gradient"):
-            one, two = alone.get_tensor(name), first.get_tensor(name)
-            assert one.any() and (one - two).norm() <= 1e-4 * one.norm(), name
+            expected, gradient = alone.get_tensor(name), first.get_tensor(name)
+            assert expected.any() and (expected - gradient).norm() <= 1e-4 * expected.norm(), name
 
 
-def test_processes_share_the_steps_of_an_update(tmp_path, random_folder, float32, processor):
+def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer):
     with pytest.raises(ValueError, match="2 processes cannot share 3 steps"):
-        make_trainer(tmp_path, random_folder, float32, processor, True, gradient_accumulation=3, processes=2)
+        make_trainer(tmp_path, gradient_accumulation_steps=3, processes=2)
 
 
-def test_too_few_prompts_for_an_update_are_one_sentence(tmp_path, random_folder, float32, processor):
-    with pytest.raises(ValueError, match="there are 27 prompts, and an update needs 32 different ones .*; lower gradient_acc"):
-        make_trainer(tmp_path, random_folder, float32, processor, True, gradient_accumulation=16)
+def test_too_few_prompts_for_an_update_are_one_sentence(tmp_path, make_trainer):
+    sentence = "there are 27 prompts, and an update needs 32 different ones .*; lower gradient_acc"
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer(tmp_path, gradient_accumulation_steps=16)
 
 
 @pytest.mark.slow
-def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, random_folder, float32, processor, monkeypatch):
-    trainer = make_trainer(tmp_path, random_folder, float32, processor, True, beta=0.1, gradient_accumulation=4,
-                           checkpoint_layers=True, max_steps=1)
-    packed, seen = grpo.packed_logps, []
+def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, make_trainer, monkeypatch):
+    trainer = make_trainer(tmp_path, beta=0.1, gradient_accumulation_steps=4, max_steps=1,
+                           gradient_checkpointing=True)
+    stock, rows_with_gradient, rows_without = grpo.packed_logps, [], []
 
-    def watched(*given):
-        seen.append((torch.is_grad_enabled(), len(given[3])))
-        return packed(*given)
+    def record_rows(*arguments):
+        rows = rows_with_gradient if torch.is_grad_enabled() else rows_without
+        rows.append(len(arguments[3]))
+        return stock(*arguments)
 
-    monkeypatch.setattr(grpo, "packed_logps", watched)
+    monkeypatch.setattr(grpo, "packed_logps", record_rows)
     trainer.train()
-    assert [rows for wanted, rows in seen if not wanted] == [8] * 4 and [rows for wanted, rows in seen if wanted] == [8] * 4
+    assert rows_without == [8] * 4 == rows_with_gradient
 
 
 @pytest.mark.slow
-def test_it_trains_as_a_gpu_would(tmp_path, random_folder, processor):
-    """Weights in bfloat16, checkpointed layers, a reference: what the full profiles do on a GPU; the adapter learns in float32."""
+def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
+    """Weights in bfloat16, checkpointed layers, a reference: what the full profiles do on a GPU;
+    the adapter learns in float32.
+    """
     as_on_a_gpu = models.Hardware("cpu", torch.bfloat16, False, "sdpa", "as on a GPU")
-    trainer = make_trainer(tmp_path, random_folder, as_on_a_gpu, processor, True, beta=0.04, gradient_accumulation=2, held=4,
-                           checkpoint_layers=True)
+    trainer = make_trainer(tmp_path, hardware=as_on_a_gpu, beta=0.04, micro_replies=4,
+                           gradient_accumulation_steps=2, gradient_checkpointing=True)
     trainer.train()
     rows = grpo.training_curves(trainer.state.log_history)
     assert len(rows) == 2 and all(math.isfinite(row["kl"]) and row["length"] > 0 for row in rows)
-    learnt = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert len(learnt) == 28 and all(p.dtype == torch.float32 for p in learnt.values())
-    assert any(p.any() for name, p in learnt.items() if "lora_B" in name)
-    assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    trained, frozen = (
+        {name: parameter for name, parameter in trainer.model.named_parameters()
+         if parameter.requires_grad == is_trained}
+        for is_trained in (True, False))
+    assert len(trained) == 28
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    assert any(parameter.any() for name, parameter in trained.items() if "lora_B" in name)
+    assert {parameter.dtype for parameter in frozen.values()} == {torch.bfloat16}
 
 
-def test_groups_must_stay_whole(tmp_path, random_folder, float32, processor):
+def test_groups_must_stay_whole(tmp_path, make_trainer):
     with pytest.raises(ValueError, match="multiple of"):
-        make_trainer(tmp_path, random_folder, float32, processor, True, batch_size=6, gradient_accumulation=2)
+        make_trainer(tmp_path, per_device_train_batch_size=6, gradient_accumulation_steps=2)
 
 
 def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
-    cache = PromptCache(random_model, processor, box_format=BoxFormat())
-    monkeypatch.setattr("mig_kit.engine.prompt_cache.chat_messages", lambda s, *a: [{"role": "user", "content": "no picture here"}])
+    cache = PromptCache(random_model, processor, BOX_FORMAT)
+    no_image = [{"role": "user", "content": "no picture here"}]
+    monkeypatch.setattr("mig_kit.engine.prompt_cache.chat_messages", lambda *_: no_image)
     with pytest.raises(ValueError):
         cache.get(samples[:2])
 
 
+def test_curves_hold_every_reward_that_is_logged():
+    history = [{"step": 1, "reward": 0.5, "rewards/format/mean": 1.0, "rewards/format/std": 0.1,
+                "rewards/new/mean": math.nan, "entropy": 2.0}, {"step": 1, "train_loss": 0.1}]
+    assert grpo.training_curves(history) == [
+        {"step": 1, "reward": 0.5, "format": 1.0, "new": None, "length": None, "entropy": 2.0,
+         "kl": None, "no_signal": None, "cut": None}]
+
+
 def test_replies_that_got_short_are_named():
-    rows = [{"length": 40.0}] * 10 + [{"length": 26.0}] * 10
-    assert grpo.length_collapse_warning(rows).startswith("replies fell from 40 to 26 tokens")
-    assert grpo.length_collapse_warning(rows[:19]) == "" and grpo.length_collapse_warning(rows[::-1]) == ""
-    assert grpo.length_collapse_warning([{"length": 40.0}] * 10 + [{"length": 32.0}] * 10) == "", "four fifths are enough"
+    long, short = [{"length": 40.0}] * 10, [{"length": 26.0}] * 10
+    warning = grpo.length_collapse_warning(long + short)
+    assert warning.startswith("replies fell from 40 to 26 tokens")
+    assert grpo.length_collapse_warning((long + short)[:19]) == ""
+    assert grpo.length_collapse_warning(short + long) == ""
+    assert grpo.length_collapse_warning(long + [{"length": 32.0}] * 10) == "", "four fifths do"

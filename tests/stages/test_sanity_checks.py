@@ -1,4 +1,6 @@
-"""Planted faults: each must stop the training before it starts or in its first steps, with a sentence."""
+"""Planted faults: each must stop the training before it starts or in its first steps, with a
+sentence.
+"""
 
 import math
 from dataclasses import replace
@@ -13,14 +15,18 @@ from mig_kit.engine import models, training
 from mig_kit.stages import sanity_checks, sft, synthesize
 from mig_kit.world.tasks import TASKS, make_sample
 
-STEP = {"loss": 0.1, "grad_norm": 1.0, "reward": 0.7, "frac_reward_zero_std": 0.2, "rewards/format/mean": 0.9,
-        "rewards/image/mean": 0.8, "rewards/box/mean": 0.3, "rewards/choice/mean": math.nan}
+BOX_FORMAT = BoxFormat()
+STEP = {"loss": 0.1, "grad_norm": 1.0, "reward": 0.7, "frac_reward_zero_std": 0.2,
+        "rewards/format/mean": 0.9, "rewards/image/mean": 0.8, "rewards/box/mean": 0.3,
+        "rewards/choice/mean": math.nan}
 
 
 @pytest.fixture(scope="module")
 def lesson():
+    """Four samples of every task, and flawless replies to them."""
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(4)]
-    return samples, [t.text for t in synthesize.write_traces(samples, 0, (1, 0, 0), 0.0, 0.7, box_format=BoxFormat())]
+    traces = synthesize.write_traces(samples, 0, (1, 0, 0), 0.0, 0.7, BOX_FORMAT)
+    return samples, [trace.text for trace in traces]
 
 
 def watch(*rows):
@@ -32,63 +38,83 @@ def watch(*rows):
 def test_a_sound_training_goes_on():
     watch({}, {}, {}, {"reward": 0.0, "frac_reward_zero_std": 1.0}, {})
     watch({"rewards/box/mean": 0.0}, {"rewards/box/mean": 0.0}, {"rewards/box/mean": 0.01})
-    watch(*3 * [{"rewards/box/mean": 0.0, "rewards/image/mean": 0.1}])  # not yet able to find the image either
-    watch(*3 * [{"rewards/box/mean": None, "rewards/image/mean": None}])  # multiple choice only: so TRL logs it
+    # not yet able to find the image either
+    watch(*3 * [{"rewards/box/mean": 0.0, "rewards/image/mean": 0.1}])
+    # multiple choice only: so TRL logs it
+    watch(*3 * [{"rewards/box/mean": None, "rewards/image/mean": None}])
 
 
 @pytest.mark.parametrize(("row", "sentence"), [
     ({"grad_norm": math.nan}, "grad_norm is nan at step 1; lower learning_rate"),
     ({"loss": math.inf}, "loss is inf"),
-    ({"reward": 0.0, "frac_reward_zero_std": 1.0}, "no reply earned anything in all of the first 3 steps"),
+    ({"reward": 0.0, "frac_reward_zero_std": 1.0},
+     "no reply earned anything in all of the first 3 steps"),
     ({"frac_reward_zero_std": 1.0}, "all replies to a prompt earned the same"),
-    ({"rewards/box/mean": 0.0}, "no box met its target .* though 80% of the images were right; .* check the parameters frame")])
+    ({"rewards/box/mean": 0.0},
+     "no box met its target .* though 80% of the images were correct; .* parameters coordinates"),
+])
 def test_planted_figures_stop_it(row, sentence):
     with pytest.raises(ValueError, match=sentence):
         watch(row, row, row)
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_stops_the_trainer(tmp_path, random_folder, float32, processor, lesson):
-    samples, replies = lesson
-    model = sft.load_qlora_model(random_folder, float32, training.lora_config(4, 8), 0)
-    trainer = sft.sft_trainer(model, processor, sft.sft_rows(samples, replies, BoxFormat()), float32, tmp_path, epochs=2, batch_size=10,
-                          gradient_accumulation=1, learning_rate=1e-3, warmup=1, seed=0, save_steps=100)
-    next(p for n, p in model.named_parameters() if "lora_A" in n).data.fill_(math.nan)
+def test_a_gradient_that_is_not_finite_stops_the_trainer(tmp_path, random_folder, float32, lesson,
+                                                         stage_params):
+    lora = training.lora_config(4, 8)
+    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
+    params = stage_params("02_sft", num_train_epochs=2.0, per_device_train_batch_size=10,
+                          gradient_accumulation_steps=1, warmup_steps=1)
+    trainer = sft.sft_trainer(policy, sft.sft_rows(*lesson, BOX_FORMAT), tmp_path, params)
+    adapter = next(parameter for name, parameter in policy.model.named_parameters()
+                   if "lora_A" in name)
+    adapter.data.fill_(math.nan)
     with pytest.raises(ValueError, match="at step 1; lower learning_rate"):
         trainer.train()
 
 
-def test_boxes_in_another_frame_are_noticed(lesson):
-    samples, replies = lesson
-    assert sanity_checks.check_box_coordinates(samples, replies, BoxFormat()) == 1
-    for other in (BoxFormat(frame="thousand"), BoxFormat(max_pixels=3136)):
-        with pytest.raises(ValueError, match="meet their targets with boxes read as .* give 01 and this stage the same frame"):
-            sanity_checks.check_box_coordinates(samples, replies, other)
+def test_boxes_in_other_coordinates_are_noticed(lesson):
+    assert sanity_checks.check_box_coordinates(*lesson, BOX_FORMAT) == 1
+    sentence = "meet their targets with boxes read as .* run 01 again with this run's coordinates"
+    for other in (BoxFormat(coordinates="normalized_1000"), BoxFormat(max_pixels=3136)):
+        with pytest.raises(ValueError, match=sentence):
+            sanity_checks.check_box_coordinates(*lesson, other)
 
 
 @pytest.mark.slow
-def test_swapped_images_are_noticed_by_a_model_that_sees(lesson, float32, processor):
+def test_swapped_images_are_noticed_by_a_model_that_sees(lesson, float32):
     samples, replies = lesson
-    model = models.load_model(models.TINY_BASE, float32)
-    seen = sanity_checks.check_model_uses_images(model, processor, samples, replies, BoxFormat())
-    assert seen["pairs"] > 30 and seen["gap"] > 3 * seen["error"]
-    donors = [samples[i // 4 * 4 + (i + 2) % 4] for i in range(len(samples))]  # images of another sample of the same task
-    mixed = [(replace(s, id=f"{s.id} mixed", images=d.images), r) for s, d, r in zip(samples, donors, replies)
-             if len(s.images) == len(d.images)]
+    policy = models.load_policy(models.TINY_BASE, float32, BOX_FORMAT)
+    result = sanity_checks.check_model_uses_images(policy, samples, replies)
+    assert result["pairs"] > 30 and result["gap"] > 3 * result["error"]
+    # images of another sample of the same task
+    donors = [samples[i // 4 * 4 + (i + 2) % 4] for i in range(len(samples))]
+    swapped = [(replace(sample, id=f"{sample.id} swapped", images=donor.images), reply)
+               for sample, donor, reply in zip(samples, donors, replies)
+               if len(sample.images) == len(donor.images)]
     with pytest.raises(ValueError, match="images and questions of the data are mixed up"):
-        sanity_checks.check_model_uses_images(model, processor, *map(list, zip(*mixed)), BoxFormat())
+        sanity_checks.check_model_uses_images(policy, *map(list, zip(*swapped)))
 
 
 @pytest.mark.slow
-def test_a_model_that_does_not_see_is_noticed(lesson, random_model, processor):
+def test_a_model_that_does_not_see_is_noticed(lesson, random_policy):
     samples, replies = lesson
-    for parameter in random_model.model.visual.parameters():
+    for parameter in random_policy.model.model.visual.parameters():
         parameter.data.zero_()
     with pytest.raises(ValueError, match="or the model does not see"):
-        sanity_checks.check_model_uses_images(random_model, processor, samples, replies, BoxFormat())
-    assert sanity_checks.check_model_uses_images(random_model, processor, samples[:4], replies[:4], BoxFormat())["gap"] is None, "too few to judge"
-    same = [replace(s, id=f"{i}", images=tuple(i.copy() for i in samples[0].images), task="x") for i, s in enumerate(samples[:10])]
-    assert sanity_checks.check_model_uses_images(random_model, processor, same, replies[:10], BoxFormat())["pairs"] == 0, "ten questions, the same images"
+        sanity_checks.check_model_uses_images(random_policy, samples, replies)
+    few = sanity_checks.check_model_uses_images(random_policy, samples[:4], replies[:4])
+    assert few["gap"] is None, "too few to judge"
+
+
+@pytest.mark.slow
+def test_ten_questions_about_the_same_images_cannot_be_compared(lesson, random_policy):
+    samples, replies = lesson
+    images = samples[0].images
+    alike = [replace(sample, id=f"{i}", images=tuple(image.copy() for image in images), task="x")
+             for i, sample in enumerate(samples[:10])]
+    result = sanity_checks.check_model_uses_images(random_policy, alike, replies[:10])
+    assert result["pairs"] == 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,166 @@
+"""A stage is stale when a definition that it uses has changed, and only then."""
+
+import ast
+import json
+import re
+import shutil
+
+import pytest
+
+from mig_kit.common import PACKAGE, PROJECT_ROOT
+from mig_kit.pipeline import dependencies, store
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the package and the notebooks whose code is looked at."""
+    shutil.copytree(PACKAGE, tmp_path / "mig_kit",
+                    ignore=shutil.ignore_patterns("tiny_base", "__pycache__"))
+    shutil.copytree(PROJECT_ROOT / "mig_kit" / "build_base", tmp_path / "mig_kit" / "build_base",
+                    dirs_exist_ok=True)
+    shutil.copytree(PROJECT_ROOT / "notebooks", tmp_path / "notebooks")
+    monkeypatch.setattr(dependencies, "PACKAGE", tmp_path / "mig_kit")
+    monkeypatch.setattr(dependencies, "PROJECT_ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def stale_after(project):
+    """Call it with a change of the project: the stages of the recipe whose code is now another."""
+    def code():
+        return {stage: (dependencies.used_definitions(stage), dependencies.notebook_code(stage))
+                for stage in store.RECIPE}
+
+    def compare(change, *arguments) -> set[str]:
+        before = code()
+        change(project, *arguments)
+        after = code()
+        return {stage for stage in store.RECIPE if before[stage] != after[stage]}
+
+    return compare
+
+
+def change_function(project, module, name):
+    """Add a statement to a function or to the first method of a class."""
+    path = project / "mig_kit" / f"{module.replace('.', '/')}.py"
+    lines = path.read_text().splitlines(keepends=True)
+    definitions = {node.name: node for node in ast.parse("".join(lines)).body
+                   if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    node = definitions[name]
+    if isinstance(node, ast.ClassDef):
+        node = next(part for part in node.body if isinstance(part, ast.FunctionDef))
+    last = node.body[-1]
+    lines.insert(last.lineno - 1, " " * last.col_offset + "changed = True\n")
+    path.write_text("".join(lines))
+
+
+def change_text(project, path, pattern, replacement):
+    file = project / path
+    text, count = re.subn(pattern, replacement, file.read_text(), count=1)
+    assert count, f"{path} has no {pattern}"
+    file.write_text(text)
+
+
+def test_a_colour_makes_only_pictures_stale(stale_after):
+    assert stale_after(change_text, "mig_kit/plots.py", "#[0-9a-fA-F]{6}", "#123456") <= {
+        "07_report"}
+
+
+def test_a_reward_makes_the_stages_stale_that_use_it(stale_after):
+    stale = stale_after(change_function, "rewards", "format_reward")
+    assert "05_grpo" in stale and stale <= {"05_grpo", "07_report"}
+
+
+@pytest.mark.parametrize(("module", "name"), [
+    ("stages.sft", "load_qlora_policy"), ("stages.sft", "CompletionLossTrainer"),
+    ("engine.models", "load_policy"), ("engine.models", "StillImageProcessor"),
+    ("engine.training", "train_or_resume"), ("engine.prefixes", "pad_to_multiple"),
+    ("engine.attention", "attention"), ("prompts", "chat_messages"), ("boxes", "smart_resize")])
+def test_fine_tuning_is_stale_when_code_that_it_uses_has_changed(stale_after, module, name):
+    assert "02_sft" in stale_after(change_function, module, name)
+
+
+@pytest.mark.parametrize(("module", "name"), [
+    ("stages.grpo", "grpo_trainer"), ("stages.merge", "merge_adapter"), ("world.suites", "retrieval"),
+    ("rewards", "box_reward"), ("scoring.score", "score_files"), ("speed.benchmark", "utilisation"),
+    ("stages.sanity_checks", "check_box_coordinates"), ("pipeline.store", "begin_stage")])
+def test_fine_tuning_is_not_stale_when_other_code_has_changed(stale_after, module, name):
+    assert "02_sft" not in stale_after(change_function, module, name)
+
+
+def test_a_scene_drawn_otherwise_makes_the_data_stale(stale_after):
+    stale = stale_after(change_function, "world.scenes", "draw_scene")
+    assert "01_synthesize" in stale and not stale & {"02_sft", "03_merge", "05_grpo"}
+
+
+def test_a_constant_counts(stale_after):
+    stale = stale_after(change_text, "mig_kit/prompts.py", "Think in", "Reason in")
+    assert {"02_sft", "04_rejection_sampling", "05_grpo", "06_evaluate"} <= stale
+
+
+def test_docstrings_comments_and_layout_do_not_count(stale_after):
+    def change_words(project):
+        for module in ("stages/sft.py", "engine/models.py", "engine/training.py", "prompts.py"):
+            path = project / "mig_kit" / module
+            text = path.read_text().replace('"""', '"""Other words. ', 1)
+            text = re.sub(r'(def \w+\([^"]*?:\n\s+""")', r"\1Other words. ", text)
+            path.write_text("# a comment\n\n" + text.replace("\ndef ", "\n# a comment\n\ndef "))
+            assert "Other words" in path.read_text()
+
+    assert stale_after(change_words) == set()
+
+
+def change_cell(project, stage, old, new):
+    path = project / "notebooks" / f"{stage}.ipynb"
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and old in source:
+            cell["source"] = source.replace(old, new, 1)
+            path.write_text(json.dumps(notebook))
+            return
+    raise AssertionError(f"{stage} has no cell with {old}")
+
+
+def test_code_of_a_notebook_counts_but_not_its_comments_and_defaults(stale_after):
+    assert stale_after(change_cell, "02_sft", "\n\nstage, p =", "\n# why\nstage, p =") == set()
+    assert stale_after(change_cell, "02_sft", "lora_r: int = 32", "lora_r: int = 16") == set()
+    assert stale_after(change_cell, "02_sft", "samples[:64]", "samples[:32]") == {"02_sft"}
+
+
+def write_small_project(folder, modules, cell):
+    (folder / "mig_kit").mkdir()
+    (folder / "notebooks").mkdir()
+    for name, text in modules.items():
+        (folder / "mig_kit" / f"{name}.py").write_text(text)
+    cells = [{"cell_type": "markdown", "source": ["from mig_kit.a import unused"], "metadata": {}},
+             {"cell_type": "code", "source": [cell], "metadata": {}}]
+    (folder / "notebooks" / "01_small.ipynb").write_text(json.dumps({"cells": cells}))
+
+
+def test_used_definitions_of_a_small_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(dependencies, "PACKAGE", tmp_path / "mig_kit")
+    monkeypatch.setattr(dependencies, "PROJECT_ROOT", tmp_path)
+    write_small_project(tmp_path, {
+        "a": '"""A module."""\nfrom mig_kit import b\nfrom mig_kit.c import passed_on\n'
+             "SIZE, OTHER = 1, 2\ndef used():\n    return b.helper(SIZE)\n"
+             "def unused():\n    return b.other_helper()\n",
+        "b": "TABLE = {}\ndef helper(n):\n    from mig_kit.c import late\n    return late(TABLE)\n"
+             "def other_helper():\n    pass\nTABLE['x'] = 1\n",
+        "c": "from library import register\ndef late(n):\n    return n\ndef passed_on():\n"
+             "    return 3\ndef hook():\n    pass\nregister(hook)\n",
+    }, "%matplotlib inline\nfrom mig_kit import a\nfor x in a.used():\n    a.passed_on(await x)")
+    assert list(dependencies.used_definitions("01_small")) == [
+        "mig_kit.a.OTHER", "mig_kit.a.SIZE", "mig_kit.a.passed_on", "mig_kit.a.used",
+        "mig_kit.b.TABLE", "mig_kit.b.helper", "mig_kit.c.<body>", "mig_kit.c.hook",
+        "mig_kit.c.late", "mig_kit.c.passed_on"]
+
+
+@pytest.mark.parametrize("stage", store.STAGES)
+def test_every_name_that_a_notebook_takes_from_the_kit_exists(stage):
+    source = "\n".join("".join(cell["source"]) for cell in dependencies.notebook_cells(stage))
+    tree = dependencies._parse(source)
+    references = dependencies._references(tree, dependencies._imports(tree))
+    missing = [f"{module}.{name}" for module, name in sorted(references)
+               if name not in dependencies._definitions(dependencies._module_path(module))]
+    assert references and not missing

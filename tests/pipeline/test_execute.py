@@ -1,0 +1,122 @@
+"""Overrides are refused, with the fix, before any kernel starts; a run keeps its profile."""
+
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from mig_kit import cli as cli_module
+from mig_kit.cli import cli
+from mig_kit.common import PROJECT_ROOT, write_json
+from mig_kit.pipeline import execute, params, store
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty folder of runs, in which no notebook is executed."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(execute.papermill, "execute_notebook",
+                        lambda *arguments, **options: pytest.fail("a kernel would start"))
+    return tmp_path / "runs"
+
+
+def error_of(*words) -> str:
+    """The sentence of a command that ends with an error."""
+    error = CliRunner().invoke(cli, list(words)).exception
+    assert error is not None and error.args, "the command was not refused"
+    return str(error.args[0])
+
+
+@pytest.mark.parametrize(("stage", "name", "value", "hint"), [
+    ("05", "scale_rewards", "nope", "did you mean 'none'? It is one of batch, group, none"),
+    ("05", "scale_rewards", "grup", "did you mean 'group'?"),
+    ("05", "hallucinated_image_penalty", "formats", "did you mean 'format'?"),
+    ("05", "hallucinated_image_penalty", "xyz", "it must be one of none, format, all"),
+    ("05", "loss_type", "dpo", "did you mean 'dapo'?"),
+    ("05", "lr_scheduler_type", "constant", "did you mean 'constant_with_warmup'?"),
+    ("02", "lr_scheduler_type", "cosin", "did you mean 'cosine'?"),
+    ("02", "report_to", "wand", "did you mean 'wandb'?"),
+    ("03", "dtype", "float23", "did you mean 'float32'?"),
+    ("01", "teacher", "rule", "did you mean 'rules'?"),
+    ("01", "data", "scene", "did you mean 'scenes'?"),
+    ("01", "coordinates", "thousand", "it must be one of absolute, normalized_1000"),
+    ("06", "benchmark", "migbench", "did you mean 'mig_bench'?"),
+])
+def test_a_word_that_is_none_of_the_possible_ones_is_refused(root, stage, name, value, hint):
+    sentence = error_of("run", stage, "-p", name, value)
+    assert f"parameter '{name}' is '{value}'; " in sentence and hint in sentence
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (("05", "-p", "num_generation", "4"), "did you mean 'num_generations'?"),
+    (("05", "-p", "zzz", "4"), "05_grpo has no parameter 'zzz'; its parameters are beta, dtype, gr"),
+    (("01", "-p", "frame", "thousand"), "the parameter 'frame' is now called 'coordinates'"),
+    (("02", "-p", "frame", "thousand"), "'frame' is now called 'coordinates'; it is set once per "
+                                        "run, in 01_synthesize"),
+    (("05", "-p", "track", "wandb"), "the parameter 'track' is now called 'report_to'"),
+    (("05", "-p", "clip_low", "0.1"), "the parameter 'clip_low' was taken out: it cannot act, "
+                                      "because an update learns once"),
+    (("02", "-p", "min_pixels", "1"), "'min_pixels' is set once per run, in 01_synthesize"),
+    (("01", "-p", "min_pixels", "[1"), "-p min_pixels '[1' is no value"),
+    (("01", "-p", "run_id", "b"), "use --run-id"),
+])
+def test_an_unknown_parameter_names_the_remedy(root, words, sentence):
+    assert sentence in error_of("run", *words)
+    assert not root.exists()
+
+
+def test_a_single_digit_names_a_stage(root):
+    assert error_of("run", "5").startswith("05_grpo needs 01_synthesize of run 'default'")
+    assert [cli_module.stage_name(text) for text in ("5", "05", "grpo", "05_grpo", "90")] == [
+        "05_grpo", "05_grpo", "05_grpo", "05_grpo", "90_tiny_base"]
+
+
+def test_all_stages_are_checked_before_the_first_runs(root):
+    sentence = error_of("run", "00", "06", "-p", "eval_seed", "x")
+    assert "'eval_seed' is 'x', a str; it must be a int" in sentence and not root.exists()
+
+
+def test_a_copied_profile_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
+    shutil.copytree(PROJECT_ROOT / "params", tmp_path / "params")
+    shutil.copytree(PROJECT_ROOT / "params" / "qwen2_5_vl_7b", tmp_path / "params" / "mine")
+    monkeypatch.setattr(params, "PROJECT_ROOT", tmp_path)
+    assert execute.choose_params("00_preflight", "mine", "a", {})["profile"] == "mine"
+    values = execute.choose_params("05_grpo", "mine", "a", {"learning_rate": "1e-5"})
+    assert "profile" not in values and values["learning_rate"] == 1e-5
+    assert values["num_generations"] == 8 and values["beta"] == 0.04
+
+
+def start_run(root, profile, **changes):
+    """What stage 01 of a run leaves for the stages after it."""
+    values = {**params.profile_params(params.RUN_PARAMS_STAGE, profile), **changes}
+    folder = root / "default" / params.RUN_PARAMS_STAGE
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", {"params": values, "outputs": {}, "key": "k"})
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    ("qwen2_5_vl_3b", "qwen2_5_vl_7b"), ("qwen2_5_vl_3b", "tiny"), ("tiny", "qwen2_5_vl_7b")])
+def test_going_on_with_another_profile_is_refused(root, first, then):
+    start_run(root, first)
+    sentence = error_of("run", "05", "--profile", then)
+    model = params.profile_params(params.RUN_PARAMS_STAGE, first)["base_model"]
+    other = params.profile_params(params.RUN_PARAMS_STAGE, then)["base_model"]
+    assert f"run 'default' has the base_model {model}, and profile '{then}' {other}" in sentence
+    assert "--run-id" in sentence and not (root / "default" / "05_grpo").exists()
+
+
+@pytest.mark.parametrize(("profile", "changes"), [
+    ("smoke", {}), ("qwen2_5_vl_3b", {}), ("smoke", {"coordinates": "normalized_1000"}),
+    ("tiny", {"max_pixels": 99999})])
+def test_going_on_with_the_same_profile_is_not_refused(root, profile, changes):
+    start_run(root, profile, **changes)
+    assert error_of("run", "05", "--profile", profile).startswith("05_grpo needs 03_merge")
+
+
+def test_summary_of_a_finished_stage(root):
+    assert execute.run_summary("05_grpo", "default") == ""
+    (root / "default" / "05_grpo").mkdir(parents=True)
+    write_json(root / "default" / "05_grpo" / "run.json", {"summary": "reward 0.1 -> 0.2"})
+    assert execute.run_summary("05_grpo", "default") == "reward 0.1 -> 0.2"
+    assert set(store.RECIPE) < set(store.STAGES)

@@ -1,0 +1,85 @@
+"""Parameters: types, words, names that are unknown, renamed or gone, and hostile files."""
+
+import pytest
+
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.pipeline import params, store
+
+# what a parameter of words may say where anything goes
+FREE_TEXT = {"annotations_file", "base_model", "control_run", "data_file", "endpoint_model",
+             "endpoint_url", "image_root", "model", "profile", "run_id"}
+PROFILE_FILES = sorted((PROJECT_ROOT / "params").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("stage", store.STAGES)
+def test_every_parameter_has_a_default_and_a_line_of_help(stage):
+    parameters = params.stage_parameters(stage)
+    assert parameters["run_id"].default == "default"
+    assert all(parameter.help for parameter in parameters.values())
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert params.profile_params(stage) == defaults == params.validate_params({}, stage)
+
+
+@pytest.mark.parametrize("path", PROFILE_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_profile_holds_only_what_differs(path):
+    values = params.read_params_file(path)
+    parameters = params.stage_parameters(path.stem)
+    assert [name for name, value in values.items() if value == parameters[name].default] == []
+    resolved = params.profile_params(path.stem, path.parent.name)
+    assert resolved.keys() == parameters.keys() and values.items() <= resolved.items()
+
+
+@pytest.mark.parametrize("stage", store.STAGES)
+def test_words_are_checked_wherever_only_a_few_are_possible(stage):
+    parameters = params.stage_parameters(stage)
+    words = {name for name, parameter in parameters.items() if isinstance(parameter.default, str)}
+    assert words <= FREE_TEXT | params.CHOICES.keys()
+
+
+def test_what_holds_for_the_whole_run_is_set_in_one_stage():
+    for stage in store.RECIPE:
+        shared = [name for name in params.RUN_PARAMS if name in params.stage_parameters(stage)]
+        assert shared == (list(params.RUN_PARAMS) if stage == params.RUN_PARAMS_STAGE else [])
+
+
+def test_unknown_and_mistyped_parameters():
+    with pytest.raises(KeyError, match="05_grpo has no parameter .*did you mean 'num_generations'"):
+        params.validate_params({"num_generation": 4}, "05_grpo")
+    with pytest.raises(TypeError, match="'num_generations' is 'many', a str; it must be a int"):
+        params.validate_params({"num_generations": "many"}, "05_grpo")
+    with pytest.raises(TypeError, match="must be a bool"):
+        params.validate_params({"share_prefix": 1}, "05_grpo")
+    assert type(params.validate_params({"beta": 1}, "05_grpo")["beta"]) is float
+    with pytest.raises(FileNotFoundError, match="the profiles are tiny, .*smoke"):
+        params.profile_params("05_grpo", "huge")
+
+
+def test_a_number_without_a_point_is_a_number():
+    values = params.validate_params({"learning_rate": "1e-5"}, "05_grpo")
+    assert values["learning_rate"] == 1e-5
+    with pytest.raises(TypeError, match="must be a float"):
+        params.validate_params({"learning_rate": "small"}, "05_grpo")
+
+
+def test_every_renamed_parameter_leads_to_one_that_exists():
+    names = {name for stage in store.STAGES for name in params.stage_parameters(stage)}
+    for old_name, name in params.RENAMED_PARAMS.items():
+        assert name in names, f"{old_name} -> {name}"
+        message = params.unknown_parameter_message(old_name, "05_grpo", names)
+        assert message == f"the parameter '{old_name}' is now called '{name}'"
+
+
+def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
+    lines = params.params_text("05_grpo", "smoke").splitlines()
+    assert "loss_type: dapo  # mean over: all tokens" in "\n".join(lines)
+    assert next(line for line in lines if line.startswith("max_steps: 2 ")).endswith("(tiny: 125)")
+
+
+def test_hostile_parameter_files(tmp_path):
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+    for text in (bomb, "a: {b: 1}", "- 1", "a: [", "a: !!python/object/apply:os.system ['true']",
+                 "a: \x00", "a: [[1]]"):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ValueError, match="must be a flat mapping|is no YAML"):
+            params.read_params_file(tmp_path / "x.yaml")

@@ -1,0 +1,49 @@
+"""The suites and the training mix: ids, options and boxes are sound."""
+
+from collections import Counter
+
+import pytest
+
+from mig_kit.prompts import LETTERS
+from mig_kit.world import suites
+from mig_kit.world.tasks import TASKS
+
+
+def assert_sound(sample):
+    if sample.options:
+        assert len(set(sample.options)) == len(sample.options) > LETTERS.index(sample.letter)
+    for target in sample.targets:
+        width, height = sample.sizes[target.image - 1]
+        x1, y1, x2, y2 = target.box
+        assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_suites(suite):
+    samples = suites.make_suite(suite, "test", 10)
+    assert list(dict.fromkeys(sample.task for sample in samples)) == suites.suite_tasks(suite)
+    assert set(Counter(sample.task for sample in samples).values()) == {10}
+    assert len({sample.id for sample in samples}) == len(samples)
+    for sample in samples:
+        assert sample.id.startswith(f"{suite}/{sample.task}/test/")
+        assert_sound(sample)
+
+
+def test_every_suite_has_a_size_parameter():
+    assert tuple(suites.SIZE_PARAMS) == suites.SUITES
+
+
+def test_an_unknown_suite_is_one_sentence():
+    with pytest.raises(ValueError, match="no suite 'coco'; the suites are mig_bench, "):
+        suites.make_suite("coco", "test", 1)
+
+
+def test_the_training_mix_counts_boxes_apart():
+    samples = suites.draw_training_mix("rl", 2, 3, 0, 1)
+    counts = Counter(sample.task for sample in samples)
+    expected = {task: 2 for task in TASKS} | {
+        kind: 1 if kind in suites.BOX_FORMS else 3 for kind in suites.FREE_FORM}
+    assert counts == expected
+    for sample in samples:
+        assert_sound(sample)
+        assert bool(sample.options) == (sample.task in set(suites.FREE_FORM) - {*suites.BOX_FORMS})

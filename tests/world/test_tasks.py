@@ -1,0 +1,119 @@
+"""The ten tasks: every sample on its own, splits that cannot meet, questions that mean what they
+say.
+"""
+
+import random
+
+import numpy as np
+import pytest
+
+from mig_kit.sample import Target
+from mig_kit.world import tasks
+from mig_kit.world.scenes import UNSEEN_PAIRS, Appearance, Object, Scene
+from mig_kit.world.tasks import SPLITS, TASKS, make_sample, names_in_note
+
+
+def image_bytes(sample):
+    return b"".join(image.tobytes() for image in sample.images)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_sample_needs_no_other(task):
+    alone = make_sample(task, "rl", 7)
+    for index in (3, 9):
+        make_sample(task, "rl", index)
+    again = make_sample(task, "rl", 7)
+    assert (alone.question, alone.targets) == (again.question, again.targets)
+    assert image_bytes(alone) == image_bytes(again)
+
+
+def test_splits_cannot_overlap():
+    """Across splits and across seeds: a sample's content decides which split owns it."""
+    owners: dict[bytes, str] = {}
+    for split in SPLITS:
+        for seed in (0, 1):
+            for task in TASKS:
+                for index in range(15):
+                    content = image_bytes(make_sample(task, split, index, seed))
+                    assert owners.setdefault(content, split) == split
+
+
+def test_an_unknown_task_or_split_is_one_sentence():
+    with pytest.raises(ValueError, match="no task 'maze'; the tasks are diff, "):
+        make_sample("maze", "val", 0)
+    with pytest.raises(ValueError, match="no split 'dev'; the splits are base, cot, "):
+        make_sample("diff", "dev", 0)
+
+
+@pytest.mark.parametrize("index", range(30))
+def test_only_the_target_of_diff_differs(index):
+    sample = make_sample("diff", "val", index)
+    change = np.asarray(sample.images[0], int) - np.asarray(sample.images[1], int)
+    rows, columns = np.where((change != 0).any(-1))
+    x1, y1, x2, y2 = sample.targets[0].box
+    assert columns.min() >= x1 - 1 and columns.max() < x2 + 1
+    assert rows.min() >= y1 - 1 and rows.max() < y2 + 1
+
+
+@pytest.mark.parametrize("index", range(30))
+def test_only_the_common_object_is_in_all_images(index):
+    sample = make_sample("common_object", "val", index)
+    common = set.intersection(*(set(names_in_note(note)) for note in sample.notes))
+    assert 3 <= len(sample.images) == len(sample.notes) <= 5
+    assert sample.finding == f"in all: {common.pop()}." and not common
+
+
+@pytest.mark.parametrize("index", range(30))
+def test_only_one_image_shows_the_object_of_group_grounding(index):
+    sample = make_sample("group_grounding", "val", index)
+    name = sample.finding.split(": image ")[0]
+    assert [name in names_in_note(note) for note in sample.notes].count(True) == 1
+
+
+@pytest.mark.parametrize("index", range(30))
+def test_tracking_has_a_reference_and_regions_lie_in_image_1(index):
+    tracking = make_sample("object_tracking", "val", index)
+    assert len(tracking.images) == 6
+    assert tracking.reference and "{ref}" in tracking.question
+    target, = make_sample("region", "val", index).targets
+    assert isinstance(target, Target) and target.image == 1
+
+
+def test_images_of_one_prompt_differ_in_size():
+    samples = [make_sample("group_grounding", "val", index) for index in range(10)]
+    assert any(len(set(sample.sizes)) > 1 for sample in samples)
+
+
+def test_unseen_pairs_are_in_no_training_split():
+    for split in ("cot", "rl"):
+        notes = " ".join(note for task in TASKS for index in range(40)
+                         for note in make_sample(task, split, index).notes)
+        assert not any(f"{colour} {shape}" in notes for colour, shape in UNSEEN_PAIRS)
+
+
+def test_notes_are_read_as_they_are_written():
+    star = Object("red", "star", "striped", (2.0, 2.0, 22.0, 22.0))
+    ring = Object("blue", "ring", "plain", (40.0, 2.0, 60.0, 22.0))
+    note = tasks.list_image_note(2, Scene(84, 84, (ring, star)))
+    assert note == "image 2: striped red star, blue ring."
+    assert names_in_note(note) == ["striped red star", "blue ring"]
+    assert tasks.count_listed_objects([tasks.reference_note("red star"), note]) == 3
+    assert tasks.count_listed_objects([]) == 0
+
+
+def test_extremes_by_hand():
+    small = Object("red", "star", "plain", (2.0, 2.0, 16.0, 16.0))
+    large = Object("blue", "ring", "plain", (40.0, 3.0, 66.0, 23.0))
+    scene = Scene(84, 84, (small, large))
+    assert tasks.find_extreme(scene, "leftmost") is tasks.find_extreme(scene, "smallest") is small
+    assert tasks.find_extreme(scene, "rightmost") is tasks.find_extreme(scene, "largest") is large
+    assert tasks.find_extreme(scene, "top") is None, "it leads by less than 5 pixels"
+
+
+@pytest.mark.parametrize("attribute", [0, 1])
+def test_only_the_first_matches(attribute):
+    rng, appearance = random.Random(0), Appearance("red", "star", "plain")
+    for _ in range(50):
+        match, *others = tasks.draw_match_and_others(rng, appearance, attribute, 4)
+        assert match[attribute] == appearance[attribute] and match[:2] != appearance[:2]
+        assert all(other[attribute] != appearance[attribute] for other in others)

@@ -1,0 +1,54 @@
+"""The rule-based teacher: its details are recognised, and its errors are the ones it names."""
+
+import random
+
+import pytest
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.prompts import parse_reply, reply_box_in_original
+from mig_kit.sample import best_iou
+from mig_kit.world import teacher
+from mig_kit.world.suites import FREE_FORM, make_free_form
+from mig_kit.world.tasks import TASKS, make_sample
+
+TRAINING_KINDS = [*TASKS, *FREE_FORM]
+
+
+@pytest.fixture(scope="module")
+def samples_by_kind():
+    tasks = [make_sample(task, "cot", 2) for task in TASKS]
+    return {sample.task: sample for sample in tasks + make_free_form("cot", 1)}
+
+
+@pytest.mark.parametrize("kind", TRAINING_KINDS)
+@pytest.mark.parametrize("detail", teacher.DETAILS)
+def test_the_detail_of_a_trace_is_recognised(kind, detail, samples_by_kind):
+    thinking = teacher.write_reasoning(samples_by_kind[kind], detail)
+    reply = f"<think>{thinking}</think><answer>a: b: c</answer>"
+    assert teacher.recognize_detail(reply) == detail
+
+
+def test_details_by_hand(samples_by_kind):
+    sample = samples_by_kind["diff"]
+    method, finding = "Compare.", sample.finding
+    assert teacher.write_reasoning(sample, "method") == method
+    assert teacher.write_reasoning(sample, "finding") == f"{method} {finding}"
+    evidence = " ".join([method, *sample.notes, finding])
+    assert teacher.write_reasoning(sample, "evidence") == evidence
+
+
+@pytest.mark.parametrize("kind", TRAINING_KINDS)
+def test_a_trace_has_the_error_that_it_names(kind, samples_by_kind):
+    sample, box_format = samples_by_kind[kind], BoxFormat()
+    for seed in range(40):
+        trace = teacher.write_trace(sample, random.Random(seed), box_format, error_rate=0.5)
+        reply = parse_reply(trace.text)
+        assert reply.well_formed == (trace.error != "broken format")
+        if sample.options:
+            is_right_letter = reply.letter == sample.letter
+            assert is_right_letter == (trace.error != "wrong choice") or not reply.well_formed
+        elif trace.error == "wrong image":
+            assert reply.image not in {sample.targets[0].image, None}
+        elif not trace.error:
+            box = reply_box_in_original(sample, reply, box_format)
+            assert best_iou(sample, reply.image, box) > 0.5
