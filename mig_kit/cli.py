@@ -165,42 +165,45 @@ def table(run_ids: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.option("--model", default="tiny", show_default=True, help="tiny, or a Qwen2.5-VL folder.")
-@click.option("--images", default=6, show_default=True, type=click.IntRange(1, 8), help="Images of a prompt.")
-@click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960), help="Side of an image, pixels.")
-@click.option("--group", default=8, show_default=True, type=click.IntRange(2), help="Replies to a prompt.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a reply.")
-@click.option("--prompts", default=4, show_default=True, type=click.IntRange(1), help="Prompts of a step; fewer need less memory.")
-@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Turns of either side.")
+@click.option("--images", default=6, show_default=True, type=click.IntRange(1, 8),
+              help="Images of a prompt.")
+@click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960),
+              help="Side of an image, pixels.")
+@click.option("--group", default=8, show_default=True, type=click.IntRange(2),
+              help="Replies to a prompt.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2),
+              help="Tokens of a reply.")
+@click.option("--prompts", default=4, show_default=True, type=click.IntRange(1),
+              help="Prompts of a step; fewer need less memory.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1),
+              help="Turns of either side.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
-def bench(model: str, images: int, side: int, group: int, tokens: int, prompts: int, repeats: int, dtype: str,
-          out: Path | None) -> None:
-    """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection sampling, evaluation."""
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write the figures here.")
+def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -> None:
+    """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection
+    sampling, evaluation.
+    """
     import tempfile
 
     from mig_kit.engine import models
-    from mig_kit.speed import benchmark
+    from mig_kit.speed import benchmark, utilisation
+    from mig_kit.speed.workload import Workload
 
     if out and not out.absolute().parent.is_dir():
         raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
-    hw, load = models.choose_hardware(dtype), benchmark.Workload(images, group, tokens, side, prompts)
-    with tempfile.TemporaryDirectory() as folder:
-        found = benchmark.run_headline(models.resolve_model(model), hw, load, Path(folder), repeats)
-        if hw.device == "cpu":
-            wide = benchmark.random_model(Path(folder) / "wide", models.TINY_BASE, 2048, 2)
-            found["utilisation"] = benchmark.utilisation(wide, hw, load, Path(folder) / "use", repeats)
-    click.echo(f"{prompts} prompts with {images} images of {side} px ({found['prompt_tokens']} tokens), to each {group} replies of "
-               f"{tokens} tokens; {hw.reason}")
-    for name in benchmark.STAGES:
-        click.echo(f"{name:<14} stock {found[name]['stock_s']:8.3f} s   kit {found[name]['kit_s']:8.3f} s   "
-                   f"{found[name]['ratio']:6.1f} times as fast")
-    click.echo(f"memory of a step: stock {found['peak_mem_mb']['stock']:.0f} MiB, kit {found['peak_mem_mb']['kit']:.0f} MiB")
-    click.echo(f"gradients apart by {found['grad_rel_error']:.1e} (relative, float32)")
-    if "utilisation" in found:
-        click.echo(f"{100 * found['utilisation']['share']:.0f} % of this machine's matrix rate "
-                   f"({found['utilisation']['parameters_m']:.0f} M parameters)")
+    hardware, workload = models.choose_hardware(dtype), Workload(**load)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result = benchmark.run_headline(models.resolve_model(model), hardware, workload,
+                                        folder / "headline", repeats)
+        if hardware.device == "cpu":
+            wide = utilisation.save_random_model(folder / "wide", hidden=2048, layers=2)
+            result["utilisation"] = utilisation.measure_utilisation(
+                wide, hardware, workload, folder / "utilisation", repeats)
+    click.echo(benchmark.headline_text(result, workload))
     if out:
-        write_json(out, found)
+        write_json(out, result)
 
 
 @cli.command("score")

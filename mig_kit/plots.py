@@ -11,6 +11,9 @@ from mig_kit.prompts import format_question, parse_reply, reply_box_in_original
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 
+# Drawn suites are named so wherever a number of theirs stands: a drawn world is no benchmark.
+SUITE_NAMES = {"mig_bench": "MIG-Bench-like (drawn)", "ood_grounding": "out of domain (drawn)",
+               "blink": "BLINK-like (drawn)", "mmiu": "MMIU-like (drawn)"}
 SYSTEM_COLOURS = {"base": "#999999", "sft": "#E69F00", "grpo": "#0072B2", "sft_long": "#CC79A7"}
 
 

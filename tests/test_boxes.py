@@ -1,12 +1,22 @@
-"""Boxes and frames: hand-computed numbers, and properties."""
+"""Boxes and their coordinates: hand-computed numbers, and properties."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
 
-from mig_kit.boxes import FRAMES, BoxFormat, iou, rescale_box, smart_resize, to_model_box, to_original_box
+from mig_kit.boxes import (
+    MODEL_COORDINATES,
+    BoxFormat,
+    Coordinates,
+    iou,
+    rescale_box,
+    smart_resize,
+    to_model_box,
+    to_original_box,
+)
 
+ABSOLUTE, NORMALIZED = (BoxFormat(coordinates=coordinates) for coordinates in MODEL_COORDINATES)
 sides = st.integers(1, 3000)
 boxes = st.tuples(*[st.floats(-50, 500, allow_nan=False) for _ in range(4)])
 
@@ -41,26 +51,38 @@ def test_smart_resize_by_hand():
     assert smart_resize(1920, 1080) == (840, 448)
 
 
-def test_frames_of_one_prompt_differ():
-    """The same model box means different original boxes in images of different size: the multi-image bug."""
-    assert to_original_box((0, 0, 42, 42), (90, 80), box_format=BoxFormat()) == pytest.approx((0, 0, 45, 40))
-    assert to_original_box((0, 0, 42, 42), (84, 84), box_format=BoxFormat()) == pytest.approx((0, 0, 42, 42))
+def test_absolute_coordinates_depend_on_the_image_that_they_are_in():
+    """One box of the model is different boxes in images of different size: the multi-image bug."""
+    assert to_original_box((0, 0, 42, 42), (90, 80), ABSOLUTE) == pytest.approx((0, 0, 45, 40))
+    assert to_original_box((0, 0, 42, 42), (84, 84), ABSOLUTE) == pytest.approx((0, 0, 42, 42))
 
 
-@given(boxes, st.integers(28, 2000), st.integers(28, 2000), st.sampled_from(sorted(FRAMES)))
-def test_there_and_back(box, width, height, frame):
-    box_format = BoxFormat(frame=frame)
-    back = to_original_box(to_model_box(box, (width, height), box_format), (width, height), box_format)
-    assert back == pytest.approx(box, abs=1e-6)
+@given(boxes, st.integers(28, 2000), st.integers(28, 2000), st.sampled_from(MODEL_COORDINATES))
+def test_to_the_model_and_back(box, width, height, coordinates):
+    box_format, size = BoxFormat(coordinates=coordinates), (width, height)
+    model_box = to_model_box(box, size, box_format)
+    assert to_original_box(model_box, size, box_format) == pytest.approx(box, abs=1e-6)
 
 
-def test_thousandths_by_hand():
-    box_format = BoxFormat(frame="thousand")
-    assert to_model_box((10, 20, 30, 40), (200, 80), box_format) == (50, 250, 150, 500)
-    assert to_original_box((50, 250, 150, 500), (200, 80), box_format) == (10, 20, 30, 40)
-    assert to_original_box((50, 250, 150, 500), (200, 80), box_format=BoxFormat()) != (10, 20, 30, 40), "read in the wrong frame it is another box"
-    with pytest.raises(ValueError, match="use resized .* or thousand"):
-        BoxFormat(frame="percent")
+def test_normalized_coordinates_by_hand():
+    original, normalized, size = (10, 20, 30, 40), (50, 250, 150, 500), (200, 80)
+    assert to_model_box(original, size, NORMALIZED) == normalized
+    assert to_original_box(normalized, size, NORMALIZED) == original
+    assert to_original_box(normalized, size, ABSOLUTE) != original
+
+
+def test_a_model_writes_one_of_two_coordinates():
+    assert BoxFormat(coordinates="normalized_1000").coordinates is Coordinates.NORMALIZED_1000
+    for coordinates in ("percent", "pixels", "normalized_1"):
+        with pytest.raises(ValueError, match="use absolute .* or normalized_1000"):
+            BoxFormat(coordinates=coordinates)
+    with pytest.raises(ValueError, match="give two areas, the lower one first"):
+        BoxFormat(min_pixels=5000, max_pixels=4000)
+
+
+def test_every_kind_of_coordinates_is_described():
+    phrases = {coordinates.description for coordinates in Coordinates}
+    assert len(phrases) == len(Coordinates) == 4
 
 
 def test_rescale_by_hand():

@@ -3,45 +3,64 @@
 import pytest
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.rewards import box_reward, choice_reward, cites_only_existing_images, format_reward, image_reward, is_correct
+from mig_kit.rewards import (
+    box_reward,
+    choice_reward,
+    cites_only_existing_images,
+    format_reward,
+    image_reward,
+    is_correct,
+)
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
+
+BOX_FORMAT = BoxFormat()
 
 
 @pytest.fixture
 def sample():
-    """A sample whose target lies in image 2, at its own size."""
-    return next(s for s in (make_sample("diff", "val", i) for i in range(50)) if s.sizes[1] == (84, 84))
+    """A sample whose target lies in image 2, which the model sees at its own size."""
+    samples = (make_sample("diff", "val", i) for i in range(50))
+    return next(sample for sample in samples if sample.sizes[1] == (84, 84))
 
 
-def reply(image, box):
-    return f'<think>Compare.</think><answer>{{"image": {image}, "box": {list(map(int, box))}}}</answer>'
+def write_answer(image, box):
+    return f'{{"image": {image}, "box": {[int(value) for value in box]}}}'
 
 
-def test_right(sample):
-    text = reply(2, sample.targets[0][1])
-    assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample, box_format=BoxFormat())) == (1, 1, 1)
-    assert is_correct(text, sample, box_format=BoxFormat())
+def write_reply(image, box):
+    return f"<think>Compare.</think><answer>{write_answer(image, box)}</answer>"
+
+
+def rewards(reply, sample):
+    return (format_reward(reply, sample), image_reward(reply, sample),
+            box_reward(reply, sample, BOX_FORMAT))
+
+
+def test_a_correct_reply_earns_everything(sample):
+    reply = write_reply(2, sample.targets[0].box)
+    assert rewards(reply, sample) == (1, 1, 1) and is_correct(reply, sample, BOX_FORMAT)
 
 
 def test_the_image_gates_the_box(sample):
-    text = reply(1, sample.targets[0][1])
-    assert (format_reward(text, sample), image_reward(text, sample), box_reward(text, sample, box_format=BoxFormat())) == (1, 0, 0)
+    reply = write_reply(1, sample.targets[0].box)
+    assert rewards(reply, sample) == (1, 0, 0) and not is_correct(reply, sample, BOX_FORMAT)
 
 
 def test_half_a_box(sample):
-    x1, y1, x2, y2 = sample.targets[0][1]
-    text = reply(2, (x1, y1, x2, y1 + (y2 - y1) // 2))
-    expected = ((y2 - y1) // 2) / (y2 - y1)
-    assert box_reward(text, sample, box_format=BoxFormat()) == pytest.approx(expected)
-    assert box_reward(text, sample, floor=0.9, box_format=BoxFormat()) == 0
+    x1, y1, x2, y2 = sample.targets[0].box
+    height = (y2 - y1) // 2
+    reply = write_reply(2, (x1, y1, x2, y1 + height))
+    assert box_reward(reply, sample, BOX_FORMAT) == pytest.approx(height / (y2 - y1))
+    assert box_reward(reply, sample, BOX_FORMAT, floor=0.9) == 0
 
 
 def test_naming_several_boxes_gains_nothing(sample):
-    one = reply(2, sample.targets[0][1]).split("<answer>")[1].split("</answer>")[0]
-    for text in (f"<think></think><answer>[{one}, {one}]</answer>", f"<think></think><answer>{one}</answer><answer>{one}</answer>"):
-        assert image_reward(text, sample) == 0 == box_reward(text, sample, box_format=BoxFormat())
-        assert format_reward(text, sample) < 1
+    answer = write_answer(2, sample.targets[0].box)
+    for reply in (f"<think></think><answer>[{answer}, {answer}]</answer>",
+                  f"<think></think><answer>{answer}</answer><answer>{answer}</answer>"):
+        assert image_reward(reply, sample) == 0 == box_reward(reply, sample, BOX_FORMAT)
+        assert format_reward(reply, sample) < 1
 
 
 def test_format_counts_paired_tags(sample):
@@ -50,18 +69,22 @@ def test_format_counts_paired_tags(sample):
     assert format_reward("<think></think><answer>nothing</answer>", sample) == 0.75
 
 
-def test_a_choice_is_right_or_not(sample):
+def test_a_choice_is_correct_or_not(sample):
     question = make_free_form("val", 1)[0]
-    other = "AB"[question.letter == "A"]
-    assert choice_reward(f"<think></think><answer>{question.letter}</answer>", question) == 1
-    assert choice_reward(f"<think></think><answer>{other}</answer>", question) == 0 == choice_reward("", question)
+    wrong = "B" if question.letter == "A" else "A"
+    correct_reply, wrong_reply = (f"<think></think><answer>{letter}</answer>"
+                                  for letter in (question.letter, wrong))
+    assert choice_reward(correct_reply, question) == 1
+    assert choice_reward(wrong_reply, question) == 0 == choice_reward("", question)
     assert choice_reward("<think></think><answer></answer>", sample) == 0
-    assert is_correct(f"<think></think><answer>{question.letter}</answer>", question, box_format=BoxFormat())
+    assert is_correct(correct_reply, question, BOX_FORMAT)
 
 
-def test_citations_of_images_that_are_not_there():
+def test_reasoning_that_cites_images_that_do_not_exist():
     sample = make_sample("diff", "val", 0)
-    assert cites_only_existing_images("<think>image 1: a. image 2: b. new: b.</think><answer>?</answer>", sample)
-    assert not cites_only_existing_images("<think>image 1: a. Image 3: b.</think><answer>?</answer>", sample)
-    assert not cites_only_existing_images("<think>image 0: a.</think>", sample)
-    assert cites_only_existing_images('<answer>{"image": 7}</answer>', sample), "the answer has a reward of its own"
+    for thinking, is_sound in (("image 1: a. image 2: b. new: b.", True),
+                               ("image 1: a. Image 3: b.", False), ("image 0: a.", False)):
+        reply = f"<think>{thinking}</think><answer>?</answer>"
+        assert cites_only_existing_images(reply, sample) == is_sound
+    assert cites_only_existing_images('<answer>{"image": 7}</answer>', sample), (
+        "the answer has a reward of its own")

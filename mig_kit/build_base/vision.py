@@ -260,8 +260,9 @@ def train_vision(folder: Path, *, locate_steps: int, spell_steps: int, batch: in
 
 
 def _train_phase(learner: _Learner, phase: _Phase, checkpoint: Path, saved: dict, figures: dict, *,
-                 batch: int, seed: int, autocast: bool) -> torch.Tensor:
-    """Train for the steps of a phase that are left, and add to `figures`; the last features.
+                 batch: int, seed: int, autocast: bool) -> torch.Tensor | None:
+    """Train for the steps of a phase that are left, and add to `figures`; the last features, None
+    if no step was left.
 
     saved: the checkpoint, which may be of this phase, of another, or {}.
     """
@@ -269,7 +270,7 @@ def _train_phase(learner: _Learner, phase: _Phase, checkpoint: Path, saved: dict
     optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.learning_rate, phase.steps,
                                                    pct_start=0.05)
-    processor, first = image_processor(), 0
+    processor, first, features = image_processor(), 0, None
     if saved.get("phase") == phase.name:
         first = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])

@@ -16,7 +16,8 @@ from mig_kit.build_base.lessons import (
     visual_turns,
 )
 from mig_kit.prompts import GROUNDING_INSTRUCTION
-from mig_kit.world.tasks import TASKS, World
+from mig_kit.world.specs import World
+from mig_kit.world.tasks import TASKS
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>", "<|box_start|>", "<|box_end|>")

@@ -173,7 +173,7 @@ def params_text(stage: str, profile: str = "tiny") -> str:
     values = profile_params(stage, profile)
     lines = []
     for name, parameter in stage_parameters(stage).items():
-        value = yaml.safe_dump({name: values[name]}, default_flow_style=None, width=1000).strip()
+        value = yaml.safe_dump([values[name]], default_flow_style=True, width=1000).strip()[1:-1]
         difference = "" if values[name] == parameter.default else f" (tiny: {parameter.default})"
-        lines.append(f"{value}  # {parameter.help}{difference}")
+        lines.append(f"{name}: {value}  # {parameter.help}{difference}")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from mig_kit.build_base import vocabulary
 from mig_kit.engine import models, training
 from mig_kit.prompts import chat_messages, format_answer, format_box, parse_reply
 from mig_kit.sample import Sample
-from mig_kit.speed import gpu_memory
+from mig_kit.speed import gpu_needs
 
 LIMITS = {"shortest_edge": 3136, "longest_edge": 401408}
 TOWER_2_5 = dict(
@@ -77,8 +77,8 @@ def build_on_meta(name: str):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_counts(name):
-    shape = gpu_memory.count_shape(full_config(name))
-    assert shape == gpu_memory.SHAPES[name] and shape.total == MODELS[name][3]
+    shape = gpu_needs.count_shape(full_config(name))
+    assert shape == gpu_needs.SHAPES[name] and shape.total == MODELS[name][3]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -16,8 +16,6 @@ def project(tmp_path, monkeypatch):
     """A copy of the package and the notebooks whose code is looked at."""
     shutil.copytree(PACKAGE, tmp_path / "mig_kit",
                     ignore=shutil.ignore_patterns("tiny_base", "__pycache__"))
-    shutil.copytree(PROJECT_ROOT / "mig_kit" / "build_base", tmp_path / "mig_kit" / "build_base",
-                    dirs_exist_ok=True)
     shutil.copytree(PROJECT_ROOT / "notebooks", tmp_path / "notebooks")
     monkeypatch.setattr(dependencies, "PACKAGE", tmp_path / "mig_kit")
     monkeypatch.setattr(dependencies, "PROJECT_ROOT", tmp_path)

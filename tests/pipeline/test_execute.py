@@ -33,7 +33,6 @@ def error_of(*words) -> str:
     ("05", "hallucinated_image_penalty", "formats", "did you mean 'format'?"),
     ("05", "hallucinated_image_penalty", "xyz", "it must be one of none, format, all"),
     ("05", "loss_type", "dpo", "did you mean 'dapo'?"),
-    ("05", "lr_scheduler_type", "constant", "did you mean 'constant_with_warmup'?"),
     ("02", "lr_scheduler_type", "cosin", "did you mean 'cosine'?"),
     ("02", "report_to", "wand", "did you mean 'wandb'?"),
     ("03", "dtype", "float23", "did you mean 'float32'?"),

@@ -71,8 +71,11 @@ def test_every_renamed_parameter_leads_to_one_that_exists():
 
 def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
     lines = params.params_text("05_grpo", "smoke").splitlines()
-    assert "loss_type: dapo  # mean over: all tokens" in "\n".join(lines)
-    assert next(line for line in lines if line.startswith("max_steps: 2 ")).endswith("(tiny: 125)")
+    by_name = {line.partition(": ")[0]: line for line in lines}
+    assert list(by_name) == list(params.stage_parameters("05_grpo"))
+    assert by_name["loss_type"].startswith("loss_type: dapo  # mean over: all tokens")
+    assert by_name["reward_weights"].startswith("reward_weights: [0.2, 0.3, 1.0, 1.3]  # ")
+    assert by_name["max_steps"] == "max_steps: 2  # updates (tiny: 125)"
 
 
 def test_hostile_parameter_files(tmp_path):

@@ -5,79 +5,97 @@ import time
 import pytest
 import torch
 
-from mig_kit.speed import benchmark
-from mig_kit.speed.benchmark import Workload
+from mig_kit import plots
+from mig_kit.speed import benchmark, trainers, utilisation, workload
+from mig_kit.speed.workload import Workload
 
 
 def test_questions_have_images_of_one_size():
-    made = benchmark.make_questions(Workload(images=3, side=112), 2)
-    assert [image.size for image in made[1].images] == [(112, 112)] * 3 and made[0].id != made[1].id
-    assert benchmark.make_questions(Workload(images=3, side=112), 2)[0].question == made[0].question
+    first, second = workload.make_questions(Workload(images=3, side=112), 2)
+    assert [image.size for image in second.images] == [(112, 112)] * 3 and first.id != second.id
+    again = workload.make_questions(Workload(images=3, side=112), 2)
+    assert again[0].question == first.question
 
 
 def test_some_questions_are_about_the_same_images():
-    made = benchmark.make_questions(Workload(images=2, side=56), 10, alike=5)
-    assert len({s.question for s in made[:5]}) == 5 == len({s.question for s in made[5:]})
-    assert [s.images[0] is made[0].images[0] for s in made] == [True] * 5 + [False] * 5
+    samples = workload.make_questions(Workload(images=2, side=56), 10, alike=5)
+    assert len({sample.question for sample in samples[:5]}) == 5
+    assert len({sample.question for sample in samples[5:]}) == 5
+    shares_images = [sample.images[0] is samples[0].images[0] for sample in samples]
+    assert shares_images == [True] * 5 + [False] * 5
 
 
 def test_turns_are_timed(float32):
-    found = benchmark.compare_times(lambda: time.sleep(0.03), lambda: time.sleep(0.01), 3, float32)
-    assert 1.5 < found["ratio"] < 4 and found["stock_spread"][0] >= 0.03 and found["kit_spread"][1] >= found["kit_s"]
+    times = workload.compare_times(lambda: time.sleep(0.03), lambda: time.sleep(0.01), 3, float32)
+    assert 1.5 < times["ratio"] < 4 and times["stock_spread"][0] >= 0.03
+    assert times["kit_spread"][1] >= times["kit_s"]
 
 
 def test_peak_memory_sees_what_is_freed_again(float32):
     def call():
-        held = torch.ones(64, 2**18)  # 64 MiB
+        ones = torch.ones(64, 2**18)  # 64 MiB
         time.sleep(0.05)
-        return float(held.sum())
+        return float(ones.sum())
 
-    assert 55 < benchmark.peak_memory(call, float32) < 120
+    assert 55 < workload.peak_memory(call, float32) < 120
 
 
 def test_minimal_work_by_hand(random_model):
     language = random_model.model.language_model
     weights = sum(p.numel() for p in language.layers.parameters() if p.ndim > 1)
-    shape = language.config
-    every, pairs = 10 + 2 * 3, 10**2 / 2 + 2 * (3 * 10 + 3**2 / 2)
-    assert (len(language.layers), shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads) == (2, 64, 2, 1)
-    unread = 2 * 64 * 64 + 3 * 64 * shape.intermediate_size  # q_proj, o_proj and the MLP of the last layer, for 9 tokens
-    wanted = 4 * every * weights - 4 * 9 * unread + 4 * 6 * 64 * shape.vocab_size
-    wanted += 12 * 64 * (2 * pairs - 10**2 / 2 + 10)
-    assert benchmark.minimal_flops(random_model, 10, 2, 3) == wanted
+    config = language.config
+    assert (len(language.layers), config.hidden_size) == (2, 64)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
+    tokens, pairs = 10 + 2 * 3, 10**2 / 2 + 2 * (3 * 10 + 3**2 / 2)
+    # q_proj, o_proj and the MLP of the last layer, for 9 tokens
+    unread = 2 * 64 * 64 + 3 * 64 * config.intermediate_size
+    expected = 4 * tokens * weights - 4 * 9 * unread + 4 * 6 * 64 * config.vocab_size
+    expected += 12 * 64 * (2 * pairs - 10**2 / 2 + 10)
+    assert utilisation.minimal_flops(random_model, 10, 2, 3) == expected
 
 
 @pytest.mark.slow
 def test_both_sides_do_the_same(tmp_path, random_folder, float32):
     load = Workload(images=2, group=4, tokens=6, side=84, prompts=2)
-    pair = benchmark.TrainerPair(random_folder, float32, load, tmp_path)
-    for share in (False, True):
-        batch = pair.rollout(share)
+    for side in trainers.make_sides(random_folder, float32, load, tmp_path):
+        batch = side.roll_out()
         assert batch["completion_mask"].sum().item() == 2 * 4 * 6, "a reply ended early"
-        before = [p.clone() for p in pair.trainers[share].model.parameters() if p.requires_grad]
-        pair.step(share)
-        after = [p for p in pair.trainers[share].model.parameters() if p.requires_grad]
-        assert any(not torch.equal(a, b) for a, b in zip(before, after))
-    assert benchmark.TrainerPair(random_folder, float32, load, tmp_path / "b").gradient_error(pair.batches()) < 1e-4
+        adapters = [p for p in side.trainer.model.parameters() if p.requires_grad]
+        before = [adapter.clone() for adapter in adapters]
+        side.step()
+        assert any(not torch.equal(old, new) for old, new in zip(before, adapters))
+    sides = trainers.make_sides(random_folder, float32, load, tmp_path / "again")
+    assert trainers.gradient_error(*sides) < 1e-4
 
 
 @pytest.mark.slow
 def test_headline_compares_all_six(tmp_path, random_folder, float32):
-    found = benchmark.run_headline(random_folder, float32, Workload(2, 2, 4, 56, 1), tmp_path, 1)
-    assert all(found[name]["stock_s"] > 0 and found[name]["kit_s"] > 0 for name in benchmark.STAGES)
-    assert found["grad_rel_error"] < 1e-4 and set(found["peak_mem_mb"]) == {"stock", "kit"}
-    assert found["prompt_tokens"] > 8
+    load = Workload(2, 2, 4, 56, 1)
+    result = benchmark.run_headline(random_folder, float32, load, tmp_path, 1)
+    for stage in benchmark.STAGES:
+        assert result[stage]["stock_s"] > 0 and result[stage]["kit_s"] > 0
+        assert f"\n{stage} " in benchmark.headline_text(result, load)
+    assert result["grad_rel_error"] < 1e-4 and set(result["peak_mem_mb"]) == {"stock", "kit"}
+    assert result["prompt_tokens"] > 8
+
+
+def test_the_sweep_changes_one_thing_at_a_time():
+    loads = benchmark.sweep_loads(Workload(), [1, 6], [8, 16], [64], [1, 4])
+    single = Workload(prompts=1)
+    changed = [[name for name in vars(single) if vars(load)[name] != vars(single)[name]]
+               for load in loads]
+    assert changed == [["images"], [], ["group"], ["prompts"]], "every load once"
 
 
 def test_no_point_of_the_speed_up_is_cut_off():
-    from mig_kit import plots
-
     usual = {"images": 6, "group": 8, "tokens": 64, "prompts": 1, "prompt_tokens": 1292}
-    loads = [usual, {**usual, "images": 1, "prompt_tokens": 277}, {**usual, "group": 16}, {**usual, "tokens": 16},
-             {**usual, "prompts": 4}]
+    loads = [usual, {**usual, "images": 1, "prompt_tokens": 277}, {**usual, "group": 16},
+             {**usual, "tokens": 16}, {**usual, "prompts": 4}]
     ratios = (5.0, 2.0, 9.4, 8.4, 8.0)
-    rows = [{**load, "stage": stage, "ratio": ratio} for load, ratio in zip(loads, ratios) for stage in ("rollout", "train")]
+    rows = [{**load, "stage": stage, "ratio": ratio}
+            for load, ratio in zip(loads, ratios) for stage in ("rollout", "train")]
     axes = plots.plot_speedup(rows, "Times as fast").axes
     assert all(axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 9.4 for axis in axes)
-    drawn = [sorted({float(x) for line in axis.get_lines()[:2] for x in line.get_xdata()}) for axis in axes]
+    drawn = [sorted({float(x) for line in axis.get_lines()[:2] for x in line.get_xdata()})
+             for axis in axes]
     assert drawn == [[277, 1292], [8, 16], [16, 64], [1, 4]]

@@ -12,13 +12,13 @@ from mig_kit.stages import report
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
 
-VIEW = BoxFormat()
+BOX_FORMAT = BoxFormat()
 
 
 def test_model_text_is_escaped():
     sample = make_sample("diff", "val", 0)
     hostile = "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
-    card = report.sample_card(sample, {"<b>sys</b>": hostile}, VIEW)
+    card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT)
     page = report.render_page("<script>title</script>", [("<i>h</i>", card)])
     assert "<script" not in page and "onerror" not in page.replace("onerror=alert(2)&gt;", "") and "<b>sys" not in page
 
@@ -27,12 +27,13 @@ def test_headline_rows():
     found = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
     metrics = {"deltas": {"grpo-sft": {"mig_bench": found, "ood_grounding": found}, "grpo-base": {"blink": found, "mmiu": found}}}
     rows = report.claim_rows(metrics)
-    assert [row["paper"] for row in rows] == [9.04, 4.98, 3.1, 2.4] and rows[0]["here"] == 9.5
+    assert [row["paper (real benchmark, 7B)"] for row in rows] == [9.04, 4.98, 3.1, 2.4]
+    assert rows[0]["this run"] == 9.5 and rows[0]["suite"] == "MIG-Bench-like (drawn)"
     assert "9.50" in report.html_table(rows) and "7.0 to 12.0" in report.html_table(rows)
-    bare = report.html_table([{**row, "sampled": None} for row in rows])
-    assert "sampled" not in bare and "9.50" in bare
+    bare = report.html_table([{**row, "at temperature 1": None} for row in rows])
+    assert "temperature" not in bare and "9.50" in bare
     empty = report.html_table([{"system": "base", "mig_bench": None}])
-    assert "T 1" not in report.render_page("t", [("T 1", empty)]), "nothing drawn, no heading"
+    assert "drawn" not in report.render_page("t", [("drawn", empty)]), "nothing drawn, no heading"
 
 
 def test_choose_covers_the_outcomes():
@@ -43,9 +44,9 @@ def test_choose_covers_the_outcomes():
     right = {s.id: f"<think></think><answer>{format_answer(2, to_model_box(s.targets[0][1], s.sizes[1], box_format=BoxFormat()))}</answer>" for s in samples}
     before = {s.id: right[s.id] if i in (1, 2) else "" for i, s in enumerate(samples)}
     after = {s.id: right[s.id] if i in (0, 1) else "" for i, s in enumerate(samples)}
-    chosen = dict((kind, s.id) for kind, s in report.pick_gallery(samples, before, after, VIEW))
-    assert chosen == {"wrong, then right": samples[0].id, "right both times": samples[1].id,
-                      "right, then wrong": samples[2].id, "wrong both times": samples[3].id}
+    chosen = dict((kind, s.id) for kind, s in report.pick_gallery(samples, before, after, BOX_FORMAT))
+    assert chosen == {"wrong, then correct": samples[0].id, "correct both times": samples[1].id,
+                      "correct, then wrong": samples[2].id, "wrong both times": samples[3].id}
 
 
 def reply_for(sample, number=None, shift=0):
@@ -59,14 +60,14 @@ def reply_for(sample, number=None, shift=0):
 
 def test_outcomes_by_hand():
     sample, choice = make_sample("diff", "val", 0), make_free_form("val", 1)[0]
-    replies = {"right": reply_for(sample), "wrong image": reply_for(sample, 1), "box off": reply_for(sample, shift=40),
+    replies = {"correct": reply_for(sample), "wrong image": reply_for(sample, 1), "box off": reply_for(sample, shift=40),
                "no answer": "?"}
     for kind, reply in replies.items():
-        assert report.classify_outcome(reply, sample, VIEW) == kind
+        assert report.classify_outcome(reply, sample, BOX_FORMAT) == kind
     wrong = "B" if choice.letter == "A" else "A"
-    assert report.classify_outcome(f"<think></think><answer>{wrong}</answer>", choice, VIEW) == "wrong option"
-    counts = report.count_outcomes([sample], {"a": {sample.id: replies["right"]}, "b": {sample.id: "?"}}, VIEW)
-    assert counts == {"a": {"right": 1, "no answer": 0}, "b": {"right": 0, "no answer": 1}}
+    assert report.classify_outcome(f"<think></think><answer>{wrong}</answer>", choice, BOX_FORMAT) == "wrong option"
+    counts = report.count_outcomes([sample], {"a": {sample.id: replies["correct"]}, "b": {sample.id: "?"}}, BOX_FORMAT)
+    assert counts == {"a": {"correct": 1, "no answer": 0}, "b": {"correct": 0, "no answer": 1}}
 
 
 def test_flow_adds_up():
@@ -85,7 +86,7 @@ def test_calibration_counts_every_sample_once():
 def test_the_gallery_is_filtered_without_a_script():
     samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
     replies = {"sft": {s.id: "?" for s in samples}}
-    text = report.gallery_html([("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, VIEW)
+    text = report.gallery_html([("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT)
     assert text.count('class="card task-') == 2 and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
     assert "<script" not in text and "<b>lost" not in text
 
@@ -141,6 +142,6 @@ def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
     assert bare.title == "owned" and bare.found, "unescaped it would run"
     sample = replace(make_sample("diff", "val", 0), question=HOSTILE, id=f"{HOSTILE}/../x.png", task=HOSTILE, options=(HOSTILE, "b"))
     reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
-    text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, VIEW)
+    text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT)
     shown = in_chromium(report.render_page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
     assert shown.title.startswith("mine ") and shown.found == []

@@ -15,7 +15,8 @@ from mig_kit.pipeline.params import params_file, read_params_file, validate_para
 from mig_kit.sample import read_table
 from mig_kit.stages import sources
 from mig_kit.world import suites
-from mig_kit.world.suites import BOX_FORMS, FREE_FORM, make_free_form
+from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
+from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
 
 

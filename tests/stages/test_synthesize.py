@@ -10,7 +10,9 @@ from mig_kit.prompts import LETTERS, format_answer, format_box, parse_reply
 from mig_kit.sample import read_samples, read_table, write_samples
 from mig_kit.stages import synthesize
 from mig_kit.world import teacher
-from mig_kit.world.suites import BOX_FORMS, FREE_FORM, make_free_form
+from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
+from mig_kit.world.specs import names_in_note
+from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -126,7 +128,7 @@ def test_a_multiple_choice_trace_is_dropped_if_the_teacher_erred():
 def test_only_one_object_fits_a_description():
     for sample in (sample for sample in make_free_form("cot", 40) if sample.task == "telling"):
         (target,) = sample.targets
-        names = sample.notes[0].split(": ")[1].rstrip(".").split(", ")
+        names = names_in_note(sample.notes[0])
         words = sample.question.split(" in image ")[0].rstrip("?.").split()
         word = words[-2] if words[-1] == "thing" else words[-1]
         fitting = [name for name in names if word in name]

@@ -6,6 +6,7 @@ import pytest
 
 from mig_kit.prompts import LETTERS
 from mig_kit.world import suites
+from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
 from mig_kit.world.tasks import TASKS
 
 
@@ -42,8 +43,8 @@ def test_the_training_mix_counts_boxes_apart():
     samples = suites.draw_training_mix("rl", 2, 3, 0, 1)
     counts = Counter(sample.task for sample in samples)
     expected = {task: 2 for task in TASKS} | {
-        kind: 1 if kind in suites.BOX_FORMS else 3 for kind in suites.FREE_FORM}
+        kind: 1 if kind in BOX_FORMS else 3 for kind in FREE_FORM}
     assert counts == expected
     for sample in samples:
         assert_sound(sample)
-        assert bool(sample.options) == (sample.task in set(suites.FREE_FORM) - {*suites.BOX_FORMS})
+        assert bool(sample.options) == (sample.task in set(FREE_FORM) - {*BOX_FORMS})

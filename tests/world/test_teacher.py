@@ -8,7 +8,8 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.prompts import parse_reply, reply_box_in_original
 from mig_kit.sample import best_iou
 from mig_kit.world import teacher
-from mig_kit.world.suites import FREE_FORM, make_free_form
+from mig_kit.world.free_form import FREE_FORM
+from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
 TRAINING_KINDS = [*TASKS, *FREE_FORM]

@@ -1,0 +1,140 @@
+"""General questions beside the ten tasks, as MGrounding-630k has them; trained on, in no suite.
+
+With them the model keeps answering with a letter where it is asked to choose, and keeps reading the
+question: the number of images alone nearly tells the ten tasks apart. No suite asks one of them
+word for word, but some are near: "choosing" to questions about changes and shapes, "pointing" to
+the image pairs, "telling" to the single images, "tallying" to counting.
+"""
+
+import random
+from dataclasses import replace
+
+from mig_kit.prompts import LETTERS
+from mig_kit.world.scenes import object_name
+from mig_kit.world.specs import (
+    SampleSpec,
+    TaskFunction,
+    World,
+    list_image_note,
+    list_image_notes,
+    shuffle_options,
+)
+from mig_kit.world.tasks import TASKS
+
+
+def name_object(rng: random.Random, world: World) -> SampleSpec:
+    """What is in image k."""
+    appearances = world.draw_appearances(rng, 8)
+    scenes = [world.arrange_scene(rng, rng.sample(appearances[:6], rng.randint(1, 3)))
+              for _ in range(rng.randint(1, 3))]
+    k = rng.randint(1, len(scenes))
+    visible = scenes[k - 1].names()
+    correct = rng.choice(visible)
+    absent = [name for name in map(object_name, reversed(appearances)) if name not in visible]
+    options, letter = shuffle_options(rng, correct, absent[:2])
+    return SampleSpec(scenes, f"What is in image {k}?", [], f"the same: {correct}.",
+                      [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
+
+
+def find_image(rng: random.Random, world: World) -> SampleSpec:
+    """Which image shows the named object."""
+    count = rng.randint(2, 4)
+    wanted, *others = world.draw_appearances(rng, count + 3)
+    k = rng.randint(1, count)
+    chosen = [rng.sample(others, rng.randint(2, 3)) for _ in range(count)]
+    chosen[k - 1][0] = wanted
+    scenes = [world.arrange_scene(rng, appearances) for appearances in chosen]
+    name = object_name(wanted)
+    return SampleSpec(scenes, f"Which image shows the {name}?", [], f"{name}: image {k}.",
+                      list_image_notes(scenes), options=_image_options(count),
+                      letter=LETTERS[k - 1])
+
+
+def _image_options(count: int) -> tuple[str, ...]:
+    return tuple(f"image {number}" for number in range(1, count + 1))
+
+
+def common_to_all(rng: random.Random, world: World) -> SampleSpec:
+    """Which object is in every image."""
+    shared, *others = world.draw_appearances(rng, 5)
+    scenes = [world.arrange_scene(rng, [shared, others[i]]) for i in range(rng.randint(2, 3))]
+    options, letter = shuffle_options(rng, object_name(shared), list(map(object_name, others[:2])))
+    return SampleSpec(scenes, "Which thing is in every image?", [],
+                      f"in all: {object_name(shared)}.", list_image_notes(scenes),
+                      options=options, letter=letter)
+
+
+def task_as_choice(rng: random.Random, world: World) -> SampleSpec:
+    """A question of the ten tasks with objects to choose from.
+
+    Where any image may hold the answer (group_grounding), the options are the images.
+    """
+    task = rng.choice(list(TASKS))
+    spec = TASKS[task](rng, world)
+    (k, correct), = spec.answers
+    if task == "group_grounding":
+        options, letter = _image_options(len(spec.scenes)), LETTERS[k - 1]
+    else:
+        wrong = [name for name in spec.scenes[k - 1].names() if name != correct]
+        wrong = rng.sample(wrong, min(2, len(wrong)))
+        options, letter = shuffle_options(rng, correct, wrong)
+    return replace(spec, answers=[], box=None, options=options, letter=letter)
+
+
+def locate_named(rng: random.Random, world: World) -> SampleSpec:
+    """A box of the named object, wherever it is in one to four images."""
+    count = rng.choice((1, 1, 1, 2, 3, 4))
+    wanted, *others = world.draw_appearances(rng, 9)
+    chosen = [rng.sample(others, rng.randint(2, 4)) for _ in range(count)]
+    certain = rng.randint(1, count)
+    extra = [number for number in range(1, count + 1) if rng.random() < 0.2]
+    numbers = sorted({certain, *extra})
+    for number in numbers:
+        appearances = chosen[number - 1]
+        appearances[rng.randrange(len(appearances))] = wanted
+    scenes = [world.arrange_scene(rng, appearances) for appearances in chosen]
+    name = object_name(wanted)
+    question = rng.choice([f"Where is the {name}?", f"Point at the {name}.",
+                           f"Look for the {name}."])
+    return SampleSpec(scenes, question, [(number, name) for number in numbers],
+                      f"{name}: image {numbers[0]}.", list_image_notes(scenes))
+
+
+def locate_described(rng: random.Random, world: World) -> SampleSpec:
+    """A box of the only object of a colour or of a shape in one of one to three images."""
+    count = rng.choice((1, 1, 1, 1, 2, 3))
+    k, attribute = rng.randint(1, count), rng.randint(0, 1)
+    while True:
+        scenes = [world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(2, 4)))
+                  for _ in range(count)]
+        candidates = scenes[k - 1].objects
+        target = rng.choice(candidates)
+        word = target.appearance[attribute]
+        if sum(word == obj.appearance[attribute] for obj in candidates) == 1:
+            break
+    place = f" in image {k}" if count > 1 else ""
+    description = f"{word} thing" if attribute == 0 else word
+    question = rng.choice([f"Where is the {description}{place}?",
+                           f"Point at the {description}{place}."])
+    return SampleSpec(scenes, question, [(k, target.name)], f"{target.name}: image {k}.",
+                      [list_image_note(k, scenes[k - 1])])
+
+
+def count_objects(rng: random.Random, world: World) -> SampleSpec:
+    """How many objects are in image k."""
+    scenes = [world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(1, 4)))
+              for _ in range(rng.randint(1, 3))]
+    k = rng.randint(1, len(scenes))
+    total = len(scenes[k - 1].objects)
+    wrong = rng.sample([str(count) for count in range(1, 5) if count != total], 2)
+    options, letter = shuffle_options(rng, str(total), wrong)
+    return SampleSpec(scenes, f"How many things are in image {k}?", [], f"things: {total}.",
+                      [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
+
+
+# The keys stand in the ids of samples and in the seeds that they are drawn with.
+FREE_FORM: dict[str, TaskFunction] = {
+    "naming": name_object, "showing": find_image, "sharing": common_to_all,
+    "choosing": task_as_choice, "pointing": locate_named, "telling": locate_described,
+    "tallying": count_objects}
+BOX_FORMS = ("pointing", "telling")  # the kinds whose answer is a box

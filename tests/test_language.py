@@ -1,0 +1,55 @@
+"""Names and lines: functions are verb phrases, values are nouns, a line has at most 100 characters.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from mig_kit.common import PROJECT_ROOT
+
+# participles, prepositions and nouns that once named functions and did not say what they do
+VAGUE_FUNCTIONS = set(
+    "stored opened confined checked needed finished outdated divided together shortened beside "
+    "other forget joined said found given made whole naming showing sharing choosing pointing "
+    "telling tallying defects pace expected machine flow verdict guards held".split())
+VAGUE_VALUE = re.compile(r"^\s*(?:found|there|given|made|whole|said)\b[^=\n(]*=[^=]", re.MULTILINE)
+FILES = sorted(path.relative_to(PROJECT_ROOT).as_posix() for folder in ("mig_kit", "tests")
+               for path in (PROJECT_ROOT / folder).rglob("*.py"))
+
+
+def vague_functions(source: str) -> list[str]:
+    definitions = (node.name for node in ast.walk(ast.parse(source))
+                   if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return [name for name in definitions if name.strip("_") in VAGUE_FUNCTIONS]
+
+
+def vague_values(source: str) -> list[str]:
+    return [match.group().strip() for match in VAGUE_VALUE.finditer(source)]
+
+
+def test_what_counts_as_vague():
+    source = "class A:\n    def _stored(self):\n        pass\nasync def verdict(): pass\n"
+    assert sorted(vague_functions(source)) == ["_stored", "verdict"]
+    assert vague_functions("def load_replies(): pass\ndef checked_in(): pass") == []
+    assert len(vague_values("  found = 1\nthere, x = 1, 2\nsaid: str = 'x'\nmade += 1\n")) == 4
+    assert vague_values("foundation = 1\nx = found == 1\ncall(found=1)\nif whole == 2:") == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_functions_and_values_say_what_they_are(file):
+    source = (PROJECT_ROOT / file).read_text()
+    names = vague_functions(source) if file.startswith("mig_kit/") else []
+    assert not names and not vague_values(source)
+
+
+def test_lines_have_at_most_100_characters():
+    settings = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert settings["line-length"] == 100 and "E501" not in settings["lint"].get("ignore", ())
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "E501",
+               "--output-format", "concise", "mig_kit", "tests", "notebooks"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
+    assert result.returncode == 0, result.stdout
