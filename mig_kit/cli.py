@@ -206,42 +206,71 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
         write_json(out, result)
 
 
+COORDINATES_BY_FRAME = {"thousand": "normalized_1000", "unit": "normalized_1", "pixels": "pixels",
+                        "resized": "absolute"}
+
+
+def refuse_frame(context: click.Context, option: click.Parameter, word: str | None) -> None:
+    """Name the option and the word that took the place of --frame."""
+    if word is None:
+        return
+    words = [COORDINATES_BY_FRAME[word]] if word in COORDINATES_BY_FRAME else (
+        COORDINATES_BY_FRAME.values())
+    raise click.UsageError(f"--frame {word} is now --coordinates {' | '.join(words)}")
+
+
 @cli.command("score")
 @click.argument("benchmark", metavar="BENCHMARK")
-@click.option("--annotations", required=True, type=click.Path(), help="The benchmark's own annotation file.")
-@click.option("--predictions", required=True, type=click.Path(), help='JSONL of {"index": 0, "response": "text"}, or COCO results.')
-@click.option("--compare", type=click.Path(), help="A second model's predictions: adds the paired difference.")
-@click.option("--protocol", default="official", show_default=True, help="official, strict, or substring (multiple choice).")
-@click.option("--frame", default="thousand", show_default=True, help="strict: boxes are in thousand, unit, pixels or resized.")
-@click.option("--images", type=click.Path(), help="The folder of the images, where their sizes are needed.")
-@click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(1), help="The processor's, for --frame resized.")
-@click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1), help="The same, its upper limit.")
+@click.option("--annotations", required=True, type=click.Path(),
+              help="The benchmark's own annotation file.")
+@click.option("--predictions", required=True, type=click.Path(),
+              help='JSONL of {"index": 0, "response": "text"}, or COCO results.')
+@click.option("--compare", type=click.Path(),
+              help="A second model's predictions: adds the paired difference.")
+@click.option("--protocol", default="official", show_default=True,
+              help="official, strict, or substring (multiple choice).")
+@click.option("--coordinates", default="normalized_1000", show_default=True,
+              help="strict: boxes are in normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels "
+                   "(of the original image) or absolute (pixels of the resized image).")
+@click.option("--frame", hidden=True, expose_value=False, callback=refuse_frame)
+@click.option("--images", type=click.Path(),
+              help="The folder of the images, where their sizes are needed.")
+@click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(1),
+              help="The processor's, for --coordinates absolute.")
+@click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1),
+              help="The same, its upper limit.")
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
 @click.option("--items", type=click.Path(), help="Write every item's value here, as JSONL.")
-def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None, protocol: str, frame: str, images: str | None,
-          min_pixels: int, max_pixels: int, allow_missing: bool, out: str | None, items: str | None) -> None:
-    """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink or mmiu."""
+def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
+                  out: str | None, items: str | None, min_pixels: int, max_pixels: int,
+                  **rules) -> None:
+    """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink or
+    mmiu.
+    """
     from mig_kit.scoring import leaderboard, score
     from mig_kit.scoring.result import item_lines, paired_difference, summarize
 
     if items and benchmark.lower() == "odinw":
-        raise ValueError("OdinW's AP is no mean over items, so there are none to write; leave --items out")
-    settings = {"frame": frame, "images": images, "box_format": BoxFormat(min_pixels, max_pixels), "allow_missing": allow_missing}
-    name = benchmark.lower().replace("-", "_")
+        raise ValueError("OdinW's AP is no mean over items, so there are none to write; "
+                         "leave --items out")
     for path in (out, items):
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
             raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
-    header, scored = score.score_files(name, annotations, predictions, protocol, **settings)
+    name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
+    header, scored = score.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
     if compare:
-        other = score.score_files(name, annotations, compare, protocol, **settings)[1]
-        both = summarize(other)
-        result["compare"] = {"predictions": Path(compare).name, "tasks": both["tasks"], "avg": both["avg"],
-                             "problems": both["problems"], "difference": paired_difference(scored, other)}
+        _, other = score.score_files(name, annotations, compare, box_format, **rules)
+        summary = summarize(other)
+        result["compare"] = {
+            "predictions": Path(compare).name,
+            **{part: summary[part] for part in ("tasks", "avg", "problems")},
+            "difference": paired_difference(scored, other)}
     click.echo(leaderboard.score_markdown(result))
     if items:
-        Path(items).write_text("".join(json.dumps(line) + "\n" for line in item_lines(scored)))
+        lines = [json.dumps(line) + "\n" for line in item_lines(scored)]
+        Path(items).write_text("".join(lines))
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
 

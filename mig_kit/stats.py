@@ -2,12 +2,27 @@
 kit.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
+
 import numpy as np
 
 RESAMPLES = 2000
 
 
-def bootstrap_interval(groups: list[np.ndarray], seed: int = 0, resamples: int = RESAMPLES) -> list[float]:
+def group_by_task(tasks: Iterable[str], values: np.ndarray) -> dict[str, np.ndarray]:
+    """task -> its rows of values (n, ...), tasks in order of appearance.
+
+    tasks: (n,) task of each row.
+    """
+    rows = defaultdict(list)
+    for row, task in enumerate(tasks):
+        rows[task].append(row)
+    return {task: values[task_rows] for task, task_rows in rows.items()}
+
+
+def bootstrap_interval(groups: list[np.ndarray], seed: int = 0,
+                       resamples: int = RESAMPLES) -> list[float]:
     """95 % interval [low, high] of the unweighted mean of the groups' means; groups: (n,) float
     each.
 
@@ -16,10 +31,12 @@ def bootstrap_interval(groups: list[np.ndarray], seed: int = 0, resamples: int =
     rng = np.random.default_rng(seed)
     means = np.zeros(resamples)
     for values in groups:
-        rows = max(1, 4_000_000 // len(values))  # at a time: a benchmark of 45,000 items would need gigabytes
+        # Not all resamples at a time: a benchmark of 45,000 items would need gigabytes.
+        rows = max(1, 4_000_000 // len(values))
         for start in range(0, resamples, rows):
             part = means[start:start + rows]
-            part += values[rng.integers(0, len(values), (len(part), len(values)))].mean(1) / len(groups)
+            draws = rng.integers(0, len(values), (len(part), len(values)))
+            part += values[draws].mean(1) / len(groups)
     return [float(v) for v in np.percentile(means, [2.5, 97.5])]
 
 
@@ -31,6 +48,16 @@ def macro_mean(groups: list[np.ndarray]) -> float:
 def to_percent(value: float) -> float:
     """A share as percent, two decimals; never -0.0."""
     return round(100 * float(value), 2) + 0.0
+
+
+def percent_interval(groups: list[np.ndarray]) -> list[float]:
+    """bootstrap_interval in percent."""
+    return [to_percent(bound) for bound in bootstrap_interval(groups)]
+
+
+def paired_gap(groups: list[np.ndarray]) -> dict:
+    """{"value", "ci95"} in points of paired differences; groups: (n,) differences of each task."""
+    return {"value": to_percent(macro_mean(groups)), "ci95": percent_interval(groups)}
 
 
 def pass_at_k(correct: int, total: int, k: int) -> float:

@@ -1,6 +1,7 @@
 """The lessons of notebook 90 as batches: dialogues over images that the frozen tower saw once."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,8 +144,8 @@ def _weigh_names(turns: list[Turn], weight: float) -> list[Turn]:
             for question, pieces in turns]
 
 
-def text_batch(writer: Writer, rng: random.Random, rows: int, unrelated_text: list[str],
-               albums: list[list[SeenImage]] = (), *, kinds: tuple[str, ...] = KINDS,
+def text_batch(writer: Writer, rng: random.Random, rows: int, unrelated_text: Sequence[str],
+               albums: Sequence[list[SeenImage]] = (), *, kinds: tuple[str, ...] = KINDS,
                unfit: float = 0.75, lettered: float = 0.25) -> Batch:
     """`rows` dialogues of two puzzles, half of them with a task's question behind, unanswered.
 

@@ -6,12 +6,14 @@ Text lessons are puzzles over lists of names.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.build_base.puzzles import KINDS, Puzzle, draw_puzzle
 from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_box
 from mig_kit.world.scenes import (
+    Appearance,
     Object,
     Scene,
     arrange_objects,
@@ -55,7 +57,7 @@ def album(rng: random.Random, images: int = 6, fewest: int = 5, alike: float = 0
     return [_album_scene(rng, appearances) for _ in range(images)]
 
 
-def _album_scene(rng: random.Random, appearances: list[tuple[str, str, str]]) -> Scene:
+def _album_scene(rng: random.Random, appearances: list[Appearance]) -> Scene:
     """A scene of some of the appearances: cropped, with few large objects, marked or plain."""
     kind = rng.random()
     count = len(appearances)
@@ -251,7 +253,7 @@ def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8,
 
 
 def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS,
-               unrelated_text: list[str] = (), unfit: float = 0.75,
+               unrelated_text: Sequence[str] = (), unfit: float = 0.75,
                lettered: float = 0.25) -> list[Turn]:
     """`count` puzzles over lists as turns; they are about no image.
 

@@ -35,7 +35,7 @@ class AttentionSupervision(nn.Module):
         for module in self.attentions:
             module.in_blocks = True
         self.attended: dict[int, list[torch.Tensor]] = {}  # weights of the last pass, by layer
-        self.object_layer_input: torch.Tensor | None = None  # of the last pass
+        self.object_layer_input: torch.Tensor  # of the last pass
         self.hooks = [self._watch_attention(number) for number in watched]
         norm = language.layers[OBJECT_LAYER].input_layernorm
         self.hooks.append(norm.register_forward_hook(self._keep_input))

@@ -9,6 +9,7 @@ about images.
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,7 @@ def _make_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: i
 
 
 def train_language(model, tokenizer, folder: Path, course: Curriculum, *, steps: int, albums: int,
-                   visual_rows: int = 24, text_rows: int = 24, unrelated_text: list[str] = (),
+                   visual_rows: int = 24, text_rows: int = 24, unrelated_text: Sequence[str] = (),
                    seed: int = 0, autocast: bool = True) -> list[dict]:
     """One course of lessons; the curve, a row per CURVE_STEPS steps.
 

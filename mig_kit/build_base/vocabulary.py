@@ -1,6 +1,7 @@
 """The tiny base's vocabulary and chat format, and dialogues as token rows (notebook 90)."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -123,7 +124,7 @@ class Writer:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def write_dialogue(self, turns: list[Turn], image_tokens: list[int] = (),
+    def write_dialogue(self, turns: list[Turn], image_tokens: Sequence[int] = (),
                        user_weight: float = 0.0) -> TokenRow:
         """A chat as a row.
 

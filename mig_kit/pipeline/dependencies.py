@@ -79,7 +79,7 @@ def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozens
     body = {(module, MODULE_BODY)} if any(name == MODULE_BODY for name, _ in by_name) else set()
     for name in {name for name, _ in by_name}:
         statements = [statement for other, statement in by_name if other == name]
-        code = "".join(ast.dump(_without_docstrings(statement)) for statement in statements)
+        code = "".join(ast.dump(statement) for statement in statements)
         references = set(body).union(
             *(_references(statement, {**imported, **local}) for statement in statements))
         definitions[name] = code, frozenset(references - {(module, name)})
@@ -87,9 +87,16 @@ def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozens
 
 
 def _parse(source: str) -> ast.Module:
+    """The syntax tree of a module or of notebook cells, without docstrings and magics."""
     lines = ("" if line.startswith(("%", "!")) else line for line in source.splitlines())
     flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    return compile("\n".join(lines), "<source>", "exec", flags)
+    tree = compile("\n".join(lines), "<source>", "exec", flags)
+    for node in ast.walk(tree):
+        is_documented = (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                         and ast.get_docstring(node) is not None)
+        if is_documented:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
 
 
 def _defined_names(statement: ast.stmt) -> list[str]:
@@ -102,16 +109,6 @@ def _defined_names(statement: ast.stmt) -> list[str]:
     is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     is_import = isinstance(statement, ast.Import | ast.ImportFrom)
     return [] if is_docstring or is_import else [MODULE_BODY]
-
-
-def _without_docstrings(statement: ast.stmt) -> ast.stmt:
-    statement = ast.parse(ast.unparse(statement)).body[0]
-    for node in ast.walk(statement):
-        is_documented = (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-                         and ast.get_docstring(node) is not None)
-        if is_documented:
-            node.body = node.body[1:] or [ast.Pass()]
-    return statement
 
 
 def _imports(tree: ast.AST) -> dict[str, tuple[str, str]]:

@@ -1,6 +1,5 @@
 """Run stages as notebooks, through papermill: what is up to date is skipped."""
 
-import json
 import logging
 
 import papermill
@@ -65,7 +64,8 @@ def run_stages(params: dict[str, dict], run_id: str, profile: str, force: bool =
             elif _prepare_folder(stage, run_id, values, force):
                 table.set(stage, "running")
                 _execute_notebook(stage, run_id, values, table)
-                table.set(stage, "done")
+                record = store.load_record(stage, run_id)
+                table.set(stage, "done", record["summary"])
             else:
                 table.set(stage, "up to date")
 
@@ -119,9 +119,3 @@ def _execute_notebook(stage: str, run_id: str, params: dict, table: StageTable) 
         table.set(stage, "failed")
         raise RuntimeError(f"{stage} failed: {error.ename}: {error.evalue} "
                            f"(the notebook is {output})") from None
-
-
-def run_summary(stage: str, run_id: str) -> str:
-    """The result of a finished stage in a few words, or ""."""
-    path = store.runs_root() / run_id / stage / "run.json"
-    return json.loads(path.read_text()).get("summary", "") if path.is_file() else ""

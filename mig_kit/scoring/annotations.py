@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mig_kit.boxes import Box
+from mig_kit.boxes import Box, Coordinates
 from mig_kit.common import MAX_LINE, iter_lines
 from mig_kit.image_files import DECODE_ERRORS, resolve_under_root
 from mig_kit.scoring.parsers import ORDINALS
@@ -31,10 +31,11 @@ TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "c
 class BenchmarkItem:
     """One question, as annotated.
 
-    index: place in the annotation file, from 0. id: the benchmark's own id, or "". box: xyxy in `frame`, or None. frame: "unit"
-    (0..1), "thousand" (0..1000) or "pixels" (of the original target image). target: image number from 1, None where the file
-    does not say. image_stated: whether the question itself names the image. size: (width, height) of the target image, pixels,
-    where the file gives it. letter, options and choices: the right letter, all letters and what they stand for, of a
+    index: place in the annotation file, from 0. id: the benchmark's own id, or "". box: xyxy in
+    `coordinates`, or None. coordinates: of `box`; PIXELS are those of the target image. target:
+    image number from 1, None where the file does not say. image_stated: whether the question itself
+    names the image. size: (width, height) of the target image, pixels, where the file gives it.
+    letter, options and choices: the correct letter, all letters and what they stand for, of a
     multiple-choice question.
     """
 
@@ -44,7 +45,7 @@ class BenchmarkItem:
     question: str
     images: tuple[str, ...] = ()
     box: Box | None = None
-    frame: str = "unit"
+    coordinates: Coordinates = Coordinates.NORMALIZED_1
     target: int | None = None
     image_stated: bool = True
     size: tuple[int, int] | None = None
@@ -143,6 +144,7 @@ def read_mig_bench(records: list[dict]) -> Benchmark:
     """
     boxes = [_box(record.get("answer"), i, "MIG-Bench") for i, record in enumerate(records)]
     revised = max(v for box in boxes for v in box) > 2  # the original's largest value is 1.048
+    coordinates = Coordinates.NORMALIZED_1000 if revised else Coordinates.NORMALIZED_1
     items = []
     for i, (record, box) in enumerate(zip(records, boxes)):
         task = _field(record, "task", str, i, "MIG-Bench")
@@ -153,7 +155,7 @@ def read_mig_bench(records: list[dict]) -> Benchmark:
         target, stated = _mig_bench_target(task, question, str(record.get("additional_info", "")))
         if not images or (target or 1) > len(images) or not all(isinstance(name, str) for name in images):
             raise ValueError(f"item {i} of MIG-Bench asks for image {target} of {len(images)}; is the file whole?")
-        items.append(BenchmarkItem(i, "", task, question, tuple(images), box, "thousand" if revised else "unit", target, stated))
+        items.append(BenchmarkItem(i, "", task, question, tuple(images), box, coordinates, target, stated))
     counts = Counter(item.task for item in items)
     return Benchmark("mig_bench", "revised" if revised else "original", tuple(items),
                      counts == Counter(REVISED_TASKS if revised else MIG_BENCH_TASKS))
@@ -177,7 +179,7 @@ def read_lisa(records: list[dict]) -> Benchmark:
         boxes = _field(record, "boxes", list, i, "LISA-grounding")
         items.append(BenchmarkItem(i, "", "lisa", _field(record, "instruction", str, i, "LISA-grounding"),
                           (_field(record, "image_path", str, i, "LISA-grounding"),),
-                          _box(boxes[0] if boxes else None, i, "LISA-grounding"), "pixels", 1))
+                          _box(boxes[0] if boxes else None, i, "LISA-grounding"), Coordinates.PIXELS, 1))
     version = {200: "val", 779: "test"}.get(len(items), "subset")
     return Benchmark("lisa", version, tuple(items), version != "subset")
 
@@ -197,7 +199,7 @@ def read_revos(records: list[dict]) -> Benchmark:
             raise ValueError(f"item {i} of the ReVOS-grounding annotations needs a video_id, three frame numbers and three boxes")
         box = _box(boxes[2], i, "ReVOS-grounding")
         items.append(BenchmarkItem(i, "", "revos", _field(record, "question", str, i, "ReVOS-grounding"),
-                          tuple(f"{video}#{frame}" for frame in frames), tuple(float(int(v)) for v in box), "pixels", 3))
+                          tuple(f"{video}#{frame}" for frame in frames), tuple(float(int(v)) for v in box), Coordinates.PIXELS, 3))
     return Benchmark("revos", "", tuple(items), True)
 
 
@@ -212,7 +214,7 @@ def read_ref_l4(records: list[dict]) -> Benchmark:
         side = max(0, w * h) ** 0.5
         size = (record["width"], record["height"]) if type(record.get("width")) is type(record.get("height")) is int else None
         items.append(BenchmarkItem(i, str(record.get("id", "")), "small" if side < 128 else "medium" if side <= 256 else "large",
-                          str(record.get("caption", "")), (str(record.get("file_name", "")),), (x, y, x + w, y + h), "pixels", 1,
+                          str(record.get("caption", "")), (str(record.get("file_name", "")),), (x, y, x + w, y + h), Coordinates.PIXELS, 1,
                           size=size))
     return Benchmark("ref_l4", "all" if len(items) == 45341 else "subset", tuple(items), len(items) == 45341)
 

@@ -4,73 +4,85 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mig_kit.stats import bootstrap_interval, macro_mean, to_percent
+from mig_kit.stats import group_by_task, macro_mean, paired_gap, percent_interval, to_percent
 
 
 @dataclass(frozen=True)
 class Scored:
     """Predictions, judged.
 
-    tasks: (n,) task of each item. columns: metric -> (n,) shares in 0..1, the first is the headline. macro: whether the average
-    is over tasks. values: (n,) IoU or right; indices: (n,) places in the annotation file. problems: why replies scored nothing,
-    and how many. whole: "avg" or task -> metric -> percent, for what is no mean over items (AP). notes: annotation defects.
+    tasks: (n,) task of each item. metrics: name -> (n,) shares in 0..1, the first is the headline.
+    is_macro: whether the average is over tasks. values: (n,) IoU, or 1 for a correct item. indices:
+    (n,) places in the annotation file. problems: why replies scored nothing, and how many.
+    aggregates: "avg" or task -> metric -> percent, for what is no mean over items (AP). notes:
+    annotation defects.
     """
 
     tasks: tuple[str, ...]
-    columns: dict[str, np.ndarray]
-    macro: bool
+    metrics: dict[str, np.ndarray]
+    is_macro: bool
     values: np.ndarray
     indices: tuple[int, ...] = ()
     problems: dict[str, int] = field(default_factory=dict)
-    whole: dict[str, dict[str, float]] = field(default_factory=dict)
+    aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, list] = field(default_factory=dict)
 
 
 def item_lines(scored: Scored) -> list[dict]:
-    """{"index", "task", "value"} of every item in order: its IoU, or 1 and 0 for right and wrong."""
+    """{"index", "task", "value"} of every item in order; value: its IoU, or 1 if it is correct."""
     return [{"index": int(index), "task": task, "value": float(value)}
             for index, task, value in zip(scored.indices, scored.tasks, scored.values, strict=True)]
 
 
 def task_indices(scored: Scored) -> dict[str, np.ndarray]:
-    """task -> places of its items, in order of appearance."""
-    order = dict.fromkeys(scored.tasks)
-    tasks = np.array(scored.tasks)
-    return {task: np.flatnonzero(tasks == task) for task in order}
+    """task -> places of its items, tasks in order of appearance."""
+    return group_by_task(scored.tasks, np.arange(len(scored.tasks)))
+
+
+def averaged_groups(scored: Scored) -> list[np.ndarray]:
+    """Places of the items of every task, which the average weighs the same; else of all items."""
+    if scored.is_macro:
+        return list(task_indices(scored).values())
+    return [np.arange(len(scored.tasks))]
 
 
 def summarize(scored: Scored) -> dict:
-    """{"n", "tasks": {task: {"n", metrics, "ci95"}}, "avg": {metrics, "ci95"}, "problems", "notes"}, in percent.
+    """{"n", "tasks", "avg", "problems", "notes"}, in percent.
 
-    ci95: 95 % bootstrap interval of the first metric, over the items of each task.
+    tasks: task -> {"n", metrics, "ci95"}; avg: {metrics, "ci95"}. ci95: 95 % bootstrap interval of
+    the first metric, over the items of each task.
     """
-    rows = task_indices(scored)
-    headline = next(iter(scored.columns), None)
-    tasks, average = {}, {}
-    for task, places in rows.items():
-        tasks[task] = {"n": len(places), **{name: to_percent(values[places].mean()) for name, values in scored.columns.items()}}
-        if headline:
-            tasks[task]["ci95"] = [to_percent(v) for v in bootstrap_interval([scored.columns[headline][places]])]
-        tasks[task] |= scored.whole.get(task, {})
-    parts = list(rows.values()) if scored.macro else [np.arange(len(scored.tasks))]
-    for name, values in scored.columns.items():
-        average[name] = to_percent(macro_mean([values[places] for places in parts]))
-    if headline:
-        average["ci95"] = [to_percent(v) for v in bootstrap_interval([scored.columns[headline][places] for places in parts])]
-    return {"n": len(scored.tasks), "tasks": tasks, "avg": average | scored.whole.get("avg", {}), "problems": scored.problems,
+    headline = next(iter(scored.metrics.values()), None)
+    tasks = {}
+    for task, places in task_indices(scored).items():
+        means = {name: to_percent(values[places].mean()) for name, values in scored.metrics.items()}
+        tasks[task] = {"n": len(places), **means}
+        if headline is not None:
+            tasks[task]["ci95"] = percent_interval([headline[places]])
+        tasks[task] |= scored.aggregates.get(task, {})
+    groups = averaged_groups(scored)
+    average = {}
+    for name, values in scored.metrics.items():
+        average[name] = to_percent(macro_mean([values[places] for places in groups]))
+    if headline is not None:
+        average["ci95"] = percent_interval([headline[places] for places in groups])
+    average |= scored.aggregates.get("avg", {})
+    return {"n": len(scored.tasks), "tasks": tasks, "avg": average, "problems": scored.problems,
             "notes": scored.notes}
 
 
 def paired_difference(first: Scored, second: Scored) -> dict:
-    """Paired difference first - second of every metric, in points: {metric: {"value", "ci95"}}; intervals as in summary.
+    """Paired difference first - second of every metric, in points: {metric: {"value", "ci95"}}.
 
-    Metrics that are not means over items (AP) have a value and no interval.
+    Intervals as in summarize. Metrics that are not means over items (AP) have a value and no
+    interval.
     """
-    parts = list(task_indices(first).values()) if first.macro else [np.arange(len(first.tasks))]
-    result = {}
-    for name, values in first.columns.items():
-        gaps = [(values - second.columns[name])[places].astype(float) for places in parts]
-        result[name] = {"value": to_percent(macro_mean(gaps)), "ci95": [to_percent(v) for v in bootstrap_interval(gaps)]}
-    for name, value in first.whole.get("avg", {}).items():
-        result[name] = {"value": round(value - second.whole["avg"][name], 2), "ci95": None}
-    return result
+    groups = averaged_groups(first)
+    differences = {}
+    for name, values in first.metrics.items():
+        gap = values - second.metrics[name]
+        differences[name] = paired_gap([gap[places].astype(float) for places in groups])
+    for name, value in first.aggregates.get("avg", {}).items():
+        gap = round(value - second.aggregates["avg"][name], 2)
+        differences[name] = {"value": gap, "ci95": None}
+    return differences

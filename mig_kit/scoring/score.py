@@ -1,18 +1,22 @@
-"""Scores of any model's predictions on the public benchmarks, by the authors' rule or by the strict one.
+"""Scores of any model's predictions on the public benchmarks, by several protocols.
 
-`official` repeats what each benchmark's own script does with a reply, quirks included, so that numbers compare with published
-ones; each function names its source. `strict` asks for what the question asks for: the last <answer>, one box in it, the right
-image, the stated frame. `substring` is the lax multiple-choice rule. One deviation: where BLINK's and MMIU's authors ask
-another model which option a free text means, `official` here reads the text alone. MC-Bench and OdinW are in `coco.py`.
+`official` repeats what each benchmark's own script does with a reply, quirks included, so that
+numbers compare with published ones; each function names its source. `strict` asks for what the
+question asks for: the last <answer>, one box in it, the correct image, the stated coordinates.
+`substring` is the lax multiple-choice rule. One deviation: where BLINK's and MMIU's authors ask
+another model which option a free text means, `official` here reads the text alone. MC-Bench and
+OdinW are in `coco.py`.
 """
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from mig_kit.boxes import Box, BoxFormat, iou, rescale_box, seen_size
+from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, iou, rescale_box
+from mig_kit.scoring import coco
 from mig_kit.scoring.annotations import (
     READERS,
     Benchmark,
@@ -35,33 +39,43 @@ from mig_kit.scoring.parsers import (
 )
 from mig_kit.scoring.result import Scored
 
-PROTOCOLS = {"mig_bench": ("official", "strict"), "lisa": ("official", "strict"), "revos": ("official", "strict"),
-             "ref_l4": ("official", "strict"), "mc_bench": ("official", "strict"), "odinw": ("official",),
-             "blink": ("official", "strict", "substring"), "mmiu": ("official", "strict", "substring")}
+PROTOCOLS = {
+    "mig_bench": ("official", "strict"),
+    "lisa": ("official", "strict"),
+    "revos": ("official", "strict"),
+    "ref_l4": ("official", "strict"),
+    "mc_bench": ("official", "strict"),
+    "odinw": ("official",),
+    "blink": ("official", "strict", "substring"),
+    "mmiu": ("official", "strict", "substring"),
+}
+# The headline of these is the unweighted mean over tasks; elsewhere every item counts the same.
+MACRO = ("mig_bench", "blink", "mmiu")
+COORDINATE_LIMITS = {Coordinates.NORMALIZED_1: 1, Coordinates.NORMALIZED_1000: 1000}
+
+Judge = Callable[[BenchmarkItem, str], tuple[float, str]]
 
 
-FRAMES = ("thousand", "unit", "pixels", "resized")
-
-
-MACRO = ("mig_bench", "blink", "mmiu")  # their headline is the unweighted mean over tasks; elsewhere every item counts the same
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def mig_bench_iou(answer: Box, box: Box | None) -> float:
-    """IoU as MIG-Bench's script has it; both xyxy in one frame. 0 for None.
+    """IoU as MIG-Bench's script has it; both xyxy in the same coordinates. 0 for None.
 
-    Nothing is clipped or repaired: a box inverted on one side never overlaps, touching is an overlap of 0. Where the script
-    itself divides by zero or has no number (both boxes empty; values over 1e308), this is 0.
-    Source: thunlp/Migician, eval/utils.py, calculate_iou.
+    Nothing is clipped or repaired: a box inverted on one side never overlaps, touching is an
+    overlap of 0. Where the script itself divides by zero or has no number (both boxes empty; values
+    over 1e308), this is 0. Source: thunlp/Migician, eval/utils.py, calculate_iou.
     """
     if box is None:
         return 0.0
-    width, height = min(answer[2], box[2]) - max(answer[0], box[0]), min(answer[3], box[3]) - max(answer[1], box[1])
+    width = min(answer[2], box[2]) - max(answer[0], box[0])
+    height = min(answer[3], box[3]) - max(answer[1], box[1])
     if width < 0 or height < 0:
         return 0.0
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (answer, box)]
-    union = areas[0] + areas[1] - width * height
+    union = _area(answer) + _area(box) - width * height
     value = width * height / union if union else 0.0
-    return value if value == value else 0.0
+    return 0.0 if math.isnan(value) else value
 
 
 def univg_iou(answer: Box, box: Box | None) -> float:
@@ -71,11 +85,11 @@ def univg_iou(answer: Box, box: Box | None) -> float:
     """
     if box is None:
         return 0.0
-    overlap = max(0, min(answer[2], box[2]) - max(answer[0], box[0])) * max(0, min(answer[3], box[3]) - max(answer[1], box[1]))
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (answer, box)]
-    union = areas[0] + areas[1] - overlap + 1e-6
-    value = overlap / union if union else 0.0
-    return value if value == value else 0.0
+    width = max(0, min(answer[2], box[2]) - max(answer[0], box[0]))
+    height = max(0, min(answer[3], box[3]) - max(answer[1], box[1]))
+    union = _area(answer) + _area(box) - width * height + 1e-6
+    value = width * height / union if union else 0.0
+    return 0.0 if math.isnan(value) else value
 
 
 def ref_l4_ious(answers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -84,60 +98,82 @@ def ref_l4_ious(answers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     In single precision, as the source: JierunChen/Ref-L4, ref_l4/overlaps.py.
     """
     a, b = np.asarray(answers, np.float32), np.asarray(boxes, np.float32)
-    sides = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None)
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    sides = np.clip(sides, 0, None)
     overlap = sides[:, 0] * sides[:, 1]
-    area_a, area_b = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
+    area_a = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
+    area_b = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
     return overlap / np.maximum(area_a + area_b - overlap, np.float32(1e-6))
 
 
 def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(IoU, problem or "") of one free-text reply by the benchmark's own script; item.size is needed for pixel answers."""
-    if item.frame == "pixels":
-        answer, box = tuple(v / side for v, side in zip(item.box, item.size * 2)), parse_normalized_pair(response)
-        value, limit = univg_iou(answer, box), 1
-    elif item.frame == "unit":
-        box = parse_mig_bench_box(response)
-        value, limit = mig_bench_iou(item.box, box), 1
-    else:
-        box = parse_revised_mig_bench_box(response)
-        value, limit = mig_bench_iou(item.box, box), 1000
-    problem = "no box found" if box is None else "box outside the frame (pixels?), scored all the same" if max(box) > limit else ""
-    return value, problem
+    """(IoU, problem or "") of one free-text reply by the benchmark's own script.
 
-
-def frame_size(frame: str, size: tuple[int, int] | None, box_format: BoxFormat) -> tuple[float, float]:
-    """(width, height) of a frame: "unit" 1, "thousand" 1000, "pixels" `size`, "resized" what the model sees of `size`."""
-    if frame in ("unit", "thousand"):
-        return (1, 1) if frame == "unit" else (1000, 1000)
-    if frame == "pixels":
-        return size or (float("inf"), float("inf"))  # no size is needed where answers are pixels too
-    return seen_size(size, box_format)
-
-
-def strict_iou(item: BenchmarkItem, response: str, frame: str, box_format: BoxFormat) -> tuple[float, str]:
-    """(IoU, problem or "") of the one box in the last <answer>; 0 outside the frame or in another image than the target.
-
-    A reply that names no image passes where the question names it, and where the annotations do not say (static differences,
-    which are in the same place of both images); it fails where finding the image is the task. frame: one of FRAMES; view:
-    the processor's limits, for "resized". The rule is ours.
+    An item whose answer is in pixels needs its size.
     """
-    read = parse_strict_answer(response)
-    if read.box is None:
-        return 0.0, read.problem
-    if read.image is None and not item.image_stated and item.target is not None:
-        return 0.0, "no image named"
-    if read.image is not None and (read.image != item.target if item.target else not 1 <= read.image <= len(item.images)):
-        return 0.0, "wrong image"
-    source = frame_size(frame, item.size, box_format)
-    if min(read.box) < 0 or max(read.box[0::2]) > source[0] or max(read.box[1::2]) > source[1]:
-        return 0.0, "outside the frame"
-    box = read.box if frame == item.frame else rescale_box(read.box, source, frame_size(item.frame, item.size, box_format))
-    return iou(item.box, box), ""
+    if item.coordinates == Coordinates.PIXELS:
+        width, height = item.size
+        x1, y1, x2, y2 = item.box
+        box, limit = parse_normalized_pair(response), 1
+        value = univg_iou((x1 / width, y1 / height, x2 / width, y2 / height), box)
+    elif item.coordinates == Coordinates.NORMALIZED_1:
+        box, limit = parse_mig_bench_box(response), 1
+        value = mig_bench_iou(item.box, box)
+    else:
+        box, limit = parse_revised_mig_bench_box(response), 1000
+        value = mig_bench_iou(item.box, box)
+    if box is None:
+        return value, "no box found"
+    return value, "box outside the image (pixels?), scored all the same" if max(box) > limit else ""
+
+
+def image_problem(item: BenchmarkItem, image: int | None) -> str:
+    """Why a reply that names this image (None: no image) does not answer the item, or "".
+
+    A reply that names no image passes where the question names it, and where the annotations do not
+    say (static differences, which are in the same place of both images); it fails where finding the
+    image is the task.
+    """
+    if image is None:
+        return "no image named" if not item.image_stated and item.target is not None else ""
+    is_possible = image == item.target if item.target else 1 <= image <= len(item.images)
+    return "" if is_possible else "wrong image"
+
+
+def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
+               box_format: BoxFormat) -> tuple[float, str]:
+    """(IoU, problem or "") of the one box in the last <answer>.
+
+    0 for a box outside the image and for another image than the target; see image_problem.
+    coordinates: what the reply's numbers are measured in. box_format: the processor's limits, for
+    absolute coordinates. The rule is ours.
+    """
+    answer = parse_strict_answer(response)
+    if answer.box is None:
+        return 0.0, answer.problem
+    problem = image_problem(item, answer.image)
+    if problem:
+        return 0.0, problem
+    if coordinates == Coordinates.PIXELS and item.size is None:  # nothing is converted, see below
+        image_size = (math.inf, math.inf)
+    else:
+        image_size = coordinate_size(item.size, coordinates, box_format)
+    x1, y1, x2, y2 = answer.box
+    if min(answer.box) < 0 or max(x1, x2) > image_size[0] or max(y1, y2) > image_size[1]:
+        return 0.0, "outside the image"
+    if coordinates == item.coordinates:
+        return iou(item.box, answer.box), ""
+    target_size = coordinate_size(item.size, item.coordinates, box_format)
+    return iou(item.box, rescale_box(answer.box, image_size, target_size)), ""
 
 
 def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, problem) by the letter the free text settles on; of BLINK, first by its authors' own rule."""
-    letter = (parse_blink_letter(response, item.options) if item.id else "") or parse_choice_letter(response, item.options)
+    """(1 or 0, problem) by the letter that the free text settles on.
+
+    BLINK's items, which have an id, are read by their authors' own rule first.
+    """
+    letter = parse_blink_letter(response, item.options) if item.id else ""
+    letter = letter or parse_choice_letter(response, item.options)
     return float(letter == item.letter), "" if letter else "no option chosen"
 
 
@@ -147,105 +183,166 @@ def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
     if block is None:
         return 0.0, "no <answer> block"
     letter = block.strip().strip("()[].")
-    return float(letter == item.letter), "" if len(letter) == 1 and letter in item.options else "no single letter in <answer>"
+    is_option = len(letter) == 1 and letter in item.options
+    return float(letter == item.letter), "" if is_option else "no single letter in <answer>"
 
 
 def substring_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, "") by Migician's rule: the truth occurs somewhere in the reply. BLINK's truth is "(B)", MMIU's "B"."""
-    return float(contains_truth(response, f"({item.letter})" if item.id else item.letter)), ""
+    """(1 or 0, "") by Migician's rule: the truth occurs somewhere in the reply.
 
-
-def judge_all(items: list[BenchmarkItem], lines: list[dict | None], judge: Callable) -> tuple[np.ndarray, Counter]:
-    """((n,) values, problems) of the "response" of each line by judge(item, response); None counts 0 and as missing."""
-    found = [judge(item, line["response"]) if line else (0.0, "missing") for item, line in zip(items, lines, strict=True)]
-    return np.array([value for value, _ in found]), Counter(problem for _, problem in found if problem)
-
-
-def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str, box_format: BoxFormat, protocol: str = "official", frame: str = "thousand",
-                      images: str | None = None, allow_missing: bool = False) -> Scored:
-    """Judge predictions (dicts with "index" or "id", and "response"; Ref-L4 official: "pred_bbox" and "format").
-
-    source: the predictions' name, for errors. frame, view: see strict_iou. images: the folder of the images, where their
-    sizes are needed. Raises ValueError for missing, doubled and unknown items and for what the protocol cannot use.
+    BLINK's truth is "(B)", MMIU's "B".
     """
-    name = benchmark.name
-    boxes_given = name == "ref_l4" and protocol == "official"
-    if boxes_given and predictions and "pred_bbox" not in predictions[0]:
-        raise ValueError(f'Ref-L4\'s own script takes boxes, so {source} needs lines {{"id": ..., "pred_bbox": [x1, y1, x2, y2], '
-                         '"format": "xyxy"}; for free text use --protocol strict')
-    lines = align_predictions(benchmark.items, predictions, "pred_bbox" if boxes_given else "response", source, allow_missing)
+    truth = f"({item.letter})" if item.id else item.letter
+    return float(contains_truth(response, truth)), ""
+
+
+CHOICE_JUDGES: dict[str, Judge] = {
+    "official": official_choice, "strict": strict_choice, "substring": substring_choice}
+
+
+def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
+              judge: Judge) -> tuple[np.ndarray, Counter]:
+    """((n,) values, problems) of each line's "response"; None counts 0 and as missing."""
+    judged = [judge(item, line["response"]) if line else (0.0, "missing")
+              for item, line in zip(items, lines, strict=True)]
+    values = np.array([value for value, _ in judged])
+    return values, Counter(problem for _, problem in judged if problem)
+
+
+def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str,
+                      box_format: BoxFormat, protocol: str = "official",
+                      coordinates: Coordinates = Coordinates.NORMALIZED_1000,
+                      images: str | None = None, allow_missing: bool = False) -> Scored:
+    """Judge predictions: dicts with "index" or "id", and "response".
+
+    Ref-L4's own protocol takes "pred_bbox" and "format" in place of "response". source: the
+    predictions' name, for errors. coordinates, box_format: see strict_iou. images: the folder of
+    the images, where their sizes are needed. Raises ValueError for missing, doubled and unknown
+    items and for what the protocol cannot use.
+    """
+    takes_boxes = benchmark.name == "ref_l4" and protocol == "official"
+    if takes_boxes and predictions and "pred_bbox" not in predictions[0]:
+        raise ValueError(f"Ref-L4's own script takes boxes, so {source} needs lines "
+                         '{"id": ..., "pred_bbox": [x1, y1, x2, y2], "format": "xyxy"}; '
+                         "for free text use --protocol strict")
+    field = "pred_bbox" if takes_boxes else "response"
+    lines = align_predictions(benchmark.items, predictions, field, source, allow_missing)
     items = list(benchmark.items)
-    tasks, indices = tuple(item.task for item in items), tuple(item.index for item in items)
-    if name in ("blink", "mmiu"):
-        judge = {"official": official_choice, "strict": strict_choice, "substring": substring_choice}[protocol]
-        values, problems = judge_all(items, lines, judge)
-        return Scored(tasks, {"accuracy": values}, True, values, indices, dict(problems))
-    converted = frame != items[0].frame and (frame in ("pixels", "resized") or items[0].frame == "pixels")
-    if converted if protocol == "strict" else name in ("lisa", "revos"):
-        items = add_image_sizes(benchmark.items, images)
-    if boxes_given:
-        values, problems = _ref_l4_values(items, lines, source)
-    elif protocol == "official":
-        values, problems = judge_all(items, lines, official_iou)
+    notes = {}
+    if benchmark.name in ("blink", "mmiu"):
+        values, problems = judge_all(items, lines, CHOICE_JUDGES[protocol])
+        metrics = {"accuracy": values}
     else:
-        values, problems = judge_all(items, lines, lambda item, text: strict_iou(item, text, frame, box_format))
-    if name == "ref_l4":
-        steps = np.mean([values > i / 100 for i in range(50, 100, 5)], axis=0)
-        columns = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)} | {"macc": steps, "mean_iou": values}
-    else:
-        columns = {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)} | {"mean_iou": values}
-    return Scored(tasks, columns, name in MACRO, values, indices, dict(problems), notes=annotation_problems(benchmark, protocol == "strict"))
+        if _needs_image_sizes(benchmark, protocol, coordinates):
+            items = add_image_sizes(benchmark.items, images)
+        if takes_boxes:
+            values, problems = _ref_l4_values(items, lines, source)
+        elif protocol == "official":
+            values, problems = judge_all(items, lines, official_iou)
+        else:
+            values, problems = judge_all(
+                items, lines, lambda item, text: strict_iou(item, text, coordinates, box_format))
+        metrics = _iou_metrics(benchmark.name, values)
+        notes = annotation_problems(benchmark, protocol == "strict")
+    tasks = tuple(item.task for item in items)
+    indices = tuple(item.index for item in items)
+    return Scored(tasks, metrics, benchmark.name in MACRO, values, indices, dict(problems),
+                  notes=notes)
 
 
-def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat, protocol: str = "official", frame: str = "thousand",
-                **settings) -> tuple[dict, Scored]:
-    """({"benchmark", "version", "complete", "protocol"}, Scored) from files; settings: images, view, allow_missing of `score`.
+def _needs_image_sizes(benchmark: Benchmark, protocol: str, coordinates: Coordinates) -> bool:
+    if protocol == "official":
+        return benchmark.name in ("lisa", "revos")
+    answers = benchmark.items[0].coordinates
+    # 0..1 and 0..1000 are converted into each other without a size.
+    return coordinates != answers and not {coordinates, answers} <= set(COORDINATE_LIMITS)
 
-    Raises ValueError for an unknown benchmark, protocol or frame, and as `score`.
+
+def _iou_metrics(benchmark: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Metric -> (n,) shares of IoU values; Ref-L4 asks for an IoU over the threshold, not at it."""
+    if benchmark != "ref_l4":
+        metrics = {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)}
+        return metrics | {"mean_iou": values}
+    metrics = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)}
+    steps = [values > percent / 100 for percent in range(50, 100, 5)]
+    return metrics | {"macc": np.mean(steps, axis=0), "mean_iou": values}
+
+
+def _ref_l4_values(items: list[BenchmarkItem], lines: list[dict | None],
+                   source: str) -> tuple[np.ndarray, Counter]:
+    """((n,) IoU, problems) of the "pred_bbox" of each line; None counts 0 and as missing."""
+    boxes = []
+    for item, line in zip(items, lines, strict=True):
+        if line is None:
+            boxes.append([0, 0, 0, 0])
+            continue
+        box, written_as = line["pred_bbox"], line.get("format")
+        if not is_four_numbers(box) or written_as not in ("xyxy", "xywh"):
+            raise ValueError(f'{source}: the line of {item.name} needs "pred_bbox", four numbers, '
+                             'and "format", xyxy or xywh')
+        x, y, third, fourth = box
+        boxes.append([x, y, x + third, y + fourth] if written_as == "xywh" else box)
+    values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))
+    missing = sum(line is None for line in lines)
+    return values, Counter({"missing": missing} if missing else {})
+
+
+def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
+                protocol: str = "official", coordinates: str = Coordinates.NORMALIZED_1000,
+                images: str | None = None, allow_missing: bool = False) -> tuple[dict, Scored]:
+    """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
+
+    box_format, coordinates, images, allow_missing: see score_predictions. Raises ValueError for an
+    unknown benchmark, protocol or word for coordinates, and as score_predictions.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
     if protocol not in PROTOCOLS[name]:
-        raise ValueError(f"{name} has no protocol '{protocol}'; its protocols are {', '.join(PROTOCOLS[name])}")
-    if frame not in FRAMES:
-        raise ValueError(f"no frame '{frame}'; the frames are {', '.join(FRAMES)}")
-    if frame != "thousand" and protocol != "strict":
-        raise ValueError(f"--frame {frame} needs --protocol strict: the authors' own rule takes boxes as they are written")
+        raise ValueError(f"{name} has no protocol '{protocol}'; its protocols are "
+                         f"{', '.join(PROTOCOLS[name])}")
+    if coordinates not in list(Coordinates):
+        raise ValueError(f"no coordinates '{coordinates}'; the coordinates are "
+                         f"{', '.join(Coordinates)}")
+    if coordinates != Coordinates.NORMALIZED_1000 and protocol != "strict":
+        raise ValueError(f"--coordinates {coordinates} needs --protocol strict: the authors' own "
+                         "rule takes boxes as they are written")
     header = {"benchmark": name, "version": "", "complete": True, "protocol": protocol}
     source = Path(predictions).name
     if name in ("mc_bench", "odinw"):
-        from mig_kit.scoring import coco  # here, because coco needs Scored
-
-        truth, boxes = read_json(annotations), read_records(predictions, may_be_empty=True)
-        return header, coco.score_odinw(truth, boxes, source) if name == "odinw" else coco.score_mc_bench(truth, boxes, source, protocol)
+        truth, detections = read_json(annotations), read_records(predictions, may_be_empty=True)
+        if name == "odinw":
+            return header, coco.score_odinw(truth, detections, source)
+        return header, coco.score_mc_bench(truth, detections, source, protocol)
     benchmark = READERS[name](read_records(annotations))
     header |= {"version": benchmark.version, "complete": benchmark.complete}
-    return header, score_predictions(benchmark, read_records(predictions), source, protocol, frame, **settings)
+    scored = score_predictions(benchmark, read_records(predictions), source, box_format, protocol,
+                               Coordinates(coordinates), images, allow_missing)
+    return header, scored
 
 
-def _ref_l4_values(items: list[BenchmarkItem], lines: list[dict | None], source: str) -> tuple[np.ndarray, Counter]:
-    boxes = []
-    for item, line in zip(items, lines, strict=True):
-        box, kind = (line["pred_bbox"], line.get("format")) if line else ([0, 0, 0, 0], "xyxy")
-        if not is_four_numbers(box) or kind not in ("xyxy", "xywh"):
-            raise ValueError(f'{source}: the line of {item.name} needs "pred_bbox", four numbers, and "format", xyxy or xywh')
-        boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]] if kind == "xywh" else box)
-    values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))
-    return values, Counter({"missing": missing} if (missing := sum(line is None for line in lines)) else {})
+def annotation_problems(benchmark: Benchmark, is_strict: bool) -> dict[str, list[str]]:
+    """Kind of problem -> names of the items that have it; kinds that no item has are left out.
 
-
-def annotation_problems(benchmark: Benchmark, strict: bool) -> dict[str, list[str]]:
-    """Names of items that no box can match (inverted or empty answers), whose answer leaves the image, that are given twice.
-
-    Under strict also those whose target image the annotations do not say, so that it cannot be checked.
+    No box can match an inverted or empty answer; an answer may leave the image; MIG-Bench asks some
+    questions twice. Under `strict` also items whose target image the annotations do not say, so
+    that it cannot be checked.
     """
-    limits = {"unit": 1, "thousand": 1000}
-    boxes = [(item, item.box) for item in benchmark.items if item.box]
-    seen: dict[tuple, list[str]] = {}
+    by_kind = defaultdict(list)
+    for item in benchmark.items:
+        if not item.box:
+            continue
+        x1, y1, x2, y2 = item.box
+        if x1 >= x2 or y1 >= y2:
+            by_kind["no box can match"].append(item.name)
+        if max(item.box) > COORDINATE_LIMITS.get(item.coordinates, math.inf):
+            by_kind["answer leaves the image"].append(item.name)
+        if is_strict and item.target is None:
+            by_kind["target image unknown, not checked"].append(item.name)
+    names_by_question = defaultdict(list)
     for item in benchmark.items if benchmark.name == "mig_bench" else ():
-        seen.setdefault((item.task, item.images, item.question, item.box), []).append(item.name)
-    found = {"no box can match": [item.name for item, (x1, y1, x2, y2) in boxes if x1 >= x2 or y1 >= y2],
-             "answer leaves the image": [item.name for item, box in boxes if max(box) > limits.get(item.frame, float("inf"))],
-             "given twice": [" = ".join(names) for names in seen.values() if len(names) > 1],
-             "target image unknown, not checked": [item.name for item, _ in boxes if strict and item.target is None]}
-    return {kind: names for kind, names in found.items() if names}
+        names_by_question[item.task, item.images, item.question, item.box].append(item.name)
+    by_kind["given twice"] = [" = ".join(names) for names in names_by_question.values()
+                              if len(names) > 1]
+    order = ("no box can match", "answer leaves the image", "given twice",
+             "target image unknown, not checked")
+    return {kind: by_kind[kind] for kind in order if by_kind[kind]}

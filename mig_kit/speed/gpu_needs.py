@@ -2,8 +2,8 @@
 
 Predicted, not yet checked against a GPU. Memory follows from the models' shapes and from what a
 layer keeps for the backward pass, which a test measures. Hours are nearer to a bound than to an
-expectation: every prompt holds `images` images of the largest size, and every reply is as long as
-it may be.
+expectation: every prompt holds IMAGES images of the largest size, and every reply is as long as it
+may be.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,7 @@ RUNTIME_GIB = 1.5  # the CUDA context, and what the allocator cannot use
 RATE_SHARE = 0.35  # of a card's rates that is reached; a guess
 LAYER_SECONDS = 0.001  # that a layer of a decoding step takes at least; a guess
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with its scales (double quantisation)
+IMAGES = 6  # of a prompt
 TEXT_TOKENS, TRACE_TOKENS = 200, 300  # of a prompt's text, and of a trace
 ADVICE = {
     "02_sft": "lower max_pixels, or lora_r",
@@ -103,7 +104,7 @@ def read_profile(profile: str) -> Profile:
     return Profile(*(SimpleNamespace(**profile_params(stage, profile)) for stage in stages))
 
 
-def predict(profile: str, images: int = 6) -> dict[str, list]:
+def predict(profile: str) -> dict[str, list]:
     """What a profile needs: lines of `advice`, and the rows of `memory_table` and `hours_table`.
 
     All are empty where the profile's model is neither in SHAPES nor a folder, as is "tiny".
@@ -114,11 +115,11 @@ def predict(profile: str, images: int = 6) -> dict[str, list]:
         return {"advice": [], "memory": [], "hours": []}
     advice = []
     for gigabytes in CARDS:
-        pixels = fitting_pixels(shape, params, gigabytes, images)
+        pixels = fitting_pixels(shape, params, gigabytes)
         verdict = f"all stages fit, up to max_pixels {pixels}" if pixels else "not all stages fit"
-        advice.append(f"{gigabytes} GB: {verdict} ({images} images a prompt)")
-    return {"advice": advice, "memory": memory_table(predict_memory(shape, params, images)),
-            "hours": hours_table(shape, params, images)}
+        advice.append(f"{gigabytes} GB: {verdict} ({IMAGES} images a prompt)")
+    return {"advice": advice, "memory": memory_table(predict_memory(shape, params)),
+            "hours": hours_table(shape, params)}
 
 
 def find_shape(model: str) -> Shape | None:
@@ -195,13 +196,13 @@ def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
             "prefill": prompt_tokens * (4 * shape.hidden + 3 * shape.inner) * 2 / GIB}
 
 
-def predict_memory(shape: Shape, params: Profile, images: int = 6) -> dict[str, dict[str, float]]:
+def predict_memory(shape: Shape, params: Profile) -> dict[str, dict[str, float]]:
     """Stage -> parts in GiB.
 
     05 draws replies, then learns from them: its parts are those of the phase that needs more.
     """
     _, sft, sampling, grpo, evaluate = params
-    prompt = TEXT_TOKENS + count_image_tokens(shape, params, images)
+    prompt = TEXT_TOKENS + count_image_tokens(shape, params)
     sft_load = Load(prompt, sft.per_device_train_batch_size, 1, TRACE_TOKENS)
     group, reply = grpo.num_generations, grpo.max_completion_length
     in_graph = max(1, (grpo.micro_replies or grpo.per_device_train_batch_size) // group)
@@ -220,9 +221,9 @@ def predict_memory(shape: Shape, params: Profile, images: int = 6) -> dict[str, 
         "06_evaluate": decoding_memory(shape, evaluate_load)}
 
 
-def count_image_tokens(shape: Shape, params: Profile, images: int) -> int:
-    """Tokens of `images` images of the largest size."""
-    return images * params.synthesize.max_pixels // shape.token_side**2
+def count_image_tokens(shape: Shape, params: Profile) -> int:
+    """Image tokens of a prompt."""
+    return IMAGES * params.synthesize.max_pixels // shape.token_side**2
 
 
 def groups_per_update(grpo: SimpleNamespace) -> int:
@@ -244,14 +245,14 @@ def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def fitting_pixels(shape: Shape, params: Profile, gigabytes: int, images: int = 6) -> int:
+def fitting_pixels(shape: Shape, params: Profile, gigabytes: int) -> int:
     """The largest max_pixels, in steps of 16 image tokens, with which every stage fits a card; 0 if
     none does.
     """
     area = shape.token_side**2
     for tokens in range(params.synthesize.max_pixels // area, 0, -16):
         synthesize = SimpleNamespace(**vars(params.synthesize) | {"max_pixels": tokens * area})
-        rows = memory_table(predict_memory(shape, params._replace(synthesize=synthesize), images))
+        rows = memory_table(predict_memory(shape, params._replace(synthesize=synthesize)))
         if all(row[f"{gigabytes} GB"] == "fits" for row in rows):
             return tokens * area
     return 0
@@ -289,13 +290,12 @@ def language_flops(shape: Shape, new: int, before: int = 0) -> float:
             + 4 * shape.layers * shape.head_dim * shape.heads * pairs)
 
 
-def predict_seconds(shape: Shape, params: Profile, gigabytes: int,
-                    images: int = 6) -> dict[str, float]:
+def predict_seconds(shape: Shape, params: Profile, gigabytes: int) -> dict[str, float]:
     """Seconds of one sample, candidate, group or question of each stage of `count_work`."""
     _, sft, sampling, grpo, evaluate = params
     _, tera_flops, giga_bytes = CARDS[gigabytes]
     flop_rate, byte_seconds = RATE_SHARE * tera_flops * 1e12, 1 / (RATE_SHARE * giga_bytes * 1e9)
-    image_tokens = count_image_tokens(shape, params, images)
+    image_tokens = count_image_tokens(shape, params)
     prompt = TEXT_TOKENS + image_tokens
     seeing = 2 * shape.vision * 4 * image_tokens  # four patches to a token, encoded once
     head = 2 * shape.hidden * shape.vocabulary
@@ -329,11 +329,11 @@ def predict_seconds(shape: Shape, params: Profile, gigabytes: int,
                                     evaluate.batch_size)}
 
 
-def hours_table(shape: Shape, params: Profile, images: int = 6) -> list[dict]:
+def hours_table(shape: Shape, params: Profile) -> list[dict]:
     """Rows {stage, how many, hours on each of CARDS}."""
     rows = [{"stage": stage, "how many": count} for stage, count in count_work(params).items()]
     for gigabytes, (name, _, _) in CARDS.items():
-        seconds = predict_seconds(shape, params, gigabytes, images)
+        seconds = predict_seconds(shape, params, gigabytes)
         for row in rows:
             hours = row["how many"] * seconds[row["stage"]] / 3600
             row[f"{gigabytes} GB, {name}: hours"] = round(hours, 1)

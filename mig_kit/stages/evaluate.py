@@ -102,3 +102,25 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
         groups = list(split_by_task([samples[i] for i in asked], np.array(means)).values())
         result |= {"sampled": to_percent(macro_mean(groups)), "sampled_ci95": [to_percent(v) for v in bootstrap_interval(groups)]}
     return result
+
+
+def summarize_systems(samples: dict[str, list[Sample]], replies: dict,
+                      box_format: BoxFormat) -> dict:
+    """system -> suite -> `summarize_suite`; replies: of `engine.systems.suite_replies`."""
+    return {system: {suite: summarize_suite(samples[suite], answers["greedy"], answers["drawn"],
+                                            box_format)
+                     for suite, answers in by_suite.items()}
+            for system, by_suite in replies.items()}
+
+
+def compare_systems(samples: dict[str, list[Sample]], replies: dict,
+                    pairs: list[tuple[str, str]], box_format: BoxFormat) -> dict:
+    """"after-before" -> suite -> `paired_difference`, for every (after, before) pair of systems."""
+    deltas = {}
+    for after, before in pairs:
+        deltas[f"{after}-{before}"] = {
+            suite: paired_difference(
+                samples[suite], replies[after][suite]["greedy"], replies[before][suite]["greedy"],
+                replies[after][suite]["drawn"], replies[before][suite]["drawn"], box_format)
+            for suite in samples}
+    return deltas

@@ -79,7 +79,8 @@ def count_outcomes(samples: list[Sample], replies: dict[str, dict[str, str]],
     counts = {system: Counter(classify_outcome(by_id[sample.id], sample, box_format)
                               for sample in samples)
               for system, by_id in replies.items()}
-    occurring = [outcome for outcome in OUTCOMES if any(count[outcome] for count in counts.values())]
+    occurring = [outcome for outcome in OUTCOMES
+                 if any(count[outcome] for count in counts.values())]
     return {system: {outcome: count[outcome] for outcome in occurring}
             for system, count in counts.items()}
 
@@ -263,3 +264,45 @@ def _reward_figure(metrics: dict[str, dict[str, dict]]) -> plt.Figure:
     sns.lineplot(table, x="step", y="reward", hue="run", palette="colorblind", ax=axis)
     axis.set_title("Mean reward over the last ten steps", loc="left", fontsize=11)
     return figure
+
+
+def report_sections(metrics: dict, figures: dict[str, plt.Figure | None], gallery: Markup,
+                    benchmark_rows: list[dict]) -> list[tuple[str, Markup]]:
+    """The sections of the run's page, for `render_page`.
+
+    metrics: of stage 06. figures: "suites", "tasks", "outcomes", "loss", "grpo", "flow", "dropped",
+    "difficulty"; None for one that cannot be drawn. benchmark_rows: of a real benchmark, or [].
+    """
+    def images(*names: str) -> Markup:
+        return Markup("").join(image_tag(figures[name], name) for name in names if figures[name])
+
+    systems = metrics["systems"]
+    sections = [("The paper's claims and this run (points)", html_table(claim_rows(metrics)))]
+    if benchmark_rows:
+        benchmark = metrics["benchmark"]
+        title = f"{benchmark['name']} {benchmark['version']} (greedy, percent)"
+        sections.append((title, html_table(benchmark_rows)))
+    return [
+        *sections,
+        ("Scores on drawn suites, greedy (percent)",
+         html_table(score_rows(systems)) + images("suites")),
+        ("Scores on drawn suites, mean of replies at temperature 1 (percent)",
+         html_table(score_rows(systems, "sampled"))),
+        ("MIG-Bench-like (drawn), per task", images("tasks", "outcomes")),
+        ("Training", images("loss", "grpo")),
+        ("Data", images("flow", "dropped", "difficulty")),
+        ("Gallery: target green, answer dashed orange, reference pink", gallery)]
+
+
+def score_bars(systems: dict) -> list[dict]:
+    """Rows {suite, system, score, ci95} for `plots.plot_bars`; systems: of stage 06's metrics."""
+    return [{"suite": SUITE_NAMES[suite], "system": system, "score": result["score"],
+             "ci95": result["ci95"]}
+            for system, suites in systems.items() for suite, result in suites.items()]
+
+
+def task_bars(systems: dict) -> list[dict]:
+    """Rows {task, system, acc@0.5, ci95} of the MIG-Bench-like tasks, for `plots.plot_bars`."""
+    return [{"task": task, "system": system, "acc@0.5": result["acc@0.5"], "ci95": result["ci95"]}
+            for system, suites in systems.items()
+            for task, result in suites["mig_bench"]["tasks"].items()]

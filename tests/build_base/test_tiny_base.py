@@ -27,7 +27,7 @@ from mig_kit.world.scenes import (
     object_cell,
     random_appearances,
 )
-from mig_kit.world.tasks import list_image_note
+from mig_kit.world.specs import list_image_note
 
 
 def draw_album(rng, images):

@@ -8,6 +8,9 @@ from click.testing import CliRunner
 
 from mig_kit.cli import cli
 from mig_kit.pipeline import hub
+from mig_kit.plots import SUITE_NAMES
+
+GRPO_PARAMS = {"max_steps": 3, "seed": 1, "base_model": "tiny", "coordinates": "absolute"}
 
 
 @pytest.fixture
@@ -15,13 +18,13 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     gap = {"value": 9.5, "ci95": [7.0, 12.0]}
-    suites = {suite: {"score": 50.0} for suite in hub.NAMES}
-    params_of = {"02_sft": {"base_model": "tiny"}, "05_grpo": {"max_steps": 3, "seed": 1, "frame": "resized"}, "06_evaluate": {}}
+    suites = {suite: {"score": 50.0} for suite in SUITE_NAMES}
+    params_of = {"02_sft": {}, "05_grpo": GRPO_PARAMS, "06_evaluate": {}}
     for stage, params in params_of.items():
         (tmp_path / "a" / stage).mkdir(parents=True)
         (tmp_path / "a" / stage / "run.json").write_text(json.dumps({"params": params}))
     (tmp_path / "a" / "06_evaluate" / "metrics.json").write_text(json.dumps(
-        {"systems": {"sft": suites, "grpo": suites}, "deltas": {"grpo-sft": {suite: gap for suite in hub.NAMES}}}))
+        {"systems": {"sft": suites, "grpo": suites}, "deltas": {"grpo-sft": {suite: gap for suite in SUITE_NAMES}}}))
     (tmp_path / "a" / "05_grpo" / "model").mkdir()
     (tmp_path / "a" / "05_grpo" / "model" / "model.safetensors").write_bytes(b"x")
     return tmp_path
@@ -29,7 +32,7 @@ def run(tmp_path, monkeypatch):
 
 def test_card_follows_the_hubs_form(run):
     text = hub.model_card("a")
-    assert text.startswith("---\nlicense: apache-2.0\n") and text.count("---\n") >= 2 and "base_model" not in text
+    assert "\nlicense: apache-2.0\n" in text and text.startswith("---\n") and text.count("---\n") >= 2 and "base_model" not in text
     assert text.count("+9.5 (+7.0 to +12.0)") == 4
     with pytest.raises(FileNotFoundError, match="has no finished 02_sft"):
         hub.model_card("b")
@@ -37,7 +40,8 @@ def test_card_follows_the_hubs_form(run):
 
 @pytest.mark.parametrize("base", ["Qwen/Qwen2.5-VL-3B-Instruct", "/somewhere/models/mine"])
 def test_of_another_base_no_licence_is_claimed_and_no_path_told(run, base):
-    (run / "a" / "02_sft" / "run.json").write_text(json.dumps({"params": {"base_model": base}}))
+    record = {"params": {**GRPO_PARAMS, "base_model": base}}
+    (run / "a" / "05_grpo" / "run.json").write_text(json.dumps(record))
     text = hub.model_card("a")
     assert "license: other" in text and "apache" not in text and "/somewhere" not in text
     assert (f"base_model: {base}\n" in text) == base.startswith("Qwen")
@@ -49,9 +53,9 @@ def test_scores_of_another_model_are_not_sent(run):
     for now, refused in (("old", False), ("new", True)):
         (run / "a" / "06_evaluate" / "run.json").write_text(json.dumps(record))
         (run / "a" / "05_grpo" / "run.json").write_text(json.dumps(
-            {"params": {"max_steps": 3, "seed": 1, "frame": "resized"}, "outputs": {"model/model.safetensors": now}}))
+            {"params": GRPO_PARAMS, "outputs": {"model/model.safetensors": now}}))
         if refused:
-            with pytest.raises(ValueError, match="06_evaluate of run 'a' finished before 05_grpo was run anew"):
+            with pytest.raises(ValueError, match="06_evaluate of run 'a' finished before 05_grpo was run again"):
                 hub.model_card("a")
         else:
             assert hub.model_card("a")

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mig_kit.boxes import BoxFormat, smart_resize
+from mig_kit.boxes import BoxFormat, Coordinates, smart_resize
 from mig_kit.cli import cli
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.scoring import annotations, coco, leaderboard, parsers, score
@@ -24,6 +24,11 @@ DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "dat
 MIG_FILE, BLINK_FILES = DATA / "mig_bench" / "MIG_data.json", sorted((DATA / "blink").glob("val_*.jsonl"))
 needs_mig = pytest.mark.skipif(not MIG_FILE.is_file(), reason="no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
 needs_blink = pytest.mark.skipif(not BLINK_FILES, reason="no blink/val_*.jsonl in the folder that MIG_KIT_DATA names")
+
+
+def score_predictions(benchmark, predictions, source="P", *rules, **settings):
+    """Scores with the default limits of a processor, which only absolute coordinates need."""
+    return score.score_predictions(benchmark, predictions, source, BoxFormat(), *rules, **settings)
 
 
 # An oracle of MIG-Bench's rules, written without regular expressions and in exact fractions.
@@ -185,16 +190,16 @@ def item(**changes):
 
 def test_strict_wants_the_right_image_and_frame():
     right = '<answer>{"image": 2, "box": [100, 200, 300, 400]}</answer>'
-    assert score.strict_iou(item(), right, "thousand", (3136, 401408)) == (pytest.approx(1), "")
-    assert score.strict_iou(item(), right.replace("2,", "1,", 1), "thousand", (3136, 401408)) == (0, "wrong image")
-    assert score.strict_iou(item(), right, "unit", (3136, 401408)) == (0, "outside the frame")
+    assert score.strict_iou(item(), right, Coordinates.NORMALIZED_1000, BoxFormat()) == (pytest.approx(1), "")
+    assert score.strict_iou(item(), right.replace("2,", "1,", 1), Coordinates.NORMALIZED_1000, BoxFormat()) == (0, "wrong image")
+    assert score.strict_iou(item(), right, Coordinates.NORMALIZED_1, BoxFormat()) == (0, "outside the image")
     silent = "<answer>[100, 200, 300, 400]</answer>"
-    assert score.strict_iou(item(), silent, "thousand", (3136, 401408))[0] == pytest.approx(1)
-    assert score.strict_iou(item(image_stated=False), silent, "thousand", (3136, 401408)) == (0, "no image named")
+    assert score.strict_iou(item(), silent, Coordinates.NORMALIZED_1000, BoxFormat())[0] == pytest.approx(1)
+    assert score.strict_iou(item(image_stated=False), silent, Coordinates.NORMALIZED_1000, BoxFormat()) == (0, "no image named")
     static = item(task="diff", target=None, images=("a", "b"))
-    assert score.strict_iou(static, right, "thousand", (3136, 401408))[0] == pytest.approx(1)
+    assert score.strict_iou(static, right, Coordinates.NORMALIZED_1000, BoxFormat())[0] == pytest.approx(1)
     third = right.replace('"image": 2', '"image": 3')
-    assert score.strict_iou(static, third, "thousand", (3136, 401408)) == (0, "wrong image")
+    assert score.strict_iou(static, third, Coordinates.NORMALIZED_1000, BoxFormat()) == (0, "wrong image")
 
 
 def test_strict_converts_the_resized_frame():
@@ -202,9 +207,9 @@ def test_strict_converts_the_resized_frame():
     width, height = smart_resize(*size)
     box = [0.1 * width, 0.2 * height, 0.3 * width, 0.4 * height]
     text = f"<answer>[{', '.join(f'{v:.4f}' for v in box)}]</answer>"
-    assert score.strict_iou(item(size=size), text, "resized", BoxFormat())[0] == pytest.approx(1, abs=1e-3)
+    assert score.strict_iou(item(size=size), text, Coordinates.ABSOLUTE, BoxFormat())[0] == pytest.approx(1, abs=1e-3)
     pixels = "<answer>[100, 100, 300, 200]</answer>"
-    assert score.strict_iou(item(size=size), pixels, "pixels", BoxFormat())[0] == pytest.approx(1)
+    assert score.strict_iou(item(size=size), pixels, Coordinates.PIXELS, BoxFormat())[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("text,letter", [
@@ -225,7 +230,7 @@ def test_multiple_choice_protocols():
     bench = annotations.read_blink(records)
     texts = ["(A)", "<answer>(B)</answer>", "Not (B) but (A), so I choose (A).", "(B)"]
     lines = [{"id": f"val_T_{i}", "response": text} for i, text in enumerate(texts)]
-    right = {protocol: score.score_predictions(bench, lines, "P", protocol).values.tolist() for protocol in score.PROTOCOLS["blink"]}
+    right = {protocol: score_predictions(bench, lines, "P", protocol).values.tolist() for protocol in score.PROTOCOLS["blink"]}
     assert right == {"official": [1, 1, 1, 0], "strict": [0, 1, 0, 0], "substring": [1, 1, 1, 0]}  # "(B)" alone: a quirk
 
 
@@ -233,7 +238,7 @@ def test_mmiu_letters_and_left_out_items():
     bench = annotations.read_mmiu([{"task": "t", "options": "A: the U.S. B: two C: three", "output": "C"}, {"task": "t", "output": None},
                              {"task": "u", "options": "A: 1\nB: 2", "output": "B."}])
     assert [(i.index, i.letter, i.options) for i in bench.items] == [(0, "C", "ABC"), (2, "B", "AB")]
-    scored = score.score_predictions(bench, [{"index": 0, "response": "C"}, {"index": 2, "response": "A"}], "P")
+    scored = score_predictions(bench, [{"index": 0, "response": "C"}, {"index": 2, "response": "A"}], "P")
     assert summarize(scored)["avg"]["accuracy"] == 50 and scored.indices == (0, 2)
 
 
@@ -262,7 +267,7 @@ def test_mig_bench_summary_by_hand():
     bench = annotations.read_mig_bench(mig_records())
     assert (bench.version, bench.complete) == ("original", False)
     assert [i.target for i in bench.items] == [2, 3, 1, None, 1, 1] and not bench.items[2].image_stated
-    result = summarize(score.score_predictions(bench, lines_of(REPLIES), "P"))
+    result = summarize(score_predictions(bench, lines_of(REPLIES), "P"))
     tasks = result["tasks"]  # IoU 1 and 0.5; 0.5; 0.8; 0.25 and 0
     assert list(tasks) == ["common_object", "group_grounding", "diff", "region"]
     assert [values["acc@0.5"] for values in tasks.values()] == [100, 100, 100, 0]
@@ -276,15 +281,15 @@ def test_mig_bench_summary_by_hand():
 def test_the_revised_version_is_told_by_its_answers():
     records = [{**record, "answer": [round(1000 * v) for v in record["answer"]]} for record in mig_records()]
     bench = annotations.read_mig_bench(records)
-    assert bench.version == "revised" and bench.items[0].frame == "thousand"
-    assert score.score_predictions(bench, lines_of(REPLIES), "P").values.tolist() == pytest.approx([1, 0.5, 0.5, 0.8, 0.25, 0])
+    assert bench.version == "revised" and bench.items[0].coordinates == Coordinates.NORMALIZED_1000
+    assert score_predictions(bench, lines_of(REPLIES), "P").values.tolist() == pytest.approx([1, 0.5, 0.5, 0.8, 0.25, 0])
     wrapped = lines_of([f"<answer>{text}</answer>" for text in REPLIES])  # the reply to the group item names no image
-    assert score.score_predictions(bench, wrapped, "P", "strict").values.tolist() == pytest.approx([1, 0.5, 0, 0.8, 0.25, 0])
+    assert score_predictions(bench, wrapped, "P", "strict").values.tolist() == pytest.approx([1, 0.5, 0, 0.8, 0.25, 0])
 
 
 def test_paired_difference():
     bench = annotations.read_mig_bench(mig_records())
-    first, second = (score.score_predictions(bench, lines_of(texts), "P") for texts in (REPLIES, ["nothing"] * 6))
+    first, second = (score_predictions(bench, lines_of(texts), "P") for texts in (REPLIES, ["nothing"] * 6))
     gap = paired_difference(first, second)
     assert gap["acc@0.5"] == {"value": 75, "ci95": [75, 75]} and gap["mean_iou"]["value"] == pytest.approx(54.375, abs=0.01)
     assert paired_difference(first, first)["mean_iou"] == {"value": 0, "ci95": [0, 0]}
@@ -298,7 +303,7 @@ def test_paired_difference():
     ([{**line, "index": line["index"] + 0.5} for line in lines_of(REPLIES)], 'no "index" or "id"')])
 def test_predictions_must_fit(lines, sentence):
     with pytest.raises(ValueError) as error:
-        score.score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl")
+        score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl")
     assert sentence in str(error.value) and "P.jsonl" in str(error.value)
 
 
@@ -318,37 +323,37 @@ def test_names_of_images(text, images):
 
 def test_a_line_that_names_two_items_is_refused_and_ids_count_only_where_there_are_any():
     lines = [{**line, "id": len(REPLIES) - line["index"]} for line in lines_of(REPLIES)]
-    plain = score.score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES), "P.jsonl")
-    assert (score.score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl").values == plain.values).all()
+    plain = score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES), "P.jsonl")
+    assert (score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl").values == plain.values).all()
     bench = annotations.read_blink([{"idx": f"val_{i}", "sub_task": "T", "answer": "(A)"} for i in range(2)])
     with pytest.raises(ValueError, match="which are different items"):
-        score.score_predictions(bench, [{"index": 0, "id": "val_1", "response": "A"}, {"index": 1, "id": "val_0", "response": "A"}], "P")
-    assert score.score_predictions(bench, [{"id": None, "index": i, "response": "A"} for i in (1, 0)], "P").values.tolist() == [1, 1]
+        score_predictions(bench, [{"index": 0, "id": "val_1", "response": "A"}, {"index": 1, "id": "val_0", "response": "A"}], "P")
+    assert score_predictions(bench, [{"id": None, "index": i, "response": "A"} for i in (1, 0)], "P").values.tolist() == [1, 1]
 
 
-def test_a_frame_that_nobody_would_read_is_refused(tmp_path):
+def test_coordinates_that_no_protocol_reads_are_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(mig_records()))
-    with pytest.raises(ValueError, match="--frame resized needs --protocol strict"):
-        score.score_files("mig_bench", str(tmp_path / "a.json"), "p", "official", "resized")
+    with pytest.raises(ValueError, match="--coordinates absolute needs --protocol strict"):
+        score.score_files("mig_bench", str(tmp_path / "a.json"), "p", BoxFormat(), "official", "absolute")
 
 
 def test_odinw_with_categories_in_any_order_and_ids_as_text():
     truth = {"images": [{"id": 1, "width": 50, "height": 50}], "categories": [{"id": 2, "name": "dog"}, {"id": 1, "name": "cat"}],
              "annotations": [{"id": 0, "image_id": 1, "category_id": c, "bbox": [b, b, 10, 10]} for c, b in ((1, 5), (2, 30))]}
     found = coco.score_odinw(truth, [{"image_id": "1", "category_id": "1", "bbox": [5, 5, 10, 10], "score": 1.0, "caption": "x"}], "P")
-    assert found.whole["cat"]["ap"] == 100 and found.whole["dog"]["ap"] == 0
+    assert found.aggregates["cat"]["ap"] == 100 and found.aggregates["dog"]["ap"] == 0
 
 
 def test_an_index_may_be_written_as_text_or_as_a_float():
     """As pandas writes a column with gaps."""
-    plain = score.score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES), "P.jsonl")
+    plain = score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES), "P.jsonl")
     for kind in (str, float):
         lines = [{**line, "index": kind(line["index"])} for line in lines_of(REPLIES)]
-        assert (score.score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl").values == plain.values).all()
+        assert (score_predictions(annotations.read_mig_bench(mig_records()), lines, "P.jsonl").values == plain.values).all()
 
 
 def test_missing_may_be_counted_wrong():
-    scored = score.score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES)[:1], "P", allow_missing=True)
+    scored = score_predictions(annotations.read_mig_bench(mig_records()), lines_of(REPLIES)[:1], "P", allow_missing=True)
     assert scored.problems == {"missing": 5} and scored.values.tolist() == pytest.approx([1, 0, 0, 0, 0, 0])
 
 
@@ -363,10 +368,10 @@ def test_lisa_by_hand(tmp_path):
     picture(tmp_path / "a.jpg", (200, 100))
     bench = annotations.read_lisa([{"image_path": "a.jpg", "instruction": "the cat", "boxes": [[20, 20, 60, 40], [0, 0, 9, 9]]}] * 2)
     lines = lines_of(["<answer>(100,200),(300,400)</answer> (0,0),(1,1)", "[100,200,300,400]"])
-    scored = score.score_predictions(bench, lines, "P", images=str(tmp_path))
+    scored = score_predictions(bench, lines, "P", images=str(tmp_path))
     assert scored.values.tolist() == [pytest.approx(0.04 / (0.04 + 1e-6), abs=1e-12), 0] and bench.version == "subset"
     pixels = lines_of(["<answer>[20,20,60,40]</answer>"] * 2)
-    assert score.score_predictions(bench, pixels, "P", "strict", "pixels").values.tolist() == [1, 1]  # no conversion, so no images needed
+    assert score_predictions(bench, pixels, "P", "strict", Coordinates.PIXELS).values.tolist() == [1, 1]  # no conversion, so no images needed
 
 
 def test_revos_answers_in_the_third_frame(tmp_path):
@@ -375,7 +380,7 @@ def test_revos_answers_in_the_third_frame(tmp_path):
     boxes = [[0, 0, 1, 1], [0, 0, 1, 1], [100.9, 20, 500, 60]]
     bench = annotations.read_revos([{"video_id": "v1", "frames": [0, 1, 3], "question": "q", "bbox_list": boxes}])
     assert annotations.add_image_sizes(bench.items, tmp_path)[0].size == (1000, 100)  # 1, 2, 3, 10: by number, not by name
-    assert score.score_predictions(bench, lines_of(["(100,200),(500,600)"]), "P", images=str(tmp_path)).values[0] == pytest.approx(1, abs=1e-4)
+    assert score_predictions(bench, lines_of(["(100,200),(500,600)"]), "P", images=str(tmp_path)).values[0] == pytest.approx(1, abs=1e-4)
 
 
 def test_images_are_confined_and_missing_ones_listed(tmp_path):
@@ -396,13 +401,13 @@ def test_ref_l4_by_hand():
     lines = [{"id": "a", "pred_bbox": [0, 0, 100, 50], "format": "xyxy"},
              {"id": "b", "pred_bbox": [0, 0, 200, 160], "format": "xywh"},
              {"id": "c", "pred_bbox": [10, 10, 300, 300], "format": "xywh"}]
-    result = summarize(score.score_predictions(bench, lines, "P"))
+    result = summarize(score_predictions(bench, lines, "P"))
     assert list(result["tasks"]) == ["small", "medium", "large"]
     assert result["avg"]["acc@0.5"] == 66.67  # IoU 0.5 is not over 0.5
     assert (result["avg"]["acc@0.75"], result["avg"]["acc@0.9"], result["avg"]["mean_iou"]) == (66.67, 33.33, 76.67)
     assert result["tasks"]["medium"]["macc"] == 60  # 0.8 passes 0.5 to 0.75, and is not over 0.8 in single precision
     with pytest.raises(ValueError, match="--protocol strict"):
-        score.score_predictions(bench, lines_of(["(1,2),(3,4)"] * 3), "P")
+        score_predictions(bench, lines_of(["(1,2),(3,4)"] * 3), "P")
 
 
 def coco_truth(groups=1):
@@ -473,10 +478,10 @@ def test_parsers_never_raise(text):
     if strict.box:
         assert strict.box[0] < strict.box[2] and strict.box[1] < strict.box[3] and all(map(math.isfinite, strict.box))
     assert parsers.parse_choice_letter(text, "ABCD") in ("", *"ABCD")
-    for frame in ("thousand", "unit"):
-        assert 0 <= score.strict_iou(item(), text, frame, BoxFormat())[0] <= 1
+    for coordinates in (Coordinates.NORMALIZED_1000, Coordinates.NORMALIZED_1):
+        assert 0 <= score.strict_iou(item(), text, coordinates, BoxFormat())[0] <= 1
     box = (1, 2, 300, 400)
-    for thing in (item(), item(frame="thousand", box=box), item(frame="pixels", size=(640, 480), box=box)):
+    for thing in (item(), item(coordinates=Coordinates.NORMALIZED_1000, box=box), item(coordinates=Coordinates.PIXELS, size=(640, 480), box=box)):
         assert 0 <= score.official_iou(thing, text)[0] <= 1 + 1e-9
     assert len(oracle_boxes(text)) == len(parsers._matches(text))
 
@@ -504,19 +509,19 @@ def test_command_writes_the_result(files):
     written = json.loads((files / "out.json").read_text())
     assert {"benchmark", "version", "protocol", "n", "tasks", "avg"} <= set(written) and written["n"] == 6
     assert written["compare"]["difference"]["acc@0.5"]["value"] == 75
-    assert "| avg | 6 | 75.00 |" in result.output and "63.82" in result.output and "Not every item" in result.output
+    assert "| avg | 6 | 75.00 |" in result.output and "63.82" in result.output and "do not hold every item" in result.output
     values = [json.loads(line)["value"] for line in (files / "items.jsonl").read_text().splitlines()]
     assert values == pytest.approx([1, 0.5, 0.5, 0.8, 0.25, 0])
 
 
 @pytest.mark.parametrize("words,changes,sentence", [
     (("mig",), {}, "the benchmarks are"), (("mig_bench", "--protocol", "substring"), {}, "its protocols are"),
-    (("mig_bench", "--frame", "cm"), {}, "the frames are"), (("mig_bench",), {"predictions": "none.jsonl"}, "no file"),
+    (("mig_bench", "--coordinates", "cm"), {}, "the coordinates are"), (("mig_bench",), {"predictions": "none.jsonl"}, "no file"),
     (("mig_bench",), {"predictions": "cut.jsonl"}, "line 2 of"), (("mig_bench",), {"predictions": "list.json"}, "entry 1 of"),
     (("mig_bench",), {"predictions": "empty.jsonl"}, "is empty"), (("mig_bench",), {"predictions": "bytes.jsonl"}, "UTF-8"),
     (("mig_bench",), {"annotations": "a.jsonl"}, "is this the MIG-Bench file"), (("lisa",), {}, "is this the LISA-grounding file"),
     (("blink",), {}, "is this the BLINK file"), (("mc_bench",), {}, "COCO-style"), (("odinw",), {}, "COCO-style"),
-    (("mig_bench", "--protocol", "strict", "--frame", "pixels"), {}, "--images"),
+    (("mig_bench", "--protocol", "strict", "--coordinates", "pixels"), {}, "--images"),
     (("mig_bench", "--json", "no/such/folder.json"), {}, "cannot be written")])
 def test_bad_input_is_one_sentence(files, words, changes, sentence):
     (files / "cut.jsonl").write_text('{"index": 0, "response": ""}\n{"index": 1, "resp')
@@ -535,7 +540,7 @@ def test_parquet_annotations(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
     bench = annotations.read_ref_l4(annotations.read_records(tmp_path / "a.parquet"))
     lines = [{"id": "a", "response": "<answer>(0,0),(500,500)</answer>"}]
-    assert score.score_predictions(bench, lines, "P", "strict").values[0] == pytest.approx(1)
+    assert score_predictions(bench, lines, "P", "strict").values[0] == pytest.approx(1)
 
 
 def test_published_rows_average_to_their_headline():
@@ -560,11 +565,11 @@ def test_the_official_annotations():
 def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
     bench = annotations.read_mig_bench(annotations.read_records(MIG_FILE))
     truth = [f"[{', '.join(map(str, i.box))}]" for i in bench.items]
-    scored = score.score_predictions(bench, lines_of(truth), "P")
+    scored = score_predictions(bench, lines_of(truth), "P")
     below = {i.index for i, value in zip(bench.items, scored.values) if value < 0.999}
     assert below == {7, 105, 126, 163, 512} | {i.index for i in bench.items if max(i.box) >= 1}  # a lone 1.0 is read as 0.001
     responses = [text for _, text in varied_responses(len(bench.items), seed=1)]
-    values = score.score_predictions(bench, lines_of(responses), "P").values
+    values = score_predictions(bench, lines_of(responses), "P").values
     for thing, response, value in zip(bench.items, responses, values):
         assert value == pytest.approx(float(oracle_iou(thing.box, response)), abs=1e-9)
 
@@ -591,5 +596,5 @@ def test_blinks_published_scores():
     for path in BLINK_FILES:
         records = annotations.read_records(path)
         lines = [{"id": r["idx"], "response": r["prediction"]} for r in records]
-        got = summarize(score.score_predictions(annotations.read_blink(records), lines, path.name))["avg"]["accuracy"]
+        got = summarize(score_predictions(annotations.read_blink(records), lines, path.name))["avg"]["accuracy"]
         assert got == pytest.approx(published[path.stem.removeprefix("val_")], abs=0.3)

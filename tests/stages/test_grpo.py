@@ -175,8 +175,9 @@ def without_prompts(trainer, batch, indices):
 
 def check_gradients_equal(stock_model, model):
     stock_gradients, gradients = (
-        {name: parameter.grad for name, parameter in m.named_parameters() if parameter.requires_grad}
-        for m in (stock_model, model))
+        {name: parameter.grad for name, parameter in owner.named_parameters()
+         if parameter.requires_grad}
+        for owner in (stock_model, model))
     assert len(gradients) == 28 and gradients.keys() == stock_gradients.keys()
     flat_stock, flat = (torch.cat([gradient.flatten() for gradient in values.values()])
                         for values in (stock_gradients, gradients))

@@ -10,7 +10,7 @@ from mig_kit.stages import seeds
 from mig_kit.world import suites
 
 PARAMS = {"eval_seed": 3, "mig_per_task": 2, "ood_per_task": 2, "blink_per_task": 2, "mmiu_per_task": 2, "min_pixels": 3136,
-          "max_pixels": 401408, "frame": "resized"}
+          "max_pixels": 401408, "coordinates": "absolute"}
 
 
 def right(sample) -> str:
@@ -63,8 +63,8 @@ def test_the_table_names_every_run_and_both_intervals(root):
     write_run(root, "a", 1)
     write_run(root, "b", 2)
     lines = seeds.markdown_table(["a", "b"]).splitlines()
-    assert lines[0].count("|") == 6 and "a: base" in lines[0] and "b: base" in lines[0]
-    assert lines[2].startswith("| MIG-Bench, RL over SFT | +9.04 | 0.0 / 0.0 / 50.0, **+50.0**") and "; ± 317.7)" in lines[5]
+    assert lines[0].count("|") == 7 and "a: base" in lines[0] and "b: base" in lines[0]
+    assert lines[2].startswith("| MIG-Bench-like (drawn) | RL over SFT | 0.0 / 0.0 / 50.0, **+50.0**") and "; ± 317.7)" in lines[5]
 
 
 def test_runs_on_other_samples_are_not_compared(root):
@@ -81,5 +81,5 @@ def test_runs_on_other_samples_are_not_compared(root):
     record = json.loads((root / "a" / "06_evaluate" / "run.json").read_text())
     record["inputs"] = {"05_grpo": {"model/model.safetensors": "old"}}
     (root / "a" / "06_evaluate" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="are of a model before 05_grpo was run anew; run: mig-kit run 06 --run-id a"):
+    with pytest.raises(ValueError, match="are of a model before 05_grpo was run again; run: mig-kit run 06 --run-id a"):
         seeds.markdown_table(["a"])
