@@ -114,7 +114,8 @@ def _execute_notebook(stage: str, run_id: str, params: dict, table: StageTable) 
     output = store.runs_root() / run_id / stage / f"{stage}.ipynb"
     try:
         papermill.execute_notebook(notebooks / f"{stage}.ipynb", output, params,
-                                   progress_bar=False, log_output=True, cwd=str(notebooks))
+                                   progress_bar=False, log_output=True, cwd=str(notebooks),
+                                   extra_arguments=["--log-level=ERROR"])
     except PapermillExecutionError as error:
         table.set(stage, "failed")
         raise RuntimeError(f"{stage} failed: {error.ename}: {error.evalue} "

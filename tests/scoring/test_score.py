@@ -556,7 +556,7 @@ def test_published_rows_average_to_their_headline():
 def test_the_official_annotations():
     bench = annotations.read_mig_bench(annotations.read_records(MIG_FILE))
     assert (bench.version, bench.complete, len(bench.items)) == ("original", True, 4295)
-    notes = score.annotation_problems(bench, strict=True)
+    notes = score.annotation_problems(bench, is_strict=True)
     assert notes["no box can match"] == ["7", "105", "126", "163", "512"] and notes["answer leaves the image"] == ["34", "703"]
     assert notes["given twice"] == ["2092 = 2094", "2093 = 2095"] and len(notes["target image unknown, not checked"]) == 528
 
