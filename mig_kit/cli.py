@@ -216,7 +216,7 @@ def refuse_frame(context: click.Context, option: click.Parameter, word: str | No
         return
     words = [COORDINATES_BY_FRAME[word]] if word in COORDINATES_BY_FRAME else (
         COORDINATES_BY_FRAME.values())
-    raise click.UsageError(f"--frame {word} is now --coordinates {' | '.join(words)}")
+    raise ValueError(f"--frame {word} is now --coordinates {' | '.join(words)}")
 
 
 @cli.command("score")

@@ -15,8 +15,6 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 100_000_000
-
-
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 

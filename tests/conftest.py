@@ -3,12 +3,11 @@ and processor, and a smoke run.
 """
 
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import run_mig_kit
 from filelock import FileLock
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -21,18 +20,6 @@ from mig_kit.world.tasks import TASKS, make_sample
 
 for name, value in PROCESS_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-
-CLI = [sys.executable, "-c", "from mig_kit.cli import main; main()"]
-
-
-@pytest.fixture(scope="session")
-def mig_kit_command():
-    """Call it with words and environment variables: the finished process of the command line."""
-    def call(*words, **environment) -> subprocess.CompletedProcess:
-        return subprocess.run([*CLI, *words], capture_output=True, text=True,
-                              env={**os.environ, **environment})
-
-    return call
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +82,7 @@ def random_folder(tmp_path_factory, processor):
 
 
 @pytest.fixture(scope="session")
-def smoke_runs(tmp_path_factory, mig_kit_command):
+def smoke_runs(tmp_path_factory):
     """A folder of runs with a smoke run, "smoke", 08 and 90 too, through the command line.
 
     Tests change copies of it. It is made once, by the first of the processes that the tests run in.
@@ -105,7 +92,7 @@ def smoke_runs(tmp_path_factory, mig_kit_command):
     with FileLock(f"{root}.lock"):
         for stages in ((), ("08", "90")):
             words = ("run", *stages, "--profile", "smoke", "--run-id", "smoke")
-            result = mig_kit_command(*words, MIG_KIT_RUNS=str(root))
+            result = run_mig_kit(*words, MIG_KIT_RUNS=str(root))
             assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
     return root
 

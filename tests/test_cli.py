@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from command_line import run_mig_kit
 
 from mig_kit.cli import cli
 from mig_kit.common import PROCESS_ENVIRONMENT
@@ -47,14 +48,14 @@ ENDPOINT_WITH_A_KEY = ("-p", "teacher", "endpoint", "-p", "endpoint_url", "http:
     (("run", "--profile", "huge"), "the profiles are"),
     (("status", "none-such"), "no run 'none-such'"),
 ])
-def test_bad_input_is_one_sentence(words, sentence, tmp_path, mig_kit_command):
-    result = mig_kit_command(*words, MIG_KIT_RUNS=str(tmp_path))
+def test_bad_input_is_one_sentence(words, sentence, tmp_path):
+    result = run_mig_kit(*words, MIG_KIT_RUNS=str(tmp_path))
     assert result.returncode != 0
     assert sentence in result.stderr and "Traceback" not in result.stderr
     assert not any(tmp_path.rglob("*.ipynb")), "nothing is written before all is checked"
 
 
-def test_status_shows_stages_and_scores(tmp_path, mig_kit_command):
+def test_status_shows_stages_and_scores(tmp_path):
     def write(stage, name, content):
         folder = tmp_path / "run" / stage
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,18 +68,18 @@ def test_status_shows_stages_and_scores(tmp_path, mig_kit_command):
     write("06_evaluate", "metrics.json", json.dumps({"systems": systems}))
     write("07_report", "run.json",
           '{"seconds": 6.0, "inputs": {"04_rejection_sampling": {"a": "b"}}}')
-    output = mig_kit_command("status", MIG_KIT_RUNS=str(tmp_path)).stdout
+    output = run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path)).stdout
     lines = {line.split()[0]: line for line in output.splitlines()}
     assert "done in 1.5 min" in lines["05_grpo"] and lines["02_sft"].split() == ["02_sft", "-"]
     assert "base 1.0, sft 40.0, grpo 55.5" in output
     assert "done in 0.1 min, before 04_rejection_sampling was run" in lines["07_report"]
 
 
-def test_status_names_a_broken_record(tmp_path, mig_kit_command):
+def test_status_names_a_broken_record(tmp_path):
     path = tmp_path / "run" / "05_grpo" / "run.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"seconds": 9')
-    result = mig_kit_command("status", MIG_KIT_RUNS=str(tmp_path))
+    result = run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
     assert result.returncode and f"{path} is broken; delete it" in result.stderr
 
 
@@ -89,30 +90,30 @@ def test_params_prints_values_help_and_what_a_profile_changes():
     assert "loss_type: dapo  # " in result.output
 
 
-def test_an_unreadable_image(tmp_path, mig_kit_command):
+def test_an_unreadable_image(tmp_path):
     image = tmp_path / "a.png"
     image.write_bytes(b"no picture")
-    result = mig_kit_command("ground", "--model", str(tmp_path), "--image", str(image), "Where?")
+    result = run_mig_kit("ground", "--model", str(tmp_path), "--image", str(image), "Where?")
     assert "no readable image" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_model_that_is_nowhere_is_one_sentence(tmp_path, mig_kit_command):
+def test_a_model_that_is_nowhere_is_one_sentence(tmp_path):
     image = tmp_path / "a.png"
     make_sample("refer_grounding", "val", 0).images[0].save(image)
-    result = mig_kit_command("ground", "--model", "tinny", "--image", str(image), "Where?",
+    result = run_mig_kit("ground", "--model", "tinny", "--image", str(image), "Where?",
                              HF_HUB_OFFLINE="1")
     assert "there is no folder tinny" in result.stderr
     assert "Traceback" not in result.stderr and result.returncode
 
 
 @pytest.mark.slow
-def test_ground_answers(tmp_path, mig_kit_command):
+def test_ground_answers(tmp_path):
     sample = make_sample("refer_grounding", "val", 0)
     options = ["--model", "tiny", "--out", str(tmp_path / "out.png")]
     for number, image in enumerate(sample.images):
         image.save(tmp_path / f"{number}.png")
         options += ["--image", str(tmp_path / f"{number}.png")]
-    result = mig_kit_command("ground", *options, "Find the red star in image 2.")
+    result = run_mig_kit("ground", *options, "Find the red star in image 2.")
     assert result.returncode == 0, result.stderr
     assert "reasoning:" in result.stdout
     assert "picture:" in result.stdout or "the model said" in result.stdout

@@ -16,7 +16,7 @@ import time
 
 import psutil
 import pytest
-from conftest import CLI
+from command_line import CLI
 
 from mig_kit.pipeline import store
 

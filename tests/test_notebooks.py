@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from command_line import run_mig_kit
 from PIL import Image
 
 from mig_kit.pipeline import store
@@ -39,8 +40,8 @@ def test_every_stage_left_what_it_should(runs):
         assert {"value", "ci95", "sampled"} <= metrics["deltas"][delta][suite].keys()
 
 
-def test_a_second_run_repeats_nothing(runs, mig_kit_command):
-    result = mig_kit_command("run", "--profile", "smoke", "--run-id", "smoke",
+def test_a_second_run_repeats_nothing(runs):
+    result = run_mig_kit("run", "--profile", "smoke", "--run-id", "smoke",
                              MIG_KIT_RUNS=str(runs))
     assert result.stdout.count("up to date") == len(store.RECIPE) and "report:" in result.stdout
 
@@ -58,7 +59,7 @@ def test_nbval_runs_the_executed_notebook(stage, runs):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def test_evaluate_runs_a_real_benchmark(runs, mig_kit_command):
+def test_evaluate_runs_a_real_benchmark(runs):
     """A MIG-Bench file of our own through 06 and 07, by parameter."""
     shutil.copytree(runs / "smoke", runs / "real")
     Image.new("RGB", (90, 70), "white").save(runs / "one.png")
@@ -69,7 +70,7 @@ def test_evaluate_runs_a_real_benchmark(runs, mig_kit_command):
     overrides = {"benchmark": "mig_bench", "annotations_file": annotations, "image_root": runs,
                  "benchmark_limit": 2}
     words = [word for name, value in overrides.items() for word in ("-p", name, str(value))]
-    result = mig_kit_command("run", "06", "07", "--profile", "smoke", "--run-id", "real", *words,
+    result = run_mig_kit("run", "06", "07", "--profile", "smoke", "--run-id", "real", *words,
                              MIG_KIT_RUNS=str(runs))
     assert result.returncode == 0, result.stderr[-3000:]
     folder = runs / "real" / "06_evaluate"

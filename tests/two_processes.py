@@ -12,16 +12,15 @@ from safetensors.torch import save_file
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import Hardware, load_policy
+from mig_kit.pipeline.params import profile_params
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
 
-PARAMS = SimpleNamespace(
-    seed=0, share_prefix=True, lora_r=4, lora_alpha=8, lora_dropout=0.0, num_generations=4,
-    per_device_train_batch_size=4, micro_replies=0, gradient_checkpointing=False,
-    gradient_accumulation_steps=4, max_steps=2, learning_rate=1e-2,
-    lr_scheduler_type="constant_with_warmup", warmup_steps=1, beta=0.05, scale_rewards="batch",
-    temperature=1.0, max_completion_length=8, reward_weights=[0.2, 0.3, 1.0, 1.3],
-    hallucinated_image_penalty="format", save_steps=100, report_to="none")
+PARAMS = SimpleNamespace(**profile_params("05_grpo") | {
+    "lora_r": 4, "lora_alpha": 8, "num_generations": 4, "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4, "max_steps": 2, "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "beta": 0.05,
+    "max_completion_length": 8, "save_steps": 100})
 
 
 def train(folder: Path, random_folder: Path, processes: int) -> None:

@@ -36,14 +36,9 @@ from mig_kit.build_base.vision import CHECKPOINT, codes, image_processor, save_c
 from mig_kit.build_base.vocabulary import IMAGE_TOKEN, Writer
 from mig_kit.common import file_sha256, progress_bar, release_memory
 from mig_kit.engine import attention
-from mig_kit.engine.models import (
-    Hardware,
-    PatchProduct,
-    StillImageProcessor,
-    load_policy,
-    tiny_config,
-)
+from mig_kit.engine.models import Hardware, PatchProduct, load_policy, tiny_config
 from mig_kit.engine.prefixes import pad_rows, pad_to_multiple
+from mig_kit.engine.processors import StillImageProcessor
 from mig_kit.engine.sampling import greedy_replies
 from mig_kit.stages.evaluate import summarize_suite
 from mig_kit.world.scenes import COLOURS, SHAPES

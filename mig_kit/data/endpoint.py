@@ -29,45 +29,32 @@ import httpx
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, seen_size, to_model_box
-from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_question
+from mig_kit.prompts import (
+    CHOICE_INSTRUCTION,
+    GROUNDING_INSTRUCTION,
+    format_answer,
+    format_question,
+)
 from mig_kit.sample import Sample, Trace
 
 KEY = "MIG_KIT_API_KEY"
-
-
 KINDS = ("trace", "direct")
-
-
 REPLY_LIMIT = 8 << 20
-
-
 IN_A_ROW = 10
-
-
 CUES = {
     "compare": "Go through the images side by side and note what they share and where they differ.",
     "search": "Note what is characteristic of what is asked for, then look for it in every image and rule out what is only alike.",
     "track": "Follow the thing from image to image: its looks, its place among its neighbours, how it moves or turns.",
     "associate": "Say what idea links the images, in use, meaning or position, then find what fits it."}
-
-
 CUE_OF = {
     "diff": "compare", "view_diff": "compare", "common_object": "compare", "region": "search", "refer_grounding": "search",
     "group_grounding": "search", "object_tracking": "track", "multi_view": "track", "reasoning": "associate",
     "correspondence": "associate", "Difference": "compare", "Common_Object": "compare", "Region_Locating": "search",
     "Referring_Grounding": "search", "Group_Grounding": "search", "Object_Tracking": "track", "Free-Form": "associate"}
-
-
 RULES = ("Inside <think>, reason from what is visible, step by step, and come to the conclusion last. Do not write coordinates "
          "there, and do not mention that an answer was given to you. Boxes are in {frame}.")
-
-
 THERE = {"absolute": "pixels of the images as you see them", "normalized_1000": "thousandths of an image's width and height"}
-
-
 DIRECT = 'Do not reason. Reply with nothing but <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
-
-
 DIRECT_CHOICE = "Do not reason. Reply with nothing but the letter in <answer></answer>."
 
 

@@ -18,41 +18,28 @@ from pathlib import Path
 import ijson
 
 from mig_kit.boxes import Box, rescale_box
-from mig_kit.image_files import BadImage, SkipReport, is_regular_file, open_rgb, read_size, resolve_under_root
+from mig_kit.image_files import (
+    BadImage,
+    SkipReport,
+    is_regular_file,
+    open_rgb,
+    read_size,
+    resolve_under_root,
+)
 from mig_kit.sample import Sample
 
 NAME = "MGrounding-630k"
-
-
 MAX_TEXT = 20_000
-
-
 BOX = re.compile(r"<\|box_start\|>\(([0-9.]{1,8}),\s?([0-9.]{1,8})\),\s?\(([0-9.]{1,8}),\s?([0-9.]{1,8})\)<\|box_end\|>")
-
-
 WORDS = {w: n for n, w in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)}
-
-
 ORDINAL = "(?:" + "|".join(WORDS) + r"|last|[0-9]{1,3}(?:st|nd|rd|th))"
-
-
 AND = r"\s{0,3}(?:,\s{0,3}|\b(?:and|or)\b\s{0,3}){1,2}(?:in\s{1,3})?(?:the\s{1,3})?"
-
-
 KIND = "(?:image|picture|photo|frame)s?"
-
-
 MENTION = re.compile(rf"\b{ORDINAL}(?:{AND}{ORDINAL}){{0,9}}\s{{1,3}}{KIND}\b"
                      rf"|\b{KIND}[\s#_-]{{0,2}}[0-9]{{1,3}}(?:{AND}[0-9]{{1,3}}){{0,9}}\b", re.IGNORECASE)
-
-
 JOINT = re.compile(r"(?:[\s,;.&]|\band\b|<\|object_ref_start\|>.{0,200}?<\|object_ref_end\|>)*", re.IGNORECASE | re.DOTALL)
-
-
 SHUFFLED = re.compile(r"shuffl|scrambl|disorder|unordered|out of order|not in order|random(?:ly)? order|chronolog|temporal order",
                       re.IGNORECASE)
-
-
 COMPARES = re.compile(r"compared|unlike|differ(?:s|ent|ently)? from|\bthan\b|instead|\bnot\b|n't\b|without|except", re.IGNORECASE)
 
 

@@ -32,11 +32,7 @@ from mig_kit.image_files import BadImage, open_rgb, read_size, resolve_under_roo
 from mig_kit.sample import Sample
 
 MAX_IMAGES = 64
-
-
 UNITS = {"pixels": 0, "0-1000": 1000, "0-1": 1}
-
-
 REQUIRED, OPTIONAL = ("images", "question", "image", "unit"), ("box", "boxes", "reference", "id", "task")
 
 

@@ -5,9 +5,6 @@ loads here, the shipped tiny base like the 7B, and so do Qwen2-VL and (dense) Qw
 boxes in 0 to 1000. Only safetensors are read, and no code that a model folder carries is ever run.
 """
 
-import json
-import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +12,23 @@ from pathlib import Path
 import bitsandbytes
 import torch
 from peft import PeftModel
-from PIL import Image
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file
 
-from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import PACKAGE
 from mig_kit.engine import attention
+from mig_kit.engine.model_folders import (
+    FAMILIES,
+    UNCHANGED_FILES,
+    VisionLanguageModel,
+    check_model_folder,
+    find_file,
+    load_config,
+)
+from mig_kit.engine.processors import StillImageProcessor, load_processor
 
 TINY_BASE = PACKAGE / "tiny_base"
 TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
@@ -42,39 +38,8 @@ TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
 # expression over full module paths.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
-# model_type of config.json -> class of the model, and class that its processor has elsewhere
-FAMILIES = {
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
-}
-STOCK_PROCESSORS = {
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen3_vl": "Qwen3VLProcessor",
-}
-VisionLanguageModel = (
-    Qwen2_5_VLForConditionalGeneration
-    | Qwen2VLForConditionalGeneration
-    | Qwen3VLForConditionalGeneration
-)
-
 # Never 4-bit. The tower needs its full path: plain "visual" is ignored and the tower quantised.
 FULL_PRECISION_MODULES = ["model.visual", "lm_head"]
-
-# Files of a model folder that training does not change; a saved model keeps its base's.
-UNCHANGED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "video_preprocessor_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -138,198 +103,9 @@ def choose_hardware(dtype: str = "auto") -> Hardware:
     return Hardware("cpu", torch.float32, autocast, attention.NAME, f"{cause}: {effect}")
 
 
-class StillImageProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without its video part, which needs torchvision.
-
-    For still images its relatives' processors do the same. Token expansion, chat template and image
-    processing are transformers' own code. `padding_side` is left: the trainers accept a batch that
-    is padded on the right and misplace the image tokens' positions. stock_class: the processor
-    class of the model's family. Every file that this one writes names that class, because nothing
-    outside the kit can load a class of the kit.
-    """
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None,
-                 stock_class: str = "Qwen2_5_VLProcessor", **kwargs):
-        tokenizer.padding_side = "left"
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        self.stock_class = stock_class
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-    @classmethod
-    def get_attributes(cls):
-        """The two parts this processor is made of."""
-        return ["image_processor", "tokenizer"]
-
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
-        """Write tokenizer, chat template and image settings; the trainers call it at checkpoints.
-
-        Raises ValueError for push_to_hub.
-        """
-        if push_to_hub:
-            raise ValueError("the trainers send nothing to the Hub; use: mig-kit push")
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
-        (folder / "chat_template.jinja").write_text(self.chat_template)
-        self.save_image_settings(folder)
-
-    def save_image_settings(self, folder: Path) -> None:
-        """Write preprocessor_config.json, and name the stock class wherever the folder names one.
-
-        The pixel limits are written twice: older releases of transformers read min_pixels and
-        max_pixels, newer ones `size`. There is no processor_config.json, which would win over it.
-        """
-        settings = self.image_processor.to_dict() | {"processor_class": self.stock_class}
-        settings["min_pixels"] = settings["size"]["shortest_edge"]
-        settings["max_pixels"] = settings["size"]["longest_edge"]
-        write_json(folder / "preprocessor_config.json", settings)
-        (folder / "processor_config.json").unlink(missing_ok=True)
-        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
-        if tokenizer_settings.get("processor_class", self.stock_class) != self.stock_class:
-            tokenizer_settings["processor_class"] = self.stock_class
-            write_json(folder / "tokenizer_config.json", tokenizer_settings)
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Write a settings file in the form that transformers writes."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProcessor:
-    """The processor of a model folder or hub name; the one place where its pixel limits are set.
-
-    Two places with two limits would resize twice and shift every box. Raises FileNotFoundError with
-    a remedy when the folder has no processor files, and ValueError where the model does not see
-    images or write boxes as `box_format` says.
-    """
-    check_model_folder(model)
-    family = load_config(model).model_type
-    if family != "qwen2_5_vl" and box_format.coordinates != Coordinates.NORMALIZED_1000:
-        raise ValueError(f"{model} is a {family}, which writes boxes in 0 to 1000; "
-                         "set the parameter coordinates to normalized_1000")
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    # By these names, for a `size` would lose against the limits in a published folder's file.
-    images = Qwen2VLImageProcessorPil.from_pretrained(
-        model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
-    processor = StillImageProcessor(
-        images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
-        stock_class=STOCK_PROCESSORS[family])
-    check_probe_images(processor, box_format, model)
-    return processor
-
-
-def find_file(model: str | Path, name: str) -> Path | None:
-    """A file of a model folder, or of a hub name (downloaded into its cache); None if it has none.
-    """
-    path = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
-    return Path(path) if path else None
-
-
-def load_chat_template(model: str | Path) -> str | None:
-    """The chat template that lies beside the tokenizer of a folder or hub name, or None."""
-    if path := find_file(model, "chat_template.jinja"):
-        return path.read_text()
-    if path := find_file(model, "chat_template.json"):
-        return json.loads(path.read_text())["chat_template"]
-    return None
-
-
-def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
-                       model: str | Path) -> None:
-    """Raise ValueError unless images below, between and above the pixel limits come out at the size
-    that boxes are computed for.
-    """
-    low, high = box_format.min_pixels, box_format.max_pixels
-    areas = (low / 2, math.sqrt(low * high), 2 * high)
-    sizes = [(math.ceil(math.sqrt(area * 4 / 3)), math.ceil(math.sqrt(area * 3 / 4)))
-             for area in areas]
-    images = [Image.new("RGB", size) for size in sizes]
-    try:
-        grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"]
-        check_image_grids(processor, grids, sizes, box_format)
-    except ValueError as error:
-        raise ValueError(f"{model}: {error}; mend do_resize, patch_size and merge_size in its "
-                         "preprocessor_config.json") from error
-
-
-def check_image_grids(processor: StillImageProcessor, grid_thw: torch.Tensor | None,
-                      sizes: list[tuple[int, int]], box_format: BoxFormat) -> None:
-    """Raise ValueError unless every image of a batch is seen at the size that its boxes are
-    computed for.
-
-    grid_thw: (images, 3) int, patches of the batch's images; sizes: (width, height) of their
-    originals, in order.
-    """
-    grids = [] if grid_thw is None else grid_thw.tolist()
-    if len(grids) != len(sizes):
-        raise ValueError(f"the batch holds {len(sizes)} images but {len(grids)} image grids; "
-                         "images were lost on the way")
-    patch = processor.image_processor.patch_size
-    factor = patch * processor.image_processor.merge_size
-    for number, ((_, rows, columns), size) in enumerate(zip(grids, sizes, strict=True), 1):
-        seen = columns * patch, rows * patch
-        computed = seen_size(size, box_format, factor)
-        if box_format.coordinates == Coordinates.ABSOLUTE:
-            computed = coordinate_size(size, Coordinates.ABSOLUTE, box_format)
-        if seen != computed:
-            raise ValueError(
-                f"image {number} of {size[0]}x{size[1]} px reaches the model at "
-                f"{seen[0]}x{seen[1]} px, but boxes are computed for "
-                f"{computed[0]}x{computed[1]} px (min_pixels {box_format.min_pixels}, max_pixels "
-                f"{box_format.max_pixels})")
-
-
 def resolve_model(model: str) -> str | Path:
     """"tiny" stands for the base that mig_kit ships; a folder or a hub name stands for itself."""
     return TINY_BASE if model == "tiny" else model
-
-
-def check_model_folder(model: str | Path) -> None:
-    """Raise FileNotFoundError with one sentence when a local folder lacks what loading needs; hub
-    names pass.
-    """
-    path = Path(model)
-    if not path.exists():
-        could_be_hub_name = os.sep not in str(model) or str(model).count("/") == 1
-        if str(model).startswith(".") or not could_be_hub_name:
-            raise FileNotFoundError(f"no model folder at {model}; run the stage that makes it, or "
-                                    "give a hub name")
-        return
-    names = {entry.name for entry in path.iterdir()}
-    if "adapter_config.json" in names and "config.json" not in names:
-        raise FileNotFoundError(f"{model} holds an adapter, not a model; merge it into its base "
-                                "first (stage 03)")
-    if not any(name.endswith(".safetensors") for name in names):
-        raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are "
-                                "loaded, so convert them")
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
-        if name not in names:
-            raise FileNotFoundError(f"{model} has no {name}; copy it from the model that this one "
-                                    "was made from")
-
-
-def load_config(model: str | Path):
-    """The configuration of a folder or hub name.
-
-    ValueError unless its model_type is one of FAMILIES and its weights are full; FileNotFoundError
-    where there is no such folder and the hub gives none.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except OSError as error:
-        cause = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"there is no folder {model}, and the hub gave no model of this name ({cause}); "
-            "give a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct") from error
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"{model} is a {config.model_type}; the kit loads {', '.join(FAMILIES)}")
-    if "quantization_config" in config.to_dict():
-        raise ValueError(f"{model} holds quantised weights, which are neither what training saw "
-                         "nor what a merge gives; give the full weights (stage 03 writes them)")
-    return config
 
 
 class PatchProduct(torch.nn.Module):
@@ -438,26 +214,6 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
         raise ValueError(f"LoRA is on {len(names)} projections, expected {7 * layers}; "
                          "use models.LORA_TARGETS")
     return names
-
-
-def check_tokens(processor: StillImageProcessor, batch: dict) -> None:
-    """Raise ValueError unless the batch's image tokens equal its image features and its rows are
-    padded on the left.
-
-    TRL drops all images of a batch whose counts disagree and goes on training blind; this check
-    comes first.
-    """
-    if processor.tokenizer.padding_side != "left":
-        raise ValueError("the tokenizer pads on the right; "
-                         "set processor.tokenizer.padding_side = 'left'")
-    tokens = int((batch["input_ids"] == processor.image_token_id).sum())
-    grid = batch.get("image_grid_thw")
-    patches = 0 if grid is None else int(grid.prod(-1).sum())
-    features = patches // processor.image_processor.merge_size**2
-    if tokens != features:
-        raise ValueError(
-            f"the prompt holds {tokens} image tokens but the images give {features} features; "
-            "the images of a sample and its placeholders disagree, or tokens were cut")
 
 
 def save_model(model, processor: StillImageProcessor, folder: Path, base: str | Path) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import check_image_grids, check_tokens, unwrap_peft
+from mig_kit.engine.models import unwrap_peft
+from mig_kit.engine.processors import check_image_grids, check_tokens
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 

@@ -14,7 +14,8 @@ import torch
 
 from mig_kit.common import progress_bar, release_memory
 from mig_kit.engine.generation import Sampling, generate_rollouts
-from mig_kit.engine.models import Hardware, Policy, load_model, load_processor
+from mig_kit.engine.models import Hardware, Policy, load_model
+from mig_kit.engine.processors import load_processor
 from mig_kit.engine.sampling import make_cache
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample

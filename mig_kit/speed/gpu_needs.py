@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from mig_kit.engine.generation import count_prompts_at_once
 from mig_kit.engine.logprobs import HEAD_TOKENS
-from mig_kit.engine.models import FAMILIES
+from mig_kit.engine.model_folders import FAMILIES
 from mig_kit.pipeline.params import profile_params
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
 from mig_kit.world.suites import SIZE_PARAMS, suite_tasks

@@ -11,7 +11,8 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import TINY_BASE, Hardware, load_processor, tiny_config, unwrap_peft
+from mig_kit.engine.models import TINY_BASE, Hardware, tiny_config, unwrap_peft
+from mig_kit.engine.processors import load_processor
 from mig_kit.speed.trainers import make_side
 from mig_kit.speed.workload import Workload, time_call
 

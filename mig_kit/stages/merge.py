@@ -12,13 +12,8 @@ from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.logprobs import reply_logps
-from mig_kit.engine.models import (
-    Hardware,
-    load_model,
-    load_processor,
-    protect_4bit_weights,
-    save_model,
-)
+from mig_kit.engine.models import Hardware, load_model, protect_4bit_weights, save_model
+from mig_kit.engine.processors import load_processor
 from mig_kit.sample import Sample
 
 DEQUANTISED = "dequantise, then merge"

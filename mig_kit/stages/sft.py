@@ -16,16 +16,9 @@ from torch.nn.functional import pad
 from trl import SFTConfig, SFTTrainer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import (
-    Hardware,
-    Policy,
-    check_adapters,
-    check_image_grids,
-    check_tokens,
-    load_policy,
-    unwrap_peft,
-)
+from mig_kit.engine.models import Hardware, Policy, check_adapters, load_policy, unwrap_peft
 from mig_kit.engine.prefixes import pad_to_multiple
+from mig_kit.engine.processors import check_image_grids, check_tokens
 from mig_kit.engine.training import (
     KeepAdapterDtype,
     LiveCurves,

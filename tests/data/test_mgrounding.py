@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mig_kit.data import mgrounding
-from mig_kit.image_files import BadImage, SkipReport, find_near_duplicates, open_rgb, perceptual_hashes, resolve_under_root
+from mig_kit.image_files import (
+    BadImage,
+    SkipReport,
+    find_near_duplicates,
+    open_rgb,
+    perceptual_hashes,
+    resolve_under_root,
+)
 from mig_kit.world.tasks import make_sample
 
 GROUP = "./MGrounding-630k/Group_Grounding/SA-1B/sa_{}.jpg"

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mig_kit.boxes import BoxFormat, smart_resize
 from mig_kit.build_base import vocabulary
-from mig_kit.engine import models, training
+from mig_kit.engine import models, processors, training
 from mig_kit.prompts import chat_messages, format_answer, format_box, parse_reply
 from mig_kit.sample import Sample
 from mig_kit.speed import gpu_needs
@@ -138,7 +138,7 @@ def test_real_prompts_hold_a_token_per_feature(real_processor, count):
     messages = chat_messages(sample, BoxFormat())
     text = real_processor.apply_chat_template(messages, add_generation_prompt=True)
     batch = real_processor(text=[text], images=[list(images)], return_tensors="pt")
-    models.check_tokens(real_processor, batch)
+    processors.check_tokens(real_processor, batch)
     assert text.startswith("<|im_start|>system") and text.endswith("<|im_start|>assistant\n")
     seen = [smart_resize(*size) for size in sizes]
     image_tokens = int((batch["input_ids"] == 151655).sum())

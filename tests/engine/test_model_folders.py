@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.build_base.tiny_base import save_base
-from mig_kit.engine import models, training
+from mig_kit.engine import model_folders, models, training
 from mig_kit.pipeline import hub
 from mig_kit.prompts import chat_messages
 from mig_kit.world.tasks import make_sample
@@ -214,7 +214,7 @@ def test_a_hub_name_as_base_gives_its_cached_files(saved, published, float32, tm
         return str(path) if path.is_file() else None
 
     policy = models.load_policy(saved["qwen2_5_vl"], float32, BoxFormat())
-    monkeypatch.setattr(models, "cached_file", cached_file)
+    monkeypatch.setattr(model_folders, "cached_file", cached_file)
     models.save_model(policy.model, policy.processor, tmp_path, "Qwen/Qwen2.5-VL-3B-Instruct")
     assert {model for model, _ in asked} == {"Qwen/Qwen2.5-VL-3B-Instruct"}
     for name in UNTOUCHED:

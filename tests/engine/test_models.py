@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.engine import models, training
+from mig_kit.engine import models, processors, training
 from mig_kit.prompts import chat_messages
 
 NORMALIZED = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
@@ -23,18 +23,18 @@ def make_batch(processor, samples):
 
 
 def test_tokens_and_features_agree_for_mixed_batches(processor, samples):
-    models.check_tokens(processor, make_batch(processor, samples))
+    processors.check_tokens(processor, make_batch(processor, samples))
 
 
 def test_a_batch_that_lost_an_image_fails_loudly(processor, samples):
     batch = make_batch(processor, samples)
     batch["image_grid_thw"] = batch["image_grid_thw"][:-1]
     with pytest.raises(ValueError, match="image tokens"):
-        models.check_tokens(processor, batch)
+        processors.check_tokens(processor, batch)
     batch = make_batch(processor, samples)
     batch["input_ids"] = batch["input_ids"][:, :-60]
     with pytest.raises(ValueError, match="image tokens|cut"):
-        models.check_tokens(processor, {**batch, "input_ids": batch["input_ids"][:, 80:]})
+        processors.check_tokens(processor, {**batch, "input_ids": batch["input_ids"][:, 80:]})
 
 
 def test_right_padding_is_refused(processor, samples):
@@ -42,7 +42,7 @@ def test_right_padding_is_refused(processor, samples):
     processor.tokenizer.padding_side = "right"
     try:
         with pytest.raises(ValueError, match="padding_side"):
-            models.check_tokens(processor, batch)
+            processors.check_tokens(processor, batch)
     finally:
         processor.tokenizer.padding_side = "left"
 
@@ -129,7 +129,7 @@ def test_relatives_load_in_normalized_coordinates_only(family, relatives, float3
         models.load_processor(folder, box_format=BoxFormat())
     processor = models.load_processor(folder, NORMALIZED)
     batch = make_batch(processor, samples)
-    models.check_tokens(processor, batch)
+    processors.check_tokens(processor, batch)
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     assert side == {"qwen2_vl": 28, "qwen3_vl": 32}[family]
     model = models.load_model(folder, float32, four_bit=True)

@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
 from mig_kit.cli import cli
-from mig_kit.engine import models, sampling, training
+from mig_kit.engine import models, processors, sampling, training
 from mig_kit.sample import Sample, Target
 from mig_kit.stages import evaluate, grpo, sft
 
@@ -93,7 +93,7 @@ def test_other_limits_hold_too(published, family, limits, photos):
     box_format = BoxFormat(*limits, coordinates=format_of(family).coordinates)
     processor = models.load_processor(published[family], box_format)
     grids = processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
-    models.check_image_grids(processor, grids, SIZES, box_format)
+    processors.check_image_grids(processor, grids, SIZES, box_format)
 
 
 def test_rollouts_see_that_size(policy, family, sample):
@@ -202,13 +202,13 @@ def test_a_folder_that_resizes_otherwise_is_refused(published, tmp_path, setting
 def test_a_batch_that_was_resized_otherwise_is_refused(published, photos):
     processor = models.load_processor(published["qwen2_5_vl"], BoxFormat())
     grids = processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
-    models.check_image_grids(processor, grids, SIZES, BoxFormat())
+    processors.check_image_grids(processor, grids, SIZES, BoxFormat())
     with pytest.raises(ValueError, match="image 1 of 3000x2000 px reaches the model at 728x532 px"):
-        models.check_image_grids(processor, grids, SIZES[1::-1] + SIZES[2:], BoxFormat())
+        processors.check_image_grids(processor, grids, SIZES[1::-1] + SIZES[2:], BoxFormat())
     with pytest.raises(ValueError, match="3 images but 2 image grids"):
-        models.check_image_grids(processor, grids[:2], SIZES, BoxFormat())
+        processors.check_image_grids(processor, grids[:2], SIZES, BoxFormat())
     with pytest.raises(ValueError, match="max_pixels 200704"):
-        models.check_image_grids(processor, grids, SIZES, BoxFormat(max_pixels=200704))
+        processors.check_image_grids(processor, grids, SIZES, BoxFormat(max_pixels=200704))
 
 
 def test_a_prompt_that_was_resized_otherwise_is_refused(published, float32, sample):

@@ -79,7 +79,8 @@ def sample_without_target():
 
 
 def test_a_percentage_is_never_minus_zero():
-    assert [f"{to_percent(v):+.1f}" for v in (-0.0, -1e-17, 0.123456, -0.05)] == ["+0.0", "+0.0", "+12.3", "-5.0"]
+    texts = [f"{to_percent(value):+.1f}" for value in (-0.0, -1e-17, 0.123456, -0.05)]
+    assert texts == ["+0.0", "+0.0", "+12.3", "-5.0"]
 
 
 def test_paired_difference_and_sampled_mean():

@@ -8,7 +8,7 @@ import torch
 
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, training
+from mig_kit.engine import processors, training
 from mig_kit.engine.models import unwrap_peft
 from mig_kit.stages import sft, synthesize
 from mig_kit.world.tasks import TASKS, make_sample
@@ -180,7 +180,7 @@ def test_loss_is_on_the_reply_only(tmp_path, make_trainer, table, processor):
     batch = make_trainer(tmp_path).data_collator([table[0]])
     scored = processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
     assert scored.strip() == table[0]["completion"][0]["content"][0]["text"] + "<|im_end|>"
-    models.check_tokens(processor, batch)
+    processors.check_tokens(processor, batch)
 
 
 def test_newest_complete_checkpoint(tmp_path):

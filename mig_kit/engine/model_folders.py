@@ -1,0 +1,96 @@
+"""Model folders and hub names: which families load, which files a folder must have."""
+
+import os
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.utils import cached_file
+
+# model_type of config.json -> class of the model, and class that its processor has elsewhere
+FAMILIES = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
+STOCK_PROCESSORS = {
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+}
+
+# Files of a model folder that training does not change; a saved model keeps its base's.
+UNCHANGED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "video_preprocessor_config.json",
+)
+VisionLanguageModel = (
+    Qwen2_5_VLForConditionalGeneration
+    | Qwen2VLForConditionalGeneration
+    | Qwen3VLForConditionalGeneration
+)
+
+
+def find_file(model: str | Path, name: str) -> Path | None:
+    """A file of a model folder, or of a hub name (downloaded into its cache); None if it has none.
+    """
+    path = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+    return Path(path) if path else None
+
+
+def check_model_folder(model: str | Path) -> None:
+    """Raise FileNotFoundError with one sentence when a local folder lacks what loading needs; hub
+    names pass.
+    """
+    path = Path(model)
+    if not path.exists():
+        could_be_hub_name = os.sep not in str(model) or str(model).count("/") == 1
+        if str(model).startswith(".") or not could_be_hub_name:
+            raise FileNotFoundError(f"no model folder at {model}; run the stage that makes it, or "
+                                    "give a hub name")
+        return
+    names = {entry.name for entry in path.iterdir()}
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise FileNotFoundError(f"{model} holds an adapter, not a model; merge it into its base "
+                                "first (stage 03)")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are "
+                                "loaded, so convert them")
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        if name not in names:
+            raise FileNotFoundError(f"{model} has no {name}; copy it from the model that this one "
+                                    "was made from")
+
+
+def load_config(model: str | Path):
+    """The configuration of a folder or hub name.
+
+    ValueError unless its model_type is one of FAMILIES and its weights are full; FileNotFoundError
+    where there is no such folder and the hub gives none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except OSError as error:
+        cause = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"there is no folder {model}, and the hub gave no model of this name ({cause}); "
+            "give a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct") from error
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{model} is a {config.model_type}; the kit loads {', '.join(FAMILIES)}")
+    if "quantization_config" in config.to_dict():
+        raise ValueError(f"{model} holds quantised weights, which are neither what training saw "
+                         "nor what a merge gives; give the full weights (stage 03 writes them)")
+    return config

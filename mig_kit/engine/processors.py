@@ -1,0 +1,180 @@
+"""Processors: loading with the run's pixel limits, saving for strangers, and checks of what the
+model sees.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+
+from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
+from mig_kit.engine.model_folders import (
+    STOCK_PROCESSORS,
+    check_model_folder,
+    find_file,
+    load_config,
+)
+
+
+class StillImageProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor without its video part, which needs torchvision.
+
+    For still images its relatives' processors do the same. Token expansion, chat template and image
+    processing are transformers' own code. `padding_side` is left: the trainers accept a batch that
+    is padded on the right and misplace the image tokens' positions. stock_class: the processor
+    class of the model's family. Every file that this one writes names that class, because nothing
+    outside the kit can load a class of the kit.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None,
+                 stock_class: str = "Qwen2_5_VLProcessor", **kwargs):
+        tokenizer.padding_side = "left"
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        self.stock_class = stock_class
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def get_attributes(cls):
+        """The two parts this processor is made of."""
+        return ["image_processor", "tokenizer"]
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
+        """Write tokenizer, chat template and image settings; the trainers call it at checkpoints.
+
+        Raises ValueError for push_to_hub.
+        """
+        if push_to_hub:
+            raise ValueError("the trainers send nothing to the Hub; use: mig-kit push")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(self.chat_template)
+        self.save_image_settings(folder)
+
+    def save_image_settings(self, folder: Path) -> None:
+        """Write preprocessor_config.json, and name the stock class wherever the folder names one.
+
+        The pixel limits are written twice: older releases of transformers read min_pixels and
+        max_pixels, newer ones `size`. There is no processor_config.json, which would win over it.
+        """
+        settings = self.image_processor.to_dict() | {"processor_class": self.stock_class}
+        settings["min_pixels"] = settings["size"]["shortest_edge"]
+        settings["max_pixels"] = settings["size"]["longest_edge"]
+        _write_settings(folder / "preprocessor_config.json", settings)
+        (folder / "processor_config.json").unlink(missing_ok=True)
+        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
+        if tokenizer_settings.get("processor_class", self.stock_class) != self.stock_class:
+            tokenizer_settings["processor_class"] = self.stock_class
+            _write_settings(folder / "tokenizer_config.json", tokenizer_settings)
+
+
+def _write_settings(path: Path, values: dict) -> None:
+    """Write a settings file in the form that transformers writes."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProcessor:
+    """The processor of a model folder or hub name; the one place where its pixel limits are set.
+
+    Two places with two limits would resize twice and shift every box. Raises FileNotFoundError with
+    a remedy when the folder has no processor files, and ValueError where the model does not see
+    images or write boxes as `box_format` says.
+    """
+    check_model_folder(model)
+    family = load_config(model).model_type
+    if family != "qwen2_5_vl" and box_format.coordinates != Coordinates.NORMALIZED_1000:
+        raise ValueError(f"{model} is a {family}, which writes boxes in 0 to 1000; "
+                         "set the parameter coordinates to normalized_1000")
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    # By these names, for a `size` would lose against the limits in a published folder's file.
+    images = Qwen2VLImageProcessorPil.from_pretrained(
+        model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
+    processor = StillImageProcessor(
+        images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
+        stock_class=STOCK_PROCESSORS[family])
+    check_probe_images(processor, box_format, model)
+    return processor
+
+
+def load_chat_template(model: str | Path) -> str | None:
+    """The chat template that lies beside the tokenizer of a folder or hub name, or None."""
+    if path := find_file(model, "chat_template.jinja"):
+        return path.read_text()
+    if path := find_file(model, "chat_template.json"):
+        return json.loads(path.read_text())["chat_template"]
+    return None
+
+
+def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
+                       model: str | Path) -> None:
+    """Raise ValueError unless images below, between and above the pixel limits come out at the size
+    that boxes are computed for.
+    """
+    low, high = box_format.min_pixels, box_format.max_pixels
+    areas = (low / 2, math.sqrt(low * high), 2 * high)
+    sizes = [(math.ceil(math.sqrt(area * 4 / 3)), math.ceil(math.sqrt(area * 3 / 4)))
+             for area in areas]
+    images = [Image.new("RGB", size) for size in sizes]
+    try:
+        grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"]
+        check_image_grids(processor, grids, sizes, box_format)
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}; mend do_resize, patch_size and merge_size in its "
+                         "preprocessor_config.json") from error
+
+
+def check_image_grids(processor: StillImageProcessor, grid_thw: torch.Tensor | None,
+                      sizes: list[tuple[int, int]], box_format: BoxFormat) -> None:
+    """Raise ValueError unless every image of a batch is seen at the size that its boxes are
+    computed for.
+
+    grid_thw: (images, 3) int, patches of the batch's images; sizes: (width, height) of their
+    originals, in order.
+    """
+    grids = [] if grid_thw is None else grid_thw.tolist()
+    if len(grids) != len(sizes):
+        raise ValueError(f"the batch holds {len(sizes)} images but {len(grids)} image grids; "
+                         "images were lost on the way")
+    patch = processor.image_processor.patch_size
+    factor = patch * processor.image_processor.merge_size
+    for number, ((_, rows, columns), size) in enumerate(zip(grids, sizes, strict=True), 1):
+        seen = columns * patch, rows * patch
+        computed = seen_size(size, box_format, factor)
+        if box_format.coordinates == Coordinates.ABSOLUTE:
+            computed = coordinate_size(size, Coordinates.ABSOLUTE, box_format)
+        if seen != computed:
+            raise ValueError(
+                f"image {number} of {size[0]}x{size[1]} px reaches the model at "
+                f"{seen[0]}x{seen[1]} px, but boxes are computed for "
+                f"{computed[0]}x{computed[1]} px (min_pixels {box_format.min_pixels}, max_pixels "
+                f"{box_format.max_pixels})")
+
+
+def check_tokens(processor: StillImageProcessor, batch: dict) -> None:
+    """Raise ValueError unless the batch's image tokens equal its image features and its rows are
+    padded on the left.
+
+    TRL drops all images of a batch whose counts disagree and goes on training blind; this check
+    comes first.
+    """
+    if processor.tokenizer.padding_side != "left":
+        raise ValueError("the tokenizer pads on the right; "
+                         "set processor.tokenizer.padding_side = 'left'")
+    tokens = int((batch["input_ids"] == processor.image_token_id).sum())
+    grid = batch.get("image_grid_thw")
+    patches = 0 if grid is None else int(grid.prod(-1).sum())
+    features = patches // processor.image_processor.merge_size**2
+    if tokens != features:
+        raise ValueError(
+            f"the prompt holds {tokens} image tokens but the images give {features} features; "
+            "the images of a sample and its placeholders disagree, or tokens were cut")
