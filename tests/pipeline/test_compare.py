@@ -15,29 +15,54 @@ def two_runs(tmp_path, monkeypatch):
         folder = tmp_path / run_id / "02_sft"
         folder.mkdir(parents=True)
         many = dict.fromkeys(map(str, range(99)), seed)
-        write_json(folder / "metrics.json", {"loss": {"last": score}, "steps": 7, "curve": [1, 2], "rates": many})
-        write_json(folder / "run.json", {
-            "params": {"run_id": run_id, "seed": seed, "epochs": 2.0},
-            "inputs": {"01_synthesize": {"cot.parquet": f"{seed}" * 64, "started.json": run_id}},
-            "versions": {"torch": "2.13.0"}, "machine": "x", "hardware": "CPU", "git": "", "outputs": {}})
+        write_json(
+            folder / "metrics.json",
+            {"loss": {"last": score}, "steps": 7, "curve": [1, 2], "rates": many},
+        )
+        write_json(
+            folder / "run.json",
+            {
+                "params": {"run_id": run_id, "seed": seed, "epochs": 2.0},
+                "inputs": {
+                    "01_synthesize": {"cot.parquet": f"{seed}" * 64, "started.json": run_id}
+                },
+                "versions": {"torch": "2.13.0"},
+                "machine": "x",
+                "hardware": "CPU",
+                "git": "",
+                "outputs": {},
+            },
+        )
     return tmp_path
 
 
 def test_only_what_differs_is_named(two_runs):
-    found = {(row["what"], row["name"]): (row["a"], row["b"]) for row in compare.list_differences("a", "b")}
-    assert found == {("parameter", "seed"): (0, 1), ("input", "01_synthesize/cot.parquet"): ("00000000", "11111111"),
-                     ("metric", "loss.last"): (41.5, 43.0)}
+    found = {
+        (row["what"], row["name"]): (row["a"], row["b"])
+        for row in compare.list_differences("a", "b")
+    }
+    assert found == {
+        ("parameter", "seed"): (0, 1),
+        ("input", "01_synthesize/cot.parquet"): ("00000000", "11111111"),
+        ("metric", "loss.last"): (41.5, 43.0),
+    }
     assert compare.list_differences("a", "a") == []
 
 
 def test_a_stage_that_only_one_run_has(two_runs):
     (two_runs / "b" / "02_sft" / "run.json").unlink()
-    assert compare.list_differences("a", "b") == [{"stage": "02_sft", "what": "stage", "name": "finished", "a": True, "b": False}]
+    assert compare.list_differences("a", "b") == [
+        {"stage": "02_sft", "what": "stage", "name": "finished", "a": True, "b": False}
+    ]
 
 
 def test_the_command(two_runs):
     result = CliRunner().invoke(cli, ["diff", "a", "b"])
-    assert result.exit_code == 0 and "seed" in result.output and result.output.endswith("3 differences\n")
+    assert (
+        result.exit_code == 0
+        and "seed" in result.output
+        and result.output.endswith("3 differences\n")
+    )
     assert "no difference" in CliRunner().invoke(cli, ["diff", "a", "a"]).output
     with pytest.raises(FileNotFoundError, match="no run 'c'"):
         CliRunner().invoke(cli, ["diff", "a", "c"], catch_exceptions=False)

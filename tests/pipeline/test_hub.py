@@ -23,8 +23,14 @@ def run(tmp_path, monkeypatch):
     for stage, params in params_of.items():
         (tmp_path / "a" / stage).mkdir(parents=True)
         (tmp_path / "a" / stage / "run.json").write_text(json.dumps({"params": params}))
-    (tmp_path / "a" / "06_evaluate" / "metrics.json").write_text(json.dumps(
-        {"systems": {"sft": suites, "grpo": suites}, "deltas": {"grpo-sft": {suite: gap for suite in SUITE_NAMES}}}))
+    (tmp_path / "a" / "06_evaluate" / "metrics.json").write_text(
+        json.dumps(
+            {
+                "systems": {"sft": suites, "grpo": suites},
+                "deltas": {"grpo-sft": {suite: gap for suite in SUITE_NAMES}},
+            }
+        )
+    )
     (tmp_path / "a" / "05_grpo" / "model").mkdir()
     (tmp_path / "a" / "05_grpo" / "model" / "model.safetensors").write_bytes(b"x")
     return tmp_path
@@ -32,7 +38,12 @@ def run(tmp_path, monkeypatch):
 
 def test_card_follows_the_hubs_form(run):
     text = hub.model_card("a")
-    assert "\nlicense: apache-2.0\n" in text and text.startswith("---\n") and text.count("---\n") >= 2 and "base_model" not in text
+    assert (
+        "\nlicense: apache-2.0\n" in text
+        and text.startswith("---\n")
+        and text.count("---\n") >= 2
+        and "base_model" not in text
+    )
     assert text.count("+9.5 (+7.0 to +12.0)") == 4
     with pytest.raises(FileNotFoundError, match="has no finished 02_sft"):
         hub.model_card("b")
@@ -49,13 +60,19 @@ def test_of_another_base_no_licence_is_claimed_and_no_path_told(run, base):
 
 
 def test_scores_of_another_model_are_not_sent(run):
-    record = {"params": {}, "inputs": {"05_grpo": {"model/model.safetensors": "old", "metrics.json": "a"}}}
+    record = {
+        "params": {},
+        "inputs": {"05_grpo": {"model/model.safetensors": "old", "metrics.json": "a"}},
+    }
     for now, refused in (("old", False), ("new", True)):
         (run / "a" / "06_evaluate" / "run.json").write_text(json.dumps(record))
-        (run / "a" / "05_grpo" / "run.json").write_text(json.dumps(
-            {"params": GRPO_PARAMS, "outputs": {"model/model.safetensors": now}}))
+        (run / "a" / "05_grpo" / "run.json").write_text(
+            json.dumps({"params": GRPO_PARAMS, "outputs": {"model/model.safetensors": now}})
+        )
         if refused:
-            with pytest.raises(ValueError, match="06_evaluate of run 'a' finished before 05_grpo was run again"):
+            with pytest.raises(
+                ValueError, match="06_evaluate of run 'a' finished before 05_grpo was run again"
+            ):
                 hub.model_card("a")
         else:
             assert hub.model_card("a")

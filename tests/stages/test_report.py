@@ -17,15 +17,26 @@ BOX_FORMAT = BoxFormat()
 
 def test_model_text_is_escaped():
     sample = make_sample("diff", "val", 0)
-    hostile = "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
+    hostile = (
+        "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
+    )
     card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT)
     page = report.render_page("<script>title</script>", [("<i>h</i>", card)])
-    assert "<script" not in page and "onerror" not in page.replace("onerror=alert(2)&gt;", "") and "<b>sys" not in page
+    assert (
+        "<script" not in page
+        and "onerror" not in page.replace("onerror=alert(2)&gt;", "")
+        and "<b>sys" not in page
+    )
 
 
 def test_headline_rows():
     found = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
-    metrics = {"deltas": {"grpo-sft": {"mig_bench": found, "ood_grounding": found}, "grpo-base": {"blink": found, "mmiu": found}}}
+    metrics = {
+        "deltas": {
+            "grpo-sft": {"mig_bench": found, "ood_grounding": found},
+            "grpo-base": {"blink": found, "mmiu": found},
+        }
+    }
     rows = report.claim_rows(metrics)
     assert [row["paper (real benchmark, 7B)"] for row in rows] == [9.04, 4.98, 3.1, 2.4]
     assert rows[0]["this run"] == 9.5 and rows[0]["suite"] == "MIG-Bench-like (drawn)"
@@ -41,12 +52,21 @@ def test_choose_covers_the_outcomes():
     from mig_kit.prompts import format_answer
 
     samples = [make_sample("diff", "val", i) for i in range(4)]
-    right = {s.id: f"<think></think><answer>{format_answer(2, to_model_box(s.targets[0][1], s.sizes[1], box_format=BoxFormat()))}</answer>" for s in samples}
+    right = {
+        s.id: f"<think></think><answer>{format_answer(2, to_model_box(s.targets[0][1], s.sizes[1], box_format=BoxFormat()))}</answer>"
+        for s in samples
+    }
     before = {s.id: right[s.id] if i in (1, 2) else "" for i, s in enumerate(samples)}
     after = {s.id: right[s.id] if i in (0, 1) else "" for i, s in enumerate(samples)}
-    chosen = dict((kind, s.id) for kind, s in report.pick_gallery(samples, before, after, BOX_FORMAT))
-    assert chosen == {"wrong, then correct": samples[0].id, "correct both times": samples[1].id,
-                      "correct, then wrong": samples[2].id, "wrong both times": samples[3].id}
+    chosen = dict(
+        (kind, s.id) for kind, s in report.pick_gallery(samples, before, after, BOX_FORMAT)
+    )
+    assert chosen == {
+        "wrong, then correct": samples[0].id,
+        "correct both times": samples[1].id,
+        "correct, then wrong": samples[2].id,
+        "wrong both times": samples[3].id,
+    }
 
 
 def reply_for(sample, number=None, shift=0):
@@ -60,20 +80,36 @@ def reply_for(sample, number=None, shift=0):
 
 def test_outcomes_by_hand():
     sample, choice = make_sample("diff", "val", 0), make_free_form("val", 1)[0]
-    replies = {"correct": reply_for(sample), "wrong image": reply_for(sample, 1), "box off": reply_for(sample, shift=40),
-               "no answer": "?"}
+    replies = {
+        "correct": reply_for(sample),
+        "wrong image": reply_for(sample, 1),
+        "box off": reply_for(sample, shift=40),
+        "no answer": "?",
+    }
     for kind, reply in replies.items():
         assert report.classify_outcome(reply, sample, BOX_FORMAT) == kind
     wrong = "B" if choice.letter == "A" else "A"
-    assert report.classify_outcome(f"<think></think><answer>{wrong}</answer>", choice, BOX_FORMAT) == "wrong option"
-    counts = report.count_outcomes([sample], {"a": {sample.id: replies["correct"]}, "b": {sample.id: "?"}}, BOX_FORMAT)
+    assert (
+        report.classify_outcome(f"<think></think><answer>{wrong}</answer>", choice, BOX_FORMAT)
+        == "wrong option"
+    )
+    counts = report.count_outcomes(
+        [sample], {"a": {sample.id: replies["correct"]}, "b": {sample.id: "?"}}, BOX_FORMAT
+    )
     assert counts == {"a": {"correct": 1, "no answer": 0}, "b": {"correct": 0, "no answer": 1}}
 
 
 def test_flow_adds_up():
-    metrics = {"01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
-               "04_rejection_sampling": {"why": {"diff": {"kept": 3, "never correct": 1}, "region": {"kept": 2}}}}
-    assert report.sample_counts(metrics) == {"traces": {"kept": 8, "dropped: format": 2}, "candidates": {"kept": 5, "never correct": 1}}
+    metrics = {
+        "01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
+        "04_rejection_sampling": {
+            "why": {"diff": {"kept": 3, "never correct": 1}, "region": {"kept": 2}}
+        },
+    }
+    assert report.sample_counts(metrics) == {
+        "traces": {"kept": 8, "dropped: format": 2},
+        "candidates": {"kept": 5, "never correct": 1},
+    }
 
 
 def test_calibration_counts_every_sample_once():
@@ -86,27 +122,44 @@ def test_calibration_counts_every_sample_once():
 def test_the_gallery_is_filtered_without_a_script():
     samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
     replies = {"sft": {s.id: "?" for s in samples}}
-    text = report.gallery_html([("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT)
-    assert text.count('class="card task-') == 2 and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
+    text = report.gallery_html(
+        [("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT
+    )
+    assert (
+        text.count('class="card task-') == 2
+        and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
+    )
     assert "<script" not in text and "<b>lost" not in text
 
 
 def test_two_runs_on_one_page():
     def run(value):
         gap = {"value": value, "ci95": [value - 1, value + 1], "sampled": 0.0}
-        suites = {suite: {"score": value, "ci95": [value - 1, value + 1]} for suite in ("mig_bench", "mmiu")}
+        suites = {
+            suite: {"score": value, "ci95": [value - 1, value + 1]}
+            for suite in ("mig_bench", "mmiu")
+        }
         systems = {s: suites for s in ("base", "sft", "grpo")}
-        return {"06_evaluate": {"systems": systems, "deltas": {"grpo-sft": {"mig_bench": gap}}},
-                "05_grpo": {"curves": [{"step": i, "reward": value + i} for i in range(12)]}}
+        return {
+            "06_evaluate": {"systems": systems, "deltas": {"grpo-sft": {"mig_bench": gap}}},
+            "05_grpo": {"curves": [{"step": i, "reward": value + i} for i in range(12)]},
+        }
 
-    text = report.two_run_page({"a<script>": run(9.0), "b": run(11.0)}, [{"stage": "05_grpo", "name": "<script>", "a": 1, "b": None}])
+    text = report.two_run_page(
+        {"a<script>": run(9.0), "b": run(11.0)},
+        [{"stage": "05_grpo", "name": "<script>", "a": 1, "b": None}],
+    )
     assert "<script" not in text and text.count("<img") == 2 and "grpo-sft (points)" in text
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 OWN = "document.title='owned'"
-HOSTILE = (f'<script>{OWN}</script><img src=x onerror="{OWN}"><svg onload="{OWN}"></style></title><script>{OWN}</script>'
-           f'<a href="javascript:{OWN}">&lt;script&gt;')
+HOSTILE = (
+    f'<script>{OWN}</script><img src=x onerror="{OWN}"><svg onload="{OWN}"></style></title><script>{OWN}</script>'
+    f'<a href="javascript:{OWN}">&lt;script&gt;'
+)
 
 
 class Running(HTMLParser):
@@ -120,7 +173,11 @@ class Running(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.inside = tag == "title"
         self.found += [tag] * (tag == "script")
-        self.found += [f"{k}={v}" for k, v in attrs if k.startswith("on") or (v or "").startswith("javascript:")]
+        self.found += [
+            f"{k}={v}"
+            for k, v in attrs
+            if k.startswith("on") or (v or "").startswith("javascript:")
+        ]
 
     def handle_data(self, data):
         self.title += data * self.inside
@@ -130,7 +187,13 @@ class Running(HTMLParser):
 def in_chromium(page, folder):
     """The page as Chromium has it two seconds after opening it."""
     (folder / "page.html").write_text(page)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", f"--user-data-dir={folder}/profile"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=2000",
+        f"--user-data-dir={folder}/profile",
+    ]
     command = [CHROMIUM, *flags, "--dump-dom", f"file://{folder}/page.html"]
     return Running(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
 
@@ -140,7 +203,13 @@ def in_chromium(page, folder):
 def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
     bare = in_chromium(f"<title>mine</title><p>{HOSTILE}</p>", tmp_path)
     assert bare.title == "owned" and bare.found, "unescaped it would run"
-    sample = replace(make_sample("diff", "val", 0), question=HOSTILE, id=f"{HOSTILE}/../x.png", task=HOSTILE, options=(HOSTILE, "b"))
+    sample = replace(
+        make_sample("diff", "val", 0),
+        question=HOSTILE,
+        id=f"{HOSTILE}/../x.png",
+        task=HOSTILE,
+        options=(HOSTILE, "b"),
+    )
     reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
     text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT)
     shown = in_chromium(report.render_page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)

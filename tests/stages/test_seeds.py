@@ -9,8 +9,16 @@ from mig_kit.prompts import format_answer
 from mig_kit.stages import seeds
 from mig_kit.world import suites
 
-PARAMS = {"eval_seed": 3, "mig_per_task": 2, "ood_per_task": 2, "blink_per_task": 2, "mmiu_per_task": 2, "min_pixels": 3136,
-          "max_pixels": 401408, "coordinates": "absolute"}
+PARAMS = {
+    "eval_seed": 3,
+    "mig_per_task": 2,
+    "ood_per_task": 2,
+    "blink_per_task": 2,
+    "mmiu_per_task": 2,
+    "min_pixels": 3136,
+    "max_pixels": 401408,
+    "coordinates": "absolute",
+}
 
 
 def right(sample) -> str:
@@ -36,8 +44,12 @@ def write_run(root, run_id, share, **changed):
                 done[sample.task] = done.get(sample.task, 0) + 1
                 good = system == "grpo" and done[sample.task] <= share
                 lines.append({"id": sample.id, "replies": [right(sample) if good else "no"]})
-            (folder / "replies" / f"{system}_{suite}_greedy.jsonl").write_text("".join(json.dumps(li) + "\n" for li in lines))
-            metrics["systems"].setdefault(system, {})[suite] = {"score": 50.0 * share * (system == "grpo")}
+            (folder / "replies" / f"{system}_{suite}_greedy.jsonl").write_text(
+                "".join(json.dumps(li) + "\n" for li in lines)
+            )
+            metrics["systems"].setdefault(system, {})[suite] = {
+                "score": 50.0 * share * (system == "grpo")
+            }
         metrics["deltas"]["grpo-sft"][suite] = metrics["deltas"]["grpo-base"][suite] = gap
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "run.json").write_text(json.dumps({"params": PARAMS | changed}))
@@ -53,7 +65,9 @@ def test_two_runs_by_hand(root):
     write_run(root, "a", 1)
     write_run(root, "b", 2)
     found = seeds.aggregate_runs(["a", "b"])["mmiu"]
-    assert found["value"] == 75.0 and found["over_seeds"] == pytest.approx(12.706 * 25, abs=0.1)  # t(0.975, 1), sd 35.4, n 2
+    assert found["value"] == 75.0 and found["over_seeds"] == pytest.approx(
+        12.706 * 25, abs=0.1
+    )  # t(0.975, 1), sd 35.4, n 2
     assert 50 <= found["ci95"][0] < 75 < found["ci95"][1] <= 100
     alone = seeds.aggregate_runs(["b"])["mmiu"]
     assert (alone["value"], alone["ci95"], alone["over_seeds"]) == (100.0, [100.0, 100.0], None)
@@ -64,7 +78,10 @@ def test_the_table_names_every_run_and_both_intervals(root):
     write_run(root, "b", 2)
     lines = seeds.markdown_table(["a", "b"]).splitlines()
     assert lines[0].count("|") == 7 and "a: base" in lines[0] and "b: base" in lines[0]
-    assert lines[2].startswith("| MIG-Bench-like (drawn) | RL over SFT | 0.0 / 0.0 / 50.0, **+50.0**") and "; ± 317.7)" in lines[5]
+    assert (
+        lines[2].startswith("| MIG-Bench-like (drawn) | RL over SFT | 0.0 / 0.0 / 50.0, **+50.0**")
+        and "; ± 317.7)" in lines[5]
+    )
 
 
 def test_runs_on_other_samples_are_not_compared(root):
@@ -77,9 +94,14 @@ def test_runs_on_other_samples_are_not_compared(root):
     with pytest.raises(ValueError, match="named twice"):
         seeds.markdown_table(["a", "a"])
     (root / "a" / "05_grpo").mkdir()
-    (root / "a" / "05_grpo" / "run.json").write_text(json.dumps({"outputs": {"model/model.safetensors": "new"}}))
+    (root / "a" / "05_grpo" / "run.json").write_text(
+        json.dumps({"outputs": {"model/model.safetensors": "new"}})
+    )
     record = json.loads((root / "a" / "06_evaluate" / "run.json").read_text())
     record["inputs"] = {"05_grpo": {"model/model.safetensors": "old"}}
     (root / "a" / "06_evaluate" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="are of a model before 05_grpo was run again; run: mig-kit run 06 --run-id a"):
+    with pytest.raises(
+        ValueError,
+        match="are of a model before 05_grpo was run again; run: mig-kit run 06 --run-id a",
+    ):
         seeds.markdown_table(["a"])
