@@ -12,7 +12,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from mig_kit.common import PACKAGE, PROJECT_ROOT
+from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256
 
 DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store",
                 "mig_kit.pipeline.params", "mig_kit.pipeline.dependencies"}
@@ -36,7 +36,7 @@ def notebook_code(stage: str) -> list[str]:
 
 def used_definitions(stage: str) -> dict[str, str]:
     """"module.name" -> SHA-256 of its code, of every definition of the kit that the stage's results
-    depend on.
+    depend on, and of the files that lie beside these modules under their names, as templates do.
     """
     ignored = set() if stage in STAGES_OF_PICTURES else DISPLAY_ONLY
     tree = _parse("\n".join("".join(cell["source"]) for cell in notebook_cells(stage)))
@@ -53,6 +53,11 @@ def used_definitions(stage: str) -> dict[str, str]:
         code, references = definition
         used[key] = hashlib.sha256(code.encode()).hexdigest()
         todo |= references
+    modules = {key.rpartition(".")[0] for key in used}
+    files = {file for path in map(_module_path, modules)
+             for file in path.parent.glob(f"{path.stem}.*")}
+    used |= {str(file.relative_to(PACKAGE)): file_sha256(file)
+             for file in files if file.suffix != ".py"}
     return dict(sorted(used.items()))
 
 

@@ -77,6 +77,11 @@ def test_a_colour_makes_only_pictures_stale(stale_after):
         "07_report"}
 
 
+def test_a_template_makes_its_stage_stale(stale_after):
+    template = "mig_kit/stages/report.html.jinja"
+    assert stale_after(change_text, template, "</", " </") == {"07_report"}
+
+
 def test_a_reward_makes_the_stages_stale_that_use_it(stale_after):
     stale = stale_after(change_definition, "format_reward")
     assert "05_grpo" in stale and stale <= {"05_grpo", "07_report"}
