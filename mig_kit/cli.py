@@ -320,50 +320,58 @@ def data() -> None:
 
 @data.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Image root; else FILE's folder.")
+@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Image root; else FILE's folder.")
 @click.option("--show", default=100, show_default=True, help="How many wrong lines to print.")
 def check(file: Path, root: Path | None, show: int) -> None:
-    """Say line by line what is wrong with FILE, a JSONL of your own data (format: mig_kit/own_data.py)."""
+    """Say line by line what is wrong with FILE, a JSONL of your own data.
+
+    Its format is in mig_kit/data/own_data.py.
+    """
     from mig_kit.data import own_data
 
-    total = bad = 0
-    for number, wrong in own_data.check_file(file, root or file.parent):
+    total = wrong = 0
+    for number, problems in own_data.check_file(file, root or file.parent):
         total += 1
-        bad += bool(wrong)
-        if wrong and bad <= show:
-            click.echo(f"line {number}: {'; '.join(wrong)}")
-    click.echo(f"{total} lines, {total - bad} right, {bad} wrong" + (f" (the first {show} shown)" if bad > show else ""))
-    if bad or not total:
+        wrong += bool(problems)
+        if problems and wrong <= show:
+            click.echo(f"line {number}: {'; '.join(problems)}")
+    more = f" (the first {show} shown)" if wrong > show else ""
+    click.echo(f"{total} lines, {total - wrong} correct, {wrong} wrong{more}")
+    if wrong or not total:
         raise click.exceptions.Exit(1)
 
 
 @data.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Image root; else FILE's folder.")
-@click.option("--out", default="preview.html", show_default=True, type=click.Path(dir_okay=False, path_type=Path),
-              help="A .png or an .html.")
-@click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200), help="How many questions, from the top.")
+@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Image root; else FILE's folder.")
+@click.option("--out", default="preview.html", show_default=True,
+              type=click.Path(dir_okay=False, path_type=Path), help="A .png or an .html.")
+@click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200),
+              help="How many questions, from the top.")
 def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
     """Draw the boxes of FILE's first questions on their images."""
     from mig_kit.data import own_data
 
-    drawn = own_data.write_preview(own_data.iter_samples(file, root or file.parent, count), out)
-    click.echo(f"{drawn} questions drawn: {out}")
+    samples = own_data.iter_samples(file, root or file.parent, count)
+    click.echo(f"{own_data.write_preview(samples, out)} questions drawn: {out}")
 
 
 @data.command("mgrounding")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--root", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="Where the archives were unpacked.")
+@click.option("--root", required=True, help="Where the archives were unpacked.",
+              type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--unstated", nargs=2, multiple=True, type=(str, int), metavar="SUBSET IMAGE",
               help="Image number to take in a subset whose answers name none.")
 @click.option("--limit", type=int, help="Stop after so many questions.")
 def mgrounding_command(file: Path, root: Path, unstated, limit: int | None) -> None:
-    """Read FILE, MGrounding-630k's annotations, and say what is kept and what is left out, and why."""
+    """Read FILE, MGrounding-630k's annotations, and say what is kept and what is left out, and why.
+    """
     from mig_kit.data import mgrounding
 
     report = mgrounding.check_annotations(file, root, dict(unstated), limit)
-    click.echo(report.text())
+    click.echo(report.summarize())
     if not report.kept:
         raise click.exceptions.Exit(1)
 
@@ -371,20 +379,30 @@ def mgrounding_command(file: Path, root: Path, unstated, limit: int | None) -> N
 @data.command()
 @click.argument("train", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("held_out", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--bits", default=4, show_default=True, type=click.IntRange(0, 32), help="Of 64 hash bits, how many may differ.")
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(0, 32),
+              help="Of 64 hash bits, how many may differ.")
 @click.option("--limit", type=int, help="Look at so many images of each folder.")
 def duplicates(train: Path, held_out: Path, bits: int, limit: int | None) -> None:
-    """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1 if there are any."""
-    from mig_kit import image_files
+    """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1
+    if there are any.
+    """
+    from mig_kit.image_files import (
+        SkipReport,
+        find_near_duplicates,
+        iter_images,
+        perceptual_hashes,
+    )
 
-    report = image_files.SkipReport()
-    hashes = [image_files.perceptual_hashes(image_files.iter_images(folder, report, limit)) for folder in (train, held_out)]
-    found = 0
-    for name, other, distance in image_files.find_near_duplicates(*hashes, bits):
-        found += 1
+    report = SkipReport()
+    train_hashes, held_out_hashes = (perceptual_hashes(iter_images(folder, report, limit))
+                                     for folder in (train, held_out))
+    pairs = 0
+    for name, other, distance in find_near_duplicates(train_hashes, held_out_hashes, bits):
+        pairs += 1
         click.echo(f"{train / name}\t{held_out / other}\t{distance} bits")
-    click.echo(f"{len(hashes[0][0])} against {len(hashes[1][0])} images: {found} pairs within {bits} bits")
+    click.echo(f"{len(train_hashes[0])} against {len(held_out_hashes[0])} images: "
+               f"{pairs} pairs within {bits} bits")
     for reason, names in report.names.items():
         click.echo(f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})")
-    if found:
+    if pairs:
         raise click.exceptions.Exit(1)

@@ -1,68 +1,49 @@
-"""Stage 01 with a real teacher: chain-of-thought traces from any OpenAI-compatible endpoint (vLLM, SGLang, hosted).
+"""Stage 01 with a model teacher: traces from any OpenAI-compatible endpoint (vLLM, SGLang, hosted).
 
-As MG-Thinker does (section 3.2 and appendix B of its paper), the teacher gets images, question and the verified answer as a
-check that it must not reveal, with cues that depend on the kind of task; the wording is ours. A second call asks for a
-direct answer without that check; trace_filter.py compares the two.
+Each sample costs two calls, a trace and a direct answer (prompts: teacher_prompt.py), which
+`filters.drop_reason_of_model_teacher` compares. openai's client makes them and tries again where
+that may help.
 
-The images are sent as the student sees them, already resized, so the teacher's pixels are the student's pixels. The key is
-read from the environment variable MIG_KIT_API_KEY when the calls are made and is written nowhere. Every finished call is
-appended to a file at once; started again, only what is not in that file is asked: after a kill at most the `concurrency`
-calls that were under way are asked twice.
+The key is read from the environment variable MIG_KIT_API_KEY when the calls are made and is written
+nowhere. Every finished call is appended to a log at once and never made again; a kill loses at most
+the `concurrency` calls under way.
 """
 
 import asyncio
-import base64
 import fcntl
 import hashlib
-import io
 import json
 import os
-import random
 import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-import httpx
-from PIL import Image
+import openai
 
-from mig_kit.boxes import BoxFormat, seen_size, to_model_box
-from mig_kit.prompts import (
-    CHOICE_INSTRUCTION,
-    GROUNDING_INSTRUCTION,
-    format_answer,
-    format_question,
-)
+from mig_kit.boxes import BoxFormat
+from mig_kit.data.teacher_prompt import KINDS, teacher_messages, teacher_prompt
 from mig_kit.sample import Sample, Trace
 
-KEY = "MIG_KIT_API_KEY"
-KINDS = ("trace", "direct")
-REPLY_LIMIT = 8 << 20
-IN_A_ROW = 10
-CUES = {
-    "compare": "Go through the images side by side and note what they share and where they differ.",
-    "search": "Note what is characteristic of what is asked for, then look for it in every image and rule out what is only alike.",
-    "track": "Follow the thing from image to image: its looks, its place among its neighbours, how it moves or turns.",
-    "associate": "Say what idea links the images, in use, meaning or position, then find what fits it."}
-CUE_OF = {
-    "diff": "compare", "view_diff": "compare", "common_object": "compare", "region": "search", "refer_grounding": "search",
-    "group_grounding": "search", "object_tracking": "track", "multi_view": "track", "reasoning": "associate",
-    "correspondence": "associate", "Difference": "compare", "Common_Object": "compare", "Region_Locating": "search",
-    "Referring_Grounding": "search", "Group_Grounding": "search", "Object_Tracking": "track", "Free-Form": "associate"}
-RULES = ("Inside <think>, reason from what is visible, step by step, and come to the conclusion last. Do not write coordinates "
-         "there, and do not mention that an answer was given to you. Boxes are in {frame}.")
-THERE = {"absolute": "pixels of the images as you see them", "normalized_1000": "thousandths of an image's width and height"}
-DIRECT = 'Do not reason. Reply with nothing but <answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.'
-DIRECT_CHOICE = "Do not reason. Reply with nothing but the letter in <answer></answer>."
+KEY_VARIABLE = "MIG_KIT_API_KEY"
+# a web address without a name, key, query or fragment in it
+ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?:/[^\s?#]*)?",
+                     re.IGNORECASE | re.ASCII)
+MAX_FAILURES_IN_A_ROW = 10
+REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
+TEMPORARY = (408, 409, 429)  # like these, all from 500 on may pass
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask and how hard. url: up to and with /v1; requests_per_minute: 0 for no limit; timeout, waits: seconds.
+    """Where the teacher is, and how hard to ask it.
 
-    token_field: the request's name for the limit on new tokens; some hosted models want "max_completion_tokens".
+    url: up to and with /v1. requests_per_minute: 0 for no limit. timeout: seconds without a sign of
+    the server. attempts: of one call; between them openai's client waits 0.5 to 8 s, or as long as
+    Retry-After says. token_field: the request's name for the limit on new tokens; some hosted
+    models want "max_completion_tokens". Raises ValueError for an address that holds a key, among
+    others.
     """
 
     url: str
@@ -71,27 +52,22 @@ class Endpoint:
     requests_per_minute: float = 0.0
     timeout: float = 120.0
     attempts: int = 6
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
     max_tokens: int = 1024
     temperature: float = 0.0
     token_field: str = "max_tokens"
 
     def __post_init__(self):
-        try:
-            parts = httpx.URL(self.url)
-        except httpx.InvalidURL:
-            parts = httpx.URL("")
-        if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo or parts.query or not self.model:
-            raise ValueError("endpoint_url must be like http://localhost:8000/v1, with no name, key or query in it, and "
-                             f"endpoint_model must be named; a key goes into the environment variable {KEY}")
+        if not ADDRESS.fullmatch(self.url) or not self.model:
+            raise ValueError("endpoint_url must be like http://localhost:8000/v1, with no name, "
+                             "key or query in it, and endpoint_model must be named; a key goes "
+                             f"into the environment variable {KEY_VARIABLE}")
         if self.concurrency < 1 or self.attempts < 1:
             raise ValueError("concurrency and attempts must be at least 1")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One thing to ask. key: a hash of all that decides the reply; kind: one of KINDS."""
+    """One call to the teacher. key: a hash of all that decides the reply; kind: one of KINDS."""
 
     key: str
     kind: str
@@ -99,45 +75,26 @@ class Call:
     box_format: BoxFormat
 
 
-def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
-    """What is said after the images; "direct" has neither the truth nor the request to think."""
-    question = format_question(sample, box_format)
-    if kind == "direct":
-        return question.removesuffix(CHOICE_INSTRUCTION).removesuffix(GROUNDING_INSTRUCTION) + (DIRECT_CHOICE if sample.options else DIRECT)
-    truth = sample.letter or " or ".join(
-        format_answer(n, to_model_box(box, sample.sizes[n - 1], box_format)) for n, box in sample.targets)
-    cue, rules = CUES[CUE_OF.get(sample.task, "search")], RULES.format(frame=THERE[box_format.coordinates])
-    return f"You are an expert at reading several images together. {cue}\n\nQuestion: {question}\n\n{rules}\n\n" \
-           f"Only to check your conclusion, and never to be mentioned: the verified answer is {truth}."
-
-
-def teacher_messages(sample: Sample, kind: str, box_format: BoxFormat) -> list[dict]:
-    """The chat in the OpenAI form: images numbered, with their sizes, as JPEG data, resized as the student sees them."""
-    content = []
-    for number, image in enumerate(sample.images, 1):
-        size = seen_size(image.size, box_format)
-        buffer = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(buffer, format="JPEG", quality=95, subsampling=0)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        content += [{"type": "text", "text": f"Image {number} ({size[0]} x {size[1]} pixels): "},
-                    {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": teacher_prompt(sample, kind, box_format)}]}]
-
-
 def make_call(sample: Sample, kind: str, endpoint: Endpoint, box_format: BoxFormat) -> Call:
-    """The call with its key: model, settings, text and images; not the server's address, which may move."""
-    digest = hashlib.sha256(json.dumps([endpoint.model, endpoint.max_tokens, endpoint.temperature, kind, astuple(box_format),
-                                        teacher_prompt(sample, kind, box_format), sample.sizes]).encode())
+    """The call with its key: model, settings, text and images; not the server's address, which may
+    move.
+    """
+    settings = [endpoint.model, endpoint.max_tokens, endpoint.temperature, kind,
+                astuple(box_format), teacher_prompt(sample, kind, box_format), sample.sizes]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for image in sample.images:
         digest.update(image.convert("RGB").tobytes())
     return Call(digest.hexdigest(), kind, sample, box_format)
 
 
 def load_call_log(path: Path) -> dict[str, dict]:
-    """Finished calls by key; a last line cut by a kill is dropped from the file. ValueError if any other line is broken."""
-    found = {}
+    """Finished calls by key; a last line cut by a kill is dropped from the file.
+
+    ValueError if any other line is broken.
+    """
+    entries: dict[str, dict] = {}
     if not path.is_file():
-        return found
+        return entries
     with path.open("r+b") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -145,204 +102,236 @@ def load_call_log(path: Path) -> dict[str, dict]:
                 break
             try:
                 entry = json.loads(line)
-                found[entry["key"]] = entry
+                entries[entry["key"]] = entry
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} line {number} is broken; delete that line, and its call is made again") from error
-    return found
+                raise ValueError(f"{path} line {number} is broken; delete that line, and its call "
+                                 "is made again") from error
+    return entries
 
 
-async def ask_all(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
-    """Make the calls that `path` does not hold yet; the log's entries for all of them, by key.
+async def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
+    """Make the calls that the log `path` does not hold; the log's entries for all of them, by key.
 
-    calls: read as they are needed, `concurrency` at a time. An entry has the "reply", or "failed" where the server refused
-    this very request; a call that fails for other reasons in all its attempts gets no entry and is asked again the next time.
-    Raises RuntimeError when going on makes no sense: a refused key, an unknown address or model, a redirect, IN_A_ROW failures
-    in a row.
+    calls: read as they are needed, `concurrency` at a time. An entry has the "reply", or "failed"
+    where the server refused this very request. A call that fails for other reasons in all its
+    attempts gets no entry and is made again the next time. RuntimeError when going on makes no
+    sense: a refused key, an unknown address or model, a redirect, MAX_FAILURES_IN_A_ROW.
     """
-    secret = os.environ.get(KEY, "").strip()
-    if not (secret.isascii() and (secret + "k").isprintable()):
-        raise ValueError(f"the environment variable {KEY} holds characters that no key has; set it again")
+    key = read_api_key()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as log:
+    with path.open("ab") as file:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"{path} is in use by another run; wait for it or give this run another run_id") from None
-        done = load_call_log(path)
-        log.seek(0, os.SEEK_END)
-        run = _Run(endpoint, secret, log, done)
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        limits = httpx.Limits(max_connections=endpoint.concurrency)
-        async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout, limits=limits) as client:
+            raise RuntimeError(f"{path} is in use by another run; wait for it or give this run "
+                               "another run_id") from None
+        entries = load_call_log(path)
+        file.seek(0, os.SEEK_END)
+        requested: dict[str, None] = {}  # in order
+
+        def iter_new_calls() -> Iterator[Call]:
+            for call in calls:
+                is_new = call.key not in requested and call.key not in entries
+                requested[call.key] = None
+                if is_new:
+                    yield call
+
+        session = _Session(endpoint, key, file, entries)
+        new_calls = iter_new_calls()
+        async with session.client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(run.produce(calls))
                     for _ in range(endpoint.concurrency):
-                        group.create_task(run.work(client))
+                        group.create_task(session.work(new_calls))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
-        if run.works and run.unwritten:
-            log.write("".join(json.dumps(entry) + "\n" for entry in run.unwritten).encode())
-    return {key: done[key] for key in run.asked if key in done}
+        if session.has_replied:
+            session.write_entries()
+    return {key: entries[key] for key in requested if key in entries}
 
 
-class _Run:
-    """What the workers of one `ask` share: the queue, the log, the pace."""
+def read_api_key() -> str:
+    """The key of the environment, "" if there is none; ValueError if it cannot be a key."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise ValueError(f"the environment variable {KEY_VARIABLE} holds characters that no key "
+                         "has; set it again")
+    return key
 
-    def __init__(self, endpoint: Endpoint, secret: str, log, done: dict[str, dict]):
-        self.endpoint, self.secret, self.log, self.done = endpoint, secret, log, done
-        self.asked: dict[str, None] = {}
-        self.queue: asyncio.Queue = asyncio.Queue(endpoint.concurrency)
-        self.next_start = self.paused_until = 0.0
-        self.in_a_row = self.finished = 0
+
+class _Session:
+    """What the workers of one `make_calls` share: the client, the log, the count of failures."""
+
+    def __init__(self, endpoint: Endpoint, key: str, file, entries: dict[str, dict]):
+        self.endpoint = endpoint
+        self.key = key
+        self.file = file
+        self.entries = entries
         self.unwritten: list[dict] = []
-        self.works = False
+        self.has_replied = False
+        self.finished = self.failures_in_a_row = 0
+        self.next_start = 0.0
+        # a redirect could lead the images elsewhere
+        transport = openai.DefaultAsyncHttpxClient(
+            follow_redirects=False, event_hooks={"request": [self.wait_for_turn]})
+        # without a key of ours the client would take one of its own from the environment
+        self.client = openai.AsyncOpenAI(base_url=endpoint.url, api_key=key or "none",
+                                         timeout=endpoint.timeout, http_client=transport)
 
-    async def produce(self, calls: Iterable[Call]) -> None:
+    async def wait_for_turn(self, request) -> None:
+        """Keep every attempt, those of openai's client too, to the requests per minute."""
+        rate = self.endpoint.requests_per_minute
+        start = max(self.next_start, time.monotonic())
+        self.next_start = start + (60 / rate if rate else 0.0)
+        await asyncio.sleep(start - time.monotonic())
+
+    async def work(self, calls: Iterator[Call]) -> None:
+        """Make calls until there are none left; `calls` is shared with the other workers."""
         for call in calls:
-            if call.key not in self.asked and call.key not in self.done:
-                await self.queue.put(call)
-            self.asked[call.key] = None
-            await asyncio.sleep(0)
-        for _ in range(self.endpoint.concurrency):
-            await self.queue.put(None)
-
-    async def work(self, client: httpx.AsyncClient) -> None:
-        while (call := await self.queue.get()) is not None:
-            start = time.time()
-            entry, why = await self.attempts(client, call)
+            start = time.monotonic()
+            entry, failure = await self.request(call)
             if entry is not None:
-                entry = {"key": call.key, "id": call.sample.id, "kind": call.kind, "model": self.endpoint.model, **entry,
-                         "seconds": round(time.time() - start, 3)}
-                self.done[call.key] = entry
-                self.unwritten.append(entry)
-            if entry and "reply" in entry:  # a refusal counts only once something else shows that the endpoint works
-                self.log.write("".join(json.dumps(e) + "\n" for e in self.unwritten).encode())
-                self.log.flush()
-                os.fsync(self.log.fileno())
-                self.unwritten, self.works = [], True
+                seconds = round(time.monotonic() - start, 3)
+                self.log({"key": call.key, "id": call.sample.id, "kind": call.kind,
+                          "model": self.endpoint.model, **entry, "seconds": seconds})
             self.finished += 1
             if self.finished % 100 == 0:
                 print(f"{self.finished} calls finished", flush=True)
-            self.in_a_row = 0 if entry and "reply" in entry else self.in_a_row + 1
-            if self.in_a_row >= IN_A_ROW:
-                raise RuntimeError(f"{IN_A_ROW} calls in a row failed, the last with: {why}; what is done is kept, start again "
-                                   "when the endpoint works")
+            self.failures_in_a_row = self.failures_in_a_row + 1 if failure else 0
+            if self.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+                raise RuntimeError(
+                    f"{MAX_FAILURES_IN_A_ROW} calls in a row failed, the last with: {failure}; "
+                    "finished calls are kept, start again when the endpoint works")
 
-    async def attempts(self, client: httpx.AsyncClient, call: Call) -> tuple[dict | None, str]:
-        """The entry to write, or None and why all attempts failed."""
-        why = ""
-        body = {"model": self.endpoint.model, "messages": teacher_messages(call.sample, call.kind, call.box_format),
-                "temperature": self.endpoint.temperature, self.endpoint.token_field: self.endpoint.max_tokens}
-        for attempt in range(1, self.endpoint.attempts + 1):
-            await self.turn()
-            after = None
+    async def request(self, call: Call) -> tuple[dict | None, str]:
+        """The entry for the log, None if the call may be made again, and why there is no reply."""
+        messages = teacher_messages(call.sample, call.kind, call.box_format)
+        authorization = f"Bearer {self.key}" if self.key else openai.omit
+        attempts = 0
+        while attempts < self.endpoint.attempts:
+            client = self.client.with_options(max_retries=self.endpoint.attempts - attempts - 1)
             try:
-                async with asyncio.timeout(self.endpoint.timeout):
-                    status, headers, text = await self.post(client, body)
-            except TimeoutError:
-                why = f"no answer within {self.endpoint.timeout:g} s"
-            except httpx.RequestError as error:  # of the connection, or an answer that cannot be decoded
-                why = f"the connection failed ({type(error).__name__})"
-            else:
-                if status == 200:
-                    entry = parse_completion(text)
-                    if entry is not None:
-                        return {**entry, "reply": self.redacted(entry["reply"]), "attempts": attempt}, ""
-                    why = "an answer that is no whole chat completion"
-                else:
-                    why = f"HTTP {status}: {self.redacted(text.decode(errors='replace'))[:200]!r}"
-                    after = retry_after(headers.get("retry-after", ""))
-                    if status in (400, 413, 422):
-                        return {"failed": why, "attempts": attempt}, why
-                    if status not in (408, 409, 425, 429) and status < 500:
-                        raise RuntimeError(f"the endpoint answered {why}; check endpoint_url, endpoint_model and the environment "
-                                           f"variable {KEY}")
-            if after is not None and after > 3600:
-                raise RuntimeError(f"the endpoint asks to wait {after:.0f} s; what is done is kept, start again then")
-            if attempt < self.endpoint.attempts:
-                wait = min(self.endpoint.longest_wait, self.endpoint.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
-                if after is not None:  # a limit on the account holds for every worker
-                    self.paused_until = max(self.paused_until, time.monotonic() + after)
-                await asyncio.sleep(wait)
-        return None, why
+                response = await client.chat.completions.with_raw_response.create(
+                    model=self.endpoint.model, messages=messages,
+                    temperature=self.endpoint.temperature,
+                    extra_headers={"Authorization": authorization},
+                    extra_body={self.endpoint.token_field: self.endpoint.max_tokens})
+            except openai.APIStatusError as error:
+                retries = int(error.request.headers["x-stainless-retry-count"])
+                return self.read_refusal(error, attempts + retries + 1)
+            except openai.APIConnectionError as error:
+                return None, f"the connection failed ({type(error.__cause__).__name__})"
+            attempts += response.retries_taken + 1
+            completion = parse_completion(response.content)
+            if completion is not None:
+                reply = self.redact(completion["reply"])
+                return {**completion, "reply": reply, "attempts": attempts}, ""
+            await asyncio.sleep(min(attempts, 8) / 2)
+        return None, "an answer that is no complete chat completion"
 
-    async def turn(self) -> None:
-        """Wait until the rate and any Retry-After let another request go."""
-        step = 60 / self.endpoint.requests_per_minute if self.endpoint.requests_per_minute else 0.0
-        while (start := max(self.paused_until, self.next_start)) > time.monotonic():
-            await asyncio.sleep(start - time.monotonic())
-        self.next_start = time.monotonic() + step
+    def read_refusal(self, error: openai.APIStatusError, attempts: int) -> tuple[dict | None, str]:
+        """As `request`; RuntimeError if the status speaks of every call."""
+        status = error.status_code
+        failure = f"HTTP {status}: {self.redact(error.response.text)[:200]!r}"
+        if status in REFUSED_REQUEST:
+            return {"failed": failure, "attempts": attempts}, failure
+        if status not in TEMPORARY and status < 500:
+            raise RuntimeError(f"the endpoint answered {failure}; check endpoint_url, "
+                               f"endpoint_model and the environment variable {KEY_VARIABLE}")
+        wait = error.response.headers.get("retry-after")
+        if wait and attempts < self.endpoint.attempts:  # longer than openai's client waits
+            raise RuntimeError(f"the endpoint answered {failure} and asks to wait (Retry-After: "
+                               f"{wait[:40]}); finished calls are kept, start again then")
+        return None, failure
 
-    async def post(self, client: httpx.AsyncClient, body: dict) -> tuple[int, httpx.Headers, bytes]:
-        async with client.stream("POST", self.endpoint.url.rstrip("/") + "/chat/completions", json=body) as response:
-            text = b""
-            async for block in response.aiter_bytes():
-                text += block
-                if len(text) > REPLY_LIMIT:
-                    break
-            return response.status_code, response.headers, text
+    def log(self, entry: dict) -> None:
+        """Write the entry; a refusal only once a reply shows that the endpoint works."""
+        self.entries[entry["key"]] = entry
+        self.unwritten.append(entry)
+        if "reply" in entry:
+            self.has_replied = True
+            self.write_entries()
 
-    def redacted(self, text: str) -> str:
-        return text.replace(self.secret, "***") if self.secret else text
+    def write_entries(self) -> None:
+        """Append the new entries to the log, down to the disk."""
+        self.file.write("".join(json.dumps(entry) + "\n" for entry in self.unwritten).encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.unwritten = []
+
+    def redact(self, text: str) -> str:
+        """The text without the key."""
+        return text.replace(self.key, "***") if self.key else text
 
 
-def parse_completion(text: bytes) -> dict | None:
-    """Reply, finish reason and token counts (None where the server gave none); None if this is no whole chat completion."""
+def parse_completion(body: bytes) -> dict | None:
+    """Reply, finish reason and token counts (None where the server gave none) of a chat completion.
+
+    None if this is no complete one; never raises.
+    """
     try:
-        data = json.loads(text)
-        reply, reason = data["choices"][0]["message"]["content"], data["choices"][0].get("finish_reason")
+        data = json.loads(body)
+        choice = data["choices"][0]
+        reply, reason = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError):
         return None
     if not isinstance(reply, str) or not isinstance(reason, str | None):
         return None
-    usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
-    counts = {name: usage.get(name) if type(usage.get(name)) is int and usage[name] >= 0 else None
-              for name in ("prompt_tokens", "completion_tokens")}
+    usage = data.get("usage")
+    counts: dict[str, int | None] = {}
+    for name in ("prompt_tokens", "completion_tokens"):
+        count = usage.get(name) if isinstance(usage, dict) else None
+        counts[name] = count if type(count) is int and count >= 0 else None
     return {"reply": reply, "finish_reason": reason, **counts}
 
 
-def retry_after(value: str) -> float | None:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date (RFC 9110); None if it is neither."""
-    if seconds := re.fullmatch(r" *([0-9]{1,9}(?:\.[0-9]{1,6})?) *", value):
-        return float(seconds.group(1))
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError, OSError):
-        return None
-
-
-async def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path, box_format: BoxFormat
-                 ) -> tuple[list[Trace], list[str]]:
+async def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
+                         box_format: BoxFormat) -> tuple[list[Trace], list[str]]:
     """The teacher's trace and its direct answer for every sample, in order; "" where there is none.
 
-    samples: with targets or options; may be a generator, whose images are held only while they are asked about. path: the
-    log of finished calls. Trace.error is "" or why there is no reply. In a script: asyncio.run(endpoint.traces(...)).
+    samples: with targets or options; may be a generator, whose images are held only while they are
+    asked about. path: the log of finished calls. Trace.error is "" or why there is no reply. In a
+    script: asyncio.run(endpoint.request_traces(...)). Raises as `make_calls`, and ValueError for a
+    sample without a target.
     """
     keys: list[list[str]] = []
 
-    def calls() -> Iterator[Call]:
+    def iter_calls() -> Iterator[Call]:
         for sample in samples:
             if not sample.targets and not sample.letter:
-                raise ValueError(f"sample {sample.id} has no target, so there is nothing to check a trace against; leave it out")
+                raise ValueError(f"sample {sample.id} has no target, so there is nothing to check "
+                                 "a trace against; leave it out")
             pair = [make_call(sample, kind, endpoint, box_format) for kind in KINDS]
             keys.append([call.key for call in pair])
             yield from pair
 
-    found = await ask_all(endpoint, calls(), path)
-    entries = [[found.get(key, {"failed": "no reply in any attempt"}) for key in pair] for pair in keys]
-    return ([Trace(trace.get("reply", ""), "endpoint", trace.get("failed", "")) for trace, _ in entries],
-            [direct.get("reply", "") for _, direct in entries])
+    entries = await make_calls(endpoint, iter_calls(), path)
+    no_reply = {"failed": "no reply in any attempt"}
+    traces, direct_replies = [], []
+    for trace_key, direct_key in keys:
+        entry = entries.get(trace_key, no_reply)
+        traces.append(Trace(entry.get("reply", ""), "endpoint", entry.get("failed", "")))
+        direct_replies.append(entries.get(direct_key, no_reply).get("reply", ""))
+    return traces, direct_replies
 
 
 def summarize_usage(path: Path, price_in: float = 0.0, price_out: float = 0.0) -> dict:
-    """What the calls in a log took. price_in, price_out: per million tokens; the cost is in their currency.
+    """What the calls in a log took.
 
-    "without_counts": calls for which the server told no token counts; they are not in the cost, nor are failed attempts.
+    price_in, price_out: per million tokens; the cost is in their currency. "without_counts": calls
+    for which the server told no token counts; they are not in the cost, nor are failed attempts.
     """
     entries = list(load_call_log(path).values())
-    tokens = {name: sum(e.get(name) or 0 for e in entries) for name in ("prompt_tokens", "completion_tokens")}
-    return {"calls": len(entries), "failed": sum("failed" in e for e in entries),
-            "attempts": sum(e.get("attempts", 1) for e in entries), **tokens,
-            "without_counts": sum(e.get("prompt_tokens") is None for e in entries if "reply" in e),
-            "cost": round((tokens["prompt_tokens"] * price_in + tokens["completion_tokens"] * price_out) / 1e6, 4)}
+    prompt_tokens = sum(entry.get("prompt_tokens") or 0 for entry in entries)
+    completion_tokens = sum(entry.get("completion_tokens") or 0 for entry in entries)
+    cost = (prompt_tokens * price_in + completion_tokens * price_out) / 1e6
+    return {
+        "calls": len(entries),
+        "failed": sum("failed" in entry for entry in entries),
+        "attempts": sum(entry.get("attempts", 1) for entry in entries),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "without_counts": sum("reply" in entry and entry.get("prompt_tokens") is None
+                              for entry in entries),
+        "cost": round(cost, 4),
+    }

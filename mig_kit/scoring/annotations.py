@@ -1,8 +1,10 @@
-"""Readers of the public benchmarks' own annotation files into plain items, and of prediction files beside them.
+"""Readers of the public benchmarks' own annotation files, and of prediction files, into plain
+items.
 
-Nothing here opens an image, except for its size and only where a protocol needs one; image names must stay inside the image
-root. Sources of the formats: thunlp/Migician (MIG-Bench, MMIU as it scores it), AMAP-ML/UniVG-R1 (revised MIG-Bench,
-LISA-grounding, ReVOS-grounding), zeyofu/BLINK_Benchmark, FanqingM/MMIU-Benchmark (fields of MMIU), JierunChen/Ref-L4.
+Nothing here opens an image, except for its size and only where a protocol needs one; image names
+must stay inside the image root. Sources of the formats: thunlp/Migician (MIG-Bench, MMIU as it
+scores it), AMAP-ML/UniVG-R1 (revised MIG-Bench, LISA-grounding, ReVOS-grounding),
+zeyofu/BLINK_Benchmark, FanqingM/MMIU-Benchmark (fields of MMIU), JierunChen/Ref-L4.
 """
 
 import json
@@ -11,20 +13,29 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
+
+from PIL import Image
 
 from mig_kit.boxes import Box, Coordinates
 from mig_kit.common import MAX_LINE, iter_lines
-from mig_kit.image_files import DECODE_ERRORS, resolve_under_root
+from mig_kit.image_files import DECODE_ERRORS, is_regular_file, resolve_under_root
 from mig_kit.scoring.parsers import ORDINALS
 
-MIG_BENCH_TASKS = {"diff": 528, "view_diff": 94, "common_object": 816, "object_tracking": 550, "multi_view": 288, "region": 1203,
-                   "refer_grounding": 99, "group_grounding": 499, "reasoning": 101, "correspondence": 117}
-
-
+MIG_BENCH_TASKS = {
+    "diff": 528, "view_diff": 94, "common_object": 816, "object_tracking": 550, "multi_view": 288,
+    "region": 1203, "refer_grounding": 99, "group_grounding": 499, "reasoning": 101,
+    "correspondence": 117}
 REVISED_TASKS = MIG_BENCH_TASKS | {"common_object": 815, "group_grounding": 485, "reasoning": 97}
-
-
+# task -> number of the target image, where it is the same in every question
 TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "correspondence": 2}
+LISA_VERSIONS = {200: "val", 779: "test"}
+REF_L4_ITEMS = 45341
+BLINK_VAL_ITEMS = 1901
+MMIU_TASKS = 52
+MMIU_OPTIONS = "ABCDEFGH"  # where an item's own options cannot be read
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LARGEST = 1e9  # a coordinate or score beyond it is none
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,10 @@ class BenchmarkItem:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """An annotation file, read. version: which release, told by content; complete: whether it has every item of it."""
+    """An annotation file, read.
+
+    version: which release, told by content. complete: whether it has every item of that release.
+    """
 
     name: str
     version: str
@@ -70,179 +84,255 @@ class Benchmark:
 
 
 def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
-    """The objects of a .json list, a .jsonl file or a .parquet table. Raises ValueError naming the file and line."""
+    """The objects of a .json list, a .jsonl file or a .parquet table.
+
+    Raises FileNotFoundError for a missing file, and ValueError naming the file and line.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or written")
+    _require_file(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
     with path.open("rb") as file:
-        opening = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if opening.startswith(b"["):
-        numbered = list(enumerate(read_json(path), 1))
-    else:
-        numbered = [(n, _json(_text(line, n, path), f"line {n} of {path}")) for n, line in iter_lines(path)
-                    if line is None or line.strip(b"\xef\xbb\xbf \t")]
+        opening = file.read(1 << 16).removeprefix(BYTE_ORDER_MARK).lstrip()
+    is_list = opening.startswith(b"[")
+    numbered = list(enumerate(read_json(path), 1)) if is_list else _parse_lines(path)
     for number, record in numbered:
         if not isinstance(record, dict):
-            raise ValueError(f"entry {number} of {path} is no JSON object; every entry must look like {{...}}")
+            raise ValueError(f"entry {number} of {path} is no JSON object; every entry must look "
+                             "like {...}")
     if not numbered and not may_be_empty:
         raise ValueError(f"{path} is empty; it needs one JSON object per item")
     return [record for _, record in numbered]
 
 
 def read_json(path: str | Path):
-    """The one JSON value of a file. Raises like read_records."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or written")
+    """The one JSON value of a file. Raises as read_records."""
+    path = Path(path)
+    _require_file(path)
     try:
-        return _json(Path(path).read_text(encoding="utf-8-sig"), f"{path}")
+        return _parse_json(path.read_text(encoding="utf-8-sig"), f"{path}")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as "
+                         "UTF-8") from error
 
 
-def _text(line: bytes | None, number: int, path: Path) -> str:
-    if line is None:
-        raise ValueError(f"line {number} of {path} is longer than {MAX_LINE} bytes; write one JSON object per line")
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"line {number} of {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or "
+                                "written")
 
 
-def _json(text: str, where: str):
+def _parse_lines(path: Path) -> list[tuple[int, object]]:
+    """(line number, JSON value) of every line that is not blank."""
+    numbered = []
+    for number, line in iter_lines(path):
+        if line is None:
+            raise ValueError(f"line {number} of {path} is longer than {MAX_LINE} bytes; write one "
+                             "JSON object per line")
+        if not line.strip(BYTE_ORDER_MARK + b" \t"):
+            continue
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not UTF-8 text (byte {error.start}); "
+                             "save it as UTF-8") from error
+        numbered.append((number, _parse_json(text, f"line {number} of {path}")))
+    return numbered
+
+
+def _parse_json(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}); write one JSON object per line, or one JSON list") from error
+        raise ValueError(f"{where} is no JSON ({error}); write one JSON object per line, or one "
+                         "JSON list") from error
 
 
-def _field(record: dict, name: str, kind: type | tuple, index: int, benchmark: str):
-    value = record.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"item {index} of the {benchmark} annotations has no usable '{name}'; is this the {benchmark} file?")
-    return value
+def is_number(value) -> bool:
+    """Whether a JSON value is a finite number of sane size."""
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
 def is_four_numbers(values) -> bool:
     """Whether a JSON value is a list of four finite numbers of sane size."""
-    return isinstance(values, list) and len(values) == 4 and all(type(v) in (int, float) and -1e9 < v < 1e9 for v in values)
+    return isinstance(values, list) and len(values) == 4 and all(map(is_number, values))
 
 
-def _box(values: list, index: int, benchmark: str) -> Box:
+def _get_field(record: dict, name: str, kind: type, index: int, benchmark: str):
+    """The field of item `index`; ValueError if it is missing or of another type than `kind`."""
+    value = record.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"item {index} of the {benchmark} annotations has no usable '{name}'; is "
+                         f"this the {benchmark} file?")
+    return value
+
+
+def _to_box(values: list | None, index: int, benchmark: str) -> Box:
     if not is_four_numbers(values):
-        raise ValueError(f"item {index} of the {benchmark} annotations has no box of four numbers; is this the {benchmark} file?")
-    return tuple(float(v) for v in values)
+        raise ValueError(f"item {index} of the {benchmark} annotations has no box of four numbers; "
+                         f"is this the {benchmark} file?")
+    x1, y1, x2, y2 = map(float, values)
+    return x1, y1, x2, y2
 
 
 def read_mig_bench(records: list[dict]) -> Benchmark:
     """MIG-Bench: `{task, images, question, answer: [x1,y1,x2,y2], additional_info, ...}`.
 
-    Answers of the original (Migician) are in 0..1, of the revised file (UniVG-R1) in 0..1000: that tells the two apart.
+    Answers of the original (Migician) are in 0..1, of the revised file (UniVG-R1) in 0..1000: that
+    tells the two apart.
     """
-    boxes = [_box(record.get("answer"), i, "MIG-Bench") for i, record in enumerate(records)]
-    revised = max(v for box in boxes for v in box) > 2  # the original's largest value is 1.048
-    coordinates = Coordinates.NORMALIZED_1000 if revised else Coordinates.NORMALIZED_1
+    boxes = [_to_box(record.get("answer"), index, "MIG-Bench")
+             for index, record in enumerate(records)]
+    is_revised = max(max(box) for box in boxes) > 2  # the original's largest value is 1.048
+    coordinates = Coordinates.NORMALIZED_1000 if is_revised else Coordinates.NORMALIZED_1
     items = []
-    for i, (record, box) in enumerate(zip(records, boxes)):
-        task = _field(record, "task", str, i, "MIG-Bench")
+    for index, (record, box) in enumerate(zip(records, boxes)):
+        task = _get_field(record, "task", str, index, "MIG-Bench")
         if task not in MIG_BENCH_TASKS:
-            raise ValueError(f"item {i} has task '{task}', which MIG-Bench has not; its tasks are {', '.join(MIG_BENCH_TASKS)}")
-        question = _field(record, "question", str, i, "MIG-Bench")
-        images = _field(record, "images", list, i, "MIG-Bench")
-        target, stated = _mig_bench_target(task, question, str(record.get("additional_info", "")))
-        if not images or (target or 1) > len(images) or not all(isinstance(name, str) for name in images):
-            raise ValueError(f"item {i} of MIG-Bench asks for image {target} of {len(images)}; is the file whole?")
-        items.append(BenchmarkItem(i, "", task, question, tuple(images), box, coordinates, target, stated))
-    counts = Counter(item.task for item in items)
-    return Benchmark("mig_bench", "revised" if revised else "original", tuple(items),
-                     counts == Counter(REVISED_TASKS if revised else MIG_BENCH_TASKS))
+            raise ValueError(f"item {index} has task '{task}', which MIG-Bench does not have; its "
+                             f"tasks are {', '.join(MIG_BENCH_TASKS)}")
+        question = _get_field(record, "question", str, index, "MIG-Bench")
+        images = _get_field(record, "images", list, index, "MIG-Bench")
+        info = str(record.get("additional_info", ""))
+        target, is_stated = _mig_bench_target(task, question, info)
+        has_target = len(images) >= (target or 1)
+        if not has_target or not all(isinstance(name, str) for name in images):
+            raise ValueError(f"item {index} of MIG-Bench asks for image {target} of {len(images)}; "
+                             "is the file complete?")
+        items.append(BenchmarkItem(index, "", task, question, tuple(images), box, coordinates,
+                                   target, is_stated))
+    expected = REVISED_TASKS if is_revised else MIG_BENCH_TASKS
+    is_complete = Counter(item.task for item in items) == Counter(expected)
+    version = "revised" if is_revised else "original"
+    return Benchmark("mig_bench", version, tuple(items), is_complete)
 
 
 def _mig_bench_target(task: str, question: str, info: str) -> tuple[int | None, bool]:
-    """(image number or None, whether the question names it). A static difference is in the same place of both images."""
+    """(image number or None, whether the question names it).
+
+    A static difference is in the same place of both images, so it has no number.
+    """
     if task in TARGETS:
         return TARGETS[task], True
     if task == "group_grounding":
-        found = re.search(rf"\bin the ({'|'.join(ORDINALS)}) image", info)
-        return (ORDINALS.index(found.group(1)) + 1 if found else None), False
-    found = re.search(r"in the (\d+)(?:st|nd|rd|th) image", question)
-    return (int(found.group(1)) if found else None), bool(found)
+        ordinal = re.search(rf"\bin the ({'|'.join(ORDINALS)}) image", info)
+        return (ORDINALS.index(ordinal.group(1)) + 1 if ordinal else None), False
+    number = re.search(r"in the (\d+)(?:st|nd|rd|th) image", question)
+    return (int(number.group(1)), True) if number else (None, False)
 
 
 def read_lisa(records: list[dict]) -> Benchmark:
-    """LISA-grounding: `{image_path, instruction, boxes: [[x1,y1,x2,y2], ...]}` in pixels; the first box is the answer."""
+    """LISA-grounding: `{image_path, instruction, boxes: [[x1,y1,x2,y2], ...]}` in pixels.
+
+    The first box is the answer.
+    """
     items = []
-    for i, record in enumerate(records):
-        boxes = _field(record, "boxes", list, i, "LISA-grounding")
-        items.append(BenchmarkItem(i, "", "lisa", _field(record, "instruction", str, i, "LISA-grounding"),
-                          (_field(record, "image_path", str, i, "LISA-grounding"),),
-                          _box(boxes[0] if boxes else None, i, "LISA-grounding"), Coordinates.PIXELS, 1))
-    version = {200: "val", 779: "test"}.get(len(items), "subset")
+    for index, record in enumerate(records):
+        boxes = _get_field(record, "boxes", list, index, "LISA-grounding")
+        question = _get_field(record, "instruction", str, index, "LISA-grounding")
+        image = _get_field(record, "image_path", str, index, "LISA-grounding")
+        box = _to_box(boxes[0] if boxes else None, index, "LISA-grounding")
+        items.append(BenchmarkItem(index, "", "lisa", question, (image,), box, Coordinates.PIXELS,
+                                   target=1))
+    version = LISA_VERSIONS.get(len(items), "subset")
     return Benchmark("lisa", version, tuple(items), version != "subset")
 
 
 def read_revos(records: list[dict]) -> Benchmark:
-    """ReVOS-grounding: `{video_id, frames, question, bbox_list}`; several frames, the answer is in the third.
+    """ReVOS-grounding: `{video_id, frames, question, bbox_list}`; the answer is in the third of
+    several frames.
 
-    frames are places in the folder's sorted file list, so image names here are "video_id#place"; `image_file` resolves them.
-    Box values are cut to whole pixels, as UniVG-R1's script does.
+    frames are places in the video's sorted file list, so image names here are "video_id#place",
+    which resolve_image_path resolves. Box values are cut to whole pixels, as UniVG-R1's script
+    does.
     """
     items = []
-    for i, record in enumerate(records):
-        video, frames = record.get("video_id"), _field(record, "frames", list, i, "ReVOS-grounding")
-        boxes = _field(record, "bbox_list", list, i, "ReVOS-grounding")
-        numbered = len(frames) >= 3 and all(type(frame) is int and frame >= 0 for frame in frames)
-        if not isinstance(video, (str, int)) or len(boxes) < 3 or not numbered:
-            raise ValueError(f"item {i} of the ReVOS-grounding annotations needs a video_id, three frame numbers and three boxes")
-        box = _box(boxes[2], i, "ReVOS-grounding")
-        items.append(BenchmarkItem(i, "", "revos", _field(record, "question", str, i, "ReVOS-grounding"),
-                          tuple(f"{video}#{frame}" for frame in frames), tuple(float(int(v)) for v in box), Coordinates.PIXELS, 3))
+    for index, record in enumerate(records):
+        video = record.get("video_id")
+        frames = _get_field(record, "frames", list, index, "ReVOS-grounding")
+        boxes = _get_field(record, "bbox_list", list, index, "ReVOS-grounding")
+        has_video = isinstance(video, (str, int))
+        has_frames = len(frames) >= 3 and all(type(place) is int and place >= 0
+                                              for place in frames)
+        if not has_video or not has_frames or len(boxes) < 3:
+            raise ValueError(f"item {index} of the ReVOS-grounding annotations needs a video_id, "
+                             "three frame numbers and three boxes")
+        x1, y1, x2, y2 = map(int, _to_box(boxes[2], index, "ReVOS-grounding"))
+        question = _get_field(record, "question", str, index, "ReVOS-grounding")
+        images = tuple(f"{video}#{place}" for place in frames)
+        items.append(BenchmarkItem(index, "", "revos", question, images,
+                                   (float(x1), float(y1), float(x2), float(y2)),
+                                   Coordinates.PIXELS, target=3))
     return Benchmark("revos", "", tuple(items), True)
 
 
 def read_ref_l4(records: list[dict]) -> Benchmark:
-    """Ref-L4: `{id, caption, bbox: [x,y,w,h] px, file_name, ...}`; tasks are the sizes small, medium, large.
-
-    Sizes as its evaluator cuts them: sqrt(w*h) under 128, to 256, over.
+    """Ref-L4: `{id, caption, bbox: [x,y,w,h] px, file_name, ...}`; tasks are the answers' sizes:
+    small, medium, large.
     """
     items = []
-    for i, record in enumerate(records):
-        x, y, w, h = _box(record.get("bbox"), i, "Ref-L4")
-        side = max(0, w * h) ** 0.5
-        size = (record["width"], record["height"]) if type(record.get("width")) is type(record.get("height")) is int else None
-        items.append(BenchmarkItem(i, str(record.get("id", "")), "small" if side < 128 else "medium" if side <= 256 else "large",
-                          str(record.get("caption", "")), (str(record.get("file_name", "")),), (x, y, x + w, y + h), Coordinates.PIXELS, 1,
-                          size=size))
-    return Benchmark("ref_l4", "all" if len(items) == 45341 else "subset", tuple(items), len(items) == 45341)
+    for index, record in enumerate(records):
+        x, y, width, height = _to_box(record.get("bbox"), index, "Ref-L4")
+        size = (record.get("width"), record.get("height"))
+        has_size = all(type(side) is int for side in size)
+        items.append(BenchmarkItem(
+            index, str(record.get("id", "")), _ref_l4_task(width, height),
+            str(record.get("caption", "")), (str(record.get("file_name", "")),),
+            (x, y, x + width, y + height), Coordinates.PIXELS, target=1,
+            size=size if has_size else None))
+    is_complete = len(items) == REF_L4_ITEMS
+    return Benchmark("ref_l4", "all" if is_complete else "subset", tuple(items), is_complete)
+
+
+def _ref_l4_task(width: float, height: float) -> str:
+    """The size class of a box as Ref-L4's evaluator cuts it: sqrt(w*h) under 128, to 256, over."""
+    side = max(0, width * height) ** 0.5
+    if side < 128:
+        return "small"
+    return "medium" if side <= 256 else "large"
 
 
 def read_blink(records: list[dict]) -> Benchmark:
-    """BLINK: `{idx, task or sub_task, answer: "(B)"}`, its own records; options from `choices`, else from the task's answers.
+    """BLINK: `{idx, task or sub_task, answer: "(B)"}`, its own records; options from `choices`,
+    else from the task's answers.
 
-    `images`, file names, is ours: the benchmark holds the pictures themselves, which must be saved as files to be asked about.
+    `images`, file names, is ours: the benchmark holds the pictures themselves, which must be saved
+    as files to be asked about.
     """
+    letters = [_blink_letter(record, index) for index, record in enumerate(records)]
+    last_letters: dict = defaultdict(str)
+    for record, letter in zip(records, letters):
+        task = record.get("task", record.get("sub_task"))
+        last_letters[task] = max(last_letters[task], letter)
     items = []
-    answers = defaultdict(set)
-    for i, record in enumerate(records):
-        found = re.fullmatch(r"\(?([A-Z])\)?", _field(record, "answer", str, i, "BLINK").strip())
-        if not found:
-            raise ValueError(f"item {i} of the BLINK annotations has answer '{record['answer']}'; scoring needs the letters "
-                             "of the validation set")
-        answers[record.get("task", record.get("sub_task"))].add(found.group(1))
-    for i, record in enumerate(records):
-        task = _field(record, "task" if "task" in record else "sub_task", str, i, "BLINK")
-        name = _field(record, "idx", str, i, "BLINK")
-        choices = tuple(map(str, record["choices"])) if isinstance(record.get("choices"), list) else ()
-        count = len(choices) or ord(max(answers[task])) - ord("A") + 1
-        images = tuple(map(str, record["images"])) if isinstance(record.get("images"), list) else ()
-        items.append(BenchmarkItem(i, name, task, str(record.get("question") or record.get("prompt", "")), images,
-                          letter=record["answer"].strip().strip("()"), options="ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count],
-                          choices=choices))
-    val = len(items) == 1901 and all(item.id.startswith("val_") for item in items)
-    return Benchmark("blink", "val" if val else "subset", tuple(items), val)
+    for index, (record, letter) in enumerate(zip(records, letters)):
+        task = _get_field(record, "task" if "task" in record else "sub_task", str, index, "BLINK")
+        name = _get_field(record, "idx", str, index, "BLINK")
+        choices = _text_list(record.get("choices"))
+        count = len(choices) or ascii_uppercase.index(last_letters[task]) + 1
+        question = str(record.get("question") or record.get("prompt", ""))
+        items.append(BenchmarkItem(index, name, task, question, _text_list(record.get("images")),
+                                   letter=letter, options=ascii_uppercase[:count],
+                                   choices=choices))
+    is_val = (len(items) == BLINK_VAL_ITEMS
+              and all(item.id.startswith("val_") for item in items))
+    return Benchmark("blink", "val" if is_val else "subset", tuple(items), is_val)
+
+
+def _blink_letter(record: dict, index: int) -> str:
+    answer = _get_field(record, "answer", str, index, "BLINK")
+    match = re.fullmatch(r"\(?([A-Z])\)?", answer.strip())
+    if not match:
+        raise ValueError(f"item {index} of the BLINK annotations has answer '{answer}'; scoring "
+                         "needs the letters of the validation set")
+    return match.group(1)
+
+
+def _text_list(values) -> tuple[str, ...]:
+    """A JSON list as texts; anything else as none."""
+    return tuple(map(str, values)) if isinstance(values, list) else ()
 
 
 def read_mmiu(records: list[dict]) -> Benchmark:
@@ -251,104 +341,160 @@ def read_mmiu(records: list[dict]) -> Benchmark:
     Items without an output are left out, as the authors do.
     """
     items = []
-    for i, record in enumerate(records):
+    for index, record in enumerate(records):
         if record.get("output") is None:
             continue
-        output = _field(record, "output", str, i, "MMIU").strip().strip(".")
-        options, text, starts = "", str(record.get("options", "")), []
-        for mark in re.finditer(r"(?:^|\s)\(?([A-Z])\)?\s*[:.]", text):
-            if mark.group(1) == chr(ord("A") + len(options)):
-                options += mark.group(1)
-                starts.append(mark.span())
-        ends = [start for start, _ in starts[1:]] + [len(text)]
-        choices = tuple(text[start:end].strip() for (_, start), end in zip(starts, ends))
-        images = record.get("input_image_path") or []
-        asked = " ".join(str(record[name]).strip() for name in ("context", "question") if record.get(name))
-        items.append(BenchmarkItem(i, "", _field(record, "task", str, i, "MMIU"), asked, tuple(images), letter=output,
-                          options=options or "ABCDEFGH", choices=choices))
-    return Benchmark("mmiu", "", tuple(items), len({item.task for item in items}) == 52)
+        letter = _get_field(record, "output", str, index, "MMIU").strip().strip(".")
+        choices = _split_options(str(record.get("options", "")))
+        parts = [record.get("context"), record.get("question")]
+        question = " ".join(str(part).strip() for part in parts if part)
+        task = _get_field(record, "task", str, index, "MMIU")
+        images = tuple(record.get("input_image_path") or [])
+        items.append(BenchmarkItem(index, "", task, question, images, letter=letter,
+                                   options=ascii_uppercase[:len(choices)] or MMIU_OPTIONS,
+                                   choices=choices))
+    is_complete = len({item.task for item in items}) == MMIU_TASKS
+    return Benchmark("mmiu", "", tuple(items), is_complete)
+
+
+def _split_options(text: str) -> tuple[str, ...]:
+    """The texts of "A: ... B: ...", as far as the letters follow each other from A on."""
+    marks: list[re.Match] = []
+    for mark in re.finditer(r"(?:^|\s)\(?([A-Z])\)?\s*[:.]", text):
+        if mark.group(1) == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return tuple(text[mark.end():end].strip() for mark, end in zip(marks, ends))
 
 
 READERS: dict[str, Callable[[list[dict]], Benchmark]] = {
-    "mig_bench": read_mig_bench, "lisa": read_lisa, "revos": read_revos, "ref_l4": read_ref_l4, "blink": read_blink, "mmiu": read_mmiu}
+    "mig_bench": read_mig_bench, "lisa": read_lisa, "revos": read_revos, "ref_l4": read_ref_l4,
+    "blink": read_blink, "mmiu": read_mmiu}
 
 
 def resolve_image_path(root: str | Path, name: str) -> Path:
-    """The file a benchmark's image name means below the image root; image_files.BadImage where the name leaves the root."""
-    path, (folder, _, place) = resolve_under_root(Path(root), name), name.rpartition("#")
-    video = resolve_under_root(Path(root), folder) if folder and place.isdecimal() else path
-    if video != path and video.is_dir():  # ReVOS: a place among the video's frames, sorted by the first number in their names
-        files = sorted((f for f in video.iterdir() if f.suffix in (".jpg", ".png") and re.search(r"\d", f.name)),
-                       key=lambda f: int(re.findall(r"\d+", f.name)[0]))
-        return resolve_under_root(Path(root), f"{folder}/{files[int(place)].name}") if int(place) < len(files) else path
-    return path
+    """The file that a benchmark's image name means below the image root.
+
+    ReVOS's "video#place" is the place among the video's frames. Raises image_files.BadImage where
+    the name leaves the root.
+    """
+    path = resolve_under_root(Path(root), name)
+    folder, _, place = name.rpartition("#")
+    if not folder or not place.isdecimal():
+        return path
+    video = resolve_under_root(Path(root), folder)
+    if not video.is_dir():
+        return path
+    frames = _sorted_frames(video)
+    if int(place) >= len(frames):
+        return path
+    return resolve_under_root(Path(root), f"{folder}/{frames[int(place)]}")
 
 
-def add_image_sizes(items: tuple[BenchmarkItem, ...], root: str | Path | None) -> list[BenchmarkItem]:
-    """The items with the size of each target image, read from the files. Raises ValueError listing what is missing."""
-    from PIL import Image
+def _sorted_frames(video: Path) -> list[str]:
+    """File names of a video's frames, sorted by the first number in them."""
+    numbered = []
+    for path in video.iterdir():
+        number = re.search(r"\d+", path.name)
+        if path.suffix in (".jpg", ".png") and number:
+            numbered.append((int(number.group()), path.name))
+    return [name for _, name in sorted(numbered, key=lambda frame: frame[0])]
 
+
+def add_image_sizes(items: tuple[BenchmarkItem, ...],
+                    root: str | Path | None) -> list[BenchmarkItem]:
+    """The items with the size of each target image, read from the files where it is not annotated.
+
+    Raises ValueError listing what is missing.
+    """
     sized, missing, broken = [], [], []
     for item in items:
-        if item.size is None and root is None:
-            raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which image names are relative to")
-        if item.size is None:
-            name = item.images[(item.target or len(item.images)) - 1]
-            path = resolve_image_path(root, name)
-            if not path.is_file():
-                missing.append(name)
-                continue
-            try:
-                with Image.open(path) as image:
-                    item = replace(item, size=image.size)
-            except DECODE_ERRORS:
-                broken.append(name)
-        sized.append(item)
-    for words, names in (("images are missing below", missing), ("files are no readable images below", broken)):
+        if item.size is not None:
+            sized.append(item)
+            continue
+        if root is None:
+            raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which "
+                             "image names are relative to")
+        name = item.images[(item.target or len(item.images)) - 1]
+        path = resolve_image_path(root, name)
+        if not is_regular_file(path):
+            missing.append(name)
+            continue
+        try:
+            with Image.open(path) as image:
+                sized.append(replace(item, size=image.size))
+        except DECODE_ERRORS:
+            broken.append(name)
+    for problem, names in (("images are missing below", missing),
+                           ("files are no readable images below", broken)):
         if names:
-            raise ValueError(f"{len(names)} {words} {root} (first: {', '.join(names[:3])}); download them or correct --images")
+            raise ValueError(f"{len(names)} {problem} {root} (first: {', '.join(names[:3])}); "
+                             "download them or correct --images")
     return sized
 
 
-def align_predictions(items: tuple[BenchmarkItem, ...], predictions: list[dict], field: str, source: str, allow_missing: bool = False) -> list:
+def align_predictions(items: tuple[BenchmarkItem, ...], predictions: list[dict], field: str,
+                      source: str, allow_missing: bool = False) -> list[dict | None]:
     """Each item's prediction line (None where one may be missing and is), in the items' order.
 
-    A line names its item by "index" (place in the annotation file, from 0) or "id". Raises ValueError that lists lines
-    without the field, and indices that are unknown, doubled or missing.
+    A line names its item by "index" (place in the annotation file, from 0) or "id". source: the
+    predictions' name, for errors. Raises ValueError that lists lines without the field, and indices
+    that are unknown, doubled or missing.
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id} or by_index
-    sample = f'a line looks like {{"index": 0, "{field}": ...}}'
-    found, doubled, unknown = {}, [], []
+    example = f'a line looks like {{"index": 0, "{field}": ...}}'
+    lines: dict[int, dict] = {}
+    doubled, unknown = [], []
     for number, line in enumerate(predictions, 1):
-        place, name = line.get("index"), line.get("id", line.get("idx"))
-        place = int(place) if isinstance(place, float) and place.is_integer() else place  # as pandas writes a column with gaps
-        here = place is not None and (name is None or by_id is by_index)  # "id" tells nothing where the benchmark has none
-        if not here and place is not None and by_index.get(str(place)) not in (None, by_id.get(str(name))):
-            raise ValueError(f'prediction {number} of {source} has "index" {place} and "id" {name!r}, which are different items')
-        name = place if here else name
+        where = f"prediction {number} of {source}"
+        name, names_index = _named_item(line, by_index, by_id, where)
         if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise ValueError(f'prediction {number} of {source} has no "index" or "id"; {sample}')
+            raise ValueError(f'{where} has no "index" or "id"; {example}')
         if field not in line:
-            raise ValueError(f'prediction {number} of {source} has no "{field}"; {sample}')
+            raise ValueError(f'{where} has no "{field}"; {example}')
         if field == "response" and not isinstance(line[field], str):
-            raise ValueError(f'"response" of prediction {number} of {source} is no text; write "" where the model said nothing')
-        item = (by_index if here else by_id).get(str(name))
+            raise ValueError(f'"response" of {where} is no text; write "" where the model said '
+                             "nothing")
+        item = (by_index if names_index else by_id).get(str(name))
         if item is None:
             unknown.append(str(name))
-        elif item.index in found:
+        elif item.index in lines:
             doubled.append(item.name)
         else:
-            found[item.index] = line
-    missing = [item.name for item in items if item.index not in found]
-    problems = [(f"unknown to the annotations: {_first(unknown)}", unknown), (f"given more than once: {_first(doubled)}", doubled),
-                (f"missing: {_first(missing)}", [] if allow_missing else missing)]
-    said = "; ".join(text for text, names in problems if names)
-    if said:
-        hint = " (or pass --allow-missing to count missing ones wrong)" if missing and not allow_missing else ""
-        raise ValueError(f"{source}: {said}; give one prediction for each of the {len(items)} items{hint}")
-    return [found.get(item.index) for item in items]
+            lines[item.index] = line
+    missing = [] if allow_missing else [item.name for item in items if item.index not in lines]
+    problems = [f"{problem}: {count_and_list(names)}" for problem, names in (
+        ("unknown to the annotations", unknown), ("given more than once", doubled),
+        ("missing", missing)) if names]
+    if problems:
+        hint = " (or pass --allow-missing to count missing ones wrong)" if missing else ""
+        raise ValueError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "
+                         f"{len(items)} items{hint}")
+    return [lines.get(item.index) for item in items]
 
 
-def _first(names: list[str], count: int = 10) -> str:
-    return f"{len(names)} ({', '.join(names[:count])}{', ...' if len(names) > count else ''})"
+def _named_item(line: dict, by_index: dict[str, BenchmarkItem], by_id: dict[str, BenchmarkItem],
+                where: str) -> tuple[object, bool]:
+    """(name of the line's item, whether the name is an index); ValueError if "index" and "id" name
+    different items.
+    """
+    index, item_id = line.get("index"), line.get("id", line.get("idx"))
+    if isinstance(index, float) and index.is_integer():
+        index = int(index)  # pandas writes a column with gaps as floats
+    if index is None:
+        return item_id, False
+    # An "id" tells nothing where the benchmark has none.
+    if item_id is None or by_id is by_index:
+        return index, True
+    indexed = by_index.get(str(index))
+    if indexed is not None and indexed != by_id.get(str(item_id)):
+        raise ValueError(f'{where} has "index" {index} and "id" {item_id!r}, which are different '
+                         "items")
+    return item_id, False
+
+
+def count_and_list(names: list[str], count: int = 10) -> str:
+    """How many names there are and the first of them, as "12 (a, b, ...)"."""
+    ellipsis = ", ..." if len(names) > count else ""
+    return f"{len(names)} ({', '.join(names[:count])}{ellipsis})"

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
-from mig_kit.scoring.annotations import is_four_numbers
+from mig_kit.scoring.annotations import is_four_numbers, is_number
 from mig_kit.scoring.result import Scored
 from mig_kit.stats import to_percent
 
@@ -58,9 +58,7 @@ def validate_detections(predictions: list[dict], coco: COCO, source: str) -> lis
     Raises ValueError that lists unknown images and categories, or says which entry is malformed.
     """
     for number, entry in enumerate(predictions, 1):
-        score = entry.get("score")
-        has_score = type(score) in (int, float) and -1e9 < score < 1e9
-        if not (is_four_numbers(entry.get("bbox")) and has_score):
+        if not (is_four_numbers(entry.get("bbox")) and is_number(entry.get("score"))):
             raise ValueError(f'entry {number} of {source} needs "bbox", four numbers x, y, width, '
                              'height in pixels, and "score"')
     ids_by_text = {

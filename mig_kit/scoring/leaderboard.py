@@ -5,6 +5,8 @@ Percent, Acc@0.5 unless a row says otherwise.
 
 from dataclasses import dataclass
 
+from mig_kit.scoring.annotations import count_and_list
+
 TASKS = ("diff", "view_diff", "common_object", "object_tracking", "multi_view", "region",
          "refer_grounding", "group_grounding", "reasoning", "correspondence")
 PAPER = "arXiv 2507.00748, its final 7B model; version and protocol not stated"
@@ -120,8 +122,7 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
     counts = sorted(result["problems"].items(), key=lambda problem: -problem[1])
     notes += [f"Replies, {reason}: {count}." for reason, count in counts]
     for kind, names in result["notes"].items():
-        ellipsis = ", ..." if len(names) > 10 else ""
-        notes.append(f"Annotations, {kind}: {len(names)} ({', '.join(names[:10])}{ellipsis}).")
+        notes.append(f"Annotations, {kind}: {count_and_list(names)}.")
     if "compare" in result:
         notes += _comparison_notes(result)
     return notes

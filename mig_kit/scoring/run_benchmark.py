@@ -133,17 +133,18 @@ def to_targets(item: BenchmarkItem, images: tuple[Image.Image, ...]) -> tuple[Ta
 
 
 def to_sample(item: BenchmarkItem, benchmark: str, root: str | Path,
-              opened: dict[str, Image.Image] | None = None) -> Sample:
+              images_by_name: dict[str, Image.Image] | None = None) -> Sample:
     """The item with its images opened; boxes in pixels of the original images.
 
-    opened: images by name, which are taken from there and added to it. Raises BadImage for a broken
-    image.
+    images_by_name: images that are open already, to which those of the item are added. Raises
+    BadImage for a broken image.
     """
-    opened = {} if opened is None else opened
+    if images_by_name is None:
+        images_by_name = {}
     for name in item.images:
-        if name not in opened:
-            opened[name] = image_files.open_rgb(resolve_image_path(root, name))
-    images = tuple(opened[name] for name in item.images)
+        if name not in images_by_name:
+            images_by_name[name] = image_files.open_rgb(resolve_image_path(root, name))
+    images = tuple(images_by_name[name] for name in item.images)
     question, inline_box = to_question(item)
     reference = None
     if inline_box:
@@ -164,8 +165,9 @@ def iter_batches(benchmark: Benchmark, root: str | Path, size: int) -> Iterator[
         places.setdefault(item.images, place)
     items = sorted(benchmark.items, key=lambda item: places[item.images])
     for start in range(0, len(items), size):
-        opened: dict[str, Image.Image] = {}
-        yield [to_sample(item, benchmark.name, root, opened) for item in items[start:start + size]]
+        images_by_name: dict[str, Image.Image] = {}
+        yield [to_sample(item, benchmark.name, root, images_by_name)
+               for item in items[start:start + size]]
 
 
 def parse_named_box(reply: str, exact: bool = False) -> tuple[int | None, Box | None]:

@@ -1,4 +1,4 @@
-"""The model card and the upload, with an interface that only remembers; nothing leaves this machine."""
+"""The model card and the upload, with a client that only remembers: nothing is sent."""
 
 import json
 

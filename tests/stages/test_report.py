@@ -30,11 +30,11 @@ def test_model_text_is_escaped():
 
 
 def test_headline_rows():
-    found = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
+    difference = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
     metrics = {
         "deltas": {
-            "grpo-sft": {"mig_bench": found, "ood_grounding": found},
-            "grpo-base": {"blink": found, "mmiu": found},
+            "grpo-sft": {"mig_bench": difference, "ood_grounding": difference},
+            "grpo-base": {"blink": difference, "mmiu": difference},
         }
     }
     rows = report.claim_rows(metrics)
@@ -48,12 +48,10 @@ def test_headline_rows():
 
 
 def test_choose_covers_the_outcomes():
-    from mig_kit.boxes import to_model_box
-    from mig_kit.prompts import format_answer
 
     samples = [make_sample("diff", "val", i) for i in range(4)]
     right = {
-        s.id: f"<think></think><answer>{format_answer(2, to_model_box(s.targets[0][1], s.sizes[1], box_format=BoxFormat()))}</answer>"
+        s.id: reply_for(s)
         for s in samples
     }
     before = {s.id: right[s.id] if i in (1, 2) else "" for i, s in enumerate(samples)}
@@ -75,7 +73,8 @@ def reply_for(sample, number=None, shift=0):
 
     image, box = sample.targets[0]
     x1, y1, x2, y2 = to_model_box(box, sample.sizes[image - 1], box_format=BoxFormat())
-    return f"<think></think><answer>{format_answer(number or image, (x1 + shift, y1, x2 + shift, y2))}</answer>"
+    answer = format_answer(number or image, (x1 + shift, y1, x2 + shift, y2))
+    return f"<think></think><answer>{answer}</answer>"
 
 
 def test_outcomes_by_hand():
@@ -157,7 +156,8 @@ CHROMIUM = (
 )
 OWN = "document.title='owned'"
 HOSTILE = (
-    f'<script>{OWN}</script><img src=x onerror="{OWN}"><svg onload="{OWN}"></style></title><script>{OWN}</script>'
+    f'<script>{OWN}</script><img src=x onerror="{OWN}"><svg onload="{OWN}"></style></title>'
+    f"<script>{OWN}</script>"
     f'<a href="javascript:{OWN}">&lt;script&gt;'
 )
 

@@ -27,11 +27,12 @@ def right(sample) -> str:
     if not sample.targets:
         return "<think></think><answer>none</answer>"
     image, box = sample.targets[0]
-    return f"<think></think><answer>{format_answer(image, to_model_box(box, sample.sizes[image - 1], BoxFormat()))}</answer>"
+    model_box = to_model_box(box, sample.sizes[image - 1], BoxFormat())
+    return f"<think></think><answer>{format_answer(image, model_box)}</answer>"
 
 
 def write_run(root, run_id, share, **changed):
-    """A finished 06_evaluate in which GRPO is right on the first `share` of every task's two samples, the others never."""
+    """A finished 06_evaluate: GRPO is correct on the first `share` of each task's two samples."""
     folder = root / run_id / "06_evaluate"
     (folder / "replies").mkdir(parents=True)
     gap = {"value": 50.0 * share, "ci95": [0.0, 100.0], "sampled": None}
@@ -64,11 +65,11 @@ def root(tmp_path, monkeypatch):
 def test_two_runs_by_hand(root):
     write_run(root, "a", 1)
     write_run(root, "b", 2)
-    found = seeds.aggregate_runs(["a", "b"])["mmiu"]
-    assert found["value"] == 75.0 and found["over_seeds"] == pytest.approx(
+    mean = seeds.aggregate_runs(["a", "b"])["mmiu"]
+    assert mean["value"] == 75.0 and mean["over_seeds"] == pytest.approx(
         12.706 * 25, abs=0.1
     )  # t(0.975, 1), sd 35.4, n 2
-    assert 50 <= found["ci95"][0] < 75 < found["ci95"][1] <= 100
+    assert 50 <= mean["ci95"][0] < 75 < mean["ci95"][1] <= 100
     alone = seeds.aggregate_runs(["b"])["mmiu"]
     assert (alone["value"], alone["ci95"], alone["over_seeds"]) == (100.0, [100.0, 100.0], None)
 

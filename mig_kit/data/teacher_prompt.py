@@ -1,0 +1,93 @@
+"""What a model teacher is asked: edit CUES and RULES to try another prompt.
+
+As in MG-Thinker (section 3.2 and appendix B of its paper), the teacher gets the images, the
+question and the verified answer as a check that it must not reveal, with cues that depend on the
+kind of task; the wording is ours. A second prompt asks for a direct answer without that check.
+
+The images are sent as the student sees them, already resized, so the teacher's pixels are the
+student's pixels.
+"""
+
+import base64
+import io
+
+from PIL import Image
+
+from mig_kit.boxes import BoxFormat, seen_size, to_model_box
+from mig_kit.prompts import (
+    CHOICE_INSTRUCTION,
+    GROUNDING_INSTRUCTION,
+    format_answer,
+    format_question,
+)
+from mig_kit.sample import Sample
+
+KINDS = ("trace", "direct")
+CUES = {
+    "compare": "Go through the images side by side and note what they share and where they differ.",
+    "search": "Note what is characteristic of what is asked for, then look for it in every image "
+              "and rule out what is only alike.",
+    "track": "Follow the thing from image to image: its looks, its place among its neighbours, "
+             "how it moves or turns.",
+    "associate": "Say what idea links the images, in use, meaning or position, then find what "
+                 "fits it.",
+}
+# the drawn tasks, and the subsets of MGrounding-630k
+CUE_OF_TASK = {
+    "diff": "compare", "view_diff": "compare", "common_object": "compare",
+    "region": "search", "refer_grounding": "search", "group_grounding": "search",
+    "object_tracking": "track", "multi_view": "track",
+    "reasoning": "associate", "correspondence": "associate",
+    "Difference": "compare", "Common_Object": "compare",
+    "Region_Locating": "search", "Referring_Grounding": "search", "Group_Grounding": "search",
+    "Object_Tracking": "track", "Free-Form": "associate",
+}
+RULES = ("Inside <think>, reason from what is visible, step by step, and come to the conclusion "
+         "last. Do not write coordinates there, and do not mention that an answer was given to "
+         "you. Boxes are in {coordinates}.")
+COORDINATES_IN_RULES = {
+    "absolute": "pixels of the images as you see them",
+    "normalized_1000": "thousandths of an image's width and height",
+}
+DIRECT_INSTRUCTION = ('Do not reason. Reply with nothing but '
+                      '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
+DIRECT_CHOICE_INSTRUCTION = "Do not reason. Reply with nothing but the letter in <answer></answer>."
+
+
+def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
+    """The text after the images; kind: one of KINDS.
+
+    "direct" has neither the truth nor the request to think.
+    """
+    question = format_question(sample, box_format)
+    if kind == "direct":
+        question = question.removesuffix(CHOICE_INSTRUCTION).removesuffix(GROUNDING_INSTRUCTION)
+        return question + (DIRECT_CHOICE_INSTRUCTION if sample.options else DIRECT_INSTRUCTION)
+    answers = [format_answer(target.image,
+                             to_model_box(target.box, sample.sizes[target.image - 1], box_format))
+               for target in sample.targets]
+    truth = sample.letter or " or ".join(answers)
+    cue = CUES[CUE_OF_TASK.get(sample.task, "search")]
+    rules = RULES.format(coordinates=COORDINATES_IN_RULES[box_format.coordinates])
+    return (f"You are an expert at reading several images together. {cue}\n\n"
+            f"Question: {question}\n\n{rules}\n\n"
+            "Only to check your conclusion, and never to be mentioned: "
+            f"the verified answer is {truth}.")
+
+
+def teacher_messages(sample: Sample, kind: str, box_format: BoxFormat) -> list[dict]:
+    """The chat in OpenAI's form: numbered images with their sizes, as JPEG, resized as the student
+    sees them.
+    """
+    content: list[dict] = []
+    for number, image in enumerate(sample.images, 1):
+        size = seen_size(image.size, box_format)
+        resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        resized.save(buffer, format="JPEG", quality=95, subsampling=0)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        label = f"Image {number} ({size[0]} x {size[1]} pixels): "
+        content += [{"type": "text", "text": label},
+                    {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}]
+    content.append({"type": "text", "text": teacher_prompt(sample, kind, box_format)})
+    return [{"role": "user", "content": content}]
