@@ -18,7 +18,8 @@ def main() -> None:
     late = [name for name in PROCESS_ENVIRONMENT if name not in os.environ]
     for name, value in PROCESS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if late and sys.argv[1:2] == ["bench"]:  # measured in this process, whose heap heeds them only from its start
+    # bench measures in this process, whose heap heeds them only from its start
+    if late and sys.argv[1:2] == ["bench"]:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     try:
         if code := cli(standalone_mode=False):
@@ -62,8 +63,8 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, overrides, force: bo
 
     names = [stage_name(text) for text in stages] or list(store.RECIPE)
     store.validate_run_id(run_id)
-    given = execute.parse_overrides(overrides, names)
-    params = {name: execute.choose_params(name, profile, run_id, given) for name in names}
+    values = execute.parse_overrides(overrides, names)
+    params = {name: execute.choose_params(name, profile, run_id, values) for name in names}
     synthesize = params.get("01_synthesize", {})
     if synthesize.get("teacher") == "endpoint":  # an address with a key must not reach a notebook
         Endpoint(synthesize["endpoint_url"], synthesize["endpoint_model"])
@@ -75,24 +76,36 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, overrides, force: bo
 @cli.command()
 @click.argument("run_id", required=False)
 def status(run_id: str | None) -> None:
-    """What has finished in a run, or in all runs, and the greedy scores (percent) where there are any."""
+    """What has finished in a run, or in all runs, with the greedy scores (percent)."""
     root = store.runs_root()
-    names = [run_id] if run_id else sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if run_id and not (root / run_id).is_dir():
         raise FileNotFoundError(f"no run '{run_id}' in {root}")
-    for name in names:
+    folders = root.iterdir() if root.is_dir() else ()
+    for name in [run_id] if run_id else sorted(path.name for path in folders if path.is_dir()):
         click.echo(name)
         for stage in store.STAGES:
-            record = store.load_record(stage, name)
-            begun = (root / name / stage / "started.json").is_file()
-            state = f"done in {record['seconds'] / 60:.1f} min" if record else "not finished" if begun else "-"
-            if anew := store.find_stale_input(stage, name):
-                state += f", before {anew} was run anew"
-            click.echo(f"  {stage:<24}{state}")
+            click.echo(f"  {stage:<24}{_stage_state(stage, name)}")
         if store.load_record("06_evaluate", name):
-            systems = json.loads((root / name / "06_evaluate" / "metrics.json").read_text())["systems"]
-            for suite in systems["grpo"]:
-                click.echo(f"  {suite:<24}" + ", ".join(f"{s} {found[suite]['score']:.1f}" for s, found in systems.items()))
+            _echo_scores(store.read_metrics(root / name / "06_evaluate")["systems"])
+
+
+def _stage_state(stage: str, run_id: str) -> str:
+    record = store.load_record(stage, run_id)
+    if record is None:
+        has_begun = (store.runs_root() / run_id / stage / "started.json").is_file()
+        return "not finished" if has_begun else "-"
+    state = f"done in {record['seconds'] / 60:.1f} min"
+    stale_input = store.find_stale_input(stage, run_id)
+    return f"{state}, stale: {stale_input} was run again since" if stale_input else state
+
+
+def _echo_scores(systems: dict) -> None:
+    from mig_kit.plots import SUITE_NAMES
+
+    for suite in systems["grpo"]:
+        scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
+                           for system, by_suite in systems.items())
+        click.echo(f"  {SUITE_NAMES[suite]:<24}{scores}")
 
 
 @cli.command("params")
@@ -107,9 +120,10 @@ def params_command(stage: str, profile: str) -> None:
 @click.argument("run_id")
 @click.argument("repository")
 @click.option("--private/--public", default=True, show_default=True)
-@click.option("--dry-run", type=click.Path(path_type=Path), help="Only write what would be sent to this new folder.")
+@click.option("--dry-run", type=click.Path(path_type=Path),
+              help="Only write what would be sent to this new folder.")
 def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> None:
-    """Send the reinforced model of RUN_ID, with its card, to REPOSITORY (user/name) on the Hugging Face Hub; needs HF_TOKEN."""
+    """Send the GRPO model of RUN_ID to REPOSITORY (user/name) on the Hub; needs HF_TOKEN."""
     import tempfile
 
     from mig_kit.pipeline import hub
@@ -117,9 +131,10 @@ def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> N
     if dry_run:
         click.echo(f"written, not sent: {hub.prepare_upload(run_id, dry_run)}")
         return
-    interface = hub.hub_client()
+    client = hub.hub_client()
     with tempfile.TemporaryDirectory() as folder:
-        click.echo(hub.upload(hub.prepare_upload(run_id, Path(folder) / "model"), repository, private, interface))
+        model = hub.prepare_upload(run_id, Path(folder) / "model")
+        click.echo(hub.upload(model, repository, private, client))
 
 
 @cli.command()
@@ -131,33 +146,36 @@ def diff(run_a: str, run_b: str) -> None:
 
     rows = compare.list_differences(run_a, run_b)
     for row in rows:
-        click.echo(f"{row['stage']:<24}{row['what']:<11}{row['name']:<44}{row['a']!s:<20} {row['b']!s}")
+        place = f"{row['stage']:<24}{row['what']:<11}{row['name']:<44}"
+        click.echo(f"{place}{row['a']!s:<20} {row['b']!s}")
     click.echo(f"{len(rows)} differences" if rows else "no difference")
 
 
 @cli.command("report")
 @click.argument("run_a")
 @click.argument("run_b")
-@click.option("--out", default="compared.html", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--out", default="compared.html", show_default=True,
+              type=click.Path(dir_okay=False, path_type=Path))
 def report_command(run_a: str, run_b: str, out: Path) -> None:
     """Two runs on one page: scores, training, and what differs."""
-    from mig_kit.pipeline import compare, store
+    from mig_kit.pipeline import compare
     from mig_kit.stages import report
 
-    found = {}
-    for run_id in (run_a, run_b):
+    metrics: dict[str, dict] = {run_a: {}, run_b: {}}
+    for run_id, by_stage in metrics.items():
         for stage in ("05_grpo", "06_evaluate"):
             if store.load_record(stage, run_id) is None:
-                raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; run: mig-kit run --run-id {run_id}")
-            found.setdefault(run_id, {})[stage] = store.read_metrics(store.runs_root() / run_id / stage)
-    out.write_text(report.two_run_page(found, compare.list_differences(run_a, run_b)))
+                raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; "
+                                        f"run: mig-kit run --run-id {run_id}")
+            by_stage[stage] = store.read_metrics(store.runs_root() / run_id / stage)
+    out.write_text(report.two_run_page(metrics, compare.list_differences(run_a, run_b)))
     click.echo(f"report: {out}")
 
 
 @cli.command()
 @click.argument("run_ids", nargs=-1, required=True)
 def table(run_ids: tuple[str, ...]) -> None:
-    """Runs side by side, as a Markdown table: scores, differences in points, and the mean over runs with its intervals."""
+    """Runs side by side, as a Markdown table: scores, differences, and the mean over runs."""
     from mig_kit.stages import seeds
 
     click.echo(seeds.markdown_table(list(run_ids)))
@@ -230,7 +248,7 @@ def refuse_frame(context: click.Context, option: click.Parameter, word: str | No
 @click.option("--protocol", default="official", show_default=True,
               help="official, strict, or substring (multiple choice).")
 @click.option("--coordinates", default="normalized_1000", show_default=True,
-              help="strict: boxes are in normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels "
+              help="strict: boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels "
                    "(of the original image) or absolute (pixels of the resized image).")
 @click.option("--frame", hidden=True, expose_value=False, callback=refuse_frame)
 @click.option("--images", type=click.Path(),
@@ -276,39 +294,47 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
 
 
 @cli.command()
-@click.option("--model", required=True, help="tiny, or a folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL.")
-@click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; repeat in order.")
-@click.option("--out", default="grounded.png", show_default=True, help="Where the picture with the box goes.")
+@click.option("--model", required=True,
+              help="tiny, or a folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL.")
+@click.option("--image", "images", multiple=True, required=True, type=click.Path(),
+              help="An image; repeat in order.")
+@click.option("--out", default="grounded.png", show_default=True,
+              help="Where the picture with the box goes.")
 @click.option("--max-new-tokens", default=256, show_default=True)
-@click.option("--coordinates", default="absolute", show_default=True, help="How the model writes boxes: absolute, or normalized_1000 (Qwen2-VL, "
-              "Qwen3-VL).")
+@click.option("--coordinates", default="absolute", show_default=True,
+              help="How the model writes boxes: absolute, or normalized_1000 (Qwen2-VL, Qwen3-VL).")
+@click.option("--frame", hidden=True)
 @click.argument("question")
-def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, coordinates: str, question: str) -> None:
-    """Ask MODEL where in the images the answer to QUESTION is; print it and save the picture with the box."""
+def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, coordinates: str,
+           frame: str | None, question: str) -> None:
+    """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
     from mig_kit import plots
     from mig_kit.engine import models, sampling
     from mig_kit.image_files import BadImage, open_rgb
     from mig_kit.prompts import parse_reply, reply_box_in_original
     from mig_kit.sample import Sample
 
+    if frame:
+        raise ValueError("--frame is now --coordinates: absolute, or normalized_1000")
     opened = []
     for path in images:
         try:
             opened.append(open_rgb(Path(path)))
         except BadImage as error:
             raise ValueError(f"--image {path}: {error}") from error
-    hw, box_format, model = models.choose_hardware(), BoxFormat(coordinates=coordinates), models.resolve_model(model)
-    processor = models.load_processor(model, box_format)
+    box_format = BoxFormat(coordinates=coordinates)
+    policy = models.load_policy(models.resolve_model(model), models.choose_hardware(), box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question)
-    policy = models.Policy(models.load_model(model, hw), processor, hw, box_format)
     reply = sampling.greedy_replies(policy, [sample], max_new_tokens)[0]
-    read, box = parse_reply(reply), reply_box_in_original(sample, parse_reply(reply), box_format)
-    click.echo(f"reasoning: {read.thinking or '-'}")
+    answer = parse_reply(reply)
+    box = reply_box_in_original(sample, answer, box_format)
+    click.echo(f"reasoning: {answer.thinking or '-'}")
     if box is None:
         click.echo(f"no box; the model said: {reply}")
         return
-    click.echo(f"image: {read.image} ({images[read.image - 1]})")
-    click.echo("box: " + ", ".join(f"{v:.0f}" for v in box) + " (xyxy, pixels of that image)")
+    click.echo(f"image: {answer.image} ({images[answer.image - 1]})")
+    numbers = ", ".join(f"{value:.0f}" for value in box)
+    click.echo(f"box: {numbers} (xyxy, pixels of that image)")
     plots.draw_sample(sample, reply, box_format, 320).save(Path(out))
     click.echo(f"picture: {out}")
 

@@ -1,8 +1,11 @@
-"""Pictures for notebooks and report: boxes on images, bars with intervals, curves. Colours are safe for the colour-blind."""
+"""Pictures for notebooks and report: boxes on images, bars with intervals, curves. Colours are safe
+for the colour-blind.
+"""
 
 import textwrap
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,7 +24,8 @@ TARGET, PREDICTED, REFERENCE = "#009E73", "#D55E00", "#CC00CC"
 
 def set_style() -> None:
     """The look of all figures; call once per notebook."""
-    sns.set_theme(style="whitegrid", context="notebook", rc={"figure.figsize": (8, 3.2), "figure.dpi": 110})
+    sns.set_theme(style="whitegrid", context="notebook",
+                  rc={"figure.figsize": (8, 3.2), "figure.dpi": 110})
 
 
 def _dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str, width: int, step: int = 10) -> None:
@@ -34,8 +38,10 @@ def _dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str, width: int, step: i
             pen.line((x, start, x, min(start + step // 2, y2)), fill=colour, width=width)
 
 
-def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = None, height: int = 200) -> Image.Image:
-    """All images of a sample side by side, numbered: target solid green, the reply's box dashed orange, reference pink.
+def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = None,
+                height: int = 200) -> Image.Image:
+    """All images of a sample side by side, numbered: target solid green, the reply's box dashed
+    orange, reference pink.
 
     box_format: of the reply; a reply without one is a ValueError. height: of the images, pixels.
     """
@@ -46,9 +52,10 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
     tiles = []
     for number, image in enumerate(sample.images, 1):
         scale = height / image.height
-        tile = image.convert("RGB").resize((max(1, round(image.width * scale)), height), Image.Resampling.LANCZOS)
+        size = max(1, round(image.width * scale)), height
+        tile = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         pen = ImageDraw.Draw(tile)
-        boxes = [(box, TARGET, False) for n, box in sample.targets if n == number]
+        boxes = [(target.box, TARGET, False) for target in sample.targets if target.image == number]
         if number == 1 and sample.reference:
             boxes.append((sample.reference, REFERENCE, False))
         if predicted and read.image == number:
@@ -61,7 +68,8 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
                 pen.rectangle(scaled, outline=colour, width=3)
         tiles.append(tile)
     gap, head = 8, 22
-    sheet = Image.new("RGB", (sum(t.width for t in tiles) + gap * (len(tiles) + 1), height + head + gap), "white")
+    width = sum(tile.width for tile in tiles) + gap * (len(tiles) + 1)
+    sheet = Image.new("RGB", (width, height + head + gap), "white")
     pen, x = ImageDraw.Draw(sheet), gap
     for number, tile in enumerate(tiles, 1):
         pen.text((x, 3), f"Image {number}", fill="#333333", font=ImageFont.load_default(14))
@@ -70,15 +78,17 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
     return sheet
 
 
-def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None, palette=None, interval: str | None = None):
-    """A bar per row; interval: the key of a [low, high] pair drawn as an error bar. Returns the figure."""
-    import pandas as pd
-
+def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None, palette=None,
+              interval: str | None = None) -> plt.Figure:
+    """A bar per row; interval: the key of a [low, high] pair drawn as an error bar. Returns the
+    figure.
+    """
     table = pd.DataFrame(rows)
     hues = list(dict.fromkeys(table[hue])) if hue else [None]
     names = list(dict.fromkeys(table[x]))
     figure, axes = plt.subplots(figsize=(max(6.5, 0.62 * len(names) * max(1, len(hues) / 2)), 3.4))
-    sns.barplot(table, x=x, y=y, hue=hue, palette=palette, ax=axes, errorbar=None, order=names, hue_order=hues if hue else None)
+    sns.barplot(table, x=x, y=y, hue=hue, palette=palette, ax=axes, errorbar=None, order=names,
+                hue_order=hues if hue else None)
     if interval:
         width = 0.8 / len(hues)
         for index, name in enumerate(names):
@@ -93,15 +103,16 @@ def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = No
     axes.tick_params(axis="x", rotation=30 if max(map(len, map(str, names))) > 8 else 0)
     plt.setp(axes.get_xticklabels(), ha="right" if max(map(len, map(str, names))) > 8 else "center")
     if hue:
-        axes.legend(frameon=False, ncols=len(hues), loc="upper right", bbox_to_anchor=(1, 1.17), fontsize=9)
+        axes.legend(frameon=False, ncols=len(hues), loc="upper right", bbox_to_anchor=(1, 1.17),
+                    fontsize=9)
     figure.tight_layout()
     return figure
 
 
 def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step"):
-    """One small panel per name over x; a faint line for the values, a strong one for their running mean over `smooth`."""
-    import pandas as pd
-
+    """One small panel per name over x; a faint line for the values, a strong one for their running
+    mean over `smooth`.
+    """
     table = pd.DataFrame(rows)
     names = [n for n in names if n in table and table[n].notna().any()]
     columns = min(4, len(names))
@@ -111,7 +122,8 @@ def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1,
         values = table[[x, name]].dropna().astype(float)
         if smooth > 1:
             axis.plot(values[x], values[name], color="#0072B2", alpha=0.25, linewidth=1)
-        axis.plot(values[x], values[name].rolling(smooth, min_periods=1).mean(), color="#0072B2", linewidth=2)
+        means = values[name].rolling(smooth, min_periods=1).mean()
+        axis.plot(values[x], means, color="#0072B2", linewidth=2)
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.set_xlabel(x, fontsize=9)
     for axis in list(axes.flat)[len(names):]:
@@ -123,37 +135,43 @@ def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1,
 
 def plot_stacked(counts: dict[str, dict[str, int]], title: str):
     """Horizontal stacked bars: a bar per outer key, a piece per inner key that counts anything."""
-    import pandas as pd
-
     table = pd.DataFrame(counts).T.fillna(0)
     table = table.loc[:, table.any()]
     figure, axes = plt.subplots(figsize=(8, 0.34 * len(table) + 1.3))
-    table.plot.barh(stacked=True, ax=axes, color=sns.color_palette("colorblind", len(table.columns)), width=0.75)
+    colours = sns.color_palette("colorblind", len(table.columns))
+    table.plot.barh(stacked=True, ax=axes, color=colours, width=0.75)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, ncols=min(4, len(table.columns)), loc="upper center", fontsize=9,
-                bbox_to_anchor=(0.45, -0.3 / (0.34 * len(table) + 0.2)))  # 0.3 inches below the axis, whatever its height
+                # 0.3 inches below the axis, whatever its height
+                bbox_to_anchor=(0.45, -0.3 / (0.34 * len(table) + 0.2)))
     figure.tight_layout()
     return figure
 
 
 def plot_speedup(rows: list[dict], title: str):
-    """Four panels over images' tokens, replies, tokens of a reply and prompts; a line per stage. rows: of `benchmark.sweep`."""
-    import pandas as pd
-
+    """Four panels over images' tokens, replies, tokens of a reply and prompts; a line per stage.
+    rows: of `benchmark.sweep`.
+    """
     table = pd.DataFrame(rows)
     usual = {key: table[key].mode()[0] for key in ("images", "group", "tokens", "prompts")}
     figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), sharey=True)
-    panels = (("images", "prompt_tokens", "tokens of the prompt"), ("group", "group", "replies to a prompt"),
-              ("tokens", "tokens", "tokens of a reply"), ("prompts", "prompts", "prompts of a step"))
+    panels = (("images", "prompt_tokens", "tokens of the prompt"),
+              ("group", "group", "replies to a prompt"),
+              ("tokens", "tokens", "tokens of a reply"),
+              ("prompts", "prompts", "prompts of a step"))
     for axis, (key, x, label) in zip(axes, panels):
-        part = table[[all(row[other] == usual[other] for other in usual if other != key) for _, row in table.iterrows()]]
-        sns.lineplot(part, x=x, y="ratio", hue="stage", style="stage", markers=True, dashes=False, palette="colorblind", ax=axis,
+        is_usual = [all(row[other] == usual[other] for other in usual if other != key)
+                    for _, row in table.iterrows()]
+        part = table[is_usual]
+        sns.lineplot(part, x=x, y="ratio", hue="stage", style="stage", markers=True,
+                     dashes=False, palette="colorblind", ax=axis,
                      errorbar=None, legend=axis is axes[0])
         axis.axhline(1, color="#555555", linewidth=1)
         axis.set(xlabel=label, ylabel="times as fast", xticks=sorted(part[x].unique()))
     axes[0].set_ylim(0, 1.08 * max(1, table["ratio"].max()))  # of all panels, which share it
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncol=2, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncol=2,
+                  loc="upper right")
     axes[0].get_legend().remove()
     figure.suptitle(title, fontsize=11, x=0.06, ha="left")
     figure.tight_layout()

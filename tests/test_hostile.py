@@ -56,7 +56,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height, 
         open_rgb(bomb)
     assert traced_memory() - before < 4 << 20
     row = {"images": ["a.png"], "question": "Find it.", "image": 1, "box": [1, 2, 3, 4],
-           "unit": "pixels"}
+           "coordinates": "pixels"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (line,) = own_data.check_file(tmp_path / "a.jsonl", tmp_path)
     assert line[1], "the image is named as a problem"

@@ -31,6 +31,7 @@ KEY_VARIABLE = "MIG_KIT_API_KEY"
 ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?:/[^\s?#]*)?",
                      re.IGNORECASE | re.ASCII)
 MAX_FAILURES_IN_A_ROW = 10
+RETRY_DELAY = 0.5  # seconds per attempt made, after a reply that cannot be used
 REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
 TEMPORARY = (408, 409, 429)  # like these, all from 500 on may pass
 
@@ -226,7 +227,7 @@ class _Session:
             if completion is not None:
                 reply = self.redact(completion["reply"])
                 return {**completion, "reply": reply, "attempts": attempts}, ""
-            await asyncio.sleep(min(attempts, 8) / 2)
+            await asyncio.sleep(RETRY_DELAY * attempts)
         return None, "an answer that is no complete chat completion"
 
     def read_refusal(self, error: openai.APIStatusError, attempts: int) -> tuple[dict | None, str]:
