@@ -21,7 +21,8 @@ def question_text(body):
 class TeacherServer:
     """plan(nth request with these words, body) says what to do: the arguments of Handler.answer.
 
-    times, headers, bodies: of all requests, in order. most_at_once: requests under way at once.
+    times, headers (names in lower case), bodies: of all requests, in order. most_at_once: requests
+    under way at once.
     """
 
     def __init__(self, plan):
@@ -68,7 +69,7 @@ class TeacherServer:
             self.under_way += 1
             self.most_at_once = max(self.most_at_once, self.under_way)
             self.times.append(time.monotonic())
-            self.headers.append(dict(headers))
+            self.headers.append({name.lower(): value for name, value in headers.items()})
             self.bodies.append(body)
             return self.counts[words]
 

@@ -169,7 +169,8 @@ def _get_field(record: dict, name: str, kind: type, index: int, benchmark: str):
     return value
 
 
-def _to_box(values: list | None, index: int, benchmark: str) -> Box:
+def _to_box(values, index: int, benchmark: str) -> Box:
+    """A JSON value as a box; ValueError if it is none."""
     if not is_four_numbers(values):
         raise ValueError(f"item {index} of the {benchmark} annotations has no box of four numbers; "
                          f"is this the {benchmark} file?")

@@ -173,7 +173,7 @@ def parse_strict_answer(text: str) -> StrictAnswer:
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)) or x1 >= x2 or y1 >= y2:
         return StrictAnswer(image, None, "not a box: needs x1 < x2 and y1 < y2")
-    return StrictAnswer(image, box)
+    return StrictAnswer(image, (x1, y1, x2, y2))
 
 
 def find_option_letters(text: str, valid: str = "ABCDEFGH") -> list[str]:

@@ -212,7 +212,7 @@ def test_a_refused_key_stops_the_run_and_is_never_written(serve, tmp_path, statu
     with pytest.raises(RuntimeError, match=endpoint.KEY_VARIABLE) as error:
         request_traces(server, tmp_path / "c", make_samples(3), concurrency=1)
     assert server.total == 1 and "secret" not in str(error.value)
-    assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
+    assert server.headers[0]["authorization"] == "Bearer sk-very-secret"
     assert b"secret" not in (tmp_path / "c").read_bytes()
 
 
@@ -229,7 +229,7 @@ def test_the_key_comes_from_its_own_variable_alone(serve, tmp_path, monkeypatch)
     monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
     server = serve(lambda nth, body: (200, completion()))
     request_traces(server, tmp_path / "c", make_samples(1))
-    assert server.total == 2 and "Authorization" not in server.headers[-1]
+    assert server.total == 2 and "authorization" not in server.headers[-1]
     monkeypatch.setenv(endpoint.KEY_VARIABLE, "sk-\nX: y")
     with pytest.raises(ValueError, match="no key has"):
         request_traces(server, tmp_path / "c", make_samples(1))

@@ -202,17 +202,17 @@ def test_questions_about_the_same_images_follow_each_other_and_open_them_once(ro
     cup, marked, difference = MIG_BENCH[2], MIG_BENCH[0], MIG_BENCH[1]
     write_records(root, "mig_bench", [marked, difference, marked, cup, difference, marked])
     benchmark = read(root)
-    opened, open_rgb = [], image_files.open_rgb
+    names, open_rgb = [], image_files.open_rgb
 
     def open_and_note(path):
-        opened.append(path.name)
+        names.append(path.name)
         return open_rgb(path)
 
     monkeypatch.setattr(image_files, "open_rgb", open_and_note)
     first, second = iter_batches(benchmark, root, 4)
     ids = [sample.id for sample in first + second]
     assert ids == [f"mig_bench/{index}" for index in (0, 2, 5, 1, 4, 3)]
-    assert opened == ["a.png", "b.png", "c.png", "a.png", "b.png", "c.png"], "once a batch"
+    assert names == ["a.png", "b.png", "c.png", "a.png", "b.png", "c.png"], "once a batch"
     assert first[0].images[0] is first[2].images[0] is first[3].images[0]
 
 
