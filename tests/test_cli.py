@@ -72,7 +72,7 @@ def test_status_shows_stages_and_scores(tmp_path):
     lines = {line.split()[0]: line for line in output.splitlines()}
     assert "done in 1.5 min" in lines["05_grpo"] and lines["02_sft"].split() == ["02_sft", "-"]
     assert "base 1.0, sft 40.0, grpo 55.5" in output
-    assert "done in 0.1 min, before 04_rejection_sampling was run" in lines["07_report"]
+    assert "done in 0.1 min, stale: 04_rejection_sampling was run" in lines["07_report"]
 
 
 def test_status_names_a_broken_record(tmp_path):

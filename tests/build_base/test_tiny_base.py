@@ -246,15 +246,15 @@ def kill_after(monkeypatch, module, saves):
 @pytest.mark.parametrize("saves", [1, 2, 3])  # in the first phase, between the two, in the second
 def test_a_killed_vision_training_ends_on_the_same_weights(tmp_path, monkeypatch, saves):
     params = dict(locate_steps=4, spell_steps=4, batch=2, autocast=False)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
+    undisturbed, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (undisturbed, killed):
         folder.mkdir()
     kill_after(monkeypatch, vision, saves)
     with pytest.raises(Killed):
         vision.train_vision(killed, **params)
-    assert vision.train_vision(killed, **params) == vision.train_vision(whole, **params)
+    assert vision.train_vision(killed, **params) == vision.train_vision(undisturbed, **params)
     name = "vision.safetensors"
-    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert (killed / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_a_killed_course_ends_on_the_same_weights(processor, tmp_path, monkeypatch):

@@ -37,11 +37,11 @@ def two_runs(tmp_path, monkeypatch):
 
 
 def test_only_what_differs_is_named(two_runs):
-    found = {
+    differences = {
         (row["what"], row["name"]): (row["a"], row["b"])
         for row in compare.list_differences("a", "b")
     }
-    assert found == {
+    assert differences == {
         ("parameter", "seed"): (0, 1),
         ("input", "01_synthesize/cot.parquet"): ("00000000", "11111111"),
         ("metric", "loss.last"): (41.5, 43.0),
