@@ -388,8 +388,10 @@ def training_curves(history: list[dict]) -> list[dict]:
     None where a figure is missing, or NaN because no sample of the step has that reward.
     """
     updates = [row for row in history if "reward" in row]
-    single = {name: name.split("/")[1] for row in updates for name in row
-              if name.startswith("rewards/") and name.endswith("/mean")}
+    names = {name for row in updates for name in row
+             if name.startswith("rewards/") and name.endswith("/mean")}
+    # sorted, because a log that was read back after a kill has its names in another order
+    single = {name: name.split("/")[1] for name in sorted(names)}
     curves = {"step": "step", "reward": "reward", **single, **CURVES}
     rows = [{short: row.get(name) for name, short in curves.items()} for row in updates]
     return [{name: None if value != value else value for name, value in row.items()}
