@@ -213,7 +213,7 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
     hardware, workload = models.choose_hardware(dtype), Workload(**load)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        result = benchmark.run_headline(models.resolve_model(model), hardware, workload,
+        result = benchmark.run_headline(models.resolve_model(_absolute(model)), hardware, workload,
                                         folder / "headline", repeats)
         if hardware.device == "cpu":
             wide = utilisation.save_random_model(folder / "wide", hidden=2048, layers=2)
@@ -293,6 +293,12 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 
+def _absolute(model: str) -> str:
+    """A folder that is named from where the command is given; anything else as it is."""
+    path = Path(model)
+    return str(path.absolute()) if path.is_dir() and model != "tiny" else model
+
+
 @cli.command()
 @click.option("--model", required=True,
               help="tiny, or a folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL.")
@@ -323,7 +329,8 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, c
         except BadImage as error:
             raise ValueError(f"--image {path}: {error}") from error
     box_format = BoxFormat(coordinates=coordinates)
-    policy = models.load_policy(models.resolve_model(model), models.choose_hardware(), box_format)
+    folder = models.resolve_model(_absolute(model))
+    policy = models.load_policy(folder, models.choose_hardware(), box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question)
     reply = sampling.greedy_replies(policy, [sample], max_new_tokens)[0]
     answer = parse_reply(reply)

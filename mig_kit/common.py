@@ -1,4 +1,4 @@
-"""The ground that every wing stands on: folders, atomic writes, line-wise reading, progress."""
+"""What every module may use: folders, atomic writes, line-wise reading, progress."""
 
 import ctypes
 import hashlib
@@ -34,6 +34,13 @@ def write_json(path: Path, data) -> None:
     """Write `data` as JSON, atomically."""
     text = json.dumps(data, indent=1, default=str) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def model_folder(model: str) -> Path:
+    """Where a model is if it is a folder: "tiny" is the shipped base, relative paths start at the
+    project.
+    """
+    return PACKAGE / "tiny_base" if model == "tiny" else PROJECT_ROOT / model
 
 
 def file_sha256(path: Path) -> str:

@@ -58,8 +58,10 @@ def cites_only_existing_images(reply: str, sample: Sample) -> bool:
 
 def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> bool:
     """Whether the reply names the right image with IoU >= threshold; for a multiple-choice sample,
-    the correct letter.
+    the correct letter; where nothing in the images answers, whether it says so.
     """
     if sample.options:
         return choice_reward(reply, sample) == 1
+    if not sample.targets:
+        return parse_reply(reply).names_none
     return box_reward(reply, sample, box_format, floor=0.0) >= threshold

@@ -1,5 +1,7 @@
 """Rewards by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from mig_kit.boxes import BoxFormat
@@ -78,6 +80,13 @@ def test_a_choice_is_correct_or_not(sample):
     assert choice_reward(wrong_reply, question) == 0 == choice_reward("", question)
     assert choice_reward("<think></think><answer></answer>", sample) == 0
     assert is_correct(correct_reply, question, BOX_FORMAT)
+
+
+def test_where_nothing_answers_it_is_correct_to_say_so(sample):
+    empty = replace(sample, targets=())
+    assert is_correct("<think>Search.</think><answer>none</answer>", empty, BOX_FORMAT)
+    assert not is_correct(write_reply(1, (0, 0, 9, 9)), empty, BOX_FORMAT)
+    assert not is_correct("none", empty, BOX_FORMAT)
 
 
 def test_reasoning_that_cites_images_that_do_not_exist():

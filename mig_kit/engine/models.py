@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PACKAGE
+from mig_kit.common import model_folder
 from mig_kit.engine import attention
 from mig_kit.engine.model_folders import (
     FAMILIES,
@@ -30,7 +30,7 @@ from mig_kit.engine.model_folders import (
 )
 from mig_kit.engine.processors import StillImageProcessor, load_processor
 
-TINY_BASE = PACKAGE / "tiny_base"
+TINY_BASE = model_folder("tiny")
 TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
 
 # LoRA goes on every projection of the language model and nowhere else. A list of names such as
@@ -104,8 +104,11 @@ def choose_hardware(dtype: str = "auto") -> Hardware:
 
 
 def resolve_model(model: str) -> str | Path:
-    """"tiny" stands for the base that mig_kit ships; a folder or a hub name stands for itself."""
-    return TINY_BASE if model == "tiny" else model
+    """"tiny" stands for the base that mig_kit ships, a folder for itself (a relative one starts at
+    the project), anything else is a hub name.
+    """
+    folder = model_folder(model)
+    return folder if folder.is_dir() else model
 
 
 class PatchProduct(torch.nn.Module):

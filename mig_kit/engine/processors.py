@@ -161,8 +161,8 @@ def check_image_grids(processor: StillImageProcessor, grid_thw: torch.Tensor | N
 
 
 def check_tokens(processor: StillImageProcessor, batch: dict) -> None:
-    """Raise ValueError unless the batch's image tokens equal its image features and its rows are
-    padded on the left.
+    """Raise ValueError unless the batch's image tokens equal its image features and the tokenizer
+    pads prompts on the left.
 
     TRL drops all images of a batch whose counts disagree and goes on training blind; this check
     comes first.

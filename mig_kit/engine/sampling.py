@@ -37,11 +37,11 @@ def sample_replies(policy: Policy, samples: list[Sample], path: Path, *, replies
                    workers: int = 1) -> dict[str, list[str]]:
     """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
 
-    What is in the file already is not drawn again. Each batch has its own seed, and batches are cut
-    before anything is skipped, so a resumed run draws what an uninterrupted one would have drawn.
-    Questions about the same images share a batch, which reads these images once. cache: prompts
-    made ready by an earlier call for the same samples and model. workers: batches under way at a
-    time, on a CPU; the replies are the same. Raises ValueError for fewer than one reply.
+    Batches that are whole in the file are not drawn again. Each batch has its own seed, and batches
+    are cut before anything is skipped, so a resumed run draws what an uninterrupted one would have
+    drawn. Questions about the same images share a batch, which reads these images once. cache:
+    prompts made ready by an earlier call for the same samples and model. workers: batches under way
+    at a time, on a CPU; the replies are the same. Raises ValueError for fewer than one reply.
     """
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply "
@@ -101,12 +101,13 @@ def load_replies(path: Path) -> dict[str, list[str]]:
     """Replies by sample id from a file of `sample_replies`; a line cut by a kill is dropped."""
     if not path.is_file():
         return {}
-    rows = []
-    for line in path.read_text().split("\n"):
+    rows, text = [], path.read_text()
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    complete_lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if complete_lines != text:
+        write_atomically(path, lambda temporary: temporary.write_text(complete_lines))
     return {row["id"]: row["replies"] for row in rows}

@@ -25,19 +25,23 @@ def lora_config(lora_r: int, lora_alpha: int, lora_dropout: float = 0.0) -> Lora
 
 
 def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Hardware,
-                      folder: Path) -> dict:
+                      folder: Path, **own) -> dict:
     """What a TRL config is made of: every parameter of the stage that it has, and the kit's own.
 
     So a parameter of SFTConfig or GRPOConfig acts as soon as a notebook's parameters cell has it.
-    folder: the stage's; its name and the run's name label a tracker's curves.
+    folder: the stage's; its name and the run's name label a tracker's curves. own: what the stage
+    sets itself. ValueError where a parameter would be overwritten.
     """
-    names = {field.name for field in fields(config_class)}
-    passed_on = {name: value for name, value in vars(params).items() if name in names}
     is_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
-    return passed_on | tracker_arguments(params.report_to, folder) | {
+    own |= tracker_arguments(params.report_to, folder) | {
         "output_dir": str(folder / "checkpoints"), "data_seed": params.seed, "logging_steps": 1,
         "save_total_limit": 1, "use_cpu": hardware.device == "cpu", "bf16": is_bfloat16,
         "dataloader_pin_memory": False}
+    names = {field.name for field in fields(config_class)} - {"report_to"}
+    passed_on = {name: value for name, value in vars(params).items() if name in names}
+    if overwritten := sorted(passed_on.keys() & own.keys()):
+        raise ValueError(f"the kit sets {overwritten[0]} itself; take it out of the parameters")
+    return passed_on | own
 
 
 def tracker_arguments(report_to: str, folder: Path) -> dict:
@@ -68,8 +72,8 @@ def train_or_resume(trainer, folder: Path) -> None:
 
     A checkpoint of the last step is only loaded: the trainer itself would take a step too many.
     """
-    for table in (NotebookProgressCallback, PrinterCallback, ProgressCallback):
-        trainer.remove_callback(table)  # ProgressLines and LiveCurves say the same, in a few lines
+    for callback in (NotebookProgressCallback, PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)  # ProgressLines and LiveCurves say it in fewer lines
     checkpoint = last_checkpoint(folder)
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
@@ -109,12 +113,12 @@ class ProgressLines(TrainerCallback):
     """
 
     def __init__(self, names: tuple[str, ...]):
-        self.names, self.start, self.first_step = names, time.monotonic(), None
+        self.names, self.first_step, self.start = names, None, 0.0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print the step, the named figures and the minutes left."""
         if self.first_step is None:
-            self.first_step = state.global_step
+            self.first_step, self.start = state.global_step, time.monotonic()
         is_due = state.global_step % max(1, state.max_steps // 20) == 0
         if not state.is_world_process_zero or not logs or "loss" not in logs or not is_due:
             return
@@ -145,9 +149,11 @@ class LiveCurves(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         """Draw, where there is a notebook and it is time."""
-        rows = self.to_rows(state.log_history)
         is_due = time.monotonic() - self.drawn_at >= self.seconds
-        if get_ipython() is None or len(rows) < 2 or not is_due:
+        if get_ipython() is None or not is_due:
+            return
+        rows = self.to_rows(state.log_history)
+        if len(rows) < 2:
             return
         title = f"step {state.global_step} of {state.max_steps}"
         figure = plots.plot_curves(rows, self.names, title)

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256, write_json
+from mig_kit.common import PROJECT_ROOT, file_sha256, model_folder, write_json
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
 from mig_kit.pipeline.params import RUN_PARAMS, RUN_PARAMS_STAGE, stage_parameters, validate_params
 from mig_kit.pipeline.run_lock import lock_run, unlock_run
@@ -102,8 +102,7 @@ def model_fingerprint(model: str) -> dict[str, str]:
     """What tells a model folder's weights and settings from others; {} for a hub name. Large files
     by their size and time.
     """
-    notebooks = PROJECT_ROOT / "notebooks"  # where they run
-    folder = PACKAGE / "tiny_base" if model == "tiny" else notebooks / model
+    folder = model_folder(model)
     files = [path for kind in ("*.safetensors", "*.json", "*.jinja") for path in folder.glob(kind)]
     return {path.name: _file_fingerprint(path) for path in sorted(files) if path.is_file()}
 

@@ -28,21 +28,18 @@ def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, 
     """{"iou", "correct", "image", "format"} of one reply, 0..1 each.
 
     image: whether the image is correct; format: whether the reply is well formed. A sample without
-    a target is answered by naming no box; there, and in multiple choice, iou and image are those
-    of a correct reply, 1, or 0.
+    a target is answered by naming no box; there, and in multiple choice, iou and image repeat
+    correct.
     """
-    answer = parse_reply(reply)
-    well_formed = float(answer.well_formed)
+    correct = float(is_correct(reply, sample, box_format))
+    well_formed = float(parse_reply(reply).well_formed)
     if sample.options:
-        correct = float(is_correct(reply, sample, box_format))
         return {"iou": correct, "correct": correct, "image": correct, "format": well_formed}
     if not sample.targets:
-        correct = float(answer.names_none)
         return {"iou": correct, "correct": correct, "image": correct,
                 "format": max(correct, well_formed)}
-    overlap = box_reward(reply, sample, box_format, floor=0.0)
-    return {"iou": overlap, "correct": float(overlap >= 0.5), "image": image_reward(reply, sample),
-            "format": well_formed}
+    return {"iou": box_reward(reply, sample, box_format, floor=0.0), "correct": correct,
+            "image": image_reward(reply, sample), "format": well_formed}
 
 
 def reply_is_correct(reply: str, sample: Sample, box_format: BoxFormat) -> float:

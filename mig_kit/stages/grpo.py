@@ -52,7 +52,12 @@ from mig_kit.stages.sanity_checks import StopIfNothingLearns
 # TRL's name of a logged figure -> its name in the curves, which also hold every reward
 CURVES = {
     "completions/mean_length": "length", "entropy": "entropy", "kl": "kl",
-    "frac_reward_zero_std": "no_signal", "completions/clipped_ratio": "cut"}
+    "frac_reward_zero_std": "zero_std", "completions/clipped_ratio": "clipped_ratio"}
+
+# parameters of GRPOConfig that `SharedPrefixGRPOTrainer` does not read
+NOT_SHARED = {"top_k", "min_p", "repetition_penalty", "mask_truncated_completions",
+              "multi_objective_aggregation", "entropy_coef", "steps_per_generation",
+              "generation_batch_size"}
 
 
 def reward_functions(samples: list[Sample], box_format: BoxFormat,
@@ -238,7 +243,10 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
 
     def _log_rollouts(self, mode: str, per_function, total, group_std, completions,
                       output) -> None:
-        """Log what TRL logs of a batch of rollouts, under its names."""
+        """Log the main figures of a batch of rollouts under TRL's names.
+
+        frac_reward_zero_std is always per group; TRL's follows `scale_rewards`.
+        """
         gather, log = self.accelerator.gather, self._metrics[mode]
         lengths = output["completion_mask"].sum(1).float()
         is_cut = torch.tensor([completion[-1] not in self.eos_token_ids
@@ -335,11 +343,14 @@ def grpo_trainer(policy: Policy, samples: list[Sample], folder: Path, params: Si
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    arguments = trainer_arguments(GRPOConfig, params, hardware, folder)
-    arguments |= {"gradient_accumulation_steps": steps,
-                  "gradient_checkpointing_kwargs": {"use_reentrant": False},
-                  "generation_kwargs": {"min_new_tokens": min_new_tokens}}
-    config = GRPOConfig(**arguments)
+    arguments = trainer_arguments(
+        GRPOConfig, params, hardware, folder,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        generation_kwargs={"min_new_tokens": min_new_tokens})
+    if idle := sorted(NOT_SHARED & arguments.keys() if params.share_prefix else ()):
+        raise ValueError(f"{idle[0]} does not act with share_prefix; take it out of the "
+                         "parameters, or set share_prefix to false")
+    config = GRPOConfig(**arguments | {"gradient_accumulation_steps": steps})
     use_one_device(config)
     functions = reward_functions(samples, policy.box_format, params.hallucinated_image_penalty)
     names = [function.__name__ for function in functions]

@@ -1,9 +1,9 @@
 """Stage 04: rejection sampling with the merged model curates the prompts for RL.
 
 The paper names the step but not the rule. Ours: draw N replies per candidate at temperature 1, call
-a reply correct if it names the right image with IoU >= 0.5, and keep prompts that are neither
-always nor never answered correctly, at most the same number of every task. A group without spread
-has no advantage to learn from.
+a reply correct if it names the right image with IoU >= 0.5, and keep prompts whose pass rate lies
+between min_pass_rate and max_pass_rate, at most the same number of every task. A group without
+spread has no advantage to learn from.
 """
 
 import random
@@ -51,9 +51,9 @@ def select_by_pass_rate(samples: list[Sample], rates: np.ndarray, *, lowest: flo
     within = defaultdict(list)
     for sample, rate in zip(samples, rates, strict=True):
         if rate < lowest:
-            counts[sample.task]["never correct"] += 1
+            counts[sample.task]["below min_pass_rate"] += 1
         elif rate > highest:
-            counts[sample.task]["always correct"] += 1
+            counts[sample.task]["above max_pass_rate"] += 1
         else:
             within[sample.task].append(sample)
     rng, kept = random.Random(f"curate/{seed}"), []
@@ -61,6 +61,6 @@ def select_by_pass_rate(samples: list[Sample], rates: np.ndarray, *, lowest: flo
         rng.shuffle(candidates)
         kept += candidates[:per_task]
         counts[task]["kept"] = len(candidates[:per_task])
-        counts[task]["over the task's share"] = len(candidates[per_task:])
+        counts[task]["over per_task"] = len(candidates[per_task:])
     rng.shuffle(kept)
     return kept, {task: dict(count) for task, count in counts.items()}

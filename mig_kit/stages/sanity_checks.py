@@ -2,7 +2,7 @@
 
 Mixed-up images, boxes in other coordinates or a reward that nobody can earn raise no error by
 themselves: loss falls, curves move, and the model learns to answer without looking. Token counts,
-padding and adapters are checked in `engine.models`.
+padding and adapters are checked in `engine.processors` and `engine.models`.
 """
 
 import math
@@ -46,8 +46,8 @@ def check_model_uses_images(policy: Policy, samples: list[Sample], replies: list
 
     Pairs are samples of one task with as many, but other, images. {"pairs", "gap" (mean difference
     in log-probability per reply), "error" (its standard error)}. With fewer than `fewest_pairs`
-    nothing is judged. Raises ValueError unless the gap exceeds two standard errors: then images and
-    questions are mixed up, or the model does not see.
+    nothing is judged. Raises ValueError if the gap is below two standard errors: images and
+    questions are then probably mixed up, or the model does not see.
     """
     pairs = _pair_with_other_images(samples, replies)
     if len(pairs) < fewest_pairs:

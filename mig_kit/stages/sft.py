@@ -34,12 +34,13 @@ from mig_kit.stages.sanity_checks import StopIfNothingLearns
 def sft_rows(samples: list[Sample], replies: list[str], box_format: BoxFormat) -> Dataset:
     """A table of prompt, completion and images as TRL reads it; a row per sample.
 
-    length: about how many tokens the row has.
+    length: about how many tokens the row has, with images as large as the model sees them.
     """
     rows = []
     for sample, reply in zip(samples, replies, strict=True):
         content = [{"type": "text", "text": reply}]
-        image_tokens = sum(width * height for width, height in sample.sizes) // 784
+        areas = (min(width * height, box_format.max_pixels) for width, height in sample.sizes)
+        image_tokens = sum(areas) // 784
         rows.append({"prompt": chat_messages(sample, box_format),
                      "completion": [{"role": "assistant", "content": content}],
                      "images": list(sample.images),
@@ -161,9 +162,9 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
     images are seen with those that boxes are computed for; ValueError if they disagree.
     """
     defaults = {"gradient_checkpointing": policy.hardware.device == "cuda"}
-    arguments = defaults | trainer_arguments(SFTConfig, params, policy.hardware, folder)
-    config = SFTConfig(**arguments, max_length=None, completion_only_loss=True,
-                       remove_unused_columns=False)
+    arguments = trainer_arguments(SFTConfig, params, policy.hardware, folder, max_length=None,
+                                  completion_only_loss=True, remove_unused_columns=False)
+    config = SFTConfig(**defaults | arguments)
     use_one_device(config)
     callbacks = [ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns(),
                  LiveCurves(loss_curve, ("loss", "token_accuracy"))]

@@ -78,6 +78,14 @@ def test_model_folders_that_lack_something(random_folder, tmp_path):
         models.check_model_folder(folder)
 
 
+def test_a_relative_folder_starts_at_the_project(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert models.resolve_model("tiny") == models.TINY_BASE
+    assert models.resolve_model("mig_kit/tiny_base") == models.TINY_BASE
+    assert models.resolve_model(str(tmp_path)) == tmp_path
+    assert models.resolve_model("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
 def test_hardware_says_why():
     hardware = models.choose_hardware("float32")
     assert hardware.dtype == torch.float32 and "parameter" in hardware.reason

@@ -106,6 +106,19 @@ def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer, stage
     assert args.reward_weights == stage_params("05_grpo").reward_weights
 
 
+@pytest.mark.parametrize(("name", "share_prefix", "problem"), [
+    ("top_k", True, "top_k does not act with share_prefix"),
+    ("logging_steps", False, "the kit sets logging_steps itself")])
+def test_a_parameter_that_could_not_act_is_refused(
+        name, share_prefix, problem, tmp_path, random_folder, float32, stage_params):
+    policy = models.load_policy(random_folder, float32, BOX_FORMAT)
+    params = stage_params("05_grpo", **SETTINGS, share_prefix=share_prefix)
+    setattr(params, name, 3)
+    samples = [make_sample("diff", "rl", index) for index in range(2)]
+    with pytest.raises(ValueError, match=problem):
+        grpo.grpo_trainer(policy, samples, tmp_path, params)
+
+
 LOSS_CASES = [
     {}, {"micro_replies": 4}, {"beta": 0.1, "micro_replies": 4}, {"beta": 0.1, "four_bit": True},
     {"beta": 0.1, "gradient_checkpointing": True},
@@ -399,7 +412,7 @@ def test_curves_hold_every_reward_that_is_logged():
                 "rewards/new/mean": math.nan, "entropy": 2.0}, {"step": 1, "train_loss": 0.1}]
     assert grpo.training_curves(history) == [
         {"step": 1, "reward": 0.5, "format": 1.0, "new": None, "length": None, "entropy": 2.0,
-         "kl": None, "no_signal": None, "cut": None}]
+         "kl": None, "zero_std": None, "clipped_ratio": None}]
 
 
 def test_replies_that_got_short_are_named():

@@ -33,9 +33,9 @@ def test_curate_by_hand():
     rates = np.array([0, 0.125, 0.5, 0.875, 1, 0.5, 1])
     kept, why = rejection_sampling.select_by_pass_rate(
         samples, rates, lowest=0.1, highest=0.9, per_task=2, seed=0)
-    assert why["diff"] == {"never correct": 1, "always correct": 1, "kept": 2,
-                           "over the task's share": 1}
-    assert why["reasoning"] == {"always correct": 1, "kept": 1, "over the task's share": 0}
+    assert why["diff"] == {"below min_pass_rate": 1, "above max_pass_rate": 1, "kept": 2,
+                           "over per_task": 1}
+    assert why["reasoning"] == {"above max_pass_rate": 1, "kept": 1, "over per_task": 0}
     assert len(kept) == 3 and {s.id for s in kept} <= {samples[i].id for i in (1, 2, 3, 5)}
 
 

@@ -102,12 +102,12 @@ def test_flow_adds_up():
     metrics = {
         "01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
         "04_rejection_sampling": {
-            "why": {"diff": {"kept": 3, "never correct": 1}, "region": {"kept": 2}}
+            "why": {"diff": {"kept": 3, "below min_pass_rate": 1}, "region": {"kept": 2}}
         },
     }
     assert report.sample_counts(metrics) == {
         "traces": {"kept": 8, "dropped: format": 2},
-        "candidates": {"kept": 5, "never correct": 1},
+        "candidates": {"kept": 5, "below min_pass_rate": 1},
     }
 
 
