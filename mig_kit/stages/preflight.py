@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from statistics import median
 
 import psutil
 import torch
@@ -31,15 +32,15 @@ def describe_machine() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
 
 
-def time_reference_step(hardware: Hardware, rounds: int = 3) -> float:
-    """Seconds of a fixed training step, the best of `rounds`.
+def time_reference_step(hardware: Hardware, rounds: int = 7) -> float:
+    """Seconds of a fixed training step, the median of `rounds`: what else runs now slows it, too.
 
     The step is the shipped base on 16 rows of 200 tokens, forward and backward.
     """
     model = load_model(TINY_BASE, hardware)
     ids = torch.arange(16 * 200, device=hardware.device).view(16, 200)
     ids = ids % 500 + 100  # no special tokens
-    best = float("inf")
+    seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
         with torch.autocast(hardware.device, torch.bfloat16, enabled=hardware.autocast):
@@ -48,8 +49,8 @@ def time_reference_step(hardware: Hardware, rounds: int = 3) -> float:
         model.zero_grad()
         if hardware.device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 def predict_minutes(seconds: float) -> list[dict]:
