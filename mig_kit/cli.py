@@ -305,14 +305,16 @@ def _absolute(model: str) -> str:
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(),
               help="An image; repeat in order.")
 @click.option("--out", default="grounded.png", show_default=True,
-              help="Where the picture with the box goes.")
+              help="Where the image with the box goes.")
 @click.option("--max-new-tokens", default=256, show_default=True)
 @click.option("--coordinates", default="absolute", show_default=True,
               help="How the model writes boxes: absolute, or normalized_1000 (Qwen2-VL, Qwen3-VL).")
+@click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(3136),
+              help="Larger images are shrunk to so many pixels.")
 @click.option("--frame", hidden=True)
 @click.argument("question")
 def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, coordinates: str,
-           frame: str | None, question: str) -> None:
+           max_pixels: int, frame: str | None, question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
     from mig_kit import plots
     from mig_kit.engine import models, sampling
@@ -328,7 +330,7 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, c
             opened.append(open_rgb(Path(path)))
         except BadImage as error:
             raise ValueError(f"--image {path}: {error}") from error
-    box_format = BoxFormat(coordinates=coordinates)
+    box_format = BoxFormat(max_pixels=max_pixels, coordinates=coordinates)
     folder = models.resolve_model(_absolute(model))
     policy = models.load_policy(folder, models.choose_hardware(), box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question)
@@ -343,7 +345,7 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, c
     numbers = ", ".join(f"{value:.0f}" for value in box)
     click.echo(f"box: {numbers} (xyxy, pixels of that image)")
     plots.draw_sample(sample, reply, box_format, 320).save(Path(out))
-    click.echo(f"picture: {out}")
+    click.echo(f"image: {out}")
 
 
 @cli.group()

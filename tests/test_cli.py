@@ -116,4 +116,4 @@ def test_ground_answers(tmp_path):
     result = run_mig_kit("ground", *options, "Find the red star in image 2.")
     assert result.returncode == 0, result.stderr
     assert "reasoning:" in result.stdout
-    assert "picture:" in result.stdout or "the model said" in result.stdout
+    assert "image:" in result.stdout or "the model said" in result.stdout

@@ -54,7 +54,8 @@ def run_stages(params: dict[str, dict], run_id: str, profile: str, force: bool =
     A stage that is up to date is skipped unless `force` is set. RuntimeError with the notebook's
     error where a stage fails; what it left is kept for resuming.
     """
-    if RUN_PARAMS_STAGE not in params:
+    builds_on_run = any(store.STAGES[stage] for stage in params)
+    if builds_on_run and RUN_PARAMS_STAGE not in params:
         _check_run_params(run_id, profile)
     with StageTable(list(params)) as table:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[table], force=True)

@@ -36,7 +36,7 @@ CHOICES = {
 }
 RENAMED_PARAMS = {
     "batch_size": "per_device_train_batch_size", "checkpoint_layers": "gradient_checkpointing",
-    "epochs": "num_train_epochs", "frame": "coordinates",
+    "drawn_per_task": "sampled_per_task", "epochs": "num_train_epochs", "frame": "coordinates",
     "gradient_accumulation": "gradient_accumulation_steps", "held": "micro_replies",
     "highest": "max_pass_rate", "lora_rank": "lora_r", "lowest": "min_pass_rate",
     "max_new_tokens": "max_completion_length", "missing_images": "hallucinated_image_penalty",

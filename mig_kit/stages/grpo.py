@@ -57,7 +57,7 @@ CURVES = {
 # parameters of GRPOConfig that `SharedPrefixGRPOTrainer` does not read
 NOT_SHARED = {"top_k", "min_p", "repetition_penalty", "mask_truncated_completions",
               "multi_objective_aggregation", "entropy_coef", "steps_per_generation",
-              "generation_batch_size"}
+              "generation_batch_size", "use_vllm", "log_completions"}
 
 
 def reward_functions(samples: list[Sample], box_format: BoxFormat,
