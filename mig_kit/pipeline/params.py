@@ -20,6 +20,8 @@ from mig_kit.pipeline.dependencies import notebook_cells
 
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
+# how a stage runs, not what it makes: recorded, but no reason to run it again
+EXECUTION_PARAMS = ("launcher", "report_to", "workers")
 
 # every parameter whose value is one of a few words
 CHOICES = {
@@ -46,6 +48,9 @@ REMOVED_PARAMS = {
     name: "it cannot act, because an update learns once from its replies and the ratio that it "
           "would clip is exactly 1"
     for name in ("clip_low", "clip_high", "epsilon", "epsilon_high")
+} | {
+    "processes": "set launcher to a command that starts them, such as 'torchrun --standalone "
+                 "--nproc-per-node 2'",
 }
 
 

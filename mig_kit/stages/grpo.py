@@ -32,7 +32,7 @@ from mig_kit.engine.generation import (
     kv_bytes_per_token,
 )
 from mig_kit.engine.logprobs import completion_logps, packed_logps
-from mig_kit.engine.models import Hardware, Policy, load_policy
+from mig_kit.engine.models import Policy, check_adapters, choose_hardware, load_policy
 from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.prompt_cache import Prompt, PromptCache
 from mig_kit.engine.sampling import make_cache
@@ -41,6 +41,7 @@ from mig_kit.engine.training import (
     LiveCurves,
     ProgressLines,
     lora_config,
+    save_adapter,
     train_or_resume,
     trainer_arguments,
     use_one_device,
@@ -331,15 +332,14 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
 
 
 def grpo_trainer(policy: Policy, samples: list[Sample], folder: Path, params: SimpleNamespace,
-                 processes: int = 1, min_new_tokens: int = 0) -> GRPOTrainer:
+                 min_new_tokens: int = 0) -> GRPOTrainer:
     """The GRPO trainer over `samples`, with a new adapter on the policy.
 
-    params: the stage's; those that GRPOConfig has are passed on. processes: that train together,
-    under `parallel.training_processes`; they share the steps of an update, so that an update has as
-    many replies as with one. Raises ValueError where an update needs more prompts than there are.
+    params: the stage's; those that GRPOConfig has are passed on. Raises ValueError where an update
+    needs more prompts than there are.
     """
     hardware = policy.hardware
-    steps = _steps_per_process(params, len(samples), processes)
+    _check_enough_prompts(params, len(samples))
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -350,7 +350,7 @@ def grpo_trainer(policy: Policy, samples: list[Sample], folder: Path, params: Si
     if idle := sorted(NOT_SHARED & arguments.keys() if params.share_prefix else ()):
         raise ValueError(f"{idle[0]} does not act with share_prefix; take it out of the "
                          "parameters, or set share_prefix to false")
-    config = GRPOConfig(**arguments | {"gradient_accumulation_steps": steps})
+    config = GRPOConfig(**arguments)
     use_one_device(config)
     functions = reward_functions(samples, policy.box_format, params.hallucinated_image_penalty)
     names = [function.__name__ for function in functions]
@@ -369,8 +369,8 @@ def grpo_trainer(policy: Policy, samples: list[Sample], folder: Path, params: Si
         micro_replies=params.micro_replies)
 
 
-def _steps_per_process(params: SimpleNamespace, n_prompts: int, processes: int) -> int:
-    """gradient_accumulation_steps of each process; ValueError where numbers do not fit."""
+def _check_enough_prompts(params: SimpleNamespace, n_prompts: int) -> None:
+    """ValueError where an update needs more prompts than there are."""
     steps, batch_size = params.gradient_accumulation_steps, params.per_device_train_batch_size
     needed = batch_size * steps // params.num_generations
     if n_prompts < needed:
@@ -378,19 +378,20 @@ def _steps_per_process(params: SimpleNamespace, n_prompts: int, processes: int) 
             f"there are {n_prompts} prompts, and an update needs {needed} different ones "
             "(per_device_train_batch_size x gradient_accumulation_steps / num_generations); lower "
             "gradient_accumulation_steps, or widen min_pass_rate and max_pass_rate in 04")
-    if steps % processes:
-        raise ValueError(
-            f"{processes} processes cannot share {steps} steps of an update evenly; set "
-            "gradient_accumulation_steps to a multiple of processes")
-    return steps // processes
 
 
-def train_as_worker(merged: Path, kept: Path, hardware: Hardware, box_format: BoxFormat,
-                    folder: Path, params: SimpleNamespace, processes: int) -> None:
-    """What every further process of a training does: train the merged model on `kept`, too."""
-    policy = load_policy(merged, hardware, box_format)
-    trainer = grpo_trainer(policy, read_samples(kept), folder, params, processes)
+def train(folder: Path, params: SimpleNamespace, merged: str, kept: str) -> None:
+    """Train the model of folder `merged` on the samples of file `kept`, or go on; save the adapter.
+
+    The one job of all processes that train together. folder: the stage's; params: its parameters
+    and the run's.
+    """
+    box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
+    policy = load_policy(merged, choose_hardware(params.dtype), box_format)
+    trainer = grpo_trainer(policy, read_samples(Path(kept)), folder, params)
+    check_adapters(trainer.model)
     train_or_resume(trainer, folder)
+    save_adapter(trainer, folder)
 
 
 def training_curves(history: list[dict]) -> list[dict]:

@@ -16,18 +16,28 @@ from torch.nn.functional import pad
 from trl import SFTConfig, SFTTrainer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import Hardware, Policy, check_adapters, load_policy, unwrap_peft
+from mig_kit.engine.models import (
+    Hardware,
+    Policy,
+    check_adapters,
+    choose_hardware,
+    load_policy,
+    unwrap_peft,
+)
 from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.processors import check_image_grids, check_tokens
 from mig_kit.engine.training import (
     KeepAdapterDtype,
     LiveCurves,
     ProgressLines,
+    lora_config,
+    save_adapter,
+    train_or_resume,
     trainer_arguments,
     use_one_device,
 )
 from mig_kit.prompts import chat_messages
-from mig_kit.sample import Sample
+from mig_kit.sample import Sample, read_table, sample_from_row
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
 
@@ -69,15 +79,40 @@ def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxForma
     return policy
 
 
+class FilledRows(torch.utils.data.Dataset):
+    """A table, and behind it rows without loss, up to a multiple of `multiple` rows.
+
+    accelerate deals batches to several processes in turn, and would fill the last ones up with rows
+    that teach twice. With these, each row teaches once per pass, as in one process.
+    """
+
+    def __init__(self, table: Dataset, multiple: int):
+        self.table, self.lengths = table, list(table["length"])
+        missing = -len(table) % multiple
+        self.shortest = min(range(len(table)), key=self.lengths.__getitem__)
+        self.lengths += [self.lengths[self.shortest]] * missing
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> dict:
+        """The row; one behind the table is the shortest one, marked `is_filler`."""
+        if row < len(self.table):
+            return self.table[row]
+        return {**self.table[self.shortest], "is_filler": True}
+
+
 class LengthGroupedSampler(torch.utils.data.Sampler):
     """Rows in random order, those of one update sorted by length.
 
     The parts that an update is computed in are then padded little. Which rows an update learns from
-    is as random as without the sorting. lengths: of the rows; size: rows of an update.
+    is as random as without the sorting. lengths: of the rows; size: rows of an update; fillers: how
+    many of the last rows are to come last in every pass.
     """
 
-    def __init__(self, lengths: list[int], size: int, seed: int):
+    def __init__(self, lengths: list[int], size: int, seed: int, fillers: int = 0):
         self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
+        self.fillers = fillers
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,9 +123,10 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator)
-        for update in order.split(self.size):
+        rows = len(self.lengths) - self.fillers
+        for update in torch.randperm(rows, generator=generator).split(self.size):
             yield from sorted(update.tolist(), key=lambda row: self.lengths[row])
+        yield from range(rows, len(self.lengths))
 
 
 class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
@@ -127,23 +163,28 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         args = self.args
-        if args.gradient_accumulation_steps == 1:
+        batches = args.gradient_accumulation_steps * args.world_size
+        if batches == 1:
             return super()._get_train_sampler(train_dataset)
-        table = self.train_dataset if train_dataset is None else train_dataset
-        size = (args.per_device_train_batch_size * args.gradient_accumulation_steps
-                * args.world_size)
-        return LengthGroupedSampler(table["length"], size, args.data_seed)
+        size, rows = args.per_device_train_batch_size * batches, self.train_dataset
+        if args.world_size == 1:
+            return LengthGroupedSampler(rows["length"], size, args.data_seed)
+        fillers = len(rows) - len(rows.table)
+        return LengthGroupedSampler(rows.lengths, size, args.data_seed, fillers)
 
 
 def pad_collated_rows(collate: Callable, pad_token: int) -> Callable:
     """TRL's collator with rows padded on the right to few different lengths (`pad_to_multiple`).
 
-    TRL's own `pad_to_multiple_of` does not work for prompts with images.
+    TRL's own `pad_to_multiple_of` does not work for prompts with images. Rows marked `is_filler`
+    carry no loss.
     """
     values = {"input_ids": pad_token, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
 
     def collate_and_pad(examples: list[dict]) -> dict:
+        is_filler = torch.tensor([example.pop("is_filler", False) for example in examples])
         batch = collate(examples)
+        batch["labels"][is_filler] = -100
         length = batch["input_ids"].shape[1]
         missing = pad_to_multiple(length) - length
         padded = {name: pad(batch[name], (0, missing), value=value)
@@ -171,6 +212,9 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
     trainer = CompletionLossTrainer(
         model=policy.model, args=config, train_dataset=table, callbacks=callbacks,
         processing_class=policy.processor)
+    if config.world_size > 1:
+        multiple = config.world_size * config.per_device_train_batch_size
+        trainer.train_dataset = FilledRows(table, multiple)
     pad_token = policy.processor.tokenizer.pad_token_id
     trainer.data_collator = pad_collated_rows(trainer.data_collator, pad_token)
     rows = [table[i] for i in range(min(4, len(table)))]
@@ -181,6 +225,32 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
     if int((batch["labels"] != -100).sum()) == 0:
         raise ValueError("no token of the first batch carries loss; the completion column is empty")
     return trainer
+
+
+def read_traces(traces: str | Path,
+                params: SimpleNamespace) -> tuple[list[Sample], list[str]]:
+    """(samples, replies) of the file `traces`, in the order and number that `params` says."""
+    rows = read_table(Path(traces)).shuffle(seed=params.seed)
+    rows = rows.select(range(min(params.max_samples or len(rows), len(rows))))
+    return [sample_from_row(row) for row in rows], list(rows["reply"])
+
+
+def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None:
+    """Train an adapter on the 4-bit base on the file `traces`, or go on; save it.
+
+    The one job of all processes that train together. folder: the stage's; params: its parameters
+    and the run's.
+    """
+    box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
+    table = sft_rows(*read_traces(traces, params), box_format)
+    lora = lora_config(params.lora_r, params.lora_alpha, params.lora_dropout)
+    hardware = choose_hardware(params.dtype)
+    policy = load_qlora_policy(base, hardware, box_format, lora, params.seed)
+    trainer = sft_trainer(policy, table, folder, params)
+    if trainer.is_world_process_zero():
+        policy.model.print_trainable_parameters()
+    train_or_resume(trainer, folder)
+    save_adapter(trainer, folder)
 
 
 def loss_curve(history: list[dict]) -> list[dict]:

@@ -1,0 +1,173 @@
+"""Training jobs of stages 02 and 05: in this process, or in those that a launcher starts.
+
+A launcher is a command prefix, such as `torchrun --standalone --nproc-per-node 8`. What it starts
+finds its job in the stage folder; so does another node that runs the same command.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import TrainerState
+
+from mig_kit.common import PROJECT_ROOT, release_memory, write_json
+from mig_kit.engine.training import last_checkpoint, share_steps
+
+JOB_FILE = "job.json"
+MODULE = "mig_kit.stages.train"  # what a launcher starts, with the stage folder as argument
+ERROR_MARK = "mig-kit, process"  # how a process begins the line that says why it ended
+TAIL = 5  # last lines of the output that an error quotes where no process has said why it ended
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launcher with what its words say; local, nodes: processes per node and nodes, 0 if unknown.
+    """
+
+    words: tuple[str, ...]
+    local: int
+    nodes: int
+
+    def command(self, folder: Path) -> list[str]:
+        """The whole command that trains the job of a stage folder."""
+        return [*self.words, "-m", MODULE, str(folder)]
+
+
+def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
+            **inputs: str | Path) -> TrainerState:
+    """Train as `params.launcher` says; returns the state of the finished trainer.
+
+    train(folder, params, **inputs) is the stage's own function, which starts or resumes. The job is
+    written to folder/job.json first. Raises what `plan_launch` and `train` raise; RuntimeError with
+    the error's last lines where a launched process fails.
+    """
+    launch = plan_launch(params.launcher, params.gradient_accumulation_steps)
+    inputs = {name: _portable_path(path) for name, path in inputs.items()}
+    write_json(folder / JOB_FILE, {"stage": stage, "params": vars(params), "inputs": inputs})
+    if launch is None:
+        if params.launcher:
+            print(f"one GPU or one core: training runs in here, without '{params.launcher}'")
+        train(folder, params, **inputs)
+        gc.collect()  # a trainer and its model refer to each other
+        release_memory()
+    else:
+        run_command(launch.command(folder.resolve()), launch.local)
+    return TrainerState.load_from_json(f"{last_checkpoint(folder)}/trainer_state.json")
+
+
+def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
+    """(stage, its parameters, its inputs) of a folder's job; FileNotFoundError if it has none."""
+    path = folder / JOB_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; the stage's notebook writes it: start that "
+                                "first, and see that the folder is on a disk that all nodes share")
+    job = json.loads(path.read_text())
+    return job["stage"], SimpleNamespace(**job["params"]), job["inputs"]
+
+
+def _portable_path(path: str | Path) -> str:
+    """An absolute path, because other processes have other folders; a hub name as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
+def plan_launch(launcher: str, steps: int) -> Launch | None:
+    """How to launch a job whose updates have `steps` steps; None for training in this process.
+
+    Several processes cannot share the only GPU of a machine, and gain nothing on its only core, so
+    that a launcher of one node is not used there. Raises ValueError with the remedy where the launcher's program is
+    missing, where it starts more processes on a node than this one has GPUs, or processes that
+    cannot share the steps evenly.
+    """
+    if not launcher.strip():
+        return None
+    launch = _parse_launcher(launcher)
+    gpus = torch.cuda.device_count()
+    devices = gpus or count_cores()
+    if devices == 1 and launch.local > 1 and launch.nodes == 1:
+        return None
+    if gpus and launch.local > gpus:
+        raise ValueError(f"launcher '{launcher}' starts {launch.local} processes, and this machine "
+                         f"has {gpus} GPUs; start one per GPU, or set launcher to \"\"")
+    if launch.local * launch.nodes:
+        share_steps(steps, launch.local * launch.nodes)
+    return launch
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _parse_launcher(launcher: str) -> Launch:
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise ValueError(f"launcher '{launcher}' is no command ({error}); write it as in a "
+                         "shell") from None
+    program = shutil.which(words[0], path=_search_path())
+    if program is None:
+        raise ValueError(f"launcher starts with '{words[0]}', which is neither beside "
+                         f"{sys.executable} nor on PATH; install it, or set launcher to \"\"")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc-per-node", "--nproc_per_node", dest="local", default="")
+    parser.add_argument("--nnodes", "--num_machines", "--num-machines", dest="nodes", default="1")
+    parser.add_argument("--num_processes", "--num-processes", dest="total", default="")
+    known, _ = parser.parse_known_args(words[1:])
+    local, nodes, total = (int(text) if re.fullmatch("[0-9]+", text) else 0
+                           for text in (known.local, known.nodes, known.total))
+    local = local or total // max(1, nodes)
+    return Launch((program, *words[1:]), local, nodes)
+
+
+def _search_path() -> str:
+    """PATH with the folder of this Python's own programs (torchrun, accelerate) first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def run_command(command: list[str], local: int = 0) -> None:
+    """Run a launcher's command, printing its output as it comes; end it when this process ends.
+
+    local: processes that it starts here, which share the cores unless OMP_NUM_THREADS is set.
+    Raises RuntimeError with what the first failing process said where the command fails.
+    """
+    threads = {}
+    if local and "OMP_NUM_THREADS" not in os.environ:
+        threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // local))}
+    python_path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **threads, "PATH": _search_path(), "PYTHONUNBUFFERED": "1",
+                   "PYTHONPATH": python_path.rstrip(os.pathsep), "MPLBACKEND": "agg"}
+    assignments = [f"{name}={value}" for name, value in threads.items()]
+    print("training is started with:", shlex.join([*assignments, *command]), flush=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mig_kit.engine.guard", *command], env=environment, text=True,
+        errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True)  # an interrupt of the notebook is not the training's
+    reasons, tail = [], deque(maxlen=TAIL)
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith(ERROR_MARK):
+                reasons.append(line.strip())
+            if line.strip(" -=\n"):
+                tail.append(line.strip())
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        status = process.wait()
+    if status:
+        reason = reasons[0] if reasons else " / ".join(tail)
+        raise RuntimeError(f"the launched training ended with exit status {status}: {reason}")

@@ -1,0 +1,41 @@
+"""What a launcher starts in every process: `python -m mig_kit.stages.train STAGE_FOLDER`.
+
+The folder's job.json, which the stage's notebook has written, says what to train.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from mig_kit.engine import jobs
+from mig_kit.stages import grpo, sft
+
+TRAIN = {"02_sft": sft.train, "05_grpo": grpo.train}
+
+
+def train_job(folder: Path) -> None:
+    """Train the job of a stage folder, as one of the processes that the environment names."""
+    stage, params, inputs = jobs.read_job(folder)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    TRAIN[stage](folder, params, **inputs)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Train; where that fails, end with the traceback and a line that the notebook looks for."""
+    try:
+        train_job(Path(sys.argv[1]))
+    except Exception as error:
+        traceback.print_exc()
+        rank = os.environ.get("RANK", 0)
+        print(f"{jobs.ERROR_MARK} {rank}: {type(error).__name__}: {error}", flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
