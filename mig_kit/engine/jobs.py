@@ -86,9 +86,9 @@ def plan_launch(launcher: str, steps: int) -> Launch | None:
     """How to launch a job whose updates have `steps` steps; None for training in this process.
 
     Several processes cannot share the only GPU of a machine, and gain nothing on its only core, so
-    that a launcher of one node is not used there. Raises ValueError with the remedy where the launcher's program is
-    missing, where it starts more processes on a node than this one has GPUs, or processes that
-    cannot share the steps evenly.
+    that a launcher of one node is not used there. Raises ValueError with the remedy where the
+    launcher's program is missing, where it starts more processes on a node than this one has GPUs,
+    or processes that cannot share the steps evenly.
     """
     if not launcher.strip():
         return None
