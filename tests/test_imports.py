@@ -27,8 +27,9 @@ WINGS = {
     "speed": {"stages", "engine", "world", "pipeline"},
     "build_base": {"stages", "engine", "world", "pipeline"},
 }
-# what stages share; seeds compares the results of finished stages
-STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "seeds": {"evaluate", "report"}}
+# what stages share; seeds compares the results of finished stages, train is what launchers start
+STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "seeds": {"evaluate", "report"},
+                 "train": {"sft", "grpo"}}
 MODULE_OF_STAGE = {"08_benchmark": "speed/benchmark", "90_tiny_base": "build_base/tiny_base"}
 
 

@@ -1,15 +1,12 @@
 """Stage 05 on a random model: advantages by hand, and the shared prefix against stock TRL."""
 
-import ast
 import math
 
 import pytest
 import torch
-import two_processes
-from safetensors import safe_open
 
 from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.engine import generation, models, parallel, training
+from mig_kit.engine import generation, models, training
 from mig_kit.engine.prompt_cache import PromptCache
 from mig_kit.prompts import format_answer
 from mig_kit.stages import grpo
@@ -28,13 +25,13 @@ SETTINGS = {
 def make_trainer(random_folder, float32, stage_params):
     """Call it with a folder and changed parameters for a trainer on a random model."""
     def make(folder, model=random_folder, hardware=float32, box_format=BOX_FORMAT, four_bit=False,
-             processes=1, **changes):
+             **changes):
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
         samples += make_free_form("rl", 1)
         policy = models.load_policy(model, hardware, box_format, four_bit)
         torch.manual_seed(0)
         params = stage_params("05_grpo", **(SETTINGS | changes))
-        return grpo.grpo_trainer(policy, samples, folder, params, processes)
+        return grpo.grpo_trainer(policy, samples, folder, params)
 
     return make
 
@@ -321,34 +318,10 @@ def test_stock_trl_runs_the_same_rows(tmp_path, make_trainer):
     assert trainer.state.global_step == 1
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path, random_folder):
-    """Each has half of the prompts of an update; replies, advantages and gradients are those of one
-    process, to rounding.
-    """
-    two_processes.train(tmp_path, random_folder, 1)
-    with parallel.training_processes(2, two_processes.train, tmp_path, random_folder, 2):
-        two_processes.train(tmp_path, random_folder, 2)
-    alone, first, second = (safe_open(tmp_path / f"{name}.safetensors", "pt")
-                            for name in ("1-0", "2-0", "2-1"))
-    samples, completions = (
-        [ast.literal_eval(file.metadata()[name]) for file in (alone, first, second)]
-        for name in ("samples", "completions"))
-    assert [len(indices) for indices in samples] == [32, 16, 16]
-    assert not set(samples[1][:8]) & set(samples[2][:8])
-    assert samples[0][:16] == samples[1][:8] + samples[2][:8]
-    assert completions[0][:16] == completions[1][:8] + completions[2][:8]
-    assert {file.metadata()["steps"] for file in (alone, first, second)} == {"2"}
-    for name in alone.keys():
-        assert torch.equal(first.get_tensor(name), second.get_tensor(name)), name
-        if name.startswith("gradient"):
-            expected, gradient = alone.get_tensor(name), first.get_tensor(name)
-            assert expected.any() and (expected - gradient).norm() <= 1e-4 * expected.norm(), name
-
-
-def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer):
+def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes cannot share 3 steps"):
-        make_trainer(tmp_path, gradient_accumulation_steps=3, processes=2)
+        make_trainer(tmp_path, gradient_accumulation_steps=3)
 
 
 def test_too_few_prompts_for_an_update_are_one_sentence(tmp_path, make_trainer):
