@@ -149,7 +149,8 @@ def run_command(command: list[str], local: int = 0) -> None:
         threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // local))}
     python_path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **threads, "PATH": _search_path(), "PYTHONUNBUFFERED": "1",
-                   "PYTHONPATH": python_path.rstrip(os.pathsep), "MPLBACKEND": "agg"}
+                   "TQDM_DISABLE": "1", "MPLBACKEND": "agg",
+                   "PYTHONPATH": python_path.rstrip(os.pathsep)}
     assignments = [f"{name}={value}" for name, value in threads.items()]
     print("training is started with:", shlex.join([*assignments, *command]), flush=True)
     process = subprocess.Popen(

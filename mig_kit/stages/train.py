@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mig_kit.engine import jobs
+from mig_kit.engine import jobs, training
 from mig_kit.stages import grpo, sft
 
 TRAIN = {"02_sft": sft.train, "05_grpo": grpo.train}
@@ -21,6 +21,8 @@ def train_job(folder: Path) -> None:
     stage, params, inputs = jobs.read_job(folder)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"processes that train together: {training.count_processes()}", flush=True)
     TRAIN[stage](folder, params, **inputs)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

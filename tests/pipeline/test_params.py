@@ -69,6 +69,11 @@ def test_every_renamed_parameter_leads_to_one_that_exists():
         assert message == f"the parameter '{old_name}' is now called '{name}'"
 
 
+def test_a_removed_parameter_names_what_came_after_it():
+    message = params.unknown_parameter_message("processes", "05_grpo", ["launcher"])
+    assert message.startswith("the parameter 'processes' was taken out: set launcher to a command")
+
+
 def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
     lines = params.params_text("05_grpo", "smoke").splitlines()
     by_name = {line.partition(": ")[0]: line for line in lines}

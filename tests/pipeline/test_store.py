@@ -112,6 +112,23 @@ def test_another_parameter_of_the_run_is_another_stage(root):
     assert len(keys) == 3
 
 
+def test_how_a_stage_runs_is_recorded_and_makes_nothing_stale(root):
+    leave_record(root, "01_synthesize")
+    values = params.profile_params("02_sft")
+    launched = {**values, "launcher": "torchrun --nproc-per-node 2", "report_to": "trackio"}
+    key = store.stage_key("02_sft", "a", values)
+    assert store.stage_key("02_sft", "a", launched) == key
+    assert store.stage_key("02_sft", "a", {**values, "lora_r": 1}) != key
+    stage, _ = store.begin_stage("02_sft", {"run_id": "a", "launcher": launched["launcher"]})
+    (stage.folder / "job.json").write_text("{}")
+    stage.finish({})
+    record = store.load_record("02_sft", "a")
+    assert record["params"]["launcher"] == launched["launcher"]
+    assert "job.json" not in record["outputs"] and "metrics.json" in record["outputs"]
+    names = {name for stage in store.STAGES for name in params.stage_parameters(stage)}
+    assert set(params.EXECUTION_PARAMS) <= names
+
+
 def test_another_model_or_control_run_is_another_stage(root):
     model = root / "model"
     model.mkdir()

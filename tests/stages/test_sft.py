@@ -137,6 +137,19 @@ def test_like_lengths_are_together_within_an_update_only():
     assert [set(first[:10]), set(first[10:20])] == [set(shuffled[:10]), set(shuffled[10:20])]
 
 
+def test_rows_are_filled_up_for_several_processes_with_rows_that_teach_nothing(
+        tmp_path, make_trainer, table):
+    rows = sft.FilledRows(table.select(range(18)), 8)
+    assert len(rows) == 24 and rows[17] == table[17]
+    shortest = min(range(18), key=table["length"].__getitem__)
+    assert rows[18] == rows[23] == {**table[shortest], "is_filler": True}
+    sampler = sft.LengthGroupedSampler(rows.lengths, 8, seed=3, fillers=6)
+    one_process = sft.LengthGroupedSampler(table["length"][:18], 8, seed=3)
+    assert len(sampler) == 24 and list(sampler) == [*one_process, *range(18, 24)]
+    batch = make_trainer(tmp_path).data_collator([rows[0], rows[18]])
+    assert (batch["labels"][0] != -100).any() and (batch["labels"][1] == -100).all()
+
+
 @pytest.mark.slow
 def test_an_update_in_parts_has_the_same_gradient(tmp_path, make_trainer, first_gradients):
     recorded = []
