@@ -21,7 +21,7 @@ from mig_kit.pipeline.stage_table import StageTable
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
-    """What `-p name value` gave, values read as YAML.
+    """What `-p name value` gave, values read as YAML; "" is an empty word.
 
     KeyError for a name that none of the stages has, ValueError for a value that cannot be read.
     """
@@ -33,7 +33,7 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
         if name not in known:
             raise KeyError(unknown_parameter_message(name, " or ".join(stages), known))
         try:
-            overrides[name] = yaml.safe_load(text)
+            overrides[name] = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:
             raise ValueError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
                              "as \"[1, 2]\"") from None

@@ -122,3 +122,8 @@ def test_a_stage_that_needs_no_other_runs_under_any_profile(root, monkeypatch):
         "params": params.profile_params(params.RUN_PARAMS_STAGE, "tiny"), "summary": "", "key": ""})
     execute.run_stages(values, "default", "qwen2_5_vl_7b", force=True)
     assert len(executed) == 1
+
+
+def test_an_empty_value_is_an_empty_word():
+    pairs = (("launcher", ""), ("report_to", "none"))
+    assert execute.parse_overrides(pairs, ["05_grpo"]) == {"launcher": "", "report_to": "none"}
