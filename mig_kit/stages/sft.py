@@ -5,10 +5,12 @@ SFTTrainer). The paper publishes neither rank nor rates; rank and alpha of the f
 VLM-R1's, those of the tiny profile are ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -31,21 +33,46 @@ from mig_kit.sample import Sample
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
 
-def sft_rows(samples: list[Sample], replies: list[str], box_format: BoxFormat) -> Dataset:
+def shuffled_rows(count: int, seed: int, max_samples: int = 0) -> list[int]:
+    """Which of `count` rows to learn from, in random order; ValueError where there are none.
+
+    max_samples: at most so many; 0 for all.
+    """
+    if not count:
+        raise ValueError("there is no cold-start set to learn from: 01_synthesize ran with teacher "
+                         "none; run it again with another teacher")
+    return np.random.default_rng(seed).permutation(count)[:max_samples or count].tolist()
+
+
+def sft_rows(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat) -> Dataset:
     """A table of prompt, completion and images as TRL reads it; a row per sample.
 
-    length: about how many tokens the row has, with images as large as the model sees them.
+    A row is made, and its images are decoded, when it is looked at; the table itself holds `length`
+    alone, about how many tokens the row has with images as large as the model sees them
+    (`row_lengths`).
     """
-    rows = []
+    lengths = []
     for sample, reply in zip(samples, replies, strict=True):
-        content = [{"type": "text", "text": reply}]
         areas = (min(width * height, box_format.max_pixels) for width, height in sample.sizes)
         image_tokens = sum(areas) // 784
-        rows.append({"prompt": chat_messages(sample, box_format),
-                     "completion": [{"role": "assistant", "content": content}],
-                     "images": list(sample.images),
-                     "length": image_tokens + (len(sample.question) + len(reply)) // 3})
-    return Dataset.from_list(rows)
+        lengths.append(image_tokens + (len(sample.question) + len(reply)) // 3)
+    table = Dataset.from_dict({"row": range(len(lengths)), "length": lengths})
+    return table.with_transform(partial(_make_rows, samples, replies, box_format))
+
+
+def _make_rows(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
+               columns: dict[str, list]) -> dict[str, list]:
+    chosen = [(samples[row], replies[row]) for row in columns["row"]]
+    return {
+        "prompt": [chat_messages(sample, box_format) for sample, _ in chosen],
+        "completion": [[{"role": "assistant", "content": [{"type": "text", "text": reply}]}]
+                       for _, reply in chosen],
+        "images": [list(sample.images) for sample, _ in chosen]}
+
+
+def row_lengths(table: Dataset) -> list[int]:
+    """The lengths of the rows of `sft_rows`; makes none of them."""
+    return table.with_format(None)["length"][:]
 
 
 def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat,
@@ -132,7 +159,7 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         table = self.train_dataset if train_dataset is None else train_dataset
         size = (args.per_device_train_batch_size * args.gradient_accumulation_steps
                 * args.world_size)
-        return LengthGroupedSampler(table["length"], size, args.data_seed)
+        return LengthGroupedSampler(row_lengths(table), size, args.data_seed)
 
 
 def pad_collated_rows(collate: Callable, pad_token: int) -> Callable:
