@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
@@ -37,7 +37,7 @@ def greedy_replies(policy: Policy, samples: Sequence[Sample],
 def sample_replies(policy: Policy, samples: Sequence[Sample], path: Path, *, replies: int,
                    temperature: float, max_new_tokens: int, batch_size: int, seed: int,
                    label: str = "rollouts", cache: PromptCache | None = None,
-                   workers: int = 1) -> dict[str, list[str]]:
+                   workers: int = 1) -> "StoredReplies":
     """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
 
     Batches that are whole in the file are not drawn again. Each batch has its own seed, and batches
@@ -49,12 +49,12 @@ def sample_replies(policy: Policy, samples: Sequence[Sample], path: Path, *, rep
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply "
                          "(only 06_evaluate can do without)")
-    stored = load_replies(path)
+    is_stored = set(load_replies(path))
     cache = cache or make_cache(policy, limit=batch_size)
     ids = [sample.id for sample in samples]
     batches = list(enumerate(_cut_batches(samples, batch_size)))
     todo = [(number, batch) for number, batch in batches
-            if not all(ids[index] in stored for index in batch)]
+            if not is_stored.issuperset(ids[index] for index in batch)]
     one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
 
@@ -74,17 +74,18 @@ def sample_replies(policy: Policy, samples: Sequence[Sample], path: Path, *, rep
         for rollouts, (number, batch) in zip(bar, todo):
             for index, completions in zip(batch, rollouts):
                 name = ids[index]
-                if name not in stored:
+                if name not in is_stored:
                     with one_at_a_time:
-                        stored[name] = policy.processor.tokenizer.batch_decode(
+                        texts = policy.processor.tokenizer.batch_decode(
                             completions, skip_special_tokens=True)
-                    line = {"id": name, "replies": stored[name]}
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps({"id": name, "replies": texts}) + "\n")
+                    is_stored.add(name)
             file.flush()
             os.fsync(file.fileno())
             if number % 8 == 7:
                 release_memory()
-    return {name: stored[name] for name in ids}
+    stored = load_replies(path)
+    return StoredReplies(path, {name: stored.places[name] for name in ids})
 
 
 def _cut_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
@@ -112,17 +113,51 @@ def _image_list_key(sample: Sample) -> int | str:
     return sample.id
 
 
-def load_replies(path: Path) -> dict[str, list[str]]:
+class StoredReplies(Mapping):
+    """Replies by sample id, each read from its place in a file of `sample_replies` when it is
+    looked at.
+    """
+
+    def __init__(self, path: Path, places: dict[str, int]):
+        self.path, self.places = path, places
+
+    def __getitem__(self, name: str) -> list[str]:
+        with self.path.open("rb") as file:
+            file.seek(self.places[name])
+            return json.loads(file.readline())["replies"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def load_replies(path: Path) -> StoredReplies:
     """Replies by sample id from a file of `sample_replies`; a line cut by a kill is dropped."""
+    places: dict[str, int] = {}
     if not path.is_file():
-        return {}
-    rows, text = [], path.read_text()
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    complete_lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if complete_lines != text:
-        write_atomically(path, lambda temporary: temporary.write_text(complete_lines))
-    return {row["id"]: row["replies"] for row in rows}
+        return StoredReplies(path, places)
+    end = 0
+    for name, line in _iter_complete_lines(path):
+        places[name] = end
+        end += len(line)
+    if end != path.stat().st_size:
+        write_atomically(path, lambda temporary: _copy_complete_lines(path, temporary))
+    return StoredReplies(path, places)
+
+
+def _copy_complete_lines(source: Path, target: Path) -> None:
+    with target.open("wb") as file:
+        file.writelines(line for _, line in _iter_complete_lines(source))
+
+
+def _iter_complete_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(sample id, line) of every line that is whole."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                name = json.loads(line)["id"]
+            except ValueError:
+                continue
+            yield name, line.rstrip(b"\n") + b"\n"

@@ -142,5 +142,6 @@ def test_the_data_card_states_source_coordinates_and_drops():
     assert "Drawn scenes (seed 7)" in card and "license: apache-2.0" in card
     assert "0 to 1000 of the image's width and height" in card
     assert "- `cot.parquet`: 3 samples" in card and "kept 3; dropped: format 2, box 0." in card
-    card = synthesize.data_card(7, counts, {"cot": 3}, "absolute", "own", "some-model")
-    assert "license: other" in card and "some-model, asked over an endpoint" in card
+    teacher = "some-model, asked over an endpoint"
+    card = synthesize.data_card(7, counts, {"cot": 3}, "absolute", "own", teacher)
+    assert "license: other" in card and f"traces of {teacher};" in card
