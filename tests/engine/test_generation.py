@@ -329,6 +329,22 @@ def test_features_stay_within_max_bytes(random_model, processor, samples):
         assert held == tight.bytes_held <= 2000
 
 
+def test_images_are_prepared_a_few_at_a_time_and_texts_stay_within_their_bytes(
+        random_model, processor, samples, monkeypatch):
+    expected = PromptCache(random_model, processor, ABSOLUTE).get(samples[:4])
+    cache = PromptCache(random_model, processor, ABSOLUTE, max_text_bytes=1)
+    largest = max(width * height for sample in samples for width, height in sample.sizes)
+    monkeypatch.setattr(prompt_cache, "PIXELS_AT_ONCE", 2 * largest)
+    counts, add = [], cache._add_features
+    monkeypatch.setattr(cache, "_add_features",
+                        lambda images: counts.append(len(images)) or add(images))
+    prompts = cache.get(samples[:4])
+    assert sum(counts) > max(counts) >= 2 and len(cache.texts) == cache.text_bytes == 0
+    for prompt, other in zip(prompts, expected):
+        assert torch.allclose(prompt.features, other.features, atol=1e-6)
+        assert torch.equal(prompt.ids, other.ids)
+
+
 @pytest.mark.slow
 def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, processor, samples,
                                                            monkeypatch):
