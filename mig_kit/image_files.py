@@ -223,7 +223,8 @@ class ImageStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.stored: dict[str, EncodedImage] = {}  # by the path that it came from
+        # by the path that it came from: a file's name here and (width, height)
+        self.stored: dict[str, tuple[str, tuple[int, int]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: Path) -> EncodedImage:
@@ -233,15 +234,16 @@ class ImageStore:
         """
         if str(path) not in self.stored:
             self.stored[str(path)] = self._store(path)
-        return self.stored[str(path)]
+        name, size = self.stored[str(path)]
+        return EncodedImage(self.folder / name, size, Path(name).stem)
 
     def write_manifest(self, path: Path) -> None:
         """Write the names of the files, one a line."""
-        names = sorted({image.content.name for image in self.stored.values()})
+        names = sorted({name for name, _ in self.stored.values()})
         text = "".join(f"{name}\n" for name in names)
         write_atomically(path, lambda temporary: temporary.write_text(text))
 
-    def _store(self, path: Path) -> EncodedImage:
+    def _store(self, path: Path) -> tuple[str, tuple[int, int]]:
         size = read_size(path)
         content = path.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
@@ -250,7 +252,7 @@ class ImageStore:
         if not target.is_file():
             check_decodes(content, path.name)
             link_or_copy(path, target)
-        return EncodedImage(target, size, sha256)
+        return target.name, size
 
 
 def check_decodes(content: bytes, name: str) -> None:
