@@ -20,8 +20,6 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from mig_kit.common import write_atomically
-
 IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
 IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 100_000_000
@@ -237,11 +235,9 @@ class ImageStore:
         name, size = self.stored[str(path)]
         return EncodedImage(self.folder / name, size, Path(name).stem)
 
-    def write_manifest(self, path: Path) -> None:
-        """Write the names of the files, one a line."""
-        names = sorted({name for name, _ in self.stored.values()})
-        text = "".join(f"{name}\n" for name in names)
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+    def manifest(self) -> str:
+        """The names of the files, one a line."""
+        return "".join(f"{name}\n" for name in sorted({name for name, _ in self.stored.values()}))
 
     def _store(self, path: Path) -> tuple[str, tuple[int, int]]:
         size = read_size(path)

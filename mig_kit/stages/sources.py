@@ -125,7 +125,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
             writers[name].write(stored, Trace(reply, "own", "") if name == "cot" else None)
         counts = {name: writer.n_written for name, writer in (writers or {}).items()}
         _require_questions(counts, p.teacher, report)
-        store.write_manifest(folder / IMAGE_MANIFEST)
+        write_atomically(folder / IMAGE_MANIFEST,
+                         lambda temporary: temporary.write_text(store.manifest()))
     return report.summarize() + "\n"
 
 
