@@ -52,6 +52,12 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: fl
     return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 
 
+def drop_reason_of_own_reply(trace: Trace, sample: Sample, box_format: BoxFormat,
+                             threshold: float = 0.5) -> str:
+    """As `drop_reason`; "no reply" for a question that came without one."""
+    return "no reply" if trace.error else drop_reason(trace.text, sample, box_format, threshold)
+
+
 def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
                                  box_format: BoxFormat) -> str:
     """"" if a model teacher's trace may teach, else why not.

@@ -1,13 +1,17 @@
-"""Images that annotations name by path: found under one root and nowhere else, opened one sample at
-a time.
+"""Images that annotations name by path: found under one root and nowhere else, decoded when they
+are looked at, and stored once under their SHA-256.
 
 An annotation file comes from somewhere else, so a path in it is not trusted: it must be relative,
 must not climb with "..", and what it points to must lie under the root after symbolic links are
 followed.
 """
 
+import hashlib
+import io
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -16,6 +20,8 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
+IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 100_000_000
 MAX_ASPECT_RATIO = 200
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -129,6 +135,141 @@ def open_rgb(path: Path) -> Image.Image:
     except DECODE_ERRORS as error:
         sentence = f"{path.name!r} is cut or broken; copy it again"
         raise BadImage("unreadable image", sentence) from error
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image that is decoded when it is opened.
+
+    content: the bytes of a PNG or JPEG file, or the file's path. size: (width, height), pixels.
+    sha256: of the file if it is a stored one, whose bytes must not have changed, else "".
+    """
+
+    content: bytes | Path
+    size: tuple[int, int]
+    sha256: str = ""
+
+    def open(self) -> Image.Image:
+        """The image, decoded, RGB; BadImage for a file that is missing, broken or changed."""
+        if isinstance(self.content, Path) and not self.sha256:
+            return open_rgb(self.content)
+        content = self.content if isinstance(self.content, bytes) else self._read_stored()
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+
+    def _read_stored(self) -> bytes:
+        try:
+            content = self.content.read_bytes()
+        except OSError as error:
+            raise BadImage("missing image", f"{self.content} is missing; run 01_synthesize again "
+                                            "with --force") from error
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise BadImage("changed image", f"{self.content} is not the image that was stored: its "
+                                            "bytes have another SHA-256; run 01_synthesize again "
+                                            "with --force")
+        return content
+
+    def digest(self) -> bytes:
+        """Tells the image from others without decoding it."""
+        if self.sha256:
+            return bytes.fromhex(self.sha256)
+        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return hashlib.sha256(content).digest()
+
+
+class LazyImages(Sequence):
+    """The images of a sample, each decoded when it is looked at and not kept."""
+
+    def __init__(self, encoded: Iterable[EncodedImage]):
+        self.encoded = tuple(encoded)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return LazyImages(self.encoded[index])
+        return self.encoded[index].open()
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, LazyImages) and self.encoded == other.encoded
+
+    def __hash__(self) -> int:
+        return hash(self.encoded)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every image, pixels; decodes nothing."""
+        return [image.size for image in self.encoded]
+
+
+def image_digests(images: Sequence[Image.Image]) -> tuple[bytes, ...]:
+    """What tells these images from others; decodes none that is encoded."""
+    if isinstance(images, LazyImages):
+        return tuple(image.digest() for image in images.encoded)
+    return tuple(pixel_digest(image) for image in images)
+
+
+def pixel_digest(image: Image.Image) -> bytes:
+    """A hash of the image's pixels, mode and size."""
+    key = f"{image.mode} {image.size}".encode()
+    return hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest()
+
+
+class ImageStore:
+    """A folder of image files as they are, each once, named by its SHA-256."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        # by the path that it came from: a file's name here and (width, height)
+        self.stored: dict[str, tuple[str, tuple[int, int]]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, path: Path) -> EncodedImage:
+        """Store a file, as a hard link where the file system allows it; BadImage unless it decodes.
+
+        A file that an earlier, killed run stored is not stored again.
+        """
+        if str(path) not in self.stored:
+            self.stored[str(path)] = self._store(path)
+        name, size = self.stored[str(path)]
+        return EncodedImage(self.folder / name, size, Path(name).stem)
+
+    def manifest(self) -> str:
+        """The names of the files, one a line."""
+        return "".join(f"{name}\n" for name in sorted({name for name, _ in self.stored.values()}))
+
+    def _store(self, path: Path) -> tuple[str, tuple[int, int]]:
+        size = read_size(path)
+        content = path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        with Image.open(io.BytesIO(content)) as image:
+            target = self.folder / f"{sha256}.{image.format.lower()}"
+        if not target.is_file():
+            check_decodes(content, path.name)
+            link_or_copy(path, target)
+        return target.name, size
+
+
+def check_decodes(content: bytes, name: str) -> None:
+    """BadImage unless all pixels of an image file's bytes can be read."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+    except DECODE_ERRORS as error:
+        sentence = f"{name!r} is cut or broken; copy it again"
+        raise BadImage("unreadable image", sentence) from error
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where links are refused; never half."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 def iter_images(folder: Path, report: SkipReport,

@@ -2,21 +2,35 @@
 answer it.
 """
 
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow
-from datasets import Dataset, Features, List, Value
+import pyarrow.parquet
+from datasets import Features, List, Value
 from PIL import Image
 
 from mig_kit.boxes import Box, iou
-from mig_kit.common import write_atomically
+from mig_kit.image_files import EncodedImage, LazyImages
+
+# A table is read and written in groups of rows, so that its length does not matter.
+ROWS_PER_GROUP = 64
+BYTES_PER_GROUP = 2**22  # of embedded images
+CACHED_BYTES = 2**26  # of a table's groups that are kept in memory
 
 SAMPLE_FEATURES = Features({
     "id": Value("string"), "suite": Value("string"), "task": Value("string"),
-    "split": Value("string"), "images": List(datasets.Image()), "question": Value("string"),
+    "split": Value("string"), "images": List(datasets.Image()),
+    "sizes": List(List(Value("int32"))), "question": Value("string"),
     "target_images": List(Value("int32")), "target_boxes": List(List(Value("float32"))),
     "reference": List(Value("float32")), "options": List(Value("string")),
     "letter": Value("string"), "notes": List(Value("string")), "finding": Value("string")})
@@ -37,9 +51,10 @@ class Target(NamedTuple):
 class Sample:
     """One question.
 
-    images: in prompt order, RGB. question: "{ref}" stands for the reference box. targets: the
-    acceptable answers, empty when nothing in the images answers. reference: xyxy pixels of the
-    original first image, or None. options and letter: a multiple-choice question's, else empty.
+    images: in prompt order, RGB; of a table, decoded when they are looked at. question: "{ref}"
+    stands for the reference box. targets: the acceptable answers, empty when nothing in the images
+    answers. reference: xyxy pixels of the original first image, or None. options and letter: a
+    multiple-choice question's, else empty.
     notes and finding: the scene graph's account of the way to the answer, for the tiny profile's
     teacher.
     """
@@ -48,7 +63,7 @@ class Sample:
     suite: str
     task: str
     split: str
-    images: tuple[Image.Image, ...]
+    images: Sequence[Image.Image]
     question: str
     targets: tuple[Target, ...] = ()
     reference: Box | None = None
@@ -62,7 +77,9 @@ class Sample:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of every original image, pixels."""
+        """(width, height) of every original image, pixels; decodes nothing."""
+        if isinstance(self.images, LazyImages):
+            return self.images.sizes
         return [image.size for image in self.images]
 
 
@@ -85,11 +102,36 @@ def best_iou(sample: Sample, image: int, box: Box) -> float:
     return max(overlaps, default=0.0)
 
 
-def sample_to_row(sample: Sample) -> dict:
-    """The sample as a plain row of a `datasets` table; images stay PIL images."""
+def encode_images(images: Sequence[Image.Image], folder: Path) -> list[dict]:
+    """Images as a table in `folder` holds them, in the form of `datasets.Image`.
+
+    A stored file by its path from the folder, any other image as its bytes, drawn ones as PNG.
+    """
+    if not isinstance(images, LazyImages):
+        return [{"bytes": _encode_png(image), "path": None} for image in images]
+    rows = []
+    for image in images.encoded:
+        if isinstance(image.content, bytes):
+            rows.append({"bytes": image.content, "path": None})
+        elif image.sha256:
+            rows.append({"bytes": None, "path": os.path.relpath(image.content, folder)})
+        else:
+            rows.append({"bytes": image.content.read_bytes(), "path": None})
+    return rows
+
+
+def _encode_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def sample_to_row(sample: Sample, folder: Path) -> dict:
+    """The sample as a plain row of a table in `folder`."""
     return {
         "id": sample.id, "suite": sample.suite, "task": sample.task, "split": sample.split,
-        "images": list(sample.images), "question": sample.question,
+        "images": encode_images(sample.images, folder),
+        "sizes": [list(size) for size in sample.sizes], "question": sample.question,
         "target_images": [target.image for target in sample.targets],
         "target_boxes": [list(target.box) for target in sample.targets],
         "reference": list(sample.reference) if sample.reference else [],
@@ -98,44 +140,166 @@ def sample_to_row(sample: Sample) -> dict:
     }
 
 
-def sample_from_row(row: dict) -> Sample:
-    """The sample that a row was made from; extra columns are ignored."""
+def sample_from_row(row: dict, folder: Path) -> Sample:
+    """The sample that a row of a table in `folder` was made from; extra columns are ignored."""
     targets = zip(row["target_images"], row["target_boxes"])
+    images = zip(row["images"], row["sizes"], strict=True)
     return Sample(
         id=row["id"], suite=row["suite"], task=row["task"], split=row["split"],
-        images=tuple(row["images"]), question=row["question"],
+        images=LazyImages(_image_from_row(image, size, folder) for image, size in images),
+        question=row["question"],
         targets=tuple(Target(int(image), tuple(box)) for image, box in targets),
         reference=tuple(row["reference"]) if row["reference"] else None,
         options=tuple(row["options"]), letter=row["letter"],
         notes=tuple(row["notes"]), finding=row["finding"])
 
 
-def write_samples(path: Path, samples: list[Sample], traces: list[Trace] | None = None) -> None:
-    """Write the samples, with their traces if given, to a parquet file; an old file stays until the
-    new one is whole.
-    """
-    rows, features = [sample_to_row(sample) for sample in samples], SAMPLE_FEATURES
-    if traces is not None:
-        rows = [{**row, "reply": trace.text, "detail": trace.detail, "error": trace.error}
-                for row, trace in zip(rows, traces, strict=True)]
-        features = TRACE_FEATURES
-    table = Dataset.from_list(rows, features=features)
-    write_atomically(path, lambda temporary: table.to_parquet(str(temporary)))
+def _image_from_row(image: dict, size: list[int], folder: Path) -> EncodedImage:
+    if image["bytes"] is not None:
+        return EncodedImage(image["bytes"], tuple(size))
+    path = Path(os.path.normpath(folder / image["path"]))
+    return EncodedImage(path, tuple(size), path.stem)
 
 
-def read_table(path: Path) -> Dataset:
-    """The table in a parquet file of this kit; ValueError with a remedy if the file is cut or no
-    parquet.
+class SampleWriter:
+    """Writes samples to a parquet file as they come; an old file stays until `close`.
+
+    with_traces: every sample comes with its trace.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; run the stage that writes it")
+
+    def __init__(self, path: Path, with_traces: bool = False):
+        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+        self.schema = (TRACE_FEATURES if with_traces else SAMPLE_FEATURES).arrow_schema
+        self.file = pyarrow.parquet.ParquetWriter(self.temporary, self.schema)
+        self.rows: list[dict] = []
+        self.n_bytes = self.n_written = 0
+
+    def write(self, sample: Sample, trace: Trace | None = None) -> None:
+        """Add a row."""
+        row = sample_to_row(sample, self.path.parent)
+        if trace is not None:
+            row |= {"reply": trace.text, "detail": trace.detail, "error": trace.error}
+        self.rows.append(row)
+        self.n_bytes += sum(len(image["bytes"] or b"") for image in row["images"])
+        self.n_written += 1
+        if len(self.rows) >= ROWS_PER_GROUP or self.n_bytes >= BYTES_PER_GROUP:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        if self.rows:
+            self.file.write_table(pyarrow.Table.from_pylist(self.rows, schema=self.schema))
+        self.rows, self.n_bytes = [], 0
+
+    def close(self) -> None:
+        """Complete the file and give it its name."""
+        self._write_group()
+        self.file.close()
+        self.temporary.replace(self.path)
+
+    def __enter__(self) -> "SampleWriter":
+        return self
+
+    def __exit__(self, error_class, *_) -> None:
+        if error_class is None:
+            self.close()
+        else:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)
+
+
+def write_samples(path: Path, samples: Iterable[Sample],
+                  traces: Iterable[Trace] | None = None) -> None:
+    """Write the samples, with their traces if given, to a parquet file, one at a time."""
+    with SampleWriter(path, traces is not None) as writer:
+        if traces is None:
+            for sample in samples:
+                writer.write(sample)
+        else:
+            for sample, trace in zip(samples, traces, strict=True):
+                writer.write(sample, trace)
+
+
+class TableRows(Sequence):
+    """Rows of a parquet file of this kit, read when they are looked at.
+
+    convert: from a row, a dict of `columns` (None: of all), and the file's folder to an item. rows:
+    which rows of the file, in order; None: all. Only the groups of rows that were read last are in
+    memory, CACHED_BYTES of them. FileNotFoundError, and ValueError with a remedy if the file is
+    cut, no parquet, or of another version of the kit.
+    """
+
+    def __init__(self, path: Path, convert: Callable[[dict, Path], object],
+                 columns: Sequence[str] | None = None, rows: Sequence[int] | None = None):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; run the stage that writes it")
+        self.path, self.convert, self.columns = path, convert, columns
+        with _table_errors(path):
+            self.file = pyarrow.parquet.ParquetFile(path)
+        metadata = self.file.metadata
+        if "sizes" not in self.file.schema_arrow.names:
+            raise ValueError(f"{path} is of an older version of the kit; run 01_synthesize again")
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self.ends = np.cumsum(counts, dtype=np.int64)
+        self.rows = range(metadata.num_rows) if rows is None else rows
+        self.groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
+        self.cached_bytes = 0
+        self.lock = Lock()
+
+    def __reduce__(self):
+        return TableRows, (self.path, self.convert, self.columns, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(self.rows[index], of_file=True)
+        return self.convert(self._read_row(int(self.rows[index])), self.path.parent)
+
+    def __iter__(self) -> Iterator:
+        return (self[index] for index in range(len(self)))
+
+    def select(self, indices: Sequence[int], of_file: bool = False) -> "TableRows":
+        """The items at these indices, in this order; of_file: the indices count the file's rows."""
+        if not of_file:
+            indices = np.asarray(self.rows)[np.asarray(indices, dtype=np.int64)]
+        return TableRows(self.path, self.convert, self.columns, indices)
+
+    def _read_row(self, row: int) -> dict:
+        group = int(np.searchsorted(self.ends, row, side="right"))
+        start = int(self.ends[group - 1]) if group else 0
+        with self.lock:
+            if group not in self.groups:
+                with _table_errors(self.path):
+                    self.groups[group] = self.file.read_row_group(group, self.columns)
+                self.cached_bytes += self.groups[group].nbytes
+                while self.cached_bytes > CACHED_BYTES and len(self.groups) > 1:
+                    _, dropped = self.groups.popitem(last=False)
+                    self.cached_bytes -= dropped.nbytes
+            self.groups.move_to_end(group)
+            table = self.groups[group]
+        return table.slice(row - start, 1).to_pylist()[0]
+
+
+@contextmanager
+def _table_errors(path: Path) -> Iterator[None]:
+    """Turns what a cut or foreign file raises into one sentence."""
     try:
-        return Dataset.from_parquet(str(path), keep_in_memory=True, cache_dir=None)
+        yield
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is cut or no parquet file; delete it and run its stage again "
                          "with --force") from error
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """The samples in a parquet file of this kit."""
-    return [sample_from_row(row) for row in read_table(path)]
+def read_samples(path: Path) -> TableRows:
+    """The samples in a parquet file of this kit, a Sequence; raises as TableRows."""
+    return TableRows(path, sample_from_row)
+
+
+def read_replies(path: Path) -> TableRows:
+    """The replies in a parquet file of samples with traces, a Sequence; raises as TableRows."""
+    return TableRows(path, _reply_from_row, ("reply",))
+
+
+def _reply_from_row(row: dict, folder: Path) -> str:
+    return row["reply"]

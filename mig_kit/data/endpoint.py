@@ -24,6 +24,7 @@ import openai
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.data.teacher_prompt import KINDS, teacher_messages, teacher_prompt
+from mig_kit.image_files import image_digests
 from mig_kit.sample import Sample, Trace
 
 KEY_VARIABLE = "MIG_KIT_API_KEY"
@@ -83,8 +84,8 @@ def make_call(sample: Sample, kind: str, endpoint: Endpoint, box_format: BoxForm
     settings = [endpoint.model, endpoint.max_tokens, endpoint.temperature, kind,
                 astuple(box_format), teacher_prompt(sample, kind, box_format), sample.sizes]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for image in sample.images:
-        digest.update(image.convert("RGB").tobytes())
+    for image in image_digests(sample.images):
+        digest.update(image)
     return Call(digest.hexdigest(), kind, sample, box_format)
 
 

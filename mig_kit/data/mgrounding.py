@@ -4,8 +4,9 @@ One JSON array of records, each with paths of images, and archives that unpack b
 folder. mgrounding_records.py reads what a record says.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import ijson
 
@@ -13,9 +14,10 @@ from mig_kit.boxes import rescale_box
 from mig_kit.data.mgrounding_records import NAME, GroundingQuestion, iter_questions
 from mig_kit.image_files import (
     BadImage,
+    EncodedImage,
+    LazyImages,
     SkipReport,
     is_regular_file,
-    open_rgb,
     read_size,
     resolve_under_root,
 )
@@ -25,18 +27,34 @@ MAX_JSON_DEPTH = 32
 BOX_SCALE = (1000, 1000)
 
 
-def iter_records(path: Path) -> Iterator[object]:
+def iter_records(path: Path,
+                 on_bytes: Callable[[int], object] | None = None) -> Iterator[object]:
     """The elements of the annotation array, one in memory at a time.
 
-    ValueError, with the remedy, if the file is broken.
+    on_bytes: called with the number of bytes, whenever some were read. ValueError, with the remedy,
+    if the file is broken.
     """
     try:
         with path.open("rb") as file:
-            events = _limit_depth(ijson.basic_parse(file, use_float=True), path)
+            source = _CountedFile(file, on_bytes) if on_bytes else file
+            events = _limit_depth(ijson.basic_parse(source, use_float=True), path)
             yield from ijson.items(ijson.parse(events), "item")
     except (ijson.JSONError, UnicodeError) as error:
         reason = str(error)[:80]
         raise ValueError(f"{path} is cut or no JSON array ({reason}); download it again") from error
+
+
+class _CountedFile:
+    """A file that tells how many bytes were read."""
+
+    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], object]):
+        self.file, self.on_bytes = file, on_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's."""
+        content = self.file.read(size)
+        self.on_bytes(len(content))
+        return content
 
 
 def _limit_depth(events: Iterator, path: Path) -> Iterator:
@@ -98,44 +116,41 @@ def check_annotations(path: Path, root: Path, unstated: dict[str, int] | None = 
 
 def iter_samples(path: Path, root: Path, report: SkipReport,
                  unstated: dict[str, int] | None = None,
-                 limit: int | None = None) -> Iterator[Sample]:
-    """The samples, images opened one question at a time; `report` counts what is left out.
+                 limit: int | None = None,
+                 on_bytes: Callable[[int], object] | None = None) -> Iterator[Sample]:
+    """The samples; `report` counts what is left out. An image is decoded when it is looked at.
 
     path: MGrounding-630k.json or one of the subsets' files. root: the folder the archives were
     unpacked in; no image is read from outside it. unstated: see `iter_questions`. limit: stop after
-    so many samples. Boxes become pixels of the original images.
+    so many samples. on_bytes: see `iter_records`. Boxes become pixels of the original images.
     """
-    for question, paths in _iter_located(path, root, report, unstated, limit):
-        try:
-            images = tuple(open_rgb(image_path) for image_path in paths)
-        except BadImage as error:
-            report.kept -= 1
-            report.add(error.reason, f"{question.id}: {error}")
-            continue
-        targets = tuple(Target(number, rescale_box(box, BOX_SCALE, images[number - 1].size))
+    for question, images in _iter_located(path, root, report, unstated, limit, on_bytes):
+        sizes = images.sizes
+        targets = tuple(Target(number, rescale_box(box, BOX_SCALE, sizes[number - 1]))
                         for number, box in question.targets)
         reference = None
         if question.reference:
-            reference = rescale_box(question.reference, BOX_SCALE, images[0].size)
+            reference = rescale_box(question.reference, BOX_SCALE, sizes[0])
         yield Sample(question.id, "mgrounding", question.subset or "mgrounding", "train", images,
                      question.question, targets, reference)
 
 
 def _iter_located(path: Path, root: Path, report: SkipReport, unstated: dict[str, int] | None,
-                  limit: int | None) -> Iterator[tuple[GroundingQuestion, list[Path]]]:
-    """The questions whose images are all there, with the images' files."""
+                  limit: int | None, on_bytes: Callable[[int], object] | None = None
+                  ) -> Iterator[tuple[GroundingQuestion, LazyImages]]:
+    """The questions whose images are all there, with the images."""
     roots = find_image_roots(root)
-    for index, record in enumerate(iter_records(path)):
+    for index, record in enumerate(iter_records(path, on_bytes)):
         report.read += 1
         for question in iter_questions(index, record, report, unstated):
             try:
                 paths = [locate_image(root, roots, name) for name in question.images]
-                for image_path in paths:
-                    read_size(image_path)
+                images = LazyImages(EncodedImage(image_path, read_size(image_path))
+                                    for image_path in paths)
             except BadImage as error:
                 report.add(error.reason, f"{question.id}: {error}")
                 continue
             report.kept += 1
-            yield question, paths
+            yield question, images
             if limit is not None and report.kept >= limit:
                 return

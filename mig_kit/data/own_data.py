@@ -13,6 +13,9 @@
     reference    optional: a box in the first image
     id           optional text, used once in the file
     task         optional text, which chooses the teacher's cue (CUE_OF_TASK in teacher_prompt.py)
+    reply        optional text: the line's own reasoning and answer, as the model is to write them,
+                 <think>...</think><answer>...</answer> with boxes in the run's own coordinates
+                 (those of 01's parameters, not of the line); for the teacher "own" of stage 01
 """
 
 import base64
@@ -29,16 +32,24 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mig_kit import plots
 from mig_kit.boxes import Box, Coordinates, rescale_box
-from mig_kit.common import MAX_LINE, iter_lines, write_atomically
-from mig_kit.image_files import BadImage, open_rgb, read_size, resolve_under_root
+from mig_kit.common import MAX_LINE, iter_lines, progress_bar, write_atomically
+from mig_kit.image_files import (
+    BadImage,
+    EncodedImage,
+    LazyImages,
+    SkipReport,
+    read_size,
+    resolve_under_root,
+)
 from mig_kit.sample import Sample, Target
 
 MAX_IMAGES = 64
+MAX_SIZES = 100_000  # of images whose sizes are kept in memory
 # the largest number that a box may hold; in pixels the image decides
 LIMITS = {Coordinates.PIXELS: math.inf, Coordinates.NORMALIZED_1000: 1000,
           Coordinates.NORMALIZED_1: 1}
 REQUIRED = ("images", "question", "image", "coordinates")
-OPTIONAL = ("box", "boxes", "reference", "id", "task")
+OPTIONAL = ("box", "boxes", "reference", "id", "task", "reply")
 # values of the key "unit", which "coordinates" replaced
 NAME_OF_UNIT = {"pixels": "pixels", "0-1000": "normalized_1000", "0-1": "normalized_1"}
 
@@ -151,6 +162,9 @@ def _text_problems(data: dict) -> list[str]:
         text = data.get(key, "-")
         if not isinstance(text, str) or not text or not text.isprintable():
             problems.append(f"'{key}' must be printable text")
+    reply = data.get("reply", "-")
+    if not isinstance(reply, str) or not reply.strip() or _is_unwritable(reply):
+        problems.append("'reply' must be text")
     return problems
 
 
@@ -193,72 +207,131 @@ def _is_coordinate(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
 
 
-def _file_problems(data: dict, root: Path) -> list[str]:
+def _file_problems(data: dict, sizes: list[tuple[int, int] | BadImage]) -> list[str]:
     """What is wrong with the images: missing, outside the root, unreadable, or smaller than a box.
+
+    sizes: of `_read_sizes`.
     """
-    problems, sizes = [], {}
-    for number, name in enumerate(data["images"], 1):
-        try:
-            sizes[number] = read_size(resolve_under_root(root, name))
-        except BadImage as error:
-            problems.append(f"image {number}: {error}")
+    problems = [f"image {number}: {size}" for number, size in enumerate(sizes, 1)
+                if isinstance(size, BadImage)]
     if data["coordinates"] != Coordinates.PIXELS:
         return problems
     boxes = [(data["image"], box) for box in _target_boxes(data)]
     if "reference" in data:
         boxes.append((1, data["reference"]))
     for number, box in boxes:
-        width, height = sizes.get(number, (math.inf, math.inf))
+        size = sizes[number - 1]
+        width, height = (math.inf, math.inf) if isinstance(size, BadImage) else size
         if box[2] > width or box[3] > height:
             problems.append(f"{box} leaves image {number}, which is {width}x{height} pixels; "
                             "boxes are in pixels of the original")
     return problems
 
 
+class _Sizes:
+    """Sizes of images below a root, read once each; the last MAX_SIZES are kept."""
+
+    def __init__(self, root: Path):
+        self.root, self.by_name = root, {}
+
+    def __call__(self, name: str) -> tuple[int, int] | BadImage:
+        if name not in self.by_name:
+            if len(self.by_name) >= MAX_SIZES:
+                self.by_name.clear()
+            try:
+                self.by_name[name] = read_size(resolve_under_root(self.root, name))
+            except BadImage as error:
+                return error
+        return self.by_name[name]
+
+
 def check_file(path: Path, root: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, what is wrong with it) of every line; an empty list for a correct line.
 
-    Reads no pixels. In memory: one line, and a hash per id, to find an id that is used twice.
+    Reads no pixels. In memory: one line, a hash per id, to find an id that is used twice, and the
+    sizes of MAX_SIZES images.
     """
+    return ((number, problems) for number, _, _, problems in _iter_checked(path, root))
+
+
+def _iter_checked(path: Path, root: Path) -> Iterator[tuple[int, dict, list, list[str]]]:
+    """(line number, its object, its images' sizes, what is wrong with it) of every line."""
     hashes: set[int] = set()
+    read_sizes = _Sizes(root)
     for number, line in iter_lines(path):
         data, problems = parse_line(line)
+        sizes = []
         if not problems:
-            problems = _file_problems(data, root)
+            sizes = [read_sizes(name) for name in data["images"]]
+            problems = _file_problems(data, sizes)
         name = data.get("id")
         if isinstance(name, str):
             if hash(name) in hashes:
                 problems = [*problems, f"id {name[:40]!r} is there twice"]
             hashes.add(hash(name))
-        yield number, problems
+        yield number, data, sizes, problems
+
+
+def require_correct_lines(path: Path, root: Path, limit: int | None = None) -> int:
+    """How many lines there are, at most `limit`; OwnDataError at the first that is wrong.
+
+    A line whose only fault is a damaged image file is not wrong: `iter_samples` counts it.
+    """
+    n_lines = sum(1 for _ in islice(iter_lines(path), limit))
+    lines = islice(_iter_checked(path, root), limit)
+    for number, _, sizes, problems in progress_bar(lines, "check lines", total=n_lines):
+        if problems and len(problems) > sum(map(_is_damaged, sizes)):
+            raise _line_error(path, number, problems)
+    return n_lines
+
+
+def _is_damaged(size: tuple[int, int] | BadImage) -> bool:
+    return isinstance(size, BadImage) and size.reason == "unreadable image"
+
+
+def _line_error(path: Path, number: int, problems: list[str]) -> OwnDataError:
+    return OwnDataError(f"{path} line {number}: {problems[0]} "
+                        f"(mig-kit data check {path} lists every line)")
 
 
 def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[Sample]:
-    """The samples, images opened one line at a time.
+    """The samples; an image is decoded when it is looked at.
 
     limit: stop after so many lines. OwnDataError at the first wrong line: nothing is skipped.
     """
-    lines = zip(iter_lines(path), check_file(path, root))
-    for (number, line), (_, problems) in islice(lines, limit):
+    for _, sample, _ in iter_replied_samples(path, root, limit):
+        yield sample
+
+
+def iter_replied_samples(path: Path, root: Path, limit: int | None = None,
+                         report: SkipReport | None = None
+                         ) -> Iterator[tuple[int, Sample, str]]:
+    """(line number, sample, the line's own reply or "") of every line; see `iter_samples`.
+
+    report: where lines are counted, and those with a damaged image left out; None: an OwnDataError.
+    """
+    for number, data, sizes, problems in islice(_iter_checked(path, root), limit):
+        if report is not None:
+            report.read += 1
+            if problems and len(problems) == sum(map(_is_damaged, sizes)):
+                report.add("unreadable image", f"line {number}: {problems[0]}")
+                continue
+            report.kept += 1
         if problems:
-            raise OwnDataError(f"{path} line {number}: {problems[0]} "
-                               f"(mig-kit data check {path} lists every line)")
-        data, _ = parse_line(line)
-        try:
-            yield _make_sample(data, number, root)
-        except BadImage as error:
-            raise OwnDataError(f"{path} line {number}: {error}") from error
+            raise _line_error(path, number, problems)
+        yield number, _make_sample(data, number, root, sizes), data.get("reply", "")
 
 
-def _make_sample(data: dict, number: int, root: Path) -> Sample:
-    images = tuple(open_rgb(resolve_under_root(root, name)) for name in data["images"])
+def _make_sample(data: dict, number: int, root: Path, sizes: list[tuple[int, int]]) -> Sample:
+    images = LazyImages(EncodedImage(resolve_under_root(root, name), size)
+                        for name, size in zip(data["images"], sizes))
     coordinates = Coordinates(data["coordinates"])
-    target_size = images[data["image"] - 1].size
+    target_size = sizes[data["image"] - 1]
     targets = tuple(Target(data["image"], _to_pixels(box, coordinates, target_size))
                     for box in _target_boxes(data))
     reference = None
     if "reference" in data:
-        reference = _to_pixels(data["reference"], coordinates, images[0].size)
+        reference = _to_pixels(data["reference"], coordinates, sizes[0])
     return Sample(data.get("id", f"line-{number}"), "own", data.get("task", "own"), "train",
                   images, data["question"], targets, reference)
 

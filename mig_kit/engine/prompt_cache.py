@@ -16,6 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import unwrap_peft
 from mig_kit.engine.processors import check_image_grids, check_tokens
+from mig_kit.image_files import image_digests
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 
@@ -24,6 +25,7 @@ from mig_kit.sample import Sample
 LARGE_IMAGE_PATCHES = 256
 PATCHES_AT_ONCE = 8192  # of large images in a batch
 SAMPLES_AT_ONCE = 64  # whose texts are encoded together
+PIXELS_AT_ONCE = 2**24  # of images that are decoded and prepared together
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,17 @@ class EncodedText(NamedTuple):
     image_digests: tuple[bytes, ...]
     prefix_length: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return self.ids.nbytes + self.positions.nbytes
+
 
 class ImageFeatures(NamedTuple):
     """features: (image tokens, hidden), on the CPU; grid: (3,) of patches."""
 
     features: torch.Tensor
     grid: torch.Tensor
-
-
-def image_digest(image: Image.Image) -> bytes:
-    """A hash of the image's pixels, mode and size."""
-    key = f"{image.mode} {image.size}".encode()
-    return hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest()
 
 
 def tower_digest(model) -> bytes:
@@ -89,8 +90,9 @@ def tower_digest(model) -> bytes:
 class PromptCache:
     """Prompts by sample id and features by image; the least recently used are dropped first.
 
-    limit: prompts kept. max_bytes: of features kept, in the host's memory; what a call of `get`
-    asks for is kept until it returns.
+    limit: prompts kept. max_bytes: of features kept, in the host's memory; max_text_bytes: of the
+    prompts' tokens. What a call of `get` asks for is kept until it returns, but of its images
+    PIXELS_AT_ONCE pixels are decoded at a time.
 
     Large images go through the tower PATCHES_AT_ONCE patches at a time. autocast: compute images of
     LARGE_IMAGE_PATCHES or more in bfloat16. Smaller ones are computed in the tower's own dtype, all
@@ -99,9 +101,11 @@ class PromptCache:
     """
 
     def __init__(self, model, processor, box_format: BoxFormat, limit: int = 4096,
-                 max_bytes: int = 2 * 2**30, autocast: bool = False):
+                 max_bytes: int = 2 * 2**30, max_text_bytes: int = 2**28,
+                 autocast: bool = False):
         self.model, self.processor, self.box_format = unwrap_peft(model), processor, box_format
         self.limit, self.max_bytes, self.autocast = limit, max_bytes, autocast
+        self.max_text_bytes, self.text_bytes = max_text_bytes, 0
         self.texts: OrderedDict[str, EncodedText] = OrderedDict()  # by sample id
         self.images: OrderedDict[bytes, ImageFeatures] = OrderedDict()  # by digest
         self.bytes_held = 0  # by the features
@@ -110,6 +114,7 @@ class PromptCache:
     def clear(self) -> None:
         """Drop all prompts and features."""
         self.texts.clear()
+        self.text_bytes = 0
         self._clear_features()
 
     def _clear_features(self) -> None:
@@ -142,9 +147,8 @@ class PromptCache:
         missing_samples = list(missing.values())
         for start in range(0, len(missing_samples), SAMPLES_AT_ONCE):
             self._encode(missing_samples[start:start + SAMPLES_AT_ONCE])
-        self._compute_features({
-            digest: image for sample in samples
-            for digest, image in zip(self.texts[sample.id].image_digests, sample.images)})
+        self._compute_features(samples, [self.texts[sample.id].image_digests
+                                         for sample in samples])
         prompts = [self._assemble(sample.id) for sample in samples]
         self._drop_least_recent()
         return prompts
@@ -161,18 +165,36 @@ class PromptCache:
 
     def _drop_least_recent(self) -> None:
         """Keep to the limits."""
-        while len(self.texts) > self.limit:
-            self.texts.popitem(last=False)
+        while len(self.texts) > self.limit or self.text_bytes > self.max_text_bytes:
+            _, text = self.texts.popitem(last=False)
+            self.text_bytes -= text.nbytes
         while self.bytes_held > self.max_bytes and self.images:
             _, dropped = self.images.popitem(last=False)
             self.bytes_held -= dropped.features.nbytes
 
-    def _compute_features(self, images: dict[bytes, Image.Image]) -> None:
-        """Add the features of those images, by digest, that are missing."""
-        digests = [digest for digest in images if digest not in self.images]
-        if not digests:
-            return
-        missing = [images[digest] for digest in digests]
+    def _compute_features(self, samples: list[Sample], digests: list[tuple[bytes, ...]]) -> None:
+        """Add the features of those images of the samples that are missing; digests: of each
+        sample's images. Only these are decoded.
+        """
+        # by digest: where the image is, and its pixels
+        places = {digest: (sample.images, number, width * height)
+                  for sample, row in zip(samples, digests)
+                  for number, (digest, (width, height)) in enumerate(zip(row, sample.sizes))
+                  if digest not in self.images}
+        part: dict[bytes, Image.Image] = {}
+        free = PIXELS_AT_ONCE
+        for digest, (images, number, n_pixels) in places.items():
+            if part and n_pixels > free:
+                self._add_features(part)
+                part, free = {}, PIXELS_AT_ONCE
+            part[digest] = images[number]
+            free -= n_pixels
+        if part:
+            self._add_features(part)
+
+    def _add_features(self, images: dict[bytes, Image.Image]) -> None:
+        """Add the features of some images, by digest."""
+        digests, missing = list(images), list(images.values())
         inputs = self.processor.image_processor(missing, return_tensors="pt")
         grids = inputs["image_grid_thw"]
         n_patches = grids.prod(1).tolist()
@@ -206,10 +228,8 @@ class PromptCache:
         """
         processor = self.processor
         texts = [self._render_text(sample) for sample in samples]
-        digests = [tuple(image_digest(image) for image in sample.images) for sample in samples]
-        self._compute_features({
-            digest: image for sample, row in zip(samples, digests)
-            for digest, image in zip(row, sample.images)})
+        digests = [image_digests(sample.images) for sample in samples]
+        self._compute_features(samples, digests)
         grids = [self.images[digest].grid for row in digests for digest in row]
         grid = torch.stack(grids) if grids else None
         image_tokens = [processor.replace_image_token({"image_grid_thw": grid}, index)
@@ -218,7 +238,7 @@ class PromptCache:
         inputs = {**processor.tokenizer(texts, padding=True, return_tensors="pt"),
                   "image_grid_thw": grid}
         check_tokens(processor, inputs)
-        sizes = [image.size for sample in samples for image in sample.images]
+        sizes = [size for sample in samples for size in sample.sizes]
         check_image_grids(processor, grid, sizes, self.box_format)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         token_types = torch.tensor(processor.create_mm_token_type_ids(ids))
@@ -229,8 +249,10 @@ class PromptCache:
             own_ids = ids[row][is_token]
             image_columns = (own_ids == processor.image_token_id).nonzero()
             prefix_length = int(image_columns[-1]) + 1 if len(image_columns) else 0
-            self.texts[sample.id] = EncodedText(own_ids, positions[:, row][:, is_token],
-                                                digests[row], prefix_length)
+            text = EncodedText(own_ids, positions[:, row][:, is_token], digests[row],
+                               prefix_length)
+            self.texts[sample.id] = text
+            self.text_bytes += text.nbytes
 
     def _render_text(self, sample: Sample) -> str:
         """The sample's prompt as text; ValueError unless it has one place for each image."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
@@ -12,6 +13,7 @@ from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts
 from mig_kit.engine.models import Policy, unwrap_peft
 from mig_kit.engine.parallel import map_in_threads
 from mig_kit.engine.prompt_cache import PromptCache
+from mig_kit.image_files import LazyImages
 from mig_kit.sample import Sample
 
 
@@ -21,7 +23,8 @@ def make_cache(policy: Policy, **limits) -> PromptCache:
                        autocast=policy.hardware.autocast, **limits)
 
 
-def greedy_replies(policy: Policy, samples: list[Sample], max_new_tokens: int = 128) -> list[str]:
+def greedy_replies(policy: Policy, samples: Sequence[Sample],
+                   max_new_tokens: int = 128) -> list[str]:
     """One greedy reply to every sample."""
     prompts = make_cache(policy).get(samples)
     rollouts = generate_rollouts(
@@ -31,10 +34,10 @@ def greedy_replies(policy: Policy, samples: list[Sample], max_new_tokens: int = 
     return policy.processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
-def sample_replies(policy: Policy, samples: list[Sample], path: Path, *, replies: int,
+def sample_replies(policy: Policy, samples: Sequence[Sample], path: Path, *, replies: int,
                    temperature: float, max_new_tokens: int, batch_size: int, seed: int,
                    label: str = "rollouts", cache: PromptCache | None = None,
-                   workers: int = 1) -> dict[str, list[str]]:
+                   workers: int = 1) -> "StoredReplies":
     """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
 
     Batches that are whole in the file are not drawn again. Each batch has its own seed, and batches
@@ -46,18 +49,19 @@ def sample_replies(policy: Policy, samples: list[Sample], path: Path, *, replies
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply "
                          "(only 06_evaluate can do without)")
-    stored = load_replies(path)
+    is_stored = set(load_replies(path))
     cache = cache or make_cache(policy, limit=batch_size)
+    ids = [sample.id for sample in samples]
     batches = list(enumerate(_cut_batches(samples, batch_size)))
     todo = [(number, batch) for number, batch in batches
-            if not all(sample.id in stored for sample in batch)]
+            if not is_stored.issuperset(ids[index] for index in batch)]
     one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
 
-    def draw(numbered_batch: tuple[int, list[Sample]]) -> list[list[list[int]]]:
+    def draw(numbered_batch: tuple[int, list[int]]) -> list[list[list[int]]]:
         number, batch = numbered_batch
         with one_at_a_time:
-            prompts = cache.get(batch)
+            prompts = cache.get([samples[index] for index in batch])
         uniforms = draw_uniforms(seed * 1_000_003 + number, len(batch), replies, max_new_tokens)
         return generate_rollouts(policy.model, policy.processor, prompts, replies, sampling,
                                  uniforms, policy.hardware.autocast, fused_weights)
@@ -68,46 +72,92 @@ def sample_replies(policy: Policy, samples: list[Sample], path: Path, *, replies
             closing(map_in_threads(draw, todo, workers)) as drawn:
         bar = progress_bar(drawn, label, total=len(batches), initial=len(batches) - len(todo))
         for rollouts, (number, batch) in zip(bar, todo):
-            for sample, completions in zip(batch, rollouts):
-                if sample.id not in stored:
+            for index, completions in zip(batch, rollouts):
+                name = ids[index]
+                if name not in is_stored:
                     with one_at_a_time:
-                        stored[sample.id] = policy.processor.tokenizer.batch_decode(
+                        texts = policy.processor.tokenizer.batch_decode(
                             completions, skip_special_tokens=True)
-                    line = {"id": sample.id, "replies": stored[sample.id]}
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps({"id": name, "replies": texts}) + "\n")
+                    is_stored.add(name)
             file.flush()
             os.fsync(file.fileno())
             if number % 8 == 7:
                 release_memory()
-    return {sample.id: stored[sample.id] for sample in samples}
+    stored = load_replies(path)
+    return StoredReplies(path, {name: stored.places[name] for name in ids})
 
 
-def _cut_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
-    """The samples by number of images, questions about the same images side by side."""
-    first_id: dict[tuple[int, ...], str] = {}
+def _cut_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """The indices of samples by number of images, questions about the same images side by side."""
+    keys, first_id = [], {}
     for sample in samples:
         key = _image_list_key(sample)
         first_id[key] = min(sample.id, first_id.get(key, sample.id))
-    ordered = sorted(samples, key=lambda s: (len(s.images), first_id[_image_list_key(s)], s.id))
-    return [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
+        keys.append((len(sample.images), key, sample.id))
+    order = sorted(range(len(keys)),
+                   key=lambda index: (keys[index][0], first_id[keys[index][1]], keys[index][2]))
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _image_list_key(sample: Sample) -> tuple[int, ...]:
-    """Tells a list of images from others without reading them; the samples keep them alive."""
-    return tuple(map(id, sample.images))
+def _image_list_key(sample: Sample) -> int | str:
+    """Tells a list of images from others without decoding them.
+
+    Stored files by their SHA-256, images in memory by themselves, which the samples keep alive; a
+    sample whose images a table holds is alone with them.
+    """
+    if not isinstance(sample.images, LazyImages):
+        return hash(tuple(map(id, sample.images)))
+    if all(image.sha256 for image in sample.images.encoded):
+        return hash(tuple(image.sha256 for image in sample.images.encoded))
+    return sample.id
 
 
-def load_replies(path: Path) -> dict[str, list[str]]:
+class StoredReplies(Mapping):
+    """Replies by sample id, each read from its place in a file of `sample_replies` when it is
+    looked at.
+    """
+
+    def __init__(self, path: Path, places: dict[str, int]):
+        self.path, self.places = path, places
+
+    def __getitem__(self, name: str) -> list[str]:
+        with self.path.open("rb") as file:
+            file.seek(self.places[name])
+            return json.loads(file.readline())["replies"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def load_replies(path: Path) -> StoredReplies:
     """Replies by sample id from a file of `sample_replies`; a line cut by a kill is dropped."""
+    places: dict[str, int] = {}
     if not path.is_file():
-        return {}
-    rows, text = [], path.read_text()
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    complete_lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if complete_lines != text:
-        write_atomically(path, lambda temporary: temporary.write_text(complete_lines))
-    return {row["id"]: row["replies"] for row in rows}
+        return StoredReplies(path, places)
+    end = 0
+    for name, line in _iter_complete_lines(path):
+        places[name] = end
+        end += len(line)
+    if end != path.stat().st_size:
+        write_atomically(path, lambda temporary: _copy_complete_lines(path, temporary))
+    return StoredReplies(path, places)
+
+
+def _copy_complete_lines(source: Path, target: Path) -> None:
+    with target.open("wb") as file:
+        file.writelines(line for _, line in _iter_complete_lines(source))
+
+
+def _iter_complete_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(sample id, line) of every line that is whole."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                name = json.loads(line)["id"]
+            except ValueError:
+                continue
+            yield name, line.rstrip(b"\n") + b"\n"

@@ -34,7 +34,7 @@ CHOICES = {
     "lr_scheduler_type": ("linear", "cosine", "constant_with_warmup"),
     "report_to": ("none", "trackio", "wandb"),
     "scale_rewards": ("batch", "group", "none"),
-    "teacher": ("rules", "endpoint"),
+    "teacher": ("rules", "endpoint", "own", "none"),
 }
 RENAMED_PARAMS = {
     "batch_size": "per_device_train_batch_size", "checkpoint_layers": "gradient_checkpointing",

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, file_sha256, model_folder, write_json
+from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
 from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
@@ -168,8 +169,15 @@ def _stage_products(outputs: dict[str, str]) -> dict[str, str]:
 
 
 def outputs_exist(folder: Path, record: dict) -> bool:
-    """True if all that a finished stage made is still there."""
-    return all((folder / name).is_file() for name in record.get("outputs", ()))
+    """True if all that a finished stage made is still there, the images that it lists too."""
+    outputs = record.get("outputs", ())
+    if not all((folder / name).is_file() for name in outputs):
+        return False
+    if IMAGE_MANIFEST not in outputs:
+        return True
+    images = folder / IMAGE_FOLDER
+    names = set(os.listdir(images)) if images.is_dir() else set()
+    return names.issuperset((folder / IMAGE_MANIFEST).read_text().split())
 
 
 def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:
@@ -277,7 +285,8 @@ def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*")
                   if path.is_file() and path.suffix not in (".ipynb", ".tmp")
                   and path.name != "job.json"  # says how the stage ran
-                  and "checkpoint" not in str(path.relative_to(folder)))
+                  and "checkpoint" not in str(path.relative_to(folder))
+                  and path.parent != folder / IMAGE_FOLDER)  # IMAGE_MANIFEST lists these
 
 
 def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:

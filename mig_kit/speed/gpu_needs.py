@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig
 
+from mig_kit.common import PROJECT_ROOT, iter_lines
 from mig_kit.engine.generation import count_prompts_at_once
 from mig_kit.engine.logprobs import HEAD_TOKENS
 from mig_kit.engine.model_folders import FAMILIES
@@ -34,6 +35,7 @@ RATE_SHARE = 0.35  # of a card's rates that is reached; a guess
 LAYER_SECONDS = 0.001  # that a layer of a decoding step takes at least; a guess
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with its scales (double quantisation)
 IMAGES = 6  # of a prompt
+MGROUNDING_QUESTIONS = 630_000  # of MGrounding-630k, by its name
 TEXT_TOKENS, TRACE_TOKENS = 200, 300  # of a prompt's text, and of a trace
 ADVICE = {
     "02_sft": "lower max_pixels, or lora_r",
@@ -271,7 +273,8 @@ def count_work(params: Profile) -> dict[str, int]:
         rl = (len(TASKS) * synthesize.rl_per_task + len(BOX_FORMS) * synthesize.rl_boxes_per_task
               + (len(FREE_FORM) - len(BOX_FORMS)) * synthesize.rl_free_form_per_task)
     else:
-        cot, rl = (round(synthesize.data_limit * share) for share in synthesize.data_shares[:2])
+        questions = synthesize.data_limit or _count_questions(synthesize)
+        cot, rl = (round(questions * share) for share in synthesize.data_shares[:2])
     drawn_questions = sum(len(suite_tasks(suite)) * vars(evaluate)[per_task]
                           for suite, per_task in SIZE_PARAMS.items())
     return {
@@ -279,6 +282,14 @@ def count_work(params: Profile) -> dict[str, int]:
         "04_rejection_sampling": rl,
         "05_grpo": grpo.max_steps * groups_per_update(grpo),
         "06_evaluate": 3 * (evaluate.benchmark_limit or drawn_questions)}
+
+
+def _count_questions(synthesize: SimpleNamespace) -> int:
+    """Lines of an own data file; MGROUNDING_QUESTIONS for MGrounding-630k, which is not read here.
+    """
+    if synthesize.data == "mgrounding":
+        return MGROUNDING_QUESTIONS
+    return sum(1 for _ in iter_lines(PROJECT_ROOT / synthesize.data_file))
 
 
 def language_flops(shape: Shape, new: int, before: int = 0) -> float:

@@ -11,7 +11,7 @@ Where this deviates from the paper, or fills a gap in it:
   `share_prefix: false` is stock TRL.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ NOT_SHARED = {"top_k", "min_p", "repetition_penalty", "mask_truncated_completion
               "generation_batch_size", "use_vllm", "log_completions"}
 
 
-def reward_functions(samples: list[Sample], box_format: BoxFormat,
+def reward_functions(samples: Sequence[Sample], box_format: BoxFormat,
                      hallucinated_image_penalty: str = "format") -> list[Callable]:
     """The rewards in TRL's form, in the order of `reward_weights`.
 
@@ -94,7 +94,7 @@ def _asks_for_a_letter(sample: Sample) -> bool:
     return bool(sample.options)
 
 
-def _trl_reward(name: str, reward: Callable, applies_to: Callable, samples: list[Sample],
+def _trl_reward(name: str, reward: Callable, applies_to: Callable, samples: Sequence[Sample],
                 is_penalised: bool) -> Callable:
     def score(reply: str, sample: Sample) -> float | None:
         if not applies_to(sample):
@@ -111,13 +111,23 @@ def _trl_reward(name: str, reward: Callable, applies_to: Callable, samples: list
     return score_all
 
 
-def grpo_rows(samples: list[Sample], box_format: BoxFormat, with_images: bool) -> Dataset:
-    """A table of prompt and sample index; with images only where TRL itself reads them."""
-    rows = [{"prompt": chat_messages(sample, box_format), "sample": index}
-            for index, sample in enumerate(samples)]
+def grpo_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bool) -> Dataset:
+    """A table of prompt and sample index; with images only where TRL itself reads them.
+
+    A row is made, and its images are decoded, when it is looked at.
+    """
+    table = Dataset.from_dict({"sample": range(len(samples))})
+    return table.with_transform(partial(_make_rows, samples, box_format, with_images))
+
+
+def _make_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bool,
+               columns: dict[str, list]) -> dict[str, list]:
+    chosen = [samples[index] for index in columns["sample"]]
+    rows = {"prompt": [chat_messages(sample, box_format) for sample in chosen],
+            "sample": columns["sample"]}
     if with_images:
-        rows = [{**row, "images": list(sample.images)} for row, sample in zip(rows, samples)]
-    return Dataset.from_list(rows)
+        rows["images"] = [list(sample.images) for sample in chosen]
+    return rows
 
 
 def group_advantages(reward: torch.Tensor, group: int,
@@ -145,7 +155,7 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
     memory, and one more forward pass.
     """
 
-    def __init__(self, *args, samples: list[Sample], cache: PromptCache, autocast: bool,
+    def __init__(self, *args, samples: Sequence[Sample], cache: PromptCache, autocast: bool,
                  micro_replies: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.samples, self.cache, self.micro_replies = samples, cache, micro_replies
@@ -331,7 +341,7 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         return logps, entropies, None
 
 
-def grpo_trainer(policy: Policy, samples: list[Sample], folder: Path, params: SimpleNamespace,
+def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params: SimpleNamespace,
                  min_new_tokens: int = 0) -> GRPOTrainer:
     """The GRPO trainer over `samples`, with a new adapter on the policy.
 

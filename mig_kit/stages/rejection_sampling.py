@@ -8,6 +8,7 @@ spread has no advantage to learn from.
 
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from mig_kit.sample import Sample
 from mig_kit.world.teacher import recognize_detail
 
 
-def pass_rates(samples: list[Sample], replies: dict[str, list[str]], box_format: BoxFormat,
+def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]], box_format: BoxFormat,
                threshold: float = 0.5) -> np.ndarray:
     """Share of correct replies per sample, (samples,) float in 0..1."""
     return np.array([
@@ -25,7 +26,7 @@ def pass_rates(samples: list[Sample], replies: dict[str, list[str]], box_format:
         for sample in samples])
 
 
-def accuracy_by_detail(samples: list[Sample], replies: dict[str, list[str]],
+def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
                        box_format: BoxFormat) -> list[dict]:
     """How often replies are correct by how much their reasoning says.
 
@@ -41,21 +42,22 @@ def accuracy_by_detail(samples: list[Sample], replies: dict[str, list[str]],
             for (asked, detail), values in sorted(outcomes.items())]
 
 
-def select_by_pass_rate(samples: list[Sample], rates: np.ndarray, *, lowest: float, highest: float,
-                        per_task: int, seed: int) -> tuple[list[Sample], dict[str, dict[str, int]]]:
-    """The kept samples, and per task how many were kept or dropped, and why.
+def select_by_pass_rate(samples: Sequence[Sample], rates: np.ndarray, *, lowest: float,
+                        highest: float, per_task: int,
+                        seed: int) -> tuple[list[int], dict[str, dict[str, int]]]:
+    """Which samples are kept, and per task how many were kept or dropped, and why.
 
     Kept: lowest <= pass rate <= highest, at most `per_task` of every task, drawn at random.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
     within = defaultdict(list)
-    for sample, rate in zip(samples, rates, strict=True):
+    for index, (sample, rate) in enumerate(zip(samples, rates, strict=True)):
         if rate < lowest:
             counts[sample.task]["below min_pass_rate"] += 1
         elif rate > highest:
             counts[sample.task]["above max_pass_rate"] += 1
         else:
-            within[sample.task].append(sample)
+            within[sample.task].append(index)
     rng, kept = random.Random(f"curate/{seed}"), []
     for task, candidates in within.items():
         rng.shuffle(candidates)

@@ -7,6 +7,7 @@ padding and adapters are checked in `engine.processors` and `engine.models`.
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +16,14 @@ from transformers import TrainerCallback
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.logprobs import reply_logps
 from mig_kit.engine.models import Policy
-from mig_kit.engine.prompt_cache import image_digest
+from mig_kit.image_files import image_digests
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 
 PAIRS_AT_ONCE = 16
 
 
-def check_box_coordinates(samples: list[Sample], replies: list[str], box_format: BoxFormat,
+def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
                           lowest_share: float = 0.9) -> float:
     """Share of the replies with a box that meet their target (IoU >= 0.5).
 
@@ -40,7 +41,7 @@ def check_box_coordinates(samples: list[Sample], replies: list[str], box_format:
     return share
 
 
-def check_model_uses_images(policy: Policy, samples: list[Sample], replies: list[str],
+def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: Sequence[str],
                             fewest_pairs: int = 8) -> dict:
     """How much likelier the replies are with their own images than with those of another sample.
 
@@ -74,9 +75,7 @@ def _pair_with_other_images(samples: list[Sample],
     pairs = []
     for rows in alike.values():
         for (sample, reply), (other, _) in zip(rows, rows[1:] + rows[:1]):
-            digests, other_digests = ([image_digest(image) for image in one.images]
-                                      for one in (sample, other))
-            if sample.images and digests != other_digests:
+            if image_digests(sample.images) != image_digests(other.images):
                 name = f"{sample.id} with other images"
                 pairs.append((sample, replace(sample, id=name, images=other.images), reply))
     return pairs

@@ -5,10 +5,12 @@ SFTTrainer). The paper publishes neither rank nor rates; rank and alpha of the f
 VLM-R1's, those of the tiny profile are ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -37,25 +39,50 @@ from mig_kit.engine.training import (
     use_one_device,
 )
 from mig_kit.prompts import chat_messages
-from mig_kit.sample import Sample, read_table, sample_from_row
+from mig_kit.sample import Sample, TableRows, read_replies, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
 
-def sft_rows(samples: list[Sample], replies: list[str], box_format: BoxFormat) -> Dataset:
+def shuffled_rows(count: int, seed: int, max_samples: int = 0) -> list[int]:
+    """Which of `count` rows to learn from, in random order; ValueError where there are none.
+
+    max_samples: at most so many; 0 for all.
+    """
+    if not count:
+        raise ValueError("there is no cold-start set to learn from: 01_synthesize ran with teacher "
+                         "none; run it again with another teacher")
+    return np.random.default_rng(seed).permutation(count)[:max_samples or count].tolist()
+
+
+def sft_rows(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat) -> Dataset:
     """A table of prompt, completion and images as TRL reads it; a row per sample.
 
-    length: about how many tokens the row has, with images as large as the model sees them.
+    A row is made, and its images are decoded, when it is looked at; the table itself holds `length`
+    alone, about how many tokens the row has with images as large as the model sees them
+    (`row_lengths`).
     """
-    rows = []
+    lengths = []
     for sample, reply in zip(samples, replies, strict=True):
-        content = [{"type": "text", "text": reply}]
         areas = (min(width * height, box_format.max_pixels) for width, height in sample.sizes)
         image_tokens = sum(areas) // 784
-        rows.append({"prompt": chat_messages(sample, box_format),
-                     "completion": [{"role": "assistant", "content": content}],
-                     "images": list(sample.images),
-                     "length": image_tokens + (len(sample.question) + len(reply)) // 3})
-    return Dataset.from_list(rows)
+        lengths.append(image_tokens + (len(sample.question) + len(reply)) // 3)
+    table = Dataset.from_dict({"row": range(len(lengths)), "length": lengths})
+    return table.with_transform(partial(_make_rows, samples, replies, box_format))
+
+
+def _make_rows(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
+               columns: dict[str, list]) -> dict[str, list]:
+    chosen = [(samples[row], replies[row]) for row in columns["row"]]
+    return {
+        "prompt": [chat_messages(sample, box_format) for sample, _ in chosen],
+        "completion": [[{"role": "assistant", "content": [{"type": "text", "text": reply}]}]
+                       for _, reply in chosen],
+        "images": [list(sample.images) for sample, _ in chosen]}
+
+
+def row_lengths(table: Dataset) -> list[int]:
+    """The lengths of the rows of `sft_rows`; makes none of them."""
+    return table.with_format(None)["length"][:]
 
 
 def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat,
@@ -87,7 +114,7 @@ class FilledRows(torch.utils.data.Dataset):
     """
 
     def __init__(self, table: Dataset, multiple: int):
-        self.table, self.lengths = table, list(table["length"])
+        self.table, self.lengths = table, row_lengths(table)
         missing = -len(table) % multiple
         self.shortest = min(range(len(table)), key=self.lengths.__getitem__)
         self.lengths += [self.lengths[self.shortest]] * missing
@@ -168,7 +195,7 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         size, rows = args.per_device_train_batch_size * batches, self.train_dataset
         if args.world_size == 1:
-            return LengthGroupedSampler(rows["length"], size, args.data_seed)
+            return LengthGroupedSampler(row_lengths(rows), size, args.data_seed)
         fillers = len(rows) - len(rows.table)
         return LengthGroupedSampler(rows.lengths, size, args.data_seed, fillers)
 
@@ -227,12 +254,11 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
     return trainer
 
 
-def read_traces(traces: str | Path,
-                params: SimpleNamespace) -> tuple[list[Sample], list[str]]:
+def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows, TableRows]:
     """(samples, replies) of the file `traces`, in the order and number that `params` says."""
-    rows = read_table(Path(traces)).shuffle(seed=params.seed)
-    rows = rows.select(range(min(params.max_samples or len(rows), len(rows))))
-    return [sample_from_row(row) for row in rows], list(rows["reply"])
+    samples, replies = read_samples(Path(traces)), read_replies(Path(traces))
+    rows = shuffled_rows(len(samples), params.seed, params.max_samples)
+    return samples.select(rows), replies.select(rows)
 
 
 def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None:

@@ -2,84 +2,169 @@
 and validation set.
 """
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
-from mig_kit.common import PROJECT_ROOT
+from mig_kit.common import PROJECT_ROOT, progress_bar, write_atomically
 from mig_kit.data import mgrounding, own_data
-from mig_kit.image_files import SkipReport
-from mig_kit.sample import Sample
+from mig_kit.image_files import (
+    IMAGE_FOLDER,
+    IMAGE_MANIFEST,
+    BadImage,
+    ImageStore,
+    LazyImages,
+    SkipReport,
+)
+from mig_kit.sample import Sample, SampleWriter, TableRows, Trace, read_samples
 from mig_kit.world import suites
 
 SET_NAMES = ("cot", "rl", "val")
+# the file of each set while 01 runs; the questions of cot.parquet await their traces
+FILE_OF_SET = {"cot": "questions.parquet", "rl": "rl.parquet", "val": "val.parquet"}
+TEACHERS = ("rules", "endpoint", "own", "none")
+REPORT_FILE = "left_out.txt"
 
 
-def load_training_sets(p: SimpleNamespace) -> tuple[dict[str, list[Sample]], str]:
+def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, TableRows], str]:
     """The three sets that the parameters of 01 ask for, and a text on what was left out and why, ""
     for a source that leaves nothing out.
 
-    Relative paths start at the project's folder. Real images are held in memory, three bytes a
-    pixel: data_limit bounds them. ValueError for an unknown source or teacher, for the rule-based
-    teacher on images that no scene graph describes, and for a set that stays empty.
-    FileNotFoundError for a missing file or image root.
+    They are written to FILE_OF_SET in `folder` as they are read, real images to its images/ as
+    they are; what an earlier, killed run completed is read from there. The questions of the set
+    cot hold the replies that came with them. Relative paths start at the project's folder. A
+    damaged image's question is left out and counted. ValueError for an unknown source or teacher,
+    a source that the teacher cannot write about, and a set that stays empty. OwnDataError for a
+    wrong line, FileNotFoundError for a missing file or image root, before anything is written.
     """
-    if p.teacher not in ("rules", "endpoint"):
-        raise ValueError(f"teacher is '{p.teacher}'; use rules or endpoint")
-    if p.data == "scenes":
-        return _draw_sets(p), ""
-    if p.data not in ("own", "mgrounding"):
+    check_source(p)
+    report_file = folder / REPORT_FILE
+    files = [report_file, *(folder / file for file in FILE_OF_SET.values())]
+    if not all(file.is_file() for file in files):
+        folder.mkdir(parents=True, exist_ok=True)
+        text = _write_drawn_sets(p, folder) if p.data == "scenes" else _write_real_sets(p, folder)
+        write_atomically(report_file, lambda temporary: temporary.write_text(text))
+    sets = {name: read_samples(folder / file) for name, file in FILE_OF_SET.items()}
+    return sets, report_file.read_text()
+
+
+def check_source(p: SimpleNamespace) -> None:
+    """ValueError or FileNotFoundError, with the fix, for parameters of 01 that name no usable
+    source; reads no data.
+    """
+    if p.teacher not in TEACHERS:
+        raise ValueError(f"teacher is '{p.teacher}'; use one of {', '.join(TEACHERS)}")
+    if p.data not in ("scenes", "own", "mgrounding"):
         raise ValueError(f"data is '{p.data}'; use scenes, own or mgrounding")
+    if p.teacher == "own" and p.data != "own":
+        raise ValueError(f"the teacher 'own' is the key 'reply' of data 'own'; with data "
+                         f"'{p.data}' use another teacher")
+    if p.data == "scenes":
+        return
     if p.teacher == "rules":
         raise ValueError(f"the rules teacher reads drawn scenes only; with data '{p.data}' set "
-                         "teacher to endpoint")
+                         "teacher to endpoint, own or none")
     if not p.data_file:
         raise ValueError(f"data is '{p.data}': name its file in data_file")
-    path = PROJECT_ROOT / p.data_file
-    root = PROJECT_ROOT / p.image_root if p.image_root else path.parent
+    path, root = source_paths(p)
     if not path.is_file() or not root.is_dir():
         raise FileNotFoundError(f"data_file {path} or image_root {root} is not there")
-    report = SkipReport()
-    if p.data == "own":
-        samples = own_data.iter_samples(path, root, p.data_limit)
-    else:
-        samples = mgrounding.iter_samples(path, root, report, limit=p.data_limit)
-    sets = split_by_image(samples, p.data_shares)
-    empty = [name for name in SET_NAMES if not sets[name]]
-    if empty:
-        raise ValueError(f"no question fell to {' and '.join(empty)}; raise data_limit or change "
-                         f"data_shares\n{report.summarize()}")
-    return sets, report.summarize() if report.read else ""
-
-
-def _draw_sets(p: SimpleNamespace) -> dict[str, list[Sample]]:
-    return {
-        "cot": suites.draw_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed),
-        "rl": suites.draw_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
-                                       p.rl_boxes_per_task),
-        "val": suites.draw_task_samples("val", p.val_per_task, p.seed),
-    }
-
-
-def split_by_image(samples: Iterable[Sample], shares: list[float]) -> dict[str, list[Sample]]:
-    """The samples in the three sets, by a hash of the first image: all questions on it fall to the
-    same set.
-
-    shares: of cot, rl and val; ValueError if they do not sum to 1. Other images of a question may
-    still be shared between sets; compare folders with `mig-kit data duplicates`.
-    """
+    shares = p.data_shares
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"data_shares is {shares}; give three shares, of cot, rl and val, that "
                          "sum to 1")
-    sets: dict[str, list[Sample]] = {name: [] for name in SET_NAMES}
-    for sample in samples:
-        image = sample.images[0]
-        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
-        position = int.from_bytes(digest[:8], "big") / 2 ** 64
-        if position < shares[0]:
-            sets["cot"].append(sample)
-        elif position < shares[0] + shares[1]:
-            sets["rl"].append(sample)
-        else:
-            sets["val"].append(sample)
-    return sets
+
+
+def source_paths(p: SimpleNamespace) -> tuple[Path, Path]:
+    """The annotation file and the folder of its images."""
+    path = PROJECT_ROOT / p.data_file
+    return path, PROJECT_ROOT / p.image_root if p.image_root else path.parent
+
+
+def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
+    samples = {
+        "cot": suites.draw_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed),
+        "rl": suites.draw_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
+                                       p.rl_boxes_per_task),
+        "val": suites.draw_task_samples("val", p.val_per_task, p.seed)}
+    with ExitStack() as stack:
+        for name, writer in _open_writers(folder, stack).items():
+            if name != "cot" or p.teacher != "none":
+                for sample in samples[name]:
+                    writer.write(sample, Trace("", "", "") if name == "cot" else None)
+    return ""
+
+
+def _open_writers(folder: Path, stack: ExitStack) -> dict[str, SampleWriter]:
+    return {name: stack.enter_context(SampleWriter(folder / file, with_traces=name == "cot"))
+            for name, file in FILE_OF_SET.items()}
+
+
+def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
+    report = SkipReport()
+    shares = p.data_shares
+    if p.teacher == "none":
+        shares = [0.0, shares[0] + shares[1], shares[2]]
+    with ExitStack() as stack:
+        store = None
+        writers = None
+        for sample, reply in _iter_source(p, report):
+            if writers is None:  # the first question is there, so no line was wrong
+                store = ImageStore(folder / IMAGE_FOLDER)
+                writers = _open_writers(folder, stack)
+            try:
+                images = LazyImages([store.add(image.content) for image in sample.images.encoded])
+            except BadImage as error:
+                report.kept -= 1
+                report.add(error.reason, f"{sample.id}: {error}")
+                continue
+            stored = replace(sample, images=images)
+            name = choose_set(images.encoded[0].sha256, shares)
+            writers[name].write(stored, Trace(reply, "own", "") if name == "cot" else None)
+        counts = {name: writer.n_written for name, writer in (writers or {}).items()}
+        _require_questions(counts, p.teacher, report)
+        write_atomically(folder / IMAGE_MANIFEST,
+                         lambda temporary: temporary.write_text(store.manifest()))
+    return report.summarize() + "\n"
+
+
+def _iter_source(p: SimpleNamespace, report: SkipReport) -> Iterator[tuple[Sample, str]]:
+    """(sample, its own reply or "") of the data file, with a bar and the time left."""
+    path, root = source_paths(p)
+    limit = p.data_limit or None
+    if p.data == "own":
+        n_lines = own_data.require_correct_lines(path, root, limit)
+        lines = own_data.iter_replied_samples(path, root, limit, report)
+        with progress_bar(None, "store questions", total=n_lines) as bar:
+            for number, sample, reply in lines:
+                yield sample, reply
+                bar.update(number - bar.n)
+        return
+    with progress_bar(None, "store questions", total=path.stat().st_size, unit="B",
+                      unit_scale=True) as bar:
+        for sample in mgrounding.iter_samples(path, root, report, limit=limit,
+                                              on_bytes=bar.update):
+            yield sample, ""
+
+
+def _require_questions(counts: dict[str, int], teacher: str, report: SkipReport) -> None:
+    """ValueError if a set stays empty; without a teacher there is no cold-start set."""
+    needed = SET_NAMES if teacher != "none" else SET_NAMES[1:]
+    empty = [name for name in needed if not counts.get(name)]
+    if empty:
+        raise ValueError(f"no question fell to {' and '.join(empty)}; raise data_limit or change "
+                         f"data_shares\n{report.summarize()}")
+
+
+def choose_set(sha256: str, shares: list[float]) -> str:
+    """One of SET_NAMES, by the hash of a question's first image: all questions on it share a set.
+
+    shares: of cot, rl and val. Other images of a question may still be shared between sets;
+    compare folders with `mig-kit data duplicates`.
+    """
+    position = int(sha256[:16], 16) / 2**64
+    if position < shares[0]:
+        return "cot"
+    return "rl" if position < shares[0] + shares[1] else "val"

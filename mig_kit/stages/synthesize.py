@@ -6,22 +6,73 @@ the format, the right image, IoU >= 0.5, and no answer given away inside the thi
 
 import random
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.common import progress_bar
 from mig_kit.filters import DROP_REASONS
-from mig_kit.sample import Sample, Trace
+from mig_kit.sample import Sample, SampleWriter, TableRows, Trace
 from mig_kit.world.teacher import write_trace
 
 
-def write_traces(samples: list[Sample], seed: int, mix: tuple[float, float, float],
-                 error_rate: float, jitter: float, box_format: BoxFormat) -> list[Trace]:
-    """The rule-based teacher's trace for every sample, each from its own random state.
+@dataclass(frozen=True)
+class RuleBasedTraces(Sequence):
+    """The rule-based teacher's trace for every sample, written when it is looked at, each from its
+    own random state.
 
     mix, error_rate, jitter: see `teacher.write_trace`.
     """
-    return [write_trace(sample, random.Random(f"{seed}/{sample.id}"), box_format, mix, error_rate,
-                        jitter)
-            for sample in samples]
+
+    samples: Sequence[Sample]
+    seed: int
+    mix: tuple[float, float, float]
+    error_rate: float
+    jitter: float
+    box_format: BoxFormat
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return replace(self, samples=self.samples[index])
+        sample = self.samples[index]
+        return write_trace(sample, random.Random(f"{self.seed}/{sample.id}"), self.box_format,
+                           self.mix, self.error_rate, self.jitter)
+
+
+def write_traces(samples: Sequence[Sample], *settings) -> list[Trace]:
+    """All of `RuleBasedTraces`, in a list."""
+    return list(RuleBasedTraces(samples, *settings))
+
+
+def read_own_traces(path: Path) -> TableRows:
+    """The replies that came with own data as traces, a Sequence; path: of the set's questions."""
+    return TableRows(path, _own_trace, ("reply",))
+
+
+def _own_trace(row: dict, folder: Path) -> Trace:
+    return Trace(row["reply"], "own", "" if row["reply"] else "no reply")
+
+
+def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Trace],
+                     reasons: Iterable[str]) -> dict:
+    """Write the samples whose trace is kept to `path`, one at a time, and count the others.
+
+    reasons: why a trace is dropped, "" for one to keep; read once. Gives the counts of
+    `count_drops`.
+    """
+    outcomes = []
+    rows = zip(samples, traces, reasons, strict=True)
+    with SampleWriter(path, with_traces=True) as writer:
+        for sample, trace, reason in progress_bar(rows, "filter", total=len(traces)):
+            outcomes.append((reason, Trace("", trace.detail, trace.error)))
+            if not reason:
+                writer.write(sample, trace)
+    reasons, light_traces = zip(*outcomes) if outcomes else ((), ())
+    return count_drops(list(reasons), list(light_traces))
 
 
 def count_drops(reasons: list[str], traces: list[Trace]) -> dict:
@@ -43,12 +94,12 @@ def data_card(seed: int, counts: dict, sizes: dict[str, int], coordinates: str,
     """The data card in Markdown: what the set holds and how it was made.
 
     counts: of `count_drops`. sizes: samples by file. coordinates: of the boxes inside replies.
-    teacher: the model's name, "" for the rules.
+    teacher: who wrote the traces, for a sentence; "" for the rules.
     """
     is_drawn = data == "scenes"
     source = (f"Drawn scenes (seed {seed})" if is_drawn
               else f"Questions and images from '{data}', under their own licence,")
-    writer = f"{teacher}, asked over an endpoint" if teacher else "a rule-based teacher"
+    writer = teacher or "a rule-based teacher"
     dropped = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items())
     return "\n".join([
         "---", f"license: {'apache-2.0' if is_drawn else 'other'}",

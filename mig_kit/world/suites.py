@@ -7,6 +7,7 @@ Only the questions of MIG-Bench are asked in a training split too.
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 from mig_kit.prompts import LETTERS
@@ -244,8 +245,13 @@ def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sam
 
 def _draw_samples(task_function: TaskFunction, suite: str, task: str, split: str, count: int,
                   seed: int) -> list[Sample]:
+    return list(_iter_samples(task_function, suite, task, split, count, seed))
+
+
+def _iter_samples(task_function: TaskFunction, suite: str, task: str, split: str, count: int,
+                  seed: int) -> Iterator[Sample]:
     specs = (draw_spec(task_function, task, split, i, seed, World()) for i in range(count))
-    return [render_sample(spec, suite, task, split, i) for i, spec in enumerate(specs)]
+    return (render_sample(spec, suite, task, split, i) for i, spec in enumerate(specs))
 
 
 def _draw_unseen_samples(split: str, count: int, seed: int) -> list[Sample]:
@@ -273,16 +279,18 @@ def make_free_form(split: str, per_task: int, seed: int = 0,
 
 
 def draw_training_mix(split: str, per_task: int, free_form_per_task: int, seed: int,
-                      boxes: int | None = None) -> list[Sample]:
-    """What the stages train on: the ten tasks and general questions.
+                      boxes: int | None = None) -> Iterator[Sample]:
+    """What the stages train on: the ten tasks and general questions, drawn as they are asked for.
 
     boxes: how many general questions of each kind that asks for a box; None for
     `free_form_per_task`.
     """
-    return (draw_task_samples(split, per_task, seed)
-            + make_free_form(split, free_form_per_task, seed, boxes))
+    yield from draw_task_samples(split, per_task, seed)
+    for task, task_function in FREE_FORM.items():
+        count = boxes if boxes is not None and task in BOX_FORMS else free_form_per_task
+        yield from _iter_samples(task_function, "free_form", task, split, count, seed)
 
 
-def draw_task_samples(split: str, per_task: int, seed: int) -> list[Sample]:
-    """`per_task` samples of each of the ten tasks."""
-    return [make_sample(task, split, i, seed) for task in TASKS for i in range(per_task)]
+def draw_task_samples(split: str, per_task: int, seed: int) -> Iterator[Sample]:
+    """`per_task` samples of each of the ten tasks, drawn as they are asked for."""
+    return (make_sample(task, split, i, seed) for task in TASKS for i in range(per_task))

@@ -10,7 +10,8 @@ from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine import attention, decoding, generation, models, prefixes, prompt_cache, training
 from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts, sample_tokens
 from mig_kit.engine.logprobs import completion_logps, packed_logps
-from mig_kit.engine.prompt_cache import Prompt, PromptCache, image_digest
+from mig_kit.engine.prompt_cache import Prompt, PromptCache
+from mig_kit.image_files import pixel_digest
 from mig_kit.prompts import chat_messages
 
 ABSOLUTE = BoxFormat()
@@ -247,7 +248,7 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
     random_model.model.visual.forward = watched
     first = cache.get(samples[:3])
     again = cache.get([samples[0], replace(samples[1], id="the same images, asked about again")])
-    distinct = {image_digest(image) for sample in samples[:3] for image in sample.images}
+    distinct = {pixel_digest(image) for sample in samples[:3] for image in sample.images}
     assert images_seen == [len(distinct)], "every image is seen once"
     assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
     cache.get(samples[3:5])
@@ -328,6 +329,22 @@ def test_features_stay_within_max_bytes(random_model, processor, samples):
         assert held == tight.bytes_held <= 2000
 
 
+def test_images_are_prepared_a_few_at_a_time_and_texts_stay_within_their_bytes(
+        random_model, processor, samples, monkeypatch):
+    expected = PromptCache(random_model, processor, ABSOLUTE).get(samples[:4])
+    cache = PromptCache(random_model, processor, ABSOLUTE, max_text_bytes=1)
+    largest = max(width * height for sample in samples for width, height in sample.sizes)
+    monkeypatch.setattr(prompt_cache, "PIXELS_AT_ONCE", 2 * largest)
+    counts, add = [], cache._add_features
+    monkeypatch.setattr(cache, "_add_features",
+                        lambda images: counts.append(len(images)) or add(images))
+    prompts = cache.get(samples[:4])
+    assert sum(counts) > max(counts) >= 2 and len(cache.texts) == cache.text_bytes == 0
+    for prompt, other in zip(prompts, expected):
+        assert torch.allclose(prompt.features, other.features, atol=1e-6)
+        assert torch.equal(prompt.ids, other.ids)
+
+
 @pytest.mark.slow
 def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, processor, samples,
                                                            monkeypatch):
@@ -349,7 +366,7 @@ def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, process
 
     monkeypatch.setattr(random_model.model.visual, "forward", watched)
     among_others = first_prompt(large_and_small, True)
-    small_images = {image_digest(image): image for image in samples[0].images}.values()
+    small_images = {pixel_digest(image): image for image in samples[0].images}.values()
     small_patches = sum(image.width * image.height // 14**2 for image in small_images)
     assert batches == [small_patches, 512, 288, 320], "small ones together, others by size"
     assert alone.features.dtype == torch.bfloat16 and exact.features.dtype == torch.float32

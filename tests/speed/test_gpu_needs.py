@@ -152,3 +152,5 @@ def test_counts_of_a_profile_by_hand():
     real = replace_params(params, "synthesize", data="mgrounding", data_limit=4000)
     counts = gpu_needs.count_work(replace_params(real, "evaluate", benchmark_limit=50))
     assert list(counts.values()) == [3000, 800, 500 * 16 * 8 // 8, 150]
+    everything = replace_params(params, "synthesize", data="mgrounding", data_limit=0)
+    assert gpu_needs.count_work(everything)["02_sft"] == 0.75 * 630_000

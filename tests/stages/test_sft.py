@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat
@@ -121,6 +122,21 @@ def test_between_bf16_products_the_language_model_stays_in_bf16(load_policy, flo
               if parameter.dtype.is_floating_point and "lora_" not in name}
     assert {dtype for name, dtype in dtypes.items() if "visual" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "visual" not in name} == {torch.bfloat16}
+
+
+def test_rows_to_learn_from_are_shuffled_as_datasets_does():
+    table = Dataset.from_dict({"row": range(40)}).shuffle(seed=3)
+    assert sft.shuffled_rows(40, 3) == table["row"][:] and len(sft.shuffled_rows(40, 3, 7)) == 7
+    with pytest.raises(ValueError, match="there is no cold-start set to learn from"):
+        sft.shuffled_rows(0, 3)
+
+
+def test_a_row_decodes_its_images_when_it_is_looked_at(table, monkeypatch):
+    assert len(sft.row_lengths(table)) == len(table) == 20
+    monkeypatch.setattr(sft, "chat_messages", lambda *_: 1 / 0)
+    assert min(sft.row_lengths(table)) > 0
+    with pytest.raises(ZeroDivisionError):
+        table[0]
 
 
 def test_like_lengths_are_together_within_an_update_only():

@@ -8,7 +8,7 @@ from command_line import run_mig_kit
 from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.pipeline import store
-from mig_kit.sample import read_table
+from mig_kit.sample import read_samples
 from mig_kit.stages import sources
 from mig_kit.world import suites
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
@@ -47,17 +47,17 @@ def count_samples(sets):
     return sum(map(len, sets.values()))
 
 
-def test_drawn_scenes_are_the_sets_they_always_were(params):
+def test_drawn_scenes_are_the_sets_they_always_were(params, tmp_path):
     p = params()
-    sets, text = sources.load_training_sets(p)
+    sets, text = sources.load_training_sets(p, tmp_path)
     mix = suites.draw_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed)
     assert text == "" and [s.id for s in sets["cot"]] == [sample.id for sample in mix]
     assert len(sets["val"]) == 10 * p.val_per_task and sets["rl"][0].split == "rl"
 
 
-def test_rl_has_its_own_number_of_general_questions_for_a_box(params):
+def test_rl_has_its_own_number_of_general_questions_for_a_box(params, tmp_path):
     p = params(rl_per_task=1, rl_free_form_per_task=2, rl_boxes_per_task=5)
-    counts = Counter(sample.task for sample in sources.load_training_sets(p)[0]["rl"])
+    counts = Counter(sample.task for sample in sources.load_training_sets(p, tmp_path)[0]["rl"])
     assert {task: counts[task] for task in FREE_FORM} == {
         task: 5 if task in BOX_FORMS else 2 for task in FREE_FORM}
     assert len(counts) == 17 and counts["diff"] == 1
@@ -65,34 +65,36 @@ def test_rl_has_its_own_number_of_general_questions_for_a_box(params):
                for sample in make_free_form("rl", 3))
 
 
-def test_own_data_is_divided_by_image(params, own_file):
+def test_own_data_is_divided_by_image(params, own_file, tmp_path):
     changes = {**OWN, "data_file": str(own_file), "data_shares": [0.5, 0.3, 0.2]}
-    sets, text = sources.load_training_sets(params(**changes))
-    assert text == "" and count_samples(sets) == 60 and 20 < len(sets["cot"]) < 40
-    samples = [sample for name in sources.SET_NAMES for sample in sets[name]]
-    again = sources.split_by_image(samples, [0.5, 0.3, 0.2])
-    assert [sample.id for sample in again["val"]] == [sample.id for sample in sets["val"]]
-    sets, _ = sources.load_training_sets(params(**changes, data_limit=30))
+    sets, text = sources.load_training_sets(params(**changes), tmp_path / "out")
+    assert text == "records 60, questions kept 60, left out 0\n"
+    assert count_samples(sets) == 60 and 20 < len(sets["cot"]) < 40
+    firsts = [{sample.images.encoded[0].sha256 for sample in sets[name]}
+              for name in sources.SET_NAMES]
+    assert not firsts[0] & firsts[1] and not firsts[1] & firsts[2]
+    sets, _ = sources.load_training_sets(params(**changes, data_limit=30), tmp_path / "less")
     assert count_samples(sets) == 30
 
 
 @pytest.mark.parametrize("changes,sentence", [
     ({"data": "web"}, "use scenes, own or mgrounding"),
-    ({"teacher": "gpt"}, "use rules or endpoint"),
+    ({"teacher": "gpt"}, "use one of rules, endpoint, own, none"),
     ({"data": "own"}, "reads drawn scenes only"),
+    ({"teacher": "own"}, "is the key 'reply' of data 'own'"),
     (OWN, "name its file"),
     ({**OWN, "data_shares": [1.0, 0.5, 0.0], "data_file": "x"}, "sum to 1"),
     ({**OWN, "data_shares": [1.0, 0.0, 0.0], "data_file": "x"}, "no question fell to rl and val")])
-def test_what_cannot_be(params, own_file, changes, sentence):
+def test_what_cannot_be(params, own_file, tmp_path, changes, sentence):
     if "data_file" in changes:
         changes = {**changes, "data_file": str(own_file)}
     with pytest.raises(ValueError, match=sentence):
-        sources.load_training_sets(params(**changes))
+        sources.load_training_sets(params(**changes), tmp_path / "out")
 
 
 def test_a_missing_file_is_named(params):
     with pytest.raises(FileNotFoundError, match="none.jsonl .* is not there"):
-        sources.load_training_sets(params(**OWN, data_file="none.jsonl"))
+        sources.load_training_sets(params(**OWN, data_file="none.jsonl"), None)
 
 
 def test_a_changed_file_is_another_stage(params, own_file, tmp_path, monkeypatch):
@@ -135,8 +137,8 @@ def test_the_notebook_with_own_data_and_an_endpoint(own_file, tmp_path):
         assert server.total == teacher["calls"] == 2 * traces["total"]
         assert traces["kept"] == metrics["sizes"]["cot"] > 0 and traces["dropped"]["up front"] > 0
         assert teacher["cost"] == pytest.approx(server.total * 10 * 1000 / 1e6)
-    kept = read_table(runs / "t/01_synthesize/cot.parquet")
-    assert kept["suite"][0] == "own" and kept["detail"][0] == "endpoint"
+    kept = read_samples(runs / "t/01_synthesize/cot.parquet")
+    assert kept[0].suite == "own" and kept[0].images.encoded[0].content.is_file()
     files = [path for path in runs.rglob("*") if path.is_file()]
     assert not any(b"very-secret" in path.read_bytes() for path in files)
     server.stop()

@@ -7,7 +7,7 @@ import pytest
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import LETTERS, format_answer, format_box, parse_reply
-from mig_kit.sample import read_samples, read_table, write_samples
+from mig_kit.sample import read_replies, read_samples, write_samples
 from mig_kit.stages import synthesize
 from mig_kit.world import teacher
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
@@ -83,7 +83,7 @@ def test_round_trip_through_parquet(tmp_path):
         assert list(sample.targets[0].box) == list(read.targets[0].box)
         assert all(image.tobytes() == read_image.convert("RGB").tobytes()
                    for image, read_image in zip(sample.images, read.images))
-    replies = read_table(tmp_path / "cot.parquet")["reply"]
+    replies = read_replies(tmp_path / "cot.parquet")
     assert list(replies) == [trace.text for trace in traces]
 
 
@@ -92,9 +92,9 @@ def test_a_truncated_parquet_is_one_sentence(tmp_path):
     write_samples(path, [make_sample("diff", "cot", 0)])
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="run its stage again"):
-        read_table(path)
+        read_samples(path)
     with pytest.raises(FileNotFoundError, match="is missing"):
-        read_table(tmp_path / "none.parquet")
+        read_samples(tmp_path / "none.parquet")
 
 
 def test_drop_reasons_of_multiple_choice():
@@ -142,5 +142,6 @@ def test_the_data_card_states_source_coordinates_and_drops():
     assert "Drawn scenes (seed 7)" in card and "license: apache-2.0" in card
     assert "0 to 1000 of the image's width and height" in card
     assert "- `cot.parquet`: 3 samples" in card and "kept 3; dropped: format 2, box 0." in card
-    card = synthesize.data_card(7, counts, {"cot": 3}, "absolute", "own", "some-model")
-    assert "license: other" in card and "some-model, asked over an endpoint" in card
+    teacher = "some-model, asked over an endpoint"
+    card = synthesize.data_card(7, counts, {"cot": 3}, "absolute", "own", teacher)
+    assert "license: other" in card and f"traces of {teacher};" in card

@@ -1,0 +1,172 @@
+"""Data of any size: what is decoded, what is stored, and what memory reading takes."""
+
+import json
+import os
+
+import big_data
+import pytest
+from PIL import Image
+
+from mig_kit.image_files import BadImage, ImageStore, LazyImages, image_digests, pixel_digest
+from mig_kit.pipeline import store
+from mig_kit.sample import SampleWriter, read_samples, write_samples
+from mig_kit.stages import sources
+from mig_kit.world.tasks import make_sample
+
+SMALL = (160, 120)
+
+
+@pytest.fixture
+def own(tmp_path, stage_params):
+    """Call it with changes: (parameters of 01 for 30 questions over 10 JPEGs, their folder)."""
+    folder = tmp_path / "data"
+    big_data.BOX, box = (10, 20, 50, 70), big_data.BOX
+    path = big_data.make_data(folder, 30, 10, SMALL)
+    big_data.BOX = box
+
+    def change(**changes):
+        changes = {"data": "own", "teacher": "own", "data_file": str(path),
+                   "data_shares": [0.2, 0.4, 0.4], **changes}
+        return stage_params("01_synthesize", **changes)
+
+    return change, folder
+
+
+def all_samples(sets):
+    return [sample for rows in sets.values() for sample in rows]
+
+
+def test_an_image_is_decoded_once_when_it_is_stored_and_then_when_it_is_looked_at(
+        own, tmp_path, monkeypatch):
+    change, folder = own
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load_prepare",
+                        big_data.ImageFile.ImageFile.load_prepare)  # undone after the test
+    count = big_data.count_decodes()
+    sets, _ = sources.load_training_sets(change(), tmp_path / "out")
+    assert count == [10]
+    samples = all_samples(sets)
+    assert len(samples) == 30 and {size for s in samples for size in s.sizes} == {SMALL}
+    assert len({key for s in samples for key in image_digests(s.images)}) == 10 == count[0]
+    assert samples[0].images[1].size == SMALL and count == [11]
+
+
+def test_files_are_stored_once_as_they_are_and_a_kill_repeats_nothing(own, tmp_path, monkeypatch):
+    change, folder = own
+    sources.load_training_sets(change(), tmp_path / "out")
+    stored = sorted((tmp_path / "out/images").iterdir())
+    originals = {path.read_bytes() for path in folder.glob("*.jpg")}
+    assert {path.read_bytes() for path in stored} == originals and len(stored) == 10
+    assert (tmp_path / "out/images.txt").read_text().split() == [path.name for path in stored]
+    tables = {file: (tmp_path / "out" / file).read_bytes()
+              for file in sources.FILE_OF_SET.values()}
+
+    def refuse(*arguments):
+        raise AssertionError("stored again")
+
+    monkeypatch.setattr("mig_kit.image_files.check_decodes", refuse)
+    (tmp_path / "out/left_out.txt").unlink()  # as a kill leaves it
+    sources.load_training_sets(change(), tmp_path / "out")
+    assert tables == {file: (tmp_path / "out" / file).read_bytes() for file in tables}
+    monkeypatch.setattr(sources, "_iter_source", refuse)
+    sources.load_training_sets(change(), tmp_path / "out")  # complete: the data is not read
+
+
+def test_a_damaged_image_is_counted_and_named_and_a_wrong_line_writes_nothing(own, tmp_path):
+    change, folder = own
+    cut = folder / "3.jpg"
+    cut.write_bytes(cut.read_bytes()[:-2000])  # only decoding finds it
+    (folder / "7.jpg").write_bytes(b"no image")
+    sets, text = sources.load_training_sets(change(), tmp_path / "out")
+    assert len(all_samples(sets)) == 30 - 6 - 6
+    assert "records 30, questions kept 18, left out 12" in text and "3.jpg" in text
+    assert "line 7: image 2: '7.jpg' is no readable image" in text
+    lines = (folder / "own.jsonl").read_text() + '{"images": ["0.jpg"]}\n'
+    (folder / "own.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match="line 31: 'question' is missing"):
+        sources.load_training_sets(change(), tmp_path / "wrong")
+    assert not any((tmp_path / "wrong").iterdir())
+
+
+def test_a_stored_image_that_is_gone_or_changed_is_one_sentence(own, tmp_path):
+    change, folder = own
+    sets, _ = sources.load_training_sets(change(), tmp_path / "out")
+    images = sets["rl"][0].images
+    path = images.encoded[0].content
+    path.unlink()  # the hard link, not the original
+    with pytest.raises(BadImage, match="is missing; run 01_synthesize again"):
+        images[0]
+    path.write_bytes(b"other")
+    with pytest.raises(BadImage, match="bytes have another SHA-256"):
+        images[0]
+    record = {"outputs": {"images.txt": "x"}}
+    assert store.outputs_exist(tmp_path / "out", record)
+    path.unlink()
+    assert not store.outputs_exist(tmp_path / "out", record)
+
+
+def test_without_a_teacher_all_questions_go_to_rl_and_validation(own, tmp_path):
+    change, _ = own
+    sets, _ = sources.load_training_sets(change(teacher="none"), tmp_path / "out")
+    assert {name: len(rows) for name, rows in sets.items()}["cot"] == 0
+    assert len(sets["rl"]) + len(sets["val"]) == 30 and sets["val"]
+
+
+def test_a_table_elsewhere_refers_to_the_stored_files(own, tmp_path):
+    change, _ = own
+    sets, _ = sources.load_training_sets(change(), tmp_path / "run/01")
+    (tmp_path / "run/04").mkdir()
+    rows = sets["rl"].select([2, 0])
+    write_samples(tmp_path / "run/04/kept.parquet", rows)
+    kept = read_samples(tmp_path / "run/04/kept.parquet")
+    assert [sample.id for sample in kept] == [rows[0].id, rows[1].id]
+    assert kept[0].images == rows[0].images and kept[0].images[0].mode == "RGB"
+    assert not (tmp_path / "run/04/images").exists()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert read_samples(tmp_path / "moved/04/kept.parquet")[1].images[0].size == SMALL
+
+
+def test_rows_by_index_slice_and_selection(tmp_path):
+    drawn = [make_sample("diff", "cot", i) for i in range(150)]
+    write_samples(tmp_path / "rl.parquet", drawn)
+    rows, ids = read_samples(tmp_path / "rl.parquet"), [sample.id for sample in drawn]
+    assert len(rows) == 150 and [sample.id for sample in rows] == ids
+    assert rows[-1].id == ids[-1] and [s.id for s in rows[140:10:-30]] == ids[140:10:-30]
+    assert [s.id for s in rows.select([7, 3])[::-1]] == [ids[3], ids[7]]
+    assert pixel_digest(rows[99].images[0]) == pixel_digest(drawn[99].images[0])
+    with pytest.raises(IndexError):
+        rows[150]
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rl.parquet"
+    write_samples(path, [make_sample("diff", "cot", 0)])
+    with pytest.raises(RuntimeError), SampleWriter(path) as writer:
+        writer.write(make_sample("diff", "cot", 1))
+        raise RuntimeError
+    assert len(read_samples(path)) == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_store_copies_where_links_are_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
+
+    def refuse(*_):
+        raise OSError("another device")
+
+    monkeypatch.setattr(os, "link", refuse)
+    encoded = ImageStore(tmp_path / "images").add(tmp_path / "a.png")
+    assert encoded.content.suffix == ".png" and encoded.size == (9, 8)
+    assert LazyImages([encoded])[0].size == (9, 8)
+    assert json.loads(json.dumps(encoded.digest().hex())) == encoded.content.stem
+
+
+@pytest.mark.slow
+def test_twice_the_questions_take_no_more_memory(tmp_path):
+    figures = []
+    for count in (200, 400):
+        own_file = big_data.make_data(tmp_path / str(count), count, 60)
+        figures.append(big_data.measure(own_file, tmp_path / str(count) / "out"))
+    for count, figure in zip((200, 400), figures):
+        assert figure["decodes"] == {"01": 60, "04": 0, "02, lengths": 0}
+        assert sum(figure["sizes"].values()) == count
+        assert figure["kept"] == figure["sizes"]["cot"] > 0
+    assert figures[1]["peak_mib"] <= 1.1 * figures[0]["peak_mib"]
