@@ -157,10 +157,10 @@ def test_rows_are_filled_up_for_several_processes_with_rows_that_teach_nothing(
         tmp_path, make_trainer, table):
     rows = sft.FilledRows(table.select(range(18)), 8)
     assert len(rows) == 24 and rows[17] == table[17]
-    shortest = min(range(18), key=table["length"].__getitem__)
+    shortest = min(range(18), key=sft.row_lengths(table).__getitem__)
     assert rows[18] == rows[23] == {**table[shortest], "is_filler": True}
     sampler = sft.LengthGroupedSampler(rows.lengths, 8, seed=3, fillers=6)
-    one_process = sft.LengthGroupedSampler(table["length"][:18], 8, seed=3)
+    one_process = sft.LengthGroupedSampler(sft.row_lengths(table)[:18], 8, seed=3)
     assert len(sampler) == 24 and list(sampler) == [*one_process, *range(18, 24)]
     batch = make_trainer(tmp_path).data_collator([rows[0], rows[18]])
     assert (batch["labels"][0] != -100).any() and (batch["labels"][1] == -100).all()
