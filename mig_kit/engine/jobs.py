@@ -28,6 +28,7 @@ from mig_kit.engine.training import last_checkpoint, share_steps
 JOB_FILE = "job.json"
 MODULE = "mig_kit.stages.train"  # what a launcher starts, with the stage folder as argument
 ERROR_MARK = "mig-kit, process"  # how a process begins the line that says why it ended
+KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")  # torchrun, of the process that failed first
 TAIL = 5  # last lines of the output that an error quotes where no process has said why it ended
 
 
@@ -163,6 +164,9 @@ def run_command(command: list[str], local: int = 0) -> None:
             print(line, end="", flush=True)
             if line.startswith(ERROR_MARK):
                 reasons.append(line.strip())
+            if killed := KILLED.search(line):  # what the others say follows from this
+                reasons.insert(0, f"a process was ended by signal {killed[1]}; 9 often means that "
+                                  "memory ran out")
             if line.strip(" -=\n"):
                 tail.append(line.strip())
     finally:

@@ -96,8 +96,10 @@ def test_what_ignores_sigterm_is_killed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["caller", "agent"])
-def test_a_killed_caller_or_agent_of_torchrun_leaves_no_process(family, victim):
+@pytest.mark.parametrize(("victim", "sentence"), [
+    ("caller", ""), ("agent", "RuntimeError: the launched training ended with exit status 137"),
+    ("worker", "ended with exit status 1: a process was ended by signal 9")])
+def test_whoever_of_torchrun_is_killed_leaves_no_process(family, victim, sentence):
     command, wait_for_ids = family
     launcher = jobs.plan_launch("torchrun --standalone --nproc-per-node 2", 2)
     words = [*launcher.words, *command[1:], "child"]
@@ -107,11 +109,11 @@ def test_a_killed_caller_or_agent_of_torchrun_leaves_no_process(family, victim):
     workers = [psutil.Process(number) for number in wait_for_ids()]
     agent = workers[0].parent()
     process_ids = [worker.pid for worker in workers] + [agent.pid, agent.ppid()]
-    (psutil.Process(caller.pid) if victim == "caller" else agent).kill()
+    victims = {"caller": psutil.Process(caller.pid), "agent": agent, "worker": workers[0]}
+    victims[victim].kill()
     output = caller.communicate(timeout=60)[0]
     check_ended(process_ids)
-    if victim == "agent":
-        assert "RuntimeError: the launched training ended with exit status 137" in output
+    assert sentence in output
 
 
 def test_the_guard_is_light():
