@@ -116,15 +116,18 @@ def test_without_a_teacher_all_questions_go_to_rl_and_validation(own, tmp_path):
 def test_replies_of_the_data_become_the_cold_start(own, tmp_path):
     change, folder = own
     lines = [json.loads(line) for line in (folder / "own.jsonl").read_text().splitlines()]
-    del lines[0]["reply"]
-    lines[1]["reply"] = "<think>Search.</think><answer>B</answer>"
+    for number, line in enumerate(lines, 1):  # every image has lines of all three kinds
+        if number % 3 == 0:
+            del line["reply"]
+        elif number % 3 == 1:
+            line["reply"] = "<think>Search.</think><answer>B</answer>"
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sets, _ = sources.load_training_sets(change(data_shares=[0.8, 0.1, 0.1]), tmp_path)
+    sets, _ = sources.load_training_sets(change(), tmp_path)
     samples, traces = sets["cot"], synthesize.read_own_traces(sets["cot"].path)
     reasons = [filters.drop_reason_of_own_reply(trace, sample, BoxFormat())
                for sample, trace in zip(samples, traces)]
-    expected = {"line-1": "no reply", "line-2": "format"}
-    assert reasons == [expected.get(sample.id, "") for sample in samples]
+    kinds = ("no reply", "format", "")
+    assert reasons == [kinds[int(sample.id.removeprefix("line-")) % 3] for sample in samples]
     path = tmp_path / "cot.parquet"
     counts = synthesize.keep_good_traces(path, samples, traces, reasons)
     assert counts["kept"] == reasons.count("") == len(read_samples(path)) > 0
