@@ -388,9 +388,10 @@ def check(file: Path, root: Path | None, show: int) -> None:
 def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
     """Draw the boxes of FILE's first questions on their images."""
     from mig_kit.data import own_data
+    from mig_kit.data.preview import write_preview
 
     samples = own_data.iter_samples(file, root or file.parent, count)
-    click.echo(f"{own_data.write_preview(samples, out)} questions drawn: {out}")
+    click.echo(f"{write_preview(samples, out)} questions drawn: {out}")
 
 
 @data.command("mgrounding")

@@ -7,10 +7,12 @@ import big_data
 import pytest
 from PIL import Image
 
+from mig_kit import filters
+from mig_kit.boxes import BoxFormat
 from mig_kit.image_files import BadImage, ImageStore, LazyImages, image_digests, pixel_digest
 from mig_kit.pipeline import store
-from mig_kit.sample import SampleWriter, read_samples, write_samples
-from mig_kit.stages import sources
+from mig_kit.sample import SampleWriter, read_replies, read_samples, write_samples
+from mig_kit.stages import sources, synthesize
 from mig_kit.world.tasks import make_sample
 
 SMALL = (160, 120)
@@ -109,6 +111,27 @@ def test_without_a_teacher_all_questions_go_to_rl_and_validation(own, tmp_path):
     sets, _ = sources.load_training_sets(change(teacher="none"), tmp_path / "out")
     assert {name: len(rows) for name, rows in sets.items()}["cot"] == 0
     assert len(sets["rl"]) + len(sets["val"]) == 30 and sets["val"]
+
+
+def test_replies_of_the_data_become_the_cold_start(own, tmp_path):
+    change, folder = own
+    lines = [json.loads(line) for line in (folder / "own.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines, 1):  # every image has lines of all three kinds
+        if number % 3 == 0:
+            del line["reply"]
+        elif number % 3 == 1:
+            line["reply"] = "<think>Search.</think><answer>B</answer>"
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sets, _ = sources.load_training_sets(change(), tmp_path)
+    samples, traces = sets["cot"], synthesize.read_own_traces(sets["cot"].path)
+    reasons = [filters.drop_reason_of_own_reply(trace, sample, BoxFormat())
+               for sample, trace in zip(samples, traces)]
+    kinds = ("no reply", "format", "")
+    assert reasons == [kinds[int(sample.id.removeprefix("line-")) % 3] for sample in samples]
+    path = tmp_path / "cot.parquet"
+    counts = synthesize.keep_good_traces(path, samples, traces, reasons)
+    assert counts["kept"] == reasons.count("") == len(read_samples(path)) > 0
+    assert read_replies(path)[0].startswith("<think>Search. The second")
 
 
 def test_a_table_elsewhere_refers_to_the_stored_files(own, tmp_path):

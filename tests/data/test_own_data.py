@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mig_kit.data import own_data
+from mig_kit.data.preview import write_preview
 
 GOOD = {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2,
         "box": [10, 20, 60, 90], "coordinates": "pixels"}
@@ -107,6 +108,8 @@ def test_a_correct_file_and_its_samples_in_all_coordinates(root):
     (changed(id=""), "'id' must be printable"),
     (changed(id="\x1b[2J"), "'id' must be printable"),
     (changed(task=7), "'task' must be printable"),
+    (changed(reply=" "), "'reply' must be text"),
+    (changed(reply=7), "'reply' must be text"),
     (changed(question="{ref}"), "go together"),
     (changed(reference=[1, 2, 3, 4]), "go together"),
     (changed(question="{ref}", reference=[1, 2, 3]), "'reference' must be four numbers"),
@@ -205,21 +208,21 @@ def test_preview_draws_boxes_and_escapes_text(root, tmp_path):
     hostile = changed(question="<script>alert(1)</script> & Find\nit", id="<b>")
     path = write_lines(root, hostile, GOOD)
     page, sheet = tmp_path / "p.html", tmp_path / "p.png"
-    assert own_data.write_preview(own_data.iter_samples(path, root), page) == 2
+    assert write_preview(own_data.iter_samples(path, root), page) == 2
     text = page.read_text()
     assert "<script>" not in text and "<h2>&lt;b&gt;</h2>" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Find it" in text
     assert text.count('<img alt="" src="data:image/png;base64,') == 2
     assert "default-src 'none'; img-src data:" in text
-    assert own_data.write_preview(own_data.iter_samples(path, root), sheet) == 2
+    assert write_preview(own_data.iter_samples(path, root), sheet) == 2
     colours = Image.open(sheet).convert("RGB").getcolors(1 << 20)
     target_green = (0, 0x9E, 0x73)
     assert any(colour == target_green and count > 100 for count, colour in colours)
     with pytest.raises(ValueError, match="must end in .png or .html"):
-        own_data.write_preview(own_data.iter_samples(path, root), tmp_path / "p.gif")
+        write_preview(own_data.iter_samples(path, root), tmp_path / "p.gif")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="the file is empty"):
-        own_data.write_preview(own_data.iter_samples(path, root), page)
+        write_preview(own_data.iter_samples(path, root), page)
     assert sorted(tmp_path.iterdir()) == [page, sheet]
 
 

@@ -1,0 +1,75 @@
+"""Pictures of own data: the questions' boxes on their images, before anyone trains on them."""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+from PIL import Image, ImageDraw, ImageFont
+
+from mig_kit import plots
+from mig_kit.common import write_atomically
+from mig_kit.sample import Sample
+
+PREVIEW = """<!doctype html>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Preview</title>
+<style>
+body { font: 15px sans-serif; margin: 2em }
+h2 { font-size: 15px; margin: 1.5em 0 0 }
+p { margin: .3em 0 }
+img { max-width: 100% }
+</style>
+{% for name, question, png in rows %}
+<h2>{{ name }}</h2>
+<p>{{ question }}</p>
+<img alt="" src="data:image/png;base64,{{ png }}">
+{% endfor %}
+"""
+
+
+def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> int:
+    """Draw the samples' boxes on their images into a .png or a self-contained .html; returns how
+    many were drawn.
+
+    height: of the images, pixels. Text is escaped in HTML; in a PNG it is cut to one line.
+    ValueError for another ending, and if there is no sample.
+    """
+    if out.suffix.lower() not in (".png", ".html"):
+        raise ValueError(f"{out} must end in .png or .html")
+    strips = [(sample.id, " ".join(sample.question.split()),
+               plots.draw_sample(sample, height=height)) for sample in samples]
+    if not strips:
+        raise ValueError("there is no question to draw; the file is empty")
+    if out.suffix.lower() == ".html":
+        page = _preview_page(strips)
+        write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    else:
+        sheet = _preview_sheet(strips)
+        write_atomically(out, lambda temporary: sheet.save(temporary, format="PNG"))
+    return len(strips)
+
+
+def _preview_page(strips: list[tuple[str, str, Image.Image]]) -> str:
+    rows = []
+    for name, question, strip in strips:
+        buffer = io.BytesIO()
+        strip.save(buffer, format="PNG")
+        rows.append((name, question, base64.b64encode(buffer.getvalue()).decode()))
+    return jinja2.Environment(autoescape=True).from_string(PREVIEW).render(rows=rows)
+
+
+def _preview_sheet(strips: list[tuple[str, str, Image.Image]]) -> Image.Image:
+    head, font = 24, ImageFont.load_default(14)
+    width = max(640, *(strip.width for _, _, strip in strips))
+    height = sum(strip.height + head for _, _, strip in strips)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, top = ImageDraw.Draw(sheet), 0
+    for name, question, strip in strips:
+        pen.text((8, top + 4), f"{name}: {question}"[:160], fill="black", font=font)
+        sheet.paste(strip, (0, top + head))
+        top += strip.height + head
+    return sheet
