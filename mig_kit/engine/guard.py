@@ -1,0 +1,64 @@
+"""Run a command of which nothing outlives its caller.
+
+`python -m mig_kit.engine.guard COMMAND ...` runs COMMAND and ends with its exit status. When its
+own standard input closes, because the caller has closed it or was killed, it ends every process
+that COMMAND has started, in whatever session. So it does when COMMAND ends before them.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of linux/prctl.h
+GRACE = 3  # seconds between SIGTERM, which srun and torchrun pass on, and SIGKILL
+
+
+def run_guarded(command: list[str]) -> int:
+    """Run `command` and end what it leaves behind; its exit status, 128 + n after signal n."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become children of this process
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    status = process.wait()
+    end_descendants()
+    return status if status >= 0 else 128 - status
+
+
+def end_descendants() -> None:
+    """End all processes below this one: SIGTERM first, after GRACE seconds SIGKILL."""
+    while processes := psutil.Process().children(recursive=True):
+        for process in processes:
+            _send(process, signal.SIGTERM)
+        _, alive = psutil.wait_procs(processes, timeout=GRACE)
+        for process in alive:
+            _send(process, signal.SIGKILL)
+        psutil.wait_procs(alive, timeout=GRACE)
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:  # it has ended meanwhile
+        pass
+
+
+def _end_with_caller() -> None:
+    while os.read(0, 1024):
+        pass
+    end_descendants()
+    os._exit(1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(sys.argv[1:]))
