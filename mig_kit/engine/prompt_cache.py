@@ -15,8 +15,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import unwrap_peft
-from mig_kit.engine.processors import check_image_grids, check_tokens
-from mig_kit.prompts import chat_messages
+from mig_kit.engine.processors import check_image_grids, check_tokens, render_prompt
 from mig_kit.sample import Sample
 
 # Patches from which an image has the same features to the bit, whatever else is in its batch
@@ -205,7 +204,7 @@ class PromptCache:
         But an image that several samples ask about is prepared once.
         """
         processor = self.processor
-        texts = [self._render_text(sample) for sample in samples]
+        texts = [render_prompt(processor, sample, self.box_format) for sample in samples]
         digests = [tuple(image_digest(image) for image in sample.images) for sample in samples]
         self._compute_features({
             digest: image for sample, row in zip(samples, digests)
@@ -231,16 +230,6 @@ class PromptCache:
             prefix_length = int(image_columns[-1]) + 1 if len(image_columns) else 0
             self.texts[sample.id] = EncodedText(own_ids, positions[:, row][:, is_token],
                                                 digests[row], prefix_length)
-
-    def _render_text(self, sample: Sample) -> str:
-        """The sample's prompt as text; ValueError unless it has one place for each image."""
-        text = self.processor.apply_chat_template(
-            chat_messages(sample, self.box_format), add_generation_prompt=True, tokenize=False)
-        token, n_images = self.processor.image_token, len(sample.images)
-        if text.count(token) != n_images:
-            raise ValueError(f"the prompt of {sample.id} has {text.count(token)} places for its "
-                             f"{n_images} images; take {token} out of the question")
-        return text
 
 
 class _ImageBatch(NamedTuple):

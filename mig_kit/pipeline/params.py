@@ -20,6 +20,8 @@ from mig_kit.pipeline.dependencies import notebook_cells
 
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
+# how a stage runs, not what it makes: recorded, but no reason to run it again
+EXECUTION_PARAMS = ("launcher", "server", "concurrency", "workers", "report_to")
 
 # every parameter whose value is one of a few words
 CHOICES = {

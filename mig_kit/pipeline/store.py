@@ -21,7 +21,13 @@ from types import SimpleNamespace
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, file_sha256, model_folder, write_json
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
-from mig_kit.pipeline.params import RUN_PARAMS, RUN_PARAMS_STAGE, stage_parameters, validate_params
+from mig_kit.pipeline.params import (
+    EXECUTION_PARAMS,
+    RUN_PARAMS,
+    RUN_PARAMS_STAGE,
+    stage_parameters,
+    validate_params,
+)
 from mig_kit.pipeline.run_lock import lock_run, unlock_run
 
 STAGES = {
@@ -69,10 +75,11 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 def stage_key(stage: str, run_id: str, params: dict) -> str:
     """Hash of all that a stage's results follow from.
 
-    These are its parameters, the files, model and run that they name, what the stages before it
-    made, and the code that it uses.
+    These are its parameters but for EXECUTION_PARAMS, the files, model and run that they name, what
+    the stages before it made, and the code that it uses.
     """
-    params = with_run_params(stage, run_id, params)
+    params = {name: value for name, value in with_run_params(stage, run_id, params).items()
+              if name not in EXECUTION_PARAMS}
     inputs = {name: require_record(name, run_id, stage)["outputs"] for name in STAGES[stage]}
     if stage not in STAGES_OF_PICTURES:
         inputs = {name: _stage_products(outputs) for name, outputs in inputs.items()}
@@ -268,7 +275,7 @@ class Stage:
 
 def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*")
-                  if path.is_file() and path.suffix not in (".ipynb", ".tmp")
+                  if path.is_file() and path.suffix not in (".ipynb", ".tmp", ".log")
                   and "checkpoint" not in str(path.relative_to(folder)))
 
 
