@@ -35,6 +35,8 @@ CHOICES = {
     "report_to": ("none", "trackio", "wandb"),
     "scale_rewards": ("batch", "group", "none"),
     "teacher": ("rules", "endpoint"),
+    "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask",
+                                      "token_truncate"),
 }
 RENAMED_PARAMS = {
     "batch_size": "per_device_train_batch_size", "checkpoint_layers": "gradient_checkpointing",
