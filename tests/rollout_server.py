@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from PIL import Image
 
-from mig_kit.engine.generation import Sampling, generate_rollouts
+from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts
 from mig_kit.engine.logprobs import completion_logps
 from mig_kit.engine.sampling import make_cache
 from mig_kit.prompts import GROUNDING_INSTRUCTION
@@ -84,7 +84,8 @@ class RolloutServer:
         model, processor = self.policy.model, self.policy.processor
         prompt = make_cache(self.policy).get([self.read_sample(body)])[0]
         sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"])
-        group = generate_rollouts(model, processor, [prompt], body["n"], sampling)[0]
+        uniforms = draw_uniforms(int(prompt.ids.sum()), 1, body["n"], body["max_tokens"])
+        group = generate_rollouts(model, processor, [prompt], body["n"], sampling, uniforms)[0]
         base = model.base_model.model if isinstance(model, PeftModel) else model
         choices = []
         for ids in group:

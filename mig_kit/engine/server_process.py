@@ -58,7 +58,8 @@ class ServerProcess:
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mig_kit.engine.guard", *words], stdin=subprocess.PIPE,
-                stdout=output, stderr=subprocess.STDOUT, env=environment)
+                stdout=output, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True)  # else a signal to the stage's group would end the guard
 
     def wait_until_ready(self, timeout: float = START_TIMEOUT) -> None:
         """Return when the server answers; RuntimeError with its last lines if it ends before, or

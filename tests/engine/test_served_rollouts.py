@@ -4,6 +4,7 @@ import pytest
 import torch
 from rollout_server import RolloutServer
 
+from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models
 from mig_kit.engine.served_rollouts import importance_ratio
@@ -14,14 +15,18 @@ BOX_FORMAT = BoxFormat()
 SETTINGS = {
     "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
     "max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 1, "scale_rewards": "group", "max_completion_length": 8, "save_steps": 1,
+    "warmup_steps": 0, "scale_rewards": "group", "max_completion_length": 8, "save_steps": 1,
     "lora_r": 4, "lora_alpha": 8, "concurrency": 2}
 
 
 @pytest.fixture
-def make_served(random_folder, float32, stage_params, tmp_path):
-    """Call it with changed parameters for a trainer and the server that draws for it."""
+def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
+    """Call it with changed parameters for a trainer and the server that draws for it.
+
+    A random model earns no reward; here a reply earns by its letters.
+    """
     servers = []
+    monkeypatch.setattr(rewards, "format_reward", lambda reply, sample: len(set(reply)) / 10)
 
     def make(change=lambda body, answer: answer, **changes):
         servers.append(RolloutServer(models.load_policy(random_folder, float32, BOX_FORMAT),
@@ -74,9 +79,10 @@ def test_the_correction_reaches_the_loss(make_served, first_gradients):
     gradients = []
     for correction in (True, False):
         trainer, _ = make_served(shift, vllm_importance_sampling_correction=correction,
-                                 max_steps=1, temperature=1e-3)
+                                 max_steps=1)
         gradients.append(first_gradients(trainer))
         trainer.train()
+    assert max(gradient.abs().max() for gradient in gradients[1].values()) > 1e-4
     for name, corrected in gradients[0].items():
         expected = gradients[1][name] * torch.tensor(-1.0).exp()
         assert torch.allclose(corrected, expected, rtol=1e-2, atol=1e-6), name

@@ -147,21 +147,24 @@ def test_a_command_that_ends_is_quoted(random_folder, tmp_path):
             pass
 
 
-def test_a_server_ends_with_its_stage_however_that_ends(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_ends_with_its_stage_however_that_ends(tmp_path, number):
     mark = f"served-{os.getpid()}"
     serve = tmp_path / "serve.sh"
-    serve.write_text(f"python3 -c 'import time; time.sleep(300)' {mark} & sleep 300\n")
+    serve.write_text("trap '' TERM\n"  # a server that hangs in its shutdown
+                     f"python3 -c 'import time; time.sleep(300)' {mark} & sleep 300\n")
     script = (f"import time; from pathlib import Path; "
               f"from mig_kit.engine.server_process import ServerProcess; "
               f"ServerProcess('bash {serve} {{model}} {{port}}', 'm', Path('{tmp_path}/log')); "
               "print('started', flush=True); time.sleep(300)")
-    stage = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    stage = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
+                             start_new_session=True)
     stage.stdout.readline()
     deadline = time.monotonic() + 60
     while not (running := processes_with(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert running
-    stage.send_signal(signal.SIGKILL)
+    os.killpg(stage.pid, number)
     stage.wait()
     while processes_with(mark) and time.monotonic() < deadline + 60:
         time.sleep(0.2)
