@@ -26,7 +26,7 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     replies: dict[str, dict] = {}
     for system, model in models.items():
         for cache in caches.values():
-            cache.release()
+            cache.release()  # so that two models need not be in memory at a time
         with open_policy(model, system, hardware, box_format, folder.parent, params) as policy:
             replies[system] = _system_replies(policy, system, caches, samples, drawn_samples,
                                               folder, params)

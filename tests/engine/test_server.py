@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -180,8 +181,8 @@ def processes_with(mark):
 
 @pytest.mark.slow
 def test_transformers_own_server(tmp_path, float32, questions):
-    command = (f"{sys.executable} -m transformers.cli.transformers serve {{model}} --port {{port}} "
-               "--host 127.0.0.1 --device cpu --dtype float32")
+    server = Path(__file__).parents[1] / "transformers_server.py"
+    command = f"{sys.executable} {server} {{model}} {{port}}"
     options = {"max_new_tokens": 32}
     served = draw(command, tmp_path, questions, models.TINY_BASE, float32, **options)
     local = draw("", tmp_path / "local", questions, models.TINY_BASE, float32, **options)
