@@ -10,7 +10,7 @@ import yaml
 from mig_kit.common import PACKAGE, PROJECT_ROOT
 from mig_kit.pipeline import store
 
-GROUND = {"boxes", "stats", "image_files", "common"}
+GROUND = {"boxes", "stats", "image_files", "common", "openai_client"}
 # a module of the hall -> the modules of the hall that it may import
 HALL = {
     **{name: set() for name in GROUND},

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
@@ -25,12 +24,15 @@ import openai
 from mig_kit.boxes import BoxFormat
 from mig_kit.data.teacher_prompt import KINDS, teacher_messages, teacher_prompt
 from mig_kit.image_files import image_digests
+from mig_kit.openai_client import (
+    ADDRESS,
+    KEY_VARIABLE,
+    authorization_header,
+    open_client,
+    read_api_key,
+)
 from mig_kit.sample import Sample, Trace
 
-KEY_VARIABLE = "MIG_KIT_API_KEY"
-# a web address without a name, key, query or fragment in it
-ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?:/[^\s?#]*)?",
-                     re.IGNORECASE | re.ASCII)
 MAX_FAILURES_IN_A_ROW = 10
 RETRY_DELAY = 0.5  # seconds per attempt made, after a reply that cannot be used
 REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
@@ -152,15 +154,6 @@ async def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> d
     return {key: entries[key] for key in requested if key in entries}
 
 
-def read_api_key() -> str:
-    """The key of the environment, "" if there is none; ValueError if it cannot be a key."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not key.isascii() or not key.isprintable():
-        raise ValueError(f"the environment variable {KEY_VARIABLE} holds characters that no key "
-                         "has; set it again")
-    return key
-
-
 class _Session:
     """What the workers of one `make_calls` share: the client, the log, the count of failures."""
 
@@ -173,12 +166,8 @@ class _Session:
         self.has_replied = False
         self.finished = self.failures_in_a_row = 0
         self.next_start = 0.0
-        # a redirect could lead the images elsewhere
-        transport = openai.DefaultAsyncHttpxClient(
-            follow_redirects=False, event_hooks={"request": [self.wait_for_turn]})
-        # without a key of ours the client would take one of its own from the environment
-        self.client = openai.AsyncOpenAI(base_url=endpoint.url, api_key=key or "none",
-                                         timeout=endpoint.timeout, http_client=transport)
+        self.client = open_client(endpoint.url, key, endpoint.timeout,
+                                  event_hooks={"request": [self.wait_for_turn]})
 
     async def wait_for_turn(self, request) -> None:
         """Keep every attempt, those of openai's client too, to the requests per minute."""
@@ -208,7 +197,6 @@ class _Session:
     async def request(self, call: Call) -> tuple[dict | None, str]:
         """The entry for the log, None if the call may be made again, and why there is no reply."""
         messages = teacher_messages(call.sample, call.kind, call.box_format)
-        authorization = f"Bearer {self.key}" if self.key else openai.omit
         attempts = 0
         while attempts < self.endpoint.attempts:
             client = self.client.with_options(max_retries=self.endpoint.attempts - attempts - 1)
@@ -216,7 +204,7 @@ class _Session:
                 response = await client.chat.completions.with_raw_response.create(
                     model=self.endpoint.model, messages=messages,
                     temperature=self.endpoint.temperature,
-                    extra_headers={"Authorization": authorization},
+                    extra_headers=authorization_header(self.key),
                     extra_body={self.endpoint.token_field: self.endpoint.max_tokens})
             except openai.APIStatusError as error:
                 retries = int(error.request.headers["x-stainless-retry-count"])

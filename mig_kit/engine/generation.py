@@ -87,12 +87,12 @@ def kv_bytes_per_token(model) -> int:
     return 2 * len(language.layers) * width * language.embed_tokens.weight.element_size()
 
 
-def end_token_ids(model, processor) -> list[int]:
+def end_token_ids(generation_config, processor) -> list[int]:
     """Every token that ends a completion: the tokenizer's, and those that the model declares.
 
     transformers and TRL end at the same ones.
     """
-    declared = model.generation_config.eos_token_id
+    declared = generation_config.eos_token_id
     if declared is None:
         declared = []
     elif not isinstance(declared, list):
@@ -129,7 +129,8 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int, sampl
             uniforms = uniforms[prompt_of_row.clamp(min=0), number_in_group].to(device)
         is_empty = (prompt_of_row < 0).to(device)
         completions = _decode(decoder, logits, is_empty, sampling, uniforms,
-                              end_token_ids(model, processor), forbidden_token_ids(processor))
+                              end_token_ids(model.generation_config, processor),
+                              forbidden_token_ids(processor))
     rollouts: list[list[list[int]]] = [[] for _ in prompts]
     for completion, prompt in zip(completions, prompt_of_row.tolist()):
         if prompt >= 0:

@@ -22,6 +22,8 @@ from mig_kit.engine.model_folders import (
     find_file,
     load_config,
 )
+from mig_kit.prompts import chat_messages
+from mig_kit.sample import Sample
 
 
 class StillImageProcessor(Qwen2_5_VLProcessor):
@@ -131,6 +133,17 @@ def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
     except ValueError as error:
         raise ValueError(f"{model}: {error}; mend do_resize, patch_size and merge_size in its "
                          "preprocessor_config.json") from error
+
+
+def render_prompt(processor: StillImageProcessor, sample: Sample, box_format: BoxFormat) -> str:
+    """The sample's prompt as text; ValueError unless it has one place for each image."""
+    text = processor.apply_chat_template(
+        chat_messages(sample, box_format), add_generation_prompt=True, tokenize=False)
+    token, n_images = processor.image_token, len(sample.images)
+    if text.count(token) != n_images:
+        raise ValueError(f"the prompt of {sample.id} has {text.count(token)} places for its "
+                         f"{n_images} images; take {token} out of the question")
+    return text
 
 
 def check_image_grids(processor: StillImageProcessor, grid_thw: torch.Tensor | None,

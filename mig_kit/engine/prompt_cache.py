@@ -15,9 +15,8 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import unwrap_peft
-from mig_kit.engine.processors import check_image_grids, check_tokens
+from mig_kit.engine.processors import check_image_grids, check_tokens, render_prompt
 from mig_kit.image_files import image_digests
-from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 
 # Patches from which an image has the same features to the bit, whatever else is in its batch
@@ -227,7 +226,7 @@ class PromptCache:
         But an image that several samples ask about is prepared once.
         """
         processor = self.processor
-        texts = [self._render_text(sample) for sample in samples]
+        texts = [render_prompt(processor, sample, self.box_format) for sample in samples]
         digests = [image_digests(sample.images) for sample in samples]
         self._compute_features(samples, digests)
         grids = [self.images[digest].grid for row in digests for digest in row]
@@ -253,16 +252,6 @@ class PromptCache:
                                prefix_length)
             self.texts[sample.id] = text
             self.text_bytes += text.nbytes
-
-    def _render_text(self, sample: Sample) -> str:
-        """The sample's prompt as text; ValueError unless it has one place for each image."""
-        text = self.processor.apply_chat_template(
-            chat_messages(sample, self.box_format), add_generation_prompt=True, tokenize=False)
-        token, n_images = self.processor.image_token, len(sample.images)
-        if text.count(token) != n_images:
-            raise ValueError(f"the prompt of {sample.id} has {text.count(token)} places for its "
-                             f"{n_images} images; take {token} out of the question")
-        return text
 
 
 class _ImageBatch(NamedTuple):

@@ -3,18 +3,43 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Lock
+from types import SimpleNamespace
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import progress_bar, release_memory, write_atomically
 from mig_kit.engine.decoding import fuse_decoding_weights
 from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts
-from mig_kit.engine.models import Policy, unwrap_peft
+from mig_kit.engine.models import Hardware, Policy, load_policy, unwrap_peft
 from mig_kit.engine.parallel import map_in_threads
 from mig_kit.engine.prompt_cache import PromptCache
+from mig_kit.engine.server import Question, ServedModel, serve_model
 from mig_kit.image_files import LazyImages
 from mig_kit.sample import Sample
+
+
+@contextmanager
+def open_policy(model: str | Path, system: str, hardware: Hardware, box_format: BoxFormat,
+                folder: Path, params: SimpleNamespace) -> Iterator[Policy | ServedModel]:
+    """What draws a model's replies: a policy, or with `params.server` servers that hold the model.
+
+    model: a folder or hub name; system: what it is called in the run. A server that this starts
+    writes to folder/server_<system>.log and ends with the context. With servers no weights are
+    loaded here.
+    """
+    if not params.server:
+        yield load_policy(model, hardware, box_format)
+        return
+    log = folder / f"server_{system}.log"
+    with serve_model(params.server, params.concurrency, model, system, box_format, log) as served:
+        yield served
+
+
+def describe_source(params: SimpleNamespace) -> str:
+    """What drew a stage's replies, for its record."""
+    return f"served: {params.server}" if params.server else "the kit's own loop"
 
 
 def make_cache(policy: Policy, **limits) -> PromptCache:
@@ -34,8 +59,8 @@ def greedy_replies(policy: Policy, samples: Sequence[Sample],
     return policy.processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
-def sample_replies(policy: Policy, samples: Sequence[Sample], path: Path, *, replies: int,
-                   temperature: float, max_new_tokens: int, batch_size: int, seed: int,
+def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path: Path, *,
+                   replies: int, temperature: float, max_new_tokens: int, batch_size: int, seed: int,
                    label: str = "rollouts", cache: PromptCache | None = None,
                    workers: int = 1) -> "StoredReplies":
     """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
@@ -45,11 +70,18 @@ def sample_replies(policy: Policy, samples: Sequence[Sample], path: Path, *, rep
     drawn. Questions about the same images share a batch, which reads these images once. cache:
     prompts made ready by an earlier call for the same samples and model. workers: batches under way
     at a time, on a CPU; the replies are the same. Raises ValueError for fewer than one reply.
+
+    Servers are asked about each sample on its own, and every reply is stored as it comes; seed,
+    batch_size, cache and workers are the local loop's.
     """
     if replies < 1:
         raise ValueError(f"replies is {replies}; a prompt needs at least one reply "
                          "(only 06_evaluate can do without)")
     is_stored = set(load_replies(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(policy, ServedModel):
+        sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
+        return _served_replies(policy, samples, path, is_stored, replies, sampling, label)
     cache = cache or make_cache(policy, limit=batch_size)
     ids = [sample.id for sample in samples]
     batches = list(enumerate(_cut_batches(samples, batch_size)))
@@ -66,7 +98,6 @@ def sample_replies(policy: Policy, samples: Sequence[Sample], path: Path, *, rep
         return generate_rollouts(policy.model, policy.processor, prompts, replies, sampling,
                                  uniforms, policy.hardware.autocast, fused_weights)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)
     with path.open("a") as file, weights as fused_weights, \
             closing(map_in_threads(draw, todo, workers)) as drawn:
@@ -84,6 +115,24 @@ def sample_replies(policy: Policy, samples: Sequence[Sample], path: Path, *, rep
             os.fsync(file.fileno())
             if number % 8 == 7:
                 release_memory()
+    stored = load_replies(path)
+    return StoredReplies(path, {name: stored.places[name] for name in ids})
+
+
+def _served_replies(served: ServedModel, samples: Sequence[Sample], path: Path,
+                    is_stored: set[str], replies: int, sampling: Sampling,
+                    label: str) -> "StoredReplies":
+    """As `sample_replies`, from servers. is_stored: ids that the file holds already."""
+    ids = [sample.id for sample in samples]
+    questions = (Question(samples[index], replies) for index, name in enumerate(ids)
+                 if name not in is_stored)
+    n_stored = sum(name in is_stored for name in ids)
+    with path.open("a") as file, closing(served.ask(questions, sampling)) as answers:
+        for question, drawn in progress_bar(answers, label, total=len(ids), initial=n_stored):
+            line = {"id": question.sample.id, "replies": [reply.text for reply in drawn]}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     stored = load_replies(path)
     return StoredReplies(path, {name: stored.places[name] for name in ids})
 

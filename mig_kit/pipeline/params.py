@@ -21,7 +21,7 @@ from mig_kit.pipeline.dependencies import notebook_cells
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
-EXECUTION_PARAMS = ("launcher", "report_to", "workers")
+EXECUTION_PARAMS = ("launcher", "server", "concurrency", "workers", "report_to")
 
 # every parameter whose value is one of a few words
 CHOICES = {
@@ -35,6 +35,8 @@ CHOICES = {
     "report_to": ("none", "trackio", "wandb"),
     "scale_rewards": ("batch", "group", "none"),
     "teacher": ("rules", "endpoint", "own", "none"),
+    "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask",
+                                      "token_truncate"),
 }
 RENAMED_PARAMS = {
     "batch_size": "per_device_train_batch_size", "checkpoint_layers": "gradient_checkpointing",

@@ -36,6 +36,7 @@ from mig_kit.engine.models import Policy, check_adapters, choose_hardware, load_
 from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.prompt_cache import Prompt, PromptCache
 from mig_kit.engine.sampling import make_cache
+from mig_kit.engine.served_rollouts import SAMPLING_CURVES, ServedRollouts
 from mig_kit.engine.training import (
     KeepAdapterDtype,
     LiveCurves,
@@ -152,17 +153,20 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
 
     samples: what the column `sample` of the data set points into. A process's batch holds whole
     groups. micro_replies: replies whose graph is kept at a time (0: all of them); fewer need less
-    memory, and one more forward pass.
+    memory, and one more forward pass. served: draws the completions from servers; None: in here.
     """
 
     def __init__(self, *args, samples: Sequence[Sample], cache: PromptCache, autocast: bool,
-                 micro_replies: int = 0, **kwargs):
+                 micro_replies: int = 0, served: ServedRollouts | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.samples, self.cache, self.micro_replies = samples, cache, micro_replies
         self.autocast_rollouts = autocast
+        self.served = served
+        self.use_vllm = served is not None  # read by TRL's loss alone: it applies the correction
         # The sample of every row of the step under way: TRL's loss asks for log-probabilities by
         # token ids alone, which do not say whose images they are about.
         self._step_samples = None
+        self._step_inputs: dict = {}
         if self.args.per_device_train_batch_size % self.num_generations:
             raise ValueError("share_prefix needs per_device_train_batch_size to be a multiple of "
                              "num_generations, so that groups stay whole")
@@ -209,6 +213,8 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         advantages, group_std = group_advantages(total, group, self.scale_rewards)
         own_rows = slice(rank * len(inputs), (rank + 1) * len(inputs))
         output = self._to_batch(inputs, completions) | {"advantages": advantages[own_rows]}
+        if self.served:
+            output["sampling_per_token_logps"] = self.served.padded_logps(output["completion_ids"])
         self._log_rollouts(mode, per_function, total, group_std, completions, output)
         self._add_old_and_reference_logps(output)
         return output
@@ -224,6 +230,9 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         uniforms = uniforms[first:first + len(prompts)]
         model = accelerator.unwrap_model(self.model)
         sampling = Sampling(self.temperature, self.top_p, length, **self.args.generation_kwargs)
+        if self.served:
+            samples = [self.samples[row["sample"]] for row in inputs][::group]
+            return self.served.draw(self, samples, prompts, group, sampling)
         longest = max(len(prompt.ids) for prompt in prompts)
         at_once = count_prompts_at_once(len(prompts), longest, group, length,
                                         kv_bytes_per_token(model))
@@ -331,13 +340,15 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         return loss
 
     def _compute_loss(self, model, inputs):
-        self._step_samples = inputs["sample"]
+        self._step_samples, self._step_inputs = inputs["sample"], inputs
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep,
                                            *args, **kwargs):
         logps, entropies = self._logps(model, self._step_samples, input_ids[:, -logits_to_keep:],
                                        attention_mask[:, -logits_to_keep:])
+        if self.served:
+            self.served.correct(self, self._step_inputs, logps.detach())
         return logps, entropies, None
 
 
@@ -349,6 +360,9 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
     needs more prompts than there are.
     """
     hardware = policy.hardware
+    if params.server and not params.share_prefix:
+        raise ValueError("server needs share_prefix, because TRL's own trainer draws its replies "
+                         "itself; set share_prefix to true or server to \"\"")
     _check_enough_prompts(params, len(samples))
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -374,9 +388,13 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
                       LiveCurves(training_curves, ("reward", *names))]}
     if not params.share_prefix:
         return GRPOTrainer(**common)
+    served = None
+    if params.server:
+        served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
+        common["callbacks"].append(served)
     return SharedPrefixGRPOTrainer(
         **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
-        micro_replies=params.micro_replies)
+        micro_replies=params.micro_replies, served=served)
 
 
 def _check_enough_prompts(params: SimpleNamespace, n_prompts: int) -> None:
@@ -414,7 +432,9 @@ def training_curves(history: list[dict]) -> list[dict]:
              if name.startswith("rewards/") and name.endswith("/mean")}
     # sorted, because a log that was read back after a kill has its names in another order
     single = {name: name.split("/")[1] for name in sorted(names)}
-    curves = {"step": "step", "reward": "reward", **single, **CURVES}
+    served = {name: short for name, short in SAMPLING_CURVES.items()
+              if any(name in row for row in updates)}
+    curves = {"step": "step", "reward": "reward", **single, **CURVES, **served}
     rows = [{short: row.get(name) for name, short in curves.items()} for row in updates]
     return [{name: None if value != value else value for name, value in row.items()}
             for row in rows]

@@ -1,0 +1,154 @@
+"""What is sent to a server, and what comes back: the contract of a served reply.
+
+A server has to draw from the distribution that the kit's own loop draws from. So the request has
+the images at the size that the model sees, and says every sampling parameter: a server would take
+those that are missing from the model's generation_config.json. The ids of the server's prompt have
+to equal the kit's own. There is no seed: served replies cannot be drawn again to the bit.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from threading import Lock
+
+from PIL import Image
+
+from mig_kit.boxes import BoxFormat, seen_size
+from mig_kit.engine.generation import Sampling, forbidden_token_ids
+from mig_kit.engine.processors import StillImageProcessor, render_prompt
+from mig_kit.prompts import chat_messages
+from mig_kit.sample import Sample
+
+FORBIDDEN_BIAS = -100  # the lowest that the API takes
+# fields that OpenAI's own API has; a server that refuses the others is asked with these alone
+OPENAI_FIELDS = ("model", "messages", "temperature", "top_p", "max_tokens", "n", "logit_bias")
+
+
+@dataclass(frozen=True)
+class ServedReply:
+    """One reply. ids, logps: its tokens with the end token, and their log-probabilities; None where
+    the server does not tell them.
+    """
+
+    text: str
+    ids: list[int] | None = None
+    logps: list[float] | None = None
+
+
+@dataclass
+class PromptEncoder:
+    """Prompts as a server takes them, and as the kit reads them.
+
+    end_tokens: every token that ends a reply. Threads may share it.
+    """
+
+    processor: StillImageProcessor
+    box_format: BoxFormat
+    end_tokens: list[int]
+
+    def __post_init__(self):
+        self.tokenizer_lock = Lock()  # a tokenizer serves one thread at a time
+
+    def messages(self, sample: Sample) -> list[dict]:
+        """The sample's prompt in OpenAI's form, its images as PNG at the size the model sees."""
+        images = iter(sample.images)
+        messages = chat_messages(sample, self.box_format)
+        for message in messages:
+            message["content"] = [
+                part if part["type"] == "text" else self._image_part(next(images))
+                for part in message["content"]]
+        return messages
+
+    def _image_part(self, image: Image.Image) -> dict:
+        processor = self.processor.image_processor
+        image, size = image.convert("RGB"), seen_size(
+            image.size, self.box_format, processor.patch_size * processor.merge_size)
+        if image.size != size:
+            image = image.resize(size, processor.resample)
+        file = io.BytesIO()
+        image.save(file, "PNG", compress_level=1)
+        data = base64.b64encode(file.getvalue()).decode()
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+    def prompt_ids(self, sample: Sample) -> list[int]:
+        """The kit's own token ids of the sample's prompt, without a model."""
+        text = render_prompt(self.processor, sample, self.box_format)
+        with self.tokenizer_lock:
+            inputs = self.processor(text=[text], images=list(sample.images) or None)
+        return list(inputs["input_ids"][0])
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids as the text that the kit's own loop gives."""
+        with self.tokenizer_lock:
+            return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def sampling_fields(self, sampling: Sampling, with_logps: bool) -> dict:
+        """The fields of a request that say how to draw; logps: of processed logits."""
+        bias = {str(token): FORBIDDEN_BIAS for token in forbidden_token_ids(self.processor)}
+        fields = {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0,
+            "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            "max_tokens": sampling.max_new_tokens, "min_tokens": sampling.min_new_tokens,
+            "stop_token_ids": self.end_tokens, "logit_bias": bias, "skip_special_tokens": True,
+            "return_token_ids": True}
+        return fields | ({"logprobs": True} if with_logps else {})
+
+    def parse_replies(self, answer: dict, with_logps: bool) -> list[ServedReply]:
+        """The replies of a chat completion.
+
+        ValueError if this is no complete one, or lacks what with_logps needs.
+        """
+        try:
+            return [self._parse_choice(choice, with_logps) for choice in answer["choices"]]
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError("an answer that is no complete chat completion") from error
+
+    def _parse_choice(self, choice: dict, with_logps: bool) -> ServedReply:
+        ids, content = choice.get("token_ids"), choice["message"]["content"]
+        text = self.decode(ids) if ids else content
+        if not isinstance(text, str):
+            raise ValueError("an answer without a text")
+        if not with_logps:
+            return ServedReply(text, ids)
+        if not ids or not choice.get("logprobs"):
+            raise ValueError("an answer without token ids or log-probabilities; stage 05 needs a "
+                             "server that has return_token_ids and logprobs, such as vLLM")
+        logps = [float(token["logprob"]) for token in choice["logprobs"]["content"]]
+        if len(logps) != len(ids):
+            raise ValueError(f"{len(ids)} tokens with {len(logps)} log-probabilities")
+        return ServedReply(text, ids, logps)
+
+
+def check_prompt_ids(answer: dict, expected: list[int], sample_id: str, url: str) -> None:
+    """Raise RuntimeError unless the server has read the prompt that the kit would have read.
+
+    A server that tells no ids is checked by their number.
+    """
+    served, usage = answer.get("prompt_token_ids"), answer.get("usage") or {}
+    n_served = len(served) if served is not None else usage.get("prompt_tokens")
+    if served == expected or (served is None and n_served in (None, len(expected))):
+        return
+    cause = ("its image settings differ, so serve the model's own folder and set no "
+             "--mm-processor-kwargs" if n_served != len(expected) else
+             "its chat template or tokenizer differs, so serve the model's own folder and set no "
+             "--chat-template")
+    raise RuntimeError(f"the server {url} read other prompt ids than the kit for {sample_id} "
+                       f"({n_served} tokens, the kit has {len(expected)}): {cause}")
+
+
+def redact(text: str, key: str) -> str:
+    """The text without the key."""
+    return text.replace(key, "***") if key else text
+
+
+def first_line(body: bytes | str) -> str:
+    """What a server said, in at most 300 characters."""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else body
+    try:
+        data = json.loads(text)
+        error = data.get("error", data) if isinstance(data, dict) else {}
+        text = error.get("message", text) if isinstance(error, dict) else text
+    except ValueError:
+        pass
+    return " ".join(str(text).split())[:300]

@@ -1,0 +1,106 @@
+"""Stage 05 over a double of a server: adapters move, ratios are 1, and what is stale is refused."""
+
+import pytest
+import torch
+from rollout_server import RolloutServer
+
+from mig_kit import rewards
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import models
+from mig_kit.engine.served_rollouts import importance_ratio
+from mig_kit.stages import grpo
+from mig_kit.world.tasks import TASKS, make_sample
+
+BOX_FORMAT = BoxFormat()
+SETTINGS = {
+    "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
+    "max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 0, "scale_rewards": "group", "max_completion_length": 8, "save_steps": 1,
+    "lora_r": 4, "lora_alpha": 8, "concurrency": 2}
+
+
+@pytest.fixture
+def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
+    """Call it with changed parameters for a trainer and the server that draws for it.
+
+    A random model earns no reward; here a reply earns by its letters.
+    """
+    servers = []
+    monkeypatch.setattr(rewards, "format_reward", lambda reply, sample: len(set(reply)) / 10)
+
+    def make(change=lambda body, answer: answer, **changes):
+        servers.append(RolloutServer(models.load_policy(random_folder, float32, BOX_FORMAT),
+                                     change=change))
+        samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
+        policy = models.load_policy(random_folder, float32, BOX_FORMAT)
+        torch.manual_seed(0)
+        params = stage_params("05_grpo", server=servers[-1].url, **(SETTINGS | changes))
+        return grpo.grpo_trainer(policy, samples, tmp_path, params), servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+def test_ratios_by_hand():
+    logps = torch.log(torch.tensor([[0.5, 0.4], [0.9, 0.9], [0.5, 0.5]]))
+    sampled = torch.log(torch.tensor([[0.25, 0.4], [0.3, 0.3], [0.5, 0.1]]))
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
+    sampled[2, 0] = torch.nan  # a token that the server could not score
+    for mode, expected in (
+            ("sequence_mask", [[2.0], [0.0], [1.0]]), ("sequence_truncate", [[2.0], [4.0], [1.0]]),
+            ("token_mask", [[2.0, 1.0], [3.0, 3.0], [1.0, 1.0]]),
+            ("token_truncate", [[2.0, 1.0], [3.0, 3.0], [1.0, 1.0]])):
+        ratio = importance_ratio(logps, sampled, mask, mode, clip_max=4.0)
+        assert torch.allclose(ratio, torch.tensor(expected), atol=1e-4), mode
+    ratio = importance_ratio(logps, sampled, mask, "token_mask", 2.5, 1.5)
+    assert torch.allclose(ratio, torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]), atol=1e-4)
+
+
+def test_adapters_move_and_ratios_are_one(make_served):
+    trainer, server = make_served()
+    trainer.train()
+    rows = grpo.training_curves(trainer.state.log_history)
+    assert [row["adapter"] for row in rows] == [1, 2, 3]
+    assert all(row["staleness"] == 0 and abs(row["ratio"] - 1) < 1e-3 for row in rows)
+    assert [name.split("-")[1] for name in server.loaded] == ["1", "2", "3"]
+    assert len({name.split("-")[2] for name in server.loaded}) == 3, "an adapter did not change"
+    assert server.unloaded == server.loaded[:2]
+    asked = [body["model"] for body in server.bodies]
+    assert [asked.count(name) for name in server.loaded] == [4, 4, 4]
+
+
+def test_the_correction_reaches_the_loss(make_served, first_gradients):
+    def shift(body, answer):  # the server claims e times the learner's probability of a reply
+        for choice in answer["choices"]:
+            choice["logprobs"]["content"][0]["logprob"] += 1.0
+        return answer
+
+    gradients = []
+    for correction in (True, False):
+        trainer, _ = make_served(shift, vllm_importance_sampling_correction=correction,
+                                 max_steps=1)
+        gradients.append(first_gradients(trainer))
+        trainer.train()
+    assert max(gradient.abs().max() for gradient in gradients[1].values()) > 1e-4
+    for name, corrected in gradients[0].items():
+        expected = gradients[1][name] * torch.tensor(-1.0).exp()
+        assert torch.allclose(corrected, expected, rtol=1e-2, atol=1e-6), name
+
+
+def test_a_stale_adapter_is_refused(make_served):
+    trainer, _ = make_served(lambda body, answer: {**answer, "model": "step-0"})
+    with pytest.raises(RuntimeError, match="answered as 'step-0'.*its adapter is stale"):
+        trainer.train()
+
+
+def test_other_prompt_ids_are_refused(make_served):
+    trainer, _ = make_served(lambda body, answer: {
+        **answer, "prompt_token_ids": answer["prompt_token_ids"][:-1]})
+    with pytest.raises(RuntimeError, match="read other prompt ids than the kit"):
+        trainer.train()
+
+
+def test_servers_need_the_shared_prefix(make_served):
+    with pytest.raises(ValueError, match="server needs share_prefix"):
+        make_served(share_prefix=False)

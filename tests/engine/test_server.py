@@ -1,0 +1,189 @@
+"""Servers that draw replies: a double over the kit's own loop, and transformers' own server."""
+
+import base64
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from PIL import Image
+from rollout_server import RolloutServer
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import models, sampling, server_process
+from mig_kit.engine.server import serve_model
+from mig_kit.engine.server_requests import PromptEncoder, check_prompt_ids
+from mig_kit.world.tasks import TASKS, make_sample
+
+BOX_FORMAT = BoxFormat()
+DRAW = {"replies": 1, "temperature": 0.0, "max_new_tokens": 8, "batch_size": 64, "seed": 0}
+
+
+@pytest.fixture
+def questions():
+    return [make_sample(task, "val", 5) for task in list(TASKS)[:4]]
+
+
+@pytest.fixture
+def start_server(random_folder, float32):
+    """Call it for a double of a server that holds the random model."""
+    servers = []
+
+    def start(**options):
+        policy = models.load_policy(random_folder, float32, BOX_FORMAT)
+        servers.append(RolloutServer(policy, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def draw(server, folder, questions, random_folder, hardware, **changes):
+    params = SimpleNamespace(server=server, concurrency=3)
+    with sampling.open_policy(random_folder, "sft", hardware, BOX_FORMAT, folder, params) as policy:
+        return sampling.sample_replies(policy, questions, folder / "replies.jsonl",
+                                       **(DRAW | changes))
+
+
+@pytest.mark.parametrize("server, urls", [
+    ("http://a:8000/v1", ["http://a:8000/v1"]),
+    ("http://a:8000/v1, http://b/v1/ http://a:8000/v1", ["http://a:8000/v1", "http://b/v1"]),
+    ("vllm serve {model} --port {port}", [])])
+def test_a_server_is_addresses_or_a_command(server, urls):
+    assert server_process.parse_server(server) == urls
+
+
+@pytest.mark.parametrize("server", ["http://u:secret@a/v1", "vllm serve {model}", "serve", "a b"])
+def test_other_servers_are_refused(server):
+    with pytest.raises(ValueError, match="give addresses such as"):
+        server_process.parse_server(server)
+
+
+def test_images_arrive_as_the_model_sees_them(processor):
+    sample = make_sample("diff", "val", 0)
+    encoder = PromptEncoder(processor, BoxFormat(max_pixels=28 * 28 * 6), [2])
+    parts = [part for part in encoder.messages(sample)[0]["content"] if "image_url" in part]
+    for part, image in zip(parts, sample.images, strict=True):
+        data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+        seen = Image.open(io.BytesIO(data))
+        assert seen.size != image.size and seen.size[0] * seen.size[1] <= 28 * 28 * 6
+        assert seen.size[0] % 28 == seen.size[1] % 28 == 0
+
+
+def test_served_replies_equal_the_local_loops(start_server, questions, tmp_path, random_folder,
+                                              float32):
+    server = start_server()
+    served = draw(server.url, tmp_path, questions, random_folder, float32)
+    local = draw("", tmp_path / "local", questions, random_folder, float32)
+    assert served == local
+    assert sampling.load_replies(tmp_path / "replies.jsonl") == served
+    body = server.bodies[0]
+    expected = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0,
+                "max_tokens": 8, "n": 1, "return_token_ids": True}
+    assert expected.items() <= body.items() and "seed" not in body
+    assert set(body["logit_bias"].values()) == {-100} and len(body["logit_bias"]) == 4
+    draw(server.url, tmp_path, questions, random_folder, float32)
+    assert len(server.bodies) == len(questions), "what is stored was drawn again"
+
+
+def test_a_server_that_dies_is_left_out_and_loses_nothing(start_server, questions, tmp_path,
+                                                          random_folder, float32, capsys):
+    dying = start_server()
+
+    def die(body, answer):
+        dying.http.shutdown()
+        dying.http.socket.close()
+
+    def die_later(body, answer):
+        return answer if len(dying.bodies) < 2 else die(body, answer)
+
+    dying.change = die_later
+    with pytest.raises(RuntimeError, match="no server is left; what is finished is kept"):
+        draw(dying.url, tmp_path, questions, random_folder, float32)
+    kept = sampling.load_replies(tmp_path / "replies.jsonl")
+    assert len(kept) == 1
+    dying, healthy = start_server(), start_server()
+    dying.change = die
+    replies = draw(f"{dying.url} {healthy.url}", tmp_path, questions, random_folder, float32)
+    assert kept.items() <= replies.items() and len(replies) == len(questions)
+    assert f"{dying.url} is left out" in capsys.readouterr().out
+    assert len(healthy.bodies) == len(questions) - 1
+
+
+def test_a_server_without_n_is_asked_once_per_reply(start_server, questions, tmp_path,
+                                                    random_folder, float32):
+    server = start_server(change=lambda body, answer: {
+        **answer, "choices": answer["choices"][:1]})
+    replies = draw(server.url, tmp_path, questions[:2], random_folder, float32, replies=3)
+    assert {len(drawn) for drawn in replies.values()} == {3} and len(server.bodies) == 6
+
+
+def test_other_prompt_ids_are_refused(start_server, questions, tmp_path, random_folder, float32):
+    server = start_server(change=lambda body, answer: {
+        **answer, "prompt_token_ids": answer["prompt_token_ids"][1:]})
+    with pytest.raises(RuntimeError, match="other prompt ids.*--mm-processor-kwargs"):
+        draw(server.url, tmp_path, questions, random_folder, float32)
+    with pytest.raises(RuntimeError, match="its chat template or tokenizer differs"):
+        check_prompt_ids({"prompt_token_ids": [1, 2]}, [1, 3], "a", "http://a/v1")
+    check_prompt_ids({"usage": {"prompt_tokens": 2}}, [1, 3], "a", "http://a/v1")
+
+
+def test_another_model_is_refused(start_server, questions, tmp_path, random_folder, float32):
+    server = start_server(name="other")
+    with pytest.raises(RuntimeError, match="no server serves the model .* but only other"):
+        draw(server.url, tmp_path, questions, random_folder, float32)
+
+
+def test_a_command_that_ends_is_quoted(random_folder, tmp_path):
+    command = f"{sys.executable} -c \"print('no such flag'); exit(3)\" {{model}} {{port}}"
+    with pytest.raises(RuntimeError, match="status 3; .*server.log:\nno such flag"):
+        with serve_model(command, 1, random_folder, "sft", BOX_FORMAT, tmp_path / "server.log"):
+            pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_ends_with_its_stage_however_that_ends(tmp_path, number):
+    mark = f"served-{os.getpid()}"
+    serve = tmp_path / "serve.sh"
+    serve.write_text("trap '' TERM\n"  # a server that hangs in its shutdown
+                     f"python3 -c 'import time; time.sleep(300)' {mark} & sleep 300\n")
+    script = (f"import time; from pathlib import Path; "
+              f"from mig_kit.engine.server_process import ServerProcess; "
+              f"ServerProcess('bash {serve} {{model}} {{port}}', 'm', Path('{tmp_path}/log')); "
+              "print('started', flush=True); time.sleep(300)")
+    stage = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
+                             start_new_session=True)
+    stage.stdout.readline()
+    deadline = time.monotonic() + 60
+    while not (running := processes_with(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert running
+    os.killpg(stage.pid, number)
+    stage.wait()
+    while processes_with(mark) and time.monotonic() < deadline + 60:
+        time.sleep(0.2)
+    assert not processes_with(mark)
+
+
+def processes_with(mark):
+    """Living processes that have `mark` among their arguments."""
+    return [process for process in psutil.process_iter(["cmdline", "status"])
+            if mark in (process.info["cmdline"] or ())
+            and process.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_transformers_own_server(tmp_path, float32, questions):
+    server = Path(__file__).parents[1] / "transformers_server.py"
+    command = f"{sys.executable} {server} {{model}} {{port}}"
+    options = {"max_new_tokens": 32}
+    served = draw(command, tmp_path, questions, models.TINY_BASE, float32, **options)
+    local = draw("", tmp_path / "local", questions, models.TINY_BASE, float32, **options)
+    assert sum(served[name] == local[name] for name in local) >= len(local) - 1

@@ -1,0 +1,104 @@
+"""A double of a vLLM server over the kit's own loop: chat completions with ids, log-probabilities
+and adapters that are loaded at run time.
+"""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from PIL import Image
+
+from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts
+from mig_kit.engine.logprobs import completion_logps
+from mig_kit.engine.sampling import make_cache
+from mig_kit.prompts import GROUNDING_INSTRUCTION
+from mig_kit.sample import Sample
+
+
+class RolloutServer:
+    """change(body, answer): what a test does to an answer; None: drop the connection.
+
+    loaded, unloaded: adapters' names, in order; bodies: of all requests for replies.
+    """
+
+    def __init__(self, policy, name="sft", change=lambda body, answer: answer):
+        self.policy, self.name, self.change, self.lock = policy, name, change, threading.Lock()
+        self.loaded, self.unloaded, self.bodies = [], [], []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *words):
+                pass
+
+            def do_GET(self):
+                self.answer({"data": [{"id": server.name}]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server.lock:
+                    self.answer(getattr(server, self.path.rsplit("/", 1)[1].replace(
+                        "completions", "complete"))(body))
+
+            def answer(self, answer):
+                if answer is None:
+                    return self.connection.close()
+                data = json.dumps(answer).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def load_lora_adapter(self, body):
+        self.loaded.append(body["lora_name"])
+        if not isinstance(self.policy.model, PeftModel):
+            self.policy.model = PeftModel.from_pretrained(self.policy.model, body["lora_path"])
+        set_peft_model_state_dict(self.policy.model, load_peft_weights(body["lora_path"]))
+        return "ok"
+
+    def unload_lora_adapter(self, body):
+        self.unloaded.append(body["lora_name"])
+        return "ok"
+
+    def read_sample(self, body):
+        """What a request asks, from its texts and images alone."""
+        content = body["messages"][0]["content"]
+        images = tuple(Image.open(io.BytesIO(base64.b64decode(
+            part["image_url"]["url"].partition(",")[2])))
+            for part in content if part["type"] == "image_url")
+        question = content[-1]["text"].removesuffix(f" {GROUNDING_INSTRUCTION}")
+        return Sample("asked", "", "", "", images, question)
+
+    @torch.no_grad()
+    def complete(self, body):
+        self.bodies.append(body)
+        model, processor = self.policy.model, self.policy.processor
+        prompt = make_cache(self.policy).get([self.read_sample(body)])[0]
+        sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"])
+        uniforms = draw_uniforms(int(prompt.ids.sum()), 1, body["n"], body["max_tokens"])
+        group = generate_rollouts(model, processor, [prompt], body["n"], sampling, uniforms)[0]
+        base = model.base_model.model if isinstance(model, PeftModel) else model
+        choices = []
+        for ids in group:
+            row, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
+            logps, _ = completion_logps(base, [prompt], torch.tensor([0]), row, mask,
+                                        processor.image_token_id, body["temperature"] or 1.0)
+            choices.append({
+                "message": {"content": processor.tokenizer.decode(ids, skip_special_tokens=True)},
+                "token_ids": ids, "finish_reason": "stop",
+                "logprobs": {"content": [{"logprob": value} for value in logps[0].tolist()]}})
+        return self.change(body, {"model": body["model"], "choices": choices,
+                                  "prompt_token_ids": prompt.ids.tolist()})
+
+    def stop(self):
+        self.http.shutdown()
+        self.http.server_close()
