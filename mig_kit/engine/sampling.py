@@ -60,8 +60,8 @@ def greedy_replies(policy: Policy, samples: Sequence[Sample],
 
 
 def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path: Path, *,
-                   replies: int, temperature: float, max_new_tokens: int, batch_size: int, seed: int,
-                   label: str = "rollouts", cache: PromptCache | None = None,
+                   replies: int, temperature: float, max_new_tokens: int, batch_size: int,
+                   seed: int, label: str = "rollouts", cache: PromptCache | None = None,
                    workers: int = 1) -> "StoredReplies":
     """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
 

@@ -180,8 +180,8 @@ class ServedRollouts(TrainerCallback):
                           flush=True)
 
     def _refusal(self, url: str, name: str, error: openai.APIStatusError) -> str:
-        said = redact(first_line(error.response.text), self.served.key)
+        message = redact(first_line(error.response.text), self.served.key)
         return (f"the server {url} does not take the adapter {name} (HTTP {error.status_code}: "
-                f"{said}); vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, "
+                f"{message}); vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, "
                 f"--enable-lora, --max-lora-rank {self.params.lora_r} or more and this machine's "
                 "disk")

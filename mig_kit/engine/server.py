@@ -176,9 +176,9 @@ class _Session:
     async def read_refusal(self, server: Server, form: int, error: openai.APIStatusError) -> None:
         """Find what to do about a status; RuntimeError if asking again makes no sense."""
         status = error.status_code
-        said = redact(first_line(error.response.text), self.model.key)
+        message = redact(first_line(error.response.text), self.model.key)
         if status in PASSING or status >= 500:
-            return await self.note_failure(server, f"HTTP {status}: {said}")
+            return await self.note_failure(server, f"HTTP {status}: {message}")
         is_first = server.form > form or not server.answers
         if status in REFUSED_FIELDS and is_first and form < 2 and not self.with_logps:
             server.form = max(server.form, form + 1)
@@ -188,7 +188,7 @@ class _Session:
             hint = f"it does not serve '{self.model.name}' (any more)"
         if status in (401, 403):
             hint = f"set the environment variable {KEY_VARIABLE}"
-        raise RuntimeError(f"the server {server.url} answered HTTP {status}, {hint}: {said}")
+        raise RuntimeError(f"the server {server.url} answered HTTP {status}, {hint}: {message}")
 
     async def note_failure(self, server: Server, failure: str) -> None:
         """Leave the server out if it is dead, and say so."""
@@ -293,8 +293,10 @@ async def _find_served_name(servers: list[Server], names: tuple[str, ...], key: 
                 page = await client.with_options(max_retries=2).get(
                     "/models", cast_to=object, options={"headers": authorization_header(key)})
             except openai.OpenAIError as error:
-                said = redact(first_line(str(error)), key)
-                raise RuntimeError(f"the server {server.url} does not answer /v1/models ({said}); "
+                if is_own:  # it is up, but cannot list its models
+                    break
+                message = redact(first_line(str(error)), key)
+                raise RuntimeError(f"the server {server.url} has no /v1/models ({message}); "
                                    "start it first, or take it out of server") from None
         entries = page.get("data", []) if isinstance(page, dict) else []
         server.models = tuple(str(entry.get("id")) for entry in entries)

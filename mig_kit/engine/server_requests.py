@@ -20,7 +20,7 @@ from mig_kit.engine.processors import StillImageProcessor, render_prompt
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 
-FORBIDDEN_BIAS = -100  # the lowest that the API takes
+FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
 # fields that OpenAI's own API has; a server that refuses the others is asked with these alone
 OPENAI_FIELDS = ("model", "messages", "temperature", "top_p", "max_tokens", "n", "logit_bias")
 
