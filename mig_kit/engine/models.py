@@ -5,7 +5,6 @@ loads here, the shipped tiny base like the 7B, and so do Qwen2-VL and (dense) Qw
 boxes in 0 to 1000. Only safetensors are read, and no code that a model folder carries is ever run.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +21,9 @@ from mig_kit.common import model_folder
 from mig_kit.engine import attention
 from mig_kit.engine.model_folders import (
     FAMILIES,
-    UNCHANGED_FILES,
     VisionLanguageModel,
     check_model_folder,
-    find_file,
+    copy_unchanged_files,
     load_config,
 )
 from mig_kit.engine.processors import StillImageProcessor, load_processor
@@ -231,9 +229,7 @@ def save_model(model, processor: StillImageProcessor, folder: Path, base: str | 
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder, safe_serialization=True)
-    for name in UNCHANGED_FILES:
-        if path := find_file(base, name):
-            shutil.copyfile(path, Path(folder) / name)
+    copy_unchanged_files(base, folder)
     processor.save_image_settings(Path(folder))
 
 
