@@ -39,7 +39,8 @@ def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware):
 def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware, method: str = DEQUANTISED):
     """The merged model in memory, by one of MERGE_METHODS; the first is the right one.
 
-    The stage itself writes that one with `write_merged_model`, tensor by tensor. A fresh base is loaded every time. Raises ValueError for another method.
+    The stage itself writes that one with `write_merged_model`, tensor by tensor. A fresh base is
+    loaded every time. Raises ValueError for another method.
     """
     if method not in MERGE_METHODS:
         raise ValueError(f"no merge method '{method}'; use one of: {'; '.join(MERGE_METHODS)}")
