@@ -79,14 +79,15 @@ def max_kv_bytes(device: torch.device) -> int:
 
 
 def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int,
-                          max_bytes: int = KV_BYTES) -> int:
-    """How many of `count` prompts to draw completions to at once, so that max_bytes hold them.
+                          max_bytes: int | None = None) -> int:
+    """How many of `count` prompts to draw completions to at once, so that max_bytes hold them
+    (None: KV_BYTES).
 
     The rounds are of about the same size. longest: tokens of the longest prompt; tokens: of the
     longest completion; token_bytes: of one token's keys and values.
     """
     bytes_per_prompt = (longest + group * tokens) * token_bytes
-    most = max(1, max_bytes // bytes_per_prompt)
+    most = max(1, (max_bytes or KV_BYTES) // bytes_per_prompt)
     rounds = -(-count // most)
     return -(-count // rounds)
 

@@ -30,6 +30,7 @@ from mig_kit.engine.generation import (
     draw_uniforms,
     generate_rollouts,
     kv_bytes_per_token,
+    max_kv_bytes,
 )
 from mig_kit.engine.logprobs import completion_logps, packed_logps
 from mig_kit.engine.models import Hardware, Policy, load_policy
@@ -215,7 +216,7 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         sampling = Sampling(self.temperature, self.top_p, length, **self.args.generation_kwargs)
         longest = max(len(prompt.ids) for prompt in prompts)
         at_once = count_prompts_at_once(len(prompts), longest, group, length,
-                                        kv_bytes_per_token(model))
+                                        kv_bytes_per_token(model), max_kv_bytes(model.device))
         completions = []
         model.eval()
         for start in range(0, len(prompts), at_once):

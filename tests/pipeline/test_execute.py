@@ -122,3 +122,17 @@ def test_a_stage_that_needs_no_other_runs_under_any_profile(root, monkeypatch):
         "params": params.profile_params(params.RUN_PARAMS_STAGE, "tiny"), "summary": "", "key": ""})
     execute.run_stages(values, "default", "qwen2_5_vl_7b", force=True)
     assert len(executed) == 1
+
+
+def test_full_profile_starts_on_no_drawn_scenes_unasked_and_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
+    params = {stage: execute.choose_params(stage, "qwen2_5_vl_7b", "a", {})
+              for stage in ("01_synthesize", "02_sft")}
+    with pytest.raises(ValueError, match="-p data scenes"):
+        execute.check_full_profile(params, is_data_given=False)
+    with pytest.raises(RuntimeError, match="sees none"):
+        execute.check_full_profile(params, is_data_given=True)
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
+    execute.check_full_profile(params, is_data_given=True)
+    tiny = {"01_synthesize": execute.choose_params("01_synthesize", "tiny", "a", {})}
+    execute.check_full_profile(tiny, is_data_given=False)
