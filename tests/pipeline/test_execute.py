@@ -110,7 +110,8 @@ def test_going_on_with_another_profile_is_refused(root, first, then):
     ("tiny", {"max_pixels": 99999})])
 def test_going_on_with_the_same_profile_is_not_refused(root, profile, changes):
     start_run(root, profile, **changes)
-    assert error_of("run", "05", "--profile", profile, "-p", "device", "cpu").startswith("05_grpo needs 03_merge")
+    sentence = error_of("run", "05", "--profile", profile, "-p", "device", "cpu")
+    assert sentence.startswith("05_grpo needs 03_merge")
 
 
 def test_a_stage_that_needs_no_other_runs_under_any_profile(root, monkeypatch):
