@@ -68,6 +68,7 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, overrides, force: bo
     synthesize = params.get("01_synthesize", {})
     if synthesize.get("teacher") == "endpoint":  # an address with a key must not reach a notebook
         Endpoint(synthesize["endpoint_url"], synthesize["endpoint_model"])
+    execute.check_full_profile(params, "data" in values)
     execute.run_stages(params, run_id, profile, force)
     if "07_report" in names:
         click.echo(f"report: {store.runs_root() / run_id / '07_report' / 'report.html'}")

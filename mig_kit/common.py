@@ -79,12 +79,15 @@ def progress_bar(steps: Iterable, label: str, **more) -> tqdm:
 
 
 def release_memory() -> None:
-    """Give memory that glibc keeps for later back to the system; does nothing elsewhere.
+    """Give memory that glibc and CUDA's allocator keep for later back to the system.
 
     Under PROCESS_ENVIRONMENT, and with rows of many lengths, the heap soon grows to several times
     what is in use. Memory that is given back has to be faulted in again, so a training step pads
     its rows to few lengths instead (`engine.prefixes.pad_to_multiple`).
     """
+    torch = sys.modules.get("torch")  # who has not imported it has no CUDA memory
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -116,8 +116,9 @@ class Decoder:
 
     def keep_prefixes(self, is_kept: torch.Tensor) -> None:
         """Drop the other prefixes, and their rows. is_kept: (prefixes,) bool."""
-        self.prefix_cache = [(keys[is_kept], values[is_kept]) for keys, values in self.prefix_cache]
-        self.row_cache = [cache[:, is_kept] for cache in self.row_cache]
+        for index, (keys, values) in enumerate(self.prefix_cache):  # one layer at a time is copied
+            self.prefix_cache[index] = keys[is_kept], values[is_kept]
+            self.row_cache[index] = self.row_cache[index][:, is_kept]
         self.bias = self.bias[is_kept]
         self.cosines, self.sines = self.cosines[is_kept], self.sines[is_kept]
 
@@ -205,8 +206,8 @@ def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
     """While it lasts, adapters are folded into the weights, and under autocast weights are bf16.
 
     Otherwise every step would cast every weight and run every adapter again. Afterwards the weights
-    are what they were, bit for bit: those that carry an adapter are kept in the host's memory
-    meanwhile. 4-bit layers stay as they are, and so do adapters on weights that are kept in
+    are what they were, bit for bit: the sums lie beside them meanwhile, under autocast in bfloat16.
+    4-bit layers stay as they are, and so do adapters on weights that are kept in
     bfloat16 (on a GPU), because folding would round a young adapter away.
 
     Yields the weights of plain layers. Where weights are cast, layers with the same input are
@@ -219,12 +220,9 @@ def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
              if type(module) is torch.nn.Linear and ".lora_" not in name]
     changed = [layer for layer in plain if autocast or layer in adapted]
     originals = [layer.weight.data for layer in changed]
-    # Folding writes into these weights, so that only a copy can restore them.
-    copies = [layer.weight.data.to("cpu", copy=True) if layer in adapted else None
-              for layer in changed]
     try:
         for layer in folded:
-            layer.merge()
+            _fold_adapter(layer, torch.bfloat16 if autocast else torch.float32)
         if autocast:
             for layer in changed:
                 layer.weight.data = layer.weight.data.to(torch.bfloat16)
@@ -232,8 +230,18 @@ def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
     finally:
         for layer in folded:
             layer.merged_adapters.clear()
-        for layer, original, copy in zip(changed, originals, copies):
-            layer.weight.data = original if copy is None else original.copy_(copy)
+        for layer, original in zip(changed, originals):
+            layer.weight.data = original
+
+
+def _fold_adapter(layer: LoraLinear, dtype: torch.dtype) -> None:
+    """Put weight + adapters, in `dtype`, in the place of the weight, which stays as it is."""
+    weight = layer.base_layer.weight.data
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_A:
+            weight = weight + layer.get_delta_weight(adapter)
+            layer.merged_adapters.append(adapter)
+    layer.base_layer.weight.data = weight.to(dtype)
 
 
 def _is_foldable(module: torch.nn.Module) -> bool:

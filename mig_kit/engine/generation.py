@@ -9,6 +9,7 @@ With a frozen vision tower the features of an image are computed once, too (`pro
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch.nn.functional import softmax
 
@@ -67,15 +68,26 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling,
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
 
 
-def count_prompts_at_once(count: int, longest: int, group: int, tokens: int,
-                          token_bytes: int) -> int:
-    """How many of `count` prompts to draw completions to at once, so that KV_BYTES hold them.
+def max_kv_bytes(device: torch.device) -> int:
+    """Bytes that the keys and values of a draw may take on the device.
+
+    On a GPU half of what is free; on a CPU KV_BYTES, or half of what is free if that is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return min(KV_BYTES, psutil.virtual_memory().available // 2)
+
+
+def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int,
+                          max_bytes: int | None = None) -> int:
+    """How many of `count` prompts to draw completions to at once, so that max_bytes hold them
+    (None: KV_BYTES).
 
     The rounds are of about the same size. longest: tokens of the longest prompt; tokens: of the
     longest completion; token_bytes: of one token's keys and values.
     """
     bytes_per_prompt = (longest + group * tokens) * token_bytes
-    most = max(1, KV_BYTES // bytes_per_prompt)
+    most = max(1, (max_bytes or KV_BYTES) // bytes_per_prompt)
     rounds = -(-count // most)
     return -(-count // rounds)
 

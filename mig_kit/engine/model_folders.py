@@ -1,6 +1,7 @@
 """Model folders and hub names: which families load, which files a folder must have."""
 
 import os
+import shutil
 from pathlib import Path
 
 from transformers import (
@@ -49,6 +50,13 @@ def find_file(model: str | Path, name: str) -> Path | None:
     path = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False)
     return Path(path) if path else None
+
+
+def copy_unchanged_files(base: str | Path, folder: Path) -> None:
+    """Copy the files of `base` (a folder or hub name) that training does not change."""
+    for name in UNCHANGED_FILES:
+        if path := find_file(base, name):
+            shutil.copyfile(path, Path(folder) / name)
 
 
 def check_model_folder(model: str | Path) -> None:

@@ -5,7 +5,6 @@ loads here, the shipped tiny base like the 7B, and so do Qwen2-VL and (dense) Qw
 boxes in 0 to 1000. Only safetensors are read, and no code that a model folder carries is ever run.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +15,16 @@ from transformers import (
     BitsAndBytesConfig,
     Qwen2_5_VLConfig,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import model_folder
 from mig_kit.engine import attention
 from mig_kit.engine.model_folders import (
     FAMILIES,
-    UNCHANGED_FILES,
     VisionLanguageModel,
     check_model_folder,
-    find_file,
+    copy_unchanged_files,
     load_config,
 )
 from mig_kit.engine.processors import StillImageProcessor, load_processor
@@ -76,29 +75,55 @@ def fast_bf16_instructions() -> str:
     return next((name for name in fast if capabilities.get(name)), "")
 
 
-def choose_hardware(dtype: str = "auto") -> Hardware:
+def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
-    dtype: "auto", "float32" or "bfloat16"; ValueError for another. On a CPU "auto" asks for
-    `fast_bf16_instructions`: with them bf16 products run two to five times faster than float32,
-    without them slower.
+    dtype: "auto", "float32" or "bfloat16"; device: "auto" (a GPU where there is one), "cuda" or
+    "cpu"; ValueError for another. RuntimeError where device is "cuda" and PyTorch sees no GPU. On a
+    CPU the dtype "auto" asks for `fast_bf16_instructions`: with them bf16 products run two to five
+    times faster than float32, without them slower.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"device is '{device}'; use auto, cuda or cpu")
     settle_vector_math()
-    if torch.cuda.is_available():
-        if dtype == "float32":
-            return Hardware("cuda", torch.float32, False, "sdpa", "a GPU, float32 by parameter")
-        reason = f"{torch.cuda.get_device_name()}: weights in bfloat16"
-        return Hardware("cuda", torch.bfloat16, False, "sdpa", reason)
+    if device == "cuda":
+        require_gpu()
+    if device != "cpu" and torch.cuda.is_available():
+        return _choose_on_gpu(dtype)
+    return _choose_on_cpu(dtype)
+
+
+def require_gpu() -> None:
+    """RuntimeError with one sentence where PyTorch sees no GPU."""
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} sees no GPU, and device is 'cuda'; check the driver with "
+            "nvidia-smi, or set device to cpu")
+
+
+def _choose_on_gpu(dtype: str) -> Hardware:
+    name = torch.cuda.get_device_name()
+    if dtype == "float32":
+        return Hardware("cuda", torch.float32, False, "sdpa", "a GPU, float32 by parameter")
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Hardware("cuda", torch.bfloat16, False, "sdpa", f"{name}: weights in bfloat16")
+    reason = f"{name} has no bfloat16: float32 throughout, twice the memory and slower"
+    return Hardware("cuda", torch.float32, False, "sdpa", reason)
+
+
+def _choose_on_cpu(dtype: str) -> Hardware:
+    if dtype == "bfloat16":
+        reason = "CPU, bfloat16 by parameter: weights in bfloat16"
+        return Hardware("cpu", torch.bfloat16, False, attention.NAME, reason)
+    autocast = False
+    cause = "CPU, float32 by parameter"
     if dtype == "auto":
         instructions = fast_bf16_instructions()
         autocast = bool(instructions)
         cause = (f"CPU, {torch.get_num_threads()} threads, "
                  f"{instructions or 'no fast instructions'} for bf16 products")
-    else:
-        autocast = dtype == "bfloat16"
-        cause = f"CPU, {dtype} by parameter"
     effect = "float32 weights, bf16 products (autocast)" if autocast else "float32 throughout"
     return Hardware("cpu", torch.float32, autocast, attention.NAME, f"{cause}: {effect}")
 
@@ -109,6 +134,38 @@ def resolve_model(model: str) -> str | Path:
     """
     folder = model_folder(model)
     return folder if folder.is_dir() else model
+
+
+def choose_attention(hardware: Hardware) -> str | dict[str, str]:
+    """What transformers gets as attn_implementation.
+
+    On a GPU, flash attention for the vision tower where it is installed: sdpa attends to each of
+    thousands of windows in a call of its own. Not yet tried on a GPU.
+    """
+    is_half = hardware.device == "cuda" and hardware.dtype == torch.bfloat16
+    if is_half and is_flash_attn_2_available():
+        return {"": hardware.attention, "vision_config": "flash_attention_2"}
+    return hardware.attention
+
+
+def run_tower_without_graph(model: VisionLanguageModel) -> None:
+    """Let the frozen vision tower run without autograd from here on.
+
+    Gradient checkpointing makes the patches require a gradient, so that a backward pass would go
+    through the whole tower, whose weights take none.
+    """
+    before: list[bool] = []
+
+    def enter(*_) -> None:
+        before.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def leave(*_) -> None:
+        torch.set_grad_enabled(before.pop())
+
+    tower = model.model.visual
+    tower.register_forward_pre_hook(enter)
+    tower.register_forward_hook(leave, always_call=True)
 
 
 class PatchProduct(torch.nn.Module):
@@ -139,7 +196,7 @@ def load_model(model: str | Path, hardware: Hardware,
     check_model_folder(model)
     config, quantization = load_config(model), None
     if four_bit:
-        bf16_products = hardware.device == "cuda" or hardware.autocast
+        bf16_products = hardware.autocast or hardware.dtype == torch.bfloat16
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -150,7 +207,7 @@ def load_model(model: str | Path, hardware: Hardware,
         model,
         config=config,
         dtype=hardware.dtype,
-        attn_implementation=hardware.attention,
+        attn_implementation=choose_attention(hardware),
         quantization_config=quantization,
         device_map=hardware.device,
         use_safetensors=True)
@@ -231,9 +288,7 @@ def save_model(model, processor: StillImageProcessor, folder: Path, base: str | 
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder, safe_serialization=True)
-    for name in UNCHANGED_FILES:
-        if path := find_file(base, name):
-            shutil.copyfile(path, Path(folder) / name)
+    copy_unchanged_files(base, folder)
     processor.save_image_settings(Path(folder))
 
 

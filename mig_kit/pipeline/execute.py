@@ -3,6 +3,7 @@
 import logging
 
 import papermill
+import torch
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
@@ -46,6 +47,25 @@ def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dic
     overrides = {"run_id": run_id, "profile": profile, **overrides}
     known = {name: value for name, value in overrides.items() if name in values}
     return validate_params({**values, **known}, stage)
+
+
+def check_full_profile(params: dict[str, dict], is_data_given: bool) -> None:
+    """Refuse to start a full profile on drawn scenes that nobody asked for, or without a GPU.
+
+    params: of every stage that will run. A profile is full where a stage's device is "cuda".
+    is_data_given: `data` was set on the command line. ValueError or RuntimeError with one sentence.
+    """
+    if all(values.get("device") != "cuda" for values in params.values()):
+        return
+    data = params.get(RUN_PARAMS_STAGE, {}).get("data")
+    if data == "scenes" and not is_data_given:
+        raise ValueError(
+            "this profile would train a full model on drawn scenes; give your data (-p data own or "
+            "-p data mgrounding, and its parameters), or say -p data scenes to train on them")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"this profile needs a GPU, and PyTorch {torch.__version__} sees none; check the "
+            "driver with nvidia-smi, or set -p device cpu")
 
 
 def run_stages(params: dict[str, dict], run_id: str, profile: str, force: bool = False) -> None:

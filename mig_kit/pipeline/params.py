@@ -21,13 +21,14 @@ from mig_kit.pipeline.dependencies import notebook_cells
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
-EXECUTION_PARAMS = ("launcher", "server", "concurrency", "workers", "report_to")
+EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "workers", "report_to")
 
 # every parameter whose value is one of a few words
 CHOICES = {
     "benchmark": ("", "mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu"),
     "coordinates": tuple(MODEL_COORDINATES),
     "data": ("scenes", "own", "mgrounding"),
+    "device": ("auto", "cuda", "cpu"),
     "dtype": ("auto", "float32", "bfloat16"),
     "hallucinated_image_penalty": ("none", "format", "all"),
     "loss_type": ("dapo", "grpo", "dr_grpo"),

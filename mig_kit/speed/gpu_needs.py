@@ -29,6 +29,8 @@ GIB = 2**30
 # One card of each size (GB on its label): dense bfloat16 TFLOP/s and GB/s, as the makers give them.
 CARDS = {24: ("RTX 4090", 165, 1008), 40: ("A100", 312, 1555), 80: ("A100", 312, 2039),
          141: ("H200", 989, 4800)}
+# Cards with the memory of one of CARDS and other rates.
+MORE_CARDS = {80: ("H100", 989, 3350)}
 USABLE = 0.93  # share of a label's GB that can be used, in GiB
 RUNTIME_GIB = 1.5  # the CUDA context, and what the allocator cannot use
 RATE_SHARE = 0.35  # of a card's rates that is reached; a guess
@@ -301,10 +303,14 @@ def language_flops(shape: Shape, new: int, before: int = 0) -> float:
             + 4 * shape.layers * shape.head_dim * shape.heads * pairs)
 
 
-def predict_seconds(shape: Shape, params: Profile, gigabytes: int) -> dict[str, float]:
-    """Seconds of one sample, candidate, group or question of each stage of `count_work`."""
+def predict_seconds(shape: Shape, params: Profile,
+                    card: tuple[str, int, int]) -> dict[str, float]:
+    """Seconds of one sample, candidate, group or question of each stage of `count_work`.
+
+    card: its name, TFLOP/s and GB/s, as in CARDS.
+    """
     _, sft, sampling, grpo, evaluate = params
-    _, tera_flops, giga_bytes = CARDS[gigabytes]
+    _, tera_flops, giga_bytes = card
     flop_rate, byte_seconds = RATE_SHARE * tera_flops * 1e12, 1 / (RATE_SHARE * giga_bytes * 1e9)
     image_tokens = count_image_tokens(shape, params)
     prompt = TEXT_TOKENS + image_tokens
@@ -341,11 +347,11 @@ def predict_seconds(shape: Shape, params: Profile, gigabytes: int) -> dict[str, 
 
 
 def hours_table(shape: Shape, params: Profile) -> list[dict]:
-    """Rows {stage, how many, hours on each of CARDS}."""
+    """Rows {stage, how many, predicted hours on each of CARDS and MORE_CARDS}."""
     rows = [{"stage": stage, "how many": count} for stage, count in count_work(params).items()]
-    for gigabytes, (name, _, _) in CARDS.items():
-        seconds = predict_seconds(shape, params, gigabytes)
+    for gigabytes, card in (*CARDS.items(), *MORE_CARDS.items()):
+        seconds = predict_seconds(shape, params, card)
         for row in rows:
             hours = row["how many"] * seconds[row["stage"]] / 3600
-            row[f"{gigabytes} GB, {name}: hours"] = round(hours, 1)
+            row[f"{gigabytes} GB, {card[0]}: predicted hours"] = round(hours, 1)
     return rows

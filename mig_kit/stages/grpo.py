@@ -30,6 +30,7 @@ from mig_kit.engine.generation import (
     draw_uniforms,
     generate_rollouts,
     kv_bytes_per_token,
+    max_kv_bytes,
 )
 from mig_kit.engine.logprobs import completion_logps, packed_logps
 from mig_kit.engine.models import Policy, check_adapters, choose_hardware, load_policy
@@ -235,7 +236,7 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
             return self.served.draw(self, samples, prompts, group, sampling)
         longest = max(len(prompt.ids) for prompt in prompts)
         at_once = count_prompts_at_once(len(prompts), longest, group, length,
-                                        kv_bytes_per_token(model))
+                                        kv_bytes_per_token(model), max_kv_bytes(model.device))
         completions = []
         model.eval()
         for start in range(0, len(prompts), at_once):
@@ -415,7 +416,7 @@ def train(folder: Path, params: SimpleNamespace, merged: str, kept: str) -> None
     and the run's.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
-    policy = load_policy(merged, choose_hardware(params.dtype), box_format)
+    policy = load_policy(merged, choose_hardware(params.dtype, params.device), box_format)
     trainer = grpo_trainer(policy, read_samples(Path(kept)), folder, params)
     check_adapters(trainer.model)
     train_or_resume(trainer, folder)

@@ -7,12 +7,16 @@ Merging into the original weights, or into 4-bit weights, gives another model;
 
 import gc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import release_memory
 from mig_kit.engine.logprobs import reply_logps
-from mig_kit.engine.models import Hardware, load_model, protect_4bit_weights, save_model
+from mig_kit.engine.merging import open_tensors, write_merged_model
+from mig_kit.engine.models import Hardware, load_model, protect_4bit_weights
 from mig_kit.engine.processors import load_processor
 from mig_kit.sample import Sample
 
@@ -22,6 +26,8 @@ ORIGINAL = "merge into the original"
 ORIGINAL_FOUR_BIT = "merge into the original, then 4 bit"
 MERGE_METHODS = (DEQUANTISED, FOUR_BIT, ORIGINAL, ORIGINAL_FOUR_BIT)
 READ_BACK = "saved and read back"
+LARGE_MODEL_BYTES = 2 * 2**30  # of a base's files: from here on fewer methods are compared
+MOST_NATS = 0.05  # per token that rounding may part the merged model from what training saw
 
 
 def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware):
@@ -31,9 +37,10 @@ def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware):
 
 
 def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware, method: str = DEQUANTISED):
-    """The merged model, by one of MERGE_METHODS; the first is the right one.
+    """The merged model in memory, by one of MERGE_METHODS; the first is the right one.
 
-    A fresh base is loaded every time. Raises ValueError for another method.
+    The stage itself writes that one with `write_merged_model`, tensor by tensor. A fresh base is
+    loaded every time. Raises ValueError for another method.
     """
     if method not in MERGE_METHODS:
         raise ValueError(f"no merge method '{method}'; use one of: {'; '.join(MERGE_METHODS)}")
@@ -47,29 +54,61 @@ def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware, method: s
     return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 
+def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
+    """The MERGE_METHODS to compare with the merged folder: all, or one where the base is large.
+
+    Each is a whole model that is made and read; a large base is compared with ORIGINAL alone.
+    """
+    files = {path for path in open_tensors(base).values()}
+    is_large = sum(path.stat().st_size for path in files) > LARGE_MODEL_BYTES
+    return (ORIGINAL,) if is_large else MERGE_METHODS
+
+
 def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples: list[Sample],
                           replies: list[str], hardware: Hardware,
                           box_format: BoxFormat) -> list[dict]:
-    """How far every method's model is from what training saw.
+    """How far every method's model is from what training saw; one model in memory at a time.
 
-    Rows {"way", "mean_gap", "max_gap"}: |difference| in log-probability per token of the replies.
-    merged: the folder that stage 03 wrote, read back.
+    Rows {"way", "mean_gap", "max_gap"}: |difference| in log-probability per token of the replies,
+    of the merged folder and then of `choose_merge_methods`. merged: the folder that stage 03 wrote.
     """
     processor = load_processor(base, box_format)
-    trained = load_trained_model(base, adapter, hardware)
-    trained_logps = reply_logps(trained, processor, samples, replies, box_format)
+
+    def read_logps(model) -> torch.Tensor:
+        return reply_logps(model, processor, samples, replies, box_format)
+
+    trained_logps = read_logps(load_trained_model(base, adapter, hardware))
     rows = []
-    for method in (READ_BACK, *MERGE_METHODS):
-        if method == READ_BACK:
-            model = load_model(merged, hardware)
-        elif method == ORIGINAL_FOUR_BIT:
-            folder = merged.parent / "wrong_merge"
-            save_model(merge_adapter(base, adapter, hardware, ORIGINAL), processor, folder, base)
-            model = load_model(folder, hardware, four_bit=True)
-        else:
-            model = merge_adapter(base, adapter, hardware, method)
-        gaps = (reply_logps(model, processor, samples, replies, box_format) - trained_logps).abs()
-        rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
-        del model
+    for method in (READ_BACK, *choose_merge_methods(base)):
         gc.collect()
+        release_memory()
+        if method == READ_BACK:
+            logps = read_logps(load_model(merged, hardware))
+        elif method == ORIGINAL_FOUR_BIT:
+            with TemporaryDirectory(dir=merged.parent) as name:
+                folder = Path(name) / "merged"
+                write_merged_model(base, adapter, folder, hardware, processor, four_bit=False)
+                logps = read_logps(load_model(folder, hardware, four_bit=True))
+        else:
+            logps = read_logps(merge_adapter(base, adapter, hardware, method))
+        gaps = (logps - trained_logps).abs()
+        rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
+    gc.collect()
+    release_memory()
     return rows
+
+
+def merge_warning(gaps: list[dict]) -> str:
+    """One sentence where the merged folder is not what training saw, or not nearest to it; "" if
+    all is well.
+
+    gaps: of `compare_merge_methods`.
+    """
+    saved, *others = gaps
+    if saved["mean_gap"] >= MOST_NATS:
+        return (f"the merged model is {saved['mean_gap']:.3f} nats per token from what training "
+                "saw; merge with the dtype that stage 02 had")
+    wrong = [row for row in others if row["way"] != DEQUANTISED]
+    nearer = [row["way"] for row in wrong if row["mean_gap"] < saved["mean_gap"]]
+    return (f"'{nearer[0]}' is nearer to what training saw than the merged model: the adapter is "
+            "too young, or bfloat16 too coarse, to tell them apart" if nearer else "")

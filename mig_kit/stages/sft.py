@@ -8,6 +8,7 @@ VLM-R1's, those of the tiny profile are ours.
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from mig_kit.engine.models import (
     check_adapters,
     choose_hardware,
     load_policy,
+    run_tower_without_graph,
     unwrap_peft,
 )
 from mig_kit.engine.prefixes import pad_to_multiple
@@ -91,15 +93,18 @@ def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxForma
 
     On a CPU that multiplies in bfloat16, what passes between the language model's layers is
     bfloat16, too: in float32, a quarter of a step goes into conversions. The vision tower, which
-    locates, keeps float32. Raises ValueError if the adapter landed outside the language model.
+    locates, keeps float32. With hardware.dtype bfloat16 it is bfloat16, too. Raises ValueError if
+    the adapter landed outside the language model.
     """
     torch.manual_seed(seed)
     policy = load_policy(base, hardware, box_format, four_bit=True)
     model = prepare_model_for_kbit_training(
         policy.model, use_gradient_checkpointing=hardware.device == "cuda")
-    if hardware.autocast:
+    run_tower_without_graph(model)
+    if hardware.autocast or hardware.dtype == torch.bfloat16:
         for name, parameter in model.named_parameters():
-            if parameter.dtype == torch.float32 and "visual" not in name:
+            keeps_float32 = hardware.autocast and "visual" in name
+            if parameter.dtype == torch.float32 and not keeps_float32:
                 parameter.data = parameter.data.to(torch.bfloat16)
     policy.model = get_peft_model(model, lora)
     check_adapters(policy.model)
@@ -270,7 +275,7 @@ def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     table = sft_rows(*read_traces(traces, params), box_format)
     lora = lora_config(params.lora_r, params.lora_alpha, params.lora_dropout)
-    hardware = choose_hardware(params.dtype)
+    hardware = choose_hardware(params.dtype, params.device)
     policy = load_qlora_policy(base, hardware, box_format, lora, params.seed)
     trainer = sft_trainer(policy, table, folder, params)
     if trainer.is_world_process_zero():
@@ -284,3 +289,17 @@ def loss_curve(history: list[dict]) -> list[dict]:
     return [{"step": row["step"], "loss": row["loss"],
              "token_accuracy": row.get("mean_token_accuracy")}
             for row in history if "loss" in row]
+
+
+def learning_warning(curve: list[dict]) -> str:
+    """One sentence where the mean loss of a run's last fifth is not below that of its first; "" if
+    it is.
+
+    curve: of `loss_curve`. A single update's loss is noise.
+    """
+    part = max(1, len(curve) // 5)
+    first, last = (fmean(row["loss"] for row in rows) for rows in (curve[:part], curve[-part:]))
+    if len(curve) > 1 and last < first:
+        return ""
+    return (f"the loss did not fall in {len(curve)} updates ({first:.2f} -> {last:.2f}); train "
+            "longer or raise learning_rate")

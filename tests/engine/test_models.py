@@ -91,6 +91,31 @@ def test_hardware_says_why():
     assert hardware.dtype == torch.float32 and "parameter" in hardware.reason
     with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
         models.choose_hardware("fp8")
+    with pytest.raises(ValueError, match="auto, cuda or cpu"):
+        models.choose_hardware("auto", "tpu")
+
+
+def test_bfloat16_means_bfloat16_weights_also_on_a_cpu(random_folder):
+    hardware = models.choose_hardware("bfloat16", "cpu")
+    assert hardware.dtype == torch.bfloat16 and not hardware.autocast
+    weights = models.load_model(random_folder, hardware).state_dict().values()
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+
+
+def test_cuda_is_not_replaced_by_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="sees no GPU"):
+        models.choose_hardware("auto", "cuda")
+
+
+def test_no_graph_in_the_frozen_tower(random_model, processor, samples):
+    """What gradient checkpointing does to the patches would start one."""
+    tower = random_model.model.visual
+    tower.patch_embed.register_forward_hook(lambda *arguments: arguments[-1].requires_grad_(True))
+    models.run_tower_without_graph(random_model)
+    batch = make_batch(processor, samples[:1])
+    features = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+    assert not features.pooler_output.requires_grad and torch.is_grad_enabled()
 
 
 def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):

@@ -49,7 +49,7 @@ def test_a_word_that_is_none_of_the_possible_ones_is_refused(root, stage, name, 
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (("05", "-p", "num_generation", "4"), "did you mean 'num_generations'?"),
-    (("05", "-p", "zzz", "4"), "05_grpo has no parameter 'zzz'; its parameters are beta, dtype, "),
+    (("05", "-p", "zzz", "4"), "05_grpo has no parameter 'zzz'; its parameters are beta, device, "),
     (("01", "-p", "frame", "thousand"), "the parameter 'frame' is now called 'coordinates'"),
     (("02", "-p", "frame", "thousand"), "'frame' is now called 'coordinates'; it is set once per "
                                         "run, in 01_synthesize"),
@@ -98,7 +98,7 @@ def start_run(root, profile, **changes):
     ("qwen2_5_vl_3b", "qwen2_5_vl_7b"), ("qwen2_5_vl_3b", "tiny"), ("tiny", "qwen2_5_vl_7b")])
 def test_going_on_with_another_profile_is_refused(root, first, then):
     start_run(root, first)
-    sentence = error_of("run", "05", "--profile", then)
+    sentence = error_of("run", "05", "--profile", then, "-p", "device", "cpu")
     model = params.profile_params(params.RUN_PARAMS_STAGE, first)["base_model"]
     other = params.profile_params(params.RUN_PARAMS_STAGE, then)["base_model"]
     assert f"run 'default' has the base_model {model}, and profile '{then}' {other}" in sentence
@@ -110,7 +110,8 @@ def test_going_on_with_another_profile_is_refused(root, first, then):
     ("tiny", {"max_pixels": 99999})])
 def test_going_on_with_the_same_profile_is_not_refused(root, profile, changes):
     start_run(root, profile, **changes)
-    assert error_of("run", "05", "--profile", profile).startswith("05_grpo needs 03_merge")
+    sentence = error_of("run", "05", "--profile", profile, "-p", "device", "cpu")
+    assert sentence.startswith("05_grpo needs 03_merge")
 
 
 def test_a_stage_that_needs_no_other_runs_under_any_profile(root, monkeypatch):
@@ -127,3 +128,17 @@ def test_a_stage_that_needs_no_other_runs_under_any_profile(root, monkeypatch):
 def test_an_empty_value_is_an_empty_word():
     pairs = (("launcher", ""), ("report_to", "none"))
     assert execute.parse_overrides(pairs, ["05_grpo"]) == {"launcher": "", "report_to": "none"}
+
+
+def test_full_profile_starts_on_no_drawn_scenes_unasked_and_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
+    params = {stage: execute.choose_params(stage, "qwen2_5_vl_7b", "a", {})
+              for stage in ("01_synthesize", "02_sft")}
+    with pytest.raises(ValueError, match="-p data scenes"):
+        execute.check_full_profile(params, is_data_given=False)
+    with pytest.raises(RuntimeError, match="sees none"):
+        execute.check_full_profile(params, is_data_given=True)
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
+    execute.check_full_profile(params, is_data_given=True)
+    tiny = {"01_synthesize": execute.choose_params("01_synthesize", "tiny", "a", {})}
+    execute.check_full_profile(tiny, is_data_given=False)

@@ -12,6 +12,7 @@ from mig_kit.engine.training import lora_config
 from mig_kit.speed import gpu_needs
 from mig_kit.speed.gpu_needs import GIB, SHAPES, Load, Shape
 
+CARD_80, CARD_141 = gpu_needs.CARDS[80], gpu_needs.CARDS[141]
 SEVEN = SHAPES["Qwen/Qwen2.5-VL-7B-Instruct"]
 
 
@@ -106,7 +107,7 @@ def test_the_table_says_what_to_lower(profile):
 def test_the_predictions_are_those_of_the_guide(profile, gib, hours):
     needs = gpu_needs.predict(profile)
     assert [row["GiB"] for row in needs["memory"]] == gib
-    assert [row["80 GB, A100: hours"] for row in needs["hours"]] == hours
+    assert [row["80 GB, A100: predicted hours"] for row in needs["hours"]] == hours
 
 
 def test_the_tiny_profile_needs_no_gpu():
@@ -130,13 +131,13 @@ def test_forward_passes_by_hand():
 
 def test_time_grows_with_what_is_asked_and_shrinks_with_the_card():
     params = gpu_needs.read_profile("qwen2_5_vl_7b")
-    base = gpu_needs.predict_seconds(SEVEN, params, 80)
-    faster = gpu_needs.predict_seconds(SEVEN, params, 141)
+    base = gpu_needs.predict_seconds(SEVEN, params, CARD_80)
+    faster = gpu_needs.predict_seconds(SEVEN, params, CARD_141)
     assert all(faster[stage] < seconds for stage, seconds in base.items())
     twice = replace_params(params, "grpo", num_generations=16, per_device_train_batch_size=16)
-    ratio = gpu_needs.predict_seconds(SEVEN, twice, 80)["05_grpo"] / base["05_grpo"]
+    ratio = gpu_needs.predict_seconds(SEVEN, twice, CARD_80)["05_grpo"] / base["05_grpo"]
     assert 1 < ratio < 2, "the prompt is read once, the weights are read for all replies at once"
-    without = gpu_needs.predict_seconds(SEVEN, replace_params(params, "grpo", beta=0.0), 80)
+    without = gpu_needs.predict_seconds(SEVEN, replace_params(params, "grpo", beta=0.0), CARD_80)
     assert without["05_grpo"] < base["05_grpo"]
 
 

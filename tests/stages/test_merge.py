@@ -4,9 +4,10 @@ methods do not.
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import logprobs, models, training
+from mig_kit.engine import logprobs, merging, models, training
 from mig_kit.stages import merge, sft
 from mig_kit.world.tasks import make_sample
 
@@ -14,7 +15,7 @@ BOX_FORMAT = BoxFormat()
 
 
 @pytest.mark.slow
-def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32):
+def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, monkeypatch):
     lora = training.lora_config(4, 8)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     torch.manual_seed(1)
@@ -23,8 +24,12 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32):
             parameter.data.normal_(0, 0.05)
     adapter, folder = tmp_path / "adapter", tmp_path / "merged"
     policy.model.save_pretrained(adapter)
+    merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
+                               four_bit=True)
     merged = merge.merge_adapter(random_folder, adapter, float32)
-    models.save_model(merged, policy.processor, folder, random_folder)
+    models.save_model(merged, policy.processor, tmp_path / "in memory", random_folder)
+    for file in sorted((tmp_path / "in memory").iterdir()):
+        assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
     samples = [make_sample("diff", "val", i) for i in range(3)]
     rows = merge.compare_merge_methods(random_folder, adapter, folder, samples,
                                        ["<think>Compare.</think>"] * 3, float32, BOX_FORMAT)
@@ -33,6 +38,44 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32):
     assert gaps[merge.READ_BACK] < 1e-3
     others = [method for method in merge.MERGE_METHODS if method != merge.DEQUANTISED]
     assert min(gaps[method] for method in others) > 5 * gaps[merge.READ_BACK]
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged", "in memory"}
+    monkeypatch.setattr(merge, "LARGE_MODEL_BYTES", 0)
+    assert merge.choose_merge_methods(random_folder) == (merge.ORIGINAL,)
+
+
+@pytest.mark.slow
+def test_shards_hold_the_same_model(tmp_path, random_folder, float32, monkeypatch):
+    lora = training.lora_config(4, 8)
+    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
+    policy.model.save_pretrained(tmp_path / "adapter")
+    arguments = (random_folder, tmp_path / "adapter")
+    merging.write_merged_model(*arguments, tmp_path / "one", float32, policy.processor, True)
+    monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
+    merging.write_merged_model(*arguments, tmp_path / "many", float32, policy.processor, True)
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
+    one, many = (models.load_model(tmp_path / name, float32).state_dict()
+                 for name in ("one", "many"))
+    assert all(torch.equal(weight, many[name]) for name, weight in one.items())
+
+
+def test_adapter_of_another_model_is_refused(tmp_path, random_folder, float32, processor):
+    save_file({"base_model.model.model.language_model.layers.9.mlp.up_proj.lora_A.weight":
+               torch.ones(2, 2),
+               "base_model.model.model.language_model.layers.9.mlp.up_proj.lora_B.weight":
+               torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    training.lora_config(2, 2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="give the base that the adapter was trained on"):
+        merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
+                                   four_bit=True)
+
+
+def test_merge_warning():
+    rows = [{"way": merge.READ_BACK, "mean_gap": 0.01}, {"way": merge.ORIGINAL, "mean_gap": 0.02}]
+    assert merge.merge_warning(rows) == ""
+    rows[1]["mean_gap"] = 0.005
+    assert "too young" in merge.merge_warning(rows)
+    rows[0]["mean_gap"] = 0.06
+    assert "0.060 nats" in merge.merge_warning(rows)
 
 
 @pytest.mark.slow

