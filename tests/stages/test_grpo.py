@@ -374,8 +374,8 @@ def test_groups_must_stay_whole(tmp_path, make_trainer):
 
 def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
     cache = PromptCache(random_model, processor, BOX_FORMAT)
-    no_image = [{"role": "user", "content": "no picture here"}]
-    monkeypatch.setattr("mig_kit.engine.prompt_cache.chat_messages", lambda *_: no_image)
+    no_image = [{"role": "user", "content": "no image here"}]
+    monkeypatch.setattr("mig_kit.engine.processors.chat_messages", lambda *_: no_image)
     with pytest.raises(ValueError):
         cache.get(samples[:2])
 
