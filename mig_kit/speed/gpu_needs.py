@@ -35,6 +35,8 @@ USABLE = 0.93  # share of a label's GB that can be used, in GiB
 RUNTIME_GIB = 1.5  # the CUDA context, and what the allocator cannot use
 RATE_SHARE = 0.35  # of a card's rates that is reached; a guess
 LAYER_SECONDS = 0.001  # that a layer of a decoding step takes at least; a guess
+SERVED_AT_ONCE = 256  # replies that a vLLM server draws together, in one captured graph per step
+SERVED_SHARES = (0.45, 0.7)  # of a card's FLOP and byte rates that it reaches; guesses
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with its scales (double quantisation)
 IMAGES = 6  # of a prompt
 MGROUNDING_QUESTIONS = 630_000  # of MGrounding-630k, by its name
@@ -303,11 +305,12 @@ def language_flops(shape: Shape, new: int, before: int = 0) -> float:
             + 4 * shape.layers * shape.head_dim * shape.heads * pairs)
 
 
-def predict_seconds(shape: Shape, params: Profile,
-                    card: tuple[str, int, int]) -> dict[str, float]:
+def predict_seconds(shape: Shape, params: Profile, card: tuple[str, int, int],
+                    is_served: bool = False) -> dict[str, float]:
     """Seconds of one sample, candidate, group or question of each stage of `count_work`.
 
-    card: its name, TFLOP/s and GB/s, as in CARDS.
+    card: its name, TFLOP/s and GB/s, as in CARDS. is_served: a vLLM server on such a card draws the
+    replies, in turn with the learner.
     """
     _, sft, sampling, grpo, evaluate = params
     _, tera_flops, giga_bytes = card
@@ -321,11 +324,17 @@ def predict_seconds(shape: Shape, params: Profile,
         return replies * (language_flops(shape, tokens, prompt) + tokens * head)
 
     def draw_seconds(replies: int, tokens: int, prompts_at_once: int) -> float:
-        """A prompt read and its replies drawn; each step reads the weights once for all prompts."""
+        """A prompt read and its replies drawn; each step reads the weights once for all replies
+        that are drawn together.
+        """
         flops = seeing + language_flops(shape, prompt) + reply_flops(tokens, replies)
         read_weights = 2 * (shape.total - shape.vision) * byte_seconds
-        step = max(read_weights, shape.layers * LAYER_SECONDS) / prompts_at_once
-        step += replies * shape.kv_bytes * (prompt + tokens / 2) * byte_seconds
+        read_keys = replies * shape.kv_bytes * (prompt + tokens / 2) * byte_seconds
+        if is_served:
+            flop_gain, byte_gain = (share / RATE_SHARE for share in SERVED_SHARES)
+            step = (read_weights * replies / SERVED_AT_ONCE + read_keys) / byte_gain
+            return flops / flop_rate / flop_gain + tokens * step
+        step = max(read_weights, shape.layers * LAYER_SECONDS) / prompts_at_once + read_keys
         return flops / flop_rate + tokens * step
 
     # A frozen model's backward pass costs as much as a forward pass. Checkpoints, the reference
@@ -347,11 +356,19 @@ def predict_seconds(shape: Shape, params: Profile,
 
 
 def hours_table(shape: Shape, params: Profile) -> list[dict]:
-    """Rows {stage, how many, predicted hours on each of CARDS and MORE_CARDS}."""
-    rows = [{"stage": stage, "how many": count} for stage, count in count_work(params).items()]
-    for gigabytes, card in (*CARDS.items(), *MORE_CARDS.items()):
-        seconds = predict_seconds(shape, params, card)
-        for row in rows:
-            hours = row["how many"] * seconds[row["stage"]] / 3600
-            row[f"{gigabytes} GB, {card[0]}: predicted hours"] = round(hours, 1)
+    """Rows {stage, drawn by, how many, predicted hours on each of CARDS and MORE_CARDS}.
+
+    drawn by: "the kit" or "a server", for the stages that draw replies; else "".
+    """
+    rows = []
+    for stage, count in count_work(params).items():
+        for is_served in (False, True)[:1 if stage == "02_sft" else 2]:
+            drawn_by = "a server" if is_served else "the kit"
+            row = {"stage": stage, "drawn by": "" if stage == "02_sft" else drawn_by,
+                   "how many": count}
+            for gigabytes, card in (*CARDS.items(), *MORE_CARDS.items()):
+                seconds = predict_seconds(shape, params, card, is_served)[stage]
+                row[f"{gigabytes} GB, {card[0]}: predicted hours"] = round(
+                    count * seconds / 3600, 1)
+            rows.append(row)
     return rows

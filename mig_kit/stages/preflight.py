@@ -87,5 +87,7 @@ def summary(profile: str, minutes: float, hours: list[dict]) -> str:
     if not hours:
         return f"about {minutes:.0f} minutes in all"
     card = next(name for name in hours[0] if name.startswith("80 GB"))
-    total = sum(row[card] for row in hours)
-    return f"profile {profile}: at most {total:.0f} hours in all on an {card.partition(':')[0]}"
+    by_kit, served = (sum(row[card] for row in hours if row["drawn by"] != other)
+                      for other in ("a server", "the kit"))
+    return (f"profile {profile}: predicted at most {by_kit:.0f} hours in all on an "
+            f"{card.partition(':')[0]}, {served:.0f} with a server")

@@ -49,7 +49,7 @@ def test_a_word_that_is_none_of_the_possible_ones_is_refused(root, stage, name, 
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (("05", "-p", "num_generation", "4"), "did you mean 'num_generations'?"),
-    (("05", "-p", "zzz", "4"), "05_grpo has no parameter 'zzz'; its parameters are beta, concurrency, "),
+    (("05", "-p", "zzz", "4"), "05_grpo has no parameter 'zzz'; its parameters are beta, concurre"),
     (("01", "-p", "frame", "thousand"), "the parameter 'frame' is now called 'coordinates'"),
     (("02", "-p", "frame", "thousand"), "'frame' is now called 'coordinates'; it is set once per "
                                         "run, in 01_synthesize"),

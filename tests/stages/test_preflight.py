@@ -32,6 +32,8 @@ def test_the_machine_is_described_even_where_no_run_exists_yet(tmp_path, monkeyp
 
 def test_the_summary_counts_hours_where_a_gpu_is_needed():
     assert preflight.summary("tiny", 24.4, []) == "about 24 minutes in all"
-    hours = [{"stage": "02_sft", "80 GB: H100": 1.0}, {"stage": "05_grpo", "80 GB: H100": 3.4}]
-    expected = "profile large: at most 4 hours in all on an 80 GB"
+    hours = [{"stage": "02_sft", "drawn by": "", "80 GB: H100": 1.0},
+             {"stage": "05_grpo", "drawn by": "the kit", "80 GB: H100": 3.4},
+             {"stage": "05_grpo", "drawn by": "a server", "80 GB: H100": 1.0}]
+    expected = "profile large: predicted at most 4 hours in all on an 80 GB, 2 with a server"
     assert preflight.summary("large", 24.4, hours) == expected
