@@ -102,9 +102,19 @@ def train_or_resume(trainer, folder: Path) -> None:
 
 
 def save_adapter(trainer, folder: Path) -> None:
-    """Let the first process write the trained adapter to folder/adapter."""
-    if trainer.is_world_process_zero():
-        trainer.model.save_pretrained(folder / "adapter")
+    """Let the first process write the trained adapter to folder/adapter.
+
+    It names its base as seen from there if that is part of the same run, which may be moved.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    adapter, run = folder / "adapter", folder.resolve().parent
+    for config in trainer.model.peft_config.values():
+        base = Path(config.base_model_name_or_path)
+        if base.is_relative_to(run):
+            config.base_model_name_or_path = os.path.relpath(base, adapter.resolve())
+    trainer.model.save_pretrained(adapter)
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's card: empty but for the base's path
 
 
 def last_checkpoint(folder: Path) -> str | None:

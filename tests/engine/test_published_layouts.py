@@ -121,15 +121,11 @@ def test_sft_sees_that_size(published, family, float32, sample, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_rl_sees_that_size(policy, family, sample, tmp_path, share_prefix):
-    params = SimpleNamespace(
-        seed=0, share_prefix=share_prefix, lora_r=4, lora_alpha=8, lora_dropout=0.0,
-        num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=1,
-        micro_replies=0, gradient_checkpointing=False, max_steps=1, learning_rate=1e-3,
-        lr_scheduler_type="linear", warmup_steps=0, beta=0.0, loss_type="dapo",
-        scale_rewards="group", temperature=1.0, max_completion_length=4,
-        reward_weights=[0.2, 0.3, 1.0, 1.3], hallucinated_image_penalty="none", save_steps=10,
-        report_to="none")
+def test_rl_sees_that_size(policy, family, sample, tmp_path, share_prefix, stage_params):
+    params = stage_params(
+        "05_grpo", share_prefix=share_prefix, lora_r=4, lora_alpha=8, num_generations=4,
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=1,
+        max_completion_length=4)
     grids = record_grids(policy)
     grpo.grpo_trainer(policy, [sample], tmp_path, params).train()
     assert set(sizes_of(torch.cat(grids), family)) == set(SEEN[FACTORS[family]])
