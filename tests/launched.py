@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerState
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import jobs
+from mig_kit.engine.shared_prefix_grpo import SharedPrefixGRPOTrainer
 from mig_kit.pipeline.params import profile_params
 from mig_kit.sample import write_samples
 from mig_kit.stages import grpo, sft, synthesize, train
@@ -53,7 +54,8 @@ def run(stage: str, folder: Path, model: Path, launcher: str) -> TrainerState:
 def changed_training(folder: Path) -> ExitStack:
     """While it lasts, training in this process is as this module's docstring says."""
     rank, drawn = os.environ.get("RANK", "0"), {"samples": [], "completions": []}
-    stock, stock_rewards = sft.train_or_resume, grpo.SharedPrefixGRPOTrainer._calculate_rewards
+    stock = sft.train_or_resume
+    stock_rewards = SharedPrefixGRPOTrainer._calculate_rewards
 
     def calculate_rewards(trainer, inputs, prompts, replies, completions):
         drawn["samples"] += [row["sample"] for row in inputs]
@@ -79,7 +81,7 @@ def changed_training(folder: Path) -> ExitStack:
     stack = ExitStack()
     for owner, name, replacement in (
             (sft, "train_or_resume", train_or_resume), (grpo, "train_or_resume", train_or_resume),
-            (grpo.SharedPrefixGRPOTrainer, "_calculate_rewards", calculate_rewards)):
+            (SharedPrefixGRPOTrainer, "_calculate_rewards", calculate_rewards)):
         stack.enter_context(patch.object(owner, name, replacement))
     return stack
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.engine import generation, models, training
+from mig_kit.engine import generation, models, shared_prefix_grpo, training
 from mig_kit.engine.prompt_cache import PromptCache
 from mig_kit.prompts import format_answer
 from mig_kit.stages import grpo
@@ -55,15 +55,15 @@ def as_completions(*replies):
 
 def test_advantages_by_hand():
     reward = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0])
-    advantages, group_std = grpo.group_advantages(reward, 4)
+    advantages, group_std = shared_prefix_grpo.group_advantages(reward, 4)
     expected = torch.tensor([1, -1, 1, -1]) * 0.5 / (1 / 3) ** 0.5
     assert torch.allclose(advantages[:4], expected, atol=1e-3)
     assert (advantages[4:] == 0).all() and (group_std[4:] == 0).all()
     reward = torch.tensor([1.0, 0.0, 0.6, 0.4])  # a group far apart, and one close together
     centred = torch.tensor([0.5, -0.5, 0.1, -0.1])
-    by_batch, _ = grpo.group_advantages(reward, 2, "batch")
+    by_batch, _ = shared_prefix_grpo.group_advantages(reward, 2, "batch")
     assert torch.allclose(by_batch, centred / (reward.std() + 1e-4))
-    assert torch.allclose(grpo.group_advantages(reward, 2, "none")[0], centred)
+    assert torch.allclose(shared_prefix_grpo.group_advantages(reward, 2, "none")[0], centred)
 
 
 def test_rewards_apply_where_they_mean_something():
@@ -267,8 +267,8 @@ def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, mak
         generator = torch.Generator().manual_seed(0)
         return torch.randn(len(reward), generator=generator), torch.ones(len(reward))
 
-    monkeypatch.setattr(grpo, "group_advantages", random_advantages)
-    logps, recorded = grpo.SharedPrefixGRPOTrainer._logps, []
+    monkeypatch.setattr(shared_prefix_grpo, "group_advantages", random_advantages)
+    logps, recorded = shared_prefix_grpo.SharedPrefixGRPOTrainer._logps, []
     for size, parts in ((16, 1), (4, 4)):
         rows_of_steps = []
 
@@ -276,7 +276,7 @@ def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, mak
             rows_of_steps.append(rows)
             return logps(self, model, rows, *arguments)
 
-        monkeypatch.setattr(grpo.SharedPrefixGRPOTrainer, "_logps", record_rows)
+        monkeypatch.setattr(shared_prefix_grpo.SharedPrefixGRPOTrainer, "_logps", record_rows)
         trainer = make_trainer(tmp_path / str(parts), per_device_train_batch_size=size,
                                gradient_accumulation_steps=parts, max_steps=1)
         gradients = first_gradients(trainer)

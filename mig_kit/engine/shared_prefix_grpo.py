@@ -1,0 +1,249 @@
+"""GRPO with shared prefixes: TRL's GRPOTrainer, reading every prompt once per group."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+from trl import GRPOTrainer
+
+from mig_kit.engine.generation import (
+    Sampling,
+    count_prompts_at_once,
+    draw_uniforms,
+    generate_rollouts,
+    kv_bytes_per_token,
+    max_kv_bytes,
+)
+from mig_kit.engine.logprobs import completion_logps, packed_logps
+from mig_kit.engine.prefixes import pad_to_multiple
+from mig_kit.engine.prompt_cache import Prompt, PromptCache
+from mig_kit.engine.served_rollouts import ServedRollouts
+from mig_kit.engine.training import KeepAdapterDtype
+from mig_kit.sample import Sample
+
+# parameters of GRPOConfig that `SharedPrefixGRPOTrainer` does not read
+NOT_SHARED = {"top_k", "min_p", "repetition_penalty", "mask_truncated_completions",
+              "multi_objective_aggregation", "entropy_coef", "steps_per_generation",
+              "generation_batch_size", "use_vllm", "log_completions"}
+
+
+def group_advantages(reward: torch.Tensor, group: int,
+                     scale: str = "group") -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, group_std): A = (r - mean of the group) / (std + 1e-4), both (rows,).
+
+    reward: (rows,), groups in sequence. scale: whose std divides, "group" (DeepSeekMath, arXiv
+    2402.03300), "batch" (a group whose replies differ little then teaches little, however clear its
+    order is) or "none". Names and epsilon are TRL's. group_std: the std within the row's group.
+    """
+    grouped = reward.view(-1, group)
+    group_std = grouped.std(1).repeat_interleave(group)
+    centred = reward - grouped.mean(1).repeat_interleave(group)
+    if scale == "none":
+        return centred, group_std
+    std = reward.std() if scale == "batch" else group_std
+    return centred / (std + 1e-4), group_std
+
+
+class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
+    """GRPOTrainer that reads every prompt once per group, in generation and in training.
+
+    samples: what the column `sample` of the data set points into. A process's batch holds whole
+    groups. micro_replies: replies whose graph is kept at a time (0: all of them); fewer need less
+    memory, and one more forward pass. served: draws the completions from servers; None: in here.
+    """
+
+    def __init__(self, *args, samples: Sequence[Sample], cache: PromptCache, autocast: bool,
+                 micro_replies: int = 0, served: ServedRollouts | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.samples, self.cache, self.micro_replies = samples, cache, micro_replies
+        self.autocast_rollouts = autocast
+        self.served = served
+        self.use_vllm = served is not None  # read by TRL's loss alone: it applies the correction
+        # The sample of every row of the step under way: TRL's loss asks for log-probabilities by
+        # token ids alone, which do not say whose images they are about.
+        self._step_samples = None
+        self._step_inputs: dict = {}
+        if self.args.per_device_train_batch_size % self.num_generations:
+            raise ValueError("share_prefix needs per_device_train_batch_size to be a multiple of "
+                             "num_generations, so that groups stay whole")
+
+    def _prompts_of(self, indices: list[int]) -> list[Prompt]:
+        return self.cache.get([self.samples[index] for index in indices])
+
+    def _prepare_inputs(self, generation_batch):
+        """As TRL's, but groups stay whole, and prompts of like lengths share a step.
+
+        TRL scatters the replies over the steps of an update.
+        """
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        steps = self._buffered_inputs
+        if steps is before or len(steps) == 1:
+            return inputs
+        rows = torch.cat([step["sample"] for step in steps])
+        distinct = rows.unique().tolist()
+        lengths = {index: len(prompt.ids)
+                   for index, prompt in zip(distinct, self._prompts_of(distinct))}
+        by_length = sorted(range(len(rows)),
+                           key=lambda row: (lengths[rows[row].item()], rows[row].item()))
+        order = torch.tensor(by_length, device=rows.device)
+        per_row = {name: torch.cat([step[name] for step in steps])[order].chunk(len(steps))
+                   for name, value in steps[0].items() if value.ndim}
+        self._buffered_inputs = [
+            steps[0] | {name: chunks[number] for name, chunks in per_row.items()}
+            for number in range(len(steps))]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        rank = self.accelerator.process_index
+        completions = self._draw_completions(inputs, group, mode)
+        tokenizer = self.processing_class.tokenizer
+        replies = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        messages = [[{"role": "assistant", "content": reply}] for reply in replies]
+        per_function = self._calculate_rewards(
+            inputs, [row["prompt"] for row in inputs], messages, completions)
+        weights = self.reward_weights.to(self.accelerator.device)
+        total = (per_function * weights).nansum(1)
+        advantages, group_std = group_advantages(total, group, self.scale_rewards)
+        own_rows = slice(rank * len(inputs), (rank + 1) * len(inputs))
+        output = self._to_batch(inputs, completions) | {"advantages": advantages[own_rows]}
+        if self.served:
+            output["sampling_per_token_logps"] = self.served.padded_logps(output["completion_ids"])
+        self._log_rollouts(mode, per_function, total, group_std, completions, output)
+        self._add_old_and_reference_logps(output)
+        return output
+
+    def _draw_completions(self, inputs, group: int, mode: str) -> list[list[int]]:
+        """Token ids of `group` completions to each of this process's prompts, in sequence."""
+        prompts = self._prompts_of([row["sample"] for row in inputs][::group])
+        accelerator, length = self.accelerator, self.max_completion_length
+        # one draw for all processes, so that N of them draw what one would
+        uniforms = draw_uniforms(self.args.seed * 1_000_003 + self.state.global_step,
+                                 len(prompts) * accelerator.num_processes, group, length)
+        first = accelerator.process_index * len(prompts)
+        uniforms = uniforms[first:first + len(prompts)]
+        model = accelerator.unwrap_model(self.model)
+        sampling = Sampling(self.temperature, self.top_p, length, **self.args.generation_kwargs)
+        if self.served:
+            samples = [self.samples[row["sample"]] for row in inputs][::group]
+            return self.served.draw(self, samples, prompts, group, sampling)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        at_once = count_prompts_at_once(len(prompts), longest, group, length,
+                                        kv_bytes_per_token(model), max_kv_bytes(model.device))
+        completions = []
+        model.eval()
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
+            rollouts = generate_rollouts(model, self.processing_class, prompts[part], group,
+                                         sampling, uniforms[part], self.autocast_rollouts)
+            completions += [completion for rollout in rollouts for completion in rollout]
+        model.train(mode == "train")
+        return completions
+
+    def _to_batch(self, inputs, completions: list[list[int]]) -> dict:
+        """Completions as TRL's loss reads them, without prompts: the cache holds those."""
+        device = self.accelerator.device
+        length = pad_to_multiple(max(map(len, completions)))
+        ids = torch.full((len(completions), length), self._tokenizer.pad_token_id, device=device)
+        mask = torch.zeros_like(ids)
+        for row, completion in enumerate(completions):
+            ids[row, :len(completion)] = torch.tensor(completion, device=device)
+            mask[row, :len(completion)] = 1
+        no_prompt = torch.zeros(len(completions), 0, dtype=torch.long, device=device)
+        samples = torch.tensor([row["sample"] for row in inputs], device=device)
+        return {"prompt_ids": no_prompt, "prompt_mask": no_prompt, "completion_ids": ids,
+                "completion_mask": mask, "sample": samples,
+                "num_items_in_batch": self.accelerator.gather(mask.sum()).sum()}
+
+    def _log_rollouts(self, mode: str, per_function, total, group_std, completions,
+                      output) -> None:
+        """Log the main figures of a batch of rollouts under TRL's names.
+
+        frac_reward_zero_std is always per group; TRL's follows `scale_rewards`.
+        """
+        gather, log = self.accelerator.gather, self._metrics[mode]
+        lengths = output["completion_mask"].sum(1).float()
+        is_cut = torch.tensor([completion[-1] not in self.eos_token_ids
+                               for completion in completions], device=lengths.device)
+        for column, name in enumerate(self.reward_func_names):
+            log[f"rewards/{name}/mean"].append(per_function[:, column].nanmean().item())
+        log["reward"].append(total.mean().item())
+        log["reward_std"].append(total.std().item())
+        log["frac_reward_zero_std"].append((group_std < 1e-6).float().mean().item())
+        log["completions/mean_length"].append(gather(lengths).mean().item())
+        log["completions/clipped_ratio"].append(gather(is_cut.float()).mean().item())
+
+    @torch.no_grad()
+    def _add_old_and_reference_logps(self, output: dict) -> None:
+        args = self.args
+        arguments = (self.model, output["sample"], output["completion_ids"],
+                     output["completion_mask"])
+        learns_again = (self.num_iterations > 1
+                        or args.steps_per_generation > args.gradient_accumulation_steps)
+        if learns_again:
+            output["old_per_token_logps"] = self._logps(*arguments)[0]
+        if self.beta != 0.0:
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                output["ref_per_token_logps"] = self._logps(*arguments)[0]
+
+    def _logps(self, model, rows, ids, mask):
+        """(log-probabilities, entropies) of completions, (rows, tokens) each.
+
+        `micro_replies` replies, or a step's, are in memory at a time: the reference's pass is over
+        the replies of several steps.
+        """
+        distinct, prompt_index = rows.unique(return_inverse=True)
+        prompts = self._prompts_of(distinct.tolist())
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        prompts = [prompts[index] for index in order]  # like lengths together: less padding
+        prompt_index = torch.tensor(order, device=prompt_index.device).argsort()[prompt_index]
+        at_once = max(1, (self.micro_replies or self.args.per_device_train_batch_size)
+                      // self.num_generations)
+        compute = packed_logps if self.args.gradient_checkpointing else completion_logps
+        logps, entropies = torch.zeros(2, *ids.shape, device=ids.device)
+        for start in range(0, len(prompts), at_once):
+            part = ((prompt_index >= start) & (prompt_index < start + at_once)).nonzero()[:, 0]
+            length = min(ids.shape[1], pad_to_multiple(int(mask[part].sum(1).max())))
+            arguments = (self.accelerator.unwrap_model(model), prompts[start:start + at_once],
+                         prompt_index[part] - start, ids[part, :length], mask[part, :length],
+                         self.processing_class.image_token_id, self.temperature)
+            # the last part's backward pass comes first: its graph is in memory anyway
+            is_last = start + at_once >= len(prompts)
+            with self.accelerator.autocast():
+                if is_last or not torch.is_grad_enabled():
+                    values = compute(*arguments)
+                else:
+                    values = checkpoint(compute, *arguments, use_reentrant=False)
+            padding = (0, ids.shape[1] - length)
+            logps, entropies = (total.index_copy(0, part, pad(value, padding))
+                                for total, value in zip((logps, entropies), values))
+        return logps, entropies
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        """As TRL's; then average the processes' gradients, because shared passes go around DDP."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        processes = self.accelerator.num_processes
+        if processes > 1 and self.accelerator.sync_gradients:
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= processes
+        return loss
+
+    def _compute_loss(self, model, inputs):
+        self._step_samples, self._step_inputs = inputs["sample"], inputs
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep,
+                                           *args, **kwargs):
+        logps, entropies = self._logps(model, self._step_samples, input_ids[:, -logits_to_keep:],
+                                       attention_mask[:, -logits_to_keep:])
+        if self.served:
+            self.served.correct(self, self._step_inputs, logps.detach())
+        return logps, entropies, None
