@@ -334,14 +334,14 @@ def test_too_few_prompts_for_an_update_are_one_sentence(tmp_path, make_trainer):
 def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, make_trainer, monkeypatch):
     trainer = make_trainer(tmp_path, beta=0.1, gradient_accumulation_steps=4, max_steps=1,
                            gradient_checkpointing=True)
-    stock, rows_with_gradient, rows_without = grpo.packed_logps, [], []
+    stock, rows_with_gradient, rows_without = shared_prefix_grpo.packed_logps, [], []
 
     def record_rows(*arguments):
         rows = rows_with_gradient if torch.is_grad_enabled() else rows_without
         rows.append(len(arguments[3]))
         return stock(*arguments)
 
-    monkeypatch.setattr(grpo, "packed_logps", record_rows)
+    monkeypatch.setattr(shared_prefix_grpo, "packed_logps", record_rows)
     trainer.train()
     assert rows_without == [8] * 4 == rows_with_gradient
 
