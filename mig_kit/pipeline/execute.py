@@ -67,23 +67,24 @@ def _plan_run(names: list[str], profile: str, run_id: str, source: str,
 
 
 def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
-    """Run one plan after the other; with several, say how long the others will take.
-
-    That is reckoned from the minutes of those that have finished.
-    """
-    minutes = []
+    """Run one plan after the other; with several, say after each how long the others will take."""
     for number, plan in enumerate(plans, 1):
         if len(plans) > 1:
             print(f"run '{plan.run_id}', {number} of {len(plans)}", flush=True)
         if plan.source:
             branches.start_branch(plan.source, plan.run_id, *plan.params)
         run_stages(plan.params, plan.run_id, force)
-        records = [store.load_record(stage, plan.run_id) for stage in plan.params]
-        minutes.append(sum(record["seconds"] for record in records) / 60)
-        if remaining := len(plans) - number:
-            left = remaining * sum(minutes) / number
-            print(f"'{plan.run_id}' took {minutes[-1]:.1f} min; {remaining} to go, about "
-                  f"{left:.0f} min left", flush=True)
+        if number < len(plans):
+            left = minutes_left(plans[:number], len(plans) - number)
+            print(f"{len(plans) - number} of {len(plans)} runs to go, about {left:.0f} min left",
+                  flush=True)
+
+
+def minutes_left(finished: list[PlannedRun], remaining: int) -> float:
+    """Minutes that so many more runs take, by what the stages of those that finished took."""
+    seconds = [store.load_record(stage, plan.run_id)["seconds"]
+               for plan in finished for stage in plan.params]
+    return remaining * sum(seconds) / len(finished) / 60
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
