@@ -53,60 +53,47 @@ def stage_name(text: str) -> str:
 @click.argument("stages", nargs=-1)
 @click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
 @click.option("--run-id", default="default", show_default=True, help="Folder under runs/.")
+@click.option("--from", "source", default="", metavar="RUN",
+              help="Take the stages before STAGES from this run, by reference.")
+@click.option("--seeds", default="", metavar="0,1,2",
+              help="Run once per seed; {seed} in --run-id, --from and -p stands for its number.")
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
               help="Set a parameter in every stage that has it.")
 @click.option("--force", is_flag=True, help="Run even what is up to date.")
-def run(stages: tuple[str, ...], profile: str, run_id: str, overrides, force: bool) -> None:
+def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: str, overrides,
+        force: bool) -> None:
     """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
     from mig_kit.data.endpoint import Endpoint
-    from mig_kit.pipeline import execute
+    from mig_kit.pipeline import branches, execute
 
-    names = [stage_name(text) for text in stages] or list(store.RECIPE)
-    store.validate_run_id(run_id)
-    values = execute.parse_overrides(overrides, names)
-    params = {name: execute.choose_params(name, profile, run_id, values) for name in names}
-    synthesize = params.get("01_synthesize", {})
-    if synthesize.get("teacher") == "endpoint":  # an address with a key must not reach a notebook
-        Endpoint(synthesize["endpoint_url"], synthesize["endpoint_model"])
-    execute.check_full_profile(params, "data" in values)
-    execute.run_stages(params, run_id, profile, force)
-    if "07_report" in names:
-        click.echo(f"report: {store.runs_root() / run_id / '07_report' / 'report.html'}")
+    numbers = branches.parse_seeds(seeds) if seeds else []
+    plans = execute.plan_runs([stage_name(text) for text in stages], profile, run_id, source,
+                              numbers, overrides)
+    for plan in plans:
+        synthesize = plan.params.get("01_synthesize", {})
+        if synthesize.get("teacher") == "endpoint":  # an address with a key: not into a notebook
+            Endpoint(synthesize["endpoint_url"], synthesize["endpoint_model"])
+    execute.run_plans(plans, force)
+    for plan in plans:
+        if "07_report" in plan.params:
+            report = store.runs_root() / plan.run_id / "07_report" / "report.html"
+            click.echo(f"report: {report}")
 
 
 @cli.command()
 @click.argument("run_id", required=False)
 def status(run_id: str | None) -> None:
-    """What has finished in a run, or in all runs, with the greedy scores (percent)."""
+    """What has finished in a run, or in all runs, with the greedy scores (percent); a branch stands
+    below the run that it starts from.
+    """
+    from mig_kit.pipeline.status import run_lines, run_tree
+
     root = store.runs_root()
     if run_id and not (root / run_id).is_dir():
         raise FileNotFoundError(f"no run '{run_id}' in {root}")
-    folders = root.iterdir() if root.is_dir() else ()
-    for name in [run_id] if run_id else sorted(path.name for path in folders if path.is_dir()):
-        click.echo(name)
-        for stage in store.STAGES:
-            click.echo(f"  {stage:<24}{_stage_state(stage, name)}")
-        if store.load_record("06_evaluate", name):
-            _echo_scores(store.read_metrics(root / name / "06_evaluate")["systems"])
-
-
-def _stage_state(stage: str, run_id: str) -> str:
-    record = store.load_record(stage, run_id)
-    if record is None:
-        has_begun = (store.runs_root() / run_id / stage / "started.json").is_file()
-        return "not finished" if has_begun else "-"
-    state = f"done in {record['seconds'] / 60:.1f} min"
-    stale_input = store.find_stale_input(stage, run_id)
-    return f"{state}, stale: {stale_input} was run again since" if stale_input else state
-
-
-def _echo_scores(systems: dict) -> None:
-    from mig_kit.plots import SUITE_NAMES
-
-    for suite in systems["grpo"]:
-        scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
-                           for system, by_suite in systems.items())
-        click.echo(f"  {SUITE_NAMES[suite]:<24}{scores}")
+    for name, depth in [(run_id, 0)] if run_id else run_tree():
+        for line in run_lines(name):
+            click.echo("  " * depth + line)
 
 
 @cli.command("params")
@@ -168,7 +155,7 @@ def report_command(run_a: str, run_b: str, out: Path) -> None:
             if store.load_record(stage, run_id) is None:
                 raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; "
                                         f"run: mig-kit run --run-id {run_id}")
-            by_stage[stage] = store.read_metrics(store.runs_root() / run_id / stage)
+            by_stage[stage] = store.read_metrics(store.stage_folder(stage, run_id))
     out.write_text(report.two_run_page(metrics, compare.list_differences(run_a, run_b)))
     click.echo(f"report: {out}")
 

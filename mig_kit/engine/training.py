@@ -104,14 +104,15 @@ def train_or_resume(trainer, folder: Path) -> None:
 def save_adapter(trainer, folder: Path) -> None:
     """Let the first process write the trained adapter to folder/adapter.
 
-    It names its base as seen from there if that is part of the same run, which may be moved.
+    It names its base as seen from there if that lies in the same folder of runs, in this run or the
+    one that it starts from: that folder may be moved.
     """
     if not trainer.is_world_process_zero():
         return
-    adapter, run = folder / "adapter", folder.resolve().parent
+    adapter, runs = folder / "adapter", folder.resolve().parents[1]
     for config in trainer.model.peft_config.values():
         base = Path(config.base_model_name_or_path)
-        if base.is_relative_to(run):
+        if base.is_relative_to(runs):
             config.base_model_name_or_path = os.path.relpath(base, adapter.resolve())
     trainer.model.save_pretrained(adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's card: empty but for the base's path

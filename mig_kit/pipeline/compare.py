@@ -37,7 +37,7 @@ def _stage_differences(stage: str, first: str, second: str) -> list[dict]:
 def stage_facts(stage: str, run_id: str) -> dict[str, dict]:
     """A finished stage's facts by kind: parameter, input (hashes), version, machine, metric."""
     record = store.load_record(stage, run_id)
-    folder = store.runs_root() / run_id / stage
+    folder = store.stage_folder(stage, run_id)
     has_metrics = (folder / "metrics.json").is_file()
     inputs = {f"{earlier}/{name}": digest[:8]
               for earlier, files in record["inputs"].items() for name, digest in files.items()

@@ -1,6 +1,7 @@
 """Run stages as notebooks, through papermill: what is up to date is skipped."""
 
 import logging
+from dataclasses import dataclass
 
 import papermill
 import torch
@@ -8,7 +9,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.pipeline import store
+from mig_kit.pipeline import branches, store
 from mig_kit.pipeline.params import (
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
@@ -19,6 +20,71 @@ from mig_kit.pipeline.params import (
     validate_params,
 )
 from mig_kit.pipeline.stage_table import StageTable
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Stages to run, each with its parameters. source: the run that this one starts from, or ""."""
+
+    run_id: str
+    source: str
+    params: dict[str, dict]
+
+
+def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: list[int],
+              overrides: tuple[tuple[str, str], ...]) -> list[PlannedRun]:
+    """The run or, with seeds, one run per seed, whose number stands for {seed} in names and values.
+
+    names: stages; all that are the run's own where there are none. Raises with one sentence where
+    one of the runs could not start; nothing is written.
+    """
+    branches.require_seed_in_name(run_id, seeds)
+    if not seeds:
+        return [_plan_run(names, profile, run_id, source, overrides)]
+    if any(name == "seed" for name, _ in overrides):
+        raise ValueError("-p seed and --seeds both set the seed; leave one of them out")
+    plans = []
+    for seed in seeds:
+        words = [text.replace(branches.SEED, str(seed)) for text in (run_id, source)]
+        values = [(name, text.replace(branches.SEED, str(seed))) for name, text in overrides]
+        plans.append(_plan_run(names, profile, *words, (*values, ("seed", str(seed)))))
+    return plans
+
+
+def _plan_run(names: list[str], profile: str, run_id: str, source: str,
+              overrides: tuple[tuple[str, str], ...]) -> PlannedRun:
+    store.validate_run_id(run_id)
+    stages = branches.plan_stages(names, run_id)
+    values = parse_overrides(overrides, stages)
+    params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
+    check_full_profile(params, "data" in values)
+    if source:
+        branches.check_branch(source, run_id, stages)
+    builds_on_run = any(store.STAGES[stage] for stage in params)
+    if builds_on_run and RUN_PARAMS_STAGE not in params:
+        _check_run_params(source or run_id, profile)
+    return PlannedRun(run_id, source, params)
+
+
+def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
+    """Run one plan after the other; with several, say after each how long the others will take."""
+    for number, plan in enumerate(plans, 1):
+        if len(plans) > 1:
+            print(f"run '{plan.run_id}', {number} of {len(plans)}", flush=True)
+        if plan.source:
+            branches.start_branch(plan.source, plan.run_id, *plan.params)
+        run_stages(plan.params, plan.run_id, force)
+        if number < len(plans):
+            left = minutes_left(plans[:number], len(plans) - number)
+            print(f"{len(plans) - number} of {len(plans)} runs to go, about {left:.0f} min left",
+                  flush=True)
+
+
+def minutes_left(finished: list[PlannedRun], remaining: int) -> float:
+    """Minutes that so many more runs take, by what the stages of those that finished took."""
+    seconds = [store.load_record(stage, plan.run_id)["seconds"]
+               for plan in finished for stage in plan.params]
+    return remaining * sum(seconds) / len(finished) / 60
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
@@ -68,15 +134,12 @@ def check_full_profile(params: dict[str, dict], is_data_given: bool) -> None:
             "driver with nvidia-smi, or set -p device cpu")
 
 
-def run_stages(params: dict[str, dict], run_id: str, profile: str, force: bool = False) -> None:
+def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> None:
     """Run the stages of `params` in order, each with its parameters.
 
     A stage that is up to date is skipped unless `force` is set. RuntimeError with the notebook's
     error where a stage fails; what it left is kept for resuming.
     """
-    builds_on_run = any(store.STAGES[stage] for stage in params)
-    if builds_on_run and RUN_PARAMS_STAGE not in params:
-        _check_run_params(run_id, profile)
     with StageTable(list(params)) as table:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[table], force=True)
         for stage, values in params.items():

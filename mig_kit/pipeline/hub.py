@@ -43,7 +43,7 @@ def model_card(run_id: str) -> str:
     """
     records = {stage: _require_fresh_record(stage, run_id)
                for stage in ("02_sft", "05_grpo", "06_evaluate")}
-    metrics = store.read_metrics(store.runs_root() / run_id / "06_evaluate")
+    metrics = store.read_metrics(store.stage_folder("06_evaluate", run_id))
     params = records["05_grpo"]["params"]
     base = params["base_model"]
     is_on_hub = (re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
@@ -88,7 +88,7 @@ def prepare_upload(run_id: str, folder: Path) -> Path:
     card = model_card(run_id)
     if folder.exists():
         raise ValueError(f"{folder} exists already; name a folder that does not")
-    shutil.copytree(store.runs_root() / run_id / "05_grpo" / "model", folder)
+    shutil.copytree(store.stage_folder("05_grpo", run_id) / "model", folder)
     (folder / "README.md").write_text(card)
     return folder
 

@@ -2,7 +2,7 @@
 
 A stage lives in runs/<run id>/NN_stage/. Its run.json is written last and by renaming, so a stage
 that was killed never looks finished. What a killed stage left behind is kept for resuming as long
-as parameters, inputs and code are the same.
+as parameters, inputs and code are the same. In a branch, earlier stages are those of another run.
 """
 
 import ast
@@ -29,6 +29,16 @@ from mig_kit.pipeline.params import (
     stage_parameters,
     validate_params,
 )
+from mig_kit.pipeline.run_folders import (
+    find_owner,
+    load_record,
+    read_record,
+    refresh_branch,
+    require_own_stage,
+    runs_root,
+    stage_folder,
+    validate_run_id,
+)
 from mig_kit.pipeline.run_lock import lock_run, unlock_run
 
 STAGES = {
@@ -43,21 +53,8 @@ STAGES = {
 RECIPE = tuple(stage for stage in STAGES if stage < "08")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
             "papermill", "numpy", "pillow")
+NAMES_OF_RUNS = ("run_id", "control_run")  # parameters that name a folder, not what is in it
 LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
-
-
-def runs_root() -> Path:
-    """Where run folders are kept: $MIG_KIT_RUNS (relative to the project), else runs/ beside the
-    package.
-    """
-    return PROJECT_ROOT / os.environ.get("MIG_KIT_RUNS", "runs")
-
-
-def validate_run_id(run_id: str) -> str:
-    """`run_id`, or ValueError if it is no plain name of a folder."""
-    if not run_id or run_id.startswith(".") or any(c in run_id for c in "/\\"):
-        raise ValueError(f"run_id is '{run_id}'; use letters, digits, '-' and '_'")
-    return run_id
 
 
 def run_params(run_id: str, needed_by: str) -> dict:
@@ -76,11 +73,10 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 def stage_key(stage: str, run_id: str, params: dict) -> str:
     """Hash of all that a stage's results follow from.
 
-    These are its parameters but for EXECUTION_PARAMS, the files, model and run that they name, what
-    the stages before it made, and the code that it uses.
+    These are its parameters but for EXECUTION_PARAMS and names of runs, the files, model and run
+    that they name, what the stages before it made, and the code that it uses.
     """
-    params = {name: value for name, value in with_run_params(stage, run_id, params).items()
-              if name not in EXECUTION_PARAMS}
+    params = with_run_params(stage, run_id, params)
     inputs = {name: require_record(name, run_id, stage)["outputs"] for name in STAGES[stage]}
     if stage not in STAGES_OF_PICTURES:
         inputs = {name: _stage_products(outputs) for name, outputs in inputs.items()}
@@ -91,6 +87,8 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
     if params.get("control_run"):
         files["control_run"] = _control_outputs(params, run_id, stage)
     code = [used_definitions(stage), notebook_code(stage)]
+    params = {name: value for name, value in params.items()
+              if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
     text = json.dumps([params, files, inputs, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -103,7 +101,7 @@ def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
         name = different[0]
         raise ValueError(f"control_run '{control}' has another {name} ({other[name]}) than run "
                          f"'{run_id}' ({params[name]}); compare runs of one model and box format")
-    return outputs
+    return _stage_products(outputs)
 
 
 def model_fingerprint(model: str) -> dict[str, str]:
@@ -121,32 +119,15 @@ def _file_fingerprint(path: Path) -> str:
     return f"{facts.st_size} {facts.st_mtime_ns}" if is_large else file_sha256(path)
 
 
-def load_record(stage: str, run_id: str) -> dict | None:
-    """The run.json of a finished stage, or None; ValueError with a remedy if that file is broken.
-    """
-    return _read_record(runs_root() / run_id / stage / "run.json")
-
-
-def _read_record(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or not record:
-        raise ValueError(f"{path} is broken; delete it, and the stage counts as not finished")
-    return record
-
-
 def require_record(stage: str, run_id: str, by: str) -> dict:
     """The run.json of a stage that another needs; FileNotFoundError with the command if it has not
     finished.
     """
     record = load_record(stage, run_id)
     if record is None:
-        raise FileNotFoundError(f"{by} needs {stage} of run '{run_id}', which has not finished; "
-                                f"run: mig-kit run {stage} --run-id {run_id}, with the --profile "
+        owner = find_owner(stage, run_id)
+        raise FileNotFoundError(f"{by} needs {stage} of run '{owner}', which has not finished; "
+                                f"run: mig-kit run {stage} --run-id {owner}, with the --profile "
                                 "of that run")
     return record
 
@@ -187,7 +168,7 @@ def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:
     record = load_record(stage, run_id)
     if record is None or record["key"] != stage_key(stage, run_id, params):
         return False
-    return outputs_exist(runs_root() / run_id / stage, record)
+    return outputs_exist(stage_folder(stage, run_id), record)
 
 
 def set_aside_outputs(stage: str, run_id: str) -> None:
@@ -207,7 +188,7 @@ def restore_outputs(stage: str, run_id: str, params: dict) -> bool:
     """
     folder = runs_root() / run_id / stage
     before = folder.with_name(f"{stage}.before")
-    record = _read_record(before / "run.json")
+    record = read_record(before / "run.json")
     if record is None or record["key"] != stage_key(stage, run_id, params):
         return False
     if not outputs_exist(before, record):
@@ -240,7 +221,7 @@ def package_versions() -> dict[str, str]:
 @dataclass
 class Stage:
     """A running stage. folder: where it writes; params: its validated parameters and those of the
-    whole run.
+    whole run. inputs: what the earlier stages had made when it started; branch: of `load_branch`.
     """
 
     name: str
@@ -248,6 +229,8 @@ class Stage:
     folder: Path
     params: dict
     key: str
+    inputs: dict[str, dict[str, str]]
+    branch: dict
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
 
@@ -258,8 +241,9 @@ class Stage:
         return BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
 
     def input_path(self, stage: str, name: str = "") -> Path:
-        """A file or folder that an earlier stage of this run made."""
-        return runs_root() / self.run_id / stage / name
+        """A file or folder that an earlier stage made, in this run or the one that it starts from.
+        """
+        return stage_folder(stage, self.run_id) / name
 
     def finish(self, metrics: dict, summary: str = "", **facts) -> None:
         """Write metrics.json, then run.json; only now does the stage count as finished.
@@ -269,11 +253,10 @@ class Stage:
         write_json(self.folder / "metrics.json", metrics)
         outputs = {str(path.relative_to(self.folder)): file_sha256(path)
                    for path in _output_files(self.folder)}
-        inputs = {name: load_record(name, self.run_id)["outputs"] for name in STAGES[self.name]}
         machine = f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs"
         write_json(self.folder / "run.json", {
             "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
-            "inputs": inputs, "outputs": outputs, "summary": summary,
+            "inputs": self.inputs, "branch": self.branch, "outputs": outputs, "summary": summary,
             "versions": package_versions(), "machine": machine, "git": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(time.monotonic() - self.clock, 1), **facts})
@@ -302,8 +285,11 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     values = {name: names[name] for name in sorted(assigned) if name in names}
     params = validate_params(values, stage)
     run_id = validate_run_id(params["run_id"])
+    require_own_stage(stage, run_id)
     lock_run(runs_root() / run_id)
+    inputs = {name: require_record(name, run_id, stage)["outputs"] for name in STAGES[stage]}
     key = stage_key(stage, run_id, params)
+    branch = refresh_branch(run_id) if inputs else {}
     folder = runs_root() / run_id / stage
     record = load_record(stage, run_id)
     if record and record["key"] != key:
@@ -315,7 +301,8 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     write_json(marker, {"key": key})
-    begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), key)
+    begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), key, inputs,
+                  branch)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 

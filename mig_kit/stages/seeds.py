@@ -58,7 +58,7 @@ def paired_gaps(run_id: str, delta: str, suite: str, samples: list[Sample],
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
                  box_format: BoxFormat) -> np.ndarray:
-    folder = store.runs_root() / run_id / "06_evaluate" / "replies"
+    folder = store.stage_folder("06_evaluate", run_id) / "replies"
     lines = (folder / f"{system}_{suite}_greedy.jsonl").read_text().splitlines()
     replies = {row["id"]: row["replies"][0] for row in map(json.loads, lines)}
     return np.array([evaluate.reply_is_correct(replies[sample.id], sample, box_format)
@@ -98,7 +98,7 @@ def _half_width(means: list[float]) -> float | None:
 def markdown_table(run_ids: list[str]) -> str:
     """A Markdown table: per claim the scores and the difference of every run, and their mean."""
     aggregate = aggregate_runs(run_ids)
-    metrics = {run_id: store.read_metrics(store.runs_root() / run_id / "06_evaluate")
+    metrics = {run_id: store.read_metrics(store.stage_folder("06_evaluate", run_id))
                for run_id in run_ids}
     runs = " | ".join(f"{run_id}: base / SFT / GRPO, difference" for run_id in run_ids)
     lines = [f"| suite | compared | {runs} | mean (over samples; over seeds) "

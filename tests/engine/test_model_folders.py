@@ -3,13 +3,15 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -183,6 +185,22 @@ def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model,
         processor.save_pretrained(tmp_path, push_to_hub=True)
 
 
+@pytest.mark.parametrize("run", ["default", "branch"])
+def test_an_adapter_finds_its_base_when_the_folder_of_runs_has_moved(
+        random_folder, float32, tmp_path, monkeypatch, run):
+    """The base lies in the same run, or in the run that this one starts from."""
+    base = shutil.copytree(random_folder, tmp_path / "runs" / "default" / "03_merge" / "merged")
+    model = get_peft_model(models.load_model(base, float32), training.lora_config(4, 8))
+    folder = tmp_path / "runs" / run / "05_grpo"
+    folder.mkdir(parents=True)
+    training.save_adapter(SimpleNamespace(model=model, is_world_process_zero=lambda: True), folder)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere" / run / "05_grpo" / "adapter")
+    base = PeftConfig.from_pretrained(".").base_model_name_or_path
+    stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    assert PeftModel.from_pretrained(stock, ".").peft_config["default"].r == 4
+
+
 def test_the_shipped_base_and_the_builders_name_the_stock_classes(random_folder, processor,
                                                                  float32, tmp_path):
     assert_names_the_stock_classes(models.TINY_BASE, "qwen2_5_vl")
@@ -196,7 +214,7 @@ def test_the_shipped_base_and_the_builders_name_the_stock_classes(random_folder,
 
 def test_what_push_sends_names_the_stock_classes(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "model_card", lambda run_id: "# a card\n")
-    monkeypatch.setattr(hub.store, "runs_root", lambda: tmp_path)
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     (tmp_path / "a" / "05_grpo").mkdir(parents=True)
     (tmp_path / "a" / "05_grpo" / "model").symlink_to(saved["qwen2_5_vl"])
     folder = hub.prepare_upload("a", tmp_path / "upload")

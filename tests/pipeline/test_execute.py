@@ -116,12 +116,12 @@ def test_going_on_with_the_same_profile_is_not_refused(root, profile, changes):
 
 def test_a_stage_that_needs_no_other_runs_under_any_profile(root, monkeypatch):
     start_run(root, "tiny")
-    values = {"00_preflight": execute.choose_params("00_preflight", "qwen2_5_vl_7b", "default", {})}
     executed = []
     monkeypatch.setattr(execute, "_execute_notebook", lambda *arguments: executed.append(arguments))
     monkeypatch.setattr(execute.store, "load_record", lambda stage, run_id: {
         "params": params.profile_params(params.RUN_PARAMS_STAGE, "tiny"), "summary": "", "key": ""})
-    execute.run_stages(values, "default", "qwen2_5_vl_7b", force=True)
+    plans = execute.plan_runs(["00_preflight"], "qwen2_5_vl_7b", "default", "", [], ())
+    execute.run_plans(plans, force=True)
     assert len(executed) == 1
 
 

@@ -1,0 +1,70 @@
+"""A variant of 05 from a finished run: one command, and the run that it starts from stays as it is.
+"""
+
+import json
+import shutil
+from hashlib import sha256
+
+import pytest
+from command_line import run_mig_kit
+
+from mig_kit.pipeline import store
+
+pytestmark = pytest.mark.slow
+VARIANT = ("run", "05", "06", "--from", "smoke", "--run-id", "variant", "--profile", "smoke",
+           "-p", "loss_type", "dr_grpo")
+
+
+@pytest.fixture(scope="module")
+def runs(smoke_runs, tmp_path_factory):
+    """A folder of runs with a copy of the smoke run."""
+    root = tmp_path_factory.mktemp("variants")
+    shutil.copytree(smoke_runs / "smoke", root / "smoke")
+    return root
+
+
+def describe_files(folder):
+    """Hash and time of every file."""
+    return {path: (sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_variant_is_one_command_and_leaves_its_source_untouched(runs):
+    before = describe_files(runs / "smoke")
+    result = run_mig_kit(*VARIANT, MIG_KIT_RUNS=str(runs))
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+    assert describe_files(runs / "smoke") == before
+    folders = {path.name for path in (runs / "variant").iterdir() if path.is_dir()}
+    assert folders == {"05_grpo", "06_evaluate"}
+    keys = {stage: json.loads((runs / "smoke" / stage / "run.json").read_text())["key"]
+            for stage in store.RECIPE[1:5]}
+    for stage in folders:
+        record = json.loads((runs / "variant" / stage / "run.json").read_text())
+        assert record["branch"] == {"from": "smoke", "stages": keys}
+    assert record["inputs"].keys() == {"03_merge", "05_grpo"}
+    first, second = (json.loads((runs / run / "05_grpo" / "run.json").read_text())
+                     for run in ("smoke", "variant"))
+    assert first["params"]["loss_type"] == "dapo" and second["params"]["loss_type"] == "dr_grpo"
+    assert first["inputs"]["03_merge"].items() >= second["inputs"]["03_merge"].items()
+    adapter = json.loads((runs / "variant/05_grpo/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "../../../smoke/03_merge/merged"
+
+
+def test_a_variant_goes_on_without_its_sources_name(runs):
+    """What is up to date is skipped; report, table and differences take earlier stages from there.
+    """
+    words = [word for word in VARIANT if word not in ("--from", "smoke")]
+    words[words.index("--profile") + 1:words.index("--profile") + 1] = ["smoke"]
+    again = run_mig_kit(*words, MIG_KIT_RUNS=str(runs))
+    assert again.stdout.count("up to date") == 2, again.stderr
+    words = ("run", "07", "--run-id", "variant", "--profile", "smoke")
+    report = run_mig_kit(*words, MIG_KIT_RUNS=str(runs))
+    assert report.returncode == 0, report.stderr[-3000:]
+    assert (runs / "variant" / "07_report" / "report.html").is_file()
+    table = run_mig_kit("table", "smoke", "variant", MIG_KIT_RUNS=str(runs))
+    assert "variant: base / SFT / GRPO" in table.stdout, table.stderr
+    difference = run_mig_kit("diff", "smoke", "variant", MIG_KIT_RUNS=str(runs))
+    stages = {line.split()[0] for line in difference.stdout.splitlines()[:-1]}
+    assert "05_grpo" in stages and not stages & set(store.RECIPE[1:5])
+    lines = run_mig_kit("status", MIG_KIT_RUNS=str(runs)).stdout.splitlines()
+    assert lines[lines.index("  variant") + 1] == "    01 to 04 of smoke"
