@@ -41,7 +41,9 @@ def test_a_variant_is_one_command_and_leaves_its_source_untouched(runs):
     for stage in folders:
         record = json.loads((runs / "variant" / stage / "run.json").read_text())
         assert record["branch"] == {"from": "smoke", "stages": keys}
-    assert record["inputs"].keys() == {"03_merge", "05_grpo"}
+        if stage == "06_evaluate":
+            assert record["inputs"].keys() == {"03_merge", "05_grpo"}
+            assert record["taken"] == {"base": "smoke", "sft": "smoke"}
     first, second = (json.loads((runs / run / "05_grpo" / "run.json").read_text())
                      for run in ("smoke", "variant"))
     assert first["params"]["loss_type"] == "dapo" and second["params"]["loss_type"] == "dr_grpo"
@@ -68,3 +70,18 @@ def test_a_variant_goes_on_without_its_sources_name(runs):
     assert "05_grpo" in stages and not stages & set(store.RECIPE[1:5])
     lines = run_mig_kit("status", MIG_KIT_RUNS=str(runs)).stdout.splitlines()
     assert lines[lines.index("  variant") + 1] == "    01 to 04 of smoke"
+
+
+def test_only_replies_that_would_be_the_same_are_taken(runs):
+    """With another seed of 06 nothing is; what was taken equals what the source drew."""
+    drawn, taken = (runs / run / "06_evaluate" / "replies" for run in ("smoke", "variant"))
+    for name in ("base_mig_bench_greedy.jsonl", "sft_mmiu_drawn.jsonl"):
+        assert (taken / name).read_bytes() == (drawn / name).read_bytes()
+    words = [word for word in VARIANT if word != "05"]
+    words[words.index("--from") + 1], words[words.index("--run-id") + 1] = "variant", "reseeded"
+    words[-2:] = ["seed", "9"]
+    result = run_mig_kit(*words, MIG_KIT_RUNS=str(runs))
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = json.loads((runs / "reseeded" / "06_evaluate" / "run.json").read_text())
+    other = runs / "reseeded" / "06_evaluate" / "replies" / "sft_mmiu_drawn.jsonl"
+    assert record["taken"] == {} and other.read_bytes() != (drawn / other.name).read_bytes()
