@@ -88,17 +88,21 @@ def minutes_left(finished: list[PlannedRun], remaining: int) -> float:
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
-    """What `-p name value` gave, values read as YAML; "" is an empty word.
+    """What `-p name value` gave: words as they stand, all other values read as YAML.
 
     KeyError for a name that none of the stages has, ValueError for a value that cannot be read.
     """
-    known = {name for stage in stages for name in stage_parameters(stage)}
+    known = {name: parameter for stage in stages
+             for name, parameter in stage_parameters(stage).items()}
     overrides = {}
     for name, text in pairs:
         if name == "run_id":
             raise ValueError("-p run_id would part a run's notebook from its files; use --run-id")
         if name not in known:
             raise KeyError(unknown_parameter_message(name, " or ".join(stages), known))
+        if isinstance(known[name].default, str):  # a command may hold what YAML reads as a mapping
+            overrides[name] = text
+            continue
         try:
             overrides[name] = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:

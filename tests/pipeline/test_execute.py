@@ -130,6 +130,14 @@ def test_an_empty_value_is_an_empty_word():
     assert execute.parse_overrides(pairs, ["05_grpo"]) == {"launcher": "", "report_to": "none"}
 
 
+def test_a_command_is_a_word_whatever_it_holds():
+    """YAML would read the first as a mapping, and the second as a number."""
+    command = "env A=1 vllm serve {model} --limit-mm-per-prompt '{\"image\": 6}'"
+    for text in (command, "2"):
+        assert execute.parse_overrides((("server", text),), ["04_rejection_sampling"]) == {
+            "server": text}
+
+
 def test_full_profile_starts_on_no_drawn_scenes_unasked_and_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
     params = {stage: execute.choose_params(stage, "qwen2_5_vl_7b", "a", {})
