@@ -130,9 +130,9 @@ def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> N
 @click.argument("run_b")
 def diff(run_a: str, run_b: str) -> None:
     """What differs between two runs: parameters, inputs, versions, machine and metrics."""
-    from mig_kit.pipeline import compare
+    from mig_kit.pipeline import differences
 
-    rows = compare.list_differences(run_a, run_b)
+    rows = differences.list_differences(run_a, run_b)
     for row in rows:
         place = f"{row['stage']:<24}{row['what']:<11}{row['name']:<44}"
         click.echo(f"{place}{row['a']!s:<20} {row['b']!s}")
@@ -146,7 +146,7 @@ def diff(run_a: str, run_b: str) -> None:
               type=click.Path(dir_okay=False, path_type=Path))
 def report_command(run_a: str, run_b: str, out: Path) -> None:
     """Two runs on one page: scores, training, and what differs."""
-    from mig_kit.pipeline import compare
+    from mig_kit.pipeline import differences
     from mig_kit.stages import report
 
     metrics: dict[str, dict] = {run_a: {}, run_b: {}}
@@ -156,17 +156,36 @@ def report_command(run_a: str, run_b: str, out: Path) -> None:
                 raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; "
                                         f"run: mig-kit run --run-id {run_id}")
             by_stage[stage] = store.read_metrics(store.stage_folder(stage, run_id))
-    out.write_text(report.two_run_page(metrics, compare.list_differences(run_a, run_b)))
+    out.write_text(report.two_run_page(metrics, differences.list_differences(run_a, run_b)))
     click.echo(f"report: {out}")
 
 
 @cli.command()
-@click.argument("run_ids", nargs=-1, required=True)
-def table(run_ids: tuple[str, ...]) -> None:
-    """Runs side by side, as a Markdown table: scores, differences, and the mean over runs."""
-    from mig_kit.stages import seeds
+@click.argument("run_ids", nargs=-1)
+@click.option("--group", "groups", multiple=True, metavar="NAME=RUN,RUN",
+              help="Runs that count as one, such as the seeds of a variant; repeat.")
+@click.option("--reference", default="", help="The group that the others are compared with.")
+@click.option("--format", "form", default="md", show_default=True,
+              type=click.Choice(["md", "csv", "latex"]))
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),
+              help="Draw the comparison here: a .png, .pdf or .svg.")
+def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, form: str,
+          figure: Path | None) -> None:
+    """Runs, or groups of runs, side by side: scores, differences and their intervals.
 
-    click.echo(seeds.markdown_table(list(run_ids)))
+    A run that is named without a group is a group of its own.
+    """
+    from mig_kit import plots
+    from mig_kit.stages import compare
+
+    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
+    result = compare.compare_groups(compare.parse_groups([*groups, *run_ids]), reference)
+    click.echo(compare.render_table(result, form))
+    if figure:
+        plots.set_style()
+        plots.plot_groups(compare.figure_rows(result)).savefig(figure, bbox_inches="tight")
+        click.echo(f"figure: {figure}", err=True)
 
 
 @cli.command()

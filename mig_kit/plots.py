@@ -149,6 +149,37 @@ def plot_stacked(counts: dict[str, dict[str, int]], title: str):
     return figure
 
 
+def plot_groups(rows: list[dict]) -> plt.Figure:
+    """A panel per suite: a point with its interval per group, a line at the reference's score.
+
+    rows: {suite, group, is_reference, value, low, high}, percent.
+    """
+    table = pd.DataFrame(rows)
+    names, groups = (list(dict.fromkeys(table[column])) for column in ("suite", "group"))
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, sharey=True,
+                                figsize=(3 * columns, lines * (0.9 + 0.28 * len(groups))))
+    for axis, name in zip(axes.flat, names):
+        for place, group in enumerate(groups):
+            row = table[(table["suite"] == name) & (table["group"] == group)].iloc[0]
+            colour = "#222222" if row["is_reference"] else "#0072B2"
+            axis.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.6)
+            axis.plot(row["value"], place, "o", color=colour, markersize=5)
+            if row["is_reference"]:
+                axis.axvline(row["value"], color="#999999", linewidth=1, zorder=0)
+        axis.set_title(name, fontsize=10)
+        axis.set_yticks(range(len(groups)), groups, fontsize=9)
+        axis.tick_params(axis="x", labelsize=9)
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+    for axis in list(axes.flat)[len(names):]:
+        axis.set_visible(False)
+    figure.suptitle("GRPO model, greedy, percent, with 95 % intervals", fontsize=11, x=0.01,
+                    ha="left")
+    figure.tight_layout()
+    return figure
+
+
 def plot_speedup(rows: list[dict], title: str):
     """Four panels over images' tokens, replies, tokens of a reply and prompts; a line per stage.
     rows: of `benchmark.sweep`.

@@ -83,14 +83,14 @@ def random_folder(tmp_path_factory, processor):
 
 @pytest.fixture(scope="session")
 def smoke_runs(tmp_path_factory):
-    """A folder of runs with a smoke run, "smoke", 08 and 90 too, through the command line.
+    """A folder of runs with a smoke run, "smoke", 08, 09 and 90 too, through the command line.
 
     Tests change copies of it. It is made once, by the first of the processes that the tests run in.
     """
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-runs"
     with FileLock(f"{root}.lock"):
-        for stages in ((), ("08", "90")):
+        for stages in ((), ("08", "09", "90")):
             words = ("run", *stages, "--profile", "smoke", "--run-id", "smoke")
             result = run_mig_kit(*words, MIG_KIT_RUNS=str(root))
             assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]

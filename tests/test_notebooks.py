@@ -30,7 +30,7 @@ def test_every_stage_left_what_it_should(runs):
         assert {"metrics.json", "run.json", f"{stage}.ipynb"} <= names
         record = json.loads((folder / "run.json").read_text())
         assert record["versions"]["trl"] and record["machine"]
-        assert stage in ("01_synthesize", "07_report") or record["hardware"]
+        assert stage in ("01_synthesize", "07_report", "09_compare") or record["hardware"]
     metrics = json.loads((runs / "smoke" / "06_evaluate" / "metrics.json").read_text())
     for system in ("base", "sft", "grpo"):
         for suite in ("mig_bench", "ood_grounding", "blink", "mmiu"):

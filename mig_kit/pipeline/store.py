@@ -48,7 +48,7 @@ STAGES = {
     "06_evaluate": ("03_merge", "05_grpo"),
     "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo",
                   "06_evaluate"),
-    "08_benchmark": (), "90_tiny_base": (),
+    "08_benchmark": (), "09_compare": (), "90_tiny_base": (),
 }
 RECIPE = tuple(stage for stage in STAGES if stage < "08")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
@@ -91,6 +91,12 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
               if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
     text = json.dumps([params, files, inputs, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _list_runs(groups: list[str]) -> list[str]:
+    """The runs of "name=run,run" words, as `stages.compare.parse_groups` reads them."""
+    runs = [run.strip() for word in groups for run in word.rpartition("=")[2].split(",")]
+    return [validate_run_id(run) for run in runs if run]
 
 
 def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:

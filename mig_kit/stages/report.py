@@ -219,7 +219,7 @@ def render_page(title: str, sections: list[tuple[str, Markup]]) -> str:
 def two_run_page(metrics: dict[str, dict[str, dict]], differences: list[dict]) -> str:
     """One page about two runs.
 
-    metrics: run -> stage -> metrics. differences: rows of `compare.list_differences`.
+    metrics: run -> stage -> metrics. differences: rows of `differences.list_differences`.
     """
     plots.set_style()
     evaluated = {run: stages["06_evaluate"] for run, stages in metrics.items()}

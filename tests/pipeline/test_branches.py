@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from mig_kit.cli import cli
 from mig_kit.common import write_json
-from mig_kit.pipeline import branches, compare, execute, params, run_folders, status, store
+from mig_kit.pipeline import branches, differences, execute, params, run_folders, status, store
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_a_branch_and_its_source_differ_in_the_branchs_stages_alone(root):
     leave_stage(root, "a", "05_grpo")
     branches.start_branch("a", "b", "05_grpo")
     leave_stage(root, "b", "05_grpo", "2")
-    rows = compare.list_differences("a", "b")
+    rows = differences.list_differences("a", "b")
     assert [(row["stage"], row["name"], row["a"], row["b"]) for row in rows] == [
         ("05_grpo", "product", "1", "2")]
 

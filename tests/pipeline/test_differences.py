@@ -5,7 +5,7 @@ from click.testing import CliRunner
 
 from mig_kit.cli import cli
 from mig_kit.common import write_json
-from mig_kit.pipeline import compare
+from mig_kit.pipeline import differences
 
 
 @pytest.fixture
@@ -37,21 +37,21 @@ def two_runs(tmp_path, monkeypatch):
 
 
 def test_only_what_differs_is_named(two_runs):
-    differences = {
+    by_name = {
         (row["what"], row["name"]): (row["a"], row["b"])
-        for row in compare.list_differences("a", "b")
+        for row in differences.list_differences("a", "b")
     }
-    assert differences == {
+    assert by_name == {
         ("parameter", "seed"): (0, 1),
         ("input", "01_synthesize/cot.parquet"): ("00000000", "11111111"),
         ("metric", "loss.last"): (41.5, 43.0),
     }
-    assert compare.list_differences("a", "a") == []
+    assert differences.list_differences("a", "a") == []
 
 
 def test_a_stage_that_only_one_run_has(two_runs):
     (two_runs / "b" / "02_sft" / "run.json").unlink()
-    assert compare.list_differences("a", "b") == [
+    assert differences.list_differences("a", "b") == [
         {"stage": "02_sft", "what": "stage", "name": "finished", "a": True, "b": False}
     ]
 

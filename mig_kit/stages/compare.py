@@ -1,0 +1,322 @@
+"""Stage 09: groups of runs side by side, such as a variant's seeds beside the recipe's.
+
+A run is a group's member; its seed is that of stage 05. Scores are of greedy replies, in percent.
+Every row holds a 95 % interval over test samples and, where a group has several runs, over seeds,
+too (`stats.joint_interval`). Two groups are compared by sample, and by seed where both have the
+same seeds. No two questions of the drawn suites are about the same images, so samples are
+independent.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.pipeline import store
+from mig_kit.plots import SUITE_NAMES
+from mig_kit.sample import Sample
+from mig_kit.stages import evaluate
+from mig_kit.stages.report import CLAIMS
+from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
+from mig_kit.world import suites
+
+# Runs that differ in one of these did not answer the same questions.
+SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "min_pixels", "max_pixels",
+                 "coordinates")
+SYSTEMS = ("base", "sft", "grpo")
+SYSTEM_NAMES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
+OUT_OF_DOMAIN = "ood_grounding"
+OOD_NAMES = {"lisa": "LISA-like", "revos": "ReVOS-like", "mc_bench": "MC-Bench-like",
+             "unseen": "unseen things"}
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """What a comparison reads of a run. correct: system -> suite -> (samples,) 0 or 1; tokens: of a
+    reply in 05's last ten updates; minutes: of stages 02 to 05.
+    """
+
+    run_id: str
+    seed: int
+    correct: dict[str, dict[str, np.ndarray]]
+    tokens: float
+    minutes: float
+    git: str
+    machine: str
+
+
+def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> runs of words "name=run,run"; a run alone is a group of its own name.
+
+    ValueError where a name or a run occurs twice, or a group has no run.
+    """
+    groups: dict[str, list[str]] = {}
+    for word in words:
+        name, is_named, runs = word.partition("=")
+        members = [run.strip() for run in (runs if is_named else name).split(",") if run.strip()]
+        if not name.strip() or not members:
+            raise ValueError(f"'{word}' is no group; write name=run or name=run,run")
+        if name.strip() in groups:
+            raise ValueError(f"two groups are called '{name.strip()}'; give each its own name")
+        groups[name.strip()] = members
+    everyone = [run for members in groups.values() for run in members]
+    if twice := next((run for run in everyone if everyone.count(run) > 1), ""):
+        raise ValueError(f"run '{twice}' is named twice; a run counts once, in one group")
+    if not groups:
+        raise ValueError("there is nothing to compare; name runs, or groups as name=run,run")
+    return groups
+
+
+def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
+    """Run id -> parameters of its 06_evaluate.
+
+    Raises FileNotFoundError for a run without one; ValueError if a model was trained again since,
+    or if the test samples differ.
+    """
+    evaluations = {}
+    for run_id in run_ids:
+        record = store.load_record("06_evaluate", run_id)
+        if record is None:
+            raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; "
+                                    f"run: mig-kit run --run-id {run_id}")
+        if stale_input := store.find_stale_input("06_evaluate", run_id):
+            raise ValueError(f"the scores of run '{run_id}' are of a model before {stale_input} "
+                             f"was run again; run: mig-kit run 06 --run-id {run_id}, with the "
+                             "--profile of that run")
+        evaluations[run_id] = record["params"]
+    for name in SAMPLE_PARAMS:
+        if len({params[name] for params in evaluations.values()}) > 1:
+            values = ", ".join(f"{run} {params[name]}" for run, params in evaluations.items())
+            raise ValueError(f"the runs were not evaluated on the same samples: {name} is {values}")
+    return evaluations
+
+
+def load_groups(groups: dict[str, list[str]]) -> tuple[
+        dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
+    """(samples by suite, runs by group); raises as `load_evaluations`."""
+    evaluations = load_evaluations([run for members in groups.values() for run in members])
+    params = next(iter(evaluations.values()))
+    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+    samples = {suite: suites.make_suite(suite, "test", params[size], params["eval_seed"])
+               for suite, size in suites.SIZE_PARAMS.items()}
+    return samples, {name: [_load_run(run, samples, box_format) for run in members]
+                     for name, members in groups.items()}
+
+
+def _load_run(run_id: str, samples: dict[str, list[Sample]],
+              box_format: BoxFormat) -> EvaluatedRun:
+    record = store.load_record("06_evaluate", run_id)
+    trained = store.load_record("05_grpo", run_id) or {}
+    stages = [store.load_record(stage, run_id) or {} for stage in store.RECIPE[2:6]]
+    curves = store.read_metrics(store.stage_folder("05_grpo", run_id)).get("curves", [])
+    lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
+    correct = {system: {suite: _correctness(run_id, system, suite, samples[suite], box_format)
+                        for suite in samples}
+               for system in SYSTEMS}
+    return EvaluatedRun(
+        run_id, trained.get("params", {}).get("seed", 0), correct,
+        float(np.mean(lengths)) if lengths else float("nan"),
+        sum(stage.get("seconds", 0) for stage in stages) / 60,
+        record.get("git", ""), record.get("machine", ""))
+
+
+def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
+                 box_format: BoxFormat) -> np.ndarray:
+    folder = store.stage_folder("06_evaluate", run_id) / "replies"
+    lines = (folder / f"{system}_{suite}_greedy.jsonl").read_text().splitlines()
+    replies = {row["id"]: row["replies"][0] for row in map(json.loads, lines)}
+    return np.array([evaluate.reply_is_correct(replies[sample.id], sample, box_format)
+                     for sample in samples])
+
+
+def compare_groups(groups: dict[str, list[str]], reference: str = "") -> dict:
+    """{"rows", "runs", "notes"} of groups of runs; reference: the group that the others are
+    compared with, the first by default.
+
+    rows: {group, suite, figure, value, low, high, runs, over, improvement}, unrounded, in percent
+    or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on. figure: a system's score
+    ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the GRPO model's score less that
+    of the group NAME. improvement: of "vs NAME" alone, the probability that a run scores higher
+    than one of NAME on a task (rliable, arXiv 2108.13264). runs: {group, run, seed, tokens,
+    minutes, git, machine}. notes: sentences on what the intervals do not cover.
+    """
+    reference = reference or next(iter(groups))
+    if reference not in groups:
+        raise ValueError(f"there is no group '{reference}' to compare with; the groups are "
+                         f"{', '.join(groups)}")
+    samples, runs = load_groups(groups)
+    rows = []
+    for name, members in runs.items():
+        for suite, tasks in _scopes(samples).items():
+            rows += _group_rows(name, members, suite, tasks)
+            if name != reference:
+                rows.append(_difference_row(name, members, reference, runs[reference], suite,
+                                            tasks))
+    facts = [{"group": name, "run": run.run_id, "seed": run.seed, "tokens": run.tokens,
+              "minutes": run.minutes, "git": run.git, "machine": run.machine}
+             for name, members in runs.items() for run in members]
+    return {"reference": reference, "rows": rows, "runs": facts,
+            "notes": _notes(runs, reference)}
+
+
+def _scopes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, list[np.ndarray]]]:
+    """Name of a suite, or of a task out of domain -> (suite, the sample indices of each task)."""
+    scopes = {}
+    for suite, suite_samples in samples.items():
+        by_task = evaluate.split_by_task(suite_samples, np.arange(len(suite_samples)))
+        scopes[suite] = suite, list(by_task.values())
+        if suite == OUT_OF_DOMAIN:
+            scopes |= {f"{suite}/{task}": (suite, [rows]) for task, rows in by_task.items()}
+    return scopes
+
+
+def _values(runs: list[EvaluatedRun], system: str,
+            tasks: tuple[str, list[np.ndarray]]) -> list[np.ndarray]:
+    """(runs, samples) correctness of each task, in percent."""
+    suite, rows_by_task = tasks
+    correct = 100 * np.stack([run.correct[system][suite] for run in runs])
+    return [correct[:, rows] for rows in rows_by_task]
+
+
+def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
+                tasks: tuple[str, list[np.ndarray]]) -> list[dict]:
+    by_system = {system: _values(runs, system, tasks) for system in SYSTEMS}
+    estimates = {system: joint_interval(values) for system, values in by_system.items()}
+    for after, before in (("grpo", "sft"), ("grpo", "base"), ("sft", "base")):
+        gaps = [a - b for a, b in zip(by_system[after], by_system[before])]
+        estimates[f"{after}-{before}"] = joint_interval(gaps)
+    return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
+             "improvement": None}
+            for figure, estimate in estimates.items()]
+
+
+def _difference_row(group: str, runs: list[EvaluatedRun], reference: str,
+                    others: list[EvaluatedRun], suite: str,
+                    tasks: tuple[str, list[np.ndarray]]) -> dict:
+    if have_same_seeds(runs, others):
+        others = sorted(others, key=lambda run: [mine.seed for mine in runs].index(run.seed))
+        values, other_values = (_values(members, "grpo", tasks) for members in (runs, others))
+        estimate = joint_interval([a - b for a, b in zip(values, other_values)])
+    else:
+        values, other_values = (_values(members, "grpo", tasks) for members in (runs, others))
+        estimate = joint_difference(values, other_values)
+    return {"group": group, "suite": suite, "figure": f"vs {reference}", **estimate,
+            "runs": len(runs), "improvement": probability_of_improvement(values, other_values)}
+
+
+def have_same_seeds(runs: list[EvaluatedRun], others: list[EvaluatedRun]) -> bool:
+    """Whether each run has one partner of the same seed in the other group."""
+    seeds, other_seeds = ([run.seed for run in members] for members in (runs, others))
+    return len(set(seeds)) == len(seeds) and sorted(seeds) == sorted(other_seeds)
+
+
+def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
+    notes = []
+    alone = [name for name, members in runs.items() if len(members) == 1]
+    if alone:
+        notes.append(f"One run each: {', '.join(alone)}. Their intervals are over test samples "
+                     "alone; another seed may move a score by more.")
+    for name, members in runs.items():
+        if name != reference and not have_same_seeds(members, runs[reference]):
+            seeds, others = (sorted(run.seed for run in group)
+                             for group in (members, runs[reference]))
+            notes.append(f"{name} has seeds {seeds} and {reference} {others}: they are compared by "
+                         "sample, not by seed, which widens the interval.")
+    if len({run.git for members in runs.values() for run in members}) > 1:
+        notes.append("The runs were evaluated at different commits.")
+    return notes
+
+
+def suite_name(suite: str) -> str:
+    """How a suite, or a task out of domain, is called in tables."""
+    _, is_task, task = suite.partition("/")
+    return OOD_NAMES.get(task, task) if is_task else SUITE_NAMES[suite]
+
+
+def table_frames(result: dict) -> dict[str, pd.DataFrame]:
+    """Title -> table of words, rounded to one decimal; result: of `compare_groups`."""
+    rows = result["rows"]
+    frames = {"GRPO model, percent (95 %)": _wide_frame(rows, "grpo", result["runs"])}
+    differences = [row for row in rows if row["figure"].startswith("vs ")]
+    if differences:
+        figure = differences[0]["figure"]
+        frames[f"Difference to {result['reference']}, points (95 %; probability of improvement)"] \
+            = _wide_frame(rows, figure)
+    frames["The paper's claims, points (95 %)"] = _claims_frame(rows)
+    return frames
+
+
+def _wide_frame(rows: list[dict], figure: str, runs: list[dict] | None = None) -> pd.DataFrame:
+    """A line per group, a column per suite; with runs also their number, tokens and minutes."""
+    lines: dict[str, dict] = {}
+    for row in rows:
+        if row["figure"] != figure:
+            continue
+        line = lines.setdefault(row["group"], {"group": row["group"], "runs": row["runs"]})
+        line[suite_name(row["suite"])] = _cell(row)
+    if runs:
+        facts = pd.DataFrame(runs).groupby("group")[["tokens", "minutes"]].mean()
+        for group, line in lines.items():
+            line["tokens"], line["minutes"] = (f"{facts.loc[group, name]:.0f}"
+                                               for name in ("tokens", "minutes"))
+    return pd.DataFrame(list(lines.values()))
+
+
+def _cell(row: dict) -> str:
+    sign = "" if row["figure"] in SYSTEMS else "+"
+    text = f"{row['value']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f}"
+    chance = "" if row["improvement"] is None else f"; {row['improvement']:.2f}"
+    return f"{text}{chance})"
+
+
+def _claims_frame(rows: list[dict]) -> pd.DataFrame:
+    by_key = {(row["group"], row["suite"], row["figure"]): row for row in rows}
+    lines = []
+    for suite, comparison, delta, paper in CLAIMS:
+        line = {"suite": SUITE_NAMES[suite], "compared": comparison}
+        for group in dict.fromkeys(row["group"] for row in rows):
+            line[group] = _cell(by_key[group, suite, delta])
+        lines.append({**line, "paper (real benchmark, 7B)": f"{paper:+.2f}"})
+    return pd.DataFrame(lines)
+
+
+def figure_rows(result: dict) -> list[dict]:
+    """Rows {suite, group, value, low, high} of the GRPO models' scores, for `plots.plot_groups`."""
+    return [{"suite": suite_name(row["suite"]), "is_reference": row["group"] == result["reference"],
+             **{name: row[name] for name in ("group", "value", "low", "high")}}
+            for row in result["rows"] if row["figure"] == "grpo"]
+
+
+def render_table(result: dict, form: str = "md") -> str:
+    """The comparison as Markdown, as LaTeX (needs booktabs), or all rows unrounded as CSV."""
+    if form == "csv":
+        facts = pd.DataFrame(result["runs"]).groupby("group")
+        table = pd.DataFrame(result["rows"])
+        for name in ("tokens", "minutes"):
+            table[name] = table["group"].map(facts[name].mean())
+        for name in ("git", "machine"):
+            table[name] = table["group"].map(facts[name].agg(lambda words: " ".join(set(words))))
+        return table.to_csv(index=False)
+    parts = []
+    for title, frame in table_frames(result).items():
+        if form == "latex":
+            parts.append(frame.to_latex(index=False, escape=True, caption=_escape_latex(title)))
+        else:
+            parts.append(f"{title}\n\n{_markdown(frame)}\n")
+    notes = [_escape_latex(note) + "\\par" if form == "latex" else note for note in result["notes"]]
+    return "\n".join([*parts, *notes]).strip()
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |"
+                     for line in lines)
+
+
+def _escape_latex(text: str) -> str:
+    for character in "%&#_$":
+        text = text.replace(character, f"\\{character}")
+    return text

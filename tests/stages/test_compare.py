@@ -1,0 +1,261 @@
+"""Groups of runs: hand-made replies, right or wrong by plan, and an independent computation."""
+
+import io
+import itertools
+import json
+import random
+import re
+import shutil
+import statistics
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+from command_line import run_mig_kit
+
+from mig_kit import plots
+from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.prompts import format_answer
+from mig_kit.stages import compare
+from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
+from mig_kit.world import suites
+
+PER_TASK = 4
+PARAMS = {"eval_seed": 3, "min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute",
+          **{size: PER_TASK for size in suites.SIZE_PARAMS.values()}}
+
+
+def right(sample) -> str:
+    if sample.options:
+        return f"<think></think><answer>{sample.letter}</answer>"
+    if not sample.targets:
+        return "<think></think><answer>none</answer>"
+    image, box = sample.targets[0]
+    model_box = to_model_box(box, sample.sizes[image - 1], BoxFormat())
+    return f"<think></think><answer>{format_answer(image, model_box)}</answer>"
+
+
+def write_run(root, run_id, seed=0, skill=None, **changed):
+    """A run whose systems are right with probability `skill`; gives (system, suite) -> values."""
+    rng, correct = random.Random(f"{run_id}"), {}
+    skill = skill or {"base": 0.2, "sft": 0.5, "grpo": 0.7}
+    folder = root / run_id / "06_evaluate"
+    (folder / "replies").mkdir(parents=True)
+    for suite, system in itertools.product(suites.SUITES, skill):
+        samples = suites.make_suite(suite, "test", PER_TASK, PARAMS["eval_seed"])
+        values = [rng.random() < skill[system] for _ in samples]
+        lines = [json.dumps({"id": sample.id, "replies": [right(sample) if value else "no"]})
+                 for sample, value in zip(samples, values)]
+        path = folder / "replies" / f"{system}_{suite}_greedy.jsonl"
+        path.write_text("\n".join(lines) + "\n")
+        correct[system, suite] = [(sample.task, int(value))
+                                  for sample, value in zip(samples, values)]
+    (folder / "run.json").write_text(json.dumps(
+        {"params": PARAMS | changed, "git": "abc", "machine": "two cores"}))
+    trained = root / run_id / "05_grpo"
+    trained.mkdir()
+    (trained / "run.json").write_text(json.dumps({"params": {"seed": seed}, "seconds": 300}))
+    (trained / "metrics.json").write_text(json.dumps(
+        {"curves": [{"length": 50 + step} for step in range(20)]}))
+    return correct
+
+
+@pytest.fixture(scope="module")
+def nine_runs(tmp_path_factory):
+    """(folder, run -> its values): three groups of three seeds."""
+    root = tmp_path_factory.mktemp("runs")
+    skills = {"recipe": 0.6, "dr_grpo": 0.7, "r_100%": 0.4}
+    return root, {f"{name}-{seed}": write_run(root, f"{name}-{seed}", seed,
+                                              {"base": 0.2, "sft": 0.5, "grpo": skill})
+                  for name, skill in skills.items() for seed in range(3)}
+
+
+GROUPS = {name: [f"{name}-{seed}" for seed in range(3)] for name in ("recipe", "dr_grpo", "r_100%")}
+
+
+def plain_score(values):
+    """Percent, the mean over tasks of the mean over samples, by plain loops."""
+    tasks = {}
+    for task, value in values:
+        tasks.setdefault(task, []).append(value)
+    return 100 * statistics.fmean(statistics.fmean(members) for members in tasks.values())
+
+
+def plain_half_width(runs):
+    """Half the interval of a mean over runs, by plain loops; rows of (task, value) per run."""
+    tasks = {}
+    for column in zip(*runs):
+        tasks.setdefault(column[0][0], []).append(statistics.fmean(v for _, v in column))
+    samples = sum(statistics.variance(members) / len(members)
+                  for members in tasks.values()) / len(tasks) ** 2
+    between = statistics.variance([plain_score(run) / 100 for run in runs]) / len(runs)
+    degrees = sum(map(len, tasks.values())) - len(tasks)
+    from scipy.stats import t
+    over_samples, over_seeds = t.ppf(0.975, degrees), t.ppf(0.975, len(runs) - 1)
+    return 100 * (over_samples ** 2 * samples + over_seeds ** 2 * between) ** 0.5
+
+
+def test_three_variants_of_three_seeds_as_plain_loops_compute_them(nine_runs, monkeypatch):
+    root, values = nine_runs
+    monkeypatch.setenv("MIG_KIT_RUNS", str(root))
+    result = compare.compare_groups(GROUPS)
+    rows = {(row["group"], row["suite"], row["figure"]): row for row in result["rows"]}
+    for group, suite in itertools.product(GROUPS, suites.SUITES):
+        runs = [values[run]["grpo", suite] for run in GROUPS[group]]
+        row = rows[group, suite, "grpo"]
+        assert row["value"] == pytest.approx(statistics.fmean(map(plain_score, runs)), abs=1e-9)
+        assert row["high"] - row["value"] == pytest.approx(plain_half_width(runs), abs=1e-9)
+        assert (row["runs"], row["over"]) == (3, "seeds and samples")
+    for group, suite in itertools.product(list(GROUPS)[1:], suites.SUITES):
+        gaps = [[(task, a - b) for (task, a), (_, b) in zip(values[run]["grpo", suite],
+                                                            values[other]["grpo", suite])]
+                for run, other in zip(GROUPS[group], GROUPS["recipe"])]
+        row = rows[group, suite, "vs recipe"]
+        assert row["value"] == pytest.approx(statistics.fmean(map(plain_score, gaps)), abs=1e-9)
+        assert row["value"] - row["low"] == pytest.approx(plain_half_width(gaps), abs=1e-9)
+    task = rows["recipe", "ood_grounding/lisa", "sft-base"]
+    lisa = [100 * statistics.fmean(a - b for (name, a), (_, b) in zip(
+        values[run]["sft", "ood_grounding"], values[run]["base", "ood_grounding"])
+        if name == "lisa") for run in GROUPS["recipe"]]
+    assert task["value"] == pytest.approx(statistics.fmean(lisa))
+    assert result["notes"] == []
+    assert {fact["tokens"] for fact in result["runs"]} == {64.5}
+    assert {fact["minutes"] for fact in result["runs"]} == {5.0}
+
+
+@pytest.mark.parametrize("runs, spread", [(2, 0.0), (3, 0.5), (6, 0.2)])
+def test_the_intervals_hold_what_they_promise(runs, spread):
+    """Simulated: samples of unequal difficulty, seeds that differ by `spread`."""
+    rng = np.random.default_rng(0)
+    hits = bootstrap_hits = 0
+    trials, samples = 400, 60
+    for _ in range(trials):
+        difficulty, skill = rng.normal(0, 1, (2, samples)), rng.normal(0, spread, runs)
+        tasks = [rng.normal(part + skill[:, None], 1, (runs, samples)) for part in difficulty]
+        estimate = joint_interval(tasks)
+        hits += estimate["low"] <= 0 <= estimate["high"]
+        scores = np.mean([values.mean(1) for values in tasks], axis=0)
+        means = scores[rng.integers(0, runs, (200, runs))].mean(1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        bootstrap_hits += low <= 0 <= high
+    assert hits / trials >= 0.94, hits / trials
+    assert bootstrap_hits / trials < 0.9
+
+
+def test_other_seeds_are_compared_by_sample_alone():
+    rng = np.random.default_rng(1)
+    hits, trials = 0, 400
+    for _ in range(trials):
+        difficulty = rng.normal(0, 1, 80)
+        first, second = ([rng.normal(difficulty + rng.normal(0, 0.5, (n, 1)), 1, (n, 80))]
+                         for n in (3, 5))
+        estimate = joint_difference(first, second)
+        hits += estimate["low"] <= 0 <= estimate["high"]
+    assert hits / trials >= 0.94, hits / trials
+
+
+def test_a_single_run_and_an_interval_of_nothing():
+    alone = joint_interval([np.array([[0.0, 1.0, 1.0, 1.0]])])
+    assert alone["value"] == 0.75 and alone["over"] == "samples"
+    assert alone["high"] - 0.75 == pytest.approx(3.1824 * 0.25, abs=1e-3)  # t(0.975, 3), sd/sqrt n
+    sure = joint_interval([np.ones((2, 5))])
+    assert (sure["low"], sure["value"], sure["high"]) == (1, 1, 1)
+
+
+def test_probability_of_improvement_by_hand():
+    """Task one: 2 beats both, 1 ties one and beats none; task two: all tie."""
+    runs = [np.array([[2.0], [1.0]]), np.zeros((2, 3))]
+    others = [np.array([[1.0], [1.5]]), np.zeros((2, 3))]
+    assert probability_of_improvement(runs, others) == pytest.approx((2.5 / 4 + 0.5) / 2)
+
+
+def test_unequal_seeds_and_single_runs_are_named(nine_runs, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
+    groups = compare.parse_groups(["recipe=recipe-0, recipe-1", "dr=dr_grpo-2", "r_100%-0"])
+    result = compare.compare_groups(groups, "dr")
+    alone, unequal, *_ = result["notes"]
+    assert alone.startswith("One run each: dr, r_100%-0.") and "[0, 1] and dr [2]" in unequal
+    one = compare.compare_groups({"recipe": ["recipe-0"]})
+    assert all(row["over"] == "samples" for row in one["rows"])
+    assert "Difference" not in compare.render_table(one)
+
+
+def test_csv_reads_back_and_markdown_rounds(nine_runs, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
+    result = compare.compare_groups(GROUPS)
+    table = pd.read_csv(io.StringIO(compare.render_table(result, "csv")))
+    assert len(table) == len(result["rows"])
+    for row, read in zip(result["rows"], table.to_dict("records")):
+        assert (read["value"], read["low"], read["group"]) == (row["value"], row["low"],
+                                                               row["group"])
+    text = compare.render_table(result)
+    assert re.search(r"\| dr_grpo \| 3 \| [+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d; [01]\.\d\d\)",
+                     text), text
+    widths = {line.count("|") for line in text.split("\n\n")[1].splitlines()}
+    assert len(widths) == 1
+
+
+def test_latex_compiles(nine_runs, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
+    body = compare.render_table(compare.compare_groups(GROUPS), "latex")
+    assert r"dr\_grpo" in body and r"r\_100\%" in body and r"percent (95 \%)" in body
+    assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == 3
+    for tabular in re.findall(r"\\begin\{tabular\}\{(l+)\}(.*?)\\end\{tabular\}", body, re.DOTALL):
+        lines = [line for line in tabular[1].splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(tabular[0])}
+    engine = shutil.which("pdflatex") or shutil.which("tectonic")
+    if engine:
+        (tmp_path / "table.tex").write_text(
+            f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{body}"
+            "\\end{document}")
+        subprocess.run([engine, "table.tex"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_what_cannot_be_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", eval_seed=4)
+    with pytest.raises(ValueError, match="eval_seed is a 3, b 4"):
+        compare.compare_groups({"a": ["a"], "b": ["b"]})
+    with pytest.raises(FileNotFoundError, match="mig-kit run --run-id c"):
+        compare.compare_groups({"c": ["c"]})
+    with pytest.raises(ValueError, match="no group 'x' to compare with; the groups are a"):
+        compare.compare_groups({"a": ["a"]}, "x")
+    for words, message in ((["a", "b=a"], "named twice"), (["=a"], "no group"),
+                           (["a="], "no group"), (["a=b", "a=c"], "two groups"), ([], "nothing")):
+        with pytest.raises(ValueError, match=message):
+            compare.parse_groups(words)
+    (tmp_path / "a" / "05_grpo" / "run.json").write_text(
+        json.dumps({"params": {"seed": 0}, "outputs": {"model/model.safetensors": "new"}}))
+    path = tmp_path / "a" / "06_evaluate" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(
+        record | {"inputs": {"05_grpo": {"model/model.safetensors": "old"}}}))
+    with pytest.raises(ValueError, match="before 05_grpo was run again; run: mig-kit run 06"):
+        compare.compare_groups({"a": ["a"]})
+
+
+def test_the_command_prints_and_draws(nine_runs, tmp_path):
+    root, _ = nine_runs
+    words = ("table", "--group", "recipe=recipe-0,recipe-1,recipe-2", "--group",
+             "dr=dr_grpo-0,dr_grpo-1,dr_grpo-2", "r_100%-0")
+    result = run_mig_kit(*words, "--figure", str(tmp_path / "groups.pdf"), MIG_KIT_RUNS=str(root))
+    assert "Difference to recipe, points" in result.stdout and "| r_100%-0 | 1 |" in result.stdout
+    assert (tmp_path / "groups.pdf").read_bytes().startswith(b"%PDF")
+    csv = run_mig_kit(*words, "--format", "csv", MIG_KIT_RUNS=str(root))
+    assert csv.stdout.startswith("group,suite,figure,value,low,high")
+    refused = run_mig_kit(*words, "--figure", "groups.doc", MIG_KIT_RUNS=str(root))
+    assert "end its name in .png, .pdf or .svg" in refused.stderr
+
+
+def test_the_figure_has_a_point_for_every_group(nine_runs, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
+    rows = compare.figure_rows(compare.compare_groups(GROUPS))
+    figure = plots.plot_groups(rows)
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(panels) == 8
+    points = [line for line in panels[0].lines if line.get_marker() == "o"]
+    assert [point.get_xdata()[0] for point in points] == [row["value"] for row in rows
+                                                         if row["suite"] == rows[0]["suite"]]
+    plots.plt.close(figure)
