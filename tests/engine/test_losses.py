@@ -5,6 +5,7 @@ compared, too. With num_iterations 2 an optimiser's step lies between the two up
 """
 
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models
+from mig_kit.engine import models, training
 from mig_kit.pipeline.params import profile_params, validate_params
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
@@ -209,3 +210,137 @@ def test_the_cases_are_all_that_is_offered():
     """18 of 32: with num_iterations 1 four losses, with 2 seven at either level."""
     combinations = {tuple(case.values())[:3] for case in offered_cases()}
     assert len(combinations) == 18 and len(offered_cases()) == 72
+
+
+def gradients_of(trainer, case, batch):
+    for name, value in case.items():
+        setattr(trainer, name, value)
+    return learn(trainer, batch)[1]
+
+
+SINGLE = {"num_iterations": 1, "beta": 0.0, "mask_truncated_completions": False,
+          "top_entropy_quantile": 1.0, "scale_rewards": "group", "epsilon_low": 0.2,
+          "epsilon_high": 0.2, "loss_type": "dapo", "importance_sampling_level": "token"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "change", "factor"), [
+    ("grpo", {"loss_type": "sapo"}, 1), ("dapo", {"loss_type": "vespo"}, 1),
+    ("dapo", {"loss_type": "cispo", "epsilon_high": 1.0}, 1),
+    ("dapo", {"loss_type": "cispo", "epsilon_high": 0.28}, 0.28),
+    ("dr_grpo", {"loss_type": "luspo"}, SETTINGS["max_completion_length"]),
+    ("dapo", {"epsilon_low": 0.001, "epsilon_high": 0.001}, 1),
+    *((loss, {"importance_sampling_level": "sequence"}, 1)
+      for loss in ("dapo", "grpo", "dr_grpo", "bnpo"))])
+def test_what_is_refused_could_not_act(pair, initial_weights, loss, change, factor):
+    """In stock TRL, with num_iterations 1."""
+    stock = pair[0]
+    adopt(stock, SINGLE, initial_weights)
+    batch = score(stock)
+    expected = factor * gradients_of(stock, {**SINGLE, "loss_type": loss}, batch)
+    gradients = gradients_of(stock, {**SINGLE, "loss_type": loss, **change}, batch)
+    assert torch.allclose(gradients, expected, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.slow
+def test_luspo_is_a_multiple_of_dr_grpo_in_later_updates_too(pair, initial_weights):
+    stock = pair[0]
+    case = {**SINGLE, "num_iterations": 2, "importance_sampling_level": "sequence"}
+    adopt(stock, case, initial_weights)
+    batch = score(stock)
+    learn(stock, batch)
+    take_step(stock)
+    luspo, dr_grpo = (gradients_of(stock, {**case, "loss_type": loss}, batch)
+                      for loss in ("luspo", "dr_grpo"))
+    assert dr_grpo.any()
+    assert torch.allclose(luspo, SETTINGS["max_completion_length"] * dr_grpo, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_bnpo_is_dapo_where_an_update_is_one_step(pair, initial_weights):
+    stock = pair[0]
+    adopt(stock, SINGLE, initial_weights)
+    batch = score(stock)
+    dapo, bnpo = (gradients_of(stock, {**SINGLE, "loss_type": loss}, batch)
+                  for loss in ("dapo", "bnpo"))
+    assert not torch.allclose(bnpo, dapo, rtol=1e-2), "the update of two steps is halved"
+    assert torch.allclose(bnpo, dapo / 2, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_completions_that_are_all_masked_have_no_gradient(pair, initial_weights, monkeypatch):
+    monkeypatch.setattr("test_losses.HAS_END", (False,) * 8)
+    for trainer in pair:
+        adopt(trainer, {**SINGLE, "mask_truncated_completions": True}, initial_weights)
+        batch = score(trainer)
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+        assert loss.item() == 0 and not batch["completion_mask"].any()
+        assert all(parameter.grad is None or not parameter.grad.any()
+                   for parameter in adapter(trainer).values())
+
+
+@pytest.fixture(scope="module")
+def trained(make_trainer):
+    """(stock's, the kit's) trainer after two updates each from two batches of replies."""
+    changes = {"num_iterations": 2, "epsilon": 0.05, "max_steps": 4, "loss_type": "grpo"}
+    stock, sharing = (make_trainer(share_prefix=share, **changes) for share in (False, True))
+    force_completions(stock, sharing)
+    for trainer in (stock, sharing):
+        trainer.train()
+    return stock, sharing
+
+
+@pytest.mark.slow
+def test_a_training_of_two_iterations_equals_stock_trls(trained):
+    logs = [[row for row in trainer.state.log_history if "loss" in row] for trainer in trained]
+    assert [("reward" in row) for row in logs[1]] == [True, False, True, False]
+    for name in ("loss", "grad_norm"):
+        stock, sharing = ([row[name] for row in rows] for rows in logs)
+        assert sharing == pytest.approx(stock, rel=1e-3, abs=1e-4), name
+    for name, parameter in adapter(trained[1]).items():
+        expected = adapter(trained[0])[name]
+        assert (parameter - expected).norm() < 1e-2 * expected.norm(), name
+
+
+@pytest.mark.slow
+def test_curves_have_a_row_per_batch_of_replies_and_its_last_clip_ratio(trained):
+    history = trained[1].state.log_history
+    rows = grpo.training_curves(history)
+    assert [row["step"] for row in rows] == [1, 3]
+    later = [row["clip_ratio/region_mean"] for row in history if "loss" in row][1::2]
+    assert [row["clip_ratio"] for row in rows] == later and all(later)
+
+
+def test_a_clip_that_cannot_act_is_no_curve():
+    history = [{"step": 1, "loss": 0.1, "reward": 0.5, "clip_ratio/region_mean": 0.0}]
+    assert "clip_ratio" not in grpo.training_curves(history)[0]
+    history.append({"step": 2, "loss": 0.1, "cispo_clip_ratio": 0.3})
+    assert grpo.training_curves(history)[0]["clip_ratio"] == 0.3
+
+
+def test_parameters_reach_trl_in_its_own_form(make_trainer):
+    changes = {"loss_type": "luspo", "importance_sampling_level": "sequence", "num_iterations": 3,
+               "epsilon": 0.1, "mask_truncated_completions": True, "top_entropy_quantile": 0.5}
+    trainer = make_trainer(**changes, save_steps=4)
+    assert {name: getattr(trainer.args, name) for name in changes} == changes
+    assert trainer.args.epsilon_high is None and trainer.epsilon_high == 0.1
+    assert trainer.args.save_steps == 6, "a checkpoint comes after all updates of a batch"
+    assert make_trainer(epsilon_high=0.28).epsilon_high == 0.28
+
+
+@pytest.mark.slow
+def test_a_training_that_goes_on_draws_the_same_replies(make_trainer):
+    changes = {"num_iterations": 2, "max_steps": 4, "save_steps": 1}
+    uninterrupted = make_trainer(**changes)
+    uninterrupted.train()
+    cut = make_trainer(**changes)
+    cut.add_callback(training.StopAfter(2))
+    cut.train()
+    resumed = make_trainer(**changes)
+    resumed.args.output_dir = cut.args.output_dir
+    training.train_or_resume(resumed, Path(cut.args.output_dir).parent)
+    assert resumed.state.global_step == 4
+    for name, parameter in adapter(resumed).items():
+        assert torch.equal(parameter, adapter(uninterrupted)[name]), name
