@@ -24,8 +24,8 @@ def check_loss_params(params: dict, changed: set[str]) -> None:
         _check_clips(params, changed)
         _check_sequence_level(params)
     if params["loss_type"] == "bnpo" and params["gradient_accumulation_steps"] == 1:
-        raise ValueError("loss_type bnpo is the mean over the tokens of a step, which is dapo where "
-                         "an update has one step; use dapo, or raise gradient_accumulation_steps")
+        raise ValueError("loss_type bnpo is the mean over the tokens of a step, and an update of "
+                         "one step makes it dapo; use dapo, or raise gradient_accumulation_steps")
 
 
 def _check_ranges(params: dict) -> None:
@@ -63,9 +63,9 @@ def _check_clips(params: dict, changed: set[str]) -> None:
                              "another loss_type")
     highest = params["epsilon_high"] or params["epsilon"]
     if loss == "cispo" and highest < 1:
-        raise ValueError(f"loss_type cispo caps the ratio itself at epsilon_high, so {highest} would "
-                         "multiply nearly every gradient by it; set epsilon_high to 1 or more (TRL "
-                         "advises 5.0)")
+        raise ValueError(f"loss_type cispo caps the ratio itself at epsilon_high, so {highest} "
+                         "would multiply nearly every gradient by it; set epsilon_high to 1 or "
+                         "more (TRL advises 5.0)")
 
 
 def _check_sequence_level(params: dict) -> None:

@@ -120,9 +120,9 @@ def _is_flat(value) -> bool:
 def validate_params(values: dict, stage: str) -> dict:
     """`values` completed from the stage's defaults, of the defaults' types.
 
-    KeyError for an unknown name, ValueError for a word that is not one of its CHOICES and for a loss
-    whose parameters cannot act together, TypeError for a wrong type; each names the fix. A number that YAML reads as a word (1e-5, without a point)
-    counts as a number where a number is due.
+    KeyError for an unknown name, ValueError for a word that is not one of its CHOICES and for
+    parameters of the loss that cannot act together, TypeError for a wrong type; each names the fix.
+    A number that YAML reads as a word (1e-5, without a point) counts as a number where one is due.
     """
     defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
     params = dict(defaults)
