@@ -35,12 +35,12 @@ SHARED = {"dtype": "float32", "lora_r": 4, "lora_alpha": 8, "save_steps": 1,
           "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "learning_rate": 1e-3}
 
 
-def run(stage: str, folder: Path, model: Path, launcher: str) -> TrainerState:
+def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> TrainerState:
     """Train the random model in `folder`, with `launcher` or in this process."""
     box_format = BoxFormat()
     params = SimpleNamespace(
         **profile_params(stage) | vars(box_format) | SHARED | CHANGES[stage]
-        | {"launcher": launcher})
+        | changes | {"launcher": launcher})
     folder.mkdir(parents=True, exist_ok=True)
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(2)]
     traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7, box_format)

@@ -99,8 +99,9 @@ class ServedRollouts(TrainerCallback):
     def correct(self, trainer, inputs: dict, logps: torch.Tensor) -> None:
         """Put the ratio into a step's inputs, where TRL's loss reads it, and log it.
 
-        logps: (rows, tokens) of the learner, without a graph. TRL logs once per update; this does
-        once per step, and its figures are means over the steps.
+        logps: (rows, tokens) of the learner, without a graph. An update that learns again from the
+        same replies has the ratio that the first one had. TRL logs once per update; this does once
+        per step, and its figures are means over the steps.
         """
         args, mask = trainer.args, inputs["completion_mask"]
         sampled = inputs["sampling_per_token_logps"]
@@ -108,11 +109,14 @@ class ServedRollouts(TrainerCallback):
         ratio = importance_ratio(
             logps, sampled, mask, args.vllm_importance_sampling_mode,
             args.vllm_importance_sampling_clip_max, args.vllm_importance_sampling_clip_min)
-        inputs["importance_sampling_ratio"] = ratio
+        if args.vllm_importance_sampling_correction:  # vespo reads the ratio without asking
+            inputs["importance_sampling_ratio"] = ratio
         gather, log = trainer.accelerator.gather, trainer._metrics["train"]
         is_token = mask.bool()
         difference = (logps - sampled).abs()[is_token].nan_to_num()
         shown = ratio.flatten() if ratio.shape[1] == 1 else ratio[is_token]
+        difference, shown = (values if len(values) else values.new_zeros(1)  # all masked
+                             for values in (difference, shown))
         for name, values in (("sampling_logp_difference", difference),
                              ("importance_sampling_ratio", shown)):
             log[f"sampling/{name}/mean"].append(gather(values.mean()).mean().item())
@@ -155,7 +159,9 @@ class ServedRollouts(TrainerCallback):
             model.save_pretrained(saved, safe_serialization=True)
             name = f"{saved.name}-{file_sha256(saved / 'adapter_model.safetensors')[:8]}"
             asyncio_run(self._load(name, saved.resolve(), before))
-            shutil.rmtree(folder / f"step-{version - 2}", ignore_errors=True)  # not read any more
+            for old in folder.iterdir():
+                if old.name not in (saved.name, before.rpartition("-")[0]):
+                    shutil.rmtree(old)  # not read any more
         self.adapter = broadcast_object_list([name])[0]
         self.served.name, self.version = self.adapter, version
 

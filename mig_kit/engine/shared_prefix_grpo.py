@@ -23,8 +23,8 @@ from mig_kit.engine.training import KeepAdapterDtype
 from mig_kit.sample import Sample
 
 # parameters of GRPOConfig that `SharedPrefixGRPOTrainer` does not read
-NOT_SHARED = {"top_k", "min_p", "repetition_penalty", "mask_truncated_completions",
-              "multi_objective_aggregation", "entropy_coef", "steps_per_generation",
+NOT_SHARED = {"top_k", "min_p", "repetition_penalty", "multi_objective_aggregation",
+              "entropy_coef", "use_adaptive_entropy", "steps_per_generation",
               "generation_batch_size", "use_vllm", "log_completions"}
 
 
@@ -112,7 +112,7 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         output = self._to_batch(inputs, completions) | {"advantages": advantages[own_rows]}
         if self.served:
             output["sampling_per_token_logps"] = self.served.padded_logps(output["completion_ids"])
-        self._log_rollouts(mode, per_function, total, group_std, completions, output)
+        self._log_rollouts(mode, per_function, total, group_std, completions)
         self._add_old_and_reference_logps(output)
         return output
 
@@ -144,30 +144,36 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         return completions
 
     def _to_batch(self, inputs, completions: list[list[int]]) -> dict:
-        """Completions as TRL's loss reads them, without prompts: the cache holds those."""
+        """Completions as TRL's loss reads them, without prompts: the cache holds those.
+
+        With `mask_truncated_completions` one without an end token has an empty mask, as in TRL.
+        """
         device = self.accelerator.device
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         length = pad_to_multiple(max(map(len, completions)))
         ids = torch.full((len(completions), length), self._tokenizer.pad_token_id, device=device)
         mask = torch.zeros_like(ids)
         for row, completion in enumerate(completions):
             ids[row, :len(completion)] = torch.tensor(completion, device=device)
-            mask[row, :len(completion)] = 1
+            is_left_out = self.mask_truncated_completions and completion[-1] not in ends
+            mask[row, :len(completion)] = 0 if is_left_out else 1
         no_prompt = torch.zeros(len(completions), 0, dtype=torch.long, device=device)
         samples = torch.tensor([row["sample"] for row in inputs], device=device)
         return {"prompt_ids": no_prompt, "prompt_mask": no_prompt, "completion_ids": ids,
                 "completion_mask": mask, "sample": samples,
                 "num_items_in_batch": self.accelerator.gather(mask.sum()).sum()}
 
-    def _log_rollouts(self, mode: str, per_function, total, group_std, completions,
-                      output) -> None:
+    def _log_rollouts(self, mode: str, per_function, total, group_std, completions) -> None:
         """Log the main figures of a batch of rollouts under TRL's names.
 
         frac_reward_zero_std is always per group; TRL's follows `scale_rewards`.
         """
         gather, log = self.accelerator.gather, self._metrics[mode]
-        lengths = output["completion_mask"].sum(1).float()
+        device = self.accelerator.device
+        lengths = torch.tensor([float(len(completion)) for completion in completions],
+                               device=device)
         is_cut = torch.tensor([completion[-1] not in self.eos_token_ids
-                               for completion in completions], device=lengths.device)
+                               for completion in completions], device=device)
         for column, name in enumerate(self.reward_func_names):
             log[f"rewards/{name}/mean"].append(per_function[:, column].nanmean().item())
         log["reward"].append(total.mean().item())
@@ -190,11 +196,14 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
                 output["ref_per_token_logps"] = self._logps(*arguments)[0]
 
     def _logps(self, model, rows, ids, mask):
-        """(log-probabilities, entropies) of completions, (rows, tokens) each.
+        """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked.
 
         `micro_replies` replies, or a step's, are in memory at a time: the reference's pass is over
         the replies of several steps.
         """
+        has_tokens = mask.any(1)
+        if not has_tokens.all():
+            return self._logps_of_rows(has_tokens.nonzero()[:, 0], model, rows, ids, mask)
         distinct, prompt_index = rows.unique(return_inverse=True)
         prompts = self._prompts_of(distinct.tolist())
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
@@ -222,16 +231,27 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
                                 for total, value in zip((logps, entropies), values))
         return logps, entropies
 
+    def _logps_of_rows(self, kept: torch.Tensor, model, rows, ids, mask):
+        """As `_logps`, but only the rows `kept` are read; the others have no tokens."""
+        if not len(kept):  # a loss needs something to differentiate
+            return torch.zeros(2, *ids.shape, device=ids.device,
+                               requires_grad=torch.is_grad_enabled()).unbind()
+        values = self._logps(model, rows[kept], ids[kept], mask[kept])
+        return tuple(torch.zeros(ids.shape, device=ids.device).index_copy(0, kept, value)
+                     for value in values)
+
     def training_step(self, model, inputs, num_items_in_batch):
         """As TRL's; then average the processes' gradients, because shared passes go around DDP."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         processes = self.accelerator.num_processes
-        if processes > 1 and self.accelerator.sync_gradients:
-            for parameter in model.parameters():
-                if not parameter.requires_grad:
-                    continue
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+        if not self.accelerator.sync_gradients:
+            return loss
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:  # no completion was read: stock TRL has a gradient of 0
+                parameter.grad = torch.zeros_like(parameter)
+            if processes > 1:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= processes
         return loss

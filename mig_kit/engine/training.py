@@ -143,19 +143,24 @@ class KeepAdapterDtype:
 class ProgressLines(TrainerCallback):
     """Prints a line at every twentieth of a training, with the time left.
 
-    A terminal shows no notebook widgets. names: of the logged figures that the line holds.
+    A terminal shows no notebook widgets. names: of the logged figures that the line holds; a step
+    that does not log the first one is passed over.
     """
 
     def __init__(self, names: tuple[str, ...]):
         self.names, self.first_step, self.start = names, None, 0.0
+        self.printed_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print the step, the named figures and the minutes left."""
         if self.first_step is None:
             self.first_step, self.start = state.global_step, time.monotonic()
-        is_due = state.global_step % max(1, state.max_steps // 20) == 0
-        if not state.is_world_process_zero or not logs or "loss" not in logs or not is_due:
+            self.printed_step = state.global_step - 1
+        is_due = state.global_step - self.printed_step >= max(1, state.max_steps // 20)
+        is_update = bool(logs) and "loss" in logs and self.names[0] in logs
+        if not state.is_world_process_zero or not is_update or not is_due:
             return
+        self.printed_step = state.global_step
         seconds_per_step = ((time.monotonic() - self.start)
                             / max(1, state.global_step - self.first_step))
         minutes = seconds_per_step * (state.max_steps - state.global_step) / 60

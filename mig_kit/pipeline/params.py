@@ -17,9 +17,11 @@ import yaml
 from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline.dependencies import notebook_cells
+from mig_kit.pipeline.loss_params import check_loss_params
 
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
+LOSS_STAGE = "05_grpo"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
 EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "workers", "report_to")
 
@@ -31,7 +33,8 @@ CHOICES = {
     "device": ("auto", "cuda", "cpu"),
     "dtype": ("auto", "float32", "bfloat16"),
     "hallucinated_image_penalty": ("none", "format", "all"),
-    "loss_type": ("dapo", "grpo", "dr_grpo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "lr_scheduler_type": ("linear", "cosine", "constant_with_warmup"),
     "report_to": ("none", "trackio", "wandb"),
     "scale_rewards": ("batch", "group", "none"),
@@ -41,6 +44,7 @@ CHOICES = {
 }
 RENAMED_PARAMS = {
     "batch_size": "per_device_train_batch_size", "checkpoint_layers": "gradient_checkpointing",
+    "clip_high": "epsilon_high", "clip_low": "epsilon",
     "drawn_per_task": "sampled_per_task", "epochs": "num_train_epochs", "frame": "coordinates",
     "gradient_accumulation": "gradient_accumulation_steps", "held": "micro_replies",
     "highest": "max_pass_rate", "lora_rank": "lora_r", "lowest": "min_pass_rate",
@@ -48,10 +52,6 @@ RENAMED_PARAMS = {
     "schedule": "lr_scheduler_type", "track": "report_to",
 }
 REMOVED_PARAMS = {
-    name: "it cannot act, because an update learns once from its replies and the ratio that it "
-          "would clip is exactly 1"
-    for name in ("clip_low", "clip_high", "epsilon", "epsilon_high")
-} | {
     "processes": "set launcher to a command that starts them, such as 'torchrun --standalone "
                  "--nproc-per-node 2'",
 }
@@ -120,9 +120,9 @@ def _is_flat(value) -> bool:
 def validate_params(values: dict, stage: str) -> dict:
     """`values` completed from the stage's defaults, of the defaults' types.
 
-    KeyError for an unknown name, ValueError for a word that is not one of its CHOICES, TypeError
-    for a wrong type; each names the fix. A number that YAML reads as a word (1e-5, without a point)
-    counts as a number where a number is due.
+    KeyError for an unknown name, ValueError for a word that is not one of its CHOICES and for
+    parameters of the loss that cannot act together, TypeError for a wrong type; each names the fix.
+    A number that YAML reads as a word (1e-5, without a point) counts as a number where one is due.
     """
     defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
     params = dict(defaults)
@@ -130,6 +130,8 @@ def validate_params(values: dict, stage: str) -> dict:
         if name not in defaults:
             raise KeyError(unknown_parameter_message(name, stage, defaults))
         params[name] = _typed(name, value, type(defaults[name]), stage)
+    if stage == LOSS_STAGE:
+        check_loss_params(params, {name for name in params if params[name] != defaults[name]})
     return params
 
 

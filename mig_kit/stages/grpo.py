@@ -5,8 +5,12 @@ Where this deviates from the paper, or fills a gap in it:
   profiles VLM-R1's and MG-Thinker's.
 - The loss is the mean over the tokens of an update (`loss_type` dapo, TRL's default), not the mean
   per reply of the GRPO paper (arXiv 2402.03300).
-- An update learns once from its replies, so the ratio of new to old probabilities is exactly 1 and
-  no clip can act; the kit has no parameter for one.
+- By default an update learns once from its replies, so the ratio of new to old probabilities is
+  exactly 1 and no clip can act; with `num_iterations` 2 or more `epsilon` acts from the second
+  update on. `mig_kit.pipeline.loss_params` refuses what could not act.
+- Steps hold whole groups of like lengths, where TRL's are mixed: `bnpo` and `top_entropy_quantile`
+  look at a step at a time (the latter at the steps of all processes side by side), so their results
+  depend on what shares a step, and on the number of processes.
 - `SharedPrefixGRPOTrainer` computes what TRL computes, reading each prompt once per group;
   `share_prefix: false` is stock TRL.
 """
@@ -133,6 +137,7 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         GRPOConfig, params, hardware, folder,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         generation_kwargs={"min_new_tokens": min_new_tokens})
+    arguments |= _multi_step_arguments(params)
     if idle := sorted(NOT_SHARED & arguments.keys() if params.share_prefix else ()):
         raise ValueError(f"{idle[0]} does not act with share_prefix; take it out of the "
                          "parameters, or set share_prefix to false")
@@ -157,6 +162,17 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
     return SharedPrefixGRPOTrainer(
         **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
         micro_replies=params.micro_replies, served=served)
+
+
+def _multi_step_arguments(params: SimpleNamespace) -> dict:
+    """GRPOConfig's form of the parameters of learning several times from the same replies.
+
+    Checkpoints come when all updates of a batch of replies are done: a training that goes on draws
+    new replies.
+    """
+    iterations = params.num_iterations
+    return {"epsilon_high": params.epsilon_high or None,
+            "save_steps": -(-params.save_steps // iterations) * iterations}
 
 
 def _check_enough_prompts(params: SimpleNamespace, n_prompts: int) -> None:
@@ -187,16 +203,26 @@ def train(folder: Path, params: SimpleNamespace, merged: str, kept: str) -> None
 def training_curves(history: list[dict]) -> list[dict]:
     """Rows of a trainer's log history: step, reward, every single reward, and CURVES.
 
-    None where a figure is missing, or NaN because no sample of the step has that reward.
+    A row is the update that first learns from a batch of replies. None where a figure is missing,
+    or NaN because no sample of the step has that reward. clip_ratio: the share of clipped ratios in
+    the last update that learns from the same replies; only where a clip can act.
     """
-    updates = [row for row in history if "reward" in row]
+    updates = []
+    for row in history:
+        if "reward" in row:
+            updates.append(dict(row))
+        elif updates and "loss" in row:
+            updates[-1]["clip_ratio"] = row.get("clip_ratio/region_mean",
+                                                row.get("cispo_clip_ratio"))
     names = {name for row in updates for name in row
              if name.startswith("rewards/") and name.endswith("/mean")}
     # sorted, because a log that was read back after a kill has its names in another order
     single = {name: name.split("/")[1] for name in sorted(names)}
     served = {name: short for name, short in SAMPLING_CURVES.items()
               if any(name in row for row in updates)}
-    curves = {"step": "step", "reward": "reward", **single, **CURVES, **served}
+    has_clip = any(row.get("clip_ratio") is not None for row in updates)
+    clip = {"clip_ratio": "clip_ratio"} if has_clip else {}
+    curves = {"step": "step", "reward": "reward", **single, **CURVES, **clip, **served}
     rows = [{short: row.get(name) for name, short in curves.items()} for row in updates]
     return [{name: None if value != value else value for name, value in row.items()}
             for row in rows]

@@ -117,7 +117,9 @@ class StopIfNothingLearns(TrainerCallback):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise ValueError(f"{name} is {logs[name]} at step {state.global_step}; lower "
                                  "learning_rate, or use dtype float32")
-        if "reward" not in logs or state.global_step > self.patience:
+        is_resumed = not self.rows and state.global_step > 1
+        # an update that learns again from the same replies logs no reward
+        if "reward" not in logs or is_resumed or len(self.rows) == self.patience:
             return
         self.rows.append(logs)
         if len(self.rows) == self.patience:

@@ -70,6 +70,34 @@ def test_adapters_move_and_ratios_are_one(make_served):
     assert [asked.count(name) for name in server.loaded] == [4, 4, 4]
 
 
+def test_replies_that_are_learnt_from_twice_are_drawn_once(make_served, tmp_path):
+    """The second update has the ratio of the first, learner to server, beside that of new to old.
+    """
+    trainer, server = make_served(num_iterations=2, max_steps=6, epsilon=0.01)
+    ratios, stock = [], trainer.served.correct
+
+    def record(trainer, inputs, logps):
+        stock(trainer, inputs, logps)
+        ratios.append(inputs["importance_sampling_ratio"].mean().item())
+
+    trainer.served.correct = record
+    trainer.train()
+    rows = grpo.training_curves(trainer.state.log_history)
+    assert [row["adapter"] for row in rows] == [1, 3, 5]
+    assert len(server.loaded) == 3 and server.unloaded == server.loaded[:2]
+    assert ratios == pytest.approx([1.0] * 12, abs=1e-3), "the weights' change is in the other one"
+    assert all(row["clip_ratio"] > 0 for row in rows)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints" / "served").iterdir())
+    assert kept == ["step-3", "step-5"]
+
+
+def test_completions_that_are_all_masked_are_no_error(make_served):
+    trainer, _ = make_served(mask_truncated_completions=True, max_steps=1,
+                             max_completion_length=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0
+
+
 def test_the_correction_reaches_the_loss(make_served, first_gradients):
     def shift(body, answer):  # the server claims e times the learner's probability of a reply
         for choice in answer["choices"]:

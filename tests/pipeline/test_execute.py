@@ -54,8 +54,7 @@ def test_a_word_that_is_none_of_the_possible_ones_is_refused(root, stage, name, 
     (("02", "-p", "frame", "thousand"), "'frame' is now called 'coordinates'; it is set once per "
                                         "run, in 01_synthesize"),
     (("05", "-p", "track", "wandb"), "the parameter 'track' is now called 'report_to'"),
-    (("05", "-p", "clip_low", "0.1"), "the parameter 'clip_low' was taken out: it cannot act, "
-                                      "because an update learns once"),
+    (("05", "-p", "clip_low", "0.1"), "the parameter 'clip_low' is now called 'epsilon'"),
     (("02", "-p", "min_pixels", "1"), "'min_pixels' is set once per run, in 01_synthesize"),
     (("01", "-p", "min_pixels", "[1"), "-p min_pixels '[1' is no value"),
     (("01", "-p", "run_id", "b"), "use --run-id"),

@@ -44,6 +44,17 @@ def test_a_sound_training_goes_on():
     watch(*3 * [{"rewards/box/mean": None, "rewards/image/mean": None}])
 
 
+def test_updates_that_learn_again_from_the_same_replies_are_passed_over():
+    again, poor = {"loss": 0.1, "grad_norm": 1.0}, STEP | {"frac_reward_zero_std": 1.0}
+    callback = sanity_checks.StopIfNothingLearns(patience=2)
+    for step, row in enumerate((poor, again), 1):
+        callback.on_log(None, SimpleNamespace(global_step=step), None, row)
+    with pytest.raises(ValueError, match="all replies to a prompt earned the same"):
+        callback.on_log(None, SimpleNamespace(global_step=3), None, poor)
+    resumed = sanity_checks.StopIfNothingLearns(patience=1)
+    resumed.on_log(None, SimpleNamespace(global_step=9), None, poor)
+
+
 @pytest.mark.parametrize(("row", "sentence"), [
     ({"grad_norm": math.nan}, "grad_norm is nan at step 1; lower learning_rate"),
     ({"loss": math.inf}, "loss is inf"),

@@ -24,27 +24,32 @@ TESTS = str(Path(launched.__file__).parent)
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, random_folder):
-    """Call it with a stage for the folder in which one process, this one, has trained it."""
+    """Call it with a stage, and changed parameters, for the folder in which one process, this one,
+    has trained it.
+    """
     root = tmp_path_factory.mktemp("alone")
 
-    def train_once(stage):
-        if not (root / stage).is_dir():
-            launched.run(stage, root / stage, random_folder, "")
-        return root / stage
+    def train_once(stage, **changes):
+        folder = root / f"{stage}{len(changes)}"
+        if not folder.is_dir():
+            launched.run(stage, folder, random_folder, "", **changes)
+        return folder
 
     return train_once
 
 
 @pytest.fixture
 def launch(monkeypatch, tmp_path, random_folder):
-    """Call it with a stage and a launcher for the folder of a job that it has trained."""
+    """Call it with a stage, a launcher and changed parameters for the folder of a job that it has
+    trained.
+    """
     monkeypatch.setattr(jobs, "MODULE", "launched")
     monkeypatch.setattr(jobs, "count_cores", lambda: 2)
     monkeypatch.setenv("PYTHONPATH", TESTS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def launch_job(stage, launcher):
-        launched.run(stage, tmp_path / stage, random_folder, launcher)
+    def launch_job(stage, launcher, **changes):
+        launched.run(stage, tmp_path / stage, random_folder, launcher, **changes)
         return tmp_path / stage
 
     return launch_job
@@ -73,14 +78,17 @@ def losses(folder):
     return [row["loss"] for row in state["log_history"] if "loss" in row]
 
 
-@pytest.mark.parametrize(("stage", "launcher"), [
-    ("05_grpo", launched.TORCHRUN),
+LEARN_TWICE = {"num_iterations": 2, "max_steps": 4, "epsilon": 0.01}
+
+
+@pytest.mark.parametrize(("stage", "launcher", "changes"), [
+    ("05_grpo", launched.TORCHRUN, {}), ("05_grpo", launched.TORCHRUN, LEARN_TWICE),
     ("02_sft", "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
-               "--mixed_precision no --dynamo_backend no --main_process_port 0")])
-def test_two_processes_train_as_one_does(stage, launcher, launch, alone):
-    folder = launch(stage, launcher)
-    check_same_training(folder, alone(stage), 2)
-    assert losses(folder) == pytest.approx(losses(alone(stage)), abs=2e-4)
+               "--mixed_precision no --dynamo_backend no --main_process_port 0", {})])
+def test_two_processes_train_as_one_does(stage, launcher, changes, launch, alone):
+    folder, expected = launch(stage, launcher, **changes), alone(stage, **changes)
+    check_same_training(folder, expected, 2)
+    assert losses(folder) == pytest.approx(losses(expected), abs=2e-4)
 
 
 def free_port():
