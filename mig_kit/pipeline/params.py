@@ -31,6 +31,7 @@ CHOICES = {
     "device": ("auto", "cuda", "cpu"),
     "dtype": ("auto", "float32", "bfloat16"),
     "hallucinated_image_penalty": ("none", "format", "all"),
+    "lora_targets": ("all", "attention", "gate_up"),
     "loss_type": ("dapo", "grpo", "dr_grpo"),
     "lr_scheduler_type": ("linear", "cosine", "constant_with_warmup"),
     "report_to": ("none", "trackio", "wandb"),

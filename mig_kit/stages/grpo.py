@@ -145,7 +145,8 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "model": policy.model, "args": config, "processing_class": policy.processor,
         "reward_funcs": functions,
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
-        "peft_config": lora_config(params.lora_r, params.lora_alpha, params.lora_dropout),
+        "peft_config": lora_config(params.lora_r, params.lora_alpha, params.lora_dropout,
+                                   params.lora_targets),
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
                       LiveCurves(training_curves, ("reward", *names))]}
     if not params.share_prefix:

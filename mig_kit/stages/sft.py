@@ -274,7 +274,8 @@ def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     table = sft_rows(*read_traces(traces, params), box_format)
-    lora = lora_config(params.lora_r, params.lora_alpha, params.lora_dropout)
+    lora = lora_config(params.lora_r, params.lora_alpha, params.lora_dropout,
+                       params.lora_targets)
     hardware = choose_hardware(params.dtype, params.device)
     policy = load_qlora_policy(base, hardware, box_format, lora, params.seed)
     trainer = sft_trainer(policy, table, folder, params)
