@@ -1,4 +1,4 @@
-"""A 4-bit base under an adapter that is trained: a new one (stage 02), or a saved one (stage 05)."""
+"""A 4-bit base under an adapter that is trained: a new one (stage 02) or a saved one (05)."""
 
 from pathlib import Path
 

@@ -27,6 +27,7 @@ EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "workers", "r
 CHOICES = {
     "benchmark": ("", "mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu"),
     "coordinates": tuple(MODEL_COORDINATES),
+    "curate": ("pass_rate", "random"),
     "data": ("scenes", "own", "mgrounding"),
     "device": ("auto", "cuda", "cpu"),
     "dtype": ("auto", "float32", "bfloat16"),

@@ -206,8 +206,8 @@ def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[
         return {"start": resolve_model(params.base_model), "adapter": adapter}
     folder = model_folder(params.start_from)
     if not folder.is_dir():
-        raise FileNotFoundError(f"start_from is '{params.start_from}'; use merged, base or adapter, "
-                                "or the folder of a model")
+        raise FileNotFoundError(f"start_from is '{params.start_from}'; use merged, base or "
+                                "adapter, or the folder of a model")
     check_model_folder(folder)
     return {"start": folder}
 

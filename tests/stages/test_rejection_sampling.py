@@ -39,6 +39,32 @@ def test_curate_by_hand():
     assert len(kept) == 3 and set(kept) <= {1, 2, 3, 5}
 
 
+def test_random_prompts_are_kept_without_any_reply():
+    samples = [make_sample("diff", "rl", i) for i in range(5)]
+    samples += [make_sample("reasoning", "rl", i) for i in range(2)]
+    options = {"per_task": 3, "kept_prompts": 0, "seed": 0}
+    kept, why = rejection_sampling.select_at_random(samples, **options)
+    assert why == {"diff": {"kept": 3, "not drawn": 2}, "reasoning": {"kept": 2, "not drawn": 0}}
+    assert len(set(kept)) == len(kept) == 5 and set(kept) >= {5, 6}
+    fewer, why = rejection_sampling.select_at_random(samples, **options | {"kept_prompts": 4})
+    assert fewer == kept[:4] and sum(counts["kept"] for counts in why.values()) == 4
+    assert kept != rejection_sampling.select_at_random(samples, **options | {"seed": 1})[0]
+    with pytest.raises(ValueError, match="kept_prompts is 6, and per_task leaves 5 of 7"):
+        rejection_sampling.select_at_random(samples, **options | {"kept_prompts": 6})
+
+
+def test_kept_prompts_is_refused_where_it_cannot_act(stage_params):
+    def check(**changes):
+        rejection_sampling.check_curation(stage_params("04_rejection_sampling", **changes))
+
+    check()
+    check(curate="random", kept_prompts=3)
+    with pytest.raises(ValueError, match="kept_prompts acts with curate 'random' only"):
+        check(kept_prompts=3)
+    with pytest.raises(ValueError, match="kept_prompts is -1"):
+        check(curate="random", kept_prompts=-1)
+
+
 def test_accuracy_by_detail_by_hand():
     sample = make_sample("diff", "rl", 0)
     image, box = sample.targets[0]

@@ -1,4 +1,4 @@
-"""Where stage 05 starts: the merged model, the base, a folder, or 02's adapter on its 4-bit base."""
+"""Where stage 05 starts: the merged model, the base, a folder, or 02's adapter on a 4-bit base."""
 
 from types import SimpleNamespace
 
@@ -107,7 +107,8 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
     assert torch.allclose(before, read_logps(fresh), atol=1e-5)
     grpo.train(folder, params(start_from="adapter"), str(tmp_path / "kept.parquet"),
                str(start["start"]), str(adapter))
-    after = read_logps(grpo.load_start(float32, BOX_FORMAT, random_folder, folder / "adapter").model)
+    policy = grpo.load_start(float32, BOX_FORMAT, random_folder, folder / "adapter")
+    after = read_logps(policy.model)
     merging.write_merged_model(random_folder, folder / "adapter", folder / "model", float32,
                                policy.processor, four_bit=True)
     merged = read_logps(models.load_model(folder / "model", float32))
