@@ -122,6 +122,11 @@ def _is_coordinate(value: float) -> bool:
     return -LARGEST < value < LARGEST and math.isfinite(value)
 
 
+def cut_reasoning(reply: str) -> str:
+    """The reply from its <answer> block on; all of it where it has none."""
+    return reply[max(0, reply.find("<answer>")):]
+
+
 def reply_box_in_original(sample: Sample, reply: Reply, box_format: BoxFormat) -> Box | None:
     """The reply's box in pixels of the original of the image that it names.
 

@@ -39,7 +39,7 @@ from mig_kit.engine.training import (
     trainer_arguments,
     use_one_device,
 )
-from mig_kit.prompts import chat_messages
+from mig_kit.prompts import chat_messages, cut_reasoning
 from mig_kit.sample import Sample, TableRows, read_replies, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
@@ -248,10 +248,19 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
 
 
 def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows, TableRows]:
-    """(samples, replies) of the file `traces`, in the order and number that `params` says."""
+    """(samples, replies) of the file `traces`, in the order and number that `params` says.
+
+    Without `params.reasoning` a reply is its <answer> block alone.
+    """
     samples, replies = read_samples(Path(traces)), read_replies(Path(traces))
+    if not params.reasoning:
+        replies = TableRows(Path(traces), _answer_from_row, ("reply",))
     rows = shuffled_rows(len(samples), params.seed, params.max_samples)
     return samples.select(rows), replies.select(rows)
+
+
+def _answer_from_row(row: dict, folder: Path) -> str:
+    return cut_reasoning(row["reply"])
 
 
 def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None:
