@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.filters import drop_reason
 from mig_kit.rewards import is_correct
-from mig_kit.sample import Sample
+from mig_kit.sample import Sample, Trace
 from mig_kit.world.teacher import recognize_detail
 
 
@@ -26,6 +27,23 @@ def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]], box_for
     return np.array([
         np.mean([is_correct(reply, sample, box_format, threshold) for reply in replies[sample.id]])
         for sample in samples])
+
+
+def correct_traces(samples: Sequence[Sample], replies: dict[str, list[str]],
+                   box_format: BoxFormat) -> tuple[list[int], list[Trace]]:
+    """Which samples have a reply that may teach, and the first such reply of each.
+
+    What may teach passes 01's filter. So a model can learn from its own correct replies: see
+    `traces_file` of 02.
+    """
+    rows, traces = [], []
+    for index, sample in enumerate(samples):
+        good = [reply for reply in replies.get(sample.id, [])
+                if not drop_reason(reply, sample, box_format)]
+        if good:
+            rows.append(index)
+            traces.append(Trace(good[0], recognize_detail(good[0]), ""))
+    return rows, traces
 
 
 def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
