@@ -2,10 +2,10 @@
 
 Another file of traces, such as a model's own correct replies (`traces_file`); only the traces whose
 question the base answers correctly so often (`trace_pass_rates`); and the base's own replies to
-lessons of notebook 90 among them (`replay_share`), against forgetting.
+lessons of notebook 90 among them (`replay_share`), against forgetting. An answer counts as correct
+where 01's filter passes it: an edited reward does not make fine-tuning stale.
 """
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, file_sha256
 from mig_kit.engine.model_folders import find_file
 from mig_kit.engine.models import TINY_BASE, Policy, resolve_model
 from mig_kit.engine.sampling import sample_replies
+from mig_kit.filters import drop_reason
 from mig_kit.prompts import cut_reasoning
-from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, Trace, read_replies, read_samples, write_samples
-from mig_kit.world.lessons import draw_lesson_question
 
-LESSONS_AT_ONCE = 256  # replay prompts that are drawn and answered together
+LESSONS_AT_ONCE = 256  # that the base answers together
 ALL_RATES = [0.0, 1.0]
 
 
@@ -39,6 +39,7 @@ def choose_traces(params: SimpleNamespace, traces: Path) -> Path:
         raise ValueError(f"replay_share is {params.replay_share}; give a share from 0 to below 1")
     if params.replay_share:
         _check_base_knows_lessons(params.base_model)
+        _lessons_file(traces)
     if not params.traces_file:
         return traces
     path = PROJECT_ROOT / params.traces_file
@@ -66,16 +67,25 @@ def _check_base_knows_lessons(base_model: str) -> None:
                          f"base_model '{base_model}' was not; set replay_share to 0")
 
 
+def _lessons_file(traces: Path) -> Path:
+    path = traces.with_name("lessons.parquet")
+    if not path.is_file():
+        raise FileNotFoundError("replay_share needs the lessons' questions; run 01_synthesize with "
+                                "lesson_questions, 2000 for a share of 0.25")
+    return path
+
+
 def needs_base(params: SimpleNamespace) -> bool:
     """Whether the base has to answer before it is known what to learn from."""
     return params.replay_share > 0 or params.trace_pass_rates != ALL_RATES
 
 
-def curate_traces(policy: Policy, traces: Path, folder: Path,
+def curate_traces(policy: Policy, traces: Path, cot: Path, folder: Path,
                   params: SimpleNamespace) -> tuple[Path, dict]:
     """A file in `folder` with the traces that are kept and the replay among them; and figures.
 
-    policy: the base. Replies are stored in `folder` as they come, and resumed from.
+    policy: the base. traces: of `choose_traces`; cot: 01's, beside which the lessons lie. Replies
+    are stored in `folder` as they come, and resumed from.
     """
     samples, replies = read_samples(traces), read_replies(traces)
     figures = {}
@@ -93,7 +103,8 @@ def curate_traces(policy: Policy, traces: Path, folder: Path,
     if params.replay_share:
         learned = all_replies if params.reasoning else map(cut_reasoning, all_replies)
         n_tokens = count_tokens(policy, learned)
-        lessons, answers = draw_replay(policy, n_tokens, folder, params)
+        questions = read_samples(_lessons_file(cot))
+        lessons, answers = draw_replay(policy, questions, n_tokens, folder, params)
         n_replayed = count_tokens(policy, answers)
         figures["replay"] = {"rows": len(lessons), "tokens": n_replayed,
                              "share": n_replayed / (n_replayed + n_tokens)}
@@ -111,28 +122,33 @@ def count_tokens(policy: Policy, replies: Sequence[str]) -> int:
 
 def base_pass_rates(policy: Policy, samples: Sequence[Sample], path: Path,
                     params: SimpleNamespace) -> np.ndarray:
-    """Share of the base's correct replies at temperature 1, of `trace_replies`; (samples,)."""
+    """Share of the base's correct replies at temperature 1, of `trace_replies`; (samples,).
+
+    What the reply reasons, and whether it does, does not count: the tiny base only answers.
+    """
     drawn = _draw(policy, samples, path, params.trace_replies, params.seed, params)
-    return np.array([np.mean([is_correct(reply, sample, policy.box_format)
+    return np.array([np.mean([_answers_correctly(reply, sample, policy.box_format)
                               for reply in drawn[sample.id]]) for sample in samples])
 
 
-def draw_replay(policy: Policy, n_tokens: int, folder: Path,
+def _answers_correctly(reply: str, sample: Sample, box_format: BoxFormat) -> bool:
+    return not drop_reason(f"<think></think>{cut_reasoning(reply)}", sample, box_format)
+
+
+def draw_replay(policy: Policy, questions: Sequence[Sample], n_tokens: int, folder: Path,
                 params: SimpleNamespace) -> tuple[list[Sample], list[str]]:
     """Lessons with the base's own replies at temperature 1, `replay_share` of all tokens.
 
     n_tokens: of the other replies. At temperature 1 the base's replies teach the base nothing on
-    average; greedy ones would sharpen it. A reply without an end is left out.
+    average; greedy ones would sharpen it. A reply without an end is left out. ValueError where
+    there are too few questions.
     """
     wanted = n_tokens * params.replay_share / (1 - params.replay_share)
     samples, replies = [], []
     n_drawn = 0
-    for block in itertools.count():
-        if n_drawn >= wanted:
-            return samples, replies
-        first = block * LESSONS_AT_ONCE
-        asked = [draw_lesson_question(index, params.seed)
-                 for index in range(first, first + LESSONS_AT_ONCE)]
+    for start in range(0, len(questions), LESSONS_AT_ONCE):
+        block = start // LESSONS_AT_ONCE
+        asked = list(questions[start:start + LESSONS_AT_ONCE])
         drawn = _draw(policy, asked, folder / f"replay_{block}.jsonl", 1,
                       params.seed * 1009 + block, params)
         for sample in asked:
@@ -142,6 +158,11 @@ def draw_replay(policy: Policy, n_tokens: int, folder: Path,
                 samples.append(sample)
                 replies.append(reply)
                 n_drawn += size
+        if n_drawn >= wanted:
+            return samples, replies
+    share = n_drawn / (n_drawn + n_tokens)
+    raise ValueError(f"the {len(questions)} lessons of 01 give a replay_share of {share:.3f}; "
+                     "raise lesson_questions in 01, or lower replay_share")
 
 
 def _draw(policy: Policy, samples: Sequence[Sample], path: Path, count: int, seed: int,

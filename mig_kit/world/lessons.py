@@ -6,7 +6,7 @@ Text lessons are puzzles over lists of names.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mig_kit.boxes import BoxFormat, to_model_box
@@ -252,6 +252,11 @@ def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8,
         if named and rng.random() < 0.5 and any(name == named.name for _, name in unseen):
             turns.append(_find_turn(rng, scenes, *take_unseen(named.name), called="it"))
     return turns
+
+
+def draw_lesson_questions(count: int, seed: int) -> Iterator[Sample]:
+    """`count` of `draw_lesson_question`, drawn as they are asked for."""
+    return (draw_lesson_question(index, seed) for index in range(count))
 
 
 def draw_lesson_question(index: int, seed: int) -> Sample:

@@ -5,10 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.prompts import GROUNDING_INSTRUCTION, chat_messages, format_question
+from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.prompts import (
+    GROUNDING_INSTRUCTION,
+    chat_messages,
+    format_answer,
+    format_question,
+)
+from mig_kit.rewards import is_correct
 from mig_kit.sample import Trace, read_replies, read_samples, write_samples
-from mig_kit.stages import sft, trace_curation
+from mig_kit.stages import sft, sources, trace_curation
 from mig_kit.world import lessons
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -62,7 +68,38 @@ def test_questions_without_replies_are_refused(tmp_path, cot, params):
     assert trace_curation.choose_traces(params(**changes), tmp_path / "another") == cot
 
 
-def test_only_the_tiny_base_knows_the_lessons(tmp_path, cot, params):
+@pytest.fixture
+def lesson_file(cot):
+    """Twenty lessons' questions beside the traces, as 01 writes them."""
+    path = cot.with_name("lessons.parquet")
+    write_samples(path, lessons.draw_lesson_questions(20, 0))
+    return path
+
+
+def test_an_answer_is_correct_whatever_is_said_before_it():
+    sample = make_sample("diff", "cot", 0)
+    image, box = sample.targets[0]
+    model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
+    answer = f"<answer>{format_answer(image, model_box)}</answer>"
+    for reply, is_good in ((answer, True), (REPLY.format(format_answer(image, model_box)), True),
+                           (answer.replace(f": {image}", f": {3 - image}"), False), ("", False)):
+        assert trace_curation._answers_correctly(reply, sample, BOX_FORMAT) == is_good
+        assert is_correct(reply, sample, BOX_FORMAT) == is_good
+
+
+def test_replay_needs_lessons(cot, params):
+    with pytest.raises(FileNotFoundError, match="run 01_synthesize with lesson_questions"):
+        trace_curation.choose_traces(params(replay_share=0.1), cot)
+
+
+@pytest.mark.parametrize("data", ["own", "mgrounding"])
+def test_lessons_are_drawn_for_drawn_scenes_only(data, stage_params):
+    changed = stage_params("01_synthesize", data=data, teacher="none", lesson_questions=9)
+    with pytest.raises(ValueError, match="lesson_questions are drawn, for the tiny base"):
+        sources.check_source(changed)
+
+
+def test_only_the_tiny_base_knows_the_lessons(tmp_path, cot, lesson_file, params):
     asked = params(replay_share=0.1)
     assert trace_curation.choose_traces(asked, cot) == cot
     asked.base_model = str(tmp_path)
@@ -92,14 +129,14 @@ def test_traces_between_two_pass_rates_are_kept(tmp_path, random_policy, cot, pa
     rates = np.array([0, 0.25, 0.5, 0.75, 1, 0, 0, 0, 0, 1])
     monkeypatch.setattr(trace_curation, "base_pass_rates", lambda *_: rates)
     path, figures = trace_curation.curate_traces(
-        random_policy, cot, tmp_path, params(trace_pass_rates=[0.25, 0.75]))
+        random_policy, cot, cot, tmp_path, params(trace_pass_rates=[0.25, 0.75]))
     assert figures == {"pass_rates": {"traces": 10, "kept": 3, "mean": rates.mean()}}
     expected = [sample.id for sample in read_samples(cot)][1:4]
     assert [sample.id for sample in read_samples(path)] == expected
     assert list(read_replies(path)) == [REPLY] * 3
     monkeypatch.setattr(trace_curation, "base_pass_rates", lambda *_: np.zeros(10))
     with pytest.raises(ValueError, match="answers no question with a pass rate within 0.25 to"):
-        trace_curation.curate_traces(random_policy, cot, tmp_path,
+        trace_curation.curate_traces(random_policy, cot, cot, tmp_path,
                                      params(trace_pass_rates=[0.25, 0.75]))
 
 
@@ -109,14 +146,16 @@ def test_pass_rates_are_shares_of_correct_replies(tmp_path, random_policy, cot, 
     drawn = {sample.id: ["right", "wrong"] for sample in samples}
     drawn[samples[0].id] = ["right", "right"]
     monkeypatch.setattr(trace_curation, "sample_replies", lambda *_, **__: drawn)
-    monkeypatch.setattr(trace_curation, "is_correct", lambda reply, *_: reply == "right")
+    monkeypatch.setattr(trace_curation, "_answers_correctly", lambda reply, *_: reply == "right")
     rates = trace_curation.base_pass_rates(random_policy, samples, tmp_path / "x.jsonl", params())
     assert rates.tolist() == [1.0] + [0.5] * 9
 
 
 @pytest.mark.slow
-def test_replay_is_its_share_of_the_tokens(tmp_path, random_policy, cot, params, monkeypatch):
+def test_replay_is_its_share_of_the_tokens(tmp_path, random_policy, cot, lesson_file, params,
+                                           monkeypatch):
     monkeypatch.setattr(trace_curation, "LESSONS_AT_ONCE", 8)
+    write_samples(lesson_file, lessons.draw_lesson_questions(100, 0))
     encode = random_policy.processor.tokenizer
     n_tokens = sum(len(encode(REPLY, add_special_tokens=False)["input_ids"]) + 1
                    for _ in range(10))
@@ -128,7 +167,7 @@ def test_replay_is_its_share_of_the_tokens(tmp_path, random_policy, cot, params,
         return drawn
 
     monkeypatch.setattr(trace_curation, "sample_replies", draw)
-    path, figures = trace_curation.curate_traces(random_policy, cot, tmp_path,
+    path, figures = trace_curation.curate_traces(random_policy, cot, cot, tmp_path,
                                                  params(replay_share=0.5))
     samples, replies = list(read_samples(path)), list(read_replies(path))
     assert replies[:10] == [REPLY] * 10 and set(replies[10:]) == {"red star"}
@@ -138,18 +177,22 @@ def test_replay_is_its_share_of_the_tokens(tmp_path, random_policy, cot, params,
     rows = -(-n_tokens // size)
     assert figures["replay"] == {"rows": rows, "tokens": rows * size,
                                  "share": pytest.approx(0.5, abs=0.02)}
+    write_samples(lesson_file, lessons.draw_lesson_questions(3, 0))
+    with pytest.raises(ValueError, match="the 3 lessons of 01 give a replay_share of 0.0"):
+        trace_curation.curate_traces(random_policy, cot, cot, tmp_path, params(replay_share=0.5))
     rows = sft.sft_rows(samples, replies, BOX_FORMAT)
     assert rows[len(rows) - 1]["completion"][0]["content"][0]["text"] == "red star"
 
 
 @pytest.mark.slow
-def test_replay_is_resumed_and_the_same(tmp_path, random_policy, cot, params, monkeypatch):
+def test_replay_is_resumed_and_the_same(tmp_path, random_policy, cot, lesson_file, params,
+                                        monkeypatch):
     monkeypatch.setattr(trace_curation, "LESSONS_AT_ONCE", 4)
     changed = params(replay_share=0.3, max_new_tokens=200)
     monkeypatch.setattr(trace_curation, "count_tokens", lambda policy, replies: 4 * len(
         list(replies)))
-    first, _ = trace_curation.curate_traces(random_policy, cot, tmp_path, changed)
+    first, _ = trace_curation.curate_traces(random_policy, cot, cot, tmp_path, changed)
     content = first.read_bytes()
     (tmp_path / "replay_1.jsonl").unlink()
-    again, _ = trace_curation.curate_traces(random_policy, cot, tmp_path, changed)
+    again, _ = trace_curation.curate_traces(random_policy, cot, cot, tmp_path, changed)
     assert again.read_bytes() == content
