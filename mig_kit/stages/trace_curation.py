@@ -6,7 +6,8 @@ lessons of notebook 90 among them (`replay_share`), against forgetting. An answe
 where 01's filter passes it: an edited reward does not make fine-tuning stale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,22 +100,22 @@ def curate_traces(policy: Policy, traces: Path, cot: Path, folder: Path,
         figures["pass_rates"] = {"traces": len(samples), "kept": len(kept),
                                  "mean": float(rates.mean())}
         samples, replies = samples.select(kept), replies.select(kept)
-    all_samples, all_replies = list(samples), list(replies)
+    lessons, answers = [], []
     if params.replay_share:
-        learned = all_replies if params.reasoning else map(cut_reasoning, all_replies)
+        learned = replies if params.reasoning else map(cut_reasoning, replies)
         n_tokens = count_tokens(policy, learned)
         questions = read_samples(_lessons_file(cot))
         lessons, answers = draw_replay(policy, questions, n_tokens, folder, params)
         n_replayed = count_tokens(policy, answers)
         figures["replay"] = {"rows": len(lessons), "tokens": n_replayed,
                              "share": n_replayed / (n_replayed + n_tokens)}
-        all_samples, all_replies = all_samples + lessons, all_replies + answers
     path = folder / "traces.parquet"
-    write_samples(path, all_samples, [Trace(reply, "", "") for reply in all_replies])
+    write_samples(path, chain(samples, lessons),
+                  (Trace(reply, "", "") for reply in chain(replies, answers)))
     return path, figures
 
 
-def count_tokens(policy: Policy, replies: Sequence[str]) -> int:
+def count_tokens(policy: Policy, replies: Iterable[str]) -> int:
     """Tokens that carry loss: of the replies, their ends included."""
     encoded = policy.processor.tokenizer(list(replies), add_special_tokens=False)["input_ids"]
     return sum(len(tokens) + 1 for tokens in encoded)
