@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box, to_original_box
-from mig_kit.sample import Sample
+from mig_kit.sample import LESSONS, Sample
 
 GROUNDING_INSTRUCTION = ('Think in <think></think>, then answer '
                          '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
@@ -50,14 +50,14 @@ def format_answer(image: int, box: Box) -> str:
 
 def format_question(sample: Sample, box_format: BoxFormat, with_instruction: bool = True) -> str:
     """The question with its reference box, in the model's coordinates, its options, and the
-    instruction.
+    instruction; a question of LESSONS has none.
     """
     text = sample.question
     if sample.reference:
         box = to_model_box(sample.reference, sample.sizes[0], box_format)
         text = text.replace("{ref}", format_box(box))
     text += "".join(f" {letter}. {option}" for letter, option in zip(LETTERS, sample.options))
-    if not with_instruction:
+    if not with_instruction or sample.suite == LESSONS:
         return text
     return f"{text} {CHOICE_INSTRUCTION if sample.options else GROUNDING_INSTRUCTION}"
 
@@ -120,6 +120,11 @@ def _parse_box(answer: str) -> tuple[int | None, Box | None]:
 
 def _is_coordinate(value: float) -> bool:
     return -LARGEST < value < LARGEST and math.isfinite(value)
+
+
+def cut_reasoning(reply: str) -> str:
+    """The reply from its <answer> block on; all of it where it has none."""
+    return reply[max(0, reply.find("<answer>")):]
 
 
 def reply_box_in_original(sample: Sample, reply: Reply, box_format: BoxFormat) -> Box | None:

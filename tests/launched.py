@@ -45,7 +45,7 @@ def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> Trai
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(2)]
     traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7, box_format)
     write_samples(folder / "samples.parquet", samples, traces)
-    names = {"02_sft": ("base", "traces"), "05_grpo": ("merged", "kept")}[stage]
+    names = {"02_sft": ("base", "traces"), "05_grpo": ("start", "kept")}[stage]
     inputs = dict(zip(names, (model, folder / "samples.parquet")))
     with changed_training(folder):
         return jobs.run_job(train.TRAIN[stage], stage, folder, params, **inputs)

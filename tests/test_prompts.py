@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.prompts import chat_messages, format_question, parse_reply, reply_box_in_original
+from mig_kit.prompts import (
+    chat_messages,
+    cut_reasoning,
+    format_question,
+    parse_reply,
+    reply_box_in_original,
+)
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -21,6 +27,12 @@ def first_sample(task, has_size):
     """The first validation sample of the task whose sizes fit."""
     samples = (make_sample(task, "val", i) for i in range(200))
     return next(sample for sample in samples if has_size(sample.sizes))
+
+
+def test_reasoning_is_cut_off():
+    answer = '<answer>{"image": 2, "box": [10,20,30,40]}</answer>'
+    assert cut_reasoning(GOOD) == answer == cut_reasoning(answer)
+    assert cut_reasoning("no answer") == "no answer"
 
 
 def test_a_good_reply():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mig_kit.build_base.puzzles import HARD_KINDS, KINDS, LOOSE_KINDS
+from mig_kit.world.puzzles import HARD_KINDS, KINDS, LOOSE_KINDS
 
 
 class Mix(NamedTuple):

@@ -8,7 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mig_kit.build_base.lessons import (
+from mig_kit.build_base.vision import image_processor
+from mig_kit.build_base.vocabulary import IMAGE_TOKEN, TokenRow, Writer
+from mig_kit.common import progress_bar
+from mig_kit.engine.prefixes import pad_to_multiple
+from mig_kit.world.lessons import (
     Turn,
     album,
     clip_to_image,
@@ -17,11 +21,7 @@ from mig_kit.build_base.lessons import (
     text_turns,
     visual_turns,
 )
-from mig_kit.build_base.puzzles import KINDS
-from mig_kit.build_base.vision import image_processor
-from mig_kit.build_base.vocabulary import IMAGE_TOKEN, TokenRow, Writer
-from mig_kit.common import progress_bar
-from mig_kit.engine.prefixes import pad_to_multiple
+from mig_kit.world.puzzles import KINDS
 from mig_kit.world.scenes import Scene, draw_scene
 
 Grid = tuple[int, int]  # rows and columns of merged tokens

@@ -8,7 +8,8 @@ from functools import lru_cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast
 
-from mig_kit.build_base.lessons import (
+from mig_kit.prompts import GROUNDING_INSTRUCTION
+from mig_kit.world.lessons import (
     Option,
     Turn,
     album,
@@ -16,7 +17,6 @@ from mig_kit.build_base.lessons import (
     text_turns,
     visual_turns,
 )
-from mig_kit.prompts import GROUNDING_INSTRUCTION
 from mig_kit.world.specs import World
 from mig_kit.world.tasks import TASKS
 

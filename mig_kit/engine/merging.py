@@ -5,6 +5,7 @@ its adapter and written. The peak is a shard and a few copies of the largest ten
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -32,19 +33,24 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
-                       processor: StillImageProcessor, four_bit: bool) -> None:
+                       processor: StillImageProcessor, four_bit: bool,
+                       adapter_scale: float = 1.0) -> None:
     """Write `base` with the LoRA `adapter` merged in as a model folder, tensor by tensor.
 
-    W + alpha / r * B A, in hardware.dtype; with four_bit, W is the base's weight after NF4 with
-    double quantisation, as `load_model(..., four_bit=True)` computes with it. The files are those
-    of `save_model`. They are written to a folder beside `folder`, which then takes its place.
-    ValueError where the adapter has weights for tensors that the base lacks.
+    W + adapter_scale * alpha / r * B A, in hardware.dtype; with four_bit, W is the base's weight
+    after NF4 with double quantisation, as `load_model(..., four_bit=True)` computes with it. The
+    files are those of `save_model`. They are written to a folder beside `folder`, which then takes
+    its place. ValueError for an adapter_scale that is not positive, and where the adapter has
+    weights for tensors that the base lacks.
     """
+    if not 0 < adapter_scale < math.inf:
+        raise ValueError(f"adapter_scale is {adapter_scale}; give a number above 0, or, for RL "
+                         "from the base itself, set start_from of 05 to base")
     check_model_folder(base)
     config = load_config(base)
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config)
-    lora = read_lora(adapter)
+    lora = read_lora(adapter, adapter_scale)
     linear = {name for name, module in model.named_modules()
               if type(module) is torch.nn.Linear and not name.startswith(
                   tuple(FULL_PRECISION_MODULES))}
@@ -95,8 +101,9 @@ def compute_delta(a: torch.Tensor, b: torch.Tensor, scale: float,
     return b.to(device, torch.float32) @ a.to(device, torch.float32) * scale
 
 
-def read_lora(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Name of the adapted module -> (A, B, alpha / r).
+def read_lora(adapter: Path,
+              adapter_scale: float = 1.0) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """Name of the adapted module -> (A, B, adapter_scale * alpha / r).
 
     FileNotFoundError where the folder holds no adapter; ValueError for another kind than plain
     LoRA.
@@ -114,7 +121,7 @@ def read_lora(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, floa
             raise ValueError(f"{adapter} holds {name}, which is no LoRA matrix; merge it with "
                              "PEFT's merge_and_unload")
         modules[prefix.removeprefix("base_model.model.")] = prefix
-    scale = config.lora_alpha / config.r
+    scale = adapter_scale * (config.lora_alpha / config.r)
     return {module: (weights[f"{prefix}.lora_A.weight"], weights[f"{prefix}.lora_B.weight"], scale)
             for module, prefix in modules.items()}
 

@@ -5,6 +5,7 @@ loads here, the shipped tiny base like the 7B, and so do Qwen2-VL and (dense) Qw
 boxes in 0 to 1000. Only safetensors are read, and no code that a model folder carries is ever run.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +33,16 @@ from mig_kit.engine.processors import StillImageProcessor, load_processor
 TINY_BASE = model_folder("tiny")
 TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
 
-# LoRA goes on every projection of the language model and nowhere else. A list of names such as
-# "gate_proj" would also land in the vision tower, whose MLP uses the same names, hence a regular
-# expression over full module paths.
-LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# LoRA goes on projections of the language model and nowhere else. A list of names such as
+# "gate_proj" would also land in the vision tower, whose MLP uses the same names, hence regular
+# expressions over full module paths.
+ADAPTED_PROJECTIONS = {
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "gate_up": ("gate_proj", "up_proj"),
+}
+LORA_TARGETS = {name: rf".*language_model\..*\.({'|'.join(projections)})"
+                for name, projections in ADAPTED_PROJECTIONS.items()}
 
 # Never 4-bit. The tower needs its full path: plain "visual" is ignored and the tower quantised.
 FULL_PRECISION_MODULES = ["model.visual", "lm_head"]
@@ -260,20 +267,28 @@ def list_adapted_modules(model: torch.nn.Module) -> list[str]:
 
 
 def check_adapters(model: torch.nn.Module) -> list[str]:
-    """The adapted modules; raises ValueError if one lies outside the language model or a projection
-    was missed.
+    """The adapted modules; raises ValueError if one lies outside the language model or one of its
+    adapter's LORA_TARGETS was missed.
     """
     names = list_adapted_modules(model)
     outside = [name for name in names if "language_model" not in name]
+    per_layer = count_adapted_projections(model.peft_config["default"].target_modules)
     layers = sum(name.endswith(".self_attn") and "language_model" in name
                  for name, _ in model.named_modules())
     if outside:
         raise ValueError(f"LoRA landed outside the language model ({outside[0]}); "
                          "use models.LORA_TARGETS")
-    if len(names) != 7 * layers:
-        raise ValueError(f"LoRA is on {len(names)} projections, expected {7 * layers}; "
+    if len(names) != per_layer * layers:
+        raise ValueError(f"LoRA is on {len(names)} projections, expected {per_layer * layers}; "
                          "use models.LORA_TARGETS")
     return names
+
+
+def count_adapted_projections(target_modules: str | Collection[str]) -> int:
+    """Projections of a layer that carry an adapter of one of LORA_TARGETS; of all for another."""
+    name = next((name for name, targets in LORA_TARGETS.items() if targets == target_modules),
+                "all")
+    return len(ADAPTED_PROJECTIONS[name])
 
 
 def save_model(model, processor: StillImageProcessor, folder: Path, base: str | Path) -> None:

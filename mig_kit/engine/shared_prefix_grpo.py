@@ -16,6 +16,7 @@ from mig_kit.engine.generation import (
     max_kv_bytes,
 )
 from mig_kit.engine.logprobs import completion_logps, packed_logps
+from mig_kit.engine.models import protect_4bit_weights
 from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.prompt_cache import Prompt, PromptCache
 from mig_kit.engine.served_rollouts import ServedRollouts
@@ -134,7 +135,7 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         at_once = count_prompts_at_once(len(prompts), longest, group, length,
                                         kv_bytes_per_token(model), max_kv_bytes(model.device))
         completions = []
-        model.eval()
+        protect_4bit_weights(model.eval())
         for start in range(0, len(prompts), at_once):
             part = slice(start, start + at_once)
             rollouts = generate_rollouts(model, self.processing_class, prompts[part], group,

@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import Hardware, Policy
+from mig_kit.engine.logprobs import reply_logps
+from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.prompt_cache import PromptCache
 from mig_kit.engine.sampling import make_cache, open_policy, sample_replies
 from mig_kit.engine.server import ServedModel
@@ -60,6 +63,53 @@ def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str,
         answers[suite] = {"greedy": [greedy[sample.id][0] for sample in suite_samples],
                           "drawn": [drawn.get(sample.id, []) for sample in suite_samples]}
     return answers
+
+
+def kl_from_base(models: dict[str, str | Path], samples: dict[str, list[Sample]], replies: dict,
+                 count: int, hardware: Hardware, box_format: BoxFormat) -> dict:
+    """How far every system is from "base", KL(system || base) in nats: system -> suite -> figures.
+
+    Estimated as log p_system - log p_base of the system's own replies: the first one at temperature
+    1 to `count` samples of a suite, evenly spaced (the greedy one where none were drawn, which says
+    less). {"per_token", "per_reply", "standard_error" (of per_reply), "replies"}. replies: of
+    `suite_replies`. One model is in memory at a time.
+    """
+    questions: dict[str, dict[str, list[tuple[Sample, str]]]] = {
+        system: {suite: _spread_replies(samples[suite], answers, count)
+                 for suite, answers in by_suite.items()}
+        for system, by_suite in replies.items() if system != "base"}
+    own: dict[str, dict[str, list[np.ndarray]]] = {}
+    for system, by_suite in questions.items():
+        policy = None  # frees the system before the next
+        policy = load_policy(models[system], hardware, box_format)
+        own[system] = {suite: _reply_logps(policy, rows) for suite, rows in by_suite.items()}
+    policy = None
+    policy = load_policy(models["base"], hardware, box_format)
+    return {system: {suite: _summarize_kl(own[system][suite], _reply_logps(policy, rows))
+                     for suite, rows in by_suite.items()}
+            for system, by_suite in questions.items()}
+
+
+def _spread_replies(samples: list[Sample], answers: dict, count: int) -> list[tuple[Sample, str]]:
+    rows = [(sample, drawn[0]) for sample, drawn in zip(samples, answers["drawn"]) if drawn]
+    rows = rows or list(zip(samples, answers["greedy"]))
+    return rows[::max(1, len(rows) // count)][:count]
+
+
+def _reply_logps(policy: Policy, rows: list[tuple[Sample, str]]) -> list[np.ndarray]:
+    """Log-probabilities of the tokens of each reply, its end included."""
+    samples, replies = map(list, zip(*rows))
+    logps = reply_logps(policy.model, policy.processor, samples, replies, policy.box_format)
+    encoded = policy.processor.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    ends = np.cumsum([len(tokens) + 1 for tokens in encoded])
+    return np.split(logps.double().numpy(), ends[:-1])
+
+
+def _summarize_kl(own: list[np.ndarray], base: list[np.ndarray]) -> dict:
+    sums = np.array([(a - b).sum() for a, b in zip(own, base, strict=True)])
+    error = sums.std(ddof=1) / len(sums) ** 0.5 if len(sums) > 1 else None
+    return {"per_token": float(sums.sum() / sum(map(len, own))), "per_reply": float(sums.mean()),
+            "standard_error": error, "replies": len(sums)}
 
 
 def benchmark_replies(models: dict[str, str | Path],

@@ -19,10 +19,12 @@ from mig_kit import plots
 from mig_kit.engine.models import LORA_TARGETS, Hardware
 
 
-def lora_config(lora_r: int, lora_alpha: int, lora_dropout: float = 0.0) -> LoraConfig:
-    """LoRA on every projection of the language model."""
+def lora_config(lora_r: int, lora_alpha: int, lora_dropout: float = 0.0,
+                lora_targets: str = "all") -> LoraConfig:
+    """LoRA on projections of the language model; lora_targets: which, a name of LORA_TARGETS."""
     return LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-                      target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
+                      target_modules=LORA_TARGETS[lora_targets], bias="none",
+                      task_type="CAUSAL_LM")
 
 
 def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Hardware,

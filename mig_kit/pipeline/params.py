@@ -29,11 +29,13 @@ EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "workers", "r
 CHOICES = {
     "benchmark": ("", "mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu"),
     "coordinates": tuple(MODEL_COORDINATES),
+    "curate": ("pass_rate", "random"),
     "data": ("scenes", "own", "mgrounding"),
     "device": ("auto", "cuda", "cpu"),
     "dtype": ("auto", "float32", "bfloat16"),
     "hallucinated_image_penalty": ("none", "format", "all"),
     "importance_sampling_level": ("token", "sequence"),
+    "lora_targets": ("all", "attention", "gate_up"),
     "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "lr_scheduler_type": ("linear", "cosine", "constant_with_warmup"),
     "report_to": ("none", "trackio", "wandb"),

@@ -84,6 +84,8 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
              if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
     if params.get("base_model"):
         files["base_model"] = model_fingerprint(params["base_model"])
+    if params.get("start_from"):
+        files["start_from"] = model_fingerprint(params["start_from"])
     if params.get("control_run"):
         files["control_run"] = _control_outputs(params, run_id, stage)
     code = [used_definitions(stage), notebook_code(stage)]

@@ -1,5 +1,8 @@
 """Stage 05: rule-based RL with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
 
+With `start_from` it starts elsewhere: from the base (no cold start), from another model's folder,
+or from 02's adapter, which it goes on training on the 4-bit base (no merge).
+
 Where this deviates from the paper, or fills a gap in it:
 - The paper publishes no group size, rates or KL weight; the tiny values are ours, those of the full
   profiles VLM-R1's and MG-Thinker's.
@@ -22,11 +25,22 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import Policy, check_adapters, choose_hardware, load_policy
+from mig_kit.common import model_folder
+from mig_kit.engine.model_folders import check_model_folder
+from mig_kit.engine.models import (
+    Hardware,
+    Policy,
+    check_adapters,
+    choose_hardware,
+    load_policy,
+    resolve_model,
+)
+from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.sampling import make_cache
 from mig_kit.engine.served_rollouts import SAMPLING_CURVES, ServedRollouts
 from mig_kit.engine.shared_prefix_grpo import NOT_SHARED, SharedPrefixGRPOTrainer
@@ -150,7 +164,7 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "model": policy.model, "args": config, "processing_class": policy.processor,
         "reward_funcs": functions,
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
-        "peft_config": lora_config(params.lora_r, params.lora_alpha, params.lora_dropout),
+        "peft_config": _new_adapter(policy, params),
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
                       LiveCurves(training_curves, ("reward", *names))]}
     if not params.share_prefix:
@@ -175,6 +189,13 @@ def _multi_step_arguments(params: SimpleNamespace) -> dict:
             "save_steps": -(-params.save_steps // iterations) * iterations}
 
 
+def _new_adapter(policy: Policy, params: SimpleNamespace) -> LoraConfig | None:
+    """None for a policy that brings its adapter along."""
+    if isinstance(policy.model, PeftModel):
+        return None
+    return lora_config(params.lora_r, params.lora_alpha, params.lora_dropout, params.lora_targets)
+
+
 def _check_enough_prompts(params: SimpleNamespace, n_prompts: int) -> None:
     """ValueError where an update needs more prompts than there are."""
     steps, batch_size = params.gradient_accumulation_steps, params.per_device_train_batch_size
@@ -186,16 +207,66 @@ def _check_enough_prompts(params: SimpleNamespace, n_prompts: int) -> None:
             "gradient_accumulation_steps, or widen min_pass_rate and max_pass_rate in 04")
 
 
-def train(folder: Path, params: SimpleNamespace, merged: str, kept: str) -> None:
-    """Train the model of folder `merged` on the samples of file `kept`, or go on; save the adapter.
+def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[str, str | Path]:
+    """What `train` starts from: {"start": a model}, and "adapter" where it goes on with 02's.
+
+    params: the stage's and the run's. merged: of 03; adapter: of 02. FileNotFoundError where
+    `start_from` is no folder of a model; ValueError for what cannot act with 02's adapter.
+    """
+    if params.start_from == "merged":
+        return {"start": merged}
+    if params.start_from == "base":
+        return {"start": resolve_model(params.base_model)}
+    if params.start_from == "adapter":
+        _check_goes_with_adapter(params, LoraConfig.from_pretrained(adapter))
+        return {"start": resolve_model(params.base_model), "adapter": adapter}
+    folder = model_folder(params.start_from)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"start_from is '{params.start_from}'; use merged, base or "
+                                "adapter, or the folder of a model")
+    check_model_folder(folder)
+    return {"start": folder}
+
+
+def _check_goes_with_adapter(params: SimpleNamespace, config: LoraConfig) -> None:
+    """ValueError for a parameter that contradicts 02's adapter, or cannot act on a 4-bit base."""
+    own = lora_config(params.lora_r, params.lora_alpha, lora_targets=params.lora_targets)
+    for name, value, due in (("lora_r", own.r, config.r),
+                             ("lora_alpha", own.lora_alpha, config.lora_alpha),
+                             ("lora_targets", own.target_modules, config.target_modules)):
+        if value != due:
+            raise ValueError(f"start_from is 'adapter', which has another {name}; set {name} to "
+                             "that of 02_sft")
+    if params.beta:
+        raise ValueError("beta needs the model that RL starts from as its reference, and without "
+                         "its adapter a 4-bit model is the base; set beta to 0, or start_from to "
+                         "merged")
+    if params.server:
+        raise ValueError("a server holds the full weights, not the 4-bit ones that start_from "
+                         "'adapter' trains on; set server to \"\", or start_from to merged")
+
+
+def load_start(hardware: Hardware, box_format: BoxFormat, start: str | Path,
+               adapter: str | Path = "", lora_dropout: float = 0.0) -> Policy:
+    """The model that RL starts from; start, adapter: of `resolve_start`."""
+    if adapter:
+        return load_adapter_policy(start, Path(adapter), hardware, box_format, lora_dropout)
+    return load_policy(start, hardware, box_format)
+
+
+def train(folder: Path, params: SimpleNamespace, kept: str, start: str, adapter: str = "") -> None:
+    """Train the model `start` on the samples of file `kept`, or go on; save the adapter.
 
     The one job of all processes that train together. folder: the stage's; params: its parameters
-    and the run's.
+    and the run's. adapter: goes on being trained, on the 4-bit `start`; "" for a new one.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
-    policy = load_policy(merged, choose_hardware(params.dtype, params.device), box_format)
+    hardware = choose_hardware(params.dtype, params.device)
+    policy = load_start(hardware, box_format, start, adapter, params.lora_dropout)
     trainer = grpo_trainer(policy, read_samples(Path(kept)), folder, params)
     check_adapters(trainer.model)
+    if trainer.is_world_process_zero():
+        trainer.model.print_trainable_parameters()
     train_or_resume(trainer, folder)
     save_adapter(trainer, folder)
 

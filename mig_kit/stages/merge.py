@@ -11,11 +11,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
 from mig_kit.engine.logprobs import reply_logps
 from mig_kit.engine.merging import open_tensors, write_merged_model
+from mig_kit.engine.model_folders import VisionLanguageModel
 from mig_kit.engine.models import Hardware, load_model, protect_4bit_weights
 from mig_kit.engine.processors import load_processor
 from mig_kit.sample import Sample
@@ -30,13 +32,24 @@ LARGE_MODEL_BYTES = 2 * 2**30  # of a base's files: from here on fewer methods a
 MOST_NATS = 0.05  # per token that rounding may part the merged model from what training saw
 
 
-def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware):
-    """What training saw: a fresh 4-bit base under the adapter."""
+def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware,
+                       adapter_scale: float = 1.0) -> PeftModel:
+    """What training saw: a fresh 4-bit base under the adapter, which counts adapter_scale times."""
     quantised = load_model(base, hardware, four_bit=True)
-    return protect_4bit_weights(PeftModel.from_pretrained(quantised, adapter))
+    return protect_4bit_weights(add_adapter(quantised, adapter, adapter_scale))
 
 
-def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware, method: str = DEQUANTISED):
+def add_adapter(model: VisionLanguageModel, adapter: Path, adapter_scale: float) -> PeftModel:
+    """The model under a saved adapter, which counts adapter_scale times."""
+    adapted = PeftModel.from_pretrained(model, adapter)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(adapter_scale)
+    return adapted
+
+
+def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware, method: str = DEQUANTISED,
+                  adapter_scale: float = 1.0) -> VisionLanguageModel:
     """The merged model in memory, by one of MERGE_METHODS; the first is the right one.
 
     The stage itself writes that one with `write_merged_model`, tensor by tensor. A fresh base is
@@ -45,13 +58,13 @@ def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware, method: s
     if method not in MERGE_METHODS:
         raise ValueError(f"no merge method '{method}'; use one of: {'; '.join(MERGE_METHODS)}")
     if method == FOUR_BIT:
-        trained = load_trained_model(base, adapter, hardware)
+        trained = load_trained_model(base, adapter, hardware, adapter_scale)
         return protect_4bit_weights(trained.merge_and_unload(safe_merge=True))
     if method == DEQUANTISED:
         model = load_model(base, hardware, four_bit=True).dequantize(dtype=hardware.dtype)
     else:
         model = load_model(base, hardware)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    return add_adapter(model, adapter, adapter_scale).merge_and_unload(safe_merge=True)
 
 
 def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
@@ -65,9 +78,11 @@ def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
 
 
 def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples: list[Sample],
-                          replies: list[str], hardware: Hardware,
-                          box_format: BoxFormat) -> list[dict]:
+                          replies: list[str], hardware: Hardware, box_format: BoxFormat,
+                          adapter_scale: float = 1.0) -> list[dict]:
     """How far every method's model is from what training saw; one model in memory at a time.
+
+    With an adapter_scale, from what training saw with the adapter counted so many times.
 
     Rows {"way", "mean_gap", "max_gap"}: |difference| in log-probability per token of the replies,
     of the merged folder and then of `choose_merge_methods`. merged: the folder that stage 03 wrote.
@@ -77,7 +92,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
     def read_logps(model) -> torch.Tensor:
         return reply_logps(model, processor, samples, replies, box_format)
 
-    trained_logps = read_logps(load_trained_model(base, adapter, hardware))
+    trained_logps = read_logps(load_trained_model(base, adapter, hardware, adapter_scale))
     rows = []
     for method in (READ_BACK, *choose_merge_methods(base)):
         gc.collect()
@@ -87,10 +102,11 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
         elif method == ORIGINAL_FOUR_BIT:
             with TemporaryDirectory(dir=merged.parent) as name:
                 folder = Path(name) / "merged"
-                write_merged_model(base, adapter, folder, hardware, processor, four_bit=False)
+                write_merged_model(base, adapter, folder, hardware, processor, four_bit=False,
+                                   adapter_scale=adapter_scale)
                 logps = read_logps(load_model(folder, hardware, four_bit=True))
         else:
-            logps = read_logps(merge_adapter(base, adapter, hardware, method))
+            logps = read_logps(merge_adapter(base, adapter, hardware, method, adapter_scale))
         gaps = (logps - trained_logps).abs()
         rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
     gc.collect()

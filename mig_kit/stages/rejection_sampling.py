@@ -3,18 +3,21 @@
 The paper names the step but not the rule. Ours: draw N replies per candidate at temperature 1, call
 a reply correct if it names the right image with IoU >= 0.5, and keep prompts whose pass rate lies
 between min_pass_rate and max_pass_rate, at most the same number of every task. A group without
-spread has no advantage to learn from.
+spread has no advantage to learn from. With `curate: random` no reply is drawn, and prompts are kept
+at random, to see what the step is worth.
 """
 
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.filters import drop_reason
 from mig_kit.rewards import is_correct
-from mig_kit.sample import Sample
+from mig_kit.sample import Sample, Trace
 from mig_kit.world.teacher import recognize_detail
 
 
@@ -24,6 +27,23 @@ def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]], box_for
     return np.array([
         np.mean([is_correct(reply, sample, box_format, threshold) for reply in replies[sample.id]])
         for sample in samples])
+
+
+def correct_traces(samples: Sequence[Sample], replies: dict[str, list[str]],
+                   box_format: BoxFormat) -> tuple[list[int], list[Trace]]:
+    """Which samples have a reply that may teach, and the first such reply of each.
+
+    What may teach passes 01's filter. So a model can learn from its own correct replies: see
+    `traces_file` of 02.
+    """
+    rows, traces = [], []
+    for index, sample in enumerate(samples):
+        good = [reply for reply in replies.get(sample.id, [])
+                if not drop_reason(reply, sample, box_format)]
+        if good:
+            rows.append(index)
+            traces.append(Trace(good[0], recognize_detail(good[0]), ""))
+    return rows, traces
 
 
 def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
@@ -40,6 +60,35 @@ def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
             outcomes[asked, recognize_detail(reply)].append(correct)
     return [{"asked": asked, "detail": detail, "n": len(values), "correct": float(np.mean(values))}
             for (asked, detail), values in sorted(outcomes.items())]
+
+
+def check_curation(params: SimpleNamespace) -> None:
+    """ValueError where `kept_prompts` cannot act."""
+    if params.kept_prompts and params.curate != "random":
+        raise ValueError("kept_prompts acts with curate 'random' only; with 'pass_rate' as many "
+                         "prompts are kept as have a fitting one: set kept_prompts to 0")
+    if params.kept_prompts < 0:
+        raise ValueError(f"kept_prompts is {params.kept_prompts}; give a number of prompts, or 0 "
+                         "for per_task of each task")
+
+
+def select_at_random(samples: Sequence[Sample], *, per_task: int, kept_prompts: int,
+                     seed: int) -> tuple[list[int], dict[str, dict[str, int]]]:
+    """Which samples are kept without asking any model, and per task how many.
+
+    At most `per_task` of every task, and of these `kept_prompts` (0: all), drawn from all tasks
+    alike. ValueError where there are fewer than `kept_prompts`.
+    """
+    kept, _ = select_by_pass_rate(samples, np.zeros(len(samples)), lowest=0, highest=1,
+                                  per_task=per_task, seed=seed)
+    if len(kept) < kept_prompts:
+        raise ValueError(f"kept_prompts is {kept_prompts}, and per_task leaves {len(kept)} of "
+                         f"{len(samples)} candidates; lower it, or raise per_task")
+    kept = kept[:kept_prompts or len(kept)]
+    counts = Counter(samples[index].task for index in kept)
+    candidates = Counter(sample.task for sample in samples)
+    return kept, {task: {"kept": counts[task], "not drawn": number - counts[task]}
+                  for task, number in candidates.items()}
 
 
 def select_by_pass_rate(samples: Sequence[Sample], rates: np.ndarray, *, lowest: float,

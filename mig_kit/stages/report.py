@@ -60,6 +60,13 @@ def score_rows(systems: dict, figure: str = "score") -> list[dict]:
             for system, suites in systems.items()]
 
 
+def kl_rows(kl: dict) -> list[dict]:
+    """Rows {system, suite -> nats per token}; kl: of `engine.systems.kl_from_base`."""
+    return [{"system": system, **{SUITE_NAMES[suite]: round(figures["per_token"], 3)
+                                  for suite, figures in by_suite.items()}}
+            for system, by_suite in kl.items()]
+
+
 def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     """One of OUTCOMES; "box off" is the right image with an IoU under 0.5."""
     answer = parse_reply(reply)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import pad
 from trl import SFTConfig, SFTTrainer
 
@@ -24,12 +24,11 @@ from mig_kit.engine.models import (
     Policy,
     check_adapters,
     choose_hardware,
-    load_policy,
-    run_tower_without_graph,
     unwrap_peft,
 )
 from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.processors import check_image_grids, check_tokens
+from mig_kit.engine.qlora import load_four_bit_policy
 from mig_kit.engine.training import (
     KeepAdapterDtype,
     LiveCurves,
@@ -40,7 +39,7 @@ from mig_kit.engine.training import (
     trainer_arguments,
     use_one_device,
 )
-from mig_kit.prompts import chat_messages
+from mig_kit.prompts import chat_messages, cut_reasoning
 from mig_kit.sample import Sample, TableRows, read_replies, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
@@ -91,22 +90,11 @@ def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxForma
                       lora: LoraConfig, seed: int) -> Policy:
     """The 4-bit base with a fresh adapter, ready to train.
 
-    On a CPU that multiplies in bfloat16, what passes between the language model's layers is
-    bfloat16, too: in float32, a quarter of a step goes into conversions. The vision tower, which
-    locates, keeps float32. With hardware.dtype bfloat16 it is bfloat16, too. Raises ValueError if
-    the adapter landed outside the language model.
+    Raises ValueError if the adapter landed outside the language model.
     """
     torch.manual_seed(seed)
-    policy = load_policy(base, hardware, box_format, four_bit=True)
-    model = prepare_model_for_kbit_training(
-        policy.model, use_gradient_checkpointing=hardware.device == "cuda")
-    run_tower_without_graph(model)
-    if hardware.autocast or hardware.dtype == torch.bfloat16:
-        for name, parameter in model.named_parameters():
-            keeps_float32 = hardware.autocast and "visual" in name
-            if parameter.dtype == torch.float32 and not keeps_float32:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    policy.model = get_peft_model(model, lora)
+    policy = load_four_bit_policy(base, hardware, box_format)
+    policy.model = get_peft_model(policy.model, lora)
     check_adapters(policy.model)
     return policy
 
@@ -260,10 +248,19 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
 
 
 def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows, TableRows]:
-    """(samples, replies) of the file `traces`, in the order and number that `params` says."""
+    """(samples, replies) of the file `traces`, in the order and number that `params` says.
+
+    Without `params.reasoning` a reply is its <answer> block alone.
+    """
     samples, replies = read_samples(Path(traces)), read_replies(Path(traces))
+    if not params.reasoning:
+        replies = TableRows(Path(traces), _answer_from_row, ("reply",))
     rows = shuffled_rows(len(samples), params.seed, params.max_samples)
     return samples.select(rows), replies.select(rows)
+
+
+def _answer_from_row(row: dict, folder: Path) -> str:
+    return cut_reasoning(row["reply"])
 
 
 def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None:
@@ -274,7 +271,8 @@ def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     table = sft_rows(*read_traces(traces, params), box_format)
-    lora = lora_config(params.lora_r, params.lora_alpha, params.lora_dropout)
+    lora = lora_config(params.lora_r, params.lora_alpha, params.lora_dropout,
+                       params.lora_targets)
     hardware = choose_hardware(params.dtype, params.device)
     policy = load_qlora_policy(base, hardware, box_format, lora, params.seed)
     trainer = sft_trainer(policy, table, folder, params)

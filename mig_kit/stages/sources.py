@@ -61,6 +61,9 @@ def check_source(p: SimpleNamespace) -> None:
     if p.teacher == "own" and p.data != "own":
         raise ValueError(f"the teacher 'own' is the key 'reply' of data 'own'; with data "
                          f"'{p.data}' use another teacher")
+    if p.lesson_questions and p.data != "scenes":
+        raise ValueError(f"lesson_questions are drawn, for the tiny base; with data '{p.data}' set "
+                         "it to 0")
     if p.data == "scenes":
         return
     if p.teacher == "rules":

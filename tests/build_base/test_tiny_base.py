@@ -8,17 +8,10 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit.build_base import (
-    curriculum,
-    lesson_batches,
-    lessons,
-    puzzles,
-    tiny_base,
-    vision,
-    vocabulary,
-)
+from mig_kit.build_base import curriculum, lesson_batches, tiny_base, vision, vocabulary
 from mig_kit.engine import attention, models
 from mig_kit.prompts import parse_reply
+from mig_kit.world import lessons, puzzles
 from mig_kit.world.scenes import (
     UNSEEN_PAIRS,
     Object,

@@ -1,14 +1,18 @@
 """Loading, adapters, and the checks that make blind training impossible."""
 
+import re
 import shutil
 
 import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine import models, processors, training
+from mig_kit.engine.model_folders import load_config
+from mig_kit.pipeline.params import stage_parameters
 from mig_kit.prompts import chat_messages
 
 NORMALIZED = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
@@ -50,6 +54,35 @@ def test_right_padding_is_refused(processor, samples):
 def test_lora_lands_on_the_language_model_only(random_model):
     model = get_peft_model(random_model, training.lora_config(4, 8))
     assert len(models.check_adapters(model)) == 14
+
+
+@pytest.mark.parametrize(("lora_targets", "names"), [
+    ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}), ("gate_up", {"gate_proj", "up_proj"})])
+def test_lora_lands_on_what_is_asked_for(lora_targets, names, random_model):
+    model = get_peft_model(random_model, training.lora_config(4, 8, lora_targets=lora_targets))
+    adapted = models.check_adapters(model)
+    assert {name.rpartition(".")[2] for name in adapted} == names
+    assert len(adapted) == 2 * len(names)
+    del model.base_model.model.model.language_model.layers[1]
+    model.peft_config["default"].target_modules = models.LORA_TARGETS["all"]
+    with pytest.raises(ValueError, match=f"LoRA is on {len(names)} projections, expected 7"):
+        models.check_adapters(model)
+
+
+def test_ranks_of_equal_size():
+    """The ranks that the help of lora_r in 02 names give adapters of one size, within 2 %."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(load_config(models.TINY_BASE))
+    sizes = {}
+    help_line = stage_parameters("02_sft")["lora_r"].help
+    ranks = re.findall(r"(\d+) on (\w+)", help_line)
+    for rank, lora_targets in ranks:
+        config = training.lora_config(int(rank), 1, lora_targets=lora_targets)
+        adapted = get_peft_model(model, config)
+        sizes[lora_targets], _ = adapted.get_nb_trainable_parameters()
+        model = adapted.unload()
+    assert sizes.keys() == models.LORA_TARGETS.keys()
+    assert max(sizes.values()) < 1.02 * min(sizes.values())
 
 
 def test_a_wrong_target_list_is_refused(random_model):

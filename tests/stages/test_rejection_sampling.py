@@ -11,6 +11,7 @@ import torch
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.engine import sampling
 from mig_kit.prompts import format_answer
+from mig_kit.rewards import is_correct
 from mig_kit.stages import rejection_sampling
 from mig_kit.stats import pass_at_k
 from mig_kit.world.tasks import make_sample
@@ -37,6 +38,50 @@ def test_curate_by_hand():
                            "over per_task": 1}
     assert why["reasoning"] == {"above max_pass_rate": 1, "kept": 1, "over per_task": 0}
     assert len(kept) == 3 and set(kept) <= {1, 2, 3, 5}
+
+
+def test_the_first_correct_reply_of_each_prompt_may_teach():
+    samples = [make_sample("diff", "rl", i) for i in range(3)]
+    answers = []
+    for sample in samples:
+        image, box = sample.targets[0]
+        model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
+        answers.append(f"<answer>{format_answer(image, model_box)}</answer>")
+    good = [f"<think>Compare.</think>{answer}" for answer in answers]
+    leaked = good[0].replace("Compare.", answers[0][answers[0].index("["):-len("}</answer>")])
+    assert is_correct(leaked, samples[0], BOX_FORMAT)
+    replies = {samples[0].id: ["no", answers[0], leaked, good[0], good[0] + " "],
+               samples[1].id: ["no"], samples[2].id: [good[2]]}
+    rows, traces = rejection_sampling.correct_traces(samples, replies, BOX_FORMAT)
+    assert rows == [0, 2] and [trace.text for trace in traces] == [good[0], good[2]]
+    assert {trace.detail for trace in traces} == {"method"}
+    assert rejection_sampling.correct_traces(samples, {}, BOX_FORMAT) == ([], [])
+
+
+def test_random_prompts_are_kept_without_any_reply():
+    samples = [make_sample("diff", "rl", i) for i in range(5)]
+    samples += [make_sample("reasoning", "rl", i) for i in range(2)]
+    options = {"per_task": 3, "kept_prompts": 0, "seed": 0}
+    kept, why = rejection_sampling.select_at_random(samples, **options)
+    assert why == {"diff": {"kept": 3, "not drawn": 2}, "reasoning": {"kept": 2, "not drawn": 0}}
+    assert len(set(kept)) == len(kept) == 5 and set(kept) >= {5, 6}
+    fewer, why = rejection_sampling.select_at_random(samples, **options | {"kept_prompts": 4})
+    assert fewer == kept[:4] and sum(counts["kept"] for counts in why.values()) == 4
+    assert kept != rejection_sampling.select_at_random(samples, **options | {"seed": 1})[0]
+    with pytest.raises(ValueError, match="kept_prompts is 6, and per_task leaves 5 of 7"):
+        rejection_sampling.select_at_random(samples, **options | {"kept_prompts": 6})
+
+
+def test_kept_prompts_is_refused_where_it_cannot_act(stage_params):
+    def check(**changes):
+        rejection_sampling.check_curation(stage_params("04_rejection_sampling", **changes))
+
+    check()
+    check(curate="random", kept_prompts=3)
+    with pytest.raises(ValueError, match="kept_prompts acts with curate 'random' only"):
+        check(kept_prompts=3)
+    with pytest.raises(ValueError, match="kept_prompts is -1"):
+        check(curate="random", kept_prompts=-1)
 
 
 def test_accuracy_by_detail_by_hand():

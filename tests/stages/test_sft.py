@@ -11,6 +11,8 @@ from mig_kit import filters
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import processors, training
 from mig_kit.engine.models import unwrap_peft
+from mig_kit.rewards import is_correct
+from mig_kit.sample import Trace, write_samples
 from mig_kit.stages import sft, synthesize
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -122,6 +124,19 @@ def test_between_bf16_products_the_language_model_stays_in_bf16(load_policy, flo
               if parameter.dtype.is_floating_point and "lora_" not in name}
     assert {dtype for name, dtype in dtypes.items() if "visual" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "visual" not in name} == {torch.bfloat16}
+
+
+def test_answers_alone_are_learned_without_reasoning(tmp_path, stage_params):
+    samples, replies = rows_of_all_tasks(BOX_FORMAT)
+    traces = [Trace(reply, "", "") for reply in replies]
+    write_samples(tmp_path / "cot.parquet", samples, traces)
+    rows = {reasoning: sft.read_traces(tmp_path / "cot.parquet",
+                                       stage_params("02_sft", reasoning=reasoning))
+            for reasoning in (True, False)}
+    assert [sample.id for sample in rows[True][0]] == [sample.id for sample in rows[False][0]]
+    for sample, reply, answer in zip(*rows[True], rows[False][1]):
+        assert answer.startswith("<answer>") and reply.endswith(f"</think>{answer}")
+        assert is_correct(answer, sample, BOX_FORMAT), "an answer alone still counts"
 
 
 def test_rows_to_learn_from_are_shuffled_as_datasets_does():

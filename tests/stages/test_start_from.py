@@ -1,0 +1,148 @@
+"""Where stage 05 starts: the merged model, the base, a folder, or 02's adapter on a 4-bit base."""
+
+from types import SimpleNamespace
+
+import bitsandbytes
+import pytest
+import torch
+from peft import PeftModel
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import (
+    generation,
+    logprobs,
+    merging,
+    models,
+    qlora,
+    shared_prefix_grpo,
+    training,
+)
+from mig_kit.pipeline import store
+from mig_kit.sample import write_samples
+from mig_kit.stages import grpo, sft
+from mig_kit.world.tasks import TASKS, make_sample
+
+BOX_FORMAT = BoxFormat()
+SETTINGS = {
+    "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, "max_completion_length": 8,
+    "save_steps": 1, "lora_r": 4, "lora_alpha": 8, "launcher": "", "dtype": "float32",
+    "device": "cpu"}
+
+
+@pytest.fixture
+def adapter(tmp_path, random_folder, float32):
+    """The folder of an adapter that changes the random model, as 02 leaves it."""
+    lora = training.lora_config(4, 8, 0.1)
+    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
+    torch.manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    policy.model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def params(stage_params, random_folder):
+    """Call it with changes for the parameters of 05 and of the run."""
+    def make(**changes) -> SimpleNamespace:
+        run = {"base_model": str(random_folder), "min_pixels": BOX_FORMAT.min_pixels,
+               "max_pixels": BOX_FORMAT.max_pixels, "coordinates": "absolute"}
+        return SimpleNamespace(**vars(stage_params("05_grpo", **(SETTINGS | changes))), **run)
+
+    return make
+
+
+def test_what_it_starts_from(tmp_path, params, adapter, random_folder):
+    merged = tmp_path / "merged"
+    assert grpo.resolve_start(params(), merged, adapter) == {"start": merged}
+    assert grpo.resolve_start(params(start_from="base"), merged, adapter) == {
+        "start": random_folder}
+    assert grpo.resolve_start(params(start_from=str(random_folder)), merged, adapter) == {
+        "start": random_folder}
+    assert grpo.resolve_start(params(start_from="adapter"), merged, adapter) == {
+        "start": random_folder, "adapter": adapter}
+
+
+@pytest.mark.parametrize(("changes", "problem"), [
+    ({"start_from": "somewhere"}, "start_from is 'somewhere'; use merged, base or adapter, or"),
+    ({"start_from": "adapter", "lora_r": 8}, "another lora_r; set lora_r to that of 02_sft"),
+    ({"start_from": "adapter", "lora_alpha": 9}, "another lora_alpha; set lora_alpha"),
+    ({"start_from": "adapter", "lora_targets": "attention"}, "another lora_targets"),
+    ({"start_from": "adapter", "beta": 0.1}, "without its adapter a 4-bit model is the base"),
+    ({"start_from": "adapter", "server": "http://localhost:1"}, "holds the full weights")])
+def test_a_start_that_cannot_be_is_one_sentence(changes, problem, tmp_path, params, adapter):
+    with pytest.raises((ValueError, FileNotFoundError), match=problem):
+        grpo.resolve_start(params(**changes), tmp_path / "merged", adapter)
+
+
+def test_an_adapter_is_no_folder_to_start_from(tmp_path, params, adapter):
+    with pytest.raises(FileNotFoundError, match="holds an adapter, not a model"):
+        grpo.resolve_start(params(start_from=str(adapter)), tmp_path / "merged", adapter)
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter, random_folder,
+                                                       float32):
+    samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
+    write_samples(tmp_path / "kept.parquet", samples)
+    replies = ["<think>Compare.</think>"] * 3
+    folder = tmp_path / "05_grpo"
+    start = grpo.resolve_start(params(start_from="adapter"), tmp_path, adapter)
+
+    def read_logps(model):
+        processor = models.load_processor(random_folder, BOX_FORMAT)
+        return logprobs.reply_logps(model, processor, samples[:3], replies, BOX_FORMAT)
+
+    policy = grpo.load_start(float32, BOX_FORMAT, **start)
+    trained = [name for name, parameter in policy.model.named_parameters()
+               if parameter.requires_grad]
+    assert len(trained) == 28 and all("lora_" in name for name in trained)
+    fresh = PeftModel.from_pretrained(models.load_model(random_folder, float32, four_bit=True),
+                                      adapter)
+    models.protect_4bit_weights(fresh.eval())
+    models.protect_4bit_weights(policy.model.eval())
+    before = read_logps(policy.model)
+    assert torch.allclose(before, read_logps(fresh), atol=1e-5)
+    grpo.train(folder, params(start_from="adapter"), str(tmp_path / "kept.parquet"),
+               str(start["start"]), str(adapter))
+    policy = grpo.load_start(float32, BOX_FORMAT, random_folder, folder / "adapter")
+    after = read_logps(policy.model)
+    merging.write_merged_model(random_folder, folder / "adapter", folder / "model", float32,
+                               policy.processor, four_bit=True)
+    merged = read_logps(models.load_model(folder / "model", float32))
+    assert (merged - after).abs().mean() < 1e-3
+    assert (after - before).abs().mean() > 5 * (merged - after).abs().mean()
+
+
+@pytest.mark.slow
+def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_folder, float32,
+                                            monkeypatch):
+    policy = qlora.load_adapter_policy(random_folder, adapter, float32, BOX_FORMAT, 0.0)
+    assert policy.model.peft_config["default"].lora_dropout == 0.0
+    samples = [make_sample("diff", "rl", i) for i in range(2)]
+    trainer = grpo.grpo_trainer(policy, samples, tmp_path, params(start_from="adapter"))
+    layers = [module for module in trainer.model.modules()
+              if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    before = [layer.weight.data.clone() for layer in layers]
+    in_train_mode = []
+
+    def record_modes(model, *arguments):
+        in_train_mode.append((model.training, {layer.training for layer in layers}))
+        return generation.generate_rollouts(model, *arguments)
+
+    monkeypatch.setattr(shared_prefix_grpo, "generate_rollouts", record_modes)
+    trainer._draw_completions([{"sample": 0}] * 4, 4, "train")
+    assert in_train_mode == [(False, {True})]
+    assert all(torch.equal(layer.weight.data, packed) for layer, packed in zip(layers, before))
+
+
+def test_another_model_in_the_same_folder_is_another_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "require_record", lambda *_: {"outputs": {}, "params": {
+        name: "" for name in store.RUN_PARAMS}})
+    (tmp_path / "config.json").write_text("{}")
+    params = {"start_from": str(tmp_path)}
+    key = store.stage_key("05_grpo", "any", params)
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert store.stage_key("05_grpo", "any", params) != key
