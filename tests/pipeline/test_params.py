@@ -6,9 +6,9 @@ from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import params, store
 
 # what a parameter of words may say where anything goes
-FREE_TEXT = {"annotations_file", "reference", "base_model", "control_run", "data_file", "endpoint_model",
-             "endpoint_url", "image_root", "launcher", "server", "model", "profile", "run_id",
-             "start_from", "traces_file"}
+FREE_TEXT = {"annotations_file", "base_model", "control_run", "data_file", "endpoint_model",
+             "endpoint_url", "image_root", "launcher", "server", "model", "profile", "reference",
+             "run_id", "start_from", "traces_file"}
 PROFILE_FILES = sorted((PROJECT_ROOT / "params").glob("*/*.yaml"))
 
 
