@@ -20,9 +20,9 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import Policy, check_adapters, choose_hardware, load_policy
+from mig_kit.engine.own_rewards import compute_reward, load_rewards
 from mig_kit.engine.sampling import make_cache
 from mig_kit.engine.served_rollouts import SAMPLING_CURVES, ServedRollouts
 from mig_kit.engine.shared_prefix_grpo import NOT_SHARED, SharedPrefixGRPOTrainer
@@ -36,6 +36,7 @@ from mig_kit.engine.training import (
     use_one_device,
 )
 from mig_kit.prompts import chat_messages
+from mig_kit.rewards import Reward, cites_only_existing_images
 from mig_kit.sample import Sample, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
@@ -45,47 +46,27 @@ CURVES = {
     "frac_reward_zero_std": "zero_std", "completions/clipped_ratio": "clipped_ratio"}
 
 
-def reward_functions(samples: Sequence[Sample], box_format: BoxFormat,
+def reward_functions(rewards: dict[str, Reward], samples: Sequence[Sample], box_format: BoxFormat,
                      hallucinated_image_penalty: str = "format") -> list[Callable]:
-    """The rewards in TRL's form, in the order of `reward_weights`.
+    """The rewards in TRL's form, which logs each under its name.
 
-    A line of the table is a reward: the name under which it is logged, a function of reply and
-    sample, and the samples that it applies to; it is None for any other. TRL's column `sample` is
-    the index into `samples`. hallucinated_image_penalty: what a reply loses whose reasoning cites
-    an image that the prompt does not have: "none", the "format" reward, or "all" of them.
+    rewards: by name. TRL's column `sample` is the index into `samples`. hallucinated_image_penalty:
+    what a reply loses whose reasoning cites an image that the prompt does not have: "none", the
+    "format" reward, or "all" of them.
     """
-    table = {
-        "format": (rewards.format_reward, _is_any),
-        "image": (rewards.image_reward, _asks_for_a_box),
-        "box": (partial(rewards.box_reward, box_format=box_format), _asks_for_a_box),
-        "choice": (rewards.choice_reward, _asks_for_a_letter),
-    }
-    penalised = {"none": (), "format": ("format",), "all": tuple(table)}
-    return [_trl_reward(name, reward, applies_to, samples,
+    penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
+    return [_trl_reward(name, reward, samples, box_format,
                         is_penalised=name in penalised[hallucinated_image_penalty])
-            for name, (reward, applies_to) in table.items()]
+            for name, reward in rewards.items()]
 
 
-def _is_any(sample: Sample) -> bool:
-    return True
-
-
-def _asks_for_a_box(sample: Sample) -> bool:
-    return not sample.options
-
-
-def _asks_for_a_letter(sample: Sample) -> bool:
-    return bool(sample.options)
-
-
-def _trl_reward(name: str, reward: Callable, applies_to: Callable, samples: Sequence[Sample],
+def _trl_reward(name: str, reward: Reward, samples: Sequence[Sample], box_format: BoxFormat,
                 is_penalised: bool) -> Callable:
     def score(reply: str, sample: Sample) -> float | None:
-        if not applies_to(sample):
+        value = compute_reward(name, reward, reply, sample, box_format)
+        if value is None:
             return None
-        if is_penalised and not rewards.cites_only_existing_images(reply, sample):
-            return 0.0
-        return reward(reply, sample)
+        return 0.0 if is_penalised and not cites_only_existing_images(reply, sample) else value
 
     def score_all(completions, sample, **_) -> list[float | None]:
         replies = [completion[0]["content"] for completion in completions]
@@ -129,8 +110,10 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    rewards = load_rewards(params.rewards, folder)
+    weights = [params.reward_weights.get(name, 1.0) for name in rewards]
     arguments = trainer_arguments(
-        GRPOConfig, params, hardware, folder,
+        GRPOConfig, SimpleNamespace(**vars(params) | {"reward_weights": weights}), hardware, folder,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         generation_kwargs={"min_new_tokens": min_new_tokens})
     if idle := sorted(NOT_SHARED & arguments.keys() if params.share_prefix else ()):
@@ -138,16 +121,16 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
                          "parameters, or set share_prefix to false")
     config = GRPOConfig(**arguments)
     use_one_device(config)
-    functions = reward_functions(samples, policy.box_format, params.hallucinated_image_penalty)
-    names = [function.__name__ for function in functions]
-    logged = ("reward", *(f"rewards/{name}/mean" for name in names), "entropy")
+    functions = reward_functions(rewards, samples, policy.box_format,
+                                 params.hallucinated_image_penalty)
+    logged = ("reward", *(f"rewards/{name}/mean" for name in rewards), "entropy")
     common = {
         "model": policy.model, "args": config, "processing_class": policy.processor,
         "reward_funcs": functions,
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
         "peft_config": lora_config(params.lora_r, params.lora_alpha, params.lora_dropout),
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
-                      LiveCurves(training_curves, ("reward", *names))]}
+                      LiveCurves(training_curves, ("reward", *rewards))]}
     if not params.share_prefix:
         return GRPOTrainer(**common)
     served = None

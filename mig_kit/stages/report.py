@@ -18,9 +18,10 @@ from matplotlib import pyplot as plt
 
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat
+from mig_kit.engine.own_rewards import compute_reward
 from mig_kit.plots import SUITE_NAMES, draw_sample
 from mig_kit.prompts import format_question, parse_reply
-from mig_kit.rewards import box_reward, choice_reward, format_reward, image_reward, is_correct
+from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample
 from mig_kit.world.specs import count_listed_objects
 
@@ -137,43 +138,42 @@ def pick_gallery(samples: list[Sample], before: dict[str, str], after: dict[str,
 
 
 def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                 box_format: BoxFormat) -> Markup:
+                 box_format: BoxFormat, rewards: dict[str, Reward]) -> Markup:
     """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
 
-    The filters are style sheets, no script.
+    rewards: by name, those that are shown. The filters are style sheets, no script.
     """
     groups = {"task": sorted({sample.task for _, sample in gallery}),
               "kind": list(dict.fromkeys(kind for kind, _ in gallery))}
     cards = [sample_card(sample, {system: by_id[sample.id] for system, by_id in replies.items()},
-                         box_format, kind,
+                         box_format, rewards, kind,
                          f"task-{groups['task'].index(sample.task)} "
                          f"kind-{groups['kind'].index(kind)}")
              for kind, sample in gallery]
     return _macros.filters(groups) + Markup("").join(cards)
 
 
-def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat, kind: str = "",
-                classes: str = "") -> Markup:
+def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
+                rewards: dict[str, Reward], kind: str = "", classes: str = "") -> Markup:
     """One sample with the replies of some systems: images with boxes, reasoning, answer, rewards.
 
     kind: stands in its head. classes: what the filters know the card by.
     """
-    rows = [_reply_row(system, reply, sample, box_format) for system, reply in replies.items()]
+    rows = [_reply_row(system, reply, sample, box_format, rewards)
+            for system, reply in replies.items()]
     question = format_question(sample, box_format, with_instruction=False)
     return _macros.card(sample, classes, kind, question, rows)
 
 
-def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat) -> dict:
-    rewards = {"format": format_reward(reply, sample)}
-    if sample.options:
-        rewards["choice"] = choice_reward(reply, sample)
-    else:
-        rewards |= {"image": image_reward(reply, sample),
-                    "box": box_reward(reply, sample, box_format)}
+def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
+               rewards: dict[str, Reward]) -> dict:
+    scores = {name: compute_reward(name, reward, reply, sample, box_format)
+              for name, reward in rewards.items()}
     return {
         "system": system, "is_correct": is_correct(reply, sample, box_format),
         "outcome": classify_outcome(reply, sample, box_format),
-        "rewards": ", ".join(f"{name} {round(value, 2):g}" for name, value in rewards.items()),
+        "rewards": ", ".join(f"{name} {round(value, 2):g}" for name, value in scores.items()
+                             if value is not None),
         "image": image_tag(draw_sample(sample, reply, box_format, 130), system),
         "thinking": parse_reply(reply).thinking or "-",
         "answer": reply.split("</think>")[-1][:300]}

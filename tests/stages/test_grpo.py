@@ -9,6 +9,7 @@ from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.engine import generation, models, shared_prefix_grpo, training
 from mig_kit.engine.prompt_cache import PromptCache
 from mig_kit.prompts import format_answer
+from mig_kit.rewards import REWARDS
 from mig_kit.stages import grpo
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import TASKS, make_sample
@@ -70,7 +71,7 @@ def test_rewards_apply_where_they_mean_something():
     samples = [make_sample("diff", "rl", 0), make_free_form("rl", 1)[0]]
     reply = f"<think></think><answer>{samples[1].letter}</answer>"
     scores = {reward.__name__: reward(completions=as_completions(reply, reply), sample=[0, 1])
-              for reward in grpo.reward_functions(samples, BOX_FORMAT)}
+              for reward in grpo.reward_functions(REWARDS, samples, BOX_FORMAT)}
     expected = {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None],
                 "choice": [None, 1.0]}
     assert {name: scores[name] for name in expected} == expected
@@ -84,7 +85,7 @@ def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, image_
     model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
     answer = f"<answer>{format_answer(image, model_box)}</answer>"
     completions = as_completions(*(f"<think>image {n}: a.</think>{answer}" for n in (2, 3)))
-    functions = grpo.reward_functions([sample], BOX_FORMAT, penalty)
+    functions = grpo.reward_functions(REWARDS, [sample], BOX_FORMAT, penalty)
     scores = {reward.__name__: reward(completions=completions, sample=[0, 0])
               for reward in functions}
     assert scores["format"] == [1.0, format_score] and scores["image"] == [1.0, image_score]
@@ -100,7 +101,10 @@ def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer, stage
                "gradient_checkpointing": True, "max_steps": 7, "save_steps": 4, "warmup_steps": 3}
     args = make_trainer(tmp_path / "b", **changes).args
     assert {name: getattr(args, name) for name in changes} == changes
-    assert args.reward_weights == stage_params("05_grpo").reward_weights
+    params = stage_params("05_grpo")
+    assert args.reward_weights == [params.reward_weights[name] for name in params.rewards]
+    args = make_trainer(tmp_path / "c", rewards=["choice", "box_giou", "format"]).args
+    assert args.reward_weights == [1.3, 1.0, 0.2]
 
 
 @pytest.mark.parametrize(("name", "share_prefix", "problem"), [

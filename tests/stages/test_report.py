@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.rewards import REWARDS
 from mig_kit.stages import report
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
@@ -20,7 +21,7 @@ def test_model_text_is_escaped():
     hostile = (
         "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
     )
-    card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT)
+    card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT, REWARDS)
     page = report.render_page("<script>title</script>", [("<i>h</i>", card)])
     assert (
         "<script" not in page
@@ -122,7 +123,7 @@ def test_the_gallery_is_filtered_without_a_script():
     samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
     replies = {"sft": {s.id: "?" for s in samples}}
     text = report.gallery_html(
-        [("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT
+        [("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT, REWARDS
     )
     assert (
         text.count('class="card task-') == 2
@@ -211,6 +212,7 @@ def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
         options=(HOSTILE, "b"),
     )
     reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
-    text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT)
+    text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT,
+                               REWARDS)
     shown = in_chromium(report.render_page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
     assert shown.title.startswith("mine ") and shown.found == []
