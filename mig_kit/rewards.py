@@ -42,6 +42,17 @@ def names_letter(reply: str, sample: Sample) -> bool:
     return bool(sample.letter) and parse_reply(reply).letter == sample.letter
 
 
+def reply_success(reply: str, sample: Sample, box_format: BoxFormat) -> float:
+    """How well the reply answers, 0..1: its IoU; for multiple choice whether its letter is correct;
+    where nothing in the images answers, whether it says so.
+    """
+    if sample.options:
+        return float(names_letter(reply, sample))
+    if not sample.targets:
+        return float(parse_reply(reply).names_none)
+    return reply_iou(reply, sample, box_format)
+
+
 def format_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """1 if the whole reply is well formed; else 0.25 for each tag that occurs exactly once, at most
     0.75.
@@ -143,8 +154,4 @@ def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: flo
     """Whether the reply names the right image with IoU >= threshold; for a multiple-choice sample,
     the correct letter; where nothing in the images answers, whether it says so.
     """
-    if sample.options:
-        return names_letter(reply, sample)
-    if not sample.targets:
-        return parse_reply(reply).names_none
-    return reply_iou(reply, sample, box_format) >= threshold
+    return reply_success(reply, sample, box_format) >= threshold

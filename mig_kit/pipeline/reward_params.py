@@ -34,6 +34,7 @@ def check_reward_params(params: dict, default_weights: dict[str, float]) -> None
     if params["hallucinated_image_penalty"] == "format" and "format" not in names:
         raise ValueError("hallucinated_image_penalty is 'format', which is not one of rewards; set "
                          "it to none or all")
+    _check_groups(params)
 
 
 def _check_reference(text: str) -> str:
@@ -62,6 +63,23 @@ def _check_reference(text: str) -> str:
         raise ValueError(f"{path} has no function '{function}'; it has "
                          f"{', '.join(functions) or 'none'}")
     return function
+
+
+def _check_groups(params: dict) -> None:
+    """What weighs or selects whole groups needs the shared prefix, and a pool a single process."""
+    for name, is_set in (("difficulty_weight", params["difficulty_weight"]),
+                         ("prompt_pool", params["prompt_pool"] > 1)):
+        if is_set and not params["share_prefix"]:
+            raise ValueError(f"{name} needs share_prefix, because TRL's own trainer has none; set "
+                             "share_prefix to true")
+    if params["prompt_pool"] < 1 or params["rollout_steps"] < 0:
+        name = "prompt_pool" if params["prompt_pool"] < 1 else "rollout_steps"
+        raise ValueError(f"{name} is {params[name]}; use {'1' if name == 'prompt_pool' else '0'} "
+                         "or more")
+    for name in ("launcher", "server"):
+        if params["prompt_pool"] > 1 and params[name]:
+            raise ValueError(f"prompt_pool above 1 chooses among the groups of one process, so it "
+                             f"does not go with a {name}; set {name} to \"\"")
 
 
 def _check_file_names(references: list[str]) -> None:

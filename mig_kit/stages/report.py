@@ -15,6 +15,7 @@ import pandas as pd
 import seaborn as sns
 from markupsafe import Markup
 from matplotlib import pyplot as plt
+from PIL.Image import Image
 
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat
@@ -34,6 +35,13 @@ CLAIMS = (
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
 OUTCOMES = ("correct", "box off", "wrong image", "wrong option", "no answer")
+SHARES_CAPTION = ("Share of all replies of an update that name only the method, give the finding, or "
+                  "list the evidence in every image, as running means. SFT learns all three from "
+                  "its teacher; look at which one RL keeps.")
+ROLLOUTS_CAPTION = ("Four replies to one prompt of 04, the first of the kept ones that asks for a box, "
+                    "before RL and after so many updates, drawn with the same random numbers: blue "
+                    "boxes are correct, orange ones are not, the target is green. Look at when the "
+                    "boxes come together, and at what the reply writes down by then.")
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
 
@@ -266,15 +274,34 @@ def _reward_figure(metrics: dict[str, dict[str, dict]]) -> plt.Figure:
     return figure
 
 
-def report_sections(metrics: dict, figures: dict[str, plt.Figure | None], gallery: Markup,
-                    benchmark_rows: list[dict]) -> list[tuple[str, Markup]]:
+def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
+    """A row per reward that 05 was trained with: its weight, and its mean over the first and the
+    last `span` updates; params: of 05.
+    """
+    rows = []
+    for reference in params["rewards"]:
+        name = reference.rpartition(":")[2]
+        values = [row[name] for row in curves if row.get(name) is not None]
+        first, last = (float(np.mean(part)) if part else None
+                       for part in (values[:span], values[-span:]))
+        rows.append({"reward": reference, "weight": params["reward_weights"].get(name, 1.0),
+                     f"first {span} updates": first, f"last {span} updates": last})
+    return rows
+
+
+def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None], gallery: Markup,
+                    benchmark_rows: list[dict], rewards: list[dict]) -> list[tuple[str, Markup]]:
     """The sections of the run's page, for `render_page`.
 
     metrics: of stage 06. figures: "suites", "tasks", "outcomes", "loss", "grpo", "flow", "dropped",
-    "difficulty"; None for one that cannot be drawn. benchmark_rows: of a real benchmark, or [].
+    "difficulty", "shares", "rollouts"; None for one that cannot be drawn. benchmark_rows: of a real
+    benchmark, or []. rewards: of `reward_rows`.
     """
     def images(*names: str) -> Markup:
         return Markup("").join(image_tag(figures[name], name) for name in names if figures[name])
+
+    def captioned(name: str, caption: str) -> Markup:
+        return _macros.captioned(images(name), caption) if figures[name] else Markup("")
 
     systems = metrics["systems"]
     sections = [("The paper's claims and this run (points)", html_table(claim_rows(metrics)))]
@@ -289,7 +316,9 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | None], galler
         ("Scores on drawn suites, mean of replies at temperature 1 (percent)",
          html_table(score_rows(systems, "sampled"))),
         ("MIG-Bench-like (drawn), per task", images("tasks", "outcomes")),
-        ("Training", images("loss", "grpo")),
+        ("Training", images("loss", "grpo") + html_table(rewards)),
+        ("What the replies become while RL trains",
+         captioned("shares", SHARES_CAPTION) + captioned("rollouts", ROLLOUTS_CAPTION)),
         ("Data", images("flow", "dropped", "difficulty")),
         ("Gallery: target green, answer dashed orange, reference pink", gallery)]
 
