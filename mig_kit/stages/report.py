@@ -35,13 +35,15 @@ CLAIMS = (
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
 OUTCOMES = ("correct", "box off", "wrong image", "wrong option", "no answer")
-SHARES_CAPTION = ("Share of all replies of an update that name only the method, give the finding, or "
-                  "list the evidence in every image, as running means. SFT learns all three from "
-                  "its teacher; look at which one RL keeps.")
-ROLLOUTS_CAPTION = ("Four replies to one prompt of 04, the first of the kept ones that asks for a box, "
-                    "before RL and after so many updates, drawn with the same random numbers: blue "
-                    "boxes are correct, orange ones are not, the target is green. Look at when the "
-                    "boxes come together, and at what the reply writes down by then.")
+SHARES_CAPTION = (
+    "Share of all replies of an update that name only the method, give the finding, or list the "
+    "evidence in every image, as running means. SFT learns all three from its teacher; look at "
+    "which one RL keeps.")
+ROLLOUTS_CAPTION = (
+    "Four replies to one prompt of 04, the first of the kept ones that asks for a box, before RL "
+    "and after so many updates, drawn with the same random numbers: blue boxes are correct, orange "
+    "ones are not, the target is green. Look at when the boxes come together, and at what the "
+    "reply writes down by then.")
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
 
