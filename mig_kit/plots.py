@@ -269,21 +269,18 @@ def _draw_step(sample: Sample, step: int, rows: list[dict], height: int) -> Imag
 
 def plot_shares(rows: list[dict], names: list[str], title: str, smooth: int = 10,
                 x: str = "step") -> plt.Figure:
-    """Shares that add up to 1, stacked over x, as running means over `smooth`; rows without them
-    are left out.
+    """Shares that add up to 1, stacked over x, as running means over `smooth`; the legend has the
+    means of the first and the last rows. Rows without shares are left out.
     """
     table = pd.DataFrame(rows).dropna(subset=names)
     means = table[names].astype(float).rolling(smooth, min_periods=1).mean() * 100
     figure, axis = plt.subplots(figsize=(7, 3))
     colours = sns.color_palette("colorblind", len(names))
-    axis.stackplot(table[x], *(means[name] for name in names), colors=colours, alpha=0.85)
-    bottom = 0.0
-    for name, colour in zip(names, colours):
-        share = means[name].iloc[-1]
-        if share >= 4:  # a label needs room
-            axis.annotate(f"{name} {share:.0f} %", (1.01, (bottom + share / 2) / 100), color=colour,
-                          xycoords="axes fraction", va="center", fontsize=10, weight="bold")
-        bottom += share
+    ends = means.iloc[[min(smooth, len(means)) - 1, -1]]
+    labels = [f"{name} {ends[name].iloc[0]:.0f} to {ends[name].iloc[1]:.0f} %" for name in names]
+    axis.stackplot(table[x], *(means[name] for name in names), labels=labels, colors=colours,
+                   alpha=0.85)
+    axis.legend(frameon=False, reverse=True, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     axis.set(ylim=(0, 100), xlim=(table[x].min(), table[x].max()), xlabel=x, ylabel="% of replies")
     axis.set_title(title, loc="left", fontsize=11)
     figure.tight_layout()
