@@ -132,6 +132,17 @@ def test_the_gallery_is_filtered_without_a_script():
     assert "<script" not in text and "<b>lost" not in text
 
 
+def test_rewards_are_a_table():
+    curves = [{"step": i, "box": float(i), "center": None, "choice": 1.0} for i in range(20)]
+    params = {"rewards": ["box", "<b>.py:center", "choice"], "reward_weights": {"box": 2.0}}
+    rows = report.reward_rows(curves, params)
+    assert rows[0] == {"reward": "box", "weight": 2.0, "first 10 updates": 4.5,
+                       "last 10 updates": 14.5}
+    assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0
+    text = report.html_table(rows)
+    assert "&lt;b&gt;.py:center" in text and "<td>14.50</td>" in text
+
+
 def test_two_runs_on_one_page():
     def run(value):
         gap = {"value": value, "ci95": [value - 1, value + 1], "sampled": 0.0}
