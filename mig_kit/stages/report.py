@@ -15,12 +15,14 @@ import pandas as pd
 import seaborn as sns
 from markupsafe import Markup
 from matplotlib import pyplot as plt
+from PIL.Image import Image
 
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat
+from mig_kit.engine.own_rewards import compute_reward
 from mig_kit.plots import SUITE_NAMES, draw_sample
 from mig_kit.prompts import format_question, parse_reply
-from mig_kit.rewards import box_reward, choice_reward, format_reward, image_reward, is_correct
+from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample
 from mig_kit.world.specs import count_listed_objects
 
@@ -33,6 +35,15 @@ CLAIMS = (
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
 OUTCOMES = ("correct", "box off", "wrong image", "wrong option", "no answer")
+SHARES_CAPTION = (
+    "Share of all replies of an update that name only the method, give the finding, or list the "
+    "evidence in every image, as running means. SFT learns all three from its teacher; look at "
+    "which one RL keeps.")
+ROLLOUTS_CAPTION = (
+    "Four replies to one prompt of 04, the first of the kept ones that asks for a box, before RL "
+    "and after so many updates, drawn with the same random numbers: blue boxes are correct, orange "
+    "ones are not, the target is green. Look at when the boxes come together, and at what the "
+    "reply writes down by then.")
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
 
@@ -144,43 +155,42 @@ def pick_gallery(samples: list[Sample], before: dict[str, str], after: dict[str,
 
 
 def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                 box_format: BoxFormat) -> Markup:
+                 box_format: BoxFormat, rewards: dict[str, Reward]) -> Markup:
     """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
 
-    The filters are style sheets, no script.
+    rewards: by name, those that are shown. The filters are style sheets, no script.
     """
     groups = {"task": sorted({sample.task for _, sample in gallery}),
               "kind": list(dict.fromkeys(kind for kind, _ in gallery))}
     cards = [sample_card(sample, {system: by_id[sample.id] for system, by_id in replies.items()},
-                         box_format, kind,
+                         box_format, rewards, kind,
                          f"task-{groups['task'].index(sample.task)} "
                          f"kind-{groups['kind'].index(kind)}")
              for kind, sample in gallery]
     return _macros.filters(groups) + Markup("").join(cards)
 
 
-def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat, kind: str = "",
-                classes: str = "") -> Markup:
+def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
+                rewards: dict[str, Reward], kind: str = "", classes: str = "") -> Markup:
     """One sample with the replies of some systems: images with boxes, reasoning, answer, rewards.
 
     kind: stands in its head. classes: what the filters know the card by.
     """
-    rows = [_reply_row(system, reply, sample, box_format) for system, reply in replies.items()]
+    rows = [_reply_row(system, reply, sample, box_format, rewards)
+            for system, reply in replies.items()]
     question = format_question(sample, box_format, with_instruction=False)
     return _macros.card(sample, classes, kind, question, rows)
 
 
-def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat) -> dict:
-    rewards = {"format": format_reward(reply, sample)}
-    if sample.options:
-        rewards["choice"] = choice_reward(reply, sample)
-    else:
-        rewards |= {"image": image_reward(reply, sample),
-                    "box": box_reward(reply, sample, box_format)}
+def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
+               rewards: dict[str, Reward]) -> dict:
+    scores = {name: compute_reward(name, reward, reply, sample, box_format)
+              for name, reward in rewards.items()}
     return {
         "system": system, "is_correct": is_correct(reply, sample, box_format),
         "outcome": classify_outcome(reply, sample, box_format),
-        "rewards": ", ".join(f"{name} {round(value, 2):g}" for name, value in rewards.items()),
+        "rewards": ", ".join(f"{name} {round(value, 2):g}" for name, value in scores.items()
+                             if value is not None),
         "image": image_tag(draw_sample(sample, reply, box_format, 130), system),
         "thinking": parse_reply(reply).thinking or "-",
         "answer": reply.split("</think>")[-1][:300]}
@@ -273,15 +283,34 @@ def _reward_figure(metrics: dict[str, dict[str, dict]]) -> plt.Figure:
     return figure
 
 
-def report_sections(metrics: dict, figures: dict[str, plt.Figure | None], gallery: Markup,
-                    benchmark_rows: list[dict]) -> list[tuple[str, Markup]]:
+def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
+    """A row per reward that 05 was trained with: its weight, and its mean over the first and the
+    last `span` updates; params: of 05.
+    """
+    rows = []
+    for reference in params["rewards"]:
+        name = reference.rpartition(":")[2]
+        values = [row[name] for row in curves if row.get(name) is not None]
+        first, last = (float(np.mean(part)) if part else None
+                       for part in (values[:span], values[-span:]))
+        rows.append({"reward": reference, "weight": params["reward_weights"].get(name, 1.0),
+                     f"first {span} updates": first, f"last {span} updates": last})
+    return rows
+
+
+def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None], gallery: Markup,
+                    benchmark_rows: list[dict], rewards: list[dict]) -> list[tuple[str, Markup]]:
     """The sections of the run's page, for `render_page`.
 
     metrics: of stage 06. figures: "suites", "tasks", "outcomes", "loss", "grpo", "flow", "dropped",
-    "difficulty"; None for one that cannot be drawn. benchmark_rows: of a real benchmark, or [].
+    "difficulty", "shares", "rollouts"; None for one that cannot be drawn. benchmark_rows: of a real
+    benchmark, or []. rewards: of `reward_rows`.
     """
     def images(*names: str) -> Markup:
         return Markup("").join(image_tag(figures[name], name) for name in names if figures[name])
+
+    def captioned(name: str, caption: str) -> Markup:
+        return _macros.captioned(images(name), caption) if figures[name] else Markup("")
 
     systems = metrics["systems"]
     sections = [("The paper's claims and this run (points)", html_table(claim_rows(metrics)))]
@@ -296,7 +325,9 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | None], galler
         ("Scores on drawn suites, mean of replies at temperature 1 (percent)",
          html_table(score_rows(systems, "sampled"))),
         ("MIG-Bench-like (drawn), per task", images("tasks", "outcomes")),
-        ("Training", images("loss", "grpo")),
+        ("Training", images("loss", "grpo") + html_table(rewards)),
+        ("What the replies become while RL trains",
+         captioned("shares", SHARES_CAPTION) + captioned("rollouts", ROLLOUTS_CAPTION)),
         ("Data", images("flow", "dropped", "difficulty")),
         ("Gallery: target green, answer dashed orange, reference pink", gallery)]
 

@@ -289,7 +289,9 @@ def test_live_curves_are_drawn_in_a_notebook_and_removed(monkeypatch):
     state = SimpleNamespace(log_history=history, global_step=3, max_steps=9)
     monkeypatch.setattr(training, "display",
                         lambda figure, display_id: shown.append(figure) or handle)
-    live = training.LiveCurves(sft.loss_curve, ("loss", "token_accuracy"), seconds=0)
+    pictures = iter((None, "rollouts"))
+    live = training.LiveCurves(sft.loss_curve, ("loss", "token_accuracy"), seconds=0,
+                               draw=lambda: next(pictures))
     live.on_log(None, state, None)
     assert shown == [], "no notebook, no picture"
     monkeypatch.setattr(training, "get_ipython", object)
@@ -297,4 +299,5 @@ def test_live_curves_are_drawn_in_a_notebook_and_removed(monkeypatch):
         live.on_log(None, state, None)
     live.on_train_end(None, state, None)
     assert [axis.get_title() for axis in shown[0].axes] == ["loss", "token accuracy"]
-    assert len(shown) == 3 and shown[2].data == ""
+    assert shown[1].data == "" and shown[3] == "rollouts", "none kept yet, then some"
+    assert [part.data for part in shown[4:]] == ["", ""]
