@@ -49,7 +49,8 @@ def test_a_fifth_reward_takes_three_edits(project):
         (project / name).write_text(text.replace(old, new))
     environment = {name: value for name, value in os.environ.items() if name != "MIG_KIT_RUNS"}
     result = subprocess.run(
-        [*CLI, "run", *EARLIER_STAGES, "05_grpo", "--profile", "smoke", "--run-id", "smoke"],
+        [*CLI, "run", *EARLIER_STAGES, "05_grpo", "--profile", "smoke", "--run-id", "smoke",
+         "-p", "launcher", ""],
         cwd=project, env={**environment, "PYTHONPATH": str(project)}, capture_output=True,
         text=True)
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
