@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import release_memory
 from mig_kit.engine.models import Hardware, Policy
 from mig_kit.engine.prompt_cache import PromptCache
 from mig_kit.engine.sampling import make_cache, open_policy, sample_replies
@@ -27,6 +28,7 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     for system, model in models.items():
         for cache in caches.values():
             cache.release()  # so that two models need not be in memory at a time
+        release_memory()
         with open_policy(model, system, hardware, box_format, folder.parent, params) as policy:
             replies[system] = _system_replies(policy, system, caches, samples, drawn_samples,
                                               folder, params)
