@@ -8,14 +8,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from trl import GRPOTrainer
 
-from mig_kit.engine.generation import (
-    Sampling,
-    count_prompts_at_once,
-    draw_uniforms,
-    generate_rollouts,
-    kv_bytes_per_token,
-    max_kv_bytes,
-)
+from mig_kit.engine.generation import Sampling, draw_uniforms, generate_in_rounds
 from mig_kit.engine.logprobs import completion_logps, packed_logps
 from mig_kit.engine.models import protect_4bit_weights
 from mig_kit.engine.prefixes import pad_to_multiple
@@ -181,18 +174,11 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         if self.served:
             samples = [self.samples[row["sample"]] for row in inputs][::group]
             return self.served.draw(self, samples, prompts, group, sampling)
-        longest = max(len(prompt.ids) for prompt in prompts)
-        at_once = count_prompts_at_once(len(prompts), longest, group, length,
-                                        kv_bytes_per_token(model), max_kv_bytes(model.device))
-        completions = []
         protect_4bit_weights(model.eval())
-        for start in range(0, len(prompts), at_once):
-            part = slice(start, start + at_once)
-            rollouts = generate_rollouts(model, self.processing_class, prompts[part], group,
-                                         sampling, uniforms[part], self.autocast_rollouts)
-            completions += [completion for rollout in rollouts for completion in rollout]
+        rollouts = generate_in_rounds(model, self.processing_class, prompts, group, sampling,
+                                      uniforms, self.autocast_rollouts)
         model.train(mode == "train")
-        return completions
+        return [completion for rollout in rollouts for completion in rollout]
 
     def _to_batch(self, inputs, completions: list[list[int]]) -> dict:
         """Completions as TRL's loss reads them, without prompts: the cache holds those.

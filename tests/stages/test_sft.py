@@ -227,6 +227,17 @@ def test_loss_is_on_the_reply_only(tmp_path, make_trainer, table, processor):
     processors.check_tokens(processor, batch)
 
 
+def test_learning_warning_by_hand():
+    def warn(*losses):
+        return sft.learning_warning([{"loss": loss} for loss in losses])
+
+    assert warn(2.0, 9.0, 9.0, 9.0, 1.9) == warn(3.0, 1.0, *[2.0] * 6, 1.9, 1.8) == ""
+    assert warn(2.0, 1.0, 1.0, 1.0, 2.0).startswith("the loss did not fall in 5 updates (2.00 -> 2")
+    # a fifth of ten is two: single updates would have fallen
+    assert "(2.00 -> 2.50); train longer" in warn(3.0, 1.0, *[0.0] * 6, 4.0, 1.0)
+    assert "in 1 updates (2.00 -> 2.00)" in warn(2.0)
+
+
 def test_newest_complete_checkpoint(tmp_path):
     for step, is_complete in ((5, True), (20, True), (100, False)):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
