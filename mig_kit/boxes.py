@@ -128,3 +128,16 @@ def iou(a: Box, b: Box) -> float:
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     overlap = width * height
     return overlap / (area_a + area_b - overlap)
+
+
+def giou(a: Box, b: Box) -> float:
+    """Generalized IoU of two xyxy boxes in the same coordinates, -1..1 (arXiv 1902.09630): IoU less
+    the share of the smallest enclosing box that neither covers; -1 for an inverted or empty box.
+    """
+    area_a, area_b = (max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (a, b))
+    if area_a == 0 or area_b == 0:
+        return -1.0
+    enclosing = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    overlap = iou(a, b)
+    union = (area_a + area_b) / (1 + overlap)
+    return overlap - (enclosing - union) / enclosing

@@ -43,6 +43,12 @@ def model_folder(model: str) -> Path:
     return PACKAGE / "tiny_base" if model == "tiny" else PROJECT_ROOT / model
 
 
+def split_function_name(text: str) -> tuple[Path, str]:
+    """(file, function) of "file.py:function"; a relative path starts at the project."""
+    file, _, function = text.rpartition(":")
+    return PROJECT_ROOT / file, function
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()

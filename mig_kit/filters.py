@@ -11,7 +11,7 @@ import re
 
 from mig_kit.boxes import BoxFormat, iou, rescale_box, to_model_box
 from mig_kit.prompts import parse_reply, reply_box_in_original
-from mig_kit.rewards import box_reward
+from mig_kit.rewards import reply_iou
 from mig_kit.sample import Sample, Trace, best_iou
 
 DROP_REASONS = ("format", "image", "box", "choice", "leak")
@@ -80,7 +80,7 @@ def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
         return ""
     if not direct:
         return "no reply"
-    direct_iou, reasoned_iou = (box_reward(reply, sample, box_format, floor=0.0)
+    direct_iou, reasoned_iou = (reply_iou(reply, sample, box_format)
                                 for reply in (direct, trace.text))
     return "" if reasoning_helps(direct_iou, reasoned_iou) else "no gain"
 

@@ -23,6 +23,7 @@ OOD_NAMES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
 SYSTEM_COLOURS = {"base": "#999999", "sft": "#E69F00", "grpo": "#0072B2", "sft_long": "#CC79A7"}
 SIDE_COLOURS = {"stock": "#999999", "kit": "#0072B2"}
 TARGET, PREDICTED, REFERENCE = "#009E73", "#D55E00", "#CC00CC"
+CORRECT = "#0072B2"  # a reply's box among those of other replies
 
 
 def set_style() -> None:
@@ -52,6 +53,12 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
         raise ValueError("a reply's box cannot be drawn without its box_format")
     read = parse_reply(reply)
     predicted = reply_box_in_original(sample, read, box_format) if reply else None
+    answers = [(read.image, predicted, PREDICTED)] if predicted else []
+    return _draw_images(sample, answers, height)
+
+
+def _draw_images(sample: Sample, answers: list[tuple[int, Box, str]], height: int) -> Image.Image:
+    """answers: image number, box in pixels of its original, colour of its dashes."""
     tiles = []
     for number, image in enumerate(sample.images, 1):
         scale = height / image.height
@@ -61,8 +68,7 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
         boxes = [(target.box, TARGET, False) for target in sample.targets if target.image == number]
         if number == 1 and sample.reference:
             boxes.append((sample.reference, REFERENCE, False))
-        if predicted and read.image == number:
-            boxes.append((predicted, PREDICTED, True))
+        boxes += [(box, colour, True) for image, box, colour in answers if image == number]
         for box, colour, dashed in boxes:
             scaled = tuple(v * scale for v in box)
             if dashed:
@@ -237,3 +243,79 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
         pen.rectangle((0, top, 5, top + row_height - 12), fill=colour)
         top += row_height
     return page
+
+
+def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat, height: int = 110,
+                  steps: int = 6) -> Image.Image:
+    """The replies to one question over the updates of a training: per update the images with the
+    boxes of all replies, dashed blue where correct and orange where not, and the first reply.
+
+    rows: {step, reply, reward, correct, image, box} each. steps: how many updates are shown at
+    most, the first and the last among them.
+    """
+    by_step: dict[int, list[dict]] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], []).append(row)
+    picked = [list(by_step)[index] for index in _spread_indices(len(by_step), steps)]
+    parts = [_draw_step(sample, step, by_step[step], height) for step in picked]
+    bold = ImageFont.load_default(16)
+    question = format_question(sample, box_format, with_instruction=False)
+    width = max(part.width for part in parts)
+    title = textwrap.fill(question, width // 9)
+    head = 22 * (title.count("\n") + 1) + 12
+    page = Image.new("RGB", (width, head + sum(part.height for part in parts)), "white")
+    ImageDraw.Draw(page).multiline_text((8, 8), title, fill="#111111", font=bold)
+    for part in parts:
+        page.paste(part, (0, head))
+        head += part.height
+    return page
+
+
+def _spread_indices(count: int, most: int) -> list[int]:
+    """At most `most` of the indices below `count`, evenly spread from the first to the last."""
+    if count <= most:
+        return list(range(count))
+    return [round(number * (count - 1) / (most - 1)) for number in range(most)]
+
+
+def _draw_step(sample: Sample, step: int, rows: list[dict], height: int) -> Image.Image:
+    """The images with the boxes of the replies of one update, a line about them, and a reply."""
+    colours = {True: CORRECT, False: PREDICTED}
+    answers = [(row["image"], tuple(row["box"]), colours[row["correct"]])
+               for row in rows if row["box"]]
+    sheet = _draw_images(sample, answers, height)
+    n_correct = sum(row["correct"] for row in rows)
+    reward = sum(row["reward"] for row in rows) / len(rows)
+    line = f"update {step}: {n_correct} of {len(rows)} correct, mean reward {reward:.2f}"
+    width = max(sheet.width, 560)
+    reply = textwrap.shorten(rows[0]["reply"], 400, placeholder=" ...")
+    text = textwrap.fill(f'first reply: "{reply}"', width // 7)
+    size = sheet.height + 22 + 18 * (text.count("\n") + 1) + 14
+    part = Image.new("RGB", (width, size), "white")
+    pen = ImageDraw.Draw(part)
+    pen.line((8, 0, width - 8, 0), fill="#CCCCCC")
+    pen.text((8, 4), line, fill="#111111", font=ImageFont.load_default(14))
+    part.paste(sheet, (0, 22))
+    below = 8, 22 + sheet.height
+    pen.multiline_text(below, text, fill="#333333", font=ImageFont.load_default(13))
+    return part
+
+
+def plot_shares(rows: list[dict], names: list[str], title: str, smooth: int = 10,
+                x: str = "step") -> plt.Figure:
+    """Shares that add up to 1, stacked over x, as running means over `smooth`; the legend has the
+    means of the first and the last rows. Rows without shares are left out.
+    """
+    table = pd.DataFrame(rows).dropna(subset=names)
+    means = table[names].astype(float).rolling(smooth, min_periods=1).mean() * 100
+    figure, axis = plt.subplots(figsize=(7, 3))
+    colours = sns.color_palette("colorblind", len(names))
+    ends = means.iloc[[min(smooth, len(means)) - 1, -1]]
+    labels = [f"{name} {ends[name].iloc[0]:.0f} to {ends[name].iloc[1]:.0f} %" for name in names]
+    axis.stackplot(table[x], *(means[name] for name in names), labels=labels, colors=colours,
+                   alpha=0.85)
+    axis.legend(frameon=False, reverse=True, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    axis.set(ylim=(0, 100), xlim=(table[x].min(), table[x].max()), xlabel=x, ylabel="% of replies")
+    axis.set_title(title, loc="left", fontsize=11)
+    figure.tight_layout()
+    return figure

@@ -22,6 +22,15 @@ for name, value in PROCESS_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
 
+def pytest_collection_modifyitems(items):
+    """Put the tests of the smoke run last, but one, which makes it while another process runs the
+    others: else that process would wait for it.
+    """
+    of_smoke = [item for item in items if {"smoke_runs", "undisturbed"} & set(item.fixturenames)]
+    others = [item for item in items if item not in of_smoke]
+    items[:] = [*of_smoke[:1], *others, *of_smoke[1:]]
+
+
 @pytest.fixture(scope="session")
 def stage_params():
     """Call it with a stage and changes: its parameters, as its notebook has them but for these."""

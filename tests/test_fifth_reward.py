@@ -1,63 +1,75 @@
-"""A fifth reward takes three edits: the function, its line in the table of rewards, its weight."""
+"""A reward of one's own takes a file of ten lines and one parameter: 05 trains with it, curves,
+gallery and table show it, and nothing before 05 is repeated.
+"""
 
 import json
-import os
 import shutil
-import subprocess
 
 import pytest
-from command_line import CLI
+from command_line import run_mig_kit
 
-from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline.params import profile_params
 
 pytestmark = pytest.mark.slow
-WEIGHTS = profile_params("05_grpo")["reward_weights"]
-EARLIER_STAGES = ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling")
-
-# file, what stands there, what replaces it
-EDITS = (
-    ("mig_kit/rewards.py", "def cites_only_existing_images(", '''\
-def brevity_reward(reply: str, sample: Sample) -> float:
-    """1 for an empty reply, falling to 0 at 400 characters."""
-    return max(0.0, 1 - len(reply) / 400)
+CENTER = '''\
+from mig_kit.prompts import parse_reply, reply_box_in_original
 
 
-def cites_only_existing_images('''),
-    ("mig_kit/stages/grpo.py",
-     '        "choice": (rewards.choice_reward, _asks_for_a_letter),\n',
-     '        "choice": (rewards.choice_reward, _asks_for_a_letter),\n'
-     '        "brevity": (rewards.brevity_reward, _is_any),\n'),
-    ("notebooks/05_grpo.ipynb", f"reward_weights: list = {WEIGHTS}",
-     f"reward_weights: list = {[*WEIGHTS, 0.5]}"),
-)
+def center(reply, sample, box_format):
+    """1 where the middle of the reply's box lies in a target of the image that it names."""
+    answer = parse_reply(reply)
+    box = reply_box_in_original(sample, answer, box_format) or (0, 0, 0, 0)
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return None if sample.options else float(any(
+        image == answer.image and x1 < x < x2 and y1 < y < y2
+        for image, (x1, y1, x2, y2) in sample.targets))
+'''
 
 
-@pytest.fixture
-def project(tmp_path, smoke_runs):
-    """A copy of the project in which the smoke run has finished."""
-    unneeded = shutil.ignore_patterns(".*", "runs", "tests", "*.egg-info", "__pycache__", "guide")
-    project = shutil.copytree(PROJECT_ROOT, tmp_path / "project", ignore=unneeded)
-    shutil.copytree(smoke_runs / "smoke", project / "runs" / "smoke")
-    return project
+@pytest.fixture(scope="module")
+def runs(smoke_runs, tmp_path_factory):
+    """A folder of runs with a copy of the smoke run, and beside it the file of the reward."""
+    root = tmp_path_factory.mktemp("own") / "runs"
+    shutil.copytree(smoke_runs / "smoke", root / "smoke")
+    (root.parent / "my_rewards.py").write_text(CENTER)
+    return root
 
 
-def test_a_fifth_reward_takes_three_edits(project):
-    for name, old, new in EDITS:
-        text = (project / name).read_text()
-        assert text.count(old) == 1, f"{name} has changed; change this test and the README's list"
-        (project / name).write_text(text.replace(old, new))
-    environment = {name: value for name, value in os.environ.items() if name != "MIG_KIT_RUNS"}
-    result = subprocess.run(
-        [*CLI, "run", *EARLIER_STAGES, "05_grpo", "--profile", "smoke", "--run-id", "smoke"],
-        cwd=project, env={**environment, "PYTHONPATH": str(project)}, capture_output=True,
-        text=True)
+def run_variant(runs, *words):
+    file = runs.parent / "my_rewards.py"
+    return run_mig_kit("run", *words, "--profile", "smoke", "-p", "rewards",
+                       f"[format, image, box, choice, {file}:center]", "-p", "reward_weights",
+                       "{center: 0.5}", MIG_KIT_RUNS=str(runs))
+
+
+def test_a_reward_of_ones_own_is_a_file_and_a_parameter(runs):
+    result = run_variant(runs, "05", "06", "07", "--from", "smoke", "--run-id", "own")
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-    for stage in EARLIER_STAGES:
-        assert f"{stage}: up to date" in result.stdout, "a reward concerns stage 05 alone"
-    folder = project / "runs" / "smoke" / "05_grpo"
-    params = json.loads((folder / "run.json").read_text())["params"]
-    assert params["reward_weights"] == [*WEIGHTS, 0.5]
+    folder = runs / "own" / "05_grpo"
+    record = json.loads((folder / "run.json").read_text())
+    weights = profile_params("05_grpo")["reward_weights"]
+    assert record["params"]["reward_weights"] == {**weights, "center": 0.5}
+    assert "rewards/my_rewards.py" in record["outputs"]
+    assert (folder / "rewards" / "my_rewards.py").read_text() == CENTER
     curves = json.loads((folder / "metrics.json").read_text())["curves"]
-    assert len(curves) == 2 and all(0 < row["brevity"] < 1 for row in curves)
-    assert "brevity " in result.stdout, "its mean is printed while it trains"
+    assert len(curves) == 2 and all(0 <= row["center"] <= 1 for row in curves)
+    assert "center " in result.stdout, "its mean is printed while it trains"
+    rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rollouts} == {0, 2}
+    assert any(row["rewards"]["center"] is not None for row in rollouts)
+    page = (runs / "own" / "07_report" / "report.html").read_text()
+    assert f"<td>{runs.parent}/my_rewards.py:center</td><td>0.50</td>" in page, "not in the table"
+    assert "center 0" in page or "center 1" in page, "not in the gallery"
+    assert "What the replies become" in page and "<figcaption>" in page
+
+
+def test_another_text_of_the_file_makes_05_stale_and_nothing_before_it(runs):
+    words = ("05", "--from", "smoke", "--run-id", "own")
+    assert "05_grpo: up to date" in run_variant(runs, *words).stdout
+    file = runs.parent / "my_rewards.py"
+    file.write_text(CENTER.replace("return None if", "1 / 0\n    return None if"))
+    result = run_variant(runs, *words)
+    assert result.returncode != 0
+    assert f"the reward 'center' failed in {file}, line 9: ZeroDivisionError" in result.stderr
+    file.write_text(CENTER)
+    assert "05_grpo: up to date" in run_variant(runs, *words).stdout, "its result was kept"

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 from command_line import run_mig_kit
-from PIL import Image
 
 from mig_kit.pipeline import store
 
@@ -57,25 +56,3 @@ def test_nbval_runs_the_executed_notebook(stage, runs):
     result = subprocess.run(command, env={**os.environ, "MIG_KIT_RUNS": str(runs)},
                             capture_output=True, text=True, cwd=notebook.parent)
     assert result.returncode == 0, result.stdout[-3000:]
-
-
-def test_evaluate_runs_a_real_benchmark(runs):
-    """A MIG-Bench file of our own through 06 and 07, by parameter."""
-    shutil.copytree(runs / "smoke", runs / "real")
-    Image.new("RGB", (90, 70), "white").save(runs / "one.png")
-    question = {"task": "reasoning", "images": ["one.png", "one.png"], "question": "Find it.",
-                "answer": [0.1, 0.2, 0.6, 0.7]}
-    annotations = runs / "annotations.json"
-    annotations.write_text(json.dumps([question] * 3))
-    overrides = {"benchmark": "mig_bench", "annotations_file": annotations, "image_root": runs,
-                 "benchmark_limit": 2}
-    words = [word for name, value in overrides.items() for word in ("-p", name, str(value))]
-    result = run_mig_kit("run", "06", "07", "--profile", "smoke", "--run-id", "real", *words,
-                             MIG_KIT_RUNS=str(runs))
-    assert result.returncode == 0, result.stderr[-3000:]
-    folder = runs / "real" / "06_evaluate"
-    scores = json.loads((folder / "metrics.json").read_text())["benchmark"]
-    assert scores["version"] == "original" and scores["systems"]["grpo"]["strict"]["n"] == 2
-    lines = (folder / "predictions_grpo.jsonl").read_text().splitlines()
-    assert [json.loads(line)["index"] for line in lines] == [0, 1]
-    assert "mig_bench original" in (runs / "real" / "07_report" / "report.html").read_text()

@@ -6,12 +6,16 @@ import pytest
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.rewards import (
+    REWARDS,
     box_reward,
     choice_reward,
     cites_only_existing_images,
     format_reward,
     image_reward,
     is_correct,
+    names_letter,
+    names_target_image,
+    reply_iou,
 )
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
@@ -35,7 +39,7 @@ def write_reply(image, box):
 
 
 def rewards(reply, sample):
-    return (format_reward(reply, sample), image_reward(reply, sample),
+    return (format_reward(reply, sample, BOX_FORMAT), image_reward(reply, sample, BOX_FORMAT),
             box_reward(reply, sample, BOX_FORMAT))
 
 
@@ -57,18 +61,50 @@ def test_half_a_box(sample):
     assert box_reward(reply, sample, BOX_FORMAT, floor=0.9) == 0
 
 
+def test_box_terms_by_hand(sample):
+    """Boxes with a part of the target's area, and one beside it that is as large."""
+    x1, y1, x2, y2 = sample.targets[0].box
+    height = y2 - y1
+    parts = [int(height * share) for share in (0.05, 0.4, 0.95)]
+    for part in (*parts, int(height)):
+        reply = write_reply(2, (x1, y1, x2, y1 + part))
+        overlap = reply_iou(reply, sample, BOX_FORMAT)
+        assert overlap == pytest.approx(part / height)
+        expected = {"box": overlap if overlap >= 0.1 else 0, "box_step": float(overlap >= 0.5),
+                    "box_squared": overlap ** 2, "box_giou": (1 + overlap) / 2 if part else 0,
+                    "box_mg_thinker": 1 if overlap >= 0.9 else overlap if overlap >= 0.1 else 0}
+        scores = {name: REWARDS[name](reply, sample, BOX_FORMAT) for name in expected}
+        assert scores == pytest.approx(expected)
+    beside = write_reply(2, (x2, y1, 2 * x2 - x1, y2))  # both fill their enclosing box
+    assert REWARDS["box_giou"](beside, sample, BOX_FORMAT) == 0.5
+    distant = write_reply(2, (x2 + 9, y1, 2 * x2 - x1 + 9, y2))
+    assert 0 < REWARDS["box_giou"](distant, sample, BOX_FORMAT) < 0.5
+
+
+def test_only_the_ungated_box_earns_in_a_wrong_image(sample):
+    terms = [name for name in REWARDS if name.startswith("box")]
+    gated, wrong = (write_reply(image, sample.targets[0].box) for image in (2, 1))
+    for name in terms:
+        assert REWARDS[name](gated, sample, BOX_FORMAT) == 1, name
+        assert REWARDS[name](wrong, sample, BOX_FORMAT) == float(name == "box_ungated"), name
+        assert REWARDS[name]("", sample, BOX_FORMAT) == 0, name
+    assert names_target_image(gated, sample) and not names_target_image(wrong, sample)
+    question = make_free_form("val", 1)[0]
+    assert {REWARDS[name]("", question, BOX_FORMAT) for name in (*terms, "image")} == {None}
+
+
 def test_naming_several_boxes_gains_nothing(sample):
     answer = write_answer(2, sample.targets[0].box)
     for reply in (f"<think></think><answer>[{answer}, {answer}]</answer>",
                   f"<think></think><answer>{answer}</answer><answer>{answer}</answer>"):
-        assert image_reward(reply, sample) == 0 == box_reward(reply, sample, BOX_FORMAT)
-        assert format_reward(reply, sample) < 1
+        assert image_reward(reply, sample, BOX_FORMAT) == 0 == box_reward(reply, sample, BOX_FORMAT)
+        assert format_reward(reply, sample, BOX_FORMAT) < 1
 
 
 def test_format_counts_paired_tags(sample):
-    assert format_reward("", sample) == 0
-    assert format_reward("<think></think>", sample) == 0.5
-    assert format_reward("<think></think><answer>nothing</answer>", sample) == 0.75
+    assert format_reward("", sample, BOX_FORMAT) == 0
+    assert format_reward("<think></think>", sample, BOX_FORMAT) == 0.5
+    assert format_reward("<think></think><answer>nothing</answer>", sample, BOX_FORMAT) == 0.75
 
 
 def test_a_choice_is_correct_or_not(sample):
@@ -76,9 +112,11 @@ def test_a_choice_is_correct_or_not(sample):
     wrong = "B" if question.letter == "A" else "A"
     correct_reply, wrong_reply = (f"<think></think><answer>{letter}</answer>"
                                   for letter in (question.letter, wrong))
-    assert choice_reward(correct_reply, question) == 1
-    assert choice_reward(wrong_reply, question) == 0 == choice_reward("", question)
-    assert choice_reward("<think></think><answer></answer>", sample) == 0
+    assert choice_reward(correct_reply, question, BOX_FORMAT) == 1
+    assert choice_reward(wrong_reply, question, BOX_FORMAT) == 0
+    assert choice_reward("", question, BOX_FORMAT) == 0
+    assert choice_reward("<think></think><answer></answer>", sample, BOX_FORMAT) is None
+    assert names_letter(correct_reply, question) and not names_letter(correct_reply, sample)
     assert is_correct(correct_reply, question, BOX_FORMAT)
 
 

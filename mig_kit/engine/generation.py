@@ -71,10 +71,12 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling,
 def max_kv_bytes(device: torch.device) -> int:
     """Bytes that the keys and values of a draw may take on the device.
 
-    On a GPU half of what is free; on a CPU KV_BYTES, or half of what is free if that is less.
+    On a GPU half of what is free, with what PyTorch keeps for later; on a CPU KV_BYTES, or half of
+    what is free if that is less.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) // 2
     return min(KV_BYTES, psutil.virtual_memory().available // 2)
 
 
@@ -147,6 +149,26 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int, sampl
     for completion, prompt in zip(completions, prompt_of_row.tolist()):
         if prompt >= 0:
             rollouts[prompt].append(completion)
+    return rollouts
+
+
+def generate_in_rounds(model, processor, prompts: list[Prompt], group: int, sampling: Sampling,
+                       uniforms: torch.Tensor | None = None, autocast: bool = False,
+                       fused_weights: FusedWeights | None = None,
+                       max_bytes: int | None = None) -> list[list[list[int]]]:
+    """`generate_rollouts`, so many prompts at a time that max_bytes hold their keys and values
+    (None: `max_kv_bytes`).
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    at_once = count_prompts_at_once(
+        len(prompts), longest, group, sampling.max_new_tokens, kv_bytes_per_token(model),
+        max_bytes or max_kv_bytes(unwrap_peft(model).device))
+    rollouts = []
+    for start in range(0, len(prompts), at_once):
+        part = slice(start, start + at_once)
+        rollouts += generate_rollouts(model, processor, prompts[part], group, sampling,
+                                      None if uniforms is None else uniforms[part], autocast,
+                                      fused_weights)
     return rollouts
 
 

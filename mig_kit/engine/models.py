@@ -146,13 +146,14 @@ def resolve_model(model: str) -> str | Path:
 def choose_attention(hardware: Hardware) -> str | dict[str, str]:
     """What transformers gets as attn_implementation.
 
-    On a GPU, flash attention for the vision tower where it is installed: sdpa attends to each of
-    thousands of windows in a call of its own. Not yet tried on a GPU.
+    On a GPU in bfloat16, the vision tower attends to its windows in one call: by flash attention
+    where it is installed, else by PyTorch's own. sdpa would attend to each of thousands of windows
+    in a call of its own. Not yet tried on a GPU.
     """
-    is_half = hardware.device == "cuda" and hardware.dtype == torch.bfloat16
-    if is_half and is_flash_attn_2_available():
-        return {"": hardware.attention, "vision_config": "flash_attention_2"}
-    return hardware.attention
+    if hardware.device != "cuda" or hardware.dtype != torch.bfloat16:
+        return hardware.attention
+    tower = "flash_attention_2" if is_flash_attn_2_available() else attention.PACKED_NAME
+    return {"": hardware.attention, "vision_config": tower}
 
 
 def run_tower_without_graph(model: VisionLanguageModel) -> None:

@@ -11,7 +11,12 @@ from types import SimpleNamespace
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import progress_bar, release_memory, write_atomically
 from mig_kit.engine.decoding import fuse_decoding_weights
-from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts
+from mig_kit.engine.generation import (
+    Sampling,
+    draw_uniforms,
+    generate_in_rounds,
+    max_kv_bytes,
+)
 from mig_kit.engine.models import Hardware, Policy, load_policy, unwrap_peft
 from mig_kit.engine.parallel import map_in_threads
 from mig_kit.engine.prompt_cache import PromptCache
@@ -31,6 +36,7 @@ def open_policy(model: str | Path, system: str, hardware: Hardware, box_format: 
     """
     if not params.server:
         yield load_policy(model, hardware, box_format)
+        release_memory()  # of a policy that the caller keeps no longer
         return
     log = folder / f"server_{system}.log"
     with serve_model(params.server, params.concurrency, model, system, box_format, log) as served:
@@ -52,7 +58,7 @@ def greedy_replies(policy: Policy, samples: Sequence[Sample],
                    max_new_tokens: int = 128) -> list[str]:
     """One greedy reply to every sample."""
     prompts = make_cache(policy).get(samples)
-    rollouts = generate_rollouts(
+    rollouts = generate_in_rounds(
         policy.model.eval(), policy.processor, prompts, 1,
         Sampling(0.0, max_new_tokens=max_new_tokens), autocast=policy.hardware.autocast)
     completions = [rollout[0] for rollout in rollouts]
@@ -69,7 +75,8 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     are cut before anything is skipped, so a resumed run draws what an uninterrupted one would have
     drawn. Questions about the same images share a batch, which reads these images once. cache:
     prompts made ready by an earlier call for the same samples and model. workers: batches under way
-    at a time, on a CPU; the replies are the same. Raises ValueError for fewer than one reply.
+    at a time, on a CPU; the replies are the same. A batch is drawn in as many rounds as the free
+    memory asks for, with the same numbers. Raises ValueError for fewer than one reply.
 
     Servers are asked about each sample on its own, and every reply is stored as it comes; seed,
     batch_size, cache and workers are the local loop's.
@@ -89,14 +96,15 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
             if not is_stored.issuperset(ids[index] for index in batch)]
     one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
+    max_bytes = max_kv_bytes(policy.model.device) // max(1, workers)
 
     def draw(numbered_batch: tuple[int, list[int]]) -> list[list[list[int]]]:
         number, batch = numbered_batch
         with one_at_a_time:
             prompts = cache.get([samples[index] for index in batch])
         uniforms = draw_uniforms(seed * 1_000_003 + number, len(batch), replies, max_new_tokens)
-        return generate_rollouts(policy.model, policy.processor, prompts, replies, sampling,
-                                 uniforms, policy.hardware.autocast, fused_weights)
+        return generate_in_rounds(policy.model, policy.processor, prompts, replies, sampling,
+                                  uniforms, policy.hardware.autocast, fused_weights, max_bytes)
 
     weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)
     with path.open("a") as file, weights as fused_weights, \

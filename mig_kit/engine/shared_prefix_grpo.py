@@ -3,24 +3,19 @@
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import gather_object
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from trl import GRPOTrainer
 
-from mig_kit.engine.generation import (
-    Sampling,
-    count_prompts_at_once,
-    draw_uniforms,
-    generate_rollouts,
-    kv_bytes_per_token,
-    max_kv_bytes,
-)
+from mig_kit.engine.generation import Sampling, draw_uniforms, generate_in_rounds
 from mig_kit.engine.logprobs import completion_logps, packed_logps
 from mig_kit.engine.models import protect_4bit_weights
 from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.prompt_cache import Prompt, PromptCache
 from mig_kit.engine.served_rollouts import ServedRollouts
 from mig_kit.engine.training import KeepAdapterDtype
+from mig_kit.rewards import reply_success
 from mig_kit.sample import Sample
 
 # parameters of GRPOConfig that `SharedPrefixGRPOTrainer` does not read
@@ -46,17 +41,42 @@ def group_advantages(reward: torch.Tensor, group: int,
     return centred / (std + 1e-4), group_std
 
 
+def difficulty_weights(success: torch.Tensor, group: int) -> torch.Tensor:
+    """exp(1 - mean success of the group), (rows,): what the advantages of a hard prompt weigh more.
+
+    success: (rows,), 0..1, groups in sequence. UniVG-R1 (arXiv 2505.14231) weighs the clipped loss
+    so, by the mean IoU; a multiple-choice question's success, its share of correct letters, is
+    ours. A KL term is not weighed.
+    """
+    return (1 - success.view(-1, group).mean(1)).exp().repeat_interleave(group)
+
+
+def rows_of_highest_variance(reward: torch.Tensor, group: int, groups: int) -> torch.Tensor:
+    """Indices of the rows of the `groups` groups whose rewards vary most, in their old order.
+
+    reward: (rows,), groups in sequence. MG-Thinker keeps one group of three so.
+    """
+    variance = reward.view(-1, group).var(1)
+    kept = variance.argsort(descending=True, stable=True)[:groups].sort().values
+    return (kept[:, None] * group + torch.arange(group, device=kept.device)).flatten()
+
+
 class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
     """GRPOTrainer that reads every prompt once per group, in generation and in training.
 
     samples: what the column `sample` of the data set points into. A process's batch holds whole
     groups. micro_replies: replies whose graph is kept at a time (0: all of them); fewer need less
     memory, and one more forward pass. served: draws the completions from servers; None: in here.
+    difficulty_weight: multiply advantages by `difficulty_weights`. prompt_pool: draw completions to
+    so many times the prompts of an update, in one process, and learn from the groups whose rewards
+    vary most; what is logged is about these.
     """
 
     def __init__(self, *args, samples: Sequence[Sample], cache: PromptCache, autocast: bool,
-                 micro_replies: int = 0, served: ServedRollouts | None = None, **kwargs):
+                 micro_replies: int = 0, served: ServedRollouts | None = None,
+                 difficulty_weight: bool = False, prompt_pool: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
+        self.difficulty_weight, self.prompt_pool = difficulty_weight, prompt_pool
         self.samples, self.cache, self.micro_replies = samples, cache, micro_replies
         self.autocast_rollouts = autocast
         self.served = served
@@ -100,6 +120,9 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
         rank = self.accelerator.process_index
+        n_groups = len(inputs) // group
+        if self.prompt_pool > 1:
+            inputs = inputs + self._draw_pool(inputs, group)
         completions = self._draw_completions(inputs, group, mode)
         tokenizer = self.processing_class.tokenizer
         replies = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -108,14 +131,34 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
             inputs, [row["prompt"] for row in inputs], messages, completions)
         weights = self.reward_weights.to(self.accelerator.device)
         total = (per_function * weights).nansum(1)
+        if self.prompt_pool > 1:
+            kept = rows_of_highest_variance(total, group, n_groups)
+            per_function, total = per_function[kept], total[kept]
+            inputs, completions, replies = ([values[row] for row in kept]
+                                            for values in (inputs, completions, replies))
         advantages, group_std = group_advantages(total, group, self.scale_rewards)
         own_rows = slice(rank * len(inputs), (rank + 1) * len(inputs))
         output = self._to_batch(inputs, completions) | {"advantages": advantages[own_rows]}
+        if self.difficulty_weight:
+            success = [reply_success(reply, self.samples[row["sample"]], self.cache.box_format)
+                       for row, reply in zip(inputs, replies)]
+            success = torch.tensor(success, device=advantages.device)
+            output["advantages"] = output["advantages"] * difficulty_weights(success, group)
         if self.served:
             output["sampling_per_token_logps"] = self.served.padded_logps(output["completion_ids"])
         self._log_rollouts(mode, per_function, total, group_std, completions)
         self._add_old_and_reference_logps(output)
         return output
+
+    def _draw_pool(self, inputs, group: int) -> list[dict]:
+        """Rows of further prompts, none of them in `inputs`, `group` of each."""
+        drawn = {row["sample"] for row in inputs}
+        others = [index for index in range(len(self.samples)) if index not in drawn]
+        seed = self.args.seed * 1_000_003 + self.state.global_step
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+        n_prompts = (self.prompt_pool - 1) * len(inputs) // group
+        rows = (self.train_dataset[others[index]] for index in order[:n_prompts].tolist())
+        return [row for row in rows for _ in range(group)]
 
     def _draw_completions(self, inputs, group: int, mode: str) -> list[list[int]]:
         """Token ids of `group` completions to each of this process's prompts, in sequence."""
@@ -131,18 +174,11 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         if self.served:
             samples = [self.samples[row["sample"]] for row in inputs][::group]
             return self.served.draw(self, samples, prompts, group, sampling)
-        longest = max(len(prompt.ids) for prompt in prompts)
-        at_once = count_prompts_at_once(len(prompts), longest, group, length,
-                                        kv_bytes_per_token(model), max_kv_bytes(model.device))
-        completions = []
         protect_4bit_weights(model.eval())
-        for start in range(0, len(prompts), at_once):
-            part = slice(start, start + at_once)
-            rollouts = generate_rollouts(model, self.processing_class, prompts[part], group,
-                                         sampling, uniforms[part], self.autocast_rollouts)
-            completions += [completion for rollout in rollouts for completion in rollout]
+        rollouts = generate_in_rounds(model, self.processing_class, prompts, group, sampling,
+                                      uniforms, self.autocast_rollouts)
         model.train(mode == "train")
-        return completions
+        return [completion for rollout in rollouts for completion in rollout]
 
     def _to_batch(self, inputs, completions: list[list[int]]) -> dict:
         """Completions as TRL's loss reads them, without prompts: the cache holds those.
@@ -182,6 +218,18 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         log["frac_reward_zero_std"].append((group_std < 1e-6).float().mean().item())
         log["completions/mean_length"].append(gather(lengths).mean().item())
         log["completions/clipped_ratio"].append(gather(is_cut.float()).mean().item())
+        self._log_metrics_of_rewards(mode)
+
+    def _log_metrics_of_rewards(self, mode: str) -> None:
+        """Log what reward functions gave to `log_metric`, a mean over the processes, as TRL does.
+        """
+        pending = self._pending_metrics
+        for name in sorted(set(gather_object(list(pending)))):
+            sums = torch.tensor([sum(pending.get(name, [])), len(pending.get(name, []))],
+                                dtype=torch.float32, device=self.accelerator.device)
+            total, count = self.accelerator.gather(sums).view(-1, 2).sum(0).tolist()
+            self._metrics[mode][name].append(total / count)
+        pending.clear()
 
     @torch.no_grad()
     def _add_old_and_reference_logps(self, output: dict) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import release_memory
 from mig_kit.engine.logprobs import reply_logps
 from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.prompt_cache import PromptCache
@@ -30,6 +31,7 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     for system, model in models.items():
         for cache in caches.values():
             cache.release()  # so that two models need not be in memory at a time
+        release_memory()
         with open_policy(model, system, hardware, box_format, folder.parent, params) as policy:
             replies[system] = _system_replies(policy, system, caches, samples, drawn_samples,
                                               folder, params)

@@ -12,6 +12,7 @@ import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
 from peft import LoraConfig
+from PIL.Image import Image
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback
 
@@ -179,14 +180,15 @@ def _short_name(name: str) -> str:
 class LiveCurves(TrainerCallback):
     """In a notebook, the curves of the training under way, drawn again every `seconds` at most.
 
-    to_rows: from the trainer's log history to rows of the figures named. The curves go when the
-    training ends; the cell after it shows all of them.
+    to_rows: from the trainer's log history to rows of the figures named. draw: a picture of the
+    rollouts that were kept so far, or None where there is none. Both go when the training ends; the
+    cells after it show all.
     """
 
     def __init__(self, to_rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...],
-                 seconds: float = 60):
+                 seconds: float = 60, draw: Callable[[], Image | None] = lambda: None):
         self.to_rows, self.names, self.seconds = to_rows, list(names), seconds
-        self.handle, self.drawn_at = None, time.monotonic()
+        self.draw, self.handles, self.drawn_at = draw, [], time.monotonic()
 
     def on_log(self, args, state, control, **kwargs):
         """Draw, where there is a notebook and it is time."""
@@ -198,17 +200,19 @@ class LiveCurves(TrainerCallback):
             return
         title = f"step {state.global_step} of {state.max_steps}"
         figure = plots.plot_curves(rows, self.names, title)
-        if self.handle:
-            self.handle.update(figure)
+        shown = [figure, self.draw() or HTML("")]
+        if not self.handles:
+            self.handles = [display(part, display_id=True) for part in shown]
         else:
-            self.handle = display(figure, display_id=True)
+            for handle, part in zip(self.handles, shown):
+                handle.update(part)
         plots.plt.close(figure)
         self.drawn_at = time.monotonic()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Make room for the finished curves."""
-        if self.handle:
-            self.handle.update(HTML(""))
+        for handle in self.handles:
+            handle.update(HTML(""))
 
 
 class StopAfter(TrainerCallback):

@@ -14,6 +14,7 @@ from mig_kit.pipeline.params import (
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
     list_profiles,
+    merge_mappings,
     profile_params,
     stage_parameters,
     unknown_parameter_message,
@@ -115,7 +116,8 @@ def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dic
     """All parameters of a stage: its profile's, then run id, profile and overrides it knows."""
     values = profile_params(stage, profile)
     overrides = {"run_id": run_id, "profile": profile, **overrides}
-    known = {name: value for name, value in overrides.items() if name in values}
+    known = {name: merge_mappings(values[name], value)
+             for name, value in overrides.items() if name in values}
     return validate_params({**values, **known}, stage)
 
 

@@ -18,6 +18,7 @@ from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline.dependencies import notebook_cells
 from mig_kit.pipeline.loss_params import check_loss_params
+from mig_kit.pipeline.reward_params import check_reward_params
 
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
@@ -63,7 +64,7 @@ REMOVED_PARAMS = {
 class Parameter:
     """A parameter of a stage: its default and its line of help."""
 
-    default: str | int | float | bool | list
+    default: str | int | float | bool | list | dict
     help: str
 
 
@@ -110,11 +111,14 @@ def read_params_file(path: Path) -> dict:
         raise ValueError(f"{path} is no YAML ({reason}); write lines of parameter: value") from None
     if not isinstance(values, dict) or not all(_is_flat(value) for value in values.values()):
         raise ValueError(f"{path} must be a flat mapping of parameter: value; a value is a "
-                         "number, a word or a list of those")
+                         "number, a word, a list of those or a mapping of words to numbers")
     return values
 
 
 def _is_flat(value) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and isinstance(_to_number(number), int | float)
+                   for name, number in value.items())
     items = value if isinstance(value, list) else [value]
     return all(item is None or isinstance(item, str | int | float | bool) for item in items)
 
@@ -123,18 +127,27 @@ def validate_params(values: dict, stage: str) -> dict:
     """`values` completed from the stage's defaults, of the defaults' types.
 
     KeyError for an unknown name, ValueError for a word that is not one of its CHOICES and for
-    parameters of the loss that cannot act together, TypeError for a wrong type; each names the fix.
-    A number that YAML reads as a word (1e-5, without a point) counts as a number where one is due.
+    parameters of loss or rewards that cannot act together, TypeError for a wrong type; each names
+    the fix. A number that YAML reads as a word (1e-5, without a point) counts as a number where one
+    is due. Of a mapping, what is not set keeps its default.
     """
     defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
     params = dict(defaults)
     for name, value in values.items():
         if name not in defaults:
             raise KeyError(unknown_parameter_message(name, stage, defaults))
-        params[name] = _typed(name, value, type(defaults[name]), stage)
+        params[name] = merge_mappings(
+            defaults[name], _typed(name, value, type(defaults[name]), stage, defaults[name]))
+    if "rewards" in params:
+        check_reward_params(params, defaults["reward_weights"])
     if stage == LOSS_STAGE:
         check_loss_params(params, {name for name in params if params[name] != defaults[name]})
     return params
+
+
+def merge_mappings(value, change):
+    """`change`; where both are mappings, `value` with the entries of `change`."""
+    return {**value, **change} if isinstance(value, dict) and isinstance(change, dict) else change
 
 
 def unknown_parameter_message(name: str, where: str, names) -> str:
@@ -156,7 +169,9 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
     return f"{where} has no parameter '{name}'; {hint}"
 
 
-def _typed(name: str, value, kind: type, stage: str):
+def _typed(name: str, value, kind: type, stage: str, default):
+    if kind is dict:
+        return _typed_mapping(name, value, stage, default)
     if kind is float:
         value = _to_number(value)
     is_fitting = type(value) is kind or (kind is float and type(value) is int)
@@ -169,6 +184,17 @@ def _typed(name: str, value, kind: type, stage: str):
         hint = f"did you mean '{near[0]}'? It is" if near else "it must be"
         raise ValueError(f"{stage}: parameter '{name}' is '{value}'; {hint} one of {words}")
     return kind(value)
+
+
+def _typed_mapping(name: str, value, stage: str, default: dict) -> dict[str, float]:
+    numbers = value if isinstance(value, dict) else {"": None}
+    numbers = {key: _to_number(number) for key, number in numbers.items()}
+    if not all(isinstance(key, str) and type(number) in (int, float) and math.isfinite(number)
+               for key, number in numbers.items()):
+        example = yaml.safe_dump(default, default_flow_style=True, sort_keys=False, width=1000)
+        raise TypeError(f"{stage}: parameter '{name}' is {value!r}; it must map names to numbers, "
+                        f"as {example.strip()} or a part of it")
+    return {key: float(number) for key, number in numbers.items()}
 
 
 def _to_number(value):
@@ -185,7 +211,8 @@ def params_text(stage: str, profile: str = "tiny") -> str:
     values = profile_params(stage, profile)
     lines = []
     for name, parameter in stage_parameters(stage).items():
-        value = yaml.safe_dump([values[name]], default_flow_style=True, width=1000).strip()[1:-1]
+        value = yaml.safe_dump([values[name]], default_flow_style=True, sort_keys=False,
+                               width=1000).strip()[1:-1]
         difference = "" if values[name] == parameter.default else f" (tiny: {parameter.default})"
         lines.append(f"{name}: {value}  # {parameter.help}{difference}")
     return "\n".join(lines)

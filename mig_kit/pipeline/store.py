@@ -19,7 +19,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PROJECT_ROOT, file_sha256, model_folder, write_json
+from mig_kit.common import (
+    PROJECT_ROOT,
+    file_sha256,
+    model_folder,
+    split_function_name,
+    write_json,
+)
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
 from mig_kit.pipeline.params import (
@@ -82,6 +88,8 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
         inputs = {name: _stage_products(outputs) for name, outputs in inputs.items()}
     files = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
              if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
+    files |= {name: file_sha256(split_function_name(name)[0])
+              for name in params.get("rewards", ()) if ":" in name}
     if params.get("base_model"):
         files["base_model"] = model_fingerprint(params["base_model"])
     if params.get("start_from"):

@@ -43,9 +43,9 @@ MGROUNDING_QUESTIONS = 630_000  # of MGrounding-630k, by its name
 TEXT_TOKENS, TRACE_TOKENS = 200, 300  # of a prompt's text, and of a trace
 ADVICE = {
     "02_sft": "lower max_pixels, or lora_r",
-    "04_rejection_sampling": "lower batch_size",
+    "04_rejection_sampling": "lower max_pixels, or replies",
     "05_grpo": "lower max_pixels, num_generations or max_completion_length",
-    "06_evaluate": "lower batch_size"}
+    "06_evaluate": "lower max_pixels"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,8 @@ def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
 def predict_memory(shape: Shape, params: Profile) -> dict[str, dict[str, float]]:
     """Stage -> parts in GiB.
 
-    05 draws replies, then learns from them: its parts are those of the phase that needs more.
+    Replies are drawn to as many prompts at a time as memory holds; the parts are those of one. 05
+    draws replies, then learns from them: its parts are those of the phase that needs more.
     """
     _, sft, sampling, grpo, evaluate = params
     prompt = TEXT_TOKENS + count_image_tokens(shape, params)
@@ -214,12 +215,10 @@ def predict_memory(shape: Shape, params: Profile) -> dict[str, dict[str, float]]
     in_graph = max(1, (grpo.micro_replies or grpo.per_device_train_batch_size) // group)
     learning = training_memory(shape, Load(prompt, in_graph, group, reply), grpo.lora_r,
                                grpo.gradient_checkpointing, four_bit=False)
-    at_once = count_prompts_at_once(groups_per_update(grpo), prompt, group, reply, shape.kv_bytes)
-    drawing = decoding_memory(shape, Load(prompt, at_once, group, reply))
+    drawing = decoding_memory(shape, Load(prompt, 1, group, reply))
     drawing["adapter, gradients, Adam"] = learning["adapter, gradients, Adam"]
-    sampling_load = Load(prompt, sampling.batch_size, sampling.replies, sampling.max_new_tokens)
-    evaluate_load = Load(prompt, evaluate.batch_size, max(1, evaluate.replies),
-                         evaluate.max_new_tokens)
+    sampling_load = Load(prompt, 1, sampling.replies, sampling.max_new_tokens)
+    evaluate_load = Load(prompt, 1, max(1, evaluate.replies), evaluate.max_new_tokens)
     return {
         "02_sft": training_memory(shape, sft_load, sft.lora_r, is_checkpointed=True, four_bit=True),
         "04_rejection_sampling": decoding_memory(shape, sampling_load),
@@ -305,12 +304,20 @@ def language_flops(shape: Shape, new: int, before: int = 0) -> float:
             + 4 * shape.layers * shape.head_dim * shape.heads * pairs)
 
 
+def drawing_bytes(shape: Shape, gigabytes: int) -> int:
+    """Bytes that the keys and values of a draw may take on a card, half of what the weights leave
+    free, as `engine.generation.max_kv_bytes` has it.
+    """
+    free = (USABLE * gigabytes - RUNTIME_GIB) * GIB - 2 * shape.total
+    return max(1, int(free / 2))
+
+
 def predict_seconds(shape: Shape, params: Profile, card: tuple[str, int, int],
-                    is_served: bool = False) -> dict[str, float]:
+                    is_served: bool = False, max_bytes: int | None = None) -> dict[str, float]:
     """Seconds of one sample, candidate, group or question of each stage of `count_work`.
 
     card: its name, TFLOP/s and GB/s, as in CARDS. is_served: a vLLM server on such a card draws the
-    replies, in turn with the learner.
+    replies, in turn with the learner. max_bytes: of `drawing_bytes`; None: as on a CPU.
     """
     _, sft, sampling, grpo, evaluate = params
     _, tera_flops, giga_bytes = card
@@ -323,7 +330,7 @@ def predict_seconds(shape: Shape, params: Profile, card: tuple[str, int, int],
     def reply_flops(tokens: int, replies: int) -> float:
         return replies * (language_flops(shape, tokens, prompt) + tokens * head)
 
-    def draw_seconds(replies: int, tokens: int, prompts_at_once: int) -> float:
+    def draw_seconds(replies: int, tokens: int, prompts: int) -> float:
         """A prompt read and its replies drawn; each step reads the weights once for all replies
         that are drawn together.
         """
@@ -334,14 +341,14 @@ def predict_seconds(shape: Shape, params: Profile, card: tuple[str, int, int],
             flop_gain, byte_gain = (share / RATE_SHARE for share in SERVED_SHARES)
             step = (read_weights * replies / SERVED_AT_ONCE + read_keys) / byte_gain
             return flops / flop_rate / flop_gain + tokens * step
-        step = max(read_weights, shape.layers * LAYER_SECONDS) / prompts_at_once + read_keys
+        at_once = count_prompts_at_once(prompts, prompt, replies, tokens, shape.kv_bytes, max_bytes)
+        step = max(read_weights, shape.layers * LAYER_SECONDS) / at_once + read_keys
         return flops / flop_rate + tokens * step
 
     # A frozen model's backward pass costs as much as a forward pass. Checkpoints, the reference
     # and replies learned from in parts cost one more each.
     passes = 2 + grpo.gradient_checkpointing + (grpo.beta > 0) + (grpo.micro_replies > 0)
     group, reply = grpo.num_generations, grpo.max_completion_length
-    at_once = count_prompts_at_once(groups_per_update(grpo), prompt, group, reply, shape.kv_bytes)
     sft_tokens = prompt + TRACE_TOKENS
     sft_flops = seeing + 3 * (language_flops(shape, sft_tokens) + sft_tokens * head)
     unpacking = shape.linear_weights * NF4_BYTES * 3 * byte_seconds
@@ -350,7 +357,7 @@ def predict_seconds(shape: Shape, params: Profile, card: tuple[str, int, int],
         "02_sft": sft_flops / flop_rate + unpacking,
         "04_rejection_sampling": draw_seconds(sampling.replies, sampling.max_new_tokens,
                                               sampling.batch_size),
-        "05_grpo": draw_seconds(group, reply, at_once) + learning / flop_rate,
+        "05_grpo": draw_seconds(group, reply, groups_per_update(grpo)) + learning / flop_rate,
         "06_evaluate": draw_seconds(1 + evaluate.replies, evaluate.max_new_tokens,
                                     evaluate.batch_size)}
 
@@ -367,7 +374,8 @@ def hours_table(shape: Shape, params: Profile) -> list[dict]:
             row = {"stage": stage, "drawn by": "" if stage == "02_sft" else drawn_by,
                    "how many": count}
             for gigabytes, card in (*CARDS.items(), *MORE_CARDS.items()):
-                seconds = predict_seconds(shape, params, card, is_served)[stage]
+                seconds = predict_seconds(shape, params, card, is_served,
+                                          drawing_bytes(shape, gigabytes))[stage]
                 row[f"{gigabytes} GB, {card[0]}: predicted hours"] = round(
                     count * seconds / 3600, 1)
             rows.append(row)

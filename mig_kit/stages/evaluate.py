@@ -12,7 +12,7 @@ import numpy as np
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.prompts import parse_reply
-from mig_kit.rewards import box_reward, image_reward, is_correct
+from mig_kit.rewards import is_correct, names_target_image, reply_iou
 from mig_kit.sample import Sample
 from mig_kit.stats import (
     group_by_task,
@@ -38,8 +38,8 @@ def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, 
     if not sample.targets:
         return {"iou": correct, "correct": correct, "image": correct,
                 "format": max(correct, well_formed)}
-    return {"iou": box_reward(reply, sample, box_format, floor=0.0), "correct": correct,
-            "image": image_reward(reply, sample), "format": well_formed}
+    return {"iou": reply_iou(reply, sample, box_format), "correct": correct,
+            "image": float(names_target_image(reply, sample)), "format": well_formed}
 
 
 def reply_is_correct(reply: str, sample: Sample, box_format: BoxFormat) -> float:

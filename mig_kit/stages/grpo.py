@@ -28,9 +28,10 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
-from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import model_folder
+from mig_kit.engine.generation import Sampling
+from mig_kit.engine.kept_rollouts import KeepRollouts, draw_first_rollouts
 from mig_kit.engine.model_folders import check_model_folder
 from mig_kit.engine.models import (
     Hardware,
@@ -40,6 +41,7 @@ from mig_kit.engine.models import (
     load_policy,
     resolve_model,
 )
+from mig_kit.engine.own_rewards import compute_reward, load_rewards
 from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.sampling import make_cache
 from mig_kit.engine.served_rollouts import SAMPLING_CURVES, ServedRollouts
@@ -53,9 +55,13 @@ from mig_kit.engine.training import (
     trainer_arguments,
     use_one_device,
 )
-from mig_kit.prompts import chat_messages
+from mig_kit.prompts import chat_messages, parse_reply, reply_box_in_original
+from mig_kit.rewards import Reward, cites_only_existing_images, is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
+from mig_kit.world.teacher import DETAILS, recognize_detail
+
+Score = Callable[[str, Sample], float | None]
 
 # TRL's name of a logged figure -> its name in the curves, which also hold every reward
 CURVES = {
@@ -63,54 +69,75 @@ CURVES = {
     "frac_reward_zero_std": "zero_std", "completions/clipped_ratio": "clipped_ratio"}
 
 
-def reward_functions(samples: Sequence[Sample], box_format: BoxFormat,
-                     hallucinated_image_penalty: str = "format") -> list[Callable]:
-    """The rewards in TRL's form, in the order of `reward_weights`.
+def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
+                    hallucinated_image_penalty: str = "format") -> dict[str, Score]:
+    """The rewards by name, checked and with the penalty, as functions of reply and sample.
 
-    A line of the table is a reward: the name under which it is logged, a function of reply and
-    sample, and the samples that it applies to; it is None for any other. TRL's column `sample` is
-    the index into `samples`. hallucinated_image_penalty: what a reply loses whose reasoning cites
-    an image that the prompt does not have: "none", the "format" reward, or "all" of them.
+    hallucinated_image_penalty: what a reply loses whose reasoning cites an image that the prompt
+    does not have: "none", the "format" reward, or "all" of them.
     """
-    table = {
-        "format": (rewards.format_reward, _is_any),
-        "image": (rewards.image_reward, _asks_for_a_box),
-        "box": (partial(rewards.box_reward, box_format=box_format), _asks_for_a_box),
-        "choice": (rewards.choice_reward, _asks_for_a_letter),
-    }
-    penalised = {"none": (), "format": ("format",), "all": tuple(table)}
-    return [_trl_reward(name, reward, applies_to, samples,
-                        is_penalised=name in penalised[hallucinated_image_penalty])
-            for name, (reward, applies_to) in table.items()]
+    penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
+    return {name: _score_function(name, reward, box_format,
+                                  name in penalised[hallucinated_image_penalty])
+            for name, reward in rewards.items()}
 
 
-def _is_any(sample: Sample) -> bool:
-    return True
-
-
-def _asks_for_a_box(sample: Sample) -> bool:
-    return not sample.options
-
-
-def _asks_for_a_letter(sample: Sample) -> bool:
-    return bool(sample.options)
-
-
-def _trl_reward(name: str, reward: Callable, applies_to: Callable, samples: Sequence[Sample],
-                is_penalised: bool) -> Callable:
+def _score_function(name: str, reward: Reward, box_format: BoxFormat, is_penalised: bool) -> Score:
     def score(reply: str, sample: Sample) -> float | None:
-        if not applies_to(sample):
+        value = compute_reward(name, reward, reply, sample, box_format)
+        if value is None:
             return None
-        if is_penalised and not rewards.cites_only_existing_images(reply, sample):
-            return 0.0
-        return reward(reply, sample)
+        return 0.0 if is_penalised and not cites_only_existing_images(reply, sample) else value
 
-    def score_all(completions, sample, **_) -> list[float | None]:
+    return score
+
+
+def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> list[Callable]:
+    """The rewards in TRL's form, which logs each under its name.
+
+    TRL's column `sample` is the index into `samples`. The first one also logs `detail_shares`.
+    """
+    first = next(iter(scores))
+    return [_trl_reward(name, score, samples, logs_details=name == first)
+            for name, score in scores.items()]
+
+
+def _trl_reward(name: str, score: Score, samples: Sequence[Sample],
+                logs_details: bool) -> Callable:
+    def score_all(completions, sample, log_metric=None, **_) -> list[float | None]:
         replies = [completion[0]["content"] for completion in completions]
-        return [score(reply, samples[index]) for reply, index in zip(replies, sample)]
+        answered = [samples[index] for index in sample]
+        if logs_details and log_metric:
+            for detail, share in detail_shares(replies, answered).items():
+                log_metric(f"detail/{detail}", share)
+        return [score(reply, question) for reply, question in zip(replies, answered)]
 
     score_all.__name__ = name  # TRL logs a reward under its function's name
     return score_all
+
+
+def detail_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    """Share of the replies that reason at each of the teacher's DETAILS; {} but for drawn samples,
+    whose teacher writes at these levels.
+    """
+    details = [recognize_detail(reply) for reply, sample in zip(replies, samples) if sample.notes]
+    return {detail: details.count(detail) / len(details) for detail in DETAILS} if details else {}
+
+
+def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: dict[str, Score],
+                   weights: dict[str, float]) -> dict:
+    """What is kept of a rollout: its rewards, their weighted sum, whether it is correct, its box.
+
+    box: in pixels of the original of image number `image`; None without one.
+    """
+    answer = parse_reply(reply)
+    rewards = {name: score(reply, sample) for name, score in scores.items()}
+    total = sum(weights.get(name, 1.0) * value for name, value in rewards.items()
+                if value is not None)
+    return {"reply": reply, "reward": total, "rewards": rewards,
+            "correct": is_correct(reply, sample, box_format), "image": answer.image,
+            "box": reply_box_in_original(sample, answer, box_format),
+            "detail": recognize_detail(reply) if sample.notes else ""}
 
 
 def grpo_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bool) -> Dataset:
@@ -147,8 +174,10 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    rewards = load_rewards(params.rewards, folder)
+    weights = [params.reward_weights.get(name, 1.0) for name in rewards]
     arguments = trainer_arguments(
-        GRPOConfig, params, hardware, folder,
+        GRPOConfig, SimpleNamespace(**vars(params) | {"reward_weights": weights}), hardware, folder,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         generation_kwargs={"min_new_tokens": min_new_tokens})
     arguments |= _multi_step_arguments(params)
@@ -157,16 +186,15 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
                          "parameters, or set share_prefix to false")
     config = GRPOConfig(**arguments)
     use_one_device(config)
-    functions = reward_functions(samples, policy.box_format, params.hallucinated_image_penalty)
-    names = [function.__name__ for function in functions]
-    logged = ("reward", *(f"rewards/{name}/mean" for name in names), "entropy")
+    scores = score_functions(rewards, policy.box_format, params.hallucinated_image_penalty)
+    logged = ("reward", *(f"rewards/{name}/mean" for name in rewards), "entropy")
     common = {
         "model": policy.model, "args": config, "processing_class": policy.processor,
-        "reward_funcs": functions,
+        "reward_funcs": reward_functions(scores, samples),
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
         "peft_config": _new_adapter(policy, params),
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
-                      LiveCurves(training_curves, ("reward", *names))]}
+                      *_rollout_callbacks(policy, samples, folder, params, scores)]}
     if not params.share_prefix:
         return GRPOTrainer(**common)
     served = None
@@ -175,7 +203,21 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         common["callbacks"].append(served)
     return SharedPrefixGRPOTrainer(
         **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
-        micro_replies=params.micro_replies, served=served)
+        micro_replies=params.micro_replies, served=served,
+        difficulty_weight=params.difficulty_weight, prompt_pool=params.prompt_pool)
+
+
+def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
+                       params: SimpleNamespace, scores: dict[str, Score]) -> list:
+    """What keeps rollouts, and what shows curves and rollouts while the model is trained."""
+    live = LiveCurves(training_curves, ("reward", *scores, *DETAILS),
+                      draw=partial(draw_first_rollouts, folder, policy.box_format, samples))
+    if not params.rollout_steps:
+        return [live]
+    describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
+                       weights=params.reward_weights)
+    sampling = Sampling(params.temperature, max_new_tokens=params.max_completion_length)
+    return [KeepRollouts(policy, samples, folder, params.rollout_steps, sampling, describe), live]
 
 
 def _multi_step_arguments(params: SimpleNamespace) -> dict:
@@ -199,11 +241,12 @@ def _new_adapter(policy: Policy, params: SimpleNamespace) -> LoraConfig | None:
 def _check_enough_prompts(params: SimpleNamespace, n_prompts: int) -> None:
     """ValueError where an update needs more prompts than there are."""
     steps, batch_size = params.gradient_accumulation_steps, params.per_device_train_batch_size
-    needed = batch_size * steps // params.num_generations
+    needed = batch_size * steps // params.num_generations * params.prompt_pool
     if n_prompts < needed:
         raise ValueError(
             f"there are {n_prompts} prompts, and an update needs {needed} different ones "
-            "(per_device_train_batch_size x gradient_accumulation_steps / num_generations); lower "
+            "(per_device_train_batch_size x gradient_accumulation_steps / num_generations x "
+            "prompt_pool); lower "
             "gradient_accumulation_steps, or widen min_pass_rate and max_pass_rate in 04")
 
 
@@ -289,11 +332,10 @@ def training_curves(history: list[dict]) -> list[dict]:
              if name.startswith("rewards/") and name.endswith("/mean")}
     # sorted, because a log that was read back after a kill has its names in another order
     single = {name: name.split("/")[1] for name in sorted(names)}
-    served = {name: short for name, short in SAMPLING_CURVES.items()
-              if any(name in row for row in updates)}
-    has_clip = any(row.get("clip_ratio") is not None for row in updates)
-    clip = {"clip_ratio": "clip_ratio"} if has_clip else {}
-    curves = {"step": "step", "reward": "reward", **single, **CURVES, **clip, **served}
+    further = {f"detail/{detail}": detail for detail in DETAILS} | {"clip_ratio": "clip_ratio"}
+    further = {name: short for name, short in (further | SAMPLING_CURVES).items()
+               if any(row.get(name) is not None for row in updates)}
+    curves = {"step": "step", "reward": "reward", **single, **CURVES, **further}
     rows = [{short: row.get(name) for name, short in curves.items()} for row in updates]
     return [{name: None if value != value else value for name, value in row.items()}
             for row in rows]

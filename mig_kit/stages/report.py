@@ -15,12 +15,14 @@ import pandas as pd
 import seaborn as sns
 from markupsafe import Markup
 from matplotlib import pyplot as plt
+from PIL.Image import Image
 
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat
+from mig_kit.engine.own_rewards import compute_reward
 from mig_kit.plots import OOD_NAMES, SUITE_NAMES, draw_sample
 from mig_kit.prompts import format_question, parse_reply
-from mig_kit.rewards import box_reward, choice_reward, format_reward, image_reward, is_correct
+from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample
 from mig_kit.stages.report_tables import CAPTIONS, pass_at_k_rows
 from mig_kit.world.specs import count_listed_objects
@@ -145,43 +147,42 @@ def pick_gallery(samples: list[Sample], before: dict[str, str], after: dict[str,
 
 
 def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                 box_format: BoxFormat) -> Markup:
+                 box_format: BoxFormat, rewards: dict[str, Reward]) -> Markup:
     """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
 
-    The filters are style sheets, no script.
+    rewards: by name, those that are shown. The filters are style sheets, no script.
     """
     groups = {"task": sorted({sample.task for _, sample in gallery}),
               "kind": list(dict.fromkeys(kind for kind, _ in gallery))}
     cards = [sample_card(sample, {system: by_id[sample.id] for system, by_id in replies.items()},
-                         box_format, kind,
+                         box_format, rewards, kind,
                          f"task-{groups['task'].index(sample.task)} "
                          f"kind-{groups['kind'].index(kind)}")
              for kind, sample in gallery]
     return _macros.filters(groups) + Markup("").join(cards)
 
 
-def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat, kind: str = "",
-                classes: str = "") -> Markup:
+def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
+                rewards: dict[str, Reward], kind: str = "", classes: str = "") -> Markup:
     """One sample with the replies of some systems: images with boxes, reasoning, answer, rewards.
 
     kind: stands in its head. classes: what the filters know the card by.
     """
-    rows = [_reply_row(system, reply, sample, box_format) for system, reply in replies.items()]
+    rows = [_reply_row(system, reply, sample, box_format, rewards)
+            for system, reply in replies.items()]
     question = format_question(sample, box_format, with_instruction=False)
     return _macros.card(sample, classes, kind, question, rows)
 
 
-def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat) -> dict:
-    rewards = {"format": format_reward(reply, sample)}
-    if sample.options:
-        rewards["choice"] = choice_reward(reply, sample)
-    else:
-        rewards |= {"image": image_reward(reply, sample),
-                    "box": box_reward(reply, sample, box_format)}
+def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
+               rewards: dict[str, Reward]) -> dict:
+    scores = {name: compute_reward(name, reward, reply, sample, box_format)
+              for name, reward in rewards.items()}
     return {
         "system": system, "is_correct": is_correct(reply, sample, box_format),
         "outcome": classify_outcome(reply, sample, box_format),
-        "rewards": ", ".join(f"{name} {round(value, 2):g}" for name, value in rewards.items()),
+        "rewards": ", ".join(f"{name} {round(value, 2):g}" for name, value in scores.items()
+                             if value is not None),
         "image": image_tag(draw_sample(sample, reply, box_format, 130), system),
         "thinking": parse_reply(reply).thinking or "-",
         "answer": reply.split("</think>")[-1][:300]}
@@ -279,13 +280,14 @@ def captioned(content: Markup, name: str) -> Markup:
     return _macros.captioned(content, CAPTIONS[name]) if content else Markup("")
 
 
-def report_sections(metrics: dict, figures: dict[str, plt.Figure | None], gallery: Markup,
+def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None], gallery: Markup,
                     tables: dict[str, list[dict]], hardware: str) -> list[tuple[str, Markup]]:
     """The sections of the run's page, for `render_page`.
 
     metrics: of stage 06. figures: "suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
-    "dropped", "difficulty"; None for one that cannot be drawn. tables: rows of "benchmark" (a real
-    one, or []), "ood" and "stages". hardware: a sentence below the last.
+    "dropped", "difficulty", "shares", "rollouts"; None for one that cannot be drawn. tables: rows
+    of "benchmark" (a real one, or []), "ood", "rewards" and "stages". hardware: a sentence below
+    the last.
     """
     def images(*names: str) -> Markup:
         return Markup("").join(captioned(image_tag(figures[name], name), name)
@@ -308,7 +310,9 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | None], galler
          captioned(html_table(score_rows(systems, "sampled")), "sampled")
          + captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
         ("MIG-Bench-like (drawn), per task", images("tasks", "outcomes")),
-        ("Training", images("loss", "grpo")),
+        ("Training", images("loss", "grpo")
+         + captioned(html_table(tables["rewards"]), "rewards")),
+        ("What the replies become while RL trains", images("shares", "rollouts")),
         ("Data", images("flow", "dropped", "difficulty")),
         ("How this run was made", _macros.captioned(html_table(tables["stages"]), hardware)),
         ("Gallery: target green, answer dashed orange, reference pink", gallery)]

@@ -137,7 +137,7 @@ class StopIfNothingLearns(TrainerCallback):
 
     def _stop_without_box_reward(self) -> None:
         boxes, images = self._logged("rewards/box/mean"), self._logged("rewards/image/mean")
-        if boxes and not any(boxes) and np.mean(images) > 0.3:
+        if boxes and images and not any(boxes) and np.mean(images) > 0.3:
             raise ValueError(
                 f"no box met its target in all of the first {self.patience} steps, though "
                 f"{np.mean(images):.0%} of the images were correct; boxes are probably in other "

@@ -13,6 +13,60 @@ from mig_kit.engine import attention, models
 from mig_kit.prompts import chat_messages
 from mig_kit.world.tasks import make_sample
 
+
+def window_by_window(query, key, value, bounds, *_, scale=None):
+    """What varlen_attn computes on a GPU, by hand: (tokens, heads, width), in float32."""
+    mixed = torch.empty_like(query)
+    for start, end in zip(bounds.tolist(), bounds.tolist()[1:]):
+        scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * scale
+        mixed[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[start:end])
+    return mixed
+
+
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+def test_packed_windows_are_seen_as_one_by_one(family, published, float32, samples, monkeypatch):
+    """The tower hands over all windows at once, and gets back what it computes one by one."""
+    calls = []
+
+    def attend(*arguments, **options):
+        calls.append(len(arguments[3]) - 1)
+        return window_by_window(*arguments, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", attend)
+    coordinates = "absolute" if family == "qwen2_5_vl" else "normalized_1000"
+    processor = models.load_processor(published[family], BoxFormat(coordinates=coordinates))
+    images = processor.image_processor([image.resize((252, 168)) for image in samples[0].images],
+                                       return_tensors="pt")
+    inputs = images["pixel_values"], images["image_grid_thw"]
+    tower = models.load_model(published[family], float32).model.visual
+    with torch.no_grad():
+        expected = tower(*inputs).pooler_output
+        assert not calls
+        tower.config._attn_implementation = attention.PACKED_NAME
+        assert torch.allclose(tower(*inputs).pooler_output, expected, atol=1e-5)
+    assert len(calls) == len(tower.blocks) and calls[-1] == len(samples[0].images)
+    assert (calls[0] > calls[-1]) == (family == "qwen2_5_vl"), "it has windows in its first layer"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
+def test_the_gpus_kernel_computes_windows_one_by_one():
+    bounds = torch.tensor([0, 64, 80, 200], device="cuda", dtype=torch.int32)
+    inputs = [torch.randn(1, 16, 200, 80, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    mixed, _ = attention.attend_packed(None, *inputs, None, bounds, 120, scaling=80**-0.5)
+    expected = window_by_window(*(tensor[0].transpose(0, 1).float() for tensor in inputs), bounds,
+                                scale=80**-0.5)
+    assert torch.allclose(mixed[0].float(), expected, atol=2e-2)
+
+
+def test_the_tower_gets_packed_windows_on_a_gpu(monkeypatch):
+    gpu = models.Hardware("cuda", torch.bfloat16, False, "sdpa", "a GPU")
+    for is_installed, name in ((True, "flash_attention_2"), (False, attention.PACKED_NAME)):
+        monkeypatch.setattr(models, "is_flash_attn_2_available", lambda found=is_installed: found)
+        assert models.choose_attention(gpu) == {"": "sdpa", "vision_config": name}
+    for other in (replace(gpu, dtype=torch.float32), replace(gpu, device="cpu")):
+        assert models.choose_attention(other) == "sdpa"
+
+
 CAUSAL = torch.ones(7, 12).tril(5).bool()[None, None].expand(2, 1, 7, 12)
 IS_TOKEN = torch.arange(12) >= torch.tensor([0, 8])[:, None]
 PADDED = CAUSAL & IS_TOKEN[:, None, None]  # the second row's first tokens see nothing

@@ -1,6 +1,7 @@
 """Shared prefixes are exact: greedy replies, log-probabilities and gradients are transformers'."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -406,6 +407,37 @@ def test_of_long_prompts_the_last_layer_reads_only_the_last_token(family, sample
     for ours, full in zip(short_cache.layers, cache.layers):
         assert torch.equal(ours.keys, full.keys) and torch.equal(ours.values, full.values)
     assert language.layers[-1] is last_layer, "the model itself is left as it was"
+
+
+def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for free, expected in ((2**40, generation.KV_BYTES), (2**30, 2**29)):
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr(generation.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert generation.max_kv_bytes(cpu) == expected
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12 * 2**30)
+    assert generation.max_kv_bytes(gpu) == 32 * 2**30, "what PyTorch keeps for later is free, too"
+
+
+def test_rounds_draw_what_one_draw_would(random_model, processor, samples, monkeypatch):
+    prompts = make_prompts(random_model, processor, samples[:4])
+    uniforms = draw_uniforms(0, 4, 2, 6)
+    arguments = (random_model, processor, prompts, 2, Sampling(max_new_tokens=6), uniforms)
+    at_once = generate_rollouts(*arguments)
+    rounds, stock = [], generation.generate_rollouts
+
+    def record(model, processor, prompts, *more):
+        rounds.append(len(prompts))
+        return stock(model, processor, prompts, *more)
+
+    monkeypatch.setattr(generation, "generate_rollouts", record)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    of_a_prompt = (longest + 2 * 6) * generation.kv_bytes_per_token(random_model)
+    assert generation.generate_in_rounds(*arguments, max_bytes=2 * of_a_prompt) == at_once
+    assert generation.generate_in_rounds(*arguments) == at_once
+    assert rounds == [2, 2, 4]
 
 
 def test_rounds_by_hand(random_model, monkeypatch):

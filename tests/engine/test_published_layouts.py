@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
 from mig_kit.cli import cli
-from mig_kit.engine import models, processors, sampling, training
+from mig_kit.engine import generation, models, processors, sampling, training
 from mig_kit.sample import Sample, Target
 from mig_kit.stages import evaluate, grpo, sft
 
@@ -159,7 +159,7 @@ def test_ground_finds_it(published, family, photos, tmp_path, monkeypatch):
         reply = reply_with(BOXES[1], SIZES[1], seen, family, image=2)
         return [[processor.tokenizer.encode(reply)]]
 
-    monkeypatch.setattr(sampling, "generate_rollouts", answer)
+    monkeypatch.setattr(generation, "generate_rollouts", answer)
     arguments = ["--model", published[family], "--out", tmp_path / "out.png",
                  "--coordinates", format_of(family).coordinates]
     for number, photo in enumerate(photos):

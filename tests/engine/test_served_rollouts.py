@@ -26,7 +26,8 @@ def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
     A random model earns no reward; here a reply earns by its letters.
     """
     servers = []
-    monkeypatch.setattr(rewards, "format_reward", lambda reply, sample: len(set(reply)) / 10)
+    monkeypatch.setitem(rewards.REWARDS, "format",
+                        lambda reply, sample, box_format: len(set(reply)) / 10)
 
     def make(change=lambda body, answer: answer, **changes):
         servers.append(RolloutServer(models.load_policy(random_folder, float32, BOX_FORMAT),

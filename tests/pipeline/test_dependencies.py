@@ -85,8 +85,10 @@ USERS_OF_TEXT = (
     ("the words of a comparison", "mig_kit/stages/report.py", "RL over SFT", "07"),
 )
 USERS_OF_FUNCTION = (
-    ("format_reward", "05 07"), ("image_reward", "05 06 07"), ("choice_reward", "04 05 06 07"),
-    ("box_reward", "01 04 05 06 07"), ("cites_only_existing_images", "05"),
+    ("format_reward", "05 07"), ("image_reward", "05 07"), ("choice_reward", "05 07"),
+    ("box_reward", "05 07"), ("box_squared_reward", "05 07"), ("names_letter", "04 05 06 07"),
+    ("names_target_image", "05 06 07"), ("reply_iou", "01 04 05 06 07"),
+    ("cites_only_existing_images", "05"),
     ("keep_good_traces", "01"), ("pass_at_k", "04 06"), ("bootstrap_interval", "06"),
     ("plot_curves", "07"), ("stage_folder", "07"))
 
@@ -111,7 +113,7 @@ def test_fine_tuning_is_stale_when_code_that_it_uses_has_changed(stale_after, na
 
 
 @pytest.mark.parametrize("name", [
-    "grpo_trainer", "merge_adapter", "box_reward", "check_box_coordinates", "begin_stage"])
+    "grpo_trainer", "merge_adapter", "reply_iou", "check_box_coordinates", "begin_stage"])
 def test_fine_tuning_is_not_stale_when_other_code_has_changed(stale_after, name):
     assert "02_sft" not in stale_after(change_definition, name)
 

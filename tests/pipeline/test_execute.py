@@ -137,6 +137,29 @@ def test_a_command_is_a_word_whatever_it_holds():
             "server": text}
 
 
+@pytest.mark.parametrize(("words", "sentence"), [
+    ((), "would train a full model on drawn scenes; give your data (-p data own"),
+    (("-p", "data", "scenes"), "this profile needs a GPU, and PyTorch"),
+    (("02",), "this profile needs a GPU, and PyTorch"),
+    (("01", "02"), "say -p data scenes to train on them")])
+def test_the_command_refuses_a_full_profile_before_anything_is_written(root, monkeypatch, words,
+                                                                       sentence):
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
+    assert sentence in error_of("run", *words, "--profile", "qwen2_5_vl_7b")
+    assert not root.exists()
+
+
+def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, monkeypatch):
+    started = []
+    monkeypatch.setattr(execute, "run_stages", lambda params, *more: started.append(list(params)))
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
+    command = ["run", "01", "02", "--profile", "qwen2_5_vl_7b", "-p", "data", "scenes"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
+    assert CliRunner().invoke(cli, [*command, "-p", "device", "cpu"]).exit_code == 0
+    assert started == [["01_synthesize", "02_sft"]] * 2
+
+
 def test_full_profile_starts_on_no_drawn_scenes_unasked_and_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
     params = {stage: execute.choose_params(stage, "qwen2_5_vl_7b", "a", {})

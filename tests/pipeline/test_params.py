@@ -4,11 +4,12 @@ import pytest
 
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import params, store
+from mig_kit.pipeline.execute import choose_params, parse_overrides
 
 # what a parameter of words may say where anything goes
-FREE_TEXT = {"annotations_file", "reference", "base_model", "control_run", "data_file", "endpoint_model",
-             "endpoint_url", "image_root", "launcher", "server", "model", "profile", "run_id",
-             "start_from", "traces_file"}
+FREE_TEXT = {"annotations_file", "base_model", "control_run", "data_file", "endpoint_model",
+             "endpoint_url", "image_root", "launcher", "server", "model", "profile", "reference",
+             "run_id", "start_from", "traces_file"}
 PROFILE_FILES = sorted((PROJECT_ROOT / "params").glob("*/*.yaml"))
 
 
@@ -62,6 +63,28 @@ def test_a_number_without_a_point_is_a_number():
         params.validate_params({"learning_rate": "small"}, "05_grpo")
 
 
+def test_a_mapping_changes_only_what_it_names(tmp_path):
+    weights = params.profile_params("05_grpo")["reward_weights"]
+    values = params.validate_params({"reward_weights": {"box": "5e-1"}}, "05_grpo")
+    assert values["reward_weights"] == {**weights, "box": 0.5}
+    assert list(values["reward_weights"]) == list(weights)
+    overrides = parse_overrides((("reward_weights", "{box: 2}"),), ["05_grpo"])
+    chosen = choose_params("05_grpo", "smoke", "run", overrides)
+    assert chosen["reward_weights"] == {**weights, "box": 2.0}
+    assert params.merge_mappings({"a": 1, "b": 1}, {"b": 2}) == {"a": 1, "b": 2}
+    assert params.merge_mappings([1], [2]) == [2]
+    (tmp_path / "x.yaml").write_text("reward_weights: {box: 0.5}\n")
+    assert params.read_params_file(tmp_path / "x.yaml") == {"reward_weights": {"box": 0.5}}
+
+
+@pytest.mark.parametrize("weights", [
+    [0.2, 0.3, 1.0, 1.3], {"box": "much"}, {"box": True}, {"box": float("nan")}, {1: 1.0}, 0.5])
+def test_weights_that_are_no_mapping_are_one_sentence(weights):
+    sentence = "it must map names to numbers, as {format: 0.2, image: 0.3, box: 1.0, choice: 1.3}"
+    with pytest.raises(TypeError, match=sentence):
+        params.validate_params({"reward_weights": weights}, "05_grpo")
+
+
 def test_every_renamed_parameter_leads_to_one_that_exists():
     names = {name for stage in store.STAGES for name in params.stage_parameters(stage)}
     for old_name, name in params.RENAMED_PARAMS.items():
@@ -80,16 +103,17 @@ def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
     by_name = {line.partition(": ")[0]: line for line in lines}
     assert list(by_name) == list(params.stage_parameters("05_grpo"))
     assert by_name["loss_type"].startswith("loss_type: dapo  # mean over: all tokens")
-    weights = params.profile_params("05_grpo")["reward_weights"]
+    weights = "{format: 0.2, image: 0.3, box: 1.0, choice: 1.3}"
     assert by_name["reward_weights"].startswith(f"reward_weights: {weights}  # ")
+    assert by_name["rewards"].startswith("rewards: [format, image, box, choice]  # ")
     assert by_name["max_steps"] == "max_steps: 2  # updates (tiny: 125)"
 
 
 def test_hostile_parameter_files(tmp_path):
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
-    for text in (bomb, "a: {b: 1}", "- 1", "a: [", "a: !!python/object/apply:os.system ['true']",
-                 "a: \x00", "a: [[1]]"):
+    for text in (bomb, "a: {b: {c: 1}}", "a: {b: c}", "a: {1: 1}", "- 1", "a: [",
+                 "a: !!python/object/apply:os.system ['true']", "a: \x00", "a: [[1]]"):
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(ValueError, match="must be a flat mapping|is no YAML"):
             params.read_params_file(tmp_path / "x.yaml")

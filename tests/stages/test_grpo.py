@@ -1,14 +1,24 @@
 """Stage 05 on a random model: advantages by hand, and the shared prefix against stock TRL."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.engine import generation, models, shared_prefix_grpo, training
+from mig_kit.boxes import BoxFormat, iou, to_model_box
+from mig_kit.engine import (
+    generation,
+    kept_rollouts,
+    models,
+    own_rewards,
+    shared_prefix_grpo,
+    training,
+)
 from mig_kit.engine.prompt_cache import PromptCache
 from mig_kit.prompts import format_answer
+from mig_kit.rewards import REWARDS
 from mig_kit.stages import grpo
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import TASKS, make_sample
@@ -69,8 +79,9 @@ def test_advantages_by_hand():
 def test_rewards_apply_where_they_mean_something():
     samples = [make_sample("diff", "rl", 0), make_free_form("rl", 1)[0]]
     reply = f"<think></think><answer>{samples[1].letter}</answer>"
+    functions = grpo.reward_functions(grpo.score_functions(REWARDS, BOX_FORMAT), samples)
     scores = {reward.__name__: reward(completions=as_completions(reply, reply), sample=[0, 1])
-              for reward in grpo.reward_functions(samples, BOX_FORMAT)}
+              for reward in functions}
     expected = {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None],
                 "choice": [None, 1.0]}
     assert {name: scores[name] for name in expected} == expected
@@ -84,12 +95,112 @@ def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, image_
     model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
     answer = f"<answer>{format_answer(image, model_box)}</answer>"
     completions = as_completions(*(f"<think>image {n}: a.</think>{answer}" for n in (2, 3)))
-    functions = grpo.reward_functions([sample], BOX_FORMAT, penalty)
+    functions = grpo.reward_functions(grpo.score_functions(REWARDS, BOX_FORMAT, penalty), [sample])
     scores = {reward.__name__: reward(completions=completions, sample=[0, 0])
               for reward in functions}
     assert scores["format"] == [1.0, format_score] and scores["image"] == [1.0, image_score]
     assert scores["box"][0] > 0 and (scores["box"][1] > 0) == (image_score > 0)
     assert scores["choice"] == [None, None]
+
+
+def test_groups_are_weighed_by_difficulty():
+    weights = shared_prefix_grpo.difficulty_weights(torch.tensor([1.0, 1.0, 0.5, 0.0]), 2)
+    assert weights.tolist() == pytest.approx([1.0, 1.0, math.exp(0.75), math.exp(0.75)])
+
+
+def test_the_groups_that_vary_most_are_kept():
+    reward = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.5, 0.6, 0.0, 2.0])
+    rows = shared_prefix_grpo.rows_of_highest_variance(reward, 2, 2)
+    assert rows.tolist() == [2, 3, 6, 7]
+    assert shared_prefix_grpo.rows_of_highest_variance(torch.ones(6), 2, 2).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_pool_of_prompts_gives_the_groups_that_vary_most(tmp_path, make_trainer, monkeypatch):
+    """Rewards by sample: the higher its index, the further its replies are apart."""
+    trainer = make_trainer(tmp_path, prompt_pool=3, difficulty_weight=True, launcher="")
+    trainer.current_gradient_accumulation_steps = 1
+    drawn = []
+
+    def calculate_rewards(inputs, prompts, replies, completions):
+        drawn.extend(row["sample"] for row in inputs[::4])
+        rewards = torch.zeros(len(inputs), 4)
+        rewards[:, 2] = torch.tensor([row["sample"] * (number % 2)
+                                      for number, row in enumerate(inputs)])
+        return rewards
+
+    monkeypatch.setattr(trainer, "_calculate_rewards", calculate_rewards)
+    output = trainer._generate_and_score_completions(
+        [trainer.train_dataset[index] for index in (0, 7) for _ in range(4)])
+    assert drawn[:2] == [0, 7] and len(set(drawn)) == 6
+    best = sorted(drawn)[-2:]
+    expected = [index for index in drawn if index in best for _ in range(4)]
+    assert output["sample"].tolist() == expected
+    reward = torch.tensor([index * (number % 2) for number, index in enumerate(expected)])
+    advantages, _ = shared_prefix_grpo.group_advantages(reward.float(), 4)
+    assert torch.allclose(output["advantages"], advantages * math.e, atol=1e-3), "IoU 0: weight e"
+
+
+def test_a_pool_needs_enough_prompts(tmp_path, make_trainer):
+    with pytest.raises(ValueError, match="there are 27 prompts, and an update needs 28 different"):
+        make_trainer(tmp_path, prompt_pool=14, launcher="")
+
+
+def test_shares_of_what_replies_write_down():
+    drawn, own = make_sample("diff", "rl", 0), replace(make_sample("diff", "rl", 1), notes=())
+    replies = ["<think>Compare.</think>", "<think>Compare. new: b.</think>",
+               "<think>image 1: a. image 2: b.</think>", "<think>image 1: a. image 2: b.</think>"]
+    shares = grpo.detail_shares(replies, [drawn] * 4)
+    assert shares == {"evidence": 0.5, "finding": 0.25, "method": 0.25}
+    assert grpo.detail_shares(replies, [own] * 4) == {}
+    assert grpo.detail_shares(replies, [own] * 3 + [drawn])["evidence"] == 1
+    history = [{"step": 1, "reward": 0.5, "detail/evidence": 0.25, "rewards/box/mean": 0.1}]
+    assert grpo.training_curves(history)[0]["evidence"] == 0.25
+
+
+def test_what_is_kept_of_a_rollout():
+    sample = make_sample("diff", "rl", 0)
+    reply = own_rewards.correct_reply(sample, BOX_FORMAT)
+    scores = grpo.score_functions({"box": REWARDS["box"], "choice": REWARDS["choice"]}, BOX_FORMAT)
+    row = grpo.describe_reply(reply, sample, BOX_FORMAT, scores, {"box": 2.0})
+    assert row["reward"] == 2 * row["rewards"]["box"] > 1.8 and row["rewards"]["choice"] is None
+    assert row["correct"] and row["image"] == sample.targets[0].image and row["detail"] == "method"
+    assert iou(row["box"], sample.targets[0].box) > 0.9
+    assert grpo.describe_reply("", sample, BOX_FORMAT, scores, {})["box"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_rollouts_are_kept_and_change_nothing(tmp_path, make_trainer, share_prefix):
+    trainers = [make_trainer(tmp_path / str(steps), rollout_steps=steps, share_prefix=share_prefix)
+                for steps in (0, 1)]
+    for trainer in trainers:
+        torch.manual_seed(0)
+        trainer.train()
+    check_same_training(*trainers)
+    rows = kept_rollouts.load_rollouts(tmp_path / "1")
+    assert [row["step"] for row in rows] == [step for step in (0, 1, 2) for _ in range(16)]
+    assert {row["prompt"] for row in rows} == {0, 6, 13, 20}
+    assert all(row["rewards"].keys() == {"format", "image", "box", "choice"} for row in rows)
+    assert not kept_rollouts.load_rollouts(tmp_path / "0")
+    curves = grpo.training_curves(trainers[1].state.log_history)
+    assert all(row["method"] + row["finding"] + row["evidence"] == 1 for row in curves)
+
+
+@pytest.mark.slow
+def test_no_step_is_kept_twice(tmp_path, make_trainer):
+    """Killed after the rollouts of step 2, but before its checkpoint."""
+    first = make_trainer(tmp_path, rollout_steps=1, max_steps=3)
+    first.add_callback(training.StopAfter(1))
+    training.train_or_resume(first, tmp_path)
+    rows = kept_rollouts.load_rollouts(tmp_path)
+    later = [{**row, "step": 2, "reply": "of a step that was lost"} for row in rows[:16]]
+    text = "".join(json.dumps(row) + "\n" for row in rows + later)
+    (tmp_path / kept_rollouts.ROLLOUTS).write_text(text)
+    training.train_or_resume(make_trainer(tmp_path, rollout_steps=1, max_steps=3), tmp_path)
+    resumed = kept_rollouts.load_rollouts(tmp_path)
+    assert [row["step"] for row in resumed] == [step for step in range(4) for _ in range(16)]
+    assert resumed[:32] == rows and "lost" not in str(resumed)
 
 
 def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer, stage_params):
@@ -100,7 +211,10 @@ def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer, stage
                "gradient_checkpointing": True, "max_steps": 7, "save_steps": 4, "warmup_steps": 3}
     args = make_trainer(tmp_path / "b", **changes).args
     assert {name: getattr(args, name) for name in changes} == changes
-    assert args.reward_weights == stage_params("05_grpo").reward_weights
+    params = stage_params("05_grpo")
+    assert args.reward_weights == [params.reward_weights[name] for name in params.rewards]
+    args = make_trainer(tmp_path / "c", rewards=["choice", "box_giou", "format"]).args
+    assert args.reward_weights == [1.3, 1.0, 0.2]
 
 
 @pytest.mark.parametrize(("name", "share_prefix", "problem"), [

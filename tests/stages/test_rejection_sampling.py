@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.engine import sampling
+from mig_kit.engine import generation, sampling
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import is_correct
 from mig_kit.stages import rejection_sampling
@@ -153,13 +153,13 @@ def test_questions_about_the_same_images_are_asked_together(tmp_path, random_pol
     options = OPTIONS | {"replies": 1, "temperature": 0.0}
     alone = sampling.sample_replies(random_policy, questions, tmp_path / "alone.jsonl",
                                     **(options | {"batch_size": 1}))
-    batches, generate = [], sampling.generate_rollouts
+    batches, generate = [], generation.generate_rollouts
 
     def record_prompts(model, processor, prompts, *arguments):
         batches.append(prompts)
         return generate(model, processor, prompts, *arguments)
 
-    monkeypatch.setattr(sampling, "generate_rollouts", record_prompts)
+    monkeypatch.setattr(generation, "generate_rollouts", record_prompts)
     together = sampling.sample_replies(random_policy, questions, tmp_path / "together.jsonl",
                                        **options)
     assert together == alone

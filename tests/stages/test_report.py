@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.stages import report
+from mig_kit.rewards import REWARDS
+from mig_kit.stages import report, report_tables
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
 
@@ -20,7 +21,7 @@ def test_model_text_is_escaped():
     hostile = (
         "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
     )
-    card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT)
+    card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT, REWARDS)
     page = report.render_page("<script>title</script>", [("<i>h</i>", card)])
     assert (
         "<script" not in page
@@ -122,13 +123,24 @@ def test_the_gallery_is_filtered_without_a_script():
     samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
     replies = {"sft": {s.id: "?" for s in samples}}
     text = report.gallery_html(
-        [("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT
+        [("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT, REWARDS
     )
     assert (
         text.count('class="card task-') == 2
         and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
     )
     assert "<script" not in text and "<b>lost" not in text
+
+
+def test_rewards_are_a_table():
+    curves = [{"step": i, "box": float(i), "center": None, "choice": 1.0} for i in range(20)]
+    params = {"rewards": ["box", "<b>.py:center", "choice"], "reward_weights": {"box": 2.0}}
+    rows = report_tables.reward_rows(curves, params)
+    assert rows[0] == {"reward": "box", "weight": 2.0, "first 10 updates": 4.5,
+                       "last 10 updates": 14.5}
+    assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0
+    text = report.html_table(rows)
+    assert "&lt;b&gt;.py:center" in text and "<td>14.50</td>" in text
 
 
 def test_two_runs_on_one_page():
@@ -211,6 +223,7 @@ def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
         options=(HOSTILE, "b"),
     )
     reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
-    text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT)
+    text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT,
+                               REWARDS)
     shown = in_chromium(report.render_page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
     assert shown.title.startswith("mine ") and shown.found == []

@@ -227,6 +227,17 @@ def test_loss_is_on_the_reply_only(tmp_path, make_trainer, table, processor):
     processors.check_tokens(processor, batch)
 
 
+def test_learning_warning_by_hand():
+    def warn(*losses):
+        return sft.learning_warning([{"loss": loss} for loss in losses])
+
+    assert warn(2.0, 9.0, 9.0, 9.0, 1.9) == warn(3.0, 1.0, *[2.0] * 6, 1.9, 1.8) == ""
+    assert warn(2.0, 1.0, 1.0, 1.0, 2.0).startswith("the loss did not fall in 5 updates (2.00 -> 2")
+    # a fifth of ten is two: single updates would have fallen
+    assert "(2.00 -> 2.50); train longer" in warn(3.0, 1.0, *[0.0] * 6, 4.0, 1.0)
+    assert "in 1 updates (2.00 -> 2.00)" in warn(2.0)
+
+
 def test_newest_complete_checkpoint(tmp_path):
     for step, is_complete in ((5, True), (20, True), (100, False)):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
@@ -289,7 +300,9 @@ def test_live_curves_are_drawn_in_a_notebook_and_removed(monkeypatch):
     state = SimpleNamespace(log_history=history, global_step=3, max_steps=9)
     monkeypatch.setattr(training, "display",
                         lambda figure, display_id: shown.append(figure) or handle)
-    live = training.LiveCurves(sft.loss_curve, ("loss", "token_accuracy"), seconds=0)
+    pictures = iter((None, "rollouts"))
+    live = training.LiveCurves(sft.loss_curve, ("loss", "token_accuracy"), seconds=0,
+                               draw=lambda: next(pictures))
     live.on_log(None, state, None)
     assert shown == [], "no notebook, no picture"
     monkeypatch.setattr(training, "get_ipython", object)
@@ -297,4 +310,5 @@ def test_live_curves_are_drawn_in_a_notebook_and_removed(monkeypatch):
         live.on_log(None, state, None)
     live.on_train_end(None, state, None)
     assert [axis.get_title() for axis in shown[0].axes] == ["loss", "token accuracy"]
-    assert len(shown) == 3 and shown[2].data == ""
+    assert shown[1].data == "" and shown[3] == "rollouts", "none kept yet, then some"
+    assert [part.data for part in shown[4:]] == ["", ""]

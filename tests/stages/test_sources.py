@@ -1,10 +1,11 @@
-"""What 01 asks about, and the notebook with own data and a teacher at an endpoint."""
+"""What 01 asks about, and all notebooks with own data, a teacher at an endpoint and a benchmark."""
 
 import json
 from collections import Counter
 
 import pytest
 from command_line import run_mig_kit
+from PIL import Image
 from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.pipeline import store
@@ -106,10 +107,22 @@ def test_a_changed_file_is_another_stage(params, own_file, tmp_path, monkeypatch
     assert before != store.stage_key("01_synthesize", "a", values)
 
 
+@pytest.fixture
+def benchmark(tmp_path):
+    """Words for 06 that name a MIG-Bench file of our own, two of whose three questions count."""
+    Image.new("RGB", (90, 70), "white").save(tmp_path / "one.png")
+    question = {"task": "reasoning", "images": ["one.png", "one.png"], "question": "Find it.",
+                "answer": [0.1, 0.2, 0.6, 0.7]}
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps([question] * 3))
+    return ("-p", "benchmark", "mig_bench", "-p", "annotations_file", str(annotations),
+            "-p", "image_root", str(tmp_path), "-p", "benchmark_limit", "2")
+
+
 @pytest.mark.slow
-def test_the_notebook_with_own_data_and_an_endpoint(own_file, tmp_path):
+def test_own_data_an_endpoint_and_a_benchmark_through_all_stages(own_file, benchmark, tmp_path):
     """The teacher concludes up front in every fifth reply, else answers as it should; a second run
-    with other parameters asks nothing again.
+    with another parameter asks nothing again.
     """
     def plan(nth, body):
         words = question_text(body)
@@ -127,24 +140,29 @@ def test_the_notebook_with_own_data_and_an_endpoint(own_file, tmp_path):
     environment = {"MIG_KIT_RUNS": str(runs), "MIG_KIT_API_KEY": "sk-very-secret"}
     options = ("--profile", "smoke", "--run-id", "t")
     overrides = ("-p", "teacher", "endpoint", "-p", "endpoint_url", server.url,
-                 "-p", "endpoint_model", "m", "-p", "data", "own", "-p", "data_file", str(own_file),
-                 "-p", "price_out", "1000")
-    for more in ((), ("-p", "concurrency", "2")):
-        result = run_mig_kit("run", "01", *options, *overrides, *more, **environment)
+                 "-p", "endpoint_model", "m", "-p", "data", "own", "-p", "data_file", str(own_file))
+    for price in (1000, 500):
+        result = run_mig_kit("run", "01", *options, *overrides, "-p", "price_out", str(price),
+                             **environment)
         assert result.returncode == 0, result.stderr[-3000:]
         metrics = json.loads((runs / "t/01_synthesize/metrics.json").read_text())
         traces, teacher = metrics["traces"], metrics["teacher"]
         assert server.total == teacher["calls"] == 2 * traces["total"]
         assert traces["kept"] == metrics["sizes"]["cot"] > 0 and traces["dropped"]["up front"] > 0
-        assert teacher["cost"] == pytest.approx(server.total * 10 * 1000 / 1e6)
+        assert teacher["cost"] == pytest.approx(server.total * 10 * price / 1e6)
     kept = read_samples(runs / "t/01_synthesize/cot.parquet")
     assert kept[0].suite == "own" and kept[0].images.encoded[0].content.is_file()
     files = [path for path in runs.rglob("*") if path.is_file()]
     assert not any(b"very-secret" in path.read_bytes() for path in files)
     server.stop()
     limits = ("-p", "max_samples", "1000", "-p", "min_pass_rate", "0", "-p", "max_pass_rate", "1",
-              "-p", "per_task", "50")
+              "-p", "per_task", "50", "-p", "launcher", "")
     stages = ("02", "03", "04", "05", "06", "07")
-    result = run_mig_kit("run", *stages, *options, *limits, **environment)
+    result = run_mig_kit("run", *stages, *options, *limits, *benchmark, **environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert (runs / "t/07_report/report.html").is_file()
+    folder = runs / "t" / "06_evaluate"
+    scores = json.loads((folder / "metrics.json").read_text())["benchmark"]
+    assert scores["version"] == "original" and scores["systems"]["grpo"]["strict"]["n"] == 2
+    lines = (folder / "predictions_grpo.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
+    assert "mig_bench original" in (runs / "t" / "07_report" / "report.html").read_text()

@@ -1,0 +1,99 @@
+"""Rewards in files of users: loaded from the stage's copy, tried, and errors with file and line."""
+
+import pytest
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine.own_rewards import (
+    compute_reward,
+    copy_reward_files,
+    correct_reply,
+    describe_error,
+    load_rewards,
+    try_rewards,
+)
+from mig_kit.rewards import REWARDS, is_correct
+from mig_kit.world.suites import make_free_form
+from mig_kit.world.tasks import make_sample
+
+BOX_FORMAT = BoxFormat()
+HEAD = "def center(reply, sample, box_format):\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Call it with the text of a file of rewards for the loaded reward and the file."""
+    def load_text(text):
+        file = tmp_path / "my_rewards.py"
+        file.write_text(text)
+        copy_reward_files(["box", f"{file}:center"], tmp_path)
+        rewards = load_rewards(["box", f"{file}:center"], tmp_path)
+        assert list(rewards) == ["box", "center"] and rewards["box"] is REWARDS["box"]
+        return rewards["center"], file
+
+    return load_text
+
+
+@pytest.fixture
+def samples():
+    return [make_sample("diff", "val", 0), *make_free_form("val", 2)]
+
+
+def test_the_copy_counts(load, tmp_path, samples):
+    text = HEAD + "    return None if sample.options else len(reply) / 2\n"
+    reward, file = load(text)
+    assert [compute_reward("center", reward, "four", sample, BOX_FORMAT)
+            for sample in samples[:2]] == [2.0, None]
+    assert (tmp_path / "rewards" / "my_rewards.py").read_text() == text
+    file.write_text(text.replace("/ 2", "/ 4"))
+    again = load_rewards([f"{file}:center"], tmp_path)["center"]
+    assert again("four", samples[0], BOX_FORMAT) == 2.0, "not from the copy"
+
+
+def test_dataclasses_and_the_kit_can_be_used(load, samples):
+    reward, _ = load("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                     "from mig_kit.rewards import box_reward\n"
+                     "@dataclass\nclass Part:\n    value: float\n"
+                     + HEAD + "    return Part(box_reward(reply, sample, box_format)).value\n")
+    assert reward(correct_reply(samples[0], BOX_FORMAT), samples[0], BOX_FORMAT) > 0.9
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("import nothing_of_this_name\n" + HEAD + "    return 1\n", "line 1: ModuleNotFoundError"),
+    ("x = 1\n\n\nx / 0\n" + HEAD + "    return 1\n", "line 4: ZeroDivisionError"),
+    (HEAD + "return 1\n", "line 2: IndentationError"),
+    ("center = 3\n", "has no function 'center'"),
+])
+def test_a_file_that_cannot_be_imported_names_file_and_line(load, text, sentence):
+    with pytest.raises(ValueError, match=f"my_rewards.py.*{sentence}") as caught:
+        load(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("body", "sentence"), [
+    ("    x = len(reply)\n    return 1 / (x - x)\n",
+     "'center' failed in .*my_rewards.py, line 3: ZeroDivisionError: division by zero"),
+    ("    return sample.nothing\n", "line 2: AttributeError"),
+    ("    return float('nan')\n", "my_rewards.py, line 1.* gave nan for sample "),
+    ("    return float('inf')\n", "gave inf for sample"), ("    return 'much'\n", "gave 'much'"),
+    ("    return len(reply) if reply else float('nan')\n", "gave nan"),
+])
+def test_every_reward_is_tried_before_training(load, samples, body, sentence):
+    reward, _ = load(HEAD + body)
+    with pytest.raises(ValueError, match=sentence):
+        try_rewards({"center": reward}, samples, BOX_FORMAT)
+    try_rewards(REWARDS, samples, BOX_FORMAT)
+
+
+def test_too_few_arguments_are_one_sentence(load, samples):
+    reward, _ = load("def center(reply):\n    return 1\n")
+    with pytest.raises(ValueError, match="'center' failed in .*takes 1 positional argument"):
+        try_rewards({"center": reward}, samples, BOX_FORMAT)
+
+
+def test_a_correct_reply_is_correct(samples):
+    for sample in samples:
+        assert is_correct(correct_reply(sample, BOX_FORMAT), sample, BOX_FORMAT)
+
+
+def test_an_error_from_elsewhere_has_no_line():
+    assert describe_error(KeyError("a"), "/x.py") == "/x.py: KeyError: 'a'"
