@@ -34,17 +34,18 @@ def test_out_of_domain_by_hand():
     first, second = report_tables.out_of_domain_rows(samples, replies, BOX_FORMAT)
     assert first["suite"] == "LISA-like (drawn)"
     assert (first["base"], first["SFT"], first["GRPO"]) == ("100.0", "0.0", "25.0")
-    assert first["SFT over base"] == "-100.0 (-100 to -100)"
-    assert first["GRPO over SFT"].startswith("+25.0 (") and first["against the base"] == "lost"
+    assert first["SFT over base"] == "▼ -100.0 (-100 to -100)"
+    assert first["GRPO over SFT"] == "+25.0 (+0 to +75)"
+    assert first["GRPO over base"].startswith("▼ -75.0 (-100 to ")
     assert second["suite"] == "unseen things (drawn)"
-    assert second["against the base"] == "no clear change"
+    assert second["GRPO over base"] == "+0.0 (+0 to +0)"
 
 
-@pytest.mark.parametrize("interval, word", [([0.1, 4], "gained"), ([-4, -0.1], "lost"),
-                                            ([0.0, 4], "no clear change"),
-                                            ([-4, 4], "no clear change")])
-def test_a_change_is_named_only_where_the_interval_leaves_out_0(interval, word):
-    assert report_tables.change_word(interval) == word
+@pytest.mark.parametrize("interval, text", [
+    ([0.1, 4], "▲ +2.0 (+0 to +4)"), ([-4, -0.1], "▼ +2.0 (-4 to -0)"),
+    ([0.0, 4], "+2.0 (+0 to +4)"), ([-4, 4], "+2.0 (-4 to +4)")])
+def test_a_change_is_marked_only_where_the_interval_leaves_out_0(interval, text):
+    assert report_tables.gap_text({"value": 2.0, "ci95": interval}) == text
 
 
 def test_replies_are_read_by_system_and_sample(tmp_path):
