@@ -17,6 +17,9 @@ from mig_kit.sample import Sample
 # Drawn suites are named so wherever a number of theirs stands: a drawn world is no benchmark.
 SUITE_NAMES = {"mig_bench": "MIG-Bench-like (drawn)", "ood_grounding": "out of domain (drawn)",
                "blink": "BLINK-like (drawn)", "mmiu": "MMIU-like (drawn)"}
+# out of domain, by task
+OOD_NAMES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
+             "mc_bench": "MC-Bench-like (drawn)", "unseen": "unseen things (drawn)"}
 SYSTEM_COLOURS = {"base": "#999999", "sft": "#E69F00", "grpo": "#0072B2", "sft_long": "#CC79A7"}
 SIDE_COLOURS = {"stock": "#999999", "kit": "#0072B2"}
 TARGET, PREDICTED, REFERENCE = "#009E73", "#D55E00", "#CC00CC"

@@ -28,7 +28,8 @@ WINGS = {
     "build_base": {"stages", "engine", "world", "pipeline"},
 }
 # what stages share; train is what launchers start
-STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "train": {"sft", "grpo"}}
+STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "report_tables": set(),
+                 "train": {"sft", "grpo"}}
 READS_STAGES = {"compare": {"evaluate", "report"}}  # it compares the results of finished ones
 MODULE_OF_STAGE = {"08_benchmark": "speed/benchmark", "90_tiny_base": "build_base/tiny_base"}
 

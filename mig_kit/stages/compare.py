@@ -2,9 +2,8 @@
 
 A run is a group's member; its seed is that of stage 05. Scores are of greedy replies, in percent.
 Every row holds a 95 % interval over test samples and, where a group has several runs, over seeds,
-too (`stats.joint_interval`). Two groups are compared by sample, and by seed where both have the
-same seeds. No two questions of the drawn suites are about the same images, so samples are
-independent.
+too (`stats.joint_interval`). Two groups are compared by sample, and by seed where both have a seed.
+No two questions of the drawn suites are about the same images, so samples are independent.
 """
 
 import json
@@ -16,7 +15,7 @@ import pandas as pd
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.pipeline import store
-from mig_kit.plots import SUITE_NAMES
+from mig_kit.plots import OOD_NAMES, SUITE_NAMES
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.stages.report import CLAIMS
@@ -27,10 +26,7 @@ from mig_kit.world import suites
 SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "min_pixels", "max_pixels",
                  "coordinates")
 SYSTEMS = ("base", "sft", "grpo")
-SYSTEM_NAMES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
 OUT_OF_DOMAIN = "ood_grounding"
-OOD_NAMES = {"lisa": "LISA-like", "revos": "ReVOS-like", "mc_bench": "MC-Bench-like",
-             "unseen": "unseen things"}
 
 
 @dataclass(frozen=True)
@@ -128,6 +124,9 @@ def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
     folder = store.stage_folder("06_evaluate", run_id) / "replies"
     lines = (folder / f"{system}_{suite}_greedy.jsonl").read_text().splitlines()
     replies = {row["id"]: row["replies"][0] for row in map(json.loads, lines)}
+    if missing := [sample.id for sample in samples if sample.id not in replies]:
+        raise ValueError(f"run '{run_id}' lacks {system}'s replies to {len(missing)} samples, such "
+                         f"as {missing[0]}; run: mig-kit run 06 --force --run-id {run_id}")
     return np.array([evaluate.reply_is_correct(replies[sample.id], sample, box_format)
                      for sample in samples])
 
@@ -196,21 +195,37 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
 def _difference_row(group: str, runs: list[EvaluatedRun], reference: str,
                     others: list[EvaluatedRun], suite: str,
                     tasks: tuple[str, list[np.ndarray]]) -> dict:
-    if have_same_seeds(runs, others):
-        others = sorted(others, key=lambda run: [mine.seed for mine in runs].index(run.seed))
-        values, other_values = (_values(members, "grpo", tasks) for members in (runs, others))
-        estimate = joint_interval([a - b for a, b in zip(values, other_values)])
+    values, other_values = (_values(members, "grpo", tasks) for members in (runs, others))
+    improvement = probability_of_improvement(values, other_values)
+    pairs = pair_by_seed(runs, others)
+    if pairs:
+        paired, partners = (_values(list(members), "grpo", tasks) for members in zip(*pairs))
+        estimate = joint_interval([a - b for a, b in zip(paired, partners)])
     else:
-        values, other_values = (_values(members, "grpo", tasks) for members in (runs, others))
         estimate = joint_difference(values, other_values)
     return {"group": group, "suite": suite, "figure": f"vs {reference}", **estimate,
-            "runs": len(runs), "improvement": probability_of_improvement(values, other_values)}
+            "runs": len(pairs) or len(runs), "improvement": improvement}
 
 
-def have_same_seeds(runs: list[EvaluatedRun], others: list[EvaluatedRun]) -> bool:
-    """Whether each run has one partner of the same seed in the other group."""
-    seeds, other_seeds = ([run.seed for run in members] for members in (runs, others))
-    return len(set(seeds)) == len(seeds) and sorted(seeds) == sorted(other_seeds)
+def pair_by_seed(runs: list[EvaluatedRun],
+                 others: list[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
+    """The (run, other) pairs of the seeds that one run of either group has.
+
+    [] for a single such seed among several runs: one pair would say nothing about seeds.
+    """
+    by_seed, others_by_seed = (
+        {seed: members[0] for seed, members in _runs_by_seed(group).items() if len(members) == 1}
+        for group in (runs, others))
+    pairs = [(run, others_by_seed[seed]) for seed, run in by_seed.items()
+             if seed in others_by_seed]
+    return pairs if len(pairs) > 1 or len(runs) == len(others) == 1 else []
+
+
+def _runs_by_seed(runs: list[EvaluatedRun]) -> dict[int, list[EvaluatedRun]]:
+    by_seed: dict[int, list[EvaluatedRun]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, []).append(run)
+    return by_seed
 
 
 def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
@@ -219,15 +234,26 @@ def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
     if alone:
         notes.append(f"One run each: {', '.join(alone)}. Their intervals are over test samples "
                      "alone; another seed may move a score by more.")
-    for name, members in runs.items():
-        if name != reference and not have_same_seeds(members, runs[reference]):
-            seeds, others = (sorted(run.seed for run in group)
-                             for group in (members, runs[reference]))
-            notes.append(f"{name} has seeds {seeds} and {reference} {others}: they are compared by "
-                         "sample, not by seed, which widens the interval.")
+    notes += [_pairing_note(name, members, reference, runs[reference])
+              for name, members in runs.items() if name != reference]
     if len({run.git for members in runs.values() for run in members}) > 1:
         notes.append("The runs were evaluated at different commits.")
-    return notes
+    return [note for note in notes if note]
+
+
+def _pairing_note(group: str, runs: list[EvaluatedRun], reference: str,
+                  others: list[EvaluatedRun]) -> str:
+    """What follows where the seeds of two groups differ; "" where they are the same."""
+    pairs = pair_by_seed(runs, others)
+    if len(pairs) == len(runs) == len(others):
+        return ""
+    if pairs:
+        shared = sorted(run.seed for run, _ in pairs)
+        return (f"The difference of {group} and {reference} is that of the seeds that both have, "
+                f"{shared}; it is not exactly that of their scores, which count every seed.")
+    seeds, other_seeds = (sorted(run.seed for run in members) for members in (runs, others))
+    return (f"{group} has seeds {seeds} and {reference} {other_seeds}: they are compared by "
+            "sample, not by seed, which widens the interval.")
 
 
 def suite_name(suite: str) -> str:
@@ -298,7 +324,8 @@ def render_table(result: dict, form: str = "md") -> str:
         for name in ("tokens", "minutes"):
             table[name] = table["group"].map(facts[name].mean())
         for name in ("git", "machine"):
-            table[name] = table["group"].map(facts[name].agg(lambda words: " ".join(set(words))))
+            words = facts[name].agg(lambda values: "; ".join(values.unique()))
+            table[name] = table["group"].map(words)
         return table.to_csv(index=False)
     parts = []
     for title, frame in table_frames(result).items():
@@ -317,6 +344,6 @@ def _markdown(frame: pd.DataFrame) -> str:
 
 
 def _escape_latex(text: str) -> str:
-    for character in "%&#_$":
-        text = text.replace(character, f"\\{character}")
-    return text
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(words.get(character, f"\\{character}" if character in "%&#_${}" else character)
+                   for character in text)

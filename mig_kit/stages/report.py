@@ -20,10 +20,11 @@ from PIL.Image import Image
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.own_rewards import compute_reward
-from mig_kit.plots import SUITE_NAMES, draw_sample
+from mig_kit.plots import OOD_NAMES, SUITE_NAMES, draw_sample
 from mig_kit.prompts import format_question, parse_reply
 from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample
+from mig_kit.stages.report_tables import CAPTIONS, pass_at_k_rows
 from mig_kit.world.specs import count_listed_objects
 
 # Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
@@ -35,15 +36,6 @@ CLAIMS = (
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
 OUTCOMES = ("correct", "box off", "wrong image", "wrong option", "no answer")
-SHARES_CAPTION = (
-    "Share of all replies of an update that name only the method, give the finding, or list the "
-    "evidence in every image, as running means. SFT learns all three from its teacher; look at "
-    "which one RL keeps.")
-ROLLOUTS_CAPTION = (
-    "Four replies to one prompt of 04, the first of the kept ones that asks for a box, before RL "
-    "and after so many updates, drawn with the same random numbers: blue boxes are correct, orange "
-    "ones are not, the target is green. Look at when the boxes come together, and at what the "
-    "reply writes down by then.")
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
 
@@ -298,37 +290,46 @@ def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
     return rows
 
 
+def captioned(content: Markup, name: str) -> Markup:
+    """A table or a figure with what to look at in it below; "" stays "". name: of CAPTIONS."""
+    return _macros.captioned(content, CAPTIONS[name]) if content else Markup("")
+
+
 def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None], gallery: Markup,
-                    benchmark_rows: list[dict], rewards: list[dict]) -> list[tuple[str, Markup]]:
+                    tables: dict[str, list[dict]], hardware: str) -> list[tuple[str, Markup]]:
     """The sections of the run's page, for `render_page`.
 
-    metrics: of stage 06. figures: "suites", "tasks", "outcomes", "loss", "grpo", "flow", "dropped",
-    "difficulty", "shares", "rollouts"; None for one that cannot be drawn. benchmark_rows: of a real
-    benchmark, or []. rewards: of `reward_rows`.
+    metrics: of stage 06. figures: "suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
+    "dropped", "difficulty", "shares", "rollouts"; None for one that cannot be drawn. tables: rows
+    of "benchmark" (a real one, or []), "ood", "rewards" and "stages". hardware: a sentence below
+    the last.
     """
     def images(*names: str) -> Markup:
-        return Markup("").join(image_tag(figures[name], name) for name in names if figures[name])
-
-    def captioned(name: str, caption: str) -> Markup:
-        return _macros.captioned(images(name), caption) if figures[name] else Markup("")
+        return Markup("").join(captioned(image_tag(figures[name], name), name)
+                               for name in names if figures[name])
 
     systems = metrics["systems"]
-    sections = [("The paper's claims and this run (points)", html_table(claim_rows(metrics)))]
-    if benchmark_rows:
+    claims = captioned(html_table(claim_rows(metrics)), "claims")
+    sections = [("The paper's claims and this run (points)", claims)]
+    if tables["benchmark"]:
         benchmark = metrics["benchmark"]
         title = f"{benchmark['name']} {benchmark['version']} (greedy, percent)"
-        sections.append((title, html_table(benchmark_rows)))
+        sections.append((title, html_table(tables["benchmark"])))
     return [
         *sections,
         ("Scores on drawn suites, greedy (percent)",
          html_table(score_rows(systems)) + images("suites")),
+        ("Out of domain, by suite (drawn)",
+         images("ood") + captioned(html_table(tables["ood"]), "ood_rows")),
         ("Scores on drawn suites, mean of replies at temperature 1 (percent)",
-         html_table(score_rows(systems, "sampled"))),
+         captioned(html_table(score_rows(systems, "sampled")), "sampled")
+         + captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
         ("MIG-Bench-like (drawn), per task", images("tasks", "outcomes")),
-        ("Training", images("loss", "grpo") + html_table(rewards)),
+        ("Training", images("loss", "grpo") + html_table(tables["rewards"])),
         ("What the replies become while RL trains",
-         captioned("shares", SHARES_CAPTION) + captioned("rollouts", ROLLOUTS_CAPTION)),
+         images("shares", "rollouts")),
         ("Data", images("flow", "dropped", "difficulty")),
+        ("How this run was made", _macros.captioned(html_table(tables["stages"]), hardware)),
         ("Gallery: target green, answer dashed orange, reference pink", gallery)]
 
 
@@ -339,8 +340,9 @@ def score_bars(systems: dict) -> list[dict]:
             for system, suites in systems.items() for suite, result in suites.items()]
 
 
-def task_bars(systems: dict) -> list[dict]:
-    """Rows {task, system, acc@0.5, ci95} of the MIG-Bench-like tasks, for `plots.plot_bars`."""
-    return [{"task": task, "system": system, "acc@0.5": result["acc@0.5"], "ci95": result["ci95"]}
+def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
+    """Rows {task, system, acc@0.5, ci95} of a suite's tasks, for `plots.plot_bars`."""
+    return [{"task": OOD_NAMES.get(task, task), "system": system, "acc@0.5": result["acc@0.5"],
+             "ci95": result["ci95"]}
             for system, suites in systems.items()
-            for task, result in suites["mig_bench"]["tasks"].items()]
+            for task, result in suites[suite]["tasks"].items()]

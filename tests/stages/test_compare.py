@@ -176,9 +176,42 @@ def test_unequal_seeds_and_single_runs_are_named(nine_runs, monkeypatch):
     result = compare.compare_groups(groups, "dr")
     alone, unequal, *_ = result["notes"]
     assert alone.startswith("One run each: dr, r_100%-0.") and "[0, 1] and dr [2]" in unequal
+    assert all(note.count("widens the interval") for note in result["notes"][1:])
     one = compare.compare_groups({"recipe": ["recipe-0"]})
     assert all(row["over"] == "samples" for row in one["rows"])
     assert "Difference" not in compare.render_table(one)
+
+
+def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_runs, monkeypatch):
+    root, values = nine_runs
+    monkeypatch.setenv("MIG_KIT_RUNS", str(root))
+    result = compare.compare_groups({"recipe": GROUPS["recipe"], "dr": ["dr_grpo-2", "dr_grpo-0"]})
+    rows = {(row["group"], row["suite"], row["figure"]): row for row in result["rows"]}
+    for suite in suites.SUITES:
+        pairs = [(values[f"dr_grpo-{seed}"]["grpo", suite], values[f"recipe-{seed}"]["grpo", suite])
+                 for seed in (2, 0)]
+        gaps = [[(task, a - b) for (task, a), (_, b) in zip(*pair)] for pair in pairs]
+        row = rows["dr", suite, "vs recipe"]
+        assert row["value"] == pytest.approx(statistics.fmean(map(plain_score, gaps)), abs=1e-9)
+        assert row["value"] - row["low"] == pytest.approx(plain_half_width(gaps), abs=1e-9)
+        assert row["runs"] == 2 and rows["recipe", suite, "grpo"]["runs"] == 3
+    assert len(result["notes"]) == 1 and "the seeds that both have, [0, 2]" in result["notes"][0]
+
+
+def test_what_is_paired_by_seed():
+    def runs(*seeds):
+        return [compare.EvaluatedRun(f"r{i}", seed, {}, 0, 0, "", "")
+                for i, seed in enumerate(seeds)]
+
+    def seeds(first, second):
+        return [(a.seed, b.seed) for a, b in compare.pair_by_seed(runs(*first), runs(*second))]
+
+    assert seeds((2, 0, 1), (0, 1, 2)) == [(2, 2), (0, 0), (1, 1)]
+    assert seeds((0, 1, 2, 3), (1, 3, 7)) == [(1, 1), (3, 3)]
+    assert seeds((0,), (0,)) == [(0, 0)]
+    assert seeds((0, 1, 2), (0,)) == [], "one pair says nothing about seeds"
+    assert seeds((0, 0, 1), (0, 1)) == [], "two runs of seed 0 have no one partner"
+    assert seeds((0,), (1,)) == []
 
 
 def test_csv_reads_back_and_markdown_rounds(nine_runs, monkeypatch):
@@ -210,6 +243,21 @@ def test_latex_compiles(nine_runs, monkeypatch, tmp_path):
             f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{body}"
             "\\end{document}")
         subprocess.run([engine, "table.tex"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_latex_escapes_every_character_that_it_knows():
+    escaped = compare._escape_latex(r"a\b_{c}^~%&#$")
+    assert escaped == (r"a\textbackslash{}b\_\{c\}\textasciicircum{}\textasciitilde{}"
+                       r"\%\&\#\$")
+
+
+def test_a_run_that_lacks_replies_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    write_run(tmp_path, "a")
+    path = tmp_path / "a" / "06_evaluate" / "replies" / "sft_mmiu_greedy.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
+    with pytest.raises(ValueError, match="run 'a' lacks sft's replies to 2 samples, such as mmiu/"):
+        compare.compare_groups({"a": ["a"]})
 
 
 def test_what_cannot_be_compared(tmp_path, monkeypatch):

@@ -1,0 +1,136 @@
+"""Tables of the report (07) that are computed from replies and records, and what to look at in each
+table and figure.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine.sampling import load_replies
+from mig_kit.plots import OOD_NAMES, SUITE_NAMES
+from mig_kit.rewards import is_correct
+from mig_kit.sample import Sample
+from mig_kit.stats import group_by_task, paired_gap
+
+SYSTEM_NAMES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
+DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "base"))
+
+CAPTIONS = {
+    "claims": "Points that RL adds, with the 95 % interval over test samples. An interval above 0 "
+              "is an effect of RL in this run. What another seed would give is not in it: "
+              "mig-kit table compares seeds.",
+    "suites": "Lines are 95 % intervals over samples. Look at whether GRPO stands above SFT by "
+              "more than its line, and whether either falls below the base.",
+    "sampled": "The first samples of each task, answered several times. Compare with the greedy "
+               "scores: a model that is sure of its answers loses little.",
+    "pass_at_k": "The chance that one of k replies at temperature 1 is correct, in percent. Where "
+                 "GRPO leads at k = 1 and no longer at k = 8, RL made likelier what SFT could do.",
+    "ood": "Look for suites where SFT or GRPO stands below the base: fine-tuning lost what the "
+           "base could do.",
+    "ood_rows": "Percent correct, and differences in points with 95 % intervals, paired by "
+                "sample. The last column says \"lost\" or \"gained\" only where the interval of "
+                "GRPO against the base leaves out 0.",
+    "tasks": "Look for tasks that stay where SFT left them: their prompts may be too easy, too "
+             "hard, or few.",
+    "outcomes": "Look at what shrinks from SFT to GRPO: boxes that miss, or boxes in the wrong "
+                "image.",
+    "loss": "A loss that still falls steeply at the end asks for more epochs.",
+    "grpo": "Strong lines are means over ten updates. The reward should rise while the entropy "
+            "stays above 0. From a group whose replies all earn the same (zero std) nothing is "
+            "learnt.",
+    "shares": "Share of all replies of an update that name only the method, give the finding, or "
+              "list the evidence in every image, as running means. SFT learns all three from its "
+              "teacher; look at which one RL keeps.",
+    "rollouts": "Four replies to one prompt of 04, the first of the kept ones that asks for a box, "
+                "before RL and after so many updates, drawn with the same random numbers: blue "
+                "boxes are correct, orange ones are not, the target is green. Look at when the "
+                "boxes come together, and at what the reply writes down by then.",
+    "flow": "A large piece that is not \"kept\" names the rule to look at.",
+    "dropped": "A task with few kept prompts hardly takes part in RL.",
+    "difficulty": "The SFT model's pass rate should fall with the number of things to be listed; "
+                  "if it does not, the tasks are hard for another reason.",
+}
+
+
+def load_greedy_replies(folder: Path, suite: str,
+                        samples: list[Sample]) -> dict[str, dict[str, str]]:
+    """System -> sample id -> its greedy reply; folder: "replies" of 06."""
+    replies = {}
+    for system in SYSTEM_NAMES:
+        stored = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
+        replies[system] = {sample.id: stored[sample.id][0] for sample in samples}
+    return replies
+
+
+def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
+                       box_format: BoxFormat) -> list[dict]:
+    """Per suite out of domain: percent correct of every system, their differences in points with
+    95 % intervals, and whether the GRPO model lost or gained against the base.
+
+    replies: of base, sft and grpo, by sample id.
+    """
+    correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
+                                 for sample in samples], dtype=float)
+               for system, by_id in replies.items()}
+    rows = []
+    for task, indices in group_by_task([sample.task for sample in samples],
+                                       np.arange(len(samples))).items():
+        row = {"suite": OOD_NAMES[task], "n": len(indices)}
+        row |= {name: f"{100 * correct[system][indices].mean():.1f}"
+                for system, name in SYSTEM_NAMES.items()}
+        for after, before in DIFFERENCES:
+            gap = paired_gap([correct[after][indices] - correct[before][indices]])
+            row[f"{SYSTEM_NAMES[after]} over {SYSTEM_NAMES[before]}"] = gap_text(gap)
+        rows.append({**row, "against the base": change_word(gap["ci95"])})
+    return rows
+
+
+def gap_text(gap: dict) -> str:
+    """"+1.0 (-2.0 to +4.0)" of {"value", "ci95"}."""
+    low, high = gap["ci95"]
+    return f"{gap['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def change_word(interval: list[float]) -> str:
+    """"gained", "lost", or "no clear change" for an interval that holds 0."""
+    low, high = interval
+    if low > 0:
+        return "gained"
+    return "lost" if high < 0 else "no clear change"
+
+
+def pass_at_k_rows(systems: dict) -> list[dict]:
+    """Rows {suite, system, samples, pass@1, ...} of SFT and GRPO, in percent; [] where 06 drew
+    no replies. systems: of stage 06's metrics.
+    """
+    return [{"suite": name, "system": SYSTEM_NAMES[system], "samples": result["n_sampled"],
+             **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
+            for suite, name in SUITE_NAMES.items() for system in ("sft", "grpo")
+            if (result := systems[system][suite]).get("pass_at_k")]
+
+
+def stage_rows(records: dict[str, dict]) -> list[dict]:
+    """Rows {stage, run, minutes, seed, commit, machine} of finished stages, and their sum.
+
+    records: stage -> run.json; that of a stage which a branch took from its source is the source's.
+    """
+    rows = []
+    for stage, record in records.items():
+        params = record["params"]
+        seeds = [str(params["seed"])] if "seed" in params else []
+        seeds += [f"eval_seed {params['eval_seed']}"] if "eval_seed" in params else []
+        rows.append({"stage": stage, "run": record["run_id"],
+                     "minutes": f"{record['seconds'] / 60:.1f}", "seed": ", ".join(seeds),
+                     "commit": record["git"][:8] + "+" * record["git"].endswith("+"),
+                     "machine": record["machine"]})
+    total = sum(record["seconds"] for record in records.values()) / 60
+    return [*rows, {"stage": "together", "minutes": f"{total:.1f}"}]
+
+
+def describe_hardware(records: dict[str, dict]) -> str:
+    """One sentence on what the stages computed with."""
+    used = dict.fromkeys(record["hardware"] for record in records.values()
+                         if record.get("hardware"))
+    return ("A commit with a + had changes that were not committed. Computed on "
+            f"{'; '.join(used) or 'hardware that no stage recorded'}.")

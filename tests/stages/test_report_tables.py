@@ -1,0 +1,116 @@
+"""The report's tables: differences by suite out of domain, pass@k, and how a run was made."""
+
+import json
+
+import pytest
+
+from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.prompts import format_answer
+from mig_kit.stages import report, report_tables
+from mig_kit.world.suites import make_suite
+
+BOX_FORMAT = BoxFormat()
+
+
+def right(sample):
+    if not sample.targets:
+        return "<think></think><answer>none</answer>"
+    image, box = sample.targets[0]
+    return f"<think></think><answer>{format_answer(image, box_of(sample, image, box))}</answer>"
+
+
+def box_of(sample, image, box):
+    return to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
+
+
+def test_out_of_domain_by_hand():
+    """LISA-like: the base is correct on all of four, SFT on none, GRPO on the first alone."""
+    samples = [sample for sample in make_suite("ood_grounding", "test", 4)
+               if sample.task in ("lisa", "unseen")]
+    lisa = [sample.id for sample in samples if sample.task == "lisa"]
+    correct = {"base": lisa, "sft": [], "grpo": lisa[:1]}
+    replies = {system: {sample.id: right(sample) if sample.id in ids else "?"
+                        for sample in samples} for system, ids in correct.items()}
+    first, second = report_tables.out_of_domain_rows(samples, replies, BOX_FORMAT)
+    assert (first["suite"], first["n"]) == ("LISA-like (drawn)", 4)
+    assert (first["base"], first["SFT"], first["GRPO"]) == ("100.0", "0.0", "25.0")
+    assert first["SFT over base"] == "-100.0 (-100.0 to -100.0)"
+    assert first["GRPO over SFT"].startswith("+25.0 (") and first["against the base"] == "lost"
+    assert second["suite"] == "unseen things (drawn)"
+    assert second["against the base"] == "no clear change"
+
+
+@pytest.mark.parametrize("interval, word", [([0.1, 4], "gained"), ([-4, -0.1], "lost"),
+                                            ([0.0, 4], "no clear change"),
+                                            ([-4, 4], "no clear change")])
+def test_a_change_is_named_only_where_the_interval_leaves_out_0(interval, word):
+    assert report_tables.change_word(interval) == word
+
+
+def test_replies_are_read_by_system_and_sample(tmp_path):
+    samples = make_suite("mmiu", "test", 1)
+    for system in ("base", "sft", "grpo"):
+        lines = [json.dumps({"id": sample.id, "replies": [f"{system} {sample.task}"]}) + "\n"
+                 for sample in samples]
+        (tmp_path / f"{system}_mmiu_greedy.jsonl").write_text("".join(lines))
+    replies = report_tables.load_greedy_replies(tmp_path, "mmiu", samples)
+    assert replies["sft"][samples[0].id] == f"sft {samples[0].task}"
+    assert replies.keys() == {"base", "sft", "grpo"}
+
+
+def evaluated_systems(**more):
+    suite = {"score": 50.0, "ci95": [40.0, 60.0], "sampled": 45.0, "n_sampled": 8,
+             "tasks": {"lisa": {"acc@0.5": 50.0, "ci95": [40.0, 60.0]}}, **more}
+    return {system: dict.fromkeys(report.SUITE_NAMES, suite) for system in ("base", "sft", "grpo")}
+
+
+def test_pass_at_k_where_06_has_it():
+    rows = report_tables.pass_at_k_rows(evaluated_systems(pass_at_k={"1": 45.0, "8": 80.0}))
+    assert len(rows) == 8 and rows[0] == {
+        "suite": "MIG-Bench-like (drawn)", "system": "SFT", "samples": 8, "pass@1": 45.0,
+        "pass@8": 80.0}
+    assert rows[1]["system"] == "GRPO"
+    assert report_tables.pass_at_k_rows(evaluated_systems()) == []
+
+
+RECORDS = {
+    "02_sft": {"params": {"seed": 3}, "run_id": "default", "seconds": 90, "git": "0123456789+",
+               "machine": "two cores", "hardware": "CPU <b>"},
+    "06_evaluate": {"params": {"seed": 3, "eval_seed": 14}, "run_id": "sharp", "seconds": 30,
+                    "git": "", "machine": "two cores"}}
+
+
+def test_how_a_run_was_made():
+    first, second, total = report_tables.stage_rows(RECORDS)
+    assert first == {"stage": "02_sft", "run": "default", "minutes": "1.5", "seed": "3",
+                     "commit": "01234567+", "machine": "two cores"}
+    assert second["seed"] == "3, eval_seed 14" and second["commit"] == ""
+    assert total == {"stage": "together", "minutes": "2.0"}
+    assert "Computed on CPU <b>." in report_tables.describe_hardware(RECORDS)
+    assert "no stage recorded" in report_tables.describe_hardware({})
+
+
+def test_the_page_says_what_to_look_at():
+    gap = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
+    deltas = {delta: dict.fromkeys(report.SUITE_NAMES, gap) for delta in ("grpo-sft", "grpo-base")}
+    figures = dict.fromkeys(("suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
+                             "dropped", "difficulty"))
+    tables = {"benchmark": [], "ood": [{"suite": "LISA-like (drawn)", "base": "<i>"}],
+              "stages": report_tables.stage_rows(RECORDS)}
+    metrics = {"systems": evaluated_systems(), "deltas": deltas}
+    sections = report.report_sections(metrics, figures, report.Markup("cards"), tables,
+                                      report_tables.describe_hardware(RECORDS))
+    text = report.render_page("t", sections)
+    assert text.count("<figcaption>") == 4, "claims, ood_rows, sampled and hardware"
+    assert "CPU &lt;b&gt;" in text and "<i>" not in text and "pass@k" not in text
+    figures["loss"] = report.plots.plot_curves([{"step": 1, "loss": 2.0}], ["loss"], "Fine-tuning")
+    sections = report.report_sections(metrics, figures, report.Markup("cards"), tables, "")
+    text = report.render_page("t", sections)
+    assert f"<figcaption>{report_tables.CAPTIONS['loss']}</figcaption>" in text
+    assert str(report.captioned(report.Markup(""), "loss")) == ""
+
+
+def test_bars_of_a_suite_out_of_domain():
+    rows = report.task_bars(evaluated_systems(), "ood_grounding")
+    assert rows[0] == {"task": "LISA-like (drawn)", "system": "base", "acc@0.5": 50.0,
+                       "ci95": [40.0, 60.0]}
