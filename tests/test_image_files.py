@@ -9,8 +9,11 @@ from mig_kit.image_files import (
     BadImage,
     SkipReport,
     find_near_duplicates,
+    is_regular_file,
+    iter_images,
     open_rgb,
     perceptual_hashes,
+    read_size,
     resolve_under_root,
 )
 from mig_kit.world.tasks import make_sample
@@ -51,3 +54,34 @@ def test_a_report_names_the_first_few_of_each_reason():
         "records 9, questions kept 1, left out 4",
         "        3  unreadable image: 0.png, 1.png, ...",
         "        1  missing image: a?.png"]
+
+
+def test_a_size_is_read_from_the_header_and_what_is_no_image_is_refused(tmp_path):
+    Image.new("L", (30, 20)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[:45])  # the header alone
+    assert read_size(tmp_path / "a.png") == read_size(tmp_path / "cut.png") == (30, 20)
+    with pytest.raises(BadImage, match="cut or broken"):
+        open_rgb(tmp_path / "cut.png")
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("L", (801, 4)).save(tmp_path / "long.png")
+    for name, reason in (("text.png", "unreadable image"), ("long.png", "image shape"),
+                         ("none.png", "missing image"), ("a\0.png", "missing image")):
+        with pytest.raises(BadImage) as error:
+            read_size(tmp_path / name)
+        assert error.value.reason == reason
+    assert is_regular_file(tmp_path / "a.png") and not is_regular_file(tmp_path)
+
+
+def test_a_folders_images_come_in_order_and_others_are_counted(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("b/c.png", "a.JPG", "d.bmp"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    (tmp_path / "e.png").write_text("no image")
+    (tmp_path / "f.txt").write_text("no image by its name")
+    report = SkipReport()
+    images = dict(iter_images(tmp_path, report))
+    assert list(images) == ["a.JPG", "b/c.png", "d.bmp"]
+    assert {image.mode for image in images.values()} == {"RGB"}
+    assert "1  unreadable image: e.png" in report.summarize()
+    assert len(list(iter_images(tmp_path, SkipReport(), limit=2))) == 2

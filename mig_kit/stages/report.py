@@ -275,6 +275,21 @@ def _reward_figure(metrics: dict[str, dict[str, dict]]) -> plt.Figure:
     return figure
 
 
+def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
+    """A row per reward that 05 was trained with: its weight, and its mean over the first and the
+    last `span` updates; params: of 05.
+    """
+    rows = []
+    for reference in params["rewards"]:
+        name = reference.rpartition(":")[2]
+        values = [row[name] for row in curves if row.get(name) is not None]
+        first, last = (float(np.mean(part)) if part else None
+                       for part in (values[:span], values[-span:]))
+        rows.append({"reward": reference, "weight": params["reward_weights"].get(name, 1.0),
+                     f"first {span} updates": first, f"last {span} updates": last})
+    return rows
+
+
 def captioned(content: Markup, name: str) -> Markup:
     """A table or a figure with what to look at in it below; "" stays "". name: of CAPTIONS."""
     return _macros.captioned(content, CAPTIONS[name]) if content else Markup("")
@@ -310,9 +325,9 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None]
          captioned(html_table(score_rows(systems, "sampled")), "sampled")
          + captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
         ("MIG-Bench-like (drawn), per task", images("tasks", "outcomes")),
-        ("Training", images("loss", "grpo")
-         + captioned(html_table(tables["rewards"]), "rewards")),
-        ("What the replies become while RL trains", images("shares", "rollouts")),
+        ("Training", images("loss", "grpo") + html_table(tables["rewards"])),
+        ("What the replies become while RL trains",
+         images("shares", "rollouts")),
         ("Data", images("flow", "dropped", "difficulty")),
         ("How this run was made", _macros.captioned(html_table(tables["stages"]), hardware)),
         ("Gallery: target green, answer dashed orange, reference pink", gallery)]

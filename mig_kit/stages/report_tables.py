@@ -39,15 +39,13 @@ CAPTIONS = {
     "grpo": "Strong lines are means over ten updates. The reward should rise while the entropy "
             "stays above 0. From a group whose replies all earn the same (zero std) nothing is "
             "learnt.",
-    "rewards": "Means of each reward before its weight. Look for one that stays low: it asks for "
-               "something that no reply finds.",
     "shares": "Share of all replies of an update that name only the method, give the finding, or "
               "list the evidence in every image, as running means. SFT learns all three from its "
               "teacher; look at which one RL keeps.",
-    "rollouts": "Four replies to one prompt of 04, the first of the kept ones that asks for a "
-                "box, before RL and after so many updates, drawn with the same random numbers: "
-                "blue boxes are correct, orange ones are not, the target is green. Look at when "
-                "the boxes come together, and at what the reply writes down by then.",
+    "rollouts": "Four replies to one prompt of 04, the first of the kept ones that asks for a box, "
+                "before RL and after so many updates, drawn with the same random numbers: blue "
+                "boxes are correct, orange ones are not, the target is green. Look at when the "
+                "boxes come together, and at what the reply writes down by then.",
     "flow": "A large piece that is not \"kept\" names the rule to look at.",
     "dropped": "A task with few kept prompts hardly takes part in RL.",
     "difficulty": "The SFT model's pass rate should fall with the number of things to be listed; "
@@ -104,21 +102,6 @@ def pass_at_k_rows(systems: dict) -> list[dict]:
              **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
             for suite, name in SUITE_NAMES.items() for system in ("sft", "grpo")
             if (result := systems[system][suite]).get("pass_at_k")]
-
-
-def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
-    """A row per reward that 05 was trained with: its weight, and its mean over the first and the
-    last `span` updates; params: of 05.
-    """
-    rows = []
-    for reference in params["rewards"]:
-        name = reference.rpartition(":")[2]
-        values = [row[name] for row in curves if row.get(name) is not None]
-        first, last = (float(np.mean(part)) if part else None
-                       for part in (values[:span], values[-span:]))
-        rows.append({"reward": reference, "weight": params["reward_weights"].get(name, 1.0),
-                     f"first {span} updates": first, f"last {span} updates": last})
-    return rows
 
 
 def stage_rows(records: dict[str, dict]) -> list[dict]:

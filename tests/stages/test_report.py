@@ -9,7 +9,7 @@ import pytest
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.rewards import REWARDS
-from mig_kit.stages import report, report_tables
+from mig_kit.stages import report
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
 
@@ -135,7 +135,7 @@ def test_the_gallery_is_filtered_without_a_script():
 def test_rewards_are_a_table():
     curves = [{"step": i, "box": float(i), "center": None, "choice": 1.0} for i in range(20)]
     params = {"rewards": ["box", "<b>.py:center", "choice"], "reward_weights": {"box": 2.0}}
-    rows = report_tables.reward_rows(curves, params)
+    rows = report.reward_rows(curves, params)
     assert rows[0] == {"reward": "box", "weight": 2.0, "first 10 updates": 4.5,
                        "last 10 updates": 14.5}
     assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0

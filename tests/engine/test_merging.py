@@ -1,0 +1,66 @@
+"""Parts of merging by hand, and folders that cannot be merged."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from mig_kit.engine import merging
+
+
+def save_adapter(folder, tensors, **changes):
+    folder.mkdir(exist_ok=True)
+    LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], **changes).save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def lora_tensors() -> dict[str, torch.Tensor]:
+    prefix = "base_model.model.model.layers.0.q_proj"
+    return {f"{prefix}.lora_A.weight": torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]),
+            f"{prefix}.lora_B.weight": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}
+
+
+def test_an_adapter_adds_alpha_over_r_times_b_a(tmp_path):
+    modules = merging.read_lora(save_adapter(tmp_path / "adapter", lora_tensors()))
+    assert list(modules) == ["model.layers.0.q_proj"]
+    delta = merging.compute_delta(*modules["model.layers.0.q_proj"], "cpu")
+    assert delta.tolist() == [[3.0, 6.0, 9.0], [0.0, 6.0, 0.0]]
+
+
+def test_adapters_that_are_no_plain_lora_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no adapter; run the stage that trains it"):
+        merging.read_lora(tmp_path)
+    for changes in ({"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 4}}):
+        folder = save_adapter(tmp_path / "adapter", lora_tensors(), **changes)
+        with pytest.raises(ValueError, match="is no plain LoRA"):
+            merging.read_lora(folder)
+    tensors = lora_tensors() | {"base_model.model.lm_head.weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match="lm_head.weight, which is no LoRA matrix"):
+        merging.read_lora(save_adapter(tmp_path / "adapter", tensors))
+
+
+def test_a_weight_in_4_bit_takes_sixteen_values_of_each_block():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64, dtype=torch.bfloat16)
+    rounded = merging.round_to_nf4(weight)
+    assert rounded.dtype == weight.dtype and rounded.shape == weight.shape
+    assert all(len(row.unique()) <= 16 for row in rounded), "a row is a block"
+    assert 0 < (rounded - weight).abs().mean() < 0.15
+
+
+def test_tensors_are_found_by_their_index_or_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
+        merging.open_tensors(tmp_path)
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / merging.INDEX).write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="has no two.safetensors, which its index names"):
+        merging.open_tensors(tmp_path)
+    save_file({"b": torch.zeros(2)}, tmp_path / "two.safetensors")
+    source = merging.open_tensors(tmp_path)
+    assert merging.read_tensor(source, "old name of b", "b").tolist() == [0.0, 0.0]
+    with pytest.raises(KeyError, match="the base has no tensor c"):
+        merging.read_tensor(source, "c")
