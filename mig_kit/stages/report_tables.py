@@ -29,8 +29,8 @@ CAPTIONS = {
     "ood": "Look for suites where SFT or GRPO stands below the base: fine-tuning lost what the "
            "base could do.",
     "ood_rows": "Percent correct, and differences in points with 95 % intervals, paired by "
-                "sample. The last column says \"lost\" or \"gained\" only where the interval of "
-                "GRPO against the base leaves out 0.",
+                "sample. ▲ and ▼ mark gains and losses whose interval leaves out 0; ▼ against the "
+                "base is what this run lost.",
     "tasks": "Look for tasks that stay where SFT left them: their prompts may be too easy, too "
              "hard, or few.",
     "outcomes": "Look at what shrinks from SFT to GRPO: boxes that miss, or boxes in the wrong "
@@ -66,7 +66,7 @@ def load_greedy_replies(folder: Path, suite: str,
 def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
                        box_format: BoxFormat) -> list[dict]:
     """Per suite out of domain: percent correct of every system, their differences in points with
-    95 % intervals, and whether the GRPO model lost or gained against the base.
+    95 % intervals, ▲ or ▼ before one whose interval leaves out 0.
 
     replies: of base, sft and grpo, by sample id.
     """
@@ -76,28 +76,22 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
     rows = []
     for task, indices in group_by_task([sample.task for sample in samples],
                                        np.arange(len(samples))).items():
-        row = {"suite": OOD_NAMES[task], "n": len(indices)}
+        row = {"suite": OOD_NAMES[task]}
         row |= {name: f"{100 * correct[system][indices].mean():.1f}"
                 for system, name in SYSTEM_NAMES.items()}
         for after, before in DIFFERENCES:
             gap = paired_gap([correct[after][indices] - correct[before][indices]])
             row[f"{SYSTEM_NAMES[after]} over {SYSTEM_NAMES[before]}"] = gap_text(gap)
-        rows.append({**row, "against the base": change_word(gap["ci95"])})
+        rows.append(row)
     return rows
 
 
 def gap_text(gap: dict) -> str:
-    """"+1.0 (-2.0 to +4.0)" of {"value", "ci95"}."""
+    """"+1.0 (-2 to +4)" of {"value", "ci95"}, with ▲ or ▼ before it if the interval leaves out 0.
+    """
     low, high = gap["ci95"]
-    return f"{gap['value']:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def change_word(interval: list[float]) -> str:
-    """"gained", "lost", or "no clear change" for an interval that holds 0."""
-    low, high = interval
-    if low > 0:
-        return "gained"
-    return "lost" if high < 0 else "no clear change"
+    mark = "▲ " if low > 0 else "▼ " if high < 0 else ""
+    return f"{mark}{gap['value']:+.1f} ({low:+.0f} to {high:+.0f})"
 
 
 def pass_at_k_rows(systems: dict) -> list[dict]:
