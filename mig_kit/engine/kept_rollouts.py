@@ -16,7 +16,7 @@ from mig_kit import plots
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import write_atomically
 from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts
-from mig_kit.engine.models import Policy
+from mig_kit.engine.models import Policy, protect_4bit_weights
 from mig_kit.engine.sampling import make_cache
 from mig_kit.sample import Sample
 
@@ -85,7 +85,7 @@ class KeepRollouts(TrainerCallback):
     def _keep(self, step: int, model) -> None:
         model = extract_model_from_parallel(model)
         was_training = model.training
-        model.eval()
+        protect_4bit_weights(model.eval())
         rollouts = generate_rollouts(
             model, self.policy.processor, self.cache.get(list(self.samples.values())), REPLIES,
             self.sampling, self.uniforms, self.policy.hardware.autocast)

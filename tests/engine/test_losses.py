@@ -79,7 +79,8 @@ def make_trainer(random_folder, float32, tmp_path_factory):
         return trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewards, "format_reward", lambda reply, sample: len(set(reply)) / 10)
+        patch.setitem(rewards.REWARDS, "format",
+                      lambda reply, sample, box_format: len(set(reply)) / 10)
         yield make
 
 

@@ -130,9 +130,9 @@ def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_fo
 
     def record_modes(model, *arguments):
         in_train_mode.append((model.training, {layer.training for layer in layers}))
-        return generation.generate_rollouts(model, *arguments)
+        return generation.generate_in_rounds(model, *arguments)
 
-    monkeypatch.setattr(shared_prefix_grpo, "generate_rollouts", record_modes)
+    monkeypatch.setattr(shared_prefix_grpo, "generate_in_rounds", record_modes)
     trainer._draw_completions([{"sample": 0}] * 4, 4, "train")
     assert in_train_mode == [(False, {True})]
     assert all(torch.equal(layer.weight.data, packed) for layer, packed in zip(layers, before))
