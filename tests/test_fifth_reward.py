@@ -61,9 +61,10 @@ def test_a_reward_of_ones_own_is_a_file_and_a_parameter(runs):
     assert f"<td>{runs.parent}/my_rewards.py:center</td><td>0.50</td>" in page, "not in the table"
     assert "center 0" in page or "center 1" in page, "not in the gallery"
     assert "What the replies become" in page and "<figcaption>" in page
+    see_that_another_text_makes_05_stale(runs)
 
 
-def test_another_text_of_the_file_makes_05_stale_and_nothing_before_it(runs):
+def see_that_another_text_makes_05_stale(runs):
     words = ("05", "--from", "smoke", "--run-id", "own")
     assert "05_grpo: up to date" in run_variant(runs, *words).stdout
     file = runs.parent / "my_rewards.py"
