@@ -6,8 +6,12 @@ in 0 to 1000 of the image's width and height. All conversions happen here, per t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 Box = tuple[float, float, float, float]
 
@@ -141,3 +145,13 @@ def giou(a: Box, b: Box) -> float:
     overlap = iou(a, b)
     union = (area_a + area_b) / (1 + overlap)
     return overlap - (enclosing - union) / enclosing
+
+
+def matched_sum(scores: Sequence[Sequence[float]]) -> float:
+    """The largest sum of scores over pairs of a row and a column in which no row and no column
+    stands twice (Hungarian matching).
+
+    scores: (n, m) of every pair, n and m at least 1.
+    """
+    table = np.asarray(scores, dtype=float)
+    return float(table[linear_sum_assignment(table, maximize=True)].sum())

@@ -9,8 +9,10 @@ import click
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROCESS_ENVIRONMENT, write_json
+from mig_kit.image_files import ORIENTATIONS
 from mig_kit.pipeline import store
 from mig_kit.pipeline.params import params_text
+from mig_kit.pipeline.run_models import RunModel, find_run_model
 
 
 def main() -> None:
@@ -63,14 +65,19 @@ def stage_name(text: str) -> str:
 def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: str, overrides,
         force: bool) -> None:
     """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
+    from types import SimpleNamespace
+
     from mig_kit.data.endpoint import Endpoint
     from mig_kit.pipeline import branches, execute
+    from mig_kit.stages.sources import check_source
 
     numbers = branches.parse_seeds(seeds) if seeds else []
     plans = execute.plan_runs([stage_name(text) for text in stages], profile, run_id, source,
                               numbers, overrides)
     for plan in plans:
         synthesize = plan.params.get("01_synthesize", {})
+        if synthesize:
+            check_source(SimpleNamespace(**synthesize))
         if synthesize.get("teacher") == "endpoint":  # an address with a key: not into a notebook
             Endpoint(synthesize["endpoint_url"], synthesize["endpoint_model"])
     execute.run_plans(plans, force)
@@ -300,28 +307,134 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 
+orientation_option = click.option(
+    "--orientation", default="upright", show_default=True, type=click.Choice(ORIENTATIONS),
+    help="Photos with an EXIF orientation: turned upright, or refused.")
+
+
 def _absolute(model: str) -> str:
     """A folder that is named from where the command is given; anything else as it is."""
     path = Path(model)
     return str(path.absolute()) if path.is_dir() and model != "tiny" else model
 
 
+def _find_model(model: str, coordinates: str | None, min_pixels: int, max_pixels: int
+                ) -> RunModel:
+    """What --model names. A run's model brings its box format along."""
+    from mig_kit.engine import models
+    from mig_kit.engine.model_folders import load_config
+
+    if found := find_run_model(model):
+        return found
+    folder = models.resolve_model(_absolute(model))
+    if coordinates is None:
+        is_absolute = load_config(folder).model_type == "qwen2_5_vl"
+        coordinates = "absolute" if is_absolute else "normalized_1000"
+    return RunModel(folder, BoxFormat(min_pixels, max_pixels, coordinates), {})
+
+
+def model_options(command):
+    """The options that name a model and how it sees images."""
+    options = [
+        click.option("--model", required=True,
+                     help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny, or a "
+                          "folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL."),
+        click.option("--coordinates",
+                     help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
+                          "(Qwen2-VL, Qwen3-VL); by its family, or its run's, if left out."),
+        click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(3136),
+                     help="Smaller images are enlarged to so many pixels; a run brings its own."),
+        click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(3136),
+                     help="Larger images are shrunk to so many; a run brings its own.")]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command("eval")
+@model_options
+@click.option("--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="A LoRA adapter, merged into the model first.")
+@click.option("--four-bit", is_flag=True, help="The adapter was trained on 4-bit weights (QLoRA).")
+@click.option("--suite", default="drawn", show_default=True,
+              help="drawn, own, or mig_bench, lisa, revos, ref_l4, blink, mmiu.")
+@click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Own data, or the benchmark's annotation file.")
+@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="The folder that FILE's image names are relative to; else FILE's own.")
+@click.option("--limit", default=0, type=click.IntRange(0),
+              help="Only the first so many questions of every task (own: of the file).")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="Folder for replies, predictions, scores and gallery; goes on where it stopped.")
+@click.option("--compare", multiple=True,
+              type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="The --out of another model: one table, and the paired difference.")
+@click.option("--server", default="", help="Draws the replies: addresses, or a command with "
+                                           "{model} and {port}.")
+@click.option("--concurrency", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1))
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@orientation_option
+def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
+                 images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
+                 orientation: str, coordinates: str | None, min_pixels: int, max_pixels: int,
+                 dtype: str, device: str, **params) -> None:
+    """Ask MODEL all questions of a suite and score its replies by two protocols."""
+    from types import SimpleNamespace
+
+    import pandas as pd
+
+    from mig_kit.engine import merging, models
+    from mig_kit.stages import eval_model
+
+    if suite not in eval_model.SUITES:
+        raise ValueError(f"no suite '{suite}'; use one of {', '.join(eval_model.SUITES)}")
+    if (suite == "drawn") == (file is not None):
+        raise ValueError(f"--suite {suite} {'has' if suite == 'drawn' else 'needs a --file:'} "
+                         f"{'no --file; leave it out' if suite == 'drawn' else 'its questions'}")
+    if four_bit and adapter is None:
+        raise ValueError("--four-bit says how the --adapter was trained; give one, or leave it out")
+    others = {str(folder): eval_model.read_result(folder) for folder in compare}
+    found = _find_model(model, coordinates, min_pixels, max_pixels)
+    folder, box_format = found.folder, found.box_format
+    hardware = models.choose_hardware(dtype, device)
+    sizes = eval_model.DRAWN_SIZES | {name: size for name, size in found.evaluation.items()
+                                      if name in eval_model.DRAWN_SIZES}
+    task = eval_model.Task(suite, file, images or (file.parent if file else None), limit, sizes,
+                           orientation)
+    if adapter is not None:
+        merged = out / "merged"
+        if not merged.is_dir():
+            out.mkdir(parents=True, exist_ok=True)
+            merging.write_merged_model(folder, adapter, merged, hardware,
+                                       models.load_processor(folder, box_format), four_bit)
+        folder = merged
+    result = eval_model.evaluate_model(folder, task, hardware, box_format, out,
+                                       SimpleNamespace(**params, seed=0))
+    results = {str(out): result, **others}
+    rows = eval_model.score_rows(results)
+    click.echo(pd.DataFrame(rows).to_string(index=False))
+    if others:
+        click.echo(pd.DataFrame(eval_model.difference_rows(results)).to_string(index=False))
+    click.echo(f"gallery: {out / 'gallery.html'}")
+
+
 @cli.command()
-@click.option("--model", required=True,
-              help="tiny, or a folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL.")
+@model_options
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(),
               help="An image; repeat in order.")
 @click.option("--out", default="grounded.png", show_default=True,
               help="Where the image with the box goes.")
 @click.option("--max-new-tokens", default=256, show_default=True)
-@click.option("--coordinates", default="absolute", show_default=True,
-              help="How the model writes boxes: absolute, or normalized_1000 (Qwen2-VL, Qwen3-VL).")
-@click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(3136),
-              help="Larger images are shrunk to so many pixels.")
+@orientation_option
 @click.option("--frame", hidden=True)
 @click.argument("question")
-def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, coordinates: str,
-           max_pixels: int, frame: str | None, question: str) -> None:
+def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int,
+           coordinates: str | None, min_pixels: int, max_pixels: int, orientation: str,
+           frame: str | None, question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
     from mig_kit import plots
     from mig_kit.engine import models, sampling
@@ -334,12 +447,12 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, c
     opened = []
     for path in images:
         try:
-            opened.append(open_rgb(Path(path)))
+            opened.append(open_rgb(Path(path), orientation))
         except BadImage as error:
             raise ValueError(f"--image {path}: {error}") from error
-    box_format = BoxFormat(max_pixels=max_pixels, coordinates=coordinates)
-    folder = models.resolve_model(_absolute(model))
-    policy = models.load_policy(folder, models.choose_hardware(), box_format)
+    found = _find_model(model, coordinates, min_pixels, max_pixels)
+    box_format = found.box_format
+    policy = models.load_policy(found.folder, models.choose_hardware(), box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question)
     reply = sampling.greedy_replies(policy, [sample], max_new_tokens)[0]
     answer = parse_reply(reply)
@@ -365,15 +478,17 @@ def data() -> None:
 @click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="Image root; else FILE's folder.")
 @click.option("--show", default=100, show_default=True, help="How many wrong lines to print.")
-def check(file: Path, root: Path | None, show: int) -> None:
-    """Say line by line what is wrong with FILE, a JSONL of your own data.
+@orientation_option
+def check(file: Path, root: Path | None, show: int, orientation: str) -> None:
+    """Say line by line what is wrong with FILE, a JSONL of your own data, and its images, which are
+    decoded.
 
     Its format is in mig_kit/data/own_data.py.
     """
     from mig_kit.data import own_data
 
     total = wrong = 0
-    for number, problems in own_data.check_file(file, root or file.parent):
+    for number, problems in own_data.check_file(file, root or file.parent, orientation):
         total += 1
         wrong += bool(problems)
         if problems and wrong <= show:
@@ -392,13 +507,59 @@ def check(file: Path, root: Path | None, show: int) -> None:
               type=click.Path(dir_okay=False, path_type=Path), help="A .png or an .html.")
 @click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200),
               help="How many questions, from the top.")
-def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
+@orientation_option
+def preview(file: Path, root: Path | None, out: Path, count: int, orientation: str) -> None:
     """Draw the boxes of FILE's first questions on their images."""
     from mig_kit.data import own_data
     from mig_kit.data.preview import write_preview
 
-    samples = own_data.iter_samples(file, root or file.parent, count)
+    samples = own_data.iter_samples(file, root or file.parent, count, orientation)
     click.echo(f"{write_preview(samples, out)} questions drawn: {out}")
+
+
+@data.command("import")
+@click.argument("form", metavar="FORMAT", type=click.Choice(["swift", "llava", "coco", "refcoco"]))
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="Where the JSONL of own data goes.")
+@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Image root; else FILE's folder.")
+@click.option("--coordinates", type=click.Choice(["pixels", "normalized_1000", "normalized_1"]),
+              help="Of boxes in texts (llava, or swift without objects), which do not say it.")
+@click.option("--padded", is_flag=True,
+              help="Boxes are of the image padded to a square, as in LLaVA-1.5's files.")
+@click.option("--several", type=click.Choice(["any", "all"]),
+              help="Of several boxes in an answer any is correct, or all must be found; without "
+                   "it, such answers are left out.")
+@click.option("--question", default="", help='coco, refcoco: what is asked, as "Find the {name}.".')
+@click.option("--instances", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="refcoco: the instances.json of the refs.")
+@click.option("--show", default=100, show_default=True, help="How many problems to print.")
+@orientation_option
+def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
+                   padded: bool, several: str | None, show: int, **rules) -> None:
+    """Write FILE, a data set of another project, as own data: swift (ms-swift), llava (LLaVA,
+    ShareGPT, Qwen-VL, VLM-R1), coco or refcoco; and say what is left out, and why.
+    """
+    from mig_kit.data import importers
+    from mig_kit.data.conversations import TextRules
+
+    text = TextRules(coordinates or "", padded, several or "")
+    problems = 0
+
+    def print_problem(sentence: str) -> None:
+        nonlocal problems
+        problems += 1
+        if problems <= show:
+            click.echo(sentence.encode("utf-8", "backslashreplace").decode())
+
+    report = importers.import_file(
+        form, file, out, importers.ImportRules(root or file.parent, text, **rules), print_problem)
+    more = f" (the first {show} shown)" if problems > show else ""
+    click.echo(f"{report.read} questions read, {report.kept} written to {out}, {problems} left "
+               f"out{more}")
+    if not report.kept:
+        raise click.exceptions.Exit(1)
 
 
 @data.command("mgrounding")
@@ -408,12 +569,14 @@ def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
 @click.option("--unstated", nargs=2, multiple=True, type=(str, int), metavar="SUBSET IMAGE",
               help="Image number to take in a subset whose answers name none.")
 @click.option("--limit", type=int, help="Stop after so many questions.")
-def mgrounding_command(file: Path, root: Path, unstated, limit: int | None) -> None:
+@orientation_option
+def mgrounding_command(file: Path, root: Path, unstated, limit: int | None,
+                       orientation: str) -> None:
     """Read FILE, MGrounding-630k's annotations, and say what is kept and what is left out, and why.
     """
     from mig_kit.data import mgrounding
 
-    report = mgrounding.check_annotations(file, root, dict(unstated), limit)
+    report = mgrounding.check_annotations(file, root, dict(unstated), limit, orientation)
     click.echo(report.summarize())
     if not report.kept:
         raise click.exceptions.Exit(1)

@@ -10,8 +10,8 @@ text rules; the patterns here are ours.
 import re
 
 from mig_kit.boxes import BoxFormat, iou, rescale_box, to_model_box
-from mig_kit.prompts import parse_reply, reply_box_in_original
-from mig_kit.rewards import reply_iou
+from mig_kit.prompts import is_well_formed, parse_reply, reply_box_in_original
+from mig_kit.rewards import image_overlap, reply_iou, weakest_iou
 from mig_kit.sample import Sample, Trace, best_iou
 
 DROP_REASONS = ("format", "image", "box", "choice", "leak")
@@ -34,9 +34,12 @@ OPTION_LETTER = re.compile(r"(?:^|\s)\(?[A-H][.)](?:\s|$)")
 def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> str:
     """"" if the reply may teach, else the first of DROP_REASONS that speaks against it.
 
-    threshold: the lowest IoU of the reply's box with a target in the image that it names.
+    threshold: the lowest IoU of the reply's box with a target in the image that it names. Where all
+    boxes are asked for, one that is missing or too many is "box", too.
     """
     answer = parse_reply(reply)
+    if sample.find_all:
+        return _drop_reason_of_list(reply, sample, box_format, threshold)
     is_answered = answer.letter if sample.options else answer.box is not None
     if not answer.well_formed or not is_answered:
         return "format"
@@ -52,6 +55,18 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: fl
     return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 
 
+def _drop_reason_of_list(reply: str, sample: Sample, box_format: BoxFormat,
+                         threshold: float) -> str:
+    if not is_well_formed(reply, sample):
+        return "format"
+    if image_overlap(reply, sample) < 1:
+        return "image"
+    if weakest_iou(reply, sample, box_format) < threshold:
+        return "box"
+    thinking = parse_reply(reply).thinking
+    return "leak" if contains_target_box(thinking, sample, box_format) else ""
+
+
 def drop_reason_of_own_reply(trace: Trace, sample: Sample, box_format: BoxFormat,
                              threshold: float = 0.5) -> str:
     """As `drop_reason`; "no reply" for a question that came without one."""
@@ -65,7 +80,7 @@ def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
     Besides DROP_REASONS: "no reply", "up front", "reveals" or "no gain". trace, direct: the
     reasoned and the direct reply, of `endpoint.request_traces`. The reasoned IoU is that of the
     trace's own answer, which the teacher wrote knowing the truth; MG-Thinker does not publish
-    whether it asks once more without it. A multiple-choice sample has no IoU and needs no gain.
+    whether it asks once more without it. A sample without a box has no IoU and needs no gain.
     """
     if trace.error:
         return "no reply"
@@ -76,7 +91,7 @@ def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
         return "up front"
     if reveals_answer(thinking, sample, box_format):
         return "reveals"
-    if sample.options:
+    if sample.options or not sample.targets:
         return ""
     if not direct:
         return "no reply"

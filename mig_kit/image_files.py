@@ -4,12 +4,17 @@ are looked at, and stored once under their SHA-256.
 An annotation file comes from somewhere else, so a path in it is not trusted: it must be relative,
 must not climb with "..", and what it points to must lie under the root after symbolic links are
 followed.
+
+A photo may be stored on its side, with an EXIF orientation that says how to turn it. All sizes and
+pixels here are those of the upright picture, as people and annotation tools see it; with the
+orientation "refuse" such a photo is a BadImage instead.
 """
 
 import hashlib
 import io
 import os
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +23,19 @@ from pathlib import Path, PurePosixPath
 
 import imagehash
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
 IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 100_000_000
 MAX_ASPECT_RATIO = 200
+ORIENTATIONS = ("upright", "refuse")  # what becomes of photos with an EXIF orientation
+# EXIF orientation -> what turns the stored pixels upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+SWAPS_SIDES = (5, 6, 7, 8)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # what Pillow's readers raise for broken files; those of AVIF, DDS and JPEG 2000 the last two
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RuntimeError,
@@ -33,7 +45,7 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
 class BadImage(ValueError):
     """An image that cannot be used.
 
-    reason: "outside root", "missing image", "unreadable image" or "image shape".
+    reason: "outside root", "missing image", "unreadable image", "image shape" or "turned image".
     """
 
     def __init__(self, reason: str, sentence: str):
@@ -102,16 +114,33 @@ def is_regular_file(path: Path) -> bool:
         return False
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """(width, height), pixels, from the header alone.
+def read_orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, a key of TURNS; 1 for upright, and where the EXIF
+    data cannot be read.
 
-    BadImage if the file is missing or no image, or the image is over MAX_PIXELS or too long.
+    From what stands before the pixels, which are not read.
+    """
+    try:
+        # a PNG's own method would decode it, in search of EXIF data after the pixels
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except (*DECODE_ERRORS, struct.error, KeyError, TypeError, AttributeError):
+        return 1
+    return value if type(value) is int and value in TURNS else 1
+
+
+def read_size(path: Path, orientation: str = "upright") -> tuple[int, int]:
+    """(width, height) of the upright picture, pixels, from the header alone.
+
+    orientation: one of ORIENTATIONS. BadImage if the file is missing or no image, if the image is
+    over MAX_PIXELS or too long, and for a turned photo that is to be refused.
     """
     if not is_regular_file(path):
-        raise BadImage("missing image", f"{path.name!r} is not there")
+        raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
+                                        "root, or correct its path")
     try:
         with Image.open(path) as image:
             width, height = image.size
+            turn, is_tiff = read_orientation(image), image.format == "TIFF"
     except DECODE_ERRORS as error:
         raise BadImage("unreadable image", f"{path.name!r} is no readable image: give a PNG or "
                                            "JPEG file") from error
@@ -120,28 +149,39 @@ def read_size(path: Path) -> tuple[int, int]:
         raise BadImage("image shape", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL "
                                       f"takes sides up to {MAX_ASPECT_RATIO} to 1, and the kit "
                                       f"{MAX_PIXELS} pixels; crop or shrink it")
-    return width, height
+    if turn in TURNS and is_tiff:  # Pillow turns some TIFF files by itself, and not others
+        raise BadImage("turned image", f"{path.name!r} is a TIFF with an EXIF orientation; save it "
+                                       "upright, as PNG or JPEG")
+    if turn in TURNS and orientation == "refuse":
+        raise BadImage("turned image", f"{path.name!r} has the EXIF orientation {turn}; store it "
+                                       "upright without that tag, or set orientation to upright")
+    return (height, width) if turn in SWAPS_SIDES else (width, height)
 
 
-def open_rgb(path: Path) -> Image.Image:
-    """The image, decoded, RGB; raises as `read_size`.
-
-    Orientation tags are not applied: boxes mean stored pixels.
-    """
-    read_size(path)
+def open_rgb(path: Path, orientation: str = "upright") -> Image.Image:
+    """The upright picture, decoded, RGB; raises as `read_size`."""
+    read_size(path, orientation)
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _decode_upright(image)
     except DECODE_ERRORS as error:
         sentence = f"{path.name!r} is cut or broken; copy it again"
         raise BadImage("unreadable image", sentence) from error
+
+
+def _decode_upright(image: Image.Image) -> Image.Image:
+    turn = TURNS.get(read_orientation(image))
+    picture = image.convert("RGB")
+    picture.info = {}  # its EXIF data, or whoever reads them would turn it once more
+    return picture if turn is None else picture.transpose(turn)
 
 
 @dataclass(frozen=True)
 class EncodedImage:
     """An image that is decoded when it is opened.
 
-    content: the bytes of a PNG or JPEG file, or the file's path. size: (width, height), pixels.
+    content: the bytes of a PNG or JPEG file, or the file's path. size: (width, height) of the
+    upright picture, pixels.
     sha256: of the file if it is a stored one, whose bytes must not have changed, else "".
     """
 
@@ -150,12 +190,14 @@ class EncodedImage:
     sha256: str = ""
 
     def open(self) -> Image.Image:
-        """The image, decoded, RGB; BadImage for a file that is missing, broken or changed."""
+        """The upright picture, decoded, RGB; BadImage for a file that is missing, broken or
+        changed.
+        """
         if isinstance(self.content, Path) and not self.sha256:
             return open_rgb(self.content)
         content = self.content if isinstance(self.content, bytes) else self._read_stored()
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
+            return _decode_upright(image)
 
     def _read_stored(self) -> bytes:
         try:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from urllib.parse import urlsplit
 
 import openai
 
@@ -25,13 +26,21 @@ def authorization_header(key: str) -> dict:
     return {"Authorization": f"Bearer {key}" if key else openai.omit}
 
 
+def is_on_this_machine(url: str) -> bool:
+    """Whether the address is one of this machine's own, which no proxy can reach."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def open_client(url: str, key: str, timeout: float, **options) -> openai.AsyncOpenAI:
     """A client of the server at `url`, up to and with /v1; it follows no redirect.
 
-    timeout: seconds without a sign of the server. options: as of httpx.AsyncClient.
+    timeout: seconds without a sign of the server. options: as of httpx.AsyncClient. A proxy that
+    the environment names is not used for this machine's own servers.
     """
     # a redirect could lead the images elsewhere
-    transport = openai.DefaultAsyncHttpxClient(follow_redirects=False, **options)
+    transport = openai.DefaultAsyncHttpxClient(
+        follow_redirects=False, trust_env=not is_on_this_machine(url), **options)
     # without a key of ours the client would take one of its own from the environment
     return openai.AsyncOpenAI(base_url=url, api_key=key or "none", timeout=timeout,
                               http_client=transport)

@@ -10,13 +10,16 @@ import seaborn as sns
 from PIL import Image, ImageDraw, ImageFont
 
 from mig_kit.boxes import Box, BoxFormat
-from mig_kit.prompts import format_question, parse_reply, reply_box_in_original
+from mig_kit.prompts import format_question, reply_boxes_in_original
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 
 # Drawn suites are named so wherever a number of theirs stands: a drawn world is no benchmark.
 SUITE_NAMES = {"mig_bench": "MIG-Bench-like (drawn)", "ood_grounding": "out of domain (drawn)",
-               "blink": "BLINK-like (drawn)", "mmiu": "MMIU-like (drawn)"}
+               "blink": "BLINK-like (drawn)", "mmiu": "MMIU-like (drawn)",
+               "find_all": "none, one or several (drawn)"}
+# the held-out part of real data, by the parameter `data` of 01
+HELD_OUT_NAMES = {"own": "own data (held out)", "mgrounding": "MGrounding-630k (held out)"}
 # out of domain, by task
 OOD_NAMES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
              "mc_bench": "MC-Bench-like (drawn)", "unseen": "unseen things (drawn)"}
@@ -24,6 +27,11 @@ SYSTEM_COLOURS = {"base": "#999999", "sft": "#E69F00", "grpo": "#0072B2", "sft_l
 SIDE_COLOURS = {"stock": "#999999", "kit": "#0072B2"}
 TARGET, PREDICTED, REFERENCE = "#009E73", "#D55E00", "#CC00CC"
 CORRECT = "#0072B2"  # a reply's box among those of other replies
+
+
+def suite_name(suite: str) -> str:
+    """How a suite is called in tables and figures."""
+    return (SUITE_NAMES | HELD_OUT_NAMES)[suite]
 
 
 def set_style() -> None:
@@ -42,18 +50,23 @@ def _dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str, width: int, step: i
             pen.line((x, start, x, min(start + step // 2, y2)), fill=colour, width=width)
 
 
+def _cut_to_image(box: Box, size: tuple[int, int], margin: int = 10) -> Box:
+    """The box with edges that lie far outside an image of `size` moved to `margin` pixels from it.
+    """
+    return tuple(min(max(value, -margin), limit + margin) for value, limit in zip(box, size * 2))
+
+
 def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = None,
                 height: int = 200) -> Image.Image:
-    """All images of a sample side by side, numbered: target solid green, the reply's box dashed
+    """All images of a sample side by side, numbered: targets solid green, the reply's boxes dashed
     orange, reference pink.
 
     box_format: of the reply; a reply without one is a ValueError. height: of the images, pixels.
     """
     if reply and box_format is None:
         raise ValueError("a reply's box cannot be drawn without its box_format")
-    read = parse_reply(reply)
-    predicted = reply_box_in_original(sample, read, box_format) if reply else None
-    answers = [(read.image, predicted, PREDICTED)] if predicted else []
+    boxes = reply_boxes_in_original(sample, reply, box_format) if reply else []
+    answers = [(image, box, PREDICTED) for image, box in boxes]
     return _draw_images(sample, answers, height)
 
 
@@ -72,7 +85,7 @@ def _draw_images(sample: Sample, answers: list[tuple[int, Box, str]], height: in
         for box, colour, dashed in boxes:
             scaled = tuple(v * scale for v in box)
             if dashed:
-                _dashed(pen, scaled, colour, 3)
+                _dashed(pen, _cut_to_image(scaled, size), colour, 3)
             elif scaled[2] > scaled[0] and scaled[3] > scaled[1]:
                 pen.rectangle(scaled, outline=colour, width=3)
         tiles.append(tile)
@@ -250,8 +263,9 @@ def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat, heigh
     """The replies to one question over the updates of a training: per update the images with the
     boxes of all replies, dashed blue where correct and orange where not, and the first reply.
 
-    rows: {step, reply, reward, correct, image, box} each. steps: how many updates are shown at
-    most, the first and the last among them.
+    rows: {step, reply, reward, correct, image, box} each, of a question for all boxes with "boxes",
+    (image, box) pairs, in place of the last two. steps: how many updates are shown at most, the
+    first and the last among them.
     """
     by_step: dict[int, list[dict]] = {}
     for row in rows:
@@ -281,8 +295,8 @@ def _spread_indices(count: int, most: int) -> list[int]:
 def _draw_step(sample: Sample, step: int, rows: list[dict], height: int) -> Image.Image:
     """The images with the boxes of the replies of one update, a line about them, and a reply."""
     colours = {True: CORRECT, False: PREDICTED}
-    answers = [(row["image"], tuple(row["box"]), colours[row["correct"]])
-               for row in rows if row["box"]]
+    answers = [(image, tuple(box), colours[row["correct"]]) for row in rows
+               for image, box in row.get("boxes") or [(row.get("image"), row.get("box"))] if box]
     sheet = _draw_images(sample, answers, height)
     n_correct = sum(row["correct"] for row in rows)
     reward = sum(row["reward"] for row in rows) / len(rows)

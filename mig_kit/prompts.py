@@ -3,11 +3,17 @@
 Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is
 MG-Thinker's: reasoning in <think>, then one JSON object in <answer>, with the image number and the
 box in the coordinates of the model's BoxFormat.
+
+A question for all boxes (`Sample.find_all`) is answered with such an object for every box, a comma
+between two, or with NO_BOX. Its prompt is the same whether it has none, one or several, so that the
+prompt does not give the number away. NO_BOX says "image 0" and not "null", because a digit stands
+there in every answer: a small base cannot learn to write tokens that it has never written.
 """
 
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box, to_original_box
@@ -15,10 +21,14 @@ from mig_kit.sample import LESSONS, Sample
 
 GROUNDING_INSTRUCTION = ('Think in <think></think>, then answer '
                          '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
+NO_BOX = '{"image": 0}'
+ALL_INSTRUCTION = (f"{GROUNDING_INSTRUCTION} Several may fit: list all, with commas between. "
+                   f"If none fits, answer {NO_BOX}.")
 CHOICE_INSTRUCTION = ("Think in <think></think>, then answer with the letter in "
                       "<answer></answer>.")
 LETTERS = "ABCDEFGH"
 LARGEST = 1e6  # a coordinate beyond it is no coordinate
+MOST_BOXES = 100  # an answer that lists more is no answer
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,8 @@ class Reply:
 
     box: xyxy in the model's coordinates; image: from 1; None where the reply has none.
     well_formed: the whole reply is one <think> block followed by one <answer> block that holds one
-    answer. names_none: likewise, but the answer holds neither a number nor a letter to choose.
+    answer. names_none: likewise, but the answer holds neither a number nor a letter to choose, or
+    is NO_BOX.
     """
 
     thinking: str
@@ -48,6 +59,26 @@ def format_answer(image: int, box: Box) -> str:
     return f'{{"image": {image}, "box": {format_box(box)}}}'
 
 
+def format_answers(answers: Iterable[tuple[int, Box]]) -> str:
+    """The inside of <answer> to a question for all boxes: an object for each (image number, box in
+    the model's coordinates), in this order; NO_BOX for none.
+    """
+    return ", ".join(format_answer(image, box) for image, box in answers) or NO_BOX
+
+
+def correct_answer(sample: Sample, box_format: BoxFormat) -> str:
+    """The inside of <answer> that answers a sample correctly: a letter, one box, all boxes, or that
+    there is none.
+    """
+    if sample.options:
+        return sample.letter
+    answers = [(image, to_model_box(box, sample.sizes[image - 1], box_format))
+               for image, box in sample.targets]
+    if sample.find_all:
+        return format_answers(answers)
+    return format_answer(*answers[0]) if answers else "none"
+
+
 def format_question(sample: Sample, box_format: BoxFormat, with_instruction: bool = True) -> str:
     """The question with its reference box, in the model's coordinates, its options, and the
     instruction; a question of LESSONS has none.
@@ -59,7 +90,9 @@ def format_question(sample: Sample, box_format: BoxFormat, with_instruction: boo
     text += "".join(f" {letter}. {option}" for letter, option in zip(LETTERS, sample.options))
     if not with_instruction or sample.suite == LESSONS:
         return text
-    return f"{text} {CHOICE_INSTRUCTION if sample.options else GROUNDING_INSTRUCTION}"
+    if sample.options:
+        return f"{text} {CHOICE_INSTRUCTION}"
+    return f"{text} {ALL_INSTRUCTION if sample.find_all else GROUNDING_INSTRUCTION}"
 
 
 def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
@@ -84,9 +117,52 @@ def parse_reply(text: str) -> Reply:
         letter = _parse_letter(answers[0])
     is_clean = _has_two_blocks(text)
     has_answer = box is not None or letter != ""
-    names_none = is_clean and not letter and not re.search(r"\d", answers[0])
+    is_without_number = is_clean and not letter and not re.search(r"\d", answers[0])
+    names_none = is_without_number or (is_clean and answers[0].strip() == NO_BOX)
     return Reply(thinking.group(1).strip() if thinking else "", image, box, letter,
                  well_formed=is_clean and has_answer, names_none=names_none)
+
+
+def parse_boxes(text: str) -> list[tuple[int, Box]] | None:
+    """Every (image number, box in the model's coordinates) that the answer to a question for all
+    boxes lists; never raises.
+
+    [] where it says that there is none: NO_BOX, null, [], or an object whose image is null.
+    None where it cannot be read: no or several <answer> blocks, any part that is no such object, or
+    more than MOST_BOXES. A JSON list of objects is read like objects with commas between. An image
+    may be any number, a box may be empty or inverted.
+    """
+    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    if len(answers) != 1 or not answers[0].strip():
+        return None
+    try:
+        items = json.loads(f"[{answers[0]}]")
+    except (ValueError, RecursionError):
+        return None
+    if len(items) == 1 and isinstance(items[0], list):
+        items = items[0]
+    if not items or len(items) == 1 and _is_no_box(items[0]):
+        return []
+    boxes = [_read_box(item) for item in items[:MOST_BOXES + 1]]
+    is_readable = len(boxes) <= MOST_BOXES and all(box is not None for _, box in boxes)
+    return boxes if is_readable else None
+
+
+def _is_no_box(item: object) -> bool:
+    if not isinstance(item, dict):
+        return item is None
+    number = item.get("image", "")
+    is_zero = type(number) is int and number == 0
+    return (number is None or is_zero) and item.get("box") in (None, [])
+
+
+def is_well_formed(text: str, sample: Sample) -> bool:
+    """Whether the whole reply is one <think> and one <answer> block, and the answer is of the form
+    that the sample asks for; see `Reply.well_formed`.
+    """
+    if sample.find_all:
+        return _has_two_blocks(text) and parse_boxes(text) is not None
+    return parse_reply(text).well_formed
 
 
 def _has_two_blocks(text: str) -> bool:
@@ -106,6 +182,11 @@ def _parse_box(answer: str) -> tuple[int | None, Box | None]:
         data = json.loads(answer)
     except (ValueError, RecursionError):
         return None, None
+    return _read_box(data)
+
+
+def _read_box(data: object) -> tuple[int | None, Box | None]:
+    """The image number and the box of an answer's object, each None where it has none."""
     if not isinstance(data, dict):
         return None, None
     image, box = data.get("image"), data.get("box")
@@ -125,6 +206,20 @@ def _is_coordinate(value: float) -> bool:
 def cut_reasoning(reply: str) -> str:
     """The reply from its <answer> block on; all of it where it has none."""
     return reply[max(0, reply.find("<answer>")):]
+
+
+def reply_boxes_in_original(sample: Sample, text: str,
+                            box_format: BoxFormat) -> list[tuple[int, Box]]:
+    """The (image number, box in pixels of that image's original) pairs that a reply lists in the
+    form that the sample asks for; boxes in images that the sample does not have are left out.
+    """
+    if sample.find_all:
+        answers = parse_boxes(text) or []
+    else:
+        reply = parse_reply(text)
+        answers = [(reply.image, reply.box)] if reply.box is not None else []
+    return [(image, to_original_box(box, sample.sizes[image - 1], box_format))
+            for image, box in answers if 1 <= image <= len(sample.images)]
 
 
 def reply_box_in_original(sample: Sample, reply: Reply, box_format: BoxFormat) -> Box | None:

@@ -8,33 +8,102 @@ The paper names its rewards but publishes no formula. The form is MG-Thinker's, 
 published one: the format reward counts correctly paired tags, the image reward is 0 or 1 and gates
 the box reward. Our choice: the box reward is the IoU itself from `floor` up (MG-Thinker steps to 1
 at IoU 0.9), because the IoU tells good boxes from better ones.
+
+Of a question for all boxes (`Sample.find_all`) every box term is summed over one-to-one pairs of
+boxes and targets that make the sum largest, and divided by the larger of the two numbers, as
+VisionReasoner does (arXiv 2505.12081): an order earns nothing, and a box too many costs. A correct
+"none" earns RIGHT_NONE in the image term and in every box term; a wrong one earns nothing, not even
+for its format. Both are ours: as long as at most a third of the questions have no box, always
+saying "none" earns less than naming a random image with a box that misses.
 """
 
 import re
 from collections.abc import Callable
 
-from mig_kit.boxes import BoxFormat, giou, iou, to_original_box
-from mig_kit.prompts import parse_reply, reply_box_in_original
+import numpy as np
+
+from mig_kit.boxes import Box, BoxFormat, giou, iou, matched_sum, to_original_box
+from mig_kit.prompts import is_well_formed, parse_boxes, parse_reply, reply_box_in_original
 from mig_kit.sample import Sample, best_iou
 
 Reward = Callable[[str, Sample, BoxFormat], float | None]
+PairScore = Callable[[Box, Box], float]  # of a box and a target, pixels of the same image
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+RIGHT_NONE = 0.5
+
+
+def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairScore = iou,
+                right_none: float = 1.0, gated: bool = True) -> float:
+    """How well the boxes of a reply meet those of a question for all boxes.
+
+    The largest sum of `score` over one-to-one pairs of boxes and targets, divided by the number of
+    boxes or of targets, whichever is larger. A box that repeats another, or lies in another image
+    than its target (if `gated`), scores 0 and counts. Where there is no target: right_none if the
+    reply says so, else 0. An answer that cannot be read scores 0.
+    """
+    boxes = parse_boxes(reply)
+    if boxes is None:
+        return 0.0
+    if not boxes or not sample.targets:
+        return 0.0 if boxes or sample.targets else right_none
+    scores = [[score(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
+               if image == target.image or not gated else 0.0 for target in sample.targets]
+              for image, box in dict.fromkeys(boxes)]
+    return matched_sum(scores) / max(len(boxes), len(sample.targets))
 
 
 def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """IoU of the reply's box with the target in the image that the reply names; 0 without a box or
-    in the wrong image.
+    in the wrong image; of a question for all boxes `match_score`.
 
     box_format: says in which coordinates the reply's box is written.
     """
+    if sample.find_all:
+        return match_score(reply, sample, box_format)
     answer = parse_reply(reply)
     box = reply_box_in_original(sample, answer, box_format)
     return 0.0 if box is None else best_iou(sample, answer.image, box)
 
 
+def weakest_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
+    """The largest IoU that every pair of a box and a target of a question for all boxes can reach
+    at once, each box in its target's image; 0 unless there are as many boxes as targets, and 1 for
+    a right "none".
+    """
+    boxes = parse_boxes(reply)
+    if boxes is None or len(set(boxes)) != len(boxes) or len(boxes) != len(sample.targets):
+        return 0.0
+    if not boxes:
+        return 1.0
+    overlaps = np.array([
+        [iou(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
+         if image == target.image else 0.0 for target in sample.targets] for image, box in boxes])
+    values = np.unique(overlaps)
+    reached, missed = 0, len(values)  # every pairing reaches the lowest value
+    while missed - reached > 1:
+        middle = (reached + missed) // 2
+        if matched_sum(overlaps >= values[middle]) == len(boxes):
+            reached = middle
+        else:
+            missed = middle
+    return float(values[reached])
+
+
 def names_target_image(reply: str, sample: Sample) -> bool:
     """Whether the reply names an image that holds a target."""
     return parse_reply(reply).image in {target.image for target in sample.targets}
+
+
+def image_overlap(reply: str, sample: Sample) -> float:
+    """Of a question for all boxes: how many images the reply names that hold targets, over how many
+    it names or hold targets; 1 for a right "none".
+    """
+    boxes = parse_boxes(reply)
+    if boxes is None:
+        return 0.0
+    wanted = {target.image for target in sample.targets}
+    named = {image for image, _ in boxes}
+    return len(named & wanted) / len(named | wanted) if named | wanted else 1.0
 
 
 def names_letter(reply: str, sample: Sample) -> bool:
@@ -48,22 +117,30 @@ def reply_success(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """
     if sample.options:
         return float(names_letter(reply, sample))
-    if not sample.targets:
+    if not sample.targets and not sample.find_all:
         return float(parse_reply(reply).names_none)
     return reply_iou(reply, sample, box_format)
 
 
 def format_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """1 if the whole reply is well formed; else 0.25 for each tag that occurs exactly once, at most
-    0.75.
+    0.75. 0 for a "none" where all boxes are asked for and there is one.
     """
+    if sample.find_all and sample.targets and parse_boxes(reply) == []:
+        return 0.0
     paired = sum(reply.count(tag) == 1 for tag in TAGS) / len(TAGS)
-    return 1.0 if parse_reply(reply).well_formed else min(paired, 0.75)
+    return 1.0 if is_well_formed(reply, sample) else min(paired, 0.75)
 
 
 def image_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """1 if the reply names an image that holds a target, else 0; None for multiple choice."""
-    return None if sample.options else float(names_target_image(reply, sample))
+    """1 if the reply names an image that holds a target, else 0; None for multiple choice. Where
+    all boxes are asked for, `image_overlap`, and RIGHT_NONE for a right "none".
+    """
+    if sample.options:
+        return None
+    if sample.find_all:
+        return image_overlap(reply, sample) * (1.0 if sample.targets else RIGHT_NONE)
+    return float(names_target_image(reply, sample))
 
 
 def choice_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
@@ -76,15 +153,27 @@ def box_reward(reply: str, sample: Sample, box_format: BoxFormat,
     """`reply_iou`, 0 below `floor`; None for multiple choice, as every box term."""
     if sample.options:
         return None
-    overlap = reply_iou(reply, sample, box_format)
+    return _box_term(reply, sample, box_format, lambda overlap: _cut_below(overlap, floor))
+
+
+def _cut_below(overlap: float, floor: float) -> float:
     return overlap if overlap >= floor else 0.0
+
+
+def _box_term(reply: str, sample: Sample, box_format: BoxFormat,
+              shape: Callable[[float], float]) -> float:
+    """`shape` of the reply's IoU; of that of every pair where all boxes are asked for."""
+    if not sample.find_all:
+        return shape(reply_iou(reply, sample, box_format))
+    return match_score(reply, sample, box_format, lambda box, target: shape(iou(box, target)),
+                       RIGHT_NONE)
 
 
 def box_step_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
     """1 from IoU 0.5 up, else 0: what 06 counts as correct."""
     if sample.options:
         return None
-    return float(reply_iou(reply, sample, box_format) >= 0.5)
+    return _box_term(reply, sample, box_format, lambda overlap: float(overlap >= 0.5))
 
 
 def box_mg_thinker_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
@@ -93,13 +182,17 @@ def box_mg_thinker_reward(reply: str, sample: Sample, box_format: BoxFormat) -> 
     Published are the steps, the gate by the image and a plain sum with format and image. Ours: that
     0.1 and 0.9 belong to the upper step, and `reward_weights` in place of the plain sum.
     """
-    overlap = box_reward(reply, sample, box_format, floor=0.1)
-    return 1.0 if overlap is not None and overlap >= 0.9 else overlap
+    if sample.options:
+        return None
+    return _box_term(reply, sample, box_format,
+                     lambda overlap: 1.0 if overlap >= 0.9 else _cut_below(overlap, 0.1))
 
 
 def box_squared_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
     """IoU squared: the better the box, the more a further improvement earns."""
-    return None if sample.options else reply_iou(reply, sample, box_format) ** 2
+    if sample.options:
+        return None
+    return _box_term(reply, sample, box_format, lambda overlap: overlap ** 2)
 
 
 def box_giou_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
@@ -109,6 +202,9 @@ def box_giou_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float 
     """
     if sample.options:
         return None
+    if sample.find_all:
+        return match_score(reply, sample, box_format,
+                           lambda box, target: (1 + giou(box, target)) / 2, RIGHT_NONE)
     answer = parse_reply(reply)
     box = reply_box_in_original(sample, answer, box_format)
     if box is None:
@@ -125,13 +221,16 @@ def box_ungated_reward(reply: str, sample: Sample, box_format: BoxFormat,
     """
     if sample.options:
         return None
+    if sample.find_all:
+        return match_score(reply, sample, box_format,
+                           lambda box, target: _cut_below(iou(box, target), floor), RIGHT_NONE,
+                           gated=False)
     box = parse_reply(reply).box
     if box is None:
         return 0.0
     overlaps = (iou(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
                 for target in sample.targets)
-    overlap = max(overlaps, default=0.0)
-    return overlap if overlap >= floor else 0.0
+    return _cut_below(max(overlaps, default=0.0), floor)
 
 
 # the name by which `rewards` of 05 chooses a reward, and under which it is logged
@@ -152,6 +251,9 @@ def cites_only_existing_images(reply: str, sample: Sample) -> bool:
 
 def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> bool:
     """Whether the reply names the right image with IoU >= threshold; for a multiple-choice sample,
-    the correct letter; where nothing in the images answers, whether it says so.
+    the correct letter; where nothing in the images answers, whether it says so; where all boxes are
+    asked for, whether it finds each with that IoU and names no other.
     """
+    if sample.find_all:
+        return weakest_iou(reply, sample, box_format) >= threshold
     return reply_success(reply, sample, box_format) >= threshold

@@ -35,7 +35,8 @@ SAMPLE_FEATURES = Features({
     "sizes": List(List(Value("int32"))), "question": Value("string"),
     "target_images": List(Value("int32")), "target_boxes": List(List(Value("float32"))),
     "reference": List(Value("float32")), "options": List(Value("string")),
-    "letter": Value("string"), "notes": List(Value("string")), "finding": Value("string")})
+    "letter": Value("string"), "notes": List(Value("string")), "finding": Value("string"),
+    "find_all": Value("bool")})
 TRACE_FEATURES = Features({**SAMPLE_FEATURES, "reply": Value("string"),
                            "detail": Value("string"), "error": Value("string")})
 
@@ -58,7 +59,8 @@ class Sample:
     answers. reference: xyxy pixels of the original first image, or None. options and letter: a
     multiple-choice question's, else empty.
     notes and finding: the scene graph's account of the way to the answer, for the tiny profile's
-    teacher.
+    teacher. find_all: the targets must all be found, be they none, one or several, and the prompt
+    says so; else any one of them answers.
     """
 
     id: str
@@ -73,6 +75,7 @@ class Sample:
     letter: str = ""
     notes: tuple[str, ...] = ()
     finding: str = ""
+    find_all: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(Target(*target) for target in self.targets))
@@ -138,12 +141,15 @@ def sample_to_row(sample: Sample, folder: Path) -> dict:
         "target_boxes": [list(target.box) for target in sample.targets],
         "reference": list(sample.reference) if sample.reference else [],
         "options": list(sample.options), "letter": sample.letter,
-        "notes": list(sample.notes), "finding": sample.finding,
+        "notes": list(sample.notes), "finding": sample.finding, "find_all": sample.find_all,
     }
 
 
 def sample_from_row(row: dict, folder: Path) -> Sample:
-    """The sample that a row of a table in `folder` was made from; extra columns are ignored."""
+    """The sample that a row of a table in `folder` was made from; extra columns are ignored.
+
+    A table from before `find_all` holds no such question.
+    """
     targets = zip(row["target_images"], row["target_boxes"])
     images = zip(row["images"], row["sizes"], strict=True)
     return Sample(
@@ -153,7 +159,8 @@ def sample_from_row(row: dict, folder: Path) -> Sample:
         targets=tuple(Target(int(image), tuple(box)) for image, box in targets),
         reference=tuple(row["reference"]) if row["reference"] else None,
         options=tuple(row["options"]), letter=row["letter"],
-        notes=tuple(row["notes"]), finding=row["finding"])
+        notes=tuple(row["notes"]), finding=row["finding"],
+        find_all=bool(row.get("find_all")))
 
 
 def _image_from_row(image: dict, size: list[int], folder: Path) -> EncodedImage:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
+from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 RESAMPLES = 2000
@@ -39,6 +40,29 @@ def bootstrap_interval(groups: list[np.ndarray], seed: int = 0,
             draws = rng.integers(0, len(values), (len(part), len(values)))
             part += values[draws].mean(1) / len(groups)
     return [float(v) for v in np.percentile(means, [2.5, 97.5])]
+
+
+def ratio_interval(parts: np.ndarray, totals: np.ndarray, seed: int = 0,
+                   resamples: int = RESAMPLES) -> list[float]:
+    """95 % interval [low, high] of sum(parts) / sum(totals); both (n,) float, drawn in pairs.
+
+    Percentile bootstrap over the n cases; a resample whose totals are all 0 counts as 0.
+    """
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(parts), (resamples, len(parts)))
+    sums = totals[draws].sum(1)
+    ratios = np.divide(parts[draws].sum(1), sums, out=np.zeros(resamples), where=sums != 0)
+    return [float(value) for value in np.percentile(ratios, [2.5, 97.5])]
+
+
+def share_interval(count: int, total: int) -> list[float]:
+    """Exact 95 % interval [low, high] of a share, count of total (Clopper and Pearson); [0, 1] for
+    a total of 0.
+    """
+    if not total:
+        return [0.0, 1.0]
+    interval = binomtest(int(count), int(total)).proportion_ci(0.95, "exact")
+    return [float(interval.low), float(interval.high)]
 
 
 def macro_mean(groups: list[np.ndarray]) -> float:

@@ -22,12 +22,13 @@ from mig_kit.sample import Sample
 class RolloutServer:
     """change(body, answer): what a test does to an answer; None: drop the connection.
 
-    loaded, unloaded: adapters' names, in order; bodies: of all requests for replies.
+    loaded, unloaded: adapters' names, in order; adapters: those that it holds, each loaded once;
+    bodies: of all requests for replies.
     """
 
     def __init__(self, policy, name="sft", change=lambda body, answer: answer):
         self.policy, self.name, self.change, self.lock = policy, name, change, threading.Lock()
-        self.loaded, self.unloaded, self.bodies = [], [], []
+        self.loaded, self.unloaded, self.adapters, self.bodies = [], [], set(), []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,7 +36,7 @@ class RolloutServer:
                 pass
 
             def do_GET(self):
-                self.answer({"data": [{"id": server.name}]})
+                self.answer({"data": [{"id": name} for name in (server.name, *server.adapters)]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -47,7 +48,7 @@ class RolloutServer:
                 if answer is None:
                     return self.connection.close()
                 data = json.dumps(answer).encode()
-                self.send_response(200)
+                self.send_response(400 if "error" in answer else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -59,14 +60,20 @@ class RolloutServer:
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def load_lora_adapter(self, body):
+        if body["lora_name"] in self.adapters:
+            return {"error": {"message": f"'{body['lora_name']}' has already been loaded"}}
         self.loaded.append(body["lora_name"])
+        self.adapters.add(body["lora_name"])
         if not isinstance(self.policy.model, PeftModel):
             self.policy.model = PeftModel.from_pretrained(self.policy.model, body["lora_path"])
         set_peft_model_state_dict(self.policy.model, load_peft_weights(body["lora_path"]))
         return "ok"
 
     def unload_lora_adapter(self, body):
+        if body["lora_name"] not in self.adapters:
+            return {"error": {"message": f"'{body['lora_name']}' cannot be found"}}
         self.unloaded.append(body["lora_name"])
+        self.adapters.remove(body["lora_name"])
         return "ok"
 
     def read_sample(self, body):

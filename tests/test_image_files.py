@@ -2,17 +2,20 @@
 
 import os
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mig_kit.image_files import (
     BadImage,
+    EncodedImage,
     SkipReport,
     find_near_duplicates,
     is_regular_file,
     iter_images,
     open_rgb,
     perceptual_hashes,
+    read_orientation,
     read_size,
     resolve_under_root,
 )
@@ -71,6 +74,47 @@ def test_a_size_is_read_from_the_header_and_what_is_no_image_is_refused(tmp_path
             read_size(tmp_path / name)
         assert error.value.reason == reason
     assert is_regular_file(tmp_path / "a.png") and not is_regular_file(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_as_their_exif_data_say(tmp_path, orientation, suffix):
+    """As Pillow's exif_transpose, from the header alone, and only once."""
+    exif, path = Image.Exif(), tmp_path / f"a.{suffix}"
+    exif[0x0112] = orientation
+    Image.effect_noise((40, 30), 80).save(path, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    opened = open_rgb(path)
+    assert read_size(path) == opened.size == expected.size
+    assert np.array_equal(np.array(opened), np.array(expected))
+    again = ImageOps.exif_transpose(opened)
+    assert again.size == opened.size, "a later reader does not turn it once more"
+    stored = EncodedImage(path.read_bytes(), expected.size).open()
+    assert np.array_equal(np.array(stored), np.array(expected))
+    if orientation > 1:
+        for read in (read_size, open_rgb):
+            with pytest.raises(BadImage, match="store it upright") as error:
+                read(path, "refuse")
+            assert error.value.reason == "turned image"
+    else:
+        assert read_size(path, "refuse") == expected.size
+
+
+def test_a_turned_tiff_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (40, 30)).save(tmp_path / "a.tiff", exif=exif)
+    with pytest.raises(BadImage, match="save it upright, as PNG or JPEG"):
+        read_size(tmp_path / "a.tiff")
+    Image.new("L", (40, 30)).save(tmp_path / "a.tiff")
+    assert open_rgb(tmp_path / "a.tiff").size == (40, 30)
+
+
+def test_exif_data_that_cannot_be_read_say_nothing(tmp_path):
+    Image.new("L", (40, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0garbage in here")
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert read_orientation(image) == 1
+    assert read_size(tmp_path / "a.jpg", "refuse") == open_rgb(tmp_path / "a.jpg").size == (40, 30)
 
 
 def test_a_folders_images_come_in_order_and_others_are_counted(tmp_path):

@@ -30,7 +30,9 @@ WINGS = {
 # what stages share; train is what launchers start
 STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "report_tables": set(),
                  "train": {"sft", "grpo"}}
-READS_STAGES = {"compare": {"evaluate", "report"}}  # it compares the results of finished ones
+# compare reads the results of finished ones; eval_model asks and judges as 06 does
+READS_STAGES = {"compare": {"evaluate", "report"}, "eval_model": {"evaluate", "report"}}
+READS_SCORING = {"stages.eval_model"}  # its notebook-less 06 judges real benchmarks, too
 MODULE_OF_STAGE = {"08_benchmark": "speed/benchmark", "90_tiny_base": "build_base/tiny_base"}
 
 
@@ -65,6 +67,8 @@ def is_allowed(name, other):
         return True
     if not wing:
         return other in HALL[name]
+    if name in READS_SCORING and other_wing == "scoring":
+        return True
     if wing == other_wing == "stages":
         may_read = STAGE_HELPERS.get(module, set()) | READS_STAGES.get(module, set())
         return other_module in STAGE_HELPERS or other_module in may_read

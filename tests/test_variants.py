@@ -42,7 +42,7 @@ def test_a_variant_is_one_command_and_has_its_own_stages_alone(runs):
         record = json.loads((runs / "variant" / stage / "run.json").read_text())
         assert record["branch"] == {"from": "smoke", "stages": keys}
         if stage == "06_evaluate":
-            assert record["inputs"].keys() == {"03_merge", "05_grpo"}
+            assert record["inputs"].keys() == {"01_synthesize", "03_merge", "05_grpo"}
             assert record["taken"] == {"base": "smoke", "sft": "smoke"}
     first, second = (json.loads((runs / run / "05_grpo" / "run.json").read_text())
                      for run in ("smoke", "variant"))

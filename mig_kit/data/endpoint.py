@@ -279,16 +279,16 @@ async def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Pa
                          box_format: BoxFormat) -> tuple[list[Trace], list[str]]:
     """The teacher's trace and its direct answer for every sample, in order; "" where there is none.
 
-    samples: with targets or options; may be a generator, whose images are held only while they are
-    asked about. path: the log of finished calls. Trace.error is "" or why there is no reply. In a
-    script: asyncio.run(endpoint.request_traces(...)). Raises as `make_calls`, and ValueError for a
-    sample without a target.
+    samples: with targets or options, or for all boxes; may be a generator, whose images are held
+    only while they are asked about. path: the log of finished calls. Trace.error is "" or why there
+    is no reply. In a script: asyncio.run(endpoint.request_traces(...)). Raises as `make_calls`, and
+    ValueError for a sample without a target.
     """
     keys: list[list[str]] = []
 
     def iter_calls() -> Iterator[Call]:
         for sample in samples:
-            if not sample.targets and not sample.letter:
+            if not sample.targets and not sample.letter and not sample.find_all:
                 raise ValueError(f"sample {sample.id} has no target, so there is nothing to check "
                                  "a trace against; leave it out")
             pair = [make_call(sample, kind, endpoint, box_format) for kind in KINDS]

@@ -27,21 +27,22 @@ MAX_JSON_DEPTH = 32
 BOX_SCALE = (1000, 1000)
 
 
-def iter_records(path: Path,
-                 on_bytes: Callable[[int], object] | None = None) -> Iterator[object]:
+def iter_records(path: Path, on_bytes: Callable[[int], object] | None = None,
+                 prefix: str = "item") -> Iterator[object]:
     """The elements of the annotation array, one in memory at a time.
 
-    on_bytes: called with the number of bytes, whenever some were read. ValueError, with the remedy,
+    on_bytes: called with the number of bytes, whenever some were read. prefix: ijson's name of the
+    elements, "images.item" for those of a list under the key "images". ValueError, with the remedy,
     if the file is broken.
     """
     try:
         with path.open("rb") as file:
             source = _CountedFile(file, on_bytes) if on_bytes else file
             events = _limit_depth(ijson.basic_parse(source, use_float=True), path)
-            yield from ijson.items(ijson.parse(events), "item")
+            yield from ijson.items(ijson.parse(events), prefix)
     except (ijson.JSONError, UnicodeError) as error:
         reason = str(error)[:80]
-        raise ValueError(f"{path} is cut or no JSON array ({reason}); download it again") from error
+        raise ValueError(f"{path} is cut or no JSON ({reason}); download it again") from error
 
 
 class _CountedFile:
@@ -103,13 +104,13 @@ def locate_image(root: Path, roots: list[Path], name: str) -> Path:
 
 
 def check_annotations(path: Path, root: Path, unstated: dict[str, int] | None = None,
-                      limit: int | None = None) -> SkipReport:
+                      limit: int | None = None, orientation: str = "upright") -> SkipReport:
     """Read everything but the pixels: what is kept, and what is left out and why.
 
     Arguments: as `iter_samples`. Run it before a model is loaded.
     """
     report = SkipReport()
-    for _ in _iter_located(path, root, report, unstated, limit):
+    for _ in _iter_located(path, root, report, unstated, limit, orientation=orientation):
         pass
     return report
 
@@ -117,14 +118,17 @@ def check_annotations(path: Path, root: Path, unstated: dict[str, int] | None = 
 def iter_samples(path: Path, root: Path, report: SkipReport,
                  unstated: dict[str, int] | None = None,
                  limit: int | None = None,
-                 on_bytes: Callable[[int], object] | None = None) -> Iterator[Sample]:
+                 on_bytes: Callable[[int], object] | None = None,
+                 orientation: str = "upright") -> Iterator[Sample]:
     """The samples; `report` counts what is left out. An image is decoded when it is looked at.
 
     path: MGrounding-630k.json or one of the subsets' files. root: the folder the archives were
     unpacked in; no image is read from outside it. unstated: see `iter_questions`. limit: stop after
-    so many samples. on_bytes: see `iter_records`. Boxes become pixels of the original images.
+    so many samples. on_bytes: see `iter_records`. orientation: one of ORIENTATIONS. Boxes become
+    pixels of the original images.
     """
-    for question, images in _iter_located(path, root, report, unstated, limit, on_bytes):
+    located = _iter_located(path, root, report, unstated, limit, on_bytes, orientation)
+    for question, images in located:
         sizes = images.sizes
         targets = tuple(Target(number, rescale_box(box, BOX_SCALE, sizes[number - 1]))
                         for number, box in question.targets)
@@ -136,7 +140,8 @@ def iter_samples(path: Path, root: Path, report: SkipReport,
 
 
 def _iter_located(path: Path, root: Path, report: SkipReport, unstated: dict[str, int] | None,
-                  limit: int | None, on_bytes: Callable[[int], object] | None = None
+                  limit: int | None, on_bytes: Callable[[int], object] | None = None,
+                  orientation: str = "upright"
                   ) -> Iterator[tuple[GroundingQuestion, LazyImages]]:
     """The questions whose images are all there, with the images."""
     roots = find_image_roots(root)
@@ -145,7 +150,7 @@ def _iter_located(path: Path, root: Path, report: SkipReport, unstated: dict[str
         for question in iter_questions(index, record, report, unstated):
             try:
                 paths = [locate_image(root, roots, name) for name in question.images]
-                images = LazyImages(EncodedImage(image_path, read_size(image_path))
+                images = LazyImages(EncodedImage(image_path, read_size(image_path, orientation))
                                     for image_path in paths)
             except BadImage as error:
                 report.add(error.reason, f"{question.id}: {error}")

@@ -205,7 +205,7 @@ def _require_valid_box(box: Box) -> None:
         raise _Skip("degenerate box")
 
 
-def _mentioned_numbers(text: str, image_count: int) -> list[int]:
+def mentioned_numbers(text: str, image_count: int) -> list[int]:
     """The numbers of the images that a text names, in the order of the text."""
     numbers = []
     for mention in MENTION.finditer(text):
@@ -228,7 +228,7 @@ def _parse_question(asked: str, image_count: int) -> tuple[str, Box | None]:
     if boxes:
         start, end, reference = boxes[0]
         _require_valid_box(reference)
-        numbers = _mentioned_numbers(asked[:start], image_count)
+        numbers = mentioned_numbers(asked[:start], image_count)
         is_in_first = numbers[-1] == 1 if numbers else image_count == 1
         if not is_in_first:
             raise _Skip("reference box not said to be in the first image")
@@ -251,7 +251,7 @@ def _numbers_in_answer(text: str, boxes: list[_BoxInText], image_count: int) -> 
     starts = [0, *(end for _, end, _ in boxes)]
     ends = [*(start for start, _, _ in boxes), len(text)]
     gaps = [text[start:end] for start, end in zip(starts, ends)]
-    numbers_in_gaps = [sorted(set(_mentioned_numbers(gap, image_count))) for gap in gaps]
+    numbers_in_gaps = [sorted(set(mentioned_numbers(gap, image_count))) for gap in gaps]
     if not any(numbers_in_gaps):
         return None
     if any(numbers and COMPARES.search(gap) for gap, numbers in zip(gaps, numbers_in_gaps)):
@@ -285,7 +285,7 @@ def _numbers_elsewhere(question: str, has_reference: bool, image_count: int, sub
         if box_count != image_count:
             raise _Skip("tracking boxes do not fit the frames")
         return list(range(1, image_count + 1))
-    numbers = set(_mentioned_numbers(question, image_count))
+    numbers = set(mentioned_numbers(question, image_count))
     if has_reference:
         numbers -= {1}
     if len(numbers) == 1 and not COMPARES.search(question):

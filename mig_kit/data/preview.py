@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mig_kit import plots
 from mig_kit.common import write_atomically
+from mig_kit.prompts import LETTERS
 from mig_kit.sample import Sample
 
 PREVIEW = """<!doctype html>
@@ -40,8 +41,8 @@ def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> in
     """
     if out.suffix.lower() not in (".png", ".html"):
         raise ValueError(f"{out} must end in .png or .html")
-    strips = [(sample.id, " ".join(sample.question.split()),
-               plots.draw_sample(sample, height=height)) for sample in samples]
+    strips = [(sample.id, _question_text(sample), plots.draw_sample(sample, height=height))
+              for sample in samples]
     if not strips:
         raise ValueError("there is no question to draw; the file is empty")
     if out.suffix.lower() == ".html":
@@ -51,6 +52,16 @@ def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> in
         sheet = _preview_sheet(strips)
         write_atomically(out, lambda temporary: sheet.save(temporary, format="PNG"))
     return len(strips)
+
+
+def _question_text(sample: Sample) -> str:
+    """The question on one line, with the options of multiple choice and the correct letter."""
+    text = sample.question
+    if sample.options:
+        options = "; ".join(f"{letter}. {option}"
+                            for letter, option in zip(LETTERS, sample.options))
+        text += f" {options} (correct: {sample.letter})"
+    return " ".join(text.split())
 
 
 def _preview_page(strips: list[tuple[str, str, Image.Image]]) -> str:

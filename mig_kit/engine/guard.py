@@ -24,10 +24,20 @@ def run_guarded(command: list[str]) -> int:
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL,
         preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
-    threading.Thread(target=_end_with_caller, daemon=True).start()
+    is_left = threading.Event()
+    threading.Thread(target=_end_with_caller, args=(is_left,), daemon=True).start()
     status = process.wait()
     end_descendants()
+    if is_left.is_set():  # the other thread has ended the command and may have taken its status
+        return 1
     return status if status >= 0 else 128 - status
+
+
+def end_with_parent() -> None:
+    """Have this process ended when its parent ends: a launcher's agent may be killed on a node
+    that has no guard.
+    """
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_descendants() -> None:
@@ -48,9 +58,10 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         pass
 
 
-def _end_with_caller() -> None:
+def _end_with_caller(is_left: threading.Event) -> None:
     while os.read(0, 1024):
         pass
+    is_left.set()
     end_descendants()
     os._exit(1)
 

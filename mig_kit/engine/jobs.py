@@ -23,7 +23,7 @@ import torch
 from transformers import TrainerState
 
 from mig_kit.common import PROJECT_ROOT, release_memory, write_json
-from mig_kit.engine.training import last_checkpoint, share_steps
+from mig_kit.engine.training import count_processes, last_checkpoint, share_steps
 
 JOB_FILE = "job.json"
 MODULE = "mig_kit.stages.train"  # what a launcher starts, with the stage folder as argument
@@ -55,6 +55,9 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
     the error's last lines where a launched process fails.
     """
     launch = plan_launch(params.launcher, params.gradient_accumulation_steps)
+    if launch is None and count_processes() > 1:
+        raise ValueError(f"WORLD_SIZE is {count_processes()} in the environment, and this process "
+                         "trains alone; unset it, or name what starts the others in launcher")
     inputs = {name: _portable_path(path) for name, path in inputs.items()}
     write_json(folder / JOB_FILE, {"stage": stage, "params": vars(params), "inputs": inputs})
     if launch is None:
@@ -123,11 +126,15 @@ def _parse_launcher(launcher: str) -> Launch:
     if program is None:
         raise ValueError(f"launcher starts with '{words[0]}', which is neither beside "
                          f"{sys.executable} nor on PATH; install it, or set launcher to \"\"")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--nproc-per-node", "--nproc_per_node", dest="local", default="")
     parser.add_argument("--nnodes", "--num_machines", "--num-machines", dest="nodes", default="1")
     parser.add_argument("--num_processes", "--num-processes", dest="total", default="")
-    known, _ = parser.parse_known_args(words[1:])
+    try:
+        known, _ = parser.parse_known_args(words[1:])
+    except argparse.ArgumentError as error:
+        raise ValueError(f"launcher '{launcher}' is cut ({error}); write it as in a "
+                         "shell") from None
     local, nodes, total = (int(text) if re.fullmatch("[0-9]+", text) else 0
                            for text in (known.local, known.nodes, known.total))
     local = local or total // max(1, nodes)

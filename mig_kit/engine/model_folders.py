@@ -77,6 +77,8 @@ def check_model_folder(model: str | Path) -> None:
     if not any(name.endswith(".safetensors") for name in names):
         raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are "
                                 "loaded, so convert them")
+    if "processor_config.json" in names:  # transformers 5 writes the image settings there
+        names.add("preprocessor_config.json")
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         if name not in names:
             raise FileNotFoundError(f"{model} has no {name}; copy it from the model that this one "

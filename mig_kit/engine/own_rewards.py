@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import split_function_name, write_atomically
-from mig_kit.prompts import format_answer
+from mig_kit.prompts import correct_answer
 from mig_kit.rewards import REWARDS, Reward
 from mig_kit.sample import Sample
 
@@ -96,11 +96,7 @@ def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
 
 def correct_reply(sample: Sample, box_format: BoxFormat) -> str:
     """A well-formed reply that answers the sample correctly."""
-    answer = sample.letter if sample.options else "none"
-    if sample.targets:
-        image, box = sample.targets[0]
-        answer = format_answer(image, to_model_box(box, sample.sizes[image - 1], box_format))
-    return f"<think>Search.</think><answer>{answer}</answer>"
+    return f"<think>Search.</think><answer>{correct_answer(sample, box_format)}</answer>"
 
 
 def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
@@ -108,7 +104,7 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
     """Score a correct and an empty reply to the first question of each kind; raises as
     `compute_reward`.
     """
-    kinds = {(bool(sample.options), bool(sample.targets)): sample
+    kinds = {(bool(sample.options), bool(sample.targets), sample.find_all): sample
              for sample in reversed(samples[:64])}
     for sample in kinds.values():
         for reply in (correct_reply(sample, box_format), ""):

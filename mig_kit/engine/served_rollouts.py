@@ -17,13 +17,18 @@ import openai
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256
 from mig_kit.engine.generation import Sampling
 from mig_kit.engine.prompt_cache import Prompt
-from mig_kit.engine.server import Question, ServedModel, asyncio_run, serve_model
+from mig_kit.engine.server import (
+    Question,
+    ServedModel,
+    asyncio_run,
+    list_models,
+    serve_model,
+)
 from mig_kit.engine.server_process import parse_server
 from mig_kit.engine.server_requests import first_line, redact
 from mig_kit.openai_client import authorization_header, open_client
@@ -54,7 +59,7 @@ def importance_ratio(logps: torch.Tensor, sampling_logps: torch.Tensor, mask: to
     return ratio.masked_fill((ratio < lowest) | (ratio > highest), 0.0)
 
 
-class ServedRollouts(TrainerCallback):
+class ServedRollouts:
     """Draws a trainer's completions from servers, and keeps their adapter up to date.
 
     folder: the stage's. model: the folder that servers hold and the adapter belongs to. ValueError
@@ -125,7 +130,7 @@ class ServedRollouts(TrainerCallback):
         log["sampling/staleness"].append(float(trainer.state.global_step + 1 - self.version))
         log["sampling/adapter_version"].append(float(self.version))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
         """End a server that this has started."""
         self.context.close()
         self.served = None
@@ -166,7 +171,11 @@ class ServedRollouts(TrainerCallback):
         self.served.name, self.version = self.adapter, version
 
     async def _load(self, name: str, path: Path, before: str) -> None:
-        """Load an adapter at every server, and unload the one before."""
+        """Load an adapter at every server, and unload the one before.
+
+        A server that outlived a killed stage may hold it already: the name has the weights' hash.
+        One that was started again does not hold the one before.
+        """
         for server in (server for server in self.served.servers if server.is_alive):
             async with open_client(server.url, self.served.key, LOAD_TIMEOUT) as client:
                 async def post(action: str, client=client, **body: str) -> None:
@@ -175,8 +184,10 @@ class ServedRollouts(TrainerCallback):
                         options={"headers": authorization_header(self.served.key)})
 
                 try:
-                    await post("load", lora_name=name, lora_path=str(path))
-                    if before:
+                    listed = await list_models(client, self.served.key)
+                    if name not in listed:
+                        await post("load", lora_name=name, lora_path=str(path))
+                    if before in listed:
                         await post("unload", lora_name=before)
                 except openai.APIStatusError as error:
                     raise RuntimeError(self._refusal(server.url, name, error)) from None

@@ -284,22 +284,27 @@ def asyncio_run(coroutine):
     return list(iterate(produce))[0]
 
 
+async def list_models(client: openai.AsyncOpenAI, key: str) -> tuple[str, ...]:
+    """The names that a server lists: its model's, and its adapters'."""
+    page = await client.with_options(max_retries=2).get(
+        "/models", cast_to=object, options={"headers": authorization_header(key)})
+    entries = page.get("data", []) if isinstance(page, dict) else []
+    return tuple(str(entry.get("id")) for entry in entries)
+
+
 async def _find_served_name(servers: list[Server], names: tuple[str, ...], key: str,
                             is_own: bool) -> str:
     """What the servers call the model; RuntimeError unless one of them serves it under `names`."""
     for server in servers:
         async with open_client(server.url, key, 60.0) as client:
             try:
-                page = await client.with_options(max_retries=2).get(
-                    "/models", cast_to=object, options={"headers": authorization_header(key)})
+                server.models = await list_models(client, key)
             except openai.OpenAIError as error:
                 if is_own:  # it is up, but cannot list its models
                     break
                 message = redact(first_line(str(error)), key)
                 raise RuntimeError(f"the server {server.url} has no /v1/models ({message}); "
                                    "start it first, or take it out of server") from None
-        entries = page.get("data", []) if isinstance(page, dict) else []
-        server.models = tuple(str(entry.get("id")) for entry in entries)
     served = {model for server in servers for model in server.models}
     name = next((name for name in names if name in served), None)
     if is_own:  # it was given the model, under whatever name; some servers list nothing

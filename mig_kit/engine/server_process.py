@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from mig_kit.openai_client import ADDRESS
+from mig_kit.openai_client import ADDRESS, is_on_this_machine
 
 START_TIMEOUT = 1800  # seconds until a server answers; a large model is read from a slow disk
 LOG_TAIL = 8  # last lines of the server's output that an error quotes
@@ -93,9 +93,11 @@ class ServerProcess:
 
 def is_ready(url: str) -> bool:
     """Whether the server at `url` answers /health, or /v1/models where it has no /health."""
+    proxies = {} if is_on_this_machine(url) else None  # None: those that the environment names
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     for address in (f"{url.removesuffix('/v1')}/health", f"{url}/models"):
         try:
-            with urllib.request.urlopen(address, timeout=10) as response:
+            with opener.open(address, timeout=10) as response:
                 return response.status == 200
         except urllib.error.HTTPError as error:
             if error.code not in (404, 405):

@@ -14,7 +14,7 @@ from mig_kit.engine.models import protect_4bit_weights
 from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.prompt_cache import Prompt, PromptCache
 from mig_kit.engine.served_rollouts import ServedRollouts
-from mig_kit.engine.training import KeepAdapterDtype
+from mig_kit.engine.training import EpochRepeatSampler, KeepAdapterDtype
 from mig_kit.rewards import reply_success
 from mig_kit.sample import Sample
 
@@ -61,7 +61,16 @@ def rows_of_highest_variance(reward: torch.Tensor, group: int, groups: int) -> t
     return (kept[:, None] * group + torch.arange(group, device=kept.device)).flatten()
 
 
-class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
+class ResumableGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
+    """GRPOTrainer that goes on in any pass over the prompts as if nobody had interrupted it."""
+
+    def _get_train_sampler(self, dataset=None):
+        stock = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(stock.data_source, stock.mini_repeat_count, stock.batch_size,
+                                  stock.repeat_count, stock.shuffle, stock.seed)
+
+
+class SharedPrefixGRPOTrainer(ResumableGRPOTrainer):
     """GRPOTrainer that reads every prompt once per group, in generation and in training.
 
     samples: what the column `sample` of the data set points into. A process's batch holds whole
@@ -88,6 +97,14 @@ class SharedPrefixGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
         if self.args.per_device_train_batch_size % self.num_generations:
             raise ValueError("share_prefix needs per_device_train_batch_size to be a multiple of "
                              "num_generations, so that groups stay whole")
+
+    def train(self, *args, **kwargs):
+        """As TRL's. A server that it has started ends with it, also when it is interrupted."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.served:
+                self.served.close()
 
     def _prompts_of(self, indices: list[int]) -> list[Prompt]:
         return self.cache.get([self.samples[index] for index in indices])

@@ -1,6 +1,7 @@
 """What stages 02 and 05 share: LoRA and trainer settings, progress, and training that resumes."""
 
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from PIL.Image import Image
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback
+from trl.trainer.utils import RepeatSampler
 
 from mig_kit import plots
 from mig_kit.engine.models import LORA_TARGETS, Hardware
@@ -94,6 +96,7 @@ def train_or_resume(trainer, folder: Path) -> None:
     """
     for callback in (NotebookProgressCallback, PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # ProgressLines and LiveCurves say it in fewer lines
+    trainer.add_callback(SetSamplerEpoch())
     checkpoint = last_checkpoint(folder)
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
@@ -124,9 +127,17 @@ def save_adapter(trainer, folder: Path) -> None:
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint under folder/checkpoints, or None."""
     checkpoints = [path for path in (folder / "checkpoints").glob("checkpoint-*")
-                   if (path / "trainer_state.json").is_file()]
+                   if _is_complete(path / "trainer_state.json")]
     newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
     return str(newest) if newest else None
+
+
+def _is_complete(state: Path) -> bool:
+    """Whether a checkpoint's last file is there and was not cut, by a full disk for instance."""
+    try:
+        return bool(json.loads(state.read_text()))
+    except (OSError, ValueError):
+        return False
 
 
 class KeepAdapterDtype:
@@ -141,6 +152,42 @@ class KeepAdapterDtype:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler of prompts, whose order of a pass is a function of seed and pass.
+
+    A pass has the order that TRL's own draws for it in a training that nobody interrupts. TRL's own
+    begins with the first one again in a training that is resumed in a later pass.
+    """
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the pass over the prompts, from 0; the trainer does, also when it resumes."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        yield from super().__iter__()
+
+
+class SetSamplerEpoch(TrainerCallback):
+    """Tells the sampler which pass begins.
+
+    transformers does, but not in one process of several that resume in the middle of a pass: its
+    word ends at the batches that accelerate wraps.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Find the sampler below all batches and set its epoch."""
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        batches.sampler.set_epoch(int(state.epoch))
 
 
 class ProgressLines(TrainerCallback):

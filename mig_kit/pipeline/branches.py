@@ -24,7 +24,8 @@ def plan_stages(names: list[str], run_id: str) -> list[str]:
 
 
 def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
-    """The stages that a branch of `source` takes from it: all of the recipe's before `stages`.
+    """The stages that a branch of `source` takes from it: all of the recipe's before `stages` that
+    the source has, which is without 02 and 03 where it has no cold start.
 
     [] where the run is that branch already. ValueError or FileNotFoundError with one sentence where
     it cannot be one.
@@ -42,7 +43,8 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
             raise ValueError(f"run '{run_id}' starts from '{branch['from']}' already, not from "
                              f"'{source}'; use another --run-id")
         return []
-    inherited = _stages_before(stages)
+    inherited = [stage for stage in _stages_before(stages)
+                 if stage not in store.COLD_START or store.has_cold_start(source)]
     _require_no_own_stages(run_id)
     for stage in inherited:
         if store.load_record(stage, source) is None:

@@ -1,7 +1,9 @@
 """Run stages as notebooks, through papermill: what is up to date is skipped."""
 
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import papermill
 import torch
@@ -9,7 +11,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.pipeline import branches, store
+from mig_kit.pipeline import branches, cold_start, store
 from mig_kit.pipeline.params import (
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
@@ -21,6 +23,10 @@ from mig_kit.pipeline.params import (
     validate_params,
 )
 from mig_kit.pipeline.stage_table import StageTable
+
+# parameters that name a model: a folder, a name on the hub, or one of these words
+MODEL_PARAMS = ("base_model", "model", "start_from")
+MODEL_WORDS = ("tiny", "merged", "base", "adapter")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ def _plan_run(names: list[str], profile: str, run_id: str, source: str,
     stages = branches.plan_stages(names, run_id)
     values = parse_overrides(overrides, stages)
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
+    params = cold_start.leave_out(params, source or run_id, is_every_stage=not names)
     check_full_profile(params, "data" in values)
     if source:
         branches.check_branch(source, run_id, stages)
@@ -97,6 +104,7 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
              for name, parameter in stage_parameters(stage).items()}
     overrides = {}
     for name, text in pairs:
+        text = locate_path(name, text)
         if name == "run_id":
             raise ValueError("-p run_id would part a run's notebook from its files; use --run-id")
         if name not in known:
@@ -110,6 +118,20 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
             raise ValueError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
                              "as \"[1, 2]\"") from None
     return overrides
+
+
+def locate_path(name: str, text: str) -> str:
+    """A path that `-p` gives, which is relative to where the command is given, as a parameter has
+    it: relative to the project, or absolute outside it. Other values as they are.
+
+    The parameters of a model name a folder only where there is one.
+    """
+    is_path = name.endswith("_file") or name == "image_root"
+    is_model = name in MODEL_PARAMS and text not in MODEL_WORDS and Path(text).is_dir()
+    if not text or not (is_path or is_model):
+        return text
+    path = Path(os.path.abspath(text))
+    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
 
 
 def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dict:
@@ -168,7 +190,7 @@ def _check_run_params(run_id: str, profile: str) -> None:
     record = store.load_record(RUN_PARAMS_STAGE, run_id)
     if record is None:
         return
-    values = {name: record["params"][name] for name in RUN_PARAMS}
+    values = store.run_params(run_id, RUN_PARAMS_STAGE)
     fitting = [other for other in list_profiles() if _run_params_of(other) == values]
     if not fitting or profile in fitting:
         return

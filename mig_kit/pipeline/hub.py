@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCardData
 from mig_kit.boxes import Coordinates
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
-from mig_kit.plots import SUITE_NAMES
+from mig_kit.plots import suite_name
 
 CARD = """---
 {metadata}
@@ -22,11 +22,11 @@ CARD = """---
 # {run_id}
 
 Made by mig-kit from `{base}` by the recipe of arXiv 2507.00748:
-cold start, QLoRA, merge, rejection sampling, GRPO ({steps} steps, seed {seed}).
+{recipe} ({steps} steps, seed {seed}).
 
 Greedy scores in percent, with 95 % intervals over test samples:
 
-| suite | SFT | this model | difference |
+| suite | {start} | this model | difference |
 |---|---|---|---|
 {rows}
 
@@ -41,8 +41,9 @@ def model_card(run_id: str) -> str:
     Raises FileNotFoundError for a run without finished 05_grpo and 06_evaluate, ValueError where
     the scores are not this model's.
     """
+    has_sft = store.has_cold_start(run_id)
     records = {stage: _require_fresh_record(stage, run_id)
-               for stage in ("02_sft", "05_grpo", "06_evaluate")}
+               for stage in ("02_sft", "05_grpo", "06_evaluate") if has_sft or stage > "03"}
     metrics = store.read_metrics(store.stage_folder("06_evaluate", run_id))
     params = records["05_grpo"]["params"]
     base = params["base_model"]
@@ -57,6 +58,9 @@ def model_card(run_id: str) -> str:
         metadata=metadata.to_yaml(), run_id=run_id, base=base if is_on_hub else Path(base).name,
         steps=params["max_steps"], seed=params["seed"], rows="\n".join(_score_rows(metrics)),
         coordinates=Coordinates(params["coordinates"]).description,
+        start="SFT" if has_sft else "base",
+        recipe="cold start, QLoRA, merge, rejection sampling, GRPO" if has_sft
+        else "rejection sampling and GRPO from the base, without a cold start",
         seen="it has only ever seen drawn scenes." if is_tiny
         else "it was measured on drawn scenes only; name the base model's licence first.")
 
@@ -74,11 +78,12 @@ def _require_fresh_record(stage: str, run_id: str) -> dict:
 
 def _score_rows(metrics: dict) -> list[str]:
     rows = []
+    start = "sft" if "sft" in metrics["systems"] else "base"
     for suite, result in metrics["systems"]["grpo"].items():
-        before = metrics["systems"]["sft"][suite]["score"]
-        difference = metrics["deltas"]["grpo-sft"][suite]
+        before = metrics["systems"][start][suite]["score"]
+        difference = metrics["deltas"][f"grpo-{start}"][suite]
         low, high = difference["ci95"]
-        rows.append(f"| {SUITE_NAMES[suite]} | {before:.1f} | {result['score']:.1f} | "
+        rows.append(f"| {suite_name(suite)} | {before:.1f} | {result['score']:.1f} | "
                     f"{difference['value']:+.1f} ({low:+.1f} to {high:+.1f}) |")
     return rows
 

@@ -16,11 +16,12 @@ import yaml
 
 from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import PROJECT_ROOT
+from mig_kit.image_files import ORIENTATIONS
 from mig_kit.pipeline.dependencies import notebook_cells
 from mig_kit.pipeline.loss_params import check_loss_params
 from mig_kit.pipeline.reward_params import check_reward_params
 
-RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
+RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates", "orientation")
 RUN_PARAMS_STAGE = "01_synthesize"
 LOSS_STAGE = "05_grpo"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
@@ -39,6 +40,7 @@ CHOICES = {
     "lora_targets": ("all", "attention", "gate_up"),
     "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "lr_scheduler_type": ("linear", "cosine", "constant_with_warmup"),
+    "orientation": ORIENTATIONS,
     "report_to": ("none", "trackio", "wandb"),
     "scale_rewards": ("batch", "group", "none"),
     "teacher": ("rules", "endpoint", "own", "none"),

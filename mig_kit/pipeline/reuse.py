@@ -47,7 +47,9 @@ def _reply_key(stage: Stage, model: str | Path, hardware: str) -> str:
     left_out = {"run_id", "profile", "control_run", *EXECUTION_PARAMS} - {"server"}
     params = {name: value for name, value in stage.params.items() if name not in left_out}
     code = [used_definitions(stage.name), notebook_code(stage.name)]
-    text = json.dumps([model_fingerprint(str(model)), params, hardware, code], sort_keys=True)
+    questions = stage.inputs["01_synthesize"]["val.parquet"]  # of own data; else they are drawn
+    text = json.dumps([model_fingerprint(str(model)), params, hardware, code, questions],
+                      sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_folders import list_sources, load_branch
-from mig_kit.plots import SUITE_NAMES
+from mig_kit.plots import suite_name
 
 
 def run_tree() -> list[tuple[str, int]]:
@@ -73,5 +73,5 @@ def _score_lines(systems: dict) -> list[str]:
     for suite in systems["grpo"]:
         scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
                            for system, by_suite in systems.items())
-        lines.append(f"  {SUITE_NAMES[suite]:<24}{scores}")
+        lines.append(f"  {suite_name(suite):<24}{scores}")
     return lines

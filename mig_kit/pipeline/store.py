@@ -51,12 +51,13 @@ STAGES = {
     "00_preflight": (), "01_synthesize": (), "02_sft": ("01_synthesize",), "03_merge": ("02_sft",),
     "04_rejection_sampling": ("01_synthesize", "03_merge"),
     "05_grpo": ("03_merge", "04_rejection_sampling"),
-    "06_evaluate": ("03_merge", "05_grpo"),
+    "06_evaluate": ("01_synthesize", "03_merge", "05_grpo"),
     "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo",
                   "06_evaluate"),
     "08_benchmark": (), "09_compare": (), "90_tiny_base": (),
 }
 RECIPE = tuple(stage for stage in STAGES if stage < "08")
+COLD_START = ("02_sft", "03_merge")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
             "papermill", "numpy", "pillow")
 NAMES_OF_RUNS = ("run_id", "control_run")  # parameters that name a folder, not what is in it
@@ -66,9 +67,28 @@ LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size
 def run_params(run_id: str, needed_by: str) -> dict:
     """RUN_PARAMS of a run, which its stage 01 has set; FileNotFoundError with the command if that
     has not finished.
+
+    One that an older version did not have yet has its default.
     """
     params = require_record(RUN_PARAMS_STAGE, run_id, needed_by)["params"]
-    return {name: params[name] for name in RUN_PARAMS}
+    defaults = stage_parameters(RUN_PARAMS_STAGE)
+    return {name: params.get(name, defaults[name].default) for name in RUN_PARAMS}
+
+
+def input_stages(stage: str, run_id: str) -> tuple[str, ...]:
+    """The stages that a stage of this run builds on: those of STAGES but, where the run has no
+    cold start, 02 and 03.
+    """
+    if stage <= COLD_START[-1] or has_cold_start(run_id):
+        return STAGES[stage]
+    return tuple(name for name in STAGES[stage] if name not in COLD_START)
+
+
+def has_cold_start(run_id: str) -> bool:
+    """False where 01 had no teacher, unless 02 and 03 have run all the same, on a `traces_file`."""
+    record = load_record(RUN_PARAMS_STAGE, run_id)
+    return (record is None or record["params"].get("teacher") != "none"
+            or load_record(COLD_START[-1], run_id) is not None)
 
 
 def with_run_params(stage: str, run_id: str, params: dict) -> dict:
@@ -83,7 +103,8 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
     that they name, what the stages before it made, and the code that it uses.
     """
     params = with_run_params(stage, run_id, params)
-    inputs = {name: require_record(name, run_id, stage)["outputs"] for name in STAGES[stage]}
+    inputs = {name: require_record(name, run_id, stage)["outputs"]
+              for name in input_stages(stage, run_id)}
     if stage not in STAGES_OF_PICTURES:
         inputs = {name: _stage_products(outputs) for name, outputs in inputs.items()}
     files = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
@@ -303,7 +324,8 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     run_id = validate_run_id(params["run_id"])
     require_own_stage(stage, run_id)
     lock_run(runs_root() / run_id)
-    inputs = {name: require_record(name, run_id, stage)["outputs"] for name in STAGES[stage]}
+    inputs = {name: require_record(name, run_id, stage)["outputs"]
+              for name in input_stages(stage, run_id)}
     key = stage_key(stage, run_id, params)
     branch = refresh_branch(run_id) if inputs else {}
     folder = runs_root() / run_id / stage

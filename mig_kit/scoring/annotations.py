@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 
-from PIL import Image
-
 from mig_kit.boxes import Box, Coordinates
 from mig_kit.common import MAX_LINE, iter_lines
-from mig_kit.image_files import DECODE_ERRORS, is_regular_file, resolve_under_root
+from mig_kit.image_files import BadImage, is_regular_file, read_size, resolve_under_root
 from mig_kit.scoring.parsers import ORDINALS
 
 MIG_BENCH_TASKS = {
@@ -422,9 +420,8 @@ def add_image_sizes(items: tuple[BenchmarkItem, ...],
             missing.append(name)
             continue
         try:
-            with Image.open(path) as image:
-                sized.append(replace(item, size=image.size))
-        except DECODE_ERRORS:
+            sized.append(replace(item, size=read_size(path)))
+        except BadImage:
             broken.append(name)
     for problem, names in (("images are missing below", missing),
                            ("files are no readable images below", broken)):

@@ -95,12 +95,13 @@ def sample_id(benchmark: str, item: BenchmarkItem) -> str:
     return f"{benchmark}/{item.index}"
 
 
-def image_sizes(benchmark: Benchmark, root: str | Path) -> dict[str, list[tuple[int, int]]]:
+def image_sizes(benchmark: Benchmark, root: str | Path,
+                orientation: str = "upright") -> dict[str, list[tuple[int, int]]]:
     """Sample id -> (width, height) of its original images, from their headers.
 
-    Raises BadImage for a file that is no image.
+    orientation: one of ORIENTATIONS. Raises BadImage for a file that is no image.
     """
-    sizes = {name: image_files.read_size(resolve_image_path(root, name))
+    sizes = {name: image_files.read_size(resolve_image_path(root, name), orientation)
              for name in _image_names(benchmark)}
     return {sample_id(benchmark.name, item): [sizes[name] for name in item.images]
             for item in benchmark.items}

@@ -39,12 +39,13 @@ from mig_kit.speed.gpu_needs import (
 from mig_kit.speed.utilisation import matrix_rate
 from mig_kit.speed.workload import time_call
 from mig_kit.stages.synthesize import write_traces
+from mig_kit.world.suites import SIZE_PARAMS
 from mig_kit.world.tasks import TASKS, make_sample
 
 RUNTIME_GIB = 1.0  # of a process: Python, its libraries and the notebook
 SHARD_GIB = 4.5  # that merging takes at most: a shard of 2 GiB, and copies of its largest tensor
 LOAD_BYTES = 5e8  # bytes of weights a second, read and made ready; a guess
-PROBES = 64  # samples with which 02 checks that the model sees, each read twice
+PROBES = 64  # samples at most with which 02 checks that the model sees, each read twice
 
 
 @dataclass(frozen=True)
@@ -226,13 +227,14 @@ def _predict_seconds(shape: Shape, params: Profile, hardware: Hardware, rates: R
     passes = 2 + grpo.gradient_checkpointing + (grpo.beta > 0) + (grpo.micro_replies > 0)
     learning = passes * (read_prompt + group * reply_flops) / rates.flops
     rewrite = 2 * load + 2 * shape.total * 2 / LOAD_BYTES
+    probes = min(PROBES, round(rows / sft.num_train_epochs))
     questions = work["06_evaluate"] / 3
     sampled = questions * evaluate.sampled_per_task / max(1, evaluate.mig_per_task)
     return {
-        "02_sft": 2 * load + 2 * unpack + 2 * PROBES * read_row / rates.flops
+        "02_sft": 2 * load + 2 * unpack + 2 * probes * read_row / rates.flops
         + draw(4, 1, sft.max_new_tokens, 4) + draw(4, 1, sft.max_new_tokens, 4, unpack)
         + 2 * rows * read_row / rates.flops + micro_steps * 2 * unpack,
-        "03_merge": rewrite + 3 * unpack + 4 * load + draw(1, 1, 128, 1),
+        "03_merge": 2 * rewrite + 3 * unpack + 4 * load + draw(1, 1, 128, 1),
         "04_rejection_sampling": load + draw(work["04_rejection_sampling"], sampling.replies,
                                              sampling.max_new_tokens, sampling.batch_size),
         "05_grpo": 3 * load + rewrite + 2 * draw(17, 1, reply, 17)
@@ -240,4 +242,6 @@ def _predict_seconds(shape: Shape, params: Profile, hardware: Hardware, rates: R
         + work["05_grpo"] * learning,
         "06_evaluate": 3 * (load + draw(questions, 1, evaluate.max_new_tokens, evaluate.batch_size)
                             + draw(sampled * (evaluate.replies > 0), max(1, evaluate.replies),
-                                   evaluate.max_new_tokens, evaluate.batch_size))}
+                                   evaluate.max_new_tokens, evaluate.batch_size))
+        + (evaluate.kl_samples > 0) * 3 * load  # the KL: two systems' replies, read by two models
+        + 4 * evaluate.kl_samples * len(SIZE_PARAMS) * read_row / rates.flops}

@@ -21,6 +21,7 @@ from mig_kit.engine.generation import count_prompts_at_once
 from mig_kit.engine.logprobs import HEAD_TOKENS
 from mig_kit.engine.model_folders import FAMILIES
 from mig_kit.pipeline.params import profile_params
+from mig_kit.world.find_all import FIND_ALL
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
 from mig_kit.world.suites import SIZE_PARAMS, suite_tasks
 from mig_kit.world.tasks import TASKS
@@ -40,6 +41,7 @@ SERVED_SHARES = (0.45, 0.7)  # of a card's FLOP and byte rates that it reaches; 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with its scales (double quantisation)
 IMAGES = 6  # of a prompt
 MGROUNDING_QUESTIONS = 630_000  # of MGrounding-630k, by its name
+OWN_QUESTIONS = 1000  # of own data whose file is named on the command line
 TEXT_TOKENS, TRACE_TOKENS = 200, 300  # of a prompt's text, and of a trace
 ADVICE = {
     "02_sft": "lower max_pixels, or lora_r",
@@ -266,32 +268,43 @@ def fitting_pixels(shape: Shape, params: Profile, gigabytes: int) -> int:
 def count_work(params: Profile) -> dict[str, int]:
     """Samples of SFT, candidates of rejection sampling, groups of RL, questions of evaluation.
 
-    An evaluation asks three systems each of its questions. On a benchmark whose limit is 0 their
-    number is not known here, and the drawn suites are counted.
+    An evaluation asks three systems each of its questions, two where there is no teacher. On a
+    benchmark whose limit is 0 their number is not known here, and the drawn suites are counted.
     """
     synthesize, sft, _, grpo, evaluate = params
+    held_out = 0
     if synthesize.data == "scenes":
         cot = (len(TASKS) * synthesize.cot_per_task
-               + len(FREE_FORM) * synthesize.free_form_per_task)
-        rl = (len(TASKS) * synthesize.rl_per_task + len(BOX_FORMS) * synthesize.rl_boxes_per_task
+               + len(FREE_FORM) * synthesize.free_form_per_task
+               + len(FIND_ALL) * synthesize.cot_find_all_per_task)
+        rl = (len(FIND_ALL) * synthesize.rl_find_all_per_task
+              + len(TASKS) * synthesize.rl_per_task + len(BOX_FORMS) * synthesize.rl_boxes_per_task
               + (len(FREE_FORM) - len(BOX_FORMS)) * synthesize.rl_free_form_per_task)
     else:
         questions = synthesize.data_limit or _count_questions(synthesize)
-        cot, rl = (round(questions * share) for share in synthesize.data_shares[:2])
+        cot, rl, held_out = (round(questions * share) for share in synthesize.data_shares)
+        held_out = min(held_out, evaluate.held_out_samples or held_out)
+    systems = 3
+    if synthesize.teacher == "none":
+        cot, rl, systems = 0, cot + rl, 2
     drawn_questions = sum(len(suite_tasks(suite)) * vars(evaluate)[per_task]
                           for suite, per_task in SIZE_PARAMS.items())
+    drawn_questions += len(FIND_ALL) * evaluate.find_all_per_task
     return {
         "02_sft": round(min(cot, sft.max_samples or cot) * sft.num_train_epochs),
         "04_rejection_sampling": rl,
         "05_grpo": grpo.max_steps * groups_per_update(grpo),
-        "06_evaluate": 3 * (evaluate.benchmark_limit or drawn_questions)}
+        "06_evaluate": systems * (held_out + (evaluate.benchmark_limit or drawn_questions))}
 
 
 def _count_questions(synthesize: SimpleNamespace) -> int:
-    """Lines of an own data file; MGROUNDING_QUESTIONS for MGrounding-630k, which is not read here.
+    """Lines of an own data file, OWN_QUESTIONS where the profile names none; MGROUNDING_QUESTIONS
+    for MGrounding-630k, which is not read here.
     """
     if synthesize.data == "mgrounding":
         return MGROUNDING_QUESTIONS
+    if not synthesize.data_file:
+        return OWN_QUESTIONS
     return sum(1 for _ in iter_lines(PROJECT_ROOT / synthesize.data_file))
 
 
@@ -369,6 +382,8 @@ def hours_table(shape: Shape, params: Profile) -> list[dict]:
     """
     rows = []
     for stage, count in count_work(params).items():
+        if not count:
+            continue
         for is_served in (False, True)[:1 if stage == "02_sft" else 2]:
             drawn_by = "a server" if is_served else "the kit"
             row = {"stage": stage, "drawn by": "" if stage == "02_sft" else drawn_by,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from mig_kit import plots
 from mig_kit.boxes import BoxFormat
 from mig_kit.pipeline import store
 from mig_kit.plots import OOD_NAMES, SUITE_NAMES
@@ -23,8 +24,8 @@ from mig_kit.stats import joint_difference, joint_interval, probability_of_impro
 from mig_kit.world import suites
 
 # Runs that differ in one of these did not answer the same questions.
-SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "min_pixels", "max_pixels",
-                 "coordinates")
+SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "find_all_per_task", "min_pixels",
+                 "max_pixels", "coordinates")
 SYSTEMS = ("base", "sft", "grpo")
 OUT_OF_DOMAIN = "ood_grounding"
 
@@ -84,20 +85,32 @@ def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
                              "--profile of that run")
         evaluations[run_id] = record["params"]
     for name in SAMPLE_PARAMS:
-        if len({params[name] for params in evaluations.values()}) > 1:
-            values = ", ".join(f"{run} {params[name]}" for run, params in evaluations.items())
+        by_run = {run: params.get(name, 0) for run, params in evaluations.items()}
+        if len(set(by_run.values())) > 1:
+            values = ", ".join(f"{run} {value}" for run, value in by_run.items())
             raise ValueError(f"the runs were not evaluated on the same samples: {name} is {values}")
+    parts = {run: _held_out_part(run, params) for run, params in evaluations.items()}
+    if len(set(parts.values())) > 1:
+        raise ValueError("the runs were not scored on the same held-out part of own data: "
+                         f"{', '.join(parts)}; compare runs of one 01_synthesize")
     return evaluations
+
+
+def _held_out_part(run_id: str, params: dict) -> tuple | None:
+    """What tells the held-out questions of own data from others; None for a run without such."""
+    if not evaluate.name_own_data(run_id):
+        return None
+    outputs = store.load_record("01_synthesize", run_id)["outputs"]
+    return outputs["val.parquet"], params["held_out_samples"]
 
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
         dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
     """(samples by suite, runs by group); raises as `load_evaluations`."""
     evaluations = load_evaluations([run for members in groups.values() for run in members])
-    params = next(iter(evaluations.values()))
+    first_run, params = next(iter(evaluations.items()))
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    samples = {suite: suites.make_suite(suite, "test", params[size], params["eval_seed"])
-               for suite, size in suites.SIZE_PARAMS.items()}
+    samples = evaluate.load_test_samples(first_run, params)
     return samples, {name: [_load_run(run, samples, box_format) for run in members]
                      for name, members in groups.items()}
 
@@ -111,7 +124,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]],
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
     correct = {system: {suite: _correctness(run_id, system, suite, samples[suite], box_format)
                         for suite in samples}
-               for system in SYSTEMS}
+               for system in SYSTEMS if system != "sft" or store.has_cold_start(run_id)}
     return EvaluatedRun(
         run_id, trained.get("params", {}).get("seed", 0), correct,
         float(np.mean(lengths)) if lengths else float("nan"),
@@ -165,8 +178,9 @@ def _scopes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, list[np.nd
     """Name of a suite, or of a task out of domain -> (suite, the sample indices of each task)."""
     scopes = {}
     for suite, suite_samples in samples.items():
-        by_task = evaluate.split_by_task(suite_samples, np.arange(len(suite_samples)))
-        scopes[suite] = suite, list(by_task.values())
+        rows = np.arange(len(suite_samples))
+        by_task = evaluate.split_by_task(suite_samples, rows)
+        scopes[suite] = suite, evaluate.split_for_score(suite_samples, rows)
         if suite == OUT_OF_DOMAIN:
             scopes |= {f"{suite}/{task}": (suite, [rows]) for task, rows in by_task.items()}
     return scopes
@@ -182,9 +196,10 @@ def _values(runs: list[EvaluatedRun], system: str,
 
 def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
                 tasks: tuple[str, list[np.ndarray]]) -> list[dict]:
-    by_system = {system: _values(runs, system, tasks) for system in SYSTEMS}
+    by_system = {system: _values(runs, system, tasks) for system in SYSTEMS
+                 if all(system in run.correct for run in runs)}
     estimates = {system: joint_interval(values) for system, values in by_system.items()}
-    for after, before in (("grpo", "sft"), ("grpo", "base"), ("sft", "base")):
+    for after, before in evaluate.list_pairs(by_system):
         gaps = [a - b for a, b in zip(by_system[after], by_system[before])]
         estimates[f"{after}-{before}"] = joint_interval(gaps)
     return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
@@ -259,7 +274,7 @@ def _pairing_note(group: str, runs: list[EvaluatedRun], reference: str,
 def suite_name(suite: str) -> str:
     """How a suite, or a task out of domain, is called in tables."""
     _, is_task, task = suite.partition("/")
-    return OOD_NAMES.get(task, task) if is_task else SUITE_NAMES[suite]
+    return OOD_NAMES.get(task, task) if is_task else plots.suite_name(suite)
 
 
 def table_frames(result: dict) -> dict[str, pd.DataFrame]:
@@ -271,7 +286,9 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
         figure = differences[0]["figure"]
         frames[f"Difference to {result['reference']}, points (95 %; probability of improvement)"] \
             = _wide_frame(rows, figure)
-    frames["The paper's claims, points (95 %)"] = _claims_frame(rows)
+    claims = _claims_frame(rows)
+    if len(claims):  # none of them for runs that were scored on own data alone
+        frames["The paper's claims, points (95 %)"] = claims
     return frames
 
 
@@ -303,7 +320,10 @@ def _claims_frame(rows: list[dict]) -> pd.DataFrame:
     lines = []
     for suite, comparison, delta, paper in CLAIMS:
         line = {"suite": SUITE_NAMES[suite], "compared": comparison}
-        for group in dict.fromkeys(row["group"] for row in rows):
+        groups = dict.fromkeys(row["group"] for row in rows)
+        if not all((group, suite, delta) in by_key for group in groups):
+            continue
+        for group in groups:
             line[group] = _cell(by_key[group, suite, delta])
         lines.append({**line, "paper (real benchmark, 7B)": f"{paper:+.2f}"})
     return pd.DataFrame(lines)

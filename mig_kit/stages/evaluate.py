@@ -1,27 +1,89 @@
 """Stage 06: base, SFT and GRPO models on all suites, greedy and sampled, with intervals.
 
 A reply is correct if its one box reaches IoU 0.5 in the correct image; naming several boxes counts
-as naming none. A suite's score is the unweighted mean over its tasks (MIG-Bench's AVG). Intervals:
-percentile bootstrap over the samples of each task (2,000 resamples, stratified); differences are
-paired by sample.
+as naming none. A question for all boxes is answered correctly by as many boxes as there are
+targets, each with IoU 0.5, or by saying that there is none; `summarize_boxes` counts box by box. A
+suite's score is the unweighted mean over its tasks (MIG-Bench's AVG), that of own data the mean
+over its questions. Intervals: percentile bootstrap over the samples of each task (2,000 resamples,
+stratified); differences are paired by sample.
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.prompts import parse_reply
-from mig_kit.rewards import is_correct, names_target_image, reply_iou
-from mig_kit.sample import Sample
+from mig_kit.boxes import Box, BoxFormat, iou
+from mig_kit.pipeline import store
+from mig_kit.plots import HELD_OUT_NAMES
+from mig_kit.prompts import is_well_formed, parse_boxes
+from mig_kit.rewards import (
+    image_overlap,
+    is_correct,
+    match_score,
+    names_target_image,
+    reply_iou,
+    weakest_iou,
+)
+from mig_kit.sample import Sample, read_samples
 from mig_kit.stats import (
     group_by_task,
     macro_mean,
     paired_gap,
     pass_at_k,
     percent_interval,
+    ratio_interval,
+    share_interval,
     to_percent,
 )
+from mig_kit.world import find_all, suites
+
+PAIRS = (("grpo", "sft"), ("grpo", "base"), ("sft", "base"), ("grpo", "sft_long"))
+
+
+def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample]]:
+    """Suite -> the samples that are scored: the held-out part of the run's own data, where it has
+    some, then the drawn suites whose size is not 0.
+
+    params: of 06. Own data is called as `data` of 01. ValueError where there is nothing to score.
+    """
+    data = name_own_data(run_id)
+    samples: dict[str, Sequence[Sample]] = {}
+    if data:
+        held_out = read_samples(store.stage_folder("01_synthesize", run_id) / "val.parquet")
+        samples[data] = spread_samples(held_out, params["held_out_samples"])
+    samples |= draw_test_samples(params)
+    if not samples:
+        raise ValueError("there is nothing to score: without own data one of "
+                         f"{', '.join(suites.SIZE_PARAMS.values())} must be over 0")
+    return samples
+
+
+def draw_test_samples(params: Mapping) -> dict[str, list[Sample]]:
+    """Suite -> its drawn test samples, of the suites whose size is not 0; params: of 06."""
+    samples = {suite: suites.make_suite(suite, "test", params[size], params["eval_seed"])
+               for suite, size in suites.SIZE_PARAMS.items() if params[size]}
+    if count := params.get("find_all_per_task"):
+        samples[find_all.SUITE] = list(find_all.draw_find_all("test", count, params["eval_seed"]))
+    return samples
+
+
+def name_own_data(run_id: str) -> str:
+    """`data` of the run's 01, "" for drawn scenes."""
+    record = store.load_record("01_synthesize", run_id) or {"params": {}}
+    return record["params"].get("data", "scenes").replace("scenes", "")
+
+
+def spread_samples(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
+    """At most `count` of the samples, evenly spaced; all for 0."""
+    if not count or len(samples) <= count:
+        return samples
+    return samples.select([index * len(samples) // count for index in range(count)])
+
+
+def list_pairs(systems: Mapping) -> list[tuple[str, str]]:
+    """The (after, before) pairs of PAIRS whose systems were both evaluated."""
+    return [pair for pair in PAIRS if set(pair) <= set(systems)]
 
 
 def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, float]:
@@ -29,10 +91,13 @@ def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, 
 
     image: whether the image is correct; format: whether the reply is well formed. A sample without
     a target is answered by naming no box; there, and in multiple choice, iou and image repeat
-    correct.
+    correct. Where all boxes are asked for, iou is that of the weakest box and image is shared.
     """
     correct = float(is_correct(reply, sample, box_format))
-    well_formed = float(parse_reply(reply).well_formed)
+    well_formed = float(is_well_formed(reply, sample))
+    if sample.find_all:
+        return {"iou": weakest_iou(reply, sample, box_format), "correct": correct,
+                "image": image_overlap(reply, sample), "format": well_formed}
     if sample.options:
         return {"iou": correct, "correct": correct, "image": correct, "format": well_formed}
     if not sample.targets:
@@ -63,6 +128,15 @@ def split_by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.nda
     return group_by_task((sample.task for sample in samples), values)
 
 
+def split_for_score(samples: Sequence[Sample], values: np.ndarray) -> list[np.ndarray]:
+    """values (samples, ...) of each part whose mean counts alike: of every task or, for own data,
+    of all questions, since its tasks are its author's words and may be of one question each.
+    """
+    if samples and samples[0].suite in HELD_OUT_NAMES:
+        return [values]
+    return list(split_by_task(samples, values).values())
+
+
 def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[str]],
                     box_format: BoxFormat) -> dict:
     """One system on one suite, in percent: n, score and ci95 (greedy), sampled (mean at temperature
@@ -75,32 +149,70 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
               for reply, sample in zip(greedy, samples, strict=True)]
     columns = {name: np.array([score[name] for score in scores])
                for name in ("iou", "correct", "format", "image")}
-    drawn_correct = _drawn_correctness(samples, drawn, box_format)
+    drawn_samples, drawn_values = _drawn_correctness(samples, drawn, box_format)
+    drawn_correct = split_by_task(drawn_samples, drawn_values)
     tasks = {}
     for task, rows in split_by_task(samples, np.arange(len(samples))).items():
         tasks[task] = _summarize_task({name: values[rows] for name, values in columns.items()})
         if task in drawn_correct:
             tasks[task] |= _summarize_drawn(drawn_correct[task])
-    groups = list(split_by_task(samples, columns["correct"]).values())
+    groups = split_for_score(samples, columns["correct"])
     summary = {"n": len(samples), "score": to_percent(macro_mean(groups)),
                "ci95": percent_interval(groups), "sampled": None,
-               "n_sampled": sum(map(len, drawn_correct.values())), "tasks": tasks}
-    if drawn_correct:
-        summary |= _sampled_averages(list(drawn_correct.values()))
+               "n_sampled": len(drawn_samples), "tasks": tasks}
+    if drawn_samples:
+        summary |= _sampled_averages(split_for_score(drawn_samples, drawn_values))
     for name in ("format", "image"):
-        summary[name] = to_percent(macro_mean(list(split_by_task(samples, columns[name]).values())))
+        summary[name] = to_percent(macro_mean(split_for_score(samples, columns[name])))
+    if any(sample.find_all for sample in samples):
+        summary["boxes"] = summarize_boxes(samples, greedy, box_format)
     return summary
 
 
+def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFormat) -> dict:
+    """The questions for all boxes, box by box, in percent; others are left out.
+
+    precision, recall and f1 over all their boxes: a box is right if Hungarian matching pairs it
+    with a target at IoU >= 0.5. rejection: of the n_none questions without a target, those whose
+    reply says so; wrong_rejection: of the others, those whose reply says that there is none. An
+    unreadable reply names no box and rejects nothing. A figure without a case is None.
+    """
+    counts, rejected = [], {True: [], False: []}  # rejected: by whether there is no target
+    for sample, reply in zip(samples, replies, strict=True):
+        if not sample.find_all:
+            continue
+        boxes = parse_boxes(reply)
+        larger = max(len(boxes or ()), len(sample.targets))
+        right = match_score(reply, sample, box_format, _reaches_half, right_none=0.0) * larger
+        counts.append((round(right), len(boxes or ()), len(sample.targets)))
+        rejected[not sample.targets].append(boxes == [])
+    right, named, wanted = np.array(counts, dtype=float).T
+    ratios = {"precision": (right, named), "recall": (right, wanted),
+              "f1": (2 * right, named + wanted)}
+    summary = {"n": len(counts), "n_none": len(rejected[True])}
+    for name, (part, total) in ratios.items():
+        summary[name] = to_percent(part.sum() / total.sum()) if total.any() else None
+    summary["f1_ci95"] = [to_percent(bound) for bound in ratio_interval(*ratios["f1"])]
+    for name, outcomes in (("rejection", rejected[True]), ("wrong_rejection", rejected[False])):
+        interval = [to_percent(bound) for bound in share_interval(sum(outcomes), len(outcomes))]
+        summary[name] = to_percent(np.mean(outcomes)) if outcomes else None
+        summary[f"{name}_ci95"] = interval if outcomes else None
+    return summary
+
+
+def _reaches_half(box: Box, target: Box) -> float:
+    return float(iou(box, target) >= 0.5)
+
+
 def _drawn_correctness(samples: list[Sample], drawn: list[list[str]],
-                       box_format: BoxFormat) -> dict[str, np.ndarray]:
-    """task -> (samples, replies), 1 for each correct reply, of the samples that have drawn ones."""
+                       box_format: BoxFormat) -> tuple[list[Sample], np.ndarray]:
+    """The samples that have drawn replies, and (samples, replies), 1 for each correct one."""
     drawn_samples, correct = [], []
     for sample, replies in zip(samples, drawn):
         if replies:
             drawn_samples.append(sample)
             correct.append([reply_is_correct(reply, sample, box_format) for reply in replies])
-    return split_by_task(drawn_samples, np.array(correct))
+    return drawn_samples, np.array(correct)
 
 
 def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
@@ -144,7 +256,7 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
     gaps = np.array([reply_is_correct(a, sample, box_format)
                      - reply_is_correct(b, sample, box_format)
                      for a, b, sample in zip(after, before, samples)])
-    difference = {**paired_gap(list(split_by_task(samples, gaps).values())), "sampled": None}
+    difference = {**paired_gap(split_for_score(samples, gaps)), "sampled": None}
     drawn_samples, drawn_gaps = [], []
     for sample, a, b in zip(samples, after_drawn, before_drawn):
         if a and b:
@@ -152,7 +264,7 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
             drawn_gaps.append(_share_correct(a, sample, box_format)
                               - _share_correct(b, sample, box_format))
     if drawn_samples:
-        gap = paired_gap(list(split_by_task(drawn_samples, np.array(drawn_gaps)).values()))
+        gap = paired_gap(split_for_score(drawn_samples, np.array(drawn_gaps)))
         difference |= {"sampled": gap["value"], "sampled_ci95": gap["ci95"]}
     return difference
 

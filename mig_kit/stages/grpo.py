@@ -45,7 +45,11 @@ from mig_kit.engine.own_rewards import compute_reward, load_rewards
 from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.sampling import make_cache
 from mig_kit.engine.served_rollouts import SAMPLING_CURVES, ServedRollouts
-from mig_kit.engine.shared_prefix_grpo import NOT_SHARED, SharedPrefixGRPOTrainer
+from mig_kit.engine.shared_prefix_grpo import (
+    NOT_SHARED,
+    ResumableGRPOTrainer,
+    SharedPrefixGRPOTrainer,
+)
 from mig_kit.engine.training import (
     LiveCurves,
     ProgressLines,
@@ -55,7 +59,12 @@ from mig_kit.engine.training import (
     trainer_arguments,
     use_one_device,
 )
-from mig_kit.prompts import chat_messages, parse_reply, reply_box_in_original
+from mig_kit.prompts import (
+    chat_messages,
+    parse_reply,
+    reply_box_in_original,
+    reply_boxes_in_original,
+)
 from mig_kit.rewards import Reward, cites_only_existing_images, is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
@@ -128,15 +137,19 @@ def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: di
                    weights: dict[str, float]) -> dict:
     """What is kept of a rollout: its rewards, their weighted sum, whether it is correct, its box.
 
-    box: in pixels of the original of image number `image`; None without one.
+    box: in pixels of the original of image number `image`; None without one. Of a question for all
+    boxes it has "boxes", (image, box) pairs, in place of "image" and "box".
     """
-    answer = parse_reply(reply)
     rewards = {name: score(reply, sample) for name, score in scores.items()}
     total = sum(weights.get(name, 1.0) * value for name, value in rewards.items()
                 if value is not None)
+    if sample.find_all:
+        boxes = {"boxes": reply_boxes_in_original(sample, reply, box_format)}
+    else:
+        answer = parse_reply(reply)
+        boxes = {"image": answer.image, "box": reply_box_in_original(sample, answer, box_format)}
     return {"reply": reply, "reward": total, "rewards": rewards,
-            "correct": is_correct(reply, sample, box_format), "image": answer.image,
-            "box": reply_box_in_original(sample, answer, box_format),
+            "correct": is_correct(reply, sample, box_format), **boxes,
             "detail": recognize_detail(reply) if sample.notes else ""}
 
 
@@ -196,11 +209,10 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
                       *_rollout_callbacks(policy, samples, folder, params, scores)]}
     if not params.share_prefix:
-        return GRPOTrainer(**common)
+        return ResumableGRPOTrainer(**common)
     served = None
     if params.server:
         served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
-        common["callbacks"].append(served)
     return SharedPrefixGRPOTrainer(
         **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
         micro_replies=params.micro_replies, served=served,

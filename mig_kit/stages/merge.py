@@ -99,12 +99,12 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
         release_memory()
         if method == READ_BACK:
             logps = read_logps(load_model(merged, hardware))
-        elif method == ORIGINAL_FOUR_BIT:
+        elif method in (ORIGINAL, ORIGINAL_FOUR_BIT):
             with TemporaryDirectory(dir=merged.parent) as name:
                 folder = Path(name) / "merged"
                 write_merged_model(base, adapter, folder, hardware, processor, four_bit=False,
                                    adapter_scale=adapter_scale)
-                logps = read_logps(load_model(folder, hardware, four_bit=True))
+                logps = read_logps(load_model(folder, hardware, method == ORIGINAL_FOUR_BIT))
         else:
             logps = read_logps(merge_adapter(base, adapter, hardware, method, adapter_scale))
         gaps = (logps - trained_logps).abs()

@@ -3,8 +3,9 @@
 The paper names the step but not the rule. Ours: draw N replies per candidate at temperature 1, call
 a reply correct if it names the right image with IoU >= 0.5, and keep prompts whose pass rate lies
 between min_pass_rate and max_pass_rate, at most the same number of every task. A group without
-spread has no advantage to learn from. With `curate: random` no reply is drawn, and prompts are kept
-at random, to see what the step is worth.
+spread has no advantage to learn from. A question for all boxes is answered correctly by finding
+each of them and naming no other, and by saying so where there is none. With `curate: random` no
+reply is drawn, and prompts are kept at random, to see what the step is worth.
 """
 
 import random
@@ -50,11 +51,13 @@ def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
                        box_format: BoxFormat) -> list[dict]:
     """How often replies are correct by how much their reasoning says.
 
-    Rows {asked, detail, n, correct}: asked is "a box" or "a letter", correct a share in 0..1.
+    Rows {asked, detail, n, correct}: asked is "a box", "all boxes" or "a letter", correct a share
+    in 0..1.
     """
     outcomes = defaultdict(list)
     for sample in samples:
-        asked = "a letter" if sample.options else "a box"
+        boxes = "all boxes" if sample.find_all else "a box"
+        asked = "a letter" if sample.options else boxes
         for reply in replies[sample.id]:
             correct = is_correct(reply, sample, box_format)
             outcomes[asked, recognize_detail(reply)].append(correct)

@@ -20,11 +20,18 @@ from PIL.Image import Image
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.own_rewards import compute_reward
-from mig_kit.plots import OOD_NAMES, SUITE_NAMES, draw_sample
+from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, draw_sample, suite_name
 from mig_kit.prompts import format_question, parse_reply
 from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample
-from mig_kit.stages.report_tables import CAPTIONS, pass_at_k_rows
+from mig_kit.stages.report_tables import (
+    CAPTIONS,
+    box_rows,
+    classify_list,
+    gain_rows,
+    held_out_rows,
+    pass_at_k_rows,
+)
 from mig_kit.world.specs import count_listed_objects
 
 # Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
@@ -35,7 +42,8 @@ CLAIMS = (
     ("blink", "RL over base", "grpo-base", 3.1),
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
-OUTCOMES = ("correct", "box off", "wrong image", "wrong option", "no answer")
+OUTCOMES = ("correct", "box off", "wrong image", "wrong option", "no answer",
+            "wrong number of boxes", "wrongly none", "box where none is")
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
 
@@ -45,9 +53,13 @@ _macros = _templates.get_template("report.html.jinja").module
 
 
 def claim_rows(metrics: dict) -> list[dict]:
-    """Rows with this run's difference beside the paper's, in points; metrics: of stage 06."""
+    """Rows with this run's difference beside the paper's, in points; metrics: of stage 06. A claim
+    on a suite or model that the run does not have is left out.
+    """
     rows = []
     for suite, comparison, delta, paper in CLAIMS:
+        if suite not in metrics["deltas"].get(delta, ()):
+            continue
         difference = metrics["deltas"][delta][suite]
         rows.append({"suite": SUITE_NAMES[suite], "compared": comparison,
                      "this run": difference["value"], "95 %": difference["ci95"],
@@ -58,23 +70,28 @@ def claim_rows(metrics: dict) -> list[dict]:
 
 def score_rows(systems: dict, figure: str = "score") -> list[dict]:
     """Rows {system, suite -> percent}; systems: of stage 06's metrics. figure: or "sampled"."""
-    return [{"system": system, **{SUITE_NAMES[suite]: result[figure]
+    return [{"system": system, **{suite_name(suite): result[figure]
                                   for suite, result in suites.items()}}
             for system, suites in systems.items()]
 
 
 def kl_rows(kl: dict) -> list[dict]:
     """Rows {system, suite -> nats per token}; kl: of `engine.systems.kl_from_base`."""
-    return [{"system": system, **{SUITE_NAMES[suite]: round(figures["per_token"], 3)
+    return [{"system": system, **{suite_name(suite): round(figures["per_token"], 3)
                                   for suite, figures in by_suite.items()}}
             for system, by_suite in kl.items()]
 
 
 def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
-    """One of OUTCOMES; "box off" is the right image with an IoU under 0.5."""
+    """One of OUTCOMES; "box off" is the right image with an IoU under 0.5.
+
+    The last three are of questions for all boxes.
+    """
     answer = parse_reply(reply)
     if is_correct(reply, sample, box_format):
         return "correct"
+    if sample.find_all:
+        return classify_list(reply, sample)
     if sample.options:
         return "wrong option" if answer.letter else "no answer"
     if answer.box is None:
@@ -134,14 +151,16 @@ def pick_gallery(samples: list[Sample], before: dict[str, str], after: dict[str,
                  box_format: BoxFormat, per_kind: int = 4) -> list[tuple[str, Sample]]:
     """(kind, sample) pairs, by what changed from `before` to `after` (replies by sample id).
 
-    At most `per_kind` samples of each of KINDS, each of another task.
+    At most `per_kind` samples of each of KINDS, each of another task where there are so many.
     """
+    of_one_task = -(-per_kind // max(1, len({sample.task for sample in samples})))
     gallery: dict[str, list[Sample]] = {kind: [] for kind in KINDS.values()}
     for sample in samples:
         was, now = (is_correct(replies[sample.id], sample, box_format)
                     for replies in (before, after))
         picked = gallery[KINDS[was, now]]
-        if len(picked) < per_kind and sample.task not in [other.task for other in picked]:
+        n_alike = sum(other.task == sample.task for other in picked)
+        if len(picked) < per_kind and n_alike < of_one_task:
             picked.append(sample)
     return [(kind, sample) for kind, picked in gallery.items() for sample in picked]
 
@@ -232,7 +251,7 @@ def two_run_page(metrics: dict[str, dict[str, dict]], differences: list[dict]) -
     """
     plots.set_style()
     evaluated = {run: stages["06_evaluate"] for run, stages in metrics.items()}
-    bars = [{"suite": SUITE_NAMES[suite], "run": run, "score": result["score"],
+    bars = [{"suite": suite_name(suite), "run": run, "score": result["score"],
              "ci95": result["ci95"]}
             for run, evaluation in evaluated.items()
             for suite, result in evaluation["systems"]["grpo"].items()]
@@ -255,10 +274,10 @@ def compare_scores(evaluated: dict[str, dict]) -> list[dict]:
     rows = []
     for run, metrics in evaluated.items():
         for system, suites in metrics["systems"].items():
-            scores = {SUITE_NAMES[suite]: result["score"] for suite, result in suites.items()}
+            scores = {suite_name(suite): result["score"] for suite, result in suites.items()}
             rows.append({"run": run, "what": system, **scores})
         for name, deltas in metrics["deltas"].items():
-            points = {SUITE_NAMES[suite]: delta["value"] for suite, delta in deltas.items()}
+            points = {suite_name(suite): delta["value"] for suite, delta in deltas.items()}
             rows.append({"run": run, "what": f"{name} (points)", **points})
     return rows
 
@@ -309,22 +328,29 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None]
                                for name in names if figures[name])
 
     systems = metrics["systems"]
+    main_suite = next(iter(systems["grpo"]))
+    drawn = "suites" if main_suite in HELD_OUT_NAMES else "drawn suites"
+    held_out = (captioned(html_table(held_out_rows(systems)), "held_out")
+                + captioned(html_table(gain_rows(metrics["deltas"])), "gains"))
     claims = captioned(html_table(claim_rows(metrics)), "claims")
-    sections = [("The paper's claims and this run (points)", claims)]
+    sections = [("Your data: the held-out part", held_out),
+                ("The paper's claims and this run (points)", claims)]
     if tables["benchmark"]:
         benchmark = metrics["benchmark"]
         title = f"{benchmark['name']} {benchmark['version']} (greedy, percent)"
         sections.append((title, html_table(tables["benchmark"])))
     return [
         *sections,
-        ("Scores on drawn suites, greedy (percent)",
+        (f"Scores on {drawn}, greedy (percent)",
          html_table(score_rows(systems)) + images("suites")),
         ("Out of domain, by suite (drawn)",
          images("ood") + captioned(html_table(tables["ood"]), "ood_rows")),
-        ("Scores on drawn suites, mean of replies at temperature 1 (percent)",
+        (f"Scores on {drawn}, mean of replies at temperature 1 (percent)",
          captioned(html_table(score_rows(systems, "sampled")), "sampled")
          + captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
-        ("MIG-Bench-like (drawn), per task", images("tasks", "outcomes")),
+        ("None, one or several boxes (greedy, percent)",
+         captioned(html_table(box_rows(systems)), "boxes")),
+        (f"{suite_name(main_suite)}, per task", images("tasks", "outcomes")),
         ("Training", images("loss", "grpo") + html_table(tables["rewards"])),
         ("What the replies become while RL trains",
          images("shares", "rollouts")),
@@ -335,7 +361,7 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None]
 
 def score_bars(systems: dict) -> list[dict]:
     """Rows {suite, system, score, ci95} for `plots.plot_bars`; systems: of stage 06's metrics."""
-    return [{"suite": SUITE_NAMES[suite], "system": system, "score": result["score"],
+    return [{"suite": suite_name(suite), "system": system, "score": result["score"],
              "ci95": result["ci95"]}
             for system, suites in systems.items() for suite, result in suites.items()]
 

@@ -2,14 +2,16 @@
 table and figure.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.sampling import load_replies
-from mig_kit.plots import OOD_NAMES, SUITE_NAMES
-from mig_kit.rewards import is_correct
+from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, suite_name
+from mig_kit.prompts import parse_boxes
+from mig_kit.rewards import image_overlap, is_correct
 from mig_kit.sample import Sample
 from mig_kit.stats import group_by_task, paired_gap
 
@@ -20,12 +22,21 @@ CAPTIONS = {
     "claims": "Points that RL adds, with the 95 % interval over test samples. An interval above 0 "
               "is an effect of RL in this run. What another seed would give is not in it: "
               "mig-kit table compares seeds.",
+    "held_out": "Questions of your data that nothing was trained on, answered greedily, in "
+                "percent. They were set aside by the hash of their first image; left_out.txt of 01 "
+                "says how many of their images are in training all the same.",
+    "gains": "Points, paired by question. An interval that leaves out 0, marked ▲ or ▼, is a gain "
+             "or loss on your data; a wide one asks for more held-out questions (data_shares).",
     "suites": "Lines are 95 % intervals over samples. Look at whether GRPO stands above SFT by "
               "more than its line, and whether either falls below the base.",
     "sampled": "The first samples of each task, answered several times. Compare with the greedy "
                "scores: a model that is sure of its answers loses little.",
     "pass_at_k": "The chance that one of k replies at temperature 1 is correct, in percent. Where "
                  "GRPO leads at k = 1 and no longer at k = 8, RL made likelier what SFT could do.",
+    "boxes": "Questions that ask for all boxes, of which there may be none. Precision, recall and "
+             "F1 are over boxes at IoU 0.5, paired by Hungarian matching. Rejection rate: how "
+             "often \"none\" is said where there is none; wrongly none: where there is one. A "
+             "model that always says \"none\" has 100 in both.",
     "ood": "Look for suites where SFT or GRPO stands below the base: fine-tuning lost what the "
            "base could do.",
     "ood_rows": "Percent correct, and differences in points with 95 % intervals, paired by "
@@ -53,14 +64,38 @@ CAPTIONS = {
 }
 
 
-def load_greedy_replies(folder: Path, suite: str,
-                        samples: list[Sample]) -> dict[str, dict[str, str]]:
-    """System -> sample id -> its greedy reply; folder: "replies" of 06."""
+def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
+                        systems: Iterable[str] = SYSTEM_NAMES) -> dict[str, dict[str, str]]:
+    """System -> sample id -> its greedy reply, of those SYSTEM_NAMES that are in `systems`; folder:
+    "replies" of 06.
+    """
     replies = {}
-    for system in SYSTEM_NAMES:
+    for system in [name for name in SYSTEM_NAMES if name in systems]:
         stored = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
         replies[system] = {sample.id: stored[sample.id][0] for sample in samples}
     return replies
+
+
+def held_out_rows(systems: dict) -> list[dict]:
+    """A row per system on the held-out part of own data, in percent; [] for a run without such.
+
+    systems: of stage 06's metrics.
+    """
+    return [{"system": SYSTEM_NAMES.get(system, system), "questions": result["n"],
+             "correct": result["score"], "95 %": result["ci95"], "right image": result["image"],
+             "well formed": result["format"], "at temperature 1": result["sampled"]}
+            for system, by_suite in systems.items() for suite, result in by_suite.items()
+            if suite in HELD_OUT_NAMES]
+
+
+def gain_rows(deltas: dict) -> list[dict]:
+    """A row per pair of systems on the held-out part of own data, in points; deltas: of stage 06's
+    metrics.
+    """
+    return [{"compared": " over ".join(SYSTEM_NAMES.get(name, name) for name in pair.split("-")),
+             "points (95 %)": gap_text(by_suite[suite])}
+            for pair, by_suite in deltas.items() for suite in by_suite
+            if suite in HELD_OUT_NAMES]
 
 
 def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
@@ -68,7 +103,7 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
     """Per suite out of domain: percent correct of every system, their differences in points with
     95 % intervals, ▲ or ▼ before one whose interval leaves out 0.
 
-    replies: of base, sft and grpo, by sample id.
+    replies: of base, sft (where the run has it) and grpo, by sample id.
     """
     correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
                                  for sample in samples], dtype=float)
@@ -78,8 +113,10 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
                                        np.arange(len(samples))).items():
         row = {"suite": OOD_NAMES[task]}
         row |= {name: f"{100 * correct[system][indices].mean():.1f}"
-                for system, name in SYSTEM_NAMES.items()}
+                for system, name in SYSTEM_NAMES.items() if system in correct}
         for after, before in DIFFERENCES:
+            if after not in correct or before not in correct:
+                continue
             gap = paired_gap([correct[after][indices] - correct[before][indices]])
             row[f"{SYSTEM_NAMES[after]} over {SYSTEM_NAMES[before]}"] = gap_text(gap)
         rows.append(row)
@@ -98,10 +135,41 @@ def pass_at_k_rows(systems: dict) -> list[dict]:
     """Rows {suite, system, samples, pass@1, ...} of SFT and GRPO, in percent; [] where 06 drew
     no replies. systems: of stage 06's metrics.
     """
-    return [{"suite": name, "system": SYSTEM_NAMES[system], "samples": result["n_sampled"],
+    return [{"suite": suite_name(suite), "system": SYSTEM_NAMES[system],
+             "samples": result["n_sampled"],
              **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
-            for suite, name in SUITE_NAMES.items() for system in ("sft", "grpo")
+            for suite in systems["grpo"] for system in ("sft", "grpo") if system in systems
             if (result := systems[system][suite]).get("pass_at_k")]
+
+
+def classify_list(reply: str, sample: Sample) -> str:
+    """What is wrong with a reply to a question for all boxes that is not correct: one of
+    `report.OUTCOMES`.
+    """
+    boxes = parse_boxes(reply)
+    if boxes is None:
+        return "no answer"
+    if not boxes:
+        return "wrongly none"
+    if not sample.targets:
+        return "box where none is"
+    if image_overlap(reply, sample) < 1:
+        return "wrong image"
+    return "box off" if len(boxes) == len(sample.targets) else "wrong number of boxes"
+
+
+def box_rows(systems: dict) -> list[dict]:
+    """Rows {suite, system, questions, precision, ...} of the suites whose questions ask for all
+    boxes; [] where there is none. systems: of stage 06's metrics.
+    """
+    names = {"precision": "precision", "recall": "recall", "f1": "F1", "f1_ci95": "F1, 95 %",
+             "rejection": "rejection rate", "rejection_ci95": "rejection rate, 95 %",
+             "wrong_rejection": "wrongly none"}
+    return [{"suite": suite_name(suite), "system": system,
+             "questions": result["boxes"]["n"], "without a box": result["boxes"]["n_none"],
+             **{title: result["boxes"][name] for name, title in names.items()}}
+            for system, suites in systems.items() for suite, result in suites.items()
+            if "boxes" in result]
 
 
 def stage_rows(records: dict[str, dict]) -> list[dict]:

@@ -68,9 +68,14 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
 
 def _pair_with_other_images(samples: list[Sample],
                             replies: list[str]) -> list[tuple[Sample, Sample, str]]:
-    """(sample, the same with the next sample's images, reply), within task and image count."""
+    """(sample, the same with the next sample's images, reply), within task and image count.
+
+    A "none" is as likely with other images, so questions for all boxes without one are left out.
+    """
     alike = defaultdict(list)
     for sample, reply in zip(samples, replies, strict=True):
+        if sample.find_all and not sample.targets:
+            continue
         alike[sample.task, len(sample.images)].append((sample, reply))
     pairs = []
     for rows in alike.values():

@@ -51,7 +51,8 @@ def shuffled_rows(count: int, seed: int, max_samples: int = 0) -> list[int]:
     """
     if not count:
         raise ValueError("there is no cold-start set to learn from: 01_synthesize ran with teacher "
-                         "none; run it again with another teacher")
+                         "none; run it again with another teacher, or leave 02 and 03 out and set "
+                         "start_from of 05 to base")
     return np.random.default_rng(seed).permutation(count)[:max_samples or count].tolist()
 
 

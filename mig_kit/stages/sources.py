@@ -5,6 +5,7 @@ and validation set.
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from mig_kit.image_files import (
 )
 from mig_kit.sample import Sample, SampleWriter, TableRows, Trace, read_samples
 from mig_kit.world import suites
+from mig_kit.world.find_all import draw_find_all
 
 SET_NAMES = ("cot", "rl", "val")
 # the file of each set while 01 runs; the questions of cot.parquet await their traces
@@ -64,11 +66,18 @@ def check_source(p: SimpleNamespace) -> None:
     if p.lesson_questions and p.data != "scenes":
         raise ValueError(f"lesson_questions are drawn, for the tiny base; with data '{p.data}' set "
                          "it to 0")
+    if p.cot_find_all_per_task and p.teacher == "none":
+        raise ValueError("cot_find_all_per_task is for the cold start, which teacher 'none' leaves "
+                         "out; set it to 0, or use rl_find_all_per_task")
     if p.data == "scenes":
         return
+    if p.cot_find_all_per_task or p.rl_find_all_per_task:
+        raise ValueError(f"cot_find_all_per_task and rl_find_all_per_task are drawn; with data "
+                         f"'{p.data}' set them to 0")
     if p.teacher == "rules":
         raise ValueError(f"the rules teacher reads drawn scenes only; with data '{p.data}' set "
-                         "teacher to endpoint, own or none")
+                         "teacher to none and start_from to base (RL alone: images, question and "
+                         "target are enough), to own (your key 'reply') or to endpoint")
     if not p.data_file:
         raise ValueError(f"data is '{p.data}': name its file in data_file")
     path, root = source_paths(p)
@@ -88,9 +97,13 @@ def source_paths(p: SimpleNamespace) -> tuple[Path, Path]:
 
 def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
     samples = {
-        "cot": suites.draw_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed),
-        "rl": suites.draw_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
-                                       p.rl_boxes_per_task),
+        "cot": chain(
+            suites.draw_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed),
+            draw_find_all("cot", p.cot_find_all_per_task, p.seed)),
+        "rl": chain(
+            suites.draw_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
+                                     p.rl_boxes_per_task),
+            draw_find_all("rl", p.rl_find_all_per_task, p.seed)),
         "val": suites.draw_task_samples("val", p.val_per_task, p.seed)}
     with ExitStack() as stack:
         for name, writer in _open_writers(folder, stack).items():
@@ -110,6 +123,7 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     shares = p.data_shares
     if p.teacher == "none":
         shares = [0.0, shares[0] + shares[1], shares[2]]
+    images_of_set: dict[str, set[int]] = {name: set() for name in SET_NAMES}
     with ExitStack() as stack:
         store = None
         writers = None
@@ -125,12 +139,17 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
                 continue
             stored = replace(sample, images=images)
             name = choose_set(images.encoded[0].sha256, shares)
+            if name == "cot" and p.teacher == "own" and not reply:
+                name = "rl"
+            images_of_set[name] |= {int(image.sha256[:16], 16) for image in images.encoded}
             writers[name].write(stored, Trace(reply, "own", "") if name == "cot" else None)
         counts = {name: writer.n_written for name, writer in (writers or {}).items()}
         _require_questions(counts, p.teacher, report)
         write_atomically(folder / IMAGE_MANIFEST,
                          lambda temporary: temporary.write_text(store.manifest()))
-    return report.summarize() + "\n"
+    n_shared = len(images_of_set["val"] & (images_of_set["cot"] | images_of_set["rl"]))
+    return (f"{report.summarize()}\nheld out: {counts['val']} questions; {n_shared} of their "
+            f"{len(images_of_set['val'])} images are also in training\n")
 
 
 def _iter_source(p: SimpleNamespace, report: SkipReport) -> Iterator[tuple[Sample, str]]:
@@ -138,8 +157,8 @@ def _iter_source(p: SimpleNamespace, report: SkipReport) -> Iterator[tuple[Sampl
     path, root = source_paths(p)
     limit = p.data_limit or None
     if p.data == "own":
-        n_lines = own_data.require_correct_lines(path, root, limit)
-        lines = own_data.iter_replied_samples(path, root, limit, report)
+        n_lines = own_data.require_correct_lines(path, root, limit, p.orientation)
+        lines = own_data.iter_replied_samples(path, root, limit, report, p.orientation)
         with progress_bar(None, "store questions", total=n_lines) as bar:
             for number, sample, reply in lines:
                 yield sample, reply
@@ -148,7 +167,7 @@ def _iter_source(p: SimpleNamespace, report: SkipReport) -> Iterator[tuple[Sampl
     with progress_bar(None, "store questions", total=path.stat().st_size, unit="B",
                       unit_scale=True) as bar:
         for sample in mgrounding.iter_samples(path, root, report, limit=limit,
-                                              on_bytes=bar.update):
+                                              on_bytes=bar.update, orientation=p.orientation):
             yield sample, ""
 
 

@@ -99,12 +99,14 @@ def data_card(seed: int, counts: dict, sizes: dict[str, int], coordinates: str,
     is_drawn = data == "scenes"
     source = (f"Drawn scenes (seed {seed})" if is_drawn
               else f"Questions and images from '{data}', under their own licence,")
-    writer = teacher or "a rule-based teacher"
+    traces = f" with chain-of-thought traces of {teacher or 'a rule-based teacher'}"
+    if not counts["total"]:
+        traces = " without traces"
     dropped = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items())
     return "\n".join([
         "---", f"license: {'apache-2.0' if is_drawn else 'other'}",
         "task_categories: [visual-question-answering]", "---", "# Cold-start set", "",
-        f"{source} with chain-of-thought traces of {writer}; boxes are xyxy pixels of the",
+        f"{source}{traces}; boxes are xyxy pixels of the",
         f"original image, boxes inside replies are {Coordinates(coordinates).description}.", "",
         *(f"- `{name}.parquet`: {count} samples" for name, count in sizes.items()), "",
         f"Traces: {counts['total']}, kept {counts['kept']}; dropped: {dropped}.", ""])

@@ -45,8 +45,8 @@ def choose_traces(params: SimpleNamespace, traces: Path) -> Path:
         return traces
     path = PROJECT_ROOT / params.traces_file
     if not path.is_file():
-        raise FileNotFoundError(f"traces_file {path} is not there; it is relative to the project, "
-                                "as runs/default/04_rejection_sampling/correct.parquet")
+        raise FileNotFoundError(f"traces_file {path} is not there; give a file such as "
+                                "runs/default/04_rejection_sampling/correct.parquet")
     if path.suffix != ".parquet" or "reply" not in pyarrow.parquet.read_schema(path).names:
         raise ValueError(f"traces_file {path} holds no replies; give a cot.parquet of 01 or a "
                          "correct.parquet of 04")

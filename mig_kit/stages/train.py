@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mig_kit.engine import jobs, training
+from mig_kit.engine import guard, jobs, training
 from mig_kit.stages import grpo, sft
 
 TRAIN = {"02_sft": sft.train, "05_grpo": grpo.train}
@@ -30,6 +30,7 @@ def train_job(folder: Path) -> None:
 
 def main() -> None:
     """Train; where that fails, end with the traceback and a line that the notebook looks for."""
+    guard.end_with_parent()
     try:
         train_job(Path(sys.argv[1]))
     except Exception as error:

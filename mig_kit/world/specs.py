@@ -37,7 +37,7 @@ class SampleSpec:
     """A sample before it is drawn.
 
     answers: (image number, name of the object) pairs. reference: the name of an object in image 1,
-    "" for none. box: the target's box where it is not the object's own. The rest: see
+    "" for none. box: the target's box where it is not the object's own. find_all and the rest: see
     `sample.Sample`.
     """
 
@@ -50,6 +50,7 @@ class SampleSpec:
     options: tuple[str, ...] = ()
     letter: str = ""
     box: Box | None = None
+    find_all: bool = False
 
 
 TaskFunction = Callable[[random.Random, World], SampleSpec]

@@ -325,7 +325,7 @@ def render_sample(spec: SampleSpec, suite: str, task: str, split: str, index: in
         id=f"{suite}/{task}/{split}/{index}", suite=suite, task=task, split=split,
         images=tuple(draw_scene(scene) for scene in spec.scenes), question=spec.question,
         targets=tuple(targets), reference=reference, options=spec.options, letter=spec.letter,
-        notes=tuple(spec.notes), finding=spec.finding)
+        notes=tuple(spec.notes), finding=spec.finding, find_all=spec.find_all)
 
 
 def make_sample(task: str, split: str, index: int, seed: int = 0) -> Sample:

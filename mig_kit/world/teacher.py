@@ -9,7 +9,7 @@ cost it skills that the base had.
 import random
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box
-from mig_kit.prompts import LETTERS, format_answer, format_box
+from mig_kit.prompts import LETTERS, format_answer, format_answers, format_box
 from mig_kit.sample import Sample, Trace
 from mig_kit.world.scenes import CELL
 
@@ -55,6 +55,8 @@ def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
     thought = write_reasoning(sample, detail)
     if sample.options:
         return _write_choice_trace(sample, rng, detail, error, thought)
+    if sample.find_all:
+        return _write_list_trace(sample, rng, box_format, jitter, detail, error, thought)
     image, target_box = sample.targets[0]
     if error == "wrong image":
         others = [number for number in range(1, len(sample.images) + 1) if number != image]
@@ -64,12 +66,39 @@ def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
     if error == "leaked answer":
         thought = f"{thought} {format_box(box)}"
     answer = format_answer(image, box)
+    return _write_reply(rng, thought, answer, detail, error)
+
+
+def _write_reply(rng: random.Random, thought: str, answer: str, detail: str, error: str) -> Trace:
+    """The trace with its tags; some of them are missing for a "broken format"."""
     if error == "broken format":
         text = rng.choice([f"{thought} <answer>{answer}</answer>",
                            f"<think>{thought}</think>{answer}",
                            f"<think>{thought}</think><answer>{answer}"])
         return Trace(text, detail, error)
     return Trace(f"<think>{thought}</think><answer>{answer}</answer>", detail, error)
+
+
+def _write_list_trace(sample: Sample, rng: random.Random, box_format: BoxFormat, jitter: float,
+                      detail: str, error: str, thought: str) -> Trace:
+    """A trace that answers with all boxes, or that there is none.
+
+    For a "wrong image" it leaves out the first box, which may be the only one. Where there is no
+    box, an error about objects, images or boxes invents one, and nothing can be leaked.
+    """
+    boxes = [(image, _misplace_box(to_model_box(box, sample.sizes[image - 1], box_format), rng,
+                                   error, jitter)) for image, box in sample.targets]
+    if not boxes and error == "leaked answer":
+        error = ""
+    elif not boxes and error and error != "broken format":
+        corner = [rng.uniform(0, 2 * CELL) for _ in range(2)]
+        box = (*corner, *(value + CELL for value in corner))
+        boxes = [(rng.randint(1, len(sample.images)), box)]
+    elif error == "wrong image":
+        boxes = boxes[1:]
+    elif error == "leaked answer":
+        thought = f"{thought} {format_box(boxes[0][1])}"
+    return _write_reply(rng, thought, format_answers(boxes), detail, error)
 
 
 def _misplace_box(box: Box, rng: random.Random, error: str, jitter: float) -> Box:

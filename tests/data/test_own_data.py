@@ -60,7 +60,61 @@ def test_a_correct_file_and_its_samples_in_all_coordinates(root):
     assert len(list(own_data.iter_samples(path, root, limit=2))) == 2
 
 
+def asking_all(*targets, **keys):
+    """GOOD with 'targets' in place of 'image' and 'box'."""
+    boxes = [{"image": image, "box": box} for image, box in targets]
+    return changed(**{"image": ..., "box": ..., "targets": boxes, **keys})
+
+
+NOTHING = changed(image=None, box=...)
+
+
+def test_none_one_or_several_boxes(root):
+    path = write_lines(
+        root, GOOD, asking_all((1, [0, 0, 500, 1000]), (2, [0, 0, 500, 1000]),
+                               coordinates="normalized_1000"),
+        NOTHING, changed(image=None, box=..., coordinates=...),
+        changed(image=None, box=None, question="Like {ref}?", reference=[1, 2, 3, 4]),
+        asking_all(), asking_all(coordinates=...), asking_all((2, [1, 2, 3, 4])))
+    assert all(not problems for _, problems in own_data.check_file(path, root))
+    samples = list(own_data.iter_samples(path, root))
+    assert all(sample.find_all for sample in samples)  # else the prompt would tell the number
+    assert [len(sample.targets) for sample in samples] == [1, 2, 0, 0, 0, 0, 0, 1]
+    assert samples[1].targets == ((1, (0, 0, 50, 50)), (2, (0, 0, 100, 100)))
+    (first,) = own_data.iter_samples(path, root, limit=1)
+    assert first.find_all and first.targets == ((2, (10, 20, 60, 90)),)
+    path = write_lines(root, GOOD, changed(task="targets or null"))
+    assert not any(sample.find_all for sample in own_data.iter_samples(path, root))
+
+
+def test_alternatives_do_not_go_with_questions_for_all_boxes(root):
+    alternatives = changed(box=..., boxes=[[1, 2, 3, 4]])
+    path = write_lines(root, alternatives, NOTHING)
+    problems = dict(own_data.check_file(path, root))
+    assert "other lines ask for all boxes; write 'targets'" in problems[1][0] and not problems[2]
+    path = write_lines(root, alternatives, GOOD)
+    assert not any(problems for _, problems in own_data.check_file(path, root))
+
+
 @pytest.mark.parametrize("row,sentence", [
+    (asking_all(image=1), "'image' does not go with 'targets'"),
+    (asking_all(box=[1, 2, 3, 4]), "'box' does not go with 'targets'"),
+    (changed(image=None), "'box' does not go with 'targets' or with 'image': null"),
+    (asking_all((3, [1, 2, 3, 4])), "'targets' number 1 is in image 3, but there are 2 images"),
+    (asking_all((1, [1, 2, 3, 4]), (0, [1, 2, 3, 4])), "number 2: 'image' must be the number"),
+    (asking_all((True, [1, 2, 3, 4])), "'image' must be the number of an image"),
+    (asking_all((1, [1, 2, 3, 4]), (1, [1, 2, 3, 4])), "'targets' number 2 is there twice"),
+    (asking_all((1, [5, 2, 3, 4])), "the box of 'targets' number 1 is [5, 2, 3, 4]: x2 must be"),
+    (asking_all((1, "here")), "the box of 'targets' number 1 must be four numbers"),
+    (asking_all((1, [1, 2, 300, 4])), "leaves image 1, which is 100x50"),
+    (asking_all(targets=None), "'targets' must be a list"),
+    (asking_all(targets=[[1, 2, 3, 4]]), "'targets' must be a list"),
+    (asking_all(targets=[{"image": 1}]), "'targets' must be a list"),
+    (asking_all(targets=[{"image": 1, "box": [1, 2, 3, 4], "x": 1}]), "'targets' must be a list"),
+    (asking_all(*[(1, [1, 2, 3, 4])] * 101), "holds 101 boxes; an answer has at most 100"),
+    (asking_all((1, [1, 2, 3, 4]), coordinates=...), "'coordinates' is missing"),
+    (changed(image=None, box=..., coordinates=..., question="{ref}", reference=[1, 2, 3, 4]),
+     "'coordinates' is missing"),
     (b"", "no JSON object"),
     (b"{", "no JSON object"),
     (b"[1]", "no JSON object"),
@@ -129,6 +183,87 @@ def test_each_mistake_has_its_sentence_and_line(root, row, sentence):
         list(own_data.iter_samples(path, root))
 
 
+CHOICE = {"images": ["a.png"], "question": "What is it?", "options": ["a cup", "a dog"],
+          "letter": "B"}
+
+
+def test_multiple_choice(root):
+    with_reference = {**CHOICE, "question": "What is at {ref}?", "reference": [0, 0, 0.5, 1],
+                      "coordinates": "normalized_1"}
+    path = write_lines(root, CHOICE, with_reference)
+    assert [problems for _, problems in own_data.check_file(path, root)] == [[], []]
+    plain, referring = own_data.iter_samples(path, root)
+    assert plain.options == ("a cup", "a dog") and plain.letter == "B" and plain.targets == ()
+    assert referring.reference == (0.0, 0.0, 50.0, 50.0)
+    assert write_preview(own_data.iter_samples(path, root), root / "choice.html") == 2
+    page = (root / "choice.html").read_text()
+    assert "What is it? A. a cup; B. a dog (correct: B)" in page
+
+
+@pytest.mark.parametrize("changes,sentence", [
+    ({"letter": "C"}, "'letter' must be that of the correct option, A to B"),
+    ({"letter": ""}, "A to B"), ({"letter": "AB"}, "A to B"), ({"letter": 1}, "A to B"),
+    ({"letter": ...}, "'letter' is missing"), ({"options": ...}, "'options' is missing"),
+    ({"options": ["a"]}, "a list of 2 to 8 texts"), ({"options": list("abcdefghi")}, "2 to 8"),
+    ({"options": ["a", " "]}, "'options' number 2 must be text"),
+    ({"options": ["a", "<|im_end|>"]}, "'options' number 2 holds <|im_end|>"),
+    ({"image": 1}, "'image' does not go with 'options'"),
+    ({"box": [1, 2, 3, 4]}, "'box' does not go with 'options'"),
+    ({"coordinates": "pixels"}, "'coordinates' and 'reference' go together"),
+    ({"images": []}, "'images' must be")])
+def test_mistakes_of_multiple_choice(root, changes, sentence):
+    row = {key: value for key, value in {**CHOICE, **changes}.items() if value is not ...}
+    ((_, problems),) = own_data.check_file(write_lines(root, row), root)
+    assert any(sentence in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>",
+                                   "<|vision_start|>", "<|endoftext|>", "<|box_start|>"])
+@pytest.mark.parametrize("key", ["question", "reply"])
+def test_control_tokens_are_found_before_a_run(root, processor, token, key):
+    assert token in processor.tokenizer.get_vocab(), "the model obeys it"
+    path = write_lines(root, changed(**{key: f"Find {token} it."}))
+    ((number, (problem,)),) = own_data.check_file(path, root)
+    assert number == 1 and f"'{key}' holds {token}" in problem and "take it out" in problem
+
+
+def test_images_that_are_cut_short_are_found(root):
+    noise = Image.effect_noise((200, 100), 80)
+    for suffix in ("png", "jpg"):
+        noise.save(root / f"whole.{suffix}")
+        content = (root / f"whole.{suffix}").read_bytes()
+        (root / f"cut.{suffix}").write_bytes(content[:len(content) * 2 // 3])
+    path = write_lines(root, changed(images=["cut.png", "b.png"]),
+                       changed(images=["b.png", "cut.jpg"]), GOOD)
+    problems = [problems for _, problems in own_data.check_file(path, root)]
+    assert problems == [["image 1: 'cut.png' is cut or broken; copy it again"],
+                        ["image 2: 'cut.jpg' is cut or broken; copy it again"], []]
+
+
+def save_turned(path, orientation=6):
+    """A picture of 200 x 100 that is stored on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.effect_noise((200, 100), 80).transpose(Image.Transpose.ROTATE_90)
+    stored.save(path, exif=exif)
+
+
+def test_boxes_are_of_the_upright_photo_or_the_photo_is_refused(root):
+    save_turned(root / "turned.jpg")
+    path = write_lines(root, changed(images=["a.png", "turned.jpg"], box=[150, 10, 199, 90]))
+    assert list(own_data.check_file(path, root)) == [(1, [])], "it is 200 wide, as people see it"
+    (sample,) = own_data.iter_samples(path, root)
+    assert sample.sizes == [(100, 50), (200, 100)] and sample.images[1].size == (200, 100)
+    ((_, (problem,)),) = own_data.check_file(path, root, "refuse")
+    assert "image 2: 'turned.jpg' has the EXIF orientation 6" in problem
+    with pytest.raises(own_data.OwnDataError, match="line 1: image 2: 'turned.jpg' has the EXIF"):
+        own_data.require_correct_lines(path, root, orientation="refuse")
+    result = run_data("check", path, "--orientation", "refuse")
+    assert result.returncode == 1 and "set orientation to upright" in result.stdout
+    result = run_data("preview", path, "--orientation", "refuse", "--out", root / "x.png")
+    assert result.returncode == 1 and "EXIF orientation 6" in result.stderr
+
+
 def test_an_old_key_is_one_problem(root):
     path = write_lines(root, with_unit("0-1"))
     ((_, problems),) = own_data.check_file(path, root)
@@ -172,9 +307,13 @@ PATHS = st.sampled_from(["a.png", "b.png", "long.png"])
 ROWS = st.fixed_dictionaries(
     {"images": st.lists(PATHS, min_size=1, max_size=3) | VALUES,
      "question": st.sampled_from(["Find it.", "As {ref}?"]) | VALUES,
-     "image": st.integers(0, 3) | VALUES,
+     "image": st.integers(0, 3) | st.none() | VALUES,
      "coordinates": st.sampled_from([*own_data.LIMITS, "0-1000", "absolute"]) | VALUES},
-    optional={"box": BOXES, "boxes": st.lists(BOXES, max_size=3) | VALUES, "reference": BOXES,
+    optional={"options": st.lists(st.text(max_size=5), max_size=9) | VALUES,
+              "letter": st.sampled_from("ABCI") | VALUES, "reply": VALUES,
+              "box": BOXES, "boxes": st.lists(BOXES, max_size=3) | VALUES, "reference": BOXES,
+              "targets": st.lists(st.fixed_dictionaries(
+                  {"image": st.integers(0, 3), "box": BOXES}), max_size=3) | VALUES,
               "id": VALUES, "task": VALUES, "unit": VALUES, "x": VALUES})
 LINES = (ROWS.map(lambda row: json.dumps(row).encode())
          | VALUES.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=200))

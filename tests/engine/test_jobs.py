@@ -43,6 +43,7 @@ def test_programs_beside_python_come_first(monkeypatch):
 @pytest.mark.parametrize(("launcher", "sentence"), [
     ("torchrunn --nproc-per-node 2", "starts with 'torchrunn', which is neither beside .*install"),
     ("torchrun 'a", "is no command"),
+    ("torchrun --nnodes 1 --nproc-per-node", "is cut .*expected one argument"),
     ("torchrun --nproc-per-node 3", "3 processes cannot share 4 steps"),
     ("torchrun --nnodes 3 --nproc-per-node 2", "6 processes cannot share 4 steps")])
 def test_what_cannot_work_is_refused_at_once(launcher, sentence):
@@ -91,6 +92,14 @@ def test_a_job_runs_alike_here_and_launched(launcher, tmp_path, monkeypatch, cap
     output = capsys.readouterr().out
     if launcher:
         assert f"bin/python -m saving {tmp_path}" in output and "05_grpo 7\n" in output
+
+
+def test_what_another_launcher_has_set_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    params = SimpleNamespace(launcher="", gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 .* trains alone; unset it"):
+        jobs.run_job(save_state, "05_grpo", tmp_path, params)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_a_job_is_one_sentence(tmp_path):

@@ -6,7 +6,7 @@ from rollout_server import RolloutServer
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models
+from mig_kit.engine import models, training
 from mig_kit.engine.served_rollouts import importance_ratio
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
@@ -21,7 +21,8 @@ SETTINGS = {
 
 @pytest.fixture
 def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
-    """Call it with changed parameters for a trainer and the server that draws for it.
+    """Call it with changed parameters for a trainer and the server, maybe an earlier one's, that
+    draws for it.
 
     A random model earns no reward; here a reply earns by its letters.
     """
@@ -29,9 +30,9 @@ def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "format",
                         lambda reply, sample, box_format: len(set(reply)) / 10)
 
-    def make(change=lambda body, answer: answer, **changes):
-        servers.append(RolloutServer(models.load_policy(random_folder, float32, BOX_FORMAT),
-                                     change=change))
+    def make(change=lambda body, answer: answer, server=None, **changes):
+        servers.append(server or RolloutServer(
+            models.load_policy(random_folder, float32, BOX_FORMAT), change=change))
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
         policy = models.load_policy(random_folder, float32, BOX_FORMAT)
         torch.manual_seed(0)
@@ -39,7 +40,7 @@ def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
         return grpo.grpo_trainer(policy, samples, tmp_path, params), servers[-1]
 
     yield make
-    for server in servers:
+    for server in set(servers):
         server.stop()
 
 
@@ -69,6 +70,36 @@ def test_adapters_move_and_ratios_are_one(make_served):
     assert server.unloaded == server.loaded[:2]
     asked = [body["model"] for body in server.bodies]
     assert [asked.count(name) for name in server.loaded] == [4, 4, 4]
+
+
+def test_a_server_that_outlives_a_killed_stage_keeps_its_adapter(make_served, tmp_path):
+    trainer, server = make_served()
+    trainer.add_callback(training.StopAfter(2))
+    training.train_or_resume(trainer, tmp_path)
+    killed, _ = make_served(server=server)
+    draw = killed.served.draw
+
+    def draw_and_end(*arguments):
+        draw(*arguments)
+        raise KeyboardInterrupt
+
+    killed.served.draw = draw_and_end
+    ended = []
+    killed.served.context.callback(ended.append, "the server that it has started")
+    with pytest.raises(KeyboardInterrupt):
+        training.train_or_resume(killed, tmp_path)
+    assert ended and killed.served.served is None
+    resumed, _ = make_served(server=server)
+    training.train_or_resume(resumed, tmp_path)
+    assert [name.split("-")[1] for name in server.loaded] == ["1", "2", "3"]
+    rows = grpo.training_curves(resumed.state.log_history)
+    assert [row["adapter"] for row in rows] == [1, 2, 3]
+
+
+def test_a_server_that_is_started_again_is_not_asked_to_unload(make_served):
+    trainer, server = make_served(lambda body, answer: server.adapters.clear() or answer)
+    trainer.train()
+    assert len(server.loaded) == 3 and server.unloaded == []
 
 
 def test_replies_that_are_learnt_from_twice_are_drawn_once(make_served, tmp_path):

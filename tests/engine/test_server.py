@@ -66,6 +66,17 @@ def test_other_servers_are_refused(server):
         server_process.parse_server(server)
 
 
+def test_no_proxy_stands_before_this_machines_own_servers(start_server, questions, tmp_path,
+                                                          random_folder, float32, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = start_server()
+    assert server_process.is_ready(server.url)
+    assert len(draw(server.url, tmp_path, questions[:1], random_folder, float32)) == 1
+
+
 def test_images_arrive_as_the_model_sees_them(processor):
     sample = make_sample("diff", "val", 0)
     encoder = PromptEncoder(processor, BoxFormat(max_pixels=28 * 28 * 6), [2])

@@ -44,7 +44,7 @@ def test_card_follows_the_hubs_form(run):
         and text.count("---\n") >= 2
         and "base_model" not in text
     )
-    assert text.count("+9.5 (+7.0 to +12.0)") == 4
+    assert text.count("+9.5 (+7.0 to +12.0)") == len(SUITE_NAMES)
     with pytest.raises(FileNotFoundError, match="has no finished 02_sft"):
         hub.model_card("b")
 

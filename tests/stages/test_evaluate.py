@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.common import write_json
+from mig_kit.sample import write_samples
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluate import paired_difference, summarize_suite
 from mig_kit.stats import bootstrap_interval, macro_mean, to_percent
@@ -59,7 +61,7 @@ def test_either_image_of_a_pair_that_holds_both():
 
 
 @pytest.mark.parametrize("answer,correct", [
-    ("none", 1), ("", 1), ('{"image": null, "box": null}', 1), ("A", 0),
+    ("none", 1), ("", 1), ('{"image": null, "box": null}', 1), ("A", 0), ('{"image": 0}', 1),
     ('{"image": 1, "box": [1, 2, 3, 4]}', 0), ('{"image": 1, "box": [1, 2', 0)])
 def test_where_there_is_nothing_to_find_the_correct_answer_names_no_box(answer, correct):
     sample = sample_without_target()
@@ -124,3 +126,37 @@ def test_bootstrap_covers_and_is_stratified():
 
 def test_macro():
     assert macro_mean([np.array([1.0, 0.0]), np.array([1.0])]) == 0.75
+
+
+def test_own_data_is_scored_by_question_and_drawn_suites_by_task(tmp_path, monkeypatch):
+    """Three questions of one task, all correct, and one of another, wrong."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    drawn = [make_sample("diff", "val", i) for i in range(3)] + [make_sample("region", "val", 0)]
+    own = [replace(sample, suite="own") for sample in drawn]
+    replies = [reply_to(sample) for sample in drawn[:3]] + ["?"]
+    by_task = evaluate.summarize_suite(drawn, replies, [[]] * 4, BOX_FORMAT)
+    by_question = evaluate.summarize_suite(own, replies, [[r] for r in replies], BOX_FORMAT)
+    assert (by_task["score"], by_question["score"], by_question["sampled"]) == (50, 75, 75)
+    assert by_question["tasks"].keys() == {"diff", "region"}
+    gap = evaluate.paired_difference(own, replies, ["?"] * 4, [[]] * 4, [[]] * 4, BOX_FORMAT)
+    assert gap["value"] == 75 and gap["ci95"][0] < 75 < gap["ci95"][1]
+
+
+def test_which_samples_are_scored(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    folder = tmp_path / "a" / "01_synthesize"
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", {"params": {"data": "own"}})
+    write_samples(folder / "val.parquet",
+                  [replace(make_sample("diff", "val", i), suite="own") for i in range(10)])
+    sizes = {"mig_per_task": 0, "ood_per_task": 0, "blink_per_task": 0, "mmiu_per_task": 1,
+             "eval_seed": 0}
+    samples = evaluate.load_test_samples("a", sizes | {"held_out_samples": 4})
+    assert list(samples) == ["own", "mmiu"], "own data comes first"
+    assert [sample.id[-1] for sample in samples["own"]] == ["0", "2", "5", "7"]
+    assert len(evaluate.load_test_samples("a", sizes | {"held_out_samples": 0})["own"]) == 10
+    write_json(folder / "run.json", {"params": {}})
+    assert list(evaluate.load_test_samples("a", sizes)) == ["mmiu"]
+    with pytest.raises(ValueError, match="mmiu_per_task must be over 0"):
+        evaluate.load_test_samples("a", sizes | {"mmiu_per_task": 0})
+    assert evaluate.list_pairs({"base": 1, "grpo": 1}) == [("grpo", "base")]

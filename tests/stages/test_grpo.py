@@ -3,9 +3,13 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou, to_model_box
 from mig_kit.engine import (
@@ -341,6 +345,68 @@ def test_resume_gives_the_same_continuation(tmp_path, make_trainer):
     resumed = make_trainer(tmp_path / "cut", **settings)
     training.train_or_resume(resumed, tmp_path / "cut")
     check_same_training(uninterrupted, resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, make_trainer, share_prefix):
+    settings = {"max_steps": 8, "save_steps": 7, "max_completion_length": 4,
+                "per_device_train_batch_size": 16, "share_prefix": share_prefix}
+    drawn = {}
+
+    def train(name, folder, steps):
+        trainer = make_trainer(tmp_path / folder, **settings)
+        trainer.add_callback(training.StopAfter(steps))
+        record_prompts(trainer, drawn.setdefault(name, []))
+        training.train_or_resume(trainer, tmp_path / folder)
+        return trainer
+
+    uninterrupted = train("uninterrupted", "uninterrupted", 8)
+    first = train("first", "cut", 7)
+    assert 1 < first.state.epoch < 2
+    resumed = train("resumed", "cut", 8)
+    assert drawn["first"] + drawn["resumed"] == drawn["uninterrupted"]
+    check_same_training(uninterrupted, resumed)
+
+
+def test_a_pass_has_the_order_of_a_training_that_nobody_interrupts():
+    arguments = (range(7), 2, 3, 2, True, 5)
+    stock = RepeatSampler(*arguments)
+    for epoch in range(3):
+        expected = list(stock)
+        sampler = training.EpochRepeatSampler(*arguments)
+        sampler.set_epoch(epoch)
+        assert list(sampler) == list(sampler) == expected and len(sampler) == len(expected) == 24
+    ordered = training.EpochRepeatSampler(range(3), 1, shuffle=False)
+    ordered.set_epoch(1)
+    assert list(ordered) == [0, 1, 2]
+
+
+def test_the_sampler_of_several_processes_is_told_its_pass():
+    """As it is after a kill in the middle of a pass, where transformers tells it nothing."""
+    sampler = training.EpochRepeatSampler(range(8), 2, seed=5)
+    loader = accelerate.data_loader.prepare_data_loader(
+        DataLoader(range(8), batch_size=2, sampler=sampler), num_processes=2, process_index=1,
+        put_on_device=False)
+    training.SetSamplerEpoch().on_epoch_begin(
+        None, SimpleNamespace(epoch=1.25), None, train_dataloader=loader)
+    rest = accelerate.skip_first_batches(loader, 1)
+    rest.set_epoch(1)  # as transformers does
+    expected = training.EpochRepeatSampler(range(8), 2, seed=5)
+    expected.set_epoch(1)
+    assert torch.cat(list(rest)).tolist() == torch.tensor(list(expected)).view(4, 2, 2)[
+        1:, 1].flatten().tolist()
+
+
+def record_prompts(trainer, drawn):
+    """Append the prompts of every update to a list."""
+    stock = trainer._generate_and_score_completions
+
+    def record(inputs):
+        drawn.append([row["sample"] for row in inputs])
+        return stock(inputs)
+
+    trainer._generate_and_score_completions = record
 
 
 def check_same_training(expected, trainer):

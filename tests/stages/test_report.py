@@ -68,6 +68,15 @@ def test_choose_covers_the_outcomes():
     }
 
 
+def test_a_gallery_of_one_task_has_several_of_it():
+    samples = [make_sample("diff", "val", i) for i in range(6)]
+    wrong = {sample.id: "" for sample in samples}
+    assert len(report.pick_gallery(samples, wrong, wrong, BOX_FORMAT, 4)) == 4
+    mixed = [*samples, make_sample("region", "val", 0)]
+    wrong = {sample.id: "" for sample in mixed}
+    assert len(report.pick_gallery(mixed, wrong, wrong, BOX_FORMAT, 2)) == 2
+
+
 def reply_for(sample, number=None, shift=0):
     from mig_kit.boxes import to_model_box
     from mig_kit.prompts import format_answer

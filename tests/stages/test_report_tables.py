@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.plots import SUITE_NAMES
 from mig_kit.prompts import format_answer
 from mig_kit.stages import report, report_tables
 from mig_kit.world.suites import make_suite
@@ -67,7 +68,7 @@ def evaluated_systems(**more):
 
 def test_pass_at_k_where_06_has_it():
     rows = report_tables.pass_at_k_rows(evaluated_systems(pass_at_k={"1": 45.0, "8": 80.0}))
-    assert len(rows) == 8 and rows[0] == {
+    assert len(rows) == 2 * len(SUITE_NAMES) and rows[0] == {
         "suite": "MIG-Bench-like (drawn)", "system": "SFT", "samples": 8, "pass@1": 45.0,
         "pass@8": 80.0}
     assert rows[1]["system"] == "GRPO"
@@ -109,6 +110,34 @@ def test_the_page_says_what_to_look_at():
     text = report.render_page("t", sections)
     assert f"<figcaption>{report_tables.CAPTIONS['loss']}</figcaption>" in text
     assert str(report.captioned(report.Markup(""), "loss")) == ""
+
+
+def test_the_held_out_part_of_own_data():
+    suite = {"score": 40.0, "ci95": [30.0, 50.0], "sampled": None, "n": 60, "image": 90.0,
+             "format": 100.0}
+    systems = {"base": {"own": suite, "mmiu": suite}, "grpo": {"own": suite | {"score": 62.5}}}
+    rows = report_tables.held_out_rows(systems)
+    assert [(row["system"], row["questions"], row["correct"]) for row in rows] == [
+        ("base", 60, 40.0), ("GRPO", 60, 62.5)]
+    gap = {"value": 22.5, "ci95": [9.0, 35.0]}
+    assert report_tables.gain_rows({"grpo-base": {"own": gap, "mmiu": gap}}) == [
+        {"compared": "GRPO over base", "points (95 %)": "▲ +22.5 (+9 to +35)"}]
+    assert report_tables.held_out_rows(evaluated_systems()) == []
+    assert report.claim_rows({"deltas": {"grpo-base": {"own": gap}}}) == [], "no drawn suite"
+
+
+def test_replies_of_a_run_without_a_cold_start(tmp_path):
+    samples = make_suite("mmiu", "test", 1)
+    for system in ("base", "grpo"):
+        lines = [json.dumps({"id": sample.id, "replies": [right(sample)]}) for sample in samples]
+        (tmp_path / f"{system}_mmiu_greedy.jsonl").write_text("\n".join(lines))
+    replies = report_tables.load_greedy_replies(tmp_path, "mmiu", samples, ("base", "grpo"))
+    assert list(replies) == ["base", "grpo"]
+    rows = report_tables.out_of_domain_rows(
+        make_suite("ood_grounding", "test", 1)[:1],
+        {system: {sample.id: "?" for sample in make_suite("ood_grounding", "test", 1)}
+         for system in replies}, BOX_FORMAT)
+    assert "SFT" not in rows[0] and "GRPO over base" in rows[0] and "SFT over base" not in rows[0]
 
 
 def test_bars_of_a_suite_out_of_domain():

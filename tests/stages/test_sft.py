@@ -243,7 +243,10 @@ def test_newest_complete_checkpoint(tmp_path):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         if is_complete:
-            (folder / "trainer_state.json").write_text("{}")
+            (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    cut = tmp_path / "checkpoints" / "checkpoint-30"
+    cut.mkdir()
+    (cut / "trainer_state.json").write_text('{"global_step": 3')
     assert training.last_checkpoint(tmp_path).endswith("checkpoint-20")
     assert training.last_checkpoint(tmp_path / "none") is None
 

@@ -3,11 +3,14 @@
 import json
 from collections import Counter
 
+import numpy as np
+import own_questions
 import pytest
 from command_line import run_mig_kit
 from PIL import Image
 from teacher_server import TeacherServer, completion, question_text
 
+from mig_kit.data import own_data
 from mig_kit.pipeline import store
 from mig_kit.sample import read_samples
 from mig_kit.stages import sources
@@ -56,6 +59,19 @@ def test_drawn_scenes_are_the_sets_they_always_were(params, tmp_path):
     assert len(sets["val"]) == 10 * p.val_per_task and sets["rl"][0].split == "rl"
 
 
+def test_questions_for_all_boxes_are_drawn_where_a_parameter_asks_for_them(params, tmp_path):
+    p = params(cot_find_all_per_task=2, rl_find_all_per_task=3)
+    sets, _ = sources.load_training_sets(p, tmp_path)
+    counts = {name: sum(sample.find_all for sample in part) for name, part in sets.items()}
+    assert counts == {"cot": 6, "rl": 9, "val": 0}
+    without = list(suites.draw_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed))
+    assert [s.id for s in sets["cot"]][:len(without)] == [sample.id for sample in without]
+    with pytest.raises(ValueError, match="which teacher 'none' leaves out"):
+        sources.check_source(params(cot_find_all_per_task=1, teacher="none"))
+    with pytest.raises(ValueError, match="with data 'own' set them to 0"):
+        sources.check_source(params(rl_find_all_per_task=1, **OWN))
+
+
 def test_rl_has_its_own_number_of_general_questions_for_a_box(params, tmp_path):
     p = params(rl_per_task=1, rl_free_form_per_task=2, rl_boxes_per_task=5)
     counts = Counter(sample.task for sample in sources.load_training_sets(p, tmp_path)[0]["rl"])
@@ -69,7 +85,7 @@ def test_rl_has_its_own_number_of_general_questions_for_a_box(params, tmp_path):
 def test_own_data_is_divided_by_image(params, own_file, tmp_path):
     changes = {**OWN, "data_file": str(own_file), "data_shares": [0.5, 0.3, 0.2]}
     sets, text = sources.load_training_sets(params(**changes), tmp_path / "out")
-    assert text == "records 60, questions kept 60, left out 0\n"
+    assert text.startswith("records 60, questions kept 60, left out 0\nheld out: ")
     assert count_samples(sets) == 60 and 20 < len(sets["cot"]) < 40
     firsts = [{sample.images.encoded[0].sha256 for sample in sets[name]}
               for name in sources.SET_NAMES]
@@ -78,10 +94,52 @@ def test_own_data_is_divided_by_image(params, own_file, tmp_path):
     assert count_samples(sets) == 30
 
 
+def test_own_replies_teach_and_questions_without_one_go_to_rl(params, tmp_path):
+    path = own_questions.write_questions(tmp_path / "q", 40, replies=0.5)
+    rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    p = params(data="own", teacher="own", data_file=str(path), data_shares=[0.6, 0.2, 0.2])
+    sets, text = sources.load_training_sets(p, tmp_path / "out")
+    assert all("reply" in rows[sample.id] for sample in sets["cot"]) and len(sets["cot"]) > 4
+    assert sum("reply" not in rows[sample.id] for sample in sets["rl"]) > 10
+    assert count_samples(sets) == 40
+    assert f"held out: {len(sets['val'])} questions; 0 of their" in text
+    choices = [sample for part in sets.values() for sample in part if sample.options]
+    assert choices and all(rows[sample.id]["letter"] == sample.letter for sample in choices)
+
+
+def test_turned_photos_are_stored_as_they_are_and_read_upright(params, tmp_path):
+    path = own_questions.write_questions(tmp_path / "q", 20)
+    drawn = own_questions.draw_questions(20)
+    p = params(data="own", teacher="none", data_file=str(path), data_shares=[0.0, 0.5, 0.5])
+    sets, _ = sources.load_training_sets(p, tmp_path / "out")
+    samples = {sample.id: sample for part in sets.values() for sample in part}
+    for number, original in enumerate(drawn, 1):
+        sample = samples[f"q{number}"]
+        assert sample.sizes == original.sizes == [image.size for image in sample.images]
+        for image, box in sample.targets:
+            assert box == pytest.approx(original.targets[0].box, abs=1e-3)
+            error = np.abs(np.subtract(np.array(sample.images[image - 1], dtype=int),
+                                       np.array(original.images[image - 1], dtype=int)))
+            assert error.mean() < 8, "the same picture, but for JPEG"
+    with pytest.raises(own_data.OwnDataError, match="EXIF orientation"):
+        sources.load_training_sets(params(**vars(p) | {"orientation": "refuse"}),
+                                   tmp_path / "other")
+
+
+def test_images_that_are_in_training_too_are_counted(params, own_file, tmp_path):
+    rows = list(map(json.loads, own_file.read_text().splitlines()))
+    for row in rows:
+        row["images"].append("0_1.png")
+    own_file.write_text("\n".join(map(json.dumps, rows)))
+    p = params(data="own", teacher="none", data_file=str(own_file))
+    _, text = sources.load_training_sets(p, tmp_path / "out")
+    assert "1 of their" in text
+
+
 @pytest.mark.parametrize("changes,sentence", [
     ({"data": "web"}, "use scenes, own or mgrounding"),
     ({"teacher": "gpt"}, "use one of rules, endpoint, own, none"),
-    ({"data": "own"}, "reads drawn scenes only"),
+    ({"data": "own"}, "set teacher to none and start_from to base"),
     ({"teacher": "own"}, "is the key 'reply' of data 'own'"),
     (OWN, "name its file"),
     ({**OWN, "data_shares": [1.0, 0.5, 0.0], "data_file": "x"}, "sum to 1"),

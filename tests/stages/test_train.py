@@ -115,16 +115,19 @@ def test_two_nodes_train_as_one_process_does(launch, alone, tmp_path):
     check_same_training(folder, alone("02_sft"), 2)
 
 
-def test_killed_and_started_again_it_trains_as_if_undisturbed(launch, alone, tmp_path,
-                                                              random_folder):
-    folder = tmp_path / "02_sft"
+@pytest.mark.parametrize(("stage", "changes", "update"), [
+    ("02_sft", {}, 4), ("05_grpo", {"max_steps": 9}, 6)])
+def test_killed_in_the_second_pass_and_started_again_it_trains_as_if_undisturbed(
+        stage, changes, update, launch, alone, tmp_path, random_folder):
+    """A pass has 3 updates in 02 and 5 in 05."""
+    folder = tmp_path / stage
     code = ("import launched; from pathlib import Path; from mig_kit.engine import jobs; "
             "jobs.MODULE = 'launched'; "
-            f"launched.run('02_sft', Path({str(folder)!r}), Path({str(random_folder)!r}), "
-            f"{launched.TORCHRUN!r})")
+            f"launched.run({stage!r}, Path({str(folder)!r}), Path({str(random_folder)!r}), "
+            f"{launched.TORCHRUN!r}, **{changes!r})")
     notebook = subprocess.Popen([sys.executable, "-c", code])
     until = time.monotonic() + 300
-    while training.last_checkpoint(folder) is None:
+    while not is_saved(folder, update):
         assert time.monotonic() < until and notebook.poll() is None
         time.sleep(0.02)
     family = psutil.Process(notebook.pid).children(recursive=True)
@@ -133,11 +136,42 @@ def test_killed_and_started_again_it_trains_as_if_undisturbed(launch, alone, tmp
     assert len(family) >= 4, "guard, agent and two workers"
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive and not (folder / "adapter").exists()
-    launch("02_sft", launched.TORCHRUN)
-    expected = load_file(alone("02_sft") / "adapter" / "adapter_model.safetensors")
+    launch(stage, launched.TORCHRUN, **changes)
+    expected = alone(stage, **changes)
+    one = load_file(expected / "adapter" / "adapter_model.safetensors")
     for name, tensor in load_file(folder / "adapter" / "adapter_model.safetensors").items():
-        assert (tensor - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
-    assert losses(folder) == pytest.approx(losses(alone("02_sft")), abs=2e-4)
+        assert (tensor - one[name]).norm() <= 1e-4 * one[name].norm(), name
+    assert losses(folder) == pytest.approx(losses(expected), abs=2e-4)
+
+
+def is_saved(folder, update):
+    """Whether a checkpoint of that update, or of a later one, is complete."""
+    checkpoint = training.last_checkpoint(folder)
+    return checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= update
+
+
+def test_an_agent_that_is_killed_on_the_other_node_ends_the_stage(launch, tmp_path):
+    launcher = ("torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id 1 "
+                f"--rdzv-endpoint 127.0.0.1:{free_port()}")
+    folder, family = tmp_path / "02_sft", []
+
+    def start_and_kill_elsewhere():
+        while not (folder / jobs.JOB_FILE).is_file():
+            time.sleep(0.1)
+        agent = psutil.Popen(jobs.plan_launch(launcher, 2).command(folder))
+        while not is_saved(folder, 1):
+            time.sleep(0.02)
+        family.extend(agent.children(recursive=True))
+        agent.kill()
+        agent.wait()
+
+    node = threading.Thread(target=start_and_kill_elsewhere)
+    node.start()
+    with pytest.raises(RuntimeError, match="ended with exit status 1: mig-kit, process "):
+        launch("02_sft", launcher, num_train_epochs=200.0, save_steps=3)
+    node.join()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert family and not alive and not (folder / "adapter").exists()
 
 
 def test_an_error_in_a_process_is_told_in_one_sentence(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,274 @@
+"""Conversations of other projects as lines of own data: ms-swift, and LLaVA or ShareGPT.
+
+As read in the projects' own documentation:
+
+- ms-swift (docs, "Custom Dataset", grounding): `messages` of roles and content, `images`, and
+  `objects`: `ref` and `bbox` replace <ref-object> and <bbox> in the order of the text; `bbox_type`
+  is "real" (pixels, the default) or "norm1" (0 to 1); `image_id` is the image of each box, from 0.
+- LLaVA and what follows it (Qwen-VL, InternVL, VLM-R1): `conversations` of from and value, or
+  `messages`, with `image` or `images`; boxes stand in the text, and no file says what they are
+  measured in. LLaVA-1.5's own files measure the image padded to a square (haotian-liu/LLaVA#606).
+
+A turn of question and answer becomes a line. What stays unclear is a Problem, never guessed.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mig_kit.boxes import Coordinates
+from mig_kit.data.mgrounding_records import mentioned_numbers
+
+MAX_TEXT = 20_000  # characters of a turn
+USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
+SWIFT_COORDINATES = {"real": Coordinates.PIXELS, "norm1": Coordinates.NORMALIZED_1}
+
+_NUMBER = r"\s{0,3}(-?[0-9]{1,7}(?:\.[0-9]{1,17})?)\s{0,3}"
+# [x1,y1,x2,y2] or (x1,y1),(x2,y2), with the tags and brackets that may stand around it
+BOX = re.compile(
+    r"(?:<\|box_start\|>|<box>)?(?:\[\s{0,3})?"
+    rf"(?:\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
+    rf"|\({_NUMBER},{_NUMBER}\)\s{{0,3}},?\s{{0,3}}\({_NUMBER},{_NUMBER}\))"
+    r"(?:\s{0,3}\])?(?:<\|box_end\|>|</box>)?")
+IMAGE_KEY = re.compile(r'"image(?:_id)?"\s{0,3}:\s{0,3}([0-9]{1,3})\b')
+TEXT_TAGS = re.compile(r"<\|object_ref_(?:start|end)\|>|</?(?:ref|p)>")
+PLACEHOLDER = re.compile(r"<ref-object>|<bbox>")
+
+
+class Problem(ValueError):
+    """Why a record cannot be used, in one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How boxes in texts are read.
+
+    coordinates: of all of them, "" where the file says it. is_padded: they are of the image padded
+    to a square. several: what several boxes in an answer are: "any" of them is a correct answer,
+    "all" must be found, or "" for not to be used.
+    """
+
+    coordinates: str = ""
+    is_padded: bool = False
+    several: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer. references, answers: (image number from 1, or None, box)."""
+
+    question: str
+    references: list[tuple[int | None, list]]
+    answers: list[tuple[int | None, list]]
+    coordinates: str
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise a Problem unless the condition holds."""
+    if not condition:
+        raise Problem(sentence)
+
+
+def conversation_lines(record: object, root: Path, rules: TextRules) -> list[dict]:
+    """A record's questions as lines of own data, without ids; raises Problem."""
+    require(isinstance(record, dict), "the record is no JSON object; write one {...} per record")
+    images = _image_paths(record, root)
+    texts = _turn_texts(record)
+    _check_image_tags([text for pair in texts for text in pair], len(images))
+    objects = record.get("objects")
+    turns = (_swift_turns(texts, objects, len(images)) if objects is not None
+             else _text_turns(texts, rules, len(images)))
+    turns = [turn for turn in turns if turn.answers]
+    require(bool(turns), "no answer holds a box; a question of own data needs one")
+    return [_turn_line(turn, images, rules.several) for turn in turns]
+
+
+def relative_path(name: object, root: Path) -> str:
+    """The path of an image below the root; an absolute one that lies there becomes relative."""
+    require(isinstance(name, str) and bool(name), "an image must be named by its path")
+    require("://" not in name, f"the image {name[:60]!r} is an address; download it and name the "
+                               "file")
+    if os.path.isabs(name) and "\0" not in name:
+        base = os.path.abspath(root)
+        require(name.startswith(base + os.sep), f"the image {name[:60]!r} is not below the root; "
+                                                "give a --root that holds all images")
+        return name[len(base) + 1:]
+    return name.removeprefix("./")
+
+
+def _image_paths(record: dict, root: Path) -> list[str]:
+    values = record.get("images", record.get("image"))
+    values = values if isinstance(values, list) else [values]
+    require(0 < len(values) <= 64 and values != [None],
+            "'images' must list 1 to 64 paths; this record has none")
+    names = [value.get("path") if isinstance(value, dict) else value for value in values]
+    return [relative_path(name, root) for name in names]
+
+
+def _turn_texts(record: dict) -> list[tuple[str, str]]:
+    """(asked, answered) of every turn; texts of the system are left out."""
+    if "query" in record:
+        messages = [{"role": "user", "content": record["query"]},
+                    {"role": "assistant", "content": record.get("response")}]
+    else:
+        messages = record.get("messages", record.get("conversations"))
+    require(isinstance(messages, list) and bool(messages),
+            "'messages' or 'conversations' must be a list of turns")
+    require(all(isinstance(message, dict) for message in messages),
+            "a turn must be an object with its role and text")
+    roles_and_texts = ((message.get("role", message.get("from")),
+                        message.get("content", message.get("value"))) for message in messages)
+    turns = [turn for turn in roles_and_texts if turn[0] != "system"]
+    roles = [USERS, ASSISTANTS] * (len(turns) // 2)
+    require(bool(turns) and len(roles) == len(turns)
+            and all(isinstance(role, str) and role in allowed
+                    for (role, _), allowed in zip(turns, roles)),
+            "turns must be of user and assistant (human and gpt) by turns")
+    texts = [text for _, text in turns]
+    require(all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts),
+            f"a turn's text must be a text of at most {MAX_TEXT} characters")
+    require(not any("{ref}" in text for text in texts),
+            "a text holds {ref}, which stands for a box here; take it out")
+    return list(zip(texts[::2], texts[1::2]))
+
+
+def _check_image_tags(texts: list[str], image_count: int) -> None:
+    found_tags = sum(text.count("<image>") for text in texts)
+    require(found_tags in (0, image_count),
+            f"there are {found_tags} <image> tags and {image_count} images; write one per image")
+    require(not any(tag in text for text in texts for tag in ("<video>", "<audio>")),
+            "videos and sound cannot be used; give the frames as images")
+
+
+def _swift_turns(texts: list[tuple[str, str]], objects: object, image_count: int) -> list[Turn]:
+    """The turns with <ref-object> and <bbox> replaced by what `objects` has for them, in order."""
+    require(isinstance(objects, dict), "'objects' must be an object with 'ref' and 'bbox', as "
+                                       "ms-swift 3 has it")
+    refs, boxes = objects.get("ref", []), objects.get("bbox", [])
+    require(isinstance(refs, list) and isinstance(boxes, list),
+            "'ref' and 'bbox' of 'objects' must be lists")
+    kind = objects.get("bbox_type") or "real"
+    require(isinstance(kind, str) and kind in SWIFT_COORDINATES,
+            f"'bbox_type' is {str(kind)[:20]!r}; use real (pixels) or norm1 (0 to 1)")
+    numbers = _swift_numbers(objects.get("image_id"), len(boxes), image_count)
+    unused_refs, unused_boxes = list(refs), list(zip(numbers, boxes))
+    turns = []
+    for asked, answered in texts:
+        question, references = _fill_placeholders(asked, unused_refs, unused_boxes, "{ref}")
+        _, answers = _fill_placeholders(answered, unused_refs, unused_boxes, "")
+        turns.append(Turn(question, references, answers, SWIFT_COORDINATES[kind]))
+    require(not unused_boxes, f"'objects' has {len(unused_boxes)} boxes more than there are <bbox> "
+                              "in the texts; write one <bbox> per box")
+    return turns
+
+
+def _swift_numbers(image_ids: object, box_count: int, image_count: int) -> list[int]:
+    if image_ids is None:
+        require(image_count == 1 or not box_count,
+                f"'image_id' of 'objects' is missing; with {image_count} images it must say which "
+                "one each box is in, from 0")
+        return [1] * box_count
+    require(isinstance(image_ids, list) and len(image_ids) == box_count
+            and all(type(number) is int for number in image_ids),
+            "'image_id' must be a list with a number, from 0, for every box")
+    require(all(0 <= number < image_count for number in image_ids),
+            f"'image_id' names an image that is not there; there are {image_count}, from 0")
+    return [number + 1 for number in image_ids]
+
+
+def _fill_placeholders(text: str, refs: list, boxes: list, box_word: str) -> tuple[str, list]:
+    """The text with its <ref-object> replaced, each <bbox> by `box_word`, and its boxes; what is
+    used is taken from the front of `refs` and `boxes`.
+    """
+    parts, own_boxes, end = [], [], 0
+    for match in PLACEHOLDER.finditer(text):
+        parts.append(text[end:match.start()])
+        end = match.end()
+        is_box = match.group() == "<bbox>"
+        values = boxes if is_box else refs
+        require(bool(values), f"there are more {match.group()} in the texts than 'objects' has "
+                              f"{'boxes' if is_box else 'texts'}; add the missing ones")
+        value = values.pop(0)
+        require(is_box or isinstance(value, str), "'ref' of 'objects' must be a list of texts")
+        own_boxes += [value] if is_box else []
+        parts.append(box_word if is_box else value)
+    return "".join([*parts, text[end:]]), own_boxes
+
+
+def _text_turns(texts: list[tuple[str, str]], rules: TextRules,
+                image_count: int) -> list[Turn]:
+    turns = []
+    for asked, answered in texts:
+        references = [(None, _numbers(match)) for match in BOX.finditer(asked)]
+        question = BOX.sub("{ref}", asked)
+        answers = _answer_boxes(answered, image_count)
+        turns.append(Turn(question, references, answers, rules.coordinates))
+    require(not any(turn.answers for turn in turns) or bool(rules.coordinates),
+            "the file does not say what its boxes are measured in; give --coordinates")
+    return turns
+
+
+def _numbers(match: re.Match) -> list[float]:
+    return [float(number) for number in match.groups() if number is not None]
+
+
+def _answer_boxes(answered: str, image_count: int) -> list[tuple[int | None, list]]:
+    """The boxes of an answer, each with the image that it names for them all, if it names one."""
+    matches = list(BOX.finditer(answered))
+    text = BOX.sub(" ", answered)
+    named = {int(number) for number in IMAGE_KEY.findall(answered)}
+    named |= set(mentioned_numbers(text, image_count))
+    number = named.pop() if len(named) == 1 else None
+    require(not named or not matches,
+            "the answer names several images; write one question for each box")
+    return [(number, _numbers(match)) for match in matches]
+
+
+def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
+    """The keys of own data for the boxes of an answer, each in the image of its number."""
+    require(len(boxes) == 1 or bool(several),
+            f"the answer has {len(boxes)} boxes; add --several any if any one of them is correct, "
+            "--several all if all are to be found, or write one question for each")
+    if len(boxes) == 1:
+        return {"image": numbers[0], "box": boxes[0]}
+    if several == "all":
+        return {"targets": [{"image": number, "box": box}
+                            for number, box in zip(numbers, boxes, strict=True)]}
+    return {"image": numbers[0], "boxes": boxes}
+
+
+def _turn_line(turn: Turn, images: list[str], several: str) -> dict:
+    """The turn as a line of own data."""
+    question = _clean_question(turn.question, len(images))
+    numbers = {number for number, _ in turn.answers}
+    if numbers == {None}:
+        mentioned = set(mentioned_numbers(question, len(images)))
+        mentioned -= {1} if turn.references else set()
+        numbers = {1} if len(images) == 1 else mentioned
+    if several != "all" or None in numbers:
+        require(len(numbers) == 1, f"it is not said which of the {len(images)} images the box is "
+                                   "in; name it in the answer, as in: image 2")
+    only = next(iter(numbers))
+    line = {"images": images, "question": question, "coordinates": str(turn.coordinates)}
+    line |= target_keys([number or only for number, _ in turn.answers],
+                        [box for _, box in turn.answers], several)
+    if turn.references:
+        require(len(turn.references) == 1, "the question has several boxes; it may have one")
+        number, box = turn.references[0]
+        require(number in (None, 1), "the question's box must be in the first image; put that "
+                                     "image first")
+        line["reference"] = box
+    return line
+
+
+def _clean_question(text: str, image_count: int) -> str:
+    """The question without tags; an <image> inside the text becomes "image 2"."""
+    tags = text.count("<image>")
+    text = re.sub(r"^(?:\s*<image>)+", "", TEXT_TAGS.sub("", text))
+    first = tags - text.count("<image>") + 1
+    for number in range(first, min(tags, image_count) + 1):
+        text = text.replace("<image>", f"image {number}", 1)
+    text = " ".join(text.split())
+    require(bool(text), "the question has no text besides its images; write what is asked")
+    return text

@@ -1,0 +1,306 @@
+"""Data sets of other projects as files of own data: `mig-kit data import FORMAT FILE`.
+
+    swift     ms-swift: messages, images and objects (conversations.py)
+    llava     LLaVA, ShareGPT, Qwen-VL, VLM-R1: conversations with boxes in the text
+    coco      a COCO instances file: a question per image and category; where images have a
+              `caption` (MDETR's RefCOCO files), that is what is asked for
+    refcoco   RefCOCO's refs as JSON, with the COCO file of their annotations (`instances`); or
+              VLM-R1's list of image, normal_caption and solution
+
+A file is a JSON array or has one JSON object a line. The result is own data: the same checks read
+it, and images stay where they are.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mig_kit.boxes import Coordinates, rescale_box
+from mig_kit.common import iter_lines, write_atomically
+from mig_kit.data.conversations import (
+    Problem,
+    TextRules,
+    conversation_lines,
+    relative_path,
+    require,
+    target_keys,
+)
+from mig_kit.data.line_checks import ImageSizes
+from mig_kit.data.mgrounding import iter_records
+from mig_kit.data.own_data import find_file_problems, find_problems, read_json
+from mig_kit.image_files import BadImage, SkipReport
+
+FORMATS = ("swift", "llava", "coco", "refcoco")
+MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
+ASKS_FOR_CATEGORY, ASKS_FOR_PHRASE = "Find the {name}.", "Find this: {name}."
+
+
+@dataclass(frozen=True)
+class ImportRules:
+    """How a file is read.
+
+    root: the folder that holds all images. text: how boxes in texts are read. question: what is
+    asked, with {name} for the category or phrase; "" for the format's own. instances: the COCO file
+    of RefCOCO's annotations. orientation: one of ORIENTATIONS.
+    """
+
+    root: Path
+    text: TextRules = TextRules()
+    question: str = ""
+    instances: Path | None = None
+    orientation: str = "upright"
+
+
+def import_file(form: str, path: Path, out: Path, rules: ImportRules,
+                on_problem: Callable[[str], object]) -> SkipReport:
+    """Write the questions of `path` that are correct to `out`, as own data; gives the counts.
+
+    form: one of FORMATS. on_problem: called, for everything that is left out, with a sentence that
+    has its place and the remedy. ValueError for rules that do not go together.
+    """
+    if out.exists() and out.samefile(path):
+        raise ValueError(f"--out is {path} itself; name another file")
+    _check_rules(form, path, rules)
+    report = SkipReport()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            for place, line in _iter_correct(form, path, rules, report, on_problem):
+                file.write(json.dumps({"id": place.replace(" ", "-"), **line}) + "\n")
+
+    write_atomically(out, write)
+    return report
+
+
+def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
+    if form not in FORMATS:
+        raise ValueError(f"no format '{form}'; use one of {', '.join(FORMATS)}")
+    if path.suffix in (".p", ".pkl", ".pickle"):
+        raise ValueError(f"{path.name} is a pickle, which can hold code, and the kit opens none; "
+                         "save what is in it as JSON")
+    if form == "llava" and not rules.text.coordinates:
+        raise ValueError("files of this format do not say what their boxes are measured in; give "
+                         "--coordinates: pixels, normalized_1000 or normalized_1")
+    if rules.text.is_padded and rules.text.coordinates != Coordinates.NORMALIZED_1:
+        raise ValueError("--padded is for boxes in 0 to 1 of the image padded to a square, as in "
+                         "LLaVA-1.5's files; add --coordinates normalized_1")
+    if form in ("swift", "llava") and rules.question:
+        raise ValueError(f"the format {form} brings its questions along; leave --question out")
+    if rules.question and "{name}" not in rules.question:
+        raise ValueError("--question must hold {name}, as in \"Find the {name}.\"")
+
+
+def _iter_correct(form: str, path: Path, rules: ImportRules, report: SkipReport,
+                  on_problem: Callable[[str], object]) -> Iterator[tuple[str, dict]]:
+    """(place, line) of every question that passes the checks of own data."""
+    sizes = ImageSizes(rules.root, rules.orientation)
+    for place, result in _iter_lines_of(form, path, rules):
+        report.read += 1
+        try:
+            if isinstance(result, Problem):
+                raise result
+            line = _unpad(result, sizes) if rules.text.is_padded else result
+            problems = find_problems(line)
+            if not problems and form in ("coco", "refcoco"):
+                line = _map_boxes(line, sizes, _trim_box)
+            problems = problems or find_file_problems(line, sizes)[1]
+            require(not problems, "; ".join(problems))
+        except Problem as problem:
+            report.add("problem", place)
+            on_problem(f"{place}: {problem}")
+            continue
+        report.kept += 1
+        yield place, line
+
+
+def _map_boxes(line: dict, sizes: ImageSizes,
+               move: Callable[[list, tuple[int, int]], list]) -> dict:
+    """The line with `move` applied to every box and the size of its image."""
+
+    def moved(box: list, number: int) -> list:
+        require(1 <= number <= len(line["images"]), "the box is in an image that is not there")
+        size = sizes(line["images"][number - 1])
+        require(not isinstance(size, BadImage), str(size))
+        return move(box, size)
+
+    result = dict(line)
+    if "box" in line:
+        result["box"] = moved(line["box"], line["image"])
+    if "boxes" in line:
+        result["boxes"] = [moved(box, line["image"]) for box in line["boxes"]]
+    if "targets" in line:
+        result["targets"] = [{**target, "box": moved(target["box"], target["image"])}
+                             for target in line["targets"]]
+    if "reference" in line:
+        result["reference"] = moved(line["reference"], 1)
+    return result
+
+
+def _trim_box(box: list, size: tuple[int, int]) -> list:
+    """The box cut to the image, where it leaves it by no more than MARGIN."""
+    return [min(value, limit) if value <= limit + MARGIN else value
+            for value, limit in zip(box, (*size, *size))]
+
+
+def _unpad(line: dict, sizes: ImageSizes) -> dict:
+    """The line in pixels, where its boxes are in 0 to 1 of images padded to squares."""
+    return {**_map_boxes(line, sizes, _unpad_box), "coordinates": str(Coordinates.PIXELS)}
+
+
+def _unpad_box(box: list, size: tuple[int, int]) -> list:
+    require(all(0 <= value <= 1 for value in box), f"the box {box} is outside 0 to 1; are the "
+                                                   "--coordinates others?")
+    side = max(size)
+    left, top = ((side - length) // 2 for length in size)
+    x1, y1, x2, y2 = rescale_box(tuple(box), (1, 1), (side, side))
+    return [min(max(x1 - left, 0), size[0]), min(max(y1 - top, 0), size[1]),
+            min(max(x2 - left, 0), size[0]), min(max(y2 - top, 0), size[1])]
+
+
+def _iter_lines_of(form: str, path: Path, rules: ImportRules
+                   ) -> Iterator[tuple[str, dict | Problem]]:
+    """(place, a question as a line of own data, or why there is none) of the file."""
+    if form == "coco":
+        yield from _iter_coco(path, rules)
+        return
+    annotations = _read_boxes(rules) if form == "refcoco" else {}
+    for place, record, problem in _iter_records(path):
+        if problem:
+            yield place, Problem(problem)
+            continue
+        try:
+            if form == "refcoco":
+                lines = _refcoco_lines(record, annotations, rules)
+            else:
+                lines = conversation_lines(record, rules.root, rules.text)
+        except Problem as error:
+            yield place, error
+            continue
+        for number, line in enumerate(lines, 1):
+            yield place if len(lines) == 1 else f"{place} turn {number}", line
+
+
+def _iter_records(path: Path) -> Iterator[tuple[str, object, str]]:
+    """(place, record, what is wrong with it) of a JSON array or of a file of JSON lines."""
+    with path.open("rb") as file:
+        is_array = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if not is_array:
+        for number, line in iter_lines(path):
+            record, problem = read_json(line)
+            yield f"line {number}", record, problem
+        return
+    number = 0
+    try:
+        for number, record in enumerate(iter_records(path), 1):
+            yield f"record {number}", record, ""
+    except ValueError as error:
+        yield f"record {number + 1}", None, str(error)
+
+
+def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Problem]]:
+    """A question per image and category, or per image with a caption."""
+    try:
+        images, categories = (_by_id(path, f"{key}.item") for key in ("images", "categories"))
+        groups, problems = _group_annotations(path, images)
+    except ValueError as error:
+        yield path.name, Problem(str(error))
+        return
+    yield from problems
+    for (image_id, category_id), annotations in groups.items():
+        image = images[image_id]
+        place = f"annotation {annotations[0]['id']!r}"
+        try:
+            phrase = image.get("caption")
+            name = phrase or categories.get(category_id, {}).get("name")
+            require(isinstance(name, str), f"category {category_id!r} has no name; add it to "
+                                           "'categories'")
+            template = rules.question or (ASKS_FOR_PHRASE if phrase else ASKS_FOR_CATEGORY)
+            yield place, _coco_line(template.replace("{name}", name), image, annotations, rules)
+        except Problem as error:
+            yield place, error
+
+
+def _by_id(path: Path, prefix: str) -> dict[int | str, dict]:
+    """The objects of a list in a COCO file that have an id, by it."""
+    return {record["id"]: record for record in iter_records(path, prefix=prefix)
+            if isinstance(record, dict) and type(record.get("id")) in (int, str)}
+
+
+def _group_annotations(path: Path, images: dict) -> tuple[dict, list[tuple[str, Problem]]]:
+    """(image, category) -> its annotations, and what is wrong with the others."""
+    groups: dict[tuple, list[dict]] = {}
+    problems = []
+    number = 0
+    for number, record in enumerate(iter_records(path, prefix="annotations.item"), 1):
+        place = f"annotation number {number}"
+        try:
+            require(isinstance(record, dict) and type(record.get("id")) in (int, str),
+                    "an annotation must be an object with an id")
+            place = f"annotation {record['id']!r}"
+            image_id, category_id = record.get("image_id"), record.get("category_id")
+            require(all(type(key) in (int, str) for key in (image_id, category_id)),
+                    "'image_id' and 'category_id' must be ids")
+            require(image_id in images, f"its image {image_id!r} is not in 'images'; use the file "
+                                        "that lists it")
+            key = image_id, None if images[image_id].get("caption") else category_id
+            groups.setdefault(key, []).append(record)
+        except Problem as error:
+            problems.append((place[:200], error))
+    if not number:
+        problems.append((path.name, Problem("there is no list 'annotations' with something in it; "
+                                            "give a COCO instances file")))
+    return groups, problems
+
+
+def _coco_line(question: str, image: dict, annotations: list[dict], rules: ImportRules) -> dict:
+    require(not any(record.get("iscrowd") for record in annotations),
+            "a crowd has no single box; leave annotations with iscrowd out")
+    boxes = [_corners(record.get("bbox")) for record in annotations]
+    line = {"images": [relative_path(image.get("file_name"), rules.root)], "question": question,
+            "coordinates": str(Coordinates.PIXELS)}
+    return line | target_keys([1] * len(boxes), boxes, rules.text.several)
+
+
+def _corners(box: object) -> list[float]:
+    """[x1, y1, x2, y2] of COCO's [x, y, width, height]."""
+    require(isinstance(box, list) and len(box) == 4
+            and all(type(value) in (int, float) and abs(value) < 1e7 for value in box),
+            "'bbox' must be four numbers [x, y, width, height]")
+    x, y, width, height = box
+    require(width > 0 and height > 0, f"'bbox' is {box}: width and height must be over 0")
+    return [x, y, x + width, y + height]
+
+
+def _read_boxes(rules: ImportRules) -> dict[int | str, tuple[str, list]]:
+    """Annotation id -> (file name, xywh) of the file `instances`; {} without one."""
+    if rules.instances is None:
+        return {}
+    images = _by_id(rules.instances, "images.item")
+    return {name: (images.get(record.get("image_id"), {}).get("file_name"), record.get("bbox"))
+            for name, record in _by_id(rules.instances, "annotations.item").items()
+            if type(record.get("image_id")) in (int, str)}
+
+
+def _refcoco_lines(record: object, annotations: dict, rules: ImportRules) -> list[dict]:
+    """A question per phrase of a ref, or the one of a record of VLM-R1."""
+    require(isinstance(record, dict), "the record is no JSON object; the refs of RefCOCO come as a "
+                                      "pickle, which the kit does not open: save them as JSON")
+    if "solution" in record:
+        phrases, box = [record.get("normal_caption")], record["solution"]
+        name = record.get("image")
+    else:
+        phrases = record.get("sentences")
+        require(isinstance(phrases, list) and bool(phrases), "'sentences' must be a list")
+        phrases = [phrase.get("sent") if isinstance(phrase, dict) else phrase for phrase in phrases]
+        ann_id = record.get("ann_id")
+        require(type(ann_id) in (int, str) and ann_id in annotations,
+                f"annotation {str(ann_id)[:40]!r} is not there; give --instances with the "
+                "instances.json of these refs")
+        name, box = annotations[ann_id]
+        box = _corners(box)
+    require(all(isinstance(phrase, str) for phrase in phrases), "a phrase must be a text")
+    line = {"images": [relative_path(name, rules.root)], "image": 1, "box": box,
+            "coordinates": str(Coordinates.PIXELS)}
+    template = rules.question or ASKS_FOR_PHRASE
+    return [{**line, "question": template.replace("{name}", phrase)} for phrase in phrases]

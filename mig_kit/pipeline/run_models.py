@@ -1,0 +1,43 @@
+"""A run's models by name: "RUN" is what GRPO made in it, "RUN/sft" and "RUN/base" the others."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.common import model_folder
+from mig_kit.pipeline import store
+
+MODELS = {"base": "", "sft": "03_merge/merged", "grpo": "05_grpo/model"}
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """folder: of the model, or a base's hub name. evaluation: parameters of the run's 06, {} where
+    that has not run.
+    """
+
+    folder: Path | str
+    box_format: BoxFormat
+    evaluation: dict
+
+
+def find_run_model(text: str) -> RunModel | None:
+    """The model that `text` names; None where it names no run or is a folder.
+
+    FileNotFoundError where the run has not made that model yet.
+    """
+    run_id, _, system = text.partition("/")
+    is_folder = Path(text).is_dir() or text == "tiny"
+    if is_folder or system not in ("", *MODELS) or not (store.runs_root() / run_id).is_dir():
+        return None
+    params = store.run_params(run_id, "a run's model")
+    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+    evaluated = store.load_record("06_evaluate", run_id) or {"params": {}}
+    if system == "base":
+        folder = model_folder(params["base_model"])
+        folder = folder if folder.is_dir() else params["base_model"]
+    else:
+        stage, _, name = MODELS[system or "grpo"].partition("/")
+        store.require_record(stage, run_id, f"the model {text}")
+        folder = store.stage_folder(stage, run_id) / name
+    return RunModel(folder, box_format, evaluated["params"])

@@ -1,0 +1,365 @@
+"""Importers: every format by hand, every mistake with its place and remedy, and fuzzed files."""
+
+import copy
+import json
+import os
+import random
+
+import pytest
+from command_line import run_mig_kit
+from PIL import Image
+
+from mig_kit.cli import import_command
+from mig_kit.data import importers, own_data
+from mig_kit.data.conversations import TextRules
+from mig_kit.data.importers import ImportRules
+
+LINES = int(os.environ.get("MIG_KIT_FUZZ", 4000)) // 4  # fuzzed lines per format
+
+SWIFT = {"messages": [{"role": "system", "content": "You help."},
+                      {"role": "user", "content": "<image><image>Find the <ref-object> that is "
+                                                  "like <bbox> of the first image."},
+                      {"role": "assistant", "content": "It is at <bbox>."}],
+         "images": ["a.png", "b.png"],
+         "objects": {"ref": ["cup"], "bbox": [[0, 0, 10, 10], [20, 30, 60, 90]],
+                     "image_id": [0, 1]}}
+LLAVA = {"id": "7", "image": "b.png", "conversations": [
+    {"from": "human", "value": "<image>\nWhere is the cup?"},
+    {"from": "gpt", "value": "[0.10, 0.30, 0.30, 0.90]"}]}
+COCO = {"images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 50},
+                   {"id": 2, "file_name": "b.png"}],
+        "categories": [{"id": 5, "name": "cup"}, {"id": 6, "name": "dog"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 5, "bbox": [10, 10, 20, 30]},
+            {"id": 2, "image_id": 2, "category_id": 5, "bbox": [150, 10, 50.5, 30]},
+            {"id": 3, "image_id": 2, "category_id": 6, "bbox": [0, 0, 9, 9]},
+            {"id": 4, "image_id": 2, "category_id": 6, "bbox": [50, 0, 9, 9]}]}
+REF = {"ref_id": 0, "ann_id": 2, "image_id": 2, "split": "train",
+       "sentences": [{"sent": "the left cup"}, {"sent": "cup by the door"}]}
+VLM_R1 = {"image": "b.png", "normal_caption": "the lady", "solution": [10.5, 20, 60, 90]}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("import")
+    Image.new("RGB", (100, 50), "white").save(folder / "a.png")
+    Image.effect_noise((200, 100), 80).save(folder / "b.png")
+    (folder / "coco.json").write_text(json.dumps(COCO))
+    return folder
+
+
+def write(root, *records):
+    """A file of JSON lines; bytes are lines as they are."""
+    path = root / "in.jsonl"
+    path.write_bytes(b"".join(
+        (record if isinstance(record, bytes) else json.dumps(record).encode()) + b"\n"
+        for record in records))
+    return path
+
+
+def import_all(root, form, path, coordinates="", padded=False, several="", **rules):
+    """(lines of own data, sentences); the lines pass the checks of own data."""
+    sentences, out = [], root / "out.jsonl"
+    rules = ImportRules(root, TextRules(coordinates, padded, several), **rules)
+    report = importers.import_file(form, path, out, rules, sentences.append)
+    assert all(not problems for _, problems in own_data.check_file(out, root))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert report.read == len(lines) + len(sentences) and report.kept == len(lines)
+    return lines, sentences
+
+
+def changed(record, *path, to):
+    """A copy of the record with another value at `path`; ... takes it out."""
+    record = copy.deepcopy(record)
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    if to is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = to
+    return record
+
+
+def test_ms_swift(root):
+    one = {"messages": [{"role": "user", "content": "Find the <ref-object>."},
+                        {"role": "assistant", "content": "<bbox>"}],
+           "images": [{"path": str(root / "b.png")}],
+           "objects": {"ref": ["dog"], "bbox": [[0.1, 0.2, 0.3, 0.4]], "bbox_type": "norm1"}}
+    old = {"query": "Find the <ref-object>.", "response": "<bbox>", "images": ["b.png"],
+           "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}}
+    lines, sentences = import_all(root, "swift", write(root, SWIFT, one, old))
+    assert not sentences and lines[0] == {
+        "id": "line-1", "images": ["a.png", "b.png"], "image": 2, "coordinates": "pixels",
+        "question": "Find the cup that is like {ref} of the first image.",
+        "box": [20, 30, 60, 90], "reference": [0, 0, 10, 10]}
+    assert lines[1]["coordinates"] == "normalized_1" and lines[1]["images"] == ["b.png"]
+    assert lines[2]["question"] == "Find the dog." and lines[2]["box"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("text, box", [
+    ("[10, 30, 60, 90]", [10, 30, 60, 90]),
+    ("It is [10.5,30,60,90].", [10.5, 30, 60, 90]),
+    ("<|object_ref_start|>cup<|object_ref_end|><|box_start|>(10,30),(60,90)<|box_end|>",
+     [10, 30, 60, 90]),
+    ("<ref>cup</ref><box>(10,30),(60,90)</box>", [10, 30, 60, 90]),
+    ("<box>[[10, 30, 60, 90]]</box>", [10, 30, 60, 90]),
+    ('```json\n[{"bbox_2d": [10, 30, 60, 90], "label": "cup"}]\n```', [10, 30, 60, 90])])
+def test_boxes_in_texts(root, text, box):
+    record = changed(LLAVA, "conversations", 1, "value", to=text)
+    (line,), _ = import_all(root, "llava", write(root, record), "pixels")
+    assert line["box"] == box and line["question"] == "Where is the cup?" and line["image"] == 1
+
+
+def test_conversations_of_several_images_and_turns(root):
+    asked = "<image> and <image>: where in image 2 is the thing at [1, 2, 30, 40] of image 1?"
+    turns = [{"role": "user", "content": asked},
+             {"role": "assistant", "content": "In the second image: [10, 20, 30, 40]"},
+             {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cup."},
+             {"role": "user", "content": "And the dog?"},
+             {"role": "assistant", "content": '<answer>{"image": 1, "box": [1,2,9,9]}</answer>'}]
+    path = root / "array.json"
+    path.write_text(json.dumps([{"images": ["a.png", "b.png"], "messages": turns}]))
+    (first, second), sentences = import_all(root, "llava", path, "pixels")
+    assert not sentences and first["id"] == "record-1-turn-1"
+    assert first["question"] == "and image 2: where in image 2 is the thing at {ref} of image 1?"
+    assert (first["image"], first["box"], first["reference"]) == (2, [10, 20, 30, 40],
+                                                                  [1, 2, 30, 40])
+    assert (second["image"], second["box"], second["question"]) == (1, [1, 2, 9, 9], "And the dog?")
+
+
+def test_boxes_of_the_padded_square(root):
+    """LLaVA-1.5 pads 200 x 100 to 200 x 200, 50 above and below."""
+    (line,), _ = import_all(root, "llava", write(root, LLAVA), "normalized_1", padded=True)
+    assert line["box"] == pytest.approx([20, 10, 60, 100]) and line["coordinates"] == "pixels"
+
+
+def test_coco(root):
+    lines, sentences = import_all(root, "coco", root / "coco.json")
+    assert [line["question"] for line in lines] == ["Find the cup.", "Find the cup."]
+    assert lines[0]["box"] == [10, 10, 30, 40] and lines[0]["id"] == "annotation-1"
+    assert lines[1]["box"] == [150, 10, 200, 40], "half a pixel over the edge is cut"
+    assert sentences == ["annotation 3: the answer has 2 boxes; add --several any if any one of "
+                         "them is correct, --several all if all are to be found, or write one "
+                         "question for each"]
+    lines, sentences = import_all(root, "coco", root / "coco.json", several="any",
+                                  question="Where is a {name}?")
+    assert not sentences and lines[2]["boxes"] == [[0, 0, 9, 9], [50, 0, 59, 9]]
+    assert lines[2]["question"] == "Where is a dog?"
+    lines, _ = import_all(root, "coco", root / "coco.json", several="all")
+    assert lines[2]["targets"] == [{"image": 1, "box": [0, 0, 9, 9]},
+                                   {"image": 1, "box": [50, 0, 59, 9]}]
+    assert "box" in lines[0] and "image" not in lines[2]
+
+
+def test_boxes_in_several_images_must_all_be_found(root):
+    record = changed(SWIFT, "messages", 2, "content", to="<bbox> and <bbox>")
+    record = changed(record, "messages", 1, "content", to="<image><image>Find every <ref-object>.")
+    lines, _ = import_all(root, "swift", write(root, record), several="all")
+    numbers = [number + 1 for number in SWIFT["objects"]["image_id"]]
+    assert lines[0]["targets"] == [{"image": number, "box": box} for number, box
+                                   in zip(numbers, SWIFT["objects"]["bbox"])]
+    assert sorted(numbers) == [1, 2]
+    _, (sentence,) = import_all(root, "swift", write(root, record), several="any")
+    assert "it is not said which of the 2 images" in sentence
+
+
+def test_refcoco(root):
+    captioned = changed(COCO, "images", 0, "caption", to="the lady in red")
+    path = root / "mdetr.json"
+    path.write_text(json.dumps(changed(captioned, "annotations", to=COCO["annotations"][:1])))
+    (line,), _ = import_all(root, "coco", path)
+    assert line["question"] == "Find this: the lady in red."
+    lines, _ = import_all(root, "refcoco", write(root, REF, VLM_R1),
+                          instances=root / "coco.json")
+    assert [line["question"] for line in lines] == [
+        "Find this: the left cup.", "Find this: cup by the door.", "Find this: the lady."]
+    assert lines[1]["images"] == ["b.png"] and lines[1]["box"] == [150, 10, 200, 40]
+    assert lines[2]["box"] == [10.5, 20, 60, 90]
+
+
+WRONG = [
+    ("swift", b"{", "the line is no JSON object"),
+    ("swift", b"\xff", "save the file as UTF-8"),
+    ("swift", 3, "write one {...} per record"),
+    ("swift", changed(SWIFT, "images", to=...), "'images' must list 1 to 64 paths"),
+    ("swift", changed(SWIFT, "images", 0, to="/etc/passwd"), "give a --root that holds all images"),
+    ("swift", changed(SWIFT, "images", 0, to="http://x/a.png"), "download it and name the file"),
+    ("swift", changed(SWIFT, "images", 0, to=3), "must be named by its path"),
+    ("swift", changed(SWIFT, "images", 0, to="../a.png"), "no path below the image root"),
+    ("swift", changed(SWIFT, "images", 0, to="none.png"), "'none.png' is not there"),
+    ("swift", changed(SWIFT, "images", to=["a.png"]), "2 <image> tags and 1 images"),
+    ("swift", changed(SWIFT, "messages", to=[]), "must be a list of turns"),
+    ("swift", changed(SWIFT, "messages", 1, "role", to="tool_call"), "must be of user and assist"),
+    ("swift", changed(SWIFT, "messages", 1, "content", to=None), "must be a text of at most"),
+    ("swift", changed(SWIFT, "messages", 1, "content", to="<image><image>{ref} <bbox>"),
+     "holds {ref}"),
+    ("swift", changed(SWIFT, "messages", 1, "content", to="<image><image><video> <bbox>"),
+     "give the frames as images"),
+    ("swift", changed(SWIFT, "messages", 2, "content", to="Yes."), "boxes more than there are"),
+    ("swift", changed(SWIFT, "messages", 1, "content", to="<image><image><|im_end|> <bbox>"),
+     "control token"),
+    ("swift", changed(SWIFT, "objects", to="[]"), "as ms-swift 3 has it"),
+    ("swift", changed(SWIFT, "objects", "image_id", to=...), "it must say which one"),
+    ("swift", changed(SWIFT, "objects", "image_id", to=[0, 2]), "an image that is not there"),
+    ("swift", changed(SWIFT, "objects", "image_id", to=[0]), "for every box"),
+    ("swift", changed(SWIFT, "objects", "image_id", to=[1, 0]), "must be in the first image"),
+    ("swift", changed(SWIFT, "objects", "bbox_type", to="norm1000"), "use real (pixels) or norm1"),
+    ("swift", changed(SWIFT, "objects", "ref", to=[]), "more <ref-object> in the texts"),
+    ("swift", changed(SWIFT, "objects", "bbox", to=[]), "for every box"),
+    ("swift", changed(SWIFT, "objects", "bbox", 1, to=[615, 226]), "must be four numbers"),
+    ("swift", changed(SWIFT, "objects", "bbox", 1, to=[1, 2, 900, 4]), "leaves image 2"),
+    ("llava", changed(LLAVA, "conversations", 1, "value", to="A cup."), "no answer holds a box"),
+    ("llava", changed(LLAVA, "image", to=["a.png", "b.png"]), "1 <image> tags and 2 images"),
+    ("llava", changed(changed(LLAVA, "image", to=["a.png", "b.png"]), "conversations", 0, "value",
+                      to="Where?"), "name it in the answer, as in: image 2"),
+    ("llava", changed(LLAVA, "conversations", 1, "value", to="[1,2,3,4] [5,6,7,8]"),
+     "the answer has 2 boxes; add --several any"),
+    ("llava", changed(LLAVA, "conversations", 1, "value", to="[0.9, 0.1, 0.3, 0.4]"),
+     "x2 must be greater than x1"),
+    ("llava", changed(LLAVA, "conversations", 1, "value", to="[10, 20, 30, 40]"), "outside"),
+    ("llava", changed(LLAVA, "conversations", 0, "value", to="<image>"), "write what is asked"),
+    ("refcoco", REF, "give --instances"),
+    ("refcoco", changed(VLM_R1, "normal_caption", to=3), "a phrase must be a text"),
+    ("refcoco", changed(VLM_R1, "solution", to=[1, 2]), "must be four numbers"),
+    ("refcoco", 3, "save them as JSON"),
+    ("refcoco", changed(REF, "sentences", to=[]), "'sentences' must be a list")]
+
+
+@pytest.mark.parametrize("form, record, sentence", WRONG)
+def test_each_mistake_has_its_line_and_remedy(root, form, record, sentence):
+    lines, sentences = import_all(
+        root, form, write(root, record), "normalized_1" if form == "llava" else "")
+    assert not lines and len(sentences) == 1
+    assert sentences[0].startswith("line 1: ") and sentence in sentences[0]
+
+
+@pytest.mark.parametrize("path, value, sentence", [
+    (("annotations", 0, "bbox"), [1, 2, 3], "annotation 1: 'bbox' must be four numbers"),
+    (("annotations", 0, "bbox"), [1, 2, 0, 4], "annotation 1: 'bbox' is [1, 2, 0, 4]: width and"),
+    (("annotations", 0, "image_id"), 9, "annotation 1: its image 9 is not in 'images'"),
+    (("annotations", 0, "image_id"), [], "annotation 1: 'image_id' and 'category_id' must be ids"),
+    (("annotations", 0), 3, "annotation number 1: an annotation must be an object with an id"),
+    (("annotations", 0, "iscrowd"), 1, "annotation 1: a crowd has no single box"),
+    (("annotations", 0, "bbox"), [90, 2, 30, 4], "annotation 1: [90, 2, 120, 6] leaves image 1"),
+    (("categories",), [], "annotation 1: category 5 has no name"),
+    (("images", 0, "file_name"), None, "annotation 1: an image must be named by its path"),
+    (("annotations",), [], "wrong.json: there is no list 'annotations'")])
+def test_each_mistake_of_a_coco_file_has_its_place(root, path, value, sentence):
+    (root / "wrong.json").write_text(json.dumps(changed(COCO, *path, to=value)))
+    _, sentences = import_all(root, "coco", root / "wrong.json", several="any")
+    assert any(problem.startswith(sentence) for problem in sentences), sentences
+
+
+@pytest.mark.parametrize("form, path, rules, sentence", [
+    ("llava", "in.jsonl", {}, "give --coordinates"),
+    ("swift", "in.jsonl", {"coordinates": "pixels", "padded": True}, "add --coordinates norm"),
+    ("swift", "in.jsonl", {"question": "Find {name}."}, "leave --question out"),
+    ("coco", "coco.json", {"question": "Find it."}, "must hold {name}"),
+    ("refcoco", "refs(unc).p", {}, "save what is in it as JSON"),
+    ("swift", "out.jsonl", {}, "name another file"),
+    ("web", "in.jsonl", {}, "use one of swift, llava, coco, refcoco")])
+def test_rules_that_do_not_go_together(root, form, path, rules, sentence):
+    for name in ("out.jsonl", path):
+        (root / name).touch()
+    with pytest.raises(ValueError) as error:
+        import_all(root, form, root / path, **rules)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"[", b"[{}, ", b"\xef\xbb\xbf[]", b"[1e999999]", b"\0", b"",
+                                     b"[" * 3000, b'{"images": [', b'{"annotations": [{"id": NaN}'])
+@pytest.mark.parametrize("form", importers.FORMATS)
+def test_broken_files_end_with_a_sentence(root, form, content):
+    (root / "broken.json").write_bytes(content)
+    lines, sentences = import_all(root, form, root / "broken.json", "pixels")
+    assert not lines and all(": " in sentence for sentence in sentences)
+
+
+VALUES = (None, True, 0, 1, 2, -1, 5, 1e300, float("nan"), float("inf"), "", "x", "a.png", "b.png",
+          "<image>", "<bbox>", "<ref-object>", "\ud800", "\0", "<|im_start|>", "{ref}", [], {},
+          [[]], [1, 2, 3, 4], [0, 0, 1, 1], "[1,2,30,40]", "(1,2),(3,4)", "human", "gpt", "image 2",
+          "<box>[[1, 2, 3, 4]]</box>", "[" * 50, "9" * 30, {"path": "b.png"}, "/a.png", "../b.png")
+
+
+def mutate(value, rng):
+    """The value with one place in it replaced, repeated or taken out."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.2:
+        return rng.choice(VALUES)
+    value = copy.copy(value)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    fate = rng.random()
+    if fate < 0.1:
+        del value[key]
+    elif fate < 0.2 and isinstance(value, list):
+        value.insert(key, value[key])
+    else:
+        value[key] = mutate(value[key], rng)
+    return value
+
+
+def fuzz_line(seeds, rng):
+    record = rng.choice(seeds)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        record = mutate(record, rng)
+    line = json.dumps(record).encode()
+    if rng.random() < 0.1:  # cut, or with a byte changed
+        place = rng.randrange(len(line))
+        line = line[:place] + (b"" if rng.random() < 0.5 else b"\xe9" + line[place + 1:])
+    return line
+
+
+@pytest.mark.parametrize("form, seeds", [("swift", [SWIFT]), ("llava", [LLAVA, SWIFT]),
+                                         ("refcoco", [REF, VLM_R1])])
+def test_fuzzed_lines_become_correct_lines_or_sentences(root, form, seeds):
+    rng = random.Random(form)
+    path = write(root, *seeds, *(fuzz_line(seeds, rng) for _ in range(LINES)))
+    lines, sentences = import_all(root, form, path, "normalized_1" if form == "llava" else "",
+                                  several="any", instances=root / "coco.json")
+    assert lines and all(sentence.startswith("line ") for sentence in sentences)
+
+
+def test_fuzzed_lines_of_own_data_are_correct_or_have_sentences(root):
+    seeds = [{"images": ["a.png", "b.png"], "question": "Find {ref}.", "reference": [0, 0, 9, 9],
+              "image": 2, "box": [1, 2, 30, 40], "coordinates": "pixels"},
+             {"images": ["a.png", "b.png"], "question": "Find all.", "coordinates": "pixels",
+              "targets": [{"image": 1, "box": [1, 2, 30, 40]}, {"image": 2, "box": [5, 6, 7, 8]}]},
+             {"images": ["a.png"], "question": "What?", "options": ["x", "y"], "letter": "B"}]
+    rng = random.Random(0)
+    path = write(root, *seeds, *(fuzz_line(seeds, rng) for _ in range(LINES)))
+    results = list(own_data.check_file(path, root))
+    assert [number for number, _ in results] == list(range(1, LINES + 4))
+    assert results[:3] == [(1, []), (2, []), (3, [])]
+    wrong = [number for number, problems in results if problems]
+    assert all(isinstance(problem, str) and problem for _, problems in results
+               for problem in problems)
+    with pytest.raises(own_data.OwnDataError, match=f"line {wrong[0]}: "):
+        list(own_data.iter_samples(path, root))
+
+
+def test_fuzzed_coco_files(root):
+    rng = random.Random(0)
+    for _ in range(20):
+        annotations = [mutate(rng.choice(COCO["annotations"]), rng) for _ in range(LINES // 20)]
+        record = dict(COCO, annotations=annotations)
+        for key in ("images", "categories"):
+            if rng.random() < 0.3:
+                record[key] = mutate(record[key], rng)
+        (root / "fuzz.json").write_text(json.dumps(record))
+        _, sentences = import_all(root, "coco", root / "fuzz.json", several="any")
+        assert all(": " in sentence for sentence in sentences)
+
+
+def test_the_command(root, tmp_path):
+    choices = {option.name: option.type for option in import_command.params}
+    assert tuple(choices["form"].choices) == importers.FORMATS
+    assert set(choices["coordinates"].choices) == set(own_data.LIMITS)
+    path = write(root, SWIFT, b"{", SWIFT)
+    result = run_mig_kit("data", "import", "swift", str(path), "--out", str(tmp_path / "own.jsonl"))
+    assert result.returncode == 0 and "line 2: the line is no JSON object" in result.stdout
+    assert "3 questions read, 2 written to" in result.stdout and "1 left out" in result.stdout
+    result = run_mig_kit("data", "check", str(tmp_path / "own.jsonl"), "--root", str(root))
+    assert result.returncode == 0 and "2 correct" in result.stdout
+    result = run_mig_kit("data", "import", "llava", str(path), "--out", str(tmp_path / "b.jsonl"))
+    assert result.returncode == 1 and "give --coordinates" in result.stderr
+    assert "Traceback" not in result.stderr

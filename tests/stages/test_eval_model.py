@@ -1,0 +1,164 @@
+"""`mig-kit eval`: any model, with stage 06's own figures for a run's."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from command_line import run_mig_kit
+from PIL import Image
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import models
+from mig_kit.prompts import format_answer
+from mig_kit.scoring.run_benchmark import RUNNABLE
+from mig_kit.stages import eval_model
+from mig_kit.world.suites import make_suite
+from mig_kit.world.tasks import make_sample
+
+PARAMS = SimpleNamespace(max_new_tokens=12, batch_size=8, workers=1, seed=0, server="",
+                         concurrency=1)
+BOX_FORMAT = BoxFormat()
+
+
+def run_eval(*words, runs=None):
+    environment = {"MIG_KIT_RUNS": str(runs)} if runs else {}
+    result = run_mig_kit("eval", *map(str, words), **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def read_scores(folder):
+    return json.loads((folder / "eval.json").read_text())["scores"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(smoke_runs, tmp_path_factory):
+    """A folder with the evaluations of a run's base and GRPO model."""
+    root = tmp_path_factory.mktemp("evaluated")
+    for name, model in (("base", "smoke/base"), ("grpo", "smoke")):
+        run_eval("--model", model, "--out", root / name, runs=smoke_runs)
+    return root
+
+
+def test_a_runs_models_get_the_runs_own_scores(evaluated, smoke_runs):
+    metrics = json.loads((smoke_runs / "smoke" / "06_evaluate" / "metrics.json").read_text())
+    for system in ("base", "grpo"):
+        scores = read_scores(evaluated / system)["strict"]
+        assert scores.keys() == metrics["systems"][system].keys()
+        for suite, summary in scores.items():
+            recorded = metrics["systems"][system][suite]
+            assert (summary["score"], summary["ci95"]) == (recorded["score"], recorded["ci95"])
+            assert summary["tasks"] == recorded["tasks"]
+
+
+def test_a_folder_that_stock_transformers_saved_is_the_same_model(evaluated, smoke_runs, tmp_path):
+    """Its image settings lie in processor_config.json, which transformers 5 writes."""
+    stock = shutil.copytree(smoke_runs / "smoke" / "05_grpo" / "model", tmp_path / "stock")
+    settings = json.loads((stock / "preprocessor_config.json").read_text())
+    (stock / "preprocessor_config.json").unlink()
+    (stock / "processor_config.json").write_text(json.dumps(
+        {"processor_class": "Qwen2_5_VLProcessor",
+         "image_processor": settings | {"image_processor_type": "Qwen2VLImageProcessor"}}))
+    sizes = json.loads((evaluated / "grpo" / "eval.json").read_text())["questions"]
+    sizes = {name: sizes[name] for name in eval_model.DRAWN_SIZES}
+    params = SimpleNamespace(**vars(PARAMS) | {"max_new_tokens": 128, "batch_size": 64})
+    result = eval_model.evaluate_model(stock, eval_model.Task("drawn", sizes=sizes),
+                                       models.choose_hardware(), BOX_FORMAT, tmp_path / "out",
+                                       params)
+    expected = json.loads((evaluated / "grpo" / "eval.json").read_text())
+    assert result["scores"] == expected["scores"] and result["items"] == expected["items"]
+
+
+def test_two_models_stand_in_one_table(evaluated, smoke_runs):
+    """The second call asks nothing again; its difference is that of the two scores."""
+    predictions = evaluated / "grpo" / "predictions.jsonl"
+    before = predictions.read_text()
+    output = run_eval("--model", "smoke", "--out", evaluated / "grpo", "--compare",
+                      evaluated / "base", runs=smoke_runs)
+    assert "grpo - " in output and predictions.read_text() == before
+    results = {name: eval_model.read_result(evaluated / name) for name in ("grpo", "base")}
+    gaps = {(row["protocol"], row["suite"]): row["points"]
+            for row in eval_model.difference_rows(results)}
+    for suite, summary in results["grpo"]["scores"]["strict"].items():
+        other = results["base"]["scores"]["strict"][suite]["score"]
+        assert gaps["strict", suite] == pytest.approx(summary["score"] - other, abs=0.011)
+
+
+def test_replies_of_another_model_are_not_taken_for_ones_own(evaluated, smoke_runs):
+    result = run_mig_kit("eval", "--model", "smoke/sft", "--out", str(evaluated / "grpo"),
+                         MIG_KIT_RUNS=str(smoke_runs))
+    assert result.returncode and "holds replies made with another model" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_models_that_answered_different_questions_are_not_compared(evaluated):
+    results = {name: eval_model.read_result(evaluated / name) for name in ("grpo", "base")}
+    results["base"]["questions"] |= {"limit": 7}
+    with pytest.raises(ValueError, match="did not answer the same questions"):
+        eval_model.difference_rows(results)
+
+
+@pytest.mark.parametrize("suite", ["own", *RUNNABLE])
+def test_files_of_questions(suite, random_folder, float32, tmp_path):
+    """A random model knows nothing: what is tested is that every file is asked and written."""
+    Image.new("RGB", (90, 60), "white").save(tmp_path / "a.png")
+    (tmp_path / "video").mkdir()
+    for place in range(3):
+        Image.new("RGB", (90, 60), "white").save(tmp_path / "video" / f"{place:03}.jpg")
+    record = {
+        "own": {"id": "x", "images": ["a.png"], "question": "Where?", "coordinates": "pixels",
+                "targets": [{"image": 1, "box": [10, 10, 60, 50]}]},
+        "mig_bench": {"task": "diff", "images": ["a.png", "a.png"], "answer": [0, 0, 0.5, 0.5],
+                      "question": "Give me their difference."},
+        "lisa": {"image_path": "a.png", "instruction": "What?", "boxes": [[15, 30, 75, 50]]},
+        "revos": {"video_id": "video", "frames": [0, 1, 2], "question": "Who?",
+                  "bbox_list": [[0, 0, 9, 9], [0, 0, 9, 9], [14, 8, 70, 40]]},
+        "ref_l4": {"id": 7, "caption": "a cup", "bbox": [10, 20, 30, 10], "file_name": "a.png"},
+        "blink": {"idx": "val_Counting_1", "task": "Counting", "question": "How many?",
+                  "choices": ["1", "3"], "answer": "(A)", "images": ["a.png"]},
+        "mmiu": {"task": "order", "question": "Which is first?", "context": "Two.",
+                 "options": "A: one B: the other", "input_image_path": ["a.png", "a.png"],
+                 "output": "B"}}[suite]
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(record) + "\n" if suite == "own" else json.dumps([record]))
+    task = eval_model.Task(suite, file, tmp_path)
+    result = eval_model.evaluate_model(random_folder, task, float32, BOX_FORMAT, tmp_path / "out",
+                                       PARAMS)
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and "response" in json.loads(lines[0])
+    protocols = ["strict", "free_text"] if suite == "own" else ["official", "strict"]
+    assert list(result["scores"]) == list(result["items"]) == protocols
+    assert [row["protocol"] for row in eval_model.score_rows({"a": result})] == protocols
+    assert "data.jsonl" not in (tmp_path / "out" / "gallery.html").read_text()
+
+
+def test_text_without_the_answer_format_is_read():
+    single = make_sample("refer_grounding", "val", 0)
+    one_image = single.__class__(**{**vars(single), "images": single.images[:1]})
+    choice = make_suite("blink", "val", 1)[0]
+    reply = "It is in the second image, at [10, 20, 30, 40]."
+    assert format_answer(2, (10, 20, 30, 40)) in eval_model.read_freely(reply, single)
+    assert eval_model.read_freely("At [10, 20, 30, 40].", single) == "At [10, 20, 30, 40]."
+    assert format_answer(1, (10, 20, 30, 40)) in eval_model.read_freely("[10, 20, 30, 40]",
+                                                                       one_image)
+    assert eval_model.read_freely("The answer is (A).", choice).endswith(
+        "<answer>A</answer>")
+    assert eval_model.read_freely("I cannot tell.", single) == "I cannot tell."
+    well_formed = f"<think>x</think><answer>{format_answer(1, (1, 2, 3, 4))}</answer>"
+    assert eval_model.read_freely(well_formed, single) == well_formed
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (("--suite", "drawn", "--file", "here.jsonl"), "has no --file"),
+    (("--suite", "own"), "needs a --file"),
+    (("--suite", "odinw"), "no suite 'odinw'; use one of drawn"),
+    (("--four-bit",), "--four-bit says how the --adapter was trained"),
+    (("--compare", "."), "holds no eval.json")])
+def test_bad_words_end_at_once(words, sentence, tmp_path, monkeypatch):
+    (tmp_path / "here.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    result = run_mig_kit("eval", "--model", "tiny", "--out", str(tmp_path / "out"), *words)
+    assert result.returncode and sentence in result.stderr, result.stderr
+    assert not Path(tmp_path / "out").exists()

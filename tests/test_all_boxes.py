@@ -1,0 +1,388 @@
+"""Questions for all boxes: the answer there and back, rewards by hand and against brute force, the
+filter, the figures of 06 and the gallery, and all notebooks on drawn and on own questions.
+"""
+
+import itertools
+import json
+import os
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from command_line import run_mig_kit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mig_kit import plots, prompts, rewards
+from mig_kit.boxes import BoxFormat, iou, matched_sum, to_model_box
+from mig_kit.data.endpoint import Endpoint, make_call
+from mig_kit.data.teacher_prompt import DIRECT_INSTRUCTION, teacher_prompt
+from mig_kit.engine.own_rewards import correct_reply, try_rewards
+from mig_kit.filters import drop_reason
+from mig_kit.sample import Sample, Target, read_samples, write_samples
+from mig_kit.stages import evaluate, report, report_tables
+from mig_kit.stages.grpo import describe_reply
+from mig_kit.stages.rejection_sampling import accuracy_by_detail, pass_rates
+from mig_kit.stages.sanity_checks import _pair_with_other_images
+from mig_kit.world.find_all import draw_find_all
+from mig_kit.world.tasks import make_sample
+from mig_kit.world.teacher import write_trace
+
+BOX_FORMAT = BoxFormat()
+A, B, C = (0, 0, 28, 28), (42, 0, 84, 28), (0, 42, 28, 84)  # they touch nowhere
+BOX_TERMS = [name for name in rewards.REWARDS if name.startswith("box")]
+FUZZ = int(os.environ.get("MIG_KIT_FUZZ", 2000))
+coordinates = st.integers(0, 84)
+some_boxes = st.lists(st.tuples(st.integers(0, 3), st.tuples(*[coordinates] * 4)), max_size=4)
+some_targets = st.lists(st.tuples(st.integers(1, 2), st.sampled_from([A, B, C])), max_size=4,
+                        unique=True)
+
+
+def ask(*targets):
+    """A question about two images of 84x84 pixels, which the model sees as they are."""
+    images = [Image.new("RGB", (84, 84), "white")] * 2
+    return Sample("q", "own", "own", "val", images, "Find every cup.", targets, find_all=True)
+
+
+def reply_with(*boxes, answer=None):
+    text = prompts.format_answers(boxes) if answer is None else answer
+    return f"<think>Search.</think><answer>{text}</answer>"
+
+
+def score(name, reply, sample):
+    return rewards.REWARDS[name](reply, sample, BOX_FORMAT)
+
+
+NONE = reply_with()
+
+
+def test_the_answer_comes_back_and_one_box_is_written_as_ever():
+    for boxes in ([], [(2, A)], [(1, A), (2, B), (2, C)]):
+        assert prompts.parse_boxes(reply_with(*boxes)) == boxes
+    assert prompts.format_answers([(2, A)]) == prompts.format_answer(2, A)
+    assert prompts.parse_reply(reply_with((2, A))).box == A
+    listed = f"[{prompts.format_answer(1, A)}, {prompts.format_answer(2, B)}]"
+    assert prompts.parse_boxes(reply_with(answer=listed)) == [(1, A), (2, B)]
+
+
+@pytest.mark.parametrize("answer", ['{"image": 0}', '{"image": null}', "null", "[]", " [] ",
+                                    '{"image": null, "box": null}', '{"image": 0, "box": []}'])
+def test_what_says_that_there_is_none(answer):
+    assert prompts.parse_boxes(reply_with(answer=answer)) == []
+
+
+@pytest.mark.parametrize("answer", [
+    "", "none", "A", "0", "{}", "[[]]", "false", '{"image": false}', '{"image": ""}', "NaN",
+    '{"image": 1}', '{"image": 1, "box": []}', '{"image": 0, "box": 3}', '{"image": 0.0}',
+    '{"image": 0}, {"image": 0}', '{"image": 0}, {"image": 1, "box": [1,2,3,4]}',
+    '{"image": 1, "box": [1,2,3,4]} {"image": 2, "box": [1,2,3,4]}',
+    '{"image": 1, "box": [1,2,3,4]}, ', '{"image": 1, "box": [1,2,3,NaN]}',
+    '{"image": 1, "box": [1,2,3,1e999]}', '{"image": true, "box": [1,2,3,4]}',
+    '{"image": "1", "box": [1,2,3,4]}', '{"image": 1, "box": [[1,2,3,4]]}', "1], [2",
+    "[" * 5000, '{"image": ' + "9" * 5000 + ', "box": [1,2,3,4]}',
+    ", ".join(['{"image": 1, "box": [1,2,3,4]}'] * (prompts.MOST_BOXES + 1))])
+def test_hostile_answers_are_no_answer_and_earn_nothing_but_tags(answer):
+    reply = reply_with(answer=answer)
+    assert prompts.parse_boxes(reply) is None
+    for sample in (ask(), ask((1, A)), ask((1, A), (2, B))):
+        assert [score(name, reply, sample) for name in BOX_TERMS] == [0.0] * len(BOX_TERMS)
+        assert score("image", reply, sample) == 0 and score("format", reply, sample) == 0.75
+        assert not rewards.is_correct(reply, sample, BOX_FORMAT)
+        assert drop_reason(reply, sample, BOX_FORMAT) == "format"
+
+
+def test_several_answers_or_none_are_unreadable():
+    assert prompts.parse_boxes("") is prompts.parse_boxes(NONE + NONE) is None
+    assert not prompts.is_well_formed(f"so {NONE}", ask())
+    assert prompts.is_well_formed(NONE, ask()) and prompts.is_well_formed(NONE, ask((1, A)))
+
+
+pieces = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", '{"image": ', "2", "0",
+                          ', "box": [', "1,2,3,4", "]}", "}", "[", "]", ", ", "NaN", "-1", "null"])
+
+
+@settings(max_examples=FUZZ, deadline=None)
+@given(st.one_of(st.text(), st.lists(pieces, max_size=20).map("".join)), some_targets)
+def test_no_text_raises_and_no_reward_leaves_its_range(text, targets):
+    sample = ask(*targets)
+    for name, reward in rewards.REWARDS.items():
+        value = reward(text, sample, BOX_FORMAT)
+        assert value is None if name == "choice" else 0 <= value <= 1
+    assert evaluate.score_reply(text, sample, BOX_FORMAT).keys() == {"iou", "correct", "image",
+                                                                     "format"}
+    assert report.classify_outcome(text, sample, BOX_FORMAT) in report.OUTCOMES
+    plots.draw_sample(sample, text or "-", BOX_FORMAT, 20)
+
+
+def test_the_prompt_is_the_same_however_many_boxes_there_are():
+    one = replace(ask((1, A)), find_all=False)
+    questions = {prompts.format_question(sample, BOX_FORMAT)
+                 for sample in (ask(), ask((1, A)), ask((1, A), (2, B)))}
+    assert questions == {f"Find every cup. {prompts.ALL_INSTRUCTION}"}
+    assert prompts.format_question(one, BOX_FORMAT).endswith(prompts.GROUNDING_INSTRUCTION)
+    assert prompts.ALL_INSTRUCTION.startswith(prompts.GROUNDING_INSTRUCTION)
+
+
+def brute_force(boxes, targets, value):
+    """The best sum over all ways to give each of the fewer one of the others."""
+    table = [[value(box, target.box) if image == target.image else 0.0 for target in targets]
+             for image, box in dict.fromkeys(boxes)]
+    if len(table) > len(targets):
+        table = [list(column) for column in zip(*table)]
+    orders = itertools.permutations(range(len(table[0])), len(table))
+    return max(sum(row[place] for row, place in zip(table, order)) for order in orders)
+
+
+@settings(max_examples=FUZZ, deadline=None)
+@given(some_boxes.filter(bool), some_targets.filter(bool), st.randoms())
+def test_hungarian_matching_is_brute_force_in_any_order(boxes, targets, rng):
+    sample = ask(*targets)
+    expected = brute_force(boxes, sample.targets, iou) / max(len(boxes), len(targets))
+    assert rewards.match_score(reply_with(*boxes), sample, BOX_FORMAT) == pytest.approx(expected)
+    shuffled = reply_with(*rng.sample(boxes, len(boxes)))
+    turned = replace(sample, targets=tuple(rng.sample(sample.targets, len(targets))))
+    for name in (*BOX_TERMS, "format", "image"):
+        value = score(name, reply_with(*boxes), sample)
+        assert score(name, shuffled, turned) == pytest.approx(value), name
+    assert (rewards.is_correct(shuffled, turned, BOX_FORMAT)
+            == rewards.is_correct(reply_with(*boxes), sample, BOX_FORMAT))
+
+
+def test_matching_by_hand():
+    assert matched_sum([[0.9, 0.8], [0.7, 0.1]]) == pytest.approx(1.5)  # greedy would take 0.9
+    assert matched_sum([[0.2], [0.6], [0.4]]) == pytest.approx(0.6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.tuples(st.integers(0, 3), st.tuples(*[coordinates] * 4)), some_targets.filter(bool))
+def test_one_box_for_one_target_earns_what_it_always_did(box, targets):
+    sample = ask(targets[0])
+    today = replace(sample, find_all=False)
+    for name in rewards.REWARDS:
+        if name != "box_ungated" or 1 <= box[0] <= 2:
+            assert score(name, reply_with(box), sample) == score(name, reply_with(box), today), name
+    for function in (rewards.reply_iou, rewards.is_correct, rewards.reply_success):
+        arguments = (reply_with(box), sample, BOX_FORMAT)
+        assert function(*arguments) == function(reply_with(box), today, BOX_FORMAT)
+
+
+@settings(max_examples=300, deadline=None)
+@given(some_boxes.filter(bool), some_targets.filter(bool), st.randoms())
+def test_degenerate_and_repeated_boxes_earn_nothing(boxes, targets, rng):
+    sample = ask(*targets)
+    image, (x1, y1, x2, y2) = rng.choice(boxes)
+    for extra in ((image, (x1, y1, x2, y2)), (image, (x1, y1, x1, y2)), (image, (30, 30, 20, 20))):
+        for name in BOX_TERMS:
+            before = score(name, reply_with(*boxes), sample)
+            assert score(name, reply_with(*boxes, extra), sample) <= before + 1e-12, (name, extra)
+
+
+def test_a_repeated_box_is_not_two():
+    overlapping = ask((1, (0, 0, 40, 40)), (1, (0, 0, 40, 50)))  # IoU 0.8 with one another
+    twice = reply_with((1, (0, 0, 40, 40)), (1, (0, 0, 40, 40)))
+    assert score("box", twice, overlapping) == 0.5
+    assert not rewards.is_correct(twice, overlapping, BOX_FORMAT)
+
+
+def test_rewards_by_hand():
+    two = ask((1, A), (2, B))
+    assert [score(name, reply_with((2, B), (1, A)), two) for name in ("format", "image", "box")] \
+        == [1, 1, 1]
+    one_of_two = reply_with((1, A))
+    assert [score(name, one_of_two, two) for name in ("format", "image", "box")] == [1, 0.5, 0.5]
+    one_too_many = reply_with((1, A), (2, B), (2, C))
+    assert score("image", one_too_many, two) == 1
+    assert score("box", one_too_many, two) == pytest.approx(2 / 3)
+    swapped = reply_with((2, A), (1, B))
+    assert score("box", swapped, two) == 0 and score("box_ungated", swapped, two) == 1
+    half = reply_with((1, (0, 0, 28, 14)), (2, B))  # IoU 0.5 and 1
+    assert score("box", half, two) == pytest.approx(0.75)
+    assert score("box_squared", half, two) == pytest.approx(0.625)
+    assert score("box_step", half, two) == 1 and rewards.is_correct(half, two, BOX_FORMAT)
+    assert not rewards.is_correct(half, two, BOX_FORMAT, threshold=0.6)
+    assert rewards.weakest_iou(half, two, BOX_FORMAT) == 0.5
+
+
+def test_a_right_none_earns_and_a_wrong_one_does_not():
+    right = [score(name, NONE, ask()) for name in ("format", "image", *BOX_TERMS)]
+    assert right == [1.0] + [rewards.RIGHT_NONE] * (1 + len(BOX_TERMS))
+    assert rewards.is_correct(NONE, ask(), BOX_FORMAT)
+    for sample in (ask((1, A)), ask((1, A), (2, B))):
+        assert all(score(name, NONE, sample) == 0 for name in ("format", "image", *BOX_TERMS))
+        assert not rewards.is_correct(NONE, sample, BOX_FORMAT)
+    guess = reply_with((1, A))
+    assert [score(name, guess, ask()) for name in ("format", "image", "box")] == [1, 0, 0]
+    assert not rewards.is_correct(guess, ask(), BOX_FORMAT)
+
+
+@pytest.mark.parametrize("weights", [(0.2, 0.3, 1.0), (1.0, 1.0, 1.0)])
+def test_always_none_earns_less_than_a_blind_guess(weights, stage_params):
+    defaults = stage_params("05_grpo").reward_weights
+    assert tuple(defaults[name] for name in ("format", "image", "box")) == (0.2, 0.3, 1.0)
+    questions = [ask(), ask((1, A)), ask((2, A))]  # a third of them without a box
+
+    def mean_reward(replies):
+        return np.mean([sum(weight * score(name, reply, sample) for name, weight
+                            in zip(("format", "image", "box"), weights))
+                        for sample in questions for reply in replies])
+
+    guesses = [reply_with((image, (60, 60, 80, 80))) for image in (1, 2)]  # it meets no target
+    assert mean_reward([NONE]) < mean_reward(guesses)
+
+
+def test_letters_and_questions_for_one_box_are_as_they_were():
+    sample = make_sample("diff", "val", 0)
+    assert not sample.find_all and not rewards.is_correct(NONE, sample, BOX_FORMAT)
+    listed = reply_with(*[(image, to_model_box(box, sample.sizes[image - 1], BOX_FORMAT))
+                          for image, box in sample.targets] * 2)
+    assert score("box", listed, sample) == 0 and score("format", NONE, sample) == 0.75
+    assert drop_reason(listed, sample, BOX_FORMAT) == "format"
+
+
+def test_the_filter_and_pass_rates():
+    sample = ask((1, A), (2, B))
+    shifted = (1, (20, 0, 48, 28))
+    for reply, reason in ((reply_with((1, A), (2, B)), ""), (reply_with((1, A)), "image"),
+                          (reply_with((1, A), (2, B), (2, C)), "box"), (NONE, "image"),
+                          (reply_with(shifted, (2, B)), "box"), ("<answer></answer>", "format"),
+                          (reply_with((1, A), (2, B)).replace("Search.", "[0,0,28,28]"), "leak")):
+        assert drop_reason(reply, sample, BOX_FORMAT) == reason, reply
+    assert drop_reason(NONE, ask(), BOX_FORMAT) == ""
+    assert drop_reason(reply_with((1, A)), ask(), BOX_FORMAT) == "image"
+    replies = {"q": [NONE, reply_with((1, A)), reply_with((2, B), (1, A)), ""]}
+    assert pass_rates([sample], replies, BOX_FORMAT).tolist() == [0.25]
+    assert pass_rates([ask()], replies, BOX_FORMAT).tolist() == [0.25]
+    assert accuracy_by_detail([sample], replies, BOX_FORMAT)[0]["asked"] == "all boxes"
+
+
+def test_figures_by_hand():
+    samples = [ask((1, A), (2, B)), ask((1, A)), ask(), ask(), ask((2, C))]
+    replies = [reply_with((1, A), (2, C)), reply_with((1, A)), NONE, reply_with((1, A)), NONE]
+    result = evaluate.summarize_suite(samples, replies, [], BOX_FORMAT)
+    assert result["score"] == 40 and result["tasks"]["own"]["acc@0.5"] == 40
+    boxes = result["boxes"]
+    assert (boxes["n"], boxes["n_none"]) == (5, 2)
+    assert boxes["precision"] == 50 and boxes["recall"] == 50 and boxes["f1"] == 50  # 2 of 4, of 4
+    assert boxes["rejection"] == 50 and boxes["wrong_rejection"] == 33.33
+    assert boxes["f1_ci95"][0] < 50 < boxes["f1_ci95"][1]
+    assert boxes["rejection_ci95"] == [1.26, 98.74]  # Clopper and Pearson for 1 of 2
+    silent = evaluate.summarize_boxes(samples, ["", "", "", "", ""], BOX_FORMAT)
+    assert silent["precision"] is None and silent["recall"] == 0 and silent["rejection"] == 0
+    always = evaluate.summarize_boxes(samples, [NONE] * 5, BOX_FORMAT)
+    assert always["rejection"] == always["wrong_rejection"] == 100 and always["f1"] == 0
+    one = evaluate.summarize_boxes(samples[1:2], replies[1:2], BOX_FORMAT)
+    assert one["rejection"] is None and one["f1"] == 100
+    assert "boxes" not in evaluate.summarize_suite([make_sample("diff", "val", 0)], [""], [],
+                                                   BOX_FORMAT)
+    (row,) = report_tables.box_rows({"sft": {"find_all": result, "blink": {}}})
+    assert row["F1"] == 50 and row["rejection rate"] == 50 and row["questions"] == 5
+
+
+def test_outcomes_gallery_and_rollouts():
+    two = ask((1, A), (2, B))
+    outcomes = {reply_with((1, A), (2, B)): "correct", NONE: "wrongly none", "": "no answer",
+                reply_with((1, A)): "wrong image", reply_with((1, C), (2, B)): "box off",
+                reply_with((1, A), (2, B), (2, C)): "wrong number of boxes"}
+    for reply, outcome in outcomes.items():
+        assert report.classify_outcome(reply, two, BOX_FORMAT) == outcome
+    assert report.classify_outcome(NONE, ask(), BOX_FORMAT) == "correct"
+    assert report.classify_outcome(reply_with((1, A)), ask(), BOX_FORMAT) == "box where none is"
+    reply = reply_with((1, A), (2, C), (7, A))
+    card = report.sample_card(two, {"GRPO": reply, "SFT": NONE}, BOX_FORMAT, rewards.REWARDS)
+    assert "wrongly none" in card and card.count("<img") == 2
+    picture = plots.draw_sample(two, reply, BOX_FORMAT)
+    orange, green = (0xD5, 0x5E, 0), (0, 0x9E, 0x73)
+    left, right = (picture.crop(half).getcolors(1 << 20) for half in (
+        (0, 0, picture.width // 2, picture.height),
+        (picture.width // 2, 0, picture.width, picture.height)))
+    for half in (left, right):  # a target and a dashed box in each
+        assert {orange, green} <= {colour for _, colour in half}
+    row = describe_reply(reply, two, BOX_FORMAT, {}, {})
+    assert row["boxes"] == [(1, A), (2, C)] and not row["correct"]
+    steps = [{**json.loads(json.dumps(row)), "step": 0}]
+    steps.append({**steps[0], "boxes": [], "step": 1})
+    assert plots.draw_rollouts(two, steps, BOX_FORMAT).height > 100
+
+
+def test_correct_replies_of_every_kind_and_own_rewards():
+    samples = [ask(), ask((1, A)), ask((2, B), (1, A)), make_sample("diff", "val", 0)]
+    for sample in samples:
+        assert rewards.is_correct(correct_reply(sample, BOX_FORMAT), sample, BOX_FORMAT)
+    scored = []
+
+    def watch(reply, sample, box_format):
+        scored.append((len(sample.targets), reply))
+        return 1.0
+
+    try_rewards({"watch": watch}, samples, BOX_FORMAT)
+    assert {count for count, reply in scored if reply} == {0, 1}
+    assert NONE in [reply for _, reply in scored]
+
+
+def test_a_model_teacher_is_told_all_boxes_or_none():
+    two = teacher_prompt(ask((1, A), (2, B)), "trace", BOX_FORMAT)
+    assert two.endswith(f"answer is {prompts.format_answers([(1, A), (2, B)])}.")
+    assert teacher_prompt(ask(), "trace", BOX_FORMAT).endswith('answer is {"image": 0}.')
+    direct = teacher_prompt(ask(), "direct", BOX_FORMAT)
+    assert direct == teacher_prompt(ask((1, A)), "direct", BOX_FORMAT)
+    assert DIRECT_INSTRUCTION in direct and "<think>" not in direct and prompts.NO_BOX in direct
+    assert make_call(ask(), "trace", Endpoint("http://localhost:1/v1", "m"), BOX_FORMAT).key
+
+
+def test_a_table_keeps_the_form_of_the_question(tmp_path):
+    path = tmp_path / "questions.parquet"
+    write_samples(path, [ask(), ask((1, A), (2, B)), make_sample("diff", "val", 0)])
+    read = list(read_samples(path))
+    assert [sample.find_all for sample in read] == [True, True, False]
+    assert read[1].targets == (Target(1, A), Target(2, B)) and read[0].targets == ()
+
+
+def test_none_does_not_count_where_the_images_of_replies_are_swapped():
+    samples = [sample for sample in draw_find_all("val", 6) if len(sample.images) == 2]
+    pairs = _pair_with_other_images(samples, [correct_reply(s, BOX_FORMAT) for s in samples])
+    assert pairs and all(sample.targets for sample, _, _ in pairs)
+
+
+def write_own_file(folder, per_kind=14):
+    """Questions with none, one and several boxes, each with its own reply."""
+    rows = []
+    for number, sample in enumerate(draw_find_all("cot", per_kind)):
+        names = [f"{number}_{k}.png" for k in range(len(sample.images))]
+        for name, image in zip(names, sample.images):
+            image.save(folder / name)
+        trace = write_trace(sample, random.Random(number), BOX_FORMAT, (1, 0, 0), error_rate=0)
+        row = {"images": names, "question": sample.question, "coordinates": "pixels",
+               "task": sample.task, "reply": trace.text}
+        targets = [{"image": image, "box": list(box)} for image, box in sample.targets]
+        if len(targets) == 1:
+            row |= targets[0]
+        else:
+            row |= {"targets": targets} if targets else {"image": None}
+        rows.append(json.dumps(row))
+    path = folder / "own.jsonl"
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["scenes", "own"])
+def test_all_notebooks_on_questions_for_all_boxes(data, tmp_path):
+    words = ["-p", "cot_find_all_per_task", "4", "-p", "rl_find_all_per_task", "3"]
+    if data == "own":
+        words = ["-p", "data", "own", "-p", "teacher", "own", "-p", "data_shares",
+                 "[0.5, 0.3, 0.2]", "-p", "data_file", str(write_own_file(tmp_path))]
+    result = run_mig_kit("run", "--profile", "smoke", *words, "-p", "find_all_per_task", "2",
+                         MIG_KIT_RUNS=str(tmp_path / "runs"))
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+    folder = tmp_path / "runs" / "default"
+    kept = read_samples(folder / "04_rejection_sampling" / "kept.parquet")
+    assert {len(sample.targets) for sample in kept if sample.find_all} >= {0, 1}
+    metrics = json.loads((folder / "06_evaluate" / "metrics.json").read_text())
+    for by_suite in metrics["systems"].values():
+        assert by_suite["find_all"]["boxes"]["n"] == 6
+        assert list(by_suite["find_all"]["tasks"]) == ["in_none", "in_one", "in_several"]
+    page = (folder / "07_report" / "report.html").read_text()
+    assert "None, one or several boxes" in page and "rejection rate" in page
+    assert "find_all/in_none/test/0" in page

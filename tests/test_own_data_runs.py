@@ -1,0 +1,77 @@
+"""Own data through all stages on smoke parameters: RL from the base, and own traces."""
+
+import json
+
+import own_questions
+import pytest
+from command_line import run_mig_kit
+
+from mig_kit.sample import read_samples
+
+SMOKE = ("run", "--profile", "smoke", "-p", "data", "own", "-p", "data_file", "own.jsonl",
+         "-p", "launcher", "", "-p", "per_task", "50")
+NO_DRAWN_SUITES = [word for suite in ("mig", "ood", "blink", "mmiu")
+                   for word in ("-p", f"{suite}_per_task", "0")]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A folder with own.jsonl: 60 questions, half of them with a reply."""
+    folder = tmp_path_factory.mktemp("questions")
+    own_questions.write_questions(folder, 60, replies=0.5)
+    return folder
+
+
+@pytest.fixture
+def run_here(questions, tmp_path, monkeypatch):
+    """Call it with words for mig-kit, given where the questions lie; gives what it printed."""
+    monkeypatch.chdir(questions)
+
+    def run(*words) -> str:
+        result = run_mig_kit(*words, MIG_KIT_RUNS=str(tmp_path))
+        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+        return result.stdout + result.stderr
+
+    return run
+
+
+def read_run(folder):
+    """(evaluation, report) of a run."""
+    evaluation = json.loads((folder / "06_evaluate" / "metrics.json").read_text())
+    return evaluation, (folder / "07_report" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_path):
+    words = (*SMOKE, *NO_DRAWN_SUITES, "--run-id", "rl", "-p", "teacher", "none",
+             "-p", "start_from", "base", "-p", "data_shares", "[0.0, 0.6, 0.4]")
+    run_here(*words)
+    folder = tmp_path / "rl"
+    assert not (folder / "02_sft").exists() and not (folder / "03_merge").exists()
+    evaluation, report = read_run(folder)
+    held_out = read_samples(folder / "01_synthesize" / "val.parquet")
+    assert evaluation["systems"].keys() == {"base", "grpo"}
+    for by_suite in evaluation["systems"].values():
+        assert by_suite.keys() == {"own"} and by_suite["own"]["n"] == len(held_out) > 10
+    assert evaluation["deltas"].keys() == {"grpo-base"}
+    assert "Your data: the held-out part" in report and "GRPO over base" in report
+    shown = [sample for sample in held_out if f"<small>{sample.id}</small>" in report]
+    assert shown and "MIG-Bench" not in report
+    assert "own data (held out)" in run_here("status", "rl")
+    assert "own data (held out)" in run_here("table", "rl")
+    run_here("push", "rl", "a/b", "--dry-run", str(tmp_path / "card"))
+    assert "from the base, without a cold start" in (tmp_path / "card" / "README.md").read_text()
+    assert run_here(*words).count("up to date") >= 6, "nothing is run again"
+
+
+@pytest.mark.slow
+def test_own_traces_need_no_teacher(run_here, tmp_path):
+    run_here(*SMOKE, "--run-id", "own", "-p", "teacher", "own",
+             "-p", "data_shares", "[0.5, 0.25, 0.25]")
+    evaluation, report = read_run(tmp_path / "own")
+    assert list(evaluation["systems"]) == ["base", "sft", "grpo"]
+    assert list(evaluation["systems"]["grpo"]) == ["own", "mig_bench", "ood_grounding", "blink",
+                                                   "mmiu"], "own data, then the drawn suites"
+    assert "SFT over base" in report and "MIG-Bench-like (drawn)" in report
+    traces = json.loads((tmp_path / "own" / "01_synthesize" / "metrics.json").read_text())["traces"]
+    assert traces["kept"] > 5 and "no reply" not in traces["dropped"]
