@@ -17,6 +17,7 @@ from mig_kit.pipeline.params import (
     RUN_PARAMS_STAGE,
     list_profiles,
     merge_mappings,
+    needs_gpu,
     profile_params,
     stage_parameters,
     unknown_parameter_message,
@@ -65,7 +66,7 @@ def _plan_run(names: list[str], profile: str, run_id: str, source: str,
     values = parse_overrides(overrides, stages)
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
     params = cold_start.leave_out(params, source or run_id, is_every_stage=not names)
-    check_full_profile(params, "data" in values)
+    check_full_profile(profile, params, "data" in values)
     if source:
         branches.check_branch(source, run_id, stages)
     builds_on_run = any(store.STAGES[stage] for stage in params)
@@ -143,23 +144,26 @@ def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dic
     return validate_params({**values, **known}, stage)
 
 
-def check_full_profile(params: dict[str, dict], is_data_given: bool) -> None:
+def check_full_profile(profile: str, params: dict[str, dict], is_data_given: bool) -> None:
     """Refuse to start a full profile on drawn scenes that nobody asked for, or without a GPU.
 
-    params: of every stage that will run. A profile is full where a stage's device is "cuda".
-    is_data_given: `data` was set on the command line. ValueError or RuntimeError with one sentence.
+    params: of every stage that will run. A profile is full where a stage of it has the device
+    "cuda". is_data_given: `data` was set on the command line. ValueError or RuntimeError with one
+    sentence.
     """
-    if all(values.get("device") != "cuda" for values in params.values()):
+    if not needs_gpu(profile):
         return
     data = params.get(RUN_PARAMS_STAGE, {}).get("data")
     if data == "scenes" and not is_data_given:
         raise ValueError(
-            "this profile would train a full model on drawn scenes; give your data (-p data own or "
-            "-p data mgrounding, and its parameters), or say -p data scenes to train on them")
-    if not torch.cuda.is_available():
+            f"profile '{profile}' would train a full model on drawn scenes; give your data (-p "
+            "data own or -p data mgrounding, and its parameters), or say -p data scenes to train "
+            "on them")
+    uses_gpu = any(values.get("device") == "cuda" for values in params.values())
+    if uses_gpu and not torch.cuda.is_available():
         raise RuntimeError(
-            f"this profile needs a GPU, and PyTorch {torch.__version__} sees none; check the "
-            "driver with nvidia-smi, or set -p device cpu")
+            f"profile '{profile}' needs a GPU, and PyTorch {torch.__version__} sees none; check "
+            "the driver with nvidia-smi, or set -p device cpu")
 
 
 def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> None:

@@ -104,6 +104,12 @@ def profile_params(stage: str, profile: str = "tiny") -> dict:
     return validate_params(read_params_file(path) if path.is_file() else {}, stage)
 
 
+def needs_gpu(profile: str) -> bool:
+    """Whether a profile trains a full model: a file of it sets device to "cuda"."""
+    files = (PROJECT_ROOT / "params" / profile).glob("*.yaml")
+    return any(read_params_file(path).get("device") == "cuda" for path in files)
+
+
 def read_params_file(path: Path) -> dict:
     """A flat parameter file; ValueError if it nests, is no mapping or no YAML."""
     try:

@@ -139,8 +139,10 @@ def test_a_command_is_a_word_whatever_it_holds():
 
 @pytest.mark.parametrize(("words", "sentence"), [
     ((), "would train a full model on drawn scenes; give your data (-p data own"),
-    (("-p", "data", "scenes"), "this profile needs a GPU, and PyTorch"),
-    (("02",), "this profile needs a GPU, and PyTorch"),
+    (("-p", "data", "scenes"), "'qwen2_5_vl_7b' needs a GPU, and PyTorch"),
+    (("02",), "'qwen2_5_vl_7b' needs a GPU, and PyTorch"),
+    (("01",), "say -p data scenes to train on them"),
+    (("-p", "device", "cpu"), "say -p data scenes to train on them"),
     (("01", "02"), "say -p data scenes to train on them")])
 def test_the_command_refuses_a_full_profile_before_anything_is_written(root, monkeypatch, words,
                                                                        sentence):
@@ -149,26 +151,19 @@ def test_the_command_refuses_a_full_profile_before_anything_is_written(root, mon
     assert not root.exists()
 
 
-def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, monkeypatch):
+@pytest.mark.parametrize(("words", "has_gpu"), [
+    (("01", "02", "-p", "data", "scenes"), True),
+    (("01", "02", "-p", "data", "scenes", "-p", "device", "cpu"), False),
+    (("00",), False), (("01", "-p", "data", "scenes"), False)])
+def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, monkeypatch, words,
+                                                                        has_gpu):
     started = []
-    monkeypatch.setattr(execute, "run_stages", lambda params, *more: started.append(list(params)))
-    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
-    command = ["run", "01", "02", "--profile", "qwen2_5_vl_7b", "-p", "data", "scenes"]
-    assert CliRunner().invoke(cli, command).exit_code == 0
-    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
-    assert CliRunner().invoke(cli, [*command, "-p", "device", "cpu"]).exit_code == 0
-    assert started == [["01_synthesize", "02_sft"]] * 2
+    monkeypatch.setattr(execute, "run_stages", lambda params, *more: started.extend(params))
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: has_gpu)
+    assert CliRunner().invoke(cli, ["run", *words, "--profile", "qwen2_5_vl_7b"]).exit_code == 0
+    assert [stage[:2] for stage in started] == [word for word in words if word.isdigit()]
 
 
-def test_full_profile_starts_on_no_drawn_scenes_unasked_and_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
-    params = {stage: execute.choose_params(stage, "qwen2_5_vl_7b", "a", {})
-              for stage in ("01_synthesize", "02_sft")}
-    with pytest.raises(ValueError, match="-p data scenes"):
-        execute.check_full_profile(params, is_data_given=False)
-    with pytest.raises(RuntimeError, match="sees none"):
-        execute.check_full_profile(params, is_data_given=True)
-    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
-    execute.check_full_profile(params, is_data_given=True)
-    tiny = {"01_synthesize": execute.choose_params("01_synthesize", "tiny", "a", {})}
-    execute.check_full_profile(tiny, is_data_given=False)
+def test_which_profiles_need_a_gpu():
+    full = [profile for profile in params.list_profiles() if params.needs_gpu(profile)]
+    assert full == ["qwen2_5_vl_3b", "qwen2_5_vl_3b_own", "qwen2_5_vl_7b", "qwen2_5_vl_7b_own"]
