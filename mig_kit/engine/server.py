@@ -294,17 +294,22 @@ async def list_models(client: openai.AsyncOpenAI, key: str) -> tuple[str, ...]:
 
 async def _find_served_name(servers: list[Server], names: tuple[str, ...], key: str,
                             is_own: bool) -> str:
-    """What the servers call the model; RuntimeError unless one of them serves it under `names`."""
+    """What the servers call the model; RuntimeError unless one of them serves it under `names`.
+
+    One that does not answer, as when it has died under another model of the stage, is left out.
+    """
+    failures = []
     for server in servers:
         async with open_client(server.url, key, 60.0) as client:
             try:
                 server.models = await list_models(client, key)
             except openai.OpenAIError as error:
-                if is_own:  # it is up, but cannot list its models
-                    break
-                message = redact(first_line(str(error)), key)
-                raise RuntimeError(f"the server {server.url} has no /v1/models ({message}); "
-                                   "start it first, or take it out of server") from None
+                failures.append(f"the server {server.url} has no /v1/models "
+                                f"({redact(first_line(str(error)), key)})")
+    if failures and not is_own:  # a server of one's own is up, and may list nothing
+        if len(failures) == len(servers):
+            raise RuntimeError(f"{failures[0]}; start it first, or take it out of server")
+        print(*(f"{failure} and is left out" for failure in failures), sep="\n", flush=True)
     served = {model for server in servers for model in server.models}
     name = next((name for name in names if name in served), None)
     if is_own:  # it was given the model, under whatever name; some servers list nothing

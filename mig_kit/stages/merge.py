@@ -6,8 +6,8 @@ Merging into the original weights, or into 4-bit weights, gives another model;
 """
 
 import gc
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
@@ -92,6 +92,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
     def read_logps(model) -> torch.Tensor:
         return reply_logps(model, processor, samples, replies, box_format)
 
+    compared = merged.with_name("compared")  # each method's model in turn; none is left
     trained_logps = read_logps(load_trained_model(base, adapter, hardware, adapter_scale))
     rows = []
     for method in (READ_BACK, *choose_merge_methods(base)):
@@ -100,15 +101,15 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
         if method == READ_BACK:
             logps = read_logps(load_model(merged, hardware))
         elif method in (ORIGINAL, ORIGINAL_FOUR_BIT):
-            with TemporaryDirectory(dir=merged.parent) as name:
-                folder = Path(name) / "merged"
-                write_merged_model(base, adapter, folder, hardware, processor, four_bit=False,
-                                   adapter_scale=adapter_scale)
-                logps = read_logps(load_model(folder, hardware, method == ORIGINAL_FOUR_BIT))
+            write_merged_model(base, adapter, compared, hardware, processor, four_bit=False,
+                               adapter_scale=adapter_scale)
+            logps = read_logps(load_model(compared, hardware, method == ORIGINAL_FOUR_BIT))
         else:
             logps = read_logps(merge_adapter(base, adapter, hardware, method, adapter_scale))
         gaps = (logps - trained_logps).abs()
         rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
+    for folder in (compared, compared.with_name("compared.tmp")):  # the latter of a killed start
+        shutil.rmtree(folder, ignore_errors=True)
     gc.collect()
     release_memory()
     return rows

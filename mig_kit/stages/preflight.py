@@ -63,11 +63,17 @@ def predict_minutes(seconds: float) -> list[dict]:
             for stage, (minutes, gib) in TINY_COST.items()]
 
 
-def require_resources(machine: dict, memory_gib: float, disk_gib: float) -> None:
-    """MemoryError or OSError with one sentence when the machine is too small for the profile.
+def require_resources(machine: dict, memory_gib: float, disk_gib: float,
+                      needs_gpu: bool = False) -> None:
+    """RuntimeError, MemoryError or OSError with one sentence when the machine lacks what the
+    profile needs.
 
     machine: of `describe_machine`.
     """
+    if needs_gpu and machine["gpu"] == "none":
+        raise RuntimeError(
+            f"this profile needs a GPU, and PyTorch {torch.__version__} sees none; check the "
+            "driver with nvidia-smi, or set device to cpu")
     if machine["available_gib"] < memory_gib:
         raise MemoryError(
             f"this profile needs {memory_gib:g} GiB of memory and {machine['available_gib']:g} GiB "

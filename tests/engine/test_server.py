@@ -22,6 +22,14 @@ from mig_kit.engine.server_requests import PromptEncoder, check_prompt_ids
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
+LISTS_NOTHING = """
+import http.server as h, sys
+class Handler(h.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == '/health' else 500)
+        self.end_headers()
+h.HTTPServer(('127.0.0.1', int(sys.argv[2])), Handler).serve_forever()
+"""
 DRAW = {"replies": 1, "temperature": 0.0, "max_new_tokens": 8, "batch_size": 64, "seed": 0}
 
 
@@ -126,6 +134,31 @@ def test_a_server_that_dies_is_left_out_and_loses_nothing(start_server, question
     assert kept.items() <= replies.items() and len(replies) == len(questions)
     assert f"{dying.url} is left out" in capsys.readouterr().out
     assert len(healthy.bodies) == len(questions) - 1
+
+
+def test_several_servers_share_the_work(start_server, tmp_path, random_folder, float32):
+    questions = [make_sample("diff", "val", i) for i in range(8)]
+    servers = [start_server(), start_server()]
+    urls = " ".join(server.url for server in servers)
+    assert len(draw(urls, tmp_path, questions, random_folder, float32)) == 8
+    counts = [len(server.bodies) for server in servers]
+    assert sum(counts) == 8 and min(counts) >= 2
+
+
+def test_a_server_that_is_dead_when_a_model_is_opened_is_left_out(
+        start_server, questions, tmp_path, random_folder, float32, capsys):
+    """As in 06 after a server has died under the system before."""
+    dead, healthy = start_server(), start_server()
+    dead.stop()
+    draw(f"{dead.url},{healthy.url}", tmp_path, questions, random_folder, float32)
+    assert len(healthy.bodies) == len(questions)
+    output = capsys.readouterr().out
+    assert output.count(f"the server {dead.url} has no /v1/models") == 1 and "left out" in output
+    with pytest.raises(RuntimeError, match="; start it first, or take it out of server"):
+        draw(dead.url, tmp_path, questions, random_folder, float32)
+    servers_own = f"{sys.executable} -c \"{LISTS_NOTHING}\" {{model}} {{port}}"
+    with serve_model(servers_own, 1, random_folder, "sft", BOX_FORMAT, tmp_path / "log") as served:
+        assert served.name == str(random_folder) and len(served.servers) == 1
 
 
 def test_a_server_without_n_is_asked_once_per_reply(start_server, questions, tmp_path,

@@ -31,6 +31,8 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     for file in sorted((tmp_path / "in memory").iterdir()):
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
     samples = [make_sample("diff", "val", i) for i in range(3)]
+    for name in ("compared", "compared.tmp"):  # as a start that was killed leaves them
+        (tmp_path / name).mkdir()
     rows = merge.compare_merge_methods(random_folder, adapter, folder, samples,
                                        ["<think>Compare.</think>"] * 3, float32, BOX_FORMAT)
     gaps = {row["way"]: row["mean_gap"] for row in rows}

@@ -13,6 +13,9 @@ def test_too_small_a_machine_is_one_sentence():
     with pytest.raises(OSError, match="MIG_KIT_RUNS"):
         preflight.require_resources(machine, 1.0, 1.0)
     preflight.require_resources(machine, 1.0, 0.1)
+    with pytest.raises(RuntimeError, match="needs a GPU, and PyTorch .* sees none"):
+        preflight.require_resources({"gpu": "none", **machine}, 1.0, 0.1, needs_gpu=True)
+    preflight.require_resources({"gpu": "A100", **machine}, 1.0, 0.1, needs_gpu=True)
 
 
 def test_expected_minutes_scale_with_the_machine():
