@@ -58,7 +58,7 @@ class SkipReport:
     """What was left out of a data set, and why.
 
     read: records; kept: questions. max_names: how many names are kept per reason. counts, names: by
-    reason.
+    reason. file: where each name is written, too, with its reason before it.
     """
 
     read: int = 0
@@ -66,13 +66,17 @@ class SkipReport:
     max_names: int = 5
     counts: Counter = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
+    file: Path | None = None
 
     def add(self, reason: str, name: str) -> None:
         """Count one more thing left out for `reason`; the first few are remembered by name."""
         self.counts[reason] += 1
-        names = self.names.setdefault(reason, [])
+        names, text = self.names.setdefault(reason, []), to_printable(name[:200])
         if len(names) < self.max_names:
-            names.append("".join(c if c.isprintable() else "?" for c in name[:200]))
+            names.append(text)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(f"{reason}: {text}\n")
 
     def summarize(self) -> str:
         """One line per reason, the most frequent first."""
@@ -83,6 +87,11 @@ class SkipReport:
             more = ", ..." if count > len(names) else ""
             lines.append(f"  {count:>7}  {reason}: {', '.join(names)}{more}")
         return "\n".join(lines)
+
+
+def to_printable(text: str) -> str:
+    """The text with a question mark for each character that cannot be printed."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def resolve_under_root(root: Path, name: str) -> Path:

@@ -73,6 +73,36 @@ def test_files_are_stored_once_as_they_are_and_a_kill_repeats_nothing(own, tmp_p
     sources.load_training_sets(change(), tmp_path / "out")  # complete: the data is not read
 
 
+def test_killed_in_the_middle_it_decodes_the_rest_and_writes_the_same_tables(
+        own, tmp_path, monkeypatch, capsys):
+    change, folder = own
+    (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:-2000])
+    sources.load_training_sets(change(), tmp_path / "whole")
+    text = capsys.readouterr().out
+    assert "check lines: 100%" in text and "store questions: 100%" in text and "30/30 [00:" in text
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load_prepare",
+                        big_data.ImageFile.ImageFile.load_prepare)  # undone after the test
+    count, write, numbers = big_data.count_decodes(), SampleWriter.write, iter(range(30))
+
+    def write_four(*arguments):
+        if next(numbers) == 4:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(SampleWriter, "write", write_four)
+        with pytest.raises(KeyboardInterrupt):
+            sources.load_training_sets(change(), tmp_path / "out")
+    assert 4 < count[0] < 10 and not (tmp_path / "out/left_out.txt").exists()
+    assert (tmp_path / "out/left_out_names.txt").exists(), "3.jpg was met before the kill"
+    sets, _ = sources.load_training_sets(change(), tmp_path / "out")
+    cut_tried = 2 + 6  # for each of its questions
+    assert count[0] == 9 + cut_tried, "the others are decoded once"
+    for file in (*sources.FILE_OF_SET.values(), "left_out.txt", "left_out_names.txt"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert len(all_samples(sets)) == 24
+
+
 def test_a_damaged_image_is_counted_and_named_and_a_wrong_line_writes_nothing(own, tmp_path):
     change, folder = own
     cut = folder / "3.jpg"
@@ -82,6 +112,9 @@ def test_a_damaged_image_is_counted_and_named_and_a_wrong_line_writes_nothing(ow
     assert len(all_samples(sets)) == 30 - 6 - 6
     assert "records 30, questions kept 18, left out 12" in text and "3.jpg" in text
     assert "line 7: image 2: '7.jpg' is no readable image" in text
+    assert "all of them by name: left_out_names.txt" in text
+    named = (tmp_path / "out/left_out_names.txt").read_text().splitlines()
+    assert len(named) == 12 and all("3.jpg" in line or "7.jpg" in line for line in named)
     lines = (folder / "own.jsonl").read_text() + '{"images": ["0.jpg"]}\n'
     (folder / "own.jsonl").write_text(lines)
     with pytest.raises(ValueError, match="line 31: 'question' is missing"):

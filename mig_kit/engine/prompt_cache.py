@@ -25,6 +25,7 @@ LARGE_IMAGE_PATCHES = 256
 PATCHES_AT_ONCE = 8192  # of large images in a batch
 SAMPLES_AT_ONCE = 64  # whose texts are encoded together
 PIXELS_AT_ONCE = 2**24  # of images that are decoded and prepared together
+MAX_BYTES = 2 * 2**30  # of features that a stage keeps
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class PromptCache:
     """
 
     def __init__(self, model, processor, box_format: BoxFormat, limit: int = 4096,
-                 max_bytes: int = 2 * 2**30, max_text_bytes: int = 2**28,
+                 max_bytes: int = MAX_BYTES, max_text_bytes: int = 2**28,
                  autocast: bool = False):
         self.model, self.processor, self.box_format = unwrap_peft(model), processor, box_format
         self.limit, self.max_bytes, self.autocast = limit, max_bytes, autocast

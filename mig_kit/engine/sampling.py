@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -188,6 +189,26 @@ class StoredReplies(Mapping):
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+@dataclass(frozen=True)
+class RepliesInOrder(Sequence):
+    """The replies to samples with these ids, each read when it is looked at; [] where there are
+    none. is_single: the one reply to each in place of a list of replies.
+    """
+
+    stored: Mapping[str, list[str]]
+    ids: list[str]
+    is_single: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return replace(self, ids=self.ids[index])
+        name = self.ids[index]
+        return self.stored[name][0] if self.is_single else self.stored.get(name, [])
 
 
 def load_replies(path: Path) -> StoredReplies:

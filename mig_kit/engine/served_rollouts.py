@@ -35,6 +35,7 @@ from mig_kit.openai_client import authorization_header, open_client
 from mig_kit.sample import Sample
 
 LOAD_TIMEOUT = 600.0  # seconds to load an adapter
+SERVED_ADAPTERS = "served"  # folder of the adapters that servers load, beside the checkpoints
 SAMPLING_CURVES = {
     "sampling/importance_sampling_ratio/mean": "ratio", "sampling/staleness": "staleness",
     "sampling/adapter_version": "adapter"}
@@ -158,7 +159,7 @@ class ServedRollouts:
         """
         version, before, name = trainer.state.global_step + 1, self.adapter, ""
         if trainer.accelerator.is_main_process:
-            folder = self.folder / "checkpoints" / "served"
+            folder = self.folder / "checkpoints" / SERVED_ADAPTERS
             saved = folder / f"step-{version}"
             model = trainer.accelerator.unwrap_model(trainer.model)
             model.save_pretrained(saved, safe_serialization=True)

@@ -10,8 +10,8 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
 from mig_kit.engine.logprobs import reply_logps
 from mig_kit.engine.models import Hardware, Policy, load_policy
-from mig_kit.engine.prompt_cache import PromptCache
-from mig_kit.engine.sampling import make_cache, open_policy, sample_replies
+from mig_kit.engine.prompt_cache import MAX_BYTES, PromptCache
+from mig_kit.engine.sampling import RepliesInOrder, make_cache, open_policy, sample_replies
 from mig_kit.engine.server import ServedModel
 from mig_kit.sample import Sample
 
@@ -23,8 +23,8 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
 
     models: system -> model folder. samples, drawn_samples: by suite. folder: where replies are
     stored, and resumed from. Gives system -> suite -> {"greedy": [reply], "drawn": [[reply]]}, in
-    the order of `samples`; a sample without drawn replies has []. With `params.server` each system
-    is served in its turn.
+    the order of `samples`, each read when it is looked at; a sample without drawn replies has [].
+    With `params.server` each system is served in its turn.
     """
     caches: dict[str, PromptCache] = {}
     replies: dict[str, dict] = {}
@@ -49,7 +49,8 @@ def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str,
     for suite, suite_samples in samples.items():
         cache = None
         if isinstance(policy, Policy):
-            cache = caches[suite] if suite in caches else make_cache(policy)
+            share = MAX_BYTES // len(samples)  # all suites' caches stay until the last system
+            cache = caches[suite] if suite in caches else make_cache(policy, max_bytes=share)
             caches[suite] = cache
 
         def ask(kind: str, questions: list[Sample], count: int, temperature: float,
@@ -62,8 +63,9 @@ def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str,
 
         greedy = ask("greedy", suite_samples, 1, 0.0)
         drawn = ask("drawn", drawn_samples[suite], params.replies, 1.0) if params.replies else {}
-        answers[suite] = {"greedy": [greedy[sample.id][0] for sample in suite_samples],
-                          "drawn": [drawn.get(sample.id, []) for sample in suite_samples]}
+        ids = [sample.id for sample in suite_samples]
+        answers[suite] = {"greedy": RepliesInOrder(greedy, ids, is_single=True),
+                          "drawn": RepliesInOrder(drawn, ids)}
     return answers
 
 
@@ -93,9 +95,9 @@ def kl_from_base(models: dict[str, str | Path], samples: dict[str, list[Sample]]
 
 
 def _spread_replies(samples: list[Sample], answers: dict, count: int) -> list[tuple[Sample, str]]:
-    rows = [(sample, drawn[0]) for sample, drawn in zip(samples, answers["drawn"]) if drawn]
-    rows = rows or list(zip(samples, answers["greedy"]))
-    return rows[::max(1, len(rows) // count)][:count]
+    rows = [row for row, drawn in enumerate(answers["drawn"]) if drawn] or range(len(samples))
+    return [(samples[row], (answers["drawn"][row] or [answers["greedy"][row]])[0])
+            for row in rows[::max(1, len(rows) // count)][:count]]
 
 
 def _reply_logps(policy: Policy, rows: list[tuple[Sample, str]]) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ from mig_kit.rewards import (
     reply_iou,
     weakest_iou,
 )
-from mig_kit.sample import Sample, read_samples
+from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.stats import (
     group_by_task,
     macro_mean,
@@ -112,15 +112,19 @@ def reply_is_correct(reply: str, sample: Sample, box_format: BoxFormat) -> float
     return score_reply(reply, sample, box_format)["correct"]
 
 
-def first_per_task(samples: list[Sample], per_task: int) -> list[Sample]:
+def first_per_task(samples: Sequence[Sample], per_task: int) -> Sequence[Sample]:
     """The first `per_task` samples of every task, in order; all for 0."""
+    if not per_task:
+        return samples
     counts: Counter = Counter()
-    first_samples = []
-    for sample in samples:
+    rows = []
+    for row, sample in enumerate(samples):
         counts[sample.task] += 1
-        if not per_task or counts[sample.task] <= per_task:
-            first_samples.append(sample)
-    return first_samples
+        if counts[sample.task] <= per_task:
+            rows.append(row)
+    if isinstance(samples, TableRows):
+        return samples.select(rows)
+    return [samples[row] for row in rows]
 
 
 def split_by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ Where this deviates from the paper, or fills a gap in it:
   `share_prefix: false` is stock TRL.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from mig_kit.engine.models import (
 from mig_kit.engine.own_rewards import compute_reward, load_rewards
 from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.sampling import make_cache
-from mig_kit.engine.served_rollouts import SAMPLING_CURVES, ServedRollouts
+from mig_kit.engine.served_rollouts import SAMPLING_CURVES, SERVED_ADAPTERS, ServedRollouts
 from mig_kit.engine.shared_prefix_grpo import (
     NOT_SHARED,
     ResumableGRPOTrainer,
@@ -324,6 +325,8 @@ def train(folder: Path, params: SimpleNamespace, kept: str, start: str, adapter:
         trainer.model.print_trainable_parameters()
     train_or_resume(trainer, folder)
     save_adapter(trainer, folder)
+    if trainer.is_world_process_zero():  # what servers drew with
+        shutil.rmtree(folder / "checkpoints" / SERVED_ADAPTERS, ignore_errors=True)
 
 
 def training_curves(history: list[dict]) -> list[dict]:

@@ -10,7 +10,7 @@ reply is drawn, and prompts are kept at random, to see what the step is worth.
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,20 +31,21 @@ def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]], box_for
 
 
 def correct_traces(samples: Sequence[Sample], replies: dict[str, list[str]],
-                   box_format: BoxFormat) -> tuple[list[int], list[Trace]]:
-    """Which samples have a reply that may teach, and the first such reply of each.
+                   box_format: BoxFormat) -> tuple[list[int], Iterator[Trace]]:
+    """Which samples have a reply that may teach, and the first such reply of each, read when it is
+    its turn.
 
     What may teach passes 01's filter. So a model can learn from its own correct replies: see
     `traces_file` of 02.
     """
-    rows, traces = [], []
-    for index, sample in enumerate(samples):
-        good = [reply for reply in replies.get(sample.id, [])
-                if not drop_reason(reply, sample, box_format)]
-        if good:
-            rows.append(index)
-            traces.append(Trace(good[0], recognize_detail(good[0]), ""))
-    return rows, traces
+    places: dict[int, tuple[str, int]] = {}  # row -> the sample's id, and which of its replies
+    for row, sample in enumerate(samples):
+        for number, reply in enumerate(replies.get(sample.id, [])):
+            if not drop_reason(reply, sample, box_format):
+                places[row] = sample.id, number
+                break
+    texts = (replies[name][number] for name, number in places.values())
+    return list(places), (Trace(text, recognize_detail(text), "") for text in texts)
 
 
 def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],

@@ -28,6 +28,7 @@ SET_NAMES = ("cot", "rl", "val")
 FILE_OF_SET = {"cot": "questions.parquet", "rl": "rl.parquet", "val": "val.parquet"}
 TEACHERS = ("rules", "endpoint", "own", "none")
 REPORT_FILE = "left_out.txt"
+NAMES_FILE = "left_out_names.txt"  # everything that the report counts, where there is any
 
 
 def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, TableRows], str]:
@@ -119,7 +120,8 @@ def _open_writers(folder: Path, stack: ExitStack) -> dict[str, SampleWriter]:
 
 
 def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
-    report = SkipReport()
+    (folder / NAMES_FILE).unlink(missing_ok=True)  # of a killed start
+    report = SkipReport(file=folder / NAMES_FILE)
     shares = p.data_shares
     if p.teacher == "none":
         shares = [0.0, shares[0] + shares[1], shares[2]]
@@ -148,8 +150,9 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
         write_atomically(folder / IMAGE_MANIFEST,
                          lambda temporary: temporary.write_text(store.manifest()))
     n_shared = len(images_of_set["val"] & (images_of_set["cot"] | images_of_set["rl"]))
-    return (f"{report.summarize()}\nheld out: {counts['val']} questions; {n_shared} of their "
-            f"{len(images_of_set['val'])} images are also in training\n")
+    names = f"all of them by name: {NAMES_FILE}\n" if report.counts else ""
+    return (f"{report.summarize()}\n{names}held out: {counts['val']} questions; {n_shared} of "
+            f"their {len(images_of_set['val'])} images are also in training\n")
 
 
 def _iter_source(p: SimpleNamespace, report: SkipReport) -> Iterator[tuple[Sample, str]]:

@@ -1,5 +1,7 @@
 """Stage 05 over a double of a server: adapters move, ratios are 1, and what is stale is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from rollout_server import RolloutServer
@@ -8,6 +10,7 @@ from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, training
 from mig_kit.engine.served_rollouts import importance_ratio
+from mig_kit.sample import write_samples
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -121,6 +124,19 @@ def test_replies_that_are_learnt_from_twice_are_drawn_once(make_served, tmp_path
     assert all(row["clip_ratio"] > 0 for row in rows)
     kept = sorted(path.name for path in (tmp_path / "checkpoints" / "served").iterdir())
     assert kept == ["step-3", "step-5"]
+
+
+def test_what_servers_drew_with_is_deleted_when_it_has_been_learnt_from(
+        make_served, random_folder, stage_params, tmp_path):
+    _, server = make_served()
+    kept = tmp_path / "kept.parquet"
+    write_samples(kept, [make_sample(task, "rl", i) for task in TASKS for i in range(2)])
+    params = stage_params("05_grpo", server=server.url, dtype="float32", **SETTINGS)
+    folder = tmp_path / "run" / "05_grpo"
+    grpo.train(folder, SimpleNamespace(**vars(params), **vars(BOX_FORMAT)), kept, random_folder)
+    assert len(server.loaded) == 3 and (folder / "adapter").is_dir()
+    left = {path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()}
+    assert left == {"checkpoint-3"}
 
 
 def test_completions_that_are_all_masked_are_no_error(make_served):

@@ -21,6 +21,18 @@ def test_replies_are_spread_over_the_samples_that_have_drawn_ones():
     assert systems._spread_replies(samples, answers, 2) == [("a", "A"), ("d", "D")]
 
 
+def test_caches_of_all_suites_share_one_limit_in_bytes(tmp_path, random_folder, float32,
+                                                        stage_params, monkeypatch):
+    limits = []
+    monkeypatch.setattr(systems, "make_cache", lambda policy, max_bytes: limits.append(max_bytes))
+    monkeypatch.setattr(systems, "sample_replies", lambda *arguments, **more: {})
+    params = stage_params("06_evaluate", replies=0)
+    suites = {"mig_bench": [], "blink": [], "mmiu": [], "own": []}
+    systems.suite_replies({"base": random_folder}, suites, suites, float32, BOX_FORMAT,
+                          tmp_path / "replies", params)
+    assert limits == [2**29] * 4
+
+
 def test_kl_by_hand():
     logps = [torch.tensor([-1.0, -2.0]).numpy(), torch.tensor([-1.0]).numpy()]
     base = [torch.tensor([-2.0, -2.5]).numpy(), torch.tensor([-1.5]).numpy()]

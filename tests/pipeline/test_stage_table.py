@@ -49,6 +49,15 @@ def test_what_libraries_print_for_their_own_sake_is_left_out():
         "Empty DataFrame", "Columns: []", "Index: []") == []
 
 
+def test_a_server_that_is_left_out_is_told_on_a_terminal_and_off_it():
+    news = "the server http://a:1/v1 is left out (ConnectError); 1 go on"
+    assert printed_by("nothing new", news) == [f"  {news}"]
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True, highlight=False)
+    StageTable(["04"], console).emit(record(news))
+    assert news in out.getvalue()
+
+
 def test_a_bar_that_a_notebook_prints_is_seen_with_its_time_left(capsys):
     with progress_bar(range(4), "replies") as bar:
         for _ in zip(range(2), bar):

@@ -7,7 +7,7 @@ import pytest
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.common import write_json
-from mig_kit.sample import write_samples
+from mig_kit.sample import TableRows, read_samples, write_samples
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluate import paired_difference, summarize_suite
 from mig_kit.stats import bootstrap_interval, macro_mean, to_percent
@@ -95,12 +95,16 @@ def test_paired_difference_and_sampled_mean():
     assert gap["ci95"][0] <= 75 <= gap["ci95"][1]
 
 
-def test_only_some_samples_have_drawn_replies():
+def test_only_some_samples_have_drawn_replies(tmp_path):
     samples = two_tasks()
     with_drawn = {sample.id for sample in evaluate.first_per_task(samples, 1)}
     has_drawn = [sample.id in with_drawn for sample in samples]
     assert has_drawn == [True, False, False, False, True, False]
     assert evaluate.first_per_task(samples, 0) == samples
+    write_samples(tmp_path / "val.parquet", samples)
+    rows = read_samples(tmp_path / "val.parquet")
+    first = evaluate.first_per_task(rows, 1)
+    assert isinstance(first, TableRows) and {sample.id for sample in first} == with_drawn
     greedy = [reply_to(sample) for sample in samples]
     drawn = [[reply, ""] if has_drawn[i] else [] for i, reply in enumerate(greedy)]
     result = summarize_suite(samples, greedy, drawn, BOX_FORMAT)

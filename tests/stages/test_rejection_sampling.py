@@ -53,9 +53,11 @@ def test_the_first_correct_reply_of_each_prompt_may_teach():
     replies = {samples[0].id: ["no", answers[0], leaked, good[0], good[0] + " "],
                samples[1].id: ["no"], samples[2].id: [good[2]]}
     rows, traces = rejection_sampling.correct_traces(samples, replies, BOX_FORMAT)
+    traces = list(traces)
     assert rows == [0, 2] and [trace.text for trace in traces] == [good[0], good[2]]
     assert {trace.detail for trace in traces} == {"method"}
-    assert rejection_sampling.correct_traces(samples, {}, BOX_FORMAT) == ([], [])
+    rows, traces = rejection_sampling.correct_traces(samples, {}, BOX_FORMAT)
+    assert rows == list(traces) == []
 
 
 def test_random_prompts_are_kept_without_any_reply():
@@ -103,6 +105,18 @@ def test_a_cut_line_is_dropped_and_the_rest_kept(tmp_path):
     path.write_text(json.dumps({"id": "a", "replies": ["x"]}) + "\n" + '{"id": "b", "rep')
     assert sampling.load_replies(path) == {"a": ["x"]}
     assert path.read_text().count("\n") == 1
+
+
+def test_replies_in_order_are_read_when_they_are_looked_at(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    path.write_text('{"id": "a", "replies": ["1", "2"]}\n{"id": "b", "replies": ["3"]}\n')
+    stored = sampling.load_replies(path)
+    drawn = sampling.RepliesInOrder(stored, ["b", "c", "a"])
+    assert list(drawn) == [["3"], [], ["1", "2"]] and drawn[-1] == ["1", "2"]
+    greedy = sampling.RepliesInOrder(stored, ["b", "a", "b"], is_single=True)
+    assert list(greedy) == ["3", "1", "3"] and list(greedy[1:]) == ["1", "3"] and len(greedy) == 3
+    path.write_text(path.read_text().replace("3", "4"))
+    assert greedy[0] == "4", "nothing is kept"
 
 
 def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_policy, samples):
