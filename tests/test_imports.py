@@ -99,6 +99,19 @@ def test_no_module_imports_itself_through_others():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+def test_vllm_and_ray_are_no_dependencies():
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+    names = {pin.partition("==")[0].lower() for pins in (
+        project["dependencies"], *project["optional-dependencies"].values()) for pin in pins}
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.partition(".")[0])
+    assert {"torch", "openai"} <= names and not {"vllm", "ray"} & names
+
+
 def test_packages_are_the_wings():
     settings = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())
     packages = {f"mig_kit.{wing}" for wing in WINGS} | {"mig_kit"}

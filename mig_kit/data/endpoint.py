@@ -13,8 +13,8 @@ import asyncio
 import fcntl
 import hashlib
 import json
-import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 import openai
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.data.call_log import CallLog, LoggedReplies, load_call_log
 from mig_kit.data.teacher_prompt import KINDS, teacher_messages, teacher_prompt
 from mig_kit.image_files import image_digests
 from mig_kit.openai_client import (
@@ -91,30 +92,8 @@ def make_call(sample: Sample, kind: str, endpoint: Endpoint, box_format: BoxForm
     return Call(digest.hexdigest(), kind, sample, box_format)
 
 
-def load_call_log(path: Path) -> dict[str, dict]:
-    """Finished calls by key; a last line cut by a kill is dropped from the file.
-
-    ValueError if any other line is broken.
-    """
-    entries: dict[str, dict] = {}
-    if not path.is_file():
-        return entries
-    with path.open("r+b") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(file.tell() - len(line))
-                break
-            try:
-                entry = json.loads(line)
-                entries[entry["key"]] = entry
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} line {number} is broken; delete that line, and its call "
-                                 "is made again") from error
-    return entries
-
-
-async def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
-    """Make the calls that the log `path` does not hold; the log's entries for all of them, by key.
+async def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> CallLog:
+    """Make the calls that the log `path` does not hold; the log, which then holds all of them.
 
     calls: read as they are needed, `concurrency` at a time. An entry has the "reply", or "failed"
     where the server refused this very request. A call that fails for other reasons in all its
@@ -129,18 +108,17 @@ async def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> d
         except BlockingIOError:
             raise RuntimeError(f"{path} is in use by another run; wait for it or give this run "
                                "another run_id") from None
-        entries = load_call_log(path)
-        file.seek(0, os.SEEK_END)
-        requested: dict[str, None] = {}  # in order
+        log = load_call_log(path)
+        requested: set[str] = set()
 
         def iter_new_calls() -> Iterator[Call]:
             for call in calls:
-                is_new = call.key not in requested and call.key not in entries
-                requested[call.key] = None
+                is_new = call.key not in requested and call.key not in log
+                requested.add(call.key)
                 if is_new:
                     yield call
 
-        session = _Session(endpoint, key, file, entries)
+        session = _Session(endpoint, key, file, log)
         new_calls = iter_new_calls()
         async with session.client:
             try:
@@ -150,19 +128,18 @@ async def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> d
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
         if session.has_replied:
-            session.write_entries()
-    return {key: entries[key] for key in requested if key in entries}
+            log.write(file)
+    return log
 
 
 class _Session:
     """What the workers of one `make_calls` share: the client, the log, the count of failures."""
 
-    def __init__(self, endpoint: Endpoint, key: str, file, entries: dict[str, dict]):
+    def __init__(self, endpoint: Endpoint, key: str, file, log: CallLog):
         self.endpoint = endpoint
         self.key = key
         self.file = file
-        self.entries = entries
-        self.unwritten: list[dict] = []
+        self.call_log = log
         self.has_replied = False
         self.finished = self.failures_in_a_row = 0
         self.next_start = 0.0
@@ -236,18 +213,10 @@ class _Session:
 
     def log(self, entry: dict) -> None:
         """Write the entry; a refusal only once a reply shows that the endpoint works."""
-        self.entries[entry["key"]] = entry
-        self.unwritten.append(entry)
+        self.call_log.add(entry)
         if "reply" in entry:
             self.has_replied = True
-            self.write_entries()
-
-    def write_entries(self) -> None:
-        """Append the new entries to the log, down to the disk."""
-        self.file.write("".join(json.dumps(entry) + "\n" for entry in self.unwritten).encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.unwritten = []
+            self.call_log.write(self.file)
 
     def redact(self, text: str) -> str:
         """The text without the key."""
@@ -276,33 +245,35 @@ def parse_completion(body: bytes) -> dict | None:
 
 
 async def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
-                         box_format: BoxFormat) -> tuple[list[Trace], list[str]]:
-    """The teacher's trace and its direct answer for every sample, in order; "" where there is none.
+                         box_format: BoxFormat) -> tuple[LoggedReplies, LoggedReplies]:
+    """The teacher's trace and its direct answer for every sample, in order, each read from the log
+    when it is looked at; "" where there is none.
 
     samples: with targets or options, or for all boxes; may be a generator, whose images are held
     only while they are asked about. path: the log of finished calls. Trace.error is "" or why there
     is no reply. In a script: asyncio.run(endpoint.request_traces(...)). Raises as `make_calls`, and
     ValueError for a sample without a target.
     """
-    keys: list[list[str]] = []
+    keys: dict[str, list[str]] = {kind: [] for kind in KINDS}
 
     def iter_calls() -> Iterator[Call]:
         for sample in samples:
             if not sample.targets and not sample.letter and not sample.find_all:
                 raise ValueError(f"sample {sample.id} has no target, so there is nothing to check "
                                  "a trace against; leave it out")
-            pair = [make_call(sample, kind, endpoint, box_format) for kind in KINDS]
-            keys.append([call.key for call in pair])
-            yield from pair
+            for kind in KINDS:
+                call = make_call(sample, kind, endpoint, box_format)
+                keys[kind].append(call.key)
+                yield call
 
-    entries = await make_calls(endpoint, iter_calls(), path)
-    no_reply = {"failed": "no reply in any attempt"}
-    traces, direct_replies = [], []
-    for trace_key, direct_key in keys:
-        entry = entries.get(trace_key, no_reply)
-        traces.append(Trace(entry.get("reply", ""), "endpoint", entry.get("failed", "")))
-        direct_replies.append(entries.get(direct_key, no_reply).get("reply", ""))
-    return traces, direct_replies
+    log = await make_calls(endpoint, iter_calls(), path)
+    trace_keys, direct_keys = (keys[kind] for kind in KINDS)
+    return (LoggedReplies(log, trace_keys, _to_trace),
+            LoggedReplies(log, direct_keys, lambda entry: entry.get("reply", "")))
+
+
+def _to_trace(entry: dict) -> Trace:
+    return Trace(entry.get("reply", ""), "endpoint", entry.get("failed", ""))
 
 
 def summarize_usage(path: Path, price_in: float = 0.0, price_out: float = 0.0) -> dict:
@@ -311,17 +282,14 @@ def summarize_usage(path: Path, price_in: float = 0.0, price_out: float = 0.0) -
     price_in, price_out: per million tokens; the cost is in their currency. "without_counts": calls
     for which the server told no token counts; they are not in the cost, nor are failed attempts.
     """
-    entries = list(load_call_log(path).values())
-    prompt_tokens = sum(entry.get("prompt_tokens") or 0 for entry in entries)
-    completion_tokens = sum(entry.get("completion_tokens") or 0 for entry in entries)
-    cost = (prompt_tokens * price_in + completion_tokens * price_out) / 1e6
-    return {
-        "calls": len(entries),
-        "failed": sum("failed" in entry for entry in entries),
-        "attempts": sum(entry.get("attempts", 1) for entry in entries),
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "without_counts": sum("reply" in entry and entry.get("prompt_tokens") is None
-                              for entry in entries),
-        "cost": round(cost, 4),
-    }
+    usage: Counter = Counter()
+    for entry in load_call_log(path).values():
+        usage["calls"] += 1
+        usage["failed"] += "failed" in entry
+        usage["attempts"] += entry.get("attempts", 1)
+        for name in ("prompt_tokens", "completion_tokens"):
+            usage[name] += entry.get(name) or 0
+        usage["without_counts"] += "reply" in entry and entry.get("prompt_tokens") is None
+    cost = (usage["prompt_tokens"] * price_in + usage["completion_tokens"] * price_out) / 1e6
+    names = ("calls", "failed", "attempts", "prompt_tokens", "completion_tokens", "without_counts")
+    return {**{name: usage[name] for name in names}, "cost": round(cost, 4)}

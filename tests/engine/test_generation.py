@@ -1,5 +1,6 @@
 """Shared prefixes are exact: greedy replies, log-probabilities and gradients are transformers'."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -105,6 +106,36 @@ def test_prefixes_by_hand():
     assert group([a, a, text_only]) == [[0], [1], [2]], "no images to share"
     lonely = [prompt(bytes([i])) for i in range(7)]
     assert group([a] * 5 + lonely) == [[i] for i in range(12)], "40 rows for 12 questions"
+
+
+def test_keys_and_values_are_in_memory_once(random_model, processor, samples, monkeypatch):
+    """The prompts' cache goes when the decoder has its parts, and a layer's when it is copied."""
+    caches, stock = [], prefixes.PaddedPrompts.read
+
+    def read(batch, model):
+        hidden, cache = stock(batch, model)
+        caches.append(weakref.ref(cache))
+        return hidden, cache
+
+    monkeypatch.setattr(prefixes.PaddedPrompts, "read", read)
+    prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 4))
+    weights = decoding.fuse_decoding_weights(random_model, False)
+    with weights as fused_weights, torch.inference_mode():
+        decoder = generation._read_prompts(random_model, processor, prompts, 2, 4,
+                                           fused_weights)[0]
+    assert len(caches) == 1 and caches[0]() is None
+    layers = [weakref.ref(keys) for keys, _ in decoder.prefix_cache]
+    alive = []
+
+    class Watched(list):
+        def __setitem__(self, index, value):
+            super().__setitem__(index, value)
+            alive.append(sum(layer() is not None for layer in layers))
+
+    decoder.prefix_cache = Watched(decoder.prefix_cache)
+    decoder.keep_prefixes(torch.tensor([True, False]))
+    assert alive == [2, 1], "the layer that is copied, and those after it"
+    assert {len(keys) for keys, _ in decoder.prefix_cache} == {1}
 
 
 @pytest.mark.slow

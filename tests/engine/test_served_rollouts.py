@@ -1,10 +1,12 @@
 """Stage 05 over a double of a server: adapters move, ratios are 1, and what is stale is refused."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rollout_server import RolloutServer
+from trl import GRPOConfig
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
@@ -60,6 +62,13 @@ def test_ratios_by_hand():
         assert torch.allclose(ratio, torch.tensor(expected), atol=1e-4), mode
     ratio = importance_ratio(logps, sampled, mask, "token_mask", 2.5, 1.5)
     assert torch.allclose(ratio, torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]), atol=1e-4)
+
+
+def test_the_corrections_names_and_defaults_are_trls(stage_params):
+    trls = {field.name: field.default for field in fields(GRPOConfig)}
+    ours = {name: value for name, value in vars(stage_params("05_grpo")).items()
+            if name.startswith("vllm_")}
+    assert ours == {name: trls[name] for name in ours} and len(ours) == 3
 
 
 def test_adapters_move_and_ratios_are_one(make_served):

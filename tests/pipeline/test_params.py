@@ -5,6 +5,7 @@ import pytest
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import params, store
 from mig_kit.pipeline.execute import choose_params, parse_overrides
+from mig_kit.speed import gpu_needs
 
 # what a parameter of words may say where anything goes
 FREE_TEXT = {"annotations_file", "base_model", "control_run", "data_file", "endpoint_model",
@@ -42,6 +43,20 @@ def test_what_holds_for_the_whole_run_is_set_in_one_stage():
     for stage in store.RECIPE:
         shared = [name for name in params.RUN_PARAMS if name in params.stage_parameters(stage)]
         assert shared == (list(params.RUN_PARAMS) if stage == params.RUN_PARAMS_STAGE else [])
+
+
+@pytest.mark.parametrize("profile", [p for p in params.list_profiles() if params.needs_gpu(p)])
+def test_full_profiles_keep_a_gpu_busy_and_learn_from_the_first_updates(profile):
+    sft, sampling, grpo, evaluate = (params.profile_params(stage, profile) for stage in (
+        "02_sft", "04_rejection_sampling", "05_grpo", "06_evaluate"))
+    assert sft["learning_rate"] == 1e-4 and grpo["lora_dropout"] == 0
+    if not profile.endswith("_own"):
+        rows = gpu_needs.count_work(gpu_needs.read_profile(profile))["02_sft"]
+        updates = rows / sft["per_device_train_batch_size"] / sft["gradient_accumulation_steps"]
+        assert 0.04 < sft["warmup_steps"] / updates < 0.06
+    assert min(sampling["batch_size"], evaluate["batch_size"]) >= 32
+    assert sft["launcher"] == grpo["launcher"] == ""
+    assert {values["device"] for values in (sft, sampling, grpo, evaluate)} == {"cuda"}
 
 
 def test_unknown_and_mistyped_parameters():

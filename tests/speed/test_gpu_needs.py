@@ -152,7 +152,9 @@ def test_a_server_saves_time_where_replies_are_drawn():
     rows = gpu_needs.hours_table(SEVEN, params)
     drawn = [(stage, by) for stage in ("04", "05", "06") for by in ("the kit", "a server")]
     assert [(row["stage"][:2], row["drawn by"]) for row in rows] == [("02", ""), *drawn]
-    assert "80 GB, H100: predicted hours" in rows[0]
+    cards = ("24 GB, RTX 4090", "40 GB, A100", "80 GB, A100", "141 GB, H200", "80 GB, H100")
+    columns = ["stage", "drawn by", "how many", *(f"{card}: predicted hours" for card in cards)]
+    assert all(list(row) == columns for row in rows)
 
 
 def test_counts_of_a_profile_by_hand():

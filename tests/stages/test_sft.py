@@ -118,6 +118,22 @@ def test_only_states_with_loss_reach_the_head_and_teach_the_same(tmp_path, make_
         assert (gradient.float() - expected).norm() <= 1e-2 * expected.norm(), name
 
 
+def test_a_step_with_checkpoints_builds_no_graph_in_the_frozen_tower(tmp_path, make_trainer,
+                                                                   load_policy, table):
+    """What lets checkpointed layers be trained makes the tower's patches require a gradient."""
+    policy, graphs = load_policy(), []
+    policy.model.enable_input_require_grads()
+    tower = unwrap_peft(policy.model).model.visual
+    tower.patch_embed.register_forward_hook(
+        lambda *arguments: graphs.append(arguments[-1].requires_grad))
+    tower.register_forward_hook(
+        lambda *arguments: graphs.append(arguments[-1].pooler_output.requires_grad))
+    trainer = make_trainer(tmp_path, policy)
+    graphs.clear()
+    loss = trainer.compute_loss(policy.model, trainer.data_collator([table[0]]))
+    assert graphs == [True, False] and loss.requires_grad
+
+
 def test_between_bf16_products_the_language_model_stays_in_bf16(load_policy, float32):
     model = load_policy(dataclasses.replace(float32, autocast=True)).model
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()
