@@ -20,8 +20,8 @@ NOISE = re.compile(
 # What is worth a line where there is no terminal: a training's progress and a bar's.
 STEP = re.compile(r"^step (\d+)/(\d+): ")
 BAR = re.compile(r"^(.+?): +(\d+)%\|")
-# What whoever runs a stage should hear of, on a terminal too.
-NEWS = re.compile(r"^the server \S+ .*is left out")
+# What whoever runs a stage should hear of, on a terminal too; a bar may stand before it.
+NEWS = re.compile(r"the server https?://\S+ .*is left out.*")
 
 
 class StageTable(logging.Handler):
@@ -73,8 +73,9 @@ class StageTable(logging.Handler):
             if not line or NOISE.match(line):
                 continue
             self.last_line = line.strip()
-            is_due = not self.console.is_terminal and self._is_due(line)
-            if is_due or NEWS.match(line):
+            if news := NEWS.search(line):
+                self._print(f"  {news.group()}")
+            elif not self.console.is_terminal and self._is_due(line):
                 self._print(f"  {line.strip()}")
 
     def _is_due(self, line: str) -> bool:
