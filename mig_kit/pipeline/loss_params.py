@@ -18,6 +18,10 @@ def check_loss_params(params: dict, changed: set[str]) -> None:
     params: all of 05; changed: the names of those that are not at their defaults.
     """
     _check_ranges(params)
+    idle = sorted(name for name in changed if name.startswith("vllm_"))
+    if idle and not params["server"]:
+        raise ValueError(f"{idle[0]} corrects what a server drew, and server is \"\"; name a "
+                         f"server, or take {idle[0]} out")
     if params["num_iterations"] == 1:
         _check_single_iteration(params, changed)
     else:

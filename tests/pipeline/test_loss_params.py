@@ -31,6 +31,8 @@ REFUSED = [
     ({"loss_type": "vespo", **TWICE, **SEQUENCE}, "set importance_sampling_level to token"),
     ({"loss_type": "vespo", "server": "http://a/v1", **TWICE},
      "set vllm_importance_sampling_mode to token_truncate or token_mask"),
+    ({"vllm_importance_sampling_mode": "token_mask"}, "name a server, or take vllm_importance_s"),
+    ({"vllm_importance_sampling_clip_max": 2.0}, "clip_max corrects what a server drew"),
     ({"top_entropy_quantile": 0.2, **TWICE, **SEQUENCE}, "set one of the two back"),
     ({"num_iterations": 0}, "num_iterations is 0; use 1 or more"),
     ({"epsilon": -0.1, **TWICE}, "epsilon is -0.1; use 0 or more"),
