@@ -180,7 +180,8 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, for
           figure: Path | None) -> None:
     """Runs, or groups of runs, side by side: scores, differences and their intervals.
 
-    A run that is named without a group is a group of its own.
+    A run that is named without a group is a group of its own; a file of a recorded run takes the
+    place of a run.
     """
     from mig_kit import plots
     from mig_kit.stages import compare
@@ -193,6 +194,18 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, for
         plots.set_style()
         plots.plot_groups(compare.figure_rows(result)).savefig(figure, bbox_inches="tight")
         click.echo(f"figure: {figure}", err=True)
+
+
+@cli.command()
+@click.argument("run_ids", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="Write RUN.json of every run into this folder.")
+def record(run_ids: tuple[str, ...], out: Path) -> None:
+    """Keep what `table` reads of RUNS as small files, which take the place of the runs in it."""
+    from mig_kit.stages.evaluated_runs import record_run
+
+    for run_id in run_ids:
+        click.echo(f"recorded: {record_run(run_id, out)}")
 
 
 @cli.command()

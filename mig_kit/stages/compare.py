@@ -6,43 +6,20 @@ too (`stats.joint_interval`). Two groups are compared by sample, and by seed whe
 No two questions of the drawn suites are about the same images, so samples are independent.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from mig_kit import plots
-from mig_kit.boxes import BoxFormat
-from mig_kit.pipeline import store
 from mig_kit.plots import OOD_NAMES, SUITE_NAMES
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
+from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, load_groups
 from mig_kit.stages.report import CLAIMS
 from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
-from mig_kit.world import suites
 
-# Runs that differ in one of these did not answer the same questions.
-SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "find_all_per_task", "min_pixels",
-                 "max_pixels", "coordinates")
-SYSTEMS = ("base", "sft", "grpo")
 OUT_OF_DOMAIN = "ood_grounding"
-
-
-@dataclass(frozen=True)
-class EvaluatedRun:
-    """What a comparison reads of a run. correct: system -> suite -> (samples,) 0 or 1; tokens: of a
-    reply in 05's last ten updates; minutes: of stages 02 to 05.
-    """
-
-    run_id: str
-    seed: int
-    correct: dict[str, dict[str, np.ndarray]]
-    tokens: float
-    minutes: float
-    git: str
-    machine: str
 
 
 def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
@@ -65,83 +42,6 @@ def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
     if not groups:
         raise ValueError("there is nothing to compare; name runs, or groups as name=run,run")
     return groups
-
-
-def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
-    """Run id -> parameters of its 06_evaluate.
-
-    Raises FileNotFoundError for a run without one; ValueError if a model was trained again since,
-    or if the test samples differ.
-    """
-    evaluations = {}
-    for run_id in run_ids:
-        record = store.load_record("06_evaluate", run_id)
-        if record is None:
-            raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; "
-                                    f"run: mig-kit run --run-id {run_id}")
-        if stale_input := store.find_stale_input("06_evaluate", run_id):
-            raise ValueError(f"the scores of run '{run_id}' are of a model before {stale_input} "
-                             f"was run again; run: mig-kit run 06 --run-id {run_id}, with the "
-                             "--profile of that run")
-        evaluations[run_id] = record["params"]
-    for name in SAMPLE_PARAMS:
-        by_run = {run: params.get(name, 0) for run, params in evaluations.items()}
-        if len(set(by_run.values())) > 1:
-            values = ", ".join(f"{run} {value}" for run, value in by_run.items())
-            raise ValueError(f"the runs were not evaluated on the same samples: {name} is {values}")
-    parts = {run: _held_out_part(run, params) for run, params in evaluations.items()}
-    if len(set(parts.values())) > 1:
-        raise ValueError("the runs were not scored on the same held-out part of own data: "
-                         f"{', '.join(parts)}; compare runs of one 01_synthesize")
-    return evaluations
-
-
-def _held_out_part(run_id: str, params: dict) -> tuple | None:
-    """What tells the held-out questions of own data from others; None for a run without such."""
-    if not evaluate.name_own_data(run_id):
-        return None
-    outputs = store.load_record("01_synthesize", run_id)["outputs"]
-    return outputs["val.parquet"], params["held_out_samples"]
-
-
-def load_groups(groups: dict[str, list[str]]) -> tuple[
-        dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
-    """(samples by suite, runs by group); raises as `load_evaluations`."""
-    evaluations = load_evaluations([run for members in groups.values() for run in members])
-    first_run, params = next(iter(evaluations.items()))
-    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    samples = evaluate.load_test_samples(first_run, params)
-    return samples, {name: [_load_run(run, samples, box_format) for run in members]
-                     for name, members in groups.items()}
-
-
-def _load_run(run_id: str, samples: dict[str, list[Sample]],
-              box_format: BoxFormat) -> EvaluatedRun:
-    record = store.load_record("06_evaluate", run_id)
-    trained = store.load_record("05_grpo", run_id) or {}
-    stages = [store.load_record(stage, run_id) or {} for stage in store.RECIPE[2:6]]
-    curves = store.read_metrics(store.stage_folder("05_grpo", run_id)).get("curves", [])
-    lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
-    correct = {system: {suite: _correctness(run_id, system, suite, samples[suite], box_format)
-                        for suite in samples}
-               for system in SYSTEMS if system != "sft" or store.has_cold_start(run_id)}
-    return EvaluatedRun(
-        run_id, trained.get("params", {}).get("seed", 0), correct,
-        float(np.mean(lengths)) if lengths else float("nan"),
-        sum(stage.get("seconds", 0) for stage in stages) / 60,
-        record.get("git", ""), record.get("machine", ""))
-
-
-def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
-                 box_format: BoxFormat) -> np.ndarray:
-    folder = store.stage_folder("06_evaluate", run_id) / "replies"
-    lines = (folder / f"{system}_{suite}_greedy.jsonl").read_text().splitlines()
-    replies = {row["id"]: row["replies"][0] for row in map(json.loads, lines)}
-    if missing := [sample.id for sample in samples if sample.id not in replies]:
-        raise ValueError(f"run '{run_id}' lacks {system}'s replies to {len(missing)} samples, such "
-                         f"as {missing[0]}; run: mig-kit run 06 --force --run-id {run_id}")
-    return np.array([evaluate.reply_is_correct(replies[sample.id], sample, box_format)
-                     for sample in samples])
 
 
 def compare_groups(groups: dict[str, list[str]], reference: str = "") -> dict:

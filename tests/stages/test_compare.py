@@ -17,7 +17,8 @@ from command_line import run_mig_kit
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import format_answer
-from mig_kit.stages import compare
+from mig_kit.stages import compare, evaluated_runs
+from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
 from mig_kit.world import suites
 
@@ -200,7 +201,7 @@ def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_ru
 
 def test_what_is_paired_by_seed():
     def runs(*seeds):
-        return [compare.EvaluatedRun(f"r{i}", seed, {}, 0, 0, "", "")
+        return [EvaluatedRun(f"r{i}", seed, {}, 0, 0, "", "")
                 for i, seed in enumerate(seeds)]
 
     def seeds(first, second):
@@ -307,3 +308,39 @@ def test_the_figure_has_a_point_for_every_group(nine_runs, monkeypatch):
     assert [point.get_xdata()[0] for point in points] == [row["value"] for row in rows
                                                          if row["suite"] == rows[0]["suite"]]
     plots.plt.close(figure)
+
+
+def test_recorded_runs_give_the_table_of_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    for seed in (0, 1):
+        write_run(tmp_path, f"a{seed}", seed)
+        write_run(tmp_path, f"b{seed}", seed, skill={"base": 0.2, "sft": 0.4, "grpo": 0.5})
+    groups = {"a": ["a0", "a1"], "b": ["b0", "b1"]}
+    result = compare.compare_groups(groups)
+    files = {name: [str(evaluated_runs.record_run(run, tmp_path / "kept")) for run in members]
+             for name, members in groups.items()}
+    for run in ("a0", "a1", "b0", "b1"):
+        shutil.rmtree(tmp_path / run)
+    assert compare.compare_groups(files) == result
+    size = (tmp_path / "kept" / "a0.json").stat().st_size
+    assert size < 20_000
+    fields = json.loads((tmp_path / "kept" / "a0.json").read_text())
+    assert fields["changed"]["06_evaluate"]["eval_seed"] == PARAMS["eval_seed"]
+
+
+def test_recorded_runs_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    write_run(tmp_path, "a")
+    path = evaluated_runs.record_run("a", tmp_path)
+    fields = json.loads(path.read_text())
+    for change, sentence in (({"params": None}, "lacks params"),
+                             ({"correct": {"grpo": {}}}, "does not fit the suite")):
+        broken = {name: value for name, value in (fields | change).items() if value is not None}
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=sentence):
+            compare.compare_groups({"a": [str(path)]})
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is no recorded run"):
+        compare.compare_groups({"a": [str(path)]})
+    with pytest.raises(FileNotFoundError, match="mig-kit record"):
+        compare.compare_groups({"a": [str(tmp_path / "no.json")]})
