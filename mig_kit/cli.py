@@ -1,4 +1,7 @@
-"""The command line: run stages, look at runs, check data, ground one question."""
+"""The command line: run stages, look at runs, score predictions.
+
+`mig-kit data` is in cli_data.py, `eval` and `ground` in cli_models.py.
+"""
 
 import json
 import os
@@ -8,11 +11,11 @@ from pathlib import Path
 import click
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.cli_data import data
+from mig_kit.cli_models import absolute_folder, eval_command, ground
 from mig_kit.common import PROCESS_ENVIRONMENT, write_json
-from mig_kit.image_files import ORIENTATIONS
 from mig_kit.pipeline import store
 from mig_kit.pipeline.params import params_text
-from mig_kit.pipeline.run_models import RunModel, find_run_model
 
 
 def main() -> None:
@@ -240,8 +243,8 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
     hardware, workload = models.choose_hardware(dtype), Workload(**load)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        result = benchmark.run_headline(models.resolve_model(_absolute(model)), hardware, workload,
-                                        folder / "headline", repeats)
+        result = benchmark.run_headline(models.resolve_model(absolute_folder(model)), hardware,
+                                        workload, folder / "headline", repeats)
         if hardware.device == "cpu":
             wide = utilisation.save_random_model(folder / "wide", hidden=2048, layers=2)
             result["utilisation"] = utilisation.measure_utilisation(
@@ -320,308 +323,5 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 
-orientation_option = click.option(
-    "--orientation", default="upright", show_default=True, type=click.Choice(ORIENTATIONS),
-    help="Photos with an EXIF orientation: turned upright, or refused.")
-
-
-def _absolute(model: str) -> str:
-    """A folder that is named from where the command is given; anything else as it is."""
-    path = Path(model)
-    return str(path.absolute()) if path.is_dir() and model != "tiny" else model
-
-
-def _find_model(model: str, coordinates: str | None, min_pixels: int, max_pixels: int
-                ) -> RunModel:
-    """What --model names. A run's model brings its box format along."""
-    from mig_kit.engine import models
-    from mig_kit.engine.model_folders import load_config
-
-    if found := find_run_model(model):
-        return found
-    folder = models.resolve_model(_absolute(model))
-    if coordinates is None:
-        is_absolute = load_config(folder).model_type == "qwen2_5_vl"
-        coordinates = "absolute" if is_absolute else "normalized_1000"
-    return RunModel(folder, BoxFormat(min_pixels, max_pixels, coordinates), {})
-
-
-def model_options(command):
-    """The options that name a model and how it sees images."""
-    options = [
-        click.option("--model", required=True,
-                     help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny, or a "
-                          "folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL."),
-        click.option("--coordinates",
-                     help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
-                          "(Qwen2-VL, Qwen3-VL); by its family, or its run's, if left out."),
-        click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(3136),
-                     help="Smaller images are enlarged to so many pixels; a run brings its own."),
-        click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(3136),
-                     help="Larger images are shrunk to so many; a run brings its own.")]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@cli.command("eval")
-@model_options
-@click.option("--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="A LoRA adapter, merged into the model first.")
-@click.option("--four-bit", is_flag=True, help="The adapter was trained on 4-bit weights (QLoRA).")
-@click.option("--suite", default="drawn", show_default=True,
-              help="drawn, own, or mig_bench, lisa, revos, ref_l4, blink, mmiu.")
-@click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="Own data, or the benchmark's annotation file.")
-@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="The folder that FILE's image names are relative to; else FILE's own.")
-@click.option("--limit", default=0, type=click.IntRange(0),
-              help="Only the first so many questions of every task (own: of the file).")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
-              help="Folder for replies, predictions, scores and gallery; goes on where it stopped.")
-@click.option("--compare", multiple=True,
-              type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="The --out of another model: one table, and the paired difference.")
-@click.option("--server", default="", help="Draws the replies: addresses, or a command with "
-                                           "{model} and {port}.")
-@click.option("--concurrency", default=16, show_default=True, type=click.IntRange(1))
-@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(1))
-@click.option("--dtype", default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@orientation_option
-def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
-                 images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
-                 orientation: str, coordinates: str | None, min_pixels: int, max_pixels: int,
-                 dtype: str, device: str, **params) -> None:
-    """Ask MODEL all questions of a suite and score its replies by two protocols."""
-    from types import SimpleNamespace
-
-    import pandas as pd
-
-    from mig_kit.engine import merging, models
-    from mig_kit.stages import eval_model
-
-    if suite not in eval_model.SUITES:
-        raise ValueError(f"no suite '{suite}'; use one of {', '.join(eval_model.SUITES)}")
-    if (suite == "drawn") == (file is not None):
-        raise ValueError(f"--suite {suite} {'has' if suite == 'drawn' else 'needs a --file:'} "
-                         f"{'no --file; leave it out' if suite == 'drawn' else 'its questions'}")
-    if four_bit and adapter is None:
-        raise ValueError("--four-bit says how the --adapter was trained; give one, or leave it out")
-    others = {str(folder): eval_model.read_result(folder) for folder in compare}
-    found = _find_model(model, coordinates, min_pixels, max_pixels)
-    folder, box_format = found.folder, found.box_format
-    hardware = models.choose_hardware(dtype, device)
-    sizes = eval_model.DRAWN_SIZES | {name: size for name, size in found.evaluation.items()
-                                      if name in eval_model.DRAWN_SIZES}
-    task = eval_model.Task(suite, file, images or (file.parent if file else None), limit, sizes,
-                           orientation)
-    if adapter is not None:
-        merged = out / "merged"
-        if not merged.is_dir():
-            out.mkdir(parents=True, exist_ok=True)
-            merging.write_merged_model(folder, adapter, merged, hardware,
-                                       models.load_processor(folder, box_format), four_bit)
-        folder = merged
-    result = eval_model.evaluate_model(folder, task, hardware, box_format, out,
-                                       SimpleNamespace(**params, seed=0))
-    results = {str(out): result, **others}
-    rows = eval_model.score_rows(results)
-    click.echo(pd.DataFrame(rows).to_string(index=False))
-    if others:
-        click.echo(pd.DataFrame(eval_model.difference_rows(results)).to_string(index=False))
-    click.echo(f"gallery: {out / 'gallery.html'}")
-
-
-@cli.command()
-@model_options
-@click.option("--image", "images", multiple=True, required=True, type=click.Path(),
-              help="An image; repeat in order.")
-@click.option("--out", default="grounded.png", show_default=True,
-              help="Where the image with the box goes.")
-@click.option("--max-new-tokens", default=256, show_default=True)
-@orientation_option
-@click.option("--frame", hidden=True)
-@click.argument("question")
-def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int,
-           coordinates: str | None, min_pixels: int, max_pixels: int, orientation: str,
-           frame: str | None, question: str) -> None:
-    """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
-    from mig_kit import plots
-    from mig_kit.engine import models, sampling
-    from mig_kit.image_files import BadImage, open_rgb
-    from mig_kit.prompts import parse_reply, reply_box_in_original
-    from mig_kit.sample import Sample
-
-    if frame:
-        raise ValueError("--frame is now --coordinates: absolute, or normalized_1000")
-    opened = []
-    for path in images:
-        try:
-            opened.append(open_rgb(Path(path), orientation))
-        except BadImage as error:
-            raise ValueError(f"--image {path}: {error}") from error
-    found = _find_model(model, coordinates, min_pixels, max_pixels)
-    box_format = found.box_format
-    policy = models.load_policy(found.folder, models.choose_hardware(), box_format)
-    sample = Sample("ground", "", "", "", tuple(opened), question)
-    reply = sampling.greedy_replies(policy, [sample], max_new_tokens)[0]
-    answer = parse_reply(reply)
-    box = reply_box_in_original(sample, answer, box_format)
-    click.echo(f"reasoning: {answer.thinking or '-'}")
-    if box is None:
-        click.echo(f"no box; the model said: {reply}")
-        return
-    click.echo(f"image: {answer.image} ({images[answer.image - 1]})")
-    numbers = ", ".join(f"{value:.0f}" for value in box)
-    click.echo(f"box: {numbers} (xyxy, pixels of that image)")
-    plots.draw_sample(sample, reply, box_format, 320).save(Path(out))
-    click.echo(f"image: {out}")
-
-
-@cli.group()
-def data() -> None:
-    """Check, look at and compare training data; nothing here loads a model."""
-
-
-@data.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="Image root; else FILE's folder.")
-@click.option("--show", default=100, show_default=True, help="How many wrong lines to print.")
-@orientation_option
-def check(file: Path, root: Path | None, show: int, orientation: str) -> None:
-    """Say line by line what is wrong with FILE, a JSONL of your own data, and its images, which are
-    decoded.
-
-    Its format is in mig_kit/data/own_data.py.
-    """
-    from mig_kit.data import own_data
-
-    total = wrong = 0
-    for number, problems in own_data.check_file(file, root or file.parent, orientation):
-        total += 1
-        wrong += bool(problems)
-        if problems and wrong <= show:
-            click.echo(f"line {number}: {'; '.join(problems)}")
-    more = f" (the first {show} shown)" if wrong > show else ""
-    click.echo(f"{total} lines, {total - wrong} correct, {wrong} wrong{more}")
-    if wrong or not total:
-        raise click.exceptions.Exit(1)
-
-
-@data.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="Image root; else FILE's folder.")
-@click.option("--out", default="preview.html", show_default=True,
-              type=click.Path(dir_okay=False, path_type=Path), help="A .png or an .html.")
-@click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200),
-              help="How many questions, from the top.")
-@orientation_option
-def preview(file: Path, root: Path | None, out: Path, count: int, orientation: str) -> None:
-    """Draw the boxes of FILE's first questions on their images."""
-    from mig_kit.data import own_data
-    from mig_kit.data.preview import write_preview
-
-    samples = own_data.iter_samples(file, root or file.parent, count, orientation)
-    click.echo(f"{write_preview(samples, out)} questions drawn: {out}")
-
-
-@data.command("import")
-@click.argument("form", metavar="FORMAT", type=click.Choice(["swift", "llava", "coco", "refcoco"]))
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
-              help="Where the JSONL of own data goes.")
-@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="Image root; else FILE's folder.")
-@click.option("--coordinates", type=click.Choice(["pixels", "normalized_1000", "normalized_1"]),
-              help="Of boxes in texts (llava, or swift without objects), which do not say it.")
-@click.option("--padded", is_flag=True,
-              help="Boxes are of the image padded to a square, as in LLaVA-1.5's files.")
-@click.option("--several", type=click.Choice(["any", "all"]),
-              help="Of several boxes in an answer any is correct, or all must be found; without "
-                   "it, such answers are left out.")
-@click.option("--question", default="", help='coco, refcoco: what is asked, as "Find the {name}.".')
-@click.option("--instances", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="refcoco: the instances.json of the refs.")
-@click.option("--show", default=100, show_default=True, help="How many problems to print.")
-@orientation_option
-def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
-                   padded: bool, several: str | None, show: int, **rules) -> None:
-    """Write FILE, a data set of another project, as own data: swift (ms-swift), llava (LLaVA,
-    ShareGPT, Qwen-VL, VLM-R1), coco or refcoco; and say what is left out, and why.
-    """
-    from mig_kit.data import importers
-    from mig_kit.data.conversations import TextRules
-
-    text = TextRules(coordinates or "", padded, several or "")
-    problems = 0
-
-    def print_problem(sentence: str) -> None:
-        nonlocal problems
-        problems += 1
-        if problems <= show:
-            click.echo(sentence.encode("utf-8", "backslashreplace").decode())
-
-    report = importers.import_file(
-        form, file, out, importers.ImportRules(root or file.parent, text, **rules), print_problem)
-    more = f" (the first {show} shown)" if problems > show else ""
-    click.echo(f"{report.read} questions read, {report.kept} written to {out}, {problems} left "
-               f"out{more}")
-    if not report.kept:
-        raise click.exceptions.Exit(1)
-
-
-@data.command("mgrounding")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--root", required=True, help="Where the archives were unpacked.",
-              type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--unstated", nargs=2, multiple=True, type=(str, int), metavar="SUBSET IMAGE",
-              help="Image number to take in a subset whose answers name none.")
-@click.option("--limit", type=int, help="Stop after so many questions.")
-@orientation_option
-def mgrounding_command(file: Path, root: Path, unstated, limit: int | None,
-                       orientation: str) -> None:
-    """Read FILE, MGrounding-630k's annotations, and say what is kept and what is left out, and why.
-    """
-    from mig_kit.data import mgrounding
-
-    report = mgrounding.check_annotations(file, root, dict(unstated), limit, orientation)
-    click.echo(report.summarize())
-    if not report.kept:
-        raise click.exceptions.Exit(1)
-
-
-@data.command()
-@click.argument("train", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("held_out", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--bits", default=4, show_default=True, type=click.IntRange(0, 32),
-              help="Of 64 hash bits, how many may differ.")
-@click.option("--limit", type=int, help="Look at so many images of each folder.")
-def duplicates(train: Path, held_out: Path, bits: int, limit: int | None) -> None:
-    """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1
-    if there are any.
-    """
-    from mig_kit.image_files import (
-        SkipReport,
-        find_near_duplicates,
-        iter_images,
-        perceptual_hashes,
-    )
-
-    report = SkipReport()
-    train_hashes, held_out_hashes = (perceptual_hashes(iter_images(folder, report, limit))
-                                     for folder in (train, held_out))
-    pairs = 0
-    for name, other, distance in find_near_duplicates(train_hashes, held_out_hashes, bits):
-        pairs += 1
-        click.echo(f"{train / name}\t{held_out / other}\t{distance} bits")
-    click.echo(f"{len(train_hashes[0])} against {len(held_out_hashes[0])} images: "
-               f"{pairs} pairs within {bits} bits")
-    for reason, names in report.names.items():
-        click.echo(f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})")
-    if pairs:
-        raise click.exceptions.Exit(1)
+for command in (eval_command, ground, data):
+    cli.add_command(command)

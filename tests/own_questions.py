@@ -1,5 +1,6 @@
 """Questions of one's own, made by a script: drawn with a seed that nothing else uses, written as a
-user's JSONL with PNG, JPEG and turned photos, in all coordinates, some of them multiple choice.
+user's JSONL with PNG, JPEG and turned photos, in all coordinates, some of them multiple choice; or
+questions for all boxes, a third each with none, with one and with several.
 """
 
 import json
@@ -12,6 +13,7 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, rescale_box
 from mig_kit.image_files import TURNS
 from mig_kit.sample import Sample
+from mig_kit.world.find_all import FIND_ALL, draw_find_all
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 from mig_kit.world.teacher import write_trace
@@ -36,6 +38,13 @@ def draw_questions(count: int, seed: int = SEED) -> list[Sample]:
     questions = boxes + choices[:n_choices]
     random.Random(seed).shuffle(questions)
     return questions
+
+
+def draw_all_boxes(count: int, seed: int = SEED) -> list[Sample]:
+    """`count` questions for all boxes, the three kinds alike."""
+    questions = list(draw_find_all(SPLIT, -(-count // len(FIND_ALL)), seed))
+    random.Random(seed).shuffle(questions)
+    return questions[:count]
 
 
 def save_image(image: Image.Image, path: Path, orientation: int) -> None:
@@ -64,7 +73,10 @@ def to_line(sample: Sample, number: int, folder: Path, with_reply: bool) -> dict
         size = sample.sizes[image - 1]
         return list(rescale_box(box, size, limits.get(coordinates, size)))
 
-    if sample.options:
+    if sample.find_all:
+        targets = [{"image": image, "box": write_box(box, image)} for image, box in sample.targets]
+        line |= {"targets": targets, "coordinates": coordinates} if targets else {"image": None}
+    elif sample.options:
         line |= {"options": list(sample.options), "letter": sample.letter}
     else:
         image, box = sample.targets[0]
@@ -77,16 +89,22 @@ def to_line(sample: Sample, number: int, folder: Path, with_reply: bool) -> dict
     return line
 
 
-def write_questions(folder: Path, count: int = 300, replies: float = 0.0) -> Path:
-    """Write own.jsonl and its images into `folder`; replies: the share of lines with a reply."""
+def write_questions(folder: Path, count: int = 300, replies: float = 0.0,
+                    find_all: bool = False) -> Path:
+    """Write own.jsonl and its images into `folder`.
+
+    replies: the share of lines with a reply. find_all: questions for all boxes instead.
+    """
+    samples = draw_all_boxes(count) if find_all else draw_questions(count)
     folder.mkdir(parents=True, exist_ok=True)
     with_reply = random.Random("replies")
     lines = [to_line(sample, number, folder, with_reply.random() < replies)
-             for number, sample in enumerate(draw_questions(count), 1)]
+             for number, sample in enumerate(samples, 1)]
     path = folder / "own.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 if __name__ == "__main__":
-    print(write_questions(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
+    print(write_questions(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]),
+                          find_all=sys.argv[4:] == ["all"]))

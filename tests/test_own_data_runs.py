@@ -61,6 +61,11 @@ def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_
     assert "own data (held out)" in run_here("table", "rl")
     run_here("push", "rl", "a/b", "--dry-run", str(tmp_path / "card"))
     assert "from the base, without a cold start" in (tmp_path / "card" / "README.md").read_text()
+    held_out_file = str(folder / "01_synthesize" / "val.parquet")
+    run_here("eval", "--model", "rl", "--suite", "own", "--file", held_out_file, "--out",
+             str(tmp_path / "eval"))
+    scores = json.loads((tmp_path / "eval" / "eval.json").read_text())["scores"]["strict"]
+    assert scores["own"]["score"] == evaluation["systems"]["grpo"]["own"]["score"]
     assert run_here(*words).count("up to date") >= 6, "nothing is run again"
 
 

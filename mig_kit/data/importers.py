@@ -61,6 +61,8 @@ def import_file(form: str, path: Path, out: Path, rules: ImportRules,
     """
     if out.exists() and out.samefile(path):
         raise ValueError(f"--out is {path} itself; name another file")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out} is in no folder that exists; make {out.parent} first")
     _check_rules(form, path, rules)
     report = SkipReport()
 

@@ -79,7 +79,10 @@ def read_json(line: bytes | None) -> tuple[object, str]:
     except UnicodeDecodeError:
         return None, "the line is not UTF-8; save the file as UTF-8"
     except (ValueError, RecursionError) as error:
-        reason = str(error)[:60]
+        if not line.strip():
+            return None, "the line is empty; delete it"
+        is_syntax = isinstance(error, json.JSONDecodeError)
+        reason = f"character {error.colno}: {error.msg}" if is_syntax else str(error)[:60]
         return None, f"the line is no JSON object ({reason}); write one {{...}} per line"
 
 

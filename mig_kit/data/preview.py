@@ -37,10 +37,12 @@ def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> in
     many were drawn.
 
     height: of the images, pixels. Text is escaped in HTML; in a PNG it is cut to one line.
-    ValueError for another ending, and if there is no sample.
+    ValueError for another ending or a missing folder, and if there is no sample.
     """
     if out.suffix.lower() not in (".png", ".html"):
         raise ValueError(f"{out} must end in .png or .html")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} is in no folder that exists; make {out.parent} first")
     strips = [(sample.id, _question_text(sample), plots.draw_sample(sample, height=height))
               for sample in samples]
     if not strips:

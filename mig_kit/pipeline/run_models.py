@@ -22,13 +22,17 @@ class RunModel:
 
 
 def find_run_model(text: str) -> RunModel | None:
-    """The model that `text` names; None where it names no run or is a folder.
+    """The model that `text` names; None where it names no run, and for a model's own folder. A
+    run's folder names the run.
 
     FileNotFoundError where the run has not made that model yet.
     """
+    path = Path(text)
+    if path.is_dir() and path.resolve().parent == store.runs_root().resolve():
+        text = path.resolve().name
     run_id, _, system = text.partition("/")
-    is_folder = Path(text).is_dir() or text == "tiny"
-    if is_folder or system not in ("", *MODELS) or not (store.runs_root() / run_id).is_dir():
+    is_model = (path / "config.json").is_file() or text == "tiny" or not run_id.strip(".")
+    if is_model or system not in ("", *MODELS) or not (store.runs_root() / run_id).is_dir():
         return None
     params = store.run_params(run_id, "a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])

@@ -27,6 +27,7 @@ from mig_kit.scoring.annotations import (
 )
 from mig_kit.scoring.parsers import (
     last_answer_block,
+    parse_choice_letter,
     parse_revised_mig_bench_box,
     parse_strict_answer,
 )
@@ -188,6 +189,13 @@ def parse_named_box(reply: str, exact: bool = False) -> tuple[int | None, Box | 
     if exact or answer.box is not None:
         return answer.image, answer.box
     return answer.image, parse_revised_mig_bench_box(reply)
+
+
+def names_answer(item: BenchmarkItem, reply: str) -> bool:
+    """Whether the reply's text names a box or, of multiple choice, one option."""
+    if item.letter:
+        return bool(parse_choice_letter(reply, item.options))
+    return parse_named_box(reply)[1] is not None
 
 
 def to_normalized_1000(reply: str, sizes: list[tuple[int, int]], box_format: BoxFormat,

@@ -7,35 +7,38 @@ format alone, as stage 06; "free_text" also finds a box or letter in any text. R
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256, write_atomically, write_json
 from mig_kit.data import own_data
-from mig_kit.engine import systems
+from mig_kit.engine import merging, models, systems
 from mig_kit.engine.models import Hardware
 from mig_kit.pipeline import store
+from mig_kit.plots import HELD_OUT_NAMES
 from mig_kit.prompts import LETTERS, format_answer, is_well_formed
 from mig_kit.rewards import is_correct
-from mig_kit.sample import Sample
+from mig_kit.sample import Sample, read_samples
 from mig_kit.scoring import run_benchmark, score
+from mig_kit.scoring.annotations import Benchmark
 from mig_kit.scoring.parsers import parse_choice_letter
 from mig_kit.scoring.result import averaged_groups, summarize
 from mig_kit.stages import evaluate
 from mig_kit.stages.report import gallery_html, render_page
-from mig_kit.stats import paired_gap
 from mig_kit.world import suites
 
 SUITES = ("drawn", "own", *run_benchmark.RUNNABLE)
 DRAWN_SIZES = {"mig_per_task": 100, "ood_per_task": 100, "blink_per_task": 60, "mmiu_per_task": 80,
                "find_all_per_task": 0, "eval_seed": 14}  # stage 06's of the tiny profile
+# what a model is asked with, where neither its run's 06 nor the caller says otherwise
+DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "batch_size": 64, "dtype": "auto"}
 SHOWN = {"correct": 6, "wrong": 12}  # cards of the gallery
 MODEL = "model"  # what the one system is called
+Questions = dict[str, Sequence[Sample]] | tuple[Benchmark, dict[str, list[tuple[int, int]]]]
 
 
 @dataclass(frozen=True)
@@ -61,27 +64,66 @@ class Task:
         return facts | {"file": file_sha256(self.file), "orientation": self.orientation}
 
 
-def evaluate_model(model: str | Path, task: Task, hardware: Hardware, box_format: BoxFormat,
-                   out: Path, params: SimpleNamespace) -> dict:
+@dataclass(frozen=True)
+class AskedModel:
+    """folder: of the model, or its hub name. adapter: a LoRA adapter to merge into it first.
+
+    four_bit: whether the adapter was trained on 4-bit weights.
+    """
+
+    folder: str | Path
+    box_format: BoxFormat
+    adapter: Path | None = None
+    four_bit: bool = False
+
+    def describe(self) -> dict:
+        """What tells this model's replies from others."""
+        facts = {"model": str(self.folder), "files": store.model_fingerprint(str(self.folder)),
+                 "coordinates": str(self.box_format.coordinates),
+                 "min_pixels": self.box_format.min_pixels,
+                 "max_pixels": self.box_format.max_pixels}
+        if self.adapter is None:
+            return facts
+        return facts | {"adapter": store.model_fingerprint(str(self.adapter.absolute())),
+                        "four_bit": self.four_bit}
+
+
+def evaluate_model(model: AskedModel, task: Task, hardware: Hardware, out: Path,
+                   params: SimpleNamespace) -> dict:
     """Ask, judge and write to `out`: replies, predictions.jsonl, gallery.html, eval.json, which is
     also returned.
 
     A call that was interrupted goes on. ValueError where `out` holds another model's or other
-    questions' replies. params: max_new_tokens, batch_size, workers, seed, server, concurrency.
+    questions' replies; nothing is written before all questions are known to be usable. params:
+    max_new_tokens, batch_size, workers, seed, server, concurrency.
     """
+    questions = load_questions(task)
     claim_folder(out, {
-        "model": str(model), "files": store.model_fingerprint(str(model)),
-        "questions": task.describe(), "coordinates": str(box_format.coordinates),
-        "min_pixels": box_format.min_pixels, "max_pixels": box_format.max_pixels,
-        "max_new_tokens": params.max_new_tokens, "dtype": hardware.reason})
-    ask = _ask_benchmark if task.suite in run_benchmark.RUNNABLE else _ask_samples
-    judged, lines, gallery, replies = ask(model, task, hardware, box_format, out, params)
+        **model.describe(), "questions": task.describe(), "max_new_tokens": params.max_new_tokens,
+        "device": hardware.device, "dtype": f"{hardware.dtype}, autocast {hardware.autocast}"})
+    folder = model.folder if model.adapter is None else _merge_adapter(model, hardware, out)
+    is_benchmark = task.suite in run_benchmark.RUNNABLE
+    ask = _ask_benchmark if is_benchmark else _ask_samples
+    judged, lines, gallery, replies = ask(folder, questions, task, hardware, model.box_format, out,
+                                          params)
     _write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    cards = gallery_html(gallery, {MODEL: replies}, box_format, {})
-    _write_text(out / "gallery.html", render_page(f"{model} on {task.suite}", [("Replies", cards)]))
-    result = {"model": str(model), "questions": task.describe(), **judged}
+    cards = gallery_html(gallery, {MODEL: replies}, model.box_format, {})
+    page = render_page(f"{model.folder}: {task.suite}", [("Replies, read as free text", cards)])
+    _write_text(out / "gallery.html", page)
+    result = {"model": str(model.folder), "questions": task.describe(),
+              "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
+
+
+def _merge_adapter(model: AskedModel, hardware: Hardware, out: Path) -> Path:
+    """The folder of the model with its adapter, which `out` keeps."""
+    merged = out / "merged"
+    if not merged.is_dir():  # it is there whole or not at all
+        processor = models.load_processor(model.folder, model.box_format)
+        merging.write_merged_model(model.folder, model.adapter, merged, hardware, processor,
+                                   model.four_bit)
+    return merged
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -92,21 +134,30 @@ def claim_folder(out: Path, settings: dict) -> None:
     """Write what the replies in `out` follow from, or compare it with what is there."""
     path = out / "settings.json"
     settings = json.loads(json.dumps(settings))
-    if path.is_file():
-        other = json.loads(path.read_text())
-        if differing := [name for name in settings if settings[name] != other.get(name)]:
-            raise ValueError(f"{out} holds replies made with another {differing[0]}; name another "
-                             "--out, or delete that folder")
+    other = json.loads(path.read_text()) if path.is_file() else settings
+    for name in (*settings, *other):
+        if settings.get(name) == other.get(name):
+            continue
+        what = {"questions": "to other questions", "model": "of another model",
+                "files": "of another model", "adapter": "of another adapter"}.get(
+                    name, f"made with another {name}")
+        raise ValueError(f"{out} holds replies {what}; name another --out, or delete that folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
 
-def load_questions(task: Task) -> dict[str, Sequence[Sample]]:
-    """Suite -> samples of the drawn suites or of own data."""
+def load_questions(task: Task) -> Questions:
+    """Suite -> samples of the drawn suites or of own data; of a real benchmark its items and the
+    sizes of their images.
+    """
+    if task.suite in run_benchmark.RUNNABLE:
+        benchmark = run_benchmark.read_runnable(task.suite, task.file, task.root, task.limit)
+        return benchmark, run_benchmark.image_sizes(benchmark, task.root, task.orientation)
     if task.suite == "own":
-        own_data.require_correct_lines(task.file, task.root, task.limit or None, task.orientation)
-        return {"own": list(own_data.iter_samples(task.file, task.root, task.limit or None,
-                                                  task.orientation))}
+        samples = _load_own_data(task)
+        if not samples:
+            raise ValueError(f"{task.file} holds no question; give a file with one a line")
+        return {samples[0].suite: samples}
     sizes = {name: min(size, task.limit) if task.limit and name.endswith("per_task") else size
              for name, size in task.sizes.items()}
     samples = evaluate.draw_test_samples(sizes)
@@ -116,10 +167,23 @@ def load_questions(task: Task) -> dict[str, Sequence[Sample]]:
     return samples
 
 
-def read_freely(reply: str, sample: Sample) -> str:
-    """The reply in the kit's answer format where its text names a box or a letter; else as it is.
+def _load_own_data(task: Task) -> Sequence[Sample]:
+    """A table of stage 01 as 06 scores it, `limit` questions evenly spaced; or the first lines of a
+    JSONL.
+    """
+    if task.file.suffix == ".parquet":
+        return evaluate.spread_samples(read_samples(task.file), task.limit)
+    limit = task.limit or None
+    own_data.require_correct_lines(task.file, task.root, limit, task.orientation)
+    return list(own_data.iter_samples(task.file, task.root, limit, task.orientation))
 
-    A box in a reply that names no image is in the only image there is, else in none.
+
+def read_freely(reply: str, sample: Sample) -> str:
+    """The reply in the kit's answer format where its text names a box or a letter, its text being
+    the reasoning; else as it is.
+
+    A box in a reply that names no image is in the only image there is, else in none. Where all
+    boxes are asked for, the kit's format alone is read.
     """
     if is_well_formed(reply, sample) or sample.find_all:
         return reply
@@ -129,12 +193,14 @@ def read_freely(reply: str, sample: Sample) -> str:
         image, box = run_benchmark.parse_named_box(reply)
         image = image or (1 if len(sample.images) == 1 else None)
         answer = format_answer(image, box) if box is not None and image is not None else ""
-    return f"<think>-</think><answer>{answer}</answer>" if answer else reply
+    text = re.sub("</?(?:think|answer)>", " ", reply).strip()
+    return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
 
 
-def _ask_samples(model: str | Path, task: Task, hardware: Hardware, box_format: BoxFormat,
-                 out: Path, params: SimpleNamespace) -> tuple[dict, list, list, dict]:
-    samples = load_questions(task)
+def _ask_samples(model: str | Path, samples: dict[str, Sequence[Sample]], task: Task,
+                 hardware: Hardware, box_format: BoxFormat, out: Path,
+                 params: SimpleNamespace) -> tuple[dict, list, list, dict]:
+    """(scores and items, lines of predictions, gallery, replies by sample id)."""
     none = {suite: [] for suite in samples}
     drawn = systems.suite_replies({MODEL: model}, samples, none, hardware, box_format,
                                   out / "replies", SimpleNamespace(**vars(params) | {"replies": 0}))
@@ -149,23 +215,26 @@ def _ask_samples(model: str | Path, task: Task, hardware: Hardware, box_format: 
         judged["scores"][protocol] = evaluate.summarize_systems(
             samples, {MODEL: by_suite}, box_format)[MODEL]
         judged["items"][protocol] = {
-            suite: [[sample.id, "" if suite == "own" else sample.task,
+            suite: [[sample.id, "" if suite in HELD_OUT_NAMES else sample.task,
                      evaluate.reply_is_correct(reply, sample, box_format)]
                     for sample, reply in zip(samples[suite], texts, strict=True)]
             for suite, texts in replies.items()}
-    everything = [(sample, reply) for suite, texts in strict.items()
-                  for sample, reply in zip(samples[suite], texts, strict=True)]
-    lines = [{"id": sample.id, "response": reply} for sample, reply in everything]
+    read = [(sample, reply) for suite, texts in free.items()
+            for sample, reply in zip(samples[suite], texts, strict=True)]
+    judged["unread"] = sum(not is_well_formed(reply, sample) for sample, reply in read)
+    lines = [{"id": sample.id, "response": reply} for suite, texts in strict.items()
+             for sample, reply in zip(samples[suite], texts, strict=True)]
     picked = _pick([(sample.id, sample.task, is_correct(reply, sample, box_format))
-                    for sample, reply in everything])
-    gallery = [(picked[sample.id], sample) for sample, _ in everything if sample.id in picked]
-    return judged, lines, gallery, {sample.id: reply for sample, reply in everything}
+                    for sample, reply in read])
+    gallery = [(picked[sample.id], sample) for sample, _ in read if sample.id in picked]
+    return judged, lines, gallery, {sample.id: reply for sample, reply in read}
 
 
-def _ask_benchmark(model: str | Path, task: Task, hardware: Hardware, box_format: BoxFormat,
-                   out: Path, params: SimpleNamespace) -> tuple[dict, list, list, dict]:
-    benchmark = run_benchmark.read_runnable(task.suite, task.file, task.root, task.limit)
-    sizes = run_benchmark.image_sizes(benchmark, task.root, task.orientation)
+def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: Task,
+                   hardware: Hardware, box_format: BoxFormat, out: Path,
+                   params: SimpleNamespace) -> tuple[dict, list, list, dict]:
+    """As `_ask_samples`; questions: the benchmark and the sizes of its images."""
+    benchmark, sizes = questions
     asked = SimpleNamespace(**vars(params) | {"benchmark": task.suite})
     answers = systems.benchmark_replies(
         {MODEL: model}, lambda: run_benchmark.iter_batches(benchmark, task.root,
@@ -190,7 +259,11 @@ def _ask_benchmark(model: str | Path, task: Task, hardware: Hardware, box_format
                     for item in benchmark.items])
     gallery = [(picked[str(item.index)], run_benchmark.to_sample(item, benchmark.name, task.root))
                for item in benchmark.items if str(item.index) in picked]
-    return judged, lines, gallery, {name: replies[0] for name, replies in answers.items()}
+    judged["unread"] = sum(not run_benchmark.names_answer(
+        item, answers[run_benchmark.sample_id(benchmark.name, item)][0])
+        for item in benchmark.items)
+    return judged, lines, gallery, {sample.id: read_freely(answers[sample.id][0], sample)
+                                    for _, sample in gallery}
 
 
 def _pick(outcomes: list[tuple[str, str, bool]]) -> dict[str, str]:
@@ -209,61 +282,3 @@ def _pick(outcomes: list[tuple[str, str, bool]]) -> dict[str, str]:
                  if number < len(of_task)]
         picked |= dict.fromkeys(names[:count], kind)
     return picked
-
-
-def score_rows(results: Mapping[str, dict]) -> list[dict]:
-    """Rows {model, protocol, suite or task -> percent, "95 %"} of results by name."""
-    rows = []
-    for name, result in results.items():
-        for protocol, by_suite in result["scores"].items():
-            row = {"model": name, "protocol": protocol}
-            for suite, summary in by_suite.items():
-                row |= _suite_cells(suite, summary)
-            rows.append(row)
-    return rows
-
-
-def _suite_cells(suite: str, summary: dict) -> dict:
-    if "score" in summary:
-        return {suite: summary["score"], f"{suite}, 95 %": summary["ci95"]}
-    average = summary["avg"]
-    metric = next(name for name in average if name != "ci95")
-    tasks = {task: values[metric] for task, values in summary["tasks"].items()}
-    return {**tasks, "avg": average[metric], "avg, 95 %": average["ci95"]}
-
-
-def difference_rows(results: Mapping[str, dict]) -> list[dict]:
-    """Rows {compared, protocol, suite, points, "95 %"}: the first result less each other, paired by
-    question.
-
-    ValueError where they did not answer the same questions.
-    """
-    (name, first), *others = results.items()
-    rows = []
-    for other_name, other in others:
-        if first["questions"] != other["questions"]:
-            raise ValueError(f"{name} and {other_name} did not answer the same questions; ask both "
-                             "with the same --suite, --limit and files")
-        for protocol, by_suite in first["items"].items():
-            for suite, items in by_suite.items():
-                gap = paired_gap(_differences(items, other["items"][protocol][suite]))
-                rows.append({"compared": f"{name} - {other_name}", "protocol": protocol,
-                             "suite": suite, "points": gap["value"], "95 %": gap["ci95"]})
-    return rows
-
-
-def _differences(items: list[list], others: list[list]) -> list[np.ndarray]:
-    before = {name: value for name, _, value in others}
-    groups: dict[str, list[float]] = {}
-    for name, group, value in items:
-        groups.setdefault(group, []).append(value - before[name])
-    return [np.array(values) for values in groups.values()]
-
-
-def read_result(folder: Path) -> dict:
-    """eval.json of a finished evaluation; FileNotFoundError with one sentence where there is none.
-    """
-    path = folder / "eval.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no eval.json; finish that mig-kit eval first")
-    return json.loads(path.read_text())

@@ -9,7 +9,7 @@ import pytest
 from command_line import run_mig_kit
 from PIL import Image
 
-from mig_kit.cli import import_command
+from mig_kit.cli_data import import_command
 from mig_kit.data import importers, own_data
 from mig_kit.data.conversations import TextRules
 from mig_kit.data.importers import ImportRules
@@ -362,4 +362,6 @@ def test_the_command(root, tmp_path):
     assert result.returncode == 0 and "2 correct" in result.stdout
     result = run_mig_kit("data", "import", "llava", str(path), "--out", str(tmp_path / "b.jsonl"))
     assert result.returncode == 1 and "give --coordinates" in result.stderr
+    result = run_mig_kit("data", "import", "swift", str(path), "--out", str(tmp_path / "no" / "b"))
+    assert result.returncode == 1 and "is in no folder that exists" in result.stderr
     assert "Traceback" not in result.stderr

@@ -115,7 +115,7 @@ def test_alternatives_do_not_go_with_questions_for_all_boxes(root):
     (asking_all((1, [1, 2, 3, 4]), coordinates=...), "'coordinates' is missing"),
     (changed(image=None, box=..., coordinates=..., question="{ref}", reference=[1, 2, 3, 4]),
      "'coordinates' is missing"),
-    (b"", "no JSON object"),
+    (b"", "the line is empty; delete it"),
     (b"{", "no JSON object"),
     (b"[1]", "no JSON object"),
     (b"\xff{}", "not UTF-8"),

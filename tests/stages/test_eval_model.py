@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import pytest
 from command_line import run_mig_kit
 from PIL import Image
+from rollout_server import RolloutServer
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models
+from mig_kit.pipeline.run_models import find_run_model
+from mig_kit.plots import suite_name
 from mig_kit.prompts import format_answer
 from mig_kit.scoring.run_benchmark import RUNNABLE
-from mig_kit.stages import eval_model
+from mig_kit.stages import eval_model, eval_tables
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample
 
@@ -50,7 +53,8 @@ def test_a_runs_models_get_the_runs_own_scores(evaluated, smoke_runs):
         for suite, summary in scores.items():
             recorded = metrics["systems"][system][suite]
             assert (summary["score"], summary["ci95"]) == (recorded["score"], recorded["ci95"])
-            assert summary["tasks"] == recorded["tasks"]
+            for task, figures in summary["tasks"].items():  # 06 also draws some at temperature 1
+                assert figures.items() <= recorded["tasks"][task].items()
 
 
 def test_a_folder_that_stock_transformers_saved_is_the_same_model(evaluated, smoke_runs, tmp_path):
@@ -63,10 +67,10 @@ def test_a_folder_that_stock_transformers_saved_is_the_same_model(evaluated, smo
          "image_processor": settings | {"image_processor_type": "Qwen2VLImageProcessor"}}))
     sizes = json.loads((evaluated / "grpo" / "eval.json").read_text())["questions"]
     sizes = {name: sizes[name] for name in eval_model.DRAWN_SIZES}
-    params = SimpleNamespace(**vars(PARAMS) | {"max_new_tokens": 128, "batch_size": 64})
-    result = eval_model.evaluate_model(stock, eval_model.Task("drawn", sizes=sizes),
-                                       models.choose_hardware(), BOX_FORMAT, tmp_path / "out",
-                                       params)
+    params = SimpleNamespace(**vars(PARAMS) | {"max_new_tokens": 40, "batch_size": 32})
+    result = eval_model.evaluate_model(eval_model.AskedModel(stock, BOX_FORMAT),
+                                       eval_model.Task("drawn", sizes=sizes),
+                                       models.choose_hardware(), tmp_path / "out", params)
     expected = json.loads((evaluated / "grpo" / "eval.json").read_text())
     assert result["scores"] == expected["scores"] and result["items"] == expected["items"]
 
@@ -78,12 +82,12 @@ def test_two_models_stand_in_one_table(evaluated, smoke_runs):
     output = run_eval("--model", "smoke", "--out", evaluated / "grpo", "--compare",
                       evaluated / "base", runs=smoke_runs)
     assert "grpo - " in output and predictions.read_text() == before
-    results = {name: eval_model.read_result(evaluated / name) for name in ("grpo", "base")}
+    results = {name: eval_tables.read_result(evaluated / name) for name in ("grpo", "base")}
     gaps = {(row["protocol"], row["suite"]): row["points"]
-            for row in eval_model.difference_rows(results)}
+            for row in eval_tables.difference_rows(results)}
     for suite, summary in results["grpo"]["scores"]["strict"].items():
-        other = results["base"]["scores"]["strict"][suite]["score"]
-        assert gaps["strict", suite] == pytest.approx(summary["score"] - other, abs=0.011)
+        gain = summary["score"] - results["base"]["scores"]["strict"][suite]["score"]
+        assert gaps["strict", suite_name(suite)] == pytest.approx(gain, abs=0.011)
 
 
 def test_replies_of_another_model_are_not_taken_for_ones_own(evaluated, smoke_runs):
@@ -94,10 +98,10 @@ def test_replies_of_another_model_are_not_taken_for_ones_own(evaluated, smoke_ru
 
 
 def test_models_that_answered_different_questions_are_not_compared(evaluated):
-    results = {name: eval_model.read_result(evaluated / name) for name in ("grpo", "base")}
+    results = {name: eval_tables.read_result(evaluated / name) for name in ("grpo", "base")}
     results["base"]["questions"] |= {"limit": 7}
     with pytest.raises(ValueError, match="did not answer the same questions"):
-        eval_model.difference_rows(results)
+        eval_tables.difference_rows(results)
 
 
 @pytest.mark.parametrize("suite", ["own", *RUNNABLE])
@@ -124,14 +128,86 @@ def test_files_of_questions(suite, random_folder, float32, tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(record) + "\n" if suite == "own" else json.dumps([record]))
     task = eval_model.Task(suite, file, tmp_path)
-    result = eval_model.evaluate_model(random_folder, task, float32, BOX_FORMAT, tmp_path / "out",
-                                       PARAMS)
+    result = eval_model.evaluate_model(eval_model.AskedModel(random_folder, BOX_FORMAT), task,
+                                       float32, tmp_path / "out", PARAMS)
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 1 and "response" in json.loads(lines[0])
     protocols = ["strict", "free_text"] if suite == "own" else ["official", "strict"]
     assert list(result["scores"]) == list(result["items"]) == protocols
-    assert [row["protocol"] for row in eval_model.score_rows({"a": result})] == protocols
+    rows = eval_tables.score_rows({"a": result})
+    assert list(dict.fromkeys(row["protocol"] for row in rows)) == protocols
+    assert all(" (drawn)" not in row["percent, greedy"] for row in rows)
     assert "data.jsonl" not in (tmp_path / "out" / "gallery.html").read_text()
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """Three questions of one's own about a white picture."""
+    Image.new("RGB", (90, 60), "white").save(tmp_path / "a.png")
+    lines = [{"id": name, "images": ["a.png"], "question": f"Where is {name}?", "image": 1,
+              "box": [1, 2, 30, 40], "coordinates": "pixels"} for name in "xyz"]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return eval_model.Task("own", file, tmp_path)
+
+
+def test_a_killed_call_goes_on(own_task, random_folder, float32, tmp_path):
+    """What it has asked is not asked again; a line that the kill cut is."""
+    model, params = eval_model.AskedModel(random_folder, BOX_FORMAT), SimpleNamespace(
+        **vars(PARAMS) | {"batch_size": 1})
+    out = tmp_path / "out"
+    eval_model.evaluate_model(model, own_task, float32, out, params)
+    whole = (out / "predictions.jsonl").read_text()
+    (replies,) = (out / "replies").glob("*.jsonl")
+    first, second, _ = replies.read_text().splitlines(keepends=True)
+    marked = json.dumps(json.loads(first) | {"replies": ["kept"]}) + "\n"
+    replies.write_text(marked + second[:9])
+    (out / "eval.json").unlink()
+    eval_model.evaluate_model(model, own_task, float32, out, params)
+    responses = [json.loads(line)["response"] for line in
+                 (out / "predictions.jsonl").read_text().splitlines()]
+    assert sorted(responses).count("kept") == 1
+    assert sum(response in whole for response in responses) >= 2
+
+
+def test_a_server_gives_the_same_replies(own_task, random_policy, random_folder, float32, tmp_path):
+    model = eval_model.AskedModel(random_folder, BOX_FORMAT)
+    server = RolloutServer(random_policy, name=eval_model.MODEL)
+    texts = []
+    for name, address in (("local", ""), ("served", server.url)):
+        params = SimpleNamespace(**vars(PARAMS) | {"server": address})
+        eval_model.evaluate_model(model, own_task, float32, tmp_path / name, params)
+        texts.append((tmp_path / name / "predictions.jsonl").read_text())
+    server.stop()
+    assert texts[0] == texts[1] and len(server.bodies) == 3
+
+
+def test_a_wrong_line_leaves_no_folder_behind(own_task, random_folder, float32, tmp_path):
+    right = own_task.file.read_text()
+    own_task.file.write_text(right + "{}\n")
+    model = eval_model.AskedModel(random_folder, BOX_FORMAT)
+    with pytest.raises(ValueError, match="line 4: 'images' is missing"):
+        eval_model.evaluate_model(model, own_task, float32, tmp_path / "out", PARAMS)
+    assert not (tmp_path / "out").exists()
+    own_task.file.write_text(right)
+    eval_model.evaluate_model(model, own_task, float32, tmp_path / "out", PARAMS)
+
+
+def test_replies_of_another_adapter_are_refused(tmp_path):
+    settings = {"model": "m", "adapter": {"adapter_model.safetensors": "1"}}
+    eval_model.claim_folder(tmp_path / "out", settings)
+    eval_model.claim_folder(tmp_path / "out", settings)
+    for other in (settings | {"adapter": {"adapter_model.safetensors": "2"}}, {"model": "m"}):
+        with pytest.raises(ValueError, match="holds replies of another adapter; name another"):
+            eval_model.claim_folder(tmp_path / "out", other)
+
+
+def test_a_runs_folder_names_the_run(smoke_runs, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(smoke_runs))
+    by_name, by_folder = (find_run_model(text) for text in ("smoke", str(smoke_runs / "smoke")))
+    assert by_name == by_folder and by_name.folder.name == "model"
+    assert find_run_model(str(by_name.folder)) is None, "a model's own folder"
+    assert find_run_model("smoke/other") is find_run_model("none-such") is None
 
 
 def test_text_without_the_answer_format_is_read():

@@ -1,0 +1,181 @@
+"""`mig-kit eval` and `mig-kit ground`: ask any model, a run's or another's."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.cli_data import orientation_option
+from mig_kit.pipeline.run_models import RunModel, find_run_model
+
+
+def absolute_folder(model: str) -> str:
+    """A folder that is named from where the command is given; anything else as it is."""
+    path = Path(model)
+    return str(path.absolute()) if path.is_dir() and model != "tiny" else model
+
+
+def find_model(model: str, coordinates: str | None, min_pixels: int, max_pixels: int) -> RunModel:
+    """What --model names. A run's model brings its box format along, which is not changed."""
+    from mig_kit.engine import models
+    from mig_kit.engine.model_folders import check_model_folder, load_config
+
+    run_model = find_run_model(model)
+    if run_model is not None:
+        own = run_model.box_format.coordinates
+        if coordinates not in (None, own):
+            raise ValueError(f"the run's model writes boxes as {own}; leave --coordinates out")
+        return run_model
+    folder = models.resolve_model(absolute_folder(model))
+    check_model_folder(folder)
+    if coordinates is None:
+        is_absolute = load_config(folder).model_type == "qwen2_5_vl"
+        coordinates = "absolute" if is_absolute else "normalized_1000"
+    return RunModel(folder, BoxFormat(min_pixels, max_pixels, coordinates), {})
+
+
+def model_options(command):
+    """The options that name a model and how it sees images."""
+    options = [
+        click.option("--model", required=True,
+                     help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny, or a "
+                          "folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL."),
+        click.option("--coordinates", type=click.Choice(["absolute", "normalized_1000"]),
+                     help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
+                          "(Qwen2-VL, Qwen3-VL); by its family, or its run's, if left out."),
+        click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(3136),
+                     help="Smaller images are enlarged to so many pixels; a run brings its own."),
+        click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(3136),
+                     help="Larger images are shrunk to so many; a run brings its own.")]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("eval")
+@model_options
+@click.option("--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="A LoRA adapter, merged into the model first.")
+@click.option("--four-bit", is_flag=True, help="The adapter was trained on 4-bit weights (QLoRA).")
+@click.option("--suite", default="drawn", show_default=True,
+              help="drawn, own, or mig_bench, lisa, revos, ref_l4, blink, mmiu.")
+@click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Own data (a JSONL, or a run's 01_synthesize/val.parquet: its held-out part), "
+                   "or the benchmark's annotation file.")
+@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="The folder that FILE's image names are relative to; else FILE's own.")
+@click.option("--limit", default=0, type=click.IntRange(0),
+              help="Only the first so many questions of every task; of own data the first of "
+                   "the file, of a val.parquet so many, evenly spaced.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="Folder for replies, predictions, scores and gallery; goes on where it stopped.")
+@click.option("--compare", multiple=True,
+              type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="The --out of another model: one table, and the paired difference; repeat.")
+@click.option("--server", default="", help="Draws the replies: addresses, or a command with "
+                                           "{model} and {port}.")
+@click.option("--concurrency", default=16, show_default=True, type=click.IntRange(1),
+              help="Requests under way at the servers.")
+@click.option("--max-new-tokens", type=click.IntRange(1),
+              help="Longest reply: 128, or what the run's 06 has; a model that reasons at length "
+                   "needs 1024.")
+@click.option("--batch-size", type=click.IntRange(1),
+              help="Prompts per batch: 64, or what the run's 06 has.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1),
+              help="Batches under way at a time on a CPU.")
+@click.option("--dtype", help="auto, float32 or bfloat16: auto, or what the run's 06 has.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda or cpu.")
+@orientation_option
+def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
+                 images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
+                 orientation: str, coordinates: str | None, min_pixels: int, max_pixels: int,
+                 device: str, **params) -> None:
+    """Ask MODEL all questions of a suite and score its replies by two protocols."""
+    from mig_kit.engine import models
+    from mig_kit.stages import eval_model
+    from mig_kit.stages.eval_tables import read_result, result_tables
+
+    _check_words(suite, file, images, adapter, four_bit)
+    others = {str(folder): read_result(folder) for folder in compare}
+    run_model = find_model(model, coordinates, min_pixels, max_pixels)
+    given = {name: value for name, value in params.items() if value is not None}
+    of_run = {name: value for name, value in run_model.evaluation.items()
+              if name in eval_model.DEFAULTS}
+    settings = eval_model.DEFAULTS | of_run | given
+    sizes = {name: settings.pop(name) for name in eval_model.DRAWN_SIZES}
+    hardware = models.choose_hardware(settings.pop("dtype"), device)
+    task = eval_model.Task(suite, file, images or (file.parent if file else None), limit, sizes,
+                           orientation)
+    asked = eval_model.AskedModel(run_model.folder, run_model.box_format, adapter, four_bit)
+    result = eval_model.evaluate_model(asked, task, hardware, out,
+                                       SimpleNamespace(**settings, seed=0))
+    for text in result_tables({str(out): result, **others}):
+        click.echo(text)
+    click.echo(f"gallery: {out / 'gallery.html'}")
+
+
+def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Path | None,
+                 four_bit: bool) -> None:
+    """ValueError for words of `eval` that do not go together."""
+    from mig_kit.stages import eval_model
+
+    if suite not in eval_model.SUITES:
+        raise ValueError(f"no suite '{suite}'; use one of {', '.join(eval_model.SUITES)}")
+    if suite == "drawn" and (file or images):
+        raise ValueError("--suite drawn has no --file and no --images; leave them out, or name the "
+                         "suite of the file")
+    if suite != "drawn" and file is None:
+        raise ValueError(f"--suite {suite} needs a --file: its questions")
+    if four_bit and adapter is None:
+        raise ValueError("--four-bit says how the --adapter was trained; give one, or leave it out")
+
+
+@click.command()
+@model_options
+@click.option("--image", "images", multiple=True, required=True, type=click.Path(),
+              help="An image; repeat in order.")
+@click.option("--all", "find_all", is_flag=True,
+              help="Ask for all boxes, or none: for models trained on such questions.")
+@click.option("--out", default="grounded.png", show_default=True,
+              help="Where the image with the box goes.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@orientation_option
+@click.option("--frame", hidden=True)
+@click.argument("question")
+def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_new_tokens: int,
+           coordinates: str | None, min_pixels: int, max_pixels: int, orientation: str,
+           frame: str | None, question: str) -> None:
+    """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
+    from mig_kit import plots
+    from mig_kit.engine import models, sampling
+    from mig_kit.image_files import BadImage, open_rgb
+    from mig_kit.prompts import parse_reply, reply_boxes_in_original
+    from mig_kit.sample import Sample
+    from mig_kit.stages.eval_model import read_freely
+
+    if frame:
+        raise ValueError("--frame is now --coordinates: absolute, or normalized_1000")
+    opened = []
+    for path in images:
+        try:
+            opened.append(open_rgb(Path(path), orientation))
+        except BadImage as error:
+            raise ValueError(f"--image {path}: {error}") from error
+    run_model = find_model(model, coordinates, min_pixels, max_pixels)
+    box_format = run_model.box_format
+    policy = models.load_policy(run_model.folder, models.choose_hardware(), box_format)
+    sample = Sample("ground", "", "", "", tuple(opened), question, find_all=find_all)
+    reply = sampling.greedy_replies(policy, [sample], max_new_tokens)[0]
+    read_reply = read_freely(reply, sample)
+    boxes = reply_boxes_in_original(sample, read_reply, box_format)
+    click.echo(f"reasoning: {parse_reply(read_reply).thinking or '-'}")
+    if not boxes:
+        click.echo(f"no box; the model said: {reply}")
+        return
+    for number, box in boxes:
+        click.echo(f"image: {number} ({images[number - 1]})")
+        numbers = ", ".join(f"{value:.0f}" for value in box)
+        click.echo(f"box: {numbers} (xyxy, pixels of that image)")
+    plots.draw_sample(sample, read_reply, box_format, 320).save(Path(out))
+    click.echo(f"image: {out}")
