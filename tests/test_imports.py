@@ -19,6 +19,7 @@ HALL = {
     "rewards": GROUND | {"sample", "prompts"},
     "filters": GROUND | {"sample", "prompts", "rewards"},
     "plots": GROUND | {"sample", "prompts", "rewards"},
+    "lesson_plots": GROUND | {"sample", "prompts", "rewards", "filters", "plots"},
 }
 # a wing -> the wings that it may import besides the hall and itself
 WINGS = {
