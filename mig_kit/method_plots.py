@@ -48,21 +48,21 @@ def plot_levels(scaled: np.ndarray, levels: Sequence[float]) -> plt.Figure:
     return _close(figure)
 
 
-def plot_matrices(matrices: dict[str, np.ndarray], title: str) -> plt.Figure:
-    """The upper left corner of several matrices of one shape, on one scale of colours.
+def plot_matrices(matrices: dict[str, np.ndarray]) -> plt.Figure:
+    """The upper left corner of several matrices of one shape, each on a scale of its own.
 
     matrices: what each is -> (rows, columns).
     """
-    corners = {name: np.asarray(matrix)[:CORNER, :CORNER] for name, matrix in matrices.items()}
-    limit = max(np.abs(corner).max() for corner in corners.values())
-    figure, panels = plt.subplots(1, len(corners), figsize=(6.6, 2.9), layout="constrained")
-    for axes, (name, corner) in zip(np.atleast_1d(panels), corners.items()):
-        image = axes.imshow(corner, cmap="PuOr", vmin=-limit, vmax=limit)
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel(f"mean |value| {np.abs(matrices[name]).mean():.4f}", fontsize=9)
+    figure, panels = plt.subplots(1, len(matrices), figsize=(6.6, 2.9), layout="constrained")
+    for axes, (name, matrix) in zip(np.atleast_1d(panels), matrices.items()):
+        limit = max(np.abs(matrix[:CORNER, :CORNER]).max(), 1e-12)
+        axes.imshow(matrix[:CORNER, :CORNER], cmap="PuOr", vmin=-limit, vmax=limit)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(f"mean size {np.abs(matrix).mean():.4f}\ncolours to ±{limit:.3f}",
+                        fontsize=9)
         axes.set(xticks=[], yticks=[])
-    figure.colorbar(image, ax=panels, shrink=0.7)
-    figure.suptitle(f"{title} (first {CORNER} rows and columns)", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(f"One matrix, its rounding and its adapter (first {CORNER} rows, columns)",
+                    fontsize=11, x=0.01, ha="left")
     plt.close(figure)
     return figure
 
@@ -105,7 +105,8 @@ def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, lo
     order = (table @ np.arange(group + 1) / table.sum(axis=1)).sort_values().index
     names = [f"{name} ({table.loc[name].sum()})" for name in order]
     figure, axes = plt.subplots(figsize=(6.6, 0.27 * len(order) + 1.3))
-    sns.heatmap(shares.loc[order], annot=True, fmt=".0f", cmap="Greys", vmin=0, vmax=100,
+    labels = shares.loc[order].map(lambda share: f"{share:.0f}" if share else "")
+    sns.heatmap(shares.loc[order], annot=labels, fmt="", cmap="Greys", vmin=0, vmax=100,
                 cbar=False, yticklabels=names, annot_kws={"fontsize": 8}, linewidths=0.5, ax=axes)
     edges = [place for place in range(group + 2)
              if (place > 0 and is_kept[place - 1]) != (place <= group and is_kept[place])]
@@ -149,7 +150,8 @@ def plot_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) ->
             _add_box(axes, box, colour, line, 1.5)
             place = (number - 1) / max(1, len(replies) - 1)  # apart where boxes agree
             axes.text(box[0] + place * (box[2] - box[0]), box[1], str(number), fontsize=8,
-                      color=colour, ha="center", va="bottom", clip_on=True)
+                      color=colour, ha="center", va="bottom", clip_on=True,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
     for axes in list(panels.flat)[len(sample.images):]:
         axes.set_visible(False)
     figure.suptitle(f"{n_correct} of {len(replies)} replies are correct (blue); target green",

@@ -27,7 +27,7 @@ def test_runs_of_a_token_are_written_once():
 def test_pass_rates_are_shares_of_a_task_and_the_bounds_stand_at_their_columns():
     tasks, rates = ["hard"] * 4 + ["easy"] * 2, [0, 0, 0, 0.5, 1, 0.75]
     axes = method_plots.plot_pass_rates(tasks, rates, 4, 0.1, 0.9).axes[0]
-    assert texts(axes)[:10] == ["75", "0", "25", "0", "0", "0", "0", "0", "50", "50"]
+    assert texts(axes)[:10] == ["75", "", "25", "", "", "", "", "", "50", "50"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["hard (4)", "easy (2)"]
     assert [line.get_xdata()[0] for line in axes.lines] == [1, 4]
     assert texts(axes)[10:12] == ["25 %", "50 %"]
@@ -57,13 +57,13 @@ def test_a_group_shows_every_box_in_its_image_and_colour(task):
     assert figure.get_suptitle().startswith("2 of 5 replies")
 
 
-def test_matrices_share_one_scale():
+def test_every_matrix_has_its_own_scale_and_says_its_size():
     small, large = np.full((70, 80), 0.5), np.full((70, 80), -2.0)
-    figure = method_plots.plot_matrices({"a": small, "b": large}, "t")
-    images = [axes.images[0] for axes in figure.axes if axes.images]
-    assert [image.get_clim() for image in images[:2]] == [(-2, 2)] * 2
+    figure = method_plots.plot_matrices({"a": small, "b": large})
+    images = [axes.images[0] for axes in figure.axes]
+    assert [image.get_clim() for image in images] == [(-0.5, 0.5), (-2, 2)]
     assert images[0].get_array().shape == (64, 64)
-    assert figure.axes[0].get_xlabel() == "mean |value| 0.5000"
+    assert figure.axes[0].get_xlabel() == "mean size 0.5000\ncolours to ±0.500"
 
 
 def test_every_level_is_a_line():

@@ -50,7 +50,7 @@ def test_blocks_run_behind_the_notebook(stage, runs, tmp_path):
     path = tmp_path / f"{stage}.ipynb"
     nbformat.write(notebook, path)
     papermill.execute_notebook(path, path, choose_params(stage, "smoke", "smoke", {}),
-                               cwd=PROJECT_ROOT, progress_bar=False)
+                               cwd=PROJECT_ROOT / "notebooks", progress_bar=False)
     executed = nbformat.read(path, 4).cells[-len(blocks):]
     assert all(cell.outputs for cell in executed), "a block that shows nothing"
 
