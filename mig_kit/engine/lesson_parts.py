@@ -14,17 +14,23 @@ from mig_kit.engine.processors import load_processor, render_prompt
 from mig_kit.sample import Sample
 
 
-def read_prompt_tokens(base_model: str, sample: Sample, box_format: BoxFormat) -> list[str]:
-    """The sample's prompt as tokens, each as text, in which every image takes its places.
+def read_prompt(base_model: str, sample: Sample,
+                box_format: BoxFormat) -> tuple[list[str], list[tuple[int, int]]]:
+    """The sample's prompt as tokens, each as text, in which every image takes its places; and the
+    (width, height) at which each image is seen, pixels.
 
-    base_model: as the parameter of 01. The tokenizer is that of a folder; for a hub name the tiny
+    base_model: as the parameter of 01. The processor is that of a folder; for a hub name the tiny
     base's, so that nothing is downloaded.
     """
     folder = resolve_model(base_model)
     processor = load_processor(folder if isinstance(folder, Path) else TINY_BASE, box_format)
     text = render_prompt(processor, sample, box_format)
-    ids = processor(text=[text], images=list(sample.images))["input_ids"][0]
-    return [processor.tokenizer.decode([token]) for token in ids]
+    inputs = processor(text=[text], images=list(sample.images))
+    tokens = [processor.tokenizer.decode([token]) for token in inputs["input_ids"][0]]
+    patch = processor.image_processor.patch_size
+    sizes = [(columns * patch, rows * patch)
+             for _, rows, columns in torch.as_tensor(inputs["image_grid_thw"]).tolist()]
+    return tokens, sizes
 
 
 def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
