@@ -19,6 +19,9 @@ HALL = {
     "rewards": GROUND | {"sample", "prompts"},
     "filters": GROUND | {"sample", "prompts", "rewards"},
     "plots": GROUND | {"sample", "prompts", "rewards"},
+    "lesson_plots": GROUND,
+    "method_plots": GROUND | {"sample", "prompts", "rewards", "plots"},
+    "token_plots": set(),
 }
 COMMAND_LINE = {"cli", "cli_data", "cli_models"}  # may import everything; nothing imports them
 # a wing -> the wings that it may import besides the hall and itself
