@@ -18,7 +18,11 @@ HALL = {
     "prompts": GROUND | {"sample"},
     "rewards": GROUND | {"sample", "prompts"},
     "filters": GROUND | {"sample", "prompts", "rewards"},
-    "plots": GROUND | {"sample", "prompts", "rewards"},
+    "palette": set(),
+    "pictures": GROUND | {"sample", "prompts", "rewards", "palette"},
+    "plots": GROUND | {"palette", "pictures"},
+    "score_plots": GROUND | {"sample", "palette", "pictures", "plots"},
+    "lesson_plots": GROUND | {"sample", "prompts", "rewards", "filters", "plots"},
 }
 # a wing -> the wings that it may import besides the hall and itself
 WINGS = {
@@ -29,7 +33,7 @@ WINGS = {
 }
 # what stages share; train is what launchers start
 STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "report_tables": set(),
-                 "train": {"sft", "grpo"}}
+                 "report_gallery": set(), "train": {"sft", "grpo"}}
 # compare reads the results of finished ones; eval_model asks and judges as 06 does
 READS_STAGES = {"compare": {"evaluate", "report"}, "eval_model": {"evaluate", "report"}}
 READS_SCORING = {"stages.eval_model"}  # its notebook-less 06 judges real benchmarks, too

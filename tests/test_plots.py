@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from PIL import ImageColor
 
-from mig_kit import plots
+from mig_kit import pictures, plots
 from mig_kit.boxes import BoxFormat
 from mig_kit.world.tasks import make_sample
 
@@ -36,7 +36,7 @@ def test_of_many_updates_the_first_and_the_last_are_shown():
     few, many = (plots.draw_rollouts(sample, [make_row(sample, step, True) for step in range(n)],
                                      BOX_FORMAT, steps=3) for n in (3, 9))
     assert few.size == many.size
-    assert plots._spread_indices(9, 3) == [0, 4, 8] and plots._spread_indices(2, 3) == [0, 1]
+    assert pictures._spread_indices(9, 3) == [0, 4, 8] and pictures._spread_indices(2, 3) == [0, 1]
 
 
 def test_shares_are_stacked_and_named():
