@@ -25,6 +25,7 @@ from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 
 GAP, HEAD = 10, 22  # between images, and above them; pixels
+MAX_WIDTH = 720  # of a row of images with replies, pixels
 DASHES, SHORT_DASHES, DOTS = (12, 7), (6, 5), (3, 4)  # stroke and space, pixels
 # The corner that holds a system's letter (share of width and height), and its dashes.
 SYSTEM_MARKS = {"base": ("b", (0, 0), DOTS), "sft": ("S", (1, 0), SHORT_DASHES),
@@ -64,6 +65,12 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
     return draw_boxes(sample, [(image, box, PREDICTED, DASHES) for image, box in boxes], height)
 
 
+def _fit_height(sample: Sample, height: int) -> int:
+    """The height, made smaller where the images beside each other would exceed MAX_WIDTH."""
+    room = MAX_WIDTH - GAP * (len(sample.sizes) + 1)
+    return min(height, int(room / sum(width / tall for width, tall in sample.sizes)))
+
+
 def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
                  height: int = 150) -> Image.Image:
     """All images of a sample with the boxes of several systems, each in its colour and dashes, with
@@ -78,7 +85,7 @@ def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
         for image, box in reply_boxes_in_original(sample, reply, box_format):
             strokes.append((image, box, colour, dashes))
             letters.append((image, box, colour, letter, corner))
-    return draw_boxes(sample, strokes, height, letters)
+    return draw_boxes(sample, strokes, _fit_height(sample, height), letters)
 
 
 def draw_boxes(sample: Sample, strokes: list[Stroke], height: int,
@@ -147,6 +154,7 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
     replies: system -> reply. height: of the images, pixels.
     """
     font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
+    height = _fit_height(sample, height)
     question = format_question(sample, box_format, with_instruction=False)
     rows = [(draw_sample(sample, reply, box_format, height), _judged_reply(system, is_right, reply),
              CORRECT if is_right else PREDICTED)
@@ -213,7 +221,7 @@ def _draw_step(sample: Sample, step: int, rows: list[dict], height: int) -> Imag
     styles = {True: (CORRECT, DASHES), False: (PREDICTED, SHORT_DASHES)}
     strokes = [(image, tuple(box), *styles[row["correct"]]) for row in rows
                for image, box in row.get("boxes") or [(row.get("image"), row.get("box"))] if box]
-    sheet = draw_boxes(sample, strokes, height)
+    sheet = draw_boxes(sample, strokes, _fit_height(sample, height))
     n_correct = sum(row["correct"] for row in rows)
     reward = sum(row["reward"] for row in rows) / len(rows)
     line = f"update {step}: {n_correct} of {len(rows)} correct, mean reward {reward:.2f}"

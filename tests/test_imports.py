@@ -22,6 +22,7 @@ HALL = {
     "pictures": GROUND | {"sample", "prompts", "rewards", "palette"},
     "plots": GROUND | {"palette", "pictures"},
     "score_plots": GROUND | {"sample", "palette", "pictures", "plots"},
+    "widgets": GROUND | {"sample", "prompts", "rewards", "plots"},
     "lesson_plots": GROUND | {"sample", "prompts", "rewards", "filters", "plots"},
 }
 # a wing -> the wings that it may import besides the hall and itself
