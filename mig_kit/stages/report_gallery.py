@@ -3,7 +3,7 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -12,12 +12,13 @@ from matplotlib import pyplot as plt
 
 from mig_kit.boxes import Box, BoxFormat, iou
 from mig_kit.engine.own_rewards import compute_reward
+from mig_kit.palette import PREDICTED, SYSTEM_COLOURS, text_colour
 from mig_kit.pictures import SYSTEM_MARKS, draw_sample, draw_systems
-from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_COLOURS, SYSTEM_LABELS
+from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS
 from mig_kit.prompts import format_question, parse_reply, reply_box_in_original
 from mig_kit.rewards import Reward, is_correct, reply_iou
 from mig_kit.sample import Sample
-from mig_kit.stages.report_tables import classify_list
+from mig_kit.stages.report_tables import classify_list, load_greedy_replies
 from mig_kit.world.objects import is_drawn, is_on_target, list_object_boxes
 
 OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option", "no answer",
@@ -110,6 +111,38 @@ def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[
     return gallery
 
 
+def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems: Iterable[str],
+                    box_format: BoxFormat, per_kind: int) -> tuple[list[tuple[str, Sample]],
+                                                                   dict[str, dict[str, str]]]:
+    """(gallery of all suites, replies per system by sample id), from the base or, where the run has
+    one, the SFT model to the GRPO model; folder: "replies" of 06. Other arguments: see
+    `pick_gallery`.
+    """
+    gallery: list[tuple[str, Sample]] = []
+    replies: dict[str, dict[str, str]] = {}
+    for suite, part in samples.items():
+        by_system = load_greedy_replies(folder, suite, part, systems)
+        before = by_system["sft" if "sft" in by_system else "base"]
+        picked = pick_gallery(part, before, by_system["grpo"], box_format, per_kind)
+        gallery += picked
+        for system, by_id in by_system.items():
+            replies.setdefault(system, {}).update(
+                {sample.id: by_id[sample.id] for _, sample in picked})
+    return gallery, replies
+
+
+def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                      box_format: BoxFormat) -> Sample:
+    """The first sample that some systems answer correctly and some do not, else the first of all;
+    replies: per system by sample id.
+    """
+    for sample in samples:
+        outcomes = {is_correct(by_id[sample.id], sample, box_format) for by_id in replies.values()}
+        if len(outcomes) == 2:
+            return sample
+    return samples[0]
+
+
 def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
                  box_format: BoxFormat, rewards: dict[str, Reward],
                  objects: Objects | None = None) -> Markup:
@@ -160,12 +193,13 @@ def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
                rewards: dict[str, Reward], objects: Objects | None) -> dict:
     scores = {name: compute_reward(name, reward, reply, sample, box_format)
               for name, reward in rewards.items()}
+    colour = SYSTEM_COLOURS.get(system, PREDICTED)
     facts = [f"IoU {reply_iou(reply, sample, box_format):.2f}"] if sample.targets else []
     facts += [f"{name} {round(value, 2):g}" for name, value in scores.items() if value is not None]
     return {
         "system": SYSTEM_LABELS.get(system, system),
         "letter": SYSTEM_MARKS[system][0] if system in SYSTEM_MARKS else "",
-        "colour": SYSTEM_COLOURS.get(system, "#666666"),
+        "colour": colour, "ink": text_colour(colour),
         "is_correct": is_correct(reply, sample, box_format),
         "outcome": classify_outcome(reply, sample, box_format, objects),
         "rewards": ", ".join(facts),
