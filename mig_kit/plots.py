@@ -119,14 +119,14 @@ def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = No
     names = list(dict.fromkeys(table[x]))
     figure, axes = plt.subplots(layout="constrained", figsize=(
         max(WIDTH, 0.62 * len(names) * max(1, len(hues) / 2)), 3.4))
-    colours = {"palette": palette} if hue else _bar_colours(names)
-    sns.barplot(table, x=x, y=y, hue=hue, ax=axes, errorbar=None, order=names,
-                hue_order=hues if hue else None, saturation=1, legend=bool(hue), **colours)
+    colours = {"hue": hue, "hue_order": hues, "palette": palette} if hue else _bar_colours(names, x)
+    sns.barplot(table, x=x, y=y, ax=axes, errorbar=None, order=names, saturation=1,
+                legend=bool(hue), **colours)
     if interval:
         _draw_intervals(axes, table, names, hues, x, hue, interval)
     elif not hue:
         for bars in axes.containers:
-            axes.bar_label(bars, fmt=lambda number: f"{number:.3g}", fontsize=9, padding=2)
+            axes.bar_label(bars, fmt=_short_number, fontsize=9, padding=2)
         axes.margins(y=0.12)
     axes.set(xlabel="", ylabel=y)
     _set_title(axes, title)
@@ -140,13 +140,17 @@ def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = No
     return figure
 
 
-def _bar_colours(names: list) -> dict:
+def _short_number(number: float) -> str:
+    return f"{number:,.0f}" if number == round(number) or number >= 100 else f"{number:.3g}"
+
+
+def _bar_colours(names: list, x: str) -> dict:
     """Arguments of seaborn's barplot for bars without a hue."""
     words = list(map(str, names))
     colours = piece_colours(words)
     if len(set(colours.values()) & {CORRECT}) == 0:
         return {"color": CORRECT}
-    return {"palette": [colours[word] for word in words]}
+    return {"hue": x, "palette": [colours[word] for word in words]}
 
 
 def _draw_intervals(axes: Axes, table: pd.DataFrame, names: list, hues: list, x: str,

@@ -1,5 +1,7 @@
 """Pictures that explain a score: what an IoU looks like, what a bootstrap draws, what seeds add."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -9,7 +11,7 @@ from mig_kit.boxes import Box, iou
 from mig_kit.palette import CORRECT, INK, MUTED, PREDICTED
 from mig_kit.pictures import DASHES, draw_boxes
 from mig_kit.plots import WIDTH
-from mig_kit.sample import Sample
+from mig_kit.sample import Sample, Target
 
 OVERLAPS = (0.3, 0.4, 0.5, 0.7, 0.9)
 
@@ -26,19 +28,25 @@ def shift_to_iou(box: Box, wanted: float) -> Box:
 
 
 def draw_overlaps(sample: Sample, overlaps: tuple[float, ...] = OVERLAPS, threshold: float = 0.5,
-                  height: int = 132) -> Image.Image:
-    """The target's image once per IoU, with a box of that IoU: blue where it reaches the threshold,
-    orange where it does not.
+                  height: int = 120) -> Image.Image:
+    """The target once per IoU, with a box of that IoU: blue where it reaches the threshold, orange
+    where it does not.
 
-    sample: of a question with a target; height: of an image, pixels.
+    sample: of a question with a target; height: of a cut-out, pixels.
     """
     number, box = sample.targets[0]
-    alone = Sample(sample.id, sample.suite, sample.task, sample.split,
-                   (sample.images[number - 1],), sample.question, ((1, box),))
+    x1, y1, x2, y2 = box
+    width, tall = x2 - x1, y2 - y1
+    window = tuple(round(edge) for edge in (x1 - 0.3 * width, y1 - 0.3 * tall,
+                                            x2 + 0.7 * width, y2 + 0.3 * tall))
+    cut_out = Image.new("RGB", (window[2] - window[0], window[3] - window[1]), "white")
+    cut_out.paste(sample.images[number - 1].convert("RGB"), (-window[0], -window[1]))
+    target = (x1 - window[0], y1 - window[1], x2 - window[0], y2 - window[1])
+    alone = replace(sample, images=(cut_out,), targets=(Target(1, target),), reference=None)
     tiles = []
     for wanted in overlaps:
-        moved = shift_to_iou(box, wanted)
-        is_right = iou(box, moved) >= threshold - 1e-9
+        moved = shift_to_iou(target, wanted)
+        is_right = iou(target, moved) >= threshold - 1e-9
         colour = CORRECT if is_right else PREDICTED
         tile = draw_boxes(alone, [(1, moved, colour, DASHES)], height)
         pen = ImageDraw.Draw(tile)
