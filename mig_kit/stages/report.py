@@ -35,6 +35,7 @@ from mig_kit.stages.report_tables import (
     held_out_rows,
     pass_at_k_rows,
 )
+from mig_kit.stats import bootstrap_interval
 from mig_kit.world.specs import count_listed_objects
 
 __all__ = ["OUTCOMES", "classify_outcome", "count_outcomes", "gallery_html", "image_tag",
@@ -103,8 +104,8 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
                             bins: int = 5) -> list[dict]:
     """Mean pass rate over the number of things in all images of a question.
 
-    Rows {"things": "3 to 4", "pass rate", "n"}. rates: by sample id, 0..1; counted are the samples
-    whose notes list their images, as those of drawn scenes do.
+    Rows {"things": "3 to 4", "pass rate", "ci95", "n"}, 0..1. rates: by sample id, 0..1; counted
+    are the samples whose notes list their images, as those of drawn scenes do.
     """
     pairs = [(count_listed_objects(sample.notes), rates[sample.id])
              for sample in samples if sample.notes and sample.id in rates]
@@ -120,7 +121,8 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
         last = int(high) - (not is_last)
         if inside:
             rows.append({"things": f"{int(low)} to {last}" if last > low else f"{int(low)}",
-                         "pass rate": float(np.mean(inside)), "n": len(inside)})
+                         "pass rate": float(np.mean(inside)), "n": len(inside),
+                         "ci95": bootstrap_interval([np.array(inside)])})
     return rows
 
 
@@ -307,6 +309,15 @@ def draw_counts(counts: dict[str, dict[str, int]], title: str, unit: str) -> Pic
              + ", ".join(f"{piece} {count}" for piece, count in pieces.items() if count)
              for name, pieces in counts.items()]
     return Picture(plots.plot_stacked(counts, title, unit), f"{title}. {'; '.join(words)}.")
+
+
+def draw_difficulty(rows: list[dict]) -> Picture:
+    """Bars of the rows of `pass_rate_by_difficulty`, with their numbers in words."""
+    title = "Pass rate before RL, by the number of objects in all images"
+    named = [{**row, "objects": f"{row['things']}, n = {row['n']}"} for row in rows]
+    words = ", ".join(f"{row['things']}: {row['pass rate']:.2f}" for row in rows)
+    return Picture(plots.plot_bars(named, "objects", "pass rate", title, interval="ci95"),
+                   f"{title}. {words}.")
 
 
 def draw_curves(rows: list[dict], names: list[str], title: str, smooth: int) -> Picture:

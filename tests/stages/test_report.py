@@ -175,6 +175,8 @@ def test_calibration_counts_every_sample_once():
     samples = [make_sample("diff", "val", i) for i in range(40)]
     rows = report.pass_rate_by_difficulty({s.id: i / 40 for i, s in enumerate(samples)}, samples)
     assert sum(row["n"] for row in rows) == 40 and all(0 <= row["pass rate"] <= 1 for row in rows)
+    assert all(row["ci95"][0] <= row["pass rate"] <= row["ci95"][1] for row in rows)
+    assert f"{rows[0]['things']}: {rows[0]['pass rate']:.2f}" in report.draw_difficulty(rows).alt
     assert report.pass_rate_by_difficulty({"x": 0.5}, []) == [], "own data lists nothing"
 
 
