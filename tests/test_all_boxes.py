@@ -283,7 +283,7 @@ def test_figures_by_hand():
 def test_outcomes_gallery_and_rollouts():
     two = ask((1, A), (2, B))
     outcomes = {reply_with((1, A), (2, B)): "correct", NONE: "wrongly none", "": "no answer",
-                reply_with((1, A)): "wrong image", reply_with((1, C), (2, B)): "box off",
+                reply_with((1, A)): "wrong image", reply_with((1, C), (2, B)): "wrong object",
                 reply_with((1, A), (2, B), (2, C)): "wrong number of boxes"}
     for reply, outcome in outcomes.items():
         assert report.classify_outcome(reply, two, BOX_FORMAT) == outcome
@@ -291,7 +291,7 @@ def test_outcomes_gallery_and_rollouts():
     assert report.classify_outcome(reply_with((1, A)), ask(), BOX_FORMAT) == "box where none is"
     reply = reply_with((1, A), (2, C), (7, A))
     card = report.sample_card(two, {"GRPO": reply, "SFT": NONE}, BOX_FORMAT, rewards.REWARDS)
-    assert "wrongly none" in card and card.count("<img") == 2
+    assert "wrongly none" in card and card.count("<img") == 1
     picture = plots.draw_sample(two, reply, BOX_FORMAT)
     orange, green = (0xD5, 0x5E, 0), (0, 0x9E, 0x73)
     left, right = (picture.crop(half).getcolors(1 << 20) for half in (

@@ -18,7 +18,11 @@ HALL = {
     "prompts": GROUND | {"sample"},
     "rewards": GROUND | {"sample", "prompts"},
     "filters": GROUND | {"sample", "prompts", "rewards"},
-    "plots": GROUND | {"sample", "prompts", "rewards"},
+    "palette": set(),
+    "pictures": GROUND | {"sample", "prompts", "rewards", "palette"},
+    "plots": GROUND | {"palette", "pictures"},
+    "score_plots": GROUND | {"sample", "palette", "pictures", "plots"},
+    "widgets": GROUND | {"sample", "prompts", "rewards", "plots"},
     "lesson_plots": GROUND,
     "method_plots": GROUND | {"sample", "prompts", "rewards", "plots"},
     "token_plots": set(),
@@ -33,8 +37,7 @@ WINGS = {
 }
 # what stages share; train is what launchers start
 STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "report_tables": set(),
-                 "eval_tables": set(),
-                 "train": {"sft", "grpo"}}
+                 "eval_tables": set(), "report_gallery": set(), "train": {"sft", "grpo"}}
 # compare reads the results of finished ones; eval_model asks and judges as 06 does
 READS_STAGES = {"compare": {"evaluate", "report"}, "eval_model": {"evaluate", "report"}}
 READS_SCORING = {"stages.eval_model"}  # its notebook-less 06 judges real benchmarks, too

@@ -4,12 +4,9 @@ The templates in report.html.jinja escape every text that a model or a data set 
 holds no script.
 """
 
-import base64
-import io
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass
 
-import jinja2
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -18,21 +15,31 @@ from matplotlib import pyplot as plt
 from PIL.Image import Image
 
 from mig_kit import plots
-from mig_kit.boxes import BoxFormat
-from mig_kit.engine.own_rewards import compute_reward
-from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, draw_sample, suite_name
-from mig_kit.prompts import format_question, parse_reply
-from mig_kit.rewards import Reward, is_correct
+from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS, suite_name
 from mig_kit.sample import Sample
+from mig_kit.stages.report_gallery import (
+    OUTCOMES,
+    classify_outcome,
+    count_outcomes,
+    gallery_html,
+    image_tag,
+    list_objects,
+    macros,
+    pick_gallery,
+    sample_card,
+)
 from mig_kit.stages.report_tables import (
     CAPTIONS,
     box_rows,
-    classify_list,
     gain_rows,
     held_out_rows,
     pass_at_k_rows,
 )
+from mig_kit.stats import bootstrap_interval
 from mig_kit.world.specs import count_listed_objects
+
+__all__ = ["OUTCOMES", "classify_outcome", "count_outcomes", "gallery_html", "image_tag",
+           "list_objects", "pick_gallery", "sample_card"]  # of report_gallery
 
 # Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
 # with a 7B model (arXiv 2507.00748, v1/v2 for the second row).
@@ -42,14 +49,14 @@ CLAIMS = (
     ("blink", "RL over base", "grpo-base", 3.1),
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
-OUTCOMES = ("correct", "box off", "wrong image", "wrong option", "no answer",
-            "wrong number of boxes", "wrongly none", "box where none is")
-KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
-         (True, False): "correct, then wrong", (False, False): "wrong both times"}
 
-_templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
-                                autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_macros = _templates.get_template("report.html.jinja").module
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure or an image of the page, and what it shows in words, for those who do not see it."""
+
+    image: plt.Figure | Image
+    alt: str
 
 
 def claim_rows(metrics: dict) -> list[dict]:
@@ -70,46 +77,17 @@ def claim_rows(metrics: dict) -> list[dict]:
 
 def score_rows(systems: dict, figure: str = "score") -> list[dict]:
     """Rows {system, suite -> percent}; systems: of stage 06's metrics. figure: or "sampled"."""
-    return [{"system": system, **{suite_name(suite): result[figure]
-                                  for suite, result in suites.items()}}
+    return [{"system": SYSTEM_LABELS[system],
+             **{suite_name(suite): result[figure] for suite, result in suites.items()}}
             for system, suites in systems.items()]
 
 
 def kl_rows(kl: dict) -> list[dict]:
     """Rows {system, suite -> nats per token}; kl: of `engine.systems.kl_from_base`."""
-    return [{"system": system, **{suite_name(suite): round(figures["per_token"], 3)
-                                  for suite, figures in by_suite.items()}}
+    return [{"system": SYSTEM_LABELS[system],
+             **{suite_name(suite): round(figures["per_token"], 3)
+                for suite, figures in by_suite.items()}}
             for system, by_suite in kl.items()]
-
-
-def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
-    """One of OUTCOMES; "box off" is the right image with an IoU under 0.5.
-
-    The last three are of questions for all boxes.
-    """
-    answer = parse_reply(reply)
-    if is_correct(reply, sample, box_format):
-        return "correct"
-    if sample.find_all:
-        return classify_list(reply, sample)
-    if sample.options:
-        return "wrong option" if answer.letter else "no answer"
-    if answer.box is None:
-        return "no answer"
-    is_target_image = answer.image in {target.image for target in sample.targets}
-    return "box off" if is_target_image else "wrong image"
-
-
-def count_outcomes(samples: list[Sample], replies: dict[str, dict[str, str]],
-                   box_format: BoxFormat) -> dict[str, dict[str, int]]:
-    """system -> outcome -> how many of `samples`; replies: per system by sample id."""
-    counts = {system: Counter(classify_outcome(by_id[sample.id], sample, box_format)
-                              for sample in samples)
-              for system, by_id in replies.items()}
-    occurring = [outcome for outcome in OUTCOMES
-                 if any(count[outcome] for count in counts.values())]
-    return {system: {outcome: count[outcome] for outcome in occurring}
-            for system, count in counts.items()}
 
 
 def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
@@ -126,8 +104,8 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
                             bins: int = 5) -> list[dict]:
     """Mean pass rate over the number of things in all images of a question.
 
-    Rows {"things": "3 to 4", "pass rate", "n"}. rates: by sample id, 0..1; counted are the samples
-    whose notes list their images, as those of drawn scenes do.
+    Rows {"things": "3 to 4", "pass rate", "ci95", "n"}, 0..1. rates: by sample id, 0..1; counted
+    are the samples whose notes list their images, as those of drawn scenes do.
     """
     pairs = [(count_listed_objects(sample.notes), rates[sample.id])
              for sample in samples if sample.notes and sample.id in rates]
@@ -143,78 +121,9 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
         last = int(high) - (not is_last)
         if inside:
             rows.append({"things": f"{int(low)} to {last}" if last > low else f"{int(low)}",
-                         "pass rate": float(np.mean(inside)), "n": len(inside)})
+                         "pass rate": float(np.mean(inside)), "n": len(inside),
+                         "ci95": bootstrap_interval([np.array(inside)])})
     return rows
-
-
-def pick_gallery(samples: list[Sample], before: dict[str, str], after: dict[str, str],
-                 box_format: BoxFormat, per_kind: int = 4) -> list[tuple[str, Sample]]:
-    """(kind, sample) pairs, by what changed from `before` to `after` (replies by sample id).
-
-    At most `per_kind` samples of each of KINDS, each of another task where there are so many.
-    """
-    of_one_task = -(-per_kind // max(1, len({sample.task for sample in samples})))
-    gallery: dict[str, list[Sample]] = {kind: [] for kind in KINDS.values()}
-    for sample in samples:
-        was, now = (is_correct(replies[sample.id], sample, box_format)
-                    for replies in (before, after))
-        picked = gallery[KINDS[was, now]]
-        n_alike = sum(other.task == sample.task for other in picked)
-        if len(picked) < per_kind and n_alike < of_one_task:
-            picked.append(sample)
-    return [(kind, sample) for kind, picked in gallery.items() for sample in picked]
-
-
-def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                 box_format: BoxFormat, rewards: dict[str, Reward]) -> Markup:
-    """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
-
-    rewards: by name, those that are shown. The filters are style sheets, no script.
-    """
-    groups = {"task": sorted({sample.task for _, sample in gallery}),
-              "kind": list(dict.fromkeys(kind for kind, _ in gallery))}
-    cards = [sample_card(sample, {system: by_id[sample.id] for system, by_id in replies.items()},
-                         box_format, rewards, kind,
-                         f"task-{groups['task'].index(sample.task)} "
-                         f"kind-{groups['kind'].index(kind)}")
-             for kind, sample in gallery]
-    return _macros.filters(groups) + Markup("").join(cards)
-
-
-def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
-                rewards: dict[str, Reward], kind: str = "", classes: str = "") -> Markup:
-    """One sample with the replies of some systems: images with boxes, reasoning, answer, rewards.
-
-    kind: stands in its head. classes: what the filters know the card by.
-    """
-    rows = [_reply_row(system, reply, sample, box_format, rewards)
-            for system, reply in replies.items()]
-    question = format_question(sample, box_format, with_instruction=False)
-    return _macros.card(sample, classes, kind, question, rows)
-
-
-def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
-               rewards: dict[str, Reward]) -> dict:
-    scores = {name: compute_reward(name, reward, reply, sample, box_format)
-              for name, reward in rewards.items()}
-    return {
-        "system": system, "is_correct": is_correct(reply, sample, box_format),
-        "outcome": classify_outcome(reply, sample, box_format),
-        "rewards": ", ".join(f"{name} {round(value, 2):g}" for name, value in scores.items()
-                             if value is not None),
-        "image": image_tag(draw_sample(sample, reply, box_format, 130), system),
-        "thinking": parse_reply(reply).thinking or "-",
-        "answer": reply.split("</think>")[-1][:300]}
-
-
-def image_tag(picture, alt: str) -> Markup:
-    """An <img> with the picture inside: a PIL image or a matplotlib figure."""
-    data = io.BytesIO()
-    if isinstance(picture, plt.Figure):
-        picture.savefig(data, format="png", dpi=110, bbox_inches="tight")
-    else:
-        picture.save(data, "PNG")
-    return _macros.image(base64.b64encode(data.getvalue()).decode(), alt)
 
 
 def html_table(rows: list[dict]) -> Markup:
@@ -227,7 +136,7 @@ def html_table(rows: list[dict]) -> Markup:
     if len(columns) < 2:
         return Markup("")
     cells = [[_cell_text(row.get(column)) for column in columns] for row in rows]
-    return _macros.table(columns, cells)
+    return macros.table(columns, cells)
 
 
 def _cell_text(value) -> str:
@@ -239,9 +148,11 @@ def _cell_text(value) -> str:
     return "" if value is None else str(value)
 
 
-def render_page(title: str, sections: list[tuple[str, Markup]]) -> str:
-    """The whole page. sections: (heading, HTML) pairs; a section without content is left out."""
-    return str(_macros.page(title, sections)) + "\n"
+def render_page(title: str, sections: list[tuple[str, Markup]], facts: str = "") -> str:
+    """The whole page. sections: (heading, HTML) pairs; a section without content is left out.
+    facts: a line below the title.
+    """
+    return str(macros.page(title, sections, facts)) + "\n"
 
 
 def two_run_page(metrics: dict[str, dict[str, dict]], differences: list[dict]) -> str:
@@ -255,13 +166,13 @@ def two_run_page(metrics: dict[str, dict[str, dict]], differences: list[dict]) -
              "ci95": result["ci95"]}
             for run, evaluation in evaluated.items()
             for suite, result in evaluation["systems"]["grpo"].items()]
-    scores = plots.plot_bars(bars, "suite", "score", "GRPO model, greedy, percent", "run",
-                             "colorblind", "ci95")
+    scores = plots.plot_bars(bars, "suite", "score", "Greedy score of the GRPO models, percent",
+                             "run", "colorblind", "ci95")
     rows = [{name: str(value) for name, value in row.items()} for row in differences]
     sections = [
         ("Scores, greedy (percent)", html_table(compare_scores(evaluated))),
-        ("Bars", image_tag(scores, "scores per suite")),
-        ("Training", image_tag(_reward_figure(metrics), "reward")),
+        ("Bars", image_tag(scores, describe_scores(bars, "suite", "run"))),
+        ("Training", image_tag(_reward_figure(metrics), "The mean reward, a line per run.")),
         ("What differs", html_table(rows) or Markup("nothing"))]
     return render_page(" and ".join(metrics), sections)
 
@@ -288,9 +199,11 @@ def _reward_figure(metrics: dict[str, dict[str, dict]]) -> plt.Figure:
     table = pd.DataFrame(rows)
     by_run = table.groupby("run")["reward"]
     table["reward"] = by_run.transform(lambda values: values.rolling(10, min_periods=1).mean())
-    figure, axis = plt.subplots(figsize=(8, 3))
-    sns.lineplot(table, x="step", y="reward", hue="run", palette="colorblind", ax=axis)
-    axis.set_title("Mean reward over the last ten steps", loc="left", fontsize=11)
+    figure, axis = plt.subplots(figsize=(plots.WIDTH, 3), layout="constrained")
+    sns.lineplot(table, x="step", y="reward", hue="run", style="run", palette="colorblind",
+                 ax=axis)
+    axis.set_title("Mean reward over the last ten updates", loc="left", fontsize=11)
+    axis.set_xlabel("update")
     return figure
 
 
@@ -311,10 +224,10 @@ def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
 
 def captioned(content: Markup, name: str) -> Markup:
     """A table or a figure with what to look at in it below; "" stays "". name: of CAPTIONS."""
-    return _macros.captioned(content, CAPTIONS[name]) if content else Markup("")
+    return macros.captioned(content, CAPTIONS[name]) if content else Markup("")
 
 
-def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None], gallery: Markup,
+def report_sections(metrics: dict, figures: dict[str, Picture | None], gallery: Markup,
                     tables: dict[str, list[dict]], hardware: str) -> list[tuple[str, Markup]]:
     """The sections of the run's page, for `render_page`.
 
@@ -324,7 +237,7 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None]
     the last.
     """
     def images(*names: str) -> Markup:
-        return Markup("").join(captioned(image_tag(figures[name], name), name)
+        return Markup("").join(captioned(image_tag(figures[name].image, figures[name].alt), name)
                                for name in names if figures[name])
 
     systems = metrics["systems"]
@@ -355,20 +268,65 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None]
         ("What the replies become while RL trains",
          images("shares", "rollouts")),
         ("Data", images("flow", "dropped", "difficulty")),
-        ("How this run was made", _macros.captioned(html_table(tables["stages"]), hardware)),
-        ("Gallery: target green, answer dashed orange, reference pink", gallery)]
+        ("How this run was made", macros.captioned(html_table(tables["stages"]), hardware)),
+        ("Gallery", macros.note(CAPTIONS["gallery"]) + gallery if gallery else gallery)]
 
 
 def score_bars(systems: dict) -> list[dict]:
-    """Rows {suite, system, score, ci95} for `plots.plot_bars`; systems: of stage 06's metrics."""
+    """Rows {suite, system, score, ci95, n} for `plots.plot_scores`; systems: of stage 06's metrics.
+    """
     return [{"suite": suite_name(suite), "system": system, "score": result["score"],
-             "ci95": result["ci95"]}
+             "ci95": result["ci95"], "n": result["n"]}
             for system, suites in systems.items() for suite, result in suites.items()]
 
 
 def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
-    """Rows {task, system, acc@0.5, ci95} of a suite's tasks, for `plots.plot_bars`."""
+    """Rows {task, system, acc@0.5, ci95, n} of a suite's tasks, for `plots.plot_scores`."""
     return [{"task": OOD_NAMES.get(task, task), "system": system, "acc@0.5": result["acc@0.5"],
-             "ci95": result["ci95"]}
+             "ci95": result["ci95"], "n": result["n"]}
             for system, suites in systems.items()
             for task, result in suites[suite]["tasks"].items()]
+
+
+def draw_scores(rows: list[dict], by: str, title: str, value: str = "score") -> Picture:
+    """`plots.plot_scores` of the rows, with its numbers in words."""
+    return Picture(plots.plot_scores(rows, by, title, value),
+                   f"{title}. {describe_scores(rows, by, 'system', value)}")
+
+
+def describe_scores(rows: list[dict], by: str, hue: str, value: str = "score") -> str:
+    """The rows in words: "MMIU-like (drawn): base 32.1, SFT 34.2; ..."."""
+    table: dict[str, list[str]] = {}
+    for row in rows:
+        name = SYSTEM_LABELS.get(row[hue], row[hue])
+        table.setdefault(row[by], []).append(f"{name} {row[value]:.1f}")
+    return "; ".join(f"{name}: {', '.join(scores)}" for name, scores in table.items()) + "."
+
+
+def draw_counts(counts: dict[str, dict[str, int]], title: str, unit: str) -> Picture:
+    """`plots.plot_stacked` of the counts, with its numbers in words."""
+    words = [f"{SYSTEM_LABELS.get(name, name)}: "
+             + ", ".join(f"{piece} {count}" for piece, count in pieces.items() if count)
+             for name, pieces in counts.items()]
+    return Picture(plots.plot_stacked(counts, title, unit), f"{title}. {'; '.join(words)}.")
+
+
+def draw_difficulty(rows: list[dict]) -> Picture:
+    """Bars of the rows of `pass_rate_by_difficulty`, with their numbers in words."""
+    title = "Pass rate before RL, by the number of objects in all images"
+    named = [{**row, "objects": f"{row['things']}, n = {row['n']}"} for row in rows]
+    words = ", ".join(f"{row['things']}: {row['pass rate']:.2f}" for row in rows)
+    return Picture(plots.plot_bars(named, "objects", "pass rate", title, interval="ci95"),
+                   f"{title}. {words}.")
+
+
+def draw_curves(rows: list[dict], names: list[str], title: str, smooth: int) -> Picture:
+    """`plots.plot_curves` of the rows, with each curve's first and last mean in words."""
+    table = pd.DataFrame(rows)
+    words = []
+    for name in names:
+        values = table[name].dropna().astype(float) if name in table else ()
+        if len(values):
+            first, last = values[:smooth].mean(), values[-smooth:].mean()
+            words.append(f"{plots.CURVE_NAMES.get(name, name)} from {first:.3g} to {last:.3g}")
+    return Picture(plots.plot_curves(rows, names, title, smooth), f"{title}: {'; '.join(words)}.")

@@ -9,9 +9,10 @@ import numpy as np
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.sampling import load_replies
-from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, suite_name
+from mig_kit.pipeline.params import EXECUTION_PARAMS, list_profiles, profile_params
+from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SYSTEM_LABELS, suite_name
 from mig_kit.prompts import parse_boxes
-from mig_kit.rewards import image_overlap, is_correct
+from mig_kit.rewards import image_overlap, is_correct, weakest_iou
 from mig_kit.sample import Sample
 from mig_kit.stats import group_by_task, paired_gap
 
@@ -27,8 +28,9 @@ CAPTIONS = {
                 "says how many of their images are in training all the same.",
     "gains": "Points, paired by question. An interval that leaves out 0, marked ▲ or ▼, is a gain "
              "or loss on your data; a wide one asks for more held-out questions (data_shares).",
-    "suites": "Lines are 95 % intervals over samples. Look at whether GRPO stands above SFT by "
-              "more than its line, and whether either falls below the base.",
+    "suites": "Points are percent correct, lines their 95 % intervals over samples. Look at "
+              "whether GRPO stands above SFT by more than its line, and whether either falls below "
+              "the base.",
     "sampled": "The first samples of each task, answered several times. Compare with the greedy "
                "scores: a model that is sure of its answers loses little.",
     "pass_at_k": "The chance that one of k replies at temperature 1 is correct, in percent. Where "
@@ -42,10 +44,14 @@ CAPTIONS = {
     "ood_rows": "Percent correct, and differences in points with 95 % intervals, paired by "
                 "sample. ▲ and ▼ mark gains and losses whose interval leaves out 0; ▼ against the "
                 "base is what this run lost.",
+    "gallery": "One picture a question: the target is solid green, a reference dotted pink, and "
+               "every system's box dashed in its colour with its letter (b base, S SFT, G GRPO). A "
+               "loose box overlaps the target more than any other object; a wrong object is "
+               "another thing, or nothing.",
     "tasks": "Look for tasks that stay where SFT left them: their prompts may be too easy, too "
              "hard, or few.",
-    "outcomes": "Look at what shrinks from SFT to GRPO: boxes that miss, or boxes in the wrong "
-                "image.",
+    "outcomes": "Look at what shrinks from SFT to GRPO. A loose box is on the right object and "
+                "not tight enough; a wrong object is a mistake of reasoning or look-up.",
     "loss": "A loss that still falls steeply at the end asks for more epochs.",
     "grpo": "Strong lines are means over ten updates. The reward should rise while the entropy "
             "stays above 0. From a group whose replies all earn the same (zero std) nothing is "
@@ -74,6 +80,31 @@ def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
         stored = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
         replies[system] = {sample.id: stored[sample.id][0] for sample in samples}
     return replies
+
+
+def suite_rows(samples: dict[str, Sequence[Sample]]) -> list[dict]:
+    """Rows {suite, questions, tasks, an example}; samples: by suite."""
+    return [{"suite": suite_name(suite), "questions": len(part),
+             "tasks": len({sample.task for sample in part}), "an example": part[-1].question}
+            for suite, part in samples.items()]
+
+
+def greedy_by_id(replies: dict, samples: dict[str, Sequence[Sample]],
+                 suite: str) -> dict[str, dict[str, str]]:
+    """System -> sample id -> its greedy reply; {} without the suite. replies: of
+    `engine.systems.suite_replies`.
+    """
+    return {system: {sample.id: reply for sample, reply
+                     in zip(samples[suite], by_suite[suite]["greedy"], strict=True)}
+            for system, by_suite in replies.items() if suite in by_suite}
+
+
+def difference_rows(deltas: dict) -> list[dict]:
+    """A row per pair of systems, a column per suite, of `gap_text`; deltas: of stage 06's metrics.
+    """
+    return [{"compared": " over ".join(SYSTEM_LABELS.get(name, name) for name in pair.split("-")),
+             **{suite_name(suite): gap_text(gap) for suite, gap in by_suite.items()}}
+            for pair, by_suite in deltas.items()]
 
 
 def held_out_rows(systems: dict) -> list[dict]:
@@ -142,9 +173,9 @@ def pass_at_k_rows(systems: dict) -> list[dict]:
             if (result := systems[system][suite]).get("pass_at_k")]
 
 
-def classify_list(reply: str, sample: Sample) -> str:
+def classify_list(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     """What is wrong with a reply to a question for all boxes that is not correct: one of
-    `report.OUTCOMES`.
+    `report.OUTCOMES`. As many boxes as targets are "loose box" if each overlaps one of its own.
     """
     boxes = parse_boxes(reply)
     if boxes is None:
@@ -155,7 +186,9 @@ def classify_list(reply: str, sample: Sample) -> str:
         return "box where none is"
     if image_overlap(reply, sample) < 1:
         return "wrong image"
-    return "box off" if len(boxes) == len(sample.targets) else "wrong number of boxes"
+    if len(boxes) != len(sample.targets):
+        return "wrong number of boxes"
+    return "loose box" if weakest_iou(reply, sample, box_format) > 0 else "wrong object"
 
 
 def box_rows(systems: dict) -> list[dict]:
@@ -184,10 +217,55 @@ def stage_rows(records: dict[str, dict]) -> list[dict]:
         seeds += [f"eval_seed {params['eval_seed']}"] if "eval_seed" in params else []
         rows.append({"stage": stage, "run": record["run_id"],
                      "minutes": f"{record['seconds'] / 60:.1f}", "seed": ", ".join(seeds),
-                     "commit": record["git"][:8] + "+" * record["git"].endswith("+"),
+                     "commit": shorten_commit(record["git"]),
                      "machine": record["machine"]})
     total = sum(record["seconds"] for record in records.values()) / 60
     return [*rows, {"stage": "together", "minutes": f"{total:.1f}"}]
+
+
+def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]]) -> str:
+    """One line on a run: profile, seed, what it was asked, minutes, commit and machine.
+
+    records: stage -> run.json. samples: by suite, those that 06 asked.
+    """
+    profile, changed = find_profile(records)
+    seeds = dict.fromkeys(str(record["params"]["seed"]) for record in records.values()
+                          if "seed" in record["params"])
+    commits, machines = (dict.fromkeys(record[key] for record in records.values() if record[key])
+                         for key in ("git", "machine"))
+    minutes = sum(record["seconds"] for record in records.values()) / 60
+    drawn = sum(len(part) for suite, part in samples.items() if suite not in HELD_OUT_NAMES)
+    own = sum(len(part) for suite, part in samples.items() if suite in HELD_OUT_NAMES)
+    asked = [f"{own} held-out questions of own data"] * bool(own)
+    asked += [f"{drawn} drawn questions, to be compared with each other alone"] * bool(drawn)
+    facts = [f"profile {profile}" + (f" but for {', '.join(changed)}" if changed else ""),
+             f"seed {', '.join(seeds)}", " and ".join(asked), f"{minutes:.1f} minutes",
+             f"commit {', '.join(shorten_commit(commit) for commit in commits) or 'unknown'}",
+             f"machine {', '.join(machines)}"]
+    return "; ".join(facts)
+
+
+def find_profile(records: dict[str, dict]) -> tuple[str, list[str]]:
+    """The profile that most parameters of a run are of, and the names of the others.
+
+    records: stage -> run.json. Seeds, the run's name and how a stage ran do not count.
+    """
+    ignored = {"run_id", "seed", "eval_seed", *EXECUTION_PARAMS}
+    best: tuple[str, list[str]] | None = None
+    for profile in list_profiles():
+        changed = []
+        for stage, record in records.items():
+            own = profile_params(stage, profile)
+            changed += [name for name, value in record["params"].items()
+                        if name in own and name not in ignored and own[name] != value]
+        if best is None or len(changed) < len(best[1]):
+            best = profile, list(dict.fromkeys(changed))
+    return best
+
+
+def shorten_commit(commit: str) -> str:
+    """Its first eight characters, and the + of a tree with changes."""
+    return commit[:8] + "+" * commit.endswith("+")
 
 
 def describe_hardware(records: dict[str, dict]) -> str:

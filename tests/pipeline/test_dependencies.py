@@ -79,7 +79,7 @@ def test_a_template_makes_its_stage_stale(stale_after):
 
 # what a researcher changes, and the number of every stage that uses it
 USERS_OF_TEXT = (
-    ("a colour", "mig_kit/plots.py", "#0072B2", "07"),
+    ("a colour", "mig_kit/palette.py", "#0072B2", "07"),
     ("the wording of the prompt", "mig_kit/prompts.py", "Think in", "00 01 02 03 04 05 06 07"),
     ("what a model teacher is told", "mig_kit/data/teacher_prompt.py", "You are", "01"),
     ("the words of a comparison", "mig_kit/stages/report.py", "RL over SFT", "07"),

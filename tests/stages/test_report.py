@@ -9,7 +9,7 @@ import pytest
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.rewards import REWARDS
-from mig_kit.stages import report
+from mig_kit.stages import report, report_gallery
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
 
@@ -92,7 +92,8 @@ def test_outcomes_by_hand():
     replies = {
         "correct": reply_for(sample),
         "wrong image": reply_for(sample, 1),
-        "box off": reply_for(sample, shift=40),
+        "loose box": reply_for(sample, shift=12),
+        "wrong object": reply_for(sample, shift=40),
         "no answer": "?",
     }
     for kind, reply in replies.items():
@@ -106,6 +107,55 @@ def test_outcomes_by_hand():
         [sample], {"a": {sample.id: replies["correct"]}, "b": {sample.id: "?"}}, BOX_FORMAT
     )
     assert counts == {"a": {"correct": 1, "no answer": 0}, "b": {"correct": 0, "no answer": 1}}
+
+
+def test_a_box_on_another_object_is_no_loose_box():
+    """A box around a neighbour that touches the target by a third, and one that misses all."""
+    sample = make_sample("diff", "val", 0)
+    image, (x1, y1, x2, y2) = sample.targets[0]
+    width = x2 - x1
+    neighbour = (x1 + 0.5 * width, y1, x2 + 0.5 * width, y2)
+    boxes = [[] for _ in sample.images]
+    boxes[image - 1] = [(x1, y1, x2, y2), neighbour]
+    half = reply_for(sample, shift=0.4 * width)
+    assert report.classify_outcome(half, sample, BOX_FORMAT) == "loose box", "IoU 0.43"
+    assert report.classify_outcome(half, sample, BOX_FORMAT, {sample.id: boxes}) == "wrong object"
+    boxes[image - 1] = boxes[image - 1][:1]
+    assert report.classify_outcome(half, sample, BOX_FORMAT, {sample.id: boxes}) == "loose box"
+    far = reply_for(sample, shift=3 * width)
+    assert report.classify_outcome(far, sample, BOX_FORMAT, {sample.id: boxes}) == "wrong object"
+
+
+def test_the_gallery_shows_every_task_of_a_suite():
+    samples = [make_sample(task, "val", i) for task in ("diff", "region", "common_object")
+               for i in range(4)]
+    wrong = {sample.id: "" for sample in samples}
+    half = {sample.id: reply_for(sample) if sample.task == "diff" else ""
+            for sample in samples}
+    gallery = report.pick_gallery(samples, wrong, half, BOX_FORMAT, 2)
+    assert {sample.task for _, sample in gallery} == {"diff", "region", "common_object"}
+    assert [kind for kind, _ in gallery].count("wrong both times") == 2
+
+
+def test_a_disagreement_is_found():
+    samples = [make_sample("diff", "val", i) for i in range(3)]
+    right = {sample.id: reply_for(sample) for sample in samples}
+    other = right | {samples[1].id: "?"}
+    replies = {"sft": other, "grpo": right}
+    assert report_gallery.find_disagreement(samples, replies, BOX_FORMAT).id == samples[1].id
+    assert report_gallery.find_disagreement(samples, {"sft": right}, BOX_FORMAT) is samples[0]
+
+
+def test_every_picture_has_words_with_its_numbers():
+    rows = [{"suite": "s", "system": system, "score": score, "ci95": [10.0, 60.0], "n": 20}
+            for system, score in (("base", 20.0), ("grpo", 52.5))]
+    picture = report.draw_scores(rows, "suite", "Scores")
+    assert picture.alt == "Scores. s: base 20.0, GRPO 52.5."
+    picture = report.draw_counts({"sft": {"correct": 3, "no answer": 0}}, "Outcomes", "questions")
+    assert picture.alt == "Outcomes. SFT: correct 3."
+    curve = [{"step": step, "loss": float(step)} for step in range(6)]
+    picture = report.draw_curves(curve, ["loss", "missing"], "Fine-tuning", 2)
+    assert picture.alt == "Fine-tuning: loss, nats per token from 0.5 to 4.5."
 
 
 def test_flow_adds_up():
@@ -125,6 +175,8 @@ def test_calibration_counts_every_sample_once():
     samples = [make_sample("diff", "val", i) for i in range(40)]
     rows = report.pass_rate_by_difficulty({s.id: i / 40 for i, s in enumerate(samples)}, samples)
     assert sum(row["n"] for row in rows) == 40 and all(0 <= row["pass rate"] <= 1 for row in rows)
+    assert all(row["ci95"][0] <= row["pass rate"] <= row["ci95"][1] for row in rows)
+    assert f"{rows[0]['things']}: {rows[0]['pass rate']:.2f}" in report.draw_difficulty(rows).alt
     assert report.pass_rate_by_difficulty({"x": 0.5}, []) == [], "own data lists nothing"
 
 
@@ -138,6 +190,8 @@ def test_the_gallery_is_filtered_without_a_script():
         text.count('class="card task-') == 2
         and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
     )
+    assert "pick-suite" not in text and "pick-outcome" not in text, "one of a kind is no filter"
+    assert text.count('alt="2 images with the target') == 2
     assert "<script" not in text and "<b>lost" not in text
 
 

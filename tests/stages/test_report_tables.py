@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.pipeline.params import profile_params
 from mig_kit.plots import SUITE_NAMES
 from mig_kit.prompts import format_answer
 from mig_kit.stages import report, report_tables
@@ -62,7 +63,7 @@ def test_replies_are_read_by_system_and_sample(tmp_path):
 
 def evaluated_systems(**more):
     suite = {"score": 50.0, "ci95": [40.0, 60.0], "sampled": 45.0, "n_sampled": 8,
-             "tasks": {"lisa": {"acc@0.5": 50.0, "ci95": [40.0, 60.0]}}, **more}
+             "n": 20, "tasks": {"lisa": {"acc@0.5": 50.0, "ci95": [40.0, 60.0], "n": 20}}, **more}
     return {system: dict.fromkeys(report.SUITE_NAMES, suite) for system in ("base", "sft", "grpo")}
 
 
@@ -92,6 +93,32 @@ def test_how_a_run_was_made():
     assert "no stage recorded" in report_tables.describe_hardware({})
 
 
+def test_the_head_of_the_page_says_what_run_it_is():
+    params = {**profile_params("02_sft"), "seed": 3, "num_train_epochs": 99}
+    records = {"02_sft": RECORDS["02_sft"] | {"params": params}, "06_evaluate": RECORDS[
+        "06_evaluate"] | {"params": profile_params("06_evaluate") | {"seed": 3}}}
+    samples = {"own": make_suite("mmiu", "test", 1), "mmiu": make_suite("mmiu", "test", 2)}
+    assert report_tables.find_profile(records) == ("tiny", ["num_train_epochs"])
+    text = report_tables.describe_run(records, samples)
+    assert text == ("profile tiny but for num_train_epochs; seed 3; 3 held-out questions of own "
+                    "data and 6 drawn questions, to be compared with each other alone; 2.0 "
+                    "minutes; commit 01234567+; machine two cores")
+
+
+def test_rows_of_suites_and_differences():
+    samples = {"mmiu": make_suite("mmiu", "test", 2)}
+    assert report_tables.suite_rows(samples) == [
+        {"suite": "MMIU-like (drawn)", "questions": 6, "tasks": 3,
+         "an example": samples["mmiu"][-1].question}]
+    gap = {"value": 2.0, "ci95": [0.5, 4.0]}
+    assert report_tables.difference_rows({"grpo-sft": {"mmiu": gap}}) == [
+        {"compared": "GRPO over SFT", "MMIU-like (drawn)": "▲ +2.0 (+0 to +4)"}]
+    replies = {"base": {"mmiu": {"greedy": list("abcdef")}}}
+    by_id = report_tables.greedy_by_id(replies, samples, "mmiu")
+    assert by_id["base"][samples["mmiu"][1].id] == "b"
+    assert report_tables.greedy_by_id(replies, samples, "blink") == {}
+
+
 def test_the_page_says_what_to_look_at():
     gap = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
     deltas = {delta: dict.fromkeys(report.SUITE_NAMES, gap) for delta in ("grpo-sft", "grpo-base")}
@@ -105,9 +132,11 @@ def test_the_page_says_what_to_look_at():
     text = report.render_page("t", sections)
     assert text.count("<figcaption>") == 4, "claims, ood_rows, sampled and hardware"
     assert "CPU &lt;b&gt;" in text and "<i>" not in text and "pass@k" not in text
-    figures["loss"] = report.plots.plot_curves([{"step": 1, "loss": 2.0}], ["loss"], "Fine-tuning")
+    figures["loss"] = report.draw_curves([{"step": 1, "loss": 2.0}], ["loss"], "Fine-tuning", 3)
     sections = report.report_sections(metrics, figures, report.Markup("cards"), tables, "")
-    text = report.render_page("t", sections)
+    text = report.render_page("t", sections, "seed 3, <b>")
+    assert "<p class=facts>seed 3, &lt;b&gt;</p>" in text
+    assert 'alt="Fine-tuning: loss, nats per token from 2 to 2."' in text
     assert f"<figcaption>{report_tables.CAPTIONS['loss']}</figcaption>" in text
     assert str(report.captioned(report.Markup(""), "loss")) == ""
 
@@ -143,4 +172,4 @@ def test_replies_of_a_run_without_a_cold_start(tmp_path):
 def test_bars_of_a_suite_out_of_domain():
     rows = report.task_bars(evaluated_systems(), "ood_grounding")
     assert rows[0] == {"task": "LISA-like (drawn)", "system": "base", "acc@0.5": 50.0,
-                       "ci95": [40.0, 60.0]}
+                       "ci95": [40.0, 60.0], "n": 20}

@@ -1,0 +1,219 @@
+"""The gallery of the report (07): what became of a reply, which samples are shown, their cards."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from matplotlib import pyplot as plt
+
+from mig_kit.boxes import Box, BoxFormat, iou
+from mig_kit.engine.own_rewards import compute_reward
+from mig_kit.palette import PREDICTED, SYSTEM_COLOURS, text_colour
+from mig_kit.pictures import SYSTEM_MARKS, draw_sample, draw_systems
+from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS
+from mig_kit.prompts import format_question, parse_reply, reply_box_in_original
+from mig_kit.rewards import Reward, is_correct, reply_iou
+from mig_kit.sample import Sample
+from mig_kit.stages.report_tables import classify_list, load_greedy_replies
+from mig_kit.world.objects import is_drawn, is_on_target, list_object_boxes
+
+OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option", "no answer",
+            "wrong number of boxes", "wrongly none", "box where none is")
+LOOSE_IOU = 0.1  # from here on a box of own data, whose objects are not known, counts as loose
+KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
+         (True, False): "correct, then wrong", (False, False): "wrong both times"}
+FILTERS = {"suite": "suite", "task": "task", "kind": "SFT, then GRPO", "outcome": "GRPO"}
+
+Objects = Mapping[str, Sequence[Sequence[Box]]]  # sample id -> the boxes of its objects, per image
+
+_templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
+                                autoescape=True, trim_blocks=True, lstrip_blocks=True)
+macros = _templates.get_template("report.html.jinja").module
+
+
+def list_objects(samples: Sequence[Sample], seed: int) -> dict[str, list[list[Box]]]:
+    """The objects of all drawn samples, for `classify_outcome`; seed: eval_seed of 06."""
+    return {sample.id: list_object_boxes(sample, seed) for sample in samples if is_drawn(sample)}
+
+
+def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat,
+                     objects: Objects | None = None) -> str:
+    """One of OUTCOMES.
+
+    A box in the right image whose IoU is under 0.5 is a "loose box" if it overlaps the target more
+    than any other object, else around a "wrong object". Of a sample that `objects` does not have,
+    it is loose from LOOSE_IOU on. The last three are of questions for all boxes.
+    """
+    answer = parse_reply(reply)
+    if is_correct(reply, sample, box_format):
+        return "correct"
+    if sample.find_all:
+        return classify_list(reply, sample, box_format)
+    if sample.options:
+        return "wrong option" if answer.letter else "no answer"
+    if answer.box is None:
+        return "no answer"
+    targets = [target.box for target in sample.targets if target.image == answer.image]
+    if not targets:
+        return "wrong image" if sample.targets else "box where none is"
+    if sample.id not in (objects or {}):
+        is_loose = reply_iou(reply, sample, box_format) >= LOOSE_IOU
+    else:
+        box = reply_box_in_original(sample, answer, box_format)
+        nearest = max(targets, key=lambda target: iou(box, target))
+        is_loose = is_on_target(box, nearest, objects[sample.id][answer.image - 1])
+    return "loose box" if is_loose else "wrong object"
+
+
+def count_outcomes(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                   box_format: BoxFormat,
+                   objects: Objects | None = None) -> dict[str, dict[str, int]]:
+    """system -> outcome -> how many of `samples`; replies: per system by sample id."""
+    counts = {system: Counter(classify_outcome(by_id[sample.id], sample, box_format, objects)
+                              for sample in samples)
+              for system, by_id in replies.items()}
+    occurring = [outcome for outcome in OUTCOMES
+                 if any(count[outcome] for count in counts.values())]
+    return {system: {outcome: count[outcome] for outcome in occurring}
+            for system, count in counts.items()}
+
+
+def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[str, str],
+                 box_format: BoxFormat, per_kind: int = 4) -> list[tuple[str, Sample]]:
+    """(kind, sample) pairs, by what changed from `before` to `after` (replies by sample id).
+
+    At most `per_kind` samples of each of KINDS, each of another task where there are so many, and
+    tasks first that are not shown yet.
+    """
+    kinds: dict[str, str] = {}
+    for sample in samples:
+        was, now = (is_correct(replies[sample.id], sample, box_format)
+                    for replies in (before, after))
+        kinds[sample.id] = KINDS[was, now]
+    of_one_task = -(-per_kind // max(1, len({sample.task for sample in samples})))
+    gallery = []
+    shown: Counter = Counter()
+    for kind in KINDS.values():
+        of_kind = [sample for sample in samples if kinds[sample.id] == kind]
+        places: Counter = Counter()  # of a sample among those of its kind and task
+        ranked = []
+        for sample in of_kind:
+            if places[sample.task] < of_one_task:
+                ranked.append((places[sample.task], shown[sample.task], sample))
+            places[sample.task] += 1
+        picked = [row[2] for row in sorted(ranked, key=lambda row: row[:2])[:per_kind]]
+        shown.update(sample.task for sample in picked)
+        gallery += [(kind, sample) for sample in picked]
+    return gallery
+
+
+def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems: Iterable[str],
+                    box_format: BoxFormat, per_kind: int) -> tuple[list[tuple[str, Sample]],
+                                                                   dict[str, dict[str, str]]]:
+    """(gallery of all suites, replies per system by sample id), from the base or, where the run has
+    one, the SFT model to the GRPO model; folder: "replies" of 06. Other arguments: see
+    `pick_gallery`.
+    """
+    gallery: list[tuple[str, Sample]] = []
+    replies: dict[str, dict[str, str]] = {}
+    for suite, part in samples.items():
+        by_system = load_greedy_replies(folder, suite, part, systems)
+        before = by_system["sft" if "sft" in by_system else "base"]
+        picked = pick_gallery(part, before, by_system["grpo"], box_format, per_kind)
+        gallery += picked
+        for system, by_id in by_system.items():
+            replies.setdefault(system, {}).update(
+                {sample.id: by_id[sample.id] for _, sample in picked})
+    return gallery, replies
+
+
+def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                      box_format: BoxFormat) -> Sample:
+    """The first sample that some systems answer correctly and some do not, else the first of all;
+    replies: per system by sample id.
+    """
+    for sample in samples:
+        outcomes = {is_correct(by_id[sample.id], sample, box_format) for by_id in replies.values()}
+        if len(outcomes) == 2:
+            return sample
+    return samples[0]
+
+
+def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
+                 box_format: BoxFormat, rewards: dict[str, Reward],
+                 objects: Objects | None = None) -> Markup:
+    """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
+
+    rewards: by name, those that are shown. The filters, by FILTERS, are style sheets, no script;
+    the outcome is that of the last system.
+    """
+    last = list(replies.values())[-1]
+    labels = [{"suite": _name_suite(sample), "task": OOD_NAMES.get(sample.task, sample.task),
+               "kind": kind,
+               "outcome": classify_outcome(last[sample.id], sample, box_format, objects)}
+              for kind, sample in gallery]
+    groups = {name: list(dict.fromkeys(row[name] for row in labels)) for name in FILTERS}
+    used = {name: values for name, values in groups.items() if len(values) > 1}
+    cards = []
+    for (kind, sample), row in zip(gallery, labels):
+        classes = " ".join(f"{name}-{values.index(row[name])}" for name, values in used.items())
+        by_system = {system: by_id[sample.id] for system, by_id in replies.items()
+                     if sample.id in by_id}
+        cards.append(sample_card(sample, by_system, box_format, rewards, kind, classes, objects))
+    return macros.filters(used, FILTERS) + Markup("").join(cards)
+
+
+def _name_suite(sample: Sample) -> str:
+    return (SUITE_NAMES | HELD_OUT_NAMES).get(sample.suite, sample.suite)
+
+
+def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
+                rewards: dict[str, Reward], kind: str = "", classes: str = "",
+                objects: Objects | None = None) -> Markup:
+    """One sample with the replies of some systems: one picture with all boxes, then a line each.
+
+    kind: stands in its head. classes: what the filters know the card by.
+    """
+    rows = [_reply_row(system, reply, sample, box_format, rewards, objects)
+            for system, reply in replies.items()]
+    question = format_question(sample, box_format, with_instruction=False)
+    picture = (draw_systems(sample, replies, box_format) if len(replies) > 1 else
+               draw_sample(sample, next(iter(replies.values())), box_format, 150))
+    outcomes = "; ".join(f"{row['system']}: {row['outcome']}" for row in rows)
+    alt = f"{len(sample.sizes)} images with the target and the boxes of the replies. {outcomes}"
+    return macros.card(sample, _name_suite(sample), classes, kind, question,
+                       image_tag(picture, alt), rows)
+
+
+def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
+               rewards: dict[str, Reward], objects: Objects | None) -> dict:
+    scores = {name: compute_reward(name, reward, reply, sample, box_format)
+              for name, reward in rewards.items()}
+    colour = SYSTEM_COLOURS.get(system, PREDICTED)
+    facts = [f"IoU {reply_iou(reply, sample, box_format):.2f}"] if sample.targets else []
+    facts += [f"{name} {round(value, 2):g}" for name, value in scores.items() if value is not None]
+    return {
+        "system": SYSTEM_LABELS.get(system, system),
+        "letter": SYSTEM_MARKS[system][0] if system in SYSTEM_MARKS else "",
+        "colour": colour, "ink": text_colour(colour),
+        "is_correct": is_correct(reply, sample, box_format),
+        "outcome": classify_outcome(reply, sample, box_format, objects),
+        "rewards": ", ".join(facts),
+        "thinking": parse_reply(reply).thinking or "-",
+        "answer": reply.split("</think>")[-1][:300]}
+
+
+def image_tag(picture, alt: str) -> Markup:
+    """An <img> with the picture inside: a PIL image or a matplotlib figure."""
+    data = io.BytesIO()
+    if isinstance(picture, plt.Figure):
+        picture.savefig(data, format="png", dpi=150, bbox_inches="tight")
+        kind = "png"
+    else:
+        picture.save(data, "WEBP", quality=85)
+        kind = "webp"
+    return macros.image(kind, base64.b64encode(data.getvalue()).decode(), alt)
