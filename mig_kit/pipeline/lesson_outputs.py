@@ -26,7 +26,7 @@ OBJECT = re.compile(r"^[\[(]?<.*>[,\])]*$|^(?:Text|Axes)\(", re.DOTALL)
 MACHINE_PATH = re.compile(
     r"(?<![\w./~-])/(?:home|root|tmp|usr|opt|var|mnt|work|content|kaggle|Users)/[^\s'\"`),;:|]+")
 MARKDOWN_CHARACTERS = re.compile(r"([\\`*_{}\[\]|$~#])")
-UNSAFE_IN_FORMULA = re.compile(r"\\[^A-Za-z]|[_*]\{?\S*[_*]")
+UNSAFE_IN_FORMULA = re.compile(r"\\[^A-Za-z]|\*|_.*_")
 
 
 def clean_text(text: str, folders: dict[str, str]) -> str:
