@@ -170,6 +170,25 @@ def report_command(run_a: str, run_b: str, out: Path) -> None:
     click.echo(f"report: {out}")
 
 
+@cli.command("lessons")
+@click.argument("run_ids", nargs=-1, required=True)
+@click.option("--out", default="notebooks/guide/lessons", show_default=True,
+              type=click.Path(file_okay=False, path_type=Path), help="Folder of the pages.")
+@click.option("--question", default="notebooks/guide/question.png", show_default=True,
+              type=click.Path(dir_okay=False, path_type=Path),
+              help="The README's picture: one question with SFT's reply and GRPO's.")
+def lessons_command(run_ids: tuple[str, ...], out: Path, question: Path) -> None:
+    """The executed notebooks of RUN_IDS as pages for a repository's web view; a notebook that the
+    first run does not have is taken from the next.
+    """
+    from mig_kit.pipeline import lesson_pages
+
+    for stage, origin in lesson_pages.write_lessons(list(run_ids), out).items():
+        click.echo(f"{stage:<24}{origin}")
+    is_drawn = lesson_pages.copy_question(list(run_ids), question)
+    click.echo(f"{question}: {'drawn' if is_drawn else 'kept, as no run has a 07_report'}")
+
+
 @cli.command()
 @click.argument("run_ids", nargs=-1)
 @click.option("--group", "groups", multiple=True, metavar="NAME=RUN,RUN",

@@ -23,8 +23,7 @@ from mig_kit.rewards import REWARDS, Reward, is_correct, reply_iou
 from mig_kit.sample import Sample
 
 # what a server of notebooks, or a hosted service, gives to a kernel that someone looks at
-LIVE_ENVIRONMENT = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG",
-                    "KAGGLE_KERNEL_RUN_TYPE")
+LIVE_ENVIRONMENT = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")
 SHIFTS = (0, 1 / 8, 1 / 4, 1 / 2, 7 / 8)  # of the box's width: IoU 1, 7/9, 3/5, 1/3 and 1/15
 MAX_WIDTH = 900  # of a still picture, pixels
 

@@ -1,11 +1,12 @@
 """The notebooks in JupyterLab itself: every numbered one opened in headless Chromium and run from
-first cell to last.
+first cell to last, and every control moved.
 
 Skipped where there is no playwright (`pip install playwright`; no browser of its own is needed) or
 no Chromium. Screenshots are left in the folder that MIG_KIT_SCREENSHOTS names.
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,8 +15,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import papermill
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
@@ -31,12 +34,31 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 ERRORS = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
 KERNEL_NAME = ".jp-NotebookPanel-toolbar .jp-Toolbar-kernelName:not(:has-text('No Kernel'))"
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+EXPLORER = f".jp-OutputArea-output[data-mime-type='{WIDGET}']:has(.widget-image)"
+EXPLORERS = re.compile(r"widgets\.(?:explore_box|step_through|browse_gallery)\(")
+# three explorers of drawn samples, for which nothing needs to be trained
+SMALL_NOTEBOOK = (
+    "from mig_kit import widgets\n"
+    "from mig_kit.boxes import BoxFormat\n"
+    "from mig_kit.prompts import correct_answer\n"
+    "from mig_kit.world.tasks import TASKS, make_sample\n"
+    "samples = [make_sample(task, 'val', 0) for task in TASKS]\n"
+    "box_format = BoxFormat()\n"
+    "replies = {s.id: f'<think>Look.</think><answer>{correct_answer(s, box_format)}</answer>'\n"
+    "           for s in samples}\n"
+    "wrong = {s.id: 'nothing' for s in samples}",
+    "widgets.explore_box(samples[0], box_format)",
+    "widgets.step_through(samples[0], [replies[samples[0].id], 'nothing'], box_format)",
+    "gallery = [('fixed', s) for s in samples[:3]] + [('lost', s) for s in samples[3:]]\n"
+    "widgets.browse_gallery(gallery, {'SFT': wrong, 'GRPO': replies}, box_format)")
 
 
 def prepare(stage, run_id, path):
     """Write a notebook with smoke parameters put in, nothing run yet."""
+    compared = {"groups": [f"recipe={run_id}"]} if stage == "09_compare" else {}
     papermill.execute_notebook(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb", path,
-                               choose_params(stage, "smoke", run_id, {}), prepare_only=True)
+                               choose_params(stage, "smoke", run_id, compared), prepare_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +67,10 @@ def lab(tmp_path_factory):
     parameters.
     """
     folder, root = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("runs")
-    for stage in store.RECIPE:
+    for stage in store.STAGES:
         prepare(stage, "lab", folder / f"{stage}.ipynb")
+    cells = [new_code_cell(source) for source in SMALL_NOTEBOOK]
+    nbformat.write(new_notebook(cells=cells), folder / "widgets.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -102,20 +126,75 @@ def wait_until(is_finished, page, max_errors=0):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("stage", store.RECIPE)
+def move_every_control(page, name):
+    """Move every control of every explorer once; each explorer draws another picture then. Returns
+    how many explorers there are.
+    """
+    explorers = page.locator(EXPLORER)
+    for number in range(explorers.count()):
+        explorer = explorers.nth(number)
+        explorer.scroll_into_view_if_needed()
+        picture = explorer.locator("img").first
+        seen = {picture.get_attribute("src")}
+        for handle in explorer.locator(".noUi-handle").all():
+            for key in ("ArrowRight", "ArrowLeft"):  # one of them moves it, wherever it stands
+                handle.press(key)
+                page.wait_for_timeout(500)
+                seen.add(picture.get_attribute("src"))
+        for choice in explorer.locator("select").all():
+            choice.select_option(index=choice.locator("option").count() - 1)
+            page.wait_for_timeout(500)
+            seen.add(picture.get_attribute("src"))
+        take_screenshot(page, f"{name}_explorer{number + 1}")
+        assert len(seen) > 1, f"explorer {number + 1} draws the same whatever is moved"
+    assert not page.locator(ERRORS).count()
+    return explorers.count()
+
+
+def take_screenshot(page, name):
+    if screenshots := os.environ.get("MIG_KIT_SCREENSHOTS"):
+        Path(screenshots).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(screenshots) / f"{name}.png")
+
+
+def save_and_read(page, path):
+    """The outputs of the notebook that the page shows, as it is saved at `path`."""
+    choose_command(page, "File", "docmanager:save")
+    time.sleep(1.5)
+    saved = papermill.iorw.load_notebook_node(str(path))
+    return [output for cell in saved.cells for output in cell.get("outputs", [])]
+
+
+def still_pictures(outputs):
+    """The pictures that stand in for controls, where a notebook is not live."""
+    return [output for output in outputs
+            if {"image/png", WIDGET} <= output.get("data", {}).keys()]
+
+
+def test_every_control_moves_and_has_a_still_picture(lab, page):
+    address, folder, _ = lab
+    show(page, address, "widgets")
+    run_all(page)
+    explorers = page.locator(EXPLORER)
+    wait_until(lambda: explorers.count() == 3, page)
+    assert move_every_control(page, "widgets") == 3
+    assert len(still_pictures(save_and_read(page, folder / "widgets.ipynb"))) == 3
+    choose_command(page, "Kernel", "kernelmenu:shutdown")
+
+
+@pytest.mark.parametrize("stage", store.STAGES)
 def test_every_cell_runs_in_lab(stage, lab, page):
     address, folder, root = lab
     show(page, address, stage)
     run_all(page)
     wait_until((root / "lab" / stage / "run.json").is_file, page)
     time.sleep(1.5)
-    if screenshots := os.environ.get("MIG_KIT_SCREENSHOTS"):
-        Path(screenshots).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(screenshots) / f"{stage}.png")
-    choose_command(page, "File", "docmanager:save")
-    time.sleep(1.5)
-    saved = papermill.iorw.load_notebook_node(str(folder / f"{stage}.ipynb"))
-    outputs = [output for cell in saved.cells for output in cell.get("outputs", [])]
+    take_screenshot(page, stage)
+    path = folder / f"{stage}.ipynb"
+    expected = len(EXPLORERS.findall(path.read_text()))
+    assert move_every_control(page, stage) == expected
+    outputs = save_and_read(page, path)
+    assert len(still_pictures(outputs)) == expected
     assert not [output for output in outputs if output.output_type == "error"]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert pictures, f"{stage} shows no picture"

@@ -1,0 +1,187 @@
+"""Pages of executed notebooks: the converter on a small one, and the pages that are committed."""
+
+import base64
+import io
+import json
+import re
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
+
+from mig_kit.pipeline import lesson_pages, store
+from mig_kit.pipeline.lesson_pages import LESSONS, page_hash, page_links, render_page, source_hash
+
+
+def picture_output(colour, size=(1000, 500)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode(),
+                                       "text/plain": "<Figure>"})
+
+
+def small_notebook(is_executed=True):
+    cells = [
+        new_markdown_cell("# 05 RL\n\nBack: [04](04_rejection_sampling.ipynb)."),
+        new_code_cell("# parameters\nrun_id: str = 'default'\nseed: int = 0  # of all",
+                      metadata={"tags": ["parameters"]}),
+        new_code_cell("print('hello')"),
+        new_markdown_cell("## Eight rollouts\n\nWith $\\{x\\}$."),
+        new_code_cell("draw()", metadata={"tags": ["cover"]}),
+        new_code_cell("secret = 1", metadata={"tags": ["hide-input"]})]
+    if is_executed:
+        injected = new_code_cell("# Parameters\nrun_id = 'mine'\nseed = 0",
+                                 metadata={"tags": ["injected-parameters"]})
+        cells[2].outputs = [new_output("stream", name="stderr", text="a Warning"),
+                            new_output("stream", name="stdout", text="in /srv/kit/runs/mine/a\n"),
+                            picture_output("red")]
+        cells[4].outputs = [picture_output("blue")]
+        cells[5].outputs = [new_output("execute_result", {"text/plain": "'shown'"})]
+        cells.insert(2, injected)
+    notebook = new_notebook(cells=cells)
+    notebook.metadata["papermill"] = {"input_path": "/srv/kit/notebooks/05_grpo.ipynb",
+                                      "output_path": "/srv/kit/runs/mine/05_grpo/05_grpo.ipynb"}
+    return notebook
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with one stage, whose notebook run 'mine' has executed. Returns its folder."""
+    notebooks, run = tmp_path / "notebooks", tmp_path / "runs" / "mine" / "05_grpo"
+    notebooks.mkdir()
+    run.mkdir(parents=True)
+    nbformat.write(small_notebook(is_executed=False), notebooks / "05_grpo.ipynb")
+    nbformat.write(small_notebook(), run / "05_grpo.ipynb")
+    record = {"params": {"seed": 0}, "started": "2030-01-02T03:04:05Z", "seconds": 90.0,
+              "machine": "a machine"}
+    (run / "run.json").write_text(json.dumps(record))
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(lesson_pages, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(lesson_pages.store, "STAGES", {"05_grpo": ()})
+    return tmp_path
+
+
+def test_a_page_has_what_a_reader_needs(tmp_path):
+    page = render_page(small_notebook(), "05", tmp_path)
+    assert page.startswith("# 05 RL\n\nBack: [04](04.md).")
+    parameters, rest = page.split("</details>")
+    assert "<summary>Parameters</summary>" in parameters and "seed: int = 0  # of all" in parameters
+    assert "This run sets:\n\n```python\nrun_id = 'mine'\n```" in parameters
+    assert "```python\nprint('hello')\n```" in rest
+    assert "```text\nin runs/mine/a\n```\n\n![05 RL](05_1.png)" in rest
+    assert "With $`\\{x\\}`$." in rest and "![Eight rollouts](05_2.png)" in rest
+    assert "'shown'" in rest
+    for absent in ("Warning", "secret", "/srv", "Figure", "# Parameters"):
+        assert absent not in page, absent
+
+
+def test_pictures_lie_beside_the_page(tmp_path):
+    render_page(small_notebook(), "05", tmp_path)
+    sizes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
+    assert sizes == {"05_1.png": (900, 450), "05_2.png": (900, 450), "05_cover.png": (640, 320)}
+    cover = Image.open(tmp_path / "05_cover.png").convert("RGB")
+    assert cover.getpixel((5, 5)) == (0, 0, 255), "the cell that is tagged, not the first"
+
+
+def test_the_first_picture_is_the_cover_where_none_is_chosen(tmp_path):
+    notebook = small_notebook()
+    del notebook.cells[5].metadata["tags"]
+    render_page(notebook, "05", tmp_path)
+    assert Image.open(tmp_path / "05_cover.png").convert("RGB").getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_links_lead_to_pages_and_files():
+    assert page_links("[a](06_evaluate.ipynb#x) [b](guide/results.md)") == (
+        "[a](06.md#x) [b](../results.md)")
+    assert page_links("![c](guide/speedup.png) [d](../README.md#e) [g](guide/lessons/01.md)") == (
+        "![c](../speedup.png) [d](../../../README.md#e) [g](01.md)")
+    kept = "[e](https://example.org/a.ipynb) [f](#below)"
+    assert page_links(kept) == kept
+
+
+def test_a_hash_is_of_the_cells_that_a_person_wrote():
+    notebook = small_notebook(is_executed=False)
+    assert source_hash(notebook) == source_hash(small_notebook())
+    notebook.cells[2].source += "  # changed"
+    assert source_hash(notebook) != source_hash(small_notebook())
+
+
+def test_pages_of_a_run(project):
+    folder = project / "lessons"
+    folder.mkdir()
+    (folder / "old.png").write_bytes(b"")
+    assert lesson_pages.write_lessons(["none", "mine"], folder) == {"05_grpo": "run 'mine'"}
+    assert {path.name for path in folder.iterdir()} == {"05.md", "05_1.png", "05_2.png",
+                                                        "05_cover.png"}
+    page = (folder / "05.md").read_text()
+    assert page_hash(folder / "05.md") == source_hash(small_notebook())
+    assert "# 05 RL\n\n<sub>[notebooks/05_grpo.ipynb](../../05_grpo.ipynb). Executed in" in page
+    assert "run `mine`, a changed profile, on 2030-01-02 in 1.5 minutes (a machine)." in page
+
+
+def test_a_notebook_that_nobody_ran_is_shown_without_outputs(project):
+    (project / "runs" / "mine" / "06_evaluate").mkdir()
+    lesson_pages.store.STAGES["06_evaluate"] = ()
+    notebook = new_notebook(cells=[new_markdown_cell("# 06 Evaluate"), new_code_cell("score()")])
+    nbformat.write(notebook, project / "notebooks" / "06_evaluate.ipynb")
+    origins = lesson_pages.write_lessons(["mine"], project / "lessons")
+    assert origins["06_evaluate"] == "no outputs: no run has it"
+    page = (project / "lessons" / "06.md").read_text()
+    assert "No executed copy" in page and "`mig-kit run 06`" in page and "score()" in page
+
+
+def test_what_no_page_is_made_of(project, monkeypatch):
+    folder, run = project / "lessons", project / "runs" / "mine" / "05_grpo" / "05_grpo.ipynb"
+    with pytest.raises(FileNotFoundError, match="no finished stage in other"):
+        lesson_pages.write_lessons(["other"], folder)
+    monkeypatch.setattr(lesson_pages, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="fewer or smaller pictures"):
+        lesson_pages.write_lessons(["mine"], folder)
+    notebook = small_notebook()
+    notebook.cells[3].outputs.append(new_output("error", ename="E", evalue="", traceback=[]))
+    nbformat.write(notebook, run)
+    with pytest.raises(ValueError, match="holds an error"):
+        lesson_pages.write_lessons(["mine"], folder)
+    notebook.cells[3].source += "  # changed"
+    nbformat.write(notebook, run)
+    with pytest.raises(ValueError, match="mig-kit run 05 --run-id mine"):
+        lesson_pages.write_lessons(["mine"], folder)
+    assert not folder.exists()
+
+
+def test_the_picture_of_a_question(project):
+    target = project / "question.png"
+    assert not lesson_pages.copy_question(["mine"], target)
+    report = project / "runs" / "mine" / "07_report"
+    report.mkdir()
+    Image.new("RGB", (1000, 500)).save(report / "question.png")
+    assert lesson_pages.copy_question(["none", "mine"], target)
+    assert Image.open(target).size == (900, 450)
+
+
+@pytest.mark.skipif(not LESSONS.is_dir(), reason="mig-kit lessons has made no pages yet")
+class TestCommittedPages:
+    @pytest.mark.parametrize("stage", store.STAGES)
+    def test_they_are_of_the_present_notebooks(self, stage):
+        assert page_hash(LESSONS / f"{stage[:2]}.md") == lesson_pages.notebook_hash(stage), (
+            f"the page of {stage} is of another version; run: mig-kit lessons RUN")
+
+    @pytest.mark.parametrize("stage", store.STAGES)
+    def test_a_stranger_can_read_them(self, stage):
+        page = (LESSONS / f"{stage[:2]}.md").read_text()
+        assert not re.search(r"\w*Warning\b:|Traceback|\x1b", page)
+        outputs = re.sub(r"(?ms)^```python.*?^```$", "", page)
+        assert not re.search(r"(?<![\w./~-])/(?:home|root|tmp|usr|work|opt)/", outputs)
+        for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+            assert table.count("\n") <= 22
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", outputs):
+            assert (LESSONS / link).exists(), link
+
+    def test_pictures_are_few_and_used(self):
+        pages = "".join(page.read_text() for page in LESSONS.glob("*.md"))
+        index = (LESSONS.parents[1] / "README.md").read_text()
+        for picture in LESSONS.glob("*.png"):
+            assert Image.open(picture).width <= 900
+            assert f"({picture.name})" in pages or picture.name in index, picture.name
+        assert sum(path.stat().st_size for path in LESSONS.iterdir()) <= lesson_pages.MAX_BYTES
