@@ -19,6 +19,7 @@ HALL = {
     "rewards": GROUND | {"sample", "prompts"},
     "filters": GROUND | {"sample", "prompts", "rewards"},
     "plots": GROUND | {"sample", "prompts", "rewards"},
+    "token_plots": set(),
 }
 # a wing -> the wings that it may import besides the hall and itself
 WINGS = {

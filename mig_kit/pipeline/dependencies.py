@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256
 
-DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.stages.report", "mig_kit.stages.sanity_checks",
+DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.token_plots", "mig_kit.group_plots",
+                "mig_kit.stages.report", "mig_kit.stages.sanity_checks",
                 "mig_kit.pipeline.store", "mig_kit.pipeline.params",
                 "mig_kit.pipeline.run_folders", "mig_kit.pipeline.dependencies"}
 STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}
