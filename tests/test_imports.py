@@ -19,7 +19,10 @@ HALL = {
     "rewards": GROUND | {"sample", "prompts"},
     "filters": GROUND | {"sample", "prompts", "rewards"},
     "plots": GROUND | {"sample", "prompts", "rewards"},
+    "lesson_plots": GROUND | {"sample", "prompts", "rewards", "filters", "plots"},
+    "widgets": GROUND | {"sample", "prompts", "rewards", "plots"},
     "token_plots": set(),
+    "group_plots": {"plots"},
 }
 # a wing -> the wings that it may import besides the hall and itself
 WINGS = {

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256
 
-DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.token_plots", "mig_kit.group_plots",
-                "mig_kit.stages.report", "mig_kit.stages.sanity_checks",
-                "mig_kit.pipeline.store", "mig_kit.pipeline.params",
+DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.lesson_plots", "mig_kit.token_plots",
+                "mig_kit.group_plots", "mig_kit.widgets", "mig_kit.stages.report",
+                "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store", "mig_kit.pipeline.params",
                 "mig_kit.pipeline.run_folders", "mig_kit.pipeline.dependencies"}
 STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}
 MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
