@@ -12,7 +12,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = "Blues"  # from white to dark blue, which also shows in grey
-DARKEST = 0.75  # of COLOURS: black text stays readable
+DARKEST = 0.6  # of COLOURS: black text stays readable
 WIDTH, LINE, MARGIN = 760, 26, 8  # pixels of the picture, of one of its lines, of its border
 
 

@@ -26,6 +26,7 @@ HALL = {
     "lesson_plots": GROUND,
     "method_plots": GROUND | {"sample", "prompts", "rewards", "plots"},
     "token_plots": set(),
+    "group_plots": {"plots"},
 }
 COMMAND_LINE = {"cli", "cli_data", "cli_models"}  # may import everything; nothing imports them
 # a wing -> the wings that it may import besides the hall and itself

@@ -42,6 +42,7 @@ from mig_kit.engine.models import (
     load_policy,
     resolve_model,
 )
+from mig_kit.engine.one_group import keep_global_state
 from mig_kit.engine.own_rewards import compute_reward, load_rewards
 from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.sampling import make_cache
@@ -218,6 +219,25 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
         micro_replies=params.micro_replies, served=served,
         difficulty_weight=params.difficulty_weight, prompt_pool=params.prompt_pool)
+
+
+def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
+                      params: SimpleNamespace) -> SharedPrefixGRPOTrainer:
+    """The trainer of one prompt whose update is one group, for `engine.one_group` to look at.
+
+    It is not there to train. Rewards, group size, temperature, LoRA and memory are the stage's, the
+    loss is the plain one of loss_type dapo, of replies that this process draws. Random states stay
+    as they were. folder: the stage's.
+    """
+    plain = {
+        "share_prefix": True, "server": "", "rollout_steps": 0, "report_to": "none",
+        "per_device_train_batch_size": params.num_generations, "gradient_accumulation_steps": 1,
+        "lora_dropout": 0.0, "loss_type": "dapo", "importance_sampling_level": "token",
+        "num_iterations": 1, "mask_truncated_completions": False, "top_entropy_quantile": 1.0,
+        "difficulty_weight": False, "prompt_pool": 1}
+    kept = {name: value for name, value in vars(params).items() if name not in NOT_SHARED}
+    with keep_global_state():
+        return grpo_trainer(policy, [sample], folder, SimpleNamespace(**kept | plain))
 
 
 def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,

@@ -1,0 +1,77 @@
+"""One group of replies to one prompt, to look at: what the trainer draws, the log-probability of
+each token, and the trainer's own loss of it. Nothing is trained, and nothing is written.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from mig_kit.engine.shared_prefix_grpo import SharedPrefixGRPOTrainer
+
+
+@contextmanager
+def keep_global_state() -> Iterator[None]:
+    """Put the random states, the environment and PyTorch's deterministic mode back afterwards.
+
+    A trainer sets all of them when it is made; one that only shows something must not.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    environment = dict(os.environ)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def draw_group(trainer: SharedPrefixGRPOTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """(replies, batch): num_generations replies to the trainer's first prompt, and their tokens.
+
+    batch: as the trainer's loss reads it, with completion_ids and completion_mask (replies,
+    tokens), padded on the right.
+    """
+    rows = [{"sample": 0}] * trainer.num_generations
+    completions = trainer._draw_completions(rows, len(rows), "train")
+    decode = trainer.processing_class.tokenizer.batch_decode
+    return decode(completions, skip_special_tokens=True), trainer._to_batch(rows, completions)
+
+
+def token_logps(trainer: SharedPrefixGRPOTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The log-probability of every token of a batch, (replies, tokens), with gradients; 0 for
+    padding.
+    """
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    return trainer._logps(trainer.model, batch["sample"], ids, mask)[0]
+
+
+def trainer_loss(trainer: SharedPrefixGRPOTrainer, batch: dict[str, torch.Tensor],
+                 advantages: torch.Tensor, old_logps: torch.Tensor | None = None,
+                 ref_logps: torch.Tensor | None = None, loss_type: str = "dapo",
+                 beta: float = 0.0) -> torch.Tensor:
+    """The loss that the trainer itself computes, TRL's code, of an update of this batch alone.
+
+    advantages: (replies,). old_logps, ref_logps: (replies, tokens), of the model that drew the
+    replies (None: of this model, as it is) and of the reference, which a beta needs.
+    """
+    inputs = batch | {"advantages": advantages}
+    if old_logps is not None:
+        inputs["old_per_token_logps"] = old_logps
+    if ref_logps is not None:
+        inputs["ref_per_token_logps"] = ref_logps
+    trainer.loss_type, trainer.beta = loss_type, beta
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
+    trainer.model.train()
+    return trainer._compute_loss(trainer.model, inputs)

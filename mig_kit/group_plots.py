@@ -1,0 +1,70 @@
+"""Figures about one group of replies: rewards, advantages, and what an update does to each reply.
+
+Blue is above the group's mean, orange below; the sign says it in grey, too.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+
+from mig_kit.plots import CORRECT, PREDICTED
+
+MEAN_LINE = {"color": "#222222", "linewidth": 1.2, "linestyle": "--"}
+
+
+def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float]) -> plt.Figure:
+    """Left the weighted rewards of every reply, stacked, with the group's mean; right the
+    advantages.
+
+    terms: reward's name -> its weighted value for each reply; a reward that does not apply is left
+    out or 0. The figure is closed: as a cell's last line it is shown once.
+    """
+    numbers = range(1, len(advantages) + 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.2))
+    bottoms = [0.0] * len(advantages)
+    for (name, values), colour in zip(terms.items(), sns.color_palette("colorblind")):
+        left.bar(numbers, values, bottom=bottoms, label=name, color=colour, edgecolor="white")
+        bottoms = [bottom + value for bottom, value in zip(bottoms, values)]
+    left.axhline(sum(bottoms) / len(bottoms), label="mean", **MEAN_LINE)
+    left.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    _label(left, "Rewards, weighted and summed", "reward", numbers)
+    _draw_signed_bars(right, advantages, advantages)
+    _label(right, "Advantages", "advantage (standard deviations)", numbers)
+    return _close(figure)
+
+
+def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Figure:
+    """How much likelier one update has made every reply: the change of its log-probability.
+
+    change: in nats, of the whole reply. Colours are those of the advantages. The figure is closed.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3))
+    _draw_signed_bars(axis, change, advantages)
+    for number, (value, advantage) in enumerate(zip(change, advantages), 1):
+        axis.annotate(f"{advantage:+.1f}", (number, value), ha="center", fontsize=8,
+                      va="bottom" if value >= 0 else "top")
+    axis.margins(y=0.15)
+    _label(axis, "One update: good replies get likelier, bad ones less likely",
+           "change of log-probability (nats)", range(1, len(change) + 1))
+    axis.set_xlabel("reply (above each bar its advantage)")
+    return _close(figure)
+
+
+def _draw_signed_bars(axis: plt.Axes, values: Sequence[float], signs: Sequence[float]) -> None:
+    colours = [CORRECT if sign >= 0 else PREDICTED for sign in signs]
+    axis.bar(range(1, len(values) + 1), values, color=colours, edgecolor="white")
+    axis.axhline(0, color="#222222", linewidth=1)
+
+
+def _label(axis: plt.Axes, title: str, unit: str, numbers: range) -> None:
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set(xlabel="reply", ylabel=unit)
+    axis.set_xticks(numbers)
+    axis.grid(False, axis="x")
+
+
+def _close(figure: plt.Figure) -> plt.Figure:
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
