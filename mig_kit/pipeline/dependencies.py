@@ -16,7 +16,8 @@ from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256
 
 DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.lesson_plots", "mig_kit.method_plots",
                 "mig_kit.token_plots", "mig_kit.group_plots", "mig_kit.palette",
-                "mig_kit.pictures", "mig_kit.score_plots", "mig_kit.widgets", "mig_kit.engine.lesson_parts", "mig_kit.stages.report",
+                "mig_kit.pictures", "mig_kit.score_plots", "mig_kit.widgets",
+                "mig_kit.engine.lesson_parts", "mig_kit.stages.report",
                 "mig_kit.stages.report_gallery", "mig_kit.stages.report_tables",
                 "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store", "mig_kit.pipeline.params",
                 "mig_kit.pipeline.run_folders", "mig_kit.pipeline.dependencies"}
