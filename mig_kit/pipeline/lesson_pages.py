@@ -195,6 +195,7 @@ def _prepare_cells(notebook: NotebookNode, number: str, folder: Path) -> Noteboo
         picture = covers.get(True) or covers[False]
         (folder / f"{number}_cover.png").write_bytes(shrink_picture(picture, COVER_WIDTH))
     notebook.cells = cells
+    notebook.metadata.setdefault("language_info", {"name": "python"})  # of the code blocks
     return notebook
 
 
