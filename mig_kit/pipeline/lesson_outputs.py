@@ -21,6 +21,7 @@ MAX_CHARACTERS = 600  # of a line
 WRAP = 110
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 PROGRESS = re.compile(r"\d+%\|.*\||\b[\d.]+ (?:s|min|h) left$")
+WARNING = re.compile(r"^\S+\.py:\d+: \w*Warning: .*\n(?:  .*\n)*", re.MULTILINE)
 STAGE_LINE = re.compile(r"^(\d\d_\w+ of run '[^']*'): .*$", re.MULTILINE)
 OBJECT = re.compile(r"^[\[(]?<.*>[,\])]*$|^(?:Text|Axes)\(", re.DOTALL)
 MACHINE_PATH = re.compile(
@@ -38,6 +39,7 @@ def clean_text(text: str, folders: dict[str, str]) -> str:
     lines = [line.rpartition("\r")[2] for line in ANSI.sub("", text).replace("\r\n", "\n")
              .split("\n")]
     kept = "\n".join(line for line in lines if not PROGRESS.search(line))
+    kept = WARNING.sub("", kept + "\n")
     for prefix in sorted(folders, key=len, reverse=True):
         kept = kept.replace(prefix, folders[prefix])
     kept = MACHINE_PATH.sub(lambda match: "…/" + posixpath.basename(match[0].rstrip("/")), kept)
@@ -128,8 +130,7 @@ def shrink_picture(data: bytes, max_width: int = MAX_WIDTH) -> bytes:
 def output_text(output: dict, folders: dict[str, str]) -> str:
     """An output that is no picture, as markdown; "" for what no reader needs."""
     if output["output_type"] == "stream":
-        is_shown = output["name"] == "stdout"
-        return text_block(clean_text(output["text"], folders)) if is_shown else ""
+        return text_block(clean_text(output["text"], folders))
     data = output.get("data", {})
     if "text/html" in data:
         return html_tables(data["text/html"], folders)
@@ -140,6 +141,20 @@ def output_text(output: dict, folders: dict[str, str]) -> str:
         return ""
     text = data.get("text/plain", "")
     return "" if OBJECT.match(text) else text_block(clean_text(text, folders))
+
+
+def join_streams(outputs: list[dict]) -> list[dict]:
+    """The outputs with each run of standard output as one; the standard error is left out."""
+    joined: list[dict] = []
+    for output in outputs:
+        if output["output_type"] != "stream":
+            joined.append(output)
+        elif output["name"] == "stdout":
+            if joined and joined[-1]["output_type"] == "stream":
+                text = joined.pop()["text"] + output["text"]
+                output = {**output, "text": text}
+            joined.append(output)
+    return joined
 
 
 def output_picture(output: dict) -> bytes | None:

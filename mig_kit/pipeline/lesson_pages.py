@@ -22,6 +22,7 @@ from mig_kit.pipeline.lesson_outputs import (
     alternative_text,
     fence,
     fold,
+    join_streams,
     output_picture,
     output_text,
     shrink_picture,
@@ -180,7 +181,7 @@ def _prepare_cells(notebook: NotebookNode, number: str, folder: Path) -> Noteboo
         if cell.cell_type != "code" or _has_tag(cell, INJECTED):
             continue
         parts = []
-        for output in cell.outputs:
+        for output in join_streams(cell.outputs):
             picture = output_picture(output)
             if picture is None:
                 parts.append(output_text(output, folders))
@@ -195,6 +196,7 @@ def _prepare_cells(notebook: NotebookNode, number: str, folder: Path) -> Noteboo
         picture = covers.get(True) or covers[False]
         (folder / f"{number}_cover.png").write_bytes(shrink_picture(picture, COVER_WIDTH))
     notebook.cells = cells
+    notebook.metadata.setdefault("language_info", {"name": "python"})  # of the code blocks
     return notebook
 
 

@@ -11,6 +11,7 @@ from mig_kit.pipeline.lesson_outputs import (
     clean_text,
     fence,
     html_tables,
+    join_streams,
     markdown_table,
     output_picture,
     output_text,
@@ -20,8 +21,8 @@ from mig_kit.pipeline.lesson_outputs import (
 )
 
 
-def stream(text, name="stdout"):
-    return output_text(new_output("stream", name=name, text=text), {})
+def stream(text):
+    return output_text(new_output("stream", name="stdout", text=text), {})
 
 
 def picture_bytes(size, colour="red"):
@@ -31,7 +32,11 @@ def picture_bytes(size, colour="red"):
 
 
 def test_only_standard_output_is_shown():
-    assert stream("UserWarning: a library speaks", "stderr") == ""
+    texts = [("stdout", "a\n"), ("stderr", "UserWarning: x"), ("stdout", "b\n")]
+    outputs = [new_output("stream", name=name, text=text) for name, text in texts]
+    result = new_output("execute_result", {"text/plain": "1"})
+    assert [output.get("text") for output in join_streams([*outputs, result, outputs[0]])] == [
+        "a\nb\n", None, "a\n"]
     assert stream("kept\n") == "```text\nkept\n```"
     assert stream("  \n") == ""
 
@@ -40,6 +45,8 @@ def test_progress_bars_and_control_codes_are_left_out():
     bar = "filter:   0%|          | 0/9 [00:00<?]\rfilter: 100%|====| 9/9 [00:01<00:00]\n"
     assert clean_text(bar, {}) == ""
     assert clean_text("step 24/484: loss 0.5; 7.9 min left\nloss 0.5", {}) == "loss 0.5"
+    warning = "lib/peft/save.py:313: UserWarning: no file\n  warnings.warn(\n"
+    assert clean_text(f"a\n{warning}b\n{warning}", {}) == "a\nb"
     assert clean_text("\x1b[31mred\x1b[0m", {}) == "red"
     assert clean_text("half\rwhole\r\nnext", {}) == "whole\nnext"
 
