@@ -30,8 +30,9 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
     """
     texts = [_to_text(score_rows(results))]
     if len(results) > 1:
-        rows = [{**row, "points": _with_interval(row["points"], row.pop("ci95"))}
-                for row in difference_rows(results)]
+        rows = difference_rows(results)
+        for row in rows:
+            row["points"] = _with_interval(row["points"], row.pop("ci95"))
         texts.append(_to_text(rows))
     first = next(iter(results.values()))
     count = sum(map(len, next(iter(first["items"].values())).values()))
