@@ -66,8 +66,7 @@ def vary(trainer, batch):
         mask[row] = torch.arange(mask.shape[1]) < length
     batch["num_items_in_batch"] = mask.sum()
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        logps = one_group.token_logps(trainer, batch)
+    logps = one_group.token_logps(trainer, batch).detach()
     old, ref = (logps + 0.3 * torch.randn(logps.shape, generator=generator) * mask
                 for _ in range(2))
     return logps, old, ref, torch.randn(len(mask), generator=generator)
