@@ -21,16 +21,16 @@ def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float])
     out or 0. The figure is closed: as a cell's last line it is shown once.
     """
     numbers = range(1, len(advantages) + 1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3))
     bottoms = [0.0] * len(advantages)
     for (name, values), colour in zip(terms.items(), sns.color_palette("colorblind")):
         left.bar(numbers, values, bottom=bottoms, label=name, color=colour, edgecolor="white")
         bottoms = [bottom + value for bottom, value in zip(bottoms, values)]
     left.axhline(sum(bottoms) / len(bottoms), label="mean", **MEAN_LINE)
-    left.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _label(left, "Rewards, weighted and summed", "reward", numbers)
     _draw_signed_bars(right, advantages, advantages)
-    _label(right, "Advantages", "advantage (standard deviations)", numbers)
+    _label(right, "Advantages", "advantage (in σ)", numbers)
     return _close(figure)
 
 
@@ -45,9 +45,9 @@ def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Fig
         axis.annotate(f"{advantage:+.1f}", (number, value), ha="center", fontsize=8,
                       va="bottom" if value >= 0 else "top")
     axis.margins(y=0.15)
-    _label(axis, "One update: good replies get likelier, bad ones less likely",
-           "change of log-probability (nats)", range(1, len(change) + 1))
-    axis.set_xlabel("reply (above each bar its advantage)")
+    _label(axis, "Change of each reply's log-probability by one update",
+           "change (nats)", range(1, len(change) + 1))
+    axis.set_xlabel("reply; the number at its bar is its advantage")
     return _close(figure)
 
 

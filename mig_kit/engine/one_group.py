@@ -51,7 +51,7 @@ def draw_group(trainer: SharedPrefixGRPOTrainer) -> tuple[list[str], dict[str, t
 
 def token_logps(trainer: SharedPrefixGRPOTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The log-probability of every token of a batch, (replies, tokens), with gradients; 0 for
-    padding.
+    padding. Detach them where none are needed: under no_grad a bfloat16 product rounds otherwise.
     """
     ids, mask = batch["completion_ids"], batch["completion_mask"]
     return trainer._logps(trainer.model, batch["sample"], ids, mask)[0]
