@@ -6,6 +6,8 @@ BOX and every name of an image becomes a token, so that the rules below are abou
 """
 
 import re
+from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth",
@@ -51,10 +53,11 @@ _REFERS = re.compile(
     r"|\b(?:marked|outlined|highlighted|shown|given|depicted|indicated|circled|boxed|described"
     rf"|mentioned|taken)\s+{_PREPOSITION}"
     r"|\b(?:as|like|with|using|from|based on|similar to|same as|matching|corresponding to"
-    r"|corresponds to|according to|looking at|look at)\s+(?:in\s+)?(?:the\s+)?$"
-    r"|\b(?:that|which|what|who|whose)\b[^,;:]*$", re.I)
+    r"|corresponds to|according to|looking at|look at)\s+(?:in\s+)?(?:the\s+)?$", re.I)
+_RELATIVE = re.compile(r"\b(?:that|which|what|who|whose)\b[^,;:]*$", re.I)
 _TOPIC = re.compile(r"(?:^|[,:(]|\b(?:and|but|while|then|so|thus))\s*"
                     r"(?:in|on|within|for|inside)\s+(?:the\s+)?$", re.I)
+_SHOWS = re.compile(r"\s*(?:has|have|shows?|contains?|depicts?)\b", re.I)
 _SUBJECT = re.compile(rf"\s*(?:(?:it )?{_VERB}\b|only\b|being\b|serves?\b|just\b)", re.I)
 _LINK_BEFORE = re.compile(r"[^\w,.;]*,?\s*(?:(?:located|found|lying|positioned|with|the|its|here)\s+"
                           r")*(?:at|within|inside|around|by|here|box|bbox|bounding box"
@@ -62,7 +65,7 @@ _LINK_BEFORE = re.compile(r"[^\w,.;]*,?\s*(?:(?:located|found|lying|positioned|w
 _LINK_AFTER = re.compile(r"[^\w.;]*(?:(?:which|that) )?(?:(?:is|are|located|found|lies|all) )*"
                          r"(?:(?:in|on|of|for|within|inside|from)\s+)?(?:the\s+)?", re.I)
 _CLOSES = re.compile(r"\s*(?:[)\]}.,;]|$)")
-_AND = (r"\s*,?\s*(?:and|or|nor|/|&)\s*"
+_AND = (r"\s*[,(]?\s*(?:and|or|nor|/|&)\s*"
         r"(?:(?:maybe|perhaps|possibly|even|also|in|on|of)\s*)*(?:the\s+)?")
 _LISTED = re.compile(rf"{_AND}|\s*,\s*(?:the\s+)?", re.I)
 _COMPARED = re.compile(rf"{_AND}|\s*(?:with|to|against|versus|vs\.?)\s*(?:the\s+)?", re.I)
@@ -164,19 +167,21 @@ def _find_names(text: str) -> list[_Name]:
 
 
 def _numbers_at(text: str, names: list[_Name], place: int) -> set[int]:
-    """Numbers of the images that the box at a place is said to be in."""
-    start = max((end.end() for end in _SENTENCE_END.finditer(text, 0, place)), default=0)
-    end = _SENTENCE_END.search(text, place)
-    inside = [name for name in names if start <= name.start < (end.start() if end else len(text))]
-    if inside:
-        chosen = max(inside, key=lambda name: (_strength(text, name, place),
-                                               -_distance(name, place)))
-    elif names:
-        chosen = min(names, key=lambda name: _distance(name, place))
-    else:
+    """Numbers of the images that the box at a place is said to be in: by the box's own sentence,
+    else the nearest before it that names an image, else the first after it.
+    """
+    if not names:
         return set()
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    own = bisect_right(ends, place)
+    by_sentence = defaultdict(list)
+    for name in names:
+        by_sentence[bisect_right(ends, name.start)].append(name)
+    earlier = [sentence for sentence in by_sentence if sentence <= own]
+    inside = by_sentence[max(earlier) if earlier else min(by_sentence)]
+    chosen = max(inside, key=lambda name: (_strength(text, name, place), -_distance(name, place)))
     rivals = {name.number for name in names
-              if name.number not in (chosen.number, None) and _rivals(text, chosen, name)}
+              if name.number not in (chosen.number, None) and _are_rivals(text, chosen, name)}
     return rivals | ({chosen.number} if chosen.number else set())
 
 
@@ -185,25 +190,27 @@ def _distance(name: _Name, place: int) -> int:
 
 
 def _strength(text: str, name: _Name, place: int) -> float:
-    """How surely a name in the sentence of the box at a place says where the box is."""
+    """How surely a name near the box at a place says where the box is."""
     refers = bool(_REFERS.search(name.before) or name.after.startswith("'s"))
     if name.end <= place:
-        if _LINK_BEFORE.fullmatch(text[name.end:place]):
+        if _LINK_BEFORE.fullmatch(text[name.end:place][:_NEAR]):
             return 2.5 if refers else 4
-        is_subject = not name.before.strip() and _SUBJECT.match(name.after)
+        is_subject = not name.before.strip() and _SHOWS.match(name.after)
         if _TOPIC.search(name.before) or is_subject:
             return 3
     else:
-        gap = text[place + 1:name.start]
+        gap = text[place + 1:name.start][:_NEAR]
         has_preposition = bool(re.search(r"\w", gap))
         if _LINK_AFTER.fullmatch(gap) and (has_preposition or _CLOSES.match(name.after)):
             return 4
         refers = refers or bool(_SUBJECT.match(name.after))
+    if _RELATIVE.search(name.before):
+        return 0
     return 1 if refers else 2
 
 
-def _rivals(text: str, chosen: _Name, other: _Name) -> bool:
+def _are_rivals(text: str, chosen: _Name, other: _Name) -> bool:
     """Whether the text leaves open which of two images it means: "image 1 or image 2"."""
     first, second = sorted((chosen, other), key=lambda name: name.start)
-    is_joined = _LISTED.fullmatch(text[first.end:second.start][:_NEAR])
-    return bool(is_joined or _HEDGED.search(other.before))
+    is_listed = _LISTED.fullmatch(text[first.end:second.start][:_NEAR])
+    return bool(is_listed or _HEDGED.search(other.before))
