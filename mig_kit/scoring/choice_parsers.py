@@ -1,8 +1,20 @@
 """Letters of multiple-choice questions, read from any model's free text."""
 
 import re
+from string import ascii_uppercase
 
+from mig_kit.scoring.image_names import NUMBER_WORDS, ORDINALS
 from mig_kit.scoring.parsers import last_answer_block
+
+# What the letters of BLINK's tasks stand for where it is the same in every question.
+_LATTER_TWO = ("the second image", "the third image")
+BLINK_CHOICES = {
+    "Art_Style": _LATTER_TWO, "Jigsaw": _LATTER_TWO, "Visual_Similarity": _LATTER_TWO,
+    "Multi-view_Reasoning": ("left", "right"), "Spatial_Relation": ("yes", "no"),
+    "Relative_Depth": ("A is closer", "B is closer"),
+    "Relative_Reflectance": ("A is darker", "B is darker", "About the same"),
+    "Forensic_Detection": ("the first image", "the second image", "the third image",
+                           "the fourth image")}
 
 # Letters of multiple-choice questions.
 _LONE_LETTER = re.compile(r"\W*([A-Za-z])\W*")
@@ -28,6 +40,15 @@ _REFUSES = re.compile(
     r"\b(?:none|neither|cannot|can't|unable|impossible|no (?:clear|direct|correct)"
     r"|not (?:possible|enough|sufficient))\b", re.IGNORECASE)
 _NEGATES = re.compile(r"\b(?:not|less|none|neither|cannot|nor)\b|n't\b", re.IGNORECASE)
+_REFUSES_ALL = re.compile(
+    r"\b(?:none of (?:the|these|those|them)\b(?! other| rest| remaining)"
+    r"|(?:there is|there's) no (?:correct|suitable|valid|matching|appropriate)"
+    r"|no (?:correct|suitable|valid) (?:answer|choice|option)|neither (?:of|option|image)"
+    r"|(?:cannot|can't|unable to|not possible to) (?:\w+ly )?(?:determine|assist|help|choose|select"
+    r"|identify|provide))\b", re.IGNORECASE)
+_NAMES_ABOVE = re.compile(r"\b(?:is|are|as|be|being|was)\s+(?:likely |probably |clearly )?(?:the |our "
+                          r"|my )?(?:most |single )?$", re.IGNORECASE)  # "(D) is the [correct choice]"
+_LONGEST = 400  # letters of a sentence before its cue
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _AFTER_COLON = re.compile(r":\s*\n\s*\(([A-H])\)[^\n]*(?:\n+(?!\s*\([A-H]\))|$)")
 _OPTION_LINE = re.compile(r"[\s*-]*\(?([A-H])\)")
@@ -63,22 +84,72 @@ def parse_blink_letter(text: str, valid: str) -> str:
     return ""
 
 
-def parse_choice_letter(text: str, valid: str = "ABCDEFGH") -> str:
-    """The option a free text settles on, one letter of `valid`, or "" where it names none or
-    several without choosing.
+def mark_options(text: str, choices: tuple[str, ...]) -> str:
+    """The text with every option that its words name as its letter, "(B)"; longest words first.
 
-    Of an <answer> block only the last one is read, else what follows the last </think>. In order: a
-    lone letter; the only option named; an option alone in the last or first line, or after a colon;
-    what follows the last conclusion ("therefore", "the answer is"); the first sentence that prefers
-    one ("A is closer to the camera than B"). The rules are ours, for where BLINK's and MMIU's
-    authors ask another model.
+    "image 3" and "third one" name "the third image", "four" names "4". "yes" and "no" count only
+    where a sentence begins with them or is nothing else, or after "answer is".
+    """
+    by_pattern = {_option_pattern(words): f"({letter})"
+                  for letter, words in zip(ascii_uppercase, choices)}
+    for pattern in sorted(filter(None, by_pattern), key=len, reverse=True):
+        text = re.sub(pattern, by_pattern[pattern], text, flags=re.IGNORECASE)
+    return text
+
+
+def _option_pattern(words: str) -> str:
+    """A regular expression for how a text names an option; "" for one that only its letter names.
+    """
+    words = re.sub(r"^(?:the|an?)\s+", "", words.strip().strip(".").lower())
+    if words in ("yes", "no"):
+        return rf"(?:(?<=answer is )|(?<=answer: )|(?<![^.!?\s]\s)(?<![^.!?\s])){words}\b(?! [a-z])"
+    if ordinal := re.fullmatch(rf"({'|'.join(ORDINALS)}) (?:image|picture|photo)", words):
+        number = ORDINALS.index(ordinal[1]) + 1
+        return (rf"\b(?:the )?(?:{ordinal[1]}|{number}(?:st|nd|rd|th)) (?:image|picture|photo|one)\b"
+                rf"|\b(?:image|picture|photo) ?#?{number}\b")
+    if words.isdecimal() and int(words) <= len(NUMBER_WORDS) and int(words):
+        return rf"(?<![\w.])0*(?:{words}|{NUMBER_WORDS[int(words) - 1]})(?![\w]|\.\d)"
+    if len(words) < 2 and not words.isdecimal():
+        return ""
+    return r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)"
+
+
+def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
+    """The option a free text settles on, one letter of `valid`, or "" where it names none, several
+    without choosing, or refuses them all.
+
+    Of an <answer> block only the last one is read, else what follows the last </think>. choices:
+    what the letters stand for; where letters settle nothing, options named by their words count.
+    The rules are ours, for where BLINK's and MMIU's authors ask another model.
     """
     block = last_answer_block(text)
     text = text.rpartition("</think>")[2] if block is None else block
-    text = re.sub(r"</?s>", " ", text)
+    text = re.sub(r"</?s>|\xa0", " ", text).strip()
     if lone := _LONE_LETTER.fullmatch(text):
         letter = lone.group(1).upper()
         return letter if letter in valid else ""
+    for choice, letter in zip(choices, valid):
+        if text.strip(" .\"'").lower() == choice.strip(" .\"'").lower():
+            return letter
+    if _refuses_all(text, valid, choices):
+        return ""
+    letter = _settled_letter(text, valid)
+    marked = mark_options(text, choices) if choices and not letter else text
+    return _settled_letter(marked, valid) if marked != text else letter
+
+
+def _refuses_all(text: str, valid: str, choices: tuple[str, ...]) -> bool:
+    """Whether the text refuses the options and names none of them after that."""
+    refusals = list(_REFUSES_ALL.finditer(text))
+    return bool(refusals) and not find_option_letters(
+        mark_options(text[refusals[-1].end():], choices), valid)
+
+
+def _settled_letter(text: str, valid: str) -> str:
+    """In order: the only option named; an option alone in the last or first line, or after a colon;
+    the sentence of the last conclusion ("therefore", "the answer is"); the first sentence that
+    prefers one ("A is closer to the camera than B"); the only option of the first or last sentence.
+    """
     letters = find_option_letters(text, valid)
     if not letters:
         return ""
@@ -96,6 +167,10 @@ def parse_choice_letter(text: str, valid: str = "ABCDEFGH") -> str:
         is_preference = _PREFERS.search(sentence) and not _NEGATES.search(sentence)
         if is_preference and _names_one_or_two(sentence, valid):
             return _preferred_letter(sentence, valid)
+    for sentence in (sentences[0], sentences[-1]):
+        letters = find_option_letters(sentence, valid)
+        if len(set(letters)) == 1 and not _NEGATES.search(sentence):
+            return letters[0]
     return ""
 
 
@@ -123,6 +198,10 @@ def _find_conclusion(text: str, valid: str) -> tuple[str, str]:
     two empty strings.
     """
     for cue in reversed(list(_CONCLUSION.finditer(text))):
+        before = _SENTENCE_END.split(text[max(0, cue.start() - _LONGEST):cue.start()])[-1]
+        if (_NAMES_ABOVE.search(before) and not _NEGATES.search(before)
+                and len(set(find_option_letters(before, valid))) == 1):
+            return before, before
         rest = text[cue.start():]
         for sentence in _SENTENCE_END.split(rest):
             if _names_one_or_two(sentence, valid):

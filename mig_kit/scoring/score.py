@@ -27,7 +27,11 @@ from mig_kit.scoring.annotations import (
     read_json,
     read_records,
 )
-from mig_kit.scoring.choice_parsers import parse_blink_letter, parse_choice_letter
+from mig_kit.scoring.choice_parsers import (
+    BLINK_CHOICES,
+    parse_blink_letter,
+    parse_choice_letter,
+)
 from mig_kit.scoring.parsers import (
     contains_truth,
     last_answer_block,
@@ -180,13 +184,19 @@ def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box 
 
 
 def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, problem) by the letter that the free text settles on.
+    """(1 or 0, problem) by the letter that the free text settles on."""
+    letter = read_letter(item, response)
+    return float(letter == item.letter), "" if letter else "no option chosen"
+
+
+def read_letter(item: BenchmarkItem, response: str) -> str:
+    """The option that a reply's free text settles on, or "".
 
     BLINK's items, which have an id, are read by their authors' own rule first.
     """
     letter = parse_blink_letter(response, item.options) if item.id else ""
-    letter = letter or parse_choice_letter(response, item.options)
-    return float(letter == item.letter), "" if letter else "no option chosen"
+    task_choices = BLINK_CHOICES.get(item.task.replace(" ", "_"), ()) if item.id else ()
+    return letter or parse_choice_letter(response, item.options, item.choices or task_choices)
 
 
 def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
