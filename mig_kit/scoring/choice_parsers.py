@@ -55,6 +55,9 @@ _OPTION_LINE = re.compile(r"[\s*-]*\(?([A-H])\)")
 _TWO_OPTIONS = re.compile(
     r"\(?\b([A-H])\b\)?(?: the \w+ image| Point [A-H])?,?\s+(?:or|and)\s+(?:\w+\s+)?\(?([A-H])\b")
 
+_FOREIGN = {"\u5de6": "left", "\u53f3": "right", "\u306f\u3044": "yes", "\u662f": "yes",
+            "\u3044\u3044\u3048": "no", "\u5426": "no"}  # Chinese and Japanese
+
 
 def find_option_letters(text: str, valid: str = "ABCDEFGH") -> list[str]:
     """Every naming of an option in order: "(B)", "Point B", "B" by itself.
@@ -124,7 +127,8 @@ def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, 
     """
     block = last_answer_block(text)
     text = text.rpartition("</think>")[2] if block is None else block
-    text = re.sub(r"</?s>|\xa0", " ", text).strip()
+    text = re.sub(r"</?s>|[\xa0\u200b]", " ", text).strip()
+    text = _FOREIGN.get(text, text)
     if lone := _LONE_LETTER.fullmatch(text):
         letter = lone.group(1).upper()
         return letter if letter in valid else ""
@@ -225,7 +229,6 @@ def _preferred_letter(sentence: str, valid: str) -> str:
 
 
 def _lists_options(text: str, valid: str) -> bool:
-    """Whether the text ends in all options again, one a line, which chooses none."""
-    lines = [line for line in text.splitlines() if line.strip()][-len(valid):]
-    heads = [_OPTION_LINE.match(line) for line in lines]
-    return all(heads) and len({head.group(1) for head in heads if head}) == len(valid)
+    """Whether the text gives all options again, one short line each, which chooses none."""
+    lines = r"[^()\n]{0,60}\n\s*".join(rf"\({letter}\)" for letter in valid)
+    return bool(re.search(lines, text))
