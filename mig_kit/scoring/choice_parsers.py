@@ -48,6 +48,7 @@ _REFUSES_ALL = re.compile(
     r"|identify|provide))\b", re.IGNORECASE)
 _NAMES_ABOVE = re.compile(r"\b(?:is|are|as|be|being|was)\s+(?:likely |probably |clearly )?(?:the |our "
                           r"|my )?(?:most |single )?$", re.IGNORECASE)  # "(D) is the [correct choice]"
+_IS_CHOSEN = re.compile(r"(?:correct|best|final|right|appropriate|answer|I |we )", re.IGNORECASE)
 _LONGEST = 400  # letters of a sentence before its cue
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _AFTER_COLON = re.compile(r":\s*\n\s*\(([A-H])\)[^\n]*(?:\n+(?!\s*\([A-H]\))|$)")
@@ -135,21 +136,24 @@ def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, 
     for choice, letter in zip(choices, valid):
         if text.strip(" .\"'").lower() == choice.strip(" .\"'").lower():
             return letter
-    if _refuses_all(text, valid, choices):
+    marked = mark_options(text, choices)
+    if _refuses_all(marked, valid):
         return ""
     letter = _settled_letter(text, valid)
-    marked = mark_options(text, choices) if choices and not letter else text
-    return _settled_letter(marked, valid) if marked != text else letter
+    return letter or (_settled_letter(marked, valid, True) if marked != text else "")
 
 
-def _refuses_all(text: str, valid: str, choices: tuple[str, ...]) -> bool:
-    """Whether the text refuses the options and names none of them after that."""
+def _refuses_all(text: str, valid: str) -> bool:
+    """Whether the text, with options marked, refuses them and chooses none of them after that."""
     refusals = list(_REFUSES_ALL.finditer(text))
-    return bool(refusals) and not find_option_letters(
-        mark_options(text[refusals[-1].end():], choices), valid)
+    if not refusals:
+        return False
+    return not any(_names_one_or_two(sentence, valid) and not _REFUSES.search(sentence)
+                   and (_CONCLUSION.search(sentence) or _PREFERS.search(sentence))
+                   for sentence in _SENTENCE_END.split(text[refusals[-1].end():]))
 
 
-def _settled_letter(text: str, valid: str) -> str:
+def _settled_letter(text: str, valid: str, are_words: bool = False) -> str:
     """In order: the only option named; an option alone in the last or first line, or after a colon;
     the sentence of the last conclusion ("therefore", "the answer is"); the first sentence that
     prefers one ("A is closer to the camera than B"); the only option of the first or last sentence.
@@ -167,15 +171,19 @@ def _settled_letter(text: str, valid: str) -> str:
     if sentence:
         chooses_none = _REFUSES.search(sentence) or _lists_options(rest, valid)
         return "" if chooses_none else _preferred_letter(sentence, valid)
+    if are_words and (letter := _only_letter(sentences[0], valid)):
+        return letter
     for sentence in sentences:
         is_preference = _PREFERS.search(sentence) and not _NEGATES.search(sentence)
         if is_preference and _names_one_or_two(sentence, valid):
             return _preferred_letter(sentence, valid)
-    for sentence in (sentences[0], sentences[-1]):
-        letters = find_option_letters(sentence, valid)
-        if len(set(letters)) == 1 and not _NEGATES.search(sentence):
-            return letters[0]
-    return ""
+    return _only_letter(sentences[0], valid) or _only_letter(sentences[-1], valid)
+
+
+def _only_letter(sentence: str, valid: str) -> str:
+    """The only option that a sentence names and does not deny; else ""."""
+    letters = find_option_letters(sentence, valid)
+    return letters[0] if len(set(letters)) == 1 and not _NEGATES.search(sentence) else ""
 
 
 def _letter_of_own_line(text: str, sentences: list[str], valid: str) -> str:
@@ -203,11 +211,15 @@ def _find_conclusion(text: str, valid: str) -> tuple[str, str]:
     """
     for cue in reversed(list(_CONCLUSION.finditer(text))):
         before = _SENTENCE_END.split(text[max(0, cue.start() - _LONGEST):cue.start()])[-1]
-        if (_NAMES_ABOVE.search(before) and not _NEGATES.search(before)
+        if (_NAMES_ABOVE.search(before) and _IS_CHOSEN.match(cue[0])
+                and not _NEGATES.search(before)
                 and len(set(find_option_letters(before, valid))) == 1):
             return before, before
         rest = text[cue.start():]
-        for sentence in _SENTENCE_END.split(rest):
+        sentences = _SENTENCE_END.split(rest)
+        if before.strip() and not _IS_CHOSEN.search(cue[0]) and not sentences[0].endswith(":"):
+            sentences = sentences[:1]  # "... and thus closer", no conclusion of the whole
+        for sentence in sentences:
             if _names_one_or_two(sentence, valid):
                 return sentence, rest
     return "", ""
