@@ -34,8 +34,8 @@ _CONCLUSION = re.compile(
     r"(?:choose|select|pick|go with|say|conclude|lean|suggest))\b", re.IGNORECASE)
 _PREFERS = re.compile(
     r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
-    r"|most (?:likely|similar|appropriate)|correspond(?:s|ing)?|match(?:es)?|shares)\b",
-    re.IGNORECASE)
+    r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
+    r"|correspond(?:s|ing)?|match(?:es)?|shares)\b", re.IGNORECASE)
 _REFUSES = re.compile(
     r"\b(?:none|neither|cannot|can't|unable|impossible|no (?:clear|direct|correct)"
     r"|not (?:possible|enough|sufficient))\b", re.IGNORECASE)
@@ -46,8 +46,10 @@ _REFUSES_ALL = re.compile(
     r"|no (?:correct|suitable|valid) (?:answer|choice|option)|neither (?:of|option|image)"
     r"|(?:cannot|can't|unable to|not possible to) (?:\w+ly )?(?:determine|assist|help|choose|select"
     r"|identify|provide))\b", re.IGNORECASE)
-_NAMES_ABOVE = re.compile(r"\b(?:is|are|as|be|being|was)\s+(?:likely |probably |clearly )?(?:the |our "
-                          r"|my )?(?:most |single )?$", re.IGNORECASE)  # "(D) is the [correct choice]"
+_NAMES_ABOVE = re.compile(  # "(D) is the [correct choice]"
+    r"\b(?:is|are|as|be|being|was)\s+(?:likely |probably |clearly )?(?:the |our |my )?"
+    r"(?:most |single )?$", re.IGNORECASE)
+_DENIED_OPTION = re.compile(rf"\b(?:not|isn't) (?:be )?(?:{_LABEL} )?\(?[A-H]\b\)?")
 _IS_CHOSEN = re.compile(r"(?:correct|best|final|right|appropriate|answer|I |we )", re.IGNORECASE)
 _LONGEST = 400  # letters of a sentence before its cue
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -109,7 +111,8 @@ def _option_pattern(words: str) -> str:
         return rf"(?:(?<=answer is )|(?<=answer: )|(?<![^.!?\s]\s)(?<![^.!?\s])){words}\b(?! [a-z])"
     if ordinal := re.fullmatch(rf"({'|'.join(ORDINALS)}) (?:image|picture|photo)", words):
         number = ORDINALS.index(ordinal[1]) + 1
-        return (rf"\b(?:the )?(?:{ordinal[1]}|{number}(?:st|nd|rd|th)) (?:image|picture|photo|one)\b"
+        return (rf"\b(?:the )?(?:{ordinal[1]}|{number}(?:st|nd|rd|th)) "
+                r"(?:image|picture|photo|one)\b"
                 rf"|\b(?:image|picture|photo) ?#?{number}\b")
     if words.isdecimal() and int(words) <= len(NUMBER_WORDS) and int(words):
         return rf"(?<![\w.])0*(?:{words}|{NUMBER_WORDS[int(words) - 1]})(?![\w]|\.\d)"
@@ -136,6 +139,7 @@ def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, 
     for choice, letter in zip(choices, valid):
         if text.strip(" .\"'").lower() == choice.strip(" .\"'").lower():
             return letter
+    text = _DENIED_OPTION.sub("not it", text)
     marked = mark_options(text, choices)
     if _refuses_all(marked, valid):
         return ""
@@ -212,8 +216,7 @@ def _find_conclusion(text: str, valid: str) -> tuple[str, str]:
     for cue in reversed(list(_CONCLUSION.finditer(text))):
         before = _SENTENCE_END.split(text[max(0, cue.start() - _LONGEST):cue.start()])[-1]
         if (_NAMES_ABOVE.search(before) and _IS_CHOSEN.match(cue[0])
-                and not _NEGATES.search(before)
-                and len(set(find_option_letters(before, valid))) == 1):
+                and not _NEGATES.search(before) and _names_one_or_two(before, valid)):
             return before, before
         rest = text[cue.start():]
         sentences = _SENTENCE_END.split(rest)

@@ -59,8 +59,9 @@ _TOPIC = re.compile(r"(?:^|[,:(]|\b(?:and|but|while|then|so|thus))\s*"
                     r"(?:in|on|within|for|inside)\s+(?:the\s+)?$", re.I)
 _SHOWS = re.compile(r"\s*(?:has|have|shows?|contains?|depicts?)\b", re.I)
 _SUBJECT = re.compile(rf"\s*(?:(?:it )?{_VERB}\b|only\b|being\b|serves?\b|just\b)", re.I)
-_LINK_BEFORE = re.compile(r"[^\w,.;]*,?\s*(?:(?:located|found|lying|positioned|with|the|its|here)\s+"
-                          r")*(?:at|within|inside|around|by|here|box|bbox|bounding box"
+_LINK_BEFORE = re.compile(r"[^\w,.;]*,?\s*"
+                          r"(?:(?:located|found|lying|positioned|with|the|its|here)\s+)*"
+                          r"(?:at|within|inside|around|by|here|box|bbox|bounding box"
                           r"|coordinates?|position)*[^\w,.;]*", re.I)
 _LINK_AFTER = re.compile(r"[^\w.;]*(?:(?:which|that) )?(?:(?:is|are|located|found|lies|all) )*"
                          r"(?:(?:in|on|of|for|within|inside|from)\s+)?(?:the\s+)?", re.I)
