@@ -16,7 +16,6 @@ BLINK_CHOICES = {
     "Forensic_Detection": ("the first image", "the second image", "the third image",
                            "the fourth image")}
 
-# Letters of multiple-choice questions.
 _LONE_LETTER = re.compile(r"\W*([A-Za-z])\W*")
 _LABEL = (r"(?:[Pp]oints?|[Bb]ox(?:es)?|[Oo]ptions?|[Pp]ictures?|[Ii]mages?|[Cc]hoices?"
           r"|[Cc]ircles?|[Aa]nswers?(?: is|:)?)")
@@ -58,6 +57,7 @@ _OPTION_LINE = re.compile(r"[\s*-]*\(?([A-H])\)")
 _TWO_OPTIONS = re.compile(
     r"\(?\b([A-H])\b\)?(?: the \w+ image| Point [A-H])?,?\s+(?:or|and)\s+(?:\w+\s+)?\(?([A-H])\b")
 
+_DIGITS = tuple(str(number + 1) for number in range(len(NUMBER_WORDS)))
 _FOREIGN = {"\u5de6": "left", "\u53f3": "right", "\u306f\u3044": "yes", "\u662f": "yes",
             "\u3044\u3044\u3048": "no", "\u5426": "no"}  # Chinese and Japanese
 
@@ -114,9 +114,10 @@ def _option_pattern(words: str) -> str:
         return (rf"\b(?:the )?(?:{ordinal[1]}|{number}(?:st|nd|rd|th)) "
                 r"(?:image|picture|photo|one)\b"
                 rf"|\b(?:image|picture|photo) ?#?{number}\b")
-    if words.isdecimal() and int(words) <= len(NUMBER_WORDS) and int(words):
-        return rf"(?<![\w.])0*(?:{words}|{NUMBER_WORDS[int(words) - 1]})(?![\w]|\.\d)"
-    if len(words) < 2 and not words.isdecimal():
+    if words in _DIGITS:
+        word = NUMBER_WORDS[_DIGITS.index(words)]
+        return rf"(?<![\w.])(?:{words}|{word})(?!\w|\.\d)"
+    if not words or len(words) == 1 and words.isalpha():
         return ""
     return r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)"
 
@@ -152,9 +153,11 @@ def _refuses_all(text: str, valid: str) -> bool:
     refusals = list(_REFUSES_ALL.finditer(text))
     if not refusals:
         return False
-    return not any(_names_one_or_two(sentence, valid) and not _REFUSES.search(sentence)
-                   and (_CONCLUSION.search(sentence) or _PREFERS.search(sentence))
-                   for sentence in _SENTENCE_END.split(text[refusals[-1].end():]))
+    same_sentence, *others = _SENTENCE_END.split(text[refusals[-1].end():])
+    chosen = [part for part in others if _PREFERS.search(part) or _CONCLUSION.search(part)]
+    if _CONCLUSION.search(same_sentence):
+        chosen.append(same_sentence)
+    return not any(_names_one_or_two(part, valid) and not _REFUSES.search(part) for part in chosen)
 
 
 def _settled_letter(text: str, valid: str, are_words: bool = False) -> str:
