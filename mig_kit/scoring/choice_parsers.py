@@ -1,4 +1,8 @@
-"""Letters of multiple-choice questions, read from any model's free text."""
+"""Letters of multiple-choice questions, read from any model's free text.
+
+Options count by letter ("(B)", "Point B") and by their words ("yes", "the third image"). All
+functions take any string; none raises.
+"""
 
 import re
 from string import ascii_uppercase
@@ -50,6 +54,7 @@ _NAMES_ABOVE = re.compile(  # "(D) is the [correct choice]"
     r"(?:most |single )?$", re.IGNORECASE)
 _DENIED_OPTION = re.compile(rf"\b(?:not|isn't) (?:be )?(?:{_LABEL} )?\(?[A-H]\b\)?")
 _IS_CHOSEN = re.compile(r"(?:correct|best|final|right|appropriate|answer|I |we )", re.IGNORECASE)
+_MOST_CUES = 20  # last conclusions that are looked at
 _LONGEST = 400  # letters of a sentence before its cue
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _AFTER_COLON = re.compile(r":\s*\n\s*\(([A-H])\)[^\n]*(?:\n+(?!\s*\([A-H]\))|$)")
@@ -216,7 +221,7 @@ def _find_conclusion(text: str, valid: str) -> tuple[str, str]:
     """(sentence, text from its cue on) of the last conclusion that names one or two options; else
     two empty strings.
     """
-    for cue in reversed(list(_CONCLUSION.finditer(text))):
+    for cue in list(_CONCLUSION.finditer(text))[:-1 - _MOST_CUES:-1]:
         before = _SENTENCE_END.split(text[max(0, cue.start() - _LONGEST):cue.start()])[-1]
         if (_NAMES_ABOVE.search(before) and _IS_CHOSEN.match(cue[0])
                 and not _NEGATES.search(before) and _names_one_or_two(before, valid)):

@@ -1,9 +1,9 @@
-"""Boxes and letters read from any model's free text: the first half of scoring.
+"""Boxes read from any model's free text as the benchmarks' authors read them, quirks included, so
+that numbers compare with published ones.
 
-Two kinds of rule live here and never mix. The official ones repeat what a benchmark's authors do,
-quirks included, so that numbers compare with published ones. The strict ones ask for what the
-question asks for: one answer, in one place. All functions are pure and take any string; none
-raises.
+The strict rules, which ask for one answer in one place, are in `strict_parsers.py` (boxes) and
+`image_names.py` (which image is meant), letters in `choice_parsers.py`. All functions are pure and
+take any string; none raises.
 """
 
 import re

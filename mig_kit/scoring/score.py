@@ -4,7 +4,8 @@
 numbers compare with published ones; each function names its source. `strict` asks for what the
 question asks for: the last <answer>, one box in it, the correct image, the stated coordinates.
 `substring` is the lax multiple-choice rule. One deviation: where BLINK's and MMIU's authors ask
-another model which option a free text means, `official` here reads the text alone. MC-Bench and
+another model which option a free text means, `official` here reads the text alone, options named
+by their words included. MC-Bench and
 OdinW are in `coco.py`.
 """
 

@@ -1,7 +1,7 @@
 """The strict reading of a grounding reply: the one box of the last <answer>, and its image.
 
 Boxes are read in any writing that says four numbers: brackets of all kinds, pairs of corners, tags,
-keys such as x1, or bare numbers. Any string is read; none raises.
+keys such as x1, or bare numbers. The rules are ours. Any string is read; none raises.
 """
 
 import math
