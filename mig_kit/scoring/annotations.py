@@ -18,7 +18,7 @@ from string import ascii_uppercase
 from mig_kit.boxes import Box, Coordinates
 from mig_kit.common import MAX_LINE, iter_lines
 from mig_kit.image_files import BadImage, is_regular_file, read_size, resolve_under_root
-from mig_kit.scoring.parsers import ORDINALS
+from mig_kit.scoring.image_names import ORDINALS
 
 MIG_BENCH_TASKS = {
     "diff": 528, "view_diff": 94, "common_object": 816, "object_tracking": 550, "multi_view": 288,

@@ -25,13 +25,10 @@ from mig_kit.scoring.annotations import (
     read_records,
     resolve_image_path,
 )
-from mig_kit.scoring.parsers import (
-    last_answer_block,
-    parse_choice_letter,
-    parse_revised_mig_bench_box,
-    parse_strict_answer,
-)
+from mig_kit.scoring.choice_parsers import parse_choice_letter
+from mig_kit.scoring.parsers import last_answer_block, parse_revised_mig_bench_box
 from mig_kit.scoring.result import Scored, paired_difference, summarize
+from mig_kit.scoring.strict_parsers import parse_strict_answer
 
 # MC-Bench and OdinW ask for every box of an image, with a score.
 RUNNABLE = ("mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu")
@@ -180,9 +177,10 @@ def parse_named_box(reply: str, exact: bool = False) -> tuple[int | None, Box | 
     scripts, from the whole reply, and of several boxes the first.
     """
     kit_answer = parse_reply(reply)
-    if kit_answer.box is not None:
+    has_answer = last_answer_block(reply) is not None
+    if kit_answer.box is not None and (has_answer or not exact):
         return kit_answer.image, kit_answer.box
-    if not exact and last_answer_block(reply) is None:
+    if not exact and not has_answer:
         answer = parse_strict_answer(f"<answer>{reply}</answer>")
     else:
         answer = parse_strict_answer(reply)

@@ -4,7 +4,8 @@
 numbers compare with published ones; each function names its source. `strict` asks for what the
 question asks for: the last <answer>, one box in it, the correct image, the stated coordinates.
 `substring` is the lax multiple-choice rule. One deviation: where BLINK's and MMIU's authors ask
-another model which option a free text means, `official` here reads the text alone. MC-Bench and
+another model which option a free text means, `official` here reads the text alone, options named
+by their words included. MC-Bench and
 OdinW are in `coco.py`.
 """
 
@@ -27,17 +28,20 @@ from mig_kit.scoring.annotations import (
     read_json,
     read_records,
 )
+from mig_kit.scoring.choice_parsers import (
+    BLINK_CHOICES,
+    parse_blink_letter,
+    parse_choice_letter,
+)
 from mig_kit.scoring.parsers import (
     contains_truth,
     last_answer_block,
-    parse_blink_letter,
-    parse_choice_letter,
     parse_mig_bench_box,
     parse_normalized_pair,
     parse_revised_mig_bench_box,
-    parse_strict_answer,
 )
 from mig_kit.scoring.result import Scored
+from mig_kit.scoring.strict_parsers import parse_strict_answer
 
 PROTOCOLS = {
     "mig_bench": ("official", "strict"),
@@ -52,6 +56,7 @@ PROTOCOLS = {
 # The headline of these is the unweighted mean over tasks; elsewhere every item counts the same.
 MACRO = ("mig_bench", "blink", "mmiu")
 COORDINATE_LIMITS = {Coordinates.NORMALIZED_1: 1, Coordinates.NORMALIZED_1000: 1000}
+ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
 
 Judge = Callable[[BenchmarkItem, str], tuple[float, str]]
 
@@ -144,11 +149,12 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
                box_format: BoxFormat) -> tuple[float, str]:
     """(IoU, problem or "") of the one box in the last <answer>.
 
-    0 for a box outside the image and for another image than the target; see image_problem.
-    coordinates: what the reply's numbers are measured in. box_format: the processor's limits, for
-    absolute coordinates. The rule is ours.
+    0 for a box outside the image and for another image than the target; see image_problem. A box
+    that is outside by one unit, as rounding makes it (-1, 1001), is cut to the image. coordinates:
+    what the reply's numbers are measured in. box_format: the processor's limits, for absolute
+    coordinates. The rule is ours.
     """
-    answer = parse_strict_answer(response)
+    answer = parse_strict_answer(response, one_image=item.target is not None)
     if answer.box is None:
         return 0.0, answer.problem
     problem = image_problem(item, answer.image)
@@ -158,23 +164,40 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
         image_size = (math.inf, math.inf)
     else:
         image_size = coordinate_size(item.size, coordinates, box_format)
-    x1, y1, x2, y2 = answer.box
-    if min(answer.box) < 0 or max(x1, x2) > image_size[0] or max(y1, y2) > image_size[1]:
+    box = _cut_to_image(answer.box, image_size, ROUNDING.get(coordinates, 1))
+    if box is None:
         return 0.0, "outside the image"
     if coordinates == item.coordinates:
-        return iou(item.box, answer.box), ""
+        return iou(item.box, box), ""
     target_size = coordinate_size(item.size, item.coordinates, box_format)
-    return iou(item.box, rescale_box(answer.box, image_size, target_size)), ""
+    return iou(item.box, rescale_box(box, image_size, target_size)), ""
+
+
+def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box | None:
+    """The box, cut to an image of (width, height); None where it reaches further than `tolerance`
+    outside, or nothing of it is inside.
+    """
+    limits = (*size, *size)
+    if any(not -tolerance <= v <= limit + tolerance for v, limit in zip(box, limits)):
+        return None
+    x1, y1, x2, y2 = (min(max(v, 0), limit) for v, limit in zip(box, limits))
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
 def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, problem) by the letter that the free text settles on.
+    """(1 or 0, problem) by the letter that the free text settles on."""
+    letter = read_letter(item, response)
+    return float(letter == item.letter), "" if letter else "no option chosen"
+
+
+def read_letter(item: BenchmarkItem, response: str) -> str:
+    """The option that a reply's free text settles on, or "".
 
     BLINK's items, which have an id, are read by their authors' own rule first.
     """
     letter = parse_blink_letter(response, item.options) if item.id else ""
-    letter = letter or parse_choice_letter(response, item.options)
-    return float(letter == item.letter), "" if letter else "no option chosen"
+    task_choices = BLINK_CHOICES.get(item.task.replace(" ", "_"), ()) if item.id else ()
+    return letter or parse_choice_letter(response, item.options, item.choices or task_choices)
 
 
 def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:

@@ -25,7 +25,7 @@ from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.scoring import run_benchmark, score
 from mig_kit.scoring.annotations import Benchmark
-from mig_kit.scoring.parsers import parse_choice_letter
+from mig_kit.scoring.choice_parsers import parse_choice_letter
 from mig_kit.scoring.result import averaged_groups, summarize
 from mig_kit.stages import evaluate
 from mig_kit.stages.report import gallery_html, render_page

@@ -2,7 +2,6 @@
 
 import math
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -10,11 +9,14 @@ from hypothesis import strategies as st
 from mig_bench_oracle import oracle_boxes
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.common import PROJECT_ROOT
-from mig_kit.scoring import annotations, parsers, score
-
-DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
-BLINK_FILES = sorted((DATA / "blink").glob("val_*.jsonl"))
+from mig_kit.scoring import (
+    annotations,
+    choice_parsers,
+    image_names,
+    parsers,
+    score,
+    strict_parsers,
+)
 
 
 @pytest.mark.parametrize("text,box", [
@@ -45,74 +47,13 @@ def test_revised_boxes_must_be_whole_numbers():
     assert parsers.parse_normalized_pair("[1,2,3,4]") is None
 
 
-@pytest.mark.parametrize("text,image,box,problem", [
-    ('<think>[1,2,3,4]</think><answer>{"image": 2, "box": [10, 20, 30, 40]}</answer>',
-     2, (10, 20, 30, 40), ""),
-    ("<answer>(9,9),(8,8)</answer> no: <answer>In the third image (10,20),(30,40)</answer>",
-     3, (10, 20, 30, 40), ""),
-    ("<answer>[10, 20, 30, 40]</answer>", None, (10, 20, 30, 40), ""),
-    ("<answer>[10, 20, 30, 40] [1, 2, 3, 4]</answer>", None, None, "several boxes"),
-    ("<answer>image 1 or image 2: [10, 20, 30, 40]</answer>", None, None, "several images"),
-    ("<answer>[30, 20, 10, 40]</answer>", None, None, "not a box: needs x1 < x2 and y1 < y2"),
-    ("<answer>none</answer>", None, None, "no box"),
-    ("[10, 20, 30, 40]", None, None, "no <answer> block"),
-    ("<answer>[1, 2, 3, 4]", None, None, "no <answer> block")])
-def test_strict_answers(text, image, box, problem):
-    answer = parsers.parse_strict_answer(text)
-    assert (answer.image, answer.box, answer.problem) == (image, box, problem)
-
-
-@pytest.mark.parametrize("text,images", [
-    ('{"target_image": 2, "bbox": [1, 2, 3, 4]}', {2}),
-    ("Picture 2: (1,2),(3,4)", {2}),
-    ("image=2", {2}),
-    ("image (2)", {2}),
-    ("Image **2**", {2}),
-    ("img 2", {2}),
-    ("2nd picture", {2}),
-    ("image no. 2", {2}),
-    ('"image_idx": 2', {2}),
-    ("in the image (100,200),(300,400)", set()),
-    ("image [100, 200, 300, 400]", set()),
-    ("pilgrimage 2", set())])
-def test_names_of_images(text, images):
-    assert parsers.find_image_numbers(text) == images
-
-
-@pytest.mark.parametrize("text,letter", [
-    ("B", "B"),
-    (" (B) the third image", "B"),
-    ("<s> A </s>", "A"),
-    ("b.", "B"),
-    ("The correct answer is (C) because A is red.", "C"),
-    ("A is closer. Point A is closer to the camera than point B.</s>", "A"),
-    ("Box B more accurately encloses it. Box A does not.", "B"),
-    ("(A) is wrong.\n(B) is a dog.\nTherefore, the answer is:\n(B) a dog", "B"),
-    ("(C) About the same\n\nPoints A and B look alike.", "C"),
-    ("<think>(A) or (B)?</think><answer>B</answer>", "B"),
-    ("<think>Either A or C.</think>\n\nB", "B"),
-    ("A large cat sits on a mat.", ""),
-    ("Neither (A) nor (B) matches.", ""),
-    ("I might lean towards (B) or (C).", ""),
-    ("", ""),
-    ("(H)", "")])
-def test_letters(text, letter):
-    assert parsers.parse_choice_letter(text, "ABCD") == letter
-
-
-@pytest.mark.parametrize("text,letter", [
-    ("Left is (A) and right is (B) .\n\n(B)", "B"), ("(A) and\nthen (B)", ""), ("(C)", "C"),
-    ("C", "")])
-def test_blinks_own_rule_decides_nothing_that_its_authors_leave_to_another_model(text, letter):
-    assert parsers.parse_blink_letter(text, "ABCD") == letter
-
-
 # The parsers on anything at all.
 
 SIGNS = list("()[]<>,. \n-+*:$\\'\"{}ABCDEHZa0159\u0663\u00b2")
 WORDS = ["<answer>", "</answer>", "<box>", "</box>", "(1,2),(3,4)", "[0.1, 0.2, 0.3, 0.4]",
          "image 2", "the third image", "(A)", "Point B", "therefore", "the answer is", "none",
-         "closer", "\n(A) x\n(B) y", "9" * 320]
+         "closer", "\n(A) x\n(B) y", "9" * 320, "<think>", "</think>", '{"image": ', "target",
+         "image two", "x1=", "not ", " or ", "yes", "first", "\u25a0", "\u2039", "\u203a", "\uff08"]
 PIECES = st.lists(st.sampled_from(SIGNS + WORDS), max_size=25).map("".join)
 
 
@@ -124,12 +65,14 @@ def test_parsers_never_raise(text):
                   parsers.parse_normalized_pair):
         box = parse(text)
         assert box is None or (len(box) == 4 and all(value >= 0 for value in box))
-    strict = parsers.parse_strict_answer(text)
+    strict = strict_parsers.parse_strict_answer(text)
     assert (strict.box is None) == bool(strict.problem)
     if strict.box:
         x1, y1, x2, y2 = strict.box
         assert x1 < x2 and y1 < y2 and all(map(math.isfinite, strict.box))
-    assert parsers.parse_choice_letter(text, "ABCD") in ("", *"ABCD")
+    for choices in ((), ("yes", "no"), ("the first image", "A is closer", "4", "4 (")):
+        assert choice_parsers.parse_choice_letter(text, "ABCD", choices) in ("", *"ABCD")
+    assert all(number >= 0 for number in image_names.find_image_numbers(text))
     assert len(oracle_boxes(text)) == len(parsers._matches(text))
 
 
@@ -148,24 +91,3 @@ def test_every_text_has_a_score(text):
     for item in (normalized, item_in(Coordinates.NORMALIZED_1000, box),
                  item_in(Coordinates.PIXELS, box, (640, 480))):
         assert 0 <= score.official_iou(item, text)[0] <= 1 + 1e-9
-
-
-@pytest.mark.skipif(not BLINK_FILES,
-                    reason="no blink/val_*.jsonl in the folder that MIG_KIT_DATA names")
-def test_letters_agree_with_blinks_authors():
-    settled = agreed = mentioned = mentioned_agreed = 0
-    for path in BLINK_FILES:
-        records = annotations.read_records(path)
-        for item, record in zip(annotations.read_blink(records).items, records):
-            text, authors_letter = record["full_prediction"], record["prediction"][1]
-            if authors_letter not in item.options:
-                authors_letter = ""
-            letter = parsers.parse_choice_letter(text, item.options)
-            if letter:
-                settled += 1
-                agreed += letter == authors_letter
-            if letter or parsers.find_option_letters(text, item.options):
-                mentioned += 1
-                mentioned_agreed += letter == authors_letter
-    assert settled > 8400 and agreed / settled >= 0.99
-    assert mentioned > 8700 and mentioned_agreed / mentioned >= 0.98

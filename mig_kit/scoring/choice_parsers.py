@@ -1,0 +1,257 @@
+"""Letters of multiple-choice questions, read from any model's free text.
+
+Options count by letter ("(B)", "Point B") and by their words ("yes", "the third image"). All
+functions take any string; none raises.
+"""
+
+import re
+from string import ascii_uppercase
+
+from mig_kit.scoring.image_names import NUMBER_WORDS, ORDINALS
+from mig_kit.scoring.parsers import last_answer_block
+
+# What the letters of BLINK's tasks stand for where it is the same in every question.
+_LATTER_TWO = ("the second image", "the third image")
+BLINK_CHOICES = {
+    "Art_Style": _LATTER_TWO, "Jigsaw": _LATTER_TWO, "Visual_Similarity": _LATTER_TWO,
+    "Multi-view_Reasoning": ("left", "right"), "Spatial_Relation": ("yes", "no"),
+    "Relative_Depth": ("A is closer", "B is closer"),
+    "Relative_Reflectance": ("A is darker", "B is darker", "About the same"),
+    "Forensic_Detection": ("the first image", "the second image", "the third image",
+                           "the fourth image")}
+
+_LONE_LETTER = re.compile(r"\W*([A-Za-z])\W*")
+_LABEL = (r"(?:[Pp]oints?|[Bb]ox(?:es)?|[Oo]ptions?|[Pp]ictures?|[Ii]mages?|[Cc]hoices?"
+          r"|[Cc]ircles?|[Aa]nswers?(?: is|:)?)")
+_VERB = r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|corresponds|matches)"
+_NAMED_OPTION = re.compile(
+    r"\(([A-Z])\)"
+    rf"|\b{_LABEL}\s+\"?([A-Z])\b"
+    rf"|(?<![\w'$\\.])A(?=\s+{_VERB}\b|\s*[),:;.\"]|\s*$)"
+    r"|(?<![\w'$\\.])([B-H])(?![\w'$]|\.\w)")
+_CONCLUSION = re.compile(
+    r"\b(?:therefore|thus|hence|in conclusion"
+    r"|based on (?:these|this|the (?:analysis|criteria))|answer(?: is|:)"
+    r"|(?:correct|best|final|right|appropriate) (?:corresponding )?(?:answer|choice|option|point)"
+    r"|(?:I|we)(?:'d| would| will| can| might)? "
+    r"(?:choose|select|pick|go with|say|conclude|lean|suggest))\b", re.IGNORECASE)
+_PREFERS = re.compile(
+    r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
+    r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
+    r"|correspond(?:s|ing)?|match(?:es)?|shares)\b", re.IGNORECASE)
+_REFUSES = re.compile(
+    r"\b(?:none|neither|cannot|can't|unable|impossible|no (?:clear|direct|correct)"
+    r"|not (?:possible|enough|sufficient))\b", re.IGNORECASE)
+_NEGATES = re.compile(r"\b(?:not|less|none|neither|cannot|nor)\b|n't\b", re.IGNORECASE)
+_REFUSES_ALL = re.compile(
+    r"\b(?:none of (?:the|these|those|them)\b(?! other| rest| remaining)"
+    r"|(?:there is|there's) no (?:correct|suitable|valid|matching|appropriate)"
+    r"|no (?:correct|suitable|valid) (?:answer|choice|option)|neither (?:of|option|image)"
+    r"|(?:cannot|can't|unable to|not possible to) (?:\w+ly )?(?:determine|assist|help|choose|select"
+    r"|identify|provide))\b", re.IGNORECASE)
+_NAMES_ABOVE = re.compile(  # "(D) is the [correct choice]"
+    r"\b(?:is|are|as|be|being|was)\s+(?:likely |probably |clearly )?(?:the |our |my )?"
+    r"(?:most |single )?$", re.IGNORECASE)
+_DENIED_OPTION = re.compile(rf"\b(?:not|isn't) (?:be )?(?:{_LABEL} )?\(?[A-H]\b\)?")
+_IS_CHOSEN = re.compile(r"(?:correct|best|final|right|appropriate|answer|I |we )", re.IGNORECASE)
+_MOST_CUES = 20  # last conclusions that are looked at
+_LONGEST = 400  # letters of a sentence before its cue
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_AFTER_COLON = re.compile(r":\s*\n\s*\(([A-H])\)[^\n]*(?:\n+(?!\s*\([A-H]\))|$)")
+_OPTION_LINE = re.compile(r"[\s*-]*\(?([A-H])\)")
+_TWO_OPTIONS = re.compile(
+    r"\(?\b([A-H])\b\)?(?: the \w+ image| Point [A-H])?,?\s+(?:or|and)\s+(?:\w+\s+)?\(?([A-H])\b")
+
+_DIGITS = tuple(str(number + 1) for number in range(len(NUMBER_WORDS)))
+_FOREIGN = {"\u5de6": "left", "\u53f3": "right", "\u306f\u3044": "yes", "\u662f": "yes",
+            "\u3044\u3044\u3048": "no", "\u5426": "no"}  # Chinese and Japanese
+
+
+def find_option_letters(text: str, valid: str = "ABCDEFGH") -> list[str]:
+    """Every naming of an option in order: "(B)", "Point B", "B" by itself.
+
+    An article "A" names no option. valid: the letters that count.
+    """
+    letters = []
+    for match in _NAMED_OPTION.finditer(text):
+        letter = next(filter(None, match.groups()), "A")  # the alternative for A has no group
+        if letter in valid:
+            letters.append(letter)
+    return letters
+
+
+def parse_blink_letter(text: str, valid: str) -> str:
+    """The only "(B)" that stands by itself among white space, or the only one of the last
+    paragraph; "" where that decides nothing.
+
+    Source: zeyofu/BLINK_Benchmark, eval/test_benchmark.py, analyze_answer, which then asks another
+    model.
+    """
+    for part in (text, text.split("\n\n")[-1]):
+        words = part.split()
+        letters = [letter for letter in valid if f"({letter})" in words]
+        if len(letters) == 1:
+            return letters[0]
+    return ""
+
+
+def mark_options(text: str, choices: tuple[str, ...]) -> str:
+    """The text with every option that its words name as its letter, "(B)"; longest words first.
+
+    "image 3" and "third one" name "the third image", "four" names "4". "yes" and "no" count only
+    where a sentence begins with them or is nothing else, or after "answer is".
+    """
+    by_pattern = {_option_pattern(words): f"({letter})"
+                  for letter, words in zip(ascii_uppercase, choices)}
+    for pattern in sorted(filter(None, by_pattern), key=len, reverse=True):
+        text = re.sub(pattern, by_pattern[pattern], text, flags=re.IGNORECASE)
+    return text
+
+
+def _option_pattern(words: str) -> str:
+    """A regular expression for how a text names an option; "" for one that only its letter names.
+    """
+    words = re.sub(r"^(?:the|an?)\s+", "", words.strip().strip(".").lower())
+    if words in ("yes", "no"):
+        return rf"(?:(?<=answer is )|(?<=answer: )|(?<![^.!?\s]\s)(?<![^.!?\s])){words}\b(?! [a-z])"
+    if ordinal := re.fullmatch(rf"({'|'.join(ORDINALS)}) (?:image|picture|photo)", words):
+        number = ORDINALS.index(ordinal[1]) + 1
+        return (rf"\b(?:the )?(?:{ordinal[1]}|{number}(?:st|nd|rd|th)) "
+                r"(?:image|picture|photo|one)\b"
+                rf"|\b(?:image|picture|photo) ?#?{number}\b")
+    if words in _DIGITS:
+        word = NUMBER_WORDS[_DIGITS.index(words)]
+        return rf"(?<![\w.])(?:{words}|{word})(?!\w|\.\d)"
+    if not words or len(words) == 1 and words.isalpha():
+        return ""
+    return r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)"
+
+
+def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
+    """The option a free text settles on, one letter of `valid`, or "" where it names none, several
+    without choosing, or refuses them all.
+
+    Of an <answer> block only the last one is read, else what follows the last </think>. choices:
+    what the letters stand for; where letters settle nothing, options named by their words count.
+    The rules are ours, for where BLINK's and MMIU's authors ask another model.
+    """
+    block = last_answer_block(text)
+    text = text.rpartition("</think>")[2] if block is None else block
+    text = re.sub(r"</?s>|[\xa0\u200b]", " ", text).strip()
+    text = _FOREIGN.get(text, text)
+    if lone := _LONE_LETTER.fullmatch(text):
+        letter = lone.group(1).upper()
+        return letter if letter in valid else ""
+    for choice, letter in zip(choices, valid):
+        if text.strip(" .\"'").lower() == choice.strip(" .\"'").lower():
+            return letter
+    text = _DENIED_OPTION.sub("not it", text)
+    marked = mark_options(text, choices)
+    if _refuses_all(marked, valid):
+        return ""
+    letter = _settled_letter(text, valid)
+    return letter or (_settled_letter(marked, valid, True) if marked != text else "")
+
+
+def _refuses_all(text: str, valid: str) -> bool:
+    """Whether the text, with options marked, refuses them and chooses none of them after that."""
+    refusals = list(_REFUSES_ALL.finditer(text))
+    if not refusals:
+        return False
+    same_sentence, *others = _SENTENCE_END.split(text[refusals[-1].end():])
+    chosen = [part for part in others if _PREFERS.search(part) or _CONCLUSION.search(part)]
+    if _CONCLUSION.search(same_sentence):
+        chosen.append(same_sentence)
+    return not any(_names_one_or_two(part, valid) and not _REFUSES.search(part) for part in chosen)
+
+
+def _settled_letter(text: str, valid: str, are_words: bool = False) -> str:
+    """In order: the only option named; an option alone in the last or first line, or after a colon;
+    the sentence of the last conclusion ("therefore", "the answer is"); the first sentence that
+    prefers one ("A is closer to the camera than B"); the only option of the first or last sentence.
+    """
+    letters = find_option_letters(text, valid)
+    if not letters:
+        return ""
+    if len(set(letters)) == 1:
+        return letters[0]
+    sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
+    letter = _letter_of_own_line(text, sentences, valid) or _letter_after_colon(text, valid)
+    if letter:
+        return letter
+    sentence, rest = _find_conclusion(text, valid)
+    if sentence:
+        chooses_none = _REFUSES.search(sentence) or _lists_options(rest, valid)
+        return "" if chooses_none else _preferred_letter(sentence, valid)
+    if are_words and (letter := _only_letter(sentences[0], valid)):
+        return letter
+    for sentence in sentences:
+        is_preference = _PREFERS.search(sentence) and not _NEGATES.search(sentence)
+        if is_preference and _names_one_or_two(sentence, valid):
+            return _preferred_letter(sentence, valid)
+    return _only_letter(sentences[0], valid) or _only_letter(sentences[-1], valid)
+
+
+def _only_letter(sentence: str, valid: str) -> str:
+    """The only option that a sentence names and does not deny; else ""."""
+    letters = find_option_letters(sentence, valid)
+    return letters[0] if len(set(letters)) == 1 and not _NEGATES.search(sentence) else ""
+
+
+def _letter_of_own_line(text: str, sentences: list[str], valid: str) -> str:
+    """The option that the last line or, before an explanation, the first line is about; else ""."""
+    last = find_option_letters(sentences[-1], valid)
+    if (_OPTION_LINE.match(sentences[-1]) and len(set(last)) == 1
+            and not _lists_options(text, valid)):
+        return last[0]
+    first = find_option_letters(sentences[0], valid)
+    if (_OPTION_LINE.match(sentences[0]) and len(set(first)) == 1 and len(sentences) > 1
+            and not _OPTION_LINE.match(sentences[1]) and "\n" in text.strip()):
+        return first[0]
+    return ""
+
+
+def _letter_after_colon(text: str, valid: str) -> str:
+    """The last option that stands in the line after a colon, with no other below it; else ""."""
+    letters = [letter for letter in _AFTER_COLON.findall(text) if letter in valid]
+    return letters[-1] if letters else ""
+
+
+def _find_conclusion(text: str, valid: str) -> tuple[str, str]:
+    """(sentence, text from its cue on) of the last conclusion that names one or two options; else
+    two empty strings.
+    """
+    for cue in list(_CONCLUSION.finditer(text))[:-1 - _MOST_CUES:-1]:
+        before = _SENTENCE_END.split(text[max(0, cue.start() - _LONGEST):cue.start()])[-1]
+        if (_NAMES_ABOVE.search(before) and _IS_CHOSEN.match(cue[0])
+                and not _NEGATES.search(before) and _names_one_or_two(before, valid)):
+            return before, before
+        rest = text[cue.start():]
+        sentences = _SENTENCE_END.split(rest)
+        if before.strip() and not _IS_CHOSEN.search(cue[0]) and not sentences[0].endswith(":"):
+            sentences = sentences[:1]  # "... and thus closer", no conclusion of the whole
+        for sentence in sentences:
+            if _names_one_or_two(sentence, valid):
+                return sentence, rest
+    return "", ""
+
+
+def _names_one_or_two(sentence: str, valid: str) -> bool:
+    return 1 <= len(set(find_option_letters(sentence, valid))) <= 2
+
+
+def _preferred_letter(sentence: str, valid: str) -> str:
+    """The option a sentence prefers: the first in brackets, else the first; none of "B or D" and
+    "A and C".
+    """
+    letters = [letter for letter in re.findall(r"\(([A-H])\)", sentence) if letter in valid]
+    letters = letters or find_option_letters(sentence, valid)
+    pair = _TWO_OPTIONS.search(sentence)
+    is_undecided = pair and pair.group(1) == letters[0] and pair.group(2) in valid
+    return "" if is_undecided else letters[0]
+
+
+def _lists_options(text: str, valid: str) -> bool:
+    """Whether the text gives all options again, one short line each, which chooses none."""
+    lines = r"[^()\n]{0,60}\n\s*".join(rf"\({letter}\)" for letter in valid)
+    return bool(re.search(lines, text))
