@@ -24,6 +24,7 @@ from mig_kit.prompts import LETTERS, format_answer, is_well_formed
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.scoring import run_benchmark, score
+from mig_kit.scoring.convert_boxes import parse_named_box
 from mig_kit.scoring.parsers import parse_choice_letter
 from mig_kit.scoring.result import averaged_groups, summarize
 from mig_kit.stages import evaluate
@@ -126,7 +127,7 @@ def read_freely(reply: str, sample: Sample) -> str:
     if sample.options:
         answer = parse_choice_letter(reply, LETTERS[:len(sample.options)])
     else:
-        image, box = run_benchmark.parse_named_box(reply)
+        image, box = parse_named_box(reply)
         image = image or (1 if len(sample.images) == 1 else None)
         answer = format_answer(image, box) if box is not None and image is not None else ""
     return f"<think>-</think><answer>{answer}</answer>" if answer else reply
@@ -228,8 +229,9 @@ def _suite_cells(suite: str, summary: dict) -> dict:
         return {suite: summary["score"], f"{suite}, 95 %": summary["ci95"]}
     average = summary["avg"]
     metric = next(name for name in average if name != "ci95")
-    tasks = {task: values[metric] for task, values in summary["tasks"].items()}
-    return {**tasks, "avg": average[metric], "avg, 95 %": average["ci95"]}
+    tasks = {task: round(values[metric], 2) for task, values in summary["tasks"].items()}
+    return {**tasks, "avg": round(average[metric], 2),
+            "avg, 95 %": [round(bound, 2) for bound in average["ci95"]]}
 
 
 def difference_rows(results: Mapping[str, dict]) -> list[dict]:
