@@ -153,8 +153,9 @@ def average_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]],
                              ) -> list[float]:
     """95 % interval [low, high] of the unweighted mean of the tasks' means.
 
-    groups: (values, lists) of each task; interval: of one task, by which the distances to its bounds
-    are known; they add up in squares (Zou and Donner 2008), and more where tasks share lists.
+    groups: (values, lists) of each task; interval: of one task, by which the distances to its
+    bounds are known; they add up in squares (Zou and Donner 2008), and more where tasks share
+    lists.
     """
     means = np.array([values.mean() for values, _ in groups])
     lows, highs = np.array([interval(*group) for group in groups]).T

@@ -262,7 +262,8 @@ def _blink_task(record: dict, name: str, index: int) -> str:
     parts = name.split("_")
     if len(parts) < 3:
         raise ValueError(f"item {index} of the BLINK annotations has no 'task' or 'sub_task', and "
-                         f"its idx '{name}' names none, as val_Jigsaw_1 does; is this the BLINK file?")
+                         f"its idx '{name}' names none, as val_Jigsaw_1 does; is this the BLINK "
+                         "file?")
     return "_".join(parts[1:-1])
 
 

@@ -1,7 +1,8 @@
 """Replies whose boxes are measured otherwise than a benchmark's own rule reads them.
 
-The authors' rules read 0 to 1000. Qwen2.5-VL answers in pixels of the resized image, which would be
-read as 0 to 1000, silently. `mig-kit score --coordinates`, `mig-kit eval` and stage 06 convert here.
+The authors' rules read 0 to 1000. Qwen2.5-VL answers in pixels of the resized image, which would
+be read as 0 to 1000, silently. `mig-kit score --coordinates`, `mig-kit eval` and stage 06 convert
+here.
 """
 
 import json
@@ -45,8 +46,8 @@ def parse_named_box(reply: str, exact: bool = False) -> tuple[int | None, Box | 
     """(image, box) that a reply names, as written: in the form the kit asks for, else in any that
     `mig-kit score` reads.
 
-    exact: as the strict protocol reads, from the last <answer> alone; else from the whole reply, and
-    of several boxes the first.
+    exact: as the strict protocol reads, from the last <answer> alone; else from the whole reply,
+    and of several boxes the first.
     """
     kit_answer = parse_reply(reply)
     if kit_answer.box is not None:
@@ -74,7 +75,7 @@ def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
 
 
 def convert_reply(reply: str, size: tuple[int, int]) -> str:
-    """The reply with every box as "(x1,y1),(x2,y2)" in whole 0..1000, which the authors' rules read.
+    """The reply with every box as "(x1,y1),(x2,y2)" in whole 0..1000, as the authors' rules read.
 
     size: (width, height) of the image in the reply's coordinates. Which box counts is left to the
     authors' rule. Below 0 is written as 0, for their patterns have no sign.

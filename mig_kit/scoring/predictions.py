@@ -1,10 +1,10 @@
 """Predictions: which item a line answers, and the logs of other evaluation kits as such lines.
 
-The kit's own line is {"index" or "id", "response"}. Told by their fields and read as well: lmms-eval's
-samples (`doc_id`, `resps`), VLMEvalKit's tables (`index`, `prediction`) and BLINK's released outputs
-(`idx`, `full_prediction`). Sources of the formats: EvolvingLMMs-Lab/lmms-eval, evaluator.py and
-loggers/evaluation_tracker.py; open-compass/VLMEvalKit, inference.py; zeyofu/BLINK_Benchmark,
-eval/saved_outputs.
+The kit's own line is {"index" or "id", "response"}. Told by their fields and read as well:
+lmms-eval's samples (`doc_id`, `resps`), VLMEvalKit's tables (`index`, `prediction`) and BLINK's
+released outputs (`idx`, `full_prediction`). Sources of the formats: EvolvingLMMs-Lab/lmms-eval,
+evaluator.py and loggers/evaluation_tracker.py; open-compass/VLMEvalKit, inference.py;
+zeyofu/BLINK_Benchmark, eval/saved_outputs.
 """
 
 import re
@@ -52,7 +52,8 @@ def _first_place(records: list[dict], count: int) -> int:
     """1 where the records are a table whose index runs from 1 to `count`, else 0."""
     if len(records) != count or not all("prediction" in record for record in records):
         return 0
-    return int({str(record.get("index")) for record in records} == set(map(str, range(1, count + 1))))
+    places = {str(record.get("index")) for record in records}
+    return int(places == set(map(str, range(1, count + 1))))
 
 
 def _table_reply(record: dict) -> str:
@@ -92,8 +93,8 @@ def _compare_letters(item: BenchmarkItem | None, truth, where: str) -> None:
         return
     if letter.group(1).upper() != item.letter:
         raise ValueError(f"{where} has the answer {letter.group(1)} where the annotations have "
-                         f"{item.letter} for item {item.name}, so it counts other questions; give the "
-                         "annotations that it was made from")
+                         f"{item.letter} for item {item.name}, so it counts other questions; give "
+                         "the annotations that it was made from")
 
 
 def align_predictions(items: tuple[BenchmarkItem, ...], predictions: list[dict], field: str,

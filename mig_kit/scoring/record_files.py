@@ -45,16 +45,16 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
 def _folder_files(folder: Path) -> list[Path]:
     """The files of records below a folder, in the order of their names.
 
-    Of BLINK's data set only the validation parts, for the test answers are not public; of lmms-eval's
-    results only the samples. Raises ValueError where there is none.
+    Of BLINK's data set only the validation parts, for the test answers are not public; of
+    lmms-eval's results only the samples. Raises ValueError where there is none.
     """
     files = sorted(path for path in folder.rglob("*")
                    if path.suffix in FOLDER_SUFFIXES and path.is_file())
     for is_wanted in (lambda name: name.startswith("val"), lambda name: "samples_" in name):
         files = [path for path in files if is_wanted(path.name)] or files
     if not files:
-        raise ValueError(f"{folder} holds no {', '.join(FOLDER_SUFFIXES)} file; name the folder that "
-                         "does")
+        raise ValueError(f"{folder} holds no {', '.join(FOLDER_SUFFIXES)} file; name the folder "
+                         "that does")
     return files
 
 
@@ -104,8 +104,8 @@ def _read_excel(path: Path) -> list[dict]:
     try:
         table = pd.read_excel(path, engine="openpyxl", keep_default_na=False)
     except ImportError as error:
-        raise ValueError(f"{path} is an Excel table, which needs openpyxl; run pip install openpyxl, "
-                         "or save the table as .tsv") from error
+        raise ValueError(f"{path} is an Excel table, which needs openpyxl; run pip install "
+                         "openpyxl, or save the table as .tsv") from error
     except Exception as error:  # of zip, XML and numbers alike
         raise ValueError(f"{path} is no readable Excel table ({type(error).__name__}); save it "
                          "again") from error

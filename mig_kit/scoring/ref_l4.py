@@ -10,7 +10,7 @@ import numpy as np
 from mig_kit.scoring.annotations import BenchmarkItem, is_four_numbers
 
 THRESHOLDS = [percent / 100 for percent in range(50, 100, 5)]
-# COCO category -> the Objects365 category that the authors count it as (COCO 37 has none of its own)
+# COCO category -> the Objects365 category that the authors count it as; 37 has none of its own
 OBJECTS365_BY_COCO = {
     1: 1, 2: 47, 3: 6, 4: 59, 5: 115, 6: 56, 7: 117, 8: 66, 9: 22, 10: 41, 11: 177, 13: 128,
     14: 250, 15: 25, 16: 56, 17: 140, 18: 93, 19: 79, 20: 100, 21: 97, 22: 145, 23: 296, 24: 179,

@@ -73,10 +73,10 @@ def _percent(value: float) -> float:
 
 
 def summarize(scored: Scored) -> dict:
-    """{"n", "tasks", "avg", "problems", "notes", "remarks"}, in percent, not rounded.
+    """{"n", "lists", "tasks", "avg", "problems", "notes", "remarks"}, in percent, not rounded.
 
     tasks: task -> {"n", "lists", metrics, "ci95"}; avg: {metrics, "ci95"}. lists: how many lists of
-    images the task's questions are about. ci95: 95 % interval of the first metric; see
+    images the questions are about. ci95: 95 % interval of the first metric; see
     stats.share_interval_by_list and average_interval_by_list.
     """
     headline = next(iter(scored.metrics.values()), None)
@@ -98,8 +98,8 @@ def summarize(scored: Scored) -> dict:
                                              for places in groups], share_interval_by_list)
         average["ci95"] = [_percent(bound) for bound in interval]
     average |= scored.aggregates.get("avg", {})
-    return {"n": len(scored.tasks), "tasks": tasks, "avg": average, "problems": scored.problems,
-            "notes": scored.notes, "remarks": list(scored.remarks)}
+    return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,
+            "problems": scored.problems, "notes": scored.notes, "remarks": list(scored.remarks)}
 
 
 def paired_difference(first: Scored, second: Scored) -> dict:

@@ -274,8 +274,8 @@ def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: 
 
 
 def _list_of_images(item: BenchmarkItem) -> tuple[str, ...]:
-    """What the items of one list of images share; a video counts as one, whichever frames are shown.
-    An item without images shares none.
+    """What the items of one list of images share; a video counts as one, whichever frames are
+    shown. An item without images shares none.
     """
     videos = [name.rpartition("#")[0] for name in item.images] if item.task == "revos" else []
     return tuple(dict.fromkeys(videos)) or item.images or (f"item {item.index}",)

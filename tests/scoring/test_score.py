@@ -13,7 +13,7 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates, smart_resize
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.scoring import annotations, leaderboard, parsers, score
+from mig_kit.scoring import annotations, leaderboard, parsers, record_files, score
 from mig_kit.scoring.result import paired_difference, summarize
 
 DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
@@ -298,7 +298,7 @@ def test_parquet_annotations(tmp_path):
     record = {"id": "a", "bbox": [0.0, 0.0, 10.0, 10.0], "width": 20, "height": 20}
     table = pyarrow.Table.from_pylist([record])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    benchmark = annotations.read_ref_l4(annotations.read_records(tmp_path / "a.parquet"))
+    benchmark = annotations.read_ref_l4(record_files.read_records(tmp_path / "a.parquet"))
     lines = [{"id": "a", "response": "<answer>(0,0),(500,500)</answer>"}]
     assert score_predictions(benchmark, lines, "P", "strict").values[0] == pytest.approx(1)
 
@@ -314,7 +314,7 @@ def test_published_rows_average_to_their_headline():
 
 @needs_mig
 def test_the_official_annotations():
-    benchmark = annotations.read_mig_bench(annotations.read_records(MIG_FILE))
+    benchmark = annotations.read_mig_bench(record_files.read_records(MIG_FILE))
     assert (benchmark.version, benchmark.complete) == ("original", True)
     assert len(benchmark.items) == 4295
     notes = score.annotation_problems(benchmark, is_strict=True)
@@ -326,7 +326,7 @@ def test_the_official_annotations():
 
 @needs_mig
 def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
-    benchmark = annotations.read_mig_bench(annotations.read_records(MIG_FILE))
+    benchmark = annotations.read_mig_bench(record_files.read_records(MIG_FILE))
     answers = [f"[{', '.join(map(str, item.box))}]" for item in benchmark.items]
     scored = score_predictions(benchmark, prediction_lines(answers))
     below = {item.index for item, value in zip(benchmark.items, scored.values) if value < 0.999}
@@ -343,7 +343,7 @@ def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
 @pytest.mark.parametrize("path", BLINK_FILES, ids=lambda path: path.stem)
 def test_blinks_published_scores(path):
     """The authors' own letters through this scoring give the authors' figures."""
-    records = annotations.read_records(path)
+    records = record_files.read_records(path)
     lines = [{"id": record["idx"], "response": record["prediction"]} for record in records]
     result = summarize(score_predictions(annotations.read_blink(records), lines, path.name))
     published = BLINK_ACCURACY[path.stem.removeprefix("val_")]
