@@ -11,7 +11,7 @@ from mig_bench_oracle import oracle_boxes
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.scoring import annotations, parsers, score
+from mig_kit.scoring import annotations, parsers, record_files, score
 
 DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
 BLINK_FILES = sorted((DATA / "blink").glob("val_*.jsonl"))
@@ -155,7 +155,7 @@ def test_every_text_has_a_score(text):
 def test_letters_agree_with_blinks_authors():
     settled = agreed = mentioned = mentioned_agreed = 0
     for path in BLINK_FILES:
-        records = annotations.read_records(path)
+        records = record_files.read_records(path)
         for item, record in zip(annotations.read_blink(records).items, records):
             text, authors_letter = record["full_prediction"], record["prediction"][1]
             if authors_letter not in item.options:

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mig_kit.boxes import BoxFormat
@@ -163,13 +163,14 @@ def test_broken_files_are_one_sentence(tmp_path, name, content, sentence):
         read_records(tmp_path / "empty")
 
 
-VALUES = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text("AB()0"),
-                      lambda inner: st.lists(inner, max_size=3)
+LEAVES = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text("AB()0")
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3)
                       | st.dictionaries(st.sampled_from(["id", "idx"]), inner), max_leaves=5)
 FIELDS = st.sampled_from(["index", "id", "idx", "doc_id", "resps", "filtered_resps", "prediction",
                           "full_prediction", "thinking", "target", "answer", "response", "m"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(FIELDS, VALUES, max_size=6), max_size=3))
 def test_any_record_is_a_line_or_a_sentence(records):
     items = annotations.read_blink(BLINK).items

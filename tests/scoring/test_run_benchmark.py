@@ -136,7 +136,7 @@ def test_the_correct_box_in_the_wrong_image_passes_only_the_official_rule(root):
     ('<answer>{{"image": 2, "box": {box}}}', (1, 0)),
     ("<answer>In image 2: {box}</answer>", (1, 1)),
     ('<answer>{{"target_image": 2, "bbox_2d": {box}}}</answer>', (1, 1)),
-    ('```json\n[{{"bbox_2d": {box}}}]\n```', (1, 0)),
+    ('```json\n[{{"bbox_2d": {box}}}]\n```', (1, 1)),
     ("First {box}, then [1, 2, 3, 4].", (1, 0))])
 def test_boxes_in_other_forms_are_converted_too(root, form, passes):
     """A base model does not keep to the form that the kit asks for; its pixels must not be read as
