@@ -107,17 +107,16 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
 def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
                      sizes: list[tuple[int, int]], coordinates: Coordinates,
                      box_format: BoxFormat) -> dict:
-    """A line {"response", ...} as the benchmark's own rule reads it: boxes in 0..1000, of Ref-L4
+    """A line {"response", ...} as the benchmark's own rule reads it: boxes in 0..1000, and of Ref-L4
     "pred_bbox" in pixels of the original image, four zeros where the reply has none.
 
     sizes: of the item's original images. coordinates: of the reply's boxes.
     """
     reply = line["response"]
+    size = model_size(reply, sizes, item.target, coordinates, box_format)
+    line = line | {"response": convert_reply(reply, size)}
     if benchmark != "ref_l4":
-        size = model_size(reply, sizes, item.target, coordinates, box_format)
-        return line | {"response": convert_reply(reply, size)}
+        return line
     _, box = parse_named_box(reply)
-    if box is None:
-        return line | {"pred_bbox": [0, 0, 0, 0], "format": "xyxy"}
-    size = coordinate_size(sizes[0], coordinates, box_format)
-    return line | {"pred_bbox": list(rescale_box(box, size, sizes[0])), "format": "xyxy"}
+    pixels = [0, 0, 0, 0] if box is None else list(rescale_box(box, size, sizes[0]))
+    return line | {"pred_bbox": pixels, "format": "xyxy"}

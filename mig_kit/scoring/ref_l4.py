@@ -59,7 +59,7 @@ def ref_l4_metrics(values: np.ndarray) -> dict[str, np.ndarray]:
     """Metric -> (n,) shares of IoU values, which must be over the threshold, not at it."""
     metrics = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)}
     steps = [values > threshold for threshold in THRESHOLDS]
-    return metrics | {"macc": np.mean(steps, axis=0), "mean_iou": values}
+    return metrics | {"macc": np.mean(steps, axis=0), "mean_iou": values.astype(float)}
 
 
 def class_averages(items: list[BenchmarkItem], values: np.ndarray) -> dict[str, float]:

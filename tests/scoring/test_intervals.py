@@ -109,7 +109,7 @@ def test_intervals_cover_the_truth_where_outcomes_in_a_list_correlate():
     """92 to 97 % for every task and for the average, at correlation 0.5; over questions, as if they
     were independent, far less.
     """
-    rng, structure, repeats = np.random.default_rng(5), list_structure(), 300
+    rng, structure, repeats = np.random.default_rng(5), list_structure(), 200
     hits = dict.fromkeys([*structure, "average", "difference", "by question"], 0)
     largest = max(structure, key=lambda task: len(structure[task]) / len(set(structure[task])))
     accuracies = (0.2, 0.5, 0.8)
