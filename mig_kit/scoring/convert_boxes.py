@@ -107,8 +107,8 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
 def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
                      sizes: list[tuple[int, int]], coordinates: Coordinates,
                      box_format: BoxFormat) -> dict:
-    """A line {"response", ...} as the benchmark's own rule reads it: boxes in 0..1000, and of Ref-L4
-    "pred_bbox" in pixels of the original image, four zeros where the reply has none.
+    """A line {"response", ...} as the benchmark's own rule reads it: boxes in 0..1000, and of
+    Ref-L4 "pred_bbox" in pixels of the original image, four zeros where the reply has none.
 
     sizes: of the item's original images. coordinates: of the reply's boxes.
     """
