@@ -291,14 +291,16 @@ def refuse_frame(context: click.Context, option: click.Parameter, word: str | No
 @click.option("--annotations", required=True, type=click.Path(),
               help="The benchmark's own annotation file.")
 @click.option("--predictions", required=True, type=click.Path(),
-              help='JSONL of {"index": 0, "response": "text"}, or COCO results.')
+              help='JSONL of {"index": 0, "response": "text"}, COCO results, or the samples of '
+                   "lmms-eval, a table of VLMEvalKit or BLINK's outputs; a file or a folder.")
 @click.option("--compare", type=click.Path(),
               help="A second model's predictions: adds the paired difference.")
 @click.option("--protocol", default="official", show_default=True,
               help="official, strict, or substring (multiple choice).")
 @click.option("--coordinates", default="normalized_1000", show_default=True,
-              help="strict: boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels "
-                   "(of the original image) or absolute (pixels of the resized image).")
+              help="Boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels (of the "
+                   "original image) or absolute (pixels of the resized image, as Qwen2.5-VL "
+                   "answers); official converts them for the authors' rule.")
 @click.option("--frame", hidden=True, expose_value=False, callback=refuse_frame)
 @click.option("--images", type=click.Path(),
               help="The folder of the images, where their sizes are needed.")

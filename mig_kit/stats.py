@@ -3,7 +3,7 @@ every score of the kit.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from scipy.stats import binomtest
@@ -83,6 +83,99 @@ def percent_interval(groups: list[np.ndarray]) -> list[float]:
 def paired_gap(groups: list[np.ndarray]) -> dict:
     """{"value", "ci95"} in points of paired differences; groups: (n,) differences of each task."""
     return {"value": to_percent(macro_mean(groups)), "ci95": percent_interval(groups)}
+
+
+def sum_by_list(values: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """((k,) sum of the values, (k,) number of questions) of each of the k lists of images.
+
+    values, lists: (n,) of the questions; lists: a number of the images that a question shows.
+    Questions about the same images stand or fall together, so the lists are the sample, not the
+    questions (Miller, arXiv 2411.00640).
+    """
+    _, places = np.unique(lists, return_inverse=True)
+    return np.bincount(places, weights=values), np.bincount(places)
+
+
+def _list_errors(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
+    """(k,) what each list adds to the error of the mean, with the leverage correction CR2 (Bell and
+    McCaffrey 2002); the sum of the squares is the mean's variance. Needs two lists.
+    """
+    sums, counts = sum_by_list(values, lists)
+    residuals = (sums - values.mean() * counts) / len(values)
+    return residuals / np.sqrt(1 - counts / len(values))
+
+
+def _list_quantile(lists: np.ndarray) -> float:
+    """97.5 % point of Student's t; degrees of freedom: the effective number of lists less one."""
+    counts = np.unique(lists, return_counts=True)[1]
+    effective = len(lists) ** 2 / np.sum(counts ** 2)
+    return float(student_t.ppf(0.975, max(1, effective - 1)))
+
+
+def share_interval_by_list(values: np.ndarray, lists: np.ndarray) -> list[float]:
+    """95 % interval [low, high] of the mean of shares (0..1) of questions that share images.
+
+    Wilson's interval for as many independent questions as have the variance that the lists show;
+    where all or none is correct, Clopper and Pearson's exact one over the lists. [0, 1] for one
+    list of mixed outcomes, which says nothing about others. values, lists: see sum_by_list.
+    """
+    mean, total, lists_count = float(values.mean()), len(values), len(np.unique(lists))
+    if values.min() == values.max() and mean in (0, 1):
+        return share_interval(int(mean) * lists_count, lists_count)
+    if lists_count == 1:
+        return [0.0, 1.0]
+    variance = float(np.sum(_list_errors(values, lists) ** 2))
+    size = min(total, mean * (1 - mean) / variance) if variance > 0 else total
+    shrinkage = _list_quantile(lists) ** 2 / size
+    center = (mean + shrinkage / 2) / (1 + shrinkage)
+    half = (shrinkage * mean * (1 - mean) + shrinkage ** 2 / 4) ** 0.5 / (1 + shrinkage)
+    return [max(0.0, center - half), min(1.0, center + half)]
+
+
+def gap_interval_by_list(gaps: np.ndarray, lists: np.ndarray) -> list[float]:
+    """95 % interval [low, high] of the mean of differences (-1..1) of questions that share images.
+
+    Student's t over the lists. Where the differences do not vary, those of other lists may: the
+    bounds are then those of the largest share of lists, and the largest difference, that the sample
+    leaves possible. gaps, lists: see sum_by_list.
+    """
+    mean, lists_count = float(gaps.mean()), len(np.unique(lists))
+    variance = float(np.sum(_list_errors(gaps, lists) ** 2)) if lists_count > 1 else 0.0
+    if variance > 0:
+        half = _list_quantile(lists) * variance ** 0.5
+        return [max(-1.0, mean - half), min(1.0, mean + half)]
+    unseen = share_interval(0, lists_count)[1]
+    return [mean - unseen * (mean + 1), mean + unseen * (1 - mean)]
+
+
+def average_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]],
+                             interval: Callable[[np.ndarray, np.ndarray], list[float]]
+                             ) -> list[float]:
+    """95 % interval [low, high] of the unweighted mean of the tasks' means.
+
+    groups: (values, lists) of each task; interval: of one task, by which the distances to its
+    bounds are known; they add up in squares (Zou and Donner 2008), and more where tasks share
+    lists.
+    """
+    means = np.array([values.mean() for values, _ in groups])
+    lows, highs = np.array([interval(*group) for group in groups]).T
+    factor = _shared_list_factor(groups) / len(groups)
+    low = means.mean() - factor * np.sum((means - lows) ** 2) ** 0.5
+    high = means.mean() + factor * np.sum((highs - means) ** 2) ** 0.5
+    return [float(max(low, lows.min())), float(min(high, highs.max()))]
+
+
+def _shared_list_factor(groups: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """By how much lists that several tasks share widen the average's standard error; else 1."""
+    errors: dict = defaultdict(list)
+    for values, lists in groups:
+        names = np.unique(lists)
+        if len(names) > 1:
+            for name, error in zip(names, _list_errors(values, lists)):
+                errors[name].append(error)
+    separate = sum(error ** 2 for parts in errors.values() for error in parts)
+    together = sum(sum(parts) ** 2 for parts in errors.values())
+    return max(1.0, float(together / separate) ** 0.5) if separate else 1.0
 
 
 def pass_at_k(correct: int, total: int, k: int) -> float:

@@ -19,7 +19,7 @@ from mig_kit.common import PACKAGE
 from mig_kit.data import own_data
 from mig_kit.engine import models
 from mig_kit.image_files import BadImage, open_rgb
-from mig_kit.scoring import annotations
+from mig_kit.scoring import record_files
 
 
 def write_png(path, width, height):
@@ -150,5 +150,5 @@ def test_a_predictions_line_of_a_hundred_megabytes_takes_bounded_memory(tmp_path
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
     with pytest.raises(ValueError, match="line 2 of .*P.jsonl is longer than"):
-        annotations.read_records(path)
+        record_files.read_records(path)
     assert traced_memory() - before < 8 << 20

@@ -1,5 +1,4 @@
-"""Readers of the public benchmarks' own annotation files, and of prediction files, into plain
-items.
+"""Readers of the public benchmarks' own annotation files into plain items.
 
 Nothing here opens an image, except for its size and only where a protocol needs one; image names
 must stay inside the image root. Sources of the formats: thunlp/Migician (MIG-Bench, MMIU as it
@@ -7,16 +6,14 @@ scores it), AMAP-ML/UniVG-R1 (revised MIG-Bench, LISA-grounding, ReVOS-grounding
 zeyofu/BLINK_Benchmark, FanqingM/MMIU-Benchmark (fields of MMIU), JierunChen/Ref-L4.
 """
 
-import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 
 from mig_kit.boxes import Box, Coordinates
-from mig_kit.common import MAX_LINE, iter_lines
 from mig_kit.image_files import BadImage, is_regular_file, read_size, resolve_under_root
 from mig_kit.scoring.image_names import ORDINALS
 
@@ -28,11 +25,10 @@ REVISED_TASKS = MIG_BENCH_TASKS | {"common_object": 815, "group_grounding": 485,
 # task -> number of the target image, where it is the same in every question
 TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "correspondence": 2}
 LISA_VERSIONS = {200: "val", 779: "test"}
-REF_L4_ITEMS = 45341
+REF_L4_VERSIONS = {7231: "val", 38110: "test", 45341: "all"}
 BLINK_VAL_ITEMS = 1901
-MMIU_TASKS = 52
+MMIU_TASKS = 60  # names in the authors' file, of the 52 tasks that the paper counts
 MMIU_OPTIONS = "ABCDEFGH"  # where an item's own options cannot be read
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LARGEST = 1e9  # a coordinate or score beyond it is none
 
 
@@ -45,7 +41,8 @@ class BenchmarkItem:
     image number from 1, None where the file does not say. image_stated: whether the question itself
     names the image. size: (width, height) of the target image, pixels, where the file gives it.
     letter, options and choices: the correct letter, all letters and what they stand for, of a
-    multiple-choice question.
+    multiple-choice question; truth: the correct answer as the file writes it. category: the kind of
+    the object, of Ref-L4.
     """
 
     index: int
@@ -61,6 +58,8 @@ class BenchmarkItem:
     letter: str = ""
     options: str = ""
     choices: tuple[str, ...] = ()
+    truth: str = ""
+    category: str = ""
 
     @property
     def name(self) -> str:
@@ -79,73 +78,6 @@ class Benchmark:
     version: str
     items: tuple[BenchmarkItem, ...]
     complete: bool
-
-
-def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
-    """The objects of a .json list, a .jsonl file or a .parquet table.
-
-    Raises FileNotFoundError for a missing file, and ValueError naming the file and line.
-    """
-    path = Path(path)
-    _require_file(path)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    with path.open("rb") as file:
-        opening = file.read(1 << 16).removeprefix(BYTE_ORDER_MARK).lstrip()
-    is_list = opening.startswith(b"[")
-    numbered = list(enumerate(read_json(path), 1)) if is_list else _parse_lines(path)
-    for number, record in numbered:
-        if not isinstance(record, dict):
-            raise ValueError(f"entry {number} of {path} is no JSON object; every entry must look "
-                             "like {...}")
-    if not numbered and not may_be_empty:
-        raise ValueError(f"{path} is empty; it needs one JSON object per item")
-    return [record for _, record in numbered]
-
-
-def read_json(path: str | Path):
-    """The one JSON value of a file. Raises as read_records."""
-    path = Path(path)
-    _require_file(path)
-    try:
-        return _parse_json(path.read_text(encoding="utf-8-sig"), f"{path}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as "
-                         "UTF-8") from error
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or "
-                                "written")
-
-
-def _parse_lines(path: Path) -> list[tuple[int, object]]:
-    """(line number, JSON value) of every line that is not blank."""
-    numbered = []
-    for number, line in iter_lines(path):
-        if line is None:
-            raise ValueError(f"line {number} of {path} is longer than {MAX_LINE} bytes; write one "
-                             "JSON object per line")
-        if not line.strip(BYTE_ORDER_MARK + b" \t"):
-            continue
-        try:
-            text = line.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"line {number} of {path} is not UTF-8 text (byte {error.start}); "
-                             "save it as UTF-8") from error
-        numbered.append((number, _parse_json(text, f"line {number} of {path}")))
-    return numbered
-
-
-def _parse_json(text: str, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}); write one JSON object per line, or one "
-                         "JSON list") from error
 
 
 def is_number(value) -> bool:
@@ -225,14 +157,14 @@ def _mig_bench_target(task: str, question: str, info: str) -> tuple[int | None, 
 def read_lisa(records: list[dict]) -> Benchmark:
     """LISA-grounding: `{image_path, instruction, boxes: [[x1,y1,x2,y2], ...]}` in pixels.
 
-    The first box is the answer.
+    The first box is the answer; an item without one is kept, and nothing answers it.
     """
     items = []
     for index, record in enumerate(records):
         boxes = _get_field(record, "boxes", list, index, "LISA-grounding")
         question = _get_field(record, "instruction", str, index, "LISA-grounding")
         image = _get_field(record, "image_path", str, index, "LISA-grounding")
-        box = _to_box(boxes[0] if boxes else None, index, "LISA-grounding")
+        box = _to_box(boxes[0], index, "LISA-grounding") if boxes and boxes[0] else None
         items.append(BenchmarkItem(index, "", "lisa", question, (image,), box, Coordinates.PIXELS,
                                    target=1))
     version = LISA_VERSIONS.get(len(items), "subset")
@@ -245,7 +177,7 @@ def read_revos(records: list[dict]) -> Benchmark:
 
     frames are places in the video's sorted file list, so image names here are "video_id#place",
     which resolve_image_path resolves. Box values are cut to whole pixels, as UniVG-R1's script
-    does.
+    does. An item without a third box is kept, and nothing answers it.
     """
     items = []
     for index, record in enumerate(records):
@@ -255,14 +187,16 @@ def read_revos(records: list[dict]) -> Benchmark:
         has_video = isinstance(video, (str, int))
         has_frames = len(frames) >= 3 and all(type(place) is int and place >= 0
                                               for place in frames)
-        if not has_video or not has_frames or len(boxes) < 3:
+        if not has_video or not has_frames:
             raise ValueError(f"item {index} of the ReVOS-grounding annotations needs a video_id, "
-                             "three frame numbers and three boxes")
-        x1, y1, x2, y2 = map(int, _to_box(boxes[2], index, "ReVOS-grounding"))
+                             "three frame numbers and a bbox_list")
+        box = None
+        if len(boxes) >= 3 and boxes[2]:
+            x1, y1, x2, y2 = map(int, _to_box(boxes[2], index, "ReVOS-grounding"))
+            box = float(x1), float(y1), float(x2), float(y2)
         question = _get_field(record, "question", str, index, "ReVOS-grounding")
         images = tuple(f"{video}#{place}" for place in frames)
-        items.append(BenchmarkItem(index, "", "revos", question, images,
-                                   (float(x1), float(y1), float(x2), float(y2)),
+        items.append(BenchmarkItem(index, "", "revos", question, images, box,
                                    Coordinates.PIXELS, target=3))
     return Benchmark("revos", "", tuple(items), True)
 
@@ -280,9 +214,9 @@ def read_ref_l4(records: list[dict]) -> Benchmark:
             index, str(record.get("id", "")), _ref_l4_task(width, height),
             str(record.get("caption", "")), (str(record.get("file_name", "")),),
             (x, y, x + width, y + height), Coordinates.PIXELS, target=1,
-            size=size if has_size else None))
-    is_complete = len(items) == REF_L4_ITEMS
-    return Benchmark("ref_l4", "all" if is_complete else "subset", tuple(items), is_complete)
+            size=size if has_size else None, category=str(record.get("ori_category_id", ""))))
+    version = REF_L4_VERSIONS.get(len(items), "subset")
+    return Benchmark("ref_l4", version, tuple(items), version != "subset")
 
 
 def _ref_l4_task(width: float, height: float) -> str:
@@ -295,29 +229,42 @@ def _ref_l4_task(width: float, height: float) -> str:
 
 def read_blink(records: list[dict]) -> Benchmark:
     """BLINK: `{idx, task or sub_task, answer: "(B)"}`, its own records; options from `choices`,
-    else from the task's answers.
+    else from the task's answers; the task from `idx` ("val_Jigsaw_1") where no field has it.
 
     `images`, file names, is ours: the benchmark holds the pictures themselves, which must be saved
     as files to be asked about.
     """
     letters = [_blink_letter(record, index) for index, record in enumerate(records)]
+    names = [_get_field(record, "idx", str, index, "BLINK")
+             for index, record in enumerate(records)]
+    tasks = [_blink_task(record, name, index)
+             for index, (record, name) in enumerate(zip(records, names))]
     last_letters: dict = defaultdict(str)
-    for record, letter in zip(records, letters):
-        task = record.get("task", record.get("sub_task"))
+    for task, letter in zip(tasks, letters):
         last_letters[task] = max(last_letters[task], letter)
     items = []
-    for index, (record, letter) in enumerate(zip(records, letters)):
-        task = _get_field(record, "task" if "task" in record else "sub_task", str, index, "BLINK")
-        name = _get_field(record, "idx", str, index, "BLINK")
+    for index, (record, name, task, letter) in enumerate(zip(records, names, tasks, letters)):
         choices = _text_list(record.get("choices"))
         count = len(choices) or ascii_uppercase.index(last_letters[task]) + 1
         question = str(record.get("question") or record.get("prompt", ""))
         items.append(BenchmarkItem(index, name, task, question, _text_list(record.get("images")),
                                    letter=letter, options=ascii_uppercase[:count],
-                                   choices=choices))
+                                   choices=choices, truth=f"({letter})"))
     is_val = (len(items) == BLINK_VAL_ITEMS
               and all(item.id.startswith("val_") for item in items))
     return Benchmark("blink", "val" if is_val else "subset", tuple(items), is_val)
+
+
+def _blink_task(record: dict, name: str, index: int) -> str:
+    field = next((field for field in ("task", "sub_task") if field in record), "")
+    if field:
+        return _get_field(record, field, str, index, "BLINK")
+    parts = name.split("_")
+    if len(parts) < 3:
+        raise ValueError(f"item {index} of the BLINK annotations has no 'task' or 'sub_task', and "
+                         f"its idx '{name}' names none, as val_Jigsaw_1 does; is this the BLINK "
+                         "file?")
+    return "_".join(parts[1:-1])
 
 
 def _blink_letter(record: dict, index: int) -> str:
@@ -337,21 +284,22 @@ def _text_list(values) -> tuple[str, ...]:
 def read_mmiu(records: list[dict]) -> Benchmark:
     """MMIU: `{task, options: "A: ... B: ...", question, context, input_image_path, output: "C"}`.
 
-    Items without an output are left out, as the authors do.
+    Items without an output are left out, as the authors do, and letters may be lower case. Source:
+    OpenGVLab/MMIU, evaluate_correct.py.
     """
     items = []
     for index, record in enumerate(records):
         if record.get("output") is None:
             continue
-        letter = _get_field(record, "output", str, index, "MMIU").strip().strip(".")
+        truth = _get_field(record, "output", str, index, "MMIU").strip().strip(".")
         choices = _split_options(str(record.get("options", "")))
         parts = [record.get("context"), record.get("question")]
         question = " ".join(str(part).strip() for part in parts if part)
         task = _get_field(record, "task", str, index, "MMIU")
         images = tuple(record.get("input_image_path") or [])
-        items.append(BenchmarkItem(index, "", task, question, images, letter=letter,
+        items.append(BenchmarkItem(index, "", task, question, images, letter=truth.upper(),
                                    options=ascii_uppercase[:len(choices)] or MMIU_OPTIONS,
-                                   choices=choices))
+                                   choices=choices, truth=truth))
     is_complete = len({item.task for item in items}) == MMIU_TASKS
     return Benchmark("mmiu", "", tuple(items), is_complete)
 
@@ -400,96 +348,43 @@ def _sorted_frames(video: Path) -> list[str]:
     return [name for _, name in sorted(numbered, key=lambda frame: frame[0])]
 
 
-def add_image_sizes(items: tuple[BenchmarkItem, ...],
-                    root: str | Path | None) -> list[BenchmarkItem]:
-    """The items with the size of each target image, read from the files where it is not annotated.
+def read_image_sizes(names: Iterable[str],
+                     root: str | Path | None) -> dict[str, tuple[int, int]]:
+    """Image name -> (width, height), from the headers of the files below the root.
 
-    Raises ValueError listing what is missing.
+    Raises ValueError listing what is missing or no image.
     """
-    sized, missing, broken = [], [], []
-    for item in items:
-        if item.size is not None:
-            sized.append(item)
-            continue
-        if root is None:
-            raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which "
-                             "image names are relative to")
-        name = item.images[(item.target or len(item.images)) - 1]
+    if root is None:
+        raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which image "
+                         "names are relative to")
+    sizes, missing, broken = {}, [], []
+    for name in dict.fromkeys(names):
         path = resolve_image_path(root, name)
         if not is_regular_file(path):
             missing.append(name)
             continue
         try:
-            sized.append(replace(item, size=read_size(path)))
+            sizes[name] = read_size(path)
         except BadImage:
             broken.append(name)
-    for problem, names in (("images are missing below", missing),
-                           ("files are no readable images below", broken)):
-        if names:
-            raise ValueError(f"{len(names)} {problem} {root} (first: {', '.join(names[:3])}); "
+    for problem, failed in (("images are missing below", missing),
+                            ("files are no readable images below", broken)):
+        if failed:
+            raise ValueError(f"{len(failed)} {problem} {root} (first: {', '.join(failed[:3])}); "
                              "download them or correct --images")
-    return sized
+    return sizes
 
 
-def align_predictions(items: tuple[BenchmarkItem, ...], predictions: list[dict], field: str,
-                      source: str, allow_missing: bool = False) -> list[dict | None]:
-    """Each item's prediction line (None where one may be missing and is), in the items' order.
-
-    A line names its item by "index" (place in the annotation file, from 0) or "id". source: the
-    predictions' name, for errors. Raises ValueError that lists lines without the field, and indices
-    that are unknown, doubled or missing.
+def add_image_sizes(items: tuple[BenchmarkItem, ...],
+                    root: str | Path | None) -> list[BenchmarkItem]:
+    """The items with the size of each target image, read from the files where it is not annotated;
+    an item without a box needs none. Raises as read_image_sizes.
     """
-    by_index = {str(item.index): item for item in items}
-    by_id = {item.id: item for item in items if item.id} or by_index
-    example = f'a line looks like {{"index": 0, "{field}": ...}}'
-    lines: dict[int, dict] = {}
-    doubled, unknown = [], []
-    for number, line in enumerate(predictions, 1):
-        where = f"prediction {number} of {source}"
-        name, names_index = _named_item(line, by_index, by_id, where)
-        if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise ValueError(f'{where} has no "index" or "id"; {example}')
-        if field not in line:
-            raise ValueError(f'{where} has no "{field}"; {example}')
-        if field == "response" and not isinstance(line[field], str):
-            raise ValueError(f'"response" of {where} is no text; write "" where the model said '
-                             "nothing")
-        item = (by_index if names_index else by_id).get(str(name))
-        if item is None:
-            unknown.append(str(name))
-        elif item.index in lines:
-            doubled.append(item.name)
-        else:
-            lines[item.index] = line
-    missing = [] if allow_missing else [item.name for item in items if item.index not in lines]
-    problems = [f"{problem}: {count_and_list(names)}" for problem, names in (
-        ("unknown to the annotations", unknown), ("given more than once", doubled),
-        ("missing", missing)) if names]
-    if problems:
-        hint = " (or pass --allow-missing to count missing ones wrong)" if missing else ""
-        raise ValueError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "
-                         f"{len(items)} items{hint}")
-    return [lines.get(item.index) for item in items]
-
-
-def _named_item(line: dict, by_index: dict[str, BenchmarkItem], by_id: dict[str, BenchmarkItem],
-                where: str) -> tuple[object, bool]:
-    """(name of the line's item, whether the name is an index); ValueError if "index" and "id" name
-    different items.
-    """
-    index, item_id = line.get("index"), line.get("id", line.get("idx"))
-    if isinstance(index, float) and index.is_integer():
-        index = int(index)  # pandas writes a column with gaps as floats
-    if index is None:
-        return item_id, False
-    # An "id" tells nothing where the benchmark has none.
-    if item_id is None or by_id is by_index:
-        return index, True
-    indexed = by_index.get(str(index))
-    if indexed is not None and indexed != by_id.get(str(item_id)):
-        raise ValueError(f'{where} has "index" {index} and "id" {item_id!r}, which are different '
-                         "items")
-    return item_id, False
+    names = {item.index: item.images[(item.target or len(item.images)) - 1] for item in items
+             if item.size is None and item.box is not None}
+    sizes = read_image_sizes(names.values(), root) if names else {}
+    return [replace(item, size=sizes[names[item.index]]) if item.index in names else item
+            for item in items]
 
 
 def count_and_list(names: list[str], count: int = 10) -> str:

@@ -2,13 +2,17 @@
 
 Predictions are COCO results: a list of {"image_id", "category_id", "bbox": [x, y, w, h] pixels,
 "score"}. An image without an entry has no box, which is an answer, so nothing can be missing here.
+
+`official` is what pycocotools does. It notes the annotation that a detection matches by its id and
+takes 0 for none: the box of an annotation 0, as MC-Bench's file has one, cannot be found, and of
+annotations with one id only the last counts. `strict` numbers the annotations anew.
 """
 
 import contextlib
-import copy
 import io
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Container
 
 import numpy as np
 from pycocotools import mask
@@ -18,38 +22,49 @@ from scipy.optimize import linear_sum_assignment
 
 from mig_kit.scoring.annotations import is_four_numbers, is_number
 from mig_kit.scoring.result import Scored
-from mig_kit.stats import to_percent
 
 ODINW_THRESHOLDS = {"ap": None, "ap50": 0, "ap75": 5}  # places in COCO's ten IoU thresholds
 
 
-def load_coco(annotations: dict, name: str) -> COCO:
+def load_coco(annotations: dict, name: str, keeps_ids: bool = True) -> COCO:
     """The annotations as a COCO index; name: the benchmark's, for errors.
 
-    Raises ValueError where a part of the COCO format is missing.
+    keeps_ids: whether the annotations keep their own ids, else they are numbered from 1. Raises
+    ValueError where a part of the COCO format is missing.
     """
     parts = ("images", "annotations", "categories")
     if not isinstance(annotations, dict) or not all(
             isinstance(annotations.get(part), list) for part in parts):
         raise ValueError(f"the {name} annotations need the lists {', '.join(parts)}; "
                          "give the benchmark's COCO-style JSON file")
-    coco = COCO()
-    coco.dataset = copy.deepcopy(annotations)
-    if not all(isinstance(entry, dict) and "id" in entry
+    if not all(isinstance(entry, dict) and isinstance(entry.get("id"), (int, str))
                for part in parts for entry in annotations[part]):
         raise ValueError(f"every image, annotation and category of the {name} annotations needs an "
                          "id; is the file complete?")
-    for number, entry in enumerate(coco.dataset["annotations"], 1):
-        has_place = "image_id" in entry and "category_id" in entry
-        if not (is_four_numbers(entry.get("bbox")) and has_place):
-            raise ValueError(f"annotation {entry['id']} of {name} needs image_id, category_id and "
-                             "a bbox of four numbers")
-        entry.setdefault("iscrowd", 0)
-        entry["id"] = number  # pycocotools takes a match with number 0 for none
-        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+    known = {part: {entry["id"] for entry in annotations[part]} for part in parts}
+    boxes = []
+    for number, entry in enumerate(annotations["annotations"], 1):
+        if not (is_four_numbers(entry.get("bbox"))
+                and _is_among(entry.get("image_id"), known["images"])
+                and _is_among(entry.get("category_id"), known["categories"])):
+            raise ValueError(f"annotation {entry['id']} of {name} needs the image_id and "
+                             "category_id of an image and a category, and a bbox of four numbers")
+        defaults = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3]}
+        box = {**defaults, **entry, "id": entry["id"] if keeps_ids else number}
+        if not (isinstance(box["id"], int) and is_number(box["area"]) and box["iscrowd"] in (0, 1)):
+            raise ValueError(f"annotation {entry['id']} of {name} needs a whole number as id, a "
+                             "number as area and 0 or 1 as iscrowd")
+        boxes.append(box)
+    categories = [{"name": str(entry["id"]), **entry} for entry in annotations["categories"]]
+    coco = COCO()
+    coco.dataset = {**annotations, "annotations": boxes, "categories": categories}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
+
+
+def _is_among(value, ids: Container) -> bool:
+    return isinstance(value, (int, str)) and value in ids
 
 
 def validate_detections(predictions: list[dict], coco: COCO, source: str) -> list[dict]:
@@ -82,12 +97,21 @@ def load_detections(coco: COCO, predictions: list[dict]) -> COCO:
     if not predictions:
         return load_coco({**coco.dataset, "annotations": []}, "empty")
     with contextlib.redirect_stdout(io.StringIO()):
-        return coco.loadRes(copy.deepcopy(predictions))
+        return coco.loadRes([dict(entry) for entry in predictions])
 
 
-def run_coco_eval(coco: COCO, detections: COCO, images: list | None = None) -> COCOeval:
-    """pycocotools' box evaluation, matched and accumulated; images: ids to restrict it to."""
+def run_coco_eval(coco: COCO, detections: COCO, images: list | None = None,
+                  thresholds: tuple[float, ...] = ()) -> COCOeval:
+    """pycocotools' box evaluation over all areas and at most 100 detections, matched and
+    accumulated.
+
+    images: ids to restrict it to. thresholds: of IoU, COCO's ten if empty.
+    """
     evaluation = COCOeval(coco, detections, "bbox")
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.maxDets = [100]
+    if thresholds:
+        evaluation.params.iouThrs = np.array(thresholds)
     if images is not None:
         evaluation.params.imgIds = images
     with contextlib.redirect_stdout(io.StringIO()):
@@ -98,26 +122,27 @@ def run_coco_eval(coco: COCO, detections: COCO, images: list | None = None) -> C
 
 def mean_precision(evaluation: COCOeval, category: int,
                    threshold: int | None = None) -> float | None:
-    """AP (0..1) of the category at one of COCO's ten IoU thresholds; None where it has no truth.
+    """AP (0..1) of the category at one of the IoU thresholds; None where it has no truth.
 
-    category, threshold: places in the evaluation's parameters; threshold None is the mean over all
-    ten. All areas, at most 100 detections per image.
+    category, threshold: places in the evaluation's parameters; threshold None is the mean over all.
     """
     thresholds = slice(None) if threshold is None else threshold
-    precision = evaluation.eval["precision"][thresholds, :, category, 0, 2]
+    precision = evaluation.eval["precision"][thresholds, :, category, 0, 0]
     valid = precision[precision > -1]
     return float(valid.mean()) if valid.size else None
 
 
-def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scored:
+def score_odinw(annotations: dict, predictions: list[dict], source: str,
+                protocol: str = "official") -> Scored:
     """COCO AP of one OdinW data set; tasks are its categories, their AP, AP50 and AP75 in percent.
 
     AP is the mean over IoU 0.5:0.95. The benchmark's figure is the unweighted mean over its data
-    sets (13 or 35), one annotation file each.
+    sets (13 or 35), one annotation file each. protocol: see the module.
     """
-    coco = load_coco(annotations, "OdinW")
+    coco = load_coco(annotations, "OdinW", protocol == "official")
     detections = load_detections(coco, validate_detections(predictions, coco, source))
     evaluation = run_coco_eval(coco, detections)
+    names = _category_names(coco)
     tasks, precisions = [], {}
     # catIds are sorted, as the results are; the file's order may be another.
     for place, category in enumerate(evaluation.params.catIds):
@@ -125,17 +150,39 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
                   for metric, threshold in ODINW_THRESHOLDS.items()}
         if values["ap"] is None:
             continue
-        name = coco.cats[category]["name"]
-        tasks += [name] * len(coco.getAnnIds(catIds=[category]))
-        precisions[name] = values
+        tasks += [names[category]] * len(coco.getAnnIds(catIds=[category]))
+        precisions[names[category]] = values
     if not precisions:
         raise ValueError("the OdinW annotations hold no boxes; give the file with annotations")
-    aggregates = {"avg": {metric: to_percent(np.mean([values[metric]
-                                                      for values in precisions.values()]))
+    aggregates = {"avg": {metric: 100 * float(np.mean([values[metric]
+                                                       for values in precisions.values()]))
                           for metric in ODINW_THRESHOLDS}}
     for name, values in precisions.items():
-        aggregates[name] = {metric: to_percent(value) for metric, value in values.items()}
-    return Scored(tuple(tasks), {}, True, np.array([]), aggregates=aggregates)
+        aggregates[name] = {metric: 100 * value for metric, value in values.items()}
+    return Scored(tuple(tasks), {}, True, np.array([]), aggregates=aggregates,
+                  remarks=_id_remarks(annotations, protocol))
+
+
+def _category_names(coco: COCO) -> dict:
+    """Category id -> its name, with the id where several categories have the same one."""
+    names = {category: str(entry["name"]) for category, entry in coco.cats.items()}
+    counts = Counter(names.values())
+    return {category: name if counts[name] == 1 else f"{name} (id {category})"
+            for category, name in names.items()}
+
+
+def _id_remarks(annotations: dict, protocol: str) -> tuple[str, ...]:
+    """What becomes of annotations whose ids pycocotools cannot tell, as a sentence."""
+    counts = Counter(entry["id"] for entry in annotations["annotations"])
+    affected = sum(count if name == 0 else count - 1 for name, count in counts.items())
+    if not affected:
+        return ()
+    if protocol == "official":
+        return (f"Annotations with id 0 or the id of another: {affected}. As in pycocotools, a "
+                "detection that matches annotation 0 counts as a false positive, and of one id "
+                "only the last annotation counts; --protocol strict numbers them anew.",)
+    return (f"Annotations with id 0 or the id of another: {affected}. They were numbered anew, for "
+            "pycocotools, and so --protocol official, does not match them.",)
 
 
 def score_mc_bench(annotations: dict, predictions: list[dict], source: str,
@@ -145,12 +192,12 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str,
     Tasks are the text styles. A pair is correct if for both images "has a box" agrees with the
     truth. Where a pair's truth has several groups ("group 2"), predicted groups are first renamed
     to the permutation with the highest mean IoU. `official` repeats the authors' script, in which
-    the renaming of only the last such pair survives, and one renaming can run into the next;
-    `strict` renames all pairs, each group once. In both a category's count weighs its own AP; the
-    script pairs them in the file's order, which is the same where that is sorted by id. Source:
-    XuYunqiu/MC-Bench, eval_mc_bench.py.
+    the renaming of only the last such pair survives, and one renaming can run into the next, and
+    annotation 0 is never found; `strict` renames all pairs, each group once. In both a category's
+    count weighs its own AP; the script pairs them in the file's order, which is the same where that
+    is sorted by id. Source: XuYunqiu/MC-Bench, eval_mc_bench.py.
     """
-    coco = load_coco(annotations, "MC-Bench")
+    coco = load_coco(annotations, "MC-Bench", protocol == "official")
     styled_pairs = _styled_pairs(coco)
     pairs = [pair for pair, _ in styled_pairs]
     tasks = tuple(style for _, style in styled_pairs)
@@ -166,8 +213,10 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str,
     for task in dict.fromkeys(tasks):
         images = [image for pair, style in styled_pairs for image in pair if style == task]
         aggregates[task] = {"ap50": _weighted_ap50(coco, detections, images)}
+    files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
     return Scored(tasks, {"accuracy": accuracy}, False, accuracy, tuple(range(len(pairs))),
-                  aggregates=aggregates)
+                  aggregates=aggregates, remarks=_id_remarks(annotations, protocol),
+                  lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 
 
 def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
@@ -175,11 +224,13 @@ def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
 
     Without descriptions, consecutive images are a pair, as in the authors' script.
     """
+    descriptions = coco.dataset.get("descriptions") or []
     described = [(tuple(description["images_id"]), str(description.get("text_style", "all")))
-                 for description in coco.dataset.get("descriptions", [])
-                 if isinstance(description.get("images_id"), list)]
+                 for description in descriptions if isinstance(description, dict)
+                 and isinstance(description.get("images_id"), list)
+                 and all(_is_among(image, coco.imgs) for image in description["images_id"])]
     images = list(coco.imgs)
-    if described and sorted(image for pair, _ in described for image in pair) == sorted(images):
+    if described and Counter(image for pair, _ in described for image in pair) == Counter(images):
         return described
     if described or len(images) % 2:
         raise ValueError("the MC-Bench descriptions do not pair every image exactly once; "
@@ -189,11 +240,11 @@ def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
 
 def _weighted_ap50(coco: COCO, detections: COCO, images: list | None) -> float:
     """AP50 in percent, weighted by the truth's count per category; images: ids, None for all."""
-    evaluation = run_coco_eval(coco, detections, images)
+    evaluation = run_coco_eval(coco, detections, images, thresholds=(0.5,))
     counts = [len(coco.getAnnIds(imgIds=images or [], catIds=[category]))
               for category in evaluation.params.catIds]
     values = [mean_precision(evaluation, place, 0) or 0.0 for place in range(len(counts))]
-    return to_percent(np.average(values, weights=counts)) if sum(counts) else 0.0
+    return 100 * float(np.average(values, weights=counts)) if sum(counts) else 0.0
 
 
 def rename_groups(coco: COCO, predictions: list[dict], pairs: list[tuple],
@@ -203,26 +254,27 @@ def rename_groups(coco: COCO, predictions: list[dict], pairs: list[tuple],
     """
     categories = coco.getCatIds(catNms=["group 2"])
     pair_by_image = {image: tuple(pair) for pair in pairs for image in pair}
-    truth, boxes = defaultdict(list), defaultdict(list)
+    truth, boxes = (defaultdict(lambda: defaultdict(list)) for _ in range(2))
     for entry in coco.dataset["annotations"]:
-        truth[entry["image_id"], entry["category_id"]].append(entry)
+        truth[entry["image_id"]][entry["category_id"]].append(entry)
     for entry in predictions:
-        boxes[entry["image_id"], entry["category_id"]].append(entry["bbox"])
-    renamed = copy.deepcopy(predictions)
-    for image in coco.getImgIds(catIds=categories) if categories else []:
-        pair = pair_by_image[image]
-        if official:
-            renamed = copy.deepcopy(predictions)  # the script reads its file again for every pair
+        boxes[entry["image_id"]][entry["category_id"]].append(entry["bbox"])
+    renamed = [dict(entry) for entry in predictions]
+    places = defaultdict(list)
+    for place, entry in enumerate(renamed):
+        places[pair_by_image[entry["image_id"]]].append(place)
+    images = coco.getImgIds(catIds=categories) if categories else []
+    if official:
+        images = images[-1:]  # the script reads its file again for every pair
+    for pair in dict.fromkeys(pair_by_image[image] for image in images):
         best = _best_permutation(pair, truth, boxes)
-        pair_entries = [entry for entry in renamed if entry["image_id"] in pair]
+        entries = [renamed[place] for place in places[pair]]
         if official:
-            _rename_in_sequence(pair_entries, best)
+            _rename_in_sequence(entries, best)
             continue
         new_ids = dict(enumerate(best, 1))
-        originals = [entry for entry in predictions if entry["image_id"] in pair]
-        for entry, original in zip(pair_entries, originals):
-            category = original["category_id"]
-            entry["category_id"] = new_ids.get(category, category)
+        for entry in entries:
+            entry["category_id"] = new_ids.get(entry["category_id"], entry["category_id"])
     return renamed
 
 
@@ -236,8 +288,8 @@ def _rename_in_sequence(entries: list[dict], permutation: tuple) -> None:
 
 def _best_permutation(pair: tuple, truth: dict, boxes: dict) -> tuple:
     """New categories of predicted groups 1, 2, ...; empty if there are more than true groups."""
-    groups = list({category for image, category in truth if image in pair})
-    count = len({category for image, category in boxes if image in pair})
+    groups = list({category for image in pair for category in truth[image]})
+    count = len({category for image in pair for category in boxes[image]})
     permutations = itertools.permutations(groups, count)
     return max(permutations, key=lambda permutation: _agreement(pair, permutation, truth, boxes),
                default=())
@@ -251,8 +303,8 @@ def _agreement(pair: tuple, permutation: tuple, truth: dict, boxes: dict) -> flo
     overlaps = []
     for group, category in enumerate(permutation, 1):
         for image in pair:
-            group_boxes = boxes.get((image, group))
-            answers = truth.get((image, category))
+            group_boxes = boxes[image].get(group)
+            answers = truth[image].get(category)
             if not group_boxes or not answers:
                 continue
             ious = np.asarray(mask.iou(

@@ -9,74 +9,107 @@ from mig_kit.scoring.annotations import count_and_list
 
 TASKS = ("diff", "view_diff", "common_object", "object_tracking", "multi_view", "region",
          "refer_grounding", "group_grounding", "reasoning", "correspondence")
-PAPER = "arXiv 2507.00748, its final 7B model; version and protocol not stated"
+PAPER = "arXiv 2507.00748, its final 7B model"
 MG_THINKER = "MG-Thinker's table"
+MIGICIAN = "arXiv 2501.05767"
+UNIVG_R1 = "arXiv 2505.14231"
 
 
 @dataclass(frozen=True)
 class PublishedRow:
     """One system's published numbers.
 
-    tasks: task -> percent, may be empty. avg: percent, or None.
+    tasks: task -> percent, may be empty. avg: percent. doubt: why it stands below the table and not
+    in a column; "" where version and metric are known.
     """
 
     system: str
     source: str
     tasks: dict[str, float]
-    avg: float | None
+    avg: float
+    doubt: str = ""
 
 
-def _published_row(system: str, source: str, *values: float) -> PublishedRow:
+def _published_row(system: str, source: str, *values: float, doubt: str = "") -> PublishedRow:
     """values: percent of TASKS in their order, then the average."""
-    return PublishedRow(system, source, dict(zip(TASKS, values[:-1], strict=True)), values[-1])
+    return PublishedRow(system, source, dict(zip(TASKS, values[:-1], strict=True)), values[-1],
+                        doubt)
 
 
-MIG_BENCH = {
-    "original": (
+UNVERIFIED = "on which version of the file is not known"
+PUBLISHED = {
+    ("mig_bench", "original"): (
         _published_row(
-            "Migician 7B",
-            "arXiv 2501.05767; its script scales this model's y1 by 1.05 and y2 by 1.10",
+            "Migician 7B", f"{MIGICIAN}; its script scales this model's y1 by 1.05 and y2 by 1.10",
             65.15, 46.81, 84.19, 70.73, 60.07, 74.31, 76.77, 66.53, 59.41, 34.19, 63.82),
+        PublishedRow("Qwen2-VL-72B", f"{MIGICIAN}, repeated in {MG_THINKER}", {}, 38.88),
         PublishedRow("MIRG-RL", "highest found on this version", {}, 64.82),
     ),
-    "revised": (
+    ("mig_bench", "revised"): (
         _published_row(
-            "Qwen2.5-VL-7B", MG_THINKER,
-            29.92, 22.45, 16.36, 6.94, 3.66, 15.05, 35.67, 63.51, 4.03, 3.42, 20.10),
-        _published_row(
-            "Qwen2-VL-72B", MG_THINKER,
+            "Qwen2-VL-72B", UNIVG_R1,
             51.13, 43.61, 73.74, 24.54, 32.63, 19.86, 37.37, 67.83, 50.51, 17.94, 41.91),
         _published_row(
             "Migician 7B", MG_THINKER,
             70.64, 45.74, 72.76, 67.82, 60.07, 72.57, 75.76, 84.12, 52.58, 33.33, 63.54),
         _published_row(
-            "UniVG-R1 7B", "arXiv 2505.14231",
+            "UniVG-R1 7B", UNIVG_R1,
             71.97, 58.51, 93.13, 76.36, 66.32, 81.71, 82.83, 88.04, 62.89, 44.44, 72.64),
         _published_row(
             "MG-Thinker 7B", MG_THINKER,
             78.98, 62.77, 93.01, 82.55, 66.67, 88.78, 86.87, 88.25, 72.16, 47.01, 76.71),
+        _published_row(
+            "Qwen2.5-VL-7B", MG_THINKER,
+            29.92, 22.45, 16.36, 6.94, 3.66, 15.05, 35.67, 63.51, 4.03, 3.42, 20.10,
+            doubt=f"{UNVERIFIED}: six of its ten values are no share of the revised tasks' items"),
+        PublishedRow("Qwen3-VL-8B", MG_THINKER, {}, 32.90, UNVERIFIED),
+        PublishedRow("Qwen3.5-9B", MG_THINKER, {}, 41.17, UNVERIFIED),
     ),
+    ("lisa", "val"): (
+        PublishedRow("Qwen2.5-VL-7B", MG_THINKER, {}, 54.06),
+        PublishedRow("Migician 7B", MG_THINKER, {}, 36.00),
+        PublishedRow("UniVG-R1 7B", UNIVG_R1, {}, 64.00),
+        PublishedRow("MG-Thinker 7B", MG_THINKER, {}, 64.29),
+        PublishedRow("paper", PAPER, {}, 59.44, "of one split, not said which, and perhaps cIoU"),
+    ),
+    ("lisa", "test"): (
+        PublishedRow("Qwen2.5-VL-7B", MG_THINKER, {}, 50.75),
+        PublishedRow("Migician 7B", MG_THINKER, {}, 32.09),
+        PublishedRow("UniVG-R1 7B", UNIVG_R1, {}, 59.69),
+        PublishedRow("MG-Thinker 7B", MG_THINKER, {}, 60.10),
+        PublishedRow("paper", PAPER, {}, 59.44, "of one split, not said which, and perhaps cIoU"),
+    ),
+    ("revos", ""): (
+        PublishedRow("Qwen2.5-VL-7B", MG_THINKER, {}, 26.81),
+        PublishedRow("Migician 7B", MG_THINKER, {}, 39.70),
+        PublishedRow("UniVG-R1 7B", UNIVG_R1, {}, 60.03),
+        PublishedRow("MG-Thinker 7B", MG_THINKER, {}, 61.32),
+        PublishedRow("paper", PAPER, {}, 49.16, "the metric is not stated"),
+    ),
+    ("mc_bench", ""): (PublishedRow("paper", PAPER, {}, 58.49, "the metric is not stated"),),
+    ("odinw", ""): (
+        PublishedRow("paper", PAPER, {}, 54.15, "a mean over data sets, and no data set's AP"),),
+    ("blink", "val"): (
+        PublishedRow("paper", PAPER, {}, 61.18, "how letters were read is not stated"),),
+    ("mmiu", ""): (
+        PublishedRow("paper", PAPER, {}, 49.93, "how letters were read is not stated"),),
 }
-PAPER_AVERAGES = {"lisa": 59.44, "revos": 49.16, "mc_bench": 58.49, "odinw": 54.15, "blink": 61.18,
-                  "mmiu": 49.93}
 
 
-def published_rows(benchmark: str, version: str) -> tuple[PublishedRow, ...]:
-    """The rows known for a benchmark and version; empty where none is."""
-    if benchmark == "mig_bench":
-        return MIG_BENCH[version]
-    if benchmark in PAPER_AVERAGES:
-        return (PublishedRow("paper", PAPER, {}, PAPER_AVERAGES[benchmark]),)
-    return ()
+def published_rows(benchmark: str, version: str,
+                   protocol: str = "official") -> tuple[PublishedRow, ...]:
+    """The rows known for a benchmark and version; none for another protocol than the authors'."""
+    return PUBLISHED.get((benchmark, version), ()) if protocol == "official" else ()
 
 
 def score_markdown(result: dict) -> str:
     """A result of `mig-kit score` as a Markdown table, and the notes below it.
 
-    Published numbers stand in the last columns.
+    Published numbers stand in the last columns, those of unknown version or metric below.
     """
-    published = published_rows(result["benchmark"], result["version"])
-    headline, *others = _shown_metrics(result)
+    rows = published_rows(result["benchmark"], result["version"], result["protocol"])
+    published = [row for row in rows if not row.doubt]
+    headline, *others = [name for name in result["avg"] if name != "ci95"]
     has_interval = "ci95" in result["avg"]
     interval_head = ["95 %"] if has_interval else []
     systems = [row.system for row in published]
@@ -91,18 +124,15 @@ def score_markdown(result: dict) -> str:
                       *(_number(values.get(metric)) for metric in others),
                       *(_number(value) for value in known)])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n".join([table, "", *table_notes(result, published)])
-
-
-def _shown_metrics(result: dict) -> list[str]:
-    """The metrics of the average that any task has, the headline first; all of them if none has."""
-    metrics = [name for name in result["avg"] if name != "ci95"]
-    shown = [name for name in metrics if any(name in task for task in result["tasks"].values())]
-    return shown or metrics
+    return "\n".join([table, "", *table_notes(result, rows)])
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # never -0.00
 
 
 def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
@@ -113,14 +143,25 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
     if not result["complete"]:
         notes.append("The annotations do not hold every item of the benchmark: do not set these "
                      "numbers beside published ones.")
-    if published and protocol != "official":
-        notes.append("Published columns follow the authors' own rules, not this protocol.")
+    if protocol != "official":
+        notes.append("Published figures follow the authors' own rules, so none stands beside this "
+                     "protocol.")
+    if result["lists"] < result["n"]:
+        notes.append(f"The questions are about {result['lists']} lists of images; intervals are "
+                     "over the lists, for questions about the same images stand or fall together.")
+    notes += result["remarks"]
     if benchmark in ("blink", "mmiu") and protocol == "official":
         notes.append("Letters are read from the text alone; the authors ask another model where "
                      "the text is not an option itself.")
-    notes += [f"{row.system}: {row.source}." for row in published]
+    notes += [f"{row.system}: {row.source}." for row in published if not row.doubt]
+    notes += [f"Not in the table: {row.system} {row.avg:.2f} ({row.source}), {row.doubt}."
+              for row in published if row.doubt]
     counts = sorted(result["problems"].items(), key=lambda problem: -problem[1])
     notes += [f"Replies, {reason}: {count}." for reason, count in counts]
+    if any("outside the image" in reason for reason in result["problems"]):
+        notes.append("Say what boxes outside the image are measured in: --coordinates absolute for "
+                     "pixels of the resized image (Qwen2.5-VL), pixels for those of the original, "
+                     "with --images.")
     for kind, names in result["notes"].items():
         notes.append(f"Annotations, {kind}: {count_and_list(names)}.")
     if "compare" in result:
@@ -135,6 +176,6 @@ def _comparison_notes(result: dict) -> list[str]:
         interval = " (no interval)"
         if gap["ci95"]:
             low, high = gap["ci95"]
-            interval = f" ({low:+.2f} to {high:+.2f})"
-        notes.append(f"{metric}, {systems}: {gap['value']:+.2f} points{interval}, paired.")
+            interval = f" ({_signed(low)} to {_signed(high)})"
+        notes.append(f"{metric}, {systems}: {_signed(gap['value'])} points{interval}, paired.")
     return notes

@@ -1,10 +1,21 @@
-"""What scoring gives: values per item, with summaries, intervals and paired differences."""
+"""What scoring gives: values per item, with summaries, intervals and paired differences.
 
+Figures are percent and not rounded: tables round them. Intervals are over lists of images, which
+several questions may share, not over questions.
+"""
+
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mig_kit.stats import group_by_task, macro_mean, paired_gap, percent_interval, to_percent
+from mig_kit.stats import (
+    average_interval_by_list,
+    gap_interval_by_list,
+    group_by_task,
+    macro_mean,
+    share_interval_by_list,
+)
 
 
 @dataclass(frozen=True)
@@ -15,7 +26,8 @@ class Scored:
     is_macro: whether the average is over tasks. values: (n,) IoU, or 1 for a correct item. indices:
     (n,) places in the annotation file. problems: why replies scored nothing, and how many.
     aggregates: "avg" or task -> metric -> percent, for what is no mean over items (AP). notes:
-    annotation defects.
+    annotation defects. lists: (n,) what each item's images are, the same for items that show the
+    same ones; empty where no two items do. remarks: sentences on what the protocol did.
     """
 
     tasks: tuple[str, ...]
@@ -26,6 +38,8 @@ class Scored:
     problems: dict[str, int] = field(default_factory=dict)
     aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, list] = field(default_factory=dict)
+    lists: tuple[Hashable, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def item_lines(scored: Scored) -> list[dict]:
@@ -46,43 +60,62 @@ def averaged_groups(scored: Scored) -> list[np.ndarray]:
     return [np.arange(len(scored.tasks))]
 
 
-def summarize(scored: Scored) -> dict:
-    """{"n", "tasks", "avg", "problems", "notes"}, in percent.
+def number_lists(scored: Scored) -> np.ndarray:
+    """(n,) a number for each item's list of images."""
+    if not scored.lists:
+        return np.arange(len(scored.tasks))
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(scored.lists))}
+    return np.array([numbers[name] for name in scored.lists])
 
-    tasks: task -> {"n", metrics, "ci95"}; avg: {metrics, "ci95"}. ci95: 95 % bootstrap interval of
-    the first metric, over the items of each task.
+
+def _percent(value: float) -> float:
+    return 100 * float(value) + 0.0  # never -0.0
+
+
+def summarize(scored: Scored) -> dict:
+    """{"n", "lists", "tasks", "avg", "problems", "notes", "remarks"}, in percent, not rounded.
+
+    tasks: task -> {"n", "lists", metrics, "ci95"}; avg: {metrics, "ci95"}. lists: how many lists of
+    images the questions are about. ci95: 95 % interval of the first metric; see
+    stats.share_interval_by_list and average_interval_by_list.
     """
     headline = next(iter(scored.metrics.values()), None)
+    lists = number_lists(scored)
     tasks = {}
     for task, places in task_indices(scored).items():
-        means = {name: to_percent(values[places].mean()) for name, values in scored.metrics.items()}
-        tasks[task] = {"n": len(places), **means}
+        tasks[task] = {"n": len(places), "lists": len(np.unique(lists[places]))}
+        tasks[task] |= {name: _percent(values[places].mean())
+                        for name, values in scored.metrics.items()}
         if headline is not None:
-            tasks[task]["ci95"] = percent_interval([headline[places]])
+            interval = share_interval_by_list(headline[places], lists[places])
+            tasks[task]["ci95"] = [_percent(bound) for bound in interval]
         tasks[task] |= scored.aggregates.get(task, {})
     groups = averaged_groups(scored)
-    average = {}
-    for name, values in scored.metrics.items():
-        average[name] = to_percent(macro_mean([values[places] for places in groups]))
+    average = {name: _percent(macro_mean([values[places] for places in groups]))
+               for name, values in scored.metrics.items()}
     if headline is not None:
-        average["ci95"] = percent_interval([headline[places] for places in groups])
+        interval = average_interval_by_list([(headline[places], lists[places])
+                                             for places in groups], share_interval_by_list)
+        average["ci95"] = [_percent(bound) for bound in interval]
     average |= scored.aggregates.get("avg", {})
-    return {"n": len(scored.tasks), "tasks": tasks, "avg": average, "problems": scored.problems,
-            "notes": scored.notes}
+    return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,
+            "problems": scored.problems, "notes": scored.notes, "remarks": list(scored.remarks)}
 
 
 def paired_difference(first: Scored, second: Scored) -> dict:
     """Paired difference first - second of every metric, in points: {metric: {"value", "ci95"}}.
 
-    Intervals as in summarize. Metrics that are not means over items (AP) have a value and no
-    interval.
+    Not rounded; intervals over lists of images, see stats.gap_interval_by_list. Metrics that are
+    not means over items (AP) have a value and no interval.
     """
-    groups = averaged_groups(first)
+    lists = number_lists(first)
     differences = {}
     for name, values in first.metrics.items():
-        gap = values - second.metrics[name]
-        differences[name] = paired_gap([gap[places].astype(float) for places in groups])
+        gaps = np.subtract(values, second.metrics[name], dtype=float)
+        groups = [(gaps[places], lists[places]) for places in averaged_groups(first)]
+        interval = average_interval_by_list(groups, gap_interval_by_list)
+        differences[name] = {"value": _percent(macro_mean([part for part, _ in groups])),
+                             "ci95": [_percent(bound) for bound in interval]}
     for name, value in first.aggregates.get("avg", {}).items():
-        gap = round(value - second.aggregates["avg"][name], 2)
-        differences[name] = {"value": gap, "ci95": None}
+        differences[name] = {"value": value - second.aggregates["avg"][name], "ci95": None}
     return differences

@@ -14,21 +14,19 @@ from pathlib import Path
 from PIL import Image
 
 from mig_kit import image_files
-from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
-from mig_kit.prompts import parse_reply
+from mig_kit.boxes import BoxFormat, Coordinates, rescale_box
 from mig_kit.sample import Sample, Target
 from mig_kit.scoring import score
 from mig_kit.scoring.annotations import (
     READERS,
     Benchmark,
     BenchmarkItem,
-    read_records,
     resolve_image_path,
 )
 from mig_kit.scoring.choice_parsers import parse_choice_letter
-from mig_kit.scoring.parsers import last_answer_block, parse_revised_mig_bench_box
+from mig_kit.scoring.convert_boxes import convert_exactly, parse_named_box, to_official_line
+from mig_kit.scoring.record_files import read_records
 from mig_kit.scoring.result import Scored, paired_difference, summarize
-from mig_kit.scoring.strict_parsers import parse_strict_answer
 
 # MC-Bench and OdinW ask for every box of an image, with a score.
 RUNNABLE = ("mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu")
@@ -169,26 +167,6 @@ def iter_batches(benchmark: Benchmark, root: str | Path, size: int) -> Iterator[
                for item in items[start:start + size]]
 
 
-def parse_named_box(reply: str, exact: bool = False) -> tuple[int | None, Box | None]:
-    """(image, box) that a reply names, as written: in the form the kit asks for, else in any that
-    `mig-kit score` reads.
-
-    exact: as the strict protocol reads, from the last <answer> alone; else, as the authors'
-    scripts, from the whole reply, and of several boxes the first.
-    """
-    kit_answer = parse_reply(reply)
-    has_answer = last_answer_block(reply) is not None
-    if kit_answer.box is not None and (has_answer or not exact):
-        return kit_answer.image, kit_answer.box
-    if not exact and not has_answer:
-        answer = parse_strict_answer(f"<answer>{reply}</answer>")
-    else:
-        answer = parse_strict_answer(reply)
-    if exact or answer.box is not None:
-        return answer.image, answer.box
-    return answer.image, parse_revised_mig_bench_box(reply)
-
-
 def names_answer(item: BenchmarkItem, reply: str) -> bool:
     """Whether the reply's text names a box or, of multiple choice, one option."""
     if item.letter:
@@ -196,58 +174,28 @@ def names_answer(item: BenchmarkItem, reply: str) -> bool:
     return parse_named_box(reply)[1] is not None
 
 
-def to_normalized_1000(reply: str, sizes: list[tuple[int, int]], box_format: BoxFormat,
-                       exact: bool = False, target: int | None = None) -> str:
-    """A reply's box as "(x1,y1),(x2,y2)" in 0..1000, which the authors' scripts read.
-
-    Without this, boxes in pixels of the resized image would be read as 0..1000, silently. The box
-    is scaled by the image the reply names, else by the target. exact: with decimals and not cut to
-    the image, for the strict protocol; the scripts want whole numbers. sizes: of the original
-    images; target: the number of the target image. A reply without a box stays as it is.
-    """
-    image, box = parse_named_box(reply, exact)
-    if box is None:
-        return reply
-    number = image if image is not None and 1 <= image <= len(sizes) else target or 1
-    model_size = coordinate_size(sizes[number - 1], box_format.coordinates, box_format)
-    box = rescale_box(box, model_size, (1000, 1000))
-    if exact:
-        x1, y1, x2, y2 = (f"{v:.4f}" for v in box)
-    else:
-        x1, y1, x2, y2 = (min(max(round(v), 0), 1000) for v in box)
-    image_text = "" if image is None else f"image {image}: "
-    return f"<answer>{image_text}({x1},{y1}),({x2},{y2})</answer>"
-
-
 def prediction_lines(benchmark: Benchmark, replies: dict[str, list[str]],
                      sizes: dict[str, list[tuple[int, int]]], box_format: BoxFormat,
                      exact: bool = False) -> list[dict]:
     """Lines for `mig-kit score`: {"index", "response"}; of Ref-L4 also "pred_bbox" and "format".
 
-    pred_bbox is in pixels of the original image. replies and sizes (of the original images) by
-    sample id. exact: see to_normalized_1000.
+    replies and sizes (of the original images) by sample id. Boxes are converted from the model's
+    coordinates, see convert_boxes. exact: for the strict protocol, else for the authors' rules.
     """
     lines = []
     for item in benchmark.items:
         item_sizes = sizes[sample_id(benchmark.name, item)]
         reply = replies[sample_id(benchmark.name, item)][0]
-        response = reply
-        if not item.letter:
-            response = to_normalized_1000(reply, item_sizes, box_format, exact, item.target)
-        line = {"index": item.index, "response": response}
-        if benchmark.name == "ref_l4":
-            line |= {"pred_bbox": _pixel_box(reply, item_sizes[0], box_format), "format": "xyxy"}
-        lines.append(line)
+        line = {"index": item.index, "response": reply}
+        if item.letter:
+            lines.append(line)
+        elif exact:
+            reply = convert_exactly(reply, item_sizes, item.target, box_format)
+            lines.append(line | {"response": reply})
+        else:
+            lines.append(to_official_line(item, benchmark.name, line, item_sizes,
+                                          box_format.coordinates, box_format))
     return lines
-
-
-def _pixel_box(reply: str, size: tuple[int, int], box_format: BoxFormat) -> list[float]:
-    """The reply's box in pixels of the original image, four zeros where it has none."""
-    _, box = parse_named_box(reply)
-    if box is None:
-        return [0, 0, 0, 0]
-    model_size = coordinate_size(size, box_format.coordinates, box_format)
-    return list(rescale_box(box, model_size, size))
 
 
 def score_systems(benchmark: Benchmark, replies: dict[str, dict[str, list[str]]],
@@ -276,13 +224,16 @@ def score_systems(benchmark: Benchmark, replies: dict[str, dict[str, list[str]]]
 
 
 def results_table(result: dict) -> list[dict]:
-    """Rows {system, protocol, task -> headline metric in percent, avg, ci95} of score_systems."""
+    """Rows {system, protocol, task -> headline metric in percent, avg, ci95} of score_systems,
+    rounded to two decimals.
+    """
     rows = []
     for system, by_protocol in result["systems"].items():
         for protocol, summary in by_protocol.items():
             average = summary["avg"]
             metric = next(name for name in average if name != "ci95")
-            tasks = {task: values[metric] for task, values in summary["tasks"].items()}
-            rows.append({"system": system, "protocol": protocol, **tasks, "avg": average[metric],
-                         "ci95": average["ci95"]})
+            tasks = {task: round(values[metric], 2) for task, values in summary["tasks"].items()}
+            rows.append({"system": system, "protocol": protocol, **tasks,
+                         "avg": round(average[metric], 2),
+                         "ci95": [round(bound, 2) for bound in average["ci95"]]})
     return rows

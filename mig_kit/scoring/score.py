@@ -5,8 +5,7 @@ numbers compare with published ones; each function names its source. `strict` as
 question asks for: the last <answer>, one box in it, the correct image, the stated coordinates.
 `substring` is the lax multiple-choice rule. One deviation: where BLINK's and MMIU's authors ask
 another model which option a free text means, `official` here reads the text alone, options named
-by their words included. MC-Bench and
-OdinW are in `coco.py`.
+by their words included. MC-Bench and OdinW are in `coco.py`, Ref-L4's own figures in `ref_l4.py`.
 """
 
 import math
@@ -23,16 +22,14 @@ from mig_kit.scoring.annotations import (
     Benchmark,
     BenchmarkItem,
     add_image_sizes,
-    align_predictions,
-    is_four_numbers,
-    read_json,
-    read_records,
+    read_image_sizes,
 )
 from mig_kit.scoring.choice_parsers import (
     BLINK_CHOICES,
     parse_blink_letter,
     parse_choice_letter,
 )
+from mig_kit.scoring.convert_boxes import to_official_line, wrap_native_json
 from mig_kit.scoring.parsers import (
     contains_truth,
     last_answer_block,
@@ -40,6 +37,9 @@ from mig_kit.scoring.parsers import (
     parse_normalized_pair,
     parse_revised_mig_bench_box,
 )
+from mig_kit.scoring.predictions import align_predictions, read_foreign_lines
+from mig_kit.scoring.record_files import read_json, read_records
+from mig_kit.scoring.ref_l4 import class_averages, judge_boxes, ref_l4_metrics
 from mig_kit.scoring.result import Scored
 from mig_kit.scoring.strict_parsers import parse_strict_answer
 
@@ -49,7 +49,7 @@ PROTOCOLS = {
     "revos": ("official", "strict"),
     "ref_l4": ("official", "strict"),
     "mc_bench": ("official", "strict"),
-    "odinw": ("official",),
+    "odinw": ("official", "strict"),
     "blink": ("official", "strict", "substring"),
     "mmiu": ("official", "strict", "substring"),
 }
@@ -57,6 +57,9 @@ PROTOCOLS = {
 MACRO = ("mig_bench", "blink", "mmiu")
 COORDINATE_LIMITS = {Coordinates.NORMALIZED_1: 1, Coordinates.NORMALIZED_1000: 1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
+
+BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4")
+NO_BOX_ANNOTATED = "counted 0, for the annotations have no box"
 
 Judge = Callable[[BenchmarkItem, str], tuple[float, str]]
 
@@ -97,25 +100,14 @@ def univg_iou(answer: Box, box: Box | None) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def ref_l4_ious(answers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """(n,) float32 IoU of (n, 4) xyxy pixel boxes, pairwise; the union is at least 1e-6.
-
-    In single precision, as the source: JierunChen/Ref-L4, ref_l4/overlaps.py.
-    """
-    a, b = np.asarray(answers, np.float32), np.asarray(boxes, np.float32)
-    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    sides = np.clip(sides, 0, None)
-    overlap = sides[:, 0] * sides[:, 1]
-    area_a = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
-    area_b = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
-    return overlap / np.maximum(area_a + area_b - overlap, np.float32(1e-6))
-
-
 def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
     """(IoU, problem or "") of one free-text reply by the benchmark's own script.
 
-    An item whose answer is in pixels needs its size.
+    An item whose answer is in pixels needs its size. An item without a box counts 0, as in the
+    authors' script for LISA and ReVOS.
     """
+    if item.box is None:
+        return 0.0, NO_BOX_ANNOTATED
     if item.coordinates == Coordinates.PIXELS:
         width, height = item.size
         x1, y1, x2, y2 = item.box
@@ -129,7 +121,7 @@ def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
         value = mig_bench_iou(item.box, box)
     if box is None:
         return value, "no box found"
-    return value, "box outside the image (pixels?), scored all the same" if max(box) > limit else ""
+    return value, "box outside the image, scored all the same" if max(box) > limit else ""
 
 
 def image_problem(item: BenchmarkItem, image: int | None) -> str:
@@ -213,10 +205,9 @@ def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
 def substring_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
     """(1 or 0, "") by Migician's rule: the truth occurs somewhere in the reply.
 
-    BLINK's truth is "(B)", MMIU's "B".
+    The truth is written as in the annotations: BLINK's "(B)", MMIU's "B".
     """
-    truth = f"({item.letter})" if item.id else item.letter
-    return float(contains_truth(response, truth)), ""
+    return float(contains_truth(response, item.truth)), ""
 
 
 CHOICE_JUDGES: dict[str, Judge] = {
@@ -236,41 +227,80 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                       box_format: BoxFormat, protocol: str = "official",
                       coordinates: Coordinates = Coordinates.NORMALIZED_1000,
                       images: str | None = None, allow_missing: bool = False) -> Scored:
-    """Judge predictions: dicts with "index" or "id", and "response".
+    """Judge predictions: dicts with "index" or "id", and "response", or the logs that
+    read_foreign_lines reads.
 
     Ref-L4's own protocol takes "pred_bbox" and "format" in place of "response". source: the
-    predictions' name, for errors. coordinates, box_format: see strict_iou. images: the folder of
-    the images, where their sizes are needed. Raises ValueError for missing, doubled and unknown
-    items and for what the protocol cannot use.
+    predictions' name, for errors. coordinates: what the replies' boxes are measured in; under
+    `official` other ones than 0..1000 are converted before the authors' rule reads them.
+    box_format: see strict_iou. images: the folder of the images, where their sizes are needed.
+    Raises ValueError for missing, doubled and unknown items and for what the protocol cannot use.
     """
-    takes_boxes = benchmark.name == "ref_l4" and protocol == "official"
-    if takes_boxes and predictions and "pred_bbox" not in predictions[0]:
-        raise ValueError(f"Ref-L4's own script takes boxes, so {source} needs lines "
-                         '{"id": ..., "pred_bbox": [x1, y1, x2, y2], "format": "xyxy"}; '
-                         "for free text use --protocol strict")
-    field = "pred_bbox" if takes_boxes else "response"
-    lines = align_predictions(benchmark.items, predictions, field, source, allow_missing)
     items = list(benchmark.items)
-    notes = {}
-    if benchmark.name in ("blink", "mmiu"):
+    lines = read_foreign_lines(benchmark.items, predictions, source)
+    is_choice = benchmark.name in ("blink", "mmiu")
+    converts = (protocol == "official" and not is_choice
+                and coordinates != Coordinates.NORMALIZED_1000)
+    takes_boxes = benchmark.name == "ref_l4" and protocol == "official"
+    if takes_boxes and not converts and lines and "pred_bbox" not in lines[0]:
+        raise ValueError(f"Ref-L4's own script takes boxes, so {source} needs lines "
+                         '{"id": ..., "pred_bbox": [x1, y1, x2, y2], "format": "xyxy"}; for free '
+                         "text say --coordinates absolute or pixels, or use --protocol strict")
+    field = "pred_bbox" if takes_boxes and not converts else "response"
+    lines = align_predictions(benchmark.items, lines, field, source, allow_missing)
+    notes, aggregates, remarks = {}, {}, ()
+    if is_choice:
         values, problems = judge_all(items, lines, CHOICE_JUDGES[protocol])
         metrics = {"accuracy": values}
     else:
+        if converts:
+            lines = _convert_lines(benchmark, lines, coordinates, box_format, images)
+            remarks = (f"Boxes were read as {coordinates.description} and converted before the "
+                       "authors' rule read them; their own script does not convert.",)
         if _needs_image_sizes(benchmark, protocol, coordinates):
             items = add_image_sizes(benchmark.items, images)
         if takes_boxes:
-            values, problems = _ref_l4_values(items, lines, source)
+            values, problems = judge_boxes(items, lines, source)
+            aggregates = {"avg": class_averages(items, values)}
         elif protocol == "official":
             values, problems = judge_all(items, lines, official_iou)
         else:
-            values, problems = judge_all(
-                items, lines, lambda item, text: strict_iou(item, text, coordinates, box_format))
+            values, problems = judge_all(items, lines, _strict_judge(coordinates, box_format))
         metrics = _iou_metrics(benchmark.name, values)
         notes = annotation_problems(benchmark, protocol == "strict")
-    tasks = tuple(item.task for item in items)
-    indices = tuple(item.index for item in items)
-    return Scored(tasks, metrics, benchmark.name in MACRO, values, indices, dict(problems),
-                  notes=notes)
+    return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
+                  tuple(item.index for item in items), dict(problems), aggregates, notes,
+                  tuple(map(_list_of_images, items)), remarks)
+
+
+def _strict_judge(coordinates: Coordinates, box_format: BoxFormat) -> Judge:
+    def judge(item: BenchmarkItem, response: str) -> tuple[float, str]:
+        if item.box is None:
+            return 0.0, NO_BOX_ANNOTATED
+        return strict_iou(item, wrap_native_json(response), coordinates, box_format)
+
+    return judge
+
+
+def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: Coordinates,
+                   box_format: BoxFormat, images: str | None) -> list[dict | None]:
+    """The lines with their boxes as the authors' rule reads them; see to_official_line."""
+    sizes: dict[str, tuple[int, int]] = {}
+    if coordinates != Coordinates.NORMALIZED_1 or benchmark.name == "ref_l4":
+        names = [name for item in benchmark.items if item.size is None for name in item.images]
+        sizes = read_image_sizes(names, images) if names else {}
+    return [line and to_official_line(
+        item, benchmark.name, line,
+        [item.size or sizes.get(name, (1, 1)) for name in item.images], coordinates, box_format)
+        for item, line in zip(benchmark.items, lines, strict=True)]
+
+
+def _list_of_images(item: BenchmarkItem) -> tuple[str, ...]:
+    """What the items of one list of images share; a video counts as one, whichever frames are
+    shown. An item without images shares none.
+    """
+    videos = [name.rpartition("#")[0] for name in item.images] if item.task == "revos" else []
+    return tuple(dict.fromkeys(videos)) or item.images or (f"item {item.index}",)
 
 
 def _needs_image_sizes(benchmark: Benchmark, protocol: str, coordinates: Coordinates) -> bool:
@@ -282,32 +312,11 @@ def _needs_image_sizes(benchmark: Benchmark, protocol: str, coordinates: Coordin
 
 
 def _iou_metrics(benchmark: str, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Metric -> (n,) shares of IoU values; Ref-L4 asks for an IoU over the threshold, not at it."""
-    if benchmark != "ref_l4":
-        metrics = {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)}
-        return metrics | {"mean_iou": values}
-    metrics = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)}
-    steps = [values > percent / 100 for percent in range(50, 100, 5)]
-    return metrics | {"macc": np.mean(steps, axis=0), "mean_iou": values}
-
-
-def _ref_l4_values(items: list[BenchmarkItem], lines: list[dict | None],
-                   source: str) -> tuple[np.ndarray, Counter]:
-    """((n,) IoU, problems) of the "pred_bbox" of each line; None counts 0 and as missing."""
-    boxes = []
-    for item, line in zip(items, lines, strict=True):
-        if line is None:
-            boxes.append([0, 0, 0, 0])
-            continue
-        box, written_as = line["pred_bbox"], line.get("format")
-        if not is_four_numbers(box) or written_as not in ("xyxy", "xywh"):
-            raise ValueError(f'{source}: the line of {item.name} needs "pred_bbox", four numbers, '
-                             'and "format", xyxy or xywh')
-        x, y, third, fourth = box
-        boxes.append([x, y, x + third, y + fourth] if written_as == "xywh" else box)
-    values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))
-    missing = sum(line is None for line in lines)
-    return values, Counter({"missing": missing} if missing else {})
+    """Metric -> (n,) shares of IoU values."""
+    if benchmark == "ref_l4":
+        return ref_l4_metrics(values)
+    metrics = {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)}
+    return metrics | {"mean_iou": values}
 
 
 def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
@@ -326,15 +335,16 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
     if coordinates not in list(Coordinates):
         raise ValueError(f"no coordinates '{coordinates}'; the coordinates are "
                          f"{', '.join(Coordinates)}")
-    if coordinates != Coordinates.NORMALIZED_1000 and protocol != "strict":
-        raise ValueError(f"--coordinates {coordinates} needs --protocol strict: the authors' own "
-                         "rule takes boxes as they are written")
+    takes_text_boxes = name in BOX_BENCHMARKS and protocol in ("official", "strict")
+    if coordinates != Coordinates.NORMALIZED_1000 and not takes_text_boxes:
+        raise ValueError(f"--coordinates {coordinates} is for boxes in replies, which "
+                         f"{', '.join(BOX_BENCHMARKS)} have; leave it out")
     header = {"benchmark": name, "version": "", "complete": True, "protocol": protocol}
     source = Path(predictions).name
     if name in ("mc_bench", "odinw"):
         truth, detections = read_json(annotations), read_records(predictions, may_be_empty=True)
         if name == "odinw":
-            return header, coco.score_odinw(truth, detections, source)
+            return header, coco.score_odinw(truth, detections, source, protocol)
         return header, coco.score_mc_bench(truth, detections, source, protocol)
     benchmark = READERS[name](read_records(annotations))
     header |= {"version": benchmark.version, "complete": benchmark.complete}

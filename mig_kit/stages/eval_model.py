@@ -26,6 +26,7 @@ from mig_kit.sample import Sample, read_samples
 from mig_kit.scoring import run_benchmark, score
 from mig_kit.scoring.annotations import Benchmark
 from mig_kit.scoring.choice_parsers import parse_choice_letter
+from mig_kit.scoring.convert_boxes import parse_named_box
 from mig_kit.scoring.result import averaged_groups, summarize
 from mig_kit.stages import evaluate
 from mig_kit.stages.report import gallery_html, render_page
@@ -190,7 +191,7 @@ def read_freely(reply: str, sample: Sample) -> str:
     if sample.options:
         answer = parse_choice_letter(reply, LETTERS[:len(sample.options)])
     else:
-        image, box = run_benchmark.parse_named_box(reply)
+        image, box = parse_named_box(reply)
         image = image or (1 if len(sample.images) == 1 else None)
         answer = format_answer(image, box) if box is not None and image is not None else ""
     text = re.sub("</?(?:think|answer)>", " ", reply).strip()

@@ -15,7 +15,7 @@ from mig_kit.boxes import BoxFormat, seen_size, to_model_box
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.prompts import format_answer, format_question
 from mig_kit.rewards import is_correct
-from mig_kit.scoring import annotations
+from mig_kit.scoring import annotations, record_files
 from mig_kit.scoring.run_benchmark import (
     RUNNABLE,
     image_sizes,
@@ -136,7 +136,7 @@ def test_the_correct_box_in_the_wrong_image_passes_only_the_official_rule(root):
     ('<answer>{{"image": 2, "box": {box}}}', (1, 0)),
     ("<answer>In image 2: {box}</answer>", (1, 1)),
     ('<answer>{{"target_image": 2, "bbox_2d": {box}}}</answer>', (1, 1)),
-    ('```json\n[{{"bbox_2d": {box}}}]\n```', (1, 0)),
+    ('```json\n[{{"bbox_2d": {box}}}]\n```', (1, 1)),
     ("First {box}, then [1, 2, 3, 4].", (1, 0))])
 def test_boxes_in_other_forms_are_converted_too(root, form, passes):
     """A base model does not keep to the form that the kit asks for; its pixels must not be read as
@@ -237,7 +237,7 @@ def test_every_official_item_becomes_a_sample(tmp_path):
     if not file.is_file():
         pytest.skip("no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
     Image.new("RGB", (560, 420)).save(tmp_path / "one.png")
-    benchmark = annotations.read_mig_bench(annotations.read_records(file))
+    benchmark = annotations.read_mig_bench(record_files.read_records(file))
     with_reference = 0
     for item in benchmark.items[::7]:
         item = replace(item, images=("one.png",) * len(item.images))

@@ -3,6 +3,8 @@ where they are.
 """
 
 import os
+import random
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates, smart_resize
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.scoring import annotations, leaderboard, parsers, score
+from mig_kit.scoring import annotations, leaderboard, parsers, record_files, score
 from mig_kit.scoring.result import paired_difference, summarize
 
 DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
@@ -145,9 +147,11 @@ def test_mig_bench_summary_by_hand(benchmark):
     assert [values["acc@0.5"] for values in tasks.values()] == [100, 100, 100, 0]
     assert [values["mean_iou"] for values in tasks.values()] == [75, 50, 80, 12.5]
     assert result["avg"]["acc@0.5"] == 75 and result["avg"]["acc@0.7"] == 37.5
-    assert result["avg"]["mean_iou"] == pytest.approx(54.375, abs=0.01)
-    assert result["notes"]["no box can match"] == ["5"] and result["avg"]["ci95"] == [75, 75]
-    assert set(tasks["diff"]) == {"n", "acc@0.3", "acc@0.5", "acc@0.7", "mean_iou", "ci95"}
+    assert result["avg"]["mean_iou"] == pytest.approx(54.375, abs=1e-12)
+    assert result["notes"]["no box can match"] == ["5"]
+    low, high = result["avg"]["ci95"]
+    assert low < 75 < high <= 100 and result["lists"] == 2
+    assert set(tasks["diff"]) == {"n", "lists", "acc@0.3", "acc@0.5", "acc@0.7", "mean_iou", "ci95"}
 
 
 def test_the_revised_version_is_told_by_its_answers():
@@ -167,9 +171,11 @@ def test_paired_difference(benchmark):
     first, second = (score_predictions(benchmark, prediction_lines(replies))
                      for replies in (REPLIES, ["nothing"] * 6))
     gap = paired_difference(first, second)
-    assert gap["acc@0.5"] == {"value": 75, "ci95": [75, 75]}
-    assert gap["mean_iou"]["value"] == pytest.approx(54.375, abs=0.01)
-    assert paired_difference(first, first)["mean_iou"] == {"value": 0, "ci95": [0, 0]}
+    assert gap["acc@0.5"]["value"] == 75
+    assert gap["mean_iou"]["value"] == pytest.approx(54.375, abs=1e-12)
+    nothing = paired_difference(first, first)["mean_iou"]
+    # Two equal results on a few lists of images do not show that all others are equal.
+    assert nothing["value"] == 0 and nothing["ci95"][0] == -nothing["ci95"][1] < 0
 
 
 # Predictions and the items they name.
@@ -282,13 +288,93 @@ def test_ref_l4_by_hand():
     result = summarize(score_predictions(benchmark, lines))
     average = result["avg"]
     assert list(result["tasks"]) == ["small", "medium", "large"]
-    assert average["acc@0.5"] == 66.67  # IoU 0.5 is not over 0.5
-    assert (average["acc@0.75"], average["acc@0.9"]) == (66.67, 33.33)
-    assert average["mean_iou"] == 76.67
+    assert average["acc@0.5"] == pytest.approx(200 / 3, abs=1e-9)  # IoU 0.5 is not over 0.5
+    assert [average["acc@0.75"], average["acc@0.9"]] == pytest.approx([200 / 3, 100 / 3], abs=1e-9)
+    assert average["mean_iou"] == pytest.approx(230 / 3, abs=1e-5)  # in single precision
     # 0.8 passes 0.5 to 0.75, and is not over 0.8 in single precision.
     assert result["tasks"]["medium"]["macc"] == 60
+    assert "class_macc" not in average, "the annotations name no classes"
     with pytest.raises(ValueError, match="--protocol strict"):
         score_predictions(benchmark, prediction_lines(["(1,2),(3,4)"] * 3))
+
+
+def test_ref_l4_class_averages():
+    """The unweighted mean over classes; COCO's cars (3) count as Objects365's (6)."""
+    halves = [("o365_6", 1.0), ("refcoco_3", 0.8), ("refcoco_99", 0.6), ("o365_1", 0.3)]
+    records = [{"id": str(number), "bbox": [0, 0, 100, 100], "ori_category_id": category}
+               for number, (category, _) in enumerate(halves)]
+    lines = [{"id": str(number), "pred_bbox": [0, 0, 100, 100 * share - 0.01], "format": "xyxy"}
+             for number, (_, share) in enumerate(halves)]
+    average = summarize(score_predictions(annotations.read_ref_l4(records), lines))["avg"]
+    assert average["class_acc@0.5"] == pytest.approx(200 / 3, abs=1e-9)
+    shares = []
+    for threshold in np.arange(0.5, 1, 0.05) + 1e-6:
+        correct = {share: float(share - 1e-4 > threshold) for _, share in halves}
+        shares.append(((correct[1.0] + correct[0.8]) / 2 + correct[0.6] + correct[0.3]) / 3)
+    assert average["class_macc"] == pytest.approx(100 * np.mean(shares), abs=1e-9)
+
+
+@pytest.mark.parametrize("count,version", [(7231, "val"), (38110, "test"), (45341, "all"),
+                                           (7230, "subset")])
+def test_ref_l4s_splits_are_complete(count, version):
+    benchmark = annotations.read_ref_l4([{"id": str(number), "bbox": [0, 0, 9, 9]}
+                                         for number in range(count)])
+    assert (benchmark.version, benchmark.complete) == (version, version != "subset")
+
+
+def test_an_item_without_a_box_counts_0_as_in_the_authors_scripts(tmp_path):
+    save_image(tmp_path / "a.jpg", (100, 100))
+    records = [{"image_path": "a.jpg", "instruction": "", "boxes": boxes}
+               for boxes in ([[10, 10, 50, 50]], [], [None])]
+    benchmark = annotations.read_lisa(records)
+    lines = prediction_lines(["<answer>(100,100),(500,500)</answer>"] * 3)
+    for protocol in ("official", "strict"):
+        scored = score_predictions(benchmark, lines, "P", protocol, images=str(tmp_path))
+        assert scored.values.tolist() == [pytest.approx(1, abs=1e-5), 0, 0]
+        assert scored.problems == {score.NO_BOX_ANNOTATED: 2}
+    video = {"video_id": "v", "frames": [0, 1, 2], "question": ""}
+    for boxes in ([[0, 0, 1, 1]] * 2, [[0, 0, 1, 1]] * 2 + [None]):
+        assert annotations.read_revos([video | {"bbox_list": boxes}]).items[0].box is None
+
+
+def test_lisa_to_the_last_digit(tmp_path):
+    """An independent statement of the authors' rule, in exact fractions."""
+    save_image(tmp_path / "a.jpg", (640, 480))
+    draw, records, replies, expected = random.Random(0), [], [], []
+    for _ in range(200):
+        x, y = draw.randint(0, 300), draw.randint(0, 200)
+        box = [x, y, x + draw.randint(1, 300), y + draw.randint(1, 250)]
+        read = [round(v / side * 1000) + draw.randint(-20, 20)
+                for v, side in zip(box, (640, 480) * 2)]
+        read = [abs(v) for v in read]
+        records.append({"image_path": "a.jpg", "instruction": "", "boxes": [box]})
+        replies.append(f"so ( {read[0]},{read[1]} ) ,({read[2]}, {read[3]}), not (1,2),(3,4)")
+        truth = [Fraction(v, side) for v, side in zip(box, (640, 480) * 2)]
+        answer = [Fraction(v, 1000) for v in read]
+        sides = [max(Fraction(0), min(truth[k + 2], answer[k + 2]) - max(truth[k], answer[k]))
+                 for k in (0, 1)]
+        areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (truth, answer)]
+        overlap = sides[0] * sides[1]
+        expected.append(float(overlap / (sum(areas) - overlap + Fraction(1, 10 ** 6))))
+    scored = score_predictions(annotations.read_lisa(records), prediction_lines(replies),
+                               images=str(tmp_path))
+    assert scored.values.tolist() == pytest.approx(expected, abs=1e-9)
+    summary = summarize(scored)["avg"]
+    assert summary["mean_iou"] == pytest.approx(100 * np.mean(expected), abs=1e-9)
+    hits = np.mean(np.array(expected) >= 0.5)
+    assert 0.2 < hits < 1 and summary["acc@0.5"] == pytest.approx(100 * hits, abs=1e-9)
+
+
+def test_mmius_60_names_are_complete_and_lower_case_letters_match():
+    records = [{"task": f"task {number}", "output": letter, "options": "A: x B: y"}
+               for number, letter in enumerate("aB" * 30)]
+    benchmark = annotations.read_mmiu(records)
+    assert benchmark.complete and not annotations.read_mmiu(records[1:]).complete
+    lines = prediction_lines(["A", "B"] * 30)
+    for protocol in ("official", "substring"):
+        values = score_predictions(benchmark, lines, "P", protocol).values
+        # Migician's rule looks for the answer as it is written.
+        assert values.mean() == (1 if protocol == "official" else 0.5)
 
 
 def test_parquet_annotations(tmp_path):
@@ -298,7 +384,7 @@ def test_parquet_annotations(tmp_path):
     record = {"id": "a", "bbox": [0.0, 0.0, 10.0, 10.0], "width": 20, "height": 20}
     table = pyarrow.Table.from_pylist([record])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    benchmark = annotations.read_ref_l4(annotations.read_records(tmp_path / "a.parquet"))
+    benchmark = annotations.read_ref_l4(record_files.read_records(tmp_path / "a.parquet"))
     lines = [{"id": "a", "response": "<answer>(0,0),(500,500)</answer>"}]
     assert score_predictions(benchmark, lines, "P", "strict").values[0] == pytest.approx(1)
 
@@ -306,15 +392,38 @@ def test_parquet_annotations(tmp_path):
 # Published numbers and the official files.
 
 def test_published_rows_average_to_their_headline():
-    for row in (*leaderboard.MIG_BENCH["original"], *leaderboard.MIG_BENCH["revised"]):
+    for row in (row for rows in leaderboard.PUBLISHED.values() for row in rows):
         if row.tasks:
             assert set(row.tasks) == set(annotations.MIG_BENCH_TASKS)
             assert np.mean(list(row.tasks.values())) == pytest.approx(row.avg, abs=0.06)
 
 
+def test_rows_of_unknown_version_stand_below_and_none_beside_strict():
+    def table(benchmark, version, protocol):
+        average = {"acc": 50.123456, "ci95": [40, 60]}
+        return leaderboard.score_markdown({
+            "benchmark": benchmark, "version": version, "protocol": protocol, "complete": True,
+            "n": 10, "lists": 10, "tasks": {}, "avg": average, "problems": {}, "notes": {},
+            "remarks": []})
+
+    revised = table("mig_bench", "revised", "official")
+    head, notes = revised.split("\n\n")
+    assert "41.91" in head and "76.71" in head and "| 50.12 |" in head
+    assert "20.10" not in head and "32.90" not in head
+    for figure in ("Qwen2.5-VL-7B 20.10", "Qwen3-VL-8B 32.90", "Qwen3.5-9B 41.17"):
+        assert f"Not in the table: {figure}" in notes
+    assert "63.82" not in revised and "38.88" in table("mig_bench", "original", "official")
+    assert "64.29" in table("lisa", "val", "official")
+    assert "60.10" in table("lisa", "test", "official")
+    assert "61.32" in table("revos", "", "official")
+    strict = table("mig_bench", "revised", "strict")
+    assert "76.71" not in strict and "20.10" not in strict and "none stands beside" in strict
+    assert "54.15" not in table("odinw", "", "official").split("\n\n")[0]
+
+
 @needs_mig
 def test_the_official_annotations():
-    benchmark = annotations.read_mig_bench(annotations.read_records(MIG_FILE))
+    benchmark = annotations.read_mig_bench(record_files.read_records(MIG_FILE))
     assert (benchmark.version, benchmark.complete) == ("original", True)
     assert len(benchmark.items) == 4295
     notes = score.annotation_problems(benchmark, is_strict=True)
@@ -326,7 +435,7 @@ def test_the_official_annotations():
 
 @needs_mig
 def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
-    benchmark = annotations.read_mig_bench(annotations.read_records(MIG_FILE))
+    benchmark = annotations.read_mig_bench(record_files.read_records(MIG_FILE))
     answers = [f"[{', '.join(map(str, item.box))}]" for item in benchmark.items]
     scored = score_predictions(benchmark, prediction_lines(answers))
     below = {item.index for item, value in zip(benchmark.items, scored.values) if value < 0.999}
@@ -343,7 +452,7 @@ def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
 @pytest.mark.parametrize("path", BLINK_FILES, ids=lambda path: path.stem)
 def test_blinks_published_scores(path):
     """The authors' own letters through this scoring give the authors' figures."""
-    records = annotations.read_records(path)
+    records = record_files.read_records(path)
     lines = [{"id": record["idx"], "response": record["prediction"]} for record in records]
     result = summarize(score_predictions(annotations.read_blink(records), lines, path.name))
     published = BLINK_ACCURACY[path.stem.removeprefix("val_")]

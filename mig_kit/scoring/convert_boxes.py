@@ -1,0 +1,120 @@
+"""Replies whose boxes are measured otherwise than a benchmark's own rule reads them.
+
+The authors' rules read 0 to 1000. Qwen2.5-VL answers in pixels of the resized image, which would
+be read as 0 to 1000, silently. `mig-kit score --coordinates`, `mig-kit eval` and stage 06 convert
+here.
+"""
+
+import json
+import re
+
+from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
+from mig_kit.prompts import parse_reply
+from mig_kit.scoring.annotations import BenchmarkItem
+from mig_kit.scoring.parsers import last_answer_block, parse_revised_mig_bench_box
+from mig_kit.scoring.strict_parsers import parse_strict_answer
+
+_NUMBER = r"[-+]?\d+(?:\.\d+)?"
+_POINT = rf"\s*({_NUMBER})\s*,\s*({_NUMBER})\s*"
+_FOUR = rf"{_POINT},{_POINT}"
+_BOX = re.compile(
+    rf"\({_POINT}\)\s*,?\s*\({_POINT}\)|\[\s*\[{_POINT}\]\s*,\s*\[{_POINT}\]\s*\]"
+    rf"|\[{_FOUR}\]|\({_FOUR}\)"
+    rf"|<box>\s*({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s*</box>")
+_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+
+
+def wrap_native_json(reply: str) -> str:
+    """A reply that is nothing but a Qwen-VL's own JSON of boxes, [{"bbox_2d": [...]}], as an
+    <answer>, which the strict rule reads; any other reply as it is.
+    """
+    fence = _FENCE.fullmatch(reply)
+    text = fence.group(1) if fence else reply.strip()
+    if '"bbox_2d"' not in text or not text.startswith(("[", "{")):
+        return reply
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return reply
+    return f"<answer>{text}</answer>"
+
+
+def parse_named_box(reply: str, exact: bool = False) -> tuple[int | None, Box | None]:
+    """(image, box) that a reply names, as written: in the form the kit asks for, else in any that
+    `mig-kit score` reads.
+
+    exact: as the strict protocol reads, from the last <answer> alone; else from the whole reply,
+    and of several boxes the first.
+    """
+    kit_answer = parse_reply(reply)
+    has_answer = last_answer_block(reply) is not None
+    if kit_answer.box is not None and (has_answer or not exact):
+        return kit_answer.image, kit_answer.box
+    if exact:
+        reply = wrap_native_json(reply)
+    elif not has_answer:
+        answer = parse_strict_answer(f"<answer>{reply}</answer>")
+        return answer.image, answer.box or parse_revised_mig_bench_box(reply)
+    answer = parse_strict_answer(reply)
+    if exact or answer.box is not None:
+        return answer.image, answer.box
+    return answer.image, parse_revised_mig_bench_box(reply)
+
+
+def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
+               coordinates: Coordinates, box_format: BoxFormat) -> tuple[int, int]:
+    """(width, height) in `coordinates` of the image that the reply names, else of the target.
+
+    sizes: of the original images; target: the number of the target image, from 1.
+    """
+    image, _ = parse_named_box(reply)
+    number = image if image is not None and 1 <= image <= len(sizes) else target or 1
+    return coordinate_size(sizes[number - 1], coordinates, box_format)
+
+
+def convert_reply(reply: str, size: tuple[int, int]) -> str:
+    """The reply with every box as "(x1,y1),(x2,y2)" in whole 0..1000, as the authors' rules read.
+
+    size: (width, height) of the image in the reply's coordinates. Which box counts is left to the
+    authors' rule. Below 0 is written as 0, for their patterns have no sign.
+    """
+    def convert(match: re.Match) -> str:
+        box = tuple(float(number) for number in match.groups() if number)
+        if any(abs(value) > 1e9 for value in box):
+            return match.group()
+        x1, y1, x2, y2 = (max(round(value), 0) for value in rescale_box(box, size, (1000, 1000)))
+        return f"({x1},{y1}),({x2},{y2})"
+
+    return _BOX.sub(convert, reply)
+
+
+def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None,
+                    box_format: BoxFormat) -> str:
+    """The reply's one box as an <answer> in 0..1000 with decimals, for the strict protocol; a reply
+    without one stays as it is. See model_size.
+    """
+    image, box = parse_named_box(reply, exact=True)
+    if box is None:
+        return reply
+    size = model_size(reply, sizes, target, box_format.coordinates, box_format)
+    x1, y1, x2, y2 = (f"{value:.4f}" for value in rescale_box(box, size, (1000, 1000)))
+    image_text = "" if image is None else f"image {image}: "
+    return f"<answer>{image_text}({x1},{y1}),({x2},{y2})</answer>"
+
+
+def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
+                     sizes: list[tuple[int, int]], coordinates: Coordinates,
+                     box_format: BoxFormat) -> dict:
+    """A line {"response", ...} as the benchmark's own rule reads it: boxes in 0..1000, and of
+    Ref-L4 "pred_bbox" in pixels of the original image, four zeros where the reply has none.
+
+    sizes: of the item's original images. coordinates: of the reply's boxes.
+    """
+    reply = line["response"]
+    size = model_size(reply, sizes, item.target, coordinates, box_format)
+    line = line | {"response": convert_reply(reply, size)}
+    if benchmark != "ref_l4":
+        return line
+    _, box = parse_named_box(reply)
+    pixels = [0, 0, 0, 0] if box is None else list(rescale_box(box, size, sizes[0]))
+    return line | {"pred_bbox": pixels, "format": "xyxy"}
