@@ -4,12 +4,13 @@ Blue is above the group's mean, orange below; the sign says it in grey, too.
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
-import seaborn as sns
 
 from mig_kit.plots import CORRECT, PREDICTED
 
+TERM_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#E69F00", "#CC79A7")  # of rewards, in order
 MEAN_LINE = {"color": "#222222", "linewidth": 1.2, "linestyle": "--"}
 
 
@@ -23,7 +24,7 @@ def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float])
     numbers = range(1, len(advantages) + 1)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3))
     bottoms = [0.0] * len(advantages)
-    for (name, values), colour in zip(terms.items(), sns.color_palette("colorblind")):
+    for (name, values), colour in zip(terms.items(), cycle(TERM_COLOURS)):
         left.bar(numbers, values, bottom=bottoms, label=name, color=colour, edgecolor="white")
         bottoms = [bottom + value for bottom, value in zip(bottoms, values)]
     left.axhline(sum(bottoms) / len(bottoms), label="mean", **MEAN_LINE)
