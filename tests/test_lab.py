@@ -70,7 +70,8 @@ def lab(tmp_path_factory):
     for stage in store.STAGES:
         prepare(stage, "lab", folder / f"{stage}.ipynb")
     cells = [new_code_cell(source) for source in SMALL_NOTEBOOK]
-    nbformat.write(new_notebook(cells=cells), folder / "widgets.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # else Lab asks for it
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "widgets.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

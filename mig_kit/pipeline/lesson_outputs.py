@@ -86,7 +86,7 @@ def html_tables(html: str, folders: dict[str, str]) -> str:
                 for cell in row.find_all(["th", "td"])
                 for _ in range(int(cell.get("colspan", 1)))] for row in table.find_all("tr")]
               for table in soup.find_all("table")]
-    return "\n\n".join(markdown_table(rows) for rows in tables if rows)
+    return "\n\n".join(markdown_table(rows) for rows in tables if any(map(any, rows)))
 
 
 def markdown_table(rows: list[list[str]]) -> str:

@@ -180,12 +180,15 @@ def _prepare_cells(notebook: NotebookNode, number: str, folder: Path) -> Noteboo
             cells.append(nbformat.v4.new_markdown_cell(page_links(web_formulas(cell.source))))
         if cell.cell_type != "code" or _has_tag(cell, INJECTED):
             continue
-        parts = []
+        parts, last = [], None
         for output in join_streams(cell.outputs):
             picture = output_picture(output)
             if picture is None:
                 parts.append(output_text(output, folders))
                 continue
+            if picture == last:  # a figure that is displayed, and shown again at the cell's end
+                continue
+            last = picture
             n_pictures += 1
             name = f"{number}_{n_pictures}.png"
             (folder / name).write_bytes(shrink_picture(picture))

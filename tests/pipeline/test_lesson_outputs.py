@@ -86,6 +86,7 @@ def test_a_data_frame_becomes_a_table():
     assert html_tables(named, {}).startswith("|  | a\\|b | n |\n| --- | --- | ---: |\n| SFT |")
     assert html_tables(html.replace("<div>", "<div><progress value=1></progress>"), {}) == ""
     assert html_tables("<p>no table</p>", {}) == ""
+    assert html_tables("<table><tr><th></th></tr></table>", {}) == "", "an empty data frame"
 
 
 def test_a_table_has_at_most_twenty_rows():

@@ -36,7 +36,7 @@ def small_notebook(is_executed=True):
         cells[2].outputs = [new_output("stream", name="stderr", text="a Warning"),
                             new_output("stream", name="stdout", text="in /srv/kit/runs/mine/a\n"),
                             picture_output("red")]
-        cells[4].outputs = [picture_output("blue")]
+        cells[4].outputs = [picture_output("blue"), picture_output("blue")]  # shown twice
         cells[5].outputs = [new_output("execute_result", {"text/plain": "'shown'"})]
         cells.insert(2, injected)
     notebook = new_notebook(cells=cells)
