@@ -25,11 +25,11 @@ def read_prompt(base_model: str, sample: Sample,
     folder = resolve_model(base_model)
     processor = load_processor(folder if isinstance(folder, Path) else TINY_BASE, box_format)
     text = render_prompt(processor, sample, box_format)
-    inputs = processor(text=[text], images=list(sample.images))
-    tokens = [processor.tokenizer.decode([token]) for token in inputs["input_ids"][0]]
+    inputs = processor(text=[text], images=list(sample.images), return_tensors="pt")
+    tokens = [processor.tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist()]
     patch = processor.image_processor.patch_size
     sizes = [(columns * patch, rows * patch)
-             for _, rows, columns in torch.as_tensor(inputs["image_grid_thw"]).tolist()]
+             for _, rows, columns in inputs["image_grid_thw"].tolist()]
     return tokens, sizes
 
 
