@@ -99,10 +99,10 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     _check_words(suite, file, images, adapter, four_bit)
     others = {str(folder): read_result(folder) for folder in compare}
     run_model = find_model(model, coordinates, min_pixels, max_pixels)
-    given = {name: value for name, value in params.items() if value is not None}
+    chosen = {name: value for name, value in params.items() if value is not None}
     of_run = {name: value for name, value in run_model.evaluation.items()
               if name in eval_model.DEFAULTS}
-    settings = eval_model.DEFAULTS | of_run | given
+    settings = eval_model.DEFAULTS | of_run | chosen
     sizes = {name: settings.pop(name) for name in eval_model.DRAWN_SIZES}
     hardware = models.choose_hardware(settings.pop("dtype"), device)
     task = eval_model.Task(suite, file, images or (file.parent if file else None), limit, sizes,

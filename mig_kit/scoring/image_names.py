@@ -107,16 +107,16 @@ def mark_images(text: str) -> str:
 
 def find_key_numbers(text: str) -> set[int]:
     """Image numbers that the JSON keys of a text give; keys that say "target" before others."""
-    found: dict[bool, set[int]] = {True: set(), False: set()}
+    by_rank: dict[bool, set[int]] = {True: set(), False: set()}
     for quoted, bare, value in _KEY.findall(text):
         key = _IMAGE_KEY.fullmatch(re.sub(r"[\s_-]", "", quoted or bare))
         if not key:
             continue
         parts = value.strip("[]").split(",") if value.startswith("[") else [value]
         numbers = [_VALUE.fullmatch(part.strip()) for part in parts]
-        found[bool(key[1] or key[2])] |= {to_number(number[1] or number[2])
+        by_rank[bool(key[1] or key[2])] |= {to_number(number[1] or number[2])
                                           for number in numbers if number}
-    return found[True] or found[False]
+    return by_rank[True] or by_rank[False]
 
 
 def find_image_numbers(text: str) -> set[int]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.scoring import annotations, score
+from mig_kit.scoring import annotations, record_files, score
 from mig_kit.scoring.choice_parsers import BLINK_CHOICES, parse_blink_letter, parse_choice_letter
 
 DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
@@ -92,7 +92,7 @@ AGREEMENT = {"MiniGPT-4-v2": 0.94}
                     reason="no blink/val_*.jsonl in the folder that MIG_KIT_DATA names")
 @pytest.mark.parametrize("path", BLINK_FILES, ids=lambda path: path.stem)
 def test_letters_agree_with_blinks_authors(path):
-    records = annotations.read_records(path)
+    records = record_files.read_records(path)
     agrees, gains = [], {}
     for item, record in zip(annotations.read_blink(records).items, records):
         authors_letter = record["prediction"][1]

@@ -11,7 +11,7 @@ from mig_bench_wordings import WORDINGS, word_reply
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.prompts import format_answer
-from mig_kit.scoring import annotations, image_names, run_benchmark, score
+from mig_kit.scoring import annotations, image_names, record_files, run_benchmark, score
 from mig_kit.scoring.parsers import last_answer_block
 from mig_kit.scoring.strict_parsers import parse_strict_answer
 
@@ -167,7 +167,7 @@ def strict_average(items, reply_to):
 def read_items():
     """MIG-Bench's questions where its file is, else made ones without the inverted answer."""
     if MIG_FILE.is_file():
-        return annotations.read_mig_bench(annotations.read_records(MIG_FILE)).items
+        return annotations.read_mig_bench(record_files.read_records(MIG_FILE)).items
     return annotations.read_mig_bench(mig_records()[:5]).items
 
 
