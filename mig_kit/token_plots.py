@@ -51,7 +51,7 @@ def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str = "
     high = max(values, default=0.0) if high is None else high
     span = (high - low) or 1.0
     colours = [_colour(min(1.0, max(0.0, (value - low) / span))) for value in values]
-    shown = [token.replace("\n", "↵") for token in tokens]
+    shown = [token.replace("\n", "\\n") for token in tokens]
     tips = [format(value, number_format) for value in values]
     return ColouredTokens(_write_html(shown, colours, tips, title), _draw(shown, colours, title))
 

@@ -32,7 +32,7 @@ def test_everything_is_escaped():
 
 def test_numbers_are_tool_tips_and_line_breaks_show():
     coloured = colour_tokens(["a\n"], [0.125], number_format=".3f")
-    assert 'title="0.125"' in coloured.html and "a↵" in coloured.html
+    assert 'title="0.125"' in coloured.html and "a\\n" in coloured.html
 
 
 def test_the_picture_is_as_wide_as_a_page_and_wraps():
