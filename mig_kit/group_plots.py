@@ -42,13 +42,15 @@ def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Fig
     """
     figure, axis = plt.subplots(figsize=(6.4, 3))
     _draw_signed_bars(axis, change, advantages)
-    for number, (value, advantage) in enumerate(zip(change, advantages), 1):
-        axis.annotate(f"{advantage:+.1f}", (number, value), ha="center", fontsize=8,
+    for number, value in enumerate(change, 1):
+        axis.annotate(f"{value:+.1f}", (number, value), ha="center", fontsize=8,
                       va="bottom" if value >= 0 else "top")
     axis.margins(y=0.15)
     _label(axis, "Change of each reply's log-probability by one update",
            "change (nats)", range(1, len(change) + 1))
-    axis.set_xlabel("reply; the number at its bar is its advantage")
+    axis.set_xticks(range(1, len(change) + 1), [
+        f"{number}\n({advantage:+.1f})" for number, advantage in enumerate(advantages, 1)])
+    axis.set_xlabel("reply (its advantage)")
     return _close(figure)
 
 

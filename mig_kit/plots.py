@@ -42,7 +42,8 @@ SYSTEM_MARKERS = {"base": "o", "sft": "s", "grpo": "D", "sft_long": "^"}
 # What a curve is called above its panel, with its unit.
 CURVE_NAMES = {
     "reward": "reward, weighted sum", "length": "length, tokens", "entropy": "entropy, nats",
-    "zero_std": "groups without spread, share", "loss": "loss, nats per token",
+    "zero_std": "groups without spread, share",
+    "clipped_ratio": "replies cut off, share", "loss": "loss, nats per token",
     "token_accuracy": "correct tokens, share", "visual_loss": "loss on images, nats",
     "visual_right": "correct on images, share", "text_loss": "loss on text, nats",
     "text_right": "correct on text, share", "looking": "attention on the object, share"}
@@ -287,8 +288,10 @@ def plot_shares(rows: list[dict], names: list[str], title: str, smooth: int = 10
     table = pd.DataFrame(rows).dropna(subset=names)
     means = table[names].astype(float).rolling(smooth, min_periods=1).mean() * 100
     figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
-    ends = means.iloc[[min(smooth, len(means)) - 1, -1]]
-    labels = [f"{name} {ends[name].iloc[0]:.0f} to {ends[name].iloc[1]:.0f} %" for name in names]
+    span = min(smooth, max(1, len(table) // 2))
+    first, last = (100 * part[names].astype(float).mean()
+                   for part in (table.head(span), table.tail(span)))
+    labels = [f"{name} {first[name]:.0f} to {last[name]:.0f} %" for name in names]
     axis.stackplot(table[x], *(means[name] for name in names), labels=labels,
                    colors=list(piece_colours(names).values()), edgecolor="white")
     axis.legend(frameon=False, reverse=True, loc="upper center", bbox_to_anchor=(0.5, -0.22),

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box
-from mig_kit.plots import PREDICTED, TARGET, draw_replies, draw_sample
+from mig_kit.plots import CORRECT, PREDICTED, TARGET, draw_replies, draw_sample
 from mig_kit.prompts import cut_reasoning, format_answer
 from mig_kit.rewards import REWARDS, Reward, is_correct, reply_iou
 from mig_kit.sample import Sample
@@ -246,7 +246,7 @@ def _draw_tile(sample: Sample, reply: str, name: str, box_format: BoxFormat) -> 
     pen.text((10, 4), name, fill="#111111", font=ImageFont.load_default(14))
     tile.paste(sheet, (6, 24))
     pen.multiline_text((10, bottom), answer, fill="#333333", font=font)
-    colour = TARGET if is_correct(reply, sample, box_format) else PREDICTED
+    colour = CORRECT if is_correct(reply, sample, box_format) else PREDICTED
     pen.rectangle((0, 4, 4, tile.height - 8), fill=colour)
     return tile
 

@@ -28,4 +28,6 @@ def test_a_change_has_the_colour_of_its_advantage():
     axis = group_plots.plot_change([0.3, 0.1, -0.2], [1.0, -0.5, -0.5]).axes[0]
     assert heights(axis) == [0.3, 0.1, -0.2]
     assert colours(axis) == [CORRECT, PREDICTED, PREDICTED]
-    assert [text.get_text() for text in axis.texts] == ["+1.0", "-0.5", "-0.5"]
+    assert [text.get_text() for text in axis.texts] == ["+0.3", "+0.1", "-0.2"]
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert labels == ["1\n(+1.0)", "2\n(-0.5)", "3\n(-0.5)"]
