@@ -23,7 +23,7 @@ def test_boxes_from_one_half_on_are_blue():
          .all(-1).any() for wanted in (0.3, 0.49, 0.5, 0.9)]
         for colour in (palette.CORRECT, palette.PREDICTED))
     assert blue == [False, False, True, True] and orange == [True, True, False, False]
-    assert score_plots.draw_overlaps(sample).width <= 740
+    assert score_plots.draw_overlaps(sample).width <= 780
 
 
 def test_resamples_within_the_interval_are_blue():

@@ -66,5 +66,5 @@ def test_a_system_that_has_moved_is_away_from_the_base(tmp_path, random_folder, 
     figures = kl["sft"]["mig_bench"]
     assert figures["per_token"] == pytest.approx((own - base).mean().item(), abs=1e-5)
     assert figures["per_token"] > 0 and figures["replies"] == 4
-    assert report.kl_rows(kl)[0] == {"system": "sft",
+    assert report.kl_rows(kl)[0] == {"system": "SFT",
                                      "MIG-Bench-like (drawn)": round(figures["per_token"], 3)}

@@ -93,7 +93,7 @@ def test_two_models_stand_in_one_table(evaluated, smoke_runs):
 def test_replies_of_another_model_are_not_taken_for_ones_own(evaluated, smoke_runs):
     result = run_mig_kit("eval", "--model", "smoke/sft", "--out", str(evaluated / "grpo"),
                          MIG_KIT_RUNS=str(smoke_runs))
-    assert result.returncode and "holds replies made with another model" in result.stderr
+    assert result.returncode and "holds replies of another model" in result.stderr
     assert "Traceback" not in result.stderr
 
 
