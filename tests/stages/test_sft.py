@@ -328,6 +328,7 @@ def test_live_curves_are_drawn_in_a_notebook_and_removed(monkeypatch):
     for _ in range(2):
         live.on_log(None, state, None)
     live.on_train_end(None, state, None)
-    assert [axis.get_title() for axis in shown[0].axes] == ["loss, nats per token", "correct tokens, share"]
+    titles = [axis.get_title() for axis in shown[0].axes]
+    assert titles == ["loss, nats per token", "correct tokens, share"]
     assert shown[1].data == "" and shown[3] == "rollouts", "none kept yet, then some"
     assert [part.data for part in shown[4:]] == ["", ""]
