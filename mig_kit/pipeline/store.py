@@ -124,12 +124,6 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _list_runs(groups: list[str]) -> list[str]:
-    """The runs of "name=run,run" words, as `stages.compare.parse_groups` reads them."""
-    runs = [run.strip() for word in groups for run in word.rpartition("=")[2].split(",")]
-    return [validate_run_id(run) for run in runs if run]
-
-
 def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
     control = validate_run_id(params["control_run"])
     outputs = require_record("03_merge", control, stage)["outputs"]
