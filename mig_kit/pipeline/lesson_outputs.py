@@ -178,7 +178,7 @@ def web_formulas(markdown: str) -> str:
         formula = match[1]
         return f"$`{formula}`$" if UNSAFE_IN_FORMULA.search(formula) else match[0]
 
-    blocks = re.sub(r"(?m)^\s*\$\$\s*(.+?)\s*\$\$\s*$", r"```math\n\1\n```", markdown,
+    blocks = re.sub(r"(?m)^[ \t]*\$\$\s*(.+?)\s*\$\$[ \t]*$", r"```math\n\1\n```", markdown,
                     flags=re.DOTALL)
     parts = re.split(r"(?ms)(^```.*?^```)", blocks)
     inline = re.compile(r"(?<![\\$`])\$(?!\$)([^$`\n]+?)(?<!\\)\$(?!\$)")

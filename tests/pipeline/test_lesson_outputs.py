@@ -125,4 +125,6 @@ def test_formulas_survive_markdown():
     assert web_formulas("the sum $a + b$ costs 5 $ or 6 $") == "the sum $a + b$ costs 5 $ or 6 $"
     assert web_formulas(r"$\{a\}$ and $x_i y_i$") == r"$`\{a\}`$ and $`x_i y_i`$"
     assert web_formulas("$$\n\\frac{a}{b}\n$$") == "```math\n\\frac{a}{b}\n```"
+    two = web_formulas("a\n\n$$b$$\n\n$$c$$\n\nd")
+    assert two == "a\n\n```math\nb\n```\n\n```math\nc\n```\n\nd", "blank lines stay"
     assert web_formulas("```bash\necho $a_ $b_\n```") == "```bash\necho $a_ $b_\n```"
