@@ -116,7 +116,7 @@ def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, lo
         axes.text(group + 1.2, row + 0.5, f"{kept[name]:.0f} %", va="center", fontsize=8, color=INK)
     axes.text(group + 1.2, -0.35, "within", fontsize=8, color=INK)
     axes.set_title(f"Pass rates, % of prompts (blue: {low:g} to {high:g} is kept)",
-                   loc="left", fontsize=11)
+                   loc="left", fontsize=11, pad=20)
     axes.set(xlabel=f"correct replies of {group}", ylabel="")
     axes.tick_params(axis="both", labelsize=8, rotation=0)
     return _close(figure)

@@ -120,7 +120,9 @@ def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = No
     names = list(dict.fromkeys(table[x]))
     figure, axes = plt.subplots(layout="constrained", figsize=(
         max(WIDTH, 0.62 * len(names) * max(1, len(hues) / 2)), 3.4))
-    colours = {"hue": hue, "hue_order": hues, "palette": palette} if hue else _bar_colours(names, x)
+    colours = _bar_colours(names, x)
+    if hue:
+        colours = {"hue": hue, "hue_order": hues, "palette": palette or piece_colours(hues)}
     sns.barplot(table, x=x, y=y, ax=axes, errorbar=None, order=names, saturation=1,
                 legend=bool(hue), **colours)
     if interval:
