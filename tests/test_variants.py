@@ -17,11 +17,13 @@ VARIANT = ("run", "05", "06", "--from", "smoke", "--run-id", "variant", "--profi
 
 @pytest.fixture(scope="module")
 def runs(smoke_runs, tmp_path_factory):
-    """A folder of runs with a copy of the smoke run and a variant of it."""
+    """A folder of runs with a copy of the smoke run and a variant of it, trained by two processes.
+    """
     root = tmp_path_factory.mktemp("variants")
     shutil.copytree(smoke_runs / "smoke", root / "smoke")
     before = describe_files(root / "smoke")
-    result = run_mig_kit(*VARIANT, MIG_KIT_RUNS=str(root))
+    launcher = ("-p", "launcher", "torchrun --standalone --nproc-per-node 2")
+    result = run_mig_kit(*VARIANT, *launcher, MIG_KIT_RUNS=str(root))
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
     assert describe_files(root / "smoke") == before, "a variant changed its source"
     return root

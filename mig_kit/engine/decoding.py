@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.functional import linear, softmax
 from transformers import Cache
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
@@ -234,7 +233,7 @@ def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
             layer.weight.data = original
 
 
-def _fold_adapter(layer: LoraLinear, dtype: torch.dtype) -> None:
+def _fold_adapter(layer: torch.nn.Module, dtype: torch.dtype) -> None:
     """Put weight + adapters, in `dtype`, in the place of the weight, which stays as it is."""
     weight = layer.base_layer.weight.data
     for adapter in layer.active_adapters:
@@ -246,7 +245,7 @@ def _fold_adapter(layer: LoraLinear, dtype: torch.dtype) -> None:
 
 def _is_foldable(module: torch.nn.Module) -> bool:
     """Is this a float32 layer with an adapter that is in use?"""
-    return (isinstance(module, LoraLinear) and not module.merged and not module.disable_adapters
+    return (_is_lora(module) and not module.merged and not module.disable_adapters
             and module.base_layer.weight.dtype == torch.float32)
 
 
@@ -287,6 +286,17 @@ def _fuse_layers(fused_weights: FusedWeights, layers: tuple[torch.nn.Module, ...
 
 def _unwrap_adapter(layer: torch.nn.Module) -> torch.nn.Module:
     """The layer under an adapter that is folded in or not in use."""
-    if isinstance(layer, LoraLinear) and (layer.merged or layer.disable_adapters):
+    if _is_lora(layer) and (layer.merged or layer.disable_adapters):
         return layer.base_layer
     return layer
+
+
+def _is_lora(module: torch.nn.Module) -> bool:
+    """Is this a layer of PEFT's with an adapter? PEFT takes seconds to import, so it is asked only
+    where there is one.
+    """
+    if "lora_A" not in dict(module.named_children()):
+        return False
+    from peft.tuners.lora.layer import Linear
+
+    return isinstance(module, Linear)

@@ -8,10 +8,9 @@ boxes in 0 to 1000. Only safetensors are read, and no code that a model folder c
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
-import bitsandbytes
 import torch
-from peft import PeftModel
 from transformers import (
     BitsAndBytesConfig,
     Qwen2_5_VLConfig,
@@ -29,6 +28,9 @@ from mig_kit.engine.model_folders import (
     load_config,
 )
 from mig_kit.engine.processors import StillImageProcessor, load_processor
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # takes seconds to import, and most stages have no adapter
 
 TINY_BASE = model_folder("tiny")
 TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
@@ -221,7 +223,8 @@ def load_model(model: str | Path, hardware: Hardware,
         use_safetensors=True)
     patch_embed = weights.model.visual.patch_embed
     patch_embed.proj = PatchProduct(patch_embed.proj)
-    return protect_4bit_weights(weights.eval())
+    weights.eval()
+    return protect_4bit_weights(weights) if four_bit else weights
 
 
 @dataclass
@@ -232,7 +235,7 @@ class Policy:
     in which numbers it computes. box_format: how it sees images and writes boxes.
     """
 
-    model: VisionLanguageModel | PeftModel
+    model: Union[VisionLanguageModel, "PeftModel"]
     processor: StillImageProcessor
     hardware: Hardware
     box_format: BoxFormat
@@ -255,8 +258,10 @@ def protect_4bit_weights(model: torch.nn.Module) -> torch.nn.Module:
     use; merging it or training it afterwards gives garbage. Call it after whatever puts the whole
     model in eval mode.
     """
+    from bitsandbytes.nn import Linear4bit  # takes seconds, which a plain model can do without
+
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.train()
     return model
 

@@ -2,15 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import progress_bar, release_memory, write_atomically
+from mig_kit.common import progress_bar, release_memory
 from mig_kit.engine.decoding import fuse_decoding_weights
 from mig_kit.engine.generation import (
     Sampling,
@@ -22,6 +21,7 @@ from mig_kit.engine.models import Hardware, Policy, load_policy, unwrap_peft
 from mig_kit.engine.parallel import map_in_threads
 from mig_kit.engine.prompt_cache import PromptCache
 from mig_kit.engine.server import Question, ServedModel, serve_model
+from mig_kit.engine.stored_replies import StoredReplies, load_replies
 from mig_kit.image_files import LazyImages
 from mig_kit.sample import Sample
 
@@ -69,7 +69,7 @@ def greedy_replies(policy: Policy, samples: Sequence[Sample],
 def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path: Path, *,
                    replies: int, temperature: float, max_new_tokens: int, batch_size: int,
                    seed: int, label: str = "rollouts", cache: PromptCache | None = None,
-                   workers: int = 1) -> "StoredReplies":
+                   workers: int = 1) -> StoredReplies:
     """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
 
     Batches that are whole in the file are not drawn again. Each batch has its own seed, and batches
@@ -130,7 +130,7 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
 
 def _served_replies(served: ServedModel, samples: Sequence[Sample], path: Path,
                     is_stored: set[str], replies: int, sampling: Sampling,
-                    label: str) -> "StoredReplies":
+                    label: str) -> StoredReplies:
     """As `sample_replies`, from servers. is_stored: ids that the file holds already."""
     ids = [sample.id for sample in samples]
     questions = (Question(samples[index], replies) for index, name in enumerate(ids)
@@ -169,73 +169,3 @@ def _image_list_key(sample: Sample) -> int | str:
     if all(image.sha256 for image in sample.images.encoded):
         return hash(tuple(image.sha256 for image in sample.images.encoded))
     return sample.id
-
-
-class StoredReplies(Mapping):
-    """Replies by sample id, each read from its place in a file of `sample_replies` when it is
-    looked at.
-    """
-
-    def __init__(self, path: Path, places: dict[str, int]):
-        self.path, self.places = path, places
-
-    def __getitem__(self, name: str) -> list[str]:
-        with self.path.open("rb") as file:
-            file.seek(self.places[name])
-            return json.loads(file.readline())["replies"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
-@dataclass(frozen=True)
-class RepliesInOrder(Sequence):
-    """The replies to samples with these ids, each read when it is looked at; [] where there are
-    none. is_single: the one reply to each in place of a list of replies.
-    """
-
-    stored: Mapping[str, list[str]]
-    ids: list[str]
-    is_single: bool = False
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return replace(self, ids=self.ids[index])
-        name = self.ids[index]
-        return self.stored[name][0] if self.is_single else self.stored.get(name, [])
-
-
-def load_replies(path: Path) -> StoredReplies:
-    """Replies by sample id from a file of `sample_replies`; a line cut by a kill is dropped."""
-    places: dict[str, int] = {}
-    if not path.is_file():
-        return StoredReplies(path, places)
-    end = 0
-    for name, line in _iter_complete_lines(path):
-        places[name] = end
-        end += len(line)
-    if end != path.stat().st_size:
-        write_atomically(path, lambda temporary: _copy_complete_lines(path, temporary))
-    return StoredReplies(path, places)
-
-
-def _copy_complete_lines(source: Path, target: Path) -> None:
-    with target.open("wb") as file:
-        file.writelines(line for _, line in _iter_complete_lines(source))
-
-
-def _iter_complete_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(sample id, line) of every line that is whole."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                name = json.loads(line)["id"]
-            except ValueError:
-                continue
-            yield name, line.rstrip(b"\n") + b"\n"

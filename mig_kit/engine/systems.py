@@ -11,8 +11,9 @@ from mig_kit.common import release_memory
 from mig_kit.engine.logprobs import reply_logps
 from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.prompt_cache import MAX_BYTES, PromptCache
-from mig_kit.engine.sampling import RepliesInOrder, make_cache, open_policy, sample_replies
+from mig_kit.engine.sampling import make_cache, open_policy, sample_replies
 from mig_kit.engine.server import ServedModel
+from mig_kit.engine.stored_replies import RepliesInOrder
 from mig_kit.sample import Sample
 
 

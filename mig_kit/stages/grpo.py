@@ -32,7 +32,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import model_folder
 from mig_kit.engine.generation import Sampling
-from mig_kit.engine.kept_rollouts import KeepRollouts, draw_first_rollouts
+from mig_kit.engine.kept_rollouts import draw_first_rollouts
 from mig_kit.engine.model_folders import check_model_folder
 from mig_kit.engine.models import (
     Hardware,
@@ -45,6 +45,7 @@ from mig_kit.engine.models import (
 from mig_kit.engine.one_group import keep_global_state
 from mig_kit.engine.own_rewards import compute_reward, load_rewards
 from mig_kit.engine.qlora import load_adapter_policy
+from mig_kit.engine.rollout_keeper import KeepRollouts
 from mig_kit.engine.sampling import make_cache
 from mig_kit.engine.served_rollouts import SAMPLING_CURVES, SERVED_ADAPTERS, ServedRollouts
 from mig_kit.engine.shared_prefix_grpo import (

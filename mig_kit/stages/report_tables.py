@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.sampling import load_replies
+from mig_kit.engine.stored_replies import load_replies
 from mig_kit.pipeline.params import EXECUTION_PARAMS, list_profiles, profile_params
 from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SYSTEM_LABELS, suite_name
 from mig_kit.prompts import parse_boxes

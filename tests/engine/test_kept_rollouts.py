@@ -3,7 +3,7 @@
 import json
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import kept_rollouts
+from mig_kit.engine import kept_rollouts, rollout_keeper
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
 
@@ -11,8 +11,8 @@ BOX_FORMAT = BoxFormat()
 
 
 def test_prompts_are_spread_over_the_table():
-    assert kept_rollouts.pick_prompts(100) == [0, 25, 50, 75]
-    assert kept_rollouts.pick_prompts(3) == [0, 1, 2]
+    assert rollout_keeper.pick_prompts(100) == [0, 25, 50, 75]
+    assert rollout_keeper.pick_prompts(3) == [0, 1, 2]
 
 
 def test_the_first_prompt_with_a_box_is_shown(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from PIL import Image
 from rollout_server import RolloutServer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, sampling, server_process
+from mig_kit.engine import models, sampling, server_process, stored_replies
 from mig_kit.engine.server import serve_model
 from mig_kit.engine.server_requests import PromptEncoder, check_prompt_ids
 from mig_kit.world.tasks import TASKS, make_sample
@@ -102,7 +102,7 @@ def test_served_replies_equal_the_local_loops(start_server, questions, tmp_path,
     served = draw(server.url, tmp_path, questions, random_folder, float32)
     local = draw("", tmp_path / "local", questions, random_folder, float32)
     assert served == local
-    assert sampling.load_replies(tmp_path / "replies.jsonl") == served
+    assert stored_replies.load_replies(tmp_path / "replies.jsonl") == served
     body = server.bodies[0]
     expected = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0,
                 "max_tokens": 8, "n": 1, "return_token_ids": True}
@@ -126,7 +126,7 @@ def test_a_server_that_dies_is_left_out_and_loses_nothing(start_server, question
     dying.change = die_later
     with pytest.raises(RuntimeError, match="no server is left; what is finished is kept"):
         draw(dying.url, tmp_path, questions, random_folder, float32)
-    kept = sampling.load_replies(tmp_path / "replies.jsonl")
+    kept = stored_replies.load_replies(tmp_path / "replies.jsonl")
     assert len(kept) == 1
     dying, healthy = start_server(), start_server()
     dying.change = die

@@ -32,13 +32,14 @@ def predict(params, hardware=BFLOAT16, rates=RATES, column="memory_gib") -> dict
 
 
 def test_weights_are_in_memory_as_often_as_processes_hold_them(smoke):
-    alone = smoke._replace(grpo=SimpleNamespace(**vars(smoke.grpo) | {"launcher": ""}))
+    launcher = "torchrun --standalone --nproc-per-node 2"
+    twice = smoke._replace(grpo=SimpleNamespace(**vars(smoke.grpo) | {"launcher": launcher}))
     weights = THREE.total * 2 / gpu_needs.GIB
-    memory = predict(alone)
+    memory = predict(smoke)
     assert list(memory) == STAGES
     assert all(weights + cpu_needs.RUNTIME_GIB < gib < 2.6 * weights for gib in memory.values())
-    assert predict(smoke)["05_grpo"] > 1.8 * memory["05_grpo"], "torchrun starts two"
-    float32 = predict(alone, FLOAT32)
+    assert predict(twice)["05_grpo"] > 1.8 * memory["05_grpo"], "torchrun starts two"
+    float32 = predict(smoke, FLOAT32)
     assert all(float32[stage] > memory[stage] + 0.5 * weights for stage in STAGES[1:])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.engine import generation, sampling
+from mig_kit.engine import generation, sampling, stored_replies
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import is_correct
 from mig_kit.stages import rejection_sampling
@@ -103,17 +103,17 @@ def test_accuracy_by_detail_by_hand():
 def test_a_cut_line_is_dropped_and_the_rest_kept(tmp_path):
     path = tmp_path / "replies.jsonl"
     path.write_text(json.dumps({"id": "a", "replies": ["x"]}) + "\n" + '{"id": "b", "rep')
-    assert sampling.load_replies(path) == {"a": ["x"]}
+    assert stored_replies.load_replies(path) == {"a": ["x"]}
     assert path.read_text().count("\n") == 1
 
 
 def test_replies_in_order_are_read_when_they_are_looked_at(tmp_path):
     path = tmp_path / "replies.jsonl"
     path.write_text('{"id": "a", "replies": ["1", "2"]}\n{"id": "b", "replies": ["3"]}\n')
-    stored = sampling.load_replies(path)
-    drawn = sampling.RepliesInOrder(stored, ["b", "c", "a"])
+    stored = stored_replies.load_replies(path)
+    drawn = stored_replies.RepliesInOrder(stored, ["b", "c", "a"])
     assert list(drawn) == [["3"], [], ["1", "2"]] and drawn[-1] == ["1", "2"]
-    greedy = sampling.RepliesInOrder(stored, ["b", "a", "b"], is_single=True)
+    greedy = stored_replies.RepliesInOrder(stored, ["b", "a", "b"], is_single=True)
     assert list(greedy) == ["3", "1", "3"] and list(greedy[1:]) == ["1", "3"] and len(greedy) == 3
     path.write_text(path.read_text().replace("3", "4"))
     assert greedy[0] == "4", "nothing is kept"
