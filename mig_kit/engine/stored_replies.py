@@ -49,7 +49,7 @@ class RepliesInOrder(Sequence):
 
 
 def load_replies(path: Path) -> StoredReplies:
-    """Replies by sample id from a file of `sampling.sample_replies`; a line cut by a kill is dropped."""
+    """Replies by sample id from a file of `StoredReplies`; a line cut by a kill is dropped."""
     places: dict[str, int] = {}
     if not path.is_file():
         return StoredReplies(path, places)
