@@ -92,12 +92,14 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
                  orientation: str, coordinates: str | None, min_pixels: int, max_pixels: int,
                  device: str, **params) -> None:
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
-    from mig_kit.engine import models
-    from mig_kit.stages import eval_model
     from mig_kit.stages.eval_tables import read_result, result_tables
 
     _check_words(suite, file, images, adapter, four_bit)
     others = {str(folder): read_result(folder) for folder in compare}
+
+    from mig_kit.engine import models  # seconds, which wrong words need not wait for
+    from mig_kit.stages import eval_model
+
     run_model = find_model(model, coordinates, min_pixels, max_pixels)
     chosen = {name: value for name, value in params.items() if value is not None}
     of_run = {name: value for name, value in run_model.evaluation.items()
@@ -118,10 +120,11 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
 def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Path | None,
                  four_bit: bool) -> None:
     """ValueError for words of `eval` that do not go together."""
-    from mig_kit.stages import eval_model
+    from mig_kit.scoring.run_benchmark import RUNNABLE
 
-    if suite not in eval_model.SUITES:
-        raise ValueError(f"no suite '{suite}'; use one of {', '.join(eval_model.SUITES)}")
+    suites = ("drawn", "own", *RUNNABLE)
+    if suite not in suites:
+        raise ValueError(f"no suite '{suite}'; use one of {', '.join(suites)}")
     if suite == "drawn" and (file or images):
         raise ValueError("--suite drawn has no --file and no --images; leave them out, or name the "
                          "suite of the file")

@@ -32,7 +32,6 @@ from mig_kit.stages import evaluate
 from mig_kit.stages.report import gallery_html, render_page
 from mig_kit.world import suites
 
-SUITES = ("drawn", "own", *run_benchmark.RUNNABLE)
 DRAWN_SIZES = {"mig_per_task": 100, "ood_per_task": 100, "blink_per_task": 60, "mmiu_per_task": 80,
                "find_all_per_task": 0, "eval_seed": 14}  # stage 06's of the tiny profile
 # what a model is asked with, where neither its run's 06 nor the caller says otherwise
@@ -44,7 +43,8 @@ Questions = dict[str, Sequence[Sample]] | tuple[Benchmark, dict[str, list[tuple[
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked. suite: one of SUITES. file: annotations or own data; root: of its images.
+    """What is asked. suite: drawn, own or one of RUNNABLE. file: annotations or own data; root: of
+    its images.
 
     limit: so many first questions of every task (of own data: of the file), 0 for all. sizes: as
     DRAWN_SIZES. orientation: one of ORIENTATIONS.
