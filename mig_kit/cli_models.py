@@ -150,12 +150,7 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
            coordinates: str | None, min_pixels: int, max_pixels: int, orientation: str,
            frame: str | None, question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
-    from mig_kit import plots
-    from mig_kit.engine import models, sampling
     from mig_kit.image_files import BadImage, open_rgb
-    from mig_kit.prompts import parse_reply, reply_boxes_in_original
-    from mig_kit.sample import Sample
-    from mig_kit.stages.eval_model import read_freely
 
     if frame:
         raise ValueError("--frame is now --coordinates: absolute, or normalized_1000")
@@ -165,6 +160,13 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
             opened.append(open_rgb(Path(path), orientation))
         except BadImage as error:
             raise ValueError(f"--image {path}: {error}") from error
+
+    from mig_kit import plots  # these take seconds, which a wrong image need not wait for
+    from mig_kit.engine import models, sampling
+    from mig_kit.prompts import parse_reply, reply_boxes_in_original
+    from mig_kit.sample import Sample
+    from mig_kit.stages.eval_model import read_freely
+
     run_model = find_model(model, coordinates, min_pixels, max_pixels)
     box_format = run_model.box_format
     policy = models.load_policy(run_model.folder, models.choose_hardware(), box_format)

@@ -1,48 +1,113 @@
-"""All stages at real size, without real weights: four layers of the 3B's shape in the published
-layout, on photo-sized JPEGs. Opt-in, for it takes minutes and some 12 GiB:
+"""All stages at real size, without real weights: the 3B's shape in the published layout, on
+photo-sized JPEGs. Opt-in, for it takes minutes and some 12 GiB:
 
-    MIG_KIT_QWEN_TOKENIZER=tokenizer.json pytest -m real_size
+    MIG_KIT_QWEN_TOKENIZER=tokenizer.json pytest -s -m real_size
+
+with four layers; MIG_KIT_LAYERS=36 takes all of them, half an hour and 20 GiB. It prints minutes
+and memory of every stage beside what stage 00 would predict.
 """
 
 import json
 import os
-import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from big_data import make_data
 from command_line import run_mig_kit
 
-MINUTES, GIB = 10, 14
-PARAMS = {
-    "data": "own", "teacher": "own", "data_shares": "[0.4, 0.4, 0.2]", "dtype": "bfloat16",
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import models
+from mig_kit.engine.processors import load_processor
+from mig_kit.engine.server_requests import PromptEncoder
+from mig_kit.pipeline import store
+from mig_kit.pipeline.params import stage_parameters
+from mig_kit.sample import read_replies, read_samples
+from mig_kit.speed import cpu_needs, gpu_needs
+
+LAYERS = int(os.environ.get("MIG_KIT_LAYERS", "4"))
+MINUTES, GIB, DISK_GB = (10, 14, 10) if LAYERS < 36 else (35, 20, 25)
+CHANGES = {
+    "data": "own", "teacher": "own", "data_shares": [0.4, 0.4, 0.2], "dtype": "bfloat16",
     "max_samples": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
     "max_new_tokens": 8, "max_completion_length": 8, "batch_size": 2, "replies": 2, "launcher": "",
     "probe_samples": 4, "per_task": 4, "mig_per_task": 1, "ood_per_task": 1, "blink_per_task": 1,
     "mmiu_per_task": 1, "gradient_checkpointing": True, "workers": 1}
 
 
+class MemoryWatch(threading.Thread):
+    """The peak of what all processes that this one has started hold, in GiB."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.gib, self.is_over = 0.0, threading.Event()
+
+    def run(self):
+        """Look five times a second."""
+        while not self.is_over.wait(0.2):
+            held = 0
+            for child in psutil.Process().children(recursive=True):
+                try:
+                    held += child.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.gib = max(self.gib, held / 2**30)
+
+
+def predict(model: Path, own_file: Path, folder: Path) -> dict[str, dict]:
+    """The predictions of 00 for these parameters and questions, by stage."""
+    named = {"base_model": str(model), "data_file": str(own_file)}
+    profile = gpu_needs.Profile(*(
+        SimpleNamespace(**vars(part) | {name: value for name, value in (CHANGES | named).items()
+                                        if name in vars(part)})
+        for part in gpu_needs.read_profile("smoke")))
+    box_format = BoxFormat(profile.synthesize.min_pixels, profile.synthesize.max_pixels)
+    processor = load_processor(model, box_format)
+    encoder = PromptEncoder(processor, box_format, [])
+    ids = encoder.prompt_ids(read_samples(folder / "cot.parquet")[0])
+    trace = len(processor.tokenizer(read_replies(folder / "cot.parquet")[0])["input_ids"])
+    images = ids.count(processor.image_token_id)
+    hardware = models.choose_hardware("bfloat16", "cpu")
+    rows = cpu_needs.predict_on_cpu(
+        gpu_needs.find_shape(str(model)), profile, hardware, cpu_needs.measure_rates(hardware),
+        cpu_needs.Lengths(len(ids), images, trace, len(ids), trace))
+    return {row["stage"]: row for row in rows}
+
+
 @pytest.mark.real_size
-def test_four_layers_of_the_3b_go_through_all_stages(tmp_path):
+def test_the_3b_goes_through_all_stages(tmp_path):
     tokenizer = os.environ.get("MIG_KIT_QWEN_TOKENIZER", "")
     if not Path(tokenizer).is_file():
         pytest.skip("MIG_KIT_QWEN_TOKENIZER names no tokenizer.json of Qwen2.5")
     model = tmp_path / "model"
     script = Path(__file__).with_name("random_qwen.py")
-    subprocess.run([sys.executable, script, model, tokenizer, "4"], check=True)
+    subprocess.run([sys.executable, script, model, tokenizer, str(LAYERS)], check=True)
     own_file = make_data(tmp_path / "own", 30, 12)
-    options = {**PARAMS, "base_model": model, "data_file": own_file}
-    words = [word for name, value in options.items() for word in ("-p", name, str(value))]
-    start = time.monotonic()
-    result = run_mig_kit("run", "--profile", "smoke", "--run-id", "real", *words,
-                         MIG_KIT_RUNS=str(tmp_path))
-    minutes = (time.monotonic() - start) / 60
-    gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-    print(f"{minutes:.1f} min, {gib:.1f} GiB")
-    record = json.loads((tmp_path / "real" / "05_grpo" / "run.json").read_text())
+    options = {**CHANGES, "base_model": model, "data_file": own_file}
+    run, minutes, gib, predicted = tmp_path / "real", {}, {}, {}
+    for stage in store.RECIPE[1:]:
+        known = stage_parameters(stage)
+        words = [word for name, value in options.items() if name in known
+                 for word in ("-p", name, str(value))]
+        watch, start = MemoryWatch(), time.monotonic()
+        watch.start()
+        result = run_mig_kit("run", stage, "--profile", "smoke", "--run-id", "real", *words,
+                             MIG_KIT_RUNS=str(tmp_path))
+        watch.is_over.set()
+        minutes[stage], gib[stage] = (time.monotonic() - start) / 60, watch.gib
+        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+        predicted = predicted or predict(model, own_file, run / stage)
+        row = predicted.get(stage, {"minutes": float("nan"), "memory_gib": float("nan")})
+        print(f"{stage}: {minutes[stage]:.1f} min (predicted {row['minutes']}), "
+              f"{gib[stage]:.1f} GiB (predicted {row['memory_gib']})", flush=True)
+    disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
+    print(f"{LAYERS} layers: {sum(minutes.values()):.1f} min, {max(gib.values()):.1f} GiB, "
+          f"{disk:.1f} GB left in the run")
+    record = json.loads((run / "05_grpo" / "run.json").read_text())
     assert "bfloat16" in record["hardware"] and "2 updates" in record["summary"]
-    assert minutes <= MINUTES and gib <= GIB
+    assert sum(minutes.values()) <= MINUTES and max(gib.values()) <= GIB and disk <= DISK_GB

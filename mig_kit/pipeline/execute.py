@@ -5,10 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import papermill
-import torch
 import yaml
-from papermill.exceptions import PapermillExecutionError
 
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import branches, cold_start, store
@@ -159,8 +156,11 @@ def check_full_profile(profile: str, params: dict[str, dict], is_data_given: boo
             f"profile '{profile}' would train a full model on drawn scenes; give your data (-p "
             "data own or -p data mgrounding, and its parameters), or say -p data scenes to train "
             "on them")
-    uses_gpu = any(values.get("device") == "cuda" for values in params.values())
-    if uses_gpu and not torch.cuda.is_available():
+    if not any(values.get("device") == "cuda" for values in params.values()):
+        return
+    import torch  # seconds, which other profiles need not wait for
+
+    if not torch.cuda.is_available():
         raise RuntimeError(
             f"profile '{profile}' needs a GPU, and PyTorch {torch.__version__} sees none; check "
             "the driver with nvidia-smi, or set -p device cpu")
@@ -226,6 +226,9 @@ def _prepare_folder(stage: str, run_id: str, params: dict, force: bool) -> bool:
 
 
 def _execute_notebook(stage: str, run_id: str, params: dict, table: StageTable) -> None:
+    import papermill  # seconds, which wrong words need not wait for
+    from papermill.exceptions import PapermillExecutionError
+
     notebooks = PROJECT_ROOT / "notebooks"
     output = store.runs_root() / run_id / stage / f"{stage}.ipynb"
     try:

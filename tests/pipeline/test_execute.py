@@ -2,7 +2,9 @@
 
 import shutil
 
+import papermill
 import pytest
+import torch
 from click.testing import CliRunner
 
 from mig_kit import cli as cli_module
@@ -15,7 +17,7 @@ from mig_kit.pipeline import execute, params
 def root(tmp_path, monkeypatch):
     """An empty folder of runs, in which no notebook is executed."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(execute.papermill, "execute_notebook",
+    monkeypatch.setattr(papermill, "execute_notebook",
                         lambda *arguments, **options: pytest.fail("a kernel would start"))
     return tmp_path / "runs"
 
@@ -146,7 +148,7 @@ def test_a_command_is_a_word_whatever_it_holds():
     (("01", "02"), "say -p data scenes to train on them")])
 def test_the_command_refuses_a_full_profile_before_anything_is_written(root, monkeypatch, words,
                                                                        sentence):
-    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sentence in error_of("run", *words, "--profile", "qwen2_5_vl_7b")
     assert not root.exists()
 
@@ -159,7 +161,7 @@ def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, mo
                                                                         has_gpu):
     started = []
     monkeypatch.setattr(execute, "run_stages", lambda params, *more: started.extend(params))
-    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert CliRunner().invoke(cli, ["run", *words, "--profile", "qwen2_5_vl_7b"]).exit_code == 0
     assert [stage[:2] for stage in started] == [word for word in words if word.isdigit()]
 

@@ -1,10 +1,10 @@
 """Losses of stage 05: what cannot act is refused with the remedy, before any kernel starts."""
 
+import papermill
 import pytest
 from click.testing import CliRunner
 
 from mig_kit.cli import cli
-from mig_kit.pipeline import execute
 from mig_kit.pipeline.params import validate_params
 
 SINGLE = "with num_iterations 1 the ratio of new to old probabilities is exactly 1"
@@ -63,7 +63,7 @@ def test_what_acts_is_not_refused(values):
 
 def test_the_command_line_refuses_before_a_kernel_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(execute.papermill, "execute_notebook",
+    monkeypatch.setattr(papermill, "execute_notebook",
                         lambda *arguments, **options: pytest.fail("a kernel would start"))
     result = CliRunner().invoke(cli, ["run", "04", "05", "-p", "epsilon", "0.1"])
     assert "so epsilon has nothing to clip" in str(result.exception)
