@@ -1,11 +1,10 @@
 """Questions for all boxes: the answer there and back, rewards by hand and against brute force, the
-filter, the figures of 06 and the gallery, and all notebooks on drawn and on own questions.
+filter, the figures of 06 and the gallery, and what 01 draws.
 """
 
 import itertools
 import json
 import os
-import random
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +27,6 @@ from mig_kit.stages.rejection_sampling import accuracy_by_detail, pass_rates
 from mig_kit.stages.sanity_checks import _pair_with_other_images
 from mig_kit.world.find_all import draw_find_all
 from mig_kit.world.tasks import make_sample
-from mig_kit.world.teacher import write_trace
 
 BOX_FORMAT = BoxFormat()
 A, B, C = (0, 0, 28, 28), (42, 0, 84, 28), (0, 42, 28, 84)  # they touch nowhere
@@ -345,44 +343,15 @@ def test_none_does_not_count_where_the_images_of_replies_are_swapped():
     assert pairs and all(sample.targets for sample, _, _ in pairs)
 
 
-def write_own_file(folder, per_kind=14):
-    """Questions with none, one and several boxes, each with its own reply."""
-    rows = []
-    for number, sample in enumerate(draw_find_all("cot", per_kind)):
-        names = [f"{number}_{k}.png" for k in range(len(sample.images))]
-        for name, image in zip(names, sample.images):
-            image.save(folder / name)
-        trace = write_trace(sample, random.Random(number), BOX_FORMAT, (1, 0, 0), error_rate=0)
-        row = {"images": names, "question": sample.question, "coordinates": "pixels",
-               "task": sample.task, "reply": trace.text}
-        targets = [{"image": image, "box": list(box)} for image, box in sample.targets]
-        if len(targets) == 1:
-            row |= targets[0]
-        else:
-            row |= {"targets": targets} if targets else {"image": None}
-        rows.append(json.dumps(row))
-    path = folder / "own.jsonl"
-    path.write_text("\n".join(rows))
-    return path
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["scenes", "own"])
-def test_all_notebooks_on_questions_for_all_boxes(data, tmp_path):
-    words = ["-p", "cot_find_all_per_task", "4", "-p", "rl_find_all_per_task", "3"]
-    if data == "own":
-        words = ["-p", "data", "own", "-p", "teacher", "own", "-p", "data_shares",
-                 "[0.5, 0.3, 0.2]", "-p", "data_file", str(write_own_file(tmp_path))]
-    result = run_mig_kit("run", "--profile", "smoke", *words, "-p", "find_all_per_task", "2",
-                         MIG_KIT_RUNS=str(tmp_path / "runs"))
+def test_01_draws_questions_for_all_boxes(tmp_path):
+    """All later notebooks on such questions: test_own_data_runs.py."""
+    words = ("-p", "cot_find_all_per_task", "4", "-p", "rl_find_all_per_task", "3")
+    result = run_mig_kit("run", "01", "--profile", "smoke", *words, MIG_KIT_RUNS=str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-    folder = tmp_path / "runs" / "default"
-    kept = read_samples(folder / "04_rejection_sampling" / "kept.parquet")
-    assert {len(sample.targets) for sample in kept if sample.find_all} >= {0, 1}
-    metrics = json.loads((folder / "06_evaluate" / "metrics.json").read_text())
-    for by_suite in metrics["systems"].values():
-        assert by_suite["find_all"]["boxes"]["n"] == 6
-        assert list(by_suite["find_all"]["tasks"]) == ["in_none", "in_one", "in_several"]
-    page = (folder / "07_report" / "report.html").read_text()
-    assert "None, one or several boxes" in page and "rejection rate" in page
-    assert "find_all/in_none/test/0" in page
+    folder = tmp_path / "default" / "01_synthesize"
+    for name, per_kind in (("cot", 4), ("rl", 3)):
+        counts = [len(sample.targets) for sample in read_samples(folder / f"{name}.parquet")
+                  if sample.find_all]
+        assert {0, 1} <= set(counts) and len(counts) <= 3 * per_kind
+    assert len(counts) == 9, "no filter of 01 drops a question for RL"

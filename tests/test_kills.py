@@ -92,7 +92,8 @@ def check_same_outputs(root, run_id, stage):
     assert output_hashes(root, run_id, stage) == output_hashes(root, "whole", stage), differences
 
 
-@pytest.mark.parametrize("stage", store.RECIPE)
+# 00 and 07 leave nothing to go on with, and are never the same bytes: this machine, a run's name
+@pytest.mark.parametrize("stage", store.RECIPE[1:-1])
 def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
     root, seconds = undisturbed
     rng, interrupted = random.Random(f"{stage}/{KILLS}"), 0
@@ -110,8 +111,7 @@ def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
             interrupted += 1
             assert not (folder / "run.json").exists() or not list(folder.glob("*.tmp"))
         finish(start(root, run_id, stage))
-        if stage not in ("00_preflight", "07_report"):  # this machine, a page with its run's name
-            check_same_outputs(root, run_id, stage)
+        check_same_outputs(root, run_id, stage)
         shutil.rmtree(root / run_id)
     print(f"{stage}: killed {interrupted} of {KILLS} times before it finished")
 

@@ -1,5 +1,5 @@
 """Every numbered notebook runs on smoke parameters: papermill injects them, then nbval runs what
-was injected.
+was injected, and what the notebook tells its reader to try.
 """
 
 import json
@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from command_line import run_mig_kit
+from try_this import python_blocks
 
 from mig_kit.pipeline import store
 
@@ -47,12 +49,16 @@ def test_a_second_run_repeats_nothing(runs):
 
 @pytest.mark.parametrize("stage", store.STAGES)
 def test_nbval_runs_the_executed_notebook(stage, runs):
-    """nbval runs the notebook that papermill left, parameters injected; its cells' asserts are the
-    test.
+    """nbval runs the notebook that papermill left, parameters injected, and behind it what it tells
+    the reader to try; its cells' asserts are the test.
     """
-    notebook = runs / "smoke" / stage / f"{stage}.ipynb"
+    folder = runs / "smoke" / stage
+    notebook = nbformat.read(folder / f"{stage}.ipynb", 4)
+    notebook.cells += [nbformat.v4.new_code_cell(text) for text in python_blocks(stage)]
+    path = folder / "again.ipynb"
+    nbformat.write(notebook, path)
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider",
-               "--nbval-cell-timeout=600", str(notebook)]
+               "--nbval-cell-timeout=600", str(path)]
     result = subprocess.run(command, env={**os.environ, "MIG_KIT_RUNS": str(runs)},
-                            capture_output=True, text=True, cwd=notebook.parent)
+                            capture_output=True, text=True, cwd=folder)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -1,10 +1,13 @@
-"""Own data through all stages on smoke parameters: RL from the base, and own traces."""
+"""Own data through all stages on smoke parameters: RL from the base; own traces, some of them for
+none, one or several boxes, and a real benchmark in 06.
+"""
 
 import json
 
 import own_questions
 import pytest
 from command_line import run_mig_kit
+from PIL import Image
 
 from mig_kit.sample import read_samples
 
@@ -16,9 +19,20 @@ NO_DRAWN_SUITES = [word for suite in ("mig", "ood", "blink", "mmiu")
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A folder with own.jsonl: 60 questions, half of them with a reply."""
+    """A folder with own.jsonl: 60 questions, half of them with a reply; all.jsonl, these and 42 for
+    none, one or several boxes with a reply each; and a MIG-Bench file of three questions.
+    """
     folder = tmp_path_factory.mktemp("questions")
-    own_questions.write_questions(folder, 60, replies=0.5)
+    lines = own_questions.write_questions(folder, 60, replies=0.5).read_text()
+    boxes = own_questions.write_questions(folder / "boxes", 42, replies=1.0, find_all=True)
+    for line in map(json.loads, boxes.read_text().splitlines()):
+        names = [f"boxes/{name}" for name in line["images"]]
+        lines += json.dumps(line | {"id": f"boxes-{line['id']}", "images": names}) + "\n"
+    (folder / "all.jsonl").write_text(lines)
+    Image.new("RGB", (90, 70), "white").save(folder / "one.png")
+    question = {"task": "reasoning", "images": ["one.png", "one.png"], "question": "Find it.",
+                "answer": [0.1, 0.2, 0.6, 0.7]}
+    (folder / "annotations.json").write_text(json.dumps([question] * 3))
     return folder
 
 
@@ -70,13 +84,37 @@ def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_
 
 
 @pytest.mark.slow
-def test_own_traces_need_no_teacher(run_here, tmp_path):
-    run_here(*SMOKE, "--run-id", "own", "-p", "teacher", "own",
-             "-p", "data_shares", "[0.5, 0.25, 0.25]")
-    evaluation, report = read_run(tmp_path / "own")
+def test_own_traces_need_no_teacher(run_here, questions, tmp_path):
+    benchmark = ("-p", "benchmark", "mig_bench", "-p", "annotations_file", "annotations.json",
+                 "-p", "image_root", str(questions), "-p", "benchmark_limit", "2")
+    run_here(*SMOKE, "--run-id", "own", "-p", "teacher", "own", "-p", "data_file", "all.jsonl",
+             "-p", "data_shares", "[0.5, 0.25, 0.25]", "-p", "find_all_per_task", "2", *benchmark)
+    folder = tmp_path / "own"
+    evaluation, report = read_run(folder)
     assert list(evaluation["systems"]) == ["base", "sft", "grpo"]
-    assert list(evaluation["systems"]["grpo"]) == ["own", "mig_bench", "ood_grounding", "blink",
-                                                   "mmiu"], "own data, then the drawn suites"
+    suites = ["own", "mig_bench", "ood_grounding", "blink", "mmiu", "find_all"]
+    assert list(evaluation["systems"]["grpo"]) == suites, "own data, then the drawn suites"
     assert "SFT over base" in report and "MIG-Bench-like (drawn)" in report
-    traces = json.loads((tmp_path / "own" / "01_synthesize" / "metrics.json").read_text())["traces"]
+    traces = json.loads((folder / "01_synthesize" / "metrics.json").read_text())["traces"]
     assert traces["kept"] > 5 and "no reply" not in traces["dropped"]
+    see_questions_for_all_boxes(folder, evaluation, report)
+    see_the_benchmark(folder, evaluation, report)
+
+
+def see_questions_for_all_boxes(folder, evaluation, report):
+    kept = read_samples(folder / "04_rejection_sampling" / "kept.parquet")
+    assert {len(sample.targets) for sample in kept if sample.find_all} >= {0, 1}
+    for by_suite in evaluation["systems"].values():
+        assert by_suite["find_all"]["boxes"]["n"] == 6
+        assert list(by_suite["find_all"]["tasks"]) == ["in_none", "in_one", "in_several"]
+    assert "None, one or several boxes" in report and "rejection rate" in report
+    assert "find_all/in_none/test/0" in report
+
+
+def see_the_benchmark(folder, evaluation, report):
+    """Two of its three questions count."""
+    scores = evaluation["benchmark"]
+    assert scores["version"] == "original" and scores["systems"]["grpo"]["strict"]["n"] == 2
+    lines = (folder / "06_evaluate" / "predictions_grpo.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
+    assert "mig_bench original" in report
