@@ -27,7 +27,7 @@ from mig_kit.scoring import run_benchmark, score
 from mig_kit.scoring.annotations import Benchmark
 from mig_kit.scoring.choice_parsers import parse_choice_letter
 from mig_kit.scoring.convert_boxes import parse_named_box
-from mig_kit.scoring.result import averaged_groups, summarize
+from mig_kit.scoring.result import averaged_groups, number_lists, summarize
 from mig_kit.stages import evaluate
 from mig_kit.stages.report import gallery_html, render_page
 from mig_kit.world import suites
@@ -241,7 +241,7 @@ def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: T
         {MODEL: model}, lambda: run_benchmark.iter_batches(benchmark, task.root,
                                                            8 * params.batch_size),
         hardware, box_format, out / "replies", asked)[MODEL]
-    judged: dict[str, dict] = {"scores": {}, "items": {}}
+    judged: dict[str, dict] = {"scores": {}, "items": {}, "lists": {}}
     for protocol in run_benchmark.PROTOCOLS:
         lines = run_benchmark.prediction_lines(benchmark, answers, sizes, box_format,
                                                exact=protocol == "strict")
@@ -254,6 +254,7 @@ def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: T
         judged["items"][protocol] = {task.suite: [
             [str(index), group[place], float(headline[place])]
             for place, index in enumerate(scored.indices)]}
+        judged["lists"] = {task.suite: number_lists(scored).tolist()}
     lines = run_benchmark.prediction_lines(benchmark, answers, sizes, box_format)
     correct = {name: value for name, _, value in judged["items"]["official"][task.suite]}
     picked = _pick([(str(item.index), item.task, correct[str(item.index)] >= 0.5)

@@ -8,7 +8,12 @@ import numpy as np
 import pandas as pd
 
 from mig_kit.plots import HELD_OUT_NAMES, suite_name
-from mig_kit.stats import paired_gap
+from mig_kit.stats import (
+    average_interval_by_list,
+    gap_interval_by_list,
+    macro_mean,
+    paired_gap,
+)
 
 BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
                "rejection": "rejection rate", "wrong_rejection": "wrongly none"}
@@ -97,7 +102,7 @@ def _with_interval(value: float | None, interval: Sequence[float] | None) -> str
 
 def difference_rows(results: Mapping[str, dict]) -> list[dict]:
     """Rows {compared, protocol, suite, points, ci95}: the first result less each other, paired by
-    question.
+    question; of a real benchmark the interval is over lists of images.
 
     ValueError where they did not answer the same questions.
     """
@@ -110,17 +115,28 @@ def difference_rows(results: Mapping[str, dict]) -> list[dict]:
                              "model gets as many as its 06: compare it with RUN/base)")
         for protocol, by_suite in first["items"].items():
             for suite, items in by_suite.items():
-                gap = paired_gap(_differences(items, other["items"][protocol][suite]))
+                gap = _paired_gap(items, other["items"][protocol][suite],
+                                  first.get("lists", {}).get(suite))
                 rows.append({"compared": f"{name} - {other_name}", "protocol": protocol,
                              "suite": _name_suite(first, suite), "points": gap["value"],
                              "ci95": gap["ci95"]})
     return rows
 
 
-def _differences(items: list[list], others: list[list]) -> list[np.ndarray]:
-    """Value less value by question, for every group whose mean counts alike."""
+def _paired_gap(items: list[list], others: list[list], lists: list[int] | None) -> dict:
+    """{"value", "ci95"} in points of value less value by question, groups weighed alike.
+
+    items, others: (question, group, value) each. lists: the number of each question's list of
+    images, None where no two questions share one.
+    """
     before = {name: value for name, _, value in others}
-    groups: dict[str, list[float]] = {}
-    for name, group, value in items:
-        groups.setdefault(group, []).append(value - before[name])
-    return [np.array(values) for values in groups.values()]
+    groups: dict[str, list[tuple[float, int]]] = {}
+    for place, (name, group, value) in enumerate(items):
+        number = lists[place] if lists else place
+        groups.setdefault(group, []).append((value - before[name], number))
+    columns = [tuple(map(np.array, zip(*rows))) for rows in groups.values()]
+    gaps = [values for values, _ in columns]
+    if not lists:
+        return paired_gap(gaps)
+    interval = average_interval_by_list(columns, gap_interval_by_list)
+    return {"value": 100 * macro_mean(gaps), "ci95": [100 * bound for bound in interval]}

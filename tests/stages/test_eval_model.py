@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from command_line import run_mig_kit
 from PIL import Image
@@ -17,6 +18,7 @@ from mig_kit.plots import suite_name
 from mig_kit.prompts import format_answer
 from mig_kit.scoring.run_benchmark import RUNNABLE
 from mig_kit.stages import eval_model, eval_tables
+from mig_kit.stats import gap_interval_by_list
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample
 
@@ -95,6 +97,27 @@ def test_replies_of_another_model_are_not_taken_for_ones_own(evaluated, smoke_ru
                          MIG_KIT_RUNS=str(smoke_runs))
     assert result.returncode and "holds replies of another model" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_differences_on_a_real_benchmark_are_over_lists_of_images():
+    """Three questions to each of forty lists, which gain or lose together: three times as many
+    questions say no more than the lists.
+    """
+    rng = np.random.default_rng(0)
+    by_list = rng.choice([-1.0, 0.0, 1.0], 40, p=[0.2, 0.4, 0.4])
+    gains = np.repeat(by_list, 3)
+    questions = {"questions": {"suite": "mig_bench"},
+                 "lists": {"mig_bench": [place // 3 for place in range(120)]}}
+    first, second = (
+        {**questions, "items": {"strict": {"mig_bench": [
+            [str(place), "0", value] for place, value in enumerate(values)]}}}
+        for values in (gains, np.zeros(120)))
+    row = eval_tables.difference_rows({"a": first, "b": second})[0]
+    low, high = gap_interval_by_list(by_list, np.arange(40))
+    assert row["points"] == pytest.approx(100 * gains.mean())
+    assert row["ci95"] == pytest.approx([100 * low, 100 * high])
+    alone = eval_tables.difference_rows({"a": {**first, "lists": {}}, "b": second})[0]["ci95"]
+    assert high - low > 1.5 * (alone[1] - alone[0]) / 100
 
 
 def test_models_that_answered_different_questions_are_not_compared(evaluated):
