@@ -208,14 +208,38 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, for
     from mig_kit import plots
     from mig_kit.stages import compare
 
-    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
+    _check_figure(figure)
     result = compare.compare_groups(compare.parse_groups([*groups, *run_ids]), reference)
     click.echo(compare.render_table(result, form))
     if figure:
         plots.set_style()
         plots.plot_groups(compare.figure_rows(result)).savefig(figure, bbox_inches="tight")
         click.echo(f"figure: {figure}", err=True)
+
+
+@cli.command()
+@click.argument("run_ids", nargs=-1, required=True)
+@click.option("--figure", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="Draw the curves here: a .png, .pdf or .svg.")
+@click.option("--names", default="reward,box,length,entropy", show_default=True,
+              help="Of the curves of notebook 05, with commas.")
+@click.option("--smooth", default=10, show_default=True, type=click.IntRange(1),
+              help="Updates of a running mean.")
+def curves(run_ids: tuple[str, ...], figure: Path, names: str, smooth: int) -> None:
+    """The curves of RUNS' RL training (05) over each other."""
+    from mig_kit import plots
+    from mig_kit.stages import compare
+
+    _check_figure(figure)
+    by_run = compare.load_curves(run_ids, names.split(","))
+    plots.set_style()
+    plots.plot_run_curves(by_run, names.split(","), smooth).savefig(figure, bbox_inches="tight")
+    click.echo(f"figure: {figure}")
+
+
+def _check_figure(figure: Path | None) -> None:
+    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
 
 
 @cli.command()

@@ -13,6 +13,7 @@ from mig_kit.palette import (
     CORRECT,
     INK,
     MUTED,
+    OTHER_COLOURS,
     PREDICTED,
     REFERENCE,
     SIDE_COLOURS,
@@ -199,6 +200,31 @@ def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1,
         axis.tick_params(labelsize=8)
     mean = f" (strong: mean over {smooth} updates)" if smooth > 1 and x == "step" else ""
     figure.suptitle(f"{title}{mean}", fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def plot_run_curves(by_run: dict[str, list[dict]], names: list[str], smooth: int) -> plt.Figure:
+    """One panel per name: a line per run, its running mean over `smooth` updates.
+
+    by_run: run -> rows with "step" and some of the names.
+    """
+    colours = dict(zip(by_run, (INK, CORRECT, *OTHER_COLOURS)))
+    styles = dict(zip(by_run, ("-", "-", "--", "-.", ":") * len(by_run)))
+    figure, panels = _make_panels(len(names), 2.2)
+    for axis, name in zip(panels, names):
+        for run, rows in by_run.items():
+            values = pd.DataFrame(rows).reindex(columns=["step", name]).dropna().astype(float)
+            means = values[name].rolling(smooth, min_periods=1).mean()
+            axis.plot(values["step"], means, label=run, color=colours.get(run, MUTED),
+                      linestyle=styles[run], linewidth=1.8)
+        axis.set_title(CURVE_NAMES.get(name, name.replace("_", " ")), fontsize=9)
+        axis.set_xlabel("update", fontsize=9)
+        axis.tick_params(labelsize=8)
+    mean = f", means over {smooth} updates" if smooth > 1 else ""
+    figure.suptitle(f"RL training by run{mean}", fontsize=11, x=0.01, ha="left")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(by_run)),
+                  frameon=False, fontsize=9)
     return figure
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from mig_kit import plots
+from mig_kit.pipeline import store
 from mig_kit.plots import OOD_NAMES, SUITE_NAMES
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
-from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, load_groups
+from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, is_recorded, load_groups
 from mig_kit.stages.report import CLAIMS
 from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
 
@@ -227,6 +228,24 @@ def _claims_frame(rows: list[dict]) -> pd.DataFrame:
             line[group] = _cell(by_key[group, suite, delta])
         lines.append({**line, "paper (real benchmark, 7B)": f"{paper:+.2f}"})
     return pd.DataFrame(lines)
+
+
+def load_curves(run_ids: Sequence[str], names: Sequence[str]) -> dict[str, list[dict]]:
+    """Run -> the curves of its 05, a row per update.
+
+    FileNotFoundError for a run without a finished 05, ValueError for a recorded run, which has no
+    curves, and for a name that no run's curves have.
+    """
+    curves = {}
+    for run_id in run_ids:
+        if is_recorded(run_id):
+            raise ValueError(f"{run_id} is a recorded run, which holds no curves; name a run")
+        store.require_record("05_grpo", run_id, "the figure")
+        curves[run_id] = store.read_metrics(store.stage_folder("05_grpo", run_id))["curves"]
+    known = {name: None for rows in curves.values() for row in rows for name in row}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no curve is called '{unknown[0]}'; there are {', '.join(known)}")
+    return curves
 
 
 def figure_rows(result: dict) -> list[dict]:

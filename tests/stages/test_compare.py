@@ -344,3 +344,33 @@ def test_recorded_runs_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         compare.compare_groups({"a": [str(path)]})
     with pytest.raises(FileNotFoundError, match="mig-kit record"):
         compare.compare_groups({"a": [str(tmp_path / "no.json")]})
+
+
+def write_curves(root, run_id, rewards):
+    folder = root / run_id / "05_grpo"
+    folder.mkdir(parents=True)
+    rows = [{"step": step, "reward": reward, "box": None if step == 1 else 0.5}
+            for step, reward in enumerate(rewards, 1)]
+    (folder / "metrics.json").write_text(json.dumps({"curves": rows}))
+    (folder / "run.json").write_text('{"seconds": 1.0}')
+
+
+def test_curves_of_several_runs_lie_over_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    for number in range(7):
+        write_curves(tmp_path, f"run{number}", [number, number + 2])
+    runs = [f"run{number}" for number in range(7)]
+    curves = compare.load_curves(runs, ["reward", "box"])
+    figure = plots.plot_run_curves(curves, ["reward", "box"], 2)
+    reward, box = figure.axes
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in reward.lines}
+    assert drawn == {f"run{number}": [number, number + 1] for number in range(7)}
+    assert all(line.get_xdata().tolist() == [2] for line in box.lines)
+    looks = {(line.get_color(), line.get_linestyle()) for line in reward.lines}
+    assert len(looks) == 7, "two runs look alike"
+    with pytest.raises(ValueError, match="no curve is called 'rewards'; there are step, reward"):
+        compare.load_curves(runs, ["rewards"])
+    with pytest.raises(ValueError, match="a recorded run, which holds no curves"):
+        compare.load_curves(["kept/a.json"], ["reward"])
+    with pytest.raises(FileNotFoundError, match="05_grpo of run 'none'"):
+        compare.load_curves(["none"], ["reward"])
