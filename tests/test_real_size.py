@@ -73,9 +73,11 @@ def predict(model: Path, own_file: Path, folder: Path) -> dict[str, dict]:
     trace = len(processor.tokenizer(read_replies(folder / "cot.parquet")[0])["input_ids"])
     images = ids.count(processor.image_token_id)
     hardware = models.choose_hardware("bfloat16", "cpu")
-    rows = cpu_needs.predict_on_cpu(
-        gpu_needs.find_shape(str(model)), profile, hardware, cpu_needs.measure_rates(hardware),
-        cpu_needs.Lengths(len(ids), images, trace, len(ids), trace))
+    rates = cpu_needs.measure_rates(hardware)
+    lengths = cpu_needs.Lengths(len(ids), images, trace, len(ids), trace)
+    print(rates, lengths, flush=True)
+    shape = gpu_needs.find_shape(str(model))
+    rows = cpu_needs.predict_on_cpu(shape, profile, hardware, rates, lengths)
     return {row["stage"]: row for row in rows}
 
 
