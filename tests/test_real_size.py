@@ -41,22 +41,27 @@ CHANGES = {
 
 
 class MemoryWatch(threading.Thread):
-    """The peak of what all processes that this one has started hold, in GiB."""
+    """The peak of what all processes that this one has started hold, in GiB.
+
+    mapped_gib is with the pages of files that they map, which the system can take back.
+    """
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.gib, self.is_over = 0.0, threading.Event()
+        self.gib, self.mapped_gib, self.is_over = 0.0, 0.0, threading.Event()
 
     def run(self):
         """Look five times a second."""
         while not self.is_over.wait(0.2):
-            held = 0
+            held, mapped = 0, 0
             for child in psutil.Process().children(recursive=True):
                 try:
-                    held += child.memory_info().rss
+                    memory = child.memory_info()
                 except psutil.NoSuchProcess:
                     continue
+                held, mapped = held + memory.rss - memory.shared, mapped + memory.rss
             self.gib = max(self.gib, held / 2**30)
+            self.mapped_gib = max(self.mapped_gib, mapped / 2**30)
 
 
 def predict(model: Path, own_file: Path, folder: Path) -> dict[str, dict]:
@@ -106,7 +111,8 @@ def test_the_3b_goes_through_all_stages(tmp_path):
         predicted = predicted or predict(model, own_file, run / stage)
         row = predicted.get(stage, {"minutes": float("nan"), "memory_gib": float("nan")})
         print(f"{stage}: {minutes[stage]:.1f} min (predicted {row['minutes']}), "
-              f"{gib[stage]:.1f} GiB (predicted {row['memory_gib']})", flush=True)
+              f"{gib[stage]:.1f} GiB (predicted {row['memory_gib']}), with mapped files "
+              f"{watch.mapped_gib:.1f}", flush=True)
     disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
     print(f"{LAYERS} layers: {sum(minutes.values()):.1f} min, {max(gib.values()):.1f} GiB, "
           f"{disk:.1f} GB left in the run")
