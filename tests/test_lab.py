@@ -35,7 +35,7 @@ ERRORS = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
 KERNEL_NAME = ".jp-NotebookPanel-toolbar .jp-Toolbar-kernelName:not(:has-text('No Kernel'))"
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-EXPLORER = f".jp-OutputArea-output[data-mime-type='{WIDGET}']:has(.widget-image)"
+EXPLORER = ".jp-OutputArea-output:has(.widget-image)"  # a live widget's output names no type
 EXPLORERS = re.compile(r"widgets\.(?:explore_box|step_through|browse_gallery)\(")
 # three explorers of drawn samples, for which nothing needs to be trained
 SMALL_NOTEBOOK = (
@@ -160,8 +160,12 @@ def take_screenshot(page, name):
 
 def save_and_read(page, path):
     """The outputs of the notebook that the page shows, as it is saved at `path`."""
+    before = path.stat().st_mtime_ns
     choose_command(page, "File", "docmanager:save")
-    time.sleep(1.5)
+    until = time.monotonic() + 60
+    while path.stat().st_mtime_ns == before:
+        assert time.monotonic() < until, "the notebook was not saved"
+        time.sleep(0.2)
     saved = papermill.iorw.load_notebook_node(str(path))
     return [output for cell in saved.cells for output in cell.get("outputs", [])]
 

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import release_memory
 from mig_kit.engine.models import (
     Hardware,
     Policy,
@@ -33,6 +34,7 @@ def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFo
             if parameter.dtype == torch.float32 and not keeps_float32:
                 parameter.data = parameter.data.to(torch.bfloat16)
     policy.model = model
+    release_memory()  # of the copies in float32, gigabytes in a real model
     return policy
 
 
