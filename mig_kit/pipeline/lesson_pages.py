@@ -60,10 +60,11 @@ def page_hash(page: Path) -> str:
 def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
     """Write a page NN.md per stage, its pictures beside it, and drop what else is in the folder.
 
-    Each notebook is taken from the first of the runs that has finished it; one that none has gets
-    a page without outputs. Returns by stage what its page is of. ValueError for a copy of another
-    version of the notebook or one with an error, and for pages that take more than MAX_BYTES;
-    FileNotFoundError for runs that have no finished stage. The old pages then stay.
+    Each notebook is taken from the first of the runs that has finished it. One that none has keeps
+    its page if that is of the present notebook, else it gets a page without outputs. Returns by
+    stage what its page is of. ValueError for a copy of another version of the notebook or one with
+    an error, and for pages that take more than MAX_BYTES; FileNotFoundError for runs that have no
+    finished stage. The old pages then stay.
     """
     copies = {stage: _find_copy(stage, run_ids) for stage in store.STAGES}
     if not any(copies.values()):
@@ -72,16 +73,23 @@ def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    origins = {}
     for stage, run_id in copies.items():
-        (temporary / f"{stage[:2]}.md").write_text(_make_page(stage, run_id, temporary))
+        page = f"{stage[:2]}.md"
+        if not run_id and _is_present(stage, folder / page):
+            for path in (folder / page, *folder.glob(f"{stage[:2]}_*.png")):
+                shutil.copy2(path, temporary)
+            origins[stage] = "its page as it was: no run has it"
+            continue
+        (temporary / page).write_text(_make_page(stage, run_id, temporary))
+        origins[stage] = f"run '{run_id}'" if run_id else "no outputs: no run has it"
     size = sum(path.stat().st_size for path in temporary.iterdir())
     if size > MAX_BYTES:
         raise ValueError(f"the pages would take {size / 2**20:.1f} MB, {MAX_BYTES / 2**20:.0f} are "
                          "allowed; show fewer or smaller pictures in the notebooks")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    return {stage: f"run '{run_id}'" if run_id else "no outputs: no run has it"
-            for stage, run_id in copies.items()}
+    return origins
 
 
 def copy_question(run_ids: list[str], path: Path) -> bool:
@@ -97,6 +105,10 @@ def copy_question(run_ids: list[str], path: Path) -> bool:
 
 def _read_notebook(stage: str) -> NotebookNode:
     return nbformat.read(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb", as_version=4)
+
+
+def _is_present(stage: str, page: Path) -> bool:
+    return page.is_file() and page_hash(page) == notebook_hash(stage)
 
 
 def _find_copy(stage: str, run_ids: list[str]) -> str:

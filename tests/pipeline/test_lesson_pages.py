@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -129,6 +130,27 @@ def test_a_notebook_that_nobody_ran_is_shown_without_outputs(project):
     assert origins["06_evaluate"] == "no outputs: no run has it"
     page = (project / "lessons" / "06.md").read_text()
     assert "No executed copy" in page and "`mig-kit run 06`" in page and "score()" in page
+
+
+def test_a_page_of_the_present_notebook_outlives_its_run(project):
+    folder = project / "lessons"
+    lesson_pages.write_lessons(["mine"], folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (project / "runs" / "mine").rename(project / "runs" / "gone")
+    other = project / "runs" / "mine" / "06_evaluate"
+    other.mkdir(parents=True)
+    lesson_pages.store.STAGES["06_evaluate"] = ()
+    for path in (project / "notebooks", other):
+        nbformat.write(small_notebook(path == other), path / "06_evaluate.ipynb")
+    shutil.copy(project / "runs" / "gone" / "05_grpo" / "run.json", other)
+    origins = lesson_pages.write_lessons(["mine"], folder)
+    assert origins == {"05_grpo": "its page as it was: no run has it",
+                       "06_evaluate": "run 'mine'"}
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    notebook = small_notebook(is_executed=False)
+    notebook.cells[2].source += "  # changed"
+    nbformat.write(notebook, project / "notebooks" / "05_grpo.ipynb")
+    assert lesson_pages.write_lessons(["mine"], folder)["05_grpo"].startswith("no outputs")
 
 
 def test_what_no_page_is_made_of(project, monkeypatch):
