@@ -228,7 +228,7 @@ def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
 
     It is not there to train. Rewards, group size, temperature, LoRA and memory are the stage's, the
     loss is the plain one of loss_type dapo, of replies that this process draws. Random states stay
-    as they were. folder: the stage's.
+    as they were. Layers are checkpointed from here on, as `train` would do it. folder: the stage's.
     """
     plain = {
         "share_prefix": True, "server": "", "rollout_steps": 0, "report_to": "none",
@@ -238,7 +238,11 @@ def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
         "difficulty_weight": False, "prompt_pool": 1}
     kept = {name: value for name, value in vars(params).items() if name not in NOT_SHARED}
     with keep_global_state():
-        return grpo_trainer(policy, [sample], folder, SimpleNamespace(**kept | plain))
+        trainer = grpo_trainer(policy, [sample], folder, SimpleNamespace(**kept | plain))
+    if params.gradient_checkpointing:
+        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
+        trainer.model.train()  # a layer in evaluation keeps everything
+    return trainer
 
 
 def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
