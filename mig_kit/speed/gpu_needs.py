@@ -97,18 +97,19 @@ SHAPES = {
 
 
 class Profile(NamedTuple):
-    """The parameters of the stages that decide what a GPU needs."""
+    """The parameters of the stages that decide what a machine needs."""
 
     synthesize: SimpleNamespace
     sft: SimpleNamespace
     sampling: SimpleNamespace
     grpo: SimpleNamespace
     evaluate: SimpleNamespace
+    merge: SimpleNamespace
 
 
 def read_profile(profile: str) -> Profile:
     """The parameters of a profile, a folder of params/."""
-    stages = ("01_synthesize", *ADVICE)
+    stages = ("01_synthesize", *ADVICE, "03_merge")
     return Profile(*(SimpleNamespace(**profile_params(stage, profile)) for stage in stages))
 
 
@@ -210,7 +211,7 @@ def predict_memory(shape: Shape, params: Profile) -> dict[str, dict[str, float]]
     Replies are drawn to as many prompts at a time as memory holds; the parts are those of one. 05
     draws replies, then learns from them: its parts are those of the phase that needs more.
     """
-    _, sft, sampling, grpo, evaluate = params
+    _, sft, sampling, grpo, evaluate, _ = params
     prompt = TEXT_TOKENS + count_image_tokens(shape, params)
     sft_load = Load(prompt, sft.per_device_train_batch_size, 1, TRACE_TOKENS)
     group, reply = grpo.num_generations, grpo.max_completion_length
@@ -271,36 +272,61 @@ def count_work(params: Profile) -> dict[str, int]:
     An evaluation asks three systems each of its questions, two where there is no teacher. On a
     benchmark whose limit is 0 their number is not known here, and the drawn suites are counted.
     """
-    synthesize, sft, _, grpo, evaluate = params
-    held_out = 0
+    synthesize, sft, _, grpo, evaluate, _ = params
+    traces = count_traces(synthesize)
     if synthesize.data == "scenes":
-        cot = (len(TASKS) * synthesize.cot_per_task
-               + len(FREE_FORM) * synthesize.free_form_per_task
-               + len(FIND_ALL) * synthesize.cot_find_all_per_task)
         rl = (len(FIND_ALL) * synthesize.rl_find_all_per_task
               + len(TASKS) * synthesize.rl_per_task + len(BOX_FORMS) * synthesize.rl_boxes_per_task
               + (len(FREE_FORM) - len(BOX_FORMS)) * synthesize.rl_free_form_per_task)
     else:
-        questions = synthesize.data_limit or _count_questions(synthesize)
-        cot, rl, held_out = (round(questions * share) for share in synthesize.data_shares)
-        held_out = min(held_out, evaluate.held_out_samples or held_out)
-    systems = 3
-    if synthesize.teacher == "none":
-        cot, rl, systems = 0, cot + rl, 2
-    drawn_questions = sum(len(suite_tasks(suite)) * vars(evaluate)[per_task]
-                          for suite, per_task in SIZE_PARAMS.items())
-    drawn_questions += len(FIND_ALL) * evaluate.find_all_per_task
+        questions = _count_questions(synthesize)
+        shares = synthesize.data_shares
+        rl = round(questions * (shares[1] + (synthesize.teacher == "none") * shares[0]))
+    asked = count_held_out(params) + (evaluate.benchmark_limit or count_drawn(evaluate))
     return {
-        "02_sft": round(min(cot, sft.max_samples or cot) * sft.num_train_epochs),
+        "02_sft": round(min(traces, sft.max_samples or traces) * sft.num_train_epochs),
         "04_rejection_sampling": rl,
         "05_grpo": grpo.max_steps * groups_per_update(grpo),
-        "06_evaluate": systems * (held_out + (evaluate.benchmark_limit or drawn_questions))}
+        "06_evaluate": count_systems(params) * asked}
+
+
+def count_traces(synthesize: SimpleNamespace) -> int:
+    """Questions of the cold start."""
+    if synthesize.teacher == "none":
+        return 0
+    if synthesize.data != "scenes":
+        return round(_count_questions(synthesize) * synthesize.data_shares[0])
+    return (len(TASKS) * synthesize.cot_per_task + len(FREE_FORM) * synthesize.free_form_per_task
+            + len(FIND_ALL) * synthesize.cot_find_all_per_task)
+
+
+def count_systems(params: Profile) -> int:
+    """Systems that 06 evaluates: without a teacher there is no SFT model."""
+    return 2 if params.synthesize.teacher == "none" else 3
+
+
+def count_held_out(params: Profile) -> int:
+    """Questions of own data that 06 asks a system; 0 for drawn scenes."""
+    synthesize, most = params.synthesize, params.evaluate.held_out_samples
+    if synthesize.data == "scenes":
+        return 0
+    held_out = round(_count_questions(synthesize) * synthesize.data_shares[2])
+    return min(held_out, most or held_out)
+
+
+def count_drawn(evaluate: SimpleNamespace) -> int:
+    """Questions of the drawn suites that 06 asks a system."""
+    return len(FIND_ALL) * evaluate.find_all_per_task + sum(
+        len(suite_tasks(suite)) * vars(evaluate)[per_task]
+        for suite, per_task in SIZE_PARAMS.items())
 
 
 def _count_questions(synthesize: SimpleNamespace) -> int:
     """Lines of an own data file, OWN_QUESTIONS where the profile names none; MGROUNDING_QUESTIONS
-    for MGrounding-630k, which is not read here.
+    for MGrounding-630k, which is not read here; data_limit where it is set.
     """
+    if synthesize.data_limit:
+        return synthesize.data_limit
     if synthesize.data == "mgrounding":
         return MGROUNDING_QUESTIONS
     if not synthesize.data_file:
@@ -332,7 +358,7 @@ def predict_seconds(shape: Shape, params: Profile, card: tuple[str, int, int],
     card: its name, TFLOP/s and GB/s, as in CARDS. is_served: a vLLM server on such a card draws the
     replies, in turn with the learner. max_bytes: of `drawing_bytes`; None: as on a CPU.
     """
-    _, sft, sampling, grpo, evaluate = params
+    _, sft, sampling, grpo, evaluate, _ = params
     _, tera_flops, giga_bytes = card
     flop_rate, byte_seconds = RATE_SHARE * tera_flops * 1e12, 1 / (RATE_SHARE * giga_bytes * 1e9)
     image_tokens = count_image_tokens(shape, params)

@@ -14,7 +14,7 @@ THREE = gpu_needs.SHAPES["Qwen/Qwen2.5-VL-3B-Instruct"]
 BFLOAT16 = Hardware("cpu", torch.bfloat16, False, "sdpa", "for tests")
 FLOAT32 = Hardware("cpu", torch.float32, False, "sdpa", "for tests")
 LENGTHS = Lengths(120.0, 30.0, 52.0, 178, 85)
-RATES = Rates(1e11, 1e10, 1e9)
+RATES = Rates(1e11, 1e10, 1e9, 1e8)
 STAGES = ["02_sft", "03_merge", "04_rejection_sampling", "05_grpo", "06_evaluate"]
 
 
@@ -27,7 +27,7 @@ def smoke(monkeypatch):
 
 
 def predict(params, hardware=BFLOAT16, rates=RATES, column="memory_gib") -> dict[str, float]:
-    rows = cpu_needs.predict_on_cpu(THREE, params, hardware, rates, LENGTHS)
+    rows = cpu_needs.predict_on_cpu(THREE, params, hardware, rates, LENGTHS, LENGTHS)
     return {row["stage"]: row[column] for row in rows}
 
 
@@ -57,20 +57,45 @@ def test_memory_grows_with_what_is_in_it(smoke):
 
 
 def test_minutes_by_rates(smoke):
-    slow = predict(smoke, rates=Rates(1e10, 1e9, 1e8), column="minutes")
+    slow = predict(smoke, rates=Rates(1e10, 1e9, 1e8, 1e7), column="minutes")
     fast = predict(smoke, column="minutes")
     assert all(slow[stage] > 4 * fast[stage] for stage in ("04_rejection_sampling", "06_evaluate"))
-    unpacking = predict(smoke, rates=Rates(1e11, 1e10, 1e8), column="minutes")
+    unpacking = predict(smoke, rates=Rates(1e11, 1e10, 1e8, 1e8), column="minutes")
     assert [stage for stage in STAGES if unpacking[stage] > fast[stage]] == STAGES[:2]
-    # 12 batches of 4 rows, each unpacked forward and backward, two loads, 24 tokens of a reply
-    steps = 12 * 2 + 2 + 24
+    # 12 batches of 4 rows, each unpacked forward and backward, 24 tokens of a reply
+    steps = 12 * 2 + 24
     extra = THREE.linear_weights * (1 / 1e8 - 1 / 1e9) * steps / 60
     assert unpacking["02_sft"] - fast["02_sft"] == pytest.approx(extra, abs=0.11)
 
 
+def test_what_is_not_done_takes_no_time(smoke):
+    before = predict(smoke, column="minutes")
+    grpo = SimpleNamespace(**vars(smoke.grpo) | {"rollout_steps": 0})
+    assert predict(smoke._replace(grpo=grpo), column="minutes")["05_grpo"] < before["05_grpo"]
+    few = SimpleNamespace(**vars(smoke.merge) | {"probe_samples": 1})
+    assert predict(smoke._replace(merge=few), column="minutes")["03_merge"] < before["03_merge"]
+    none = SimpleNamespace(**vars(smoke.evaluate) | {
+        "mig_per_task": 0, "ood_per_task": 0, "blink_per_task": 0, "mmiu_per_task": 0})
+    left = predict(smoke._replace(evaluate=none), column="minutes")["06_evaluate"]
+    assert 0 < left < 0.5 * before["06_evaluate"], "models are loaded, and nothing is asked"
+
+
+def test_drawn_suites_have_lengths_of_their_own(smoke):
+    """Own photos are long prompts; the drawn scenes that 06 asks as well are short ones."""
+    own = SimpleNamespace(**vars(smoke.synthesize) | {"data": "own", "data_limit": 30})
+    smoke = smoke._replace(synthesize=own)
+    photos = Lengths(1058.0, 988.0, 41.0, 1058, 41)
+
+    def minutes(lengths, drawn_lengths):
+        rows = cpu_needs.predict_on_cpu(THREE, smoke, BFLOAT16, RATES, lengths, drawn_lengths)
+        return rows[-1]["minutes"]
+
+    assert minutes(LENGTHS, LENGTHS) < minutes(photos, LENGTHS) < minutes(photos, photos)
+
+
 def test_rates_and_lengths_are_measured_here(smoke, processor):
     rates = cpu_needs.measure_rates(FLOAT32)
-    assert min(rates.flops, rates.weight_bytes, rates.unpacked) > 1e6
+    assert min(rates.flops, rates.weight_bytes, rates.unpacked, rates.packed) > 1e6
     lengths = cpu_needs.measure_lengths(smoke)
     assert 0 < lengths.images < lengths.prompt <= lengths.longest_prompt
     assert 10 < lengths.trace <= lengths.longest_trace
