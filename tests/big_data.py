@@ -5,9 +5,11 @@
 Makes JPEGs of about one megapixel and questions with replies over them in FOLDER, stores them as
 01 does with the teacher "own", and reads them as 04 does; prints the peak of memory, images decoded
 and seconds. The tests do the same with less. `python tests/big_data.py --run FOLDER` then runs 01
-of the smoke profile on FOLDER through the command line, and prints its peak.
+of the smoke profile on FOLDER through the command line, and prints its peak; `--train FOLDER`
+after it starts 02 on all of its rows, ends it after three updates, and prints the peak.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -17,11 +19,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from command_line import CLI
 from PIL import Image, ImageFile
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.store import stage_folder
 from mig_kit.prompts import format_answer
 
 SIZE = (1152, 864)
@@ -123,11 +127,31 @@ def run_01(own_file: Path) -> None:
     print(f"peak {peak:.0f} MiB, {time.monotonic() - start:.0f} s")
 
 
+def run_02(own_file: Path, updates: int = 3) -> None:
+    """The first updates of 02 of the smoke profile after `run_01`; prints the peak of a process."""
+    run_id = f"big-{own_file.parent.name}"
+    checkpoints = stage_folder("02_sft", run_id) / "checkpoints"
+    words = ("run", "02", "--profile", "smoke", "--run-id", run_id, "-p", "max_samples", "0",
+             "-p", "save_steps", str(updates), "-p", "launcher", "")
+    command, peak = subprocess.Popen([*CLI, *words]), 0
+    while command.poll() is None and not (checkpoints / f"checkpoint-{updates}").is_dir():
+        for process in psutil.Process(command.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak = max(peak, process.memory_info().rss / 2**20)
+        time.sleep(0.1)
+    command.terminate()
+    command.wait()
+    assert any(checkpoints.glob("checkpoint-*")), "02 ended before its first updates"
+    print(f"peak {peak:.0f} MiB of one process, {updates} updates")
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "--read":
         read_all(Path(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1] == "--run":
         run_01(Path(sys.argv[2]) / "own.jsonl")
+    elif sys.argv[1] == "--train":
+        run_02(Path(sys.argv[2]) / "own.jsonl")
     else:
         data = Path(sys.argv[1])
         file = make_data(data, int(sys.argv[2]), int(sys.argv[3]))
