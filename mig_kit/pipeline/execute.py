@@ -115,6 +115,8 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
         except yaml.YAMLError:
             raise ValueError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
                              "as \"[1, 2]\"") from None
+        if name == "rewards" and isinstance(overrides[name], list):
+            overrides[name] = [_locate_reward(reward) for reward in overrides[name]]
     return overrides
 
 
@@ -128,8 +130,20 @@ def locate_path(name: str, text: str) -> str:
     is_model = name in MODEL_PARAMS and text not in MODEL_WORDS and Path(text).is_dir()
     if not text or not (is_path or is_model):
         return text
+    return _relative_to_project(text)
+
+
+def _relative_to_project(text: str) -> str:
     path = Path(os.path.abspath(text))
     return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
+
+
+def _locate_reward(reward: object) -> object:
+    """"file.py:function" with the file as `locate_path` has it; other words as they are."""
+    if not isinstance(reward, str) or ":" not in reward:
+        return reward
+    file, _, function = reward.rpartition(":")
+    return f"{_relative_to_project(file)}:{function}"
 
 
 def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dict:

@@ -1,7 +1,7 @@
 """What a model of real size needs of this machine's CPU: memory and minutes per stage.
 
 Stage 00 prints it where a profile, or its `model`, names another model than the shipped one
-and there is no GPU. Memory follows from shapes, as in `gpu_needs`; minutes from three rates that
+and there is no GPU. Memory follows from shapes, as in `gpu_needs`; minutes from four rates that
 are measured here in seconds. Replies count as long as they may be, as a random model's are.
 """
 
@@ -198,7 +198,8 @@ def _predict_gib(shape: Shape, params: Profile, hardware: Hardware,
     kept = shape.layers * rows * row_tokens * layer_bytes(shape, sft.lora_r) * width / 2
     logits = rows * lengths.longest_trace * shape.vocabulary * 10
     rest = shape.total - shape.linear_weights
-    four_bit = shape.linear_weights * NF4_BYTES + rest * 4  # float32 while it is made ready
+    four_bit = shape.linear_weights * NF4_BYTES + rest * width
+    packing = (weights + four_bit) / GIB  # at most: files are read ahead of what is packed
     group, reply = grpo.num_generations, grpo.max_completion_length
     in_graph = max(1, (grpo.micro_replies or grpo.per_device_train_batch_size) // group)
     learning = training_memory(shape, Load(lengths.longest_prompt, in_graph, group, reply),
@@ -209,9 +210,10 @@ def _predict_gib(shape: Shape, params: Profile, hardware: Hardware,
     drawn = draw(groups_per_update(grpo) // processes or 1, group, reply)
     drawing = _weight_bytes(shape, hardware, is_drawing=True) / GIB
     return {
-        "02_sft": RUNTIME_GIB + max(weights / GIB + draw(4, 1, sft.max_new_tokens),
+        "02_sft": RUNTIME_GIB + max(packing, weights / GIB + draw(4, 1, sft.max_new_tokens),
                                     adapter + (four_bit + kept + logits) / GIB),
-        "03_merge": RUNTIME_GIB + max(SHARD_GIB, weights / GIB + draw(4, 1, TRACE_TOKENS)),
+        "03_merge": RUNTIME_GIB + max(packing, SHARD_GIB,
+                                      weights / GIB + draw(4, 1, TRACE_TOKENS)),
         "04_rejection_sampling": RUNTIME_GIB + drawing + draw(
             sampling.batch_size, sampling.replies, sampling.max_new_tokens, sampling.workers),
         "05_grpo": processes * (RUNTIME_GIB + trained + max(weights / GIB + learned,

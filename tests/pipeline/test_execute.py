@@ -131,6 +131,16 @@ def test_an_empty_value_is_an_empty_word():
     assert execute.parse_overrides(pairs, ["05_grpo"]) == {"launcher": "", "report_to": "none"}
 
 
+def test_a_rewards_file_is_looked_for_where_the_command_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (("rewards", "[box, mine.py:center]"),)
+    assert execute.parse_overrides(words, ["05_grpo"]) == {
+        "rewards": ["box", f"{tmp_path}/mine.py:center"]}
+    monkeypatch.chdir(PROJECT_ROOT / "tests")
+    assert execute.parse_overrides(words, ["05_grpo"]) == {
+        "rewards": ["box", "tests/mine.py:center"]}
+
+
 def test_a_command_is_a_word_whatever_it_holds():
     """YAML would read the first as a mapping, and the second as a number."""
     command = "env A=1 vllm serve {model} --limit-mm-per-prompt '{\"image\": 6}'"
