@@ -122,10 +122,10 @@ def test_the_3b_goes_through_all_stages(tmp_path):
         minutes[stage], gib[stage] = (time.monotonic() - start) / 60, watch.gib
         assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
         predicted = predicted or predict(model, own_file, run / stage)
-        row = predicted.get(stage, {"minutes": float("nan"), "memory_gib": float("nan")})
+        row = predicted.get(stage, {"minutes": None, "memory_gib": None, "private_gib": None})
         print(f"{stage}: {minutes[stage]:.1f} min (predicted {row['minutes']}), "
-              f"{gib[stage]:.1f} GiB (predicted {row['memory_gib']}), with mapped files "
-              f"{watch.mapped_gib:.1f}", flush=True)
+              f"{gib[stage]:.1f} GiB (predicted {row['private_gib']}), with mapped files "
+              f"{watch.mapped_gib:.1f} (predicted {row['memory_gib']})", flush=True)
     disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
     print(f"{LAYERS} layers: {sum(minutes.values()):.1f} min, {max(gib.values()):.1f} GiB, "
           f"{disk:.1f} GB left in the run")

@@ -149,17 +149,19 @@ def predict(profile: str, hardware: Hardware, model: str = "") -> list[dict]:
 
 def predict_on_cpu(shape: Shape, params: Profile, hardware: Hardware, rates: Rates,
                    lengths: Lengths, drawn_lengths: Lengths) -> list[dict]:
-    """Rows {stage, memory_gib, minutes} of stages 02 to 06 on this machine's CPU.
+    """Rows {stage, memory_gib, private_gib, minutes} of stages 02 to 06 on this machine's CPU.
 
-    memory_gib: the peak of all processes of the stage together, the weights that they map from
-    files included. lengths: of the profile's data; drawn_lengths: of the drawn suites of 06.
+    memory_gib: the peak of all processes of the stage together, with the bfloat16 weights that they
+    map from files; private_gib: the peak without these pages, which the system can take back and
+    read again. lengths: of the profile's data; drawn_lengths: of the drawn suites of 06.
     """
-    memory = _predict_gib(shape, params, hardware, lengths)
+    memory, private = _predict_gib(shape, params, hardware, lengths)
     work = _Work(shape, params, hardware, rates)
     seconds = {"02_sft": work.sft(lengths), "03_merge": work.merge(lengths),
                "04_rejection_sampling": work.sample(lengths), "05_grpo": work.grpo(lengths),
                "06_evaluate": work.evaluate(lengths, drawn_lengths)}
     return [{"stage": stage, "memory_gib": round(memory[stage], 1),
+             "private_gib": round(private[stage], 1),
              "minutes": round((START_SECONDS + seconds[stage]) / 60, 1)} for stage in memory]
 
 
@@ -178,10 +180,12 @@ def _at_once(shape: Shape, hardware: Hardware, lengths: Lengths, batch: int, rep
 
 
 def _predict_gib(shape: Shape, params: Profile, hardware: Hardware,
-                 lengths: Lengths) -> dict[str, float]:
+                 lengths: Lengths) -> tuple[dict[str, float], dict[str, float]]:
+    """Stage -> GiB with, and without, the weights that are mapped from files."""
     _, sft, sampling, grpo, evaluate, _ = params
     width = hardware.dtype.itemsize
     weights = _weight_bytes(shape, hardware)
+    mapped = weights / GIB if hardware.dtype == torch.bfloat16 else 0
 
     def draw(batch: int, replies: int, tokens: int, workers: int = 1) -> float:
         """GiB beside the weights, of all batches under way."""
@@ -209,18 +213,26 @@ def _predict_gib(shape: Shape, params: Profile, hardware: Hardware,
     learned = (learning["activations"] * width / 2) + learning["logits"]
     drawn = draw(groups_per_update(grpo) // processes or 1, group, reply)
     drawing = _weight_bytes(shape, hardware, is_drawing=True) / GIB
-    return {
-        "02_sft": RUNTIME_GIB + max(packing, weights / GIB + draw(4, 1, sft.max_new_tokens),
-                                    adapter + (four_bit + kept + logits) / GIB),
-        "03_merge": RUNTIME_GIB + max(packing, SHARD_GIB,
-                                      weights / GIB + draw(4, 1, TRACE_TOKENS)),
-        "04_rejection_sampling": RUNTIME_GIB + drawing + draw(
-            sampling.batch_size, sampling.replies, sampling.max_new_tokens, sampling.workers),
-        "05_grpo": processes * (RUNTIME_GIB + trained + max(weights / GIB + learned,
-                                                            drawing + drawn)),
-        "06_evaluate": RUNTIME_GIB + drawing + max(
-            draw(evaluate.batch_size, replies, evaluate.max_new_tokens, evaluate.workers)
-            for replies in {1, max(1, evaluate.replies)})}
+    before = weights / GIB + draw(4, 1, sft.max_new_tokens)
+    fine_tuning = adapter + (four_bit + kept + logits) / GIB
+    merged_reply = weights / GIB + draw(4, 1, TRACE_TOKENS)
+    sampled = drawing + draw(sampling.batch_size, sampling.replies, sampling.max_new_tokens,
+                             sampling.workers)
+    updates = processes * (trained + max(weights / GIB + learned, drawing + drawn))
+    answers = drawing + max(
+        draw(evaluate.batch_size, replies, evaluate.max_new_tokens, evaluate.workers)
+        for replies in {1, max(1, evaluate.replies)})
+    total = {"02_sft": max(packing, before, fine_tuning),
+             "03_merge": max(packing, SHARD_GIB, merged_reply), "04_rejection_sampling": sampled,
+             "05_grpo": updates, "06_evaluate": answers}
+    private = {"02_sft": max(packing, before - mapped, fine_tuning),
+               "03_merge": max(packing, SHARD_GIB, merged_reply - mapped),
+               "04_rejection_sampling": sampled - mapped,
+               "05_grpo": max(updates - processes * mapped, SHARD_GIB),  # merged at the end
+               "06_evaluate": answers - mapped}
+    runtime = {stage: RUNTIME_GIB * (processes if stage == "05_grpo" else 1) for stage in total}
+    return ({stage: runtime[stage] + gib for stage, gib in total.items()},
+            {stage: runtime[stage] + gib for stage, gib in private.items()})
 
 
 def _count_processes(grpo: SimpleNamespace) -> int:

@@ -39,7 +39,11 @@ def test_weights_are_in_memory_as_often_as_processes_hold_them(smoke):
     assert list(memory) == STAGES
     assert all(weights + cpu_needs.RUNTIME_GIB < gib < 2.6 * weights for gib in memory.values())
     assert predict(twice)["05_grpo"] > 1.8 * memory["05_grpo"], "torchrun starts two"
+    private = predict(smoke, column="private_gib")
+    for stage in ("04_rejection_sampling", "05_grpo", "06_evaluate"):
+        assert cpu_needs.RUNTIME_GIB < private[stage] < memory[stage], "bfloat16 is mapped"
     float32 = predict(smoke, FLOAT32)
+    assert predict(smoke, FLOAT32, column="private_gib")["06_evaluate"] == float32["06_evaluate"]
     assert all(float32[stage] > memory[stage] + 0.5 * weights for stage in STAGES[1:])
 
 
