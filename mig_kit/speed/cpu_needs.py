@@ -354,12 +354,13 @@ class _Work:
         def answer(words: Lengths, questions: float, sampled: float) -> float:
             return (self.draw(words, questions, 1, p.max_new_tokens, p.batch_size)
                     + self.draw(words, min(questions, sampled) * (p.replies > 0), p.replies,
-                                p.max_new_tokens, p.batch_size))
+                                p.max_new_tokens, p.batch_size, is_seen=True))
 
         def compare(words: Lengths, n_suites: int) -> float:
             """(systems - 1) systems' replies, each read by that system and by the base."""
-            row = self.see(words) + self.read(words, 1, p.max_new_tokens)
-            return 2 * (systems - 1) * p.kl_samples * n_suites * row
+            prompts = p.kl_samples * n_suites
+            return (systems * prompts * self.see(words)
+                    + 2 * (systems - 1) * prompts * self.read(words, 1, p.max_new_tokens))
 
         return (systems * (self.load + answer(lengths, rest, own_tasks * p.sampled_per_task)
                            + answer(drawn_lengths, drawn, drawn_tasks * p.sampled_per_task))
