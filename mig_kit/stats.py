@@ -165,6 +165,30 @@ def average_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]],
     return [float(max(low, lows.min())), float(min(high, highs.max()))]
 
 
+def percent_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """95 % interval in percent of the mean of the tasks' shares; groups: (values, lists) of each.
+
+    The bootstrap over questions; over lists of images where questions share them or all outcomes of
+    each task are the same, which the bootstrap would take for certain.
+    """
+    return _percent_interval(groups, share_interval_by_list)
+
+
+def paired_gap_by_list(groups: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+    """`paired_gap` with the interval of `percent_interval_by_list`; groups: (gaps, lists)."""
+    return {"value": to_percent(macro_mean([gaps for gaps, _ in groups])),
+            "ci95": _percent_interval(groups, gap_interval_by_list)}
+
+
+def _percent_interval(groups: list[tuple[np.ndarray, np.ndarray]],
+                      interval: Callable[[np.ndarray, np.ndarray], list[float]]) -> list[float]:
+    all_lists = np.concatenate([lists for _, lists in groups])
+    is_varied = any(values.min() < values.max() for values, _ in groups)
+    if is_varied and len(np.unique(all_lists)) == len(all_lists):
+        return percent_interval([values for values, _ in groups])
+    return [to_percent(bound) for bound in average_interval_by_list(groups, interval)]
+
+
 def _shared_list_factor(groups: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """By how much lists that several tasks share widen the average's standard error; else 1."""
     errors: dict = defaultdict(list)

@@ -52,7 +52,11 @@ def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: l
     for seed in seeds:
         words = [text.replace(branches.SEED, str(seed)) for text in (run_id, source)]
         values = [(name, text.replace(branches.SEED, str(seed))) for name, text in overrides]
-        plans.append(_plan_run(names, profile, *words, (*values, ("seed", str(seed)))))
+        stages = branches.plan_stages(names, words[0])
+        is_named = branches.SEED in run_id  # 03 of run{seed} is the run's own, without a seed
+        if not is_named or any("seed" in stage_parameters(stage) for stage in stages):
+            values.append(("seed", str(seed)))
+        plans.append(_plan_run(names, profile, *words, tuple(values)))
     return plans
 
 

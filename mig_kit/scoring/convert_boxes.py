@@ -21,15 +21,18 @@ _BOX = re.compile(
     rf"\({_POINT}\)\s*,?\s*\({_POINT}\)|\[\s*\[{_POINT}\]\s*,\s*\[{_POINT}\]\s*\]"
     rf"|\[{_FOUR}\]|\({_FOUR}\)"
     rf"|<box>\s*({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s*</box>")
-_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_ROUNDING = 1  # pixels that a box of the model may reach outside, as rounding makes it
 
 
 def wrap_native_json(reply: str) -> str:
-    """A reply that is nothing but a Qwen-VL's own JSON of boxes, [{"bbox_2d": [...]}], as an
-    <answer>, which the strict rule reads; any other reply as it is.
+    """A Qwen-VL's own JSON of boxes, [{"bbox_2d": [...]}], as an <answer>, which the strict rule
+    reads: the whole reply, or its only fenced block. Any other reply as it is.
     """
-    fence = _FENCE.fullmatch(reply)
-    text = fence.group(1) if fence else reply.strip()
+    fenced = _FENCE.findall(reply)
+    text = fenced[0] if len(fenced) == 1 else reply.strip()
+    if last_answer_block(reply) is not None:
+        return reply
     if '"bbox_2d"' not in text or not text.startswith(("[", "{")):
         return reply
     try:
@@ -39,12 +42,13 @@ def wrap_native_json(reply: str) -> str:
     return f"<answer>{text}</answer>"
 
 
-def parse_named_box(reply: str, exact: bool = False) -> tuple[int | None, Box | None]:
+def parse_named_box(reply: str, exact: bool = False,
+                    one_image: bool = True) -> tuple[int | None, Box | None]:
     """(image, box) that a reply names, as written: in the form the kit asks for, else in any that
     `mig-kit score` reads.
 
     exact: as the strict protocol reads, from the last <answer> alone; else from the whole reply,
-    and of several boxes the first.
+    and of several boxes the first. one_image: see parse_strict_answer.
     """
     kit_answer = parse_reply(reply)
     has_answer = last_answer_block(reply) is not None
@@ -55,7 +59,7 @@ def parse_named_box(reply: str, exact: bool = False) -> tuple[int | None, Box | 
     elif not has_answer:
         answer = parse_strict_answer(f"<answer>{reply}</answer>")
         return answer.image, answer.box or parse_revised_mig_bench_box(reply)
-    answer = parse_strict_answer(reply)
+    answer = parse_strict_answer(reply, one_image)
     if exact or answer.box is not None:
         return answer.image, answer.box
     return answer.image, parse_revised_mig_bench_box(reply)
@@ -92,11 +96,16 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
                     box_format: BoxFormat) -> str:
     """The reply's one box as an <answer> in 0..1000 with decimals, for the strict protocol; a reply
     without one stays as it is. See model_size.
+
+    A box that is outside by one unit of the model's, as rounding makes it, is cut to the image.
+    target: None where no image has to be named.
     """
-    image, box = parse_named_box(reply, exact=True)
+    image, box = parse_named_box(reply, exact=True, one_image=target is not None)
     if box is None:
         return reply
     size = model_size(reply, sizes, target, box_format.coordinates, box_format)
+    box = [min(max(value, 0), limit) if -_ROUNDING <= value <= limit + _ROUNDING else value
+           for value, limit in zip(box, (*size, *size))]
     x1, y1, x2, y2 = (f"{value:.4f}" for value in rescale_box(box, size, (1000, 1000)))
     image_text = "" if image is None else f"image {image}: "
     return f"<answer>{image_text}({x1},{y1}),({x2},{y2})</answer>"

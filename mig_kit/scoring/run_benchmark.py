@@ -23,7 +23,6 @@ from mig_kit.scoring.annotations import (
     BenchmarkItem,
     resolve_image_path,
 )
-from mig_kit.scoring.choice_parsers import parse_choice_letter
 from mig_kit.scoring.convert_boxes import convert_exactly, parse_named_box, to_official_line
 from mig_kit.scoring.record_files import read_records
 from mig_kit.scoring.result import Scored, paired_difference, summarize
@@ -170,7 +169,7 @@ def iter_batches(benchmark: Benchmark, root: str | Path, size: int) -> Iterator[
 def names_answer(item: BenchmarkItem, reply: str) -> bool:
     """Whether the reply's text names a box or, of multiple choice, one option."""
     if item.letter:
-        return bool(parse_choice_letter(reply, item.options))
+        return bool(score.read_letter(item, reply))
     return parse_named_box(reply)[1] is not None
 
 

@@ -189,7 +189,8 @@ def read_freely(reply: str, sample: Sample) -> str:
     if is_well_formed(reply, sample) or sample.find_all:
         return reply
     if sample.options:
-        answer = parse_choice_letter(reply, LETTERS[:len(sample.options)])
+        letters = LETTERS[:len(sample.options)]
+        answer = parse_choice_letter(reply, letters, tuple(sample.options))
     else:
         image, box = parse_named_box(reply)
         image = image or (1 if len(sample.images) == 1 else None)
@@ -209,7 +210,9 @@ def _ask_samples(model: str | Path, samples: dict[str, Sequence[Sample]], task: 
     free = {suite: [read_freely(reply, sample)
                     for reply, sample in zip(strict[suite], samples[suite], strict=True)]
             for suite in samples}
-    judged: dict[str, dict] = {"scores": {}, "items": {}}
+    judged: dict[str, dict] = {"scores": {}, "items": {}, "lists": {
+        suite: evaluate.number_image_lists(questions).tolist()
+        for suite, questions in samples.items() if suite in HELD_OUT_NAMES}}
     for protocol, replies in (("strict", strict), ("free_text", free)):
         by_suite = {suite: {"greedy": texts, "drawn": [[]] * len(texts)}
                     for suite, texts in replies.items()}

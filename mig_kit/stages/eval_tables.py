@@ -102,7 +102,7 @@ def _with_interval(value: float | None, interval: Sequence[float] | None) -> str
 
 def difference_rows(results: Mapping[str, dict]) -> list[dict]:
     """Rows {compared, protocol, suite, points, ci95}: the first result less each other, paired by
-    question; of a real benchmark the interval is over lists of images.
+    question; of own data and real benchmarks the interval is over lists of images.
 
     ValueError where they did not answer the same questions.
     """

@@ -5,7 +5,7 @@ as naming none. A question for all boxes is answered correctly by as many boxes 
 targets, each with IoU 0.5, or by saying that there is none; `summarize_boxes` counts box by box. A
 suite's score is the unweighted mean over its tasks (MIG-Bench's AVG), that of own data the mean
 over its questions. Intervals: percentile bootstrap over the samples of each task (2,000 resamples,
-stratified); differences are paired by sample.
+stratified), or by lists of images where samples share them; differences are paired by sample.
 """
 
 from collections import Counter
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mig_kit.boxes import Box, BoxFormat, iou
+from mig_kit.image_files import image_digests
 from mig_kit.pipeline import store
 from mig_kit.plots import HELD_OUT_NAMES
 from mig_kit.prompts import is_well_formed, parse_boxes
@@ -29,9 +30,9 @@ from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.stats import (
     group_by_task,
     macro_mean,
-    paired_gap,
+    paired_gap_by_list,
     pass_at_k,
-    percent_interval,
+    percent_interval_by_list,
     ratio_interval,
     share_interval,
     to_percent,
@@ -141,6 +142,20 @@ def split_for_score(samples: Sequence[Sample], values: np.ndarray) -> list[np.nd
     return list(split_by_task(samples, values).values())
 
 
+def number_image_lists(samples: Sequence[Sample]) -> np.ndarray:
+    """(samples,) a number for the images that each shows: the same where they are the same."""
+    numbers: dict[tuple[bytes, ...], int] = {}
+    return np.array([numbers.setdefault(image_digests(sample.images), len(numbers))
+                     for sample in samples])
+
+
+def _group_with_lists(samples: Sequence[Sample],
+                      values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(values, lists of images) of each part of `split_for_score`."""
+    return list(zip(split_for_score(samples, values),
+                    split_for_score(samples, number_image_lists(samples))))
+
+
 def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[str]],
                     box_format: BoxFormat) -> dict:
     """One system on one suite, in percent: n, score and ci95 (greedy), sampled (mean at temperature
@@ -153,6 +168,7 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
               for reply, sample in zip(greedy, samples, strict=True)]
     columns = {name: np.array([score[name] for score in scores])
                for name in ("iou", "correct", "format", "image")}
+    columns["lists"] = number_image_lists(samples)
     drawn_samples, drawn_values = _drawn_correctness(samples, drawn, box_format)
     drawn_correct = split_by_task(drawn_samples, drawn_values)
     tasks = {}
@@ -160,9 +176,10 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
         tasks[task] = _summarize_task({name: values[rows] for name, values in columns.items()})
         if task in drawn_correct:
             tasks[task] |= _summarize_drawn(drawn_correct[task])
-    groups = split_for_score(samples, columns["correct"])
-    summary = {"n": len(samples), "score": to_percent(macro_mean(groups)),
-               "ci95": percent_interval(groups), "sampled": None,
+    groups = list(zip(split_for_score(samples, columns["correct"]),
+                      split_for_score(samples, columns["lists"])))
+    summary = {"n": len(samples), "score": to_percent(macro_mean([part for part, _ in groups])),
+               "ci95": percent_interval_by_list(groups), "sampled": None,
                "n_sampled": len(drawn_samples), "tasks": tasks}
     if drawn_samples:
         summary |= _sampled_averages(split_for_score(drawn_samples, drawn_values))
@@ -220,11 +237,13 @@ def _drawn_correctness(samples: list[Sample], drawn: list[list[str]],
 
 
 def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
-    """Greedy scores of one task in percent; columns: of score_reply, (samples,) each."""
+    """Greedy scores of one task in percent; columns: of score_reply, and the lists of images,
+    (samples,) each.
+    """
     overlap = columns["iou"]
     accuracies = {f"acc@{t}": to_percent((overlap >= t).mean()) for t in (0.3, 0.5, 0.7)}
     return {"n": len(overlap), **accuracies, "mean_iou": to_percent(overlap.mean()),
-            "ci95": percent_interval([columns["correct"]]),
+            "ci95": percent_interval_by_list([(columns["correct"], columns["lists"])]),
             "format": to_percent(columns["format"].mean()),
             "image": to_percent(columns["image"].mean())}
 
@@ -260,7 +279,7 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
     gaps = np.array([reply_is_correct(a, sample, box_format)
                      - reply_is_correct(b, sample, box_format)
                      for a, b, sample in zip(after, before, samples)])
-    difference = {**paired_gap(split_for_score(samples, gaps)), "sampled": None}
+    difference = {**paired_gap_by_list(_group_with_lists(samples, gaps)), "sampled": None}
     drawn_samples, drawn_gaps = [], []
     for sample, a, b in zip(samples, after_drawn, before_drawn):
         if a and b:
@@ -268,7 +287,7 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
             drawn_gaps.append(_share_correct(a, sample, box_format)
                               - _share_correct(b, sample, box_format))
     if drawn_samples:
-        gap = paired_gap(split_for_score(drawn_samples, np.array(drawn_gaps)))
+        gap = paired_gap_by_list(_group_with_lists(drawn_samples, np.array(drawn_gaps)))
         difference |= {"sampled": gap["value"], "sampled_ci95": gap["ci95"]}
     return difference
 

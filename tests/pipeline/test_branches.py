@@ -259,6 +259,19 @@ def test_seeds_one_after_the_other_with_the_time_left(root, monkeypatch, capsys)
         "a", "a", "a"]
 
 
+def test_stages_without_a_seed_run_for_the_runs_of_several(root, monkeypatch):
+    executed = []
+    monkeypatch.setattr(execute, "_execute_notebook",
+                        lambda stage, run_id, values, table: executed.append((stage, run_id)))
+    for seed in (3, 4):
+        branches.start_branch("a", f"g-{seed}", "05_grpo")
+        for stage in ("05_grpo", "06_evaluate"):
+            leave_stage(root, f"g-{seed}", stage)
+    plans = execute.plan_runs(["07_report"], "tiny", "g-{seed}", "", (3, 4), ())
+    assert [(plan.run_id, list(plan.params)) for plan in plans] == [
+        ("g-3", ["07_report"]), ("g-4", ["07_report"])]
+
+
 def test_a_seed_stands_in_source_and_values_too(root):
     for seed in (0, 1):
         for stage in store.RECIPE[1:5]:

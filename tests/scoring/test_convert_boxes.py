@@ -8,7 +8,7 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, smart_resize
 from mig_kit.cli import cli
-from mig_kit.scoring.convert_boxes import convert_reply, wrap_native_json
+from mig_kit.scoring.convert_boxes import convert_exactly, convert_reply, wrap_native_json
 
 SIZES = {"a.png": (400, 200), "b.png": (1200, 900), "c.png": (90, 90)}
 TARGET = (0.1, 0.2, 0.5, 0.6)  # in the second image
@@ -84,6 +84,29 @@ def test_every_box_is_converted_in_place_and_the_authors_rule_picks():
     'See [{"bbox_2d": [1, 2, 3, 4]}]', "", "[" * 100000 + '"bbox_2d"'])
 def test_only_native_json_alone_is_an_answer(reply):
     assert wrap_native_json(reply) == reply
+
+
+def test_one_fenced_block_is_the_answer_whatever_stands_around_it():
+    block = '```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "cup"}]\n```'
+    assert wrap_native_json(f"Here it is:\n{block}\nI am sure.").startswith("<answer>[{")
+    for reply in (f"{block} or {block}", f"<answer>(1,2),(3,4)</answer> {block}"):
+        assert wrap_native_json(reply) == reply
+
+
+def test_strict_boxes_in_pixels_are_cut_by_a_pixel_before_they_are_converted():
+    box_format, sizes = BoxFormat(), [(308, 308)] * 2
+    exact = convert_exactly("<answer>image 2: [-1, 0, 309, 154]</answer>", sizes, 2, box_format)
+    assert exact == "<answer>image 2: (0.0000,0.0000),(1000.0000,500.0000)</answer>"
+    outside = convert_exactly("<answer>image 2: [-2, 0, 308, 154]</answer>", sizes, 2, box_format)
+    assert "(-6.4935," in outside, "what reaches further is left for the scorer to refuse"
+
+
+def test_where_no_image_is_asked_for_a_reply_may_name_several():
+    reply = "<answer>In image 1 and image 2: [0, 0, 154, 308]</answer>"
+    sizes, box_format = [(308, 308)] * 2, BoxFormat()
+    assert convert_exactly(reply, sizes, None, box_format) == (
+        "<answer>(0.0000,0.0000),(500.0000,1000.0000)</answer>")
+    assert convert_exactly(reply, sizes, 2, box_format) == reply
 
 
 def test_sizes_come_from_the_image_that_the_reply_names(folder):

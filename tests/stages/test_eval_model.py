@@ -248,6 +248,8 @@ def test_text_without_the_answer_format_is_read():
                                                                        one_image)
     assert eval_model.read_freely("The answer is (A).", choice).endswith(
         "<answer>A</answer>")
+    by_words = f"It is {choice.options[1]}."
+    assert eval_model.read_freely(by_words, choice).endswith("<answer>B</answer>")
     assert eval_model.read_freely("I cannot tell.", single) == "I cannot tell."
     well_formed = f"<think>x</think><answer>{format_answer(1, (1, 2, 3, 4))}</answer>"
     assert eval_model.read_freely(well_formed, single) == well_formed

@@ -116,6 +116,28 @@ def test_only_some_samples_have_drawn_replies(tmp_path):
     assert (gap["value"], gap["sampled"]) == (0, 50)
 
 
+def test_samples_that_share_their_images_are_resampled_together():
+    apart = [replace(make_sample("region", "val", i), suite="own") for i in range(40)]
+    together = [replace(apart[i // 10], id=str(i)) for i in range(40)]
+    correct = [i // 10 in (0, 2) for i in range(40)]
+    nothing, widths = ["nothing"] * 40, []
+    for samples in (apart, together):
+        replies = [reply_to(sample) if is_right else "nothing"
+                   for sample, is_right in zip(samples, correct)]
+        low, high = summarize_suite(samples, replies, [[]] * 40, BoxFormat())["ci95"]
+        gap = paired_difference(samples, replies, nothing, [[]] * 40, [[]] * 40, BoxFormat())
+        assert gap["value"] == 50 and low < 50 < high
+        widths.append((high - low, gap["ci95"][1] - gap["ci95"][0]))
+    assert widths[1][0] > 1.5 * widths[0][0] and widths[1][1] > 1.5 * widths[0][1]
+
+
+def test_all_correct_is_not_certain():
+    samples = [make_sample("region", "val", i) for i in range(20)]
+    summary = summarize_suite(samples, [reply_to(sample) for sample in samples], [[]] * 20,
+                              BoxFormat())
+    assert summary["tasks"]["region"]["ci95"] == [83.16, 100.0], "Clopper and Pearson, 20 of 20"
+
+
 def test_bootstrap_covers_and_is_stratified():
     rng = np.random.default_rng(1)
     groups = [np.ones(50), np.zeros(50)]
