@@ -16,14 +16,18 @@ DARKEST = 0.6  # of COLOURS: black text stays readable
 WIDTH, LINE, MARGIN = 760, 26, 8  # pixels of the picture, of one of its lines, of its border
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ColouredTokens:
     """Coloured text for a notebook: HTML with the numbers as tool tips, and the same as a picture,
-    for a page that shows no styles.
+    for a page that shows no styles. title: what it shows, also where there is no picture.
     """
 
     html: str
     image: Image.Image
+    title: str
+
+    def __repr__(self) -> str:
+        return self.title or "Coloured tokens"
 
     def _repr_html_(self) -> str:
         return self.html
@@ -53,7 +57,8 @@ def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str = "
     colours = [_colour(min(1.0, max(0.0, (value - low) / span))) for value in values]
     shown = [token.replace("\n", "\\n") for token in tokens]
     tips = [format(value, number_format) for value in values]
-    return ColouredTokens(_write_html(shown, colours, tips, title), _draw(shown, colours, title))
+    return ColouredTokens(_write_html(shown, colours, tips, title), _draw(shown, colours, title),
+                          title)
 
 
 def _colour(share: float) -> str:

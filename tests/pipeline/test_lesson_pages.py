@@ -194,6 +194,7 @@ class TestCommittedPages:
         page = (LESSONS / f"{stage[:2]}.md").read_text()
         assert not re.search(r"\w*Warning\b:|Traceback|\x1b", page)
         outputs = re.sub(r"(?ms)^```python.*?^```$", "", page)
+        assert not re.search(r"!\[[^\]]*(?:style=|\w+\(\w+=)", outputs), "code as a picture's text"
         assert not re.search(r"(?<![\w./~-])/(?:home|root|tmp|usr|work|opt)/", outputs)
         for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
             assert table.count("\n") <= 22
