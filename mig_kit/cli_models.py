@@ -124,7 +124,10 @@ def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Pa
 
     suites = ("drawn", "own", *RUNNABLE)
     if suite not in suites:
-        raise ValueError(f"no suite '{suite}'; use one of {', '.join(suites)}")
+        reason = (" (MC-Bench and OdinW ask for every box with a score, which no reply holds: "
+                  "mig-kit score judges finished predictions on them)"
+                  if suite in ("mc_bench", "odinw") else "")
+        raise ValueError(f"no suite '{suite}'; use one of {', '.join(suites)}{reason}")
     if suite == "drawn" and (file or images):
         raise ValueError("--suite drawn has no --file and no --images; leave them out, or name the "
                          "suite of the file")

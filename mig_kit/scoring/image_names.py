@@ -29,6 +29,8 @@ _NAME = re.compile(
     rf"|(?:(?<=in the )|(?<=of the )|(?<=on the )|(?<=to the ))(?P<lone>{_ORDINAL})"
     rf"(?=\s*(?:[^\w\s]|at\b|is\b|$))"
     rf"|\b(?:last|final|other|latter|source) {_NOUN}", re.IGNORECASE)
+# "second: [...]": an ordinal directly before a box, where nothing else names an image
+_BARE_ORDINAL = re.compile(rf"(?<![\w-])({_ORDINAL})(?=\s*[:,-]?\s*[\[(]?{BOX})", re.I)
 _TOKEN = re.compile(r"\u2039(\d*)\u203a")
 _SECOND_NUMBER = re.compile(r"(?<=\u203a)(\s*(?:and|or|/|&)\s*)(\d{1,2})\b")
 _FIRST_ORDINAL = re.compile(rf"\b({_ORDINAL})(?=\s*(?:and|or|/|,)\s*(?:the\s+)?\u2039)", re.I)
@@ -100,7 +102,9 @@ def mark_images(text: str) -> str:
         word = next(filter(None, match.groups()), "")
         return f"\u2039{to_number(word) if word else ''}\u203a"
 
-    text = _NAME.sub(token, re.sub("[\u2039\u203a]", " ", text))
+    text, count = _NAME.subn(token, re.sub("[\u2039\u203a]", " ", text))
+    if not count:
+        return _BARE_ORDINAL.sub(token, text)
     text = _SECOND_NUMBER.sub(lambda match: f"{match[1]}\u2039{int(match[2])}\u203a", text)
     return _FIRST_ORDINAL.sub(token, text)
 

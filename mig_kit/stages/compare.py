@@ -222,10 +222,11 @@ def _claims_frame(rows: list[dict]) -> pd.DataFrame:
     for suite, comparison, delta, paper in CLAIMS:
         line = {"suite": SUITE_NAMES[suite], "compared": comparison}
         groups = dict.fromkeys(row["group"] for row in rows)
-        if not all((group, suite, delta) in by_key for group in groups):
+        if not any((group, suite, delta) in by_key for group in groups):
             continue
-        for group in groups:
-            line[group] = _cell(by_key[group, suite, delta])
+        for group in groups:  # a run without a cold start has no SFT model
+            row = by_key.get((group, suite, delta))
+            line[group] = _cell(row) if row else "-"
         lines.append({**line, "paper (real benchmark, 7B)": f"{paper:+.2f}"})
     return pd.DataFrame(lines)
 

@@ -258,7 +258,7 @@ def test_text_without_the_answer_format_is_read():
 @pytest.mark.parametrize(("words", "sentence"), [
     (("--suite", "drawn", "--file", "here.jsonl"), "has no --file"),
     (("--suite", "own"), "needs a --file"),
-    (("--suite", "odinw"), "no suite 'odinw'; use one of drawn"),
+    (("--suite", "odinw"), "ask for every box with a score, which no reply holds"),
     (("--four-bit",), "--four-bit says how the --adapter was trained"),
     (("--compare", "."), "holds no eval.json")])
 def test_bad_words_end_at_once(words, sentence, tmp_path, monkeypatch):
