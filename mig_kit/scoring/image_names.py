@@ -29,8 +29,9 @@ _NAME = re.compile(
     rf"|(?:(?<=in the )|(?<=of the )|(?<=on the )|(?<=to the ))(?P<lone>{_ORDINAL})"
     rf"(?=\s*(?:[^\w\s]|at\b|is\b|$))"
     rf"|\b(?:last|final|other|latter|source) {_NOUN}", re.IGNORECASE)
-# "second: [...]": an ordinal directly before a box, where nothing else names an image
-_BARE_ORDINAL = re.compile(rf"(?<![\w-])({_ORDINAL})(?=\s*[:,-]?\s*[\[(]?{BOX})", re.I)
+# "second: [...]": an ordinal and a mark before a box, where nothing else names an image; "First
+# [...], then [...]" counts boxes
+_BARE_ORDINAL = re.compile(rf"(?<![\w-])({_ORDINAL})(?=\s*[:,-]\s*[\[(]?{BOX})", re.I)
 _TOKEN = re.compile(r"\u2039(\d*)\u203a")
 _SECOND_NUMBER = re.compile(r"(?<=\u203a)(\s*(?:and|or|/|&)\s*)(\d{1,2})\b")
 _FIRST_ORDINAL = re.compile(rf"\b({_ORDINAL})(?=\s*(?:and|or|/|,)\s*(?:the\s+)?\u2039)", re.I)
