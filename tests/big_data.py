@@ -31,15 +31,20 @@ SIZE = (1152, 864)
 BOX = (100, 200, 500, 700)
 
 
-def make_data(folder: Path, n_questions: int, n_images: int, size: tuple[int, int] = SIZE) -> Path:
-    """Write the images and the JSONL, two images a question; the path of the JSONL."""
+def make_data(folder: Path, n_questions: int, n_images: int, size: tuple[int, int] = SIZE,
+              max_pixels: int | None = None) -> Path:
+    """Write the images and the JSONL, two images a question; the path of the JSONL.
+
+    max_pixels: of the run that will read the replies, whose boxes are pixels of resized images.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     for number in range(n_images):
         coarse = Image.frombytes("RGB", (96, 72), rng.randbytes(96 * 72 * 3))
         coarse.resize(size, Image.Resampling.BILINEAR).save(folder / f"{number}.jpg", quality=85)
     params = profile_params("01_synthesize")
-    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+    box_format = BoxFormat(params["min_pixels"], max_pixels or params["max_pixels"],
+                           params["coordinates"])
     answer = format_answer(2, to_model_box(BOX, size, box_format))
     reply = f"<think>Search. The second one has it.</think><answer>{answer}</answer>"
     with (folder / "own.jsonl").open("w") as file:

@@ -62,7 +62,7 @@ def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Tra
     """Write the samples whose trace is kept to `path`, one at a time, and count the others.
 
     reasons: why a trace is dropped, "" for one to keep; read once. Gives the counts of
-    `count_drops`.
+    `count_drops`. Raises ValueError where there are traces and none is kept.
     """
     outcomes = []
     rows = zip(samples, traces, reasons, strict=True)
@@ -72,7 +72,13 @@ def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Tra
             if not reason:
                 writer.write(sample, trace)
     reasons, light_traces = zip(*outcomes) if outcomes else ((), ())
-    return count_drops(list(reasons), list(light_traces))
+    counts = count_drops(list(reasons), list(light_traces))
+    if outcomes and not counts["kept"]:
+        dropped = ", ".join(f"{name} {n}" for name, n in counts["dropped"].items() if n)
+        raise ValueError(f"the filter dropped every reply ({dropped}); look at one of them: its "
+                         "form, its image, and its box, which is in the model's coordinates, as "
+                         "max_pixels and coordinates say")
+    return counts
 
 
 def count_drops(reasons: list[str], traces: list[Trace]) -> dict:

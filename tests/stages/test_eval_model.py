@@ -1,5 +1,6 @@
 """`mig-kit eval`: any model, with stage 06's own figures for a run's."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models
 from mig_kit.pipeline.run_models import find_run_model
 from mig_kit.plots import suite_name
-from mig_kit.prompts import format_answer
+from mig_kit.prompts import format_answer, format_answers
 from mig_kit.scoring.run_benchmark import RUNNABLE
 from mig_kit.stages import eval_model, eval_tables
 from mig_kit.stats import gap_interval_by_list
@@ -253,6 +254,21 @@ def test_text_without_the_answer_format_is_read():
     assert eval_model.read_freely("I cannot tell.", single) == "I cannot tell."
     well_formed = f"<think>x</think><answer>{format_answer(1, (1, 2, 3, 4))}</answer>"
     assert eval_model.read_freely(well_formed, single) == well_formed
+
+
+@pytest.mark.parametrize("text", [
+    "In image 1: [1, 2, 30, 40]. In image 2: [5, 6, 70, 80] and [9, 10, 90, 95].",
+    "The ones at [1, 2, 30, 40] in image 1, [5, 6, 70, 80] in image 2 and [9, 10, 90, 95].",
+    '```json\n[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 70, 80], "image": 2}, '
+    '{"bbox_2d": [9, 10, 90, 95], "image": 2}]\n```',
+    "<think>[3, 3, 4, 4] in image 9?</think> first image (1,2),(30,40); second image "
+    "(5,6),(70,80), (9,10),(90,95)"])
+def test_all_boxes_are_read_from_free_text(text):
+    sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
+    expected = format_answers([(1, (1, 2, 30, 40)), (2, (5, 6, 70, 80)), (2, (9, 10, 90, 95))])
+    assert eval_model.read_freely(text, sample).endswith(f"<answer>{expected}</answer>")
+    for unread in ("There is none.", "[1, 2, 30, 40]"):
+        assert eval_model.read_freely(unread, sample) == unread
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
