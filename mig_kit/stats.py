@@ -211,34 +211,40 @@ def pass_at_k(correct: int, total: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(total - correct + 1, total + 1)))
 
 
-def joint_interval(groups: list[np.ndarray]) -> dict:
+def joint_interval(groups: list[np.ndarray], lists: list[np.ndarray] | None = None) -> dict:
     """{"value", "low", "high", "over"} of a score of several runs on the same samples.
 
-    groups: (runs, samples) values of each task. value: the mean over tasks of the mean over runs
+    groups: (runs, samples) values of each task. lists: of each task, where samples share images;
+    see sum_by_list. value: the mean over tasks of the mean over runs
     and samples. low, high: its 95 % interval over samples and, with several runs, over "seeds and
     samples": the half widths of the two t intervals, of the sampled tasks and of the runs' scores,
     added in quadrature. It covers the truth in 95 % of cases or more, whatever the share of either;
     a bootstrap over three runs would be too narrow.
     """
-    return _estimate([groups], [values.mean(0) for values in groups])
+    return _estimate([groups], [values.mean(0) for values in groups], lists)
 
 
-def joint_difference(groups: list[np.ndarray], others: list[np.ndarray]) -> dict:
+def joint_difference(groups: list[np.ndarray], others: list[np.ndarray],
+                     lists: list[np.ndarray] | None = None) -> dict:
     """As `joint_interval`, of one set of runs less another's: paired by sample, not by seed.
 
     groups, others: (runs, samples) values of each task, in the same order of samples.
     """
     effects = [values.mean(0) - other.mean(0)
                for values, other in zip(groups, others, strict=True)]
-    return _estimate([groups, others], effects)
+    return _estimate([groups, others], effects, lists)
 
 
-def _estimate(sets: list[list[np.ndarray]], effects: list[np.ndarray]) -> dict:
+def _estimate(sets: list[list[np.ndarray]], effects: list[np.ndarray],
+              lists: list[np.ndarray] | None) -> dict:
     """sets: the runs of one or two sides; effects: (samples,) mean over runs, of each task."""
     tasks = len(effects)
-    samples = sum(effect.var(ddof=min(1, len(effect) - 1)) / len(effect)
-                  for effect in effects) / tasks ** 2
-    parts = [(samples, max(1, sum(map(len, effects)) - tasks))]
+    lists = lists or [np.arange(len(effect)) for effect in effects]
+    sizes = [len(np.unique(numbers)) for numbers in lists]
+    samples = sum(float(np.sum(_list_errors(effect, numbers) ** 2))
+                  for effect, numbers, size in zip(effects, lists, sizes, strict=True)
+                  if size > 1) / tasks ** 2
+    parts = [(samples, max(1, sum(sizes) - tasks))]
     for groups in sets:
         scores = np.mean([values.mean(1) for values in groups], axis=0)  # (runs,)
         if len(scores) > 1:

@@ -3,10 +3,12 @@
 A run is a group's member; its seed is that of stage 05. Scores are of greedy replies, in percent.
 Every row holds a 95 % interval over test samples and, where a group has several runs, over seeds,
 too (`stats.joint_interval`). Two groups are compared by sample, and by seed where both have a seed.
-No two questions of the drawn suites are about the same images, so samples are independent.
+No two questions of the drawn suites are about the same images, so samples are independent; those
+of own data are taken by lists of images.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,16 @@ from mig_kit.stages.report import CLAIMS
 from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
 
 OUT_OF_DOMAIN = "ood_grounding"
+
+
+class _Scope(NamedTuple):
+    """What a figure is over. rows: the sample indices of each task; lists: the numbers of their
+    lists of images, None where no two samples share images.
+    """
+
+    suite: str
+    rows: list[np.ndarray]
+    lists: list[np.ndarray] | None = None
 
 
 def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
@@ -63,11 +75,11 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "") -> dict:
     samples, runs = load_groups(groups)
     rows = []
     for name, members in runs.items():
-        for suite, tasks in _scopes(samples).items():
-            rows += _group_rows(name, members, suite, tasks)
+        for suite, scope in _scopes(samples).items():
+            rows += _group_rows(name, members, suite, scope)
             if name != reference:
                 rows.append(_difference_row(name, members, reference, runs[reference], suite,
-                                            tasks))
+                                            scope))
     facts = [{"group": name, "run": run.run_id, "seed": run.seed, "tokens": run.tokens,
               "minutes": run.minutes, "git": run.git, "machine": run.machine}
              for name, members in runs.items() for run in members]
@@ -75,50 +87,53 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "") -> dict:
             "notes": _notes(runs, reference)}
 
 
-def _scopes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, list[np.ndarray]]]:
-    """Name of a suite, or of a task out of domain -> (suite, the sample indices of each task)."""
+def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
+    """Name of a suite, or of a task out of domain -> what its figures are over."""
     scopes = {}
     for suite, suite_samples in samples.items():
         rows = np.arange(len(suite_samples))
-        by_task = evaluate.split_by_task(suite_samples, rows)
-        scopes[suite] = suite, evaluate.split_for_score(suite_samples, rows)
+        groups = evaluate.split_for_score(suite_samples, rows)
+        lists = None
+        if suite in plots.HELD_OUT_NAMES:
+            numbers = evaluate.number_image_lists(suite_samples)
+            lists = [numbers[group] for group in groups]
+        scopes[suite] = _Scope(suite, groups, lists)
         if suite == OUT_OF_DOMAIN:
-            scopes |= {f"{suite}/{task}": (suite, [rows]) for task, rows in by_task.items()}
+            by_task = evaluate.split_by_task(suite_samples, rows)
+            scopes |= {f"{suite}/{task}": _Scope(suite, [rows]) for task, rows in by_task.items()}
     return scopes
 
 
-def _values(runs: list[EvaluatedRun], system: str,
-            tasks: tuple[str, list[np.ndarray]]) -> list[np.ndarray]:
+def _values(runs: list[EvaluatedRun], system: str, scope: _Scope) -> list[np.ndarray]:
     """(runs, samples) correctness of each task, in percent."""
-    suite, rows_by_task = tasks
-    correct = 100 * np.stack([run.correct[system][suite] for run in runs])
-    return [correct[:, rows] for rows in rows_by_task]
+    correct = 100 * np.stack([run.correct[system][scope.suite] for run in runs])
+    return [correct[:, rows] for rows in scope.rows]
 
 
 def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
-                tasks: tuple[str, list[np.ndarray]]) -> list[dict]:
-    by_system = {system: _values(runs, system, tasks) for system in SYSTEMS
+                scope: _Scope) -> list[dict]:
+    by_system = {system: _values(runs, system, scope) for system in SYSTEMS
                  if all(system in run.correct for run in runs)}
-    estimates = {system: joint_interval(values) for system, values in by_system.items()}
+    estimates = {system: joint_interval(values, scope.lists)
+                 for system, values in by_system.items()}
     for after, before in evaluate.list_pairs(by_system):
         gaps = [a - b for a, b in zip(by_system[after], by_system[before])]
-        estimates[f"{after}-{before}"] = joint_interval(gaps)
+        estimates[f"{after}-{before}"] = joint_interval(gaps, scope.lists)
     return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
              "improvement": None}
             for figure, estimate in estimates.items()]
 
 
 def _difference_row(group: str, runs: list[EvaluatedRun], reference: str,
-                    others: list[EvaluatedRun], suite: str,
-                    tasks: tuple[str, list[np.ndarray]]) -> dict:
-    values, other_values = (_values(members, "grpo", tasks) for members in (runs, others))
+                    others: list[EvaluatedRun], suite: str, scope: _Scope) -> dict:
+    values, other_values = (_values(members, "grpo", scope) for members in (runs, others))
     improvement = probability_of_improvement(values, other_values)
     pairs = pair_by_seed(runs, others)
     if pairs:
-        paired, partners = (_values(list(members), "grpo", tasks) for members in zip(*pairs))
-        estimate = joint_interval([a - b for a, b in zip(paired, partners)])
+        paired, partners = (_values(list(members), "grpo", scope) for members in zip(*pairs))
+        estimate = joint_interval([a - b for a, b in zip(paired, partners)], scope.lists)
     else:
-        estimate = joint_difference(values, other_values)
+        estimate = joint_difference(values, other_values, scope.lists)
     return {"group": group, "suite": suite, "figure": f"vs {reference}", **estimate,
             "runs": len(pairs) or len(runs), "improvement": improvement}
 

@@ -144,6 +144,17 @@ def test_the_intervals_hold_what_they_promise(runs, spread):
     assert bootstrap_hits / trials < 0.9
 
 
+def test_questions_about_the_same_images_count_once():
+    values = np.random.default_rng(0).integers(0, 2, (3, 40)).astype(float)
+    twice, lists = np.repeat(values, 2, axis=1), np.repeat(np.arange(40), 2)
+    alone = joint_interval([values])
+    assert joint_interval([twice], [lists]) == pytest.approx(alone)
+    by_question = joint_interval([twice])
+    assert by_question["high"] - by_question["low"] < 0.95 * (alone["high"] - alone["low"])
+    assert joint_difference([twice[:2]], [twice[2:]], [lists]) == pytest.approx(
+        joint_difference([values[:2]], [values[2:]]))
+
+
 def test_other_seeds_are_compared_by_sample_alone():
     rng = np.random.default_rng(1)
     hits, trials = 0, 400
