@@ -22,7 +22,7 @@ from mig_kit.engine.own_rewards import correct_reply, try_rewards
 from mig_kit.filters import drop_reason
 from mig_kit.sample import Sample, Target, read_samples, write_samples
 from mig_kit.stages import evaluate, report, report_tables
-from mig_kit.stages.grpo import describe_reply
+from mig_kit.stages.grpo import describe_reply, score_functions
 from mig_kit.stages.rejection_sampling import accuracy_by_detail, pass_rates
 from mig_kit.stages.sanity_checks import _pair_with_other_images
 from mig_kit.world.find_all import draw_find_all
@@ -288,7 +288,8 @@ def test_outcomes_gallery_and_rollouts():
     assert report.classify_outcome(NONE, ask(), BOX_FORMAT) == "correct"
     assert report.classify_outcome(reply_with((1, A)), ask(), BOX_FORMAT) == "box where none is"
     reply = reply_with((1, A), (2, C), (7, A))
-    card = report.sample_card(two, {"GRPO": reply, "SFT": NONE}, BOX_FORMAT, rewards.REWARDS)
+    scores = score_functions(rewards.REWARDS, BOX_FORMAT)
+    card = report.sample_card(two, {"GRPO": reply, "SFT": NONE}, BOX_FORMAT, scores)
     assert "wrongly none" in card and card.count("<img") == 1
     picture = plots.draw_sample(two, reply, BOX_FORMAT)
     orange, green = (0xD5, 0x5E, 0), (0, 0x9E, 0x73)

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -11,12 +11,11 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 
 from mig_kit.boxes import Box, BoxFormat, iou
-from mig_kit.engine.own_rewards import compute_reward
 from mig_kit.palette import PREDICTED, SYSTEM_COLOURS, text_colour
 from mig_kit.pictures import SYSTEM_MARKS, draw_sample, draw_systems
 from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS
 from mig_kit.prompts import format_question, parse_reply, reply_box_in_original
-from mig_kit.rewards import Reward, is_correct, reply_iou
+from mig_kit.rewards import is_correct, reply_iou
 from mig_kit.sample import Sample
 from mig_kit.stages.report_tables import classify_list, load_greedy_replies
 from mig_kit.world.objects import is_drawn, is_on_target, list_object_boxes
@@ -28,6 +27,7 @@ KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
 FILTERS = {"suite": "suite", "task": "task", "kind": "SFT, then GRPO", "outcome": "GRPO"}
 
+Score = Callable[[str, Sample], float | None]  # a reward of a reply, as 05 counts it
 Objects = Mapping[str, Sequence[Sequence[Box]]]  # sample id -> the boxes of its objects, per image
 
 _templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -144,12 +144,12 @@ def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, st
 
 
 def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                 box_format: BoxFormat, rewards: dict[str, Reward],
+                 box_format: BoxFormat, scores: dict[str, Score],
                  objects: Objects | None = None) -> Markup:
     """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
 
-    rewards: by name, those that are shown. The filters, by FILTERS, are style sheets, no script;
-    the outcome is that of the last system.
+    scores: of `grpo.score_functions`, those that are shown. The filters, by FILTERS, are style
+    sheets, no script; the outcome is that of the last system.
     """
     last = list(replies.values())[-1]
     labels = [{"suite": _name_suite(sample), "task": OOD_NAMES.get(sample.task, sample.task),
@@ -163,7 +163,7 @@ def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str,
         classes = " ".join(f"{name}-{values.index(row[name])}" for name, values in used.items())
         by_system = {system: by_id[sample.id] for system, by_id in replies.items()
                      if sample.id in by_id}
-        cards.append(sample_card(sample, by_system, box_format, rewards, kind, classes, objects))
+        cards.append(sample_card(sample, by_system, box_format, scores, kind, classes, objects))
     return macros.filters(used, FILTERS) + Markup("").join(cards)
 
 
@@ -172,13 +172,13 @@ def _name_suite(sample: Sample) -> str:
 
 
 def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
-                rewards: dict[str, Reward], kind: str = "", classes: str = "",
+                scores: dict[str, Score], kind: str = "", classes: str = "",
                 objects: Objects | None = None) -> Markup:
     """One sample with the replies of some systems: one picture with all boxes, then a line each.
 
     kind: stands in its head. classes: what the filters know the card by.
     """
-    rows = [_reply_row(system, reply, sample, box_format, rewards, objects)
+    rows = [_reply_row(system, reply, sample, box_format, scores, objects)
             for system, reply in replies.items()]
     question = format_question(sample, box_format, with_instruction=False)
     picture = (draw_systems(sample, replies, box_format) if len(replies) > 1 else
@@ -190,12 +190,11 @@ def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
 
 
 def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
-               rewards: dict[str, Reward], objects: Objects | None) -> dict:
-    scores = {name: compute_reward(name, reward, reply, sample, box_format)
-              for name, reward in rewards.items()}
+               scores: dict[str, Score], objects: Objects | None) -> dict:
+    values = {name: score(reply, sample) for name, score in scores.items()}
     colour = SYSTEM_COLOURS.get(system, PREDICTED)
     facts = [f"IoU {reply_iou(reply, sample, box_format):.2f}"] if sample.targets else []
-    facts += [f"{name} {round(value, 2):g}" for name, value in scores.items() if value is not None]
+    facts += [f"{name} {round(value, 2):g}" for name, value in values.items() if value is not None]
     return {
         "system": SYSTEM_LABELS.get(system, system),
         "letter": SYSTEM_MARKS[system][0] if system in SYSTEM_MARKS else "",

@@ -88,7 +88,7 @@ USERS_OF_FUNCTION = (
     ("format_reward", "05 07"), ("image_reward", "05 07"), ("choice_reward", "05 07"),
     ("box_reward", "05 07"), ("box_squared_reward", "05 07"), ("names_letter", "04 05 06 07"),
     ("names_target_image", "05 06 07"), ("reply_iou", "01 04 05 06 07"),
-    ("cites_only_existing_images", "05"),
+    ("cites_only_existing_images", "05 07"),
     ("keep_good_traces", "01"), ("pass_at_k", "04 06"), ("bootstrap_interval", "06 07"),
     ("plot_curves", "07"), ("stage_folder", "07"))
 

@@ -8,12 +8,15 @@ from html.parser import HTMLParser
 import pytest
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.prompts import correct_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.stages import report, report_gallery
+from mig_kit.stages.grpo import score_functions
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
+SCORES = score_functions(REWARDS, BOX_FORMAT)
 
 
 def test_model_text_is_escaped():
@@ -21,13 +24,22 @@ def test_model_text_is_escaped():
     hostile = (
         "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
     )
-    card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT, REWARDS)
+    card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT, SCORES)
     page = report.render_page("<script>title</script>", [("<i>h</i>", card)])
     assert (
         "<script" not in page
         and "onerror" not in page.replace("onerror=alert(2)&gt;", "")
         and "<b>sys" not in page
     )
+
+
+def test_a_card_shows_the_rewards_that_training_counts():
+    sample = make_sample("diff", "val", 0)
+    reply = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
+    for thought, counted in (("In image 2.", "format 1"), ("In image 9.", "format 0")):
+        card = report.sample_card(sample, {"GRPO": f"<think>{thought}</think>{reply}"},
+                                  BOX_FORMAT, SCORES)
+        assert counted in card and "image 1" in card
 
 
 def test_headline_rows():
@@ -184,7 +196,7 @@ def test_the_gallery_is_filtered_without_a_script():
     samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
     replies = {"sft": {s.id: "?" for s in samples}}
     text = report.gallery_html(
-        [("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT, REWARDS
+        [("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT, SCORES
     )
     assert (
         text.count('class="card task-') == 2
@@ -287,6 +299,6 @@ def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
     )
     reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
     text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT,
-                               REWARDS)
+                               SCORES)
     shown = in_chromium(report.render_page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
     assert shown.title.startswith("mine ") and shown.found == []
