@@ -203,6 +203,7 @@ def _predict_gib(shape: Shape, params: Profile, hardware: Hardware,
     logits = rows * lengths.longest_trace * shape.vocabulary * 10
     rest = shape.total - shape.linear_weights
     four_bit = shape.linear_weights * NF4_BYTES + rest * width
+    shard = min(SHARD_GIB, weights / GIB)
     packing = (weights + four_bit) / GIB  # at most: files are read ahead of what is packed
     group, reply = grpo.num_generations, grpo.max_completion_length
     in_graph = max(1, (grpo.micro_replies or grpo.per_device_train_batch_size) // group)
@@ -223,12 +224,12 @@ def _predict_gib(shape: Shape, params: Profile, hardware: Hardware,
         draw(evaluate.batch_size, replies, evaluate.max_new_tokens, evaluate.workers)
         for replies in {1, max(1, evaluate.replies)})
     total = {"02_sft": max(packing, before, fine_tuning),
-             "03_merge": max(packing, SHARD_GIB, merged_reply), "04_rejection_sampling": sampled,
-             "05_grpo": updates, "06_evaluate": answers}
+             "03_merge": max(packing, shard, merged_reply), "04_rejection_sampling": sampled,
+             "05_grpo": max(updates, shard), "06_evaluate": answers}
     private = {"02_sft": max(packing, before - mapped, fine_tuning),
-               "03_merge": max(packing, SHARD_GIB, merged_reply - mapped),
+               "03_merge": max(packing, shard, merged_reply - mapped),
                "04_rejection_sampling": sampled - mapped,
-               "05_grpo": max(updates - processes * mapped, SHARD_GIB),  # merged at the end
+               "05_grpo": max(updates - processes * mapped, shard),  # merged at the end
                "06_evaluate": answers - mapped}
     runtime = {stage: RUNTIME_GIB * (processes if stage == "05_grpo" else 1) for stage in total}
     return ({stage: runtime[stage] + gib for stage, gib in total.items()},
