@@ -112,6 +112,14 @@ def _list_quantile(lists: np.ndarray) -> float:
     return float(student_t.ppf(0.975, max(1, effective - 1)))
 
 
+def _lists_of_variance(lists: np.ndarray) -> float:
+    """How many lists of equal size would tell the variance as well as these, if all answers of a
+    list were the same (Satterthwaite 1946); lists: see sum_by_list.
+    """
+    squares = np.unique(lists, return_counts=True)[1].astype(float) ** 2
+    return float(squares.sum() ** 2 / np.sum(squares ** 2))
+
+
 def share_interval_by_list(values: np.ndarray, lists: np.ndarray) -> list[float]:
     """95 % interval [low, high] of the mean of shares (0..1) of questions that share images.
 
@@ -215,11 +223,12 @@ def joint_interval(groups: list[np.ndarray], lists: list[np.ndarray] | None = No
     """{"value", "low", "high", "over"} of a score of several runs on the same samples.
 
     groups: (runs, samples) values of each task. lists: of each task, where samples share images;
-    see sum_by_list. value: the mean over tasks of the mean over runs
-    and samples. low, high: its 95 % interval over samples and, with several runs, over "seeds and
-    samples": the half widths of the two t intervals, of the sampled tasks and of the runs' scores,
-    added in quadrature. It covers the truth in 95 % of cases or more, whatever the share of either;
-    a bootstrap over three runs would be too narrow.
+    see sum_by_list. value: the mean over tasks of the mean over runs and samples. low, high: its
+    95 % interval over samples and, with several runs, over "seeds and samples": the half widths of
+    the two t intervals, of the sampled tasks and of the runs' scores, added in quadrature; NaN for
+    samples of one list of images, which say nothing about others. It covers the truth in 95 % of
+    cases or more, whatever the share of either, 90 % with few lists of very unequal sizes; a
+    bootstrap over three runs would be too narrow.
     """
     return _estimate([groups], [values.mean(0) for values in groups], lists)
 
@@ -239,18 +248,19 @@ def _estimate(sets: list[list[np.ndarray]], effects: list[np.ndarray],
               lists: list[np.ndarray] | None) -> dict:
     """sets: the runs of one or two sides; effects: (samples,) mean over runs, of each task."""
     tasks = len(effects)
+    is_one_list = lists is not None and len(np.unique(np.concatenate(lists))) == 1
     lists = lists or [np.arange(len(effect)) for effect in effects]
-    sizes = [len(np.unique(numbers)) for numbers in lists]
     samples = sum(float(np.sum(_list_errors(effect, numbers) ** 2))
-                  for effect, numbers, size in zip(effects, lists, sizes, strict=True)
-                  if size > 1) / tasks ** 2
-    parts = [(samples, max(1, sum(sizes) - tasks))]
+                  for effect, numbers in zip(effects, lists, strict=True)
+                  if len(np.unique(numbers)) > 1) / tasks ** 2
+    parts = [(samples, max(1, sum(map(_lists_of_variance, lists)) - tasks))]
     for groups in sets:
         scores = np.mean([values.mean(1) for values in groups], axis=0)  # (runs,)
         if len(scores) > 1:
             parts.append((scores.var(ddof=1) / len(scores), len(scores) - 1))
     half = sum(float(student_t.ppf(0.975, degrees)) ** 2 * part
                for part, degrees in parts) ** 0.5
+    half = float("nan") if is_one_list else half
     value = macro_mean(effects)
     over = "seeds and samples" if len(parts) > 1 else "samples"
     return {"value": value, "low": value - half, "high": value + half, "over": over}

@@ -18,11 +18,11 @@ from mig_kit import plots, prompts, rewards
 from mig_kit.boxes import BoxFormat, iou, matched_sum, to_model_box
 from mig_kit.data.endpoint import Endpoint, make_call
 from mig_kit.data.teacher_prompt import DIRECT_INSTRUCTION, teacher_prompt
-from mig_kit.engine.own_rewards import correct_reply, try_rewards
+from mig_kit.engine.own_rewards import correct_reply, score_functions, try_rewards
 from mig_kit.filters import drop_reason
 from mig_kit.sample import Sample, Target, read_samples, write_samples
 from mig_kit.stages import evaluate, report, report_tables
-from mig_kit.stages.grpo import describe_reply, score_functions
+from mig_kit.stages.grpo import describe_reply
 from mig_kit.stages.rejection_sampling import accuracy_by_detail, pass_rates
 from mig_kit.stages.sanity_checks import _pair_with_other_images
 from mig_kit.world.find_all import draw_find_all

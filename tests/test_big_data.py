@@ -165,8 +165,10 @@ def test_replies_of_the_data_become_the_cold_start(own, tmp_path):
     counts = synthesize.keep_good_traces(path, samples, traces, reasons)
     assert counts["kept"] == reasons.count("") == len(read_samples(path)) > 0
     assert read_replies(path)[0].startswith("<think>Search. The second")
-    with pytest.raises(ValueError, match=r"dropped every reply \(wrong box 1\); look at"):
-        synthesize.keep_good_traces(path, samples[:1], traces[:1], ["wrong box"])
+    for reason, hint in (("box", "look at one of them; a box is in"), ("no reply", "of them$")):
+        with pytest.raises(ValueError, match=rf"dropped every reply \({reason} 1\); .*{hint}"):
+            synthesize.keep_good_traces(path, samples[:1], traces[:1], [reason])
+    assert len(read_samples(path)) == counts["kept"], "the file is as it was"
 
 
 def test_a_table_elsewhere_refers_to_the_stored_files(own, tmp_path):

@@ -7,16 +7,17 @@ import numbers
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import split_function_name, write_atomically
 from mig_kit.prompts import correct_answer
-from mig_kit.rewards import REWARDS, Reward
+from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
 
+Score = Callable[[str, Sample], float | None]  # a reward of a reply, as 05 counts it
 FOLDER = "rewards"  # of a stage's folder, with copies of the files that its rewards are from
 
 
@@ -92,6 +93,29 @@ def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
         raise ValueError(f"the reward '{name}' ({file}{line}) gave {value!r} for sample "
                          f"{sample.id}; return a finite number, or None where it does not apply")
     return float(value)
+
+
+def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
+                    hallucinated_image_penalty: str = "format") -> dict[str, Score]:
+    """The rewards by name, checked and with the penalty, as functions of reply and sample.
+
+    hallucinated_image_penalty: what a reply loses whose reasoning cites an image that the prompt
+    does not have: "none", the "format" reward, or "all" of them.
+    """
+    penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
+    return {name: _score_function(name, reward, box_format,
+                                  name in penalised[hallucinated_image_penalty])
+            for name, reward in rewards.items()}
+
+
+def _score_function(name: str, reward: Reward, box_format: BoxFormat, is_penalised: bool) -> Score:
+    def score(reply: str, sample: Sample) -> float | None:
+        value = compute_reward(name, reward, reply, sample, box_format)
+        if value is None:
+            return None
+        return 0.0 if is_penalised and not cites_only_existing_images(reply, sample) else value
+
+    return score
 
 
 def correct_reply(sample: Sample, box_format: BoxFormat) -> str:

@@ -29,9 +29,9 @@ _NAME = re.compile(
     rf"|(?:(?<=in the )|(?<=of the )|(?<=on the )|(?<=to the ))(?P<lone>{_ORDINAL})"
     rf"(?=\s*(?:[^\w\s]|at\b|is\b|$))"
     rf"|\b(?:last|final|other|latter|source) {_NOUN}", re.IGNORECASE)
-# "second: [...]": an ordinal and a mark before a box, where nothing else names an image; "First
+# "second: [...]": an ordinal and a mark before a box, where nothing else names an image; "First,
 # [...], then [...]" counts boxes
-_BARE_ORDINAL = re.compile(rf"(?<![\w-])({_ORDINAL})(?=\s*[:,-]\s*[\[(]?{BOX})", re.I)
+_BARE_ORDINAL = re.compile(rf"(?<![\w-])({_ORDINAL})(?=\s*[:-]\s*[\[(]?{BOX})", re.I)
 _TOKEN = re.compile(r"\u2039(\d*)\u203a")
 _SECOND_NUMBER = re.compile(r"(?<=\u203a)(\s*(?:and|or|/|&)\s*)(\d{1,2})\b")
 _FIRST_ORDINAL = re.compile(rf"\b({_ORDINAL})(?=\s*(?:and|or|/|,)\s*(?:the\s+)?\u2039)", re.I)
@@ -143,6 +143,34 @@ def find_image_numbers(text: str) -> set[int]:
     for place in places:
         numbers |= _numbers_at(text, names, place)
     return numbers
+
+
+def find_images_of_boxes(text: str) -> list[set[int]]:
+    """For every BOX of a text, in its order: the numbers as of `find_image_numbers`, of its
+    surroundings alone; keys are read as words.
+
+    In a sentence whose first box stands before its first name, the names follow their boxes.
+    """
+    text = mark_images(text)
+    names = _find_names(text)
+    ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    found = []
+    for start, end in zip(ends, ends[1:]):
+        places = [start + match.start() for match in re.finditer(BOX, text[start:end])]
+        inside = [name for name in names if start <= name.start < end]
+        follow = bool(places and inside) and places[0] < inside[0].start
+        found += [_numbers_after(text, inside, place) if follow else _numbers_at(text, names, place)
+                  for place in places]
+    return found
+
+
+def _numbers_after(text: str, names: list["_Name"], place: int) -> set[int]:
+    """Numbers of the first image named after the box at a place, with its rivals; else of the last
+    one before it. names: of the sentence.
+    """
+    chosen = next((name for name in names if name.start > place), names[-1])
+    rivals = {name.number for name in names if name.number and _are_rivals(text, chosen, name)}
+    return rivals | ({chosen.number} if chosen.number else set())
 
 
 @dataclass(frozen=True)

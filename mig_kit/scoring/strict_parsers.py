@@ -25,7 +25,6 @@ _RUN = re.compile(rf"{_NUMBER}(?:(?:\s*[,;]\s*|\s+){_NUMBER})*")
 _CORNER_GAP = re.compile(r"(?:[\W_]|to|and|through|until|top|bottom|upper|lower|left|right|hand"
                          r"|corner|at|is|the|its|point|x_?2|y_?2|x_?max|y_?max){0,40}", re.I)
 _IMAGE_BEFORE = re.compile(r"(?:image|img|picture|photo|frame)s?\W{0,3}$", re.IGNORECASE)
-_OBJECT = re.compile(r"\{[^{}]*\}")
 _SIDE = re.compile(rf"\b(?:(x_?1|x_?min|left)|(y_?1|y_?min|top)|(x_?2|x_?max|right)"
                    rf"|(y_?2|y_?max|bottom))[\"']?\s*[:=]\s*({_NUMBER})", re.IGNORECASE)
 
@@ -60,9 +59,9 @@ def parse_strict_answer(text: str, one_image: bool = True) -> StrictAnswer:
     block = last_answer_block(text)
     if block is None:
         return StrictAnswer(None, None, "no <answer> block")
-    block = _plain_text(block)
+    block = plain_text(block)
     written = find_boxes(block)
-    images = find_image_numbers(_mark_boxes(block, written[:_MOST_BOXES]))
+    images = find_image_numbers(mark_boxes(block, written[:_MOST_BOXES]))
     if len(images) > 1 and one_image:
         return StrictAnswer(None, None, "several images")
     image = next(iter(images)) if len(images) == 1 else None
@@ -75,42 +74,7 @@ def parse_strict_answer(text: str, one_image: bool = True) -> StrictAnswer:
     return StrictAnswer(image, box)
 
 
-def parse_named_boxes(reply: str) -> list[tuple[int | None, Box]]:
-    """Every (image, box) of a reply, in its order; image is a number from 1, or None.
-
-    An object of JSON says where its own box is. Else a box is in the image named since the box
-    before it, or, where no image is named there, in that box's image; in a text that names none
-    before its first box, a box is in the image named after it. Read is the last <answer>, or what
-    follows the reasoning.
-    """
-    block = last_answer_block(reply)
-    text = _plain_text(reply.rpartition("</think>")[2] if block is None else block)
-    objects = [part for part in _OBJECT.findall(text) if find_boxes(part)]
-    written = find_boxes(text)
-    if objects:
-        parts = objects
-    elif written and _image_of(text[:written[0].start]) is not None:
-        starts = [0, *(box.end for box in written[:-1])]
-        parts = [text[start:box.end] for start, box in zip(starts, written)]
-    else:
-        ends = [*(box.start for box in written[1:]), len(text)]
-        parts = [text[box.start:end] for box, end in zip(written, ends)]
-    named: list[tuple[int | None, Box]] = []
-    for part in parts:
-        answer = parse_strict_answer(f"<answer>{part}</answer>")
-        if answer.box is not None:
-            before = named[-1][0] if named and not objects else None
-            named.append((answer.image or before, answer.box))
-    return named
-
-
-def _image_of(text: str) -> int | None:
-    """The only image that a text names, or None."""
-    images = find_image_numbers(text)
-    return next(iter(images)) if len(images) == 1 else None
-
-
-def _plain_text(text: str) -> str:
+def plain_text(text: str) -> str:
     """Full-width signs as plain ones, tags of boxes as brackets, other tags as words."""
     text = unicodedata.normalize("NFKC", text).translate(_PLAIN)
     text = _BOX_TAG.sub(lambda match: "]" if match[1] or match[2] else "[", text)
@@ -150,7 +114,7 @@ def _find_labelled(text: str) -> list[_WrittenBox]:
     return boxes
 
 
-def _mark_boxes(text: str, written: list[_WrittenBox]) -> str:
+def mark_boxes(text: str, written: list[_WrittenBox]) -> str:
     """The text with BOX in the place of every box."""
     parts, end = [], 0
     for box in written:

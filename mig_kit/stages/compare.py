@@ -3,8 +3,8 @@
 A run is a group's member; its seed is that of stage 05. Scores are of greedy replies, in percent.
 Every row holds a 95 % interval over test samples and, where a group has several runs, over seeds,
 too (`stats.joint_interval`). Two groups are compared by sample, and by seed where both have a seed.
-No two questions of the drawn suites are about the same images, so samples are independent; those
-of own data are taken by lists of images.
+No two questions of the drawn suites are about the same images, so samples are independent.
+Questions of own data may share images, so there the sample is the list of images.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ OUT_OF_DOMAIN = "ood_grounding"
 
 
 class _Scope(NamedTuple):
-    """What a figure is over. rows: the sample indices of each task; lists: the numbers of their
-    lists of images, None where no two samples share images.
+    """The samples that a figure averages. rows: their indices, of each task; lists: of each task, a
+    number per sample, the same for samples with the same images; None for drawn suites.
     """
 
     suite: str
@@ -73,9 +73,9 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "") -> dict:
         raise ValueError(f"there is no group '{reference}' to compare with; the groups are "
                          f"{', '.join(groups)}")
     samples, runs = load_groups(groups)
-    rows = []
+    scopes, rows = _scopes(samples), []
     for name, members in runs.items():
-        for suite, scope in _scopes(samples).items():
+        for suite, scope in scopes.items():
             rows += _group_rows(name, members, suite, scope)
             if name != reference:
                 rows.append(_difference_row(name, members, reference, runs[reference], suite,
@@ -226,6 +226,8 @@ def _wide_frame(rows: list[dict], figure: str, runs: list[dict] | None = None) -
 
 def _cell(row: dict) -> str:
     sign = "" if row["figure"] in SYSTEMS else "+"
+    if np.isnan(row["low"]):
+        return f"{row['value']:{sign}.1f} (one list of images)"
     text = f"{row['value']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f}"
     chance = "" if row["improvement"] is None else f"; {row['improvement']:.2f}"
     return f"{text}{chance})"

@@ -20,15 +20,15 @@ from mig_kit.engine import merging, models, systems
 from mig_kit.engine.models import Hardware
 from mig_kit.pipeline import store
 from mig_kit.plots import HELD_OUT_NAMES
-from mig_kit.prompts import LETTERS, format_answer, format_answers, is_well_formed
+from mig_kit.prompts import LETTERS, format_answer, format_answers, is_well_formed, parse_boxes
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.scoring import run_benchmark, score
 from mig_kit.scoring.annotations import Benchmark
+from mig_kit.scoring.box_lists import parse_named_boxes
 from mig_kit.scoring.choice_parsers import parse_choice_letter
 from mig_kit.scoring.convert_boxes import parse_named_box
 from mig_kit.scoring.result import averaged_groups, number_lists, summarize
-from mig_kit.scoring.strict_parsers import parse_named_boxes
 from mig_kit.stages import evaluate
 from mig_kit.stages.report import gallery_html, render_page
 from mig_kit.world import suites
@@ -185,15 +185,16 @@ def read_freely(reply: str, sample: Sample) -> str:
     the reasoning; else as it is.
 
     A box in a reply that names no image is in the only image there is, else in none. Where all
-    boxes are asked for, "none" is read in the kit's format alone.
+    boxes are asked for, one whose image stays open leaves the reply as it is; "none" is read in the
+    kit's format alone.
     """
-    if is_well_formed(reply, sample):
+    if is_well_formed(reply, sample) or sample.find_all and parse_boxes(reply) is not None:
         return reply
     only_image = 1 if len(sample.images) == 1 else None
     if sample.find_all:
         named = [(image or only_image, box) for image, box in parse_named_boxes(reply)]
-        located = [(image, box) for image, box in named if image]
-        answer = format_answers(located) if located else ""
+        is_located = named and all(image is not None for image, _ in named)
+        answer = format_answers(dict.fromkeys(named)) if is_located else ""
     elif sample.options:
         letters = LETTERS[:len(sample.options)]
         answer = parse_choice_letter(reply, letters, tuple(sample.options))

@@ -43,7 +43,7 @@ from mig_kit.engine.models import (
     resolve_model,
 )
 from mig_kit.engine.one_group import keep_global_state
-from mig_kit.engine.own_rewards import compute_reward, load_rewards
+from mig_kit.engine.own_rewards import Score, load_rewards, score_functions
 from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.rollout_keeper import KeepRollouts
 from mig_kit.engine.sampling import make_cache
@@ -68,40 +68,15 @@ from mig_kit.prompts import (
     reply_box_in_original,
     reply_boxes_in_original,
 )
-from mig_kit.rewards import Reward, cites_only_existing_images, is_correct
+from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.world.teacher import DETAILS, recognize_detail
-
-Score = Callable[[str, Sample], float | None]
 
 # TRL's name of a logged figure -> its name in the curves, which also hold every reward
 CURVES = {
     "completions/mean_length": "length", "entropy": "entropy", "kl": "kl",
     "frac_reward_zero_std": "zero_std", "completions/clipped_ratio": "clipped_ratio"}
-
-
-def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
-                    hallucinated_image_penalty: str = "format") -> dict[str, Score]:
-    """The rewards by name, checked and with the penalty, as functions of reply and sample.
-
-    hallucinated_image_penalty: what a reply loses whose reasoning cites an image that the prompt
-    does not have: "none", the "format" reward, or "all" of them.
-    """
-    penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
-    return {name: _score_function(name, reward, box_format,
-                                  name in penalised[hallucinated_image_penalty])
-            for name, reward in rewards.items()}
-
-
-def _score_function(name: str, reward: Reward, box_format: BoxFormat, is_penalised: bool) -> Score:
-    def score(reply: str, sample: Sample) -> float | None:
-        value = compute_reward(name, reward, reply, sample, box_format)
-        if value is None:
-            return None
-        return 0.0 if is_penalised and not cites_only_existing_images(reply, sample) else value
-
-    return score
 
 
 def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> list[Callable]:

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -11,6 +11,7 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 
 from mig_kit.boxes import Box, BoxFormat, iou
+from mig_kit.engine.own_rewards import Score
 from mig_kit.palette import PREDICTED, SYSTEM_COLOURS, text_colour
 from mig_kit.pictures import SYSTEM_MARKS, draw_sample, draw_systems
 from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS
@@ -27,7 +28,6 @@ KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
 FILTERS = {"suite": "suite", "task": "task", "kind": "SFT, then GRPO", "outcome": "GRPO"}
 
-Score = Callable[[str, Sample], float | None]  # a reward of a reply, as 05 counts it
 Objects = Mapping[str, Sequence[Sequence[Box]]]  # sample id -> the boxes of its objects, per image
 
 _templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -148,8 +148,8 @@ def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str,
                  objects: Objects | None = None) -> Markup:
     """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
 
-    scores: of `grpo.score_functions`, those that are shown. The filters, by FILTERS, are style
-    sheets, no script; the outcome is that of the last system.
+    scores: the rewards to show, of `own_rewards.score_functions`; {} for none. The filters, by
+    FILTERS, are style sheets, no script; the outcome is that of the last system.
     """
     last = list(replies.values())[-1]
     labels = [{"suite": _name_suite(sample), "task": OOD_NAMES.get(sample.task, sample.task),

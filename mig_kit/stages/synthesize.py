@@ -71,14 +71,19 @@ def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Tra
             outcomes.append((reason, Trace("", trace.detail, trace.error)))
             if not reason:
                 writer.write(sample, trace)
-    reasons, light_traces = zip(*outcomes) if outcomes else ((), ())
-    counts = count_drops(list(reasons), list(light_traces))
-    if outcomes and not counts["kept"]:
-        dropped = ", ".join(f"{name} {n}" for name, n in counts["dropped"].items() if n)
-        raise ValueError(f"the filter dropped every reply ({dropped}); look at one of them: its "
-                         "form, its image, and its box, which is in the model's coordinates, as "
-                         "max_pixels and coordinates say")
+        reasons, light_traces = zip(*outcomes) if outcomes else ((), ())
+        counts = count_drops(list(reasons), list(light_traces))
+        if outcomes and not counts["kept"]:  # raised before the file takes the place of another
+            raise ValueError(_describe_drops(counts["dropped"]))
     return counts
+
+
+def _describe_drops(dropped: dict[str, int]) -> str:
+    """A sentence for a filter that kept nothing; dropped: replies by reason."""
+    reasons = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
+    hint = ("; a box is in the model's coordinates, as coordinates and max_pixels say"
+            if dropped["box"] else "")
+    return f"the filter dropped every reply ({reasons}); look at one of them{hint}"
 
 
 def count_drops(reasons: list[str], traces: list[Trace]) -> dict:

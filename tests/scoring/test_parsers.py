@@ -11,6 +11,7 @@ from mig_bench_oracle import oracle_boxes
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.scoring import (
     annotations,
+    box_lists,
     choice_parsers,
     image_names,
     parsers,
@@ -66,7 +67,7 @@ def test_parsers_never_raise(text):
         box = parse(text)
         assert box is None or (len(box) == 4 and all(value >= 0 for value in box))
     strict = strict_parsers.parse_strict_answer(text)
-    assert all(len(box) == 4 for _, box in strict_parsers.parse_named_boxes(text))
+    assert all(len(box) == 4 for _, box in box_lists.parse_named_boxes(text))
     assert (strict.box is None) == bool(strict.problem)
     if strict.box:
         x1, y1, x2, y2 = strict.box

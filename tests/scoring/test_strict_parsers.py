@@ -196,9 +196,9 @@ def test_hedging_scores_nothing(hedge):
 
 
 @pytest.mark.parametrize(("text", "image"), [
-    ("second: [1, 2, 30, 40]", 2), ("the second, [1, 2, 30, 40]", 2), ("3rd - (1, 2, 30, 40)", 3),
+    ("second: [1, 2, 30, 40]", 2), ("the second - [1, 2, 30, 40]", 2), ("3rd - (1, 2, 30, 40)", 3),
     ("image 2, the first [1, 2, 30, 40]", 2), ("the first dog is at [1, 2, 30, 40]", None),
-    ("first [1, 2, 30, 40]", None)])
+    ("first [1, 2, 30, 40]", None), ("First, [1, 2, 30, 40].", None)])
 def test_an_ordinal_before_the_box_names_its_image_where_nothing_else_does(text, image):
     answer = parse_strict_answer(f"<answer>{text}</answer>")
     assert answer.box == (1, 2, 30, 40) and answer.image == image

@@ -153,6 +153,22 @@ def test_questions_about_the_same_images_count_once():
     assert by_question["high"] - by_question["low"] < 0.95 * (alone["high"] - alone["low"])
     assert joint_difference([twice[:2]], [twice[2:]], [lists]) == pytest.approx(
         joint_difference([values[:2]], [values[2:]]))
+    assert np.isnan(joint_interval([twice], [np.zeros(80, int)])["low"]), "nothing about others"
+
+
+@pytest.mark.parametrize("counts", [[2] * 40, [30, 10, 5, 3, 2] * 3, [70] + [1] * 29])
+def test_intervals_by_list_hold_where_questions_about_the_same_images_agree(counts):
+    """Two answers of a list correlate at one half; the truth is one half."""
+    rng, lists = np.random.default_rng(1), np.repeat(np.arange(len(counts)), counts)
+
+    def draw():
+        shared = rng.integers(0, 2, len(counts))[lists]
+        answers = np.where(rng.random(len(lists)) < 0.5 ** 0.5, shared,
+                           rng.integers(0, 2, len(lists)))
+        return joint_interval([answers[None].astype(float)], [lists])
+
+    estimates = [draw() for _ in range(600)]
+    assert np.mean([estimate["low"] <= 0.5 <= estimate["high"] for estimate in estimates]) >= 0.9
 
 
 def test_other_seeds_are_compared_by_sample_alone():

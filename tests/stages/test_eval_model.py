@@ -256,19 +256,46 @@ def test_text_without_the_answer_format_is_read():
     assert eval_model.read_freely(well_formed, single) == well_formed
 
 
+THREE = [(1, (1, 2, 30, 40)), (2, (5, 6, 70, 80)), (2, (9, 10, 90, 95))]
+
+
 @pytest.mark.parametrize("text", [
     "In image 1: [1, 2, 30, 40]. In image 2: [5, 6, 70, 80] and [9, 10, 90, 95].",
+    "There are things in image 1 and image 2. Image 1: [1, 2, 30, 40]\nImage 2: [5, 6, 70, 80], "
+    "[9, 10, 90, 95]. In short: image 2 [9, 10, 90, 95].",
     "The ones at [1, 2, 30, 40] in image 1, [5, 6, 70, 80] in image 2 and [9, 10, 90, 95].",
+    "Image 1 has one: [1, 2, 30, 40]. Image 2 has two. First: [5, 6, 70, 80]. "
+    "Second: [9, 10, 90, 95].",
     '```json\n[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 70, 80], "image": 2}, '
     '{"bbox_2d": [9, 10, 90, 95], "image": 2}]\n```',
+    'Image 1:\n```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]\n```\nImage 2:\n```json\n'
+    '[{"bbox_2d": [5, 6, 70, 80]}, {"bbox_2d": [9, 10, 90, 95]}]\n```',
+    '{"image 1": [1, 2, 30, 40], "image 2": [[5, 6, 70, 80], [9, 10, 90, 95]]}',
+    '[{"image": 1, "box": {"x1": 1, "y1": 2, "x2": 30, "y2": 40}}, '
+    '{"image": [2], "boxes": [[5, 6, 70, 80], [[9, 10], [90, 95]]]}]',
     "<think>[3, 3, 4, 4] in image 9?</think> first image (1,2),(30,40); second image "
     "(5,6),(70,80), (9,10),(90,95)"])
 def test_all_boxes_are_read_from_free_text(text):
     sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
-    expected = format_answers([(1, (1, 2, 30, 40)), (2, (5, 6, 70, 80)), (2, (9, 10, 90, 95))])
-    assert eval_model.read_freely(text, sample).endswith(f"<answer>{expected}</answer>")
-    for unread in ("There is none.", "[1, 2, 30, 40]"):
-        assert eval_model.read_freely(unread, sample) == unread
+    answer = format_answers(THREE)
+    assert eval_model.read_freely(text, sample).endswith(f"<answer>{answer}</answer>")
+
+
+@pytest.mark.parametrize("text", [
+    "There is none.", "[1, 2, 30, 40]", "At [1, 2, 30, 40] in image 1 or image 2.",
+    "Image 2: [5, 6, 70, 80]. In both image 1 and image 3: [1, 2, 30, 40].",
+    '<answer>{"image": 1, "box": [1, 2, 30, 40]}, {"image": 1, "box": [50, 50, 50, 50]}</answer>',
+    '[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 7, 8], "image": [1, 2]}]'])
+def test_what_is_not_clear_stays_as_it_is(text):
+    """No box may get lost: the others could then be all that are asked for."""
+    sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
+    assert eval_model.read_freely(text, sample) == text
+
+
+def test_an_empty_box_counts_as_one_too_many():
+    sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
+    text = "Image 1: [1, 2, 30, 40] and [50, 50, 50, 50]."
+    assert eval_model.read_freely(text, sample).count('"box"') == 2
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

@@ -83,7 +83,7 @@ def test_advantages_by_hand():
 def test_rewards_apply_where_they_mean_something():
     samples = [make_sample("diff", "rl", 0), make_free_form("rl", 1)[0]]
     reply = f"<think></think><answer>{samples[1].letter}</answer>"
-    functions = grpo.reward_functions(grpo.score_functions(REWARDS, BOX_FORMAT), samples)
+    functions = grpo.reward_functions(own_rewards.score_functions(REWARDS, BOX_FORMAT), samples)
     scores = {reward.__name__: reward(completions=as_completions(reply, reply), sample=[0, 1])
               for reward in functions}
     expected = {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None],
@@ -99,7 +99,8 @@ def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, image_
     model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
     answer = f"<answer>{format_answer(image, model_box)}</answer>"
     completions = as_completions(*(f"<think>image {n}: a.</think>{answer}" for n in (2, 3)))
-    functions = grpo.reward_functions(grpo.score_functions(REWARDS, BOX_FORMAT, penalty), [sample])
+    scores = own_rewards.score_functions(REWARDS, BOX_FORMAT, penalty)
+    functions = grpo.reward_functions(scores, [sample])
     scores = {reward.__name__: reward(completions=completions, sample=[0, 0])
               for reward in functions}
     assert scores["format"] == [1.0, format_score] and scores["image"] == [1.0, image_score]
@@ -165,7 +166,8 @@ def test_shares_of_what_replies_write_down():
 def test_what_is_kept_of_a_rollout():
     sample = make_sample("diff", "rl", 0)
     reply = own_rewards.correct_reply(sample, BOX_FORMAT)
-    scores = grpo.score_functions({"box": REWARDS["box"], "choice": REWARDS["choice"]}, BOX_FORMAT)
+    rewards = {name: REWARDS[name] for name in ("box", "choice")}
+    scores = own_rewards.score_functions(rewards, BOX_FORMAT)
     row = grpo.describe_reply(reply, sample, BOX_FORMAT, scores, {"box": 2.0})
     assert row["reward"] == 2 * row["rewards"]["box"] > 1.8 and row["rewards"]["choice"] is None
     assert row["correct"] and row["image"] == sample.targets[0].image and row["detail"] == "method"

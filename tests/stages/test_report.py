@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import pytest
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.engine.own_rewards import score_functions
 from mig_kit.prompts import correct_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.stages import report, report_gallery
-from mig_kit.stages.grpo import score_functions
 from mig_kit.world.suites import make_free_form
 from mig_kit.world.tasks import make_sample
 
@@ -39,7 +39,7 @@ def test_a_card_shows_the_rewards_that_training_counts():
     for thought, counted in (("In image 2.", "format 1"), ("In image 9.", "format 0")):
         card = report.sample_card(sample, {"GRPO": f"<think>{thought}</think>{reply}"},
                                   BOX_FORMAT, SCORES)
-        assert counted in card and "image 1" in card
+        assert f"{counted}, image 1" in card
 
 
 def test_headline_rows():
