@@ -1,0 +1,50 @@
+"""The guide's ablation table: its tables are those of the recorded runs beside the page, and every
+arm's command sets what its runs record.
+"""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.pipeline.params import profile_params
+from mig_kit.stages import compare
+from mig_kit.stages.evaluated_runs import read_recorded
+
+GUIDE = PROJECT_ROOT / "notebooks" / "guide"
+PAGE = (GUIDE / "ablations.md").read_text()
+COMMAND = re.search(r"^mig-kit table ((?:.*\\\n)*.*)$", PAGE, re.MULTILINE)[1]
+GROUPS = compare.parse_groups([word for word in shlex.split(COMMAND.replace("\\\n", " "))
+                               if "=" in word])
+# arm -> the words of its command, of the table of commands
+COMMANDS = {name: shlex.split(words) for name, words in
+            re.findall(r"^\| ([^|]+) \| `([^`]+)` \|", PAGE, re.MULTILINE)}
+
+
+def test_the_tables_are_those_of_the_records():
+    groups = {name: [str(GUIDE / run) for run in runs] for name, runs in GROUPS.items()}
+    blocks = compare.render_table(compare.compare_groups(groups)).split("\n\n")
+    tables = [block.strip() for block in blocks if block.startswith("| group")]
+    assert len(tables) == 2 and all(table in PAGE for table in tables), "print them again"
+
+
+def test_every_record_is_in_the_table():
+    named = [run.removeprefix("ablations/") for runs in GROUPS.values() for run in runs]
+    assert sorted(named) == sorted(path.name for path in (GUIDE / "ablations").glob("*.json"))
+
+
+@pytest.mark.parametrize("arm", [name for name in GROUPS if name != "recipe"])
+def test_a_command_sets_what_its_runs_record(arm):
+    words = COMMANDS[arm]
+    set_here = {name: yaml.safe_load(value) for flag, name, value
+                in zip(words, words[1:], words[2:]) if flag == "-p"}
+    for run in GROUPS[arm]:
+        record = read_recorded(str(GUIDE / run))
+        assert record["seed"] == set_here.pop("seed", record["seed"])
+        changed = {name: value for stage in record["changed"].values()
+                   for name, value in stage.items() if name not in ("seed", "replies")}
+        assert changed == set_here and set_here.keys() <= {
+            name for stage in record["changed"] for name in profile_params(stage)}
+    assert arm == "other_draws" or set_here, "an arm changes something"
