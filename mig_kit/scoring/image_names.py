@@ -154,14 +154,14 @@ def find_images_of_boxes(text: str) -> list[set[int]]:
     text = mark_images(text)
     names = _find_names(text)
     ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    found = []
+    numbers_by_box = []
     for start, end in zip(ends, ends[1:]):
         places = [start + match.start() for match in re.finditer(BOX, text[start:end])]
         inside = [name for name in names if start <= name.start < end]
         follow = bool(places and inside) and places[0] < inside[0].start
-        found += [_numbers_after(text, inside, place) if follow else _numbers_at(text, names, place)
-                  for place in places]
-    return found
+        numbers_by_box += [_numbers_after(text, inside, place) if follow
+                           else _numbers_at(text, names, place) for place in places]
+    return numbers_by_box
 
 
 def _numbers_after(text: str, names: list["_Name"], place: int) -> set[int]:
