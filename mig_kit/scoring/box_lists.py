@@ -3,16 +3,15 @@ of models that do not keep to the kit's answer format.
 """
 
 import json
-import re
 from collections.abc import Iterator
 
 from mig_kit.boxes import Box
+from mig_kit.scoring.convert_boxes import FENCE
 from mig_kit.scoring.image_names import find_image_numbers, find_images_of_boxes, find_key_numbers
 from mig_kit.scoring.parsers import last_answer_block
 from mig_kit.scoring.strict_parsers import find_boxes, mark_boxes, plain_text
 
 NamedBox = tuple[int | None, Box]
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 def parse_named_boxes(reply: str) -> list[NamedBox]:
@@ -42,7 +41,7 @@ def _read_json(text: str) -> list[NamedBox]:
     """The boxes of a text that is JSON, objects with commas between, or has one fenced block; []
     for any other.
     """
-    fenced = _FENCE.findall(text)
+    fenced = FENCE.findall(text)
     for candidate in (*(fenced if len(fenced) == 1 else ()), text, f"[{text}]"):
         try:
             return list(_walk(json.loads(candidate), None))

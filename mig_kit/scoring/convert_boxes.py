@@ -21,7 +21,7 @@ _BOX = re.compile(
     rf"\({_POINT}\)\s*,?\s*\({_POINT}\)|\[\s*\[{_POINT}\]\s*,\s*\[{_POINT}\]\s*\]"
     rf"|\[{_FOUR}\]|\({_FOUR}\)"
     rf"|<box>\s*({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s*</box>")
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _ROUNDING = 1  # pixels that a box of the model may reach outside, as rounding makes it
 
 
@@ -29,7 +29,7 @@ def wrap_native_json(reply: str) -> str:
     """A Qwen-VL's own JSON of boxes, [{"bbox_2d": [...]}], as an <answer>, which the strict rule
     reads: the whole reply, or its only fenced block. Any other reply as it is.
     """
-    fenced = _FENCE.findall(reply)
+    fenced = FENCE.findall(reply)
     text = fenced[0] if len(fenced) == 1 else reply.strip()
     if last_answer_block(reply) is not None:
         return reply
