@@ -1,5 +1,5 @@
 """All stages at real size, without real weights: the 3B's shape in the published layout, on
-photo-sized JPEGs. Opt-in, for it takes ten minutes and 6 GiB:
+photo-sized JPEGs. Opt-in, for it takes nine minutes and 6 GiB:
 
     MIG_KIT_QWEN_TOKENIZER=tokenizer.json pytest -s -m real_size
 
