@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.cli_data import data
+from mig_kit.cli_data import data, orientation_option
 from mig_kit.cli_models import absolute_folder, eval_command, ground
 from mig_kit.common import PROCESS_ENVIRONMENT, write_json
 from mig_kit.pipeline import store
@@ -332,6 +332,7 @@ def refuse_frame(context: click.Context, option: click.Parameter, word: str | No
               help="The processor's, for --coordinates absolute.")
 @click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1),
               help="The same, its upper limit.")
+@orientation_option
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
 @click.option("--items", type=click.Path(), help="Write every item's value here, as JSONL.")

@@ -131,7 +131,9 @@ def mgrounding_command(file: Path, root: Path, unstated, limit: int | None,
 @click.option("--bits", default=4, show_default=True, type=click.IntRange(0, 32),
               help="Of 64 hash bits, how many may differ.")
 @click.option("--limit", type=int, help="Look at so many images of each folder.")
-def duplicates(train: Path, held_out: Path, bits: int, limit: int | None) -> None:
+@orientation_option
+def duplicates(train: Path, held_out: Path, bits: int, limit: int | None,
+               orientation: str) -> None:
     """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1
     if there are any.
     """
@@ -143,8 +145,9 @@ def duplicates(train: Path, held_out: Path, bits: int, limit: int | None) -> Non
     )
 
     report = SkipReport()
-    train_hashes, held_out_hashes = (perceptual_hashes(iter_images(folder, report, limit))
-                                     for folder in (train, held_out))
+    train_hashes, held_out_hashes = (
+        perceptual_hashes(iter_images(folder, report, limit, orientation))
+        for folder in (train, held_out))
     pairs = 0
     for name, other, distance in find_near_duplicates(train_hashes, held_out_hashes, bits):
         pairs += 1

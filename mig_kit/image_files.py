@@ -323,17 +323,18 @@ def link_or_copy(source: Path, target: Path) -> None:
     temporary.replace(target)
 
 
-def iter_images(folder: Path, report: SkipReport,
-                limit: int | None = None) -> Iterator[tuple[str, Image.Image]]:
+def iter_images(folder: Path, report: SkipReport, limit: int | None = None,
+                orientation: str = "upright") -> Iterator[tuple[str, Image.Image]]:
     """(name below the folder, RGB image) of its image files in name order.
 
-    limit: look at so many files. What cannot be opened is counted in the report.
+    limit: look at so many files. orientation: one of ORIENTATIONS. What cannot be opened is counted
+    in the report.
     """
     paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
     for path in islice(paths, limit):
         name = path.relative_to(folder).as_posix()
         try:
-            image = open_rgb(resolve_under_root(folder, name))
+            image = open_rgb(resolve_under_root(folder, name), orientation)
         except BadImage as error:
             report.add(error.reason, name)
             continue

@@ -71,8 +71,8 @@ def macro_mean(groups: list[np.ndarray]) -> float:
 
 
 def to_percent(value: float) -> float:
-    """A share as percent, two decimals; never -0.0."""
-    return round(100 * float(value), 2) + 0.0
+    """A share as percent, to the precision that a float's own errors leave; never -0.0."""
+    return round(100 * float(value), 10) + 0.0
 
 
 def percent_interval(groups: list[np.ndarray]) -> list[float]:

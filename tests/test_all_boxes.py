@@ -263,9 +263,12 @@ def test_figures_by_hand():
     boxes = result["boxes"]
     assert (boxes["n"], boxes["n_none"]) == (5, 2)
     assert boxes["precision"] == 50 and boxes["recall"] == 50 and boxes["f1"] == 50  # 2 of 4, of 4
-    assert boxes["rejection"] == 50 and boxes["wrong_rejection"] == 33.33
+    assert boxes["rejection"] == 50
+    assert boxes["wrong_rejection"] == pytest.approx(100 / 3, abs=1e-9), "not rounded"
     assert boxes["f1_ci95"][0] < 50 < boxes["f1_ci95"][1]
-    assert boxes["rejection_ci95"] == [1.26, 98.74]  # Clopper and Pearson for 1 of 2
+    # Clopper and Pearson for 1 of 2: 1 - sqrt(0.975), sqrt(0.975)
+    bounds = [100 - 100 * 0.975 ** 0.5, 100 * 0.975 ** 0.5]
+    assert boxes["rejection_ci95"] == pytest.approx(bounds, abs=1e-9)
     silent = evaluate.summarize_boxes(samples, ["", "", "", "", ""], BOX_FORMAT)
     assert silent["precision"] is None and silent["recall"] == 0 and silent["rejection"] == 0
     always = evaluate.summarize_boxes(samples, [NONE] * 5, BOX_FORMAT)
@@ -276,6 +279,7 @@ def test_figures_by_hand():
                                                    BOX_FORMAT)
     (row,) = report_tables.box_rows({"sft": {"find_all": result, "blink": {}}})
     assert row["F1"] == 50 and row["rejection rate"] == 50 and row["questions"] == 5
+    assert (row["wrongly none"], row["rejection rate, 95 %"]) == (33.3, [1.3, 98.7]), "rounded"
 
 
 def test_outcomes_gallery_and_rollouts():

@@ -28,6 +28,8 @@ LISA_VERSIONS = {200: "val", 779: "test"}
 REF_L4_VERSIONS = {7231: "val", 38110: "test", 45341: "all"}
 BLINK_VAL_ITEMS = 1901
 MMIU_TASKS = 60  # names in the authors' file, of the 52 tasks that the paper counts
+# benchmark -> how many items its paper counts; MMIU: arXiv 2408.02718, MC-Bench: 2410.12332
+PAPER_COUNTS = {"mmiu": 11698, "mc_bench": 2000}
 MMIU_OPTIONS = "ABCDEFGH"  # where an item's own options cannot be read
 LARGEST = 1e9  # a coordinate or score beyond it is none
 
@@ -71,13 +73,14 @@ class BenchmarkItem:
 class Benchmark:
     """An annotation file, read.
 
-    version: which release, told by content. complete: whether it has every item of that release.
+    version: which release, told by content. complete: whether it has every item of that release;
+    None where that cannot be told.
     """
 
     name: str
     version: str
     items: tuple[BenchmarkItem, ...]
-    complete: bool
+    complete: bool | None
 
 
 def is_number(value) -> bool:
@@ -198,7 +201,7 @@ def read_revos(records: list[dict]) -> Benchmark:
         images = tuple(f"{video}#{place}" for place in frames)
         items.append(BenchmarkItem(index, "", "revos", question, images, box,
                                    Coordinates.PIXELS, target=3))
-    return Benchmark("revos", "", tuple(items), True)
+    return Benchmark("revos", "", tuple(items), None)
 
 
 def read_ref_l4(records: list[dict]) -> Benchmark:
@@ -300,8 +303,16 @@ def read_mmiu(records: list[dict]) -> Benchmark:
         items.append(BenchmarkItem(index, "", task, question, images, letter=truth.upper(),
                                    options=ascii_uppercase[:len(choices)] or MMIU_OPTIONS,
                                    choices=choices, truth=truth))
-    is_complete = len({item.task for item in items}) == MMIU_TASKS
+    has_all_tasks = len({item.task for item in items}) == MMIU_TASKS
+    is_complete = has_all_tasks and has_paper_count("mmiu", len(records))
     return Benchmark("mmiu", "", tuple(items), is_complete)
+
+
+def has_paper_count(benchmark: str, count: int) -> bool | None:
+    """True for as many items as the benchmark's paper counts; None for another number, which may be
+    a part or another release.
+    """
+    return True if count == PAPER_COUNTS[benchmark] else None
 
 
 def _split_options(text: str) -> tuple[str, ...]:
@@ -349,40 +360,48 @@ def _sorted_frames(video: Path) -> list[str]:
 
 
 def read_image_sizes(names: Iterable[str],
-                     root: str | Path | None) -> dict[str, tuple[int, int]]:
+                     root: str | Path | None,
+                     orientation: str = "upright") -> dict[str, tuple[int, int]]:
     """Image name -> (width, height), from the headers of the files below the root.
 
-    Raises ValueError listing what is missing or no image.
+    orientation: one of ORIENTATIONS. Raises ValueError listing what is missing, refused or no
+    image.
     """
     if root is None:
         raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which image "
                          "names are relative to")
-    sizes, missing, broken = {}, [], []
+    sizes: dict[str, tuple[int, int]] = {}
+    missing, turned, broken = [], [], []
     for name in dict.fromkeys(names):
         path = resolve_image_path(root, name)
         if not is_regular_file(path):
             missing.append(name)
             continue
         try:
-            sizes[name] = read_size(path)
-        except BadImage:
-            broken.append(name)
-    for problem, failed in (("images are missing below", missing),
-                            ("files are no readable images below", broken)):
+            sizes[name] = read_size(path, orientation)
+        except BadImage as error:
+            is_turned = error.reason == "turned image" and orientation == "refuse"
+            (turned if is_turned else broken).append(name)
+    download = "download them or correct --images"
+    for problem, failed, remedy in (
+            ("images are missing below", missing, download),
+            ("files are no readable images below", broken, download),
+            ("photos have an EXIF orientation below", turned,
+             "store them upright without that tag, or set orientation to upright")):
         if failed:
             raise ValueError(f"{len(failed)} {problem} {root} (first: {', '.join(failed[:3])}); "
-                             "download them or correct --images")
+                             f"{remedy}")
     return sizes
 
 
-def add_image_sizes(items: tuple[BenchmarkItem, ...],
-                    root: str | Path | None) -> list[BenchmarkItem]:
+def add_image_sizes(items: tuple[BenchmarkItem, ...], root: str | Path | None,
+                    orientation: str = "upright") -> list[BenchmarkItem]:
     """The items with the size of each target image, read from the files where it is not annotated;
-    an item without a box needs none. Raises as read_image_sizes.
+    an item without a box needs none. orientation, errors: as of read_image_sizes.
     """
     names = {item.index: item.images[(item.target or len(item.images)) - 1] for item in items
              if item.size is None and item.box is not None}
-    sizes = read_image_sizes(names.values(), root) if names else {}
+    sizes = read_image_sizes(names.values(), root, orientation) if names else {}
     return [replace(item, size=sizes[names[item.index]]) if item.index in names else item
             for item in items]
 

@@ -5,7 +5,7 @@ Percent, Acc@0.5 unless a row says otherwise.
 
 from dataclasses import dataclass
 
-from mig_kit.scoring.annotations import count_and_list
+from mig_kit.scoring.annotations import PAPER_COUNTS, count_and_list
 
 TASKS = ("diff", "view_diff", "common_object", "object_tracking", "multi_view", "region",
          "refer_grounding", "group_grounding", "reasoning", "correspondence")
@@ -140,9 +140,14 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
     benchmark, protocol = result["benchmark"], result["protocol"]
     version = result["version"] or "as given"
     notes = [f"{benchmark}, version {version}, protocol {protocol}, {result['n']} items."]
-    if not result["complete"]:
+    if result["complete"] is False:
         notes.append("The annotations do not hold every item of the benchmark: do not set these "
                      "numbers beside published ones.")
+    if result["complete"] is None:
+        known = (f"its paper counts {PAPER_COUNTS[benchmark]:,}" if benchmark in PAPER_COUNTS
+                 else "no number is published")
+        notes.append(f"Whether these are all items of {benchmark} is not known ({known}): set "
+                     "these numbers beside published ones only if they are.")
     if protocol != "official":
         notes.append("Published figures follow the authors' own rules, so none stands beside this "
                      "protocol.")

@@ -22,6 +22,7 @@ from mig_kit.scoring.annotations import (
     Benchmark,
     BenchmarkItem,
     add_image_sizes,
+    has_paper_count,
     read_image_sizes,
 )
 from mig_kit.scoring.choice_parsers import (
@@ -226,7 +227,8 @@ def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
 def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str,
                       box_format: BoxFormat, protocol: str = "official",
                       coordinates: Coordinates = Coordinates.NORMALIZED_1000,
-                      images: str | None = None, allow_missing: bool = False) -> Scored:
+                      images: str | None = None, allow_missing: bool = False,
+                      orientation: str = "upright") -> Scored:
     """Judge predictions: dicts with "index" or "id", and "response", or the logs that
     read_foreign_lines reads.
 
@@ -234,7 +236,8 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     predictions' name, for errors. coordinates: what the replies' boxes are measured in; under
     `official` other ones than 0..1000 are converted before the authors' rule reads them.
     box_format: see strict_iou. images: the folder of the images, where their sizes are needed.
-    Raises ValueError for missing, doubled and unknown items and for what the protocol cannot use.
+    orientation: one of ORIENTATIONS. Raises ValueError for missing, doubled and unknown items and
+    for what the protocol cannot use.
     """
     items = list(benchmark.items)
     lines = read_foreign_lines(benchmark.items, predictions, source)
@@ -254,11 +257,12 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         metrics = {"accuracy": values}
     else:
         if converts:
-            lines = _convert_lines(benchmark, lines, coordinates, box_format, images)
+            lines = _convert_lines(benchmark, lines, coordinates, box_format,
+                                   lambda names: read_image_sizes(names, images, orientation))
             remarks = (f"Boxes were read as {coordinates.description} and converted before the "
                        "authors' rule read them; their own script does not convert.",)
         if _needs_image_sizes(benchmark, protocol, coordinates):
-            items = add_image_sizes(benchmark.items, images)
+            items = add_image_sizes(benchmark.items, images, orientation)
         if takes_boxes:
             values, problems = judge_boxes(items, lines, source)
             aggregates = {"avg": class_averages(items, values)}
@@ -283,12 +287,15 @@ def _strict_judge(coordinates: Coordinates, box_format: BoxFormat) -> Judge:
 
 
 def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: Coordinates,
-                   box_format: BoxFormat, images: str | None) -> list[dict | None]:
-    """The lines with their boxes as the authors' rule reads them; see to_official_line."""
+                   box_format: BoxFormat, read_sizes: Callable) -> list[dict | None]:
+    """The lines with their boxes as the authors' rule reads them; see to_official_line.
+
+    read_sizes: the names of images -> their sizes.
+    """
     sizes: dict[str, tuple[int, int]] = {}
     if coordinates != Coordinates.NORMALIZED_1 or benchmark.name == "ref_l4":
         names = [name for item in benchmark.items if item.size is None for name in item.images]
-        sizes = read_image_sizes(names, images) if names else {}
+        sizes = read_sizes(names) if names else {}
     return [line and to_official_line(
         item, benchmark.name, line,
         [item.size or sizes.get(name, (1, 1)) for name in item.images], coordinates, box_format)
@@ -321,11 +328,13 @@ def _iou_metrics(benchmark: str, values: np.ndarray) -> dict[str, np.ndarray]:
 
 def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
                 protocol: str = "official", coordinates: str = Coordinates.NORMALIZED_1000,
-                images: str | None = None, allow_missing: bool = False) -> tuple[dict, Scored]:
+                images: str | None = None, allow_missing: bool = False,
+                orientation: str = "upright") -> tuple[dict, Scored]:
     """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
 
-    box_format, coordinates, images, allow_missing: see score_predictions. Raises ValueError for an
-    unknown benchmark, protocol or word for coordinates, and as score_predictions.
+    complete: see Benchmark. box_format, coordinates, images, allow_missing, orientation: see
+    score_predictions. Raises ValueError for an unknown benchmark, protocol or word for coordinates,
+    and as score_predictions.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
@@ -339,17 +348,18 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
     if coordinates != Coordinates.NORMALIZED_1000 and not takes_text_boxes:
         raise ValueError(f"--coordinates {coordinates} is for boxes in replies, which "
                          f"{', '.join(BOX_BENCHMARKS)} have; leave it out")
-    header = {"benchmark": name, "version": "", "complete": True, "protocol": protocol}
+    header = {"benchmark": name, "version": "", "complete": None, "protocol": protocol}
     source = Path(predictions).name
     if name in ("mc_bench", "odinw"):
         truth, detections = read_json(annotations), read_records(predictions, may_be_empty=True)
         if name == "odinw":
             return header, coco.score_odinw(truth, detections, source, protocol)
-        return header, coco.score_mc_bench(truth, detections, source, protocol)
+        scored = coco.score_mc_bench(truth, detections, source, protocol)
+        return header | {"complete": has_paper_count(name, len(scored.tasks))}, scored
     benchmark = READERS[name](read_records(annotations))
     header |= {"version": benchmark.version, "complete": benchmark.complete}
     scored = score_predictions(benchmark, read_records(predictions), source, box_format, protocol,
-                               Coordinates(coordinates), images, allow_missing)
+                               Coordinates(coordinates), images, allow_missing, orientation)
     return header, scored
 
 

@@ -193,14 +193,17 @@ def classify_list(reply: str, sample: Sample, box_format: BoxFormat) -> str:
 
 def box_rows(systems: dict) -> list[dict]:
     """Rows {suite, system, questions, precision, ...} of the suites whose questions ask for all
-    boxes; [] where there is none. systems: of stage 06's metrics.
+    boxes, rounded to one decimal; [] where there is none. systems: of stage 06's metrics.
     """
+    def rounded(figure):
+        return np.round(figure, 1).tolist() if figure is not None else None
+
     names = {"precision": "precision", "recall": "recall", "f1": "F1", "f1_ci95": "F1, 95 %",
              "rejection": "rejection rate", "rejection_ci95": "rejection rate, 95 %",
              "wrong_rejection": "wrongly none"}
     return [{"suite": suite_name(suite), "system": system,
              "questions": result["boxes"]["n"], "without a box": result["boxes"]["n_none"],
-             **{title: result["boxes"][name] for name, title in names.items()}}
+             **{title: rounded(result["boxes"][name]) for name, title in names.items()}}
             for system, suites in systems.items() for suite, result in suites.items()
             if "boxes" in result]
 

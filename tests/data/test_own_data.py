@@ -390,6 +390,10 @@ def test_the_commands(root, tmp_path):
     result = run_data("duplicates", tmp_path / "train", tmp_path / "held")
     assert result.returncode == 1 and "1 against 1 images: 1 pairs" in result.stdout
     assert "z.jpg" in result.stdout
+    save_turned(tmp_path / "held" / "t.jpg")
+    result = run_data("duplicates", tmp_path / "train", tmp_path / "held", "--orientation",
+                      "refuse")
+    assert "left out, turned image: 1 (t.jpg)" in result.stdout
     (tmp_path / "mg.json").write_text('[{"a": 1}]')
     result = run_data("mgrounding", tmp_path / "mg.json", "--root", tmp_path,
                       "--unstated", "Difference", "2")

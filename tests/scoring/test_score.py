@@ -279,6 +279,22 @@ def test_images_are_confined_and_missing_ones_listed(tmp_path):
         annotations.add_image_sizes(benchmark.items[:1], tmp_path)
 
 
+def test_photos_are_taken_upright_or_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 200)).save(tmp_path / "turned.jpg", exif=exif)
+    benchmark = annotations.read_lisa([
+        {"image_path": "turned.jpg", "instruction": "", "boxes": [[20, 20, 180, 80]]}])
+    lines = prediction_lines(["(100,200),(900,800)"])
+    scored = score_predictions(benchmark, lines, images=str(tmp_path))
+    assert scored.values[0] == pytest.approx(1, abs=1e-4), "200 wide, as people see it"
+    for name, protocol in (("normalized_1000", "official"), ("absolute", "official"),
+                           ("absolute", "strict")):
+        with pytest.raises(ValueError, match="1 photos have an EXIF orientation .*turned.jpg"):
+            score_predictions(benchmark, lines, protocol=protocol, coordinates=Coordinates(name),
+                              images=str(tmp_path), orientation="refuse")
+
+
 def test_ref_l4_by_hand():
     boxes = {"a": [0, 0, 100, 100], "b": [0, 0, 200, 200], "c": [10, 10, 300, 300]}
     benchmark = annotations.read_ref_l4([{"id": name, "bbox": box} for name, box in boxes.items()])
@@ -365,16 +381,33 @@ def test_lisa_to_the_last_digit(tmp_path):
     assert 0.2 < hits < 1 and summary["acc@0.5"] == pytest.approx(100 * hits, abs=1e-9)
 
 
-def test_mmius_60_names_are_complete_and_lower_case_letters_match():
+def test_mmius_lower_case_letters_match():
     records = [{"task": f"task {number}", "output": letter, "options": "A: x B: y"}
                for number, letter in enumerate("aB" * 30)]
     benchmark = annotations.read_mmiu(records)
-    assert benchmark.complete and not annotations.read_mmiu(records[1:]).complete
     lines = prediction_lines(["A", "B"] * 30)
     for protocol in ("official", "substring"):
         values = score_predictions(benchmark, lines, "P", protocol).values
         # Migician's rule looks for the answer as it is written.
         assert values.mean() == (1 if protocol == "official" else 0.5)
+
+
+def test_a_count_that_no_paper_gives_is_neither_complete_nor_incomplete():
+    records = [{"task": f"task {number % 60}", "output": "A"} for number in range(11698)]
+    of_mmiu = [annotations.read_mmiu(part).complete
+               for part in (records, records[1:], records[:59])]
+    assert of_mmiu == [True, None, False]
+
+    def sentence(benchmark, complete):
+        notes = leaderboard.table_notes({
+            "benchmark": benchmark, "version": "", "protocol": "official", "complete": complete,
+            "n": 10, "lists": 10, "problems": {}, "notes": {}, "remarks": []}, ())
+        return " ".join(note for note in notes if "items of" in note or "every item" in note)
+
+    assert "its paper counts 11,698" in sentence("mmiu", None)
+    assert "no number is published" in sentence("revos", None)
+    assert "do not hold every item" in sentence("mmiu", False)
+    assert sentence("mmiu", True) == ""
 
 
 def test_parquet_annotations(tmp_path):
