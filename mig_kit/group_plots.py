@@ -43,8 +43,9 @@ def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Fig
     figure, axis = plt.subplots(figsize=(6.4, 3))
     _draw_signed_bars(axis, change, advantages)
     for number, value in enumerate(change, 1):
-        axis.annotate(f"{value:+.1f}", (number, value), ha="center", fontsize=8,
-                      va="bottom" if value >= 0 else "top")
+        above = value >= 0
+        axis.annotate(f"{value:+.1f}", (number, value), (0, 2 if above else -3), ha="center",
+                      va="bottom" if above else "top", textcoords="offset points", fontsize=8)
     axis.margins(y=0.15)
     _label(axis, "Change of each reply's log-probability by one update",
            "change (nats)", range(1, len(change) + 1))

@@ -60,8 +60,8 @@ class Picture:
 
 
 def claim_rows(metrics: dict) -> list[dict]:
-    """Rows with this run's difference beside the paper's, in points; metrics: of stage 06. A claim
-    on a suite or model that the run does not have is left out.
+    """Rows with this run's difference beside the paper's, in points, rounded to two decimals. A
+    claim on a suite or model that the run does not have is left out. metrics: of stage 06.
     """
     rows = []
     for suite, comparison, delta, paper in CLAIMS:
@@ -69,8 +69,9 @@ def claim_rows(metrics: dict) -> list[dict]:
             continue
         difference = metrics["deltas"][delta][suite]
         rows.append({"suite": SUITE_NAMES[suite], "compared": comparison,
-                     "this run": difference["value"], "95 %": difference["ci95"],
-                     "at temperature 1": difference["sampled"],
+                     "this run": round(difference["value"], 2),
+                     "95 %": np.round(difference["ci95"], 2).tolist(),
+                     "at temperature 1": difference["sampled"] and round(difference["sampled"], 2),
                      "paper (real benchmark, 7B)": paper})
     return rows
 
