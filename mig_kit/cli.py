@@ -194,12 +194,14 @@ def lessons_command(run_ids: tuple[str, ...], out: Path, question: Path) -> None
 @click.option("--group", "groups", multiple=True, metavar="NAME=RUN,RUN",
               help="Runs that count as one, such as the seeds of a variant; repeat.")
 @click.option("--reference", default="", help="The group that the others are compared with.")
+@click.option("--system", default="grpo", show_default=True,
+              type=click.Choice(["grpo", "sft", "base"]), help="Whose scores are compared.")
 @click.option("--format", "form", default="md", show_default=True,
               type=click.Choice(["md", "csv", "latex"]))
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),
               help="Draw the comparison here: a .png, .pdf or .svg.")
-def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, form: str,
-          figure: Path | None) -> None:
+def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, system: str,
+          form: str, figure: Path | None) -> None:
     """Runs, or groups of runs, side by side: scores, differences and their intervals.
 
     A run that is named without a group is a group of its own; a file of a recorded run takes the
@@ -209,11 +211,11 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, for
     from mig_kit.stages import compare
 
     _check_figure(figure)
-    result = compare.compare_groups(compare.parse_groups([*groups, *run_ids]), reference)
+    result = compare.compare_groups(compare.parse_groups([*groups, *run_ids]), reference, system)
     click.echo(compare.render_table(result, form))
     if figure:
         plots.set_style()
-        plots.plot_groups(compare.figure_rows(result)).savefig(figure, bbox_inches="tight")
+        plots.plot_groups(compare.figure_rows(result), system).savefig(figure, bbox_inches="tight")
         click.echo(f"figure: {figure}", err=True)
 
 

@@ -255,10 +255,10 @@ def plot_stacked(counts: dict[str, dict[str, int]], title: str, unit: str = "cou
     return figure
 
 
-def plot_groups(rows: list[dict]) -> plt.Figure:
+def plot_groups(rows: list[dict], system: str = "grpo") -> plt.Figure:
     """A panel per suite: a point with its interval per group, a line at the reference's score.
 
-    rows: {suite, group, is_reference, value, low, high}, percent.
+    rows: {suite, group, is_reference, value, low, high}, percent. system: whose scores they are.
     """
     table = pd.DataFrame(rows)
     names, groups = (list(dict.fromkeys(table[column])) for column in ("suite", "group"))
@@ -275,8 +275,8 @@ def plot_groups(rows: list[dict]) -> plt.Figure:
         axis.set_yticks(range(len(groups)), groups, fontsize=9)
         axis.tick_params(axis="x", labelsize=9)
         axis.set_ylim(len(groups) - 0.5, -0.5)
-    figure.suptitle("Greedy score of the GRPO models, percent, with 95 % intervals", fontsize=11,
-                    x=0.01, ha="left")
+    title = f"Greedy score of the {SYSTEM_LABELS[system]} models, percent, with 95 % intervals"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
 
 

@@ -57,14 +57,17 @@ def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def compare_groups(groups: dict[str, list[str]], reference: str = "") -> dict:
-    """{"rows", "runs", "notes"} of groups of runs; reference: the group that the others are
-    compared with, the first by default.
+def compare_groups(groups: dict[str, list[str]], reference: str = "",
+                   system: str = "grpo") -> dict:
+    """{"reference", "system", "rows", "runs", "notes"} of groups of runs.
+
+    reference: the group that the others are compared with, the first by default. system: whose
+    scores are compared, one of SYSTEMS; ValueError where a run has no such model.
 
     rows: {group, suite, figure, value, low, high, runs, over, improvement}, unrounded, in percent
     or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on. figure: a system's score
-    ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the GRPO model's score less that
-    of the group NAME. improvement: of "vs NAME" alone, the probability that a run scores higher
+    ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the system's score less that of
+    the group NAME. improvement: of "vs NAME" alone, the probability that a run scores higher
     than one of NAME on a task (rliable, arXiv 2108.13264). runs: {group, run, seed, tokens,
     minutes, git, machine}. notes: sentences on what the intervals do not cover.
     """
@@ -73,17 +76,22 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "") -> dict:
         raise ValueError(f"there is no group '{reference}' to compare with; the groups are "
                          f"{', '.join(groups)}")
     samples, runs = load_groups(groups)
+    without = [run.run_id for members in runs.values() for run in members
+               if system not in run.correct]
+    if without:
+        raise ValueError(f"run '{without[0]}' has no {plots.SYSTEM_LABELS[system]} model, for it "
+                         "had no cold start; leave it out, or compare the GRPO models")
     scopes, rows = _scopes(samples), []
     for name, members in runs.items():
         for suite, scope in scopes.items():
             rows += _group_rows(name, members, suite, scope)
             if name != reference:
-                rows.append(_difference_row(name, members, reference, runs[reference], suite,
-                                            scope))
+                rows.append(_difference_row(system, (name, members), (reference, runs[reference]),
+                                            suite, scope))
     facts = [{"group": name, "run": run.run_id, "seed": run.seed, "tokens": run.tokens,
               "minutes": run.minutes, "git": run.git, "machine": run.machine}
              for name, members in runs.items() for run in members]
-    return {"reference": reference, "rows": rows, "runs": facts,
+    return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": _notes(runs, reference)}
 
 
@@ -124,17 +132,18 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
             for figure, estimate in estimates.items()]
 
 
-def _difference_row(group: str, runs: list[EvaluatedRun], reference: str,
-                    others: list[EvaluatedRun], suite: str, scope: _Scope) -> dict:
-    values, other_values = (_values(members, "grpo", scope) for members in (runs, others))
+def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
+                    reference: tuple[str, list[EvaluatedRun]], suite: str, scope: _Scope) -> dict:
+    (name, runs), (other_name, others) = group, reference
+    values, other_values = (_values(members, system, scope) for members in (runs, others))
     improvement = probability_of_improvement(values, other_values)
     pairs = pair_by_seed(runs, others)
     if pairs:
-        paired, partners = (_values(list(members), "grpo", scope) for members in zip(*pairs))
+        paired, partners = (_values(list(members), system, scope) for members in zip(*pairs))
         estimate = joint_interval([a - b for a, b in zip(paired, partners)], scope.lists)
     else:
         estimate = joint_difference(values, other_values, scope.lists)
-    return {"group": group, "suite": suite, "figure": f"vs {reference}", **estimate,
+    return {"group": name, "suite": suite, "figure": f"vs {other_name}", **estimate,
             "runs": len(pairs) or len(runs), "improvement": improvement}
 
 
@@ -196,14 +205,16 @@ def suite_name(suite: str) -> str:
 def table_frames(result: dict) -> dict[str, pd.DataFrame]:
     """Title -> table of words, rounded to one decimal; result: of `compare_groups`."""
     rows = result["rows"]
-    frames = {"GRPO model, percent (95 %)": _wide_frame(rows, "grpo", result["runs"])}
+    system = result["system"]
+    frames = {f"{plots.SYSTEM_LABELS[system]} model, percent (95 %)":
+              _wide_frame(rows, system, result["runs"] if system == "grpo" else None)}
     differences = [row for row in rows if row["figure"].startswith("vs ")]
     if differences:
         figure = differences[0]["figure"]
         frames[f"Difference to {result['reference']}, points (95 %; probability of improvement)"] \
             = _wide_frame(rows, figure)
     claims = _claims_frame(rows)
-    if len(claims):  # none of them for runs that were scored on own data alone
+    if len(claims) and system == "grpo":  # none for runs that were scored on own data alone
         frames["The paper's claims, points (95 %)"] = claims
     return frames
 
@@ -267,10 +278,10 @@ def load_curves(run_ids: Sequence[str], names: Sequence[str]) -> dict[str, list[
 
 
 def figure_rows(result: dict) -> list[dict]:
-    """Rows {suite, group, value, low, high} of the GRPO models' scores, for `plots.plot_groups`."""
+    """Rows {suite, group, value, low, high} of the system's scores, for `plots.plot_groups`."""
     return [{"suite": suite_name(row["suite"]), "is_reference": row["group"] == result["reference"],
              **{name: row[name] for name in ("group", "value", "low", "high")}}
-            for row in result["rows"] if row["figure"] == "grpo"]
+            for row in result["rows"] if row["figure"] == result["system"]]
 
 
 def render_table(result: dict, form: str = "md") -> str:

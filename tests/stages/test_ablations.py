@@ -15,17 +15,27 @@ from mig_kit.stages.evaluated_runs import read_recorded
 
 GUIDE = PROJECT_ROOT / "notebooks" / "guide"
 PAGE = (GUIDE / "ablations.md").read_text()
-COMMAND = re.search(r"^mig-kit table ((?:.*\\\n)*.*)$", PAGE, re.MULTILINE)[1]
-GROUPS = compare.parse_groups([word for word in shlex.split(COMMAND.replace("\\\n", " "))
-                               if "=" in word])
+
+
+def read_command(text):
+    """(groups, system) of a `mig-kit table` command."""
+    words = shlex.split(text.replace("\\\n", " "))
+    system = words[words.index("--system") + 1] if "--system" in words else "grpo"
+    return compare.parse_groups([word for word in words if "=" in word]), system
+
+
+TABLES = [read_command(text) for text in
+          re.findall(r"^mig-kit table ((?:.*\\\n)*.*)$", PAGE, re.MULTILINE)]
+GROUPS = {name: runs for groups, _ in TABLES for name, runs in groups.items()}
 # arm -> the words of its command, of the table of commands
 COMMANDS = {name: shlex.split(words) for name, words in
             re.findall(r"^\| ([^|]+) \| `([^`]+)` \|", PAGE, re.MULTILINE)}
 
 
-def test_the_tables_are_those_of_the_records():
-    groups = {name: [str(GUIDE / run) for run in runs] for name, runs in GROUPS.items()}
-    blocks = compare.render_table(compare.compare_groups(groups)).split("\n\n")
+@pytest.mark.parametrize("groups, system", TABLES)
+def test_the_tables_are_those_of_the_records(groups, system):
+    files = {name: [str(GUIDE / run) for run in runs] for name, runs in groups.items()}
+    blocks = compare.render_table(compare.compare_groups(files, system=system)).split("\n\n")
     tables = [block.strip() for block in blocks if block.startswith("| group")]
     assert len(tables) == 2 and all(table in PAGE for table in tables), "print them again"
 

@@ -210,6 +210,27 @@ def test_unequal_seeds_and_single_runs_are_named(nine_runs, monkeypatch):
     assert "Difference" not in compare.render_table(one)
 
 
+def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
+    root, values = nine_runs
+    monkeypatch.setenv("MIG_KIT_RUNS", str(root))
+    groups = {name: GROUPS[name] for name in ("recipe", "dr_grpo")}
+    result = compare.compare_groups(groups, system="sft")
+    (row,) = [row for row in result["rows"] if row["suite"] == "mig_bench"
+              and row["figure"] == "vs recipe"]
+    scores = [statistics.fmean(plain_score(values[run]["sft", "mig_bench"]) for run in runs)
+              for runs in groups.values()]
+    assert row["value"] == pytest.approx(scores[1] - scores[0], abs=1e-9)
+    text = compare.render_table(result)
+    assert text.startswith("SFT model, percent (95 %)") and "paper" not in text
+    assert len(compare.figure_rows(result)) == 2 * 8
+    figure = plots.plot_groups(compare.figure_rows(result), "sft")
+    assert "SFT models" in figure.get_suptitle()
+    plots.plt.close(figure)
+    monkeypatch.setattr(evaluated_runs.store, "has_cold_start", lambda run: run != "dr_grpo-1")
+    with pytest.raises(ValueError, match="'dr_grpo-1' has no SFT model"):
+        compare.compare_groups(groups, system="sft")
+
+
 def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_runs, monkeypatch):
     root, values = nine_runs
     monkeypatch.setenv("MIG_KIT_RUNS", str(root))
