@@ -350,9 +350,14 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     if items and benchmark.lower() == "odinw":
         raise ValueError("OdinW's AP is no mean over items, so there are none to write; "
                          "leave --items out")
-    for path in (out, items):
-        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    taken = [annotations, predictions, *([compare] if compare else [])]
+    for path in filter(None, (out, items)):
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
+        if Path(path).resolve() in [Path(other).resolve() for other in taken]:
+            raise ValueError(f"{path} is given twice, and would be overwritten; write to a file of "
+                             "another name")
+        taken.append(path)
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     header, scored = score.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}

@@ -20,7 +20,8 @@ def data() -> None:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="Image root; else FILE's folder.")
-@click.option("--show", default=100, show_default=True, help="How many wrong lines to print.")
+@click.option("--show", default=100, show_default=True, type=click.IntRange(0),
+              help="How many wrong lines to print.")
 @orientation_option
 def check(file: Path, root: Path | None, show: int, orientation: str) -> None:
     """Say line by line what is wrong with FILE, a JSONL of your own data, and its images, which are
@@ -38,7 +39,9 @@ def check(file: Path, root: Path | None, show: int, orientation: str) -> None:
             click.echo(f"line {number}: {'; '.join(problems)}")
     more = f" (the first {show} shown)" if wrong > show else ""
     click.echo(f"{total} lines, {total - wrong} correct, {wrong} wrong{more}")
-    if wrong or not total:
+    if not total:
+        raise ValueError(f"{file} has no line; write one JSON object a line, a question each")
+    if wrong:
         raise click.exceptions.Exit(1)
 
 
@@ -77,7 +80,8 @@ def preview(file: Path, root: Path | None, out: Path, count: int, orientation: s
 @click.option("--question", default="", help='coco, refcoco: what is asked, as "Find the {name}.".')
 @click.option("--instances", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="refcoco: the instances.json of the refs.")
-@click.option("--show", default=100, show_default=True, help="How many problems to print.")
+@click.option("--show", default=100, show_default=True, type=click.IntRange(0),
+              help="How many problems to print.")
 @orientation_option
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
                    padded: bool, several: str | None, show: int, **rules) -> None:
@@ -111,7 +115,7 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
               type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--unstated", nargs=2, multiple=True, type=(str, int), metavar="SUBSET IMAGE",
               help="Image number to take in a subset whose answers name none.")
-@click.option("--limit", type=int, help="Stop after so many questions.")
+@click.option("--limit", type=click.IntRange(1), help="Stop after so many questions.")
 @orientation_option
 def mgrounding_command(file: Path, root: Path, unstated, limit: int | None,
                        orientation: str) -> None:
@@ -130,7 +134,7 @@ def mgrounding_command(file: Path, root: Path, unstated, limit: int | None,
 @click.argument("held_out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--bits", default=4, show_default=True, type=click.IntRange(0, 32),
               help="Of 64 hash bits, how many may differ.")
-@click.option("--limit", type=int, help="Look at so many images of each folder.")
+@click.option("--limit", type=click.IntRange(1), help="Look at so many images of each folder.")
 @orientation_option
 def duplicates(train: Path, held_out: Path, bits: int, limit: int | None,
                orientation: str) -> None:
@@ -148,6 +152,10 @@ def duplicates(train: Path, held_out: Path, bits: int, limit: int | None,
     train_hashes, held_out_hashes = (
         perceptual_hashes(iter_images(folder, report, limit, orientation))
         for folder in (train, held_out))
+    for folder, (names, _) in ((train, train_hashes), (held_out, held_out_hashes)):
+        if not names:
+            raise ValueError(f"there is no image that can be read below {folder}; name the folder "
+                             "of the images")
     pairs = 0
     for name, other, distance in find_near_duplicates(train_hashes, held_out_hashes, bits):
         pairs += 1

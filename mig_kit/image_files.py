@@ -141,7 +141,7 @@ def read_size(path: Path, orientation: str = "upright") -> tuple[int, int]:
     """(width, height) of the upright picture, pixels, from the header alone.
 
     orientation: one of ORIENTATIONS. BadImage if the file is missing or no image, if the image is
-    over MAX_PIXELS or too long, and for a turned photo that is to be refused.
+    over MAX_PIXELS, too long or of more than 8 bits, and for a turned photo that is to be refused.
     """
     if not is_regular_file(path):
         raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
@@ -150,6 +150,7 @@ def read_size(path: Path, orientation: str = "upright") -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             turn, is_tiff = read_orientation(image), image.format == "TIFF"
+            is_deep = image.mode.startswith("I") or image.mode == "F"
     except DECODE_ERRORS as error:
         raise BadImage("unreadable image", f"{path.name!r} is no readable image: give a PNG or "
                                            "JPEG file") from error
@@ -158,6 +159,9 @@ def read_size(path: Path, orientation: str = "upright") -> tuple[int, int]:
         raise BadImage("image shape", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL "
                                       f"takes sides up to {MAX_ASPECT_RATIO} to 1, and the kit "
                                       f"{MAX_PIXELS} pixels; crop or shrink it")
+    if is_deep:  # of more than eight bits, which would be cut, not scaled
+        raise BadImage("deep image", f"{path.name!r} has more than 8 bits a pixel and channel; "
+                                     "scale it to 8 and save it as PNG or JPEG")
     if turn in TURNS and is_tiff:  # Pillow turns some TIFF files by itself, and not others
         raise BadImage("turned image", f"{path.name!r} is a TIFF with an EXIF orientation; save it "
                                        "upright, as PNG or JPEG")

@@ -6,6 +6,7 @@ solid, boxes of replies dashed, the reference dotted, so that a print in grey te
 
 import textwrap
 
+from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from mig_kit.boxes import Box, BoxFormat
@@ -146,6 +147,15 @@ def _frame_in_row(tiles: list[Image.Image]) -> Image.Image:
     return sheet
 
 
+def text_font(size: int, text: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, in the size; DejaVu, which has accents, Greek and Cyrillic, for a text
+    that is not ASCII.
+    """
+    if text.isascii():
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size - 1)
+
+
 def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
                  height: int = 150) -> Image.Image:
     """The question, and below it per system its reply with its box on the images, a blue bar beside
@@ -153,7 +163,6 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
 
     replies: system -> reply. height: of the images, pixels.
     """
-    font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
     height = _fit_height(sample, height)
     question = format_question(sample, box_format, with_instruction=False)
     rows = [(draw_sample(sample, reply, box_format, height), _judged_reply(system, is_right, reply),
@@ -168,10 +177,10 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
     top = 22 * (title.count("\n") + 1) + 18
     page = Image.new("RGB", (width + 16, top + sum(heights)), "white")
     pen = ImageDraw.Draw(page)
-    pen.multiline_text((12, 10), title, fill=INK, font=bold)
+    pen.multiline_text((12, 10), title, fill=INK, font=text_font(17, title))
     for (sheet, _, colour), text, row_height in zip(rows, texts, heights):
         page.paste(sheet, (8, top))
-        pen.multiline_text((16, top + sheet.height), text, fill=INK, font=font)
+        pen.multiline_text((16, top + sheet.height), text, fill=INK, font=text_font(15, text))
         pen.rectangle((0, top, 5, top + row_height - 12), fill=colour)
         top += row_height
     return page

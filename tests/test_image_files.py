@@ -110,6 +110,15 @@ def test_a_turned_tiff_is_refused(tmp_path):
     assert open_rgb(tmp_path / "a.tiff").size == (40, 30)
 
 
+def test_an_image_of_more_than_eight_bits_is_refused(tmp_path):
+    deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+    for name in ("a.png", "a.tiff"):
+        deep.save(tmp_path / name)
+        with pytest.raises(BadImage, match="scale it to 8") as error:
+            open_rgb(tmp_path / name)
+        assert error.value.reason == "deep image"
+
+
 def test_exif_data_that_cannot_be_read_say_nothing(tmp_path):
     Image.new("L", (40, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0garbage in here")
     with Image.open(tmp_path / "a.jpg") as image:

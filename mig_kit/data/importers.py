@@ -70,9 +70,18 @@ def import_file(form: str, path: Path, out: Path, rules: ImportRules,
         with temporary.open("w", encoding="utf-8") as file:
             for place, line in _iter_correct(form, path, rules, report, on_problem):
                 file.write(json.dumps({"id": place.replace(" ", "-"), **line}) + "\n")
+        if not report.kept:
+            raise NothingKept
 
-    write_atomically(out, write)
+    try:
+        write_atomically(out, write)
+    except NothingKept:
+        pass
     return report
+
+
+class NothingKept(Exception):
+    """No question of the file is kept, so that an older result stays."""
 
 
 def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
@@ -102,9 +111,11 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, report: SkipReport,
         try:
             if isinstance(result, Problem):
                 raise result
-            line = _unpad(result, sizes) if rules.text.is_padded else result
+            line = _unpad(result, sizes) if rules.text.is_padded else dict(result)
+            stated = line.pop("stated_size", None)
             problems = find_problems(line)
             if not problems and form in ("coco", "refcoco"):
+                _compare_sizes(stated, sizes(line["images"][0]))
                 line = _map_boxes(line, sizes, _trim_box)
             problems = problems or find_file_problems(line, sizes)[1]
             require(not problems, "; ".join(problems))
@@ -137,6 +148,16 @@ def _map_boxes(line: dict, sizes: ImageSizes,
     if "reference" in line:
         result["reference"] = moved(line["reference"], 1)
     return result
+
+
+def _compare_sizes(stated: tuple | None, size: tuple[int, int] | BadImage) -> None:
+    """Problem where the file states another size of the image than its upright picture has."""
+    if isinstance(size, BadImage) or stated is None or stated == size:
+        return
+    reason = (", as it is stored, not upright: turn the photo and drop its EXIF orientation"
+              if stated == size[::-1] else "; use the images that the file was made from")
+    raise Problem(f"the file says {stated[0]}x{stated[1]}, the image has {size[0]}x{size[1]} "
+                  f"pixels{reason}")
 
 
 def _trim_box(box: list, size: tuple[int, int]) -> list:
@@ -213,6 +234,10 @@ def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Pro
         image = images[image_id]
         place = f"annotation {annotations[0]['id']!r}"
         try:
+            for annotation in annotations:
+                place = f"annotation {annotation['id']!r}"
+                _check_annotation(annotation)
+            place = f"annotation {annotations[0]['id']!r}"
             phrase = image.get("caption")
             name = phrase or categories.get(category_id, {}).get("name")
             require(isinstance(name, str), f"category {category_id!r} has no name; add it to "
@@ -255,31 +280,44 @@ def _group_annotations(path: Path, images: dict) -> tuple[dict, list[tuple[str, 
     return groups, problems
 
 
-def _coco_line(question: str, image: dict, annotations: list[dict], rules: ImportRules) -> dict:
-    require(not any(record.get("iscrowd") for record in annotations),
+def _check_annotation(record: dict) -> None:
+    require(not record.get("iscrowd"),
             "a crowd has no single box; leave annotations with iscrowd out")
+    _corners(record.get("bbox"))
+
+
+def _stated_size(image: dict) -> tuple[int, int] | None:
+    """(width, height) that a file states of an image; None where it states none."""
+    size = image.get("width"), image.get("height")
+    return size if all(type(side) is int for side in size) else None
+
+
+def _coco_line(question: str, image: dict, annotations: list[dict], rules: ImportRules) -> dict:
     boxes = [_corners(record.get("bbox")) for record in annotations]
     line = {"images": [relative_path(image.get("file_name"), rules.root)], "question": question,
-            "coordinates": str(Coordinates.PIXELS)}
+            "coordinates": str(Coordinates.PIXELS), "stated_size": _stated_size(image)}
     return line | target_keys([1] * len(boxes), boxes, rules.text.several)
 
 
 def _corners(box: object) -> list[float]:
-    """[x1, y1, x2, y2] of COCO's [x, y, width, height]."""
+    """[x1, y1, x2, y2] of COCO's [x, y, width, height], cut at 0 where it is no more than MARGIN
+    below.
+    """
     require(isinstance(box, list) and len(box) == 4
             and all(type(value) in (int, float) and abs(value) < 1e7 for value in box),
             "'bbox' must be four numbers [x, y, width, height]")
     x, y, width, height = box
     require(width > 0 and height > 0, f"'bbox' is {box}: width and height must be over 0")
-    return [x, y, x + width, y + height]
+    left, top = (0 if -MARGIN <= value < 0 else value for value in (x, y))
+    return [left, top, x + width, y + height]
 
 
-def _read_boxes(rules: ImportRules) -> dict[int | str, tuple[str, list]]:
-    """Annotation id -> (file name, xywh) of the file `instances`; {} without one."""
+def _read_boxes(rules: ImportRules) -> dict[int | str, tuple[dict, list]]:
+    """Annotation id -> (its image's record, xywh) of the file `instances`; {} without one."""
     if rules.instances is None:
         return {}
     images = _by_id(rules.instances, "images.item")
-    return {name: (images.get(record.get("image_id"), {}).get("file_name"), record.get("bbox"))
+    return {name: (images.get(record.get("image_id"), {}), record.get("bbox"))
             for name, record in _by_id(rules.instances, "annotations.item").items()
             if type(record.get("image_id")) in (int, str)}
 
@@ -290,7 +328,7 @@ def _refcoco_lines(record: object, annotations: dict, rules: ImportRules) -> lis
                                       "pickle, which the kit does not open: save them as JSON")
     if "solution" in record:
         phrases, box = [record.get("normal_caption")], record["solution"]
-        name = record.get("image")
+        name, size = record.get("image"), _stated_size(record)
     else:
         phrases = record.get("sentences")
         require(isinstance(phrases, list) and bool(phrases), "'sentences' must be a list")
@@ -299,10 +337,10 @@ def _refcoco_lines(record: object, annotations: dict, rules: ImportRules) -> lis
         require(type(ann_id) in (int, str) and ann_id in annotations,
                 f"annotation {str(ann_id)[:40]!r} is not there; give --instances with the "
                 "instances.json of these refs")
-        name, box = annotations[ann_id]
-        box = _corners(box)
+        image, box = annotations[ann_id]
+        name, size, box = image.get("file_name"), _stated_size(image), _corners(box)
     require(all(isinstance(phrase, str) for phrase in phrases), "a phrase must be a text")
     line = {"images": [relative_path(name, rules.root)], "image": 1, "box": box,
-            "coordinates": str(Coordinates.PIXELS)}
+            "coordinates": str(Coordinates.PIXELS), "stated_size": size}
     template = rules.question or ASKS_FOR_PHRASE
     return [{**line, "question": template.replace("{name}", phrase)} for phrase in phrases]

@@ -3,7 +3,13 @@
 import re
 from pathlib import Path
 
-from mig_kit.image_files import BadImage, check_decodes, read_size, resolve_under_root
+from mig_kit.image_files import (
+    BadImage,
+    check_decodes,
+    is_regular_file,
+    read_size,
+    resolve_under_root,
+)
 from mig_kit.prompts import LETTERS
 
 MAX_SIZES = 100_000  # of images whose sizes are kept in memory
@@ -64,6 +70,9 @@ class ImageSizes:
 
     def _read(self, name: str) -> tuple[int, int]:
         path = resolve_under_root(self.root, name)
+        if not is_regular_file(path):
+            raise BadImage("missing image", f"{name!r} is not there; copy it below the image root, "
+                                            "or correct its path")
         size = read_size(path, self.orientation)
         if self.decodes:
             check_decodes(path.read_bytes(), path.name)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mig_kit import plots
 from mig_kit.common import write_atomically
+from mig_kit.pictures import text_font
 from mig_kit.prompts import LETTERS
 from mig_kit.sample import Sample
 
@@ -57,8 +58,12 @@ def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> in
 
 
 def _question_text(sample: Sample) -> str:
-    """The question on one line, with the options of multiple choice and the correct letter."""
+    """The question on one line, with the options of multiple choice and the correct letter, and of
+    questions for all boxes how many there are.
+    """
     text = sample.question
+    if sample.find_all:
+        text += f" (correct: all {len(sample.targets)})" if sample.targets else " (correct: none)"
     if sample.options:
         options = "; ".join(f"{letter}. {option}"
                             for letter, option in zip(LETTERS, sample.options))
@@ -76,13 +81,14 @@ def _preview_page(strips: list[tuple[str, str, Image.Image]]) -> str:
 
 
 def _preview_sheet(strips: list[tuple[str, str, Image.Image]]) -> Image.Image:
-    head, font = 24, ImageFont.load_default(14)
+    head = 24
     width = max(640, *(strip.width for _, _, strip in strips))
     height = sum(strip.height + head for _, _, strip in strips)
     sheet = Image.new("RGB", (width, height), "white")
     pen, top = ImageDraw.Draw(sheet), 0
     for name, question, strip in strips:
-        pen.text((8, top + 4), f"{name}: {question}"[:160], fill="black", font=font)
+        line = f"{name}: {question}"[:160]
+        pen.text((8, top + 4), line, fill="black", font=text_font(14, line))
         sheet.paste(strip, (0, top + head))
         top += strip.height + head
     return sheet

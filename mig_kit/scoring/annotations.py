@@ -74,13 +74,14 @@ class Benchmark:
     """An annotation file, read.
 
     version: which release, told by content. complete: whether it has every item of that release;
-    None where that cannot be told.
+    None where that cannot be told. left_out: indices of records that have no answer to score.
     """
 
     name: str
     version: str
     items: tuple[BenchmarkItem, ...]
     complete: bool | None
+    left_out: tuple[int, ...] = ()
 
 
 def is_number(value) -> bool:
@@ -165,6 +166,10 @@ def read_lisa(records: list[dict]) -> Benchmark:
     items = []
     for index, record in enumerate(records):
         boxes = _get_field(record, "boxes", list, index, "LISA-grounding")
+        if boxes and type(boxes[0]) in (int, float):
+            raise ValueError(f"item {index} of the LISA-grounding annotations has the numbers of a "
+                             "box as its 'boxes', which must be a list of boxes; write [[x1, y1, "
+                             "x2, y2]]")
         question = _get_field(record, "instruction", str, index, "LISA-grounding")
         image = _get_field(record, "image_path", str, index, "LISA-grounding")
         box = _to_box(boxes[0], index, "LISA-grounding") if boxes and boxes[0] else None
@@ -240,6 +245,9 @@ def read_blink(records: list[dict]) -> Benchmark:
     letters = [_blink_letter(record, index) for index, record in enumerate(records)]
     names = [_get_field(record, "idx", str, index, "BLINK")
              for index, record in enumerate(records)]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), ""):
+        raise ValueError(f"the BLINK annotations have idx '{twice}' twice; give each question once "
+                         "(of several models' outputs one file)")
     tasks = [_blink_task(record, name, index)
              for index, (record, name) in enumerate(zip(records, names))]
     last_letters: dict = defaultdict(str)
@@ -290,9 +298,10 @@ def read_mmiu(records: list[dict]) -> Benchmark:
     Items without an output are left out, as the authors do, and letters may be lower case. Source:
     OpenGVLab/MMIU, evaluate_correct.py.
     """
-    items = []
+    items, left_out = [], []
     for index, record in enumerate(records):
         if record.get("output") is None:
+            left_out.append(index)
             continue
         truth = _get_field(record, "output", str, index, "MMIU").strip().strip(".")
         choices = _split_options(str(record.get("options", "")))
@@ -305,7 +314,7 @@ def read_mmiu(records: list[dict]) -> Benchmark:
                                    choices=choices, truth=truth))
     has_all_tasks = len({item.task for item in items}) == MMIU_TASKS
     is_complete = has_all_tasks and has_paper_count("mmiu", len(records))
-    return Benchmark("mmiu", "", tuple(items), is_complete)
+    return Benchmark("mmiu", "", tuple(items), is_complete, tuple(left_out))
 
 
 def has_paper_count(benchmark: str, count: int) -> bool | None:

@@ -76,20 +76,33 @@ def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
     return coordinate_size(sizes[number - 1], coordinates, box_format)
 
 
-def convert_reply(reply: str, size: tuple[int, int]) -> str:
-    """The reply with every box as "(x1,y1),(x2,y2)" in whole 0..1000, as the authors' rules read.
+def convert_reply(reply: str, size: tuple[int, int], in_place: bool = False) -> str:
+    """The reply with every box in whole 0..1000, as the authors' rules read.
 
-    size: (width, height) of the image in the reply's coordinates. Which box counts is left to the
-    authors' rule. Below 0 is written as 0, for their patterns have no sign.
+    size: (width, height) of the image in the reply's coordinates. in_place: whether a box keeps its
+    brackets, for rules that go by them; else it becomes "(x1,y1),(x2,y2)". Which box counts is left
+    to the authors' rule. Below 0 is written as 0, for their patterns have no sign.
     """
     def convert(match: re.Match) -> str:
         box = tuple(float(number) for number in match.groups() if number)
         if any(abs(value) > 1e9 for value in box):
             return match.group()
-        x1, y1, x2, y2 = (max(round(value), 0) for value in rescale_box(box, size, (1000, 1000)))
-        return f"({x1},{y1}),({x2},{y2})"
+        values = [max(round(value), 0) for value in rescale_box(box, size, (1000, 1000))]
+        if in_place:
+            return _replace_numbers(match, values)
+        return "({},{}),({},{})".format(*values)
 
     return _BOX.sub(convert, reply)
+
+
+def _replace_numbers(match: re.Match, values: list[int]) -> str:
+    """The match with its four numbers replaced by the values."""
+    spans = [span for span in map(match.span, range(1, match.re.groups + 1)) if span != (-1, -1)]
+    parts, place = [], match.start()
+    for (start, end), value in zip(spans, values, strict=True):
+        parts += [match.string[place:start], str(value)]
+        place = end
+    return "".join([*parts, match.string[place:match.end()]])
 
 
 def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None,
@@ -121,7 +134,8 @@ def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
     """
     reply = line["response"]
     size = model_size(reply, sizes, item.target, coordinates, box_format)
-    line = line | {"response": convert_reply(reply, size)}
+    converted = convert_reply(reply, size, in_place=benchmark == "mig_bench")
+    line = line | {"response": converted}
     if benchmark != "ref_l4":
         return line
     _, box = parse_named_box(reply)

@@ -107,7 +107,9 @@ def score_markdown(result: dict) -> str:
 
     Published numbers stand in the last columns, those of unknown version or metric below.
     """
-    rows = published_rows(result["benchmark"], result["version"], result["protocol"])
+    rows = ()
+    if result["complete"] is not False:
+        rows = published_rows(result["benchmark"], result["version"], result["protocol"])
     published = [row for row in rows if not row.doubt]
     headline, *others = [name for name in result["avg"] if name != "ci95"]
     has_interval = "ci95" in result["avg"]
@@ -167,6 +169,8 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
         notes.append("Say what boxes outside the image are measured in: --coordinates absolute for "
                      "pixels of the resized image (Qwen2.5-VL), pixels for those of the original, "
                      "with --images.")
+    if any("within 0 to 1" in reason for reason in result["problems"]):
+        notes.append("For boxes in 0 to 1 say --coordinates normalized_1.")
     for kind, names in result["notes"].items():
         notes.append(f"Annotations, {kind}: {count_and_list(names)}.")
     if "compare" in result:

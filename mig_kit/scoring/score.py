@@ -11,6 +11,7 @@ by their words included. MC-Bench and OdinW are in `coco.py`, Ref-L4's own figur
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is 
 
 BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4")
 NO_BOX_ANNOTATED = "counted 0, for the annotations have no box"
+WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
 
 Judge = Callable[[BenchmarkItem, str], tuple[float, str]]
 
@@ -157,6 +159,8 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
         image_size = (math.inf, math.inf)
     else:
         image_size = coordinate_size(item.size, coordinates, box_format)
+    if coordinates != Coordinates.NORMALIZED_1 and max(answer.box) <= 1:
+        return 0.0, WITHIN_ONE
     box = _cut_to_image(answer.box, image_size, ROUNDING.get(coordinates, 1))
     if box is None:
         return 0.0, "outside the image"
@@ -240,7 +244,9 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     for what the protocol cannot use.
     """
     items = list(benchmark.items)
-    lines = read_foreign_lines(benchmark.items, predictions, source)
+    unscored = {str(index) for index in benchmark.left_out}
+    scored = [line for line in predictions if str(line.get("index")) not in unscored]
+    lines = read_foreign_lines(benchmark.items, scored, source)
     is_choice = benchmark.name in ("blink", "mmiu")
     converts = (protocol == "official" and not is_choice
                 and coordinates != Coordinates.NORMALIZED_1000)
@@ -271,7 +277,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         else:
             values, problems = judge_all(items, lines, _strict_judge(coordinates, box_format))
         metrics = _iou_metrics(benchmark.name, values)
-        notes = annotation_problems(benchmark, protocol == "strict")
+        notes = annotation_problems(replace(benchmark, items=tuple(items)), protocol == "strict")
     return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
                   tuple(item.index for item in items), dict(problems), aggregates, notes,
                   tuple(map(_list_of_images, items)), remarks)
@@ -377,7 +383,10 @@ def annotation_problems(benchmark: Benchmark, is_strict: bool) -> dict[str, list
         x1, y1, x2, y2 = item.box
         if x1 >= x2 or y1 >= y2:
             by_kind["no box can match"].append(item.name)
-        if max(item.box) > COORDINATE_LIMITS.get(item.coordinates, math.inf):
+        limit = COORDINATE_LIMITS.get(item.coordinates)
+        width, height = (limit, limit) if limit else item.size or (math.inf, math.inf)
+        margin = 0 if limit else 1  # pixel: annotation tools round
+        if max(x1 - width, x2 - width, y1 - height, y2 - height, -min(item.box)) > margin:
             by_kind["answer leaves the image"].append(item.name)
         if is_strict and item.target is None:
             by_kind["target image unknown, not checked"].append(item.name)

@@ -20,7 +20,12 @@ from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, is_recorded, load_groups
 from mig_kit.stages.report import CLAIMS
-from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
+from mig_kit.stats import (
+    joint_difference,
+    joint_interval,
+    probability_of_improvement,
+    share_interval,
+)
 
 OUT_OF_DOMAIN = "ood_grounding"
 
@@ -92,7 +97,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
               "minutes": run.minutes, "git": run.git, "machine": run.machine}
              for name, members in runs.items() for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
-            "notes": _notes(runs, reference)}
+            "notes": _notes(runs, reference) + _sameness_notes(rows, reference, system)}
 
 
 def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
@@ -122,7 +127,7 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
                 scope: _Scope) -> list[dict]:
     by_system = {system: _values(runs, system, scope) for system in SYSTEMS
                  if all(system in run.correct for run in runs)}
-    estimates = {system: joint_interval(values, scope.lists)
+    estimates = {system: _bound(joint_interval(values, scope.lists), values, scope.lists)
                  for system, values in by_system.items()}
     for after, before in evaluate.list_pairs(by_system):
         gaps = [a - b for a, b in zip(by_system[after], by_system[before])]
@@ -130,6 +135,20 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
     return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
              "improvement": None}
             for figure, estimate in estimates.items()]
+
+
+def _bound(estimate: dict, values: list[np.ndarray], lists: list[np.ndarray] | None) -> dict:
+    """The estimate of a score with its interval within 0 to 100 percent; where all answers are
+    right, or all wrong, the exact one (Clopper and Pearson).
+    """
+    answers = np.concatenate([part.ravel() for part in values])
+    if answers.min() < answers.max():
+        low, high = max(0.0, estimate["low"]), min(100.0, estimate["high"])  # NaN stays
+        return estimate if np.isnan(estimate["low"]) else estimate | {"low": low, "high": high}
+    total = (sum(part.shape[1] for part in values) if lists is None
+             else len(np.unique(np.concatenate(lists))))
+    low, high = share_interval(total if answers[0] else 0, total)
+    return estimate | {"low": 100 * low, "high": 100 * high}
 
 
 def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
@@ -179,6 +198,19 @@ def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
     if len({run.git for members in runs.values() for run in members}) > 1:
         notes.append("The runs were evaluated at different commits.")
     return [note for note in notes if note]
+
+
+def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
+    """Whose answers are those of the reference's models, every one: the models may be the same."""
+    gaps: dict[str, set] = {}
+    for row in rows:
+        if row["figure"] == f"vs {reference}":
+            gaps.setdefault(row["group"], set()).update((row["value"], row["low"], row["high"]))
+    same = [group for group, values in gaps.items() if values == {0.0}]
+    if not same:
+        return []
+    return [f"Every {plots.SYSTEM_LABELS[system]} answer is that of {reference} in "
+            f"{', '.join(same)}: a branch shares the models of its source's stages."]
 
 
 def _pairing_note(group: str, runs: list[EvaluatedRun], reference: str,

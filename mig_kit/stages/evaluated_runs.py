@@ -198,7 +198,8 @@ def _restore_run(path: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         correct[system] = {}
         for suite, suite_samples in samples.items():
             bits = by_suite.get(suite, "")
-            if len(bits) != len(suite_samples) or set(bits) - {"0", "1"}:
+            is_fitting = isinstance(bits, str) and len(bits) == len(suite_samples)
+            if not is_fitting or set(bits) - {"0", "1"}:
                 raise ValueError(f"{path} does not fit the suite {suite} of "
                                  f"{len(suite_samples)} questions; make it again with mig-kit "
                                  "record")

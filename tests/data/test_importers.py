@@ -61,9 +61,14 @@ def import_all(root, form, path, coordinates="", padded=False, several="", **rul
     """(lines of own data, sentences); the lines pass the checks of own data."""
     sentences, out = [], root / "out.jsonl"
     rules = ImportRules(root, TextRules(coordinates, padded, several), **rules)
+    if out != path:
+        out.unlink(missing_ok=True)
     report = importers.import_file(form, path, out, rules, sentences.append)
-    assert all(not problems for _, problems in own_data.check_file(out, root))
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert out.exists() == bool(report.kept)
+    lines = []
+    if out.exists():
+        assert all(not problems for _, problems in own_data.check_file(out, root))
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert report.read == len(lines) + len(sentences) and report.kept == len(lines)
     return lines, sentences
 
@@ -249,6 +254,43 @@ def test_each_mistake_of_a_coco_file_has_its_place(root, path, value, sentence):
     (root / "wrong.json").write_text(json.dumps(changed(COCO, *path, to=value)))
     _, sentences = import_all(root, "coco", root / "wrong.json", several="any")
     assert any(problem.startswith(sentence) for problem in sentences), sentences
+
+
+def test_sizes_that_the_file_states_are_those_of_the_upright_images(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 50)).save(root / "turned.jpg", exif=exif)
+    coco = {"images": [{"id": 1, "file_name": "turned.jpg", "width": 100, "height": 50}],
+            "categories": [{"id": 1, "name": "cup"}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 4]}]}
+    record = {"image": "turned.jpg", "normal_caption": "a cup", "solution": [1, 2, 30, 6],
+              "width": 100, "height": 50}
+    for form, data in (("coco", coco), ("refcoco", [record])):
+        (root / "in.json").write_text(json.dumps(data))
+        lines, (sentence,) = import_all(root, form, root / "in.json")
+        assert "says 100x50, the image has 50x100 pixels, as it is stored" in sentence
+    coco["images"][0] |= {"width": 640, "height": 480}
+    (root / "in.json").write_text(json.dumps(coco))
+    assert "use the images that the file was made from" in import_all(
+        root, "coco", root / "in.json")[1][0]
+    coco["images"][0] |= {"width": 50, "height": 100}
+    coco["annotations"][0]["bbox"] = [-0.6, -1, 30, 4]
+    coco["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1e300, 5]})
+    (root / "in.json").write_text(json.dumps(coco))
+    lines, (sentence,) = import_all(root, "coco", root / "in.json", several="any")
+    assert not lines and sentence.startswith("annotation 9: 'bbox'"), "not the first of its image"
+    coco["annotations"].pop()
+    (root / "in.json").write_text(json.dumps(coco))
+    ((line,), _) = import_all(root, "coco", root / "in.json")
+    assert line["box"] == [0, 0, 29.4, 3], "cut at every side"
+
+
+def test_an_older_result_stays_where_nothing_is_kept(root):
+    (root / "older.jsonl").write_text("kept\n")
+    (root / "empty.jsonl").touch()
+    report = importers.import_file("swift", root / "empty.jsonl", root / "older.jsonl",
+                                   ImportRules(root), print)
+    assert report.kept == 0 and (root / "older.jsonl").read_text() == "kept\n"
 
 
 @pytest.mark.parametrize("form, path, rules, sentence", [

@@ -394,6 +394,9 @@ def test_the_commands(root, tmp_path):
     result = run_data("duplicates", tmp_path / "train", tmp_path / "held", "--orientation",
                       "refuse")
     assert "left out, turned image: 1 (t.jpg)" in result.stdout
+    (tmp_path / "none").mkdir()
+    result = run_data("duplicates", tmp_path / "train", tmp_path / "none")
+    assert result.returncode == 1 and "no image that can be read below" in result.stderr
     (tmp_path / "mg.json").write_text('[{"a": 1}]')
     result = run_data("mgrounding", tmp_path / "mg.json", "--root", tmp_path,
                       "--unstated", "Difference", "2")

@@ -76,7 +76,10 @@ def test_blinks_own_rule_decides_nothing_that_its_authors_leave_to_another_model
 
 def test_an_items_own_choices_go_before_those_of_its_task():
     record = {"idx": "val_1", "task": "Spatial_Relation", "answer": "(A)"}
-    item = annotations.read_blink([record, {**record, "answer": "(B)"}]).items[0]
+    others = [{**record, "idx": "val_2", "answer": "(B)"}]
+    item = annotations.read_blink([record, *others]).items[0]
+    with pytest.raises(ValueError, match="have idx 'val_1' twice"):
+        annotations.read_blink([record, record])
     assert BLINK_CHOICES["Spatial_Relation"] == ("yes", "no")
     assert score.read_letter(item, "no") == "B"
     turned = annotations.read_blink([{**record, "choices": ["no", "yes"]}]).items[0]

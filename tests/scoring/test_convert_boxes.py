@@ -75,6 +75,9 @@ def test_every_box_is_converted_in_place_and_the_authors_rule_picks():
     assert convert_reply(text, (400, 200)) == expected
     assert convert_reply("[[100,50],[200,100]]", (400, 200)) == "(250,250),(500,500)"
     assert convert_reply("[450, 0, 500, 1]", (400, 200)) == "(1125,0),(1250,5)", "not cut"
+    in_place = ("First [250,250,500,500], <box>0 0 1000 1000</box> and ( 0 , 0 ) , (19,6); "
+                "[1, 2, 3].")
+    assert convert_reply(text, (400, 200), in_place=True) == in_place
     huge = f"[1,2,3,{'9' * 400}]"
     assert convert_reply(huge, (400, 200)) == huge
 

@@ -381,6 +381,40 @@ def test_lisa_to_the_last_digit(tmp_path):
     assert 0.2 < hits < 1 and summary["acc@0.5"] == pytest.approx(100 * hits, abs=1e-9)
 
 
+def test_mmius_items_without_an_answer_are_left_out_with_their_predictions():
+    records = [{"task": "a", "output": letter, "options": "A: x B: y"}
+               for letter in ("A", None, "B")]
+    benchmark = annotations.read_mmiu(records)
+    scored = score_predictions(benchmark, prediction_lines(["A", "A", "B"]))
+    assert scored.values.tolist() == [1, 1] and scored.indices == (0, 2)
+    with pytest.raises(ValueError, match="unknown to the annotations: 1 .3."):
+        score_predictions(benchmark, prediction_lines(["A", "A", "B", "A"]))
+
+
+def test_boxes_in_0_to_1_get_a_hint_under_strict():
+    lines = prediction_lines(["<answer>image 2: [0.1, 0.2, 0.3, 0.4]</answer>"] * 6)
+    benchmark = annotations.read_mig_bench(mig_records())
+    scored = score_predictions(benchmark, lines, protocol="strict")
+    assert score.WITHIN_ONE in scored.problems
+    result = {"benchmark": "mig_bench", "version": "", "protocol": "strict", "complete": True,
+              "n": 6, "lists": 6, "problems": scored.problems, "notes": {}, "remarks": []}
+    assert "--coordinates normalized_1" in " ".join(leaderboard.table_notes(result, ()))
+    right = score_predictions(benchmark, lines, protocol="strict",
+                              coordinates=Coordinates.NORMALIZED_1)
+    assert score.WITHIN_ONE not in right.problems
+
+
+def test_pixel_annotations_that_leave_the_image_are_listed(tmp_path):
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    boxes = ([0, 0, 100.4, 50], [0, 0, 5000, 50], [-3, 0, 10, 10])
+    benchmark = annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [box]}
+                                       for box in boxes])
+    scored = score_predictions(benchmark, prediction_lines([""] * 3), images=str(tmp_path))
+    assert scored.notes["answer leaves the image"] == ["1", "2"]
+    with pytest.raises(ValueError, match="must be a list of boxes"):
+        annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [0, 0, 5, 5]}])
+
+
 def test_mmius_lower_case_letters_match():
     records = [{"task": f"task {number}", "output": letter, "options": "A: x B: y"}
                for number, letter in enumerate("aB" * 30)]

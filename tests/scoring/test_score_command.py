@@ -24,6 +24,16 @@ def run_score(folder, *words, annotations="mig.json", predictions="a.jsonl"):
     return CliRunner().invoke(cli, ["score", *words, *paths])
 
 
+@pytest.mark.parametrize("words", [
+    ("--json", "a.jsonl"), ("--items", "mig.json"), ("--json", "x.json", "--items", "x.json")])
+def test_no_file_that_was_given_is_overwritten(files, words):
+    before = {path.name: path.read_bytes() for path in files.iterdir()}
+    words = [word if word.startswith("--") else str(files / word) for word in words]
+    result = run_score(files, "mig-bench", *words)
+    assert result.exit_code and "is given twice" in str(result.exception)
+    assert {path.name: path.read_bytes() for path in files.iterdir()} == before
+
+
 def test_command_writes_the_result(files):
     result = run_score(files, "mig-bench", "--compare", str(files / "b.jsonl"),
                        "--json", str(files / "out.json"), "--items", str(files / "items.jsonl"))
@@ -32,7 +42,8 @@ def test_command_writes_the_result(files):
     assert {"benchmark", "version", "protocol", "n", "tasks", "avg"} <= set(written)
     assert written["n"] == 6
     assert written["compare"]["difference"]["acc@0.5"]["value"] == 75
-    assert "| avg | 6 | 75.00 |" in result.output and "63.82" in result.output
+    assert "| avg | 6 | 75.00 |" in result.output
+    assert "63.82" not in result.output, "published averages are of all items"
     assert "do not hold every item" in result.output
     lines = (files / "items.jsonl").read_text().splitlines()
     values = [json.loads(line)["value"] for line in lines]

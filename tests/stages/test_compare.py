@@ -106,7 +106,8 @@ def test_three_variants_of_three_seeds_as_plain_loops_compute_them(nine_runs, mo
         runs = [values[run]["grpo", suite] for run in GROUPS[group]]
         row = rows[group, suite, "grpo"]
         assert row["value"] == pytest.approx(statistics.fmean(map(plain_score, runs)), abs=1e-9)
-        assert row["high"] - row["value"] == pytest.approx(plain_half_width(runs), abs=1e-9)
+        high = min(100, row["value"] + plain_half_width(runs))
+        assert row["high"] == pytest.approx(high, abs=1e-9)
         assert (row["runs"], row["over"]) == (3, "seeds and samples")
     for group, suite in itertools.product(list(GROUPS)[1:], suites.SUITES):
         gaps = [[(task, a - b) for (task, a), (_, b) in zip(values[run]["grpo", suite],
@@ -229,6 +230,33 @@ def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
     monkeypatch.setattr(evaluated_runs.store, "has_cold_start", lambda run: run != "dr_grpo-1")
     with pytest.raises(ValueError, match="'dr_grpo-1' has no SFT model"):
         compare.compare_groups(groups, system="sft")
+
+
+def test_intervals_stay_within_0_to_100_and_are_never_certain(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    write_run(tmp_path, "a", skill={"base": 0.0, "sft": 0.03, "grpo": 1.0})
+    result = compare.compare_groups({"a": ["a"]})
+    rows = {(row["suite"], row["figure"]): row for row in result["rows"]}
+    n = PER_TASK * 10
+    all_wrong, all_right = rows["mig_bench", "base"], rows["mig_bench", "grpo"]
+    bounds = [0, 100 * (1 - 0.025 ** (1 / n))]  # Clopper and Pearson for 0 of n
+    assert [all_wrong["low"], all_wrong["high"]] == pytest.approx(bounds, abs=1e-9)
+    assert [all_right["low"], all_right["high"]] == pytest.approx([100 - bounds[1], 100], abs=1e-9)
+    assert all(0 <= row["low"] <= row["high"] <= 100 for row in result["rows"]
+               if row["figure"] in ("base", "sft", "grpo"))
+
+
+def test_models_that_are_the_same_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    for name in ("recipe", "branch"):
+        write_run(tmp_path, name)
+    source, copy = (tmp_path / name / "06_evaluate" / "replies" for name in ("recipe", "branch"))
+    for path in source.glob("sft_*"):
+        shutil.copy(path, copy / path.name)
+    groups = {"recipe": ["recipe"], "branch": ["branch"]}
+    text = compare.render_table(compare.compare_groups(groups, system="sft"))
+    assert "Every SFT answer is that of recipe in branch" in text
+    assert "Every" not in compare.render_table(compare.compare_groups(groups))
 
 
 def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_runs, monkeypatch):
@@ -382,7 +410,8 @@ def test_recorded_runs_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     path = evaluated_runs.record_run("a", tmp_path)
     fields = json.loads(path.read_text())
     for change, sentence in (({"params": None}, "lacks params"),
-                             ({"correct": {"grpo": {}}}, "does not fit the suite")):
+                             ({"correct": {"grpo": {}}}, "does not fit the suite"),
+                             ({"correct": {"grpo": {"mig_bench": 5}}}, "does not fit the suite")):
         broken = {name: value for name, value in (fields | change).items() if value is not None}
         path.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=sentence):
