@@ -69,6 +69,6 @@ def _label(axis: plt.Axes, title: str, unit: str, numbers: range) -> None:
 
 
 def _close(figure: plt.Figure) -> plt.Figure:
-    figure.tight_layout()
+    figure.set_layout_engine("tight")
     plt.close(figure)
     return figure

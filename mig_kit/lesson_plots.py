@@ -51,6 +51,5 @@ def draw_pipeline(stage: str) -> plt.Figure:
                       color=INK)
     axes.set(xlim=(0, len(names)), ylim=(0.1, 1.25))
     axes.axis("off")
-    figure.subplots_adjust(0, 0, 1, 1)
     plt.close(figure)
     return figure

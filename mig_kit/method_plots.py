@@ -167,6 +167,6 @@ def _add_box(axes: plt.Axes, box: Sequence[float], colour: str, line: str, width
 
 
 def _close(figure: plt.Figure) -> plt.Figure:
-    figure.tight_layout()
+    figure.set_layout_engine("tight")
     plt.close(figure)
     return figure

@@ -219,7 +219,7 @@ def _draw_shifts(sample: Sample, box_format: BoxFormat, rewards: dict[str, Rewar
         axis.grid(False)
         lines = _score_lines(_reply_of(sample, image, box, box_format), sample, box_format, rewards)
         axis.set_xlabel("\n".join(lines), fontsize=9)
-    figure.tight_layout()
+    figure.set_layout_engine("tight")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -4,6 +4,7 @@ was injected, and what the notebook tells its reader to try.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,14 @@ def test_every_stage_left_what_it_should(runs):
             assert {"n", "score", "ci95", "sampled", "tasks"} <= figures.keys()
     for delta, suite in (("grpo-sft", "mig_bench"), ("grpo-base", "mmiu")):
         assert {"value", "ci95", "sampled"} <= metrics["deltas"][delta][suite].keys()
+
+
+@pytest.mark.parametrize("stage", store.STAGES)
+def test_no_notebook_shows_a_warning(stage, runs):
+    notebook = nbformat.read(runs / "smoke" / stage / f"{stage}.ipynb", 4)
+    texts = [output["text"] for cell in notebook.cells for output in cell.get("outputs", ())
+             if output.get("name") == "stderr"]
+    assert [text for text in texts if re.search(r"warning|\[transformers\]", text, re.I)] == []
 
 
 def test_a_second_run_repeats_nothing(runs):
