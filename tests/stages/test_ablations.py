@@ -57,4 +57,4 @@ def test_a_command_sets_what_its_runs_record(arm):
                    for name, value in stage.items() if name not in ("seed", "replies")}
         assert changed == set_here and set_here.keys() <= {
             name for stage in record["changed"] for name in profile_params(stage)}
-    assert arm == "other_draws" or set_here, "an arm changes something"
+    assert arm.startswith("other_draws") or set_here, "an arm changes something"
