@@ -84,6 +84,21 @@ def start_branch(source: str, run_id: str, *stages: str) -> None:
         unlock_run(folder)
 
 
+def seed_note(source: str, run_id: str, params: dict[str, dict]) -> str:
+    """One sentence where a branch of `source` has another seed than it; "" where it has the same.
+
+    params: of the branch's stages. `mig-kit table` pairs runs by seed, so such a branch of a run
+    with seed 1 is not compared as its partner.
+    """
+    seeds = [values["seed"] for values in params.values() if "seed" in values]
+    record = store.load_record(store.RECIPE[1], source)
+    if not seeds or record is None or record["params"]["seed"] in seeds:
+        return ""
+    was = record["params"]["seed"]
+    return (f"run '{run_id}' has seed {seeds[0]}, and '{source}', from which it starts, has {was}; "
+            f"with -p seed {was} the two are compared by seed")
+
+
 def parse_seeds(text: str) -> list[int]:
     """The seeds of "0,1,2"; ValueError where they are no whole numbers or one is named twice."""
     words = [word.strip() for word in text.split(",")]

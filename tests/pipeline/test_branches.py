@@ -259,6 +259,22 @@ def test_seeds_one_after_the_other_with_the_time_left(root, monkeypatch, capsys)
         "a", "a", "a"]
 
 
+@pytest.mark.parametrize("words, is_noted", [([], True), (["-p", "seed", "1"], False),
+                                             (["--seeds", "1"], False)])
+def test_a_branch_with_another_seed_than_its_source_is_said(root, monkeypatch, words, is_noted):
+    monkeypatch.setattr(execute, "run_stages", lambda *planned: None)
+    for stage in store.RECIPE[1:5]:
+        path = root / "a" / stage / "run.json"
+        record = store.load_record(stage, "a")
+        if "seed" in record["params"]:
+            record["params"]["seed"] = 1
+        write_json(path, record)
+    result = CliRunner().invoke(cli, ["run", "05", "06", "--from", "a", "--run-id", "b", *words])
+    assert result.exit_code == 0, result.exception
+    note = "run 'b' has seed 0, and 'a', from which it starts, has 1; with -p seed 1 the two"
+    assert (note in result.output) == is_noted
+
+
 def test_stages_without_a_seed_run_for_the_runs_of_several(root, monkeypatch):
     executed = []
     monkeypatch.setattr(execute, "_execute_notebook",
