@@ -85,18 +85,18 @@ def start_branch(source: str, run_id: str, *stages: str) -> None:
 
 
 def seed_note(source: str, run_id: str, params: dict[str, dict]) -> str:
-    """One sentence where a branch of `source` has another seed than it; "" where it has the same.
+    """A sentence where a branch trains 05 with another seed than `source` has in 01; else "".
 
-    params: of the branch's stages. `mig-kit table` pairs runs by seed, so such a branch of a run
-    with seed 1 is not compared as its partner.
+    params: of the branch's stages. `mig-kit table` pairs runs by the seed of 05.
     """
-    seeds = [values["seed"] for values in params.values() if "seed" in values]
-    record = store.load_record(store.RECIPE[1], source)
-    if not seeds or record is None or record["params"]["seed"] in seeds:
+    record = store.load_record("01_synthesize", source)
+    if "05_grpo" not in params or record is None:
         return ""
-    was = record["params"]["seed"]
-    return (f"run '{run_id}' has seed {seeds[0]}, and '{source}', from which it starts, has {was}; "
-            f"with -p seed {was} the two are compared by seed")
+    seed, source_seed = params["05_grpo"]["seed"], record["params"]["seed"]
+    if seed == source_seed:
+        return ""
+    return (f"run '{run_id}' has seed {seed} and its source '{source}' has {source_seed}; give -p "
+            f"seed {source_seed} if mig-kit table is to pair them by seed")
 
 
 def parse_seeds(text: str) -> list[int]:
