@@ -84,21 +84,6 @@ def start_branch(source: str, run_id: str, *stages: str) -> None:
         unlock_run(folder)
 
 
-def seed_note(source: str, run_id: str, params: dict[str, dict]) -> str:
-    """A sentence where a branch trains 05 with another seed than `source` has in 01; else "".
-
-    params: of the branch's stages. `mig-kit table` pairs runs by the seed of 05.
-    """
-    record = store.load_record("01_synthesize", source)
-    if "05_grpo" not in params or record is None:
-        return ""
-    seed, source_seed = params["05_grpo"]["seed"], record["params"]["seed"]
-    if seed == source_seed:
-        return ""
-    return (f"run '{run_id}' has seed {seed} and its source '{source}' has {source_seed}; give -p "
-            f"seed {source_seed} if mig-kit table is to pair them by seed")
-
-
 def parse_seeds(text: str) -> list[int]:
     """The seeds of "0,1,2"; ValueError where they are no whole numbers or one is named twice."""
     words = [word.strip() for word in text.split(",")]

@@ -83,8 +83,6 @@ def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
             print(f"run '{plan.run_id}', {number} of {len(plans)}", flush=True)
         if plan.source:
             branches.start_branch(plan.source, plan.run_id, *plan.params)
-            if note := branches.seed_note(plan.source, plan.run_id, plan.params):
-                print(note, flush=True)
         run_stages(plan.params, plan.run_id, force)
         if number < len(plans):
             left = minutes_left(plans[:number], len(plans) - number)

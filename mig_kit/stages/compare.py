@@ -1,12 +1,13 @@
 """Stage 09: groups of runs side by side, such as a variant's seeds beside the recipe's.
 
-A run is a group's member; its seed is that of stage 05. Scores are of greedy replies, in percent.
-Every row holds a 95 % interval over test samples and, where a group has several runs, over seeds,
-too (`stats.joint_interval`). Two groups are compared by sample, and by seed where both have a seed.
+Scores are of greedy replies, in percent. Every row holds a 95 % interval over test samples and,
+where a group has several runs, over runs, too (`stats.joint_interval`). Two groups are compared by
+sample and, where both have runs from the same cold start's seed, by run (`pair_runs`).
 No two questions of the drawn suites are about the same images, so samples are independent.
 Questions of own data may share images, so there the sample is the list of images.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,8 +74,8 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on. figure: a system's score
     ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the system's score less that of
     the group NAME. improvement: of "vs NAME" alone, the probability that a run scores higher
-    than one of NAME on a task (rliable, arXiv 2108.13264). runs: {group, run, seed, tokens,
-    minutes, git, machine}. notes: sentences on what the intervals do not cover.
+    than one of NAME on a task (rliable, arXiv 2108.13264). runs: {group, run, data_seed, seed,
+    tokens, minutes, git, machine}. notes: sentences on what the intervals do not cover.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:
@@ -93,8 +94,8 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
             if name != reference:
                 rows.append(_difference_row(system, (name, members), (reference, runs[reference]),
                                             suite, scope))
-    facts = [{"group": name, "run": run.run_id, "seed": run.seed, "tokens": run.tokens,
-              "minutes": run.minutes, "git": run.git, "machine": run.machine}
+    facts = [{"group": name, "run": run.run_id, "data_seed": run.data_seed, "seed": run.seed,
+              "tokens": run.tokens, "minutes": run.minutes, "git": run.git, "machine": run.machine}
              for name, members in runs.items() for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": _notes(runs, reference) + _sameness_notes(rows, reference, system)}
@@ -156,7 +157,7 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
     (name, runs), (other_name, others) = group, reference
     values, other_values = (_values(members, system, scope) for members in (runs, others))
     improvement = probability_of_improvement(values, other_values)
-    pairs = pair_by_seed(runs, others)
+    pairs = pair_runs(runs, others)
     if pairs:
         paired, partners = (_values(list(members), system, scope) for members in zip(*pairs))
         estimate = joint_interval([a - b for a, b in zip(paired, partners)], scope.lists)
@@ -166,25 +167,28 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
             "runs": len(pairs) or len(runs), "improvement": improvement}
 
 
-def pair_by_seed(runs: list[EvaluatedRun],
-                 others: list[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
-    """The (run, other) pairs of the seeds that one run of either group has.
+def pair_runs(runs: list[EvaluatedRun],
+              others: list[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
+    """The (run, other) pairs that share the seed of 01, which one run of either group has; where
+    there are none, those that share the seed of 05.
 
-    [] for a single such seed among several runs: one pair would say nothing about seeds.
+    The seed of 01 goes first because it decides the traces of the cold start, which move a score
+    by more than the random numbers of RL do. [] for a single pair among several runs: it would
+    say nothing about other runs.
     """
-    by_seed, others_by_seed = (
-        {seed: members[0] for seed, members in _runs_by_seed(group).items() if len(members) == 1}
-        for group in (runs, others))
-    pairs = [(run, others_by_seed[seed]) for seed, run in by_seed.items()
-             if seed in others_by_seed]
-    return pairs if len(pairs) > 1 or len(runs) == len(others) == 1 else []
+    for name in ("data_seed", "seed"):
+        by_seed, others_by_seed = (_unique_by_seed(group, name) for group in (runs, others))
+        pairs = [(run, others_by_seed[seed]) for seed, run in by_seed.items()
+                 if seed in others_by_seed]
+        if len(pairs) > 1 or (pairs and len(runs) == len(others) == 1):
+            return pairs
+    return []
 
 
-def _runs_by_seed(runs: list[EvaluatedRun]) -> dict[int, list[EvaluatedRun]]:
-    by_seed: dict[int, list[EvaluatedRun]] = {}
-    for run in runs:
-        by_seed.setdefault(run.seed, []).append(run)
-    return by_seed
+def _unique_by_seed(runs: list[EvaluatedRun], name: str) -> dict[int, EvaluatedRun]:
+    """Seed -> the run that has it, of the seeds that one run alone has; name: of the field."""
+    counts = Counter(getattr(run, name) for run in runs)
+    return {getattr(run, name): run for run in runs if counts[getattr(run, name)] == 1}
 
 
 def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
@@ -215,17 +219,17 @@ def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
 
 def _pairing_note(group: str, runs: list[EvaluatedRun], reference: str,
                   others: list[EvaluatedRun]) -> str:
-    """What follows where the seeds of two groups differ; "" where they are the same."""
-    pairs = pair_by_seed(runs, others)
+    """What follows where not every run of two groups has a partner; "" where each has one."""
+    pairs = pair_runs(runs, others)
     if len(pairs) == len(runs) == len(others):
         return ""
     if pairs:
-        shared = sorted(run.seed for run, _ in pairs)
-        return (f"The difference of {group} and {reference} is that of the seeds that both have, "
-                f"{shared}; it is not exactly that of their scores, which count every seed.")
-    seeds, other_seeds = (sorted(run.seed for run in members) for members in (runs, others))
-    return (f"{group} has seeds {seeds} and {reference} {other_seeds}: they are compared by "
-            "sample, not by seed, which widens the interval.")
+        words = ", ".join(f"{run.run_id} and {other.run_id}" for run, other in pairs)
+        return (f"The difference of {group} and {reference} is that of the runs that share a seed: "
+                f"{words}. It is not exactly that of their scores, which count every run.")
+    note = (f"{group} and {reference} share no two seeds of 01 or 05: they are compared by sample, "
+            "not by run")
+    return note + (", which widens the interval." if len(runs) + len(others) > 2 else ".")
 
 
 def suite_name(suite: str) -> str:
@@ -271,6 +275,8 @@ def _cell(row: dict) -> str:
     sign = "" if row["figure"] in SYSTEMS else "+"
     if np.isnan(row["low"]):
         return f"{row['value']:{sign}.1f} (one list of images)"
+    if row["low"] == row["high"] == 0 and sign:
+        return "+0.0 (no answer differs)"
     text = f"{row['value']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f}"
     chance = "" if row["improvement"] is None else f"; {row['improvement']:.2f}"
     return f"{text}{chance})"
@@ -321,6 +327,8 @@ def render_table(result: dict, form: str = "md") -> str:
     if form == "csv":
         facts = pd.DataFrame(result["runs"]).groupby("group")
         table = pd.DataFrame(result["rows"])
+        is_difference = table["figure"].str.startswith("vs ")
+        table.insert(3, "system", np.where(is_difference, result["system"], ""))
         for name in ("tokens", "minutes"):
             table[name] = table["group"].map(facts[name].mean())
         for name in ("git", "machine"):

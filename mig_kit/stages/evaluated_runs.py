@@ -28,11 +28,13 @@ SYSTEMS = ("base", "sft", "grpo")
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """What a comparison reads of a run. correct: system -> suite -> (samples,) 0 or 1; tokens: of a
-    reply in 05's last ten updates; minutes: of stages 02 to 05.
+    """What a comparison reads of a run. data_seed: the seed of 01, seed: that of 05; correct: system
+    -> suite -> (samples,) 0 or 1; tokens: of a reply in 05's last ten updates; minutes: of stages
+    02 to 05.
     """
 
     run_id: str
+    data_seed: int
     seed: int
     correct: dict[str, dict[str, np.ndarray]]
     tokens: float
@@ -105,8 +107,10 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]],
     correct = {system: {suite: _correctness(run_id, system, suite, samples[suite], box_format)
                         for suite in samples}
                for system in SYSTEMS if system != "sft" or store.has_cold_start(run_id)}
+    seed = trained.get("params", {}).get("seed", 0)
+    synthesized = store.load_record("01_synthesize", run_id) or {}
     return EvaluatedRun(
-        run_id, trained.get("params", {}).get("seed", 0), correct,
+        run_id, synthesized.get("params", {}).get("seed", seed), seed, correct,
         float(np.mean(lengths)) if lengths else float("nan"),
         sum(stage.get("seconds", 0) for stage in stages) / 60,
         record.get("git", ""), record.get("machine", ""))
@@ -132,7 +136,7 @@ def is_recorded(name: str) -> bool:
 def record_run(run_id: str, folder: Path) -> Path:
     """Write FOLDER/RUN_ID.json, a recorded run, and give its path.
 
-    It holds the run's seed, figures, machine and commit, the correctness of every greedy reply as
+    It holds the run's seeds, figures, machine and commit, the correctness of every greedy reply as
     "0" and "1" in the order of the samples, and per stage the parameters that differ from the tiny
     profile's. Raises as `load_evaluations`; ValueError for a run that was scored on own data, whose
     questions cannot be drawn again.
@@ -181,8 +185,11 @@ def read_recorded(path: str) -> dict:
         raise FileNotFoundError(f"there is no recorded run {path}; make one with mig-kit record")
     try:
         fields = json.loads(Path(path).read_text())
+        # Files of before 2026-11-25 name the seed of 01 only among the changed parameters.
+        changed = fields.get("changed", {}).get("01_synthesize", {})
+        fields.setdefault("data_seed", changed.get("seed", 0))
         missing = [name for name in (*EvaluatedRun.__annotations__, "params") if name not in fields]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no recorded run ({error}); make it again with mig-kit record"
                          ) from None
     if missing:

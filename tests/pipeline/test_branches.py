@@ -259,23 +259,6 @@ def test_seeds_one_after_the_other_with_the_time_left(root, monkeypatch, capsys)
         "a", "a", "a"]
 
 
-@pytest.mark.parametrize("words, is_noted", [([], True), (["-p", "seed", "1"], False),
-                                             (["--seeds", "1"], False)])
-def test_a_branch_says_where_its_seed_is_not_its_sources(root, monkeypatch, words, is_noted):
-    monkeypatch.setattr(execute, "run_stages", lambda *planned: None)
-    for stage in store.RECIPE[1:5]:
-        path = root / "a" / stage / "run.json"
-        record = store.load_record(stage, "a")
-        if "seed" in record["params"]:
-            record["params"]["seed"] = 1
-        write_json(path, record)
-    result = CliRunner().invoke(cli, ["run", "05", "06", "--from", "a", "--run-id", "b", *words])
-    assert result.exit_code == 0, result.exception
-    note = "run 'b' has seed 0 and its source 'a' has 1; give -p seed 1 if mig-kit table"
-    assert (note in result.output) == is_noted
-    assert not branches.seed_note("a", "b", {"06_evaluate": {"seed": 0}}), "05 is the source's"
-
-
 def test_stages_without_a_seed_run_for_the_runs_of_several(root, monkeypatch):
     executed = []
     monkeypatch.setattr(execute, "_execute_notebook",

@@ -203,9 +203,10 @@ def test_unequal_seeds_and_single_runs_are_named(nine_runs, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
     groups = compare.parse_groups(["recipe=recipe-0, recipe-1", "dr=dr_grpo-2", "r_100%-0"])
     result = compare.compare_groups(groups, "dr")
-    alone, unequal, *_ = result["notes"]
-    assert alone.startswith("One run each: dr, r_100%-0.") and "[0, 1] and dr [2]" in unequal
-    assert all(note.count("widens the interval") for note in result["notes"][1:])
+    alone, unequal, single = result["notes"]
+    assert alone.startswith("One run each: dr, r_100%-0.")
+    assert unequal.startswith("recipe and dr share no two seeds") and "which widens" in unequal
+    assert single.startswith("r_100%-0 and dr share no two seeds") and "widens" not in single
     one = compare.compare_groups({"recipe": ["recipe-0"]})
     assert all(row["over"] == "samples" for row in one["rows"])
     assert "Difference" not in compare.render_table(one)
@@ -272,23 +273,33 @@ def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_ru
         assert row["value"] == pytest.approx(statistics.fmean(map(plain_score, gaps)), abs=1e-9)
         assert row["value"] - row["low"] == pytest.approx(plain_half_width(gaps), abs=1e-9)
         assert row["runs"] == 2 and rows["recipe", suite, "grpo"]["runs"] == 3
-    assert len(result["notes"]) == 1 and "the seeds that both have, [0, 2]" in result["notes"][0]
+    assert len(result["notes"]) == 1 and "dr_grpo-2 and recipe-2, dr_grpo-0 and recipe-0." in (
+        result["notes"][0])
 
 
-def test_what_is_paired_by_seed():
+def test_which_runs_are_paired():
     def runs(*seeds):
-        return [EvaluatedRun(f"r{i}", seed, {}, 0, 0, "", "")
-                for i, seed in enumerate(seeds)]
+        """Of 05's seeds, or of pairs (01's seed, 05's seed)."""
+        pairs = [seed if isinstance(seed, tuple) else (0, seed) for seed in seeds]
+        return [EvaluatedRun(f"r{i}", *pair, {}, 0, 0, "", "") for i, pair in enumerate(pairs)]
+
+    def pairs(first, second):
+        return [((a.data_seed, a.seed), (b.data_seed, b.seed))
+                for a, b in compare.pair_runs(runs(*first), runs(*second))]
 
     def seeds(first, second):
-        return [(a.seed, b.seed) for a, b in compare.pair_by_seed(runs(*first), runs(*second))]
+        return [(a[1], b[1]) for a, b in pairs(first, second)]
 
     assert seeds((2, 0, 1), (0, 1, 2)) == [(2, 2), (0, 0), (1, 1)]
     assert seeds((0, 1, 2, 3), (1, 3, 7)) == [(1, 1), (3, 3)]
     assert seeds((0,), (0,)) == [(0, 0)]
     assert seeds((0, 1, 2), (0,)) == [], "one pair says nothing about seeds"
     assert seeds((0, 0, 1), (0, 1)) == [], "two runs of seed 0 have no one partner"
-    assert seeds((0,), (1,)) == []
+    assert seeds((0,), (1,)) == [(0, 1)], "both from the same cold start"
+    assert pairs([(0, 0)], [(1, 1)]) == []
+    assert pairs([(0, 0), (1, 0), (2, 0)], [(2, 2), (0, 0), (1, 1)]) == [
+        ((0, 0), (0, 0)), ((1, 0), (1, 1)), ((2, 0), (2, 2))], "by 01's seed, not by 05's"
+    assert pairs([(0, 0), (0, 1)], [(0, 1), (0, 0)]) == [((0, 0), (0, 0)), ((0, 1), (0, 1))]
 
 
 def test_csv_reads_back_and_markdown_rounds(nine_runs, monkeypatch):
@@ -299,6 +310,8 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs, monkeypatch):
     for row, read in zip(result["rows"], table.to_dict("records")):
         assert (read["value"], read["low"], read["group"]) == (row["value"], row["low"],
                                                                row["group"])
+    assert {(read["figure"], read["system"]) for read in table.to_dict("records")
+            if isinstance(read["system"], str)} == {("vs recipe", "grpo")}
     text = compare.render_table(result)
     assert re.search(r"\| dr_grpo \| 3 \| [+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d; [01]\.\d\d\)",
                      text), text
@@ -369,7 +382,7 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path):
     assert "Difference to recipe, points" in result.stdout and "| r_100%-0 | 1 |" in result.stdout
     assert (tmp_path / "groups.pdf").read_bytes().startswith(b"%PDF")
     csv = run_mig_kit(*words, "--format", "csv", MIG_KIT_RUNS=str(root))
-    assert csv.stdout.startswith("group,suite,figure,value,low,high")
+    assert csv.stdout.startswith("group,suite,figure,system,value,low,high")
     refused = run_mig_kit(*words, "--figure", "groups.doc", MIG_KIT_RUNS=str(root))
     assert "end its name in .png, .pdf or .svg" in refused.stderr
 
