@@ -103,8 +103,9 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
     report = importers.import_file(
         form, file, out, importers.ImportRules(root or file.parent, text, **rules), print_problem)
     more = f" (the first {show} shown)" if problems > show else ""
-    click.echo(f"{report.read} questions read, {report.kept} written to {out}, {problems} left "
-               f"out{more}")
+    written = (f"{report.kept} written to {out}" if report.kept
+               else f"nothing written, {out} is as it was")
+    click.echo(f"{report.read} questions read, {written}, {problems} left out{more}")
     if not report.kept:
         raise click.exceptions.Exit(1)
 
@@ -152,8 +153,11 @@ def duplicates(train: Path, held_out: Path, bits: int, limit: int | None,
     train_hashes, held_out_hashes = (
         perceptual_hashes(iter_images(folder, report, limit, orientation))
         for folder in (train, held_out))
+    left_out = [f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})"
+                for reason, names in report.names.items()]
     for folder, (names, _) in ((train, train_hashes), (held_out, held_out_hashes)):
         if not names:
+            click.echo("\n".join(left_out), nl=bool(left_out))
             raise ValueError(f"there is no image that can be read below {folder}; name the folder "
                              "of the images")
     pairs = 0
@@ -162,7 +166,6 @@ def duplicates(train: Path, held_out: Path, bits: int, limit: int | None,
         click.echo(f"{train / name}\t{held_out / other}\t{distance} bits")
     click.echo(f"{len(train_hashes[0])} against {len(held_out_hashes[0])} images: "
                f"{pairs} pairs within {bits} bits")
-    for reason, names in report.names.items():
-        click.echo(f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})")
+    click.echo("\n".join(left_out), nl=bool(left_out))
     if pairs:
         raise click.exceptions.Exit(1)

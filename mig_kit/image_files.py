@@ -45,7 +45,8 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
 class BadImage(ValueError):
     """An image that cannot be used.
 
-    reason: "outside root", "missing image", "unreadable image", "image shape" or "turned image".
+    reason: "outside root", "missing image", "unreadable image", "image shape", "deep image",
+    "turned image" or "changed image".
     """
 
     def __init__(self, reason: str, sentence: str):
@@ -137,11 +138,13 @@ def read_orientation(image: Image.Image) -> int:
     return value if type(value) is int and value in TURNS else 1
 
 
-def read_size(path: Path, orientation: str = "upright") -> tuple[int, int]:
+def read_size(path: Path, orientation: str = "upright",
+              takes_any_depth: bool = False) -> tuple[int, int]:
     """(width, height) of the upright picture, pixels, from the header alone.
 
-    orientation: one of ORIENTATIONS. BadImage if the file is missing or no image, if the image is
-    over MAX_PIXELS, too long or of more than 8 bits, and for a turned photo that is to be refused.
+    orientation: one of ORIENTATIONS. takes_any_depth: for those who need no pixels. BadImage if the
+    file is missing or no image, if the image is over MAX_PIXELS, too long or grey of more than 8
+    bits, and for a turned photo that is to be refused.
     """
     if not is_regular_file(path):
         raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
@@ -159,7 +162,7 @@ def read_size(path: Path, orientation: str = "upright") -> tuple[int, int]:
         raise BadImage("image shape", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL "
                                       f"takes sides up to {MAX_ASPECT_RATIO} to 1, and the kit "
                                       f"{MAX_PIXELS} pixels; crop or shrink it")
-    if is_deep:  # of more than eight bits, which would be cut, not scaled
+    if is_deep and not takes_any_depth:  # of more than eight bits, which would be cut, not scaled
         raise BadImage("deep image", f"{path.name!r} has more than 8 bits a pixel and channel; "
                                      "scale it to 8 and save it as PNG or JPEG")
     if turn in TURNS and is_tiff:  # Pillow turns some TIFF files by itself, and not others
@@ -169,6 +172,12 @@ def read_size(path: Path, orientation: str = "upright") -> tuple[int, int]:
         raise BadImage("turned image", f"{path.name!r} has the EXIF orientation {turn}; store it "
                                        "upright without that tag, or set orientation to upright")
     return (height, width) if turn in SWAPS_SIDES else (width, height)
+
+
+def is_stored_on_its_side(path: Path) -> bool:
+    """Whether an image file has an EXIF orientation that swaps width and height."""
+    with Image.open(path) as image:
+        return read_orientation(image) in SWAPS_SIDES
 
 
 def open_rgb(path: Path, orientation: str = "upright") -> Image.Image:

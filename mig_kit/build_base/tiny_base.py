@@ -277,7 +277,7 @@ def model_card(folder: Path, params: dict, vision: dict, curves: dict[str, list[
                  for name, curve in curves.items()]
     table = []
     for suite, result in scores.items():
-        tasks = ", ".join(f"{task} {score:g}" for task, score in result["tasks"].items())
+        tasks = ", ".join(f"{task} {score:.1f}" for task, score in result["tasks"].items())
         table.append(f"| {suite} | {result['score']:.2f} | {tasks} |")
     return "\n".join([
         "---", "license: apache-2.0", "library_name: transformers",

@@ -29,7 +29,7 @@ from mig_kit.data.conversations import (
 from mig_kit.data.line_checks import ImageSizes
 from mig_kit.data.mgrounding import iter_records
 from mig_kit.data.own_data import find_file_problems, find_problems, read_json
-from mig_kit.image_files import BadImage, SkipReport
+from mig_kit.image_files import BadImage, SkipReport, is_stored_on_its_side
 
 FORMATS = ("swift", "llava", "coco", "refcoco")
 MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
@@ -115,7 +115,7 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, report: SkipReport,
             stated = line.pop("stated_size", None)
             problems = find_problems(line)
             if not problems and form in ("coco", "refcoco"):
-                _compare_sizes(stated, sizes(line["images"][0]))
+                _compare_sizes(stated, line["images"][0], sizes)
                 line = _map_boxes(line, sizes, _trim_box)
             problems = problems or find_file_problems(line, sizes)[1]
             require(not problems, "; ".join(problems))
@@ -150,12 +150,16 @@ def _map_boxes(line: dict, sizes: ImageSizes,
     return result
 
 
-def _compare_sizes(stated: tuple | None, size: tuple[int, int] | BadImage) -> None:
+def _compare_sizes(stated: tuple | None, name: str, sizes: ImageSizes) -> None:
     """Problem where the file states another size of the image than its upright picture has."""
+    size = sizes(name)
     if isinstance(size, BadImage) or stated is None or stated == size:
         return
-    reason = (", as it is stored, not upright: turn the photo and drop its EXIF orientation"
-              if stated == size[::-1] else "; use the images that the file was made from")
+    reason = "; use the images that the file was made from"
+    if stated == size[::-1] and is_stored_on_its_side(sizes.root / name):
+        reason = (" when it is upright, and is stored on its side: give sizes and boxes of the "
+                  "upright picture, or, if the boxes are of the stored one, delete the EXIF "
+                  "orientation and leave the pixels as they are")
     raise Problem(f"the file says {stated[0]}x{stated[1]}, the image has {size[0]}x{size[1]} "
                   f"pixels{reason}")
 
@@ -288,8 +292,9 @@ def _check_annotation(record: dict) -> None:
 
 def _stated_size(image: dict) -> tuple[int, int] | None:
     """(width, height) that a file states of an image; None where it states none."""
-    size = image.get("width"), image.get("height")
-    return size if all(type(side) is int for side in size) else None
+    sides = image.get("width"), image.get("height")
+    is_stated = all(type(side) in (int, float) and side > 0 and side % 1 == 0 for side in sides)
+    return (int(sides[0]), int(sides[1])) if is_stated else None
 
 
 def _coco_line(question: str, image: dict, annotations: list[dict], rules: ImportRules) -> dict:

@@ -247,7 +247,7 @@ def read_blink(records: list[dict]) -> Benchmark:
              for index, record in enumerate(records)]
     if twice := next((name for name, count in Counter(names).items() if count > 1), ""):
         raise ValueError(f"the BLINK annotations have idx '{twice}' twice; give each question once "
-                         "(of several models' outputs one file)")
+                         "(one model's file, not several joined)")
     tasks = [_blink_task(record, name, index)
              for index, (record, name) in enumerate(zip(records, names))]
     last_letters: dict = defaultdict(str)
@@ -387,7 +387,7 @@ def read_image_sizes(names: Iterable[str],
             missing.append(name)
             continue
         try:
-            sizes[name] = read_size(path, orientation)
+            sizes[name] = read_size(path, orientation, takes_any_depth=True)
         except BadImage as error:
             is_turned = error.reason == "turned image" and orientation == "refuse"
             (turned if is_turned else broken).append(name)

@@ -12,10 +12,10 @@ import re
 from mig_kit.scoring.annotations import BenchmarkItem, count_and_list
 
 
-def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict],
-                       source: str) -> list[dict]:
+def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], source: str,
+                       left_out: tuple[int, ...] = ()) -> list[dict]:
     """The records as lines {"index" or "id", "response"}; those in the kit's own form stay as they
-    are.
+    are, and those of the indices `left_out`, which have no answer, are dropped.
 
     A table of VLMEvalKit that counts from 1 to the number of items is taken as counting from 0. The
     correct letter that a log repeats must be the annotations', else it counts other questions.
@@ -23,7 +23,7 @@ def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict],
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
-    first = _first_place(records, len(items))
+    first = _first_place(records, len(items) + len(left_out))
     lines = []
     for number, record in enumerate(records, 1):
         where = f"prediction {number} of {source}"
@@ -42,17 +42,24 @@ def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict],
             lines.append(record)
             continue
         item = by_id.get(str(line.get("id", line.get("idx")))) or by_index.get(
-            str(line.get("index")))
+            str(_whole(line.get("index"))))
         _compare_letters(item, record.get("target", record.get("answer")), where)
         lines.append(line)
-    return lines
+    unscored = {str(index) for index in left_out}
+    return [line for line in lines
+            if str(_whole(line.get("index", line.get("id")))) not in unscored]
+
+
+def _whole(index: object) -> object:
+    """The index; as a whole number where pandas, for a gap in the column, made it a float."""
+    return int(index) if isinstance(index, float) and index.is_integer() else index
 
 
 def _first_place(records: list[dict], count: int) -> int:
     """1 where the records are a table whose index runs from 1 to `count`, else 0."""
     if len(records) != count or not all("prediction" in record for record in records):
         return 0
-    places = {str(record.get("index")) for record in records}
+    places = {str(_whole(record.get("index"))) for record in records}
     return int(places == set(map(str, range(1, count + 1))))
 
 
@@ -144,8 +151,7 @@ def _named_item(line: dict, by_index: dict[str, BenchmarkItem], by_id: dict[str,
     different items.
     """
     index, item_id = line.get("index"), line.get("id", line.get("idx"))
-    if isinstance(index, float) and index.is_integer():
-        index = int(index)  # pandas writes a column with gaps as floats
+    index = _whole(index)
     if index is None:
         return item_id, False
     # An "id" tells nothing where the benchmark has none.

@@ -159,7 +159,7 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
         image_size = (math.inf, math.inf)
     else:
         image_size = coordinate_size(item.size, coordinates, box_format)
-    if coordinates != Coordinates.NORMALIZED_1 and max(answer.box) <= 1:
+    if coordinates != Coordinates.NORMALIZED_1 and 0 <= min(answer.box) <= max(answer.box) <= 1:
         return 0.0, WITHIN_ONE
     box = _cut_to_image(answer.box, image_size, ROUNDING.get(coordinates, 1))
     if box is None:
@@ -244,9 +244,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     for what the protocol cannot use.
     """
     items = list(benchmark.items)
-    unscored = {str(index) for index in benchmark.left_out}
-    scored = [line for line in predictions if str(line.get("index")) not in unscored]
-    lines = read_foreign_lines(benchmark.items, scored, source)
+    lines = read_foreign_lines(benchmark.items, predictions, source, benchmark.left_out)
     is_choice = benchmark.name in ("blink", "mmiu")
     converts = (protocol == "official" and not is_choice
                 and coordinates != Coordinates.NORMALIZED_1000)

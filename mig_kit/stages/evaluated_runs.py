@@ -28,9 +28,9 @@ SYSTEMS = ("base", "sft", "grpo")
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """What a comparison reads of a run. data_seed: the seed of 01, seed: that of 05; correct: system
-    -> suite -> (samples,) 0 or 1; tokens: of a reply in 05's last ten updates; minutes: of stages
-    02 to 05.
+    """What a comparison reads of a run. data_seed: the seed of 01; seed: that of 05; correct: of
+    system and suite, (samples,) 0 or 1; tokens: of a reply in 05's last ten updates; minutes: of
+    stages 02 to 05.
     """
 
     run_id: str

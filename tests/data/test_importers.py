@@ -268,11 +268,21 @@ def test_sizes_that_the_file_states_are_those_of_the_upright_images(root):
     for form, data in (("coco", coco), ("refcoco", [record])):
         (root / "in.json").write_text(json.dumps(data))
         lines, (sentence,) = import_all(root, form, root / "in.json")
-        assert "says 100x50, the image has 50x100 pixels, as it is stored" in sentence
+        assert "says 100x50, the image has 50x100 pixels when it is upright" in sentence
     coco["images"][0] |= {"width": 640, "height": 480}
     (root / "in.json").write_text(json.dumps(coco))
     assert "use the images that the file was made from" in import_all(
         root, "coco", root / "in.json")[1][0]
+    Image.new("RGB", (640, 480)).save(root / "other.jpg")
+    coco["images"][0] |= {"file_name": "other.jpg", "width": 480, "height": 640}
+    (root / "in.json").write_text(json.dumps(coco))
+    assert "use the images that the file was made from" in import_all(
+        root, "coco", root / "in.json")[1][0], "not stored on its side"
+    coco["images"][0]["file_name"] = "turned.jpg"
+    for width, height in ((50.0, 100.0), (0, 0), (None, None)):  # the same, and not stated twice
+        coco["images"][0] |= {"width": width, "height": height}
+        (root / "in.json").write_text(json.dumps(coco))
+        assert not import_all(root, "coco", root / "in.json")[1], (width, height)
     coco["images"][0] |= {"width": 50, "height": 100}
     coco["annotations"][0]["bbox"] = [-0.6, -1, 30, 4]
     coco["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1e300, 5]})

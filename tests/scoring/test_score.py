@@ -389,6 +389,13 @@ def test_mmius_items_without_an_answer_are_left_out_with_their_predictions():
     assert scored.values.tolist() == [1, 1] and scored.indices == (0, 2)
     with pytest.raises(ValueError, match="unknown to the annotations: 1 .3."):
         score_predictions(benchmark, prediction_lines(["A", "A", "B", "A"]))
+    for lines in (
+            [{"index": float(place), "response": "A"} for place in range(3)],
+            [{"id": place, "response": "A"} for place in range(3)],
+            [{"index": place, "prediction": "A"} for place in range(3)],
+            [{"index": place + 1, "prediction": "A"} for place in range(3)],
+            [{"doc_id": place, "resps": [["A"]]} for place in range(3)]):
+        assert score_predictions(benchmark, lines).values.tolist() == [1, 0], lines
 
 
 def test_boxes_in_0_to_1_get_a_hint_under_strict():
@@ -399,6 +406,12 @@ def test_boxes_in_0_to_1_get_a_hint_under_strict():
     result = {"benchmark": "mig_bench", "version": "", "protocol": "strict", "complete": True,
               "n": 6, "lists": 6, "problems": scored.problems, "notes": {}, "remarks": []}
     assert "--coordinates normalized_1" in " ".join(leaderboard.table_notes(result, ()))
+    result["problems"] = {score.WITHIN_ONE: 1}
+    few = leaderboard.table_notes(result | {"n": 60}, ())
+    assert "--coordinates" not in " ".join(few), "one reply in sixty says nothing about the others"
+    outside = prediction_lines(["<answer>image 2: [-9, -9, -2, -1]</answer>"] * 6)
+    assert score.WITHIN_ONE not in score_predictions(benchmark, outside,
+                                                     protocol="strict").problems
     right = score_predictions(benchmark, lines, protocol="strict",
                               coordinates=Coordinates.NORMALIZED_1)
     assert score.WITHIN_ONE not in right.problems
@@ -411,6 +424,9 @@ def test_pixel_annotations_that_leave_the_image_are_listed(tmp_path):
                                        for box in boxes])
     scored = score_predictions(benchmark, prediction_lines([""] * 3), images=str(tmp_path))
     assert scored.notes["answer leaves the image"] == ["1", "2"]
+    Image.new("I;16", (100, 50)).save(tmp_path / "a.png")  # its size is all that is read of it
+    deep = score_predictions(benchmark, prediction_lines([""] * 3), images=str(tmp_path))
+    assert deep.notes == scored.notes
     with pytest.raises(ValueError, match="must be a list of boxes"):
         annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [0, 0, 5, 5]}])
 
