@@ -199,9 +199,11 @@ def lessons_command(run_ids: tuple[str, ...], out: Path, question: Path) -> None
 @click.option("--format", "form", default="md", show_default=True,
               type=click.Choice(["md", "csv", "latex"]))
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),
-              help="Draw the comparison here: a .png, .pdf or .svg.")
+              help="Draw the scores here: a .png, .pdf or .svg.")
+@click.option("--differences", is_flag=True,
+              help="With --figure, draw the differences to the reference, not the scores.")
 def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, system: str,
-          form: str, figure: Path | None) -> None:
+          form: str, figure: Path | None, differences: bool) -> None:
     """Runs, or groups of runs, side by side: scores, differences and their intervals.
 
     A run that is named without a group is a group of its own; a file of a recorded run takes the
@@ -212,10 +214,12 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
 
     _check_figure(figure)
     result = compare.compare_groups(compare.parse_groups([*groups, *run_ids]), reference, system)
+    drawn = compare.figure_rows(result, differences) if figure else []
     click.echo(compare.render_table(result, form))
     if figure:
         plots.set_style()
-        plots.plot_groups(compare.figure_rows(result), system).savefig(figure, bbox_inches="tight")
+        reference = result["reference"] if differences else ""
+        plots.plot_groups(drawn, system, reference).savefig(figure, bbox_inches="tight")
         click.echo(f"figure: {figure}", err=True)
 
 

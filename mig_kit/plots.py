@@ -255,10 +255,13 @@ def plot_stacked(counts: dict[str, dict[str, int]], title: str, unit: str = "cou
     return figure
 
 
-def plot_groups(rows: list[dict], system: str = "grpo") -> plt.Figure:
+def plot_groups(rows: list[dict], system: str = "grpo", reference: str = "") -> plt.Figure:
     """A panel per suite: a point with its interval per group, a line at the reference's score.
 
-    rows: {suite, group, is_reference, value, low, high}, percent. system: whose scores they are.
+    rows: {suite, group, is_reference, value, low, high, by_run}, percent; by_run: of each run, or
+    of each pair of runs, drawn as a small mark where there are several. system: whose scores they
+    are. reference: the group that `rows` are differences to, points, with the line at 0; "" for
+    scores.
     """
     table = pd.DataFrame(rows)
     names, groups = (list(dict.fromkeys(table[column])) for column in ("suite", "group"))
@@ -269,13 +272,21 @@ def plot_groups(rows: list[dict], system: str = "grpo") -> plt.Figure:
             colour = INK if row["is_reference"] else CORRECT
             axis.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.6)
             axis.plot(row["value"], place, "o", color=colour, markersize=5)
+            if len(row["by_run"]) > 1:
+                axis.plot(row["by_run"], [place + 0.25] * len(row["by_run"]), "|", color=colour,
+                          markersize=5, markeredgewidth=1)
             if row["is_reference"]:
                 axis.axvline(row["value"], color="#999999", linewidth=1, zorder=0)
+        if reference:
+            axis.axvline(0, color="#999999", linewidth=1, zorder=0)
         axis.set_title(textwrap.fill(name, 24), fontsize=9)
         axis.set_yticks(range(len(groups)), groups, fontsize=9)
         axis.tick_params(axis="x", labelsize=9)
         axis.set_ylim(len(groups) - 0.5, -0.5)
     title = f"Greedy score of the {SYSTEM_LABELS[system]} models, percent, with 95 % intervals"
+    if reference:
+        title = (f"{SYSTEM_LABELS[system]} models: difference to {reference}, points, with 95 % "
+                 "intervals")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
 

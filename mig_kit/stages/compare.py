@@ -70,12 +70,13 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     reference: the group that the others are compared with, the first by default. system: whose
     scores are compared, one of SYSTEMS; ValueError where a run has no such model.
 
-    rows: {group, suite, figure, value, low, high, runs, over, improvement}, unrounded, in percent
-    or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on. figure: a system's score
-    ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the system's score less that of
-    the group NAME. improvement: of "vs NAME" alone, the probability that a run scores higher
-    than one of NAME on a task (rliable, arXiv 2108.13264). runs: {group, run, data_seed, seed,
-    tokens, minutes, git, machine}. notes: sentences on what the intervals do not cover.
+    rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run}, unrounded, in
+    percent or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on. figure: a system's
+    score ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the system's score less
+    that of the group NAME. improvement: of "vs NAME" alone, the probability that a run scores
+    higher than one of NAME on a task (rliable, arXiv 2108.13264). by_run: the value of each run, or
+    of each pair of runs; [] where the difference is of no pairs. runs: {group, run, data_seed,
+    seed, tokens, minutes, git, machine}. notes: sentences on what the intervals do not cover.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:
@@ -131,11 +132,17 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
     estimates = {system: _bound(joint_interval(values, scope.lists), values, scope.lists)
                  for system, values in by_system.items()}
     for after, before in evaluate.list_pairs(by_system):
-        gaps = [a - b for a, b in zip(by_system[after], by_system[before])]
-        estimates[f"{after}-{before}"] = joint_interval(gaps, scope.lists)
+        figure = f"{after}-{before}"
+        by_system[figure] = [a - b for a, b in zip(by_system[after], by_system[before])]
+        estimates[figure] = joint_interval(by_system[figure], scope.lists)
     return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
-             "improvement": None}
+             "improvement": None, "by_run": _by_run(by_system[figure])}
             for figure, estimate in estimates.items()]
+
+
+def _by_run(values: list[np.ndarray]) -> list[float]:
+    """Each run's mean over the tasks; values: (runs, samples) of each task."""
+    return np.mean([task.mean(1) for task in values], axis=0).tolist()
 
 
 def _bound(estimate: dict, values: list[np.ndarray], lists: list[np.ndarray] | None) -> dict:
@@ -160,11 +167,13 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
     pairs = pair_runs(runs, others)
     if pairs:
         paired, partners = (_values(list(members), system, scope) for members in zip(*pairs))
-        estimate = joint_interval([a - b for a, b in zip(paired, partners)], scope.lists)
+        gaps = [a - b for a, b in zip(paired, partners)]
+        estimate, by_run = joint_interval(gaps, scope.lists), _by_run(gaps)
     else:
-        estimate = joint_difference(values, other_values, scope.lists)
+        estimate, by_run = joint_difference(values, other_values, scope.lists), []
+    estimate |= {"low": max(-100.0, estimate["low"]), "high": min(100.0, estimate["high"])}
     return {"group": name, "suite": suite, "figure": f"vs {other_name}", **estimate,
-            "runs": len(pairs) or len(runs), "improvement": improvement}
+            "runs": len(pairs) or len(runs), "improvement": improvement, "by_run": by_run}
 
 
 def pair_runs(runs: list[EvaluatedRun],
@@ -197,11 +206,11 @@ def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
     if alone:
         notes.append(f"One run each: {', '.join(alone)}. Their intervals are over test samples "
                      "alone; another seed may move a score by more.")
-    notes += [_pairing_note(name, members, reference, runs[reference])
-              for name, members in runs.items() if name != reference]
+    notes += _pairing_notes({name: members for name, members in runs.items() if name != reference},
+                            reference, runs[reference])
     if len({run.git for members in runs.values() for run in members}) > 1:
         notes.append("The runs were evaluated at different commits.")
-    return [note for note in notes if note]
+    return notes
 
 
 def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
@@ -217,19 +226,24 @@ def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
             f"{', '.join(same)}: a branch shares the models of its source's stages."]
 
 
-def _pairing_note(group: str, runs: list[EvaluatedRun], reference: str,
-                  others: list[EvaluatedRun]) -> str:
-    """What follows where not every run of two groups has a partner; "" where each has one."""
-    pairs = pair_runs(runs, others)
-    if len(pairs) == len(runs) == len(others):
-        return ""
-    if pairs:
-        words = ", ".join(f"{run.run_id} and {other.run_id}" for run, other in pairs)
-        return (f"The difference of {group} and {reference} is that of the runs that share a seed: "
-                f"{words}. It is not exactly that of their scores, which count every run.")
-    note = (f"{group} and {reference} share no two seeds of 01 or 05: they are compared by sample, "
-            "not by run")
-    return note + (", which widens the interval." if len(runs) + len(others) > 2 else ".")
+def _pairing_notes(groups: dict[str, list[EvaluatedRun]], reference: str,
+                   others: list[EvaluatedRun]) -> list[str]:
+    """What follows where not every run of a group and of the reference has a partner."""
+    pairs = {name: pair_runs(runs, others) for name, runs in groups.items()}
+    some = [name for name in pairs if pairs[name] and not (
+        len(pairs[name]) == len(groups[name]) == len(others))]
+    none = [name for name in pairs if not pairs[name]]
+    notes = []
+    if some:
+        notes.append(f"Differences to {reference} are over the pairs of runs that share a seed, as "
+                     "many as the column runs says, so they are not exactly those of the scores, "
+                     f"which count every run: {', '.join(some)}.")
+    if none:
+        widens = len(others) > 1 or any(len(groups[name]) > 1 for name in none)
+        notes.append(f"No two pairs of runs share a seed of 01 or 05 with {reference}, so that the "
+                     f"comparison is by sample alone{', which widens the interval' * widens}: "
+                     f"{', '.join(none)}.")
+    return notes
 
 
 def suite_name(suite: str) -> str:
@@ -315,11 +329,17 @@ def load_curves(run_ids: Sequence[str], names: Sequence[str]) -> dict[str, list[
     return curves
 
 
-def figure_rows(result: dict) -> list[dict]:
-    """Rows {suite, group, value, low, high} of the system's scores, for `plots.plot_groups`."""
-    return [{"suite": suite_name(row["suite"]), "is_reference": row["group"] == result["reference"],
-             **{name: row[name] for name in ("group", "value", "low", "high")}}
-            for row in result["rows"] if row["figure"] == result["system"]]
+def figure_rows(result: dict, differences: bool = False) -> list[dict]:
+    """Rows of the system's scores, or of the differences to the reference, for
+    `plots.plot_groups`; ValueError for the differences of a single group.
+    """
+    figure = f"vs {result['reference']}" if differences else result["system"]
+    rows = [{"suite": suite_name(row["suite"]), "is_reference": row["group"] == result["reference"],
+             **{name: row[name] for name in ("group", "value", "low", "high", "by_run")}}
+            for row in result["rows"] if row["figure"] == figure]
+    if not rows:
+        raise ValueError("one group has no differences; name another one")
+    return rows
 
 
 def render_table(result: dict, form: str = "md") -> str:
@@ -327,6 +347,7 @@ def render_table(result: dict, form: str = "md") -> str:
     if form == "csv":
         facts = pd.DataFrame(result["runs"]).groupby("group")
         table = pd.DataFrame(result["rows"])
+        table["by_run"] = table["by_run"].map(lambda values: "; ".join(map(repr, values)))
         is_difference = table["figure"].str.startswith("vs ")
         table.insert(3, "system", np.where(is_difference, result["system"], ""))
         for name in ("tokens", "minutes"):

@@ -203,10 +203,12 @@ def test_unequal_seeds_and_single_runs_are_named(nine_runs, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
     groups = compare.parse_groups(["recipe=recipe-0, recipe-1", "dr=dr_grpo-2", "r_100%-0"])
     result = compare.compare_groups(groups, "dr")
-    alone, unequal, single = result["notes"]
+    alone, unpaired = result["notes"]
     assert alone.startswith("One run each: dr, r_100%-0.")
-    assert unequal.startswith("recipe and dr share no two seeds") and "which widens" in unequal
-    assert single.startswith("r_100%-0 and dr share no two seeds") and "widens" not in single
+    assert unpaired.startswith("No two pairs of runs share a seed of 01 or 05 with dr")
+    assert unpaired.endswith("which widens the interval: recipe, r_100%-0.")
+    (single,) = compare.compare_groups(compare.parse_groups(["dr_grpo-2", "r_100%-0"]))["notes"][1:]
+    assert "widens" not in single, "a single run has no interval over runs to widen"
     one = compare.compare_groups({"recipe": ["recipe-0"]})
     assert all(row["over"] == "samples" for row in one["rows"])
     assert "Difference" not in compare.render_table(one)
@@ -271,10 +273,10 @@ def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_ru
         gaps = [[(task, a - b) for (task, a), (_, b) in zip(*pair)] for pair in pairs]
         row = rows["dr", suite, "vs recipe"]
         assert row["value"] == pytest.approx(statistics.fmean(map(plain_score, gaps)), abs=1e-9)
-        assert row["value"] - row["low"] == pytest.approx(plain_half_width(gaps), abs=1e-9)
+        low = max(-100, row["value"] - plain_half_width(gaps))
+        assert row["low"] == pytest.approx(low, abs=1e-9)
         assert row["runs"] == 2 and rows["recipe", suite, "grpo"]["runs"] == 3
-    assert len(result["notes"]) == 1 and "dr_grpo-2 and recipe-2, dr_grpo-0 and recipe-0." in (
-        result["notes"][0])
+    assert len(result["notes"]) == 1 and result["notes"][0].endswith("every run: dr.")
 
 
 def test_which_runs_are_paired():
@@ -310,6 +312,7 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs, monkeypatch):
     for row, read in zip(result["rows"], table.to_dict("records")):
         assert (read["value"], read["low"], read["group"]) == (row["value"], row["low"],
                                                                row["group"])
+        assert [float(value) for value in read["by_run"].split("; ")] == row["by_run"]
     assert {(read["figure"], read["system"]) for read in table.to_dict("records")
             if isinstance(read["system"], str)} == {("vs recipe", "grpo")}
     text = compare.render_table(result)
@@ -385,6 +388,9 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path):
     assert csv.stdout.startswith("group,suite,figure,system,value,low,high")
     refused = run_mig_kit(*words, "--figure", "groups.doc", MIG_KIT_RUNS=str(root))
     assert "end its name in .png, .pdf or .svg" in refused.stderr
+    alone = run_mig_kit("table", "recipe-0", "--figure", str(tmp_path / "a.png"), "--differences",
+                        MIG_KIT_RUNS=str(root))
+    assert "one group has no differences" in alone.stderr and not alone.stdout
 
 
 def test_the_figure_has_a_point_for_every_group(nine_runs, monkeypatch):
@@ -396,6 +402,21 @@ def test_the_figure_has_a_point_for_every_group(nine_runs, monkeypatch):
     points = [line for line in panels[0].lines if line.get_marker() == "o"]
     assert [point.get_xdata()[0] for point in points] == [row["value"] for row in rows
                                                          if row["suite"] == rows[0]["suite"]]
+    plots.plt.close(figure)
+
+
+def test_the_figure_of_differences_marks_every_pair(nine_runs, monkeypatch):
+    root, values = nine_runs
+    monkeypatch.setenv("MIG_KIT_RUNS", str(root))
+    rows = compare.figure_rows(compare.compare_groups(GROUPS), differences=True)
+    assert list(dict.fromkeys(row["group"] for row in rows)) == ["dr_grpo", "r_100%"]
+    figure = plots.plot_groups(rows, reference="recipe")
+    assert "difference to recipe" in figure.get_suptitle()
+    marks = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "|"]
+    expected = [plain_score(values[f"dr_grpo-{seed}"]["grpo", "mig_bench"])
+                - plain_score(values[f"recipe-{seed}"]["grpo", "mig_bench"]) for seed in range(3)]
+    assert marks[0] == pytest.approx(expected)
+    assert np.mean(marks[0]) == pytest.approx(rows[0]["value"])
     plots.plt.close(figure)
 
 
