@@ -60,4 +60,8 @@ def test_a_command_sets_what_its_runs_record(arm):
                    for name, value in stage.items() if name not in ("seed", "replies")}
         assert changed == set_here and set_here.keys() <= {
             name for stage in record["changed"] for name in profile_params(stage)}
+        stages = words[:words.index("-p")]
+        first = min((stage[:2] for stage, values in record["changed"].items()
+                     if values.keys() & set_here.keys()), default="05")
+        assert stages[0] == first and stages[-2:] == ["05", "06"], "from the first that differs"
     assert arm.startswith("other_draws") or set_here, "an arm changes something"
