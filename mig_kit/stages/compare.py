@@ -287,13 +287,14 @@ def _wide_frame(rows: list[dict], figure: str, runs: list[dict] | None = None) -
 
 def _cell(row: dict) -> str:
     sign = "" if row["figure"] in SYSTEMS else "+"
+    value, low, high = (f"{round(row[name], 1) + 0.0:{sign}.1f}"  # + 0.0: never -0.0
+                        for name in ("value", "low", "high"))
     if np.isnan(row["low"]):
-        return f"{row['value']:{sign}.1f} (one list of images)"
+        return f"{value} (one list of images)"
     if row["low"] == row["high"] == 0 and sign:
         return "+0.0 (no answer differs)"
-    text = f"{row['value']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f}"
     chance = "" if row["improvement"] is None else f"; {row['improvement']:.2f}"
-    return f"{text}{chance})"
+    return f"{value} ({low} to {high}{chance})"
 
 
 def _claims_frame(rows: list[dict]) -> pd.DataFrame:
