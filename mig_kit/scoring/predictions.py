@@ -42,15 +42,15 @@ def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], so
             lines.append(record)
             continue
         item = by_id.get(str(line.get("id", line.get("idx")))) or by_index.get(
-            str(_whole(line.get("index"))))
+            str(_to_whole_number(line.get("index"))))
         _compare_letters(item, record.get("target", record.get("answer")), where)
         lines.append(line)
     unscored = {str(index) for index in left_out}
     return [line for line in lines
-            if str(_whole(line.get("index", line.get("id")))) not in unscored]
+            if str(_to_whole_number(line.get("index", line.get("id")))) not in unscored]
 
 
-def _whole(index: object) -> object:
+def _to_whole_number(index: object) -> object:
     """The index; as a whole number where pandas, for a gap in the column, made it a float."""
     return int(index) if isinstance(index, float) and index.is_integer() else index
 
@@ -59,7 +59,7 @@ def _first_place(records: list[dict], count: int) -> int:
     """1 where the records are a table whose index runs from 1 to `count`, else 0."""
     if len(records) != count or not all("prediction" in record for record in records):
         return 0
-    places = {str(_whole(record.get("index"))) for record in records}
+    places = {str(_to_whole_number(record.get("index"))) for record in records}
     return int(places == set(map(str, range(1, count + 1))))
 
 
@@ -151,7 +151,7 @@ def _named_item(line: dict, by_index: dict[str, BenchmarkItem], by_id: dict[str,
     different items.
     """
     index, item_id = line.get("index"), line.get("id", line.get("idx"))
-    index = _whole(index)
+    index = _to_whole_number(index)
     if index is None:
         return item_id, False
     # An "id" tells nothing where the benchmark has none.
