@@ -213,6 +213,9 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     from mig_kit.stages import compare
 
     _check_figure(figure)
+    if differences and not figure:
+        raise ValueError("--differences says what --figure draws; add --figure FILE, or leave it "
+                         "out: the tables have the differences")
     result = compare.compare_groups(compare.parse_groups([*groups, *run_ids]), reference, system)
     drawn = compare.figure_rows(result, differences) if figure else []
     click.echo(compare.render_table(result, form))

@@ -103,8 +103,9 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
     report = importers.import_file(
         form, file, out, importers.ImportRules(root or file.parent, text, **rules), print_problem)
     more = f" (the first {show} shown)" if problems > show else ""
-    written = (f"{report.kept} written to {out}" if report.kept
-               else f"nothing written, {out} is as it was")
+    written = f"{report.kept} written to {out}" if report.kept else "nothing written"
+    if not report.kept and out.exists():
+        written += f", {out} is as it was"
     click.echo(f"{report.read} questions read, {written}, {problems} left out{more}")
     if not report.kept:
         raise click.exceptions.Exit(1)

@@ -163,8 +163,8 @@ def read_size(path: Path, orientation: str = "upright",
                                       f"takes sides up to {MAX_ASPECT_RATIO} to 1, and the kit "
                                       f"{MAX_PIXELS} pixels; crop or shrink it")
     if is_deep and not takes_any_depth:  # of more than eight bits, which would be cut, not scaled
-        raise BadImage("deep image", f"{path.name!r} has more than 8 bits a pixel and channel; "
-                                     "scale it to 8 and save it as PNG or JPEG")
+        raise BadImage("deep image", f"{path.name!r} is grey of more than 8 bits a pixel; scale it "
+                                     "to 8 and save it as PNG or JPEG")
     if turn in TURNS and is_tiff:  # Pillow turns some TIFF files by itself, and not others
         raise BadImage("turned image", f"{path.name!r} is a TIFF with an EXIF orientation; save it "
                                        "upright, as PNG or JPEG")

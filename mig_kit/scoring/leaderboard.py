@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mig_kit.scoring.annotations import PAPER_COUNTS, count_and_list
 
-WITHIN_ONE_SHARE = 0.1  # of the replies with boxes in 0 to 1, above which all may be meant so
+WITHIN_ONE_SHARE = 0.1  # of replies with a box in 0 to 1, above which all may be meant so
 
 TASKS = ("diff", "view_diff", "common_object", "object_tracking", "multi_view", "region",
          "refer_grounding", "group_grounding", "reasoning", "correspondence")
@@ -172,7 +172,7 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
                      "pixels of the resized image (Qwen2.5-VL), pixels for those of the original, "
                      "with --images.")
     within_one = sum(count for reason, count in counts if "within 0 to 1" in reason)
-    if within_one > WITHIN_ONE_SHARE * result["n"]:
+    if within_one > WITHIN_ONE_SHARE * (result["n"] - result["problems"].get("missing", 0)):
         notes.append("For boxes in 0 to 1 say --coordinates normalized_1.")
     for kind, names in result["notes"].items():
         notes.append(f"Annotations, {kind}: {count_and_list(names)}.")

@@ -17,13 +17,13 @@ def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], so
     """The records as lines {"index" or "id", "response"}; those in the kit's own form stay as they
     are, and those of the indices `left_out`, which have no answer, are dropped.
 
-    A table of VLMEvalKit that counts from 1 to the number of items is taken as counting from 0. The
-    correct letter that a log repeats must be the annotations', else it counts other questions.
+    A table of VLMEvalKit that counts from 1 to the number of items, with or without those left out,
+    is taken as counting from 0. The correct letter that a log repeats must be the annotations', else it counts other questions.
     source: the predictions' name, for errors. Raises ValueError.
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
-    first = _first_place(records, len(items) + len(left_out))
+    first = _first_place(records, [item.index for item in items], left_out)
     lines = []
     for number, record in enumerate(records, 1):
         where = f"prediction {number} of {source}"
@@ -41,26 +41,37 @@ def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], so
         else:
             lines.append(record)
             continue
-        item = by_id.get(str(line.get("id", line.get("idx")))) or by_index.get(
-            str(_to_whole_number(line.get("index"))))
+        index, item_id = _read_names(line)
+        item = by_id.get(str(item_id)) or by_index.get(str(index))
         _compare_letters(item, record.get("target", record.get("answer")), where)
         lines.append(line)
     unscored = {str(index) for index in left_out}
     return [line for line in lines
-            if str(_to_whole_number(line.get("index", line.get("id")))) not in unscored]
+            if str(next((name for name in _read_names(line) if name is not None), None))
+            not in unscored]
 
 
-def _to_whole_number(index: object) -> object:
-    """The index; as a whole number where pandas, for a gap in the column, made it a float."""
-    return int(index) if isinstance(index, float) and index.is_integer() else index
+def _read_names(line: dict) -> tuple[object, object]:
+    """(index, id) that a line names its item by, None for one that it lacks. An index is a whole
+    number where pandas, for a gap in the column, made it a float.
+    """
+    index, item_id = (line.get("index"), line.get("id"))
+    if isinstance(index, float) and index.is_integer():
+        index = int(index)
+    return index, line.get("idx") if item_id is None else item_id
 
 
-def _first_place(records: list[dict], count: int) -> int:
-    """1 where the records are a table whose index runs from 1 to `count`, else 0."""
-    if len(records) != count or not all("prediction" in record for record in records):
+def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...]) -> int:
+    """1 where the records are a table whose index is one more than the annotations', else 0.
+
+    scored, left_out: the annotations' indices from 0, with an answer and without; a table may leave
+    out the latter.
+    """
+    if not all("prediction" in record for record in records):
         return 0
-    places = {str(_to_whole_number(record.get("index"))) for record in records}
-    return int(places == set(map(str, range(1, count + 1))))
+    places = sorted(str(_read_names(record)[0]) for record in records)
+    return int(any(places == sorted(str(index + 1) for index in indices)
+                   for indices in (scored, [*scored, *left_out])))
 
 
 def _table_reply(record: dict) -> str:
@@ -150,8 +161,7 @@ def _named_item(line: dict, by_index: dict[str, BenchmarkItem], by_id: dict[str,
     """(name of the line's item, whether the name is an index); ValueError if "index" and "id" name
     different items.
     """
-    index, item_id = line.get("index"), line.get("id", line.get("idx"))
-    index = _to_whole_number(index)
+    index, item_id = _read_names(line)
     if index is None:
         return item_id, False
     # An "id" tells nothing where the benchmark has none.

@@ -70,12 +70,13 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     reference: the group that the others are compared with, the first by default. system: whose
     scores are compared, one of SYSTEMS; ValueError where a run has no such model.
 
-    rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run}, unrounded, in
-    percent or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on. figure: a system's
+    rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run, is_same},
+    unrounded, in percent or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on. figure: a system's
     score ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the system's score less
     that of the group NAME. improvement: of "vs NAME" alone, the probability that a run scores
     higher than one of NAME on a task (rliable, arXiv 2108.13264). by_run: the value of each run, or
-    of each pair of runs; [] where the difference is of no pairs. runs: {group, run, data_seed,
+    of each pair of runs; [] where the difference is of no pairs. is_same: of a difference, whether
+    both sides answer the same questions correctly. runs: {group, run, data_seed,
     seed, tokens, minutes, git, machine}. notes: sentences on what the intervals do not cover.
     """
     reference = reference or next(iter(groups))
@@ -134,9 +135,10 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
     for after, before in evaluate.list_pairs(by_system):
         figure = f"{after}-{before}"
         by_system[figure] = [a - b for a, b in zip(by_system[after], by_system[before])]
-        estimates[figure] = joint_interval(by_system[figure], scope.lists)
+        estimates[figure] = _limit(joint_interval(by_system[figure], scope.lists), -100, 100)
     return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
-             "improvement": None, "by_run": _by_run(by_system[figure])}
+             "improvement": None, "by_run": _by_run(by_system[figure]),
+             "is_same": figure not in SYSTEMS and not np.any(np.hstack(by_system[figure]))}
             for figure, estimate in estimates.items()]
 
 
@@ -145,14 +147,18 @@ def _by_run(values: list[np.ndarray]) -> list[float]:
     return np.mean([task.mean(1) for task in values], axis=0).tolist()
 
 
+def _limit(estimate: dict, low: float, high: float) -> dict:
+    """The estimate with its interval within low to high; NaN, of one list of images, stays."""
+    return estimate | {name: float(np.clip(estimate[name], low, high)) for name in ("low", "high")}
+
+
 def _bound(estimate: dict, values: list[np.ndarray], lists: list[np.ndarray] | None) -> dict:
     """The estimate of a score with its interval within 0 to 100 percent; where all answers are
     right, or all wrong, the exact one (Clopper and Pearson).
     """
     answers = np.concatenate([part.ravel() for part in values])
     if answers.min() < answers.max():
-        low, high = max(0.0, estimate["low"]), min(100.0, estimate["high"])  # NaN stays
-        return estimate if np.isnan(estimate["low"]) else estimate | {"low": low, "high": high}
+        return _limit(estimate, 0, 100)
     total = (sum(part.shape[1] for part in values) if lists is None
              else len(np.unique(np.concatenate(lists))))
     low, high = share_interval(total if answers[0] else 0, total)
@@ -170,20 +176,21 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
         gaps = [a - b for a, b in zip(paired, partners)]
         estimate, by_run = joint_interval(gaps, scope.lists), _by_run(gaps)
     else:
+        gaps = [a.mean(0, keepdims=True) - b.mean(0) for a, b in zip(values, other_values)]
         estimate, by_run = joint_difference(values, other_values, scope.lists), []
-    estimate |= {"low": max(-100.0, estimate["low"]), "high": min(100.0, estimate["high"])}
-    return {"group": name, "suite": suite, "figure": f"vs {other_name}", **estimate,
-            "runs": len(pairs) or len(runs), "improvement": improvement, "by_run": by_run}
+    return {"group": name, "suite": suite, "figure": f"vs {other_name}",
+            **_limit(estimate, -100, 100), "runs": len(pairs) or len(runs),
+            "improvement": improvement, "by_run": by_run, "is_same": not np.any(np.hstack(gaps))}
 
 
 def pair_runs(runs: list[EvaluatedRun],
               others: list[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
-    """The (run, other) pairs that share the seed of 01, which one run of either group has; where
-    there are none, those that share the seed of 05.
+    """The (run, other) pairs that share a seed of 01 which exactly one run of each group has;
+    without two of them, the pairs by the seed of 05.
 
     The seed of 01 goes first because it decides the traces of the cold start, which move a score
-    by more than the random numbers of RL do. [] for a single pair among several runs: it would
-    say nothing about other runs.
+    by more than the random numbers of RL do. A single pair counts only where each group is one
+    run: of several runs it would say nothing about the others.
     """
     for name in ("data_seed", "seed"):
         by_seed, others_by_seed = (_unique_by_seed(group, name) for group in (runs, others))
@@ -206,6 +213,11 @@ def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
     if alone:
         notes.append(f"One run each: {', '.join(alone)}. Their intervals are over test samples "
                      "alone; another seed may move a score by more.")
+    sharing = [name for name, members in runs.items()
+               if len({run.data_seed for run in members}) < len(members)]
+    if sharing:
+        notes.append("Runs that share a seed of 01 may share a cold start; what another cold start "
+                     f"would give is then not in the interval: {', '.join(sharing)}.")
     notes += _pairing_notes({name: members for name, members in runs.items() if name != reference},
                             reference, runs[reference])
     if len({run.git for members in runs.values() for run in members}) > 1:
@@ -214,16 +226,17 @@ def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
 
 
 def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
-    """Whose answers are those of the reference's models, every one: the models may be the same."""
-    gaps: dict[str, set] = {}
+    """Who answers the reference's questions correctly, and no others: it may be one model."""
+    same: dict[str, bool] = {}
     for row in rows:
         if row["figure"] == f"vs {reference}":
-            gaps.setdefault(row["group"], set()).update((row["value"], row["low"], row["high"]))
-    same = [group for group, values in gaps.items() if values == {0.0}]
-    if not same:
+            same[row["group"]] = same.get(row["group"], True) and row["is_same"]
+    names = [group for group, is_same in same.items() if is_same]
+    if not names:
         return []
-    return [f"Every {plots.SYSTEM_LABELS[system]} answer is that of {reference} in "
-            f"{', '.join(same)}: a branch shares the models of its source's stages."]
+    return [f"The same questions are answered correctly as by {reference}'s "
+            f"{plots.SYSTEM_LABELS[system]} models: {', '.join(names)}. A branch shares the models "
+            "of its source's stages."]
 
 
 def _pairing_notes(groups: dict[str, list[EvaluatedRun]], reference: str,
@@ -232,17 +245,22 @@ def _pairing_notes(groups: dict[str, list[EvaluatedRun]], reference: str,
     pairs = {name: pair_runs(runs, others) for name, runs in groups.items()}
     some = [name for name in pairs if pairs[name] and not (
         len(pairs[name]) == len(groups[name]) == len(others))]
-    none = [name for name in pairs if not pairs[name]]
+    single = [name for name in pairs if not pairs[name] and 1 in (len(groups[name]), len(others))]
+    several = [name for name in pairs if not pairs[name] and name not in single]
     notes = []
     if some:
-        notes.append(f"Differences to {reference} are over the pairs of runs that share a seed, as "
-                     "many as the column runs says, so they are not exactly those of the scores, "
-                     f"which count every run: {', '.join(some)}.")
-    if none:
-        widens = len(others) > 1 or any(len(groups[name]) > 1 for name in none)
-        notes.append(f"No two pairs of runs share a seed of 01 or 05 with {reference}, so that the "
-                     f"comparison is by sample alone{', which widens the interval' * widens}: "
-                     f"{', '.join(none)}.")
+        notes.append(f"Differences to {reference} are over the pairs of runs with the same seed, "
+                     "as many as the column runs says, so they are not exactly those of the "
+                     "scores, which count every run, as the probability of improvement does: "
+                     f"{', '.join(some)}.")
+    if single:
+        notes.append(f"Compared with {reference} by sample alone, so that the difference holds "
+                     "what other seeds do; compare a branch with its own source: "
+                     f"{', '.join(single)}.")
+    if several:
+        notes.append(f"Compared with {reference} by sample alone, which widens the interval, for "
+                     "there are not two pairs of runs whose seed of 01, or of 05, no other run of "
+                     f"their groups has: {', '.join(several)}.")
     return notes
 
 
@@ -291,8 +309,8 @@ def _cell(row: dict) -> str:
                         for name in ("value", "low", "high"))
     if np.isnan(row["low"]):
         return f"{value} (one list of images)"
-    if row["low"] == row["high"] == 0 and sign:
-        return "+0.0 (no answer differs)"
+    if row["is_same"]:
+        return "+0.0 (same questions correct)"
     chance = "" if row["improvement"] is None else f"; {row['improvement']:.2f}"
     return f"{value} ({low} to {high}{chance})"
 

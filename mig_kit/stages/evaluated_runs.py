@@ -185,7 +185,7 @@ def read_recorded(path: str) -> dict:
         raise FileNotFoundError(f"there is no recorded run {path}; make one with mig-kit record")
     try:
         fields = json.loads(Path(path).read_text())
-        # Files of before 2026-11-25 name the seed of 01 only among the changed parameters.
+        # Older files name the seed of 01 only among the changed parameters.
         changed = fields.get("changed", {}).get("01_synthesize", {})
         fields.setdefault("data_seed", changed.get("seed", 0))
         missing = [name for name in (*EvaluatedRun.__annotations__, "params") if name not in fields]

@@ -418,6 +418,14 @@ def test_the_command(root, tmp_path):
     assert "3 questions read, 2 written to" in result.stdout and "1 left out" in result.stdout
     result = run_mig_kit("data", "check", str(tmp_path / "own.jsonl"), "--root", str(root))
     assert result.returncode == 0 and "2 correct" in result.stdout
+    nothing, old = write(root, b"{"), tmp_path / "old.jsonl"
+    old.write_text("kept")
+    for out, words in ((tmp_path / "new.jsonl", "nothing written, 1 left out"),
+                       (old, f"nothing written, {old} is as it was, 1 left out")):
+        result = run_mig_kit("data", "import", "swift", str(nothing), "--out", str(out))
+        assert result.returncode == 1 and words in result.stdout
+    assert old.read_text() == "kept" and not (tmp_path / "new.jsonl").exists()
+    path = write(root, SWIFT, b"{", SWIFT)
     result = run_mig_kit("data", "import", "llava", str(path), "--out", str(tmp_path / "b.jsonl"))
     assert result.returncode == 1 and "give --coordinates" in result.stderr
     result = run_mig_kit("data", "import", "swift", str(path), "--out", str(tmp_path / "no" / "b"))

@@ -393,7 +393,11 @@ def test_mmius_items_without_an_answer_are_left_out_with_their_predictions():
             [{"index": float(place), "response": "A"} for place in range(3)],
             [{"id": place, "response": "A"} for place in range(3)],
             [{"index": place, "prediction": "A"} for place in range(3)],
+            [{"index": None, "id": place, "response": "A"} for place in range(3)],
+            [{"idx": place, "full_prediction": "A"} for place in range(3)],
             [{"index": place + 1, "prediction": "A"} for place in range(3)],
+            [{"index": place + 1, "prediction": "A"} for place in (0, 2)],
+            [{"index": place, "prediction": "A"} for place in (0, 2)],
             [{"doc_id": place, "resps": [["A"]]} for place in range(3)]):
         assert score_predictions(benchmark, lines).values.tolist() == [1, 0], lines
 
@@ -406,6 +410,9 @@ def test_boxes_in_0_to_1_get_a_hint_under_strict():
     result = {"benchmark": "mig_bench", "version": "", "protocol": "strict", "complete": True,
               "n": 6, "lists": 6, "problems": scored.problems, "notes": {}, "remarks": []}
     assert "--coordinates normalized_1" in " ".join(leaderboard.table_notes(result, ()))
+    result["problems"] = {score.WITHIN_ONE: 6, "missing": 90}
+    partial = leaderboard.table_notes(result | {"n": 96}, ())
+    assert "--coordinates normalized_1" in " ".join(partial), "six of six replies"
     result["problems"] = {score.WITHIN_ONE: 1}
     few = leaderboard.table_notes(result | {"n": 60}, ())
     assert "--coordinates" not in " ".join(few), "one reply in sixty says nothing about the others"

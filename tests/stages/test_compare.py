@@ -37,8 +37,10 @@ def right(sample) -> str:
     return f"<think></think><answer>{format_answer(image, model_box)}</answer>"
 
 
-def write_run(root, run_id, seed=0, skill=None, **changed):
-    """A run whose systems are right with probability `skill`; gives (system, suite) -> values."""
+def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
+    """A run whose systems are right with probability `skill`; gives (system, suite) -> values.
+    seed: of 05; data_seed: of 01, the same by default.
+    """
     rng, correct = random.Random(f"{run_id}"), {}
     skill = skill or {"base": 0.2, "sft": 0.5, "grpo": 0.7}
     folder = root / run_id / "06_evaluate"
@@ -54,7 +56,10 @@ def write_run(root, run_id, seed=0, skill=None, **changed):
                                   for sample, value in zip(samples, values)]
     (folder / "run.json").write_text(json.dumps(
         {"params": PARAMS | changed, "git": "abc", "machine": "two cores"}))
-    trained = root / run_id / "05_grpo"
+    synthesized, trained = root / run_id / "01_synthesize", root / run_id / "05_grpo"
+    synthesized.mkdir()
+    (synthesized / "run.json").write_text(json.dumps(
+        {"params": {"seed": seed if data_seed is None else data_seed}}))
     trained.mkdir()
     (trained / "run.json").write_text(json.dumps({"params": {"seed": seed}, "seconds": 300}))
     (trained / "metrics.json").write_text(json.dumps(
@@ -205,10 +210,10 @@ def test_unequal_seeds_and_single_runs_are_named(nine_runs, monkeypatch):
     result = compare.compare_groups(groups, "dr")
     alone, unpaired = result["notes"]
     assert alone.startswith("One run each: dr, r_100%-0.")
-    assert unpaired.startswith("No two pairs of runs share a seed of 01 or 05 with dr")
-    assert unpaired.endswith("which widens the interval: recipe, r_100%-0.")
-    (single,) = compare.compare_groups(compare.parse_groups(["dr_grpo-2", "r_100%-0"]))["notes"][1:]
-    assert "widens" not in single, "a single run has no interval over runs to widen"
+    assert unpaired.startswith("Compared with dr by sample alone, so that the difference holds")
+    assert unpaired.endswith("compare a branch with its own source: recipe, r_100%-0.")
+    several = compare.compare_groups({"recipe": GROUPS["recipe"][:2], "dr": GROUPS["dr_grpo"][1:]})
+    assert several["notes"][0].startswith("Compared with recipe by sample alone, which widens")
     one = compare.compare_groups({"recipe": ["recipe-0"]})
     assert all(row["over"] == "samples" for row in one["rows"])
     assert "Difference" not in compare.render_table(one)
@@ -258,8 +263,75 @@ def test_models_that_are_the_same_are_named(tmp_path, monkeypatch):
         shutil.copy(path, copy / path.name)
     groups = {"recipe": ["recipe"], "branch": ["branch"]}
     text = compare.render_table(compare.compare_groups(groups, system="sft"))
-    assert "Every SFT answer is that of recipe in branch" in text
-    assert "Every" not in compare.render_table(compare.compare_groups(groups))
+    note = "The same questions are answered correctly as by recipe's SFT models: branch."
+    assert note in text
+    assert re.search(r"\| branch \| 1 (\| \+0\.0 \(same questions correct\) ){8}\|", text), text
+    assert "same questions" not in compare.render_table(compare.compare_groups(groups))
+
+
+def test_gaps_that_cancel_are_not_the_same_answers():
+    """A run that gains one task and loses another, each with all its questions."""
+    def run(name, *values):
+        return EvaluatedRun(name, 0, 0, {"grpo": {"s": np.array(values)}}, 0, 0, "", "")
+
+    scope = compare._Scope("s", [np.array([0, 1]), np.array([2, 3])])
+    sides = ("a", [run("a", 1, 1, 0, 0)]), ("b", [run("b", 0, 0, 1, 1)])
+    row = compare._difference_row("grpo", *sides, "s", scope)
+    assert row["value"] == 0 and not row["is_same"]
+    same = compare._difference_row("grpo", sides[0], ("c", sides[0][1]), "s", scope)
+    assert same["is_same"] and compare._cell(same) == "+0.0 (same questions correct)"
+
+
+def test_one_list_of_images_has_no_interval():
+    runs = [EvaluatedRun(name, seed, seed, {"grpo": {"own": np.array(values)}}, 0, 0, "", "")
+            for seed, (name, values) in enumerate((("a", [1, 0, 1]), ("b", [0, 0, 1])))]
+    scope = compare._Scope("own", [np.arange(3)], [np.zeros(3, int)])
+    row = compare._difference_row("grpo", ("a", runs[:1]), ("b", runs[1:]), "own", scope)
+    assert np.isnan(row["low"]) and np.isnan(row["high"])
+    assert compare._cell(row) == "+33.3 (one list of images)"
+
+
+def test_no_zero_has_a_minus():
+    row = {"figure": "vs a", "value": -0.04, "low": -0.04, "high": 0.04, "improvement": 0.5,
+           "is_same": False}
+    assert compare._cell(row) == "+0.0 (+0.0 to +0.0; 0.50)"
+
+
+def test_differences_stay_within_100_points(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    for seed, skill in enumerate((0.95, 0.3)):
+        write_run(tmp_path, f"a{seed}", seed, {"base": 0.0, "sft": 0.05, "grpo": skill})
+    rows = compare.compare_groups({"a": ["a0", "a1"]})["rows"]
+    gains = [row for row in rows if row["figure"] == "grpo-base"]
+    assert gains and all(-100 <= row["low"] <= row["high"] <= 100 for row in gains)
+    assert max(row["high"] for row in gains) == 100
+
+
+def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    values = {name: write_run(tmp_path, name, seed, data_seed=data_seed) for name, seed, data_seed
+              in (("a0", 5, 0), ("a1", 6, 1), ("b0", 6, 0), ("b1", 5, 1), ("c0", 5, 0),
+                  ("c1", 6, 0))}
+    result = compare.compare_groups({"a": ["a0", "a1"], "b": ["b0", "b1"], "c": ["c0", "c1"]})
+    rows = {(row["group"], row["suite"], row["figure"]): row for row in result["rows"]}
+    for group, pairs in (("b", ("b0 a0", "b1 a1")), ("c", ("c0 a0", "c1 a1"))):
+        gaps = [plain_score(values[run]["grpo", "blink"]) - plain_score(values[other]["grpo",
+                "blink"]) for run, other in map(str.split, pairs)]
+        assert rows[group, "blink", "vs a"]["by_run"] == pytest.approx(gaps)
+    (note,) = result["notes"]
+    assert note.startswith("Runs that share a seed of 01") and note.endswith("interval: c.")
+
+
+def test_older_records_name_the_seed_of_01_among_the_changed_parameters(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    write_run(tmp_path, "a", 7, data_seed=3)
+    path = evaluated_runs.record_run("a", tmp_path / "kept")
+    fields = evaluated_runs.read_recorded(str(path))
+    assert (fields["data_seed"], fields["seed"]) == (3, 7)
+    for changed, expected in (({"01_synthesize": {"seed": 3}}, 3), ({}, 0)):
+        older = {name: value for name, value in fields.items() if name != "data_seed"}
+        path.write_text(json.dumps(older | {"changed": changed}))
+        assert evaluated_runs.read_recorded(str(path))["data_seed"] == expected
 
 
 def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_runs, monkeypatch):
@@ -276,7 +348,7 @@ def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_ru
         low = max(-100, row["value"] - plain_half_width(gaps))
         assert row["low"] == pytest.approx(low, abs=1e-9)
         assert row["runs"] == 2 and rows["recipe", suite, "grpo"]["runs"] == 3
-    assert len(result["notes"]) == 1 and result["notes"][0].endswith("every run: dr.")
+    assert len(result["notes"]) == 1 and result["notes"][0].endswith("improvement does: dr.")
 
 
 def test_which_runs_are_paired():
@@ -388,6 +460,11 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path):
     assert csv.stdout.startswith("group,suite,figure,system,value,low,high")
     refused = run_mig_kit(*words, "--figure", "groups.doc", MIG_KIT_RUNS=str(root))
     assert "end its name in .png, .pdf or .svg" in refused.stderr
+    drawn = run_mig_kit(*words[:-1], "--figure", str(tmp_path / "gaps.svg"), "--differences",
+                        MIG_KIT_RUNS=str(root))
+    assert "figure:" in drawn.stderr and (tmp_path / "gaps.svg").is_file()
+    no_figure = run_mig_kit(*words, "--differences", MIG_KIT_RUNS=str(root))
+    assert "add --figure FILE" in no_figure.stderr and not no_figure.stdout
     alone = run_mig_kit("table", "recipe-0", "--figure", str(tmp_path / "a.png"), "--differences",
                         MIG_KIT_RUNS=str(root))
     assert "one group has no differences" in alone.stderr and not alone.stdout
