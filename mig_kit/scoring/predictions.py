@@ -18,8 +18,8 @@ def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], so
     are, and those of the indices `left_out`, which have no answer, are dropped.
 
     A table of VLMEvalKit that counts from 1 to the number of items, with or without those left out,
-    is taken as counting from 0. The correct letter that a log repeats must be the annotations', else it counts other questions.
-    source: the predictions' name, for errors. Raises ValueError.
+    is taken as counting from 0. The correct letter that a log repeats must be the annotations',
+    else it counts other questions. source: the predictions' name, for errors. Raises ValueError.
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}

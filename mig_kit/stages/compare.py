@@ -71,13 +71,14 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     scores are compared, one of SYSTEMS; ValueError where a run has no such model.
 
     rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run, is_same},
-    unrounded, in percent or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on. figure: a system's
-    score ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the system's score less
-    that of the group NAME. improvement: of "vs NAME" alone, the probability that a run scores
-    higher than one of NAME on a task (rliable, arXiv 2108.13264). by_run: the value of each run, or
-    of each pair of runs; [] where the difference is of no pairs. is_same: of a difference, whether
-    both sides answer the same questions correctly. runs: {group, run, data_seed,
-    seed, tokens, minutes, git, machine}. notes: sentences on what the intervals do not cover.
+    unrounded, in percent or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on.
+    figure: a system's score ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the
+    system's score less that of the group NAME. improvement: of "vs NAME" alone, the probability
+    that a run scores higher than one of NAME on a task (rliable, arXiv 2108.13264). by_run: the
+    value of each run, or of each pair of runs; [] where the difference is of no pairs. is_same: of
+    a difference, whether both sides answer the same questions correctly. runs: {group, run,
+    data_seed, seed, tokens, minutes, git, machine}. notes: sentences on what the intervals do not
+    cover.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:
