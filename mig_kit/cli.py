@@ -219,6 +219,8 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     result = compare.compare_groups(compare.parse_groups([*groups, *run_ids]), reference, system)
     drawn = compare.figure_rows(result, differences) if figure else []
     click.echo(compare.render_table(result, form))
+    if form == "csv":  # the other forms have the notes below the tables
+        click.echo("\n".join(result["notes"]), nl=bool(result["notes"]), err=True)
     if figure:
         plots.set_style()
         reference = result["reference"] if differences else ""

@@ -237,7 +237,8 @@ def joint_difference(groups: list[np.ndarray], others: list[np.ndarray],
                      lists: list[np.ndarray] | None = None) -> dict:
     """As `joint_interval`, of one set of runs less another's: paired by sample, not by seed.
 
-    groups, others: (runs, samples) values of each task, in the same order of samples.
+    groups, others: (runs, samples) values of each task, in the same order of samples. A single run
+    beside several is taken to vary as they do.
     """
     effects = [values.mean(0) - other.mean(0)
                for values, other in zip(groups, others, strict=True)]
@@ -254,10 +255,10 @@ def _estimate(sets: list[list[np.ndarray]], effects: list[np.ndarray],
                   for effect, numbers in zip(effects, lists, strict=True)
                   if len(np.unique(numbers)) > 1) / tasks ** 2
     parts = [(samples, max(1, sum(map(_lists_of_variance, lists)) - tasks))]
-    for groups in sets:
-        scores = np.mean([values.mean(1) for values in groups], axis=0)  # (runs,)
-        if len(scores) > 1:
-            parts.append((scores.var(ddof=1) / len(scores), len(scores) - 1))
+    sides = [np.mean([values.mean(1) for values in groups], axis=0) for groups in sets]  # (runs,)
+    singles = sum(len(scores) == 1 for scores in sides)
+    parts += [(scores.var(ddof=1) * (1 / len(scores) + singles), len(scores) - 1)
+              for scores in sides if len(scores) > 1]
     half = sum(float(student_t.ppf(0.975, degrees)) ** 2 * part
                for part, degrees in parts) ** 0.5
     half = float("nan") if is_one_list else half

@@ -52,13 +52,17 @@ def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], so
 
 
 def _read_names(line: dict) -> tuple[object, object]:
-    """(index, id) that a line names its item by, None for one that it lacks. An index is a whole
-    number where pandas, for a gap in the column, made it a float.
+    """(index, id) that a line names its item by, None for one that it lacks.
+
+    For a gap in the column, which it writes as not a number, pandas makes the other indices floats.
     """
-    index, item_id = (line.get("index"), line.get("id"))
+    index, item_id, idx = (None if value != value else value
+                           for value in map(line.get, ("index", "id", "idx")))
     if isinstance(index, float) and index.is_integer():
         index = int(index)
-    return index, line.get("idx") if item_id is None else item_id
+    elif isinstance(index, str):  # of a table in CSV
+        index = re.sub(r"\.0$", "", index) or None
+    return index, idx if item_id is None else item_id
 
 
 def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...]) -> int:

@@ -24,11 +24,14 @@ from mig_kit.stages.report import CLAIMS
 from mig_kit.stats import (
     joint_difference,
     joint_interval,
+    paired_gap_by_list,
+    percent_interval_by_list,
     probability_of_improvement,
     share_interval,
 )
 
 OUT_OF_DOMAIN = "ood_grounding"
+TABLE_COLUMNS = ("suite", "compared")  # of the paper's claims, where the groups are columns, too
 
 
 class _Scope(NamedTuple):
@@ -58,6 +61,9 @@ def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
     everyone = [run for members in groups.values() for run in members]
     if twice := next((run for run in everyone if everyone.count(run) > 1), ""):
         raise ValueError(f"run '{twice}' is named twice; a run counts once, in one group")
+    if taken := [name for name in groups if name in TABLE_COLUMNS]:
+        raise ValueError(f"a group cannot be called '{taken[0]}', as a column of the table is; "
+                         "give it another name")
     if not groups:
         raise ValueError("there is nothing to compare; name runs, or groups as name=run,run")
     return groups
@@ -101,7 +107,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
               "tokens": run.tokens, "minutes": run.minutes, "git": run.git, "machine": run.machine}
              for name, members in runs.items() for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
-            "notes": _notes(runs, reference) + _sameness_notes(rows, reference, system)}
+            "notes": _notes(runs, reference, system) + _sameness_notes(rows, reference, system)}
 
 
 def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
@@ -136,7 +142,7 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
     for after, before in evaluate.list_pairs(by_system):
         figure = f"{after}-{before}"
         by_system[figure] = [a - b for a, b in zip(by_system[after], by_system[before])]
-        estimates[figure] = _limit(joint_interval(by_system[figure], scope.lists), -100, 100)
+        estimates[figure] = _estimate_gap(by_system[figure], scope.lists)
     return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
              "improvement": None, "by_run": _by_run(by_system[figure]),
              "is_same": figure not in SYSTEMS and not np.any(np.hstack(by_system[figure]))}
@@ -146,6 +152,25 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
 def _by_run(values: list[np.ndarray]) -> list[float]:
     """Each run's mean over the tasks; values: (runs, samples) of each task."""
     return np.mean([task.mean(1) for task in values], axis=0).tolist()
+
+
+def _estimate_gap(gaps: list[np.ndarray], lists: list[np.ndarray] | None) -> dict:
+    """`joint_interval` of differences, points, within -100 to 100. gaps: (runs, samples) of each
+    task; where the samples of each task agree, other samples need not.
+    """
+    estimate = joint_interval(gaps, lists)
+    if estimate["low"] == estimate["high"] and np.any(np.hstack(gaps)):
+        low, high = paired_gap_by_list(_task_means(gaps, lists))["ci95"]
+        return estimate | {"low": low, "high": high}
+    return _limit(estimate, -100, 100)
+
+
+def _task_means(values: list[np.ndarray],
+                lists: list[np.ndarray] | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """((samples,) share, mean over the runs, lists of images) of each task; values: percent."""
+    first = np.cumsum([0, *(part.shape[1] for part in values)])
+    lists = lists or [start + np.arange(part.shape[1]) for start, part in zip(first, values)]
+    return [(part.mean(0) / 100, numbers) for part, numbers in zip(values, lists)]
 
 
 def _limit(estimate: dict, low: float, high: float) -> dict:
@@ -159,6 +184,9 @@ def _bound(estimate: dict, values: list[np.ndarray], lists: list[np.ndarray] | N
     """
     answers = np.concatenate([part.ravel() for part in values])
     if answers.min() < answers.max():
+        if estimate["low"] == estimate["high"]:  # each task's samples agree; others need not
+            low, high = percent_interval_by_list(_task_means(values, lists))
+            return estimate | {"low": low, "high": high}
         return _limit(estimate, 0, 100)
     total = (sum(part.shape[1] for part in values) if lists is None
              else len(np.unique(np.concatenate(lists))))
@@ -175,13 +203,14 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
     if pairs:
         paired, partners = (_values(list(members), system, scope) for members in zip(*pairs))
         gaps = [a - b for a, b in zip(paired, partners)]
-        estimate, by_run = joint_interval(gaps, scope.lists), _by_run(gaps)
+        estimate, by_run = _estimate_gap(gaps, scope.lists), _by_run(gaps)
     else:
-        gaps = [a.mean(0, keepdims=True) - b.mean(0) for a, b in zip(values, other_values)]
-        estimate, by_run = joint_difference(values, other_values, scope.lists), []
-    return {"group": name, "suite": suite, "figure": f"vs {other_name}",
-            **_limit(estimate, -100, 100), "runs": len(pairs) or len(runs),
-            "improvement": improvement, "by_run": by_run, "is_same": not np.any(np.hstack(gaps))}
+        estimate = _limit(joint_difference(values, other_values, scope.lists), -100, 100)
+        gaps = [a[:, None] - b for a, b in zip(values, other_values)]  # of any two runs
+        by_run = []
+    return {"group": name, "suite": suite, "figure": f"vs {other_name}", **estimate,
+            "runs": len(pairs) or len(runs), "improvement": improvement, "by_run": by_run,
+            "is_same": not any(np.any(part) for part in gaps)}
 
 
 def pair_runs(runs: list[EvaluatedRun],
@@ -208,17 +237,11 @@ def _unique_by_seed(runs: list[EvaluatedRun], name: str) -> dict[int, EvaluatedR
     return {getattr(run, name): run for run in runs if counts[getattr(run, name)] == 1}
 
 
-def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
+def _notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str) -> list[str]:
+    """What the intervals of scores and differences do not cover, and how runs were paired."""
     notes = []
-    alone = [name for name, members in runs.items() if len(members) == 1]
-    if alone:
-        notes.append(f"One run each: {', '.join(alone)}. Their intervals are over test samples "
-                     "alone; another seed may move a score by more.")
-    sharing = [name for name, members in runs.items()
-               if len({run.data_seed for run in members}) < len(members)]
-    if sharing:
-        notes.append("Runs that share a seed of 01 may share a cold start; what another cold start "
-                     f"would give is then not in the interval: {', '.join(sharing)}.")
+    if system != "base":  # nothing was trained
+        notes += _score_notes(runs)
     notes += _pairing_notes({name: members for name, members in runs.items() if name != reference},
                             reference, runs[reference])
     if len({run.git for members in runs.values() for run in members}) > 1:
@@ -226,8 +249,26 @@ def _notes(runs: dict[str, list[EvaluatedRun]], reference: str) -> list[str]:
     return notes
 
 
+def _score_notes(runs: dict[str, list[EvaluatedRun]]) -> list[str]:
+    notes = []
+    alone = [name for name, members in runs.items() if len(members) == 1]
+    if alone:
+        notes.append(f"One run each: {', '.join(alone)}. The intervals of their scores are over "
+                     "test samples alone; another seed may move a score by more.")
+    sharing = []
+    for name, members in runs.items():
+        seeds = [run.data_seed for run in members if "sft" in run.correct]
+        if len(set(seeds)) < len(seeds):
+            sharing.append(name)
+    if sharing:
+        notes.append("Some runs have the same seed of 01, so they may share a cold start. The "
+                     "interval counts them as independent and says too little about other cold "
+                     f"starts: {', '.join(sharing)}.")
+    return notes
+
+
 def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
-    """Who answers the reference's questions correctly, and no others: it may be one model."""
+    """Whose runs answer the same questions correctly as the reference's: it may be one model."""
     same: dict[str, bool] = {}
     for row in rows:
         if row["figure"] == f"vs {reference}":
@@ -235,9 +276,10 @@ def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
     names = [group for group, is_same in same.items() if is_same]
     if not names:
         return []
-    return [f"The same questions are answered correctly as by {reference}'s "
-            f"{plots.SYSTEM_LABELS[system]} models: {', '.join(names)}. A branch shares the models "
-            "of its source's stages."]
+    reason = ("All runs may have one base." if system == "base" else
+              "So it is where a branch has a model of its source.")
+    return [f"Every {plots.SYSTEM_LABELS[system]} model compared answers the same questions "
+            f"correctly as that of {reference} beside it: {', '.join(names)}. {reason}"]
 
 
 def _pairing_notes(groups: dict[str, list[EvaluatedRun]], reference: str,
@@ -248,20 +290,25 @@ def _pairing_notes(groups: dict[str, list[EvaluatedRun]], reference: str,
         len(pairs[name]) == len(groups[name]) == len(others))]
     single = [name for name in pairs if not pairs[name] and 1 in (len(groups[name]), len(others))]
     several = [name for name in pairs if not pairs[name] and name not in single]
+    mixed = [name for name in pairs
+             if any(run.data_seed != other.data_seed for run, other in pairs[name])]
     notes = []
     if some:
-        notes.append(f"Differences to {reference} are over the pairs of runs with the same seed, "
-                     "as many as the column runs says, so they are not exactly those of the "
-                     "scores, which count every run, as the probability of improvement does: "
+        notes.append(f"Differences to {reference} are over the pairs of runs with the same seed; "
+                     "the column runs says how many. Scores and the probability of improvement are "
+                     "over all runs, so a difference need not be that of the two scores: "
                      f"{', '.join(some)}.")
+    if mixed:
+        notes.append(f"Paired with {reference} by the seed of 05, for those of 01 differ. The "
+                     f"difference also holds what another cold start does: {', '.join(mixed)}.")
     if single:
-        notes.append(f"Compared with {reference} by sample alone, so that the difference holds "
-                     "what other seeds do; compare a branch with its own source: "
+        notes.append(f"Compared with {reference} by sample alone. The difference also holds what "
+                     "another seed does; compare a branch with its own source to leave that out: "
                      f"{', '.join(single)}.")
     if several:
-        notes.append(f"Compared with {reference} by sample alone, which widens the interval, for "
-                     "there are not two pairs of runs whose seed of 01, or of 05, no other run of "
-                     f"their groups has: {', '.join(several)}.")
+        notes.append(f"Compared with {reference} by sample alone, which widens the interval: fewer "
+                     "than two pairs of runs have the same seed. A seed makes a pair if exactly "
+                     f"one run of each group has it: {', '.join(several)}.")
     return notes
 
 

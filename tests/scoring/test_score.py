@@ -394,6 +394,8 @@ def test_mmius_items_without_an_answer_are_left_out_with_their_predictions():
             [{"id": place, "response": "A"} for place in range(3)],
             [{"index": place, "prediction": "A"} for place in range(3)],
             [{"index": None, "id": place, "response": "A"} for place in range(3)],
+            [{"index": float("nan"), "id": place, "response": "A"} for place in range(3)],
+            [{"index": f"{place}.0", "prediction": "A"} for place in range(3)],
             [{"idx": place, "full_prediction": "A"} for place in range(3)],
             [{"index": place + 1, "prediction": "A"} for place in range(3)],
             [{"index": place + 1, "prediction": "A"} for place in (0, 2)],

@@ -177,13 +177,14 @@ def test_intervals_by_list_hold_where_questions_about_the_same_images_agree(coun
     assert np.mean([estimate["low"] <= 0.5 <= estimate["high"] for estimate in estimates]) >= 0.9
 
 
-def test_other_seeds_are_compared_by_sample_alone():
+@pytest.mark.parametrize("sizes", [(3, 5), (1, 2), (1, 3), (6, 1)])
+def test_other_seeds_are_compared_by_sample_alone(sizes):
     rng = np.random.default_rng(1)
     hits, trials = 0, 400
     for _ in range(trials):
         difficulty = rng.normal(0, 1, 80)
         first, second = ([rng.normal(difficulty + rng.normal(0, 0.5, (n, 1)), 1, (n, 80))]
-                         for n in (3, 5))
+                         for n in sizes)
         estimate = joint_difference(first, second)
         hits += estimate["low"] <= 0 <= estimate["high"]
     assert hits / trials >= 0.94, hits / trials
@@ -210,10 +211,12 @@ def test_unequal_seeds_and_single_runs_are_named(nine_runs, monkeypatch):
     result = compare.compare_groups(groups, "dr")
     alone, unpaired = result["notes"]
     assert alone.startswith("One run each: dr, r_100%-0.")
-    assert unpaired.startswith("Compared with dr by sample alone, so that the difference holds")
-    assert unpaired.endswith("compare a branch with its own source: recipe, r_100%-0.")
+    assert unpaired.startswith("Compared with dr by sample alone. The difference also holds")
+    assert unpaired.endswith("its own source to leave that out: recipe, r_100%-0.")
     several = compare.compare_groups({"recipe": GROUPS["recipe"][:2], "dr": GROUPS["dr_grpo"][1:]})
     assert several["notes"][0].startswith("Compared with recipe by sample alone, which widens")
+    base = compare.compare_groups({"recipe": ["recipe-0"], "dr": ["dr_grpo-0"]}, system="base")
+    assert base["notes"] == [], "a base is not trained, so that no seed moves it"
     one = compare.compare_groups({"recipe": ["recipe-0"]})
     assert all(row["over"] == "samples" for row in one["rows"])
     assert "Difference" not in compare.render_table(one)
@@ -263,10 +266,15 @@ def test_models_that_are_the_same_are_named(tmp_path, monkeypatch):
         shutil.copy(path, copy / path.name)
     groups = {"recipe": ["recipe"], "branch": ["branch"]}
     text = compare.render_table(compare.compare_groups(groups, system="sft"))
-    note = "The same questions are answered correctly as by recipe's SFT models: branch."
-    assert note in text
+    assert ("Every SFT model compared answers the same questions correctly as that of recipe "
+            "beside it: branch.") in text
     assert re.search(r"\| branch \| 1 (\| \+0\.0 \(same questions correct\) ){8}\|", text), text
     assert "same questions" not in compare.render_table(compare.compare_groups(groups))
+    halves = [EvaluatedRun(name, seed, seed, {"grpo": {"s": np.full(4, value)}}, 0, 0, "", "")
+              for seed, (name, value) in enumerate(zip("abcd", (0, 1, 0, 1)))]
+    row = compare._difference_row("grpo", ("a", halves[:2]), ("b", halves[2:]), "s",
+                                  compare._Scope("s", [np.arange(4)]))
+    assert row["value"] == 0 and not row["is_same"], "the means agree, the runs do not"
 
 
 def test_gaps_that_cancel_are_not_the_same_answers():
@@ -278,6 +286,10 @@ def test_gaps_that_cancel_are_not_the_same_answers():
     sides = ("a", [run("a", 1, 1, 0, 0)]), ("b", [run("b", 0, 0, 1, 1)])
     row = compare._difference_row("grpo", *sides, "s", scope)
     assert row["value"] == 0 and not row["is_same"]
+    assert row["low"] < -20 and row["high"] > 20, "two questions a task say little about others"
+    lone = compare._Scope("s", [np.array([place]) for place in range(4)])
+    score, = [score for score in compare._group_rows("a", sides[0][1], "s", lone)]
+    assert score["value"] == 50 and score["low"] < 30 and score["high"] > 70
     same = compare._difference_row("grpo", sides[0], ("c", sides[0][1]), "s", scope)
     assert same["is_same"] and compare._cell(same) == "+0.0 (same questions correct)"
 
@@ -318,8 +330,11 @@ def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path, m
         gaps = [plain_score(values[run]["grpo", "blink"]) - plain_score(values[other]["grpo",
                 "blink"]) for run, other in map(str.split, pairs)]
         assert rows[group, "blink", "vs a"]["by_run"] == pytest.approx(gaps)
-    (note,) = result["notes"]
-    assert note.startswith("Runs that share a seed of 01") and note.endswith("interval: c.")
+    sharing, mixed = result["notes"]
+    assert sharing.startswith("Some runs have the same seed of 01")
+    assert sharing.endswith("starts: c.")
+    assert mixed.startswith("Paired with a by the seed of 05") and mixed.endswith("does: c.")
+    assert compare.compare_groups({"a": ["a0"], "b": ["b1"]})["notes"][1] == mixed[:-2] + "b."
 
 
 def test_older_records_name_the_seed_of_01_among_the_changed_parameters(tmp_path, monkeypatch):
@@ -348,7 +363,7 @@ def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_ru
         low = max(-100, row["value"] - plain_half_width(gaps))
         assert row["low"] == pytest.approx(low, abs=1e-9)
         assert row["runs"] == 2 and rows["recipe", suite, "grpo"]["runs"] == 3
-    assert len(result["notes"]) == 1 and result["notes"][0].endswith("improvement does: dr.")
+    assert len(result["notes"]) == 1 and result["notes"][0].endswith("two scores: dr.")
 
 
 def test_which_runs_are_paired():
@@ -399,7 +414,9 @@ def test_latex_compiles(nine_runs, monkeypatch, tmp_path):
     body = compare.render_table(compare.compare_groups(GROUPS), "latex")
     assert r"dr\_grpo" in body and r"r\_100\%" in body and r"percent (95 \%)" in body
     assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == 3
-    for tabular in re.findall(r"\\begin\{tabular\}\{(l+)\}(.*?)\\end\{tabular\}", body, re.DOTALL):
+    tabulars = re.findall(r"\\begin\{tabular\}\{([lr]+)\}(.*?)\\end\{tabular\}", body, re.DOTALL)
+    assert len(tabulars) == 3
+    for tabular in tabulars:
         lines = [line for line in tabular[1].splitlines() if line.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(tabular[0])}
     engine = shutil.which("pdflatex") or shutil.which("tectonic")
@@ -436,7 +453,8 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no group 'x' to compare with; the groups are a"):
         compare.compare_groups({"a": ["a"]}, "x")
     for words, message in ((["a", "b=a"], "named twice"), (["=a"], "no group"),
-                           (["a="], "no group"), (["a=b", "a=c"], "two groups"), ([], "nothing")):
+                           (["a="], "no group"), (["a=b", "a=c"], "two groups"), ([], "nothing"),
+                           (["suite=a"], "cannot be called 'suite'")):
         with pytest.raises(ValueError, match=message):
             compare.parse_groups(words)
     (tmp_path / "a" / "05_grpo" / "run.json").write_text(
@@ -458,6 +476,7 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path):
     assert (tmp_path / "groups.pdf").read_bytes().startswith(b"%PDF")
     csv = run_mig_kit(*words, "--format", "csv", MIG_KIT_RUNS=str(root))
     assert csv.stdout.startswith("group,suite,figure,system,value,low,high")
+    assert csv.stderr.startswith("One run each: r_100%-0.")
     refused = run_mig_kit(*words, "--figure", "groups.doc", MIG_KIT_RUNS=str(root))
     assert "end its name in .png, .pdf or .svg" in refused.stderr
     drawn = run_mig_kit(*words[:-1], "--figure", str(tmp_path / "gaps.svg"), "--differences",
