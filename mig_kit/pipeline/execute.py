@@ -121,6 +121,8 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
                              "as \"[1, 2]\"") from None
         if name == "rewards" and isinstance(overrides[name], list):
             overrides[name] = [_locate_reward(reward) for reward in overrides[name]]
+        if name == "groups" and isinstance(overrides[name], list):
+            overrides[name] = [_locate_records(group) for group in overrides[name]]
     return overrides
 
 
@@ -148,6 +150,16 @@ def _locate_reward(reward: object) -> object:
         return reward
     file, _, function = reward.rpartition(":")
     return f"{_relative_to_project(file)}:{function}"
+
+
+def _locate_records(group: object) -> object:
+    """"name=run,run" with the files of recorded runs as `locate_path` has them."""
+    if not isinstance(group, str):
+        return group
+    name, sign, runs = group.rpartition("=")
+    located = [_relative_to_project(run.strip()) if run.strip().endswith(".json") else run
+               for run in runs.split(",")]
+    return f"{name}{sign}{','.join(located)}"
 
 
 def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dict:

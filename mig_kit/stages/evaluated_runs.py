@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import write_json
+from mig_kit.common import PROJECT_ROOT, write_json
 from mig_kit.pipeline import store
 from mig_kit.pipeline.params import EXECUTION_PARAMS, profile_params
 from mig_kit.sample import Sample
@@ -180,11 +180,15 @@ def changed_params(run_id: str) -> dict[str, dict]:
 
 
 def read_recorded(path: str) -> dict:
-    """The fields of a recorded run; FileNotFoundError or ValueError with one sentence."""
-    if not Path(path).is_file():
+    """The fields of a recorded run; FileNotFoundError or ValueError with one sentence.
+
+    path: relative to the working directory or, as a notebook's parameter, to the project.
+    """
+    file = next((file for file in (Path(path), PROJECT_ROOT / path) if file.is_file()), None)
+    if file is None:
         raise FileNotFoundError(f"there is no recorded run {path}; make one with mig-kit record")
     try:
-        fields = json.loads(Path(path).read_text())
+        fields = json.loads(file.read_text())
         # Older files name the seed of 01 only among the changed parameters.
         changed = fields.get("changed", {}).get("01_synthesize", {})
         fields.setdefault("data_seed", changed.get("seed", 0))

@@ -11,6 +11,7 @@ from mig_kit import cli as cli_module
 from mig_kit.cli import cli
 from mig_kit.common import PROJECT_ROOT, write_json
 from mig_kit.pipeline import execute, params
+from mig_kit.stages.evaluated_runs import read_recorded
 
 
 @pytest.fixture
@@ -139,6 +140,15 @@ def test_a_rewards_file_is_looked_for_where_the_command_is_given(tmp_path, monke
     monkeypatch.chdir(PROJECT_ROOT / "tests")
     assert execute.parse_overrides(words, ["05_grpo"]) == {
         "rewards": ["box", "tests/mine.py:center"]}
+
+
+def test_recorded_runs_of_a_comparison_are_looked_for_where_the_command_is_given(monkeypatch):
+    monkeypatch.chdir(PROJECT_ROOT / "notebooks" / "guide")
+    words = (("groups", "[a=default, 'b=seed1,ablations/default.json', ablations/seed1.json]"),)
+    groups = ["a=default", "b=seed1,notebooks/guide/ablations/default.json",
+              "notebooks/guide/ablations/seed1.json"]
+    assert execute.parse_overrides(words, ["09_compare"]) == {"groups": groups}
+    assert read_recorded(groups[-1])["data_seed"] == 1, "a parameter's path is of the project"
 
 
 def test_a_command_is_a_word_whatever_it_holds():
