@@ -31,7 +31,8 @@ def test_every_stage_left_what_it_should(runs):
         names = {path.name for path in folder.iterdir()}
         assert {"metrics.json", "run.json", f"{stage}.ipynb"} <= names
         record = json.loads((folder / "run.json").read_text())
-        assert record["versions"]["trl"] and record["machine"]
+        assert record["versions"]["trl"]
+        assert re.search(r"\w.* \d+ of \d+ cores$", record["machine"])
         assert stage in ("01_synthesize", "07_report", "09_compare") or record["hardware"]
     metrics = json.loads((runs / "smoke" / "06_evaluate" / "metrics.json").read_text())
     for system in ("base", "sft", "grpo"):

@@ -284,15 +284,24 @@ class Stage:
         write_json(self.folder / "metrics.json", metrics)
         outputs = {str(path.relative_to(self.folder)): file_sha256(path)
                    for path in _output_files(self.folder)}
-        machine = f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs"
         write_json(self.folder / "run.json", {
             "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
             "inputs": self.inputs, "branch": self.branch, "outputs": outputs, "summary": summary,
-            "versions": package_versions(), "machine": machine, "git": git_revision(),
+            "versions": package_versions(), "machine": describe_cpu(), "git": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(time.monotonic() - self.clock, 1), **facts})
         shutil.rmtree(self.folder.with_name(f"{self.name}.before"), ignore_errors=True)
         unlock_run(self.folder.parent)
+
+
+def describe_cpu() -> str:
+    """The CPU and how many of its cores compute: with others, sums are rounded otherwise, and the
+    same seed gives other digits.
+    """
+    import torch  # not at the top: a command that only looks at runs need not wait for it
+
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{name}, {platform.system()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 def _output_files(folder: Path) -> list[Path]:
