@@ -17,12 +17,14 @@ import yaml
 from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.image_files import ORIENTATIONS
+from mig_kit.pipeline.curation_params import check_curation_params
 from mig_kit.pipeline.dependencies import notebook_cells
 from mig_kit.pipeline.loss_params import check_loss_params
 from mig_kit.pipeline.reward_params import check_reward_params
 
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates", "orientation")
 RUN_PARAMS_STAGE = "01_synthesize"
+CURATION_STAGE = "04_rejection_sampling"
 LOSS_STAGE = "05_grpo"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
 EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "workers", "report_to")
@@ -135,9 +137,9 @@ def validate_params(values: dict, stage: str) -> dict:
     """`values` completed from the stage's defaults, of the defaults' types.
 
     KeyError for an unknown name, ValueError for a word that is not one of its CHOICES and for
-    parameters of loss or rewards that cannot act together, TypeError for a wrong type; each names
-    the fix. A number that YAML reads as a word (1e-5, without a point) counts as a number where one
-    is due. Of a mapping, what is not set keeps its default.
+    parameters of curation, loss or rewards that cannot act together, TypeError for a wrong type;
+    each names the fix. A number that YAML reads as a word (1e-5, without a point) counts as a
+    number where one is due. Of a mapping, what is not set keeps its default.
     """
     defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
     params = dict(defaults)
@@ -148,6 +150,8 @@ def validate_params(values: dict, stage: str) -> dict:
             defaults[name], _typed(name, value, type(defaults[name]), stage, defaults[name]))
     if "rewards" in params:
         check_reward_params(params, defaults["reward_weights"])
+    if stage == CURATION_STAGE:
+        check_curation_params(params)
     if stage == LOSS_STAGE:
         check_loss_params(params, {name for name in params if params[name] != defaults[name]})
     return params

@@ -11,7 +11,6 @@ reply is drawn, and prompts are kept at random, to see what the step is worth.
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -64,16 +63,6 @@ def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
             outcomes[asked, recognize_detail(reply)].append(correct)
     return [{"asked": asked, "detail": detail, "n": len(values), "correct": float(np.mean(values))}
             for (asked, detail), values in sorted(outcomes.items())]
-
-
-def check_curation(params: SimpleNamespace) -> None:
-    """ValueError where `kept_prompts` cannot act."""
-    if params.kept_prompts and params.curate != "random":
-        raise ValueError("kept_prompts acts with curate 'random' only; with 'pass_rate' as many "
-                         "prompts are kept as have a fitting one: set kept_prompts to 0")
-    if params.kept_prompts < 0:
-        raise ValueError(f"kept_prompts is {params.kept_prompts}; give a number of prompts, or 0 "
-                         "for per_task of each task")
 
 
 def select_at_random(samples: Sequence[Sample], *, per_task: int, kept_prompts: int,

@@ -60,6 +60,9 @@ def test_a_word_that_is_none_of_the_possible_ones_is_refused(root, stage, name, 
     (("05", "-p", "clip_low", "0.1"), "the parameter 'clip_low' is now called 'epsilon'"),
     (("02", "-p", "min_pixels", "1"), "'min_pixels' is set once per run, in 01_synthesize"),
     (("01", "-p", "min_pixels", "[1"), "-p min_pixels '[1' is no value"),
+    (("04", "-p", "kept_prompts", "3"), "kept_prompts acts with curate 'random' only"),
+    (("04", "-p", "kept_prompts", "-1", "-p", "curate", "random"), "kept_prompts is -1"),
+    (("01", "04", "06", "-p", "replies", "0"), "replies is 0, and 04 needs one or more"),
     (("01", "-p", "run_id", "b"), "use --run-id"),
 ])
 def test_an_unknown_parameter_names_the_remedy(root, words, sentence):

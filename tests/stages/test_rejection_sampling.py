@@ -74,18 +74,6 @@ def test_random_prompts_are_kept_without_any_reply():
         rejection_sampling.select_at_random(samples, **options | {"kept_prompts": 6})
 
 
-def test_kept_prompts_is_refused_where_it_cannot_act(stage_params):
-    def check(**changes):
-        rejection_sampling.check_curation(stage_params("04_rejection_sampling", **changes))
-
-    check()
-    check(curate="random", kept_prompts=3)
-    with pytest.raises(ValueError, match="kept_prompts acts with curate 'random' only"):
-        check(kept_prompts=3)
-    with pytest.raises(ValueError, match="kept_prompts is -1"):
-        check(curate="random", kept_prompts=-1)
-
-
 def test_accuracy_by_detail_by_hand():
     sample = make_sample("diff", "rl", 0)
     image, box = sample.targets[0]
