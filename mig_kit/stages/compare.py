@@ -139,7 +139,10 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
                  if all(system in run.correct for run in runs)}
     estimates = {system: _bound(joint_interval(values, scope.lists), values, scope.lists)
                  for system, values in by_system.items()}
+    from_base = any(run.start_from == "base" for run in runs)
     for after, before in evaluate.list_pairs(by_system):
+        if (after, before) == ("grpo", "sft") and from_base:  # RL knew nothing of the SFT model
+            continue
         figure = f"{after}-{before}"
         by_system[figure] = [a - b for a, b in zip(by_system[after], by_system[before])]
         estimates[figure] = _estimate_gap(by_system[figure], scope.lists)

@@ -30,7 +30,7 @@ SYSTEMS = ("base", "sft", "grpo")
 class EvaluatedRun:
     """What a comparison reads of a run. data_seed: the seed of 01; seed: that of 05; correct: of
     system and suite, (samples,) 0 or 1; tokens: of a reply in 05's last ten updates; minutes: of
-    stages 02 to 05.
+    stages 02 to 05; start_from: what 05 trained, as its parameter says it.
     """
 
     run_id: str
@@ -41,6 +41,7 @@ class EvaluatedRun:
     minutes: float
     git: str
     machine: str
+    start_from: str = "merged"
 
 
 def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
@@ -113,7 +114,8 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]],
         run_id, synthesized.get("params", {}).get("seed", seed), seed, correct,
         float(np.mean(lengths)) if lengths else float("nan"),
         sum(stage.get("seconds", 0) for stage in stages) / 60,
-        record.get("git", ""), record.get("machine", ""))
+        record.get("git", ""), record.get("machine", ""),
+        trained.get("params", {}).get("start_from", "merged"))
 
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
@@ -189,9 +191,11 @@ def read_recorded(path: str) -> dict:
         raise FileNotFoundError(f"there is no recorded run {path}; make one with mig-kit record")
     try:
         fields = json.loads(file.read_text())
-        # Older files name the seed of 01 only among the changed parameters.
-        changed = fields.get("changed", {}).get("01_synthesize", {})
-        fields.setdefault("data_seed", changed.get("seed", 0))
+        # Older files name these two only among the changed parameters.
+        for name, stage, parameter, default in (("data_seed", "01_synthesize", "seed", 0),
+                                                ("start_from", "05_grpo", "start_from", "merged")):
+            changed = fields.get("changed", {}).get(stage, {})
+            fields.setdefault(name, changed.get(parameter, default))
         missing = [name for name in (*EvaluatedRun.__annotations__, "params") if name not in fields]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no recorded run ({error}); make it again with mig-kit record"

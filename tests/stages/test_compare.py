@@ -337,16 +337,35 @@ def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path, m
     assert compare.compare_groups({"a": ["a0"], "b": ["b1"]})["notes"][1] == mixed[:-2] + "b."
 
 
-def test_older_records_name_the_seed_of_01_among_the_changed_parameters(tmp_path, monkeypatch):
+def test_rl_from_the_base_is_not_compared_with_an_sft_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b")
+    path = tmp_path / "b" / "05_grpo" / "run.json"
+    path.write_text(json.dumps({"params": {"seed": 0, "start_from": "base"}, "seconds": 300}))
+    kept = str(evaluated_runs.record_run("b", tmp_path / "kept"))
+    for run in ("b", kept):
+        result = compare.compare_groups({"a": ["a"], "b": [run]})
+        figures = {group: {row["figure"] for row in result["rows"] if row["group"] == group}
+                   for group in "ab"}
+        assert figures["a"] - figures["b"] == {"grpo-sft"}
+        claims = compare.table_frames(result)["The paper's claims, points (95 %)"]
+        assert claims["b"].tolist()[:2] == ["-", "-"] and "-" not in claims["b"].tolist()[2:]
+
+
+def test_older_records_name_two_facts_among_the_changed_parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     write_run(tmp_path, "a", 7, data_seed=3)
     path = evaluated_runs.record_run("a", tmp_path / "kept")
     fields = evaluated_runs.read_recorded(str(path))
-    assert (fields["data_seed"], fields["seed"]) == (3, 7)
-    for changed, expected in (({"01_synthesize": {"seed": 3}}, 3), ({}, 0)):
-        older = {name: value for name, value in fields.items() if name != "data_seed"}
+    assert (fields["data_seed"], fields["seed"], fields["start_from"]) == (3, 7, "merged")
+    for changed, expected in (({"01_synthesize": {"seed": 3}}, (3, "merged")), ({}, (0, "merged")),
+                              ({"05_grpo": {"start_from": "base"}}, (0, "base"))):
+        older = {name: value for name, value in fields.items()
+                 if name not in ("data_seed", "start_from")}
         path.write_text(json.dumps(older | {"changed": changed}))
-        assert evaluated_runs.read_recorded(str(path))["data_seed"] == expected
+        read = evaluated_runs.read_recorded(str(path))
+        assert (read["data_seed"], read["start_from"]) == expected
 
 
 def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_runs, monkeypatch):
