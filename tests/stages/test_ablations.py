@@ -43,6 +43,21 @@ def test_the_tables_are_those_of_the_records(groups, system):
     assert len(tables) == 2 and all(table in PAGE for table in tables), "print them again"
 
 
+def test_the_summary_is_that_of_the_tables():
+    """Its rows: arm, what changes, runs, difference in domain, difference out of domain."""
+    tables = re.sub(r"; [01]\.\d\d\)", ")", PAGE)
+    rows = re.findall(r"^\| (\S+) \| [^|`]*(?:`\w+`[^|`]*)? \| (\d) \| ([^|]+) \| ([^|]+) \|$",
+                      PAGE, re.MULTILINE)
+    assert {arm for arm, *_ in rows} == RUNS.keys() - {"recipe"}
+    for arm, runs, *cells in rows:
+        plain = [cell.strip("*") for cell in cells]
+        assert f"| {arm} | {runs} | {plain[0]} | {plain[1]} |" in tables
+        for cell, text in zip(cells, plain):
+            low, high = re.findall(r"[+-][\d.]+", text)[1:]
+            is_known = int(runs) > 1 and low[0] == high[0] and {low, high} != {"+0.0"}
+            assert cell.startswith("**") == is_known, (arm, cell)
+
+
 def test_every_record_is_in_the_table():
     named = [run.removeprefix("ablations/") for runs in RUNS.values() for run in runs]
     assert sorted(named) == sorted(path.name for path in (GUIDE / "ablations").glob("*.json"))
