@@ -70,7 +70,8 @@ def test_a_folder_that_stock_transformers_saved_is_the_same_model(evaluated, smo
          "image_processor": settings | {"image_processor_type": "Qwen2VLImageProcessor"}}))
     sizes = json.loads((evaluated / "grpo" / "eval.json").read_text())["questions"]
     sizes = {name: sizes[name] for name in eval_model.DRAWN_SIZES}
-    params = SimpleNamespace(**vars(PARAMS) | {"max_new_tokens": 40, "batch_size": 32})
+    params = SimpleNamespace(**vars(PARAMS) | {
+        "max_new_tokens": 40, "batch_size": 32, "workers": 2})  # the command's, for equal rounding
     result = eval_model.evaluate_model(eval_model.AskedModel(stock, BOX_FORMAT),
                                        eval_model.Task("drawn", sizes=sizes),
                                        models.choose_hardware(), tmp_path / "out", params)
