@@ -75,10 +75,13 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     Batches that are whole in the file are not drawn again. Each batch has its own seed, and batches
     are cut before anything is skipped, so a resumed run draws what an uninterrupted one would have
     drawn. Questions about the same images share a batch, which reads these images once. cache:
-    prompts made ready by an earlier call for the same samples and model. workers: batches under way
-    at a time, on a CPU, each on its share of the cores; the replies are the same but where products
-    round by the number of cores, as AMX's in bf16 do: there a few in a hundred differ. A batch is drawn in as many rounds as the free
-    memory asks for, with the same numbers. Raises ValueError for fewer than one reply.
+    prompts made ready by an earlier call for the same samples and model. A batch is drawn in as
+    many rounds as the free memory asks for, with the same numbers. Raises ValueError for fewer than
+    one reply.
+
+    workers: batches under way at a time, on a CPU, each on its share of the cores. The replies are
+    the same but where products round by the number of cores, as AMX's in bf16 do: there a few in a
+    hundred differ.
 
     Servers are asked about each sample on its own, and every reply is stored as it comes; seed,
     batch_size, cache and workers are the local loop's.
