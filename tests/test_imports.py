@@ -40,8 +40,9 @@ WINGS = {
 STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "report_tables": set(),
                  "eval_tables": set(), "report_gallery": set(), "train": {"sft", "grpo"}}
 # compare reads the results of finished ones; eval_model asks and judges as 06 does
-READS_STAGES = {"compare": {"evaluate", "evaluated_runs", "report"},
-                "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate", "report"}}
+READS_STAGES = {"compare": {"evaluate", "evaluated_runs", "report", "run_pairs"},
+                "run_pairs": {"evaluated_runs"}, "evaluated_runs": {"evaluate"},
+                "eval_model": {"evaluate", "report"}}
 READS_SCORING = {"stages.eval_model"}  # its notebook-less 06 judges real benchmarks, too
 MODULE_OF_STAGE = {"08_benchmark": "speed/benchmark", "90_tiny_base": "build_base/tiny_base"}
 

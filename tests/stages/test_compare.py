@@ -17,7 +17,7 @@ from command_line import run_mig_kit
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import format_answer
-from mig_kit.stages import compare, evaluated_runs
+from mig_kit.stages import compare, evaluated_runs, run_pairs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
 from mig_kit.world import suites
@@ -393,7 +393,7 @@ def test_which_runs_are_paired():
 
     def pairs(first, second):
         return [((a.data_seed, a.seed), (b.data_seed, b.seed))
-                for a, b in compare.pair_runs(runs(*first), runs(*second))]
+                for a, b in run_pairs.pair_runs(runs(*first), runs(*second))]
 
     def seeds(first, second):
         return [(a[1], b[1]) for a, b in pairs(first, second)]
