@@ -195,7 +195,8 @@ def lessons_command(run_ids: tuple[str, ...], out: Path, question: Path) -> None
               help="Runs that count as one, such as the seeds of a variant; repeat.")
 @click.option("--reference", default="", help="The group that the others are compared with.")
 @click.option("--system", default="grpo", show_default=True,
-              type=click.Choice(["grpo", "sft", "base"]), help="Whose scores are compared.")
+              type=click.Choice(["grpo", "sft", "base", "sft_long"]),
+              help="Whose scores are compared; sft_long: the SFT models of control runs.")
 @click.option("--format", "form", default="md", show_default=True,
               type=click.Choice(["md", "csv", "latex"]))
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),

@@ -38,7 +38,7 @@ HELD_OUT_NAMES = {"own": "own data (held out)", "mgrounding": "MGrounding-630k (
 # out of domain, by task
 OOD_NAMES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
              "mc_bench": "MC-Bench-like (drawn)", "unseen": "unseen things (drawn)"}
-SYSTEM_LABELS = {"base": "base", "sft": "SFT", "grpo": "GRPO", "sft_long": "SFT of the control run"}
+SYSTEM_LABELS = {"base": "base", "sft": "SFT", "grpo": "GRPO", "sft_long": "control SFT"}
 SYSTEM_MARKERS = {"base": "o", "sft": "s", "grpo": "D", "sft_long": "^"}
 # What a curve is called above its panel, with its unit.
 CURVE_NAMES = {

@@ -94,8 +94,11 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     without = [run.run_id for members in runs.values() for run in members
                if system not in run.correct]
     if without:
-        raise ValueError(f"run '{without[0]}' has no {plots.SYSTEM_LABELS[system]} model, for it "
-                         "had no cold start; leave it out, or compare the GRPO models")
+        reason = ("it was evaluated without a control_run; run 06 again with -p control_run RUN"
+                  if system == "sft_long" else
+                  "it had no cold start; leave it out, or compare the GRPO models")
+        raise ValueError(f"run '{without[0]}' has no {plots.SYSTEM_LABELS[system]} model, for "
+                         f"{reason}")
     scopes, rows = _scopes(samples), []
     for name, members in runs.items():
         for suite, scope in scopes.items():
@@ -248,6 +251,8 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
         figure = differences[0]["figure"]
         frames[f"Difference to {result['reference']}, points (95 %; probability of improvement)"] \
             = _wide_frame(rows, figure)
+    if system == "sft_long":  # what the control run is for
+        frames["GRPO less control SFT, points (95 %)"] = _wide_frame(rows, "grpo-sft_long")
     claims = _claims_frame(rows)
     if len(claims) and system == "grpo":  # none for runs that were scored on own data alone
         frames["The paper's claims, points (95 %)"] = claims

@@ -23,7 +23,7 @@ from mig_kit.world import suites
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "find_all_per_task", "min_pixels",
                  "max_pixels", "coordinates")
-SYSTEMS = ("base", "sft", "grpo")
+SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: the SFT model of 06's control_run
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,11 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]],
     stages = [store.load_record(stage, run_id) or {} for stage in store.RECIPE[2:6]]
     curves = store.read_metrics(store.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
+    has_model = {"sft": store.has_cold_start(run_id),
+                 "sft_long": bool(record["params"].get("control_run"))}
     correct = {system: {suite: _correctness(run_id, system, suite, samples[suite], box_format)
                         for suite in samples}
-               for system in SYSTEMS if system != "sft" or store.has_cold_start(run_id)}
+               for system in SYSTEMS if has_model.get(system, True)}
     seed = trained.get("params", {}).get("seed", 0)
     synthesized = store.load_record("01_synthesize", run_id) or {}
     return EvaluatedRun(
@@ -140,8 +142,8 @@ def record_run(run_id: str, folder: Path) -> Path:
 
     It holds the run's seeds, figures, machine and commit, the correctness of every greedy reply as
     "0" and "1" in the order of the samples, and per stage the parameters that differ from the tiny
-    profile's. Raises as `load_evaluations`; ValueError for a run that was scored on own data, whose
-    questions cannot be drawn again.
+    profile's; those of a control run are under "control_changed". Raises as `load_evaluations`;
+    ValueError for a run that was scored on own data, whose questions cannot be drawn again.
     """
     if is_recorded(run_id):
         raise ValueError(f"{run_id} is a recorded run already; name a run")
@@ -157,6 +159,8 @@ def record_run(run_id: str, folder: Path) -> Path:
                          for system, by_suite in run.correct.items()}
     fields["params"] = {name: params.get(name, 0) for name in SAMPLE_PARAMS}
     fields["changed"] = changed_params(run_id)
+    if control := params.get("control_run"):
+        fields["control_changed"] = changed_params(control)
     path = folder / f"{run_id}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, fields)
@@ -165,7 +169,7 @@ def record_run(run_id: str, folder: Path) -> Path:
 
 def changed_params(run_id: str) -> dict[str, dict]:
     """Stage -> its parameters that differ from the tiny profile's, for the finished stages 01 to
-    06; those that only say how a stage ran, and where, are left out.
+    06; those that only say how a stage ran, and where, or name a run are left out.
     """
     changed = {}
     for stage in store.RECIPE[1:7]:
@@ -175,7 +179,7 @@ def changed_params(run_id: str) -> dict[str, dict]:
         defaults = profile_params(stage)
         differing = {name: value for name, value in record["params"].items()
                      if name in defaults and value != defaults[name]
-                     and name not in (*EXECUTION_PARAMS, "run_id")}
+                     and name not in (*EXECUTION_PARAMS, *store.NAMES_OF_RUNS)}
         if differing:
             changed[stage] = differing
     return changed

@@ -243,6 +243,36 @@ def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
         compare.compare_groups(groups, system="sft")
 
 
+def test_the_sft_model_of_a_control_run_is_compared(tmp_path, monkeypatch):
+    """By hand: GRPO less control SFT of each run, from folders and from recorded runs."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    skill = {"base": 0.2, "sft": 0.5, "grpo": 0.8, "sft_long": 0.5}
+    values = {seed: write_run(tmp_path, f"r{seed}", seed, skill, control_run="long")
+              for seed in range(3)}
+    groups = {"recipe": ["r0", "r1", "r2"]}
+    result = compare.compare_groups(groups, system="sft_long")
+    (row,) = [row for row in result["rows"] if row["suite"] == "mig_bench"
+              and row["figure"] == "grpo-sft_long"]
+    expected = [plain_score(correct["grpo", "mig_bench"])
+                - plain_score(correct["sft_long", "mig_bench"]) for correct in values.values()]
+    assert row["by_run"] == pytest.approx(expected)
+    text = compare.render_table(result)
+    assert text.startswith("control SFT model, percent (95 %)")
+    assert "GRPO less control SFT, points (95 %)\n\n| group | runs | MIG-Bench-like" in text
+    assert f"| {statistics.fmean(expected):+.1f} (" in text
+    (tmp_path / "long" / "02_sft").mkdir(parents=True)
+    (tmp_path / "long" / "02_sft" / "run.json").write_text('{"params": {"num_train_epochs": 8.1}}')
+    files = [evaluated_runs.record_run(run, tmp_path / "kept") for run in groups["recipe"]]
+    again = compare.compare_groups({"recipe": list(map(str, files))}, system="sft_long")
+    assert again["rows"] == result["rows"]
+    fields = json.loads(files[0].read_text())
+    assert fields["control_changed"] == {"02_sft": {"num_train_epochs": 8.1}}
+    assert "control_run" not in fields["changed"]["06_evaluate"]
+    write_run(tmp_path, "r3", 3)
+    with pytest.raises(ValueError, match="'r3' has no control SFT model.* -p control_run RUN"):
+        compare.compare_groups({"recipe": ["r3"]}, system="sft_long")
+
+
 def test_intervals_stay_within_0_to_100_and_are_never_certain(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     write_run(tmp_path, "a", skill={"base": 0.0, "sft": 0.03, "grpo": 1.0})
