@@ -45,7 +45,8 @@ def test_a_variant_is_one_command_and_has_its_own_stages_alone(runs):
         assert record["branch"] == {"from": "smoke", "stages": keys}
         if stage == "06_evaluate":
             assert record["inputs"].keys() == {"01_synthesize", "03_merge", "05_grpo"}
-            assert record["taken"] == {"base": "smoke", "sft": "smoke"}
+            assert record["taken"] == {f"{system} {kind}": "smoke" for system in ("base", "sft")
+                                       for kind in ("greedy", "drawn")}
     first, second = (json.loads((runs / run / "05_grpo" / "run.json").read_text())
                      for run in ("smoke", "variant"))
     assert first["params"]["loss_type"] == "dapo" and second["params"]["loss_type"] == "dr_grpo"
@@ -75,7 +76,9 @@ def test_a_variant_goes_on_without_its_sources_name(runs):
 
 
 def test_only_replies_that_would_be_the_same_are_taken(runs):
-    """With another seed of 06 nothing is; what was taken equals what the source drew."""
+    """With another seed of 06 the greedy ones alone, and nothing with another longest reply; what
+    was taken equals what the source drew.
+    """
     drawn, taken = (runs / run / "06_evaluate" / "replies" for run in ("smoke", "variant"))
     for name in ("base_mig_bench_greedy.jsonl", "sft_mmiu_drawn.jsonl"):
         assert (taken / name).read_bytes() == (drawn / name).read_bytes()
@@ -86,4 +89,12 @@ def test_only_replies_that_would_be_the_same_are_taken(runs):
     assert result.returncode == 0, result.stderr[-3000:]
     record = json.loads((runs / "reseeded" / "06_evaluate" / "run.json").read_text())
     other = runs / "reseeded" / "06_evaluate" / "replies" / "sft_mmiu_drawn.jsonl"
-    assert record["taken"] == {} and other.read_bytes() != (drawn / other.name).read_bytes()
+    assert record["taken"] == {"base greedy": "variant", "sft greedy": "variant",
+                               "grpo greedy": "variant"}
+    assert other.read_bytes() != (drawn / other.name).read_bytes()
+    shorter = [*words[:words.index("--run-id")], "--run-id", "shorter", "--profile", "smoke",
+               "-p", "max_new_tokens", "20", "-p", "replies", "0"]
+    result = run_mig_kit(*shorter, MIG_KIT_RUNS=str(runs))
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = json.loads((runs / "shorter" / "06_evaluate" / "run.json").read_text())
+    assert record["taken"] == {}
