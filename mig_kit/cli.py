@@ -196,7 +196,8 @@ def lessons_command(run_ids: tuple[str, ...], out: Path, question: Path) -> None
 @click.option("--reference", default="", help="The group that the others are compared with.")
 @click.option("--system", default="grpo", show_default=True,
               type=click.Choice(["grpo", "sft", "base", "sft_long"]),
-              help="Whose scores are compared; sft_long: the SFT models of control runs.")
+              help="Whose scores are compared; sft_long: the SFT models of the control runs that "
+                   "06 had (control_run).")
 @click.option("--format", "form", default="md", show_default=True,
               type=click.Choice(["md", "csv", "latex"]))
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),

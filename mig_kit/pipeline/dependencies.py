@@ -20,7 +20,8 @@ DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.lesson_plots", "mig_kit.method_plots",
                 "mig_kit.engine.lesson_parts", "mig_kit.stages.report",
                 "mig_kit.stages.report_gallery", "mig_kit.stages.report_tables",
                 "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store", "mig_kit.pipeline.params",
-                "mig_kit.pipeline.run_folders", "mig_kit.pipeline.dependencies"}
+                "mig_kit.pipeline.run_facts", "mig_kit.pipeline.run_folders",
+                "mig_kit.pipeline.reuse", "mig_kit.pipeline.dependencies"}
 STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}
 MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
 

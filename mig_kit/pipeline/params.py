@@ -28,6 +28,7 @@ CURATION_STAGE = "04_rejection_sampling"
 LOSS_STAGE = "05_grpo"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
 EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "workers", "report_to")
+NAMES_OF_RUNS = ("run_id", "control_run")  # parameters that name a folder, not what is in it
 
 # every parameter whose value is one of a few words
 CHOICES = {

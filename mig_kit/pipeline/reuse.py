@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-from mig_kit.common import write_atomically, write_json
+from mig_kit.common import PROJECT_ROOT, file_sha256, write_atomically, write_json
 from mig_kit.pipeline.dependencies import notebook_code, used_definitions
 from mig_kit.pipeline.params import EXECUTION_PARAMS
 from mig_kit.pipeline.run_folders import list_sources, load_record, stage_folder
@@ -17,35 +17,41 @@ from mig_kit.pipeline.store import Stage, model_fingerprint
 
 REPLY_KEYS = "reply_keys.json"
 DRAWN_PARAMS = ("seed", "replies", "sampled_per_task")  # greedy replies do not follow from them
+MIXED = "mixed"  # instead of a key: two attempts drew them, on different servers or devices
 
 
 def take_replies(stage: Stage, models: dict[str, str | Path], hardware: str,
-                 names: tuple[str, ...]) -> dict[str, str]:
+                 suites: tuple[str, ...]) -> dict[str, str]:
     """Copy the replies that a source of this run has already; "<system> <kind>" -> that run.
 
-    models: system -> model folder; hardware: what draws, in words; names: of the suites; a kind is
-    greedy or drawn (at temperature 1). The files replies/<system>_<suite>_*.jsonl of the source's
-    same stage are taken if it has finished, with the same model, code and parameters; those that
-    drawn replies alone follow from may differ for greedy ones.
+    models: system -> model folder; hardware: what draws, in words; a kind is greedy or drawn (at
+    temperature 1). The files replies/<system>_<suite>_*.jsonl of the source's same stage are taken
+    if it has finished, with the same model, files, code and parameters. For greedy replies
+    DRAWN_PARAMS may differ.
     """
     folder = stage.folder / "replies"
     folder.mkdir(parents=True, exist_ok=True)
     keys = {f"{system} {kind}": _reply_key(stage, model, hardware, kind)
             for system, model in models.items() for kind in ("greedy", "drawn")}
-    write_json(folder / REPLY_KEYS, keys)
+    before = _read_keys(folder)  # of an interrupted attempt, whose replies stay
+    write_json(folder / REPLY_KEYS, {name: key if before.get(name, key) == key else MIXED
+                                     for name, key in keys.items()})
     taken = {}
     for run_id in list_sources(stage.run_id)[1:]:
-        drawn = stage_folder(stage.name, run_id) / "replies"
-        if load_record(stage.name, run_id) is None or not (drawn / REPLY_KEYS).is_file():
-            continue
-        drawn_keys = json.loads((drawn / REPLY_KEYS).read_text())
+        source = stage_folder(stage.name, run_id) / "replies"
+        source_keys = _read_keys(source) if load_record(stage.name, run_id) else {}
         for name, key in keys.items():
             system, kind = name.split()
-            is_there = kind == "greedy" or stage.params["replies"]
-            if is_there and name not in taken and drawn_keys.get(name) == key:
-                _copy_replies(drawn, folder, tuple(f"{system}_{suite}_" for suite in names), kind)
+            is_wanted = kind == "greedy" or stage.params["replies"]
+            if is_wanted and name not in taken and source_keys.get(name) == key:
+                _copy_replies(source, folder, tuple(f"{system}_{suite}_" for suite in suites), kind)
                 taken[name] = run_id
     return taken
+
+
+def _read_keys(folder: Path) -> dict[str, str]:
+    path = folder / REPLY_KEYS
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str:
@@ -53,10 +59,12 @@ def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str
     if kind == "greedy":
         left_out.update(DRAWN_PARAMS)
     params = {name: value for name, value in stage.params.items() if name not in left_out}
+    files = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
+             if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
     code = [used_definitions(stage.name), notebook_code(stage.name)]
     questions = stage.inputs["01_synthesize"]["val.parquet"]  # of own data; else they are drawn
-    text = json.dumps([kind, model_fingerprint(str(model)), params, hardware, code, questions],
-                      sort_keys=True)
+    text = json.dumps([kind, model_fingerprint(str(model)), params, files, hardware, code,
+                       questions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -30,11 +30,13 @@ from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
 from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
+    NAMES_OF_RUNS,
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
     stage_parameters,
     validate_params,
 )
+from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.pipeline.run_folders import (
     find_owner,
     load_record,
@@ -60,7 +62,6 @@ RECIPE = tuple(stage for stage in STAGES if stage < "08")
 COLD_START = ("02_sft", "03_merge")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
             "papermill", "numpy", "pillow")
-NAMES_OF_RUNS = ("run_id", "control_run")  # parameters that name a folder, not what is in it
 LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
 
 
@@ -286,7 +287,9 @@ class Stage:
                    for path in _output_files(self.folder)}
         write_json(self.folder / "run.json", {
             "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
-            "inputs": self.inputs, "branch": self.branch, "outputs": outputs, "summary": summary,
+            "inputs": self.inputs, "branch": self.branch,
+            "control": describe_control(self.params.get("control_run", "")),
+            "outputs": outputs, "summary": summary,
             "versions": package_versions(), "machine": describe_cpu(), "git": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(time.monotonic() - self.clock, 1), **facts})

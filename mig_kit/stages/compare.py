@@ -31,6 +31,8 @@ from mig_kit.stats import (
 )
 
 OUT_OF_DOMAIN = "ood_grounding"
+FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},  # system -> of runs, and as headings
+         "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
 TABLE_COLUMNS = ("suite", "compared")  # of the paper's claims, where the groups are columns, too
 
 
@@ -83,22 +85,15 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     that a run scores higher than one of NAME on a task (rliable, arXiv 2108.13264). by_run: the
     value of each run, or of each pair of runs; [] where the difference is of no pairs. is_same: of
     a difference, whether both sides answer the same questions correctly. runs: {group, run,
-    data_seed, seed, tokens, minutes, git, machine}. notes: sentences on what the intervals do not
-    cover.
+    data_seed, seed, tokens, minutes, control_minutes, git, machine}. notes: sentences on what the
+    intervals do not cover.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:
         raise ValueError(f"there is no group '{reference}' to compare with; the groups are "
                          f"{', '.join(groups)}")
     samples, runs = load_groups(groups)
-    without = [run.run_id for members in runs.values() for run in members
-               if system not in run.correct]
-    if without:
-        reason = ("it was evaluated without a control_run; run 06 again with -p control_run RUN"
-                  if system == "sft_long" else
-                  "it had no cold start; leave it out, or compare the GRPO models")
-        raise ValueError(f"run '{without[0]}' has no {plots.SYSTEM_LABELS[system]} model, for "
-                         f"{reason}")
+    _require_system(system, groups, runs)
     scopes, rows = _scopes(samples), []
     for name, members in runs.items():
         for suite, scope in scopes.items():
@@ -107,10 +102,27 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
                 rows.append(_difference_row(system, (name, members), (reference, runs[reference]),
                                             suite, scope))
     facts = [{"group": name, "run": run.run_id, "data_seed": run.data_seed, "seed": run.seed,
-              "tokens": run.tokens, "minutes": run.minutes, "git": run.git, "machine": run.machine}
+              "tokens": run.tokens, "minutes": run.minutes,
+              "control_minutes": run.control.get("minutes", np.nan), "git": run.git,
+              "machine": run.machine}
              for name, members in runs.items() for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": list_notes(runs, reference, system) + _sameness_notes(rows, reference, system)}
+
+
+def _require_system(system: str, groups: dict[str, list[str]],
+                    runs: dict[str, list[EvaluatedRun]]) -> None:
+    """ValueError that names the runs without such a model."""
+    without = [member for name, members in groups.items()
+               for member, run in zip(members, runs[name]) if system not in run.correct]
+    if not without:
+        return
+    reason = ("no cold start; leave them out, or compare the GRPO models"
+              if system == "sft" else
+              "no control run; leave them out, or evaluate a branch: mig-kit run 06 --from RUN "
+              "--run-id NAME -p control_run CONTROL, with the other parameters of their 06")
+    raise ValueError(f"these runs have no {plots.SYSTEM_LABELS[system]} model, for they had "
+                     f"{reason}: {', '.join(without)}")
 
 
 def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
@@ -228,8 +240,9 @@ def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
     names = [group for group, is_same in same.items() if is_same]
     if not names:
         return []
-    reason = ("All runs may have one base." if system == "base" else
-              "So it is where a branch has a model of its source.")
+    reason = {"base": "All runs may have one base.",
+              "sft_long": "So it is where runs share a control run."}.get(
+                  system, "So it is where a branch has a model of its source.")
     return [f"Every {plots.SYSTEM_LABELS[system]} model compared answers the same questions "
             f"correctly as that of {reference} beside it: {', '.join(names)}. {reason}"]
 
@@ -245,14 +258,14 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
     rows = result["rows"]
     system = result["system"]
     frames = {f"{plots.SYSTEM_LABELS[system]} model, percent (95 %)":
-              _wide_frame(rows, system, result["runs"] if system == "grpo" else None)}
+              _wide_frame(rows, system, result["runs"])}
     differences = [row for row in rows if row["figure"].startswith("vs ")]
     if differences:
         figure = differences[0]["figure"]
         frames[f"Difference to {result['reference']}, points (95 %; probability of improvement)"] \
             = _wide_frame(rows, figure)
     if system == "sft_long":  # what the control run is for
-        frames["GRPO less control SFT, points (95 %)"] = _wide_frame(rows, "grpo-sft_long")
+        frames["GRPO over control SFT, points (95 %)"] = _wide_frame(rows, "grpo-sft_long")
     claims = _claims_frame(rows)
     if len(claims) and system == "grpo":  # none for runs that were scored on own data alone
         frames["The paper's claims, points (95 %)"] = claims
@@ -260,18 +273,17 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
 
 
 def _wide_frame(rows: list[dict], figure: str, runs: list[dict] | None = None) -> pd.DataFrame:
-    """A line per group, a column per suite; with runs also their number, tokens and minutes."""
+    """A line per group, a column per suite; with runs also FACTS of the system, means over runs."""
     lines: dict[str, dict] = {}
     for row in rows:
         if row["figure"] != figure:
             continue
         line = lines.setdefault(row["group"], {"group": row["group"], "runs": row["runs"]})
         line[suite_name(row["suite"])] = _cell(row)
-    if runs:
-        facts = pd.DataFrame(runs).groupby("group")[["tokens", "minutes"]].mean()
+    if runs and figure in FACTS:
+        facts = pd.DataFrame(runs).groupby("group")[list(FACTS[figure])].mean()
         for group, line in lines.items():
-            line["tokens"], line["minutes"] = (f"{facts.loc[group, name]:.0f}"
-                                               for name in ("tokens", "minutes"))
+            line |= {word: f"{facts.loc[group, name]:.0f}" for name, word in FACTS[figure].items()}
     return pd.DataFrame(list(lines.values()))
 
 
@@ -341,7 +353,7 @@ def render_table(result: dict, form: str = "md") -> str:
         table["by_run"] = table["by_run"].map(lambda values: "; ".join(map(repr, values)))
         is_difference = table["figure"].str.startswith("vs ")
         table.insert(3, "system", np.where(is_difference, result["system"], ""))
-        for name in ("tokens", "minutes"):
+        for name in ("tokens", "minutes", "control_minutes"):
             table[name] = table["group"].map(facts[name].mean())
         for name in ("git", "machine"):
             words = facts[name].agg(lambda values: "; ".join(values.unique()))

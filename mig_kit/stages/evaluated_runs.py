@@ -7,7 +7,7 @@ where the runs themselves are not at hand.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, write_json
 from mig_kit.pipeline import store
-from mig_kit.pipeline.params import EXECUTION_PARAMS, profile_params
+from mig_kit.pipeline.run_facts import changed_params, model_digest
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.world import suites
@@ -23,14 +23,15 @@ from mig_kit.world import suites
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "find_all_per_task", "min_pixels",
                  "max_pixels", "coordinates")
-SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: the SFT model of 06's control_run
+SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: of the control run
 
 
 @dataclass(frozen=True)
 class EvaluatedRun:
     """What a comparison reads of a run. data_seed: the seed of 01; seed: that of 05; correct: of
     system and suite, (samples,) 0 or 1; tokens: of a reply in 05's last ten updates; minutes: of
-    stages 02 to 05; start_from: what 05 trained, as its parameter says it.
+    stages 02 to 05; start_from: what 05 trained, as its parameter says it; control: of
+    `run_facts.describe_control`.
     """
 
     run_id: str
@@ -42,13 +43,14 @@ class EvaluatedRun:
     git: str
     machine: str
     start_from: str = "merged"
+    control: dict = field(default_factory=dict)
 
 
 def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
     """Run id, or file of a recorded run -> parameters of its 06_evaluate.
 
     Raises FileNotFoundError for a run without one; ValueError if a model was trained again since,
-    or if the test samples differ.
+    that of a control run too, or if the test samples differ.
     """
     evaluations = {}
     for run_id in run_ids:
@@ -63,6 +65,12 @@ def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
             raise ValueError(f"the scores of run '{run_id}' are of a model before {stale_input} "
                              f"was run again; run: mig-kit run 06 --run-id {run_id}, with the "
                              "--profile of that run")
+        control = record.get("control", {})
+        now = model_digest(control["run_id"]) if control else ""
+        if now and now != control["model"]:
+            raise ValueError(f"run '{run_id}' was evaluated beside an earlier model of its control "
+                             f"run '{control['run_id']}'; run its 06 again, or bring that model "
+                             "back")
         evaluations[run_id] = record["params"]
     for name in SAMPLE_PARAMS:
         by_run = {run: params.get(name, 0) for run, params in evaluations.items()}
@@ -105,8 +113,8 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]],
     stages = [store.load_record(stage, run_id) or {} for stage in store.RECIPE[2:6]]
     curves = store.read_metrics(store.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
-    has_model = {"sft": store.has_cold_start(run_id),
-                 "sft_long": bool(record["params"].get("control_run"))}
+    control = record.get("control", {})
+    has_model = {"sft": store.has_cold_start(run_id), "sft_long": bool(control)}
     correct = {system: {suite: _correctness(run_id, system, suite, samples[suite], box_format)
                         for suite in samples}
                for system in SYSTEMS if has_model.get(system, True)}
@@ -117,7 +125,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]],
         float(np.mean(lengths)) if lengths else float("nan"),
         sum(stage.get("seconds", 0) for stage in stages) / 60,
         record.get("git", ""), record.get("machine", ""),
-        trained.get("params", {}).get("start_from", "merged"))
+        trained.get("params", {}).get("start_from", "merged"), control)
 
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
@@ -142,8 +150,8 @@ def record_run(run_id: str, folder: Path) -> Path:
 
     It holds the run's seeds, figures, machine and commit, the correctness of every greedy reply as
     "0" and "1" in the order of the samples, and per stage the parameters that differ from the tiny
-    profile's; those of a control run are under "control_changed". Raises as `load_evaluations`;
-    ValueError for a run that was scored on own data, whose questions cannot be drawn again.
+    profile's. Raises as `load_evaluations`; ValueError for a run that was scored on own data, whose
+    questions cannot be drawn again.
     """
     if is_recorded(run_id):
         raise ValueError(f"{run_id} is a recorded run already; name a run")
@@ -158,31 +166,11 @@ def record_run(run_id: str, folder: Path) -> Path:
                                   for suite, values in by_suite.items()}
                          for system, by_suite in run.correct.items()}
     fields["params"] = {name: params.get(name, 0) for name in SAMPLE_PARAMS}
-    fields["changed"] = changed_params(run_id)
-    if control := params.get("control_run"):
-        fields["control_changed"] = changed_params(control)
+    fields["changed"] = changed_params(run_id, store.RECIPE[1:7])
     path = folder / f"{run_id}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, fields)
     return path
-
-
-def changed_params(run_id: str) -> dict[str, dict]:
-    """Stage -> its parameters that differ from the tiny profile's, for the finished stages 01 to
-    06; those that only say how a stage ran, and where, or name a run are left out.
-    """
-    changed = {}
-    for stage in store.RECIPE[1:7]:
-        record = store.load_record(stage, run_id)
-        if record is None:
-            continue
-        defaults = profile_params(stage)
-        differing = {name: value for name, value in record["params"].items()
-                     if name in defaults and value != defaults[name]
-                     and name not in (*EXECUTION_PARAMS, *store.NAMES_OF_RUNS)}
-        if differing:
-            changed[stage] = differing
-    return changed
 
 
 def read_recorded(path: str) -> dict:
@@ -200,6 +188,7 @@ def read_recorded(path: str) -> dict:
                                                 ("start_from", "05_grpo", "start_from", "merged")):
             changed = fields.get("changed", {}).get(stage, {})
             fields.setdefault(name, changed.get(parameter, default))
+        fields.setdefault("control", {})
         missing = [name for name in (*EvaluatedRun.__annotations__, "params") if name not in fields]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no recorded run ({error}); make it again with mig-kit record"

@@ -33,7 +33,7 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
     """Sentences on what the intervals do not cover, and on pairs; runs: of each group."""
     notes = []
     if system != "base":  # nothing was trained
-        notes += _score_notes(runs)
+        notes += _score_notes(runs, system)
     notes += _pairing_notes({name: members for name, members in runs.items() if name != reference},
                             reference, runs[reference])
     if len({run.git for members in runs.values() for run in members}) > 1:
@@ -41,22 +41,29 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
     return notes
 
 
-def _score_notes(runs: dict[str, list[EvaluatedRun]]) -> list[str]:
+def _score_notes(runs: dict[str, list[EvaluatedRun]], system: str) -> list[str]:
     notes = []
     alone = [name for name, members in runs.items() if len(members) == 1]
     if alone:
         notes.append(f"One run each: {', '.join(alone)}. The intervals of their scores are over "
                      "test samples alone; another seed may move a score by more.")
-    sharing = []
-    for name, members in runs.items():
-        seeds = [run.data_seed for run in members if "sft" in run.correct]
-        if len(set(seeds)) < len(seeds):
-            sharing.append(name)
+    sharing = [name for name, members in runs.items()
+               if _repeat([run.data_seed for run in members if "sft" in run.correct])]
+    controls = [name for name, members in runs.items()
+                if system == "sft_long" and _repeat([run.control["model"] for run in members])]
+    if controls:
+        notes.append("Some runs share a control run, whose SFT model is counted as often. The "
+                     "interval counts them as independent and says too little about another such "
+                     f"model: {', '.join(controls)}.")
     if sharing:
         notes.append("Some runs have the same seed of 01, so they may share a cold start. The "
                      "interval counts them as independent and says too little about other cold "
                      f"starts: {', '.join(sharing)}.")
     return notes
+
+
+def _repeat(values: list) -> bool:
+    return len(set(values)) < len(values)
 
 
 def _pairing_notes(groups: dict[str, list[EvaluatedRun]], reference: str,

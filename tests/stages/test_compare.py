@@ -16,6 +16,8 @@ from command_line import run_mig_kit
 
 from mig_kit import plots
 from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.common import write_json
+from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.prompts import format_answer
 from mig_kit.stages import compare, evaluated_runs, run_pairs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
@@ -239,38 +241,78 @@ def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
     assert "SFT models" in figure.get_suptitle()
     plots.plt.close(figure)
     monkeypatch.setattr(evaluated_runs.store, "has_cold_start", lambda run: run != "dr_grpo-1")
-    with pytest.raises(ValueError, match="'dr_grpo-1' has no SFT model"):
+    with pytest.raises(ValueError, match="no SFT model, .* no cold start; .*: dr_grpo-1"):
         compare.compare_groups(groups, system="sft")
 
 
-def test_the_sft_model_of_a_control_run_is_compared(tmp_path, monkeypatch):
-    """By hand: GRPO less control SFT of each run, from folders and from recorded runs."""
+CONTROL_SKILL = {"base": 0.2, "sft": 0.5, "grpo": 0.8, "sft_long": 0.5}
+
+
+def leave_control(root, run_id, weights="1", **changed):
+    """A run with SFT stages alone, of 12 minutes."""
+    for stage, seconds, outputs in (("02_sft", 600, {}),
+                                    ("03_merge", 120, {"merged/model.safetensors": weights})):
+        (root / run_id / stage).mkdir(parents=True, exist_ok=True)
+        write_json(root / run_id / stage / "run.json",
+                   {"params": changed, "seconds": seconds, "outputs": outputs})
+
+
+def evaluate_beside(root, run_id, control, *write_arguments, **write_names):
+    """A run as `write_run` leaves it, evaluated beside a control run."""
+    correct = write_run(root, run_id, *write_arguments, **write_names, skill=CONTROL_SKILL)
+    path = root / run_id / "06_evaluate" / "run.json"
+    write_json(path, json.loads(path.read_text()) | {"control": describe_control(control)})
+    return correct
+
+
+def test_the_sft_models_of_control_runs_are_compared(tmp_path, monkeypatch):
+    """By hand: GRPO over control SFT of each run, from folders and from recorded runs."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    skill = {"base": 0.2, "sft": 0.5, "grpo": 0.8, "sft_long": 0.5}
-    values = {seed: write_run(tmp_path, f"r{seed}", seed, skill, control_run="long")
-              for seed in range(3)}
+    values = {}
+    for seed in range(3):
+        leave_control(tmp_path, f"long{seed}", f"{seed}", num_train_epochs=8.1)
+        values[seed] = evaluate_beside(tmp_path, f"r{seed}", f"long{seed}", seed)
     groups = {"recipe": ["r0", "r1", "r2"]}
     result = compare.compare_groups(groups, system="sft_long")
     (row,) = [row for row in result["rows"] if row["suite"] == "mig_bench"
               and row["figure"] == "grpo-sft_long"]
     expected = [plain_score(correct["grpo", "mig_bench"])
                 - plain_score(correct["sft_long", "mig_bench"]) for correct in values.values()]
-    assert row["by_run"] == pytest.approx(expected)
+    assert row["by_run"] == pytest.approx(expected) and result["notes"] == []
     text = compare.render_table(result)
     assert text.startswith("control SFT model, percent (95 %)")
-    assert "GRPO less control SFT, points (95 %)\n\n| group | runs | MIG-Bench-like" in text
+    assert "minutes to GRPO | minutes of control SFT |" in text and "| 5 | 12 |" in text
+    assert "GRPO over control SFT, points (95 %)\n\n| group | runs | MIG-Bench-like" in text
     assert f"| {statistics.fmean(expected):+.1f} (" in text
-    (tmp_path / "long" / "02_sft").mkdir(parents=True)
-    (tmp_path / "long" / "02_sft" / "run.json").write_text('{"params": {"num_train_epochs": 8.1}}')
+    assert "12.0" in compare.render_table(result, "csv")
     files = [evaluated_runs.record_run(run, tmp_path / "kept") for run in groups["recipe"]]
     again = compare.compare_groups({"recipe": list(map(str, files))}, system="sft_long")
-    assert again["rows"] == result["rows"]
+    assert again == result
     fields = json.loads(files[0].read_text())
-    assert fields["control_changed"] == {"02_sft": {"num_train_epochs": 8.1}}
+    assert fields["control"]["changed"] == {"02_sft": {"num_train_epochs": 8.1}}
     assert "control_run" not in fields["changed"]["06_evaluate"]
-    write_run(tmp_path, "r3", 3)
-    with pytest.raises(ValueError, match="'r3' has no control SFT model.* -p control_run RUN"):
-        compare.compare_groups({"recipe": ["r3"]}, system="sft_long")
+
+
+def test_a_control_run_that_is_shared_missing_or_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    leave_control(tmp_path, "long")
+    for seed in range(2):
+        evaluate_beside(tmp_path, f"r{seed}", "long", seed)
+    write_run(tmp_path, "without", 3)
+    groups = {"recipe": ["r0", "r1"], "other": ["without"]}
+    with pytest.raises(ValueError, match="no control SFT model, .* 06 --from RUN .*: without$"):
+        compare.compare_groups(groups, system="sft_long")
+    figures = {row["figure"] for row in compare.compare_groups(groups)["rows"]
+               if row["group"] == "other"}
+    assert "grpo" in figures and "sft_long" not in figures, "the other models are compared"
+    (note,) = compare.compare_groups({"recipe": ["r0", "r1"]}, system="sft_long")["notes"]
+    assert note.startswith("Some runs share a control run") and note.endswith(": recipe.")
+    leave_control(tmp_path, "long", "2")
+    with pytest.raises(ValueError, match="'r0' .* an earlier model of its control run 'long'"):
+        compare.compare_groups({"recipe": ["r0", "r1"]})
+    shutil.rmtree(tmp_path / "long")
+    path = evaluated_runs.record_run("r0", tmp_path / "kept")
+    assert json.loads(path.read_text())["control"]["minutes"] == 12, "06 knows what it was"
 
 
 def test_intervals_stay_within_0_to_100_and_are_never_certain(tmp_path, monkeypatch):
