@@ -9,11 +9,11 @@ import json
 import shutil
 from pathlib import Path
 
-from mig_kit.common import PROJECT_ROOT, file_sha256, write_atomically, write_json
+from mig_kit.common import write_atomically, write_json
 from mig_kit.pipeline.dependencies import notebook_code, used_definitions
 from mig_kit.pipeline.params import EXECUTION_PARAMS
 from mig_kit.pipeline.run_folders import list_sources, load_record, stage_folder
-from mig_kit.pipeline.store import Stage, model_fingerprint
+from mig_kit.pipeline.store import Stage, hash_named_files, model_fingerprint
 
 REPLY_KEYS = "reply_keys.json"
 DRAWN_PARAMS = ("seed", "replies", "sampled_per_task")  # greedy replies do not follow from them
@@ -59,12 +59,10 @@ def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str
     if kind == "greedy":
         left_out.update(DRAWN_PARAMS)
     params = {name: value for name, value in stage.params.items() if name not in left_out}
-    files = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
-             if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
     code = [used_definitions(stage.name), notebook_code(stage.name)]
     questions = stage.inputs["01_synthesize"]["val.parquet"]  # of own data; else they are drawn
-    text = json.dumps([kind, model_fingerprint(str(model)), params, files, hardware, code,
-                       questions], sort_keys=True)
+    text = json.dumps([kind, model_fingerprint(str(model)), params, hash_named_files(params),
+                       hardware, code, questions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

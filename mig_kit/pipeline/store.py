@@ -108,8 +108,7 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
               for name in input_stages(stage, run_id)}
     if stage not in STAGES_OF_PICTURES:
         inputs = {name: _stage_products(outputs) for name, outputs in inputs.items()}
-    files = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
-             if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
+    files = hash_named_files(params)
     files |= {name: file_sha256(split_function_name(name)[0])
               for name in params.get("rewards", ()) if ":" in name}
     if params.get("base_model"):
@@ -123,6 +122,12 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
               if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
     text = json.dumps([params, files, inputs, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_named_files(params: dict) -> dict[str, str]:
+    """SHA-256 of the files that parameters ending in "_file" name, where they are there."""
+    return {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
+            if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
 
 
 def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:

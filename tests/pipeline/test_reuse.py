@@ -18,7 +18,7 @@ GREEDY = {name for name in FILES if not name.endswith("_drawn.jsonl")}
 def root(tmp_path, monkeypatch):
     """A folder of runs, "a" and its branch "b", and of model folders and an annotation file."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
-    for system in ("base", "sft", "sft_long", "grpo"):
+    for system in ("base", "sft", "sft_long"):
         (tmp_path / system).mkdir()
         (tmp_path / system / "model.safetensors").write_text(system)
     (tmp_path / "notes.json").write_text("[]")
