@@ -23,12 +23,13 @@ for name, value in PROCESS_ENVIRONMENT.items():
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests of the smoke run last, but one, which makes it while another process runs the
-    others: else that process would wait for it.
+    """Put the tests of the smoke run last; where several processes share the tests, but one, which
+    makes it while another process runs the others: else that process would wait for it.
     """
     of_smoke = [item for item in items if {"smoke_runs", "undisturbed"} & set(item.fixturenames)]
     others = [item for item in items if item not in of_smoke]
-    items[:] = [*of_smoke[:1], *others, *of_smoke[1:]]
+    first = 1 if "PYTEST_XDIST_WORKER" in os.environ else 0
+    items[:] = [*of_smoke[:first], *others, *of_smoke[first:]]
 
 
 @pytest.fixture(scope="session")

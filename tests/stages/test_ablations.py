@@ -27,9 +27,11 @@ def read_command(text):
 TABLES = [read_command(text) for text in
           re.findall(r"^mig-kit table ((?:.*\\\n)*.*)$", PAGE, re.MULTILINE)]
 RUNS = {}  # arm -> the records of its runs, over all tables
-for table_groups, _ in TABLES:
+CONTROLS = {}  # the same of runs that were evaluated beside a control run
+for table_groups, table_system in TABLES:
     for group, group_runs in table_groups.items():
-        RUNS[group] = sorted({*RUNS.get(group, []), *group_runs})
+        members = CONTROLS if table_system == "sft_long" else RUNS
+        members[group] = sorted({*members.get(group, []), *group_runs})
 # arm -> the words of its command, of the table of commands
 COMMANDS = {name: shlex.split(words) for name, words in
             re.findall(r"^\| ([^|]+) \| `([^`]+)` \|", PAGE, re.MULTILINE)}
@@ -59,15 +61,30 @@ def test_the_summary_is_that_of_the_tables():
 
 
 def test_every_record_is_in_the_table():
-    named = [run.removeprefix("ablations/") for runs in RUNS.values() for run in runs]
+    named = [run.removeprefix("ablations/") for runs in (RUNS | CONTROLS).values() for run in runs]
     assert sorted(named) == sorted(path.name for path in (GUIDE / "ablations").glob("*.json"))
+
+
+def read_words(arm):
+    """(words, parameters that they set) of an arm's command."""
+    words = COMMANDS[arm]
+    return words, {name: yaml.safe_load(value) for flag, name, value
+                   in zip(words, words[1:], words[2:]) if flag == "-p"}
+
+
+@pytest.mark.parametrize("arm", CONTROLS)
+def test_a_command_sets_what_its_control_runs_record(arm):
+    words, set_here = read_words(arm)
+    for run in CONTROLS[arm]:
+        control = read_recorded(str(GUIDE / run))["control"]
+        changed = {name: value for values in control["changed"].values()
+                   for name, value in values.items() if name != "seed"}
+        assert changed == set_here and set_here and words[:2] == ["02", "03"]
 
 
 @pytest.mark.parametrize("arm", [name for name in RUNS if name != "recipe"])
 def test_a_command_sets_what_its_runs_record(arm):
-    words = COMMANDS[arm]
-    set_here = {name: yaml.safe_load(value) for flag, name, value
-                in zip(words, words[1:], words[2:]) if flag == "-p"}
+    words, set_here = read_words(arm)
     for run in RUNS[arm]:
         record = read_recorded(str(GUIDE / run))
         assert record["seed"] == set_here.pop("seed", record["seed"])
