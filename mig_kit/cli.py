@@ -33,7 +33,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit("interrupted; the same command goes on where this one stopped")
+        words = "the same command without --force" if "--force" in sys.argv else "the same command"
+        sys.exit(f"interrupted; {words} goes on where this one stopped")
     except OSError as error:
         sys.exit(f"mig-kit: {error}")
     except (ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:
@@ -157,6 +158,7 @@ def diff(run_a: str, run_b: str) -> None:
 def report_command(run_a: str, run_b: str, out: Path) -> None:
     """Two runs on one page: scores, training, and what differs."""
     from mig_kit.pipeline import differences
+    from mig_kit.pipeline.run_folders import run_command
     from mig_kit.stages import report
 
     metrics: dict[str, dict] = {run_a: {}, run_b: {}}
@@ -164,7 +166,7 @@ def report_command(run_a: str, run_b: str, out: Path) -> None:
         for stage in ("05_grpo", "06_evaluate"):
             if store.load_record(stage, run_id) is None:
                 raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; "
-                                        f"run: mig-kit run --run-id {run_id}")
+                                        f"run: {run_command(stage, run_id)}")
             by_stage[stage] = store.read_metrics(store.stage_folder(stage, run_id))
     out.write_text(report.two_run_page(metrics, differences.list_differences(run_a, run_b)))
     click.echo(f"report: {out}")

@@ -62,7 +62,7 @@ def set_style() -> None:
     sns.set_theme(style="whitegrid", context="notebook", rc={
         "figure.figsize": (WIDTH, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True,
         "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "legend.fontsize": 9, "figure.titlesize": 11})
+        "legend.fontsize": 9, "figure.titlesize": 11, "text.parse_math": False})  # names hold "$"
 
 
 def _set_title(axes: Axes, title: str, width: int = 80) -> None:

@@ -80,11 +80,6 @@ def percent_interval(groups: list[np.ndarray]) -> list[float]:
     return [to_percent(bound) for bound in bootstrap_interval(groups)]
 
 
-def paired_gap(groups: list[np.ndarray]) -> dict:
-    """{"value", "ci95"} in points of paired differences; groups: (n,) differences of each task."""
-    return {"value": to_percent(macro_mean(groups)), "ci95": percent_interval(groups)}
-
-
 def sum_by_list(values: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """((k,) sum of the values, (k,) number of questions) of each of the k lists of images.
 
@@ -183,7 +178,9 @@ def percent_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]]) -> lis
 
 
 def paired_gap_by_list(groups: list[tuple[np.ndarray, np.ndarray]]) -> dict:
-    """`paired_gap` with the interval of `percent_interval_by_list`; groups: (gaps, lists)."""
+    """{"value", "ci95"} in points of paired differences, with the interval of
+    `percent_interval_by_list`; groups: ((n,) differences, (n,) lists) of each task.
+    """
     return {"value": to_percent(macro_mean([gaps for gaps, _ in groups])),
             "ci95": _percent_interval(groups, gap_interval_by_list)}
 

@@ -98,6 +98,16 @@ def test_scores_are_where_their_numbers_are():
     plt.close(figure)
 
 
+def test_a_dollar_in_the_name_of_a_task_is_no_formula():
+    """Two of them would enclose one, and matplotlib would raise on what it cannot read."""
+    plots.set_style()
+    rows = [{"task": "cost in $_$ or \\$", "system": "base", "acc@0.5": 10.0,
+             "ci95": [5.0, 15.0], "n": 4}]
+    figure = plots.plot_scores(rows, "task", "a $\\x$ b", "acc@0.5")
+    figure.canvas.draw()
+    plt.close(figure)
+
+
 def test_stacked_pieces_add_up_and_name_their_sum():
     figure = plots.plot_stacked({"sft": {"correct": 30, "no answer": 10, "x": 0}}, "t")
     axis = figure.axes[0]

@@ -21,7 +21,10 @@ from mig_kit.sample import Sample
 # parameters of GRPOConfig that `SharedPrefixGRPOTrainer` does not read
 NOT_SHARED = {"top_k", "min_p", "repetition_penalty", "multi_objective_aggregation",
               "entropy_coef", "use_adaptive_entropy", "steps_per_generation",
-              "generation_batch_size", "use_vllm", "log_completions"}
+              "generation_batch_size", "use_vllm", "log_completions", "chat_template_kwargs",
+              "pad_to_multiple_of", "cache_implementation", "use_transformers_continuous_batching",
+              "use_transformers_paged", "log_unique_prompts", "log_multimodal",
+              "num_completions_to_print"}
 
 
 def group_advantages(reward: torch.Tensor, group: int,
@@ -78,7 +81,7 @@ class SharedPrefixGRPOTrainer(ResumableGRPOTrainer):
     memory, and one more forward pass. served: draws the completions from servers; None: in here.
     difficulty_weight: multiply advantages by `difficulty_weights`. prompt_pool: draw completions to
     so many times the prompts of an update, in one process, and learn from the groups whose rewards
-    vary most; what is logged is about these.
+    vary most; what is logged is about these, but for detail/*, which is about all.
     """
 
     def __init__(self, *args, samples: Sequence[Sample], cache: PromptCache, autocast: bool,

@@ -6,6 +6,7 @@ from mig_kit.pipeline.run_folders import (
     load_branch,
     record_branch,
     require_own_stage,
+    run_command,
 )
 from mig_kit.pipeline.run_lock import lock_run, unlock_run
 
@@ -49,8 +50,8 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
     for stage in inherited:
         if store.load_record(stage, source) is None:
             raise FileNotFoundError(
-                f"run '{source}' has no finished {stage} to start from; run: mig-kit run "
-                f"{stage[:2]} --run-id {source}, with the --profile of that run")
+                f"run '{source}' has no finished {stage} to start from; run: "
+                f"{run_command(stage, source)}")
     return inherited
 
 
@@ -77,10 +78,14 @@ def start_branch(source: str, run_id: str, *stages: str) -> None:
     Nothing is copied. Does nothing where the run is that branch already; raises as `check_branch`.
     """
     store.validate_run_id(run_id)
-    if inherited := check_branch(source, run_id, list(stages)):
-        folder = store.runs_root() / run_id
-        lock_run(folder)
-        record_branch(run_id, source, inherited)
+    if not check_branch(source, run_id, list(stages)):
+        return
+    folder = store.runs_root() / run_id
+    lock_run(folder)
+    try:  # another process may have made it a branch, or given it stages of its own
+        if inherited := check_branch(source, run_id, list(stages)):
+            record_branch(run_id, source, inherited)
+    finally:
         unlock_run(folder)
 
 

@@ -13,6 +13,8 @@ from huggingface_hub import HfApi, ModelCardData
 from mig_kit.boxes import Coordinates
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
+from mig_kit.pipeline.cold_start import NEEDS_SFT
+from mig_kit.pipeline.run_folders import run_command
 from mig_kit.plots import suite_name
 
 CARD = """---
@@ -34,6 +36,12 @@ Replies hold reasoning in `<think>` and, in `<answer>`, JSON with the image's nu
 {coordinates}. For research only: {seen}
 """
 
+RECIPES = {  # by start_from of 05
+    "merged": "cold start, QLoRA, merge, rejection sampling, GRPO",
+    "adapter": "cold start, QLoRA, rejection sampling, GRPO of the same adapter",
+    "base": "rejection sampling and GRPO from the base, without a cold start",
+}
+
 
 def model_card(run_id: str) -> str:
     """The model card of a run's GRPO model: origin, recipe, scores and what it is not for.
@@ -41,7 +49,7 @@ def model_card(run_id: str) -> str:
     Raises FileNotFoundError for a run without finished 05_grpo and 06_evaluate, ValueError where
     the scores are not this model's.
     """
-    has_sft = store.has_cold_start(run_id)
+    has_sft, data = store.has_cold_start(run_id), _data_of(run_id)
     records = {stage: _require_fresh_record(stage, run_id)
                for stage in ("02_sft", "05_grpo", "06_evaluate") if has_sft or stage > "03"}
     metrics = store.read_metrics(store.stage_folder("06_evaluate", run_id))
@@ -49,36 +57,49 @@ def model_card(run_id: str) -> str:
     base = params["base_model"]
     is_on_hub = (re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
                  and not (PROJECT_ROOT / "notebooks" / base).exists())
-    is_tiny = base == "tiny"
+    is_tiny, start = base == "tiny", params.get("start_from", "merged")
+    from_sft = has_sft and start in NEEDS_SFT
     metadata = ModelCardData(
         license="apache-2.0" if is_tiny else "other", library_name="transformers",
         pipeline_tag="image-text-to-text", base_model=base if is_on_hub else None,
         tags=["multi-image-grounding", "grpo", "mig-kit"])
     return CARD.format(
         metadata=metadata.to_yaml(), run_id=run_id, base=base if is_on_hub else Path(base).name,
-        steps=params["max_steps"], seed=params["seed"], rows="\n".join(_score_rows(metrics)),
+        steps=params["max_steps"], seed=params["seed"], 
+        rows="\n".join(_score_rows(metrics, "sft" if from_sft else "base")),
         coordinates=Coordinates(params["coordinates"]).description,
-        start="SFT" if has_sft else "base",
-        recipe="cold start, QLoRA, merge, rejection sampling, GRPO" if has_sft
-        else "rejection sampling and GRPO from the base, without a cold start",
-        seen="it has only ever seen drawn scenes." if is_tiny
-        else "it was measured on drawn scenes only; name the base model's licence first.")
+        start="SFT" if from_sft else "base",
+        recipe=RECIPES.get(start if has_sft else "base", "GRPO from another model's folder"),
+        seen=_describe_data(is_tiny, data))
+
+
+def _data_of(run_id: str) -> str:
+    record = store.load_record("01_synthesize", run_id) or {}
+    return record.get("params", {}).get("data", "scenes")
+
+
+def _describe_data(is_tiny: bool, data: str) -> str:
+    if data == "scenes":
+        seen = ("it has only ever seen drawn scenes" if is_tiny
+                else "RL and its measurement saw drawn scenes only")
+    else:
+        seen = f"trained on other data than drawn scenes ({data}), whose licence may bind it"
+    return f"{seen}." if is_tiny else f"{seen}; name the base model's licence first."
 
 
 def _require_fresh_record(stage: str, run_id: str) -> dict:
     record = store.load_record(stage, run_id)
     if record is None:
         raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; "
-                                f"run: mig-kit run --run-id {run_id}")
+                                f"run: {run_command(stage, run_id)}")
     if stale_input := store.find_stale_input(stage, run_id):
         raise ValueError(f"{stage} of run '{run_id}' finished before {stale_input} was run again; "
-                         f"run: mig-kit run --run-id {run_id}, with the --profile of that run")
+                         f"run: {run_command(stage, run_id)}")
     return record
 
 
-def _score_rows(metrics: dict) -> list[str]:
+def _score_rows(metrics: dict, start: str) -> list[str]:
     rows = []
-    start = "sft" if "sft" in metrics["systems"] else "base"
     for suite, result in metrics["systems"]["grpo"].items():
         before = metrics["systems"][start][suite]["score"]
         difference = metrics["deltas"][f"grpo-{start}"][suite]

@@ -29,6 +29,7 @@ from mig_kit.pipeline.lesson_outputs import (
     web_formulas,
 )
 from mig_kit.pipeline.params import list_profiles, profile_params
+from mig_kit.pipeline.run_folders import run_command
 
 LESSONS = PROJECT_ROOT / "notebooks" / "guide" / "lessons"
 PLACE = "notebooks/guide/lessons"  # of the pages, whose links are relative to it
@@ -58,7 +59,7 @@ def page_hash(page: Path) -> str:
 
 
 def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
-    """Write a page NN.md per stage, its pictures beside it, and drop what else is in the folder.
+    """Write a page NN.md per stage, its pictures beside it, and drop older pages.
 
     Each notebook is taken from the first of the runs that has finished it. One that none has keeps
     its page if that is of the present notebook, else it gets a page without outputs. Returns by
@@ -87,8 +88,12 @@ def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
     if size > MAX_BYTES:
         raise ValueError(f"the pages would take {size / 2**20:.1f} MB, {MAX_BYTES / 2**20:.0f} are "
                          "allowed; show fewer or smaller pictures in the notebooks")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    folder.mkdir(exist_ok=True)
+    for path in [*folder.glob("[0-9][0-9].md"), *folder.glob("[0-9][0-9]_*.png")]:
+        path.unlink()
+    for path in temporary.iterdir():
+        path.rename(folder / path.name)
+    temporary.rmdir()
     return origins
 
 
@@ -130,7 +135,7 @@ def _make_page(stage: str, run_id: str, folder: Path) -> str:
         notebook = nbformat.read(path, as_version=4)
         if source_hash(notebook) != expected:
             raise ValueError(f"{stage} of run '{run_id}' is of another version of the notebook; "
-                             f"run: mig-kit run {stage[:2]} --run-id {run_id}")
+                             f"run: {run_command(stage, run_id)}")
         header = _describe_run(stage, run_id)
     _refuse_errors(notebook, stage, run_id)
     nbformat.validator.normalize(notebook)

@@ -28,6 +28,16 @@ def validate_run_id(run_id: str) -> str:
     return run_id
 
 
+def run_command(stage: str, run_id: str) -> str:
+    """The command that makes this stage of a run, for error messages.
+
+    It names the stage: without one all stages of the run would be made again, with the tiny
+    profile's parameters.
+    """
+    return (f"mig-kit run {stage[:2]} --run-id {run_id}, with the --profile and every -p of that "
+            "run")
+
+
 def load_branch(run_id: str) -> dict:
     """The branch.json of a run, {} where the run has none; ValueError with a remedy if it is
     broken.

@@ -43,6 +43,7 @@ from mig_kit.pipeline.run_folders import (
     read_record,
     refresh_branch,
     require_own_stage,
+    run_command,
     runs_root,
     stage_folder,
     validate_run_id,
@@ -76,12 +77,13 @@ def run_params(run_id: str, needed_by: str) -> dict:
     return {name: params.get(name, defaults[name].default) for name in RUN_PARAMS}
 
 
-def input_stages(stage: str, run_id: str) -> tuple[str, ...]:
+def input_stages(stage: str, run_id: str, params: dict) -> tuple[str, ...]:
     """The stages that a stage of this run builds on: those of STAGES but, where the run has no
-    cold start, 02 and 03.
+    cold start, 02 and 03; 02 also where 05 goes on with its adapter.
     """
     if stage <= COLD_START[-1] or has_cold_start(run_id):
-        return STAGES[stage]
+        adapter = ("02_sft",) if params.get("start_from") == "adapter" else ()
+        return adapter + STAGES[stage]
     return tuple(name for name in STAGES[stage] if name not in COLD_START)
 
 
@@ -105,7 +107,7 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
     """
     params = with_run_params(stage, run_id, params)
     inputs = {name: require_record(name, run_id, stage)["outputs"]
-              for name in input_stages(stage, run_id)}
+              for name in input_stages(stage, run_id, params)}
     if stage not in STAGES_OF_PICTURES:
         inputs = {name: _stage_products(outputs) for name, outputs in inputs.items()}
     files = hash_named_files(params)
@@ -117,6 +119,9 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
         files["start_from"] = model_fingerprint(params["start_from"])
     if params.get("control_run"):
         files["control_run"] = _control_outputs(params, run_id, stage)
+    for group in params.get("groups", ()):
+        members = str(group).rpartition("=")[2].split(",")
+        files |= {f"group {name}": _member_digest(name) for name in map(str.strip, members)}
     code = [used_definitions(stage), notebook_code(stage)]
     params = {name: value for name, value in params.items()
               if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
@@ -128,6 +133,14 @@ def hash_named_files(params: dict) -> dict[str, str]:
     """SHA-256 of the files that parameters ending in "_file" name, where they are there."""
     return {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
             if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
+
+
+def _member_digest(name: str) -> str:
+    """SHA-256 of what a comparison reads of a run, or of a recorded run's file; "" without it."""
+    is_recorded = name.endswith(".json")
+    path = (PROJECT_ROOT / name if is_recorded
+            else stage_folder("06_evaluate", validate_run_id(name)) / "run.json")
+    return file_sha256(path) if path.is_file() else ""
 
 
 def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
@@ -164,8 +177,7 @@ def require_record(stage: str, run_id: str, by: str) -> dict:
     if record is None:
         owner = find_owner(stage, run_id)
         raise FileNotFoundError(f"{by} needs {stage} of run '{owner}', which has not finished; "
-                                f"run: mig-kit run {stage} --run-id {owner}, with the --profile "
-                                "of that run")
+                                f"run: {run_command(stage, owner)}")
     return record
 
 
@@ -222,11 +234,13 @@ def set_aside_outputs(stage: str, run_id: str) -> None:
 
 def restore_outputs(stage: str, run_id: str, params: dict) -> bool:
     """Bring back what `set_aside_outputs` kept if it is what these parameters ask for; True if so.
+
+    What an interrupted run with --force has begun anew goes on instead.
     """
     folder = runs_root() / run_id / stage
     before = folder.with_name(f"{stage}.before")
-    record = read_record(before / "run.json")
-    if record is None or record["key"] != stage_key(stage, run_id, params):
+    record, key = read_record(before / "run.json"), stage_key(stage, run_id, params)
+    if record is None or record["key"] != key or _read_marker(folder).get("key") == key:
         return False
     if not outputs_exist(before, record):
         return False
@@ -258,7 +272,9 @@ def package_versions() -> dict[str, str]:
 @dataclass
 class Stage:
     """A running stage. folder: where it writes; params: its validated parameters and those of the
-    whole run. inputs: what the earlier stages had made when it started; branch: of `load_branch`.
+    whole run. inputs: what the earlier stages had made when it started; branch: of `load_branch`;
+    control: of `describe_control`; spent: seconds of the interrupted attempts that this one goes on
+    from; at_least: those that the stage took when it last finished with this key.
     """
 
     name: str
@@ -268,6 +284,9 @@ class Stage:
     key: str
     inputs: dict[str, dict[str, str]]
     branch: dict
+    control: dict = field(default_factory=dict)
+    spent: float = 0.0
+    at_least: float = 0.0
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
 
@@ -293,13 +312,19 @@ class Stage:
         write_json(self.folder / "run.json", {
             "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
             "inputs": self.inputs, "branch": self.branch,
-            "control": describe_control(self.params.get("control_run", "")),
+            "control": self.control,
             "outputs": outputs, "summary": summary,
             "versions": package_versions(), "machine": describe_cpu(), "git": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-            "seconds": round(time.monotonic() - self.clock, 1), **facts})
+            "seconds": self._count_seconds(), **facts})
         shutil.rmtree(self.folder.with_name(f"{self.name}.before"), ignore_errors=True)
         unlock_run(self.folder.parent)
+
+    def _count_seconds(self) -> float:
+        """Of all attempts: one that found everything done already does not count as the stage's
+        time.
+        """
+        return round(max(self.at_least, self.spent + time.monotonic() - self.clock), 1)
 
 
 def describe_cpu() -> str:
@@ -336,24 +361,40 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     require_own_stage(stage, run_id)
     lock_run(runs_root() / run_id)
     inputs = {name: require_record(name, run_id, stage)["outputs"]
-              for name in input_stages(stage, run_id)}
+              for name in input_stages(stage, run_id, params)}
     key = stage_key(stage, run_id, params)
     branch = refresh_branch(run_id) if inputs else {}
     folder = runs_root() / run_id / stage
     record = load_record(stage, run_id)
     if record and record["key"] != key:
         set_aside_outputs(stage, run_id)
-    marker = folder / "started.json"
-    is_resumable = marker.is_file() and json.loads(marker.read_text())["key"] == key
+    marker = _read_marker(folder)
+    is_resumable = marker.get("key") == key
+    spent = _seconds_spent(folder, marker) if is_resumable and not record else 0.0
     if folder.exists() and not is_resumable:
         _remove_leftovers(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
-    write_json(marker, {"key": key})
+    write_json(folder / "started.json", {"key": key, "spent": spent})
     begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), key, inputs,
-                  branch)
+                  branch, describe_control(params.get("control_run", "")), spent,
+                  record.get("seconds", 0.0) if record and record["key"] == key else 0.0)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
+
+
+def _read_marker(folder: Path) -> dict:
+    """{"key", "spent"} of the attempt that a folder holds; {} where there is none."""
+    path = folder / "started.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _seconds_spent(folder: Path, marker: dict) -> float:
+    """Seconds of the attempts that a folder holds, up to the last file that is kept of them."""
+    begun = (folder / "started.json").stat().st_mtime
+    written = [path.stat().st_mtime for path in folder.rglob("*")
+               if path.is_file() and path.suffix not in (".ipynb", ".log")]
+    return round(marker.get("spent", 0.0) + max(written) - begun, 1)
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from mig_kit import plots
 from mig_kit.pipeline import store
+from mig_kit.pipeline.cold_start import NEEDS_SFT
 from mig_kit.plots import OOD_NAMES, SUITE_NAMES
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
@@ -154,9 +155,9 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
                  if all(system in run.correct for run in runs)}
     estimates = {system: _bound(joint_interval(values, scope.lists), values, scope.lists)
                  for system, values in by_system.items()}
-    from_base = any(run.start_from == "base" for run in runs)
+    from_sft = all(run.start_from in NEEDS_SFT for run in runs)
     for after, before in evaluate.list_pairs(by_system):
-        if (after, before) == ("grpo", "sft") and from_base:  # RL knew nothing of the SFT model
+        if (after, before) == ("grpo", "sft") and not from_sft:  # RL knew nothing of the SFT model
             continue
         figure = f"{after}-{before}"
         by_system[figure] = [a - b for a, b in zip(by_system[after], by_system[before])]

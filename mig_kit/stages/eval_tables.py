@@ -8,12 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mig_kit.plots import HELD_OUT_NAMES, suite_name
-from mig_kit.stats import (
-    average_interval_by_list,
-    gap_interval_by_list,
-    macro_mean,
-    paired_gap,
-)
+from mig_kit.stats import paired_gap_by_list
 
 BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
                "rejection": "rejection rate", "wrong_rejection": "wrongly none"}
@@ -134,9 +129,4 @@ def _paired_gap(items: list[list], others: list[list], lists: list[int] | None) 
     for place, (name, group, value) in enumerate(items):
         number = lists[place] if lists else place
         groups.setdefault(group, []).append((value - before[name], number))
-    columns = [tuple(map(np.array, zip(*rows))) for rows in groups.values()]
-    gaps = [values for values, _ in columns]
-    if not lists:
-        return paired_gap(gaps)
-    interval = average_interval_by_list(columns, gap_interval_by_list)
-    return {"value": 100 * macro_mean(gaps), "ci95": [100 * bound for bound in interval]}
+    return paired_gap_by_list([tuple(map(np.array, zip(*rows))) for rows in groups.values()])

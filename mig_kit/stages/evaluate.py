@@ -8,6 +8,8 @@ over its questions. Intervals: percentile bootstrap over the samples of each tas
 stratified), or by lists of images where samples share them; differences are paired by sample.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -67,6 +69,20 @@ def draw_test_samples(params: Mapping) -> dict[str, list[Sample]]:
     if count := params.get("find_all_per_task"):
         samples[find_all.SUITE] = list(find_all.draw_find_all("test", count, params["eval_seed"]))
     return samples
+
+
+def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
+    """Suite -> SHA-256 over all that its questions show and ask, and what answers them."""
+    digests = {}
+    for suite, suite_samples in samples.items():
+        digest = hashlib.sha256()
+        for sample in suite_samples:
+            asked = (sample.id, sample.question, sample.targets, sample.reference, sample.options,
+                     sample.letter, sample.find_all,
+                     [image.hex() for image in image_digests(sample.images)])
+            digest.update(json.dumps(asked, default=float).encode())
+        digests[suite] = digest.hexdigest()
+    return digests
 
 
 def name_own_data(run_id: str) -> str:

@@ -16,6 +16,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, write_json
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import changed_params, model_digest
+from mig_kit.pipeline.run_folders import run_command
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.world import suites
@@ -31,7 +32,7 @@ class EvaluatedRun:
     """What a comparison reads of a run. data_seed: the seed of 01; seed: that of 05; correct: of
     system and suite, (samples,) 0 or 1; tokens: of a reply in 05's last ten updates; minutes: of
     stages 02 to 05; start_from: what 05 trained, as its parameter says it; control: of
-    `run_facts.describe_control`.
+    `run_facts.describe_control`; questions: of `evaluate.digest_questions`, {} in older runs.
     """
 
     run_id: str
@@ -44,6 +45,7 @@ class EvaluatedRun:
     machine: str
     start_from: str = "merged"
     control: dict = field(default_factory=dict)
+    questions: dict[str, str] = field(default_factory=dict)
 
 
 def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
@@ -60,11 +62,10 @@ def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
         record = store.load_record("06_evaluate", run_id)
         if record is None:
             raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; "
-                                    f"run: mig-kit run --run-id {run_id}")
+                                    f"run: {run_command('06_evaluate', run_id)}")
         if stale_input := store.find_stale_input("06_evaluate", run_id):
             raise ValueError(f"the scores of run '{run_id}' are of a model before {stale_input} "
-                             f"was run again; run: mig-kit run 06 --run-id {run_id}, with the "
-                             "--profile of that run")
+                             f"was run again; run: {run_command('06_evaluate', run_id)}")
         control = record.get("control", {})
         now = model_digest(control["run_id"]) if control else ""
         if now and now != control["model"]:
@@ -94,14 +95,28 @@ def _held_out_part(run_id: str, params: dict) -> tuple | None:
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
         dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
-    """(samples by suite, runs by group); raises as `load_evaluations`."""
+    """(samples by suite, runs by group); raises as `load_evaluations`, and ValueError for a run
+    that answered other questions than the parameters draw now.
+    """
     evaluations = load_evaluations([run for members in groups.values() for run in members])
     first_run, params = next(iter(evaluations.items()))
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     samples = (evaluate.draw_test_samples(params) if is_recorded(first_run)
                else evaluate.load_test_samples(first_run, params))
-    return samples, {name: [_load_run(run, samples, box_format) for run in members]
-                     for name, members in groups.items()}
+    runs = {name: [_load_run(run, samples, box_format) for run in members]
+            for name, members in groups.items()}
+    _refuse_other_questions([run for members in runs.values() for run in members], samples)
+    return samples, runs
+
+
+def _refuse_other_questions(runs: list[EvaluatedRun], samples: dict[str, list[Sample]]) -> None:
+    now = evaluate.digest_questions(samples) if any(run.questions for run in runs) else {}
+    for run in runs:
+        for suite, digest in run.questions.items():
+            if digest != now.get(suite, digest):
+                raise ValueError(f"run '{run.run_id}' answered other questions of {suite} than the "
+                                 "same parameters draw now; compare it with the code of its "
+                                 "commit, or run its 06 again")
 
 
 def _load_run(run_id: str, samples: dict[str, list[Sample]],
@@ -125,7 +140,8 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]],
         float(np.mean(lengths)) if lengths else float("nan"),
         sum(stage.get("seconds", 0) for stage in stages) / 60,
         record.get("git", ""), record.get("machine", ""),
-        trained.get("params", {}).get("start_from", "merged"), control)
+        trained.get("params", {}).get("start_from", "merged"), control,
+        record.get("questions", {}))
 
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
@@ -135,7 +151,8 @@ def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
     replies = {row["id"]: row["replies"][0] for row in map(json.loads, lines)}
     if missing := [sample.id for sample in samples if sample.id not in replies]:
         raise ValueError(f"run '{run_id}' lacks {system}'s replies to {len(missing)} samples, such "
-                         f"as {missing[0]}; run: mig-kit run 06 --force --run-id {run_id}")
+                         f"as {missing[0]}; add --force and run: "
+                         f"{run_command('06_evaluate', run_id)}")
     return np.array([evaluate.reply_is_correct(replies[sample.id], sample, box_format)
                      for sample in samples])
 
@@ -160,7 +177,9 @@ def record_run(run_id: str, folder: Path) -> Path:
         raise ValueError(f"run '{run_id}' was scored on own data ({data}), whose questions are not "
                          "in the record; only runs on drawn suites can be recorded")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    run = _load_run(run_id, evaluate.load_test_samples(run_id, params), box_format)
+    samples = evaluate.load_test_samples(run_id, params)
+    run = _load_run(run_id, samples, box_format)
+    _refuse_other_questions([run], samples)
     fields = asdict(run)
     fields["correct"] = {system: {suite: "".join(str(int(value)) for value in values)
                                   for suite, values in by_suite.items()}
@@ -189,6 +208,7 @@ def read_recorded(path: str) -> dict:
             changed = fields.get("changed", {}).get(stage, {})
             fields.setdefault(name, changed.get(parameter, default))
         fields.setdefault("control", {})
+        fields.setdefault("questions", {})
         missing = [name for name in (*EvaluatedRun.__annotations__, "params") if name not in fields]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no recorded run ({error}); make it again with mig-kit record"

@@ -229,7 +229,8 @@ def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
         return [live]
     describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
                        weights=params.reward_weights)
-    sampling = Sampling(params.temperature, max_new_tokens=params.max_completion_length)
+    sampling = Sampling(params.temperature, getattr(params, "top_p", 1.0),
+                        params.max_completion_length)
     return [KeepRollouts(policy, samples, folder, params.rollout_steps, sampling, describe), live]
 
 

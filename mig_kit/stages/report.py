@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from PIL.Image import Image
 
 from mig_kit import plots
+from mig_kit.pipeline.cold_start import NEEDS_SFT
 from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS, suite_name
 from mig_kit.sample import Sample
 from mig_kit.stages.report_gallery import (
@@ -61,11 +62,13 @@ class Picture:
 
 def claim_rows(metrics: dict) -> list[dict]:
     """Rows with this run's difference beside the paper's, in points, rounded to two decimals. A
-    claim on a suite or model that the run does not have is left out. metrics: of stage 06.
+    claim on a suite or model that the run does not have is left out, and that of RL over SFT where
+    RL started elsewhere. metrics: of stage 06.
     """
+    from_sft = metrics.get("start_from", "merged") in NEEDS_SFT
     rows = []
     for suite, comparison, delta, paper in CLAIMS:
-        if suite not in metrics["deltas"].get(delta, ()):
+        if suite not in metrics["deltas"].get(delta, ()) or (delta == "grpo-sft" and not from_sft):
             continue
         difference = metrics["deltas"][delta][suite]
         rows.append({"suite": SUITE_NAMES[suite], "compared": comparison,

@@ -14,7 +14,7 @@ from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SYSTEM_LABELS, suite_name
 from mig_kit.prompts import parse_boxes
 from mig_kit.rewards import image_overlap, is_correct, weakest_iou
 from mig_kit.sample import Sample
-from mig_kit.stats import group_by_task, paired_gap
+from mig_kit.stats import group_by_task, paired_gap_by_list
 
 SYSTEM_NAMES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
 DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "base"))
@@ -148,7 +148,8 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
         for after, before in DIFFERENCES:
             if after not in correct or before not in correct:
                 continue
-            gap = paired_gap([correct[after][indices] - correct[before][indices]])
+            gaps = correct[after][indices] - correct[before][indices]
+            gap = paired_gap_by_list([(gaps, indices)])  # no two share their images
             row[f"{SYSTEM_NAMES[after]} over {SYSTEM_NAMES[before]}"] = gap_text(gap)
         rows.append(row)
     return rows

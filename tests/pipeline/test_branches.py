@@ -161,8 +161,9 @@ def test_a_source_that_is_gone_is_one_sentence(root):
     branches.start_branch("a", "b", "05_grpo")
     finish_stage("b", "05_grpo", "b")
     shutil.rmtree(root / "a" / "03_merge")
-    assert "05_grpo needs 03_merge of run 'a', which has not finished; run: mig-kit run 03_merge " \
-        "--run-id a" in error_of("run", "05", "--run-id", "b")
+    sentence = error_of("run", "05", "--run-id", "b")
+    assert "05_grpo needs 03_merge of run 'a', which has not finished; run: mig-kit run 03 " \
+        "--run-id a, with the --profile and every -p of that run" in sentence
     assert "  01 to 04 of a; 03_merge is not finished" in status.run_lines("b")
     (root / "a").rename(root / "other")
     sentence = error_of("run", "05", "--run-id", "b")

@@ -59,6 +59,30 @@ def test_of_another_base_no_licence_is_claimed_and_no_path_told(run, base):
     assert f"from `{base.removeprefix('/somewhere/models/')}`" in text
 
 
+@pytest.mark.parametrize("start, recipe, rows", [
+    ("base", "without a cold start", "base"), ("adapter", "GRPO of the same adapter", "SFT"),
+    ("models/mine", "GRPO from another model's folder", "base")])
+def test_the_card_says_what_rl_started_from(run, start, recipe, rows):
+    path = run / "a" / "06_evaluate" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["systems"]["base"] = {suite: {"score": 20.0} for suite in SUITE_NAMES}
+    gap = {"value": 29.5, "ci95": [27.0, 32.0]}
+    metrics["deltas"]["grpo-base"] = {suite: gap for suite in SUITE_NAMES}
+    path.write_text(json.dumps(metrics))
+    record = {"params": {**GRPO_PARAMS, "start_from": start}}
+    (run / "a" / "05_grpo" / "run.json").write_text(json.dumps(record))
+    text = hub.model_card("a")
+    assert recipe in text and f"| suite | {rows} | this model" in text
+    assert ("+29.5" in text) == (rows == "base") and "drawn scenes" in text
+
+
+def test_a_model_of_own_data_does_not_claim_to_have_seen_drawn_scenes_only(run):
+    (run / "a" / "01_synthesize").mkdir()
+    (run / "a" / "01_synthesize" / "run.json").write_text('{"params": {"data": "own"}}')
+    text = hub.model_card("a")
+    assert "only ever seen" not in text and "other data than drawn scenes (own)" in text
+
+
 def test_scores_of_another_model_are_not_sent(run):
     record = {
         "params": {},

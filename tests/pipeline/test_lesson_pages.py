@@ -111,10 +111,11 @@ def test_a_hash_is_of_the_cells_that_a_person_wrote():
 def test_pages_of_a_run(project):
     folder = project / "lessons"
     folder.mkdir()
-    (folder / "old.png").write_bytes(b"")
+    (folder / "04_1.png").write_bytes(b"")
+    (folder / "mine.txt").write_text("no page")
     assert lesson_pages.write_lessons(["none", "mine"], folder) == {"05_grpo": "run 'mine'"}
     assert {path.name for path in folder.iterdir()} == {"05.md", "05_1.png", "05_2.png",
-                                                        "05_cover.png"}
+                                                        "05_cover.png", "mine.txt"}
     page = (folder / "05.md").read_text()
     assert page_hash(folder / "05.md") == source_hash(small_notebook())
     assert "# 05 RL\n\n<sub>[notebooks/05_grpo.ipynb](../../05_grpo.ipynb). Executed in" in page

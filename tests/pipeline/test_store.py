@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from mig_kit.boxes import BoxFormat
 from mig_kit.cli import cli
 from mig_kit.common import PROJECT_ROOT, write_json
-from mig_kit.pipeline import params, store
+from mig_kit.pipeline import execute, params, store
 
 
 @pytest.fixture
@@ -93,6 +93,53 @@ def test_what_was_finished_is_kept_until_another_has_finished(root):
     assert (stage.folder / "out.txt").read_text() == "x" and not before.exists()
     begin(memory_gib=2.0).finish({"n": 2}, hardware="test")
     assert not before.exists() and not store.restore_outputs("00_preflight", "a", stage.params)
+
+
+def test_what_force_began_anew_goes_on_and_is_not_given_up_for_the_old_result(root):
+    stage = begin()
+    (stage.folder / "out.txt").write_text("old")
+    stage.finish({"n": 1})
+    assert execute._prepare_folder("00_preflight", "a", stage.params, force=True)
+    (begin().folder / "half.txt").write_text("new")
+    store.unlock_run(root / "a")  # killed
+    assert execute._prepare_folder("00_preflight", "a", stage.params, force=False)
+    assert (begin().folder / "half.txt").is_file() and not (stage.folder / "out.txt").exists()
+
+
+def test_minutes_are_those_of_all_attempts(root):
+    """One of 100 seconds was interrupted; a repetition that finds all done does not count."""
+    folder = begin().folder
+    os.utime(folder / "started.json", (1000, 1000))
+    (folder / "half.txt").write_text("x")
+    os.utime(folder / "half.txt", (1100, 1100))
+    begin().finish({"n": 1})
+    assert 100 <= store.load_record("00_preflight", "a")["seconds"] < 110
+    begin().finish({"n": 1})
+    assert 100 <= store.load_record("00_preflight", "a")["seconds"] < 110
+    begin(memory_gib=2.0).finish({"n": 1})
+    assert store.load_record("00_preflight", "a")["seconds"] < 10
+
+
+def test_a_comparison_is_stale_where_one_of_its_runs_is_another(root):
+    values = params.profile_params("09_compare") | {"groups": ["x=a, b", f"y={root / 'c.json'}"]}
+    keys = [store.stage_key("09_compare", "default", values)]
+    for change in (lambda: leave_record(root, "06_evaluate", "a"),
+                   lambda: leave_record(root, "06_evaluate", "b", {"x": "2"}),
+                   lambda: (root / "c.json").write_text("{}")):
+        change()
+        keys.append(store.stage_key("09_compare", "default", values))
+    assert len(set(keys)) == 4
+
+
+def test_with_the_sft_adapter_05_builds_on_02(root):
+    for stage in store.RECIPE[1:5]:
+        leave_record(root, stage)
+    merged = params.profile_params("05_grpo")
+    adapter = merged | {"start_from": "adapter"}
+    before = [store.stage_key("05_grpo", "a", values) for values in (merged, adapter)]
+    leave_record(root, "02_sft", outputs={"x": "2"})
+    after = [store.stage_key("05_grpo", "a", values) for values in (merged, adapter)]
+    assert before[0] == after[0] and before[1] != after[1]
 
 
 def test_outputs_that_are_gone_are_made_again(root):
@@ -192,10 +239,10 @@ def test_a_relative_folder_of_runs_is_the_projects(monkeypatch):
 
 
 def test_a_missing_stage_names_the_command(root):
-    with pytest.raises(FileNotFoundError, match="mig-kit run 01_synthesize --run-id a"):
+    with pytest.raises(FileNotFoundError, match="mig-kit run 01 --run-id a, with the .* every -p"):
         store.begin_stage("02_sft", {"run_id": "a"})
     leave_record(root, "01_synthesize")
-    with pytest.raises(FileNotFoundError, match="mig-kit run 02_sft --run-id a"):
+    with pytest.raises(FileNotFoundError, match="mig-kit run 02 --run-id a"):
         store.begin_stage("03_merge", {"run_id": "a"})
     with pytest.raises(ValueError, match="run_id"):
         store.begin_stage("00_preflight", {"run_id": "../a"})

@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.common import write_json
 from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.prompts import format_answer
-from mig_kit.stages import compare, evaluated_runs, run_pairs
+from mig_kit.stages import compare, evaluate, evaluated_runs, run_pairs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
 from mig_kit.world import suites
@@ -539,7 +540,7 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch):
     write_run(tmp_path, "b", eval_seed=4)
     with pytest.raises(ValueError, match="eval_seed is a 3, b 4"):
         compare.compare_groups({"a": ["a"], "b": ["b"]})
-    with pytest.raises(FileNotFoundError, match="mig-kit run --run-id c"):
+    with pytest.raises(FileNotFoundError, match="mig-kit run 06 --run-id c"):
         compare.compare_groups({"c": ["c"]})
     with pytest.raises(ValueError, match="no group 'x' to compare with; the groups are a"):
         compare.compare_groups({"a": ["a"]}, "x")
@@ -623,6 +624,31 @@ def test_recorded_runs_give_the_table_of_the_runs(tmp_path, monkeypatch):
     assert size < 20_000
     fields = json.loads((tmp_path / "kept" / "a0.json").read_text())
     assert fields["changed"]["06_evaluate"]["eval_seed"] == PARAMS["eval_seed"]
+
+
+def test_runs_that_answered_other_questions_are_refused(tmp_path, monkeypatch):
+    """Of the same ids and number: one target is moved by a pixel."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "older", seed=1)
+    path = tmp_path / "a" / "06_evaluate" / "run.json"
+    samples = evaluate.load_test_samples("a", PARAMS)
+    write_json(path, json.loads(path.read_text())
+               | {"questions": evaluate.digest_questions(samples)})
+    kept = str(evaluated_runs.record_run("a", tmp_path / "kept"))
+    for run in ("a", kept):
+        compare.compare_groups({"a": [run], "older": ["older"]})
+    (image, (x1, *rest)), *others = samples["mig_bench"][3].targets
+    moved = replace(samples["mig_bench"][3], targets=((image, (x1 + 1, *rest)), *others))
+    changed = samples | {"mig_bench": [*samples["mig_bench"][:3], moved,
+                                       *samples["mig_bench"][4:]]}
+    for name in ("load_test_samples", "draw_test_samples"):
+        monkeypatch.setattr(evaluate, name, lambda *_: changed)
+    for run in ("a", kept):
+        with pytest.raises(ValueError, match="'a' answered other questions of mig_bench"):
+            compare.compare_groups({"a": [run]})
+    with pytest.raises(ValueError, match="'a' answered other questions of mig_bench"):
+        evaluated_runs.record_run("a", tmp_path / "kept")
 
 
 def test_recorded_runs_that_do_not_fit_are_refused(tmp_path, monkeypatch):

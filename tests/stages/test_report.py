@@ -52,6 +52,8 @@ def test_headline_rows():
     }
     rows = report.claim_rows(metrics)
     assert [row["paper (real benchmark, 7B)"] for row in rows] == [9.04, 4.98, 3.1, 2.4]
+    from_base = report.claim_rows(metrics | {"start_from": "base"})
+    assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"
     assert rows[0]["this run"] == 9.5 and rows[0]["suite"] == "MIG-Bench-like (drawn)"
     assert "9.50" in report.html_table(rows) and "7.0 to 12.0" in report.html_table(rows)
     bare = report.html_table([{**row, "at temperature 1": None} for row in rows])

@@ -36,11 +36,11 @@ def test_out_of_domain_by_hand():
     first, second = report_tables.out_of_domain_rows(samples, replies, BOX_FORMAT)
     assert first["suite"] == "LISA-like (drawn)"
     assert (first["base"], first["SFT"], first["GRPO"]) == ("100.0", "0.0", "25.0")
-    assert first["SFT over base"] == "▼ -100.0 (-100 to -100)"
+    assert first["SFT over base"] == "-100.0 (-100 to +20)", "four questions show no certain loss"
     assert first["GRPO over SFT"] == "+25.0 (+0 to +75)"
     assert first["GRPO over base"].startswith("▼ -75.0 (-100 to ")
     assert second["suite"] == "unseen things (drawn)"
-    assert second["GRPO over base"] == "+0.0 (+0 to +0)"
+    assert second["GRPO over base"] == "+0.0 (-60 to +60)", "none of four differs, so few may"
 
 
 @pytest.mark.parametrize("interval, text", [
