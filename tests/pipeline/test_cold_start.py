@@ -53,16 +53,16 @@ def test_rl_without_a_cold_start_starts_from_the_base(root):
 
 
 def test_what_a_stage_builds_on(root):
-    assert store.input_stages("06_evaluate", "a") == ("01_synthesize", "03_merge", "05_grpo")
+    assert store.input_stages("06_evaluate", "a", {}) == ("01_synthesize", "03_merge", "05_grpo")
     leave_record(root, "01_synthesize", teacher="none")
     assert not store.has_cold_start("a")
-    assert store.input_stages("04_rejection_sampling", "a") == ("01_synthesize",)
-    assert store.input_stages("05_grpo", "a") == ("04_rejection_sampling",)
-    assert store.input_stages("06_evaluate", "a") == ("01_synthesize", "05_grpo")
-    assert store.input_stages("03_merge", "a") == ("02_sft",)
+    assert store.input_stages("04_rejection_sampling", "a", {}) == ("01_synthesize",)
+    assert store.input_stages("05_grpo", "a", {}) == ("04_rejection_sampling",)
+    assert store.input_stages("06_evaluate", "a", {}) == ("01_synthesize", "05_grpo")
+    assert store.input_stages("03_merge", "a", {}) == ("02_sft",)
     leave_record(root, "03_merge")
     assert store.has_cold_start("a"), "02 learnt from a traces_file"
-    assert store.input_stages("05_grpo", "a") == ("03_merge", "04_rejection_sampling")
+    assert store.input_stages("05_grpo", "a", {}) == ("03_merge", "04_rejection_sampling")
 
 
 def test_a_run_of_an_older_version_has_the_default_orientation(root):
@@ -101,5 +101,5 @@ def test_a_branch_of_a_run_without_a_cold_start(root):
     leave_record(root, "04_rejection_sampling")
     branches.start_branch("a", "b", "05_grpo")
     assert not store.has_cold_start("b")
-    assert store.input_stages("05_grpo", "b") == ("04_rejection_sampling",)
+    assert store.input_stages("05_grpo", "b", {}) == ("04_rejection_sampling",)
     assert planned_stages([], OWN[3:], run_id="b") == ["00", "05", "06", "07"]
