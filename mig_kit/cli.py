@@ -340,6 +340,8 @@ def refuse_frame(context: click.Context, option: click.Parameter, word: str | No
               help="Boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels (of the "
                    "original image) or absolute (pixels of the resized image, as Qwen2.5-VL "
                    "answers); official converts them for the authors' rule.")
+@click.option("--compare-coordinates",
+              help="The same of the second model; else those of the first.")
 @click.option("--frame", hidden=True, expose_value=False, callback=refuse_frame)
 @click.option("--images", type=click.Path(),
               help="The folder of the images, where their sizes are needed.")
@@ -352,8 +354,8 @@ def refuse_frame(context: click.Context, option: click.Parameter, word: str | No
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
 @click.option("--items", type=click.Path(), help="Write every item's value here, as JSONL.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
-                  out: str | None, items: str | None, min_pixels: int, max_pixels: int,
-                  **rules) -> None:
+                  compare_coordinates: str | None, out: str | None, items: str | None,
+                  min_pixels: int, max_pixels: int, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink or
     mmiu.
     """
@@ -367,14 +369,19 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     for path in filter(None, (out, items)):
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
-        if Path(path).resolve() in [Path(other).resolve() for other in taken]:
-            raise ValueError(f"{path} is given twice, and would be overwritten; write to a file of "
-                             "another name")
+        target = Path(path).resolve()
+        if any(Path(other).resolve() in (target, *target.parents) for other in taken):
+            raise ValueError(f"{path} is given twice, or lies in a folder that is read, and would "
+                             "be overwritten; write to a file elsewhere")
         taken.append(path)
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     header, scored = score.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
+    if compare_coordinates and not compare:
+        raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
+                         "or leave it out")
     if compare:
+        rules["coordinates"] = compare_coordinates or rules["coordinates"]
         _, other = score.score_files(name, annotations, compare, box_format, **rules)
         summary = summarize(other)
         result["compare"] = {

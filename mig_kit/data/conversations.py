@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mig_kit.boxes import Coordinates
-from mig_kit.data.mgrounding_records import mentioned_numbers
+from mig_kit.data.mgrounding_records import answered_numbers, asked_numbers
 
 MAX_TEXT = 20_000  # characters of a turn
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
@@ -56,12 +56,15 @@ class TextRules:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer. references, answers: (image number from 1, or None, box)."""
+    """A question and its answer. references, answers: (image number from 1, or None, box);
+    earlier_tags: <image> tags in the turns before.
+    """
 
     question: str
     references: list[tuple[int | None, list]]
     answers: list[tuple[int | None, list]]
     coordinates: str
+    earlier_tags: int
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -77,7 +80,7 @@ def conversation_lines(record: object, root: Path, rules: TextRules) -> list[dic
     texts = _turn_texts(record)
     _check_image_tags([text for pair in texts for text in pair], len(images))
     objects = record.get("objects")
-    turns = (_swift_turns(texts, objects, len(images)) if objects is not None
+    turns = (_swift_turns(texts, objects, rules, len(images)) if objects is not None
              else _text_turns(texts, rules, len(images)))
     turns = [turn for turn in turns if turn.answers]
     require(bool(turns), "no answer holds a box; a question of own data needs one")
@@ -141,7 +144,8 @@ def _check_image_tags(texts: list[str], image_count: int) -> None:
             "videos and sound cannot be used; give the frames as images")
 
 
-def _swift_turns(texts: list[tuple[str, str]], objects: object, image_count: int) -> list[Turn]:
+def _swift_turns(texts: list[tuple[str, str]], objects: object, rules: TextRules,
+                 image_count: int) -> list[Turn]:
     """The turns with <ref-object> and <bbox> replaced by what `objects` has for them, in order."""
     require(isinstance(objects, dict), "'objects' must be an object with 'ref' and 'bbox', as "
                                        "ms-swift 3 has it")
@@ -151,13 +155,17 @@ def _swift_turns(texts: list[tuple[str, str]], objects: object, image_count: int
     kind = objects.get("bbox_type") or "real"
     require(isinstance(kind, str) and kind in SWIFT_COORDINATES,
             f"'bbox_type' is {str(kind)[:20]!r}; use real (pixels) or norm1 (0 to 1)")
+    require(rules.coordinates in ("", SWIFT_COORDINATES[kind]),
+            f"'bbox_type' says that boxes are {SWIFT_COORDINATES[kind]}, and --coordinates "
+            f"{rules.coordinates}; leave the latter out, or correct the file")
     numbers = _swift_numbers(objects.get("image_id"), len(boxes), image_count)
     unused_refs, unused_boxes = list(refs), list(zip(numbers, boxes))
-    turns = []
+    turns, tags = [], 0
     for asked, answered in texts:
         question, references = _fill_placeholders(asked, unused_refs, unused_boxes, "{ref}")
         _, answers = _fill_placeholders(answered, unused_refs, unused_boxes, "")
-        turns.append(Turn(question, references, answers, SWIFT_COORDINATES[kind]))
+        turns.append(Turn(question, references, answers, SWIFT_COORDINATES[kind], tags))
+        tags += (asked + answered).count("<image>")
     require(not unused_boxes, f"'objects' has {len(unused_boxes)} boxes more than there are <bbox> "
                               "in the texts; write one <bbox> per box")
     return turns
@@ -198,12 +206,13 @@ def _fill_placeholders(text: str, refs: list, boxes: list, box_word: str) -> tup
 
 def _text_turns(texts: list[tuple[str, str]], rules: TextRules,
                 image_count: int) -> list[Turn]:
-    turns = []
+    turns, tags = [], 0
     for asked, answered in texts:
         references = [(None, _numbers(match)) for match in BOX.finditer(asked)]
         question = BOX.sub("{ref}", asked)
         answers = _answer_boxes(answered, image_count)
-        turns.append(Turn(question, references, answers, rules.coordinates))
+        turns.append(Turn(question, references, answers, rules.coordinates, tags))
+        tags += (asked + answered).count("<image>")
     require(not any(turn.answers for turn in turns) or bool(rules.coordinates),
             "the file does not say what its boxes are measured in; give --coordinates")
     return turns
@@ -218,7 +227,7 @@ def _answer_boxes(answered: str, image_count: int) -> list[tuple[int | None, lis
     matches = list(BOX.finditer(answered))
     text = BOX.sub(" ", answered)
     named = {int(number) for number in IMAGE_KEY.findall(answered)}
-    named |= set(mentioned_numbers(text, image_count))
+    named |= set(answered_numbers(text, image_count))
     number = named.pop() if len(named) == 1 else None
     require(not named or not matches,
             "the answer names several images; write one question for each box")
@@ -240,12 +249,12 @@ def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
 
 def _turn_line(turn: Turn, images: list[str], several: str) -> dict:
     """The turn as a line of own data."""
-    question = _clean_question(turn.question, len(images))
+    question = _clean_question(turn.question, len(images), turn.earlier_tags)
     numbers = {number for number, _ in turn.answers}
     if numbers == {None}:
-        mentioned = set(mentioned_numbers(question, len(images)))
-        mentioned -= {1} if turn.references else set()
-        numbers = {1} if len(images) == 1 else mentioned
+        asked = set(asked_numbers(question, len(images)))
+        asked -= {1} if turn.references else set()
+        numbers = {1} if len(images) == 1 else asked
     if several != "all" or None in numbers:
         require(len(numbers) == 1, f"it is not said which of the {len(images)} images the box is "
                                    "in; name it in the answer, as in: image 2")
@@ -262,9 +271,9 @@ def _turn_line(turn: Turn, images: list[str], several: str) -> dict:
     return line
 
 
-def _clean_question(text: str, image_count: int) -> str:
+def _clean_question(text: str, image_count: int, earlier_tags: int) -> str:
     """The question without tags; an <image> inside the text becomes "image 2"."""
-    tags = text.count("<image>")
+    tags = earlier_tags + text.count("<image>")
     text = re.sub(r"^(?:\s*<image>)+", "", TEXT_TAGS.sub("", text))
     first = tags - text.count("<image>") + 1
     for number in range(first, min(tags, image_count) + 1):

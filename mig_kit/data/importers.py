@@ -59,8 +59,9 @@ def import_file(form: str, path: Path, out: Path, rules: ImportRules,
     form: one of FORMATS. on_problem: called, for everything that is left out, with a sentence that
     has its place and the remedy. ValueError for rules that do not go together.
     """
-    if out.exists() and out.samefile(path):
-        raise ValueError(f"--out is {path} itself; name another file")
+    for given in filter(None, (path, rules.instances)):
+        if out.exists() and out.samefile(given):
+            raise ValueError(f"--out is {given} itself; name another file")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out} is in no folder that exists; make {out.parent} first")
     _check_rules(form, path, rules)
@@ -93,6 +94,11 @@ def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
     if form == "llava" and not rules.text.coordinates:
         raise ValueError("files of this format do not say what their boxes are measured in; give "
                          "--coordinates: pixels, normalized_1000 or normalized_1")
+    if form in ("coco", "refcoco") and rules.text.coordinates not in ("", Coordinates.PIXELS):
+        raise ValueError(f"boxes of the format {form} are in pixels of the image; leave "
+                         "--coordinates out")
+    if rules.instances and form != "refcoco":
+        raise ValueError("--instances is for the format refcoco; leave it out")
     if rules.text.is_padded and rules.text.coordinates != Coordinates.NORMALIZED_1:
         raise ValueError("--padded is for boxes in 0 to 1 of the image padded to a square, as in "
                          "LLaVA-1.5's files; add --coordinates normalized_1")

@@ -52,6 +52,18 @@ SHUFFLED = re.compile(
 COMPARES = re.compile(
     r"compared|unlike|differ(?:s|ent|ently)? from|\bthan\b|instead|\bnot\b|n't\b|without|except",
     re.IGNORECASE)
+# before a mention: of the image that something is described by, and of the one that it is in
+DESCRIBES = re.compile(
+    r"\b(?:of|from|(?:as|like)\s+in"
+    r"|(?<!is )(?<!are )(?<!be )(?<!was )(?:shown|seen|marked|outlined|highlighted|given|depicted"
+    r"|circled|boxed|described|taken|cropped)\s+(?:in|on))\s+(?:the\s+)?$", re.IGNORECASE)
+AREA = re.compile(
+    r"\b(?:left|right|top|bottom|cent(?:er|re)|middle|corner|side|part|half|edge|area"
+    r"|foreground|background)\s+of\s+(?:the\s+)?$", re.IGNORECASE)
+PLACE = re.compile(r"\b(?:in|on|within|inside)\s+(?:the\s+)?$", re.IGNORECASE)
+OTHER_IMAGE = re.compile(
+    r"\b(?:other|another|remaining|both|each|every|all)(?:\s+\w+)?\s+"
+    rf"{IMAGE_WORD}\b", re.IGNORECASE)
 OBJECT_TAG = re.compile(r"<\|object_ref_(?:start|end)\|>")
 LEADING_IMAGE_TAGS = re.compile(r"^(?:\s*<image>)+")
 FRAME_NUMBER = re.compile(r"([0-9]{1,12})\.[A-Za-z]+$")
@@ -207,15 +219,48 @@ def _require_valid_box(box: Box) -> None:
 
 def mentioned_numbers(text: str, image_count: int) -> list[int]:
     """The numbers of the images that a text names, in the order of the text."""
+    return [number for mention in MENTION.finditer(text)
+            for number in _numbers_of(mention, image_count)]
+
+
+def answered_numbers(text: str, image_count: int) -> list[int]:
+    """Those that an answer says a box is in: not the image "of", "from" or "marked in" which
+    something is, unless it says where in that image ("at the left of image 2").
+    """
+    return [number for mention in MENTION.finditer(text)
+            if _is_no_description(text[:mention.start()])
+            for number in _numbers_of(mention, image_count)]
+
+
+def asked_numbers(text: str, image_count: int) -> list[int]:
+    """Those that a question asks about, "in image 2" or, at its start, "Image 2:"; none where it
+    compares or speaks of other images, too.
+    """
+    if COMPARES.search(text) or OTHER_IMAGE.search(text):
+        return []
     numbers = []
     for mention in MENTION.finditer(text):
-        for word in MENTIONED_NUMBER.findall(mention.group().lower()):
-            if word == "last":
-                numbers.append(image_count)
-            elif word in NUMBER_OF_WORD:
-                numbers.append(NUMBER_OF_WORD[word])
-            else:
-                numbers.append(int(re.match("[0-9]+", word).group()))
+        before, after = text[:mention.start()], text[mention.end():]
+        is_heading = not before.strip() and after.lstrip().startswith((":", ","))
+        is_place = PLACE.search(before) or AREA.search(before)
+        if is_heading or (is_place and _is_no_description(before)):
+            numbers += _numbers_of(mention, image_count)
+    return numbers
+
+
+def _is_no_description(before: str) -> bool:
+    return not DESCRIBES.search(before) or bool(AREA.search(before))
+
+
+def _numbers_of(mention: re.Match, image_count: int) -> list[int]:
+    numbers = []
+    for word in MENTIONED_NUMBER.findall(mention.group().lower()):
+        if word == "last":
+            numbers.append(image_count)
+        elif word in NUMBER_OF_WORD:
+            numbers.append(NUMBER_OF_WORD[word])
+        else:
+            numbers.append(int(re.match("[0-9]+", word).group()))
     return numbers
 
 
@@ -251,7 +296,7 @@ def _numbers_in_answer(text: str, boxes: list[_BoxInText], image_count: int) -> 
     starts = [0, *(end for _, end, _ in boxes)]
     ends = [*(start for start, _, _ in boxes), len(text)]
     gaps = [text[start:end] for start, end in zip(starts, ends)]
-    numbers_in_gaps = [sorted(set(mentioned_numbers(gap, image_count))) for gap in gaps]
+    numbers_in_gaps = [sorted(set(answered_numbers(gap, image_count))) for gap in gaps]
     if not any(numbers_in_gaps):
         return None
     if any(numbers and COMPARES.search(gap) for gap, numbers in zip(gaps, numbers_in_gaps)):
@@ -285,12 +330,13 @@ def _numbers_elsewhere(question: str, has_reference: bool, image_count: int, sub
         if box_count != image_count:
             raise _Skip("tracking boxes do not fit the frames")
         return list(range(1, image_count + 1))
-    numbers = set(mentioned_numbers(question, image_count))
+    numbers = set(asked_numbers(question, image_count))
     if has_reference:
         numbers -= {1}
-    if len(numbers) == 1 and not COMPARES.search(question):
+    if len(numbers) == 1:
         return list(numbers) * box_count
-    if subset in unstated and not numbers:
+    mentioned = set(mentioned_numbers(question, image_count)) - ({1} if has_reference else set())
+    if subset in unstated and not mentioned:
         return [unstated[subset]] * box_count
     raise _Skip("image not named")
 

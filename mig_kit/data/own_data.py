@@ -309,7 +309,7 @@ def _iter_checked(path: Path, read_sizes: ImageSizes
         if find_all and "boxes" in data:
             problems = [*problems, "'boxes' are alternatives, but other lines ask for all boxes; "
                                    "write 'targets', or put these lines into another file"]
-        name = data.get("id")
+        name = data.get("id", f"line-{number}")  # as `_make_sample` names it
         if isinstance(name, str):
             if hash(name) in hashes:
                 problems = [*problems, f"id {name[:40]!r} is there twice"]

@@ -312,6 +312,9 @@ def read_mmiu(records: list[dict]) -> Benchmark:
         items.append(BenchmarkItem(index, "", task, question, images, letter=truth.upper(),
                                    options=ascii_uppercase[:len(choices)] or MMIU_OPTIONS,
                                    choices=choices, truth=truth))
+    if not items:
+        raise ValueError("no item of the MMIU annotations has an output, the correct letter; give "
+                         "the file that has them")
     has_all_tasks = len({item.task for item in items}) == MMIU_TASKS
     is_complete = has_all_tasks and has_paper_count("mmiu", len(records))
     return Benchmark("mmiu", "", tuple(items), is_complete, tuple(left_out))

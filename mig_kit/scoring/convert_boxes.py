@@ -57,8 +57,9 @@ def parse_named_box(reply: str, exact: bool = False,
     if exact:
         reply = wrap_native_json(reply)
     elif not has_answer:
-        answer = parse_strict_answer(f"<answer>{reply}</answer>")
-        return answer.image, answer.box or parse_revised_mig_bench_box(reply)
+        text = reply.rpartition("</think>")[2].strip() or reply  # chat templates may open <think>
+        answer = parse_strict_answer(f"<answer>{text}</answer>")
+        return answer.image, answer.box or parse_revised_mig_bench_box(text)
     answer = parse_strict_answer(reply, one_image)
     if exact or answer.box is not None:
         return answer.image, answer.box

@@ -169,8 +169,9 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
     notes += [f"Replies, {reason}: {count}." for reason, count in counts]
     if any("outside the image" in reason for reason in result["problems"]):
         notes.append("Say what boxes outside the image are measured in: --coordinates absolute for "
-                     "pixels of the resized image (Qwen2.5-VL), pixels for those of the original, "
-                     "with --images.")
+                     "pixels of the resized image (Qwen2.5-VL), with the --min-pixels and "
+                     "--max-pixels that its processor had, or pixels for those of the original; "
+                     "both with --images.")
     within_one = sum(count for reason, count in counts if "within 0 to 1" in reason)
     if within_one > WITHIN_ONE_SHARE * (result["n"] - result["problems"].get("missing", 0)):
         notes.append("For boxes in 0 to 1 say --coordinates normalized_1.")
@@ -182,9 +183,11 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
 
 
 def _comparison_notes(result: dict) -> list[str]:
-    notes = []
-    systems = f"{result['predictions']} minus {result['compare']['predictions']}"
-    for metric, gap in result["compare"]["difference"].items():
+    other = result["compare"]
+    notes = [f"Replies of {other['predictions']}, {reason}: {count}."
+             for reason, count in sorted(other["problems"].items())]
+    systems = f"{result['predictions']} minus {other['predictions']}"
+    for metric, gap in other["difference"].items():
         interval = " (no interval)"
         if gap["ci95"]:
             low, high = gap["ci95"]

@@ -23,7 +23,7 @@ def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], so
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
-    first = _first_place(records, [item.index for item in items], left_out)
+    first = _first_place(records, [item.index for item in items], left_out, source)
     lines = []
     for number, record in enumerate(records, 1):
         where = f"prediction {number} of {source}"
@@ -65,17 +65,26 @@ def _read_names(line: dict) -> tuple[object, object]:
     return index, idx if item_id is None else item_id
 
 
-def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...]) -> int:
+def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...],
+                 source: str) -> int:
     """1 where the records are a table whose index is one more than the annotations', else 0.
 
     scored, left_out: the annotations' indices from 0, with an answer and without; a table may leave
-    out the latter.
+    out the latter. ValueError where rows are missing, so that it could be either, and no letters
+    tell.
     """
-    if not all("prediction" in record for record in records):
+    if not records or not all("prediction" in record for record in records):
         return 0
     places = sorted(str(_read_names(record)[0]) for record in records)
-    return int(any(places == sorted(str(index + 1) for index in indices)
-                   for indices in (scored, [*scored, *left_out])))
+    complete = [sorted(str(index + first) for index in indices)
+                for first in (1, 0) for indices in (scored, [*scored, *left_out])]
+    if places in complete[:2]:
+        return 1
+    has_letters = any("target" in record or "answer" in record for record in records)
+    if places not in complete and "0" not in places and places[0].isdecimal() and not has_letters:
+        raise ValueError(f"{source} has no index 0 and lacks rows, so it may count from 0 or from "
+                         "1; give the whole table, or lines with index (from 0) and response")
+    return 0
 
 
 def _table_reply(record: dict) -> str:

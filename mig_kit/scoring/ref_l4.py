@@ -51,8 +51,9 @@ def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
         x, y, third, fourth = box
         boxes.append([x, y, x + third, y + fourth] if written_as == "xywh" else box)
     values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))
-    missing = sum(line is None for line in lines)
-    return values, Counter({"missing": missing} if missing else {})
+    problems = Counter("missing" if line is None else "no box found"
+                       for line, box in zip(lines, boxes) if not any(box))
+    return values, problems
 
 
 def ref_l4_metrics(values: np.ndarray) -> dict[str, np.ndarray]:

@@ -186,7 +186,9 @@ def prediction_lines(benchmark: Benchmark, replies: dict[str, list[str]],
         item_sizes = sizes[sample_id(benchmark.name, item)]
         reply = replies[sample_id(benchmark.name, item)][0]
         line = {"index": item.index, "response": reply}
-        if item.letter:
+        is_read_as_it_is = (box_format.coordinates == Coordinates.NORMALIZED_1000
+                            and benchmark.name != "ref_l4" and not exact)
+        if item.letter or is_read_as_it_is:
             lines.append(line)
         elif exact:
             reply = convert_exactly(reply, item_sizes, item.target, box_format)

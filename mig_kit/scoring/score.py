@@ -265,6 +265,10 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                                    lambda names: read_image_sizes(names, images, orientation))
             remarks = (f"Boxes were read as {coordinates.description} and converted before the "
                        "authors' rule read them; their own script does not convert.",)
+        if coordinates == Coordinates.ABSOLUTE:
+            remarks += (f"Images count as resized to {box_format.min_pixels:,} to "
+                        f"{box_format.max_pixels:,} pixels; other limits of the processor "
+                        "(--min-pixels, --max-pixels) put boxes elsewhere.",)
         if _needs_image_sizes(benchmark, protocol, coordinates):
             items = add_image_sizes(benchmark.items, images, orientation)
         if takes_boxes:

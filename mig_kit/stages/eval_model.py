@@ -135,6 +135,11 @@ def _write_text(path: Path, text: str) -> None:
 def claim_folder(out: Path, settings: dict) -> None:
     """Write what the replies in `out` follow from, or compare it with what is there."""
     path = out / "settings.json"
+    if not path.is_file():
+        for name in ("predictions.jsonl", "eval.json", "gallery.html"):
+            if (out / name).exists():
+                raise ValueError(f"{out / name} is of no mig-kit eval that could go on, and would "
+                                 "be overwritten; name another --out")
     settings = json.loads(json.dumps(settings))
     other = json.loads(path.read_text()) if path.is_file() else settings
     for name in (*settings, *other):

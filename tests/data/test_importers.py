@@ -133,6 +133,64 @@ def test_conversations_of_several_images_and_turns(root):
     assert (second["image"], second["box"], second["question"]) == (1, [1, 2, 9, 9], "And the dog?")
 
 
+def of_two_images(asked, answered):
+    return {"images": ["a.png", "b.png"],
+            "messages": [{"role": "user", "content": asked},
+                         {"role": "assistant", "content": answered}]}
+
+
+@pytest.mark.parametrize("asked, answered, number", [
+    ("Find the cup in image 2.", "[1, 2, 30, 40]", 2),
+    ("Image 2: where is the cup?", "[1, 2, 30, 40]", 2),
+    ("Find it at the left of the second image.", "[1, 2, 30, 40]", 2),
+    ("Find the cup of image 1.", "The cup is at the top of image 2: [1, 2, 30, 40]", 2),
+    ("Find it.", "The cup of image 1 is seen in image 2 at [1, 2, 30, 40]", 2),
+    ("Find the cup of image 1.", "[1, 2, 30, 40]", None),
+    ("Find the object marked in the first image in the other image.", "[1, 2, 30, 40]", None),
+    ("The first image shows a dog. Find this dog in the other picture.", "[1, 2, 30, 40]", None),
+    ("Which thing in image 1 is in both images?", "[1, 2, 30, 40]", None),
+    ("Find it again.", "The cup of image 1 is seen again at [1, 2, 30, 40]", None)])
+def test_an_image_that_only_describes_a_thing_is_not_taken_for_its_place(root, asked, answered,
+                                                                         number):
+    lines, sentences = import_all(root, "llava", write(root, of_two_images(asked, answered)),
+                                  "pixels")
+    assert [line["image"] for line in lines] == ([number] if number else [])
+    assert not number == ("it is not said which of the 2 images" in "".join(sentences))
+
+
+def test_tags_of_later_turns_count_on(root):
+    turns = of_two_images("<image>Where is the dog in image 1?", "[1, 2, 9, 9]")["messages"]
+    more = of_two_images("And in <image>, where is the cat?", "[5, 6, 30, 40]")["messages"]
+    record = {"images": ["a.png", "b.png"], "messages": turns + more}
+    (_, second), _ = import_all(root, "llava", write(root, record), "pixels")
+    assert second["question"] == "And in image 2, where is the cat?" and second["image"] == 2
+
+
+@pytest.mark.parametrize("form, words, sentence", [
+    ("coco", {"coordinates": "normalized_1000"}, "boxes of the format coco are in pixels"),
+    ("refcoco", {"coordinates": "normalized_1"}, "boxes of the format refcoco are in pixels"),
+    ("coco", {"instances": "coco.json"}, "--instances is for the format refcoco")])
+def test_what_would_not_act_is_refused(root, form, words, sentence):
+    if "instances" in words:
+        words = {"instances": root / "coco.json"}
+    with pytest.raises(ValueError, match=sentence):
+        import_all(root, form, root / "coco.json", **words)
+
+
+def test_coordinates_against_those_of_the_file_are_a_problem(root):
+    _, (sentence,) = import_all(root, "swift", write(root, SWIFT), "normalized_1000")
+    assert "says that boxes are pixels, and --coordinates normalized_1000" in sentence
+
+
+def test_annotations_are_not_overwritten(root):
+    path, instances = write(root, REF), root / "coco.json"
+    before = instances.read_bytes()
+    with pytest.raises(ValueError, match="is .*coco.json itself"):
+        importers.import_file("refcoco", path, instances,
+                              ImportRules(root, instances=instances), print)
+    assert instances.read_bytes() == before
+
+
 def test_boxes_of_the_padded_square(root):
     """LLaVA-1.5 pads 200 x 100 to 200 x 200, 50 above and below."""
     (line,), _ = import_all(root, "llava", write(root, LLAVA), "normalized_1", padded=True)
@@ -367,7 +425,8 @@ def test_fuzzed_lines_become_correct_lines_or_sentences(root, form, seeds):
     rng = random.Random(form)
     path = write(root, *seeds, *(fuzz_line(seeds, rng) for _ in range(LINES)))
     lines, sentences = import_all(root, form, path, "normalized_1" if form == "llava" else "",
-                                  several="any", instances=root / "coco.json")
+                                  several="any",
+                                  instances=root / "coco.json" if form == "refcoco" else None)
     assert lines and all(sentence.startswith("line ") for sentence in sentences)
 
 

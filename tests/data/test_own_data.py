@@ -227,6 +227,12 @@ def test_control_tokens_are_found_before_a_run(root, processor, token, key):
     assert number == 1 and f"'{key}' holds {token}" in problem and "take it out" in problem
 
 
+def test_a_line_without_an_id_has_that_of_its_number(root):
+    path = write_lines(root, changed(id="line-2"), changed(id=...), changed(id="x"))
+    assert [problems for _, problems in own_data.check_file(path, root)] == [
+        [], ["id 'line-2' is there twice"], []]
+
+
 def test_images_that_are_cut_short_are_found(root):
     noise = Image.effect_noise((200, 100), 80)
     for suffix in ("png", "jpg"):

@@ -8,7 +8,12 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, smart_resize
 from mig_kit.cli import cli
-from mig_kit.scoring.convert_boxes import convert_exactly, convert_reply, wrap_native_json
+from mig_kit.scoring.convert_boxes import (
+    convert_exactly,
+    convert_reply,
+    parse_named_box,
+    wrap_native_json,
+)
 
 SIZES = {"a.png": (400, 200), "b.png": (1200, 900), "c.png": (90, 90)}
 TARGET = (0.1, 0.2, 0.5, 0.6)  # in the second image
@@ -67,6 +72,42 @@ def test_pixels_without_the_option_score_little_and_the_table_names_it(folder):
     assert value < 80
     _, table = headline(folder, "mig_bench", FORMS[0].format(0, 0, 1150, 800))
     assert "--coordinates absolute" in table and "scored all the same" in table
+
+
+def test_the_table_says_which_limits_resized_the_images(folder):
+    """Pixels of a processor with other limits are boxes elsewhere."""
+    size = smart_resize(*SIZES["b.png"], max_pixels=120736)
+    reply = FORMS[2].format(*[round(v * side) for v, side in zip(TARGET, size * 2)])
+    words = ("--coordinates", "absolute")
+    value, table = headline(folder, "mig_bench", reply, *words)
+    assert value < 20 and "resized to 3,136 to 401,408 pixels" in table
+    value, table = headline(folder, "mig_bench", reply, *words, "--max-pixels", "120736")
+    assert value > 98 and "resized to 3,136 to 120,736 pixels" in table
+
+
+def test_two_models_may_answer_in_different_coordinates(folder):
+    """The same box in 0 to 1000 and in 0 to 1."""
+    (folder / "units.jsonl").write_text(json.dumps(
+        {"index": 0, "response": FORMS[2].format(*TARGET)}) + "\n")
+    reply = FORMS[2].format(*[round(1000 * value) for value in TARGET])
+    words = ("--protocol", "strict", "--compare", str(folder / "units.jsonl"))
+    _, table = headline(folder, "mig_bench", reply, *words)
+    assert "mean_iou, p.jsonl minus units.jsonl: +100.00 points" in table
+    _, table = headline(folder, "mig_bench", reply, *words, "--compare-coordinates", "normalized_1")
+    assert "mean_iou, p.jsonl minus units.jsonl: +0.00 points" in table
+
+
+def test_a_converted_reply_of_ref_l4_without_a_box_is_counted(folder):
+    _, table = headline(folder, "ref_l4", "I see no cup.", "--coordinates", "pixels")
+    assert "Replies, no box found: 1." in table
+
+
+@pytest.mark.parametrize("reply, image, box", [
+    ("First candidate [5,6,7,8], no.</think>It is at [10,20,30,40]", None, (10, 20, 30, 40)),
+    ("Not image 1.</think>In image 2: [10,20,30,40]", 2, (10, 20, 30, 40)),
+    ("<think>[5,6,7,8]</think>", None, (5, 6, 7, 8))])
+def test_reasoning_whose_tag_the_template_opens_is_no_answer(reply, image, box):
+    assert parse_named_box(reply) == (image, box)
 
 
 def test_every_box_is_converted_in_place_and_the_authors_rule_picks():

@@ -82,6 +82,19 @@ def test_vlmevalkits_tables(benchmark, tmp_path, suffix, first):
     assert accuracy(benchmark, read_records(path)) == [1, 1, 0]
 
 
+def test_a_table_with_gaps_may_count_from_0_or_1(benchmark):
+    """Letters or index 0 tell; nothing is shifted in silence."""
+    def rows(*indices, **more):
+        return [{"index": index, "prediction": "B", **more} for index in indices]
+
+    for records in (rows(1, 2), rows(2, 3), rows(2)):
+        with pytest.raises(ValueError, match="may count from 0 or from 1; give the whole table"):
+            score.score_predictions(benchmark, records, "P", BoxFormat(), allow_missing=True)
+    for records in (rows(0, 2), rows(1, 2, answer="B")):
+        scored = score.score_predictions(benchmark, records, "P", BoxFormat(), allow_missing=True)
+        assert scored.values[2] == 1
+
+
 def test_a_column_of_thoughts_belongs_to_the_reply(benchmark):
     records = [{"index": 0, "prediction": "A", "thinking": "(B)?"}, {"index": 1, "prediction": ""},
                {"index": 2, "prediction": float("nan")}]

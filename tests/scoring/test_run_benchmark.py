@@ -20,6 +20,7 @@ from mig_kit.scoring.run_benchmark import (
     RUNNABLE,
     image_sizes,
     iter_batches,
+    prediction_lines,
     read_runnable,
     results_table,
     score_systems,
@@ -246,3 +247,14 @@ def test_every_official_item_becomes_a_sample(tmp_path):
         assert sample.targets and "<|" not in text and "{ref}" not in text
         with_reference += sample.reference is not None
     assert with_reference > 80
+
+
+def test_replies_in_0_to_1000_are_not_rewritten_for_the_authors_rule(root):
+    """Rounding would change what their script reads."""
+    benchmark = take_items(read(root), slice(0, 1))
+    name = next(sample.id for batch in iter_batches(benchmark, root, 1) for sample in batch)
+    reply = "<think>[0.1, 0.2, 0.5, 0.6]</think>In image 2: [100.4, 200, 500, 600]"
+    for coordinates, is_kept in (("normalized_1000", True), ("absolute", False)):
+        (line,) = prediction_lines(benchmark, {name: [reply]}, image_sizes(benchmark, root),
+                                   BoxFormat(coordinates=coordinates))
+        assert (line["response"] == reply) == is_kept

@@ -314,6 +314,11 @@ def test_ref_l4_by_hand():
         score_predictions(benchmark, prediction_lines(["(1,2),(3,4)"] * 3))
 
 
+def test_a_part_of_mmiu_without_answers_is_one_sentence():
+    with pytest.raises(ValueError, match="no item of the MMIU annotations has an output"):
+        annotations.read_mmiu([{"task": "order", "question": "Which?", "options": "A: one"}])
+
+
 def test_ref_l4_class_averages():
     """The unweighted mean over classes; COCO's cars (3) count as Objects365's (6)."""
     halves = [("o365_6", 1.0), ("refcoco_3", 0.8), ("refcoco_99", 0.6), ("o365_1", 0.3)]

@@ -34,6 +34,23 @@ def test_no_file_that_was_given_is_overwritten(files, words):
     assert {path.name: path.read_bytes() for path in files.iterdir()} == before
 
 
+def test_a_folder_of_predictions_gets_no_result(files):
+    (files / "p").mkdir()
+    (files / "a.jsonl").rename(files / "p" / "a.jsonl")
+    for name in ("a.jsonl", "new.json"):
+        result = run_score(files, "mig-bench", "--json", str(files / "p" / name), predictions="p")
+        assert "lies in a folder that is read" in str(result.exception)
+    assert [path.name for path in (files / "p").iterdir()] == ["a.jsonl"]
+
+
+def test_what_the_compared_file_lacks_is_said(files):
+    (files / "part.jsonl").write_text(json.dumps(prediction_lines(REPLIES)[0]) + "\n")
+    part = run_score(files, "mig-bench", "--compare", str(files / "part.jsonl"), "--allow-missing")
+    assert "Replies of part.jsonl, missing: 5." in part.output
+    alone = run_score(files, "mig-bench", "--compare-coordinates", "pixels")
+    assert "add that, or leave it out" in str(alone.exception)
+
+
 def test_command_writes_the_result(files):
     result = run_score(files, "mig-bench", "--compare", str(files / "b.jsonl"),
                        "--json", str(files / "out.json"), "--items", str(files / "items.jsonl"))

@@ -231,6 +231,13 @@ def test_replies_of_another_adapter_are_refused(tmp_path):
             eval_model.claim_folder(tmp_path / "out", other)
 
 
+def test_files_of_ones_own_are_not_overwritten(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="is of no mig-kit eval that could go on"):
+        eval_model.claim_folder(tmp_path, {"model": "m"})
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
 def test_a_runs_folder_names_the_run(smoke_runs, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(smoke_runs))
     by_name, by_folder = (find_run_model(text) for text in ("smoke", str(smoke_runs / "smoke")))
