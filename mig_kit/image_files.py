@@ -193,6 +193,9 @@ def open_rgb(path: Path, orientation: str = "upright") -> Image.Image:
 
 def _decode_upright(image: Image.Image) -> Image.Image:
     turn = TURNS.get(read_orientation(image))
+    if image.has_transparency_data:  # on white, as transformers and viewers show it
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     picture = image.convert("RGB")
     picture.info = {}  # its EXIF data, or whoever reads them would turn it once more
     return picture if turn is None else picture.transpose(turn)

@@ -138,3 +138,14 @@ def test_a_folders_images_come_in_order_and_others_are_counted(tmp_path):
     assert {image.mode for image in images.values()} == {"RGB"}
     assert "1  unreadable image: e.png" in report.summarize()
     assert len(list(iter_images(tmp_path, SkipReport(), limit=2))) == 2
+
+
+@pytest.mark.parametrize("mode, black, clear", [
+    ("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)), ("LA", (0, 255), (0, 0))])
+def test_what_is_transparent_is_white(tmp_path, mode, black, clear):
+    picture = Image.new(mode, (40, 30), clear)
+    picture.paste(black, (0, 0, 20, 30))
+    picture.save(tmp_path / "a.png")
+    opened = open_rgb(tmp_path / "a.png")
+    assert opened.mode == "RGB"
+    assert (opened.getpixel((5, 5)), opened.getpixel((35, 5))) == ((0, 0, 0), (255, 255, 255))

@@ -186,8 +186,9 @@ class Decoder:
         # (prefixes, kv_heads, group, heads_per_key, width)
         queries_by_row = queries.unflatten(2, (self.group, -1))
 
-        prefix_scores = torch.matmul(queries, prefix_keys.transpose(2, 3))
-        row_scores = torch.matmul(queries_by_row, row_keys.transpose(3, 4)).flatten(2, 3)
+        multiply = _float32_scores if heads.is_cuda and heads.dtype != torch.float32 else _scores
+        prefix_scores = multiply(queries, prefix_keys)
+        row_scores = multiply(queries_by_row, row_keys).flatten(2, 3)
         scores = torch.cat([prefix_scores, row_scores], -1)
         bias = self.bias[..., :prefix_length + past]
         weights = softmax(torch.add(bias, scores, alpha=self.scale), -1).to(self.dtype)
@@ -198,6 +199,21 @@ class Decoder:
         from_row = torch.matmul(row_weights, row_values)
         mixed = (from_prefix + from_row).transpose(1, 2)
         return mixed.reshape(n_prefixes * self.group, -1)
+
+
+def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """queries (..., n, width), keys (..., m, width) -> (..., n, m), in their dtype."""
+    return torch.matmul(queries, keys.transpose(-1, -2))
+
+
+def _float32_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`_scores` of bfloat16 in float32, as the fused kernels of a GPU have them.
+
+    Keys of Qwen2.5 are so large that a score in bfloat16 would be off by several units.
+    """
+    left, right = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (queries, keys))
+    scores = torch.bmm(left, right.transpose(1, 2), out_dtype=torch.float32)
+    return scores.view(*queries.shape[:-1], keys.shape[-2])
 
 
 @contextmanager

@@ -81,15 +81,20 @@ def max_kv_bytes(device: torch.device) -> int:
 
 
 def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int,
-                          max_bytes: int | None = None) -> int:
+                          max_bytes: int | None = None, reading_bytes: int = 0) -> int:
     """How many of `count` prompts to draw completions to at once, so that max_bytes hold them
     (None: KV_BYTES).
 
     The rounds are of about the same size. longest: tokens of the longest prompt; tokens: of the
-    longest completion; token_bytes: of one token's keys and values.
+    longest completion; token_bytes: of one token's keys and values. reading_bytes: what reading a
+    prompt takes per token besides, while twice max_bytes are free; 0 where that does not matter.
     """
+    max_bytes = max_bytes or KV_BYTES
     bytes_per_prompt = (longest + group * tokens) * token_bytes
-    most = max(1, (max_bytes or KV_BYTES) // bytes_per_prompt)
+    most = max_bytes // bytes_per_prompt
+    if reading_bytes:
+        most = min(most, 2 * max_bytes // (longest * (token_bytes + reading_bytes)))
+    most = max(1, most)
     rounds = -(-count // most)
     return -(-count // rounds)
 
@@ -99,6 +104,15 @@ def kv_bytes_per_token(model) -> int:
     language = unwrap_peft(model).model.language_model
     width = language.config.num_key_value_heads * language.layers[0].self_attn.head_dim
     return 2 * len(language.layers) * width * language.embed_tokens.weight.element_size()
+
+
+def reading_bytes_per_token(model) -> int:
+    """Bytes that a layer needs per token of a prompt that is read: its states and its wide ones, as
+    `gpu_needs.decoding_memory` counts them.
+    """
+    language = unwrap_peft(model).model.language_model
+    states = 4 * language.config.hidden_size + 3 * language.config.intermediate_size
+    return states * language.embed_tokens.weight.element_size()
 
 
 def end_token_ids(generation_config, processor) -> list[int]:
@@ -160,9 +174,11 @@ def generate_in_rounds(model, processor, prompts: list[Prompt], group: int, samp
     (None: `max_kv_bytes`).
     """
     longest = max(len(prompt.ids) for prompt in prompts)
+    device = unwrap_peft(model).device
     at_once = count_prompts_at_once(
         len(prompts), longest, group, sampling.max_new_tokens, kv_bytes_per_token(model),
-        max_bytes or max_kv_bytes(unwrap_peft(model).device))
+        max_bytes or max_kv_bytes(device),
+        reading_bytes_per_token(model) if device.type == "cuda" else 0)
     rollouts = []
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)

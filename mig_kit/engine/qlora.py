@@ -25,8 +25,8 @@ def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFo
     locates, keeps float32. With hardware.dtype bfloat16 it is bfloat16, too.
     """
     policy = load_policy(base, hardware, box_format, four_bit=True)
-    model = prepare_model_for_kbit_training(
-        policy.model, use_gradient_checkpointing=hardware.device == "cuda")
+    # whether layers are checkpointed, the trainer's gradient_checkpointing says
+    model = prepare_model_for_kbit_training(policy.model, use_gradient_checkpointing=False)
     run_tower_without_graph(model)
     if hardware.autocast or hardware.dtype == torch.bfloat16:
         for name, parameter in model.named_parameters():

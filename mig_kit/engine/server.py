@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import openai
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.generation import Sampling, end_token_ids
@@ -250,6 +250,14 @@ def iterate(produce: Callable) -> Iterator:
         raise item
 
 
+def _load_generation_config(model: str | Path) -> GenerationConfig:
+    """The model's, or what its config.json says where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+
+
 @contextmanager
 def serve_model(server: str, concurrency: int, model: str | Path, system: str,
                 box_format: BoxFormat, log: Path) -> Iterator[ServedModel]:
@@ -260,7 +268,7 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
     """
     key, urls = read_api_key(), parse_server(server)
     processor = load_processor(model, box_format)
-    ends = end_token_ids(GenerationConfig.from_pretrained(model), processor)
+    ends = end_token_ids(_load_generation_config(model), processor)
     encoder = PromptEncoder(processor, box_format, ends)
     process = None if urls else ServerProcess(server, model, log)
     try:

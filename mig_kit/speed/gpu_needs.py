@@ -380,7 +380,9 @@ def predict_seconds(shape: Shape, params: Profile, card: tuple[str, int, int],
             flop_gain, byte_gain = (share / RATE_SHARE for share in SERVED_SHARES)
             step = (read_weights * replies / SERVED_AT_ONCE + read_keys) / byte_gain
             return flops / flop_rate / flop_gain + tokens * step
-        at_once = count_prompts_at_once(prompts, prompt, replies, tokens, shape.kv_bytes, max_bytes)
+        reading = 2 * (4 * shape.hidden + 3 * shape.inner) if max_bytes else 0
+        at_once = count_prompts_at_once(prompts, prompt, replies, tokens, shape.kv_bytes, max_bytes,
+                                        reading)
         step = max(read_weights, shape.layers * LAYER_SECONDS) / at_once + read_keys
         return flops / flop_rate + tokens * step
 

@@ -8,7 +8,7 @@ cost it skills that the base had.
 
 import random
 
-from mig_kit.boxes import Box, BoxFormat, to_model_box
+from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, to_model_box
 from mig_kit.prompts import LETTERS, format_answer, format_answers, format_box
 from mig_kit.sample import Sample, Trace
 from mig_kit.world.scenes import CELL
@@ -48,7 +48,8 @@ def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
     """One trace.
 
     mix: weights of DETAILS. error_rate: share of traces with one of ERRORS. jitter: standard
-    deviation of every box edge, in the model's coordinates; a "sloppy box" has five times as much.
+    deviation of every box edge, in pixels of the image as the model sees it; a "sloppy box" has
+    five times as much.
     """
     detail = rng.choices(DETAILS, mix)[0]
     error = rng.choice(ERRORS) if rng.random() < error_rate else ""
@@ -62,7 +63,8 @@ def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
         others = [number for number in range(1, len(sample.images) + 1) if number != image]
         image = rng.choice(others or [image + 1])
     size = sample.sizes[min(image, len(sample.sizes)) - 1]
-    box = _misplace_box(to_model_box(target_box, size, box_format), rng, error, jitter)
+    box = _misplace_box(to_model_box(target_box, size, box_format), rng, error, jitter,
+                        _pixel_of(size, box_format))
     if error == "leaked answer":
         thought = f"{thought} {format_box(box)}"
     answer = format_answer(image, box)
@@ -86,14 +88,17 @@ def _write_list_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
     For a "wrong image" it leaves out the first box, which may be the only one. Where there is no
     box, an error about objects, images or boxes invents one, and nothing can be leaked.
     """
-    boxes = [(image, _misplace_box(to_model_box(box, sample.sizes[image - 1], box_format), rng,
-                                   error, jitter)) for image, box in sample.targets]
+    boxes = [(image, _misplace_box(to_model_box(box, size, box_format), rng, error, jitter,
+                                   _pixel_of(size, box_format)))
+             for image, box in sample.targets for size in [sample.sizes[image - 1]]]
     if not boxes and error == "leaked answer":
         error = ""
     elif not boxes and error and error != "broken format":
         corner = [rng.uniform(0, 2 * CELL) for _ in range(2)]
-        box = (*corner, *(value + CELL for value in corner))
-        boxes = [(rng.randint(1, len(sample.images)), box)]
+        image = rng.randint(1, len(sample.images))
+        pixel = _pixel_of(sample.sizes[image - 1], box_format)
+        pixels = (*corner, *(value + CELL for value in corner))
+        boxes = [(image, tuple(value * step for value, step in zip(pixels, pixel * 2)))]
     elif error == "wrong image":
         boxes = boxes[1:]
     elif error == "leaked answer":
@@ -101,13 +106,25 @@ def _write_list_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
     return _write_reply(rng, thought, format_answers(boxes), detail, error)
 
 
-def _misplace_box(box: Box, rng: random.Random, error: str, jitter: float) -> Box:
-    """The box with jittered edges; one cell away, down right or up left, for a "wrong object"."""
+def _pixel_of(size: tuple[int, int], box_format: BoxFormat) -> tuple[float, float]:
+    """(width, height), in the model's coordinates, of a pixel of the image as the model sees it."""
+    whole, seen = (coordinate_size(size, coordinates, box_format)
+                   for coordinates in (box_format.coordinates, Coordinates.ABSOLUTE))
+    return whole[0] / seen[0], whole[1] / seen[1]
+
+
+def _misplace_box(box: Box, rng: random.Random, error: str, jitter: float,
+                  pixel: tuple[float, float]) -> Box:
+    """The box with jittered edges; one cell away, down right or up left, for a "wrong object".
+
+    jitter: in pixels, whose size `_pixel_of` gives.
+    """
     if error == "wrong object":
         shift = rng.choice((-1, 1)) * CELL
-        box = tuple(max(0.0, value + shift) for value in box)
+        box = tuple(max(0.0, value + shift * step) for value, step in zip(box, pixel * 2))
     std = jitter * (5 if error == "sloppy box" else 1)
-    return tuple(max(0.0, value + rng.gauss(0, std)) for value in box)
+    return tuple(max(0.0, value + rng.gauss(0, std) * step)
+                 for value, step in zip(box, pixel * 2))
 
 
 def _write_choice_trace(sample: Sample, rng: random.Random, detail: str, error: str,

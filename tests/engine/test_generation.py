@@ -471,6 +471,32 @@ def test_rounds_draw_what_one_draw_would(random_model, processor, samples, monke
     assert rounds == [2, 2, 4]
 
 
+def test_a_round_is_so_small_that_its_prompts_can_be_read():
+    """Of 1,000 free bytes half is for keys and values: 4 of 10 prompts of 100 tokens with 1 byte of
+    these and 1 more while they are read; with 4 more, 2.
+    """
+    counts = [generation.count_prompts_at_once(10, 100, 1, 0, 1, 500, reading)
+              for reading in (0, 1, 4, 10**6)]
+    assert counts == [5, 5, 2, 1]
+
+
+def test_scores_of_large_keys_are_summed_in_float32(monkeypatch):
+    """Keys as large as Qwen2.5's. On a CPU, whose bmm has no out_dtype, it is stood in for."""
+    def bmm(left, right, out_dtype):
+        assert left.dtype == right.dtype == torch.bfloat16
+        return torch.matmul(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(decoding.torch, "bmm", bmm)
+    noise = torch.Generator().manual_seed(0)
+    queries = (3.5 * torch.randn(2, 3, 4, 5, 64, generator=noise)).bfloat16()
+    keys = (27 * torch.randn(2, 3, 4, 9, 64, generator=noise)).bfloat16()
+    exact = torch.matmul(queries.double(), keys.double().transpose(-1, -2))
+    in_float32, in_bfloat16 = (score(queries, keys) for score in (decoding._float32_scores,
+                                                                  decoding._scores))
+    assert in_float32.dtype == torch.float32 and in_float32.shape == in_bfloat16.shape
+    assert (in_float32 - exact).abs().max() < 1e-2 < 1 < (in_bfloat16 - exact).abs().max()
+
+
 def test_rounds_by_hand(random_model, monkeypatch):
     monkeypatch.setattr(generation, "KV_BYTES", 10_000)
     for token_bytes, at_once in {1: 16, 5: 8, 13: 4, 55: 1, 10**6: 1}.items():

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from mig_kit.boxes import BoxFormat
@@ -53,3 +54,20 @@ def test_a_trace_has_the_error_that_it_names(kind, samples_by_kind):
         elif not trace.error:
             box = reply_box_in_original(sample, reply, box_format)
             assert best_iou(sample, reply.image, box) > 0.5
+
+
+def test_errors_are_as_large_in_0_to_1000_as_in_pixels(samples_by_kind):
+    """Of the image as the model sees it; else the filter would keep what it should drop."""
+    sample, errors = samples_by_kind["diff"], set()
+    for seed in range(60):
+        traces, boxes = [], []
+        for box_format in (BoxFormat(), BoxFormat(coordinates="normalized_1000")):
+            traces.append(teacher.write_trace(sample, random.Random(seed), box_format,
+                                              error_rate=0.7))
+            reply = parse_reply(traces[-1].text)
+            boxes.append(reply_box_in_original(sample, reply, box_format))
+        assert traces[0].error == traces[1].error
+        if None not in boxes:
+            errors.add(traces[0].error)
+            assert np.abs(np.subtract(*boxes)).max() < 1.5, "but for rounding"
+    assert errors >= {"", "wrong object", "sloppy box"}
