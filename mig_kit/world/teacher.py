@@ -108,9 +108,9 @@ def _write_list_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
 
 def _pixel_of(size: tuple[int, int], box_format: BoxFormat) -> tuple[float, float]:
     """(width, height), in the model's coordinates, of a pixel of the image as the model sees it."""
-    whole, seen = (coordinate_size(size, coordinates, box_format)
-                   for coordinates in (box_format.coordinates, Coordinates.ABSOLUTE))
-    return whole[0] / seen[0], whole[1] / seen[1]
+    width, height = coordinate_size(size, box_format.coordinates, box_format)
+    seen_width, seen_height = coordinate_size(size, Coordinates.ABSOLUTE, box_format)
+    return width / seen_width, height / seen_height
 
 
 def _misplace_box(box: Box, rng: random.Random, error: str, jitter: float,
