@@ -15,6 +15,8 @@ from mig_kit.stages.evaluated_runs import read_recorded
 
 GUIDE = PROJECT_ROOT / "notebooks" / "guide"
 PAGE = (GUIDE / "ablations.md").read_text()
+FRESH_FOLDER = "eval_seed_16"
+OF_QUESTIONS = {"seed", "replies", "eval_seed", "ood_per_task", "kl_samples"}  # no part of an arm
 
 
 def read_command(text):
@@ -28,9 +30,11 @@ TABLES = [read_command(text) for text in
           re.findall(r"^mig-kit table ((?:.*\\\n)*.*)$", PAGE, re.MULTILINE)]
 RUNS = {}  # arm -> the records of its runs, over all tables
 CONTROLS = {}  # the same of runs that were evaluated beside a control run
+FRESH = {}  # the same of runs on questions that nobody had looked at
 for table_groups, table_system in TABLES:
     for group, group_runs in table_groups.items():
-        members = CONTROLS if table_system == "sft_long" else RUNS
+        is_fresh = group_runs[0].startswith(f"ablations/{FRESH_FOLDER}/")
+        members = CONTROLS if table_system == "sft_long" else FRESH if is_fresh else RUNS
         members[group] = sorted({*members.get(group, []), *group_runs})
 # arm -> the words of its command, of the table of commands
 COMMANDS = {name: shlex.split(words) for name, words in
@@ -61,8 +65,16 @@ def test_the_summary_is_that_of_the_tables():
 
 
 def test_every_record_is_in_the_table():
-    named = [run.removeprefix("ablations/") for runs in (RUNS | CONTROLS).values() for run in runs]
-    assert sorted(named) == sorted(path.name for path in (GUIDE / "ablations").glob("*.json"))
+    named = [run for members in (RUNS, CONTROLS, FRESH) for runs in members.values()
+             for run in runs]
+    assert sorted(named) == sorted(str(path.relative_to(GUIDE))
+                                   for path in (GUIDE / "ablations").rglob("*.json"))
+
+
+def test_fresh_questions_are_those_of_another_seed():
+    seeds = {run: read_recorded(str(GUIDE / run))["params"]["eval_seed"]
+             for members in (RUNS, CONTROLS, FRESH) for runs in members.values() for run in runs}
+    assert all(seed == (16 if FRESH_FOLDER in run else 14) for run, seed in seeds.items())
 
 
 def read_words(arm):
@@ -85,11 +97,11 @@ def test_a_command_sets_what_its_control_runs_record(arm):
 @pytest.mark.parametrize("arm", [name for name in RUNS if name != "recipe"])
 def test_a_command_sets_what_its_runs_record(arm):
     words, set_here = read_words(arm)
-    for run in RUNS[arm]:
+    for run in [*RUNS[arm], *FRESH.get(arm, [])]:
         record = read_recorded(str(GUIDE / run))
         assert record["seed"] == set_here.pop("seed", record["seed"])
         changed = {name: value for stage in record["changed"].values()
-                   for name, value in stage.items() if name not in ("seed", "replies")}
+                   for name, value in stage.items() if name not in OF_QUESTIONS}
         assert changed == set_here and set_here.keys() <= {
             name for stage in record["changed"] for name in profile_params(stage)}
         stages = words[:words.index("-p")]
