@@ -340,7 +340,7 @@ def describe_cpu() -> str:
 def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*")
                   if path.is_file() and path.suffix not in (".ipynb", ".tmp", ".log")
-                  and path.name != "job.json"  # says how the stage ran
+                  and path.name not in ("job.json", "started.json")  # these say how it ran
                   and "checkpoint" not in str(path.relative_to(folder))
                   and path.parent != folder / IMAGE_FOLDER)  # IMAGE_MANIFEST lists these
 
