@@ -365,6 +365,9 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     if items and benchmark.lower() == "odinw":
         raise ValueError("OdinW's AP is no mean over items, so there are none to write; "
                          "leave --items out")
+    if compare_coordinates and not compare:
+        raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
+                         "or leave it out")
     taken = [annotations, predictions, *([compare] if compare else [])]
     for path in filter(None, (out, items)):
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
@@ -377,9 +380,6 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     header, scored = score.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
-    if compare_coordinates and not compare:
-        raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
-                         "or leave it out")
     if compare:
         rules["coordinates"] = compare_coordinates or rules["coordinates"]
         _, other = score.score_files(name, annotations, compare, box_format, **rules)

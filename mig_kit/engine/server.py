@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import openai
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.generation import Sampling, end_token_ids
+from mig_kit.engine.model_folders import load_config
 from mig_kit.engine.processors import load_processor
 from mig_kit.engine.server_process import ServerProcess, is_ready, parse_server
 from mig_kit.engine.server_requests import (
@@ -255,7 +256,7 @@ def _load_generation_config(model: str | Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(model)
     except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+        return GenerationConfig.from_model_config(load_config(model))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mig_kit.boxes import Coordinates
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
 from mig_kit.pipeline.cold_start import NEEDS_SFT
+from mig_kit.pipeline.run_facts import name_data
 from mig_kit.pipeline.run_folders import run_command
 from mig_kit.plots import suite_name
 
@@ -49,7 +50,7 @@ def model_card(run_id: str) -> str:
     Raises FileNotFoundError for a run without finished 05_grpo and 06_evaluate, ValueError where
     the scores are not this model's.
     """
-    has_sft, data = store.has_cold_start(run_id), _data_of(run_id)
+    has_sft, data = store.has_cold_start(run_id), name_data(run_id)
     records = {stage: _require_fresh_record(stage, run_id)
                for stage in ("02_sft", "05_grpo", "06_evaluate") if has_sft or stage > "03"}
     metrics = store.read_metrics(store.stage_folder("06_evaluate", run_id))
@@ -71,11 +72,6 @@ def model_card(run_id: str) -> str:
         start="SFT" if from_sft else "base",
         recipe=RECIPES.get(start if has_sft else "base", "GRPO from another model's folder"),
         seen=_describe_data(is_tiny, data))
-
-
-def _data_of(run_id: str) -> str:
-    record = store.load_record("01_synthesize", run_id) or {}
-    return record.get("params", {}).get("data", "scenes")
 
 
 def _describe_data(is_tiny: bool, data: str) -> str:

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: the parameters that it changed, and its control run."""
+"""What a finished run says of itself: its data, the parameters that it changed, its control run."""
 
 import hashlib
 import json
@@ -26,6 +26,12 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
         if differing:
             changed[stage] = differing
     return changed
+
+
+def name_data(run_id: str) -> str:
+    """`data` of the run's 01, "scenes" where that has not finished."""
+    record = load_record("01_synthesize", run_id) or {}
+    return record.get("params", {}).get("data", "scenes")
 
 
 def describe_control(run_id: str) -> dict:

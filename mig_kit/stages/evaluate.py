@@ -18,6 +18,7 @@ import numpy as np
 from mig_kit.boxes import Box, BoxFormat, iou
 from mig_kit.image_files import image_digests
 from mig_kit.pipeline import store
+from mig_kit.pipeline.run_facts import name_data
 from mig_kit.plots import HELD_OUT_NAMES
 from mig_kit.prompts import is_well_formed, parse_boxes
 from mig_kit.rewards import (
@@ -87,8 +88,7 @@ def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
 
 def name_own_data(run_id: str) -> str:
     """`data` of the run's 01, "" for drawn scenes."""
-    record = store.load_record("01_synthesize", run_id) or {"params": {}}
-    return record["params"].get("data", "scenes").replace("scenes", "")
+    return name_data(run_id).replace("scenes", "")
 
 
 def spread_samples(samples: Sequence[Sample], count: int) -> Sequence[Sample]:

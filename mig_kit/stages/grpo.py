@@ -187,17 +187,17 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
                       *_rollout_callbacks(policy, samples, folder, params, scores)]}
     if not params.share_prefix:
-        return _train_float32(ResumableGRPOTrainer(**common), hardware)
+        return _with_float32_adapter(ResumableGRPOTrainer(**common), hardware)
     served = None
     if params.server:
         served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
-    return _train_float32(SharedPrefixGRPOTrainer(
+    return _with_float32_adapter(SharedPrefixGRPOTrainer(
         **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
         micro_replies=params.micro_replies, served=served,
         difficulty_weight=params.difficulty_weight, prompt_pool=params.prompt_pool), hardware)
 
 
-def _train_float32(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrainer:
+def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrainer:
     """The trainer, on a GPU with its adapter in float32.
 
     TRL makes that of a 4-bit model bfloat16, which rounds away three quarters of the updates of A

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from rollout_server import RolloutServer
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, sampling, server_process, stored_replies
-from mig_kit.engine.server import serve_model
+from mig_kit.engine.server import _load_generation_config, serve_model
 from mig_kit.engine.server_requests import PromptEncoder, check_prompt_ids
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -231,3 +232,10 @@ def test_transformers_own_server(tmp_path, float32, questions):
     served = draw(command, tmp_path, questions, models.TINY_BASE, float32, **options)
     local = draw("", tmp_path / "local", questions, models.TINY_BASE, float32, **options)
     assert sum(served[name] == local[name] for name in local) >= len(local) - 1
+
+
+def test_a_model_without_a_generation_config_ends_as_its_config_says(random_folder, tmp_path):
+    bare = shutil.copytree(random_folder, tmp_path / "bare")
+    (bare / "generation_config.json").unlink()
+    with_file, without = map(_load_generation_config, (random_folder, bare))
+    assert without.eos_token_id == with_file.eos_token_id
