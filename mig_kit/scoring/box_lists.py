@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from mig_kit.boxes import Box
 from mig_kit.scoring.convert_boxes import FENCE
 from mig_kit.scoring.image_names import find_image_numbers, find_images_of_boxes, find_key_numbers
-from mig_kit.scoring.parsers import last_answer_block
+from mig_kit.scoring.parsers import last_answer_block, shown_text
 from mig_kit.scoring.strict_parsers import find_boxes, mark_boxes, plain_text
 
 NamedBox = tuple[int | None, Box]
@@ -23,7 +23,7 @@ def parse_named_boxes(reply: str) -> list[NamedBox]:
     for it. Any string is read; none raises.
     """
     block = last_answer_block(reply)
-    text = reply.rpartition("</think>")[2] if block is None else block
+    text = shown_text(reply) if block is None else block
     named = _read_json(text)
     if any(image is not None for image, _ in named):
         return named

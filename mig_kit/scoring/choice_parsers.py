@@ -5,6 +5,7 @@ functions take any string; none raises.
 """
 
 import re
+import unicodedata
 from string import ascii_uppercase
 
 from mig_kit.scoring.image_names import NUMBER_WORDS, ORDINALS
@@ -22,15 +23,27 @@ BLINK_CHOICES = {
 
 _LONE_LETTER = re.compile(r"\W*([A-Za-z])\W*")
 _LABEL = (r"(?:[Pp]oints?|[Bb]ox(?:es)?|[Oo]ptions?|[Pp]ictures?|[Ii]mages?|[Cc]hoices?"
-          r"|[Cc]ircles?|[Aa]nswers?(?: is|:)?)")
-_VERB = r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|corresponds|matches)"
+          r"|[Cc]ircles?|[Ll]etter|[Aa]nswers?(?: is|:)?)")
+_VERB = (r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|corresponds|matches|because"
+         r"|since|as|for|shows|would|must|with|the|an?|it)")
+# "A" is an article where it begins a sentence and a word follows, but no verb
 _NAMED_OPTION = re.compile(
     r"\(([A-Z])\)"
     rf"|\b{_LABEL}\s+\"?([A-Z])\b"
-    rf"|(?<![\w'$\\.])A(?=\s+{_VERB}\b|\s*[),:;.\"]|\s*$)"
+    rf"|(?<![\w'$\\.])A(?=\s+(?:{_VERB}\b|[-([])|\s*[),:;.!?\"|/=\u2192\u2013\u2014\u3002]"
+    r"|-\s|\s*\n|\s*$)"
+    r"|(?<=[a-z,)\u3040-\u9fff] )A(?![\w'-])"
     r"|(?<![\w'$\\.])([B-H])(?![\w'$]|\.\w)")
+_ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
+_LATEX = re.compile(r"\\(?:boxed|fbox|text\w*|math\w+|bf|rm)(?![a-z])\s*|\\[()\[\]]"
+                    r"|</?(?:b|i|strong)>")
+# a letter alone in marks of emphasis, quotes, brackets or LaTeX
+_MARKED = re.compile(r"[*_`\"'$\[{(<]{1,8}\s?([A-Ha-h])\s?[.:!]?\s?[*_`\"'$\]})>]{1,8}(?!\w)")
+_SMALL_LETTER = re.compile(
+    r"(\b(?:answer|option|choice)(?: is| would be|:)?\s+)([a-h])(?=[\s.,!]*$)", re.I | re.M)
+_EMPHASIS = re.compile(r"[*`]+(?=\S)|(?<=\S)[*`]+")
 _CONCLUSION = re.compile(
-    r"\b(?:therefore|thus|hence|in conclusion"
+    r"\u7b54\u6848|\b(?:therefore|thus|hence|in conclusion"
     r"|based on (?:these|this|the (?:analysis|criteria))|answer(?: is|:)"
     r"|(?:correct|best|final|right|appropriate) (?:corresponding )?(?:answer|choice|option|point)"
     r"|(?:I|we)(?:'d| would| will| can| might)? "
@@ -57,12 +70,12 @@ _IS_CHOSEN = re.compile(r"(?:correct|best|final|right|appropriate|answer|I |we )
 _MOST_CUES = 20  # last conclusions that are looked at
 _LONGEST = 400  # letters of a sentence before its cue
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-_AFTER_COLON = re.compile(r":\s*\n\s*\(([A-H])\)[^\n]*(?:\n+(?!\s*\([A-H]\))|$)")
-_OPTION_LINE = re.compile(r"[\s*-]*\(?([A-H])\)")
 _TWO_OPTIONS = re.compile(
     r"\(?\b([A-H])\b\)?(?: the \w+ image| Point [A-H])?,?\s+(?:or|and)\s+(?:\w+\s+)?\(?([A-H])\b")
 
-_DIGITS = tuple(str(number + 1) for number in range(len(NUMBER_WORDS)))
+_PLAIN = str.maketrans("\u3010\u3011\u2018\u2019\u201c\u201d\u300c\u300d", "[]''\"\"[]")
+_COUNTS = {str(number): word for number, word in enumerate(NUMBER_WORDS, 1)}
+_COUNTS |= {word: number for number, word in _COUNTS.items()}
 _FOREIGN = {"\u5de6": "left", "\u53f3": "right", "\u306f\u3044": "yes", "\u662f": "yes",
             "\u3044\u3044\u3048": "no", "\u5426": "no"}  # Chinese and Japanese
 
@@ -98,33 +111,40 @@ def parse_blink_letter(text: str, valid: str) -> str:
 def mark_options(text: str, choices: tuple[str, ...]) -> str:
     """The text with every option that its words name as its letter, "(B)"; longest words first.
 
-    "image 3" and "third one" name "the third image", "four" names "4". "yes" and "no" count only
-    where a sentence begins with them or is nothing else, or after "answer is".
+    "image 3" and "third one" name "the third image" where no option has these words; "four" names
+    "4". "yes" and "no" count only where a sentence begins with them, or after "is" or "be".
     """
-    by_pattern = {_option_pattern(words): f"({letter})"
-                  for letter, words in zip(ascii_uppercase, choices)}
-    for pattern in sorted(filter(None, by_pattern), key=len, reverse=True):
-        text = re.sub(pattern, by_pattern[pattern], text, flags=re.IGNORECASE)
+    options = [(letter, _ARTICLE.sub("", words.strip().strip(".")).lower())
+               for letter, words in zip(ascii_uppercase, choices)]
+    for pattern_of in (_own_words, _other_words):
+        by_pattern = {pattern_of(words): f"({letter})" for letter, words in options}
+        for pattern in sorted(filter(None, by_pattern), key=len, reverse=True):
+            text = re.sub(pattern, by_pattern[pattern], text, flags=re.IGNORECASE)
     return text
 
 
-def _option_pattern(words: str) -> str:
-    """A regular expression for how a text names an option; "" for one that only its letter names.
-    """
-    words = re.sub(r"^(?:the|an?)\s+", "", words.strip().strip(".").lower())
+def _own_words(words: str) -> str:
+    """A regular expression for an option's own words; "" for one that only its letter names."""
     if words in ("yes", "no"):
-        return rf"(?:(?<=answer is )|(?<=answer: )|(?<![^.!?\s]\s)(?<![^.!?\s])){words}\b(?! [a-z])"
-    if ordinal := re.fullmatch(rf"({'|'.join(ORDINALS)}) (?:image|picture|photo)", words):
-        number = ORDINALS.index(ordinal[1]) + 1
-        return (rf"\b(?:the )?(?:{ordinal[1]}|{number}(?:st|nd|rd|th)) "
-                r"(?:image|picture|photo|one)\b"
-                rf"|\b(?:image|picture|photo) ?#?{number}\b")
-    if words in _DIGITS:
-        word = NUMBER_WORDS[_DIGITS.index(words)]
-        return rf"(?<![\w.])(?:{words}|{word})(?!\w|\.\d)"
+        return (r"(?:(?<=\bis )|(?<=\bbe )|(?<=: )|(?<![^.!?\s]\s)(?<![^.!?\s]))"
+                rf"[\"']?{words}\b(?! [a-z])")
     if not words or len(words) == 1 and words.isalpha():
         return ""
-    return r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)"
+    end = r"(?!\w|\.\d)" if words in _COUNTS else r"(?!\w)"
+    return r"(?<![\w.])" + r"\s+".join(map(re.escape, words.split())) + end
+
+
+def _other_words(words: str) -> str:
+    """A regular expression for other words that say the same; "" where there are none."""
+    if words in _COUNTS:
+        return rf"(?<![\w.]){_COUNTS[words]}(?!\w|\.\d)"
+    place = re.fullmatch(rf"({'|'.join(ORDINALS)}) (?:image|picture|photo)"
+                         r"|(?:image|picture|photo) (\d)", words)
+    if not place:
+        return ""
+    number = ORDINALS.index(place[1]) + 1 if place[1] else int(place[2])
+    return (rf"\b(?:the )?(?:{ORDINALS[number - 1]}|{number}(?:st|nd|rd|th)) "
+            rf"(?:image|picture|photo|one)\b|\b(?:image|picture|photo) ?#?{number}\b")
 
 
 def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
@@ -138,19 +158,36 @@ def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, 
     block = last_answer_block(text)
     text = text.rpartition("</think>")[2] if block is None else block
     text = re.sub(r"</?s>|[\xa0\u200b]", " ", text).strip()
-    text = _FOREIGN.get(text, text)
+    text = mark_letters(_FOREIGN.get(text, text))
     if lone := _LONE_LETTER.fullmatch(text):
         letter = lone.group(1).upper()
         return letter if letter in valid else ""
     for choice, letter in zip(choices, valid):
         if text.strip(" .\"'").lower() == choice.strip(" .\"'").lower():
             return letter
+    for choice in choices[:1]:  # "A the car" where that is option A
+        text = re.sub(rf"\bA(?= {re.escape(choice)})", "(A)", text)
+    for choice in choices:  # "A man runs" where that is an option
+        if choice[:2] in ("a ", "A ") and not _NAMED_OPTION.match(choice):
+            text = re.sub(rf"\bA(?={re.escape(choice[1:])})", "a", text)
     text = _DENIED_OPTION.sub("not it", text)
     marked = mark_options(text, choices)
     if _refuses_all(marked, valid):
         return ""
     letter = _settled_letter(text, valid)
-    return letter or (_settled_letter(marked, valid, True) if marked != text else "")
+    return letter or _settled_letter(marked, valid)
+
+
+def mark_letters(text: str) -> str:
+    """The text with every letter that stands alone in marks of emphasis, quotes, brackets or LaTeX
+    as "(A)", full-width signs as plain ones, and no other emphasis.
+    """
+    text = unicodedata.normalize("NFKC", text).translate(_PLAIN)
+    text = _MARKED.sub(lambda match: f"({match[1].upper()})", _LATEX.sub("", text))
+    text = _SMALL_LETTER.sub(lambda match: f"{match[1]}({match[2].upper()})", text)
+    text = re.sub(r"(?<=[\u3040-\u9fff])(?=[A-H](?![A-Za-z]))", " ", text)
+    text = re.sub(r"(?<![A-Za-z])([A-H])(?=[\u3040-\u9fff])", r"\1 ", text)
+    return _EMPHASIS.sub("", text)
 
 
 def _refuses_all(text: str, valid: str) -> bool:
@@ -165,10 +202,10 @@ def _refuses_all(text: str, valid: str) -> bool:
     return not any(_names_one_or_two(part, valid) and not _REFUSES.search(part) for part in chosen)
 
 
-def _settled_letter(text: str, valid: str, are_words: bool = False) -> str:
-    """In order: the only option named; an option alone in the last or first line, or after a colon;
-    the sentence of the last conclusion ("therefore", "the answer is"); the first sentence that
-    prefers one ("A is closer to the camera than B"); the only option of the first or last sentence.
+def _settled_letter(text: str, valid: str) -> str:
+    """In order: the only option named; the sentence of the last conclusion ("therefore", "the
+    answer is"); the first sentence that prefers one ("A is closer to the camera than B"); the only
+    option of the first or last sentence.
     """
     letters = find_option_letters(text, valid)
     if not letters:
@@ -176,15 +213,10 @@ def _settled_letter(text: str, valid: str, are_words: bool = False) -> str:
     if len(set(letters)) == 1:
         return letters[0]
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
-    letter = _letter_of_own_line(text, sentences, valid) or _letter_after_colon(text, valid)
-    if letter:
-        return letter
     sentence, rest = _find_conclusion(text, valid)
     if sentence:
         chooses_none = _REFUSES.search(sentence) or _lists_options(rest, valid)
         return "" if chooses_none else _preferred_letter(sentence, valid)
-    if are_words and (letter := _only_letter(sentences[0], valid)):
-        return letter
     for sentence in sentences:
         is_preference = _PREFERS.search(sentence) and not _NEGATES.search(sentence)
         if is_preference and _names_one_or_two(sentence, valid):
@@ -196,25 +228,6 @@ def _only_letter(sentence: str, valid: str) -> str:
     """The only option that a sentence names and does not deny; else ""."""
     letters = find_option_letters(sentence, valid)
     return letters[0] if len(set(letters)) == 1 and not _NEGATES.search(sentence) else ""
-
-
-def _letter_of_own_line(text: str, sentences: list[str], valid: str) -> str:
-    """The option that the last line or, before an explanation, the first line is about; else ""."""
-    last = find_option_letters(sentences[-1], valid)
-    if (_OPTION_LINE.match(sentences[-1]) and len(set(last)) == 1
-            and not _lists_options(text, valid)):
-        return last[0]
-    first = find_option_letters(sentences[0], valid)
-    if (_OPTION_LINE.match(sentences[0]) and len(set(first)) == 1 and len(sentences) > 1
-            and not _OPTION_LINE.match(sentences[1]) and "\n" in text.strip()):
-        return first[0]
-    return ""
-
-
-def _letter_after_colon(text: str, valid: str) -> str:
-    """The last option that stands in the line after a colon, with no other below it; else ""."""
-    letters = [letter for letter in _AFTER_COLON.findall(text) if letter in valid]
-    return letters[-1] if letters else ""
 
 
 def _find_conclusion(text: str, valid: str) -> tuple[str, str]:

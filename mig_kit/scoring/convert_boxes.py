@@ -7,12 +7,12 @@ here.
 
 import json
 import re
+from collections.abc import Callable, Iterable
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
-from mig_kit.prompts import parse_reply
 from mig_kit.scoring.annotations import BenchmarkItem
-from mig_kit.scoring.parsers import last_answer_block, parse_revised_mig_bench_box
-from mig_kit.scoring.strict_parsers import parse_strict_answer
+from mig_kit.scoring.parsers import last_answer_block, parse_revised_mig_bench_box, shown_text
+from mig_kit.scoring.strict_parsers import parse_free_answer, parse_strict_answer
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _POINT = rf"\s*({_NUMBER})\s*,\s*({_NUMBER})\s*"
@@ -21,49 +21,48 @@ _BOX = re.compile(
     rf"\({_POINT}\)\s*,?\s*\({_POINT}\)|\[\s*\[{_POINT}\]\s*,\s*\[{_POINT}\]\s*\]"
     rf"|\[{_FOUR}\]|\({_FOUR}\)"
     rf"|<box>\s*({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s*</box>")
+_NATIVE_KEY = re.compile(r'"b?box_2d"')
+Y_FIRST_KEY = re.compile(r"\bbox_2d\b")
+SIZE_KEYS = re.compile(r"\b(?:w|width)[\"']?\s*[:=]\s*[\d.]+[^\w]{1,5}(?:h|height)[\"']?\s*[:=]")
+# how four numbers are meant -> the same as x1, y1, x2, y2
+BOX_ORDERS: dict[str, Callable[..., tuple]] = {
+    "xyxy": lambda x1, y1, x2, y2: (x1, y1, x2, y2),
+    "yxyx": lambda y1, x1, y2, x2: (x1, y1, x2, y2),
+    "xywh": lambda x, y, width, height: (x, y, f"{float(x) + float(width):g}",
+                                         f"{float(y) + float(height):g}")}
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _ROUNDING = 1  # pixels that a box of the model may reach outside, as rounding makes it
 
 
 def wrap_native_json(reply: str) -> str:
-    """A Qwen-VL's own JSON of boxes, [{"bbox_2d": [...]}], as an <answer>, which the strict rule
-    reads: the whole reply, or its only fenced block. Any other reply as it is.
+    """A reply that is a Qwen-VL's or Gemini's own JSON of boxes, [{"bbox_2d": [...]}], or holds one
+    fenced block of it, as an <answer>, the words around the block included. Any other reply as it
+    is.
     """
-    fenced = FENCE.findall(reply)
-    text = fenced[0] if len(fenced) == 1 else reply.strip()
+    shown = shown_text(reply).strip()
+    fenced = FENCE.findall(shown)
+    text = fenced[0] if len(fenced) == 1 else shown
     if last_answer_block(reply) is not None:
         return reply
-    if '"bbox_2d"' not in text or not text.startswith(("[", "{")):
+    if not _NATIVE_KEY.search(text) or not text.startswith(("[", "{")):
         return reply
     try:
         json.loads(text)
     except (ValueError, RecursionError):
         return reply
-    return f"<answer>{text}</answer>"
+    return f"<answer>{shown}</answer>"
 
 
-def parse_named_box(reply: str, exact: bool = False,
-                    one_image: bool = True) -> tuple[int | None, Box | None]:
-    """(image, box) that a reply names, as written: in the form the kit asks for, else in any that
-    `mig-kit score` reads.
-
-    exact: as the strict protocol reads, from the last <answer> alone; else from the whole reply,
-    and of several boxes the first. one_image: see parse_strict_answer.
+def parse_named_box(reply: str) -> tuple[int | None, Box | None]:
+    """(image, box) that a reply names, as written, in its last <answer> or else anywhere; of
+    several boxes the first that the authors' rule reads.
     """
-    kit_answer = parse_reply(reply)
-    has_answer = last_answer_block(reply) is not None
-    if kit_answer.box is not None and (has_answer or not exact):
-        return kit_answer.image, kit_answer.box
-    if exact:
-        reply = wrap_native_json(reply)
-    elif not has_answer:
-        text = reply.rpartition("</think>")[2].strip() or reply  # chat templates may open <think>
-        answer = parse_strict_answer(f"<answer>{text}</answer>")
-        return answer.image, answer.box or parse_revised_mig_bench_box(text)
-    answer = parse_strict_answer(reply, one_image)
-    if exact or answer.box is not None:
-        return answer.image, answer.box
-    return answer.image, parse_revised_mig_bench_box(reply)
+    if last_answer_block(reply) is not None:
+        answer = parse_strict_answer(reply)
+        return answer.image, answer.box or parse_revised_mig_bench_box(reply)
+    text = shown_text(reply).strip() or reply  # chat templates may open <think>
+    image, box = parse_free_answer(text)
+    return image, box or parse_revised_mig_bench_box(text)
 
 
 def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
@@ -96,7 +95,23 @@ def convert_reply(reply: str, size: tuple[int, int], in_place: bool = False) -> 
     return _BOX.sub(convert, reply)
 
 
-def _replace_numbers(match: re.Match, values: list[int]) -> str:
+def reorder_boxes(reply: str, order: str | None) -> str:
+    """The reply with the numbers of every box in the order x1, y1, x2, y2; order: the one they have
+    now, of BOX_ORDERS; None is as xyxy.
+    """
+    if order in (None, "xyxy"):
+        return reply
+    return _BOX.sub(lambda match: _replace_numbers(match, BOX_ORDERS[order](
+        *filter(None, match.groups()))), reply)
+
+
+def largest_coordinate(replies: list[str]) -> float:
+    """The largest number in any box of the replies; 0 without a box."""
+    return max((float(number) for reply in replies for match in _BOX.finditer(reply)
+                for number in filter(None, match.groups())), default=0.0)
+
+
+def _replace_numbers(match: re.Match, values: Iterable[object]) -> str:
     """The match with its four numbers replaced by the values."""
     spans = [span for span in map(match.span, range(1, match.re.groups + 1)) if span != (-1, -1)]
     parts, place = [], match.start()
@@ -114,7 +129,8 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
     A box that is outside by one unit of the model's, as rounding makes it, is cut to the image.
     target: None where no image has to be named.
     """
-    image, box = parse_named_box(reply, exact=True, one_image=target is not None)
+    answer = parse_strict_answer(wrap_native_json(reply), target is not None, len(sizes))
+    image, box = answer.image, answer.box
     if box is None:
         return reply
     size = model_size(reply, sizes, target, box_format.coordinates, box_format)

@@ -1,80 +1,78 @@
-"""Which image a free text means by its box, where it may name several.
+"""Which image a free text says its box is in, on texts in which every box is BOX.
 
-A JSON key that names the image wins; else the image named nearest to the box, as a person reads it:
-"The dog of image 1 appears in image 2 at [...]" means image 2. Works on text in which every box is
-BOX and every name of an image becomes a token, so that the rules below are about short phrases.
+Nothing is guessed: a JSON key names the image, else the text names exactly one; a text that denies,
+doubts or takes back what it says is no answer.
 """
 
 import re
-from bisect import bisect_right
-from collections import defaultdict
-from dataclasses import dataclass
+from bisect import bisect_left
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth",
             "tenth")
 NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 BOX = "\u25a0"  # stands for a box
-_NEAR = 100  # letters before or after a name that say what it is
+UNCLEAR = -1  # an image that is pointed at without its number: "the other image", "both images"
 
-_ORDINAL = rf"(?:{'|'.join(ORDINALS)}|\d{{1,3}}(?:st|nd|rd|th))"
-_WORD = rf"(?:{'|'.join(NUMBER_WORDS)})"
+_CHINESE = "\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341"  # one to ten
+_ORDINAL = rf"(?:\b(?:{'|'.join(ORDINALS)})\b|(?<!\d)\d{{1,3}}[ -]?(?:st|nd|rd|th)\b)"
+_DIGITS = r"(?<!\d)\d{1,3}(?![\da-z%]|\.\d)"
+_NUMBER = rf"(?:{_DIGITS}|\b(?:{'|'.join(NUMBER_WORDS)})\b(?! (?:can|could|may|might|sees?)\b))"
+_ANY = re.compile(rf"{_ORDINAL}|{_NUMBER}|[{_CHINESE}]", re.IGNORECASE)
 # Not a picture frame, and not a region picture, which MIG-Bench calls the crops of an image.
 _NOUN = (r"(?<![a-z])(?<!picture[ -])(?<!photo[ -])(?<!region[ -])"
-         r"(?:images?|imgs?|pictures?|photo(?:graph)?s?|frames?)(?![a-z])(?! frame)")
-_LABEL = r"[\s_-]*(?:index|idx|number|num|no\b\.?|id)?[\s\"'`:#=*_>-]*"
+         r"(?:image|img|picture|pic|photo(?:graph)?|frame)s?(?![a-z])(?! frame)")
+_LABEL = r"[\s_-]{0,4}(?:index|idx|number|num|no\b\.?|id)?[\s\"'`:#=*_>}-]{0,12}"
+_AND = (r"\s{0,4}(?:[,/&~\u2013-]|\b(?:and|or|to|through|versus|vs\.?)\b)\s{0,4}"
+        r"(?:\b(?:or|and|the|in)\s){0,3}")
 _NAME = re.compile(
-    rf"{_NOUN}{_LABEL}(?:(?P<after>\d{{1,3}})\b|[(\[](?P<bracket>\d{{1,3}})[)\]]"
-    rf"|(?P<word>{_WORD})\b(?! can\b| could\b| sees?\b| may\b| might\b))"
-    rf"|\b(?P<before>{_ORDINAL})(?:\s+{_NOUN}|\s+one\b(?! from| in| of))"
-    rf"|(?:(?<=in the )|(?<=of the )|(?<=on the )|(?<=to the ))(?P<lone>{_ORDINAL})"
-    rf"(?=\s*(?:[^\w\s]|at\b|is\b|$))"
-    rf"|\b(?:last|final|other|latter|source) {_NOUN}", re.IGNORECASE)
-# "second: [...]": an ordinal and a mark before a box, where nothing else names an image; "First,
-# [...], then [...]" counts boxes
-_BARE_ORDINAL = re.compile(rf"(?<![\w-])({_ORDINAL})(?=\s*[:-]\s*[\[(]?{BOX})", re.I)
-_TOKEN = re.compile(r"\u2039(\d*)\u203a")
-_SECOND_NUMBER = re.compile(r"(?<=\u203a)(\s*(?:and|or|/|&)\s*)(\d{1,2})\b")
-_FIRST_ORDINAL = re.compile(rf"\b({_ORDINAL})(?=\s*(?:and|or|/|,)\s*(?:the\s+)?\u2039)", re.I)
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[;\n\u3002]")
-_CLAUSE_END = re.compile(rf"[\u203a{BOX}]|{_SENTENCE_END.pattern}")
+    rf"{_NOUN}{_LABEL}(?P<numbers>{_NUMBER}(?:{_AND}(?:{_NOUN}{_LABEL}{_NUMBER}|{_DIGITS})){{0,9}}"
+    rf"|[(\[{{<]\s*{_NUMBER}\s*[)\]}}>])"
+    rf"|(?P<ordinals>{_ORDINAL}(?:{_AND}{_ORDINAL}){{0,9}})\s+(?:(?:of the )?{_NOUN}"
+    r"|one\b(?! from| in| of))"
+    rf"|\b(?:no\.?|number|#) ?(?P<number>\d{{1,3}}) {_NOUN}"
+    rf"|\b(?:in|of|on|to) the (?P<lone>{_ORDINAL})(?=\s*(?:[^\w\s]|at\b|is\b|$))"
+    rf"|\u7b2c\s*(?P<counted>[{_CHINESE}]|\d{{1,3}})\s*[\u5f20\u5e45\u4e2a]?\s*[\u56fe\u7167]"
+    rf"|[\u56fe\u7167][\u7247\u50cf]?\s*(?P<chinese>[{_CHINESE}]|\d{{1,3}}(?!\d))", re.IGNORECASE)
+# "second: [...]", where nothing else names an image; "First, [...], then [...]" counts boxes
+_BEFORE_BOX = re.compile(rf"(?<![\w-])(?P<lone>{_ORDINAL})(?=\s*[:-]\s*[\[(]?{BOX})", re.IGNORECASE)
+_LAST = re.compile(rf"(?<!to )(?<!from )(?<![\w-])(?:last|final) {_NOUN}(?! but)", re.IGNORECASE)
+# without a number: beside a name it is another image, but "of all images" is not
+_RELATIVE = re.compile(
+    rf"\b(?:(?<!no )other|another|latter|former|last|final|previous|preceding|next|remaining) "
+    rf"(?:{_NOUN}(?<!s)|one\b)|\bthe (?:latter|former)\b|\bfirst {_NUMBER} {_NOUN}"
+    rf"|{_NOUN}(?<=s) (?:{'|'.join(NUMBER_WORDS)})\b|{_ORDINAL}[ -](?:to|from)[ -](?:the[ -])?last"
+    rf"|{_NOUN} (?:from the (?:right|end|last|back)|before|after|next to|following)\b",
+    re.IGNORECASE)
+_COLLECTIVE = re.compile(
+    rf"\b(?:both|all|each|every|any|some|several|either|most|one of)\b"
+    rf"(?: (?:of|the|these|those|{_NUMBER})){{0,5}} (?:{_NOUN}|them\b)", re.IGNORECASE)
 
-# What a name's surroundings say. `$`: directly before it; `^`: directly after it.
-_DENIED = re.compile(
-    r"(?:\b(?:not|never|neither|nor|unlike|without|than|except|instead of|comparing|between"
-    r"|compared? (?:to|with|against)|relative to|versus|vs\.?|absent from|missing (?:in|from)"
-    r"|differs? from|reference|query|template)\b|n't\b)(?:(?!\bbut\b|\brather\b)[^.,;:\n])*$"
-    r"|\b(?:reference|query|template)[\s_]*$", re.I)
-_DENIES = re.compile(r"\s*(?:does(?:n't| not)|is(?:n't| not)|differ|(?:has|shows|contains) no|lacks"
-                     r"|cannot|can't)", re.I)
-_PREPOSITION = r"(?:in|of|from|on|inside|within|by)\s+(?:the\s+)?$"
-_VERB = (r"(?:is|are|was|were|be|been|can|could|appears?|lies|sits|stands|occurs|corresponds"
-         r"|matches|has|have|shows?|contains?|found|located|seen|it)")
-_PLACE = r"(?:location|position|coordinates?|box|bbox|place|difference|answer|counterpart|match)"
-_REFERS = re.compile(
-    rf"\b(?:the|an?|this|that|same|its|their)\s+(?:(?!{_VERB}\b|{_PLACE}\b)[\w'-]+\s+){{1,6}}"
-    rf"{_PREPOSITION}"
-    r"|\b(?:marked|outlined|highlighted|shown|given|depicted|indicated|circled|boxed|described"
-    rf"|mentioned|taken)\s+{_PREPOSITION}"
-    r"|\b(?:as|like|with|using|from|based on|similar to|same as|matching|corresponding to"
-    r"|corresponds to|according to|looking at|look at)\s+(?:in\s+)?(?:the\s+)?$", re.I)
-_RELATIVE = re.compile(r"\b(?:that|which|what|who|whose)\b[^,;:]*$", re.I)
-_TOPIC = re.compile(r"(?:^|[,:(]|\b(?:and|but|while|then|so|thus))\s*"
-                    r"(?:in|on|within|for|inside)\s+(?:the\s+)?$", re.I)
-_SHOWS = re.compile(r"\s*(?:has|have|shows?|contains?|depicts?)\b", re.I)
-_SUBJECT = re.compile(rf"\s*(?:(?:it )?{_VERB}\b|only\b|being\b|serves?\b|just\b)", re.I)
-_LINK_BEFORE = re.compile(r"[^\w,.;]*,?\s*"
-                          r"(?:(?:located|found|lying|positioned|with|the|its|here)\s+)*"
-                          r"(?:at|within|inside|around|by|here|box|bbox|bounding box"
-                          r"|coordinates?|position)*[^\w,.;]*", re.I)
-_LINK_AFTER = re.compile(r"[^\w.;]*(?:(?:which|that) )?(?:(?:is|are|located|found|lies|all) )*"
-                         r"(?:(?:in|on|of|for|within|inside|from)\s+)?(?:the\s+)?", re.I)
-_CLOSES = re.compile(r"\s*(?:[)\]}.,;]|$)")
-_AND = (r"\s*[,(]?\s*(?:and|or|nor|/|&)\s*"
-        r"(?:(?:maybe|perhaps|possibly|even|also|in|on|of)\s*)*(?:the\s+)?")
-_LISTED = re.compile(rf"{_AND}|\s*,\s*(?:the\s+)?", re.I)
-_COMPARED = re.compile(rf"{_AND}|\s*(?:with|to|against|versus|vs\.?)\s*(?:the\s+)?", re.I)
-_HEDGED = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|might|could|may|either)\b"
-                     r"[^,;]{0,25}$", re.I)
+# The name of an object may hold any word: {"label": "man without hat"}.
+_LABEL_VALUE = re.compile(
+    r"[\"'](?:label|name|object|class|category|caption|phrase|text|desc\w*|ref\w*|reason\w*"
+    r"|think\w*)[\"']\s*:\s*(?:\"[^\"]*\"|'[^']*')", re.IGNORECASE)
+_NO_ANSWER = re.compile(
+    # denied
+    r"n't\b|\b(?:not(?! only)|never|none|neither|nor|cannot|nothing|nobody|nowhere|elsewhere|n/a"
+    r"|no(?! (?:other|doubt)| ?\.? ?\d)|absent|absence|lack(?:s|ing)?|devoid|gone|vanished|hardly"
+    r"|(?:is|are|was|be) missing|missing (?:from|in)|unable|impossible|fail(?:s|ed)?|invisible"
+    r"|exclud\w+|except|reject\w*|rul\w+ out|eliminat\w+|unlike|other than|apart from|rather than"
+    r"|(?:any\w*|all|every|each)(?: \w+)? but|instead of|used to be"
+    # in doubt, or only supposed
+    r"|either|maybe|perhaps|possibly|probably|presumably|alternatively|likely|unlikely|might|may"
+    r"|could be|un(?:sure|certain|clear|known)|doubt\w*|guess\w*|random\w*|tentativ\w+|speculat\w+"
+    r"|(?:hard|difficult) to|if|whether|unless|suppos\w+|assum\w+|hypothetical\w*|would have"
+    r"|had (?:it|there)|were it|for instance|example|placeholder"
+    # taken back
+    r"|wrong\w*|incorrect\w*|mistake\w*|errors?|erroneous\w*|false|invalid|inaccurate|correction"
+    r"|retract\w*|withdr[ae]w\w*|cancel\w*|discard\w*|disregard\w*|ignor\w+|(?:scratch|strike) that"
+    r"|never ?mind|take (?:that|it|this) back|made (?:that|it|this) up|kidding|sorry|oops"
+    r"|apolog\w+|on (?:second thoughts?|reflection)|reconsider\w*|revis\w+|rethink|wait|hold on"
+    r"|try again|chang\w+ my mind)\b(?<!no doubt)|\?|\u2260|!="
+    # the same in Chinese; "different" is no denial
+    r"|\u4e0d(?!\u540c)|[\u6ca1\u6c92\u65e0\u7121\u672a\u9519\u731c]|\u53ef\u80fd|\u4e5f\u8bb8"
+    r"|\u5927\u6982|\u6216\u8bb8|\u5982\u679c|\u5047\u8bbe|\u66f4\u6b63|\u64a4\u56de",
+    re.IGNORECASE)
 
 # Keys of JSON: {"image": 2}, {"target_image_id": [2]}, {image: "second"}.
 _KEY = re.compile(r"(?:[\"']([\w -]{1,40})[\"']|(?<=[{,])\s*(\w{1,40}))\s*[:=]\s*"
@@ -82,32 +80,29 @@ _KEY = re.compile(r"(?:[\"']([\w -]{1,40})[\"']|(?<=[{,])\s*(\w{1,40}))\s*[:=]\s
 _IMAGE_KEY = re.compile(
     r"(target|answer|correct|predicted|selected|result)?(?:in)?(?:image|img|picture|photo|frame)"
     r"(?:id|idx|index|number|num|no|name)?|(target)(?:id|idx|index|number)?", re.I)
-_VALUE = re.compile(rf"(?:\W|_|the|{_NOUN}|number|no)*?(?:({_ORDINAL}|\d{{1,3}})|({_WORD}))"
-                    r"(?:\W|_|images?|pictures?|one)*(?:\.\w+\W*)?", re.I)
+_BESIDE_NUMBERS = re.compile(rf"{_NOUN}|\b(?:the|number|no|one|and|or)\b|\.(?:jpe?g|png)\b|[\W_]",
+                             re.IGNORECASE)
 
 
-def to_number(word: str) -> int:
-    """The number that "2", "2nd", "second" or "two" says."""
-    word = word.lower()
-    for words in (ORDINALS, NUMBER_WORDS):
-        if word in words:
-            return words.index(word) + 1
-    return int(re.match(r"\d+", word).group())
+def _find_numbers(text: str) -> set[int]:
+    """The numbers that "2", "2nd", "second", "two" or their Chinese numeral say in a text."""
+    numbers = set()
+    for word in map(str.lower, _ANY.findall(text)):
+        places = [words.index(word) + 1 for words in (ORDINALS, NUMBER_WORDS, _CHINESE)
+                  if word in words]
+        numbers.add(places[0] if places else int(re.match(r"\d+", word)[0]))
+    return numbers
 
 
-def mark_images(text: str) -> str:
-    """The text with every name of an image as a token that holds its number, or none for an image
-    named without one ("the last image").
-    """
-    def token(match: re.Match) -> str:
-        word = next(filter(None, match.groups()), "")
-        return f"\u2039{to_number(word) if word else ''}\u203a"
+def _find_names(text: str, pattern: re.Pattern = _NAME) -> list[tuple[int, set[int]]]:
+    """(place, numbers) of every name of an image, or of several joined ones: "image 1 or 2"."""
+    return [(match.start(), _find_numbers(match[match.lastgroup]))
+            for match in pattern.finditer(text)]
 
-    text, count = _NAME.subn(token, re.sub("[\u2039\u203a]", " ", text))
-    if not count:
-        return _BARE_ORDINAL.sub(token, text)
-    text = _SECOND_NUMBER.sub(lambda match: f"{match[1]}\u2039{int(match[2])}\u203a", text)
-    return _FIRST_ORDINAL.sub(token, text)
+
+def is_no_answer(text: str) -> bool:
+    """Whether a text denies, doubts or takes back what it says, outside the name of an object."""
+    return bool(_NO_ANSWER.search(_LABEL_VALUE.sub(" ", text)))
 
 
 def find_key_numbers(text: str) -> set[int]:
@@ -115,136 +110,43 @@ def find_key_numbers(text: str) -> set[int]:
     by_rank: dict[bool, set[int]] = {True: set(), False: set()}
     for quoted, bare, value in _KEY.findall(text):
         key = _IMAGE_KEY.fullmatch(re.sub(r"[\s_-]", "", quoted or bare))
-        if not key:
-            continue
-        parts = value.strip("[]").split(",") if value.startswith("[") else [value]
-        numbers = [_VALUE.fullmatch(part.strip()) for part in parts]
-        by_rank[bool(key[1] or key[2])] |= {to_number(number[1] or number[2])
-                                          for number in numbers if number}
+        if key and not _BESIDE_NUMBERS.sub("", _ANY.sub("", value)):
+            by_rank[bool(key[1] or key[2])] |= _find_numbers(value)
     return by_rank[True] or by_rank[False]
 
 
-def find_image_numbers(text: str) -> set[int]:
-    """Numbers (from 1) of the images that a text says its box is in; several where it does not
-    settle on one, none where it names none.
+def find_image_numbers(text: str, count: int = 0) -> set[int]:
+    """Numbers (from 1) of the images that a text names, UNCLEAR among them for one without a
+    number.
 
-    text: with every box as BOX; without one, all images named count. As in {"target": 2},
-    "image 3", "Picture (3)", "image two", "3rd image", "the third photo". An image that is denied
-    ("not image 1") or compared with is not named.
+    As in {"target": 2}, "image 3", "Picture (3)", "image two", "3rd image", "the third photo". A
+    JSON key goes before the words in its braces. count: of the images, for "the last image".
     """
-    if keys := find_key_numbers(text):
-        return keys
-    text = mark_images(text)
-    names = _find_names(text)
-    places = [match.start() for match in re.finditer(BOX, text)]
-    if not places:
-        return {name.number for name in names if name.number}
-    numbers = set()
-    for place in places:
-        numbers |= _numbers_at(text, names, place)
-    return numbers
+    keys = find_key_numbers(text)
+    if keys and "{" in text:
+        text = f"{text[:text.find('{')]} {text[text.rfind('}') + 1:]}"
+    text = _LAST.sub(f"image {count}", text) if count else text
+    names = _find_names(text) or _find_names(text, _BEFORE_BOX)
+    numbers = keys.union(*(found for _, found in names))
+    is_unclear = _RELATIVE.search(text) or not numbers and _COLLECTIVE.search(text)
+    return numbers | {UNCLEAR} if is_unclear else numbers
 
 
 def find_images_of_boxes(text: str) -> list[set[int]]:
-    """For every BOX of a text, in its order: the numbers as of `find_image_numbers`, of its
-    surroundings alone; keys are read as words.
+    """For every BOX of a text, in its order, the numbers of the image named last before it.
 
     In a sentence whose first box stands before its first name, the names follow their boxes.
     """
-    text = mark_images(text)
     names = _find_names(text)
-    ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    starts = [start for start, _ in names]
     numbers_by_box = []
-    for start, end in zip(ends, ends[1:]):
-        places = [start + match.start() for match in re.finditer(BOX, text[start:end])]
-        inside = [name for name in names if start <= name.start < end]
-        follow = bool(places and inside) and places[0] < inside[0].start
-        numbers_by_box += [_numbers_after(text, inside, place) if follow
-                           else _numbers_at(text, names, place) for place in places]
+    for sentence in re.finditer(r"(?:[^.!?;\n\u3002]|[.!?](?!\s|$))+", text):
+        start, end = sentence.span()
+        places = [start + match.start() for match in re.finditer(BOX, sentence[0])]
+        first, behind = bisect_left(starts, start), bisect_left(starts, end)
+        follow = bool(places) and first < behind and places[0] < starts[first]
+        for place in places:
+            at = bisect_left(starts, place)  # the first name after the box
+            chosen = at if follow and at < behind else max(at - 1, 0)
+            numbers_by_box.append(names[chosen][1] if names else set())
     return numbers_by_box
-
-
-def _numbers_after(text: str, names: list["_Name"], place: int) -> set[int]:
-    """Numbers of the first image named after the box at a place, with its rivals; else of the last
-    one before it. names: of the sentence.
-    """
-    chosen = next((name for name in names if name.start > place), names[-1])
-    rivals = {name.number for name in names if name.number and _are_rivals(text, chosen, name)}
-    return rivals | ({chosen.number} if chosen.number else set())
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A token: its place, number (None without one), and the text around it, of its clause."""
-
-    start: int
-    end: int
-    number: int | None
-    before: str
-    after: str
-
-
-def _find_names(text: str) -> list[_Name]:
-    """The names of images that are not denied, in order; "between image 1 and 2" denies both."""
-    names, denied_end = [], -1
-    for match in _TOKEN.finditer(text):
-        start, end = match.span()
-        before = _CLAUSE_END.split(text[max(0, start - _NEAR):start])[-1]
-        after = text[end:end + _NEAR]
-        is_joined = denied_end >= 0 and _COMPARED.fullmatch(text[denied_end:start][:_NEAR])
-        if is_joined or _DENIED.search(before) or _DENIES.match(after):
-            denied_end = end
-        else:
-            names.append(_Name(start, end, int(match[1]) if match[1] else None, before, after))
-            denied_end = -1
-    return names
-
-
-def _numbers_at(text: str, names: list[_Name], place: int) -> set[int]:
-    """Numbers of the images that the box at a place is said to be in: by the box's own sentence,
-    else the nearest before it that names an image, else the first after it.
-    """
-    if not names:
-        return set()
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    own = bisect_right(ends, place)
-    by_sentence = defaultdict(list)
-    for name in names:
-        by_sentence[bisect_right(ends, name.start)].append(name)
-    earlier = [sentence for sentence in by_sentence if sentence <= own]
-    inside = by_sentence[max(earlier) if earlier else min(by_sentence)]
-    chosen = max(inside, key=lambda name: (_strength(text, name, place), -_distance(name, place)))
-    rivals = {name.number for name in names
-              if name.number not in (chosen.number, None) and _are_rivals(text, chosen, name)}
-    return rivals | ({chosen.number} if chosen.number else set())
-
-
-def _distance(name: _Name, place: int) -> int:
-    return place - name.end if name.end <= place else name.start - place
-
-
-def _strength(text: str, name: _Name, place: int) -> float:
-    """How surely a name near the box at a place says where the box is."""
-    refers = bool(_REFERS.search(name.before) or name.after.startswith("'s"))
-    if name.end <= place:
-        if _LINK_BEFORE.fullmatch(text[name.end:place][:_NEAR]):
-            return 2.5 if refers else 4
-        is_subject = not name.before.strip() and _SHOWS.match(name.after)
-        if _TOPIC.search(name.before) or is_subject:
-            return 3
-    else:
-        gap = text[place + 1:name.start][:_NEAR]
-        has_preposition = bool(re.search(r"\w", gap))
-        if _LINK_AFTER.fullmatch(gap) and (has_preposition or _CLOSES.match(name.after)):
-            return 4
-        refers = refers or bool(_SUBJECT.match(name.after))
-    if _RELATIVE.search(name.before):
-        return 0
-    return 1 if refers else 2
-
-
-def _are_rivals(text: str, chosen: _Name, other: _Name) -> bool:
-    """Whether the text leaves open which of two images it means: "image 1 or image 2"."""
-    first, second = sorted((chosen, other), key=lambda name: name.start)
-    is_listed = _LISTED.fullmatch(text[first.end:second.start][:_NEAR])
-    return bool(is_listed or _HEDGED.search(other.before))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mig_kit.scoring.annotations import PAPER_COUNTS, count_and_list
 
-WITHIN_ONE_SHARE = 0.1  # of replies with a box in 0 to 1, above which all may be meant so
+MEANT_SHARE = 0.1  # of replies with boxes in other coordinates, above which all may be meant so
 
 TASKS = ("diff", "view_diff", "common_object", "object_tracking", "multi_view", "region",
          "refer_grounding", "group_grounding", "reasoning", "correspondence")
@@ -38,6 +38,9 @@ def _published_row(system: str, source: str, *values: float, doubt: str = "") ->
                         doubt)
 
 
+FITS_REVISED = ("inferred to be of this version: all but one of its values are shares of the "
+                "revised tasks' items, and some only of those")
+SUBSET = "a subset of the questions, not said which; how letters were read is not stated"
 UNVERIFIED = "on which version of the file is not known"
 PUBLISHED = {
     ("mig_bench", "original"): (
@@ -45,14 +48,15 @@ PUBLISHED = {
             "Migician 7B", f"{MIGICIAN}; its script scales this model's y1 by 1.05 and y2 by 1.10",
             65.15, 46.81, 84.19, 70.73, 60.07, 74.31, 76.77, 66.53, 59.41, 34.19, 63.82),
         PublishedRow("Qwen2-VL-72B", f"{MIGICIAN}, repeated in {MG_THINKER}", {}, 38.88),
-        PublishedRow("MIRG-RL", "highest found on this version", {}, 64.82),
+        PublishedRow("MIRG-RL", "arXiv 2509.21788", {}, 64.82,
+                     "inferred to be of this version"),
     ),
     ("mig_bench", "revised"): (
         _published_row(
             "Qwen2-VL-72B", UNIVG_R1,
             51.13, 43.61, 73.74, 24.54, 32.63, 19.86, 37.37, 67.83, 50.51, 17.94, 41.91),
         _published_row(
-            "Migician 7B", MG_THINKER,
+            "Migician 7B", f"{UNIVG_R1}, repeated in {MG_THINKER}",
             70.64, 45.74, 72.76, 67.82, 60.07, 72.57, 75.76, 84.12, 52.58, 33.33, 63.54),
         _published_row(
             "UniVG-R1 7B", UNIVG_R1,
@@ -64,26 +68,26 @@ PUBLISHED = {
             "Qwen2.5-VL-7B", MG_THINKER,
             29.92, 22.45, 16.36, 6.94, 3.66, 15.05, 35.67, 63.51, 4.03, 3.42, 20.10,
             doubt=f"{UNVERIFIED}: six of its ten values are no share of the revised tasks' items"),
-        PublishedRow("Qwen3-VL-8B", MG_THINKER, {}, 32.90, UNVERIFIED),
-        PublishedRow("Qwen3.5-9B", MG_THINKER, {}, 41.17, UNVERIFIED),
+        PublishedRow("Qwen3-VL-8B", MG_THINKER, {}, 32.90, FITS_REVISED),
+        PublishedRow("Qwen3.5-9B", MG_THINKER, {}, 41.17, FITS_REVISED),
     ),
     ("lisa", "val"): (
         PublishedRow("Qwen2.5-VL-7B", MG_THINKER, {}, 54.06),
-        PublishedRow("Migician 7B", MG_THINKER, {}, 36.00),
+        PublishedRow("Migician 7B", UNIVG_R1, {}, 36.00),
         PublishedRow("UniVG-R1 7B", UNIVG_R1, {}, 64.00),
         PublishedRow("MG-Thinker 7B", MG_THINKER, {}, 64.29),
         PublishedRow("paper", PAPER, {}, 59.44, "of one split, not said which, and perhaps cIoU"),
     ),
     ("lisa", "test"): (
         PublishedRow("Qwen2.5-VL-7B", MG_THINKER, {}, 50.75),
-        PublishedRow("Migician 7B", MG_THINKER, {}, 32.09),
+        PublishedRow("Migician 7B", UNIVG_R1, {}, 32.09),
         PublishedRow("UniVG-R1 7B", UNIVG_R1, {}, 59.69),
         PublishedRow("MG-Thinker 7B", MG_THINKER, {}, 60.10),
         PublishedRow("paper", PAPER, {}, 59.44, "of one split, not said which, and perhaps cIoU"),
     ),
     ("revos", ""): (
         PublishedRow("Qwen2.5-VL-7B", MG_THINKER, {}, 26.81),
-        PublishedRow("Migician 7B", MG_THINKER, {}, 39.70),
+        PublishedRow("Migician 7B", UNIVG_R1, {}, 39.70),
         PublishedRow("UniVG-R1 7B", UNIVG_R1, {}, 60.03),
         PublishedRow("MG-Thinker 7B", MG_THINKER, {}, 61.32),
         PublishedRow("paper", PAPER, {}, 49.16, "the metric is not stated"),
@@ -92,9 +96,9 @@ PUBLISHED = {
     ("odinw", ""): (
         PublishedRow("paper", PAPER, {}, 54.15, "a mean over data sets, and no data set's AP"),),
     ("blink", "val"): (
-        PublishedRow("paper", PAPER, {}, 61.18, "how letters were read is not stated"),),
+        PublishedRow("paper", PAPER, {}, 61.18, SUBSET),),
     ("mmiu", ""): (
-        PublishedRow("paper", PAPER, {}, 49.93, "how letters were read is not stated"),),
+        PublishedRow("paper", PAPER, {}, 49.93, SUBSET),),
 }
 
 
@@ -143,37 +147,48 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
     """Sentences on what the table's numbers mean, and where the published ones come from."""
     benchmark, protocol = result["benchmark"], result["protocol"]
     version = result["version"] or "as given"
-    notes = [f"{benchmark}, version {version}, protocol {protocol}, {result['n']} items."]
-    if result["complete"] is False:
+    is_choice = benchmark in ("blink", "mmiu")
+    counts = sorted(result["problems"].items(), key=lambda problem: -problem[1])
+    answered = result["n"] - result["problems"].get("missing", 0)
+
+    def is_usual(words: str) -> bool:
+        return sum(count for reason, count in counts if words in reason) > MEANT_SHARE * answered
+
+    rule = "official (letters by the kit's own rule)" if is_choice and protocol == "official" else (
+        protocol)
+    notes = [f"{benchmark}, version {version}, protocol {rule}, {result['n']} items."]
+    if result["problems"].get("missing"):
+        notes.append("Replies are missing: do not set these numbers beside published ones.")
+    elif result["complete"] is False:
         notes.append("The annotations do not hold every item of the benchmark: do not set these "
                      "numbers beside published ones.")
-    if result["complete"] is None:
+    if result["complete"] is None and benchmark != "own":
         known = (f"its paper counts {PAPER_COUNTS[benchmark]:,}" if benchmark in PAPER_COUNTS
                  else "no number is published")
         notes.append(f"Whether these are all items of {benchmark} is not known ({known}): set "
                      "these numbers beside published ones only if they are.")
-    if protocol != "official":
+    if protocol != "official" and benchmark != "own":
         notes.append("Published figures follow the authors' own rules, so none stands beside this "
                      "protocol.")
     if result["lists"] < result["n"]:
         notes.append(f"The questions are about {result['lists']} lists of images; intervals are "
                      "over the lists, for questions about the same images stand or fall together.")
     notes += result["remarks"]
-    if benchmark in ("blink", "mmiu") and protocol == "official":
+    if is_choice and protocol == "official":
         notes.append("Letters are read from the text alone; the authors ask another model where "
-                     "the text is not an option itself.")
+                     "the text is not an option itself"
+                     + (', and count an empty choice as correct and leave out "GPT error".'
+                        if benchmark == "mmiu" else "."))
     notes += [f"{row.system}: {row.source}." for row in published if not row.doubt]
     notes += [f"Not in the table: {row.system} {row.avg:.2f} ({row.source}), {row.doubt}."
               for row in published if row.doubt]
-    counts = sorted(result["problems"].items(), key=lambda problem: -problem[1])
     notes += [f"Replies, {reason}: {count}." for reason, count in counts]
-    if any("outside the image" in reason for reason in result["problems"]):
+    if is_usual("outside the image"):
         notes.append("Say what boxes outside the image are measured in: --coordinates absolute for "
                      "pixels of the resized image (Qwen2.5-VL), with the --min-pixels and "
                      "--max-pixels that its processor had, or pixels for those of the original; "
                      "both with --images.")
-    within_one = sum(count for reason, count in counts if "within 0 to 1" in reason)
-    if within_one > WITHIN_ONE_SHARE * (result["n"] - result["problems"].get("missing", 0)):
+    if is_usual("within 0 to 1"):
         notes.append("For boxes in 0 to 1 say --coordinates normalized_1.")
     for kind, names in result["notes"].items():
         notes.append(f"Annotations, {kind}: {count_and_list(names)}.")

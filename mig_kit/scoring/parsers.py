@@ -2,7 +2,7 @@
 that numbers compare with published ones.
 
 The strict rules, which ask for one answer in one place, are in `strict_parsers.py` (boxes) and
-`image_names.py` (which image is meant), letters in `choice_parsers.py`. All functions are pure and
+`image_names.py` (which image is named), letters in `choice_parsers.py`. All functions are pure and
 take any string; none raises.
 """
 
@@ -23,7 +23,8 @@ MIG_BENCH_PATTERNS = (
 _WHOLE_PAIR = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _MAX_DIGITS = 300  # a number of more digits is none that a float can hold
 
-_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_HIDDEN = re.compile(r"<(think|tool_call)>.*?(?:</\1>|\Z)", re.DOTALL)
+TOOL_CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
 
 
 def _matches(text: str) -> list[tuple[str, ...]]:
@@ -75,11 +76,16 @@ def parse_normalized_pair(text: str) -> Box | None:
     return tuple(int(digits) / 1000 for digits in match.groups())
 
 
+def shown_text(text: str) -> str:
+    """The text without its <think> and <tool_call> blocks, from the last </think> on."""
+    return _HIDDEN.sub(" ", text).rpartition("</think>")[2]
+
+
 def last_answer_block(text: str) -> str | None:
-    """The inside of the last closed <answer> block that is no part of a <think> block; None without
-    one.
+    """The inside of the last closed <answer> block that is no part of a <think> or <tool_call>
+    block; None without one.
     """
-    text = _THINKING.sub(" ", text).rpartition("</think>")[2]
+    text = shown_text(text)
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     return text[start + len("<answer>"):end] if start >= 0 else None

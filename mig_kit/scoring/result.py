@@ -68,6 +68,12 @@ def number_lists(scored: Scored) -> np.ndarray:
     return np.array([numbers[name] for name in scored.lists])
 
 
+def headline_average(scored: Scored) -> float:
+    """The average of the first metric, 0..1."""
+    values = next(iter(scored.metrics.values()))
+    return macro_mean([values[places] for places in averaged_groups(scored)])
+
+
 def _percent(value: float) -> float:
     return 100 * float(value) + 0.0  # never -0.0
 

@@ -46,9 +46,7 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
         raise ValueError(f"06_evaluate cannot run '{name}'; the benchmarks it runs are "
                          f"{', '.join(RUNNABLE)} (mig-kit score judges finished predictions on the "
                          "others)")
-    benchmark = READERS[name](read_records(annotations))
-    if limit:
-        benchmark = _first_per_task(benchmark, limit)
+    benchmark = _first_per_task(READERS[name](read_records(annotations)), limit)
     without_images = [item.name for item in benchmark.items if not item.images]
     if without_images:
         raise ValueError(f"{len(without_images)} items of {annotations} name no images (first: "
@@ -71,6 +69,9 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
 
 
 def _first_per_task(benchmark: Benchmark, limit: int) -> Benchmark:
+    """The benchmark with only so many first items of every task; as it is for 0."""
+    if not limit:
+        return benchmark
     counts: Counter = Counter()
     items = []
     for item in benchmark.items:
@@ -78,6 +79,13 @@ def _first_per_task(benchmark: Benchmark, limit: int) -> Benchmark:
         if counts[item.task] <= limit:
             items.append(item)
     return replace(benchmark, items=tuple(items), complete=False)
+
+
+def iter_image_paths(name: str, annotations: str | Path, root: str | Path,
+                     limit: int) -> Iterator[tuple[str, Path]]:
+    """Every image of a benchmark's items, and the file that it stands for; limit: as above."""
+    for image in _image_names(_first_per_task(READERS[name](read_records(annotations)), limit)):
+        yield image, resolve_image_path(root, image)
 
 
 def _image_names(benchmark: Benchmark) -> list[str]:

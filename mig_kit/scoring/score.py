@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, iou, rescale_box
+from mig_kit.image_files import is_regular_file
 from mig_kit.scoring import coco
 from mig_kit.scoring.annotations import (
     READERS,
@@ -25,14 +26,24 @@ from mig_kit.scoring.annotations import (
     add_image_sizes,
     has_paper_count,
     read_image_sizes,
+    resolve_image_path,
 )
 from mig_kit.scoring.choice_parsers import (
     BLINK_CHOICES,
     parse_blink_letter,
     parse_choice_letter,
 )
-from mig_kit.scoring.convert_boxes import to_official_line, wrap_native_json
+from mig_kit.scoring.convert_boxes import (
+    SIZE_KEYS,
+    Y_FIRST_KEY,
+    largest_coordinate,
+    reorder_boxes,
+    to_official_line,
+    wrap_native_json,
+)
+from mig_kit.scoring.own import THRESHOLD, judge_own, read_own
 from mig_kit.scoring.parsers import (
+    TOOL_CALL,
     contains_truth,
     last_answer_block,
     parse_mig_bench_box,
@@ -42,26 +53,25 @@ from mig_kit.scoring.parsers import (
 from mig_kit.scoring.predictions import align_predictions, read_foreign_lines
 from mig_kit.scoring.record_files import read_json, read_records
 from mig_kit.scoring.ref_l4 import class_averages, judge_boxes, ref_l4_metrics
-from mig_kit.scoring.result import Scored
+from mig_kit.scoring.result import Scored, headline_average
 from mig_kit.scoring.strict_parsers import parse_strict_answer
 
 PROTOCOLS = {
-    "mig_bench": ("official", "strict"),
-    "lisa": ("official", "strict"),
-    "revos": ("official", "strict"),
-    "ref_l4": ("official", "strict"),
-    "mc_bench": ("official", "strict"),
-    "odinw": ("official", "strict"),
-    "blink": ("official", "strict", "substring"),
-    "mmiu": ("official", "strict", "substring"),
-}
+    **dict.fromkeys(("mig_bench", "lisa", "revos", "ref_l4", "mc_bench", "odinw"),
+                    ("official", "strict")),
+    **dict.fromkeys(("blink", "mmiu"), ("official", "strict", "substring")),
+    "own": ("free_text", "strict")}
 # The headline of these is the unweighted mean over tasks; elsewhere every item counts the same.
 MACRO = ("mig_bench", "blink", "mmiu")
 COORDINATE_LIMITS = {Coordinates.NORMALIZED_1: 1, Coordinates.NORMALIZED_1000: 1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
 
-BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4")
+BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4", "own")
+POOR, MUCH = 0.5, 0.1  # an average that other coordinates might explain, and a gain that is said
+SMALL, FEW = 900, 10  # a largest coordinate that 0..1000 hardly has, of how many replies
+CELL_LIMIT = 32767  # characters that a spreadsheet's cell can hold
 NO_BOX_ANNOTATED = "counted 0, for the annotations have no box"
+CUT = f"cut at {CELL_LIMIT:,} characters, as a spreadsheet does"
 WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
 
 Judge = Callable[[BenchmarkItem, str], tuple[float, str]]
@@ -114,16 +124,18 @@ def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
     if item.coordinates == Coordinates.PIXELS:
         width, height = item.size
         x1, y1, x2, y2 = item.box
-        box, limit = parse_normalized_pair(response), 1
+        read_box, limit = parse_normalized_pair, 1
+        box = read_box(response)
         value = univg_iou((x1 / width, y1 / height, x2 / width, y2 / height), box)
-    elif item.coordinates == Coordinates.NORMALIZED_1:
-        box, limit = parse_mig_bench_box(response), 1
-        value = mig_bench_iou(item.box, box)
     else:
-        box, limit = parse_revised_mig_bench_box(response), 1000
+        read_box, limit = ((parse_mig_bench_box, 1) if item.coordinates == Coordinates.NORMALIZED_1
+                           else (parse_revised_mig_bench_box, 1000))
+        box = read_box(response)
         value = mig_bench_iou(item.box, box)
     if box is None:
         return value, "no box found"
+    if "<tool_call>" in response and box != read_box(TOOL_CALL.sub(" ", response)):
+        return value, "box inside a <tool_call>, scored all the same"
     return value, "box outside the image, scored all the same" if max(box) > limit else ""
 
 
@@ -149,7 +161,9 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
     what the reply's numbers are measured in. box_format: the processor's limits, for absolute
     coordinates. The rule is ours.
     """
-    answer = parse_strict_answer(response, one_image=item.target is not None)
+    if item.box is None:
+        return 0.0, NO_BOX_ANNOTATED
+    answer = parse_strict_answer(response, item.target is not None, len(item.images))
     if answer.box is None:
         return 0.0, answer.problem
     problem = image_problem(item, answer.image)
@@ -221,9 +235,17 @@ CHOICE_JUDGES: dict[str, Judge] = {
 
 def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
               judge: Judge) -> tuple[np.ndarray, Counter]:
-    """((n,) values, problems) of each line's "response"; None counts 0 and as missing."""
-    judged = [judge(item, line["response"]) if line else (0.0, "missing")
-              for item, line in zip(items, lines, strict=True)]
+    """((n,) values, problems) of each line's "response"; None counts 0 and as missing, as does an
+    empty reply, and a cell cut by a spreadsheet is counted apart where nothing is read from it.
+    """
+    def judge_line(item: BenchmarkItem, line: dict | None) -> tuple[float, str]:
+        if line is None or not line["response"].strip():
+            return 0.0, "missing" if line is None else "empty"
+        value, problem = judge(item, line["response"])
+        is_cut = problem and len(line["response"]) == CELL_LIMIT
+        return value, CUT if is_cut else problem
+
+    judged = [judge_line(item, line) for item, line in zip(items, lines, strict=True)]
     values = np.array([value for value, _ in judged])
     return values, Counter(problem for _, problem in judged if problem)
 
@@ -232,7 +254,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                       box_format: BoxFormat, protocol: str = "official",
                       coordinates: Coordinates = Coordinates.NORMALIZED_1000,
                       images: str | None = None, allow_missing: bool = False,
-                      orientation: str = "upright") -> Scored:
+                      orientation: str = "upright", box_order: str | None = None) -> Scored:
     """Judge predictions: dicts with "index" or "id", and "response", or the logs that
     read_foreign_lines reads.
 
@@ -240,8 +262,8 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     predictions' name, for errors. coordinates: what the replies' boxes are measured in; under
     `official` other ones than 0..1000 are converted before the authors' rule reads them.
     box_format: see strict_iou. images: the folder of the images, where their sizes are needed.
-    orientation: one of ORIENTATIONS. Raises ValueError for missing, doubled and unknown items and
-    for what the protocol cannot use.
+    orientation: one of ORIENTATIONS. box_order: of BOX_ORDERS, None for one that nobody stated.
+    Raises ValueError for missing, doubled and unknown items and for what the protocol cannot use.
     """
     items = list(benchmark.items)
     lines = read_foreign_lines(benchmark.items, predictions, source, benchmark.left_out)
@@ -256,15 +278,26 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     field = "pred_bbox" if takes_boxes and not converts else "response"
     lines = align_predictions(benchmark.items, lines, field, source, allow_missing)
     notes, aggregates, remarks = {}, {}, ()
+    if field == "response" and not is_choice:
+        remarks = _box_order_remarks(lines, protocol, box_order)
+        lines = [line and line | {"response": reorder_boxes(line["response"], box_order)}
+                 for line in lines]
     if is_choice:
         values, problems = judge_all(items, lines, CHOICE_JUDGES[protocol])
         metrics = {"accuracy": values}
+    elif benchmark.name == "own":
+        names = [name for item in items if _needs_conversion(item.coordinates, coordinates)
+                 for name in item.images if item.targets]
+        sizes = read_image_sizes(names, images, orientation) if names else {}
+        values, problems = judge_all(items, lines, lambda item, reply: judge_own(
+            item, reply, protocol, coordinates, box_format, sizes))
+        metrics = {"acc@0.5": (values >= THRESHOLD).astype(float)}
     else:
         if converts:
             lines = _convert_lines(benchmark, lines, coordinates, box_format,
                                    lambda names: read_image_sizes(names, images, orientation))
-            remarks = (f"Boxes were read as {coordinates.description} and converted before the "
-                       "authors' rule read them; their own script does not convert.",)
+            remarks += (f"Boxes were read as {coordinates.description} and converted before the "
+                        "authors' rule read them; their own script does not convert.",)
         if coordinates == Coordinates.ABSOLUTE:
             remarks += (f"Images count as resized to {box_format.min_pixels:,} to "
                         f"{box_format.max_pixels:,} pixels; other limits of the processor "
@@ -277,21 +310,13 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         elif protocol == "official":
             values, problems = judge_all(items, lines, official_iou)
         else:
-            values, problems = judge_all(items, lines, _strict_judge(coordinates, box_format))
+            values, problems = judge_all(items, lines, lambda item, reply: strict_iou(
+                item, wrap_native_json(reply), coordinates, box_format))
         metrics = _iou_metrics(benchmark.name, values)
         notes = annotation_problems(replace(benchmark, items=tuple(items)), protocol == "strict")
     return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
                   tuple(item.index for item in items), dict(problems), aggregates, notes,
                   tuple(map(_list_of_images, items)), remarks)
-
-
-def _strict_judge(coordinates: Coordinates, box_format: BoxFormat) -> Judge:
-    def judge(item: BenchmarkItem, response: str) -> tuple[float, str]:
-        if item.box is None:
-            return 0.0, NO_BOX_ANNOTATED
-        return strict_iou(item, wrap_native_json(response), coordinates, box_format)
-
-    return judge
 
 
 def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: Coordinates,
@@ -321,9 +346,29 @@ def _list_of_images(item: BenchmarkItem) -> tuple[str, ...]:
 def _needs_image_sizes(benchmark: Benchmark, protocol: str, coordinates: Coordinates) -> bool:
     if protocol == "official":
         return benchmark.name in ("lisa", "revos")
-    answers = benchmark.items[0].coordinates
-    # 0..1 and 0..1000 are converted into each other without a size.
-    return coordinates != answers and not {coordinates, answers} <= set(COORDINATE_LIMITS)
+    return _needs_conversion(benchmark.items[0].coordinates, coordinates)
+
+
+def _needs_conversion(first: Coordinates, second: Coordinates) -> bool:
+    """Whether it takes a size to convert; between 0..1 and 0..1000 it does not."""
+    return first != second and not {first, second} <= set(COORDINATE_LIMITS)
+
+
+def _box_order_remarks(lines: list[dict | None], protocol: str,
+                       box_order: str | None) -> tuple[str, ...]:
+    """Sentences on replies whose keys do not say x1, y1, x2, y2, and on what was made of them."""
+    if box_order not in (None, "xyxy"):
+        return (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
+    replies = [line["response"] for line in lines if line]
+    y_first = sum(bool(Y_FIRST_KEY.search(reply)) for reply in replies)
+    remarks = [f'Replies with "box_2d", in which Gemini writes y first: {y_first}. They were read '
+               "x first: say --box-order yxyx, or xyxy if x comes first."] if (
+                   y_first and not box_order) else []
+    sized = sum(bool(SIZE_KEYS.search(reply)) for reply in replies) if protocol != "official" else 0
+    if sized:
+        remarks.append(f"Replies with x, y, width and height: {sized}. x and y were read as the "
+                       "upper left corner.")
+    return tuple(remarks)
 
 
 def _iou_metrics(benchmark: str, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -335,24 +380,29 @@ def _iou_metrics(benchmark: str, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
-                protocol: str = "official", coordinates: str = Coordinates.NORMALIZED_1000,
+                protocol: str = "", coordinates: str = Coordinates.NORMALIZED_1000,
                 images: str | None = None, allow_missing: bool = False,
-                orientation: str = "upright") -> tuple[dict, Scored]:
+                orientation: str = "upright",
+                box_order: str | None = None) -> tuple[dict, Scored]:
     """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
 
-    complete: see Benchmark. box_format, coordinates, images, allow_missing, orientation: see
-    score_predictions. Raises ValueError for an unknown benchmark, protocol or word for coordinates,
-    and as score_predictions.
+    complete: see Benchmark, and False where replies are missing. protocol: "" for the first of
+    PROTOCOLS. box_format and the rest: see score_predictions. Raises ValueError for an unknown
+    benchmark, protocol or word for coordinates, and as score_predictions.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
+    protocol = protocol or PROTOCOLS[name][0]
     if protocol not in PROTOCOLS[name]:
         raise ValueError(f"{name} has no protocol '{protocol}'; its protocols are "
                          f"{', '.join(PROTOCOLS[name])}")
     if coordinates not in list(Coordinates):
         raise ValueError(f"no coordinates '{coordinates}'; the coordinates are "
                          f"{', '.join(Coordinates)}")
-    takes_text_boxes = name in BOX_BENCHMARKS and protocol in ("official", "strict")
+    takes_text_boxes = name in BOX_BENCHMARKS
+    if box_order and not takes_text_boxes:
+        raise ValueError(f"--box-order is for boxes in replies, which {', '.join(BOX_BENCHMARKS)} "
+                         "have; leave it out")
     if coordinates != Coordinates.NORMALIZED_1000 and not takes_text_boxes:
         raise ValueError(f"--coordinates {coordinates} is for boxes in replies, which "
                          f"{', '.join(BOX_BENCHMARKS)} have; leave it out")
@@ -364,11 +414,47 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
             return header, coco.score_odinw(truth, detections, source, protocol)
         scored = coco.score_mc_bench(truth, detections, source, protocol)
         return header | {"complete": has_paper_count(name, len(scored.tasks))}, scored
-    benchmark = READERS[name](read_records(annotations))
-    header |= {"version": benchmark.version, "complete": benchmark.complete}
-    scored = score_predictions(benchmark, read_records(predictions), source, box_format, protocol,
-                               Coordinates(coordinates), images, allow_missing, orientation)
-    return header, scored
+    benchmark = (read_own if name == "own" else READERS[name])(read_records(annotations))
+
+    def score_in(measure: Coordinates) -> Scored:
+        return score_predictions(benchmark, records, source, box_format, protocol, measure, images,
+                                 allow_missing, orientation, box_order)
+
+    records = read_records(predictions)
+    scored = score_in(Coordinates(coordinates))
+    if takes_text_boxes and coordinates == Coordinates.NORMALIZED_1000 and (
+            "pred_bbox" not in records[0]):
+        remarks = scored.remarks + _coordinate_remarks(benchmark, records, scored, score_in, images)
+        scored = replace(scored, remarks=remarks)
+    is_complete = False if "missing" in scored.problems else benchmark.complete
+    return header | {"version": benchmark.version, "complete": is_complete}, scored
+
+
+def _coordinate_remarks(benchmark: Benchmark, records: list[dict], scored: Scored,
+                        score_in: Callable[[Coordinates], Scored],
+                        images: str | None) -> tuple[str, ...]:
+    """What a poor score would be in pixels, where the sizes of the images are at hand, or that they
+    would tell. Nothing is scored otherwise than asked for.
+    """
+    average = headline_average(scored)
+    if average >= POOR:
+        return ()
+    names = {name for item in benchmark.items if item.size is None for name in item.images}
+    if images is None and names:
+        largest = largest_coordinate([str(record.get("response")) for record in records])
+        return (f"No box reaches beyond {largest:.0f}: if these are pixels of small pictures, add "
+                "--images FOLDER to see what they would score as pixels.",) if (
+                    1 < largest <= SMALL and len(records) >= FEW) else ()
+    if not all(is_regular_file(resolve_image_path(images, name)) for name in names):
+        return ()
+    remarks = []
+    for measure in (Coordinates.PIXELS, Coordinates.ABSOLUTE):
+        other = headline_average(score_in(measure))
+        if other > average + MUCH:
+            remarks.append(f"Read as {measure.description}, the boxes would score {100 * other:.2f}"
+                           f" instead of {100 * average:.2f}: if they are, say --coordinates "
+                           f"{measure}.")
+    return tuple(remarks)
 
 
 def annotation_problems(benchmark: Benchmark, is_strict: bool) -> dict[str, list[str]]:

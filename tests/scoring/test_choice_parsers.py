@@ -45,8 +45,57 @@ def test_letters(text, letter):
     assert parse_choice_letter(text, "ABCD") == letter
 
 
+FORMS = [
+    "The correct answer is **{}**.", "**Answer: {}**", "Option **{}**", "__{}__", "`{}`", '"{}"',
+    "\u201c{}\u201d", "\\boxed{{{}}}", "$\\boxed{{\\text{{{}}}}}$", "$\\mathbf{{{}}}$", "({})",
+    "[{}]", "\u3010{}\u3011", "\uff08{}\uff09", "{}. the car", "{}) the car", "{}: the car",
+    "{} - the car", "{} \u2013 the car", "{}\u2014the car", "{} the car", "It must be {}!",
+    "Option {}", "Choice: {}", "The answer is {} because it fits.", "Answer - {}",
+    '{{"answer": "{}"}}', "<b>{}</b>", "Looking at a car and a dog, {} fits.",
+    "\u7b54\u6848\u662f{}\u3002",
+    "\u9009 {}", "### Answer\n{}", "{}\n\nBecause a car fits."]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_letter_is_read_in_every_form(form):
+    for place, letter in enumerate("ABCDEFGH"):
+        assert parse_choice_letter(form.format(letter)) == letter
+        assert parse_choice_letter(form.format(chr(0xff21 + place))) == letter, "full-width"
+
+
+@pytest.mark.parametrize("form", ["({})", "**{}**", "\\boxed{{{}}}", "The answer is {}."])
+def test_a_small_letter_alone_in_marks_or_after_a_cue_is_one(form):
+    assert "".join(parse_choice_letter(form.format(letter)) for letter in "abcdefgh") == "ABCDEFGH"
+
+
+@pytest.mark.parametrize("text", [
+    "A cat is on the mat.", "**A large cat** sits.", "Description: A large cat sits.", "A dog.",
+    "The answer is a dog."])
+def test_an_article_is_no_letter(text):
+    assert parse_choice_letter(text) == ""
+    assert parse_choice_letter(f"{text} So it is option B.") == "B"
+
+
+@pytest.mark.parametrize("text,letter", [
+    ("(B) is most similar to the first. (A), in contrast, differs.", "B"),
+    ("(B) fits best.\n(A) shows another scene.", "B"),
+    ("The third image fits best. The second image, in contrast, differs.", "B"),
+    ("The second image fits.\n\nThe third image shows a dog.", "A"),
+    ("I compared (A) and (B).\n\n(B) the third image", "B")])
+def test_the_option_that_is_rejected_last_is_not_chosen(text, letter):
+    assert parse_choice_letter(text, "AB", ("the second image", "the third image")) == letter
+
+
 @pytest.mark.parametrize("text,choices,letter", [
     ("yes", ("yes", "no"), "A"),
+    ("Looking at both, the correct option is yes.", ("yes", "no"), "A"),
+    ("The right choice would be **no**.", ("yes", "no"), "B"),
+    ("The correct option is image 2.", ("the second image", "image 2"), "B"),
+    ("The correct option is image 2.", ("the second image", "image 3"), "A"),
+    ("The 3rd image.", ("image 2", "image 3"), "B"),
+    ("There are 2.", ("two", "three"), "A"),
+    ("Answer: A man runs.", ("a dog runs", "A man runs"), "B"),
+    ("It cannot be told which is closer.", ("A is closer", "B is closer"), ""),
     ("No, the car is in front of the bus.", ("yes", "no"), "B"),
     ("The answer is yes.", ("yes", "no"), "A"),
     ("There is no cat and no dog.", ("yes", "no"), ""),

@@ -105,6 +105,8 @@ def test_a_converted_reply_of_ref_l4_without_a_box_is_counted(folder):
 @pytest.mark.parametrize("reply, image, box", [
     ("First candidate [5,6,7,8], no.</think>It is at [10,20,30,40]", None, (10, 20, 30, 40)),
     ("Not image 1.</think>In image 2: [10,20,30,40]", 2, (10, 20, 30, 40)),
+    ("The dog of image 1 is in image 2 at [10,20,30,40]", 2, (10, 20, 30, 40)),
+    ('<tool_call>{"bbox_2d": [5,6,7,8], "img_idx": 1}</tool_call>I see none.', None, None),
     ("<think>[5,6,7,8]</think>", None, (5, 6, 7, 8))])
 def test_reasoning_whose_tag_the_template_opens_is_no_answer(reply, image, box):
     assert parse_named_box(reply) == (image, box)
@@ -130,10 +132,12 @@ def test_only_native_json_alone_is_an_answer(reply):
     assert wrap_native_json(reply) == reply
 
 
-def test_one_fenced_block_is_the_answer_whatever_stands_around_it():
+def test_one_fenced_block_is_the_answer_with_the_words_around_it():
     block = '```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "cup"}]\n```'
-    assert wrap_native_json(f"Here it is:\n{block}\nI am sure.").startswith("<answer>[{")
-    for reply in (f"{block} or {block}", f"<answer>(1,2),(3,4)</answer> {block}"):
+    reply = f"In image 2:\n{block}\nI am sure."
+    assert wrap_native_json(f"<think>[{block}]</think>{reply}") == f"<answer>{reply}</answer>"
+    for reply in (f"{block} or {block}", f"<answer>(1,2),(3,4)</answer> {block}",
+                  '<tool_call>[{"bbox_2d": [1, 2, 30, 40]}]</tool_call>'):
         assert wrap_native_json(reply) == reply
 
 

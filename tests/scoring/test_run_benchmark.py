@@ -165,7 +165,7 @@ def test_multiple_choice_without_options_is_not_asked_for_a_box(root, name, reco
 def test_frames_are_no_links_out_of_the_root(root):
     (root / "video" / "000.jpg").unlink()
     (root / "video" / "000.jpg").symlink_to("/etc/hostname")
-    with pytest.raises(image_files.BadImage, match="leads out of the image root"):
+    with pytest.raises(image_files.BadImage, match="is not below the image root"):
         annotations.resolve_image_path(root, "video#0")
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from mig_bench_records import REPLIES, mig_records, prediction_lines
+from PIL import Image
 
 from mig_kit.cli import cli
 
@@ -96,10 +97,94 @@ def test_bad_input_is_one_sentence(files, words, changes, sentence):
     assert sentence in str(result.exception)
 
 
-@pytest.mark.parametrize("word,coordinates", [
-    ("thousand", "normalized_1000"), ("unit", "normalized_1"), ("pixels", "pixels"),
-    ("resized", "absolute"), ("cm", "normalized_1000 | normalized_1 | pixels | absolute")])
-def test_the_former_option_names_the_new_one(files, word, coordinates):
-    result = run_score(files, "mig_bench", "--frame", word)
-    assert isinstance(result.exception, ValueError)
-    assert str(result.exception) == f"--frame {word} is now --coordinates {coordinates}"
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_one_reply_of_six_is_no_complete_result(files, tmp_path):
+    records = [{"task": "lisa", "image_path": "a.png", "instruction": "", "boxes": [[0, 0, 9, 9]]}]
+    (files / "lisa.json").write_text(json.dumps(records * 200))
+    Image.new("RGB", (10, 10)).save(files / "a.png")
+    write_lines(files / "one.jsonl", prediction_lines(["(0,0),(900,900)"]))
+    words = ("lisa", "--images", str(files), "--json", str(files / "out.json"))
+    result = run_score(files, *words, "--allow-missing", annotations="lisa.json",
+                       predictions="one.jsonl")
+    assert "Replies are missing: do not set these numbers beside" in result.output
+    assert json.loads((files / "out.json").read_text())["complete"] is False
+    assert "UniVG" not in result.output, "published averages are of all items"
+    write_lines(files / "all.jsonl", prediction_lines(["(0,0),(900,900)"] * 200))
+    result = run_score(files, *words, annotations="lisa.json", predictions="all.jsonl")
+    assert "UniVG" in result.output and "coordinates" not in result.output
+
+
+@pytest.mark.parametrize("protocol", ["official", "strict"])
+def test_pixels_of_small_pictures_are_said_to_be_worth_more(files, protocol):
+    record = mig_records()[4]
+    (files / "small.json").write_text(json.dumps([record | {"answer": [.1, .1, .3, .3]}] * 12))
+    for name in record["images"]:
+        Image.new("RGB", (640, 480)).save(files / name)
+    write_lines(files / "pixels.jsonl", prediction_lines(
+        ["<answer>(64,48),(192,144)</answer>"] * 12))
+    words = ("mig_bench", "--protocol", protocol)
+    settings = {"annotations": "small.json", "predictions": "pixels.jsonl"}
+    result = run_score(files, *words, **settings)
+    assert "No box reaches beyond 192: if these are pixels of small pictures, add --images" in (
+        result.output)
+    result = run_score(files, *words, "--images", str(files), **settings)
+    assert "| avg | 12 | 0.00 |" in result.output
+    assert ("Read as pixels of the original image, the boxes would score 100.00 instead of 0.00: "
+            "if they are, say --coordinates pixels.") in result.output
+    result = run_score(files, *words, "--images", str(files), "--coordinates", "pixels", **settings)
+    assert "| avg | 12 | 100.00 |" in result.output and "would score" not in result.output
+
+
+@pytest.mark.parametrize("protocol", ["official", "strict"])
+def test_a_key_that_is_y_first_by_convention_asks_for_the_order(files, protocol):
+    (files / "one.json").write_text(json.dumps(mig_records()[4:5] * 2))
+    reply = 'json\n[{"box_2d": [0, 0, 1000, 400], "label": "dog"}]\n'
+    write_lines(files / "gemini.jsonl", prediction_lines([f"```{reply}```"] * 2))
+    words = ("mig_bench", "--protocol", protocol)
+    settings = {"annotations": "one.json", "predictions": "gemini.jsonl"}
+    result = run_score(files, *words, **settings)
+    assert ('Replies with "box_2d", in which Gemini writes y first: 2. They were read x first: '
+            "say --box-order yxyx") in result.output
+    answers = []
+    for order in ("xyxy", "yxyx", "xywh"):
+        result = run_score(files, *words, "--box-order", order, "--items",
+                           str(files / f"{protocol}-{order}.jsonl"), **settings)
+        assert "Gemini" not in result.output
+        assert ("rewritten as x1, y1, x2, y2" in result.output) == (order != "xyxy")
+        answers.append((files / f"{protocol}-{order}.jsonl").read_text())
+    assert answers[0] == answers[1] == answers[2], "0.4 of the image either way"
+    refused = run_score(files, "blink", "--box-order", "yxyx", **settings)
+    assert "--box-order is for boxes in replies" in str(refused.exception)
+
+
+def test_replies_that_hold_no_answer_are_counted_apart(files):
+    replies = ["", "x" * 32767, '<tool_call>{"bbox_2d": [0, 0, 1000, 1000]}</tool_call>',
+               "<answer>image 1: [0, 0, 1000, 1000]. Or not.</answer>",
+               "<answer>images 1 and 2: [0, 0, 1000, 1000]</answer>",
+               '<answer>{"x": 0, "y": 0, "width": 1000, "height": 1000}</answer>']
+    (files / "one.json").write_text(json.dumps(mig_records()[4:5] * 6))
+    write_lines(files / "none.jsonl", prediction_lines(replies))
+    settings = {"annotations": "one.json", "predictions": "none.jsonl"}
+    official = run_score(files, "mig_bench", **settings).output
+    strict = run_score(files, "mig_bench", "--protocol", "strict", **settings).output
+    for output in (official, strict):
+        assert "Replies, empty: 1." in output
+        assert "Replies, cut at 32,767 characters, as a spreadsheet does: 1." in output
+    assert "Replies, box inside a <tool_call>, scored all the same: 1." in official
+    for sentence in ("Replies, no <answer> block: 1.", "Replies with x, y, width and height: 1. x",
+                     "Replies, denied, in doubt or taken back: 1.",
+                     "Replies, ambiguous: several images, or one without its number: 1."):
+        assert sentence in strict
+    assert "| avg | 6 | 16.67 |" in strict
+
+
+def test_letters_by_the_kits_rule_are_called_so(files):
+    record = {"task": "t", "options": "A: cat B: dog", "output": "A", "question": "q"}
+    (files / "mmiu.json").write_text(json.dumps([record]))
+    write_lines(files / "a.jsonl", prediction_lines(["**A**"]))
+    output = run_score(files, "mmiu", annotations="mmiu.json").output
+    assert "protocol official (letters by the kit's own rule), 1 items." in output
+    assert 'count an empty choice as correct and leave out "GPT error".' in output

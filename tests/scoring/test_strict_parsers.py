@@ -1,17 +1,24 @@
 """Which box and image the strict protocol reads from free text."""
 
+import functools
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mig_bench_records import mig_records
-from mig_bench_wordings import WORDINGS, word_reply
+from mig_bench_wordings import AMBIGUOUS, NO_ANSWER, PLAIN, word_reply
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.prompts import format_answer
-from mig_kit.scoring import annotations, image_names, record_files, run_benchmark, score
+from mig_kit.scoring import (
+    annotations,
+    image_names,
+    record_files,
+    score,
+    strict_parsers,
+)
 from mig_kit.scoring.parsers import last_answer_block
 from mig_kit.scoring.strict_parsers import parse_strict_answer
 
@@ -34,12 +41,15 @@ def read_answer(text):
     ("<answer>[10, 20, 30, 40], that is (10,20),(30,40)</answer>", None, (10, 20, 30, 40), ""),
     ("<answer>[10, 20, 30, 40] [1, 2, 3, 4]</answer>", None, None, "several boxes"),
     ("<answer>[10, 20, 30, 40] (1,2),(3,4)</answer>", None, None, "several boxes"),
-    ("<answer>image 1 or image 2: [10, 20, 30, 40]</answer>", None, None, "several images"),
+    ("<answer>image 1 or image 2: [10, 20, 30, 40]</answer>", None, None,
+     strict_parsers.AMBIGUOUS),
+    ("<answer>image 2: [10, 20, 30, 40]. No, wrong.</answer>", 2, None, strict_parsers.DENIED),
     ("<answer>[30, 20, 10, 40]</answer>", None, None, "not a box: needs x1 < x2 and y1 < y2"),
     ("<answer>none</answer>", None, None, "no box"),
     ("[10, 20, 30, 40]", None, None, "no <answer> block"),
     ("<answer>[1, 2, 3, 4]", None, None, "no <answer> block"),
     ("<think><answer>[1, 2, 3, 4]</answer></think>", None, None, "no <answer> block"),
+    ("<tool_call><answer>[1, 2, 3, 4]</answer></tool_call>", None, None, "no <answer> block"),
     ("<think><answer>[1, 2, 3, 4]</answer> so", None, None, "no <answer> block"),
     ("maybe <answer>[1, 2, 3, 4]</answer></think>", None, None, "no <answer> block")])
 def test_strict_answers(text, image, box, problem):
@@ -56,7 +66,7 @@ def test_strict_answers(text, image, box, problem):
     "x1=10, y1=20, x2=30, y2=40", '{"x2": 30, "x1": 10, "y2": 40, "y1": 20}',
     "left: 10, top: 20, right: 30, bottom: 40", '{"bbox_2d": [10, 20, 30, 40], "score": 0.9}',
     '{"top_left": [10, 20], "bottom_right": [30, 40]}', '{"bbox": "10,20,30,40"}',
-    "images 1, 2, 3, 4: in image 2 it is at [10, 20, 30, 40]",
+    '{"x": 10, "y": 20, "width": 20, "height": 20}', "width=9, x1=10, y1=20, x2=30, y2=40",
     "top-left (10, 20), bottom-right corner at (30, 40)"])
 def test_ways_to_write_a_box(text):
     assert read_answer(text).box == (10, 20, 30, 40)
@@ -80,37 +90,11 @@ def test_what_is_no_box(text):
     ('{"reference_image": 1, "target_image": 2}', {2}), ('{"image": 1, "target": 2}', {2}),
     ("in the image (100,200)", set()), ("image [100, 200, 300, 400]", set()),
     ("pilgrimage 2", set()), ("picture frame 2", set()), ("the second picture frame", set()),
-    ("not image 2", set()), ("It isn't in image 2", set()), ("rather than image 2", set()),
-    ("compared with the first image", set()), ("the 2nd region picture", set()),
-    ('{"image_size": [640, 480]}', set())])
+    ("the 2nd region picture", set()), ('{"image_size": [640, 480]}', set()),
+    ("the last image", {4}), ("the second to last image", {image_names.UNCLEAR}),
+    ("image 2, as of all images", {2}), ("of all images", {image_names.UNCLEAR})])
 def test_names_of_images(text, images):
-    assert image_names.find_image_numbers(text) == images
-
-
-@pytest.mark.parametrize("text,image", [
-    ("The object of image 1 appears in image 2 at []", 2),
-    ("Compared with the first image, the difference is in the second image: []", 2),
-    ("In image 2, the object of image 1 is at []", 2),
-    ("[] in image 2, as image 1 shows", 2),
-    ("In the second image, at [], the object of image 1 is shown", 2),
-    ("In image 2 there is a cup at [] (image 1 shows the same cup)", 2),
-    ("Image 2 is the crop of image 1 at []", 1),
-    ("Image 1: none. Image 2: []", 2),
-    ("It is in the second image. Its box is []. In the first image it was marked.", 2),
-    ("Image 2 contains the object from image 1. It is located at []", 2),
-    ("The item in Image-2 that goes with the people in Image-1 is the apple at []", 2),
-    ("Reference image: 1\nTarget image: 2\nBox: []", 2),
-    ("The dog from the first image can be seen in the third: []", 3),
-    ("It isn't in image 1 but in image 2: []", 2),
-    ("It is in image 3 at [], not in image 2.", 3),
-    ("The third image, compared to the second image, has it at []", 3),
-    ("The difference between image 1 and image 2 is at []", None),
-    ("The second region picture is in the source image at []", None),
-    ("In image 2, the second picture frame from the left: []", 2),
-    ('{"image_2": []}', 2)])
-def test_the_image_that_a_person_reads(text, image):
-    answer = read_answer(text.replace("[]", BOX))
-    assert (answer.image, answer.box) == (image, (10, 20, 30, 40))
+    assert image_names.find_image_numbers(text, count=4) == images
 
 
 @pytest.mark.parametrize("text", [
@@ -148,7 +132,7 @@ def test_the_kits_own_answers():
         assert (answer.image, answer.box, answer.problem) == (image, (1, 2, 30, 40), "")
     inside = f"<think><answer>{format_answer(2, (1, 2, 30, 40))}</answer></think>"
     assert last_answer_block(inside) is None
-    assert run_benchmark.parse_named_box(inside, exact=True) == (None, None)
+    assert parse_strict_answer(inside).problem == "no <answer> block"
 
 
 # Perfect boxes in natural wordings.
@@ -164,6 +148,7 @@ def strict_average(items, reply_to):
     return 100 * np.mean([np.mean(values) for values in by_task.values()])
 
 
+@functools.cache
 def read_items():
     """MIG-Bench's questions where its file is, else made ones without the inverted answer."""
     if MIG_FILE.is_file():
@@ -171,28 +156,31 @@ def read_items():
     return annotations.read_mig_bench(mig_records()[:5]).items
 
 
-@pytest.mark.parametrize("wording", WORDINGS)
-def test_perfect_boxes_in_natural_wordings(wording):
-    items = read_items()
-    assert strict_average(
-        items, lambda item, box: word_reply(wording, item.target or 2, box)) >= 99
+def answer_with(wording, is_correct=True):
+    """A function of an item and its box: the reply in this wording of its image or of another."""
+    def reply_to(item, box):
+        image = item.target or 2
+        other = image % len(item.images) + 1
+        pair = (image, other) if is_correct else (other, image)
+        return word_reply(wording, *pair, box) if is_correct or item.target else None
 
-    def name_wrong_image(item, box):
-        wrong = (item.target or 0) % len(item.images) + 1
-        return word_reply(wording, wrong, box) if item.target else None
-
-    assert strict_average(items, name_wrong_image) == 0
+    return reply_to
 
 
-@pytest.mark.parametrize("hedge", [
-    "image {0}: {2}; image {1}: {2}", "image {0} or image {1}: {2}",
-    "It is at {2} in image {0}, or perhaps in image {1}.", "images {0} and {1}: {2}"])
-def test_hedging_scores_nothing(hedge):
-    def reply(item, box):
-        other = (item.target or 0) % len(item.images) + 1
-        return item.target and f"<answer>{hedge.format(item.target, other, box)}</answer>"
+@pytest.mark.parametrize("wording", PLAIN)
+def test_a_perfect_box_in_one_image_counts_in_any_wording(wording):
+    items = read_items()[::20]
+    assert strict_average(items, answer_with(wording)) >= 99
+    assert strict_average(items, answer_with(wording, is_correct=False)) == 0
 
-    assert strict_average(read_items(), lambda item, box: reply(item, box) or None) == 0
+
+@pytest.mark.parametrize("wording", NO_ANSWER + AMBIGUOUS)
+def test_a_denial_a_doubt_a_retraction_and_several_images_score_nothing(wording):
+    items = [item for item in read_items()[::20] if item.target]
+    assert strict_average(items, answer_with(wording)) == 0
+    reply = answer_with(wording)(items[0], (100, 200, 300, 400))
+    problem = strict_parsers.AMBIGUOUS if wording in AMBIGUOUS else strict_parsers.DENIED
+    assert parse_strict_answer(reply).problem == problem
 
 
 @pytest.mark.parametrize(("text", "image"), [
