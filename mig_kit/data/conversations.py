@@ -1,4 +1,4 @@
-"""Conversations of other projects as lines of own data: ms-swift, and LLaVA or ShareGPT.
+"""Conversations of other projects as lines of own data: ms-swift, LLaVA or ShareGPT, OpenAI, verl.
 
 As read in the projects' own documentation:
 
@@ -8,20 +8,26 @@ As read in the projects' own documentation:
 - LLaVA and what follows it (Qwen-VL, InternVL, VLM-R1): `conversations` of from and value, or
   `messages`, with `image` or `images`; boxes stand in the text, and no file says what they are
   measured in. LLaVA-1.5's own files measure the image padded to a square (haotian-liu/LLaVA#606).
+- OpenAI's messages, and TRL's: a text may be a list of parts, texts and images.
+- EasyR1, verl and ms-swift's GRPO: the answer stands beside the conversation, as `answer`,
+  `solution` or verl's `reward_model`.
 
 A turn of question and answer becomes a line. What stays unclear is a Problem, never guessed.
 """
 
-import os
+import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from mig_kit.boxes import Coordinates
-from mig_kit.data.mgrounding_records import answered_numbers, asked_numbers
+from mig_kit.data.image_mentions import answered_numbers, asked_numbers
+from mig_kit.data.line_checks import IMAGE_TAG
+from mig_kit.data.records import require
 
 MAX_TEXT = 20_000  # characters of a turn
-USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
+USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant", "model")
+TALKS = ("messages", "conversations", "prompt", "problem", "query")
+ANSWERS = ("response", "solution", "answer")
 SWIFT_COORDINATES = {"real": Coordinates.PIXELS, "norm1": Coordinates.NORMALIZED_1}
 
 _NUMBER = r"\s{0,3}(-?[0-9]{1,7}(?:\.[0-9]{1,17})?)\s{0,3}"
@@ -34,10 +40,8 @@ BOX = re.compile(
 IMAGE_KEY = re.compile(r'"image(?:_id)?"\s{0,3}:\s{0,3}([0-9]{1,3})\b')
 TEXT_TAGS = re.compile(r"<\|object_ref_(?:start|end)\|>|</?(?:ref|p)>")
 PLACEHOLDER = re.compile(r"<ref-object>|<bbox>")
-
-
-class Problem(ValueError):
-    """Why a record cannot be used, in one sentence with the remedy."""
+TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s*"
+                           r"<image(?: [0-9]{1,3})?>)+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,67 +71,50 @@ class Turn:
     earlier_tags: int
 
 
-def require(condition: bool, sentence: str) -> None:
-    """Raise a Problem unless the condition holds."""
-    if not condition:
-        raise Problem(sentence)
-
-
-def conversation_lines(record: object, root: Path, rules: TextRules) -> list[dict]:
-    """A record's questions as lines of own data, without ids; raises Problem."""
+def conversation_lines(record: object, rules: TextRules) -> list[dict]:
+    """A record's questions as lines of own data, without ids, their images as the record has them;
+    raises Problem.
+    """
     require(isinstance(record, dict), "the record is no JSON object; write one {...} per record")
-    images = _image_paths(record, root)
-    texts = _turn_texts(record)
-    _check_image_tags([text for pair in texts for text in pair], len(images))
+    images = record.get("images", record.get("image"))
+    images = images if isinstance(images, list) else [] if images is None else [images]
+    texts = read_turns(record, images)
+    require(0 < len(images) <= 64, "'images' must list 1 to 64 paths; this record has "
+                                   f"{len(images) or 'none'}")
+    check_image_tags([text for pair in texts for text in pair], len(images))
     objects = record.get("objects")
     turns = (_swift_turns(texts, objects, rules, len(images)) if objects is not None
              else _text_turns(texts, rules, len(images)))
     turns = [turn for turn in turns if turn.answers]
-    require(bool(turns), "no answer holds a box; a question of own data needs one")
+    require(bool(turns), "no answer holds a box; a question of own data needs one, or the keys "
+                         "options and letter")
     return [_turn_line(turn, images, rules.several) for turn in turns]
 
 
-def relative_path(name: object, root: Path) -> str:
-    """The path of an image below the root; an absolute one that lies there becomes relative."""
-    require(isinstance(name, str) and bool(name), "an image must be named by its path")
-    require("://" not in name, f"the image {name[:60]!r} is an address; download it and name the "
-                               "file")
-    if os.path.isabs(name) and "\0" not in name:
-        base = os.path.abspath(root)
-        require(name.startswith(base + os.sep), f"the image {name[:60]!r} is not below the root; "
-                                                "give a --root that holds all images")
-        return name[len(base) + 1:]
-    return name.removeprefix("./")
-
-
-def _image_paths(record: dict, root: Path) -> list[str]:
-    values = record.get("images", record.get("image"))
-    values = values if isinstance(values, list) else [values]
-    require(0 < len(values) <= 64 and values != [None],
-            "'images' must list 1 to 64 paths; this record has none")
-    names = [value.get("path") if isinstance(value, dict) else value for value in values]
-    return [relative_path(name, root) for name in names]
-
-
-def _turn_texts(record: dict) -> list[tuple[str, str]]:
-    """(asked, answered) of every turn; texts of the system are left out."""
-    if "query" in record:
-        messages = [{"role": "user", "content": record["query"]},
-                    {"role": "assistant", "content": record.get("response")}]
-    else:
-        messages = record.get("messages", record.get("conversations"))
+def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
+    """(asked, answered) of every turn; texts of the system are left out, and images that stand in
+    the texts are added to `images`.
+    """
+    messages = next((record[key] for key in TALKS if record.get(key)), None)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     require(isinstance(messages, list) and bool(messages),
             "'messages' or 'conversations' must be a list of turns")
     require(all(isinstance(message, dict) for message in messages),
             "a turn must be an object with its role and text")
-    roles_and_texts = ((message.get("role", message.get("from")),
-                        message.get("content", message.get("value"))) for message in messages)
-    turns = [turn for turn in roles_and_texts if turn[0] != "system"]
+    turns = [(message.get("role", message.get("from")),
+              _content_text(message.get("content", message.get("value")), images))
+             for message in messages]
+    turns = [turn for turn in turns if turn[0] != "system"]
+    answer = _separate_answer(record)
+    if len(turns) % 2 and turns[-1][0] in USERS and answer is not None:
+        turns.append((ASSISTANTS[0], answer))
     roles = [USERS, ASSISTANTS] * (len(turns) // 2)
     require(bool(turns) and len(roles) == len(turns)
             and all(isinstance(role, str) and role in allowed
                     for (role, _), allowed in zip(turns, roles)),
-            "turns must be of user and assistant (human and gpt) by turns")
+            "turns must be of user and assistant (human and gpt) by turns, or the answer in "
+            f"{', '.join(ANSWERS)} or reward_model")
     texts = [text for _, text in turns]
     require(all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts),
             f"a turn's text must be a text of at most {MAX_TEXT} characters")
@@ -136,7 +123,37 @@ def _turn_texts(record: dict) -> list[tuple[str, str]]:
     return list(zip(texts[::2], texts[1::2]))
 
 
-def _check_image_tags(texts: list[str], image_count: int) -> None:
+def _content_text(content: object, images: list) -> object:
+    """A turn's text, where it is a list of parts, as OpenAI and TRL write it, with an <image> tag
+    for every image; an image that is named there is added to `images`.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        require(isinstance(part, dict), "a part of a text must be an object with its type")
+        if isinstance(part.get("text"), str):
+            texts.append(part["text"])
+            continue
+        kind = str(part.get("type"))
+        require("image" in kind, f"a part of a text is of the type {kind[:20]!r}; only texts and "
+                                 "images can be used")
+        image = part.get("image_url", part.get("image", part.get("path", part.get("url"))))
+        image = image["url"] if isinstance(image, dict) and "url" in image else image
+        images += [] if image is None else [image]
+        texts.append("<image>")
+    return "".join(texts)
+
+
+def _separate_answer(record: dict) -> object:
+    """The answer that stands beside a conversation; None without one."""
+    answer = next((record[key] for key in ANSWERS if record.get(key)), None)
+    if answer is None and isinstance(record.get("reward_model"), dict):
+        answer = record["reward_model"].get("ground_truth")
+    return json.dumps(answer) if isinstance(answer, list | dict) else answer
+
+
+def check_image_tags(texts: list[str], image_count: int) -> None:
     found_tags = sum(text.count("<image>") for text in texts)
     require(found_tags in (0, image_count),
             f"there are {found_tags} <image> tags and {image_count} images; write one per image")
@@ -208,7 +225,7 @@ def _text_turns(texts: list[tuple[str, str]], rules: TextRules,
                 image_count: int) -> list[Turn]:
     turns, tags = [], 0
     for asked, answered in texts:
-        references = [(None, _numbers(match)) for match in BOX.finditer(asked)]
+        references = [(None, box_numbers(match)) for match in BOX.finditer(asked)]
         question = BOX.sub("{ref}", asked)
         answers = _answer_boxes(answered, image_count)
         turns.append(Turn(question, references, answers, rules.coordinates, tags))
@@ -218,7 +235,7 @@ def _text_turns(texts: list[tuple[str, str]], rules: TextRules,
     return turns
 
 
-def _numbers(match: re.Match) -> list[float]:
+def box_numbers(match: re.Match) -> list[float]:
     return [float(number) for number in match.groups() if number is not None]
 
 
@@ -231,7 +248,7 @@ def _answer_boxes(answered: str, image_count: int) -> list[tuple[int | None, lis
     number = named.pop() if len(named) == 1 else None
     require(not named or not matches,
             "the answer names several images; write one question for each box")
-    return [(number, _numbers(match)) for match in matches]
+    return [(number, box_numbers(match)) for match in matches]
 
 
 def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
@@ -249,7 +266,7 @@ def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
 
 def _turn_line(turn: Turn, images: list[str], several: str) -> dict:
     """The turn as a line of own data."""
-    question = _clean_question(turn.question, len(images), turn.earlier_tags)
+    question = clean_question(turn.question, len(images), turn.earlier_tags)
     numbers = {number for number, _ in turn.answers}
     if numbers == {None}:
         asked = set(asked_numbers(question, len(images)))
@@ -271,13 +288,38 @@ def _turn_line(turn: Turn, images: list[str], several: str) -> dict:
     return line
 
 
-def _clean_question(text: str, image_count: int, earlier_tags: int) -> str:
-    """The question without tags; an <image> inside the text becomes "image 2"."""
-    tags = earlier_tags + text.count("<image>")
-    text = re.sub(r"^(?:\s*<image>)+", "", TEXT_TAGS.sub("", text))
-    first = tags - text.count("<image>") + 1
-    for number in range(first, min(tags, image_count) + 1):
+def clean_question(text: str, image_count: int, earlier_tags: int | None = None) -> str:
+    """The question without tags; one inside the text becomes "image 2". Raises Problem.
+
+    earlier_tags: how many <image> tags there are in the turns before; None where the question
+    stands alone and must hold one per image.
+    """
+    text = " ".join(IMAGE_TAG.sub(_plain_tag, TEXT_TAGS.sub("", text)).split())
+    tags = (earlier_tags or 0) + text.count("<image>")
+    at_start = TAGS_AT_START.match(text)
+    run = at_start.group() if at_start else ""
+    if "<image " not in run or run.count("<image") == image_count:
+        text = text[len(run):]
+    if text.count("<image>") == image_count:
+        text = re.sub(r"(?:\s*<image>)+\s*$", "", text)
+    n_inside = text.count("<image>")
+    require(not n_inside or tags == image_count or earlier_tags is not None,
+            f"there are {tags} <image> tags and {image_count} images; write one per image")
+    for number in range(tags - n_inside + 1, tags + 1):
         text = text.replace("<image>", f"image {number}", 1)
-    text = " ".join(text.split())
+    text = " ".join(name_images(text).split())
     require(bool(text), "the question has no text besides its images; write what is asked")
     return text
+
+
+def name_images(text: str) -> str:
+    """The text with "image 2" in place of tags that have a number."""
+    return re.sub("<(image [0-9]+)>", r"\1", IMAGE_TAG.sub(_plain_tag, text))
+
+
+def _plain_tag(tag: re.Match) -> str:
+    """An image's tag as <image> or <image 2>; "" for one that closes or frames another."""
+    if number := next(filter(None, tag.groups()), ""):
+        return f"<image {int(number)}>"
+    is_frame = re.search("^</|[_-](?:start|end)>$|end_of", tag.group(), re.IGNORECASE)
+    return "" if is_frame else "<image>"

@@ -28,16 +28,18 @@ from mig_kit.image_files import image_digests
 from mig_kit.openai_client import (
     ADDRESS,
     KEY_VARIABLE,
+    TEMPORARY,
     authorization_header,
     open_client,
     read_api_key,
+    redact,
+    run_workers,
 )
 from mig_kit.sample import Sample, Trace
 
 MAX_FAILURES_IN_A_ROW = 10
 RETRY_DELAY = 0.5  # seconds per attempt made, after a reply that cannot be used
 REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
-TEMPORARY = (408, 409, 429)  # like these, all from 500 on may pass
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,7 @@ async def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> C
         session = _Session(endpoint, key, file, log)
         new_calls = iter_new_calls()
         async with session.client:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(endpoint.concurrency):
-                        group.create_task(session.work(new_calls))
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+            await run_workers(lambda: session.work(new_calls), endpoint.concurrency)
         if session.has_replied:
             log.write(file)
     return log
@@ -191,7 +188,7 @@ class _Session:
             attempts += response.retries_taken + 1
             completion = parse_completion(response.content)
             if completion is not None:
-                reply = self.redact(completion["reply"])
+                reply = redact(completion["reply"], self.key)
                 return {**completion, "reply": reply, "attempts": attempts}, ""
             await asyncio.sleep(RETRY_DELAY * attempts)
         return None, "an answer that is no complete chat completion"
@@ -199,7 +196,7 @@ class _Session:
     def read_refusal(self, error: openai.APIStatusError, attempts: int) -> tuple[dict | None, str]:
         """As `request`; RuntimeError if the status speaks of every call."""
         status = error.status_code
-        failure = f"HTTP {status}: {self.redact(error.response.text)[:200]!r}"
+        failure = f"HTTP {status}: {redact(error.response.text, self.key)[:200]!r}"
         if status in REFUSED_REQUEST:
             return {"failed": failure, "attempts": attempts}, failure
         if status not in TEMPORARY and status < 500:
@@ -217,10 +214,6 @@ class _Session:
         if "reply" in entry:
             self.has_replied = True
             self.call_log.write(self.file)
-
-    def redact(self, text: str) -> str:
-        """The text without the key."""
-        return text.replace(self.key, "***") if self.key else text
 
 
 def parse_completion(body: bytes) -> dict | None:

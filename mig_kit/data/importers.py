@@ -1,37 +1,55 @@
 """Data sets of other projects as files of own data: `mig-kit data import FORMAT FILE`.
 
-    swift     ms-swift: messages, images and objects (conversations.py)
-    llava     LLaVA, ShareGPT, Qwen-VL, VLM-R1: conversations with boxes in the text
-    coco      a COCO instances file: a question per image and category; where images have a
-              `caption` (MDETR's RefCOCO files), that is what is asked for
-    refcoco   RefCOCO's refs as JSON, with the COCO file of their annotations (`instances`); or
-              VLM-R1's list of image, normal_caption and solution
+    own         own data whose images are in the file, or whose questions hold tags as <image>
+    swift       ms-swift: messages, images and objects (conversations.py)
+    llava       LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI: conversations with boxes in the text
+    verl        EasyR1, verl: a problem or prompt, and an answer that holds a box
+    coco        a COCO instances file: a question per image and category; where images have a
+                `caption` (MDETR's RefCOCO files), that is what is asked for
+    refcoco     RefCOCO's refs as JSON, with the COCO file of their annotations (`instances`); or
+                VLM-R1's list of image, normal_caption and solution
+    mgrounding  MGrounding-630k as it is published (mgrounding.py)
 
-A file is a JSON array or has one JSON object a line. The result is own data: the same checks read
-it, and images stay where they are.
+A file is a JSON list, has one JSON object a line, or is a parquet table. The result is own data:
+the same checks read it. Images stay where they are; those in the file itself become files.
 """
 
+import base64
+import copy
+import hashlib
+import io
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
+from PIL import Image
+
 from mig_kit.boxes import Coordinates, rescale_box
-from mig_kit.common import iter_lines, write_atomically
+from mig_kit.common import write_atomically
 from mig_kit.data.conversations import (
-    Problem,
     TextRules,
+    clean_question,
     conversation_lines,
-    relative_path,
-    require,
+    name_images,
     target_keys,
 )
-from mig_kit.data.line_checks import ImageSizes
-from mig_kit.data.mgrounding import iter_records
-from mig_kit.data.own_data import find_file_problems, find_problems, read_json
-from mig_kit.image_files import BadImage, SkipReport, is_stored_on_its_side
+from mig_kit.data.line_checks import read_sizes_below
+from mig_kit.data.mgrounding import find_image_roots, locate_images, record_lines
+from mig_kit.data.own_data import box_places, find_file_problems, find_problems, simplify_line
+from mig_kit.data.records import (
+    Problem,
+    entry_word,
+    iter_entries,
+    iter_records,
+    require,
+    require_records,
+)
+from mig_kit.image_files import DECODE_ERRORS, BadImage, SkipReport, is_stored_on_its_side
 
-FORMATS = ("swift", "llava", "coco", "refcoco")
+FORMATS = ("own", "swift", "llava", "verl", "coco", "refcoco", "mgrounding")
 MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
 ASKS_FOR_CATEGORY, ASKS_FOR_PHRASE = "Find the {name}.", "Find this: {name}."
 
@@ -42,13 +60,15 @@ class ImportRules:
 
     root: the folder that holds all images. text: how boxes in texts are read. question: what is
     asked, with {name} for the category or phrase; "" for the format's own. instances: the COCO file
-    of RefCOCO's annotations. orientation: one of ORIENTATIONS.
+    of RefCOCO's annotations. unstated: of `mgrounding.record_lines`. orientation: one of
+    ORIENTATIONS.
     """
 
     root: Path
     text: TextRules = TextRules()
     question: str = ""
     instances: Path | None = None
+    unstated: dict[str, int] = field(default_factory=dict)
     orientation: str = "upright"
 
 
@@ -65,75 +85,117 @@ def import_file(form: str, path: Path, out: Path, rules: ImportRules,
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out} is in no folder that exists; make {out.parent} first")
     _check_rules(form, path, rules)
+    folder = rules.root / f"{out.stem}_images"
     report = SkipReport()
+    lines = _iter_correct(form, path, rules, folder, report, on_problem)
+    first = next(lines, None)
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:
-            for place, line in _iter_correct(form, path, rules, report, on_problem):
+            for place, line in chain([first], lines):
                 file.write(json.dumps({"id": place.replace(" ", "-"), **line}) + "\n")
-        if not report.kept:
-            raise NothingKept
 
-    try:
+    if first is not None:  # else an older result stays
         write_atomically(out, write)
-    except NothingKept:
-        pass
     return report
 
 
-class NothingKept(Exception):
-    """No question of the file is kept, so that an older result stays."""
-
-
 def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
-    if form not in FORMATS:
-        raise ValueError(f"no format '{form}'; use one of {', '.join(FORMATS)}")
-    if path.suffix in (".p", ".pkl", ".pickle"):
-        raise ValueError(f"{path.name} is a pickle, which can hold code, and the kit opens none; "
-                         "save what is in it as JSON")
-    if form == "llava" and not rules.text.coordinates:
-        raise ValueError("files of this format do not say what their boxes are measured in; give "
-                         "--coordinates: pixels, normalized_1000 or normalized_1")
-    if form in ("coco", "refcoco") and rules.text.coordinates not in ("", Coordinates.PIXELS):
-        raise ValueError(f"boxes of the format {form} are in pixels of the image; leave "
-                         "--coordinates out")
-    if rules.instances and form != "refcoco":
-        raise ValueError("--instances is for the format refcoco; leave it out")
-    if rules.text.is_padded and rules.text.coordinates != Coordinates.NORMALIZED_1:
-        raise ValueError("--padded is for boxes in 0 to 1 of the image padded to a square, as in "
-                         "LLaVA-1.5's files; add --coordinates normalized_1")
-    if form in ("swift", "llava") and rules.question:
-        raise ValueError(f"the format {form} brings its questions along; leave --question out")
-    if rules.question and "{name}" not in rules.question:
-        raise ValueError("--question must hold {name}, as in \"Find the {name}.\"")
+    text, is_coco = rules.text, form in ("coco", "refcoco")
+    require(form in FORMATS, f"no format '{form}'; use one of {', '.join(FORMATS)}")
+    require_records(path)
+    require(form not in ("llava", "verl") or bool(text.coordinates),
+            "files of this format do not say what their boxes are measured in; give "
+            "--coordinates: pixels, normalized_1000 or normalized_1")
+    require(form not in ("own", "mgrounding") or text == TextRules(),
+            f"the format {form} says what its boxes are; leave --coordinates, --padded and "
+            "--several out")
+    require(not is_coco or text.coordinates in ("", Coordinates.PIXELS),
+            f"boxes of the format {form} are in pixels of the image; leave --coordinates out")
+    for option, value, only in (("instances", rules.instances, "refcoco"),
+                                ("unstated", rules.unstated, "mgrounding")):
+        require(not value or form == only, f"--{option} is for the format {only}; leave it out")
+    require(not text.is_padded or text.coordinates == Coordinates.NORMALIZED_1,
+            "--padded is for boxes in 0 to 1 of the image padded to a square, as in LLaVA-1.5's "
+            "files; add --coordinates normalized_1")
+    require(is_coco or not rules.question,
+            f"the format {form} brings its questions along; leave --question out")
+    require(not rules.question or "{name}" in rules.question,
+            "--question must hold {name}, as in \"Find the {name}.\"")
 
 
-def _iter_correct(form: str, path: Path, rules: ImportRules, report: SkipReport,
+def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, report: SkipReport,
                   on_problem: Callable[[str], object]) -> Iterator[tuple[str, dict]]:
-    """(place, line) of every question that passes the checks of own data."""
-    sizes = ImageSizes(rules.root, rules.orientation)
+    """(place, line) of every question that passes the checks of own data; folder: where images go
+    that are in the file itself.
+    """
+    sizes = read_sizes_below(rules.root, rules.orientation)
+    roots = find_image_roots(rules.root) if form == "mgrounding" else []
+    ids: set[int] = set()
     for place, result in _iter_lines_of(form, path, rules):
         report.read += 1
         try:
             if isinstance(result, Problem):
                 raise result
-            line = _unpad(result, sizes) if rules.text.is_padded else dict(result)
+            line = locate_images(result, rules.root, roots) if roots else simplify_line(result)
             stated = line.pop("stated_size", None)
+            if isinstance(line.get("images"), list):
+                line["images"] = [_image_name(image, rules.root, folder)
+                                  for image in line["images"]]
+            if rules.text.is_padded:
+                line = _unpad(line, sizes)
+            name = hash(str(line.get("id", place)))
+            require(name not in ids, f"id {str(line.get('id'))[:40]!r} is there twice")
             problems = find_problems(line)
             if not problems and form in ("coco", "refcoco"):
-                _compare_sizes(stated, line["images"][0], sizes)
+                _compare_sizes(stated, line["images"][0], sizes, rules.root)
                 line = _map_boxes(line, sizes, _trim_box)
             problems = problems or find_file_problems(line, sizes)[1]
             require(not problems, "; ".join(problems))
-        except Problem as problem:
-            report.add("problem", place)
+        except (Problem, BadImage) as problem:
+            report.add(problem.reason, place)
             on_problem(f"{place}: {problem}")
             continue
         report.kept += 1
+        ids.add(name)
         yield place, line
 
 
-def _map_boxes(line: dict, sizes: ImageSizes,
+def _image_name(image: object, root: Path, folder: Path) -> str:
+    """The path of an image below the root; one that is in the file itself, as bytes or base64, is
+    written to `folder`.
+    """
+    content = image.get("bytes") if isinstance(image, dict) else None
+    if isinstance(image, dict) and not content:
+        image = image.get("path") or image.get("url")
+    if isinstance(image, str) and image.startswith("data:"):
+        content = image.partition(",")[2]
+    if content:
+        return _write_image(content, folder).relative_to(root).as_posix()
+    require(isinstance(image, str) and bool(image), "an image must be named by its path")
+    image = image.removeprefix("file://")
+    require("://" not in image, f"the image {image[:60]!r} is an address; download it and name the "
+                                "file")
+    return image.removeprefix(os.path.abspath(root) + os.sep).removeprefix("./")
+
+
+def _write_image(content: object, folder: Path) -> Path:
+    """The file of an image's bytes, or of their base64, named by its SHA-256."""
+    try:
+        content = content if isinstance(content, bytes) else base64.b64decode(content)
+        with Image.open(io.BytesIO(content)) as image:
+            suffix = image.format.lower()
+    except (*DECODE_ERRORS, TypeError) as error:
+        raise Problem("the bytes of an image are none; write them into the file once more, or give "
+                      "its path") from error
+    path = folder / f"{hashlib.sha256(content).hexdigest()}.{suffix}"
+    if not path.is_file():
+        folder.mkdir(exist_ok=True)
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return path
+
+
+def _map_boxes(line: dict, sizes: Callable,
                move: Callable[[list, tuple[int, int]], list]) -> dict:
     """The line with `move` applied to every box and the size of its image."""
 
@@ -143,26 +205,19 @@ def _map_boxes(line: dict, sizes: ImageSizes,
         require(not isinstance(size, BadImage), str(size))
         return move(box, size)
 
-    result = dict(line)
-    if "box" in line:
-        result["box"] = moved(line["box"], line["image"])
-    if "boxes" in line:
-        result["boxes"] = [moved(box, line["image"]) for box in line["boxes"]]
-    if "targets" in line:
-        result["targets"] = [{**target, "box": moved(target["box"], target["image"])}
-                             for target in line["targets"]]
-    if "reference" in line:
-        result["reference"] = moved(line["reference"], 1)
-    return result
+    line = copy.deepcopy(line)
+    for _, number, holder, key in box_places(line):
+        holder[key] = moved(holder[key], number)
+    return line
 
 
-def _compare_sizes(stated: tuple | None, name: str, sizes: ImageSizes) -> None:
+def _compare_sizes(stated: tuple | None, name: str, sizes: Callable, root: Path) -> None:
     """Problem where the file states another size of the image than its upright picture has."""
     size = sizes(name)
     if isinstance(size, BadImage) or stated is None or stated == size:
         return
     reason = "; use the images that the file was made from"
-    if stated == size[::-1] and is_stored_on_its_side(sizes.root / name):
+    if stated == size[::-1] and is_stored_on_its_side(root / name):
         reason = (" when it is upright, and is stored on its side: give sizes and boxes of the "
                   "upright picture, or, if the boxes are of the stored one, delete the EXIF "
                   "orientation and leave the pixels as they are")
@@ -176,7 +231,7 @@ def _trim_box(box: list, size: tuple[int, int]) -> list:
             for value, limit in zip(box, (*size, *size))]
 
 
-def _unpad(line: dict, sizes: ImageSizes) -> dict:
+def _unpad(line: dict, sizes: Callable) -> dict:
     """The line in pixels, where its boxes are in 0 to 1 of images padded to squares."""
     return {**_map_boxes(line, sizes, _unpad_box), "coordinates": str(Coordinates.PIXELS)}
 
@@ -198,15 +253,21 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
         yield from _iter_coco(path, rules)
         return
     annotations = _read_boxes(rules) if form == "refcoco" else {}
-    for place, record, problem in _iter_records(path):
+    word = entry_word(path)
+    for number, record, problem in iter_entries(path):
+        place = f"{word} {number}"
         if problem:
             yield place, Problem(problem)
             continue
         try:
             if form == "refcoco":
                 lines = _refcoco_lines(record, annotations, rules)
+            elif form == "mgrounding":
+                lines = record_lines(record, rules.unstated)
+            elif form == "own":
+                lines = _own_lines(record)
             else:
-                lines = conversation_lines(record, rules.root, rules.text)
+                lines = conversation_lines(record, rules.text)
         except Problem as error:
             yield place, error
             continue
@@ -214,21 +275,18 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
             yield place if len(lines) == 1 else f"{place} turn {number}", line
 
 
-def _iter_records(path: Path) -> Iterator[tuple[str, object, str]]:
-    """(place, record, what is wrong with it) of a JSON array or of a file of JSON lines."""
-    with path.open("rb") as file:
-        is_array = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not is_array:
-        for number, line in iter_lines(path):
-            record, problem = read_json(line)
-            yield f"line {number}", record, problem
-        return
-    number = 0
-    try:
-        for number, record in enumerate(iter_records(path), 1):
-            yield f"record {number}", record, ""
-    except ValueError as error:
-        yield f"record {number + 1}", None, str(error)
+def _own_lines(record: object) -> list[dict]:
+    """The line of own data as it is, but for tags in its question and options."""
+    require(isinstance(record, dict), "the record is no JSON object; write one {...} per record")
+    images, question, options = (record.get(key) for key in ("images", "question", "options"))
+    n_images = len(images) if isinstance(images, list) else 0
+    line = dict(record)
+    if isinstance(question, str):
+        line["question"] = clean_question(question, n_images)
+    if isinstance(options, list):
+        line["options"] = [name_images(option) if isinstance(option, str) else option
+                           for option in options]
+    return [line]
 
 
 def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Problem]]:
@@ -242,18 +300,23 @@ def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Pro
     yield from problems
     for (image_id, category_id), annotations in groups.items():
         image = images[image_id]
-        place = f"annotation {annotations[0]['id']!r}"
         try:
+            boxes = []
             for annotation in annotations:
                 place = f"annotation {annotation['id']!r}"
-                _check_annotation(annotation)
+                require(not annotation.get("iscrowd"),
+                        "a crowd has no single box; leave annotations with iscrowd out")
+                boxes.append(_corners(annotation.get("bbox")))
             place = f"annotation {annotations[0]['id']!r}"
             phrase = image.get("caption")
             name = phrase or categories.get(category_id, {}).get("name")
             require(isinstance(name, str), f"category {category_id!r} has no name; add it to "
                                            "'categories'")
             template = rules.question or (ASKS_FOR_PHRASE if phrase else ASKS_FOR_CATEGORY)
-            yield place, _coco_line(template.replace("{name}", name), image, annotations, rules)
+            line = {"images": [image.get("file_name")], "coordinates": str(Coordinates.PIXELS),
+                    "question": template.replace("{name}", name),
+                    "stated_size": _stated_size(image)}
+            yield place, line | target_keys([1] * len(boxes), boxes, rules.text.several)
         except Problem as error:
             yield place, error
 
@@ -290,24 +353,11 @@ def _group_annotations(path: Path, images: dict) -> tuple[dict, list[tuple[str, 
     return groups, problems
 
 
-def _check_annotation(record: dict) -> None:
-    require(not record.get("iscrowd"),
-            "a crowd has no single box; leave annotations with iscrowd out")
-    _corners(record.get("bbox"))
-
-
 def _stated_size(image: dict) -> tuple[int, int] | None:
     """(width, height) that a file states of an image; None where it states none."""
     sides = image.get("width"), image.get("height")
     is_stated = all(type(side) in (int, float) and side > 0 and side % 1 == 0 for side in sides)
     return (int(sides[0]), int(sides[1])) if is_stated else None
-
-
-def _coco_line(question: str, image: dict, annotations: list[dict], rules: ImportRules) -> dict:
-    boxes = [_corners(record.get("bbox")) for record in annotations]
-    line = {"images": [relative_path(image.get("file_name"), rules.root)], "question": question,
-            "coordinates": str(Coordinates.PIXELS), "stated_size": _stated_size(image)}
-    return line | target_keys([1] * len(boxes), boxes, rules.text.several)
 
 
 def _corners(box: object) -> list[float]:
@@ -351,7 +401,7 @@ def _refcoco_lines(record: object, annotations: dict, rules: ImportRules) -> lis
         image, box = annotations[ann_id]
         name, size, box = image.get("file_name"), _stated_size(image), _corners(box)
     require(all(isinstance(phrase, str) for phrase in phrases), "a phrase must be a text")
-    line = {"images": [relative_path(name, rules.root)], "image": 1, "box": box,
+    line = {"images": [name], "image": 1, "box": box,
             "coordinates": str(Coordinates.PIXELS), "stated_size": size}
     template = rules.question or ASKS_FOR_PHRASE
     return [{**line, "question": template.replace("{name}", phrase)} for phrase in phrases]

@@ -1,161 +1,164 @@
-"""MGrounding-630k as published (Migician, arXiv 2501.05767) into samples, one record at a time.
+"""MGrounding-630k as published (Migician, arXiv 2501.05767) as lines of own data, nothing guessed.
 
-One JSON array of records, each with paths of images, and archives that unpack below a nested home/
-folder. mgrounding_records.py reads what a record says.
+Established from the authors' README and from a public converter of the data set:
+
+- one JSON array of records, and archives of images that unpack below a nested home/ folder
+- `images` as "./MGrounding-630k/<Subset>/..."
+- `conversations` of several human/gpt turns, the first with an <image> tag per image
+- boxes as <|box_start|>(x1,y1),(x2,y2)<|box_end|> in 0 to 1000 of the image they are in
+- answers that name the image by an ordinal ("It's in the third image.")
+- tracking answers of one box per frame of the video
+
+Not established, because no tracking record could be read: how a shuffled video says so. What may be
+one is left out, and counted, like all that stays unclear.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import ijson
-
-from mig_kit.boxes import rescale_box
-from mig_kit.data.mgrounding_records import NAME, GroundingQuestion, iter_questions
-from mig_kit.image_files import (
-    BadImage,
-    EncodedImage,
-    LazyImages,
-    SkipReport,
-    is_regular_file,
-    read_size,
-    resolve_under_root,
+from mig_kit.boxes import Coordinates
+from mig_kit.data.conversations import (
+    BOX,
+    box_numbers,
+    check_image_tags,
+    clean_question,
+    read_turns,
+    target_keys,
 )
-from mig_kit.sample import Sample, Target
+from mig_kit.data.image_mentions import asked_numbers, mentioned_numbers, numbers_of_boxes
+from mig_kit.data.records import Problem
+from mig_kit.image_files import BadImage, is_regular_file, resolve_under_root
 
-MAX_JSON_DEPTH = 32
-BOX_SCALE = (1000, 1000)
-
-
-def iter_records(path: Path, on_bytes: Callable[[int], object] | None = None,
-                 prefix: str = "item") -> Iterator[object]:
-    """The elements of the annotation array, one in memory at a time.
-
-    on_bytes: called with the number of bytes, whenever some were read. prefix: ijson's name of the
-    elements, "images.item" for those of a list under the key "images". ValueError, with the remedy,
-    if the file is broken.
-    """
-    try:
-        with path.open("rb") as file:
-            source = _CountedFile(file, on_bytes) if on_bytes else file
-            events = _limit_depth(ijson.basic_parse(source, use_float=True), path)
-            yield from ijson.items(ijson.parse(events), prefix)
-    except (ijson.JSONError, UnicodeError) as error:
-        reason = str(error)[:80]
-        raise ValueError(f"{path} is cut or no JSON ({reason}); download it again") from error
-
-
-class _CountedFile:
-    """A file that tells how many bytes were read."""
-
-    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], object]):
-        self.file, self.on_bytes = file, on_bytes
-
-    def read(self, size: int = -1) -> bytes:
-        """As a file's."""
-        content = self.file.read(size)
-        self.on_bytes(len(content))
-        return content
-
-
-def _limit_depth(events: Iterator, path: Path) -> Iterator:
-    """The JSON events; ValueError where they nest over MAX_JSON_DEPTH.
-
-    The names that ijson gives nested values grow with their depth, and memory with its square.
-    """
-    depth = 0
-    for event in events:
-        depth += event[0].startswith("start") - event[0].startswith("end_")
-        if depth > MAX_JSON_DEPTH:
-            raise ValueError(f"{path} is nested over {MAX_JSON_DEPTH} deep, which no annotation "
-                             "is; download it again")
-        yield event
+NAME = "MGrounding-630k"
+TRACKING = "Object_Tracking"
+SHUFFLED = re.compile(
+    r"shuffl|scrambl|disorder|unordered|out of order|not in order|random(?:ly)? order"
+    r"|chronolog|temporal order", re.IGNORECASE)
+FRAME_NUMBER = re.compile(r"([0-9]{1,12})\.[A-Za-z]+$")
 
 
 def find_image_roots(root: Path) -> list[Path]:
     """Folders below `root` that stand for ./MGrounding-630k: the folder itself, root, and any below
     a nested home/.
     """
-    roots = [root / NAME, root]
-    level = [root / "home"]
-    for _ in range(5):
-        children = [child for folder in level if folder.is_dir()
-                    for child in sorted(folder.iterdir())]
-        folders = [child for child in children if child.is_dir() and not child.is_symlink()]
-        roots += [folder for folder in folders if folder.name == NAME]
-        level = [folder for folder in folders if folder.name != NAME]
-    return roots
+    nested = [folder for depth in range(5)
+              for folder in sorted(root.glob("home/" + "*/" * depth + NAME))]
+    return [root / NAME, root, *(folder for folder in nested if folder.is_dir())]
 
 
-def locate_image(root: Path, roots: list[Path], name: str) -> Path:
-    """The file of an image path as written.
+def locate_images(line: dict, root: Path, roots: list[Path]) -> dict:
+    """The line with the paths of its images below `root`.
 
-    roots: of `find_image_roots`. BadImage if the path leads out of `root` or is in none of them.
+    roots: of `find_image_roots`. BadImage if a path leads out of `root` or is in none of them.
     """
-    resolve_under_root(root, name)
-    path_in_set = name
-    if name.removeprefix("./").startswith(f"{NAME}/"):
-        path_in_set = name.split(f"{NAME}/", 1)[-1]
-    for folder in roots:
-        path = resolve_under_root(root, f"{folder.relative_to(root).as_posix()}/{path_in_set}")
-        if is_regular_file(path):
-            return path
-    raise BadImage("missing image", f"{name!r} is not below {root}; unpack its archive there")
+    names = []
+    for name in line["images"]:
+        resolve_under_root(root, name)
+        path_in_set = re.sub(f"^(?:\\./)?{NAME}/", "", name)
+        paths = (resolve_under_root(root, f"{folder.relative_to(root).as_posix()}/{path_in_set}")
+                 for folder in roots)
+        path = next(filter(is_regular_file, paths), None)
+        if path is None:
+            raise BadImage("missing image", f"{name!r} is not below {root}; unpack its archive "
+                                            "there")
+        names.append(path.relative_to(root.resolve()).as_posix())
+    return {**line, "images": names}
 
 
-def check_annotations(path: Path, root: Path, unstated: dict[str, int] | None = None,
-                      limit: int | None = None, orientation: str = "upright") -> SkipReport:
-    """Read everything but the pixels: what is kept, and what is left out and why.
+def record_lines(record: object, unstated: dict[str, int] | None = None) -> list[dict | Problem]:
+    """A record's questions as lines of own data without ids, with images as written, and why turns
+    are left out; an answer with boxes in several images becomes a line per image.
 
-    Arguments: as `iter_samples`. Run it before a model is loaded.
+    unstated: the image number to take, per subset, where neither question nor answer names one (for
+    example {"Difference": 2}, MIG-Bench's convention; for this data set it is not stated). Problem
+    where the whole record is left out.
     """
-    report = SkipReport()
-    for _ in _iter_located(path, root, report, unstated, limit, orientation=orientation):
-        pass
-    return report
+    images = record.get("images") if isinstance(record, dict) else None
+    _require(isinstance(images, list) and bool(images)
+             and all(isinstance(name, str) and name for name in images), "record shape")
+    turns = read_turns(record, [])
+    check_image_tags([text for turn in turns for text in turn], len(images))
+    parts = images[0].split("/")
+    subset = parts[parts.index(NAME) + 1] if NAME in parts[:-2] else ""
+    if subset == TRACKING:
+        _require_time_order(images, turns)
+    lines: list[dict | Problem] = []
+    for asked, answered in turns:
+        try:
+            lines += _turn_lines(asked, answered, images, subset, unstated or {})
+        except Problem as problem:
+            lines.append(problem)
+    return lines
 
 
-def iter_samples(path: Path, root: Path, report: SkipReport,
-                 unstated: dict[str, int] | None = None,
-                 limit: int | None = None,
-                 on_bytes: Callable[[int], object] | None = None,
-                 orientation: str = "upright") -> Iterator[Sample]:
-    """The samples; `report` counts what is left out. An image is decoded when it is looked at.
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Problem(reason, reason)
 
-    path: MGrounding-630k.json or one of the subsets' files. root: the folder the archives were
-    unpacked in; no image is read from outside it. unstated: see `iter_questions`. limit: stop after
-    so many samples. on_bytes: see `iter_records`. orientation: one of ORIENTATIONS. Boxes become
-    pixels of the original images.
+
+def _turn_lines(asked: str, answered: str, images: list[str], subset: str,
+                unstated: dict[str, int]) -> Iterator[dict]:
+    references, boxes = _find_boxes(asked), _find_boxes(answered)
+    _require(bool(boxes), "no box in the answer")
+    _require(len(references) <= 1, "several reference boxes")
+    if references:
+        named = mentioned_numbers(asked[:references[0].start()], len(images))
+        _require(named[-1] == 1 if named else len(images) == 1,
+                 "reference box not said to be in the first image")
+    question = clean_question(BOX.sub("{ref}", asked), len(images), 0)
+    numbers = numbers_of_boxes(answered, [box.span() for box in boxes], len(images))
+    numbers = numbers or _numbers_elsewhere(question, bool(references), len(images), subset,
+                                            len(boxes), unstated)
+    _require(all(1 <= number <= len(images) for number in numbers), "no such image")
+    groups: dict[int, list[list]] = {}
+    for number, box in zip(numbers, boxes):
+        groups.setdefault(number, []).append(box_numbers(box))
+    if groups.get(1) == [box_numbers(box) for box in references]:
+        del groups[1]  # the answer repeats the box that the question gave
+    _require(bool(groups), "answer given in the question")
+    for number, group in groups.items():
+        is_part = len(group) < len(boxes)
+        line = {"images": images, "coordinates": str(Coordinates.NORMALIZED_1000),
+                "question": question + f" Answer for image {number} only." * is_part,
+                **target_keys([number] * len(group), group, "any")}
+        line |= {"task": subset} if subset else {}
+        yield line | ({"reference": box_numbers(references[0])} if references else {})
+
+
+def _find_boxes(text: str) -> list[re.Match]:
+    matches = list(BOX.finditer(text))
+    _require(len(matches) == text.count("<|box_start|>") == text.count("<|box_end|>"),
+             "box text cannot be read")
+    return matches
+
+
+def _numbers_elsewhere(question: str, has_reference: bool, image_count: int, subset: str,
+                       box_count: int, unstated: dict[str, int]) -> list[int]:
+    """The image numbers when the answer names none: one image, a box per frame of a video, the
+    question's image, or `unstated`.
     """
-    located = _iter_located(path, root, report, unstated, limit, on_bytes, orientation)
-    for question, images in located:
-        sizes = images.sizes
-        targets = tuple(Target(number, rescale_box(box, BOX_SCALE, sizes[number - 1]))
-                        for number, box in question.targets)
-        reference = None
-        if question.reference:
-            reference = rescale_box(question.reference, BOX_SCALE, sizes[0])
-        yield Sample(question.id, "mgrounding", question.subset or "mgrounding", "train", images,
-                     question.question, targets, reference)
+    if image_count == 1:
+        return [1] * box_count
+    if subset == TRACKING and box_count > 1:
+        _require(box_count == image_count, "tracking boxes do not fit the frames")
+        return list(range(1, image_count + 1))
+    numbers = set(asked_numbers(question, image_count))
+    if has_reference:
+        numbers -= {1}
+    if len(numbers) == 1:
+        return list(numbers) * box_count
+    mentioned = set(mentioned_numbers(question, image_count)) - ({1} if has_reference else set())
+    if subset in unstated and not mentioned:
+        return [unstated[subset]] * box_count
+    raise Problem("image not named", "image not named")
 
 
-def _iter_located(path: Path, root: Path, report: SkipReport, unstated: dict[str, int] | None,
-                  limit: int | None, on_bytes: Callable[[int], object] | None = None,
-                  orientation: str = "upright"
-                  ) -> Iterator[tuple[GroundingQuestion, LazyImages]]:
-    """The questions whose images are all there, with the images."""
-    roots = find_image_roots(root)
-    for index, record in enumerate(iter_records(path, on_bytes)):
-        report.read += 1
-        for question in iter_questions(index, record, report, unstated):
-            try:
-                paths = [locate_image(root, roots, name) for name in question.images]
-                images = LazyImages(EncodedImage(image_path, read_size(image_path, orientation))
-                                    for image_path in paths)
-            except BadImage as error:
-                report.add(error.reason, f"{question.id}: {error}")
-                continue
-            report.kept += 1
-            yield question, images
-            if limit is not None and report.kept >= limit:
-                return
+def _require_time_order(images: list[str], turns: list[tuple[str, str]]) -> None:
+    """Problem unless the frames' numbers, if they have any, rise, and no question speaks of another
+    order.
+    """
+    _require(not SHUFFLED.search(" ".join(asked for asked, _ in turns)), "shuffled video")
+    matches = [FRAME_NUMBER.search(image) for image in images]
+    times = [int(match.group(1)) for match in matches if match]
+    _require(len(times) < len(images) or times == sorted(times), "frames out of time order")

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from mig_kit import plots
 from mig_kit.common import write_atomically
-from mig_kit.pictures import text_font
+from mig_kit.pictures import missing_letters, text_font
 from mig_kit.prompts import LETTERS
 from mig_kit.sample import Sample
 
@@ -33,9 +33,9 @@ img { max-width: 100% }
 """
 
 
-def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> int:
-    """Draw the samples' boxes on their images into a .png or a self-contained .html; returns how
-    many were drawn.
+def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> tuple[int, str]:
+    """Draw the samples' boxes on their images into a .png or a self-contained .html; gives how many
+    were drawn, and a sentence where no font of this machine has the letters for a PNG.
 
     height: of the images, pixels. Text is escaped in HTML; in a PNG it is cut to one line.
     ValueError for another ending or a missing folder, and if there is no sample.
@@ -47,14 +47,19 @@ def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> in
     strips = [(sample.id, _question_text(sample), plots.draw_sample(sample, height=height))
               for sample in samples]
     if not strips:
-        raise ValueError("there is no question to draw; the file is empty")
+        raise ValueError("there is no question to draw; the file is empty, or has no correct line "
+                         "(mig-kit data check lists what is wrong)")
+    note = ""
     if out.suffix.lower() == ".html":
         page = _preview_page(strips)
         write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     else:
-        sheet = _preview_sheet(strips)
+        sheet, missing = _preview_sheet(strips)
+        if missing:
+            note = (f"no font of this machine has {missing!r}, and boxes stand in their place; "
+                    "install one (as Noto Sans CJK for Chinese), or write an .html")
         write_atomically(out, lambda temporary: sheet.save(temporary, format="PNG"))
-    return len(strips)
+    return len(strips), note
 
 
 def _question_text(sample: Sample) -> str:
@@ -80,15 +85,17 @@ def _preview_page(strips: list[tuple[str, str, Image.Image]]) -> str:
     return jinja2.Environment(autoescape=True).from_string(PREVIEW).render(rows=rows)
 
 
-def _preview_sheet(strips: list[tuple[str, str, Image.Image]]) -> Image.Image:
+def _preview_sheet(strips: list[tuple[str, str, Image.Image]]) -> tuple[Image.Image, str]:
+    """All strips below each other, and some letters that could not be drawn, "" if all could."""
     head = 24
     width = max(640, *(strip.width for _, _, strip in strips))
     height = sum(strip.height + head for _, _, strip in strips)
     sheet = Image.new("RGB", (width, height), "white")
-    pen, top = ImageDraw.Draw(sheet), 0
+    pen, top, missing = ImageDraw.Draw(sheet), 0, set()
     for name, question, strip in strips:
         line = f"{name}: {question}"[:160]
+        missing |= missing_letters(line)
         pen.text((8, top + 4), line, fill="black", font=text_font(14, line))
         sheet.paste(strip, (0, top + head))
         top += strip.height + head
-    return sheet
+    return sheet, "".join(sorted(missing)[:20])

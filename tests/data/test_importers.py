@@ -246,7 +246,7 @@ WRONG = [
     ("swift", b"\xff", "save the file as UTF-8"),
     ("swift", 3, "write one {...} per record"),
     ("swift", changed(SWIFT, "images", to=...), "'images' must list 1 to 64 paths"),
-    ("swift", changed(SWIFT, "images", 0, to="/etc/passwd"), "give a --root that holds all images"),
+    ("swift", changed(SWIFT, "images", 0, to="/etc/passwd"), "is not below the image root"),
     ("swift", changed(SWIFT, "images", 0, to="http://x/a.png"), "download it and name the file"),
     ("swift", changed(SWIFT, "images", 0, to=3), "must be named by its path"),
     ("swift", changed(SWIFT, "images", 0, to="../a.png"), "no path below the image root"),
@@ -368,7 +368,7 @@ def test_an_older_result_stays_where_nothing_is_kept(root):
     ("coco", "coco.json", {"question": "Find it."}, "must hold {name}"),
     ("refcoco", "refs(unc).p", {}, "save what is in it as JSON"),
     ("swift", "out.jsonl", {}, "name another file"),
-    ("web", "in.jsonl", {}, "use one of swift, llava, coco, refcoco")])
+    ("web", "in.jsonl", {}, "use one of own, swift, llava, verl, coco")])
 def test_rules_that_do_not_go_together(root, form, path, rules, sentence):
     for name in ("out.jsonl", path):
         (root / name).touch()
@@ -382,7 +382,8 @@ def test_rules_that_do_not_go_together(root, form, path, rules, sentence):
 @pytest.mark.parametrize("form", importers.FORMATS)
 def test_broken_files_end_with_a_sentence(root, form, content):
     (root / "broken.json").write_bytes(content)
-    lines, sentences = import_all(root, form, root / "broken.json", "pixels")
+    lines, sentences = import_all(root, form, root / "broken.json",
+                                  "" if form in ("own", "mgrounding") else "pixels")
     assert not lines and all(": " in sentence for sentence in sentences)
 
 
@@ -475,6 +476,7 @@ def test_the_command(root, tmp_path):
     result = run_mig_kit("data", "import", "swift", str(path), "--out", str(tmp_path / "own.jsonl"))
     assert result.returncode == 0 and "line 2: the line is no JSON object" in result.stdout
     assert "3 questions read, 2 written to" in result.stdout and "1 left out" in result.stdout
+    assert f"(image root: {root})" in result.stdout
     result = run_mig_kit("data", "check", str(tmp_path / "own.jsonl"), "--root", str(root))
     assert result.returncode == 0 and "2 correct" in result.stdout
     nothing, old = write(root, b"{"), tmp_path / "old.jsonl"

@@ -1,0 +1,118 @@
+"""The numbers of the images that questions and answers name in words: "in the third image".
+
+Nothing is guessed: where it is not said which image a box is in, there is no number.
+"""
+
+import re
+
+from mig_kit.data.records import Problem
+
+UNCLEAR = "image of a box unclear"
+ORDINAL_WORDS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth",
+                 "ninth", "tenth")
+NUMBER_OF_WORD = {word: number for number, word in enumerate(ORDINAL_WORDS, 1)}
+ORDINAL = "(?:" + "|".join(ORDINAL_WORDS) + r"|last|[0-9]{1,3}(?:st|nd|rd|th))"
+AND = r"\s{0,3}(?:,\s{0,3}|\b(?:and|or)\b\s{0,3}){1,2}(?:in\s{1,3})?(?:the\s{1,3})?"
+IMAGE_WORD = "(?:image|picture|photo|frame)s?"
+# "the first and second images", or "images 1, 2 or 3"
+MENTION = re.compile(
+    rf"\b{ORDINAL}(?:{AND}{ORDINAL}){{0,9}}\s{{1,3}}{IMAGE_WORD}\b"
+    rf"|\b{IMAGE_WORD}[\s#_-]{{0,2}}[0-9]{{1,3}}(?:{AND}[0-9]{{1,3}}){{0,9}}\b", re.IGNORECASE)
+MENTIONED_NUMBER = re.compile(ORDINAL + "|[0-9]{1,3}")
+# what may stand between two boxes of one image
+SAME_IMAGE = re.compile(
+    r"(?:[\s,;.&]|\band\b|<\|object_ref_start\|>.{0,200}?<\|object_ref_end\|>)*",
+    re.IGNORECASE | re.DOTALL)
+# what makes a mention of an image say nothing about where the box is
+COMPARES = re.compile(
+    r"compared|unlike|differ(?:s|ent|ently)? from|\bthan\b|instead|\bnot\b|n't\b|without|except",
+    re.IGNORECASE)
+# before a mention: of the image that something is described by, and of the one that it is in
+DESCRIBES = re.compile(
+    r"\b(?:of|from|(?:as|like)\s+in"
+    r"|(?<!is )(?<!are )(?<!be )(?<!was )(?:shown|seen|marked|outlined|highlighted|given|depicted"
+    r"|circled|boxed|described|taken|cropped)\s+(?:in|on))\s+(?:the\s+)?$", re.IGNORECASE)
+AREA = re.compile(
+    r"\b(?:left|right|top|bottom|cent(?:er|re)|middle|corner|side|part|half|edge|area"
+    r"|foreground|background)\s+of\s+(?:the\s+)?$", re.IGNORECASE)
+PLACE = re.compile(r"\b(?:in|on|within|inside)\s+(?:the\s+)?$", re.IGNORECASE)
+OTHER_IMAGE = re.compile(
+    r"\b(?:other|another|remaining|both|each|every|all)(?:\s+\w+)?\s+"
+    rf"{IMAGE_WORD}\b", re.IGNORECASE)
+
+
+def mentioned_numbers(text: str, image_count: int) -> list[int]:
+    """The numbers of the images that a text names, in the order of the text."""
+    return [number for mention in MENTION.finditer(text)
+            for number in _numbers_of(mention, image_count)]
+
+
+def answered_numbers(text: str, image_count: int) -> list[int]:
+    """Those that an answer says a box is in: not the image "of", "from" or "marked in" which
+    something is, unless it says where in that image ("at the left of image 2").
+    """
+    return [number for mention in MENTION.finditer(text)
+            if _is_no_description(text[:mention.start()])
+            for number in _numbers_of(mention, image_count)]
+
+
+def asked_numbers(text: str, image_count: int) -> list[int]:
+    """Those that a question asks about, "in image 2" or, at its start, "Image 2:"; none where it
+    compares or speaks of other images, too.
+    """
+    if COMPARES.search(text) or OTHER_IMAGE.search(text):
+        return []
+    numbers = []
+    for mention in MENTION.finditer(text):
+        before, after = text[:mention.start()], text[mention.end():]
+        is_heading = not before.strip() and after.lstrip().startswith((":", ","))
+        is_place = PLACE.search(before) or AREA.search(before)
+        if is_heading or (is_place and _is_no_description(before)):
+            numbers += _numbers_of(mention, image_count)
+    return numbers
+
+
+def _is_no_description(before: str) -> bool:
+    return not DESCRIBES.search(before) or bool(AREA.search(before))
+
+
+def _numbers_of(mention: re.Match, image_count: int) -> list[int]:
+    numbers = []
+    for word in MENTIONED_NUMBER.findall(mention.group().lower()):
+        if word == "last":
+            numbers.append(image_count)
+        elif word in NUMBER_OF_WORD:
+            numbers.append(NUMBER_OF_WORD[word])
+        else:
+            numbers.append(int(re.match("[0-9]+", word).group()))
+    return numbers
+
+
+def numbers_of_boxes(text: str, spans: list[tuple[int, int]], image_count: int) -> list[int]:
+    """The image number of every box, said before the boxes or after them; none if the answer names
+    no image. Raises Problem where it is not clear.
+
+    spans: where the boxes stand in the text.
+    """
+    starts = [0, *(end for _, end in spans)]
+    ends = [*(start for start, _ in spans), len(text)]
+    gaps = [text[start:end] for start, end in zip(starts, ends)]
+    numbers_in_gaps = [sorted(set(answered_numbers(gap, image_count))) for gap in gaps]
+    if not any(numbers_in_gaps):
+        return []
+    if any(numbers and COMPARES.search(gap) for gap, numbers in zip(gaps, numbers_in_gaps)):
+        raise Problem(UNCLEAR, UNCLEAR)
+    before, *after = numbers_in_gaps
+    if not before and all(len(numbers) == 1 for numbers in after):
+        return [numbers[0] for numbers in after]
+    if len(before) != 1:
+        raise Problem(UNCLEAR, UNCLEAR)
+    result = list(before)
+    for gap, numbers in zip(gaps[1:-1], after[:-1]):
+        if len(numbers) == 1:
+            result.append(numbers[0])
+        elif not numbers and SAME_IMAGE.fullmatch(gap):
+            result.append(result[-1])
+        else:
+            raise Problem(UNCLEAR, UNCLEAR)
+    return result

@@ -1,0 +1,190 @@
+"""Records of own data and of other projects' data sets: JSON lines, one JSON list or a parquet
+table. Every other kind of file is refused with what it is and the way in.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ijson
+import pyarrow
+import pyarrow.parquet
+
+from mig_kit.common import MAX_LINE, iter_lines
+
+MAX_JSON_DEPTH = 32
+BYTE_ORDER_MARK, PARQUET = b"\xef\xbb\xbf", b"PAR1"
+ARCHIVE = "is compressed or an archive; unpack it, and give the file of questions that is in it"
+TABLE = ("is no JSON; save it with one JSON object a line (of a table, pandas does so with "
+         "to_json(..., orient='records', lines=True))")
+# (how such a file may begin, how its name may end, what it is and the way in)
+OTHER_FILES = (
+    ((b"\x1f\x8b",), (".gz",), "is compressed by gzip; unpack it first: gunzip -k FILE"),
+    ((b"BZh9", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!"), (".tar",), ARCHIVE),
+    ((b"PK\x03\x04",), (".xlsx", ".xls", ".zip"), "is a zip archive or an Excel table; unpack it, "
+     "or save the table with one JSON object a line"),
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), (".p", ".pkl", ".pickle", ".pt"),
+     "is a pickle, which can hold code, and the kit opens none; save what is in it as JSON"),
+    ((b"ARROW1", b"\xff\xff\xff\xff"), (".arrow", ".feather"), "is an Arrow file; save it as "
+     "parquet (of datasets: load_from_disk(FOLDER).to_parquet(FILE)), and import that"),
+    ((b"\xff\xfe", b"\xfe\xff"), (), "is UTF-16; save it as UTF-8"),
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"%PDF"), (), "is an image or a page; give the file of "
+     "questions, which names the images"),
+    ((b"<?xml", b"<!DOC", b"<anno", b"<html", b"SQLite", b"\x93NUMPY", b"\x89HDF"),
+     (".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".npz", ".tfrecord"), TABLE))
+
+
+class Problem(ValueError):
+    """Why a record cannot be used, in one sentence with the remedy; reason: its kind, to count."""
+
+    def __init__(self, sentence: str, reason: str = "problem"):
+        super().__init__(sentence)
+        self.reason = reason
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise a Problem unless the condition holds."""
+    if not condition:
+        raise Problem(sentence)
+
+
+def read_json(line: bytes | None) -> tuple[object, str]:
+    """What a line of JSON holds, and a sentence where it is none; None for one over MAX_LINE bytes.
+    """
+    if line is None:
+        return None, (f"the line is longer than {MAX_LINE} bytes; put one question on a line, and "
+                      "images into files of their own")
+    repeated: list[str] = []
+    try:
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: name,
+                            object_pairs_hook=lambda pairs: _collect_keys(pairs, repeated))
+    except UnicodeDecodeError:
+        return None, "the line is not UTF-8; save the file as UTF-8"
+    except (ValueError, RecursionError) as error:
+        if not line.strip():
+            return None, "the line is empty; delete it"
+        is_syntax = isinstance(error, json.JSONDecodeError)
+        reason = f"character {error.colno}: {error.msg}" if is_syntax else str(error)[:60]
+        return None, f"the line is no JSON object ({reason}); write one {{...}} per line"
+    return record, _repeated_keys(repeated)
+
+
+def _collect_keys(pairs: list[tuple[str, object]], repeated: list[str]) -> dict:
+    """The JSON object of these pairs; keys that it has twice are added to `repeated`."""
+    repeated += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    return dict(pairs)
+
+
+def _repeated_keys(keys: list[str]) -> str:
+    return f"the key {keys[0][:40]!r} is there twice; leave one out" if keys else ""
+
+
+def entry_word(path: Path) -> str:
+    """What an entry of the file is called: a line, a record of a list, or a row of a table."""
+    opening = _read_opening(path)
+    return ("row" if opening.startswith(PARQUET) else "record" if opening.startswith(b"[")
+            else "line")
+
+
+def _read_opening(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1024).removeprefix(BYTE_ORDER_MARK).lstrip()
+
+
+def require_records(path: Path) -> None:
+    """ValueError, with the way in, unless a file is JSON or a parquet table, as far as its first
+    bytes and the end of its name say.
+    """
+    opening = _read_opening(path)
+    for beginnings, endings, sentence in OTHER_FILES:
+        if opening.startswith(beginnings) or path.suffix.lower() in endings:
+            raise ValueError(f"{path} {sentence.replace('FILE', str(path))}")
+
+
+def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:
+    """(number from 1, record, what is wrong with it) of every entry, one in memory at a time.
+
+    ValueError, with the way in, for a file of another kind.
+    """
+    require_records(path)
+    word = entry_word(path)
+    if re.match(rb'{\s*\n\s*"', _read_opening(path)):
+        raise ValueError(f"{path} holds one JSON object over several lines; save its questions as "
+                         "one list, [{...}, {...}], or one object a line")
+    if word == "line":
+        for number, line in iter_lines(path):
+            yield number, *read_json(line)
+        return
+    number, repeated = 0, []
+    try:
+        records = _iter_rows(path) if word == "row" else iter_records(path, repeated=repeated)
+        for number, record in enumerate(records, 1):
+            yield number, record, _repeated_keys(repeated)
+            repeated.clear()
+    except ValueError as error:
+        yield number + 1, None, str(error)
+
+
+def read_columns(path: Path) -> list[str]:
+    """The names of a parquet table's columns."""
+    with _table_errors(path):
+        return pyarrow.parquet.ParquetFile(path).schema_arrow.names
+
+
+def _iter_rows(path: Path) -> Iterator[dict]:
+    """The rows of a parquet table, without their empty cells."""
+    with _table_errors(path):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
+            for row in batch.to_pylist():
+                yield {key: value for key, value in row.items() if value is not None}
+
+
+@contextmanager
+def _table_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is cut or no parquet table; download it again") from error
+
+
+def iter_records(path: Path, prefix: str = "item",
+                 repeated: list[str] | None = None) -> Iterator[object]:
+    """The elements of a JSON list, one in memory at a time.
+
+    prefix: ijson's name of the elements, "images.item" for those of a list under the key "images".
+    repeated: where the keys go that an element has twice. ValueError, with the remedy, if the file
+    is broken.
+    """
+
+    class Keys(dict):
+        def __setitem__(self, key, value):
+            if key in self and repeated is not None:
+                repeated.append(key)
+            super().__setitem__(key, value)
+
+    try:
+        with path.open("rb") as file:
+            file.seek(3 if file.read(3) == BYTE_ORDER_MARK else 0)
+            events = _limit_depth(ijson.basic_parse(file, use_float=True), path)
+            yield from ijson.items(ijson.parse(events), prefix, map_type=Keys)
+    except (ijson.JSONError, UnicodeError) as error:
+        reason = str(error)[:80]
+        raise ValueError(f"{path} is cut or no JSON ({reason}); save or download it "
+                         "again") from error
+
+
+def _limit_depth(events: Iterator, path: Path) -> Iterator:
+    """The JSON events; ValueError where they nest over MAX_JSON_DEPTH.
+
+    The names that ijson gives nested values grow with their depth, and memory with its square.
+    """
+    depth = 0
+    for event in events:
+        depth += event[0].startswith("start") - event[0].startswith("end_")
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(f"{path} is nested over {MAX_JSON_DEPTH} deep, which no annotation "
+                             "is; download it again")
+        yield event
