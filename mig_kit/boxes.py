@@ -61,6 +61,12 @@ class BoxFormat:
                              "give two areas, the lower one first")
         object.__setattr__(self, "coordinates", Coordinates(self.coordinates))
 
+    @property
+    def description(self) -> str:
+        """A phrase for messages."""
+        return (f"images of {self.min_pixels} to {self.max_pixels} pixels and {self.coordinates} "
+                "boxes")
+
 
 def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: int = 401408,
                  factor: int = 28) -> tuple[int, int]:
@@ -132,19 +138,6 @@ def iou(a: Box, b: Box) -> float:
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     overlap = width * height
     return overlap / (area_a + area_b - overlap)
-
-
-def giou(a: Box, b: Box) -> float:
-    """Generalized IoU of two xyxy boxes in the same coordinates, -1..1 (arXiv 1902.09630): IoU less
-    the share of the smallest enclosing box that neither covers; -1 for an inverted or empty box.
-    """
-    area_a, area_b = (max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (a, b))
-    if area_a == 0 or area_b == 0:
-        return -1.0
-    enclosing = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
-    overlap = iou(a, b)
-    union = (area_a + area_b) / (1 + overlap)
-    return overlap - (enclosing - union) / enclosing
 
 
 def matched_sum(scores: Sequence[Sequence[float]]) -> float:

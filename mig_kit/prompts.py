@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box, to_original_box
-from mig_kit.sample import LESSONS, Sample
+from mig_kit.sample import Sample
 
 GROUNDING_INSTRUCTION = ('Think in <think></think>, then answer '
                          '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
@@ -80,15 +80,13 @@ def correct_answer(sample: Sample, box_format: BoxFormat) -> str:
 
 
 def format_question(sample: Sample, box_format: BoxFormat, with_instruction: bool = True) -> str:
-    """The question with its reference box, in the model's coordinates, its options, and the
-    instruction; a question of LESSONS has none.
-    """
+    """The question with its reference box, in the model's coordinates, options and instruction."""
     text = sample.question
     if sample.reference:
         box = to_model_box(sample.reference, sample.sizes[0], box_format)
         text = text.replace("{ref}", format_box(box))
     text += "".join(f" {letter}. {option}" for letter, option in zip(LETTERS, sample.options))
-    if not with_instruction or sample.suite == LESSONS:
+    if not with_instruction:
         return text
     if sample.options:
         return f"{text} {CHOICE_INSTRUCTION}"

@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mig_kit.boxes import Box, BoxFormat, giou, iou, matched_sum, to_original_box
+from mig_kit.boxes import Box, BoxFormat, iou, matched_sum, to_original_box
 from mig_kit.prompts import is_well_formed, parse_boxes, parse_reply, reply_box_in_original
 from mig_kit.sample import Sample, best_iou
 
@@ -35,12 +35,12 @@ RIGHT_NONE = 0.5
 
 
 def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairScore = iou,
-                right_none: float = 1.0, gated: bool = True) -> float:
+                right_none: float = 1.0) -> float:
     """How well the boxes of a reply meet those of a question for all boxes.
 
     The largest sum of `score` over one-to-one pairs of boxes and targets, divided by the number of
     boxes or of targets, whichever is larger. A box that repeats another, or lies in another image
-    than its target (if `gated`), scores 0 and counts. Where there is no target: right_none if the
+    than its target, scores 0 and counts. Where there is no target: right_none if the
     reply says so, else 0. An answer that cannot be read scores 0.
     """
     boxes = parse_boxes(reply)
@@ -49,7 +49,7 @@ def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairSc
     if not boxes or not sample.targets:
         return 0.0 if boxes or sample.targets else right_none
     scores = [[score(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
-               if image == target.image or not gated else 0.0 for target in sample.targets]
+               if image == target.image else 0.0 for target in sample.targets]
               for image, box in dict.fromkeys(boxes)]
     return matched_sum(scores) / max(len(boxes), len(sample.targets))
 
@@ -152,95 +152,24 @@ def choice_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | 
 
 def box_reward(reply: str, sample: Sample, box_format: BoxFormat,
                floor: float = 0.1) -> float | None:
-    """`reply_iou`, 0 below `floor`; None for multiple choice, as every box term."""
+    """`reply_iou`, 0 below `floor`; None for multiple choice. Where all boxes are asked for, that
+    of every pair that `match_score` makes.
+    """
     if sample.options:
         return None
-    return _box_term(reply, sample, box_format, lambda overlap: _cut_below(overlap, floor))
+    if not sample.find_all:
+        return _cut_below(reply_iou(reply, sample, box_format), floor)
+    return match_score(reply, sample, box_format,
+                       lambda box, target: _cut_below(iou(box, target), floor), RIGHT_NONE)
 
 
 def _cut_below(overlap: float, floor: float) -> float:
     return overlap if overlap >= floor else 0.0
 
 
-def _box_term(reply: str, sample: Sample, box_format: BoxFormat,
-              shape: Callable[[float], float]) -> float:
-    """`shape` of the reply's IoU; of that of every pair where all boxes are asked for."""
-    if not sample.find_all:
-        return shape(reply_iou(reply, sample, box_format))
-    return match_score(reply, sample, box_format, lambda box, target: shape(iou(box, target)),
-                       RIGHT_NONE)
-
-
-def box_step_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """1 from IoU 0.5 up, else 0: what 06 counts as correct."""
-    if sample.options:
-        return None
-    return _box_term(reply, sample, box_format, lambda overlap: float(overlap >= 0.5))
-
-
-def box_mg_thinker_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """MG-Thinker's box term: 1 from IoU 0.9 up, the IoU itself from 0.1 up, else 0.
-
-    Published are the steps, the gate by the image and a plain sum with format and image. Ours: that
-    0.1 and 0.9 belong to the upper step, and `reward_weights` in place of the plain sum.
-    """
-    if sample.options:
-        return None
-    return _box_term(reply, sample, box_format,
-                     lambda overlap: 1.0 if overlap >= 0.9 else _cut_below(overlap, 0.1))
-
-
-def box_squared_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """IoU squared: the better the box, the more a further improvement earns."""
-    if sample.options:
-        return None
-    return _box_term(reply, sample, box_format, lambda overlap: overlap ** 2)
-
-
-def box_giou_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """(1 + GIoU) / 2 with the nearest target in the image that the reply names, so 0..1; two
-    boxes side by side that fill their enclosing box get 0.5, distant ones less. 0 in the wrong
-    image.
-    """
-    if sample.options:
-        return None
-    if sample.find_all:
-        return match_score(reply, sample, box_format,
-                           lambda box, target: (1 + giou(box, target)) / 2, RIGHT_NONE)
-    answer = parse_reply(reply)
-    box = reply_box_in_original(sample, answer, box_format)
-    if box is None:
-        return 0.0
-    values = ((1 + giou(box, target.box)) / 2 for target in sample.targets
-              if target.image == answer.image)
-    return max(values, default=0.0)
-
-
-def box_ungated_reward(reply: str, sample: Sample, box_format: BoxFormat,
-                       floor: float = 0.1) -> float | None:
-    """As `box_reward` without the gate: the best IoU with any target, in whatever image the reply
-    says that its box is.
-    """
-    if sample.options:
-        return None
-    if sample.find_all:
-        return match_score(reply, sample, box_format,
-                           lambda box, target: _cut_below(iou(box, target), floor), RIGHT_NONE,
-                           gated=False)
-    box = parse_reply(reply).box
-    if box is None:
-        return 0.0
-    overlaps = (iou(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
-                for target in sample.targets)
-    return _cut_below(max(overlaps, default=0.0), floor)
-
-
 # the name by which `rewards` of 05 chooses a reward, and under which it is logged
 REWARDS: dict[str, Reward] = {
-    "format": format_reward, "image": image_reward, "box": box_reward, "choice": choice_reward,
-    "box_step": box_step_reward, "box_mg_thinker": box_mg_thinker_reward,
-    "box_squared": box_squared_reward, "box_giou": box_giou_reward,
-    "box_ungated": box_ungated_reward}
+    "format": format_reward, "image": image_reward, "box": box_reward, "choice": choice_reward}
 
 
 def cites_only_existing_images(reply: str, sample: Sample) -> bool:

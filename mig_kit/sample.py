@@ -27,7 +27,6 @@ ROWS_PER_GROUP = 64
 BYTES_PER_GROUP = 2**22  # of embedded images
 CACHED_BYTES = 2**26  # of a table's groups that are kept in memory
 
-LESSONS = "lessons"  # the suite whose questions stand alone, without an instruction
 
 SAMPLE_FEATURES = Features({
     "id": Value("string"), "suite": Value("string"), "task": Value("string"),

@@ -4,18 +4,16 @@ A launcher is a command prefix, such as `torchrun --standalone --nproc-per-node 
 finds its job in the stage folder; so does another node that runs the same command.
 """
 
-import argparse
 import gc
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,27 +21,13 @@ import torch
 from transformers import TrainerState
 
 from mig_kit.common import PROJECT_ROOT, release_memory, write_json
-from mig_kit.engine.training import count_processes, last_checkpoint, share_steps
+from mig_kit.engine.training import count_processes, last_checkpoint
+from mig_kit.launchers import Launch, parse_launcher, search_path
 
 JOB_FILE = "job.json"
-MODULE = "mig_kit.stages.train"  # what a launcher starts, with the stage folder as argument
 ERROR_MARK = "mig-kit, process"  # how a process begins the line that says why it ended
 KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")  # torchrun, of the process that failed first
 TAIL = 5  # last lines of the output that an error quotes where no process has said why it ended
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launcher with what its words say; local, nodes: processes per node and nodes, 0 if unknown.
-    """
-
-    words: tuple[str, ...]
-    local: int
-    nodes: int
-
-    def command(self, folder: Path) -> list[str]:
-        """The whole command that trains the job of a stage folder."""
-        return [*self.words, "-m", MODULE, str(folder)]
 
 
 def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
@@ -51,15 +35,25 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
     """Train as `params.launcher` says; returns the state of the finished trainer.
 
     train(folder, params, **inputs) is the stage's own function, which starts or resumes. The job is
-    written to folder/job.json first. Raises what `plan_launch` and `train` raise; RuntimeError with
-    the error's last lines where a launched process fails.
+    written to folder/job.json first. One that has ended, "done" there, is taken from disk. Raises
+    what `plan_launch` and `train` raise; RuntimeError with the error's last lines where a launched
+    process fails.
     """
-    launch = plan_launch(params.launcher, params.gradient_accumulation_steps)
+    path = folder / JOB_FILE
+    is_done = path.is_file() and json.loads(path.read_text()).get("done")
+    if is_done and last_checkpoint(folder):
+        state = _load_state(folder)
+        ended = datetime.fromtimestamp(Path(last_checkpoint(folder)).stat().st_mtime)
+        print(f"this training has ended, and is taken from disk: {state.global_step} updates of "
+              f"{ended:%Y-%m-%d %H:%M}")
+        return state
+    launch = plan_launch(params.launcher)
     if launch is None and count_processes() > 1:
         raise ValueError(f"WORLD_SIZE is {count_processes()} in the environment, and this process "
                          "trains alone; unset it, or name what starts the others in launcher")
     inputs = {name: _portable_path(path) for name, path in inputs.items()}
-    write_json(folder / JOB_FILE, {"stage": stage, "params": vars(params), "inputs": inputs})
+    job = {"stage": stage, "params": vars(params), "inputs": inputs}
+    write_json(path, job)
     if launch is None:
         if params.launcher:
             print(f"one GPU or one core: training runs in here, without '{params.launcher}'")
@@ -68,6 +62,11 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
         release_memory()
     else:
         run_command(launch.command(folder.resolve()), launch.local)
+    write_json(path, {**job, "done": True})
+    return _load_state(folder)
+
+
+def _load_state(folder: Path) -> TrainerState:
     return TrainerState.load_from_json(f"{last_checkpoint(folder)}/trainer_state.json")
 
 
@@ -86,17 +85,16 @@ def _portable_path(path: str | Path) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
-def plan_launch(launcher: str, steps: int) -> Launch | None:
-    """How to launch a job whose updates have `steps` steps; None for training in this process.
+def plan_launch(launcher: str) -> Launch | None:
+    """How to launch a job; None for training in this process.
 
     Several processes cannot share the only GPU of a machine, and gain nothing on its only core, so
     that a launcher of one node is not used there. Raises ValueError with the remedy where the
-    launcher's program is missing, where it starts more processes on a node than this one has GPUs,
-    or processes that cannot share the steps evenly.
+    launcher's program is missing, or starts more processes on a node than this one has GPUs.
     """
     if not launcher.strip():
         return None
-    launch = _parse_launcher(launcher)
+    launch = parse_launcher(launcher)
     gpus = torch.cuda.device_count()
     devices = gpus or count_cores()
     if devices == 1 and launch.local > 1 and launch.nodes == 1:
@@ -104,8 +102,6 @@ def plan_launch(launcher: str, steps: int) -> Launch | None:
     if gpus and launch.local > gpus:
         raise ValueError(f"launcher '{launcher}' starts {launch.local} processes, and this machine "
                          f"has {gpus} GPUs; start one per GPU, or set launcher to \"\"")
-    if launch.local * launch.nodes:
-        share_steps(steps, launch.local * launch.nodes)
     return launch
 
 
@@ -114,36 +110,6 @@ def count_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _parse_launcher(launcher: str) -> Launch:
-    try:
-        words = shlex.split(launcher)
-    except ValueError as error:
-        raise ValueError(f"launcher '{launcher}' is no command ({error}); write it as in a "
-                         "shell") from None
-    program = shutil.which(words[0], path=_search_path())
-    if program is None:
-        raise ValueError(f"launcher starts with '{words[0]}', which is neither beside "
-                         f"{sys.executable} nor on PATH; install it, or set launcher to \"\"")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--nproc-per-node", "--nproc_per_node", dest="local", default="")
-    parser.add_argument("--nnodes", "--num_machines", "--num-machines", dest="nodes", default="1")
-    parser.add_argument("--num_processes", "--num-processes", dest="total", default="")
-    try:
-        known, _ = parser.parse_known_args(words[1:])
-    except argparse.ArgumentError as error:
-        raise ValueError(f"launcher '{launcher}' is cut ({error}); write it as in a "
-                         "shell") from None
-    local, nodes, total = (int(text) if re.fullmatch("[0-9]+", text) else 0
-                           for text in (known.local, known.nodes, known.total))
-    local = local or total // max(1, nodes)
-    return Launch((program, *words[1:]), local, nodes)
-
-
-def _search_path() -> str:
-    """PATH with the folder of this Python's own programs (torchrun, accelerate) first."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def run_command(command: list[str], local: int = 0) -> None:
@@ -156,7 +122,7 @@ def run_command(command: list[str], local: int = 0) -> None:
     if local and "OMP_NUM_THREADS" not in os.environ:
         threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // local))}
     python_path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **threads, "PATH": _search_path(), "PYTHONUNBUFFERED": "1",
+    environment = {**os.environ, **threads, "PATH": search_path(), "PYTHONUNBUFFERED": "1",
                    "TQDM_DISABLE": "1", "MPLBACKEND": "agg",
                    "PYTHONPATH": python_path.rstrip(os.pathsep)}
     assignments = [f"{name}={value}" for name, value in threads.items()]

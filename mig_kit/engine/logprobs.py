@@ -64,7 +64,7 @@ def packed_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: 
                       position_ids=packed.positions, use_cache=False)
     states = output.last_hidden_state[packed.state_rows, packed.state_columns]
     targets = ids[mask.bool()]
-    if model.is_gradient_checkpointing:
+    if model.is_activation_checkpointing:
         pieces = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
                   for piece in zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS))]
         logps, entropies = (torch.cat(values) for values in zip(*pieces))

@@ -5,7 +5,6 @@ its adapter and written. The peak is a shard and a few copies of the largest ten
 """
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from mig_kit.common import release_memory, write_json
+from mig_kit.common import apply_umask, release_memory, write_json
 from mig_kit.engine.model_folders import (
     FAMILIES,
     check_model_folder,
@@ -33,24 +32,19 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
-                       processor: StillImageProcessor, four_bit: bool,
-                       adapter_scale: float = 1.0) -> None:
+                       processor: StillImageProcessor, four_bit: bool) -> None:
     """Write `base` with the LoRA `adapter` merged in as a model folder, tensor by tensor.
 
-    W + adapter_scale * alpha / r * B A, in hardware.dtype; with four_bit, W is the base's weight
+    W + alpha / r * B A, in hardware.dtype; with four_bit, W is the base's weight
     after NF4 with double quantisation, as `load_model(..., four_bit=True)` computes with it. The
     files are those of `save_model`. They are written to a folder beside `folder`, which then takes
-    its place. ValueError for an adapter_scale that is not positive, and where the adapter has
-    weights for tensors that the base lacks.
+    its place. ValueError where the adapter has weights for tensors that the base lacks.
     """
-    if not 0 < adapter_scale < math.inf:
-        raise ValueError(f"adapter_scale is {adapter_scale}; give a number above 0, or, for RL "
-                         "from the base itself, set start_from of 05 to base")
     check_model_folder(base)
     config = load_config(base)
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config)
-    lora = read_lora(adapter, adapter_scale)
+    lora = read_lora(adapter)
     linear = {name for name, module in model.named_modules()
               if type(module) is torch.nn.Linear and not name.startswith(
                   tuple(FULL_PRECISION_MODULES))}
@@ -84,6 +78,7 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
         write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
     write_settings(model, base, temporary, hardware.dtype)
     processor.save_image_settings(temporary)
+    apply_umask(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
@@ -101,9 +96,8 @@ def compute_delta(a: torch.Tensor, b: torch.Tensor, scale: float,
     return b.to(device, torch.float32) @ a.to(device, torch.float32) * scale
 
 
-def read_lora(adapter: Path,
-              adapter_scale: float = 1.0) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Name of the adapted module -> (A, B, adapter_scale * alpha / r).
+def read_lora(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """Name of the adapted module -> (A, B, alpha / r).
 
     FileNotFoundError where the folder holds no adapter; ValueError for another kind than plain
     LoRA.
@@ -121,7 +115,7 @@ def read_lora(adapter: Path,
             raise ValueError(f"{adapter} holds {name}, which is no LoRA matrix; merge it with "
                              "PEFT's merge_and_unload")
         modules[prefix.removeprefix("base_model.model.")] = prefix
-    scale = adapter_scale * (config.lora_alpha / config.r)
+    scale = config.lora_alpha / config.r
     return {module: (weights[f"{prefix}.lora_A.weight"], weights[f"{prefix}.lora_B.weight"], scale)
             for module, prefix in modules.items()}
 

@@ -1,27 +1,25 @@
 """Model folders and hub names: which families load, which files a folder must have."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
+    PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
 from transformers.utils import cached_file
 
-# model_type of config.json -> class of the model, and class that its processor has elsewhere
+# model_type of config.json -> class of the model
 FAMILIES = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
-}
-STOCK_PROCESSORS = {
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen3_vl": "Qwen3VLProcessor",
 }
 
 # Files of a model folder that training does not change; a saved model keeps its base's.
@@ -37,11 +35,7 @@ UNCHANGED_FILES = (
     "chat_template.json",
     "video_preprocessor_config.json",
 )
-VisionLanguageModel = (
-    Qwen2_5_VLForConditionalGeneration
-    | Qwen2VLForConditionalGeneration
-    | Qwen3VLForConditionalGeneration
-)
+VisionLanguageModel = PreTrainedModel  # of one of FAMILIES
 
 
 def find_file(model: str | Path, name: str) -> Path | None:
@@ -50,6 +44,13 @@ def find_file(model: str | Path, name: str) -> Path | None:
     path = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False)
     return Path(path) if path else None
+
+
+def find_revision(model: str | Path) -> str:
+    """The commit of a hub name that loading takes; "" where its files are not in the hub's cache.
+    """
+    path = find_file(model, "config.json")
+    return path.parent.name if path else ""
 
 
 def copy_unchanged_files(base: str | Path, folder: Path) -> None:
@@ -72,14 +73,27 @@ def check_model_folder(model: str | Path) -> None:
         return
     names = {entry.name for entry in path.iterdir()}
     if "adapter_config.json" in names and "config.json" not in names:
+        config = json.loads((path / "adapter_config.json").read_text())
+        base = config.get("base_model_name_or_path") or "ITS_BASE"
+        base = os.path.normpath(path / base) if (path / base).is_dir() else base
         raise FileNotFoundError(f"{model} holds an adapter, not a model; merge it into its base "
-                                "first (stage 03)")
+                                f"first (stage 03), or ask: mig-kit eval --model {base} --adapter "
+                                f"{model} (and --four-bit if 4-bit weights were under it)")
     if not any(name.endswith(".safetensors") for name in names):
         raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are "
                                 "loaded, so convert them")
+    for weights in path.glob("*.safetensors"):
+        try:
+            with safe_open(weights, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is cut or broken ({error}); copy it again") from error
     if "processor_config.json" in names:  # transformers 5 writes the image settings there
         names.add("preprocessor_config.json")
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+    if {"vocab.json", "merges.txt"} <= names:
+        names.add("tokenizer.json")
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json",
+                 "preprocessor_config.json"):
         if name not in names:
             raise FileNotFoundError(f"{model} has no {name}; copy it from the model that this one "
                                     "was made from")
@@ -95,11 +109,16 @@ def load_config(model: str | Path):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
         cause = str(error).splitlines()[0]
+        if Path(model).is_dir():
+            raise ValueError(f"{cause}; copy it from the model that this one was made "
+                             "from") from error
         raise FileNotFoundError(
             f"there is no folder {model}, and the hub gave no model of this name ({cause}); "
             "give a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct") from error
     if config.model_type not in FAMILIES:
-        raise ValueError(f"{model} is a {config.model_type}; the kit loads {', '.join(FAMILIES)}")
+        raise ValueError(f"{model} is a {config.model_type}; the kit loads {', '.join(FAMILIES)}, "
+                         "and mig-kit score judges the replies that any other model has given to "
+                         "a benchmark")
     if "quantization_config" in config.to_dict():
         raise ValueError(f"{model} holds quantised weights, which are neither what training saw "
                          "nor what a merge gives; give the full weights (stage 03 writes them)")

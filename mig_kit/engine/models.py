@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import model_folder
+from mig_kit.common import apply_umask, model_folder
 from mig_kit.engine import attention
 from mig_kit.engine.model_folders import (
     FAMILIES,
@@ -246,8 +246,8 @@ def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
     """The model and the processor of a folder or hub name; raises what load_model and
     load_processor raise.
     """
-    model = load_model(folder, hardware, four_bit)
-    return Policy(model, load_processor(folder, box_format), hardware, box_format)
+    processor = load_processor(folder, box_format)  # first: it takes no minutes to refuse
+    return Policy(load_model(folder, hardware, four_bit), processor, hardware, box_format)
 
 
 def protect_4bit_weights(model: torch.nn.Module) -> torch.nn.Module:
@@ -311,6 +311,7 @@ def save_model(model, processor: StillImageProcessor, folder: Path, base: str | 
     model.save_pretrained(folder, safe_serialization=True)
     copy_unchanged_files(base, folder)
     processor.save_image_settings(Path(folder))
+    apply_umask(Path(folder))
 
 
 def unwrap_peft(model):

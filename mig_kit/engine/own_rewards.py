@@ -18,6 +18,7 @@ from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
 
 Score = Callable[[str, Sample], float | None]  # a reward of a reply, as 05 counts it
+MOST_TRIED = 1000  # questions that a reward without a value is tried on
 FOLDER = "rewards"  # of a stage's folder, with copies of the files that its rewards are from
 
 
@@ -80,19 +81,24 @@ def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
     """What the reward gives, a finite number or None; ValueError, with file and line, for anything
     else and for an error in it.
     """
-    code = getattr(reward, "__code__", None)
-    file = code.co_filename if code else ""
     try:
         value = reward(reply, sample, box_format)
     except Exception as error:
-        raise ValueError(f"the reward '{name}' failed in {describe_error(error, file)}") from error
+        place = describe_error(error, _source(reward)[0])
+        raise ValueError(f"the reward '{name}' failed in {place}") from error
     if value is None:
         return None
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        line = f", line {code.co_firstlineno}" if code else ""
-        raise ValueError(f"the reward '{name}' ({file}{line}) gave {value!r} for sample "
+        raise ValueError(f"the reward '{name}'{_source(reward)[1]} gave {value!r} for sample "
                          f"{sample.id}; return a finite number, or None where it does not apply")
     return float(value)
+
+
+def _source(reward: Reward) -> tuple[str, str]:
+    """(file, " (file, line n)") of a function; both "" of what is none."""
+    code = getattr(reward, "__code__", None)
+    return (code.co_filename, f" ({code.co_filename}, line {code.co_firstlineno})") if code else (
+        "", "")
 
 
 def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
@@ -126,11 +132,20 @@ def correct_reply(sample: Sample, box_format: BoxFormat) -> str:
 def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
                 box_format: BoxFormat) -> None:
     """Score a correct and an empty reply to the first question of each kind; raises as
-    `compute_reward`.
+    `compute_reward`, and ValueError for a reward of a file that has no value for any question.
     """
     kinds = {(bool(sample.options), bool(sample.targets), sample.find_all): sample
              for sample in reversed(samples[:64])}
-    for sample in kinds.values():
-        for reply in (correct_reply(sample, box_format), ""):
-            for name, reward in rewards.items():
-                compute_reward(name, reward, reply, sample, box_format)
+    for name, reward in rewards.items():
+        def has_value(sample: Sample, name=name, reward=reward) -> bool:
+            values = [compute_reward(name, reward, reply, sample, box_format)
+                      for reply in (correct_reply(sample, box_format), "")]
+            return values != [None, None]
+
+        counts = any([has_value(sample) for sample in kinds.values()])  # tries every kind
+        is_own = reward is not REWARDS.get(name)
+        if is_own and not counts and not any(map(has_value, samples[:MOST_TRIED])):
+            raise ValueError(
+                f"the reward '{name}'{_source(reward)[1]} gave None for every reply, so nothing "
+                "would learn from it: it may lack a return; return a number, or None only for "
+                "questions that it is not about")

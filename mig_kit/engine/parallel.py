@@ -15,10 +15,8 @@ def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterato
 
     Each thread has its share of this process's cores. With one thread, or with a GPU, the calls are
     made in this thread, one after the other. The caller sees to it that no call changes what
-    another one reads. Raises ValueError for fewer than one thread.
+    another one reads.
     """
-    if threads < 1:
-        raise ValueError(f"workers is {threads}; use 1 or more")
     if threads == 1 or torch.cuda.is_available():
         yield from map(function, parts)
         return

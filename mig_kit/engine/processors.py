@@ -4,8 +4,10 @@ model sees.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import jinja2
 import torch
 from PIL import Image
 from transformers import (
@@ -17,13 +19,16 @@ from transformers.processing_utils import ProcessorMixin
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
 from mig_kit.engine.model_folders import (
-    STOCK_PROCESSORS,
+    FAMILIES,
     check_model_folder,
     find_file,
     load_config,
 )
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
+
+SETTINGS_FILE = "mig_kit.json"  # of a model folder: what its other files have no place for
+MOST_PROBED = 2**22  # pixels of a probe; larger ones take seconds and a gigabyte
 
 
 class StillImageProcessor(Qwen2_5_VLProcessor):
@@ -33,16 +38,18 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
     processing are transformers' own code. `padding_side` is left: the trainers accept a batch that
     is padded on the right and misplace the image tokens' positions. stock_class: the processor
     class of the model's family. Every file that this one writes names that class, because nothing
-    outside the kit can load a class of the kit.
+    outside the kit can load a class of the kit. coordinates: in which the model writes boxes, which
+    its folder keeps in SETTINGS_FILE.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None,
-                 stock_class: str = "Qwen2_5_VLProcessor", **kwargs):
+                 stock_class: str = "Qwen2_5_VLProcessor",
+                 coordinates: Coordinates | None = None, **kwargs):
         tokenizer.padding_side = "left"
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        self.stock_class = stock_class
+        self.stock_class, self.coordinates = stock_class, coordinates
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -74,6 +81,8 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         settings["max_pixels"] = settings["size"]["longest_edge"]
         _write_settings(folder / "preprocessor_config.json", settings)
         (folder / "processor_config.json").unlink(missing_ok=True)
+        if self.coordinates:
+            _write_settings(folder / SETTINGS_FILE, {"coordinates": self.coordinates})
         tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
         if tokenizer_settings.get("processor_class", self.stock_class) != self.stock_class:
             tokenizer_settings["processor_class"] = self.stock_class
@@ -97,15 +106,53 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
     if family != "qwen2_5_vl" and box_format.coordinates != Coordinates.NORMALIZED_1000:
         raise ValueError(f"{model} is a {family}, which writes boxes in 0 to 1000; "
                          "set the parameter coordinates to normalized_1000")
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # what reads tokenizer.json raises nothing narrower
+        raise ValueError(f"the tokenizer of {model} cannot be read ({error}); copy tokenizer.json "
+                         "and tokenizer_config.json again") from error
     # By these names, for a `size` would lose against the limits in a published folder's file.
     images = Qwen2VLImageProcessorPil.from_pretrained(
         model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
     processor = StillImageProcessor(
         images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
-        stock_class=STOCK_PROCESSORS[family])
+        stock_class=FAMILIES[family].__name__.replace("ForConditionalGeneration", "Processor"),
+        coordinates=box_format.coordinates)
+    check_chat_template(processor, box_format, model)
     check_probe_images(processor, box_format, model)
     return processor
+
+
+def read_box_format(model: str | Path) -> BoxFormat:
+    """The limits and coordinates that a model folder or hub name brings along: those of its image
+    settings and of SETTINGS_FILE, which the kit writes, else its family's.
+
+    Raises as `load_config`, and ValueError for settings that cannot be used.
+    """
+    is_absolute = load_config(model).model_type == "qwen2_5_vl"
+    coordinates = Coordinates.ABSOLUTE if is_absolute else Coordinates.NORMALIZED_1000
+    path = find_file(model, SETTINGS_FILE)
+    try:
+        size = Qwen2VLImageProcessorPil.from_pretrained(model).size
+        if path:
+            coordinates = json.loads(path.read_text())["coordinates"]
+        return BoxFormat(size["shortest_edge"], size["longest_edge"], coordinates)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"{model} has image settings that cannot be used ({cause}); mend "
+                         f"min_pixels and max_pixels in its preprocessor_config.json, or "
+                         f"coordinates in its {SETTINGS_FILE}") from error
+
+
+def describe_other_format(model: str | Path, box_format: BoxFormat) -> str:
+    """A sentence where the kit saved a model that was trained with another box format; else ""."""
+    if not (Path(model) / SETTINGS_FILE).is_file():
+        return ""
+    own = read_box_format(model)
+    return "" if own == box_format else (
+        f"{model} was trained on {own.description}, and this run has {box_format.description}; "
+        "set min_pixels, max_pixels and coordinates of 01 to the model's unless you want to change "
+        "them")
 
 
 def load_chat_template(model: str | Path) -> str | None:
@@ -117,6 +164,19 @@ def load_chat_template(model: str | Path) -> str | None:
     return None
 
 
+def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
+                        model: str | Path) -> None:
+    """Raise ValueError unless there is a chat template that gives every image of a prompt a place.
+    """
+    remedy = "copy chat_template.jinja or .json from the model that this one was made from"
+    if not processor.chat_template:
+        raise ValueError(f"{model} has no chat template; {remedy}")
+    probe = Sample("", "", "", "", (None, None), "Where is it?")
+    text = _fill_template(processor, chat_messages(probe, box_format))
+    if text.count(processor.image_token) != 2:
+        raise ValueError(f"the chat template of {model} leaves images out; {remedy}")
+
+
 def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
                        model: str | Path) -> None:
     """Raise ValueError unless images below, between and above the pixel limits come out at the size
@@ -125,7 +185,7 @@ def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
     low, high = box_format.min_pixels, box_format.max_pixels
     areas = (low / 2, math.sqrt(low * high), 2 * high)
     sizes = [(math.ceil(math.sqrt(area * 4 / 3)), math.ceil(math.sqrt(area * 3 / 4)))
-             for area in areas]
+             for area in areas if area < MOST_PROBED]
     images = [Image.new("RGB", size) for size in sizes]
     try:
         grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"]
@@ -137,13 +197,44 @@ def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
 
 def render_prompt(processor: StillImageProcessor, sample: Sample, box_format: BoxFormat) -> str:
     """The sample's prompt as text; ValueError unless it has one place for each image."""
-    text = processor.apply_chat_template(
-        chat_messages(sample, box_format), add_generation_prompt=True, tokenize=False)
+    text = _fill_template(processor, chat_messages(sample, box_format))
     token, n_images = processor.image_token, len(sample.images)
     if text.count(token) != n_images:
         raise ValueError(f"the prompt of {sample.id} has {text.count(token)} places for its "
                          f"{n_images} images; take {token} out of the question")
     return text
+
+
+def _fill_template(processor: StillImageProcessor, messages: list[dict]) -> str:
+    """The prompt that asks for a reply to the messages; ValueError for a template that fails."""
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"the chat template fails with {type(error).__name__}: {error}; copy "
+            "chat_template.jinja from the model that this one was made from") from error
+
+
+def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample], str]:
+    """A function that gives a sentence on a sample whose prompt is longer than the model reads, ""
+    on any other. It decodes no image; the tokenizer is loaded, and no weights.
+    """
+    processor = load_processor(model, box_format)
+    limit = load_config(model).get_text_config().max_position_embeddings
+    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+
+    def measure(sample: Sample) -> str:
+        text = render_prompt(processor, sample, box_format)
+        seen = [seen_size(size, box_format, factor) for size in sample.sizes]
+        n_image_tokens = sum(width * height for width, height in seen) // factor**2
+        if len(text.encode()) + n_image_tokens <= limit:  # a token is a byte or more
+            return ""
+        n_tokens = len(processor.tokenizer(text)["input_ids"]) - len(seen) + n_image_tokens
+        return "" if n_tokens <= limit else (
+            f"the prompt takes {n_tokens} tokens, {n_image_tokens} of them for images, and the "
+            f"model reads {limit}; shorten the question, take fewer images, or lower max_pixels")
+
+    return measure
 
 
 def check_image_grids(processor: StillImageProcessor, grid_thw: torch.Tensor | None,

@@ -58,12 +58,19 @@ def make_cache(policy: Policy, **limits) -> PromptCache:
 def greedy_replies(policy: Policy, samples: Sequence[Sample],
                    max_new_tokens: int = 128) -> list[str]:
     """One greedy reply to every sample."""
+    return [reply for (reply,) in draw_replies(policy, samples, 1, 0.0, max_new_tokens)]
+
+
+def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperature: float,
+                 max_new_tokens: int) -> list[list[str]]:
+    """`count` replies to every sample, the same ones each time; no random state is used."""
     prompts = make_cache(policy).get(samples)
+    uniforms = draw_uniforms(0, len(samples), count, max_new_tokens) if temperature else None
     rollouts = generate_in_rounds(
-        policy.model.eval(), policy.processor, prompts, 1,
-        Sampling(0.0, max_new_tokens=max_new_tokens), autocast=policy.hardware.autocast)
-    completions = [rollout[0] for rollout in rollouts]
-    return policy.processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        policy.model.eval(), policy.processor, prompts, count,
+        Sampling(temperature, max_new_tokens=max_new_tokens), uniforms, policy.hardware.autocast)
+    return [policy.processor.tokenizer.batch_decode(rollout, skip_special_tokens=True)
+            for rollout in rollouts]
 
 
 def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path: Path, *,
@@ -76,8 +83,7 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     are cut before anything is skipped, so a resumed run draws what an uninterrupted one would have
     drawn. Questions about the same images share a batch, which reads these images once. cache:
     prompts made ready by an earlier call for the same samples and model. A batch is drawn in as
-    many rounds as the free memory asks for, with the same numbers. Raises ValueError for fewer than
-    one reply.
+    many rounds as the free memory asks for, with the same numbers.
 
     workers: batches under way at a time, on a CPU, each on its share of the cores. The replies are
     the same but where products round by the number of cores, as AMX's in bf16 do: there a few in a
@@ -86,9 +92,6 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     Servers are asked about each sample on its own, and every reply is stored as it comes; seed,
     batch_size, cache and workers are the local loop's.
     """
-    if replies < 1:
-        raise ValueError(f"replies is {replies}; a prompt needs at least one reply "
-                         "(only 06_evaluate can do without)")
     is_stored = set(load_replies(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(policy, ServedModel):

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import file_sha256
+from mig_kit.common import apply_umask, file_sha256
 from mig_kit.engine.generation import Sampling
 from mig_kit.engine.prompt_cache import Prompt
 from mig_kit.engine.server import (
@@ -29,9 +29,7 @@ from mig_kit.engine.server import (
     list_models,
     serve_model,
 )
-from mig_kit.engine.server_process import parse_server
-from mig_kit.engine.server_requests import first_line, redact
-from mig_kit.openai_client import authorization_header, open_client
+from mig_kit.openai_client import authorization_header, first_line, open_client, redact
 from mig_kit.sample import Sample
 
 LOAD_TIMEOUT = 600.0  # seconds to load an adapter
@@ -63,14 +61,12 @@ def importance_ratio(logps: torch.Tensor, sampling_logps: torch.Tensor, mask: to
 class ServedRollouts:
     """Draws a trainer's completions from servers, and keeps their adapter up to date.
 
-    folder: the stage's. model: the folder that servers hold and the adapter belongs to. ValueError
-    for a `params.server` that is neither addresses nor a command. version: the update, from 1, for
-    which the servers' adapter was saved.
+    folder: the stage's. model: the folder that servers hold and the adapter belongs to. version:
+    the update, from 1, for which the servers' adapter was saved.
     """
 
     def __init__(self, model: str | Path, box_format: BoxFormat, folder: Path,
                  params: SimpleNamespace):
-        parse_server(params.server)
         self.model, self.box_format, self.folder, self.params = model, box_format, folder, params
         self.served: ServedModel | None = None
         self.version, self.adapter = 0, ""
@@ -163,6 +159,7 @@ class ServedRollouts:
             saved = folder / f"step-{version}"
             model = trainer.accelerator.unwrap_model(trainer.model)
             model.save_pretrained(saved, safe_serialization=True)
+            apply_umask(saved)  # a server may be another user's
             name = f"{saved.name}-{file_sha256(saved / 'adapter_model.safetensors')[:8]}"
             asyncio_run(self._load(name, saved.resolve(), before))
             for old in folder.iterdir():

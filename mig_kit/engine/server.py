@@ -20,16 +20,24 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.engine.generation import Sampling, end_token_ids
 from mig_kit.engine.model_folders import load_config
 from mig_kit.engine.processors import load_processor
-from mig_kit.engine.server_process import ServerProcess, is_ready, parse_server
+from mig_kit.engine.server_process import ServerProcess, is_ready
 from mig_kit.engine.server_requests import (
     OPENAI_FIELDS,
     PromptEncoder,
     ServedReply,
     check_prompt_ids,
-    first_line,
-    redact,
 )
-from mig_kit.openai_client import KEY_VARIABLE, authorization_header, open_client, read_api_key
+from mig_kit.openai_client import (
+    KEY_VARIABLE,
+    TEMPORARY,
+    authorization_header,
+    first_line,
+    open_client,
+    parse_server,
+    read_api_key,
+    redact,
+    run_workers,
+)
 from mig_kit.sample import Sample
 
 TIMEOUT = 900.0  # seconds without a sign of a server
@@ -37,7 +45,9 @@ ATTEMPTS = 5  # of one request at servers that live
 RETRY_DELAY = 0.5  # seconds per attempt made
 CHECKED_PROMPTS = 8  # of every server, whose ids are compared where none are known
 REFUSED_FIELDS = (400, 422)
-PASSING = (408, 409, 429)  # statuses that may pass, like those from 500 on
+SET_KEY = f"set the environment variable {KEY_VARIABLE}"
+START = "start it first, or take it out of server"
+REMEDIES = {401: SET_KEY, 403: SET_KEY, 404: "end its address in /v1"}  # by status
 
 
 @dataclass
@@ -89,11 +99,7 @@ class ServedModel:
             session = _Session(self, sampling, with_logps)
             shared = iter(questions)
             try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(self.concurrency):
-                        group.create_task(session.work(shared, put))
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+                await run_workers(lambda: session.work(shared, put), self.concurrency)
             finally:
                 await session.close()
 
@@ -178,17 +184,15 @@ class _Session:
         """Find what to do about a status; RuntimeError if asking again makes no sense."""
         status = error.status_code
         message = redact(first_line(error.response.text), self.model.key)
-        if status in PASSING or status >= 500:
+        if status in TEMPORARY or status >= 500:
             return await self.note_failure(server, f"HTTP {status}: {message}")
         is_first = server.form > form or not server.answers
         if status in REFUSED_FIELDS and is_first and form < 2 and not self.with_logps:
             server.form = max(server.form, form + 1)
             return None
-        hint = "this request is not one that it takes"
+        hint = REMEDIES.get(status, "this request is not one that it takes")
         if status == 404:
             hint = f"it does not serve '{self.model.name}' (any more)"
-        if status in (401, 403):
-            hint = f"set the environment variable {KEY_VARIABLE}"
         raise RuntimeError(f"the server {server.url} answered HTTP {status}, {hint}: {message}")
 
     async def note_failure(self, server: Server, failure: str) -> None:
@@ -313,20 +317,26 @@ async def _find_served_name(servers: list[Server], names: tuple[str, ...], key: 
             try:
                 server.models = await list_models(client, key)
             except openai.OpenAIError as error:
-                failures.append(f"the server {server.url} has no /v1/models "
-                                f"({redact(first_line(str(error)), key)})")
+                cause, remedy = type(error.__cause__ or error).__name__, START
+                if isinstance(error, openai.APIStatusError):
+                    message = redact(first_line(error.response.text), key)
+                    cause = f"HTTP {error.status_code}: {message}"
+                    remedy = REMEDIES.get(error.status_code, START)
+                failures.append(f"the server {server.url} does not list its models ({cause}); "
+                                f"{remedy}")
     if failures and not is_own:  # a server of one's own is up, and may list nothing
         if len(failures) == len(servers):
-            raise RuntimeError(f"{failures[0]}; start it first, or take it out of server")
-        print(*(f"{failure} and is left out" for failure in failures), sep="\n", flush=True)
+            raise RuntimeError(failures[0])
+        print(*(f"{failure}; it is left out" for failure in failures), sep="\n", flush=True)
     served = {model for server in servers for model in server.models}
     name = next((name for name in names if name in served), None)
     if is_own:  # it was given the model, under whatever name; some servers list nothing
         servers[0].models = (name or (served.pop() if len(served) == 1 else names[0]),)
         return servers[0].models[0]
     if name is None:
+        listed = ", ".join(sorted(served)) or "models that it does not list"
         raise RuntimeError(
-            f"no server serves the model {names[0]}, but only {', '.join(sorted(served))}; start "
+            f"no server serves the model {names[0]}, but only {listed}; start "
             f"one with this folder, or with --served-model-name {names[-1]} where it has another "
             "path, or give a command with {model} and {port}")
     return name

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from mig_kit.openai_client import ADDRESS, is_on_this_machine
+from mig_kit.openai_client import is_on_this_machine
 
 START_TIMEOUT = 1800  # seconds until a server answers; a large model is read from a slow disk
 LOG_TAIL = 8  # last lines of the server's output that an error quotes
@@ -22,21 +22,6 @@ LOG_TAIL = 8  # last lines of the server's output that an error quotes
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE",
                       "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "OMP_NUM_THREADS",
                       "ACCELERATE_")
-
-
-def parse_server(server: str) -> list[str]:
-    """The addresses that `server` lists, [] for a command.
-
-    ValueError where it is neither addresses nor a command with {model} and {port}.
-    """
-    words = server.replace(",", " ").split()
-    if words and all(ADDRESS.fullmatch(word) for word in words):
-        return [word.rstrip("/") for word in dict.fromkeys(words)]
-    if any("://" in word for word in words[:1]) or not all(
-            mark in server for mark in ("{model}", "{port}")):
-        raise ValueError(f"server is '{server}'; give addresses such as http://localhost:8000/v1, "
-                         "with no key in them, or a command with {model} and {port} in it")
-    return []
 
 
 class ServerProcess:

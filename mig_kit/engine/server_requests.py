@@ -8,7 +8,6 @@ to equal the kit's own. There is no seed: served replies cannot be drawn again t
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from threading import Lock
 
@@ -135,20 +134,3 @@ def check_prompt_ids(answer: dict, expected: list[int], sample_id: str, url: str
              "--chat-template")
     raise RuntimeError(f"the server {url} read other prompt ids than the kit for {sample_id} "
                        f"({n_served} tokens, the kit has {len(expected)}): {cause}")
-
-
-def redact(text: str, key: str) -> str:
-    """The text without the key."""
-    return text.replace(key, "***") if key else text
-
-
-def first_line(body: bytes | str) -> str:
-    """What a server said, in at most 300 characters."""
-    text = body.decode(errors="replace") if isinstance(body, bytes) else body
-    try:
-        data = json.loads(text)
-        error = data.get("error", data) if isinstance(data, dict) else {}
-        text = error.get("message", text) if isinstance(error, dict) else text
-    except ValueError:
-        pass
-    return " ".join(str(text).split())[:300]

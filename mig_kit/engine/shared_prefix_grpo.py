@@ -15,7 +15,6 @@ from mig_kit.engine.prefixes import pad_to_multiple
 from mig_kit.engine.prompt_cache import Prompt, PromptCache
 from mig_kit.engine.served_rollouts import ServedRollouts
 from mig_kit.engine.training import EpochRepeatSampler, KeepAdapterDtype
-from mig_kit.rewards import reply_success
 from mig_kit.sample import Sample
 
 # parameters of GRPOConfig that `SharedPrefixGRPOTrainer` does not read
@@ -44,26 +43,6 @@ def group_advantages(reward: torch.Tensor, group: int,
     return centred / (std + 1e-4), group_std
 
 
-def difficulty_weights(success: torch.Tensor, group: int) -> torch.Tensor:
-    """exp(1 - mean success of the group), (rows,): what the advantages of a hard prompt weigh more.
-
-    success: (rows,), 0..1, groups in sequence. UniVG-R1 (arXiv 2505.14231) weighs the clipped loss
-    so, by the mean IoU; a multiple-choice question's success, its share of correct letters, is
-    ours. A KL term is not weighed.
-    """
-    return (1 - success.view(-1, group).mean(1)).exp().repeat_interleave(group)
-
-
-def rows_of_highest_variance(reward: torch.Tensor, group: int, groups: int) -> torch.Tensor:
-    """Indices of the rows of the `groups` groups whose rewards vary most, in their old order.
-
-    reward: (rows,), groups in sequence. MG-Thinker keeps one group of three so.
-    """
-    variance = reward.view(-1, group).var(1)
-    kept = variance.argsort(descending=True, stable=True)[:groups].sort().values
-    return (kept[:, None] * group + torch.arange(group, device=kept.device)).flatten()
-
-
 class ResumableGRPOTrainer(KeepAdapterDtype, GRPOTrainer):
     """GRPOTrainer that goes on in any pass over the prompts as if nobody had interrupted it."""
 
@@ -79,16 +58,11 @@ class SharedPrefixGRPOTrainer(ResumableGRPOTrainer):
     samples: what the column `sample` of the data set points into. A process's batch holds whole
     groups. micro_replies: replies whose graph is kept at a time (0: all of them); fewer need less
     memory, and one more forward pass. served: draws the completions from servers; None: in here.
-    difficulty_weight: multiply advantages by `difficulty_weights`. prompt_pool: draw completions to
-    so many times the prompts of an update, in one process, and learn from the groups whose rewards
-    vary most; what is logged is about these, but for detail/*, which is about all.
     """
 
     def __init__(self, *args, samples: Sequence[Sample], cache: PromptCache, autocast: bool,
-                 micro_replies: int = 0, served: ServedRollouts | None = None,
-                 difficulty_weight: bool = False, prompt_pool: int = 1, **kwargs):
+                 micro_replies: int = 0, served: ServedRollouts | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.difficulty_weight, self.prompt_pool = difficulty_weight, prompt_pool
         self.samples, self.cache, self.micro_replies = samples, cache, micro_replies
         self.autocast_rollouts = autocast
         self.served = served
@@ -97,9 +71,6 @@ class SharedPrefixGRPOTrainer(ResumableGRPOTrainer):
         # token ids alone, which do not say whose images they are about.
         self._step_samples = None
         self._step_inputs: dict = {}
-        if self.args.per_device_train_batch_size % self.num_generations:
-            raise ValueError("share_prefix needs per_device_train_batch_size to be a multiple of "
-                             "num_generations, so that groups stay whole")
 
     def train(self, *args, **kwargs):
         """As TRL's. A server that it has started ends with it, also when it is interrupted."""
@@ -140,9 +111,6 @@ class SharedPrefixGRPOTrainer(ResumableGRPOTrainer):
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
         rank = self.accelerator.process_index
-        n_groups = len(inputs) // group
-        if self.prompt_pool > 1:
-            inputs = inputs + self._draw_pool(inputs, group)
         completions = self._draw_completions(inputs, group, mode)
         tokenizer = self.processing_class.tokenizer
         replies = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -151,34 +119,14 @@ class SharedPrefixGRPOTrainer(ResumableGRPOTrainer):
             inputs, [row["prompt"] for row in inputs], messages, completions)
         weights = self.reward_weights.to(self.accelerator.device)
         total = (per_function * weights).nansum(1)
-        if self.prompt_pool > 1:
-            kept = rows_of_highest_variance(total, group, n_groups)
-            per_function, total = per_function[kept], total[kept]
-            inputs, completions, replies = ([values[row] for row in kept]
-                                            for values in (inputs, completions, replies))
         advantages, group_std = group_advantages(total, group, self.scale_rewards)
         own_rows = slice(rank * len(inputs), (rank + 1) * len(inputs))
         output = self._to_batch(inputs, completions) | {"advantages": advantages[own_rows]}
-        if self.difficulty_weight:
-            success = [reply_success(reply, self.samples[row["sample"]], self.cache.box_format)
-                       for row, reply in zip(inputs, replies)]
-            success = torch.tensor(success, device=advantages.device)
-            output["advantages"] = output["advantages"] * difficulty_weights(success, group)
         if self.served:
             output["sampling_per_token_logps"] = self.served.padded_logps(output["completion_ids"])
         self._log_rollouts(mode, per_function, total, group_std, completions)
         self._add_old_and_reference_logps(output)
         return output
-
-    def _draw_pool(self, inputs, group: int) -> list[dict]:
-        """Rows of further prompts, none of them in `inputs`, `group` of each."""
-        drawn = {row["sample"] for row in inputs}
-        others = [index for index in range(len(self.samples)) if index not in drawn]
-        seed = self.args.seed * 1_000_003 + self.state.global_step
-        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-        n_prompts = (self.prompt_pool - 1) * len(inputs) // group
-        rows = (self.train_dataset[others[index]] for index in order[:n_prompts].tolist())
-        return [row for row in rows for _ in range(group)]
 
     def _draw_completions(self, inputs, group: int, mode: str) -> list[list[int]]:
         """Token ids of `group` completions to each of this process's prompts, in sequence."""

@@ -1,9 +1,9 @@
 """What stages 02 and 05 share: LoRA and trainer settings, progress, and training that resumes."""
 
-import importlib.util
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit import plots
+from mig_kit.common import apply_umask
 from mig_kit.engine.models import LORA_TARGETS, Hardware
 
 
@@ -69,15 +70,13 @@ def share_steps(steps: int, processes: int) -> int:
 def tracker_arguments(report_to: str, folder: Path) -> dict:
     """The settings that also send a trainer's curves to "trackio" or "wandb"; "none" sends nothing.
 
-    Keys come from the tracker's own environment variables. ValueError where it is not installed.
+    Keys come from the tracker's own environment variables.
     """
     if report_to == "none":
         return {"report_to": "none"}
-    if importlib.util.find_spec(report_to) is None:
-        raise ValueError(f"report_to is '{report_to}', which is not installed; "
-                         f"run: pip install {report_to}")
     return {"report_to": report_to, "project": "mig-kit",
-            "run_name": f"{folder.parent.name}/{folder.name}", "trackio_static_space_id": False}
+            "run_name": f"{folder.parent.name}/{folder.stem}",  # without an attempt's .new-KEY
+            "trackio_static_space_id": False}
 
 
 def use_one_device(config) -> None:
@@ -110,17 +109,17 @@ def train_or_resume(trainer, folder: Path) -> None:
 def save_adapter(trainer, folder: Path) -> None:
     """Let the first process write the trained adapter to folder/adapter.
 
-    It names its base as seen from there if that lies in the same folder of runs, in this run or the
-    one that it starts from: that folder may be moved.
+    It names a base on this disk as seen from there: what holds both may be moved.
     """
     if not trainer.is_world_process_zero():
         return
-    adapter, runs = folder / "adapter", folder.resolve().parents[1]
+    adapter = folder / "adapter"
     for config in trainer.model.peft_config.values():
         base = Path(config.base_model_name_or_path)
-        if base.is_relative_to(runs):
-            config.base_model_name_or_path = os.path.relpath(base, adapter.resolve())
+        if base.is_absolute():
+            config.base_model_name_or_path = os.path.relpath(base.resolve(), adapter.resolve())
     trainer.model.save_pretrained(adapter)
+    apply_umask(adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's card: empty but for the base's path
 
 
@@ -190,30 +189,32 @@ class SetSamplerEpoch(TrainerCallback):
         batches.sampler.set_epoch(int(state.epoch))
 
 
+RECENT = 12  # a machine that was busy an hour ago says nothing of the hour to come
+
+
 class ProgressLines(TrainerCallback):
-    """Prints a line at every twentieth of a training, with the time left.
+    """Prints a line at every twentieth of a training, with the time left by the RECENT last steps.
 
     A terminal shows no notebook widgets. names: of the logged figures that the line holds; a step
     that does not log the first one is passed over.
     """
 
     def __init__(self, names: tuple[str, ...]):
-        self.names, self.first_step, self.start = names, None, 0.0
-        self.printed_step = 0
+        self.names, self.printed_step = names, 0
+        self.ends: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)  # of steps: number, time
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print the step, the named figures and the minutes left."""
-        if self.first_step is None:
-            self.first_step, self.start = state.global_step, time.monotonic()
+        if not self.ends:
             self.printed_step = state.global_step - 1
+        self.ends.append((state.global_step, time.monotonic()))
         is_due = state.global_step - self.printed_step >= max(1, state.max_steps // 20)
         is_update = bool(logs) and "loss" in logs and self.names[0] in logs
         if not state.is_world_process_zero or not is_update or not is_due:
             return
         self.printed_step = state.global_step
-        seconds_per_step = ((time.monotonic() - self.start)
-                            / max(1, state.global_step - self.first_step))
-        minutes = seconds_per_step * (state.max_steps - state.global_step) / 60
+        (first, start), (last, end) = self.ends[0], self.ends[-1]
+        minutes = (end - start) / max(1, last - first) * (state.max_steps - last) / 60
         figures = ", ".join(f"{_short_name(name)} {logs[name]:.3f}" for name in self.names
                             if logs.get(name) is not None)
         print(f"step {state.global_step}/{state.max_steps}: {figures}; {minutes:.1f} min left",

@@ -10,7 +10,7 @@ Where this deviates from the paper, or fills a gap in it:
   per reply of the GRPO paper (arXiv 2402.03300).
 - By default an update learns once from its replies, so the ratio of new to old probabilities is
   exactly 1 and no clip can act; with `num_iterations` 2 or more `epsilon` acts from the second
-  update on. `mig_kit.pipeline.loss_params` refuses what could not act.
+  update on. `mig_kit.pipeline.joint_rules` refuses what could not act.
 - Steps hold whole groups of like lengths, where TRL's are mixed: `bnpo` and `top_entropy_quantile`
   look at a step at a time (the latter at the steps of all processes side by side), so their results
   depend on what shares a step, and on the number of processes.
@@ -44,6 +44,7 @@ from mig_kit.engine.models import (
 )
 from mig_kit.engine.one_group import keep_global_state
 from mig_kit.engine.own_rewards import Score, load_rewards, score_functions
+from mig_kit.engine.processors import describe_other_format
 from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.rollout_keeper import KeepRollouts
 from mig_kit.engine.sampling import make_cache
@@ -154,14 +155,9 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
                  min_new_tokens: int = 0) -> GRPOTrainer:
     """The GRPO trainer over `samples`, with a new adapter on the policy.
 
-    params: the stage's; those that GRPOConfig has are passed on. Raises ValueError where an update
-    needs more prompts than there are.
+    params: the stage's; those that GRPOConfig has are passed on.
     """
     hardware = policy.hardware
-    if params.server and not params.share_prefix:
-        raise ValueError("server needs share_prefix, because TRL's own trainer draws its replies "
-                         "itself; set share_prefix to true or server to \"\"")
-    _check_enough_prompts(params, len(samples))
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -193,8 +189,7 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
     return _with_float32_adapter(SharedPrefixGRPOTrainer(
         **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
-        micro_replies=params.micro_replies, served=served,
-        difficulty_weight=params.difficulty_weight, prompt_pool=params.prompt_pool), hardware)
+        micro_replies=params.micro_replies, served=served), hardware)
 
 
 def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrainer:
@@ -222,8 +217,7 @@ def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
         "share_prefix": True, "server": "", "rollout_steps": 0, "report_to": "none",
         "per_device_train_batch_size": params.num_generations, "gradient_accumulation_steps": 1,
         "lora_dropout": 0.0, "loss_type": "dapo", "importance_sampling_level": "token",
-        "num_iterations": 1, "mask_truncated_completions": False, "top_entropy_quantile": 1.0,
-        "difficulty_weight": False, "prompt_pool": 1}
+        "num_iterations": 1, "mask_truncated_completions": False, "top_entropy_quantile": 1.0}
     kept = {name: value for name, value in vars(params).items() if name not in NOT_SHARED}
     with keep_global_state():
         trainer = grpo_trainer(policy, [sample], folder, SimpleNamespace(**kept | plain))
@@ -265,55 +259,24 @@ def _new_adapter(policy: Policy, params: SimpleNamespace) -> LoraConfig | None:
     return lora_config(params.lora_r, params.lora_alpha, params.lora_dropout, params.lora_targets)
 
 
-def _check_enough_prompts(params: SimpleNamespace, n_prompts: int) -> None:
-    """ValueError where an update needs more prompts than there are."""
-    steps, batch_size = params.gradient_accumulation_steps, params.per_device_train_batch_size
-    needed = batch_size * steps // params.num_generations * params.prompt_pool
-    if n_prompts < needed:
-        raise ValueError(
-            f"there are {n_prompts} prompts, and an update needs {needed} different ones "
-            "(per_device_train_batch_size x gradient_accumulation_steps / num_generations x "
-            "prompt_pool); lower "
-            "gradient_accumulation_steps, or widen min_pass_rate and max_pass_rate in 04")
-
-
 def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[str, str | Path]:
     """What `train` starts from: {"start": a model}, and "adapter" where it goes on with 02's.
 
-    params: the stage's and the run's. merged: of 03; adapter: of 02. FileNotFoundError where
-    `start_from` is no folder of a model; ValueError for what cannot act with 02's adapter.
+    params: the stage's and the run's. merged: of 03; adapter: of 02. Raises as
+    `check_model_folder` for a folder that holds no model.
     """
     if params.start_from == "merged":
         return {"start": merged}
     if params.start_from == "base":
         return {"start": resolve_model(params.base_model)}
     if params.start_from == "adapter":
-        _check_goes_with_adapter(params, LoraConfig.from_pretrained(adapter))
         return {"start": resolve_model(params.base_model), "adapter": adapter}
     folder = model_folder(params.start_from)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"start_from is '{params.start_from}'; use merged, base or "
-                                "adapter, or the folder of a model")
     check_model_folder(folder)
+    box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
+    if difference := describe_other_format(folder, box_format):
+        print(f"warning: {difference}", flush=True)
     return {"start": folder}
-
-
-def _check_goes_with_adapter(params: SimpleNamespace, config: LoraConfig) -> None:
-    """ValueError for a parameter that contradicts 02's adapter, or cannot act on a 4-bit base."""
-    own = lora_config(params.lora_r, params.lora_alpha, lora_targets=params.lora_targets)
-    for name, value, due in (("lora_r", own.r, config.r),
-                             ("lora_alpha", own.lora_alpha, config.lora_alpha),
-                             ("lora_targets", own.target_modules, config.target_modules)):
-        if value != due:
-            raise ValueError(f"start_from is 'adapter', which has another {name}; set {name} to "
-                             "that of 02_sft")
-    if params.beta:
-        raise ValueError("beta needs the model that RL starts from as its reference, and without "
-                         "its adapter a 4-bit model is the base; set beta to 0, or start_from to "
-                         "merged")
-    if params.server:
-        raise ValueError("a server holds the full weights, not the 4-bit ones that start_from "
-                         "'adapter' trains on; set server to \"\", or start_from to merged")
 
 
 def load_start(hardware: Hardware, box_format: BoxFormat, start: str | Path,

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
@@ -32,24 +31,14 @@ LARGE_MODEL_BYTES = 2 * 2**30  # of a base's files: from here on fewer methods a
 MOST_NATS = 0.05  # per token that rounding may part the merged model from what training saw
 
 
-def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware,
-                       adapter_scale: float = 1.0) -> PeftModel:
-    """What training saw: a fresh 4-bit base under the adapter, which counts adapter_scale times."""
+def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> PeftModel:
+    """What training saw: a fresh 4-bit base under the adapter."""
     quantised = load_model(base, hardware, four_bit=True)
-    return protect_4bit_weights(add_adapter(quantised, adapter, adapter_scale))
+    return protect_4bit_weights(PeftModel.from_pretrained(quantised, adapter))
 
 
-def add_adapter(model: VisionLanguageModel, adapter: Path, adapter_scale: float) -> PeftModel:
-    """The model under a saved adapter, which counts adapter_scale times."""
-    adapted = PeftModel.from_pretrained(model, adapter)
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            module.scale_layer(adapter_scale)
-    return adapted
-
-
-def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware, method: str = DEQUANTISED,
-                  adapter_scale: float = 1.0) -> VisionLanguageModel:
+def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware,
+                  method: str = DEQUANTISED) -> VisionLanguageModel:
     """The merged model in memory, by one of MERGE_METHODS; the first is the right one.
 
     The stage itself writes that one with `write_merged_model`, tensor by tensor. A fresh base is
@@ -58,13 +47,13 @@ def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware, method: s
     if method not in MERGE_METHODS:
         raise ValueError(f"no merge method '{method}'; use one of: {'; '.join(MERGE_METHODS)}")
     if method == FOUR_BIT:
-        trained = load_trained_model(base, adapter, hardware, adapter_scale)
+        trained = load_trained_model(base, adapter, hardware)
         return protect_4bit_weights(trained.merge_and_unload(safe_merge=True))
     if method == DEQUANTISED:
         model = load_model(base, hardware, four_bit=True).dequantize(dtype=hardware.dtype)
     else:
         model = load_model(base, hardware)
-    return add_adapter(model, adapter, adapter_scale).merge_and_unload(safe_merge=True)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 
 def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
@@ -78,11 +67,9 @@ def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
 
 
 def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples: list[Sample],
-                          replies: list[str], hardware: Hardware, box_format: BoxFormat,
-                          adapter_scale: float = 1.0) -> list[dict]:
+                          replies: list[str], hardware: Hardware,
+                          box_format: BoxFormat) -> list[dict]:
     """How far every method's model is from what training saw; one model in memory at a time.
-
-    With an adapter_scale, from what training saw with the adapter counted so many times.
 
     Rows {"way", "mean_gap", "max_gap"}: |difference| in log-probability per token of the replies,
     of the merged folder and then of `choose_merge_methods`. merged: the folder that stage 03 wrote.
@@ -93,7 +80,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
         return reply_logps(model, processor, samples, replies, box_format)
 
     compared = merged.with_name("compared")  # each method's model in turn; none is left
-    trained_logps = read_logps(load_trained_model(base, adapter, hardware, adapter_scale))
+    trained_logps = read_logps(load_trained_model(base, adapter, hardware))
     rows = []
     for method in (READ_BACK, *choose_merge_methods(base)):
         gc.collect()
@@ -101,11 +88,10 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
         if method == READ_BACK:
             logps = read_logps(load_model(merged, hardware))
         elif method in (ORIGINAL, ORIGINAL_FOUR_BIT):
-            write_merged_model(base, adapter, compared, hardware, processor, four_bit=False,
-                               adapter_scale=adapter_scale)
+            write_merged_model(base, adapter, compared, hardware, processor, four_bit=False)
             logps = read_logps(load_model(compared, hardware, method == ORIGINAL_FOUR_BIT))
         else:
-            logps = read_logps(merge_adapter(base, adapter, hardware, method, adapter_scale))
+            logps = read_logps(merge_adapter(base, adapter, hardware, method))
         gaps = (logps - trained_logps).abs()
         rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
     for folder in (compared, compared.with_name("compared.tmp")):  # the latter of a killed start

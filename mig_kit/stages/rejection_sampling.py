@@ -10,14 +10,14 @@ reply is drawn, and prompts are kept at random, to see what the step is worth.
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.filters import drop_reason
 from mig_kit.rewards import is_correct
-from mig_kit.sample import Sample, Trace
+from mig_kit.sample import Sample
+from mig_kit.stages.sanity_checks import RL_NEEDS
 from mig_kit.world.teacher import recognize_detail
 
 
@@ -27,24 +27,6 @@ def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]], box_for
     return np.array([
         np.mean([is_correct(reply, sample, box_format, threshold) for reply in replies[sample.id]])
         for sample in samples])
-
-
-def correct_traces(samples: Sequence[Sample], replies: dict[str, list[str]],
-                   box_format: BoxFormat) -> tuple[list[int], Iterator[Trace]]:
-    """Which samples have a reply that may teach, and the first such reply of each, read when it is
-    its turn.
-
-    What may teach passes 01's filter. So a model can learn from its own correct replies: see
-    `traces_file` of 02.
-    """
-    places: dict[int, tuple[str, int]] = {}  # row -> the sample's id, and which of its replies
-    for row, sample in enumerate(samples):
-        for number, reply in enumerate(replies.get(sample.id, [])):
-            if not drop_reason(reply, sample, box_format):
-                places[row] = sample.id, number
-                break
-    texts = (replies[name][number] for name, number in places.values())
-    return list(places), (Trace(text, recognize_detail(text), "") for text in texts)
 
 
 def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
@@ -70,18 +52,29 @@ def select_at_random(samples: Sequence[Sample], *, per_task: int, kept_prompts: 
     """Which samples are kept without asking any model, and per task how many.
 
     At most `per_task` of every task, and of these `kept_prompts` (0: all), drawn from all tasks
-    alike. ValueError where there are fewer than `kept_prompts`.
+    alike.
     """
     kept, _ = select_by_pass_rate(samples, np.zeros(len(samples)), lowest=0, highest=1,
                                   per_task=per_task, seed=seed)
-    if len(kept) < kept_prompts:
-        raise ValueError(f"kept_prompts is {kept_prompts}, and per_task leaves {len(kept)} of "
-                         f"{len(samples)} candidates; lower it, or raise per_task")
     kept = kept[:kept_prompts or len(kept)]
     counts = Counter(samples[index].task for index in kept)
     candidates = Counter(sample.task for sample in samples)
     return kept, {task: {"kept": counts[task], "not drawn": number - counts[task]}
                   for task, number in candidates.items()}
+
+
+def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:
+    """ValueError, with what helps, where no prompt is kept; rates: of the candidates, 0..1."""
+    if len(kept):
+        return
+    replies = f"to the {len(rates)} candidates"
+    if not rates.any():
+        raise ValueError(f"no reply {replies} is correct: {RL_NEEDS}")
+    if rates.min() == 1:
+        raise ValueError(f"every reply {replies} is correct, so RL has nothing to add; give harder "
+                         "questions")
+    raise ValueError("no pass rate lies within min_pass_rate and max_pass_rate, for they are "
+                     f"{rates.min():.2f} to {rates.max():.2f}; widen them")
 
 
 def select_by_pass_rate(samples: Sequence[Sample], rates: np.ndarray, *, lowest: float,

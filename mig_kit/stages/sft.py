@@ -27,7 +27,7 @@ from mig_kit.engine.models import (
     unwrap_peft,
 )
 from mig_kit.engine.prefixes import pad_to_multiple
-from mig_kit.engine.processors import check_image_grids, check_tokens
+from mig_kit.engine.processors import check_image_grids, check_tokens, describe_other_format
 from mig_kit.engine.qlora import load_four_bit_policy
 from mig_kit.engine.training import (
     KeepAdapterDtype,
@@ -45,14 +45,7 @@ from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
 
 def shuffled_rows(count: int, seed: int, max_samples: int = 0) -> list[int]:
-    """Which of `count` rows to learn from, in random order; ValueError where there are none.
-
-    max_samples: at most so many; 0 for all.
-    """
-    if not count:
-        raise ValueError("there is no cold-start set to learn from: 01_synthesize ran with teacher "
-                         "none; run it again with another teacher, or leave 02 and 03 out and set "
-                         "start_from of 05 to base")
+    """Which of `count` rows to learn from, in random order: `max_samples` at most, 0 for all."""
     return np.random.default_rng(seed).permutation(count)[:max_samples or count].tolist()
 
 
@@ -279,6 +272,8 @@ def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None
     trainer = sft_trainer(policy, table, folder, params)
     if trainer.is_world_process_zero():
         policy.model.print_trainable_parameters()
+        if difference := describe_other_format(base, box_format):
+            print(f"warning: {difference}", flush=True)
     train_or_resume(trainer, folder)
     save_adapter(trainer, folder)
 

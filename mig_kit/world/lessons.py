@@ -6,12 +6,11 @@ Text lessons are puzzles over lists of names.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_box
-from mig_kit.sample import LESSONS, Sample
 from mig_kit.world.puzzles import KINDS, Puzzle, draw_puzzle
 from mig_kit.world.scenes import (
     Appearance,
@@ -19,7 +18,6 @@ from mig_kit.world.scenes import (
     Scene,
     arrange_objects,
     crop_scene,
-    draw_scene,
     grid_size,
     object_cell,
     object_name,
@@ -252,33 +250,6 @@ def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8,
         if named and rng.random() < 0.5 and any(name == named.name for _, name in unseen):
             turns.append(_find_turn(rng, scenes, *take_unseen(named.name), called="it"))
     return turns
-
-
-def draw_lesson_questions(count: int, seed: int) -> Iterator[Sample]:
-    """`count` of `draw_lesson_question`, drawn as they are asked for."""
-    return (draw_lesson_question(index, seed) for index in range(count))
-
-
-def draw_lesson_question(index: int, seed: int) -> Sample:
-    """A question of a visual lesson, without an answer, on images that notebook 90 has not drawn.
-
-    It opens its dialogue, so that no turn before it is missing; the shares of images and kinds are
-    about those of the last course. It stands as it is, without the recipe's instruction.
-    """
-    rng = random.Random(f"{LESSONS}/{seed}/{index}")
-    turns: list[Turn] = []
-    while not turns:
-        drawn = album(rng, rng.randint(1, 6), fewest=3, alike=0.35)
-        scenes = [clip_to_image(scene) for scene in drawn]
-        kind = rng.random()
-        if kind < 0.25:
-            turns = [survey_turn(scenes)]
-        elif kind < 0.5:
-            turns = locate_turns(rng, scenes, 1)
-        else:
-            turns = visual_turns(rng, scenes, 1, worded=0.6)
-    return Sample(f"{LESSONS}/{seed}/{index}", LESSONS, "lesson", "train",
-                  [draw_scene(scene) for scene in drawn], turns[0][0])
 
 
 def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KINDS,
