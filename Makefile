@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROFILE ?= tiny
 RUN_ID ?= default
-# glibc hands freed memory back at once and faults it in again for every tensor; see mig_kit/common.py
+# glibc hands freed memory back at once and faults it in again for every tensor; see mig_kit/__init__.py
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
@@ -25,6 +25,7 @@ lint: setup
 	$(BIN)/ruff check mig_kit tests notebooks
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
+lab: export GOMP_SPINCOUNT := 1000
 lab: setup
 	$(BIN)/jupyter lab notebooks
 

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import click
 
+from mig_kit import LATE
 from mig_kit.boxes import BoxFormat
 from mig_kit.cli_data import data, orientation_option
 from mig_kit.cli_models import absolute_folder, eval_command, ground
-from mig_kit.common import PROCESS_ENVIRONMENT, write_json
+from mig_kit.common import suggest_word, write_json
 from mig_kit.pipeline import store
-from mig_kit.pipeline.params import params_text
+from mig_kit.pipeline.failures import describe_os_error
+from mig_kit.pipeline.params import params_text, stage_parameters
+from mig_kit.pipeline.run_folders import require_runs
 
 
 def main() -> None:
     """Entry point: bad input ends with one sentence, not with a traceback."""
-    late = [name for name in PROCESS_ENVIRONMENT if name not in os.environ]
-    for name, value in PROCESS_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # bench measures in this process, whose heap heeds them only from its start
-    if late and sys.argv[1:2] == ["bench"]:
+    # bench measures in this process, whose heap heeds its environment only from its start
+    if LATE and sys.argv[1:2] == ["bench"]:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     try:
         if code := cli(standalone_mode=False):
@@ -36,7 +36,7 @@ def main() -> None:
         words = "the same command without --force" if "--force" in sys.argv else "the same command"
         sys.exit(f"interrupted; {words} goes on where this one stopped")
     except OSError as error:
-        sys.exit(f"mig-kit: {error}")
+        sys.exit(f"mig-kit: {describe_os_error(error)}")
     except (ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:
         sys.exit(f"mig-kit: {error.args[0] if error.args else error}")
 
@@ -55,7 +55,23 @@ def stage_name(text: str) -> str:
     raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(store.STAGES)}")
 
 
-@cli.command()
+class RunCommand(click.Command):
+    """`mig-kit run`, which names the right form of `-p name=value` before click counts words."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """As click's; UsageError for a parameter with an equals sign."""
+        for option, word in zip(args, args[1:]):
+            name, is_joined, value = word.partition("=")
+            if option == "-p" and is_joined:
+                names = {name for stage in store.STAGES for name in stage_parameters(stage)}
+                near = suggest_word(name, names)
+                hint = f"{near} Write" if near and name not in names else "write"
+                name = near.split("'")[1] if near else name
+                raise click.UsageError(f"-p {word} is one word; {hint} -p {name} {value}")
+        return super().parse_args(context, args)
+
+
+@cli.command(cls=RunCommand)
 @click.argument("stages", nargs=-1)
 @click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
 @click.option("--run-id", default="default", show_default=True, help="Folder under runs/.")
@@ -69,21 +85,11 @@ def stage_name(text: str) -> str:
 def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: str, overrides,
         force: bool) -> None:
     """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
-    from types import SimpleNamespace
-
-    from mig_kit.data.endpoint import Endpoint
     from mig_kit.pipeline import branches, execute
-    from mig_kit.stages.sources import check_source
 
     numbers = branches.parse_seeds(seeds) if seeds else []
     plans = execute.plan_runs([stage_name(text) for text in stages], profile, run_id, source,
                               numbers, overrides)
-    for plan in plans:
-        synthesize = plan.params.get("01_synthesize", {})
-        if synthesize:
-            check_source(SimpleNamespace(**synthesize))
-        if synthesize.get("teacher") == "endpoint":  # an address with a key: not into a notebook
-            Endpoint(synthesize["endpoint_url"], synthesize["endpoint_model"])
     execute.run_plans(plans, force)
     for plan in plans:
         if "07_report" in plan.params:
@@ -93,18 +99,26 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
 
 @cli.command()
 @click.argument("run_id", required=False)
-def status(run_id: str | None) -> None:
+@click.option("--verify", is_flag=True, help="Hash all files: exit code 1 where one is damaged.")
+def status(run_id: str | None, verify: bool) -> None:
     """What has finished in a run, or in all runs, with the greedy scores (percent); a branch stands
     below the run that it starts from.
     """
-    from mig_kit.pipeline.status import run_lines, run_tree
+    from mig_kit.pipeline.status import damaged_files, run_lines, run_tree
 
-    root = store.runs_root()
-    if run_id and not (root / run_id).is_dir():
-        raise FileNotFoundError(f"no run '{run_id}' in {root}")
+    if run_id:
+        require_runs(run_id)
+    is_damaged = False
     for name, depth in [(run_id, 0)] if run_id else run_tree():
+        damaged = damaged_files(name) if verify else []
+        is_damaged |= bool(damaged)
+        for line in damaged:
+            click.echo(line)
         for line in run_lines(name):
             click.echo("  " * depth + line)
+        if verify and not damaged:
+            click.echo("  every file is what its stage wrote")
+    sys.exit(int(is_damaged))
 
 
 @cli.command("params")
@@ -127,6 +141,7 @@ def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> N
 
     from mig_kit.pipeline import hub
 
+    require_runs(run_id)
     if dry_run:
         click.echo(f"written, not sent: {hub.prepare_upload(run_id, dry_run)}")
         return
@@ -144,10 +159,7 @@ def diff(run_a: str, run_b: str) -> None:
     from mig_kit.pipeline import differences
 
     rows = differences.list_differences(run_a, run_b)
-    for row in rows:
-        place = f"{row['stage']:<24}{row['what']:<11}{row['name']:<44}"
-        click.echo(f"{place}{row['a']!s:<20} {row['b']!s}")
-    click.echo(f"{len(rows)} differences" if rows else "no difference")
+    click.echo("\n".join(differences.format_differences(rows, run_a, run_b)))
 
 
 @cli.command("report")
@@ -162,6 +174,7 @@ def report_command(run_a: str, run_b: str, out: Path) -> None:
     from mig_kit.stages import report
 
     metrics: dict[str, dict] = {run_a: {}, run_b: {}}
+    require_runs(run_a, run_b)
     for run_id, by_stage in metrics.items():
         for stage in ("05_grpo", "06_evaluate"):
             if store.load_record(stage, run_id) is None:
@@ -185,6 +198,7 @@ def lessons_command(run_ids: tuple[str, ...], out: Path, question: Path) -> None
     """
     from mig_kit.pipeline import lesson_pages
 
+    require_runs(*run_ids)
     for stage, origin in lesson_pages.write_lessons(list(run_ids), out).items():
         click.echo(f"{stage:<24}{origin}")
     is_drawn = lesson_pages.copy_question(list(run_ids), question)
@@ -220,7 +234,9 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     if differences and not figure:
         raise ValueError("--differences says what --figure draws; add --figure FILE, or leave it "
                          "out: the tables have the differences")
-    result = compare.compare_groups(compare.parse_groups([*groups, *run_ids]), reference, system)
+    by_group = compare.parse_groups([*groups, *run_ids])
+    require_runs(*(name for members in by_group.values() for name in members))
+    result = compare.compare_groups(by_group, reference, system)
     drawn = compare.figure_rows(result, differences) if figure else []
     click.echo(compare.render_table(result, form))
     if form == "csv":  # the other forms have the notes below the tables
@@ -246,6 +262,7 @@ def curves(run_ids: tuple[str, ...], figure: Path, names: str, smooth: int) -> N
     from mig_kit.stages import compare
 
     _check_figure(figure)
+    require_runs(*run_ids)
     by_run = compare.load_curves(run_ids, names.split(","))
     plots.set_style()
     plots.plot_run_curves(by_run, names.split(","), smooth).savefig(figure, bbox_inches="tight")
@@ -265,6 +282,7 @@ def record(run_ids: tuple[str, ...], out: Path) -> None:
     """Keep what `table` reads of RUNS as small files, which take the place of the runs in it."""
     from mig_kit.stages.evaluated_runs import record_run
 
+    require_runs(*run_ids)
     for run_id in run_ids:
         click.echo(f"recorded: {record_run(run_id, out)}")
 
@@ -286,18 +304,30 @@ def record(run_ids: tuple[str, ...], out: Path) -> None:
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path),
               help="Write the figures here.")
-def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -> None:
+@click.option("--busy", metavar="RUN", default="",
+              help="Instead: stages of this finished run in small, alone and beside one and two "
+                   "busy processes.")
+def bench(model: str, repeats: int, dtype: str, out: Path | None, busy: str, **load: int) -> None:
     """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection
     sampling, evaluation.
     """
     import tempfile
 
+    if out and not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
+    if busy:
+        from mig_kit.speed.busy import measure, table_text
+
+        rows = measure(busy)
+        click.echo(table_text(rows))
+        if out:
+            write_json(out, rows)
+        return
+
     from mig_kit.engine import models
     from mig_kit.speed import benchmark, utilisation
     from mig_kit.speed.workload import Workload
 
-    if out and not out.absolute().parent.is_dir():
-        raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
     hardware, workload = models.choose_hardware(dtype), Workload(**load)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -312,19 +342,6 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
         write_json(out, result)
 
 
-COORDINATES_BY_FRAME = {"thousand": "normalized_1000", "unit": "normalized_1", "pixels": "pixels",
-                        "resized": "absolute"}
-
-
-def refuse_frame(context: click.Context, option: click.Parameter, word: str | None) -> None:
-    """Name the option and the word that took the place of --frame."""
-    if word is None:
-        return
-    words = [COORDINATES_BY_FRAME[word]] if word in COORDINATES_BY_FRAME else (
-        COORDINATES_BY_FRAME.values())
-    raise ValueError(f"--frame {word} is now --coordinates {' | '.join(words)}")
-
-
 @cli.command("score")
 @click.argument("benchmark", metavar="BENCHMARK")
 @click.option("--annotations", required=True, type=click.Path(),
@@ -334,15 +351,18 @@ def refuse_frame(context: click.Context, option: click.Parameter, word: str | No
                    "lmms-eval, a table of VLMEvalKit or BLINK's outputs; a file or a folder.")
 @click.option("--compare", type=click.Path(),
               help="A second model's predictions: adds the paired difference.")
-@click.option("--protocol", default="official", show_default=True,
-              help="official, strict, or substring (multiple choice).")
+@click.option("--protocol", default="",
+              help="official (the default), strict, or substring (multiple choice); of own data "
+                   "free_text (the default) or strict.")
 @click.option("--coordinates", default="normalized_1000", show_default=True,
               help="Boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels (of the "
                    "original image) or absolute (pixels of the resized image, as Qwen2.5-VL "
                    "answers); official converts them for the authors' rule.")
+@click.option("--box-order", type=click.Choice(["xyxy", "yxyx", "xywh"]),
+              help="What the four numbers of a box are, where not x1, y1, x2, y2: yxyx (Gemini), "
+                   "xywh.")
 @click.option("--compare-coordinates",
               help="The same of the second model; else those of the first.")
-@click.option("--frame", hidden=True, expose_value=False, callback=refuse_frame)
 @click.option("--images", type=click.Path(),
               help="The folder of the images, where their sizes are needed.")
 @click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(1),
@@ -356,10 +376,12 @@ def refuse_frame(context: click.Context, option: click.Parameter, word: str | No
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
                   compare_coordinates: str | None, out: str | None, items: str | None,
                   min_pixels: int, max_pixels: int, **rules) -> None:
-    """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink or
-    mmiu.
+    """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
+    mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
+    from mig_kit.data import own_data
     from mig_kit.scoring import leaderboard, score
+    from mig_kit.scoring.record_files import read_records
     from mig_kit.scoring.result import item_lines, paired_difference, summarize
 
     if items and benchmark.lower() == "odinw":
@@ -378,6 +400,11 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
                              "be overwritten; write to a file elsewhere")
         taken.append(path)
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
+    if name == "own":
+        for number, line in enumerate(read_records(annotations), 1):
+            if problems := own_data.find_problems(line):
+                raise ValueError(f"{annotations} line {number}: {problems[0]} (mig-kit data check "
+                                 f"{annotations} lists every line)")
     header, scored = score.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
     if compare:

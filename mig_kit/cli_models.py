@@ -1,5 +1,6 @@
 """`mig-kit eval` and `mig-kit ground`: ask any model, a run's or another's."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,23 +17,35 @@ def absolute_folder(model: str) -> str:
     return str(path.absolute()) if path.is_dir() and model != "tiny" else model
 
 
-def find_model(model: str, coordinates: str | None, min_pixels: int, max_pixels: int) -> RunModel:
-    """What --model names. A run's model brings its box format along, which is not changed."""
-    from mig_kit.engine import models
-    from mig_kit.engine.model_folders import check_model_folder, load_config
+def find_model(model: str, coordinates: str | None, min_pixels: int | None,
+               max_pixels: int | None) -> RunModel:
+    """What --model names, with the box format that it brings along.
 
+    Options change the format of a folder or hub name, and a line says what is used. That of a run's
+    model is not changed.
+    """
+    from mig_kit.engine import models
+    from mig_kit.engine.model_folders import check_model_folder
+    from mig_kit.engine.processors import read_box_format
+
+    options = {"coordinates": coordinates, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    options = {name: value for name, value in options.items() if value is not None}
     run_model = find_run_model(model)
     if run_model is not None:
-        own = run_model.box_format.coordinates
-        if coordinates not in (None, own):
-            raise ValueError(f"the run's model writes boxes as {own}; leave --coordinates out")
+        for name, value in options.items():
+            if value != (own := getattr(run_model.box_format, name)):
+                raise ValueError(f"the run's model has the {name} {own}; leave "
+                                 f"--{name.replace('_', '-')} out, or name the model's folder")
         return run_model
     folder = models.resolve_model(absolute_folder(model))
     check_model_folder(folder)
-    if coordinates is None:
-        is_absolute = load_config(folder).model_type == "qwen2_5_vl"
-        coordinates = "absolute" if is_absolute else "normalized_1000"
-    return RunModel(folder, BoxFormat(min_pixels, max_pixels, coordinates), {})
+    own = read_box_format(folder)
+    box_format = replace(own, **options)
+    its_own = f" (its own: {own.description})" if box_format != own else ""
+    too_large = box_format.max_pixels > BoxFormat.max_pixels and not its_own
+    advice = "; a lower --max-pixels takes less time and memory" if too_large else ""
+    click.echo(f"{model} is asked with {box_format.description}{its_own}{advice}", err=True)
+    return RunModel(folder, box_format, {})
 
 
 def model_options(command):
@@ -43,11 +56,12 @@ def model_options(command):
                           "folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL."),
         click.option("--coordinates", type=click.Choice(["absolute", "normalized_1000"]),
                      help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
-                          "(Qwen2-VL, Qwen3-VL); by its family, or its run's, if left out."),
-        click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(3136),
-                     help="Smaller images are enlarged to so many pixels; a run brings its own."),
-        click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(3136),
-                     help="Larger images are shrunk to so many; a run brings its own.")]
+                          "(Qwen2-VL, Qwen3-VL); the model's own if left out."),
+        click.option("--min-pixels", type=click.IntRange(3136),
+                     help="Smaller images are enlarged to so many pixels; the model's own if left "
+                          "out."),
+        click.option("--max-pixels", type=click.IntRange(3136),
+                     help="Larger images are shrunk to so many; the model's own if left out.")]
     for option in reversed(options):
         command = option(command)
     return command
@@ -89,8 +103,8 @@ def model_options(command):
 @orientation_option
 def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
                  images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
-                 orientation: str, coordinates: str | None, min_pixels: int, max_pixels: int,
-                 device: str, **params) -> None:
+                 orientation: str, coordinates: str | None, min_pixels: int | None,
+                 max_pixels: int | None, device: str, **params) -> None:
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     from mig_kit.stages.eval_tables import read_result, result_tables
 
@@ -147,16 +161,13 @@ def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Pa
               help="Where the image with the box goes.")
 @click.option("--max-new-tokens", default=256, show_default=True)
 @orientation_option
-@click.option("--frame", hidden=True)
 @click.argument("question")
 def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_new_tokens: int,
-           coordinates: str | None, min_pixels: int, max_pixels: int, orientation: str,
-           frame: str | None, question: str) -> None:
+           coordinates: str | None, min_pixels: int | None, max_pixels: int | None,
+           orientation: str, question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
     from mig_kit.image_files import BadImage, open_rgb
 
-    if frame:
-        raise ValueError("--frame is now --coordinates: absolute, or normalized_1000")
     opened = []
     for path in images:
         try:

@@ -1,6 +1,7 @@
 """What every module may use: folders, atomic writes, line-wise reading, progress."""
 
 import ctypes
+import difflib
 import hashlib
 import json
 import sys
@@ -12,12 +13,6 @@ from tqdm import tqdm
 PACKAGE = Path(__file__).resolve().parent
 PROJECT_ROOT = PACKAGE.parent
 MAX_LINE = 1 << 20
-
-# glibc returns freed memory at once and faults it in again for every tensor: 9 % of a step.
-PROCESS_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456", "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false"}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -36,6 +31,18 @@ def write_json(path: Path, data) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
+def apply_umask(folder: Path) -> None:
+    """Give a folder's *.safetensors the rights of any new file; safetensors lets nobody else read
+    them.
+    """
+    probe = folder / "rights.tmp"
+    probe.touch()
+    rights = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(rights)
+
+
 def model_folder(model: str) -> Path:
     """Where a model is if it is a folder: "tiny" is the shipped base, relative paths start at the
     project.
@@ -47,6 +54,17 @@ def split_function_name(text: str) -> tuple[Path, str]:
     """(file, function) of "file.py:function"; a relative path starts at the project."""
     file, _, function = text.rpartition(":")
     return PROJECT_ROOT / file, function
+
+
+def suggest_word(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
+    """"did you mean 'NAME'?" for the nearest of `words`, by its letters, its initials ("lr") or a
+    part of it ("epochs"); "" if none is near.
+    """
+    words = sorted(words)
+    near = difflib.get_close_matches(word, words, 1, cutoff) or [
+        name for name in words if word == "".join(part[0] for part in name.split("_") if part)] or [
+        name for name in words if len(word) > 3 and word in name]
+    return f"did you mean '{near[0]}'?" if near else ""
 
 
 def file_sha256(path: Path) -> str:
@@ -87,9 +105,9 @@ def progress_bar(steps: Iterable, label: str, **more) -> tqdm:
 def release_memory() -> None:
     """Give memory that glibc and CUDA's allocator keep for later back to the system.
 
-    Under PROCESS_ENVIRONMENT, and with rows of many lengths, the heap soon grows to several times
-    what is in use. Memory that is given back has to be faulted in again, so a training step pads
-    its rows to few lengths instead (`engine.prefixes.pad_to_multiple`).
+    Under `mig_kit.PROCESS_ENVIRONMENT`, and with rows of many lengths, the heap soon grows to
+    several times what is in use. Memory that is given back has to be faulted in again, so a
+    training step pads its rows to few lengths instead (`engine.prefixes.pad_to_multiple`).
     """
     torch = sys.modules.get("torch")  # who has not imported it has no CUDA memory
     if torch is not None and torch.cuda.is_initialized():

@@ -1,9 +1,8 @@
 """Images that annotations name by path: found under one root and nowhere else, decoded when they
 are looked at, and stored once under their SHA-256.
 
-An annotation file comes from somewhere else, so a path in it is not trusted: it must be relative,
-must not climb with "..", and what it points to must lie under the root after symbolic links are
-followed.
+An annotation file comes from somewhere else, so a path in it is not trusted: it must not climb with
+"..", and what it points to must lie under the root after symbolic links are followed.
 
 A photo may be stored on its side, with an EXIF orientation that says how to turn it. All sizes and
 pixels here are those of the upright picture, as people and annotation tools see it; with the
@@ -15,6 +14,7 @@ import io
 import os
 import shutil
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,8 @@ from PIL import ExifTags, Image
 
 IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
 IMAGE_MANIFEST = "images.txt"  # lists them
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 2**26  # of an image, some 67 million: decoded and copied it takes 400 MB
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by MAX_PIXELS
 MAX_ASPECT_RATIO = 200
 ORIENTATIONS = ("upright", "refuse")  # what becomes of photos with an EXIF orientation
 # EXIF orientation -> what turns the stored pixels upright
@@ -36,7 +37,6 @@ TURNS = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 SWAPS_SIDES = (5, 6, 7, 8)
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # what Pillow's readers raise for broken files; those of AVIF, DDS and JPEG 2000 the last two
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RuntimeError,
                  MemoryError)
@@ -46,7 +46,7 @@ class BadImage(ValueError):
     """An image that cannot be used.
 
     reason: "outside root", "missing image", "unreadable image", "image shape", "deep image",
-    "turned image" or "changed image".
+    "several frames", "turned image" or "changed image".
     """
 
     def __init__(self, reason: str, sentence: str):
@@ -100,19 +100,19 @@ def resolve_under_root(root: Path, name: str) -> Path:
 
     BadImage if it is, or leads, anywhere else.
     """
-    relative = PurePosixPath(name)
-    is_odd = not relative.parts or "\0" in name or "\\" in name
-    if is_odd or relative.is_absolute() or ".." in relative.parts:
+    name = name.removeprefix("file://")
+    parts = PurePosixPath(name).parts
+    if not parts or "\0" in name or "\\" in name or ".." in parts:
         raise BadImage("outside root", f"{name!r} is no path below the image root; write it "
-                                       "relative to the root, without '..'")
+                                       "relative to the root, with / and without '..'")
     try:
-        path, base = (root / relative).resolve(), root.resolve()
+        path, base = (root / name).resolve(), root.resolve()
         is_inside = path.is_relative_to(base) and path != base
     except (OSError, RuntimeError, ValueError):  # a loop of links, too long, a lone surrogate
         is_inside = False
     if not is_inside:
-        raise BadImage("outside root", f"{name!r} leads out of the image root; copy the images "
-                                       "below the root")
+        raise BadImage("outside root", f"{name!r} is not below the image root {root}; copy it "
+                                       "there, or give the folder that holds all images as root")
     return path
 
 
@@ -138,13 +138,14 @@ def read_orientation(image: Image.Image) -> int:
     return value if type(value) is int and value in TURNS else 1
 
 
-def read_size(path: Path, orientation: str = "upright",
-              takes_any_depth: bool = False) -> tuple[int, int]:
+def read_size(path: Path, orientation: str = "upright", takes_any_depth: bool = False,
+              takes_frames: bool = True) -> tuple[int, int]:
     """(width, height) of the upright picture, pixels, from the header alone.
 
-    orientation: one of ORIENTATIONS. takes_any_depth: for those who need no pixels. BadImage if the
-    file is missing or no image, if the image is over MAX_PIXELS, too long or grey of more than 8
-    bits, and for a turned photo that is to be refused.
+    orientation: one of ORIENTATIONS. takes_any_depth: for those who need no pixels. takes_frames:
+    whether a film's first frame will do. BadImage if the file is missing or no image, if the image
+    is over MAX_PIXELS, too long or grey of more than 8 bits, for a turned photo that is to be
+    refused, and for a film unless takes_frames.
     """
     if not is_regular_file(path):
         raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
@@ -154,6 +155,7 @@ def read_size(path: Path, orientation: str = "upright",
             width, height = image.size
             turn, is_tiff = read_orientation(image), image.format == "TIFF"
             is_deep = image.mode.startswith("I") or image.mode == "F"
+            is_film = not takes_frames and _has_frames(image)
     except DECODE_ERRORS as error:
         raise BadImage("unreadable image", f"{path.name!r} is no readable image: give a PNG or "
                                            "JPEG file") from error
@@ -161,7 +163,10 @@ def read_size(path: Path, orientation: str = "upright",
     if width * height > MAX_PIXELS or is_too_long:
         raise BadImage("image shape", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL "
                                       f"takes sides up to {MAX_ASPECT_RATIO} to 1, and the kit "
-                                      f"{MAX_PIXELS} pixels; crop or shrink it")
+                                      f"{MAX_PIXELS:,} pixels; crop or shrink it")
+    if is_film:
+        raise BadImage("several frames", f"{path.name!r} holds several frames, and it is not said "
+                                         "which one a box is in; save that one as PNG or JPEG")
     if is_deep and not takes_any_depth:  # of more than eight bits, which would be cut, not scaled
         raise BadImage("deep image", f"{path.name!r} is grey of more than 8 bits a pixel; scale it "
                                      "to 8 and save it as PNG or JPEG")
@@ -172,6 +177,20 @@ def read_size(path: Path, orientation: str = "upright",
         raise BadImage("turned image", f"{path.name!r} has the EXIF orientation {turn}; store it "
                                        "upright without that tag, or set orientation to upright")
     return (height, width) if turn in SWAPS_SIDES else (width, height)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Whether an opened image is a film, or pages of one; the preview and the gain map that phones
+    put beside a photo (MPO) are smaller, and no frames.
+    """
+    size = image.size
+    if image.format == "MPO":
+        for number in range(1, image.n_frames):
+            image.seek(number)
+            if image.size == size:
+                return True
+        return False
+    return getattr(image, "is_animated", False)
 
 
 def is_stored_on_its_side(path: Path) -> bool:
@@ -295,7 +314,8 @@ class ImageStore:
     def add(self, path: Path) -> EncodedImage:
         """Store a file, as a hard link where the file system allows it; BadImage unless it decodes.
 
-        A file that an earlier, killed run stored is not stored again.
+        A file that an earlier, killed run stored is not stored again, if it still is what it was: a
+        hard link changes with the file that it was made from.
         """
         if str(path) not in self.stored:
             self.stored[str(path)] = self._store(path)
@@ -312,7 +332,9 @@ class ImageStore:
         sha256 = hashlib.sha256(content).hexdigest()
         with Image.open(io.BytesIO(content)) as image:
             target = self.folder / f"{sha256}.{image.format.lower()}"
-        if not target.is_file():
+        is_stored = target.is_file() and (
+            target.samefile(path) or hashlib.sha256(target.read_bytes()).hexdigest() == sha256)
+        if not is_stored:
             check_decodes(content, path.name)
             link_or_copy(path, target)
         return target.name, size
@@ -341,12 +363,13 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def iter_images(folder: Path, report: SkipReport, limit: int | None = None,
                 orientation: str = "upright") -> Iterator[tuple[str, Image.Image]]:
-    """(name below the folder, RGB image) of its image files in name order.
+    """(name below the folder, RGB image) of its image files, whatever their names end in, in name
+    order.
 
     limit: look at so many files. orientation: one of ORIENTATIONS. What cannot be opened is counted
     in the report.
     """
-    paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
     for path in islice(paths, limit):
         name = path.relative_to(folder).as_posix()
         try:

@@ -5,6 +5,7 @@ solid, boxes of replies dashed, the reference dotted, so that a print in grey te
 """
 
 import textwrap
+from functools import cache
 
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
@@ -30,7 +31,8 @@ MAX_WIDTH = 720  # of a row of images with replies, pixels
 DASHES, SHORT_DASHES, DOTS = (12, 7), (6, 5), (3, 4)  # stroke and space, pixels
 # The corner that holds a system's letter (share of width and height), and its dashes.
 SYSTEM_MARKS = {"base": ("b", (0, 0), DOTS), "sft": ("S", (1, 0), SHORT_DASHES),
-                "grpo": ("G", (1, 1), DASHES), "sft_long": ("L", (0, 1), SHORT_DASHES)}
+                "grpo": ("G", (1, 1), DASHES), "sft_long": ("L", (0, 1), SHORT_DASHES),
+                "start": ("R", (0, 1), SHORT_DASHES)}
 
 Stroke = tuple[int, Box, str, tuple[int, int]]  # image number, box in its pixels, colour, dashes
 
@@ -148,12 +150,34 @@ def _frame_in_row(tiles: list[Image.Image]) -> Image.Image:
 
 
 def text_font(size: int, text: str) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, in the size; DejaVu, which has accents, Greek and Cyrillic, for a text
-    that is not ASCII.
+    """Pillow's own font, in the size; for a text that is not ASCII DejaVu, which has accents, Greek
+    and Cyrillic, or the font of this machine that has the most of its letters.
     """
     if text.isascii():
         return ImageFont.load_default(size)
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size - 1)
+    return ImageFont.truetype(_find_font(frozenset(map(ord, text))), size - 1)
+
+
+def missing_letters(text: str) -> set[str]:
+    """The letters of a text that its `text_font` lacks."""
+    letters = frozenset(ord(letter) for letter in text if letter.isprintable())
+    return set() if text.isascii() else set(map(chr, letters - _letters_of(_find_font(letters))))
+
+
+@cache
+def _find_font(letters: frozenset[int]) -> str:
+    first = font_manager.findfont("DejaVu Sans")
+    if letters <= _letters_of(first):
+        return first
+    others = sorted(font.fname for font in font_manager.fontManager.ttflist
+                    if font.style == "normal" and font.weight in (400, "normal", "regular")
+                    and "LastResort" not in font.fname)  # which has a box for each
+    return max([first, *others], key=lambda file: len(letters & _letters_of(file)))
+
+
+@cache
+def _letters_of(file: str) -> frozenset[int]:
+    return frozenset(font_manager.get_font(file).get_charmap())
 
 
 def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,

@@ -34,12 +34,13 @@ SUITE_NAMES = {"mig_bench": "MIG-Bench-like (drawn)", "ood_grounding": "out of d
                "blink": "BLINK-like (drawn)", "mmiu": "MMIU-like (drawn)",
                "find_all": "none, one or several (drawn)"}
 # the held-out part of real data, by the parameter `data` of 01
-HELD_OUT_NAMES = {"own": "own data (held out)", "mgrounding": "MGrounding-630k (held out)"}
+HELD_OUT_NAMES = {"own": "own data (held out)"}
 # out of domain, by task
 OOD_NAMES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
              "mc_bench": "MC-Bench-like (drawn)", "unseen": "unseen things (drawn)"}
-SYSTEM_LABELS = {"base": "base", "sft": "SFT", "grpo": "GRPO", "sft_long": "control SFT"}
-SYSTEM_MARKERS = {"base": "o", "sft": "s", "grpo": "D", "sft_long": "^"}
+SYSTEM_LABELS = {"base": "base", "sft": "SFT", "start": "start of RL", "grpo": "GRPO",
+                 "sft_long": "control SFT"}
+SYSTEM_MARKERS = {"base": "o", "sft": "s", "start": "P", "grpo": "D", "sft_long": "^"}
 # What a curve is called above its panel, with its unit.
 CURVE_NAMES = {
     "reward": "reward, weighted sum", "length": "length, tokens", "entropy": "entropy, nats",
@@ -62,7 +63,8 @@ def set_style() -> None:
     sns.set_theme(style="whitegrid", context="notebook", rc={
         "figure.figsize": (WIDTH, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True,
         "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "legend.fontsize": 9, "figure.titlesize": 11, "text.parse_math": False})  # names hold "$"
+        "legend.fontsize": 9, "figure.titlesize": 11, "svg.hashsalt": "mig-kit",
+        "text.parse_math": False})  # names hold "$"
 
 
 def _set_title(axes: Axes, title: str, width: int = 80) -> None:

@@ -1,12 +1,18 @@
 """Runs that start from another run's stages, several seeds of one, and how they are listed."""
 
-from mig_kit.pipeline import store
 from mig_kit.pipeline.run_folders import (
+    COLD_START,
+    RECIPE,
+    has_cold_start,
     list_sources,
     load_branch,
+    load_record,
     record_branch,
     require_own_stage,
+    require_runs,
     run_command,
+    runs_root,
+    validate_run_id,
 )
 from mig_kit.pipeline.run_lock import lock_run, unlock_run
 
@@ -21,7 +27,7 @@ def plan_stages(names: list[str], run_id: str) -> list[str]:
     for stage in names:
         require_own_stage(stage, run_id)
     inherited = load_branch(run_id).get("stages", ())
-    return names or [stage for stage in store.RECIPE if stage not in inherited]
+    return names or [stage for stage in RECIPE if stage not in inherited]
 
 
 def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
@@ -31,12 +37,10 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
     [] where the run is that branch already. ValueError or FileNotFoundError with one sentence where
     it cannot be one.
     """
-    store.validate_run_id(source)
+    validate_run_id(source)
     if source == run_id:
         raise ValueError(f"--from and --run-id are both '{run_id}'; use another --run-id")
-    if not (store.runs_root() / source).is_dir():
-        raise FileNotFoundError(f"no run '{source}' in {store.runs_root()}; mig-kit status lists "
-                                "the runs")
+    require_runs(source)
     if run_id in list_sources(source):
         raise ValueError(f"run '{source}' starts from '{run_id}' itself; use another --run-id")
     if branch := load_branch(run_id):
@@ -45,10 +49,10 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
                              f"'{source}'; use another --run-id")
         return []
     inherited = [stage for stage in _stages_before(stages)
-                 if stage not in store.COLD_START or store.has_cold_start(source)]
+                 if stage not in COLD_START or has_cold_start(source)]
     _require_no_own_stages(run_id)
     for stage in inherited:
-        if store.load_record(stage, source) is None:
+        if load_record(stage, source) is None:
             raise FileNotFoundError(
                 f"run '{source}' has no finished {stage} to start from; run: "
                 f"{run_command(stage, source)}")
@@ -57,16 +61,16 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
 
 def _stages_before(stages: list[str]) -> list[str]:
     """The recipe's stages before the first of `stages`, without 00, which is of the machine."""
-    first = min((stage for stage in stages if stage in store.RECIPE[1:]), default="")
+    first = min((stage for stage in stages if stage in RECIPE[1:]), default="")
     if first <= "02":
         raise ValueError("--from gives the stages before those that you run, so name stages from "
                          "02 to 07, such as: mig-kit run 05 06 07 --from default --run-id NAME")
-    return [stage for stage in store.RECIPE[1:] if stage < first]
+    return [stage for stage in RECIPE[1:] if stage < first]
 
 
 def _require_no_own_stages(run_id: str) -> None:
-    folder = store.runs_root() / run_id
-    own = [stage for stage in store.RECIPE[1:] if (folder / stage).is_dir()]
+    folder = runs_root() / run_id
+    own = [stage for stage in RECIPE[1:] if (folder / stage).is_dir()]
     if own:
         raise ValueError(f"run '{run_id}' has its own {own[0]}, so it is no branch; use another "
                          "--run-id")
@@ -77,10 +81,10 @@ def start_branch(source: str, run_id: str, *stages: str) -> None:
 
     Nothing is copied. Does nothing where the run is that branch already; raises as `check_branch`.
     """
-    store.validate_run_id(run_id)
+    validate_run_id(run_id)
     if not check_branch(source, run_id, list(stages)):
         return
-    folder = store.runs_root() / run_id
+    folder = runs_root() / run_id
     lock_run(folder)
     try:  # another process may have made it a branch, or given it stages of its own
         if inherited := check_branch(source, run_id, list(stages)):

@@ -2,8 +2,8 @@
 use in turn.
 
 A stage is stale when one of these definitions changes, and only then: another reward must not
-repeat fine-tuning. Comments and docstrings do not count, nor do modules that only show or check
-(DISPLAY_ONLY), except where a stage's results are pictures.
+repeat fine-tuning. Comments and docstrings do not count, nor does PLUMBING, nor do modules that
+only show or check (DISPLAY_ONLY), except where a stage's results are pictures.
 """
 
 import ast
@@ -19,9 +19,8 @@ DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.lesson_plots", "mig_kit.method_plots",
                 "mig_kit.pictures", "mig_kit.score_plots", "mig_kit.widgets",
                 "mig_kit.engine.lesson_parts", "mig_kit.stages.report",
                 "mig_kit.stages.report_gallery", "mig_kit.stages.report_tables",
-                "mig_kit.stages.sanity_checks", "mig_kit.pipeline.store", "mig_kit.pipeline.params",
-                "mig_kit.pipeline.run_facts", "mig_kit.pipeline.run_folders",
-                "mig_kit.pipeline.reuse", "mig_kit.pipeline.dependencies"}
+                "mig_kit.stages.sanity_checks"}
+PLUMBING = "mig_kit.pipeline."  # run folders, parameters and their rules: no result follows from it
 STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}
 MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
 
@@ -36,22 +35,24 @@ def notebook_cells(stage: str) -> list[dict]:
 def notebook_code(stage: str) -> list[str]:
     """The code of a stage's notebook without its parameters cell, cell by cell, free of comments.
     """
-    return [ast.dump(_parse("".join(cell["source"]))) for cell in notebook_cells(stage)
-            if "parameters" not in cell["metadata"].get("tags", ())]
+    cells = [ast.unparse(_parse("".join(cell["source"]))) for cell in notebook_cells(stage)
+             if "parameters" not in cell["metadata"].get("tags", ())]
+    return [cell for cell in cells if cell]  # JupyterLab adds an empty one
 
 
 def used_definitions(stage: str) -> dict[str, str]:
     """"module.name" -> SHA-256 of its code, of every definition of the kit that the stage's results
     depend on, and of the files that lie beside these modules under their names, as templates do.
     """
-    ignored = set() if stage in STAGES_OF_PICTURES else DISPLAY_ONLY
+    is_picture = stage in STAGES_OF_PICTURES
     tree = _parse("\n".join("".join(cell["source"]) for cell in notebook_cells(stage)))
     todo = _references(tree, _imports(tree))
     used: dict[str, str] = {}
     while todo:
         module, name = todo.pop()
         key = f"{module}.{name}"
-        if key in used or module in ignored:
+        is_ignored = module in DISPLAY_ONLY or module.startswith(PLUMBING)
+        if key in used or (is_ignored and not is_picture):
             continue
         definition = _definitions(_module_path(module)).get(name)
         if definition is None:

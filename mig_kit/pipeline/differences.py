@@ -1,7 +1,9 @@
 """What differs between two runs: parameters, inputs, versions, machine and metrics."""
 
 from mig_kit.pipeline import store
+from mig_kit.pipeline.run_folders import require_runs
 
+WIDEST = 44  # characters of a column; a longer word moves the rest of its line
 MANY = 40  # a mapping with more entries holds one value per sample, so it is no metric
 
 
@@ -10,10 +12,7 @@ def list_differences(first: str, second: str) -> list[dict]:
 
     Raises FileNotFoundError for a run that does not exist.
     """
-    for run_id in (first, second):
-        if not (store.runs_root() / run_id).is_dir():
-            raise FileNotFoundError(f"no run '{run_id}' in {store.runs_root()}; "
-                                    "mig-kit status lists the runs")
+    require_runs(first, second)
     rows = []
     for stage in store.STAGES:
         is_finished = [store.load_record(stage, run_id) is not None for run_id in (first, second)]
@@ -23,6 +22,18 @@ def list_differences(first: str, second: str) -> list[dict]:
             rows.append({"stage": stage, "what": "stage", "name": "finished",
                          "a": is_finished[0], "b": is_finished[1]})
     return rows
+
+
+def format_differences(rows: list[dict], first: str, second: str) -> list[str]:
+    """Lines of the rows of `list_differences` in columns, under a header with the runs' names."""
+    if not rows:
+        return ["no difference"]
+    table = [["stage", "what", "name", first, second],
+             *([" ".join(str(value).split()) for value in row.values()] for row in rows)]
+    widths = [min(WIDEST, max(map(len, column))) for column in zip(*table)]
+    lines = ["  ".join(f"{word:<{width}}" for word, width in zip(row, widths)).rstrip()
+             for row in table]
+    return [*lines, f"{len(rows)} differences"]
 
 
 def _stage_differences(stage: str, first: str, second: str) -> list[dict]:

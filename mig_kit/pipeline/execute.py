@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from mig_kit.common import PROJECT_ROOT
-from mig_kit.pipeline import branches, cold_start, store
+from mig_kit.common import PROJECT_ROOT, suggest_word, write_json
+from mig_kit.pipeline import attempts, branches, run_rules, store
+from mig_kit.pipeline.failures import failure_sentence
 from mig_kit.pipeline.params import (
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
@@ -20,10 +21,12 @@ from mig_kit.pipeline.params import (
     unknown_parameter_message,
     validate_params,
 )
+from mig_kit.pipeline.run_folders import list_runs, require_runs
 from mig_kit.pipeline.stage_table import StageTable
 
 # parameters that name a model: a folder, a name on the hub, or one of these words
 MODEL_PARAMS = ("base_model", "model", "start_from")
+PLAN_FILE = "plan.json"  # in a run's folder: what the last command runs there
 MODEL_WORDS = ("tiny", "merged", "base", "adapter")
 
 
@@ -66,14 +69,28 @@ def _plan_run(names: list[str], profile: str, run_id: str, source: str,
     stages = branches.plan_stages(names, run_id)
     values = parse_overrides(overrides, stages)
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
-    params = cold_start.leave_out(params, source or run_id, is_every_stage=not names)
+    params = run_rules.leave_out(params, source or run_id, is_every_stage=not names)
     check_full_profile(profile, params, "data" in values)
     if source:
         branches.check_branch(source, run_id, stages)
+    is_branch = bool(branches.load_branch(run_id))
+    run_rules.check_run(_drop_finished(params, run_id), run_id if is_branch else source or run_id)
     builds_on_run = any(store.STAGES[stage] for stage in params)
     if builds_on_run and RUN_PARAMS_STAGE not in params:
+        if suggest_word(source or run_id, list_runs()):
+            require_runs(source or run_id)
         _check_run_params(source or run_id, profile)
     return PlannedRun(run_id, source, params)
+
+
+def _drop_finished(params: dict[str, dict], run_id: str) -> dict[str, dict]:
+    """`params` of the stages from the first one of the recipe's, after 00, that is to run."""
+    unfinished = dict(params)
+    for stage in store.RECIPE[1:]:
+        if stage in params and not store.is_up_to_date(stage, run_id, params[stage]):
+            break
+        unfinished.pop(stage, None)
+    return unfinished
 
 
 def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
@@ -83,11 +100,23 @@ def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
             print(f"run '{plan.run_id}', {number} of {len(plans)}", flush=True)
         if plan.source:
             branches.start_branch(plan.source, plan.run_id, *plan.params)
+        _write_plan(plan)
         run_stages(plan.params, plan.run_id, force)
         if number < len(plans):
             left = minutes_left(plans[:number], len(plans) - number)
             print(f"{len(plans) - number} of {len(plans)} runs to go, about {left:.0f} min left",
                   flush=True)
+
+
+def _write_plan(plan: PlannedRun) -> None:
+    """Tell 00 what will run after it, with which parameters."""
+    if "00_preflight" not in plan.params or len(plan.params) == 1:
+        return
+    path = store.runs_root() / plan.run_id / PLAN_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {stage: {name: value for name, value in values.items() if name != "run_id"}
+                      for stage, values in plan.params.items() if stage != "00_preflight"})
+    plan.params["00_preflight"]["plan_file"] = _relative_to_project(str(path))
 
 
 def minutes_left(finished: list[PlannedRun], remaining: int) -> float:
@@ -184,8 +213,7 @@ def check_full_profile(profile: str, params: dict[str, dict], is_data_given: boo
     if data == "scenes" and not is_data_given:
         raise ValueError(
             f"profile '{profile}' would train a full model on drawn scenes; give your data (-p "
-            "data own or -p data mgrounding, and its parameters), or say -p data scenes to train "
-            "on them")
+            "data own and its parameters), or say -p data scenes to train on them")
     if not any(values.get("device") == "cuda" for values in params.values()):
         return
     import torch  # seconds, which other profiles need not wait for
@@ -200,20 +228,23 @@ def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> Non
     """Run the stages of `params` in order, each with its parameters.
 
     A stage that is up to date is skipped unless `force` is set. RuntimeError with the notebook's
-    error where a stage fails; what it left is kept for resuming.
+    error where a stage fails: what had finished before is as it was, and what the attempt left is
+    kept for resuming.
     """
+    remaining = dict(params)
     with StageTable(list(params)) as table:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[table], force=True)
         for stage, values in params.items():
             if not force and store.is_up_to_date(stage, run_id, values):
                 table.set(stage, "up to date")
-            elif _prepare_folder(stage, run_id, values, force):
+            elif _bring_back(stage, run_id, values, force):
+                table.set(stage, "up to date", "it is back, and what had replaced it in .before")
+            else:
                 table.set(stage, "running")
                 _execute_notebook(stage, run_id, values, table)
-                record = store.load_record(stage, run_id)
-                table.set(stage, "done", record["summary"])
-            else:
-                table.set(stage, "up to date")
+                table.set(stage, "done", store.require_record(stage, run_id, stage)["summary"])
+            del remaining[stage]
+            run_rules.check_run(remaining, run_id)
 
 
 def _check_run_params(run_id: str, profile: str) -> None:
@@ -240,32 +271,42 @@ def _run_params_of(profile: str) -> dict:
     return {name: values[name] for name in RUN_PARAMS}
 
 
-def _prepare_folder(stage: str, run_id: str, params: dict, force: bool) -> bool:
-    """Make room for a new run of the stage; False where an earlier result could be brought back."""
-    folder = store.runs_root() / run_id / stage
-    store.stage_key(stage, run_id, params)  # raises here, before anything is written
-    store.lock_run(folder.parent)
-    is_restored = not force and store.restore_outputs(stage, run_id, params)
-    if not is_restored:
-        store.set_aside_outputs(stage, run_id)
+def _bring_back(stage: str, run_id: str, params: dict, force: bool) -> bool:
+    """True where what the stage last replaced has these parameters, inputs and code, and is back.
+    With `force` the next attempt starts from nothing instead.
+    """
+    facts = store.stage_facts(stage, run_id, params)  # raises here, before anything is written
+    key = store.stage_key(stage, run_id, params)
+    run = store.runs_root() / run_id
+    store.lock_run(run)
+    is_back = not force and attempts.bring_back(stage, run_id, key)
     if force:
-        (folder / "started.json").unlink(missing_ok=True)  # its leftovers are not resumed
-    store.unlock_run(folder.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    return not is_restored
+        attempts.begin_anew(stage, run_id, key, facts)
+    store.unlock_run(run)
+    return is_back
 
 
 def _execute_notebook(stage: str, run_id: str, params: dict, table: StageTable) -> None:
+    """Run a stage's notebook in a kernel of this Python, whatever kernels Jupyter knows.
+
+    It is written beside the stage's folder, and into it once that has finished.
+    """
     import papermill  # seconds, which wrong words need not wait for
     from papermill.exceptions import PapermillExecutionError
 
+    from mig_kit.pipeline.kernel import ThisPython
+
     notebooks = PROJECT_ROOT / "notebooks"
-    output = store.runs_root() / run_id / stage / f"{stage}.ipynb"
+    folder = store.runs_root() / run_id / stage
+    output = folder.with_name(f"{stage}.running.ipynb")
     try:
         papermill.execute_notebook(notebooks / f"{stage}.ipynb", output, params,
                                    progress_bar=False, log_output=True, cwd=str(notebooks),
+                                   kernel_manager_class=ThisPython,
                                    extra_arguments=["--log-level=ERROR"])
     except PapermillExecutionError as error:
         table.set(stage, "failed")
-        raise RuntimeError(f"{stage} failed: {error.ename}: {error.evalue} "
-                           f"(the notebook is {output})") from None
+        kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))
+        raise RuntimeError(f"{stage} failed: {failure_sentence(error, kept)} "
+                           f"(the notebook is {kept})") from None
+    output.replace(folder / f"{stage}.ipynb")

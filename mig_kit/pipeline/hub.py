@@ -11,12 +11,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
 
 from mig_kit.boxes import Coordinates
-from mig_kit.common import PROJECT_ROOT
+from mig_kit.common import model_folder
 from mig_kit.pipeline import store
-from mig_kit.pipeline.cold_start import NEEDS_SFT
+from mig_kit.pipeline.joint_rules import NEEDS_SFT
 from mig_kit.pipeline.run_facts import name_data
 from mig_kit.pipeline.run_folders import run_command
-from mig_kit.plots import suite_name
+from mig_kit.plots import SYSTEM_LABELS, suite_name
 
 CARD = """---
 {metadata}
@@ -57,9 +57,10 @@ def model_card(run_id: str) -> str:
     params = records["05_grpo"]["params"]
     base = params["base_model"]
     is_on_hub = (re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
-                 and not (PROJECT_ROOT / "notebooks" / base).exists())
+                 and not model_folder(base).exists())
     is_tiny, start = base == "tiny", params.get("start_from", "merged")
-    from_sft = has_sft and start in NEEDS_SFT
+    before = "sft" if has_sft and start in NEEDS_SFT else "base"
+    before = "start" if "start" in metrics["systems"] else before
     metadata = ModelCardData(
         license="apache-2.0" if is_tiny else "other", library_name="transformers",
         pipeline_tag="image-text-to-text", base_model=base if is_on_hub else None,
@@ -67,9 +68,9 @@ def model_card(run_id: str) -> str:
     return CARD.format(
         metadata=metadata.to_yaml(), run_id=run_id, base=base if is_on_hub else Path(base).name,
         steps=params["max_steps"], seed=params["seed"], 
-        rows="\n".join(_score_rows(metrics, "sft" if from_sft else "base")),
+        rows="\n".join(_score_rows(metrics, before)),
         coordinates=Coordinates(params["coordinates"]).description,
-        start="SFT" if from_sft else "base",
+        start=SYSTEM_LABELS[before],
         recipe=RECIPES.get(start if has_sft else "base", "GRPO from another model's folder"),
         seen=_describe_data(is_tiny, data))
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from mig_kit.common import write_atomically, write_json
 from mig_kit.pipeline.dependencies import notebook_code, used_definitions
+from mig_kit.pipeline.fingerprints import hash_named_files, model_fingerprint
 from mig_kit.pipeline.params import EXECUTION_PARAMS
 from mig_kit.pipeline.run_folders import list_sources, load_record, stage_folder
-from mig_kit.pipeline.store import Stage, hash_named_files, model_fingerprint
+from mig_kit.pipeline.store import Stage
 
 REPLY_KEYS = "reply_keys.json"
 DRAWN_PARAMS = ("seed", "replies", "sampled_per_task")  # greedy replies do not follow from them

@@ -7,11 +7,23 @@ by reference. A source may be a branch itself.
 
 import json
 import os
+import re
 from pathlib import Path
 
-from mig_kit.common import PROJECT_ROOT, write_json
+from mig_kit.common import PROJECT_ROOT, suggest_word, write_json
 
 BRANCH_FILE = "branch.json"
+STAGES = {
+    "00_preflight": (), "01_synthesize": (), "02_sft": ("01_synthesize",), "03_merge": ("02_sft",),
+    "04_rejection_sampling": ("01_synthesize", "03_merge"),
+    "05_grpo": ("03_merge", "04_rejection_sampling"),
+    "06_evaluate": ("01_synthesize", "03_merge", "05_grpo"),
+    "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo",
+                  "06_evaluate"),
+    "08_benchmark": (), "09_compare": (), "90_tiny_base": (),
+}
+RECIPE = tuple(stage for stage in STAGES if stage < "08")
+COLD_START = ("02_sft", "03_merge")
 
 
 def runs_root() -> Path:
@@ -23,19 +35,37 @@ def runs_root() -> Path:
 
 def validate_run_id(run_id: str) -> str:
     """`run_id`, or ValueError if it is no plain name of a folder."""
-    if not run_id or run_id.startswith(".") or any(c in run_id for c in "/\\"):
-        raise ValueError(f"run_id is '{run_id}'; use letters, digits, '-' and '_'")
+    if not re.fullmatch(r"[\w-]([\w.-]*[\w-])?", run_id):
+        raise ValueError(f"run_id is '{run_id}'; use letters, digits, '-', '_' and, inside, '.'")
     return run_id
 
 
-def run_command(stage: str, run_id: str) -> str:
+def list_runs() -> set[str]:
+    """The names of all runs."""
+    root = runs_root()
+    return {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
+
+
+def require_runs(*run_ids: str) -> None:
+    """Raise FileNotFoundError, with the nearest name, where there is no run of one of these names.
+
+    Files of recorded runs are no runs.
+    """
+    names = list_runs()
+    for run_id in run_ids:
+        if run_id not in names and not run_id.endswith(".json"):
+            hint = suggest_word(run_id, names, 0.5) or "mig-kit status lists the runs"
+            raise FileNotFoundError(f"no run '{run_id}' in {runs_root()}; {hint}")
+
+
+def run_command(stage: str, run_id: str, options: str = "") -> str:
     """The command that makes this stage of a run, for error messages.
 
     It names the stage: without one all stages of the run would be made again, with the tiny
     profile's parameters.
     """
-    return (f"mig-kit run {stage[:2]} --run-id {run_id}, with the --profile and every -p of that "
-            "run")
+    command = " ".join(filter(None, ("mig-kit run", stage[:2], "--run-id", run_id, options)))
+    return f"{command}, with the --profile and every -p of that run"
 
 
 def load_branch(run_id: str) -> dict:
@@ -99,10 +129,26 @@ def require_own_stage(stage: str, run_id: str) -> None:
             f"another branch: mig-kit run {stage[:2]} --from {branch['from']} --run-id NAME")
 
 
+def has_cold_start(run_id: str) -> bool:
+    """False where the run's 01 had no teacher."""
+    record = load_record("01_synthesize", run_id)
+    return record is None or record["params"].get("teacher") != "none"
+
+
 def load_record(stage: str, run_id: str) -> dict | None:
     """The run.json of a finished stage, or None; ValueError with a remedy if that file is broken.
     """
-    return read_record(stage_folder(stage, run_id) / "run.json")
+    folder = stage_folder(stage, run_id)
+    if not folder.exists():
+        _finish_renaming(folder)
+    return read_record(folder / "run.json")
+
+
+def _finish_renaming(folder: Path) -> None:
+    """Give a finished attempt its place, where a kill came between the two renames that do it."""
+    for record in folder.parent.glob(f"{folder.name}.new-*/run.json"):
+        record.parent.rename(folder)
+        return
 
 
 def read_record(path: Path) -> dict | None:
@@ -123,7 +169,9 @@ def record_branch(run_id: str, source: str, stages: list[str]) -> dict:
     records = {stage: load_record(stage, source) or {} for stage in stages}
     branch = {"from": source,
               "stages": {stage: record.get("key", "") for stage, record in records.items()}}
-    write_json(runs_root() / run_id / BRANCH_FILE, branch)
+    path = runs_root() / run_id / BRANCH_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, branch)
     return branch
 
 

@@ -21,7 +21,7 @@ NOISE = re.compile(
 STEP = re.compile(r"^step (\d+)/(\d+): ")
 BAR = re.compile(r"^(.+?): +(\d+)%\|")
 # What whoever runs a stage should hear of, on a terminal too; a bar may stand before it.
-NEWS = re.compile(r"the server https?://\S+ .*is left out.*")
+NEWS = re.compile(r"(?:the server https?://\S+ .*is left out|warning: ).*")
 
 
 class StageTable(logging.Handler):

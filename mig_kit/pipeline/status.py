@@ -1,7 +1,14 @@
 """What `mig-kit status` shows: runs as a tree, their stages and their scores."""
 
 from mig_kit.pipeline import store
-from mig_kit.pipeline.run_folders import list_sources, load_branch
+from mig_kit.pipeline.attempts import (
+    find_damaged,
+    find_damaged_image,
+    list_attempts,
+    seconds_spent,
+)
+from mig_kit.pipeline.run_folders import list_sources, load_branch, load_record
+from mig_kit.pipeline.run_lock import find_writer
 from mig_kit.plots import suite_name
 
 
@@ -49,17 +56,39 @@ def _inherited_state(run_id: str, branch: dict) -> str:
 
 
 def _stage_state(stage: str, run_id: str) -> str:
-    folder = store.runs_root() / run_id / stage
-    record = store.read_record(folder / "run.json")
+    run = store.runs_root() / run_id
+    record = load_record(stage, run_id) if (run / stage).is_dir() else None
+    attempts = list_attempts(stage, run_id)
+    process, _, written = (find_writer(run) if attempts else "").partition(" in ")
     if record is None:
-        return "not finished" if (folder / "started.json").is_file() else "-"
+        return (f"running ({process})" if written == stage else "not finished" if attempts
+                else "-")
     state = f"done in {record['seconds'] / 60:.1f} min"
+    if written == stage:
+        state += f", open in {process}"
+    elif any(seconds_spent(folder) for folder in attempts):
+        state += ", another attempt was stopped"
     stale_input = "" if _missing_source(run_id) else store.find_stale_input(stage, run_id)
     if not stale_input:
         return state
     owner = store.find_owner(stale_input, run_id)
     of_run = "" if owner == run_id else f" of {owner}"
     return f"{state}, stale: {stale_input}{of_run} was run again since"
+
+
+def damaged_files(run_id: str) -> list[str]:
+    """A line for every stage of the run, its source's included, one of whose files is not what the
+    stage wrote.
+    """
+    lines = []
+    for stage in store.STAGES:
+        record = store.load_record(stage, run_id)
+        folder = record and store.stage_folder(stage, run_id)
+        if path := record and (find_damaged(folder, record, is_thorough=True)
+                               or find_damaged_image(folder, record)):
+            command = store.run_command(stage, store.find_owner(stage, run_id), "--force")
+            lines.append(f"{path} is not what {stage} wrote; make it again: {command}")
+    return lines
 
 
 def _missing_source(run_id: str) -> str:

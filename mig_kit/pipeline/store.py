@@ -1,8 +1,8 @@
-"""Run folders, and what makes a stage up to date.
+"""Stages of a run: what makes one up to date, and how one begins and finishes.
 
-A stage lives in runs/<run id>/NN_stage/. Its run.json is written last and by renaming, so a stage
-that was killed never looks finished. What a killed stage left behind is kept for resuming as long
-as parameters, inputs and code are the same. In a branch, earlier stages are those of another run.
+A stage lives in runs/<run id>/NN_stage/. It is made beside that, in an attempt of its own
+(`attempts`), whose run.json is written last and which takes its place by renaming: whatever fails,
+what has finished stays as it was. In a branch, earlier stages are those of another run.
 """
 
 import ast
@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,13 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import (
     PROJECT_ROOT,
     file_sha256,
-    model_folder,
     split_function_name,
     write_json,
 )
-from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST
+from mig_kit.image_files import IMAGE_FOLDER
+from mig_kit.pipeline import attempts
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
+from mig_kit.pipeline.fingerprints import hash_named_files, model_fingerprint
 from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
     NAMES_OF_RUNS,
@@ -38,9 +40,13 @@ from mig_kit.pipeline.params import (
 )
 from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.pipeline.run_folders import (
+    COLD_START,
+    RECIPE,
+    STAGES,
     find_owner,
+    has_cold_start,
     load_record,
-    read_record,
+    record_branch,
     refresh_branch,
     require_own_stage,
     run_command,
@@ -49,21 +55,11 @@ from mig_kit.pipeline.run_folders import (
     validate_run_id,
 )
 from mig_kit.pipeline.run_lock import lock_run, unlock_run
+from mig_kit.pipeline.run_rules import check_run
 
-STAGES = {
-    "00_preflight": (), "01_synthesize": (), "02_sft": ("01_synthesize",), "03_merge": ("02_sft",),
-    "04_rejection_sampling": ("01_synthesize", "03_merge"),
-    "05_grpo": ("03_merge", "04_rejection_sampling"),
-    "06_evaluate": ("01_synthesize", "03_merge", "05_grpo"),
-    "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo",
-                  "06_evaluate"),
-    "08_benchmark": (), "09_compare": (), "90_tiny_base": (),
-}
-RECIPE = tuple(stage for stage in STAGES if stage < "08")
-COLD_START = ("02_sft", "03_merge")
+DEFAULT_RUN = "default"  # which a new run of a notebook starts from
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
             "papermill", "numpy", "pillow")
-LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
 
 
 def run_params(run_id: str, needed_by: str) -> dict:
@@ -87,23 +83,17 @@ def input_stages(stage: str, run_id: str, params: dict) -> tuple[str, ...]:
     return tuple(name for name in STAGES[stage] if name not in COLD_START)
 
 
-def has_cold_start(run_id: str) -> bool:
-    """False where 01 had no teacher, unless 02 and 03 have run all the same, on a `traces_file`."""
-    record = load_record(RUN_PARAMS_STAGE, run_id)
-    return (record is None or record["params"].get("teacher") != "none"
-            or load_record(COLD_START[-1], run_id) is not None)
-
-
 def with_run_params(stage: str, run_id: str, params: dict) -> dict:
     """The stage's parameters and, where it builds on earlier stages, those of the whole run."""
     return {**params, **run_params(run_id, stage)} if STAGES[stage] else params
 
 
-def stage_key(stage: str, run_id: str, params: dict) -> str:
-    """Hash of all that a stage's results follow from.
+def stage_facts(stage: str, run_id: str, params: dict) -> dict:
+    """All that a stage's results follow from, by kind.
 
     These are its parameters but for EXECUTION_PARAMS and names of runs, the files, model and run
-    that they name, what the stages before it made, and the code that it uses.
+    that they name, what the stages before it made, and the code that it uses: definitions of the
+    kit and cells of the notebook.
     """
     params = with_run_params(stage, run_id, params)
     inputs = {name: require_record(name, run_id, stage)["outputs"]
@@ -113,26 +103,27 @@ def stage_key(stage: str, run_id: str, params: dict) -> str:
     files = hash_named_files(params)
     files |= {name: file_sha256(split_function_name(name)[0])
               for name in params.get("rewards", ()) if ":" in name}
-    if params.get("base_model"):
-        files["base_model"] = model_fingerprint(params["base_model"])
-    if params.get("start_from"):
-        files["start_from"] = model_fingerprint(params["start_from"])
+    files |= {name: model_fingerprint(params[name])
+              for name in ("base_model", "model", "start_from") if params.get(name)}
     if params.get("control_run"):
         files["control_run"] = _control_outputs(params, run_id, stage)
     for group in params.get("groups", ()):
         members = str(group).rpartition("=")[2].split(",")
         files |= {f"group {name}": _member_digest(name) for name in map(str.strip, members)}
-    code = [used_definitions(stage), notebook_code(stage)]
     params = {name: value for name, value in params.items()
               if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
-    text = json.dumps([params, files, inputs, code], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return {"parameter": params, "file": {name: _digest(value) for name, value in files.items()},
+            "input": {name: _digest(outputs) for name, outputs in inputs.items()},
+            "definition": used_definitions(stage), "cell": notebook_code(stage)}
 
 
-def hash_named_files(params: dict) -> dict[str, str]:
-    """SHA-256 of the files that parameters ending in "_file" name, where they are there."""
-    return {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
-            if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
+def stage_key(stage: str, run_id: str, params: dict) -> str:
+    """Hash of `stage_facts`."""
+    return _digest(stage_facts(stage, run_id, params))
+
+
+def _digest(facts) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _member_digest(name: str) -> str:
@@ -152,21 +143,6 @@ def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
         raise ValueError(f"control_run '{control}' has another {name} ({other[name]}) than run "
                          f"'{run_id}' ({params[name]}); compare runs of one model and box format")
     return _stage_products(outputs)
-
-
-def model_fingerprint(model: str) -> dict[str, str]:
-    """What tells a model folder's weights and settings from others; {} for a hub name. Large files
-    by their size and time.
-    """
-    folder = model_folder(model)
-    files = [path for kind in ("*.safetensors", "*.json", "*.jinja") for path in folder.glob(kind)]
-    return {path.name: _file_fingerprint(path) for path in sorted(files) if path.is_file()}
-
-
-def _file_fingerprint(path: Path) -> str:
-    facts = path.stat()
-    is_large = facts.st_size > LARGE_FILE
-    return f"{facts.st_size} {facts.st_mtime_ns}" if is_large else file_sha256(path)
 
 
 def require_record(stage: str, run_id: str, by: str) -> dict:
@@ -195,59 +171,32 @@ def find_stale_input(stage: str, run_id: str) -> str:
 
 def _stage_products(outputs: dict[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in outputs.items()
-            if name not in ("metrics.json", "started.json")}
-
-
-def outputs_exist(folder: Path, record: dict) -> bool:
-    """True if all that a finished stage made is still there, the images that it lists too."""
-    outputs = record.get("outputs", ())
-    if not all((folder / name).is_file() for name in outputs):
-        return False
-    if IMAGE_MANIFEST not in outputs:
-        return True
-    images = folder / IMAGE_FOLDER
-    names = set(os.listdir(images)) if images.is_dir() else set()
-    return names.issuperset((folder / IMAGE_MANIFEST).read_text().split())
+            if name not in attempts.NOT_PRODUCTS}
 
 
 def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:
     """True if the stage finished with these parameters, inputs and code, and all that it made is
-    still there.
+    still there; ValueError where something that it read is damaged.
     """
     record = load_record(stage, run_id)
     if record is None or record["key"] != stage_key(stage, run_id, params):
         return False
-    return outputs_exist(stage_folder(stage, run_id), record)
+    require_intact_inputs(stage, run_id, params)
+    return attempts.is_intact(stage_folder(stage, run_id), record)
 
 
-def set_aside_outputs(stage: str, run_id: str) -> None:
-    """Keep what a finished stage made in NN_stage.before, until the stage has finished again: the
-    next attempt may fail.
+def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bool = False) -> None:
+    """ValueError with the file and the command where an earlier stage's output is not what that
+    stage wrote.
+
+    is_thorough: hash all of them (gigabytes in a second), also those of unchanged size and time.
     """
-    folder = runs_root() / run_id / stage
-    if (folder / "run.json").is_file():
-        before = folder.with_name(f"{stage}.before")
-        if before.exists():
-            shutil.rmtree(before)
-        folder.rename(before)
-
-
-def restore_outputs(stage: str, run_id: str, params: dict) -> bool:
-    """Bring back what `set_aside_outputs` kept if it is what these parameters ask for; True if so.
-
-    What an interrupted run with --force has begun anew goes on instead.
-    """
-    folder = runs_root() / run_id / stage
-    before = folder.with_name(f"{stage}.before")
-    record, key = read_record(before / "run.json"), stage_key(stage, run_id, params)
-    if record is None or record["key"] != key or _read_marker(folder).get("key") == key:
-        return False
-    if not outputs_exist(before, record):
-        return False
-    if folder.exists():
-        shutil.rmtree(folder)
-    before.rename(folder)
-    return True
+    for name in input_stages(stage, run_id, params):
+        owner, folder = find_owner(name, run_id), stage_folder(name, run_id)
+        record = load_record(name, run_id)
+        if damaged := record and attempts.find_damaged(folder, record, is_thorough):
+            raise ValueError(f"{damaged} is not what {name} of run '{owner}' wrote: damaged or "
+                             f"changed since; make it again: {run_command(name, owner, '--force')}")
 
 
 def git_revision() -> str:
@@ -271,24 +220,34 @@ def package_versions() -> dict[str, str]:
 
 @dataclass
 class Stage:
-    """A running stage. folder: where it writes; params: its validated parameters and those of the
-    whole run. inputs: what the earlier stages had made when it started; branch: of `load_branch`;
-    control: of `describe_control`; spent: seconds of the interrupted attempts that this one goes on
-    from; at_least: those that the stage took when it last finished with this key.
+    """A running stage. attempt: where it writes; params: its validated parameters and those of the
+    whole run. inputs: what the earlier stages had made
+    when it started; branch: of `load_branch`; marker: of `attempts.open_attempt`; control: of
+    `describe_control`.
     """
 
     name: str
     run_id: str
-    folder: Path
+    attempt: Path
     params: dict
     key: str
     inputs: dict[str, dict[str, str]]
     branch: dict
+    marker: dict
     control: dict = field(default_factory=dict)
-    spent: float = 0.0
-    at_least: float = 0.0
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
+    is_finished: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage writes; RuntimeError once it has finished, so that no cell that is run
+        again changes what has.
+        """
+        if self.is_finished:
+            raise RuntimeError(f"{self.name} of run '{self.run_id}' has finished; run the setup "
+                               "cell again, and the cells show what is there")
+        return self.attempt
 
     @property
     def box_format(self) -> BoxFormat:
@@ -296,35 +255,52 @@ class Stage:
         params = self.params
         return BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
 
+    @property
+    def final_folder(self) -> Path:
+        """Where the stage lies once it has finished."""
+        return runs_root() / self.run_id / self.name
+
     def input_path(self, stage: str, name: str = "") -> Path:
         """A file or folder that an earlier stage made, in this run or the one that it starts from.
         """
         return stage_folder(stage, self.run_id) / name
 
     def finish(self, metrics: dict, summary: str = "", **facts) -> None:
-        """Write metrics.json, then run.json; only now does the stage count as finished.
+        """Write metrics.json, then run.json, and take the place of what had finished before; only
+        now does the stage count as finished.
 
+        Cells that only showed what has finished leave that as it is, whatever they made.
         summary: the result in a few words, for the command line. facts: more entries of run.json.
         """
         write_json(self.folder / "metrics.json", metrics)
-        outputs = {str(path.relative_to(self.folder)): file_sha256(path)
-                   for path in _output_files(self.folder)}
-        write_json(self.folder / "run.json", {
-            "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
-            "inputs": self.inputs, "branch": self.branch,
-            "control": self.control,
-            "outputs": outputs, "summary": summary,
-            "versions": package_versions(), "machine": describe_cpu(), "git": git_revision(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-            "seconds": self._count_seconds(), **facts})
-        shutil.rmtree(self.folder.with_name(f"{self.name}.before"), ignore_errors=True)
-        unlock_run(self.folder.parent)
-
-    def _count_seconds(self) -> float:
-        """Of all attempts: one that found everything done already does not count as the stage's
-        time.
-        """
-        return round(max(self.at_least, self.spent + time.monotonic() - self.clock), 1)
+        files = {str(path.relative_to(self.folder)): path for path in _output_files(self.folder)}
+        outputs = {name: file_sha256(path) for name, path in files.items()}
+        finished = load_record(self.name, self.run_id) if self.marker["repeats"] else None
+        products = _stage_products(outputs)
+        before = _stage_products(finished["outputs"]) if finished else {}
+        if finished:
+            different = sorted(name for name in {*products, *before}
+                               if products.get(name) != before.get(name))
+            shutil.rmtree(self.folder)
+            print(f"{self.name} of run '{self.run_id}' is as it was" + (
+                f"; these cells gave another {different[0]}, as on another machine: "
+                f"{run_command(self.name, self.run_id, '--force')}, replaces it"
+                if different else ""))
+        else:
+            write_json(self.folder / "run.json", {
+                "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
+                "inputs": self.inputs, "branch": self.branch, "control": self.control,
+                "outputs": outputs,
+                "stats": {name: attempts.file_facts(path) for name, path in files.items()},
+                "summary": summary.replace(str(self.folder), str(self.final_folder)),
+                "versions": package_versions(), "machine": describe_cpu(), "git": git_revision(),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+                "seconds": round(self.marker["spent"] + time.monotonic() - self.clock, 1),
+                **{name: self.marker[name] for name in ("resumed_from",) if name in self.marker},
+                **facts})
+            attempts.promote(self.folder, self.final_folder)
+        self.is_finished = True
+        unlock_run(self.final_folder.parent)
 
 
 def describe_cpu() -> str:
@@ -340,7 +316,7 @@ def describe_cpu() -> str:
 def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*")
                   if path.is_file() and path.suffix not in (".ipynb", ".tmp", ".log")
-                  and path.name not in ("job.json", "started.json")  # these say how it ran
+                  and path.name not in ("job.json", attempts.MARKER)  # these say how it ran
                   and "checkpoint" not in str(path.relative_to(folder))
                   and path.parent != folder / IMAGE_FOLDER)  # IMAGE_MANIFEST lists these
 
@@ -349,52 +325,59 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     """Start a stage from its notebook; gives the stage and its parameters, and prints them.
 
     names: globals(), where the parameters cell left its values. Whatever a parameters cell assigns
-    must be a parameter of the stage, or a mistyped `-p` would be ignored in silence. Until the
-    stage finishes, no other process can write this run. Leftovers of an interrupted run with the
-    same key stay for resuming, all others are removed; what a finished stage made with another key
-    is set aside until this one has finished.
+    must be a parameter of the stage, or a mistyped `-p` would be ignored in silence. A run that
+    does not exist becomes a branch of the notebook's own. Until the stage finishes, no other
+    process can write this run, and what has finished stays as it is. Raises with one sentence for
+    a kernel of another copy of the kit, and where an earlier stage's output is damaged.
     """
+    _require_own_notebook()
     assigned = set(stage_parameters(stage)) | _assigned_in_parameter_cells(names.get("In", []))
     values = {name: names[name] for name in sorted(assigned) if name in names}
     params = validate_params(values, stage)
     run_id = validate_run_id(params["run_id"])
     require_own_stage(stage, run_id)
-    lock_run(runs_root() / run_id)
+    run = runs_root() / run_id
+    is_branch = bool(STAGES[stage]) and not run.exists() and (runs_root() / DEFAULT_RUN).is_dir()
+    check_run({stage: params}, DEFAULT_RUN if is_branch else run_id)
+    if is_branch:
+        _start_branch(stage, run_id)
+    stage_facts(stage, run_id, params)  # raises before anything is written
+    require_intact_inputs(stage, run_id, params, is_thorough=True)
+    lock_run(run, stage)
+    facts = stage_facts(stage, run_id, params)  # nobody changes them from here on
     inputs = {name: require_record(name, run_id, stage)["outputs"]
               for name in input_stages(stage, run_id, params)}
-    key = stage_key(stage, run_id, params)
+    key = _digest(facts)
     branch = refresh_branch(run_id) if inputs else {}
-    folder = runs_root() / run_id / stage
-    record = load_record(stage, run_id)
-    if record and record["key"] != key:
-        set_aside_outputs(stage, run_id)
-    marker = _read_marker(folder)
-    is_resumable = marker.get("key") == key
-    spent = _seconds_spent(folder, marker) if is_resumable and not record else 0.0
-    if folder.exists() and not is_resumable:
-        _remove_leftovers(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").unlink(missing_ok=True)
-    write_json(folder / "started.json", {"key": key, "spent": spent})
+    for sentence in attempts.set_others_aside(stage, run_id, key, facts):
+        print(sentence)
+    folder, marker = attempts.open_attempt(stage, run_id, key, facts)
     begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), key, inputs,
-                  branch, describe_control(params.get("control_run", "")), spent,
-                  record.get("seconds", 0.0) if record and record["key"] == key else 0.0)
+                  branch, marker, describe_control(params.get("control_run", "")))
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 
 
-def _read_marker(folder: Path) -> dict:
-    """{"key", "spent"} of the attempt that a folder holds; {} where there is none."""
-    path = folder / "started.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _start_branch(stage: str, run_id: str) -> None:
+    """Let a new run take the stages before this one from DEFAULT_RUN."""
+    earlier = [name for name in RECIPE[1:] if name < stage
+               and (name not in COLD_START or has_cold_start(DEFAULT_RUN))]
+    for name in earlier:
+        require_record(name, DEFAULT_RUN, f"a run that starts from '{DEFAULT_RUN}'")
+    record_branch(run_id, DEFAULT_RUN, earlier)
+    print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
+          f"'{DEFAULT_RUN}'")
 
 
-def _seconds_spent(folder: Path, marker: dict) -> float:
-    """Seconds of the attempts that a folder holds, up to the last file that is kept of them."""
-    begun = (folder / "started.json").stat().st_mtime
-    written = [path.stat().st_mtime for path in folder.rglob("*")
-               if path.is_file() and path.suffix not in (".ipynb", ".log")]
-    return round(marker.get("spent", 0.0) + max(written) - begun, 1)
+def _require_own_notebook() -> None:
+    """RuntimeError where a notebook of another copy of the kit runs with this one."""
+    here = Path.cwd()
+    for folder in (here, here.parent):
+        if (folder / "mig_kit" / "pipeline").is_dir() and folder.resolve() != PROJECT_ROOT:
+            raise RuntimeError(
+                f"this notebook is of the kit in {folder}, and its kernel ({sys.executable}) "
+                f"imports the one in {PROJECT_ROOT}; choose the kernel that belongs to the "
+                f"notebook, or start it with: {folder}/.venv/bin/jupyter lab")
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
@@ -410,19 +393,26 @@ def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
     return names
 
 
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.suffix != ".ipynb":
-            path.unlink()
-
-
 def _print_stage(stage: Stage) -> None:
     params = ", ".join(f"{name}={value}" for name, value in stage.params.items()
                        if name != "run_id")
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     print(f"{stage.name} of run '{stage.run_id}': {params}\nversions: {versions}")
+    record = load_record(stage.name, stage.run_id)
+    if stage.marker["repeats"]:
+        print(f"it has finished ({_describe_finished(record)}): the cells show what is there, and "
+              "train nothing again")
+    elif record:
+        print(f"finishing it replaces {stage.name} of run '{stage.run_id}' "
+              f"({_describe_finished(record)}); for a run of your own give run_id a new name"
+              + (f", which then starts from run '{DEFAULT_RUN}'" if STAGES[stage.name] else ""))
+    elif stage.marker["spent"]:
+        print(f"it goes on where it was stopped after {stage.marker['spent'] / 60:.1f} min")
+
+
+def _describe_finished(record: dict) -> str:
+    when = record["started"].replace("T", " ")[:16]
+    return f"{record['summary'] or 'no summary'}; started {when} UTC"
 
 
 def read_metrics(folder: Path) -> dict:

@@ -9,22 +9,24 @@ may be.
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import add, mul
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig
 
-from mig_kit.common import PROJECT_ROOT, iter_lines
+from mig_kit.boxes import BoxFormat, seen_size
+from mig_kit.common import PROJECT_ROOT, model_folder
+from mig_kit.data import own_data
 from mig_kit.engine.generation import count_prompts_at_once
 from mig_kit.engine.logprobs import HEAD_TOKENS
 from mig_kit.engine.model_folders import FAMILIES
 from mig_kit.pipeline.params import profile_params
+from mig_kit.stages.sources import count_questions
 from mig_kit.world.find_all import FIND_ALL
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
 from mig_kit.world.suites import SIZE_PARAMS, suite_tasks
-from mig_kit.world.tasks import TASKS
+from mig_kit.world.tasks import TASKS, make_sample
 
 GIB = 2**30
 # One card of each size (GB on its label): dense bfloat16 TFLOP/s and GB/s, as the makers give them.
@@ -40,8 +42,8 @@ SERVED_AT_ONCE = 256  # replies that a vLLM server draws together, in one captur
 SERVED_SHARES = (0.45, 0.7)  # of a card's FLOP and byte rates that it reaches; guesses
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with its scales (double quantisation)
 IMAGES = 6  # of a prompt
-MGROUNDING_QUESTIONS = 630_000  # of MGrounding-630k, by its name
 OWN_QUESTIONS = 1000  # of own data whose file is named on the command line
+TINY_TEXT_TOKENS = 120  # of a prompt's text and its reply, with the tiny profile's tokenizer
 TEXT_TOKENS, TRACE_TOKENS = 200, 300  # of a prompt's text, and of a trace
 ADVICE = {
     "02_sft": "lower max_pixels, or lora_r",
@@ -107,10 +109,12 @@ class Profile(NamedTuple):
     merge: SimpleNamespace
 
 
-def read_profile(profile: str) -> Profile:
-    """The parameters of a profile, a folder of params/."""
+def read_profile(profile: str, changes: dict[str, dict] | None = None) -> Profile:
+    """The parameters of a profile, a folder of params/; changes: by stage, those that differ."""
     stages = ("01_synthesize", *ADVICE, "03_merge")
-    return Profile(*(SimpleNamespace(**profile_params(stage, profile)) for stage in stages))
+    changes = changes or {}
+    return Profile(*(SimpleNamespace(**{**profile_params(stage, profile), **changes.get(stage, {})})
+                     for stage in stages))
 
 
 def predict(profile: str) -> dict[str, list]:
@@ -134,9 +138,10 @@ def predict(profile: str) -> dict[str, list]:
 def find_shape(model: str) -> Shape | None:
     """The shape of a known hub name or of a model folder; None for others: nothing is downloaded.
     """
-    if model in SHAPES or not (Path(model) / "config.json").is_file():
+    folder = model_folder(model)
+    if model in SHAPES or model == "tiny" or not (folder / "config.json").is_file():
         return SHAPES.get(model)
-    return count_shape(AutoConfig.from_pretrained(model, local_files_only=True))
+    return count_shape(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def count_shape(config) -> Shape:
@@ -290,6 +295,32 @@ def count_work(params: Profile) -> dict[str, int]:
         "06_evaluate": count_systems(params) * asked}
 
 
+def relative_work(profile: str, params: dict[str, dict]) -> dict[str, float]:
+    """Stage -> its work with these parameters, by stage, in shares of what the tiny profile has."""
+    now, tiny = read_profile(profile, params), read_profile("tiny")
+    length = _prompt_tokens(now.synthesize) / _prompt_tokens(tiny.synthesize)
+    work, tiny_work = count_work(now), count_work(tiny)
+    shares = {stage: length * work[stage] / tiny_work[stage] for stage in work}
+    shares["04_rejection_sampling"] *= now.sampling.replies / tiny.sampling.replies
+    shares["05_grpo"] *= now.grpo.num_generations / tiny.grpo.num_generations
+    traces = max(1, count_traces(tiny.synthesize))
+    return {"01_synthesize": (count_traces(now.synthesize) or work["04_rejection_sampling"])
+            / traces} | shares
+
+
+def _prompt_tokens(synthesize: SimpleNamespace) -> float:
+    """Tokens of a prompt, the mean of a few; scenes where the data are not there to be read."""
+    samples = [make_sample(task, "val", 0) for task in TASKS]
+    path = PROJECT_ROOT / synthesize.data_file
+    if synthesize.data == "own" and path.is_file():
+        root = PROJECT_ROOT / synthesize.image_root if synthesize.image_root else path.parent
+        samples = list(own_data.iter_samples(path, root, limit=20)) or samples
+    box_format = BoxFormat(synthesize.min_pixels, synthesize.max_pixels)
+    pixels = [width * height for sample in samples
+              for width, height in (seen_size(size, box_format) for size in sample.sizes)]
+    return TINY_TEXT_TOKENS + sum(pixels) / 28**2 / len(samples)
+
+
 def count_traces(synthesize: SimpleNamespace) -> int:
     """Questions of the cold start."""
     if synthesize.teacher == "none":
@@ -322,16 +353,14 @@ def count_drawn(evaluate: SimpleNamespace) -> int:
 
 
 def _count_questions(synthesize: SimpleNamespace) -> int:
-    """Lines of an own data file, OWN_QUESTIONS where the profile names none; MGROUNDING_QUESTIONS
-    for MGrounding-630k, which is not read here; data_limit where it is set.
+    """Lines of an own data file, OWN_QUESTIONS where the profile names none; data_limit where it is
+    set.
     """
     if synthesize.data_limit:
         return synthesize.data_limit
-    if synthesize.data == "mgrounding":
-        return MGROUNDING_QUESTIONS
     if not synthesize.data_file:
         return OWN_QUESTIONS
-    return sum(1 for _ in iter_lines(PROJECT_ROOT / synthesize.data_file))
+    return count_questions(synthesize)
 
 
 def language_flops(shape: Shape, new: int, before: int = 0) -> float:

@@ -15,7 +15,8 @@ import pandas as pd
 
 from mig_kit import plots
 from mig_kit.pipeline import store
-from mig_kit.pipeline.cold_start import NEEDS_SFT
+from mig_kit.pipeline.joint_rules import NEEDS_SFT
+from mig_kit.pipeline.joint_rules import parse_groups as parse_groups  # for notebook 09, too
 from mig_kit.plots import OOD_NAMES, SUITE_NAMES
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
@@ -34,7 +35,6 @@ from mig_kit.stats import (
 OUT_OF_DOMAIN = "ood_grounding"
 FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},  # system -> of runs, and as headings
          "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
-TABLE_COLUMNS = ("suite", "compared")  # of the paper's claims, where the groups are columns, too
 
 
 class _Scope(NamedTuple):
@@ -45,31 +45,6 @@ class _Scope(NamedTuple):
     suite: str
     rows: list[np.ndarray]
     lists: list[np.ndarray] | None = None
-
-
-def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
-    """Name -> runs of words "name=run,run"; a run alone is a group of its own name.
-
-    ValueError where a name or a run occurs twice, or a group has no run.
-    """
-    groups: dict[str, list[str]] = {}
-    for word in words:
-        name, is_named, runs = word.partition("=")
-        members = [run.strip() for run in (runs if is_named else name).split(",") if run.strip()]
-        if not name.strip() or not members:
-            raise ValueError(f"'{word}' is no group; write name=run or name=run,run")
-        if name.strip() in groups:
-            raise ValueError(f"two groups are called '{name.strip()}'; give each its own name")
-        groups[name.strip()] = members
-    everyone = [run for members in groups.values() for run in members]
-    if twice := next((run for run in everyone if everyone.count(run) > 1), ""):
-        raise ValueError(f"run '{twice}' is named twice; a run counts once, in one group")
-    if taken := [name for name in groups if name in TABLE_COLUMNS]:
-        raise ValueError(f"a group cannot be called '{taken[0]}', as a column of the table is; "
-                         "give it another name")
-    if not groups:
-        raise ValueError("there is nothing to compare; name runs, or groups as name=run,run")
-    return groups
 
 
 def compare_groups(groups: dict[str, list[str]], reference: str = "",
@@ -233,19 +208,28 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
 
 
 def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
-    """Whose runs answer the same questions correctly as the reference's: it may be one model."""
+    """Whose runs answer the same questions correctly as the reference's: it may be one model, but
+    for models that answer all questions wrong, or all correctly.
+    """
     same: dict[str, bool] = {}
+    has_both: dict[str, bool] = {}  # wrong and correct answers, which tell models apart
     for row in rows:
+        group = row["group"]
         if row["figure"] == f"vs {reference}":
-            same[row["group"]] = same.get(row["group"], True) and row["is_same"]
-    names = [group for group, is_same in same.items() if is_same]
-    if not names:
-        return []
-    reason = {"base": "All runs may have one base.",
-              "sft_long": "So it is where runs share a control run."}.get(
-                  system, "So it is where a branch has a model of its source.")
-    return [f"Every {plots.SYSTEM_LABELS[system]} model compared answers the same questions "
-            f"correctly as that of {reference} beside it: {', '.join(names)}. {reason}"]
+            same[group] = same.get(group, True) and row["is_same"]
+        elif row["figure"] == system:
+            has_both[group] = has_both.get(group, False) or 0 < row["value"] < 100
+    label, notes = plots.SYSTEM_LABELS[system], []
+    if names := [group for group in same if same[group] and has_both[group]]:
+        reason = {"base": "All runs may have one base.",
+                  "sft_long": "So it is where runs share a control run."}.get(
+                      system, "So it is where a branch has a model of its source.")
+        notes.append(f"Every {label} model compared answers the same questions correctly as that "
+                     f"of {reference} beside it: {', '.join(names)}. {reason}")
+    if names := [group for group in same if same[group] and not has_both[group]]:
+        notes.append(f"The {label} models of {', '.join([reference, *names])} answer every "
+                     "question alike, wrong or correct, so these questions do not compare them.")
+    return notes
 
 
 def suite_name(suite: str) -> str:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,20 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256, write_atomically, write_json
 from mig_kit.data import own_data
 from mig_kit.engine import merging, models, systems
+from mig_kit.engine.model_folders import find_revision
 from mig_kit.engine.models import Hardware
+from mig_kit.engine.processors import prompt_measure
 from mig_kit.pipeline import store
+from mig_kit.pipeline.fingerprints import hash_images
 from mig_kit.plots import HELD_OUT_NAMES
-from mig_kit.prompts import LETTERS, format_answer, format_answers, is_well_formed, parse_boxes
+from mig_kit.prompts import (
+    LETTERS,
+    format_answer,
+    format_answers,
+    format_question,
+    is_well_formed,
+    parse_boxes,
+)
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.scoring import run_benchmark, score
@@ -39,6 +50,11 @@ DRAWN_SIZES = {"mig_per_task": 100, "ood_per_task": 100, "blink_per_task": 60, "
 DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "batch_size": 64, "dtype": "auto"}
 SHOWN = {"correct": 6, "wrong": 12}  # cards of the gallery
 MODEL = "model"  # what the one system is called
+HOLDS_OTHER = {  # by what differs: what the replies in a folder are
+    "questions": "to other questions", "model": "of another model", "files": "of another model",
+    "adapter": "of another adapter",
+    "images": "about other images (files that have changed, of another folder, or drawn by another "
+              "version of the kit)"}
 Questions = dict[str, Sequence[Sample]] | tuple[Benchmark, dict[str, list[tuple[int, int]]]]
 
 
@@ -65,6 +81,13 @@ class Task:
             return facts | dict(self.sizes)
         return facts | {"file": file_sha256(self.file), "orientation": self.orientation}
 
+    def digest_images(self, questions: Questions) -> str:
+        """What tells the pictures of these questions from others under the same names."""
+        if self.suite == "drawn":
+            return " ".join(evaluate.digest_questions(questions).values())
+        is_table = self.file.suffix == ".parquet"  # whose file names its images by their SHA-256
+        return "" if is_table else hash_images(self.suite, self.file, self.root, self.limit)
+
 
 @dataclass(frozen=True)
 class AskedModel:
@@ -80,10 +103,15 @@ class AskedModel:
 
     def describe(self) -> dict:
         """What tells this model's replies from others."""
-        facts = {"model": str(self.folder), "files": store.model_fingerprint(str(self.folder)),
+        files = store.model_fingerprint(str(self.folder))
+        kinds = ({}, {"find_all": True}, {"options": ("", ""), "letter": "A"})
+        facts = {"model": str(self.folder),
+                 "files": files or {"revision": find_revision(self.folder)},
                  "coordinates": str(self.box_format.coordinates),
                  "min_pixels": self.box_format.min_pixels,
-                 "max_pixels": self.box_format.max_pixels}
+                 "max_pixels": self.box_format.max_pixels,
+                 "prompt": [format_question(Sample("", "", "", "", (), "", **kind),
+                                            self.box_format) for kind in kinds]}
         if self.adapter is None:
             return facts
         return facts | {"adapter": store.model_fingerprint(str(self.adapter.absolute())),
@@ -100,9 +128,17 @@ def evaluate_model(model: AskedModel, task: Task, hardware: Hardware, out: Path,
     max_new_tokens, batch_size, workers, seed, server, concurrency.
     """
     questions = load_questions(task)
+    if isinstance(questions, dict):  # a benchmark's prompts are short
+        measure = prompt_measure(model.folder, model.box_format)
+        for sample in chain.from_iterable(questions.values()):
+            if problem := measure(sample):
+                raise ValueError(f"question {sample.id}: {problem} (--max-pixels)")
     claim_folder(out, {
-        **model.describe(), "questions": task.describe(), "max_new_tokens": params.max_new_tokens,
-        "device": hardware.device, "dtype": f"{hardware.dtype}, autocast {hardware.autocast}"})
+        **model.describe(), "questions": task.describe(),
+        "images": (images := task.digest_images(questions)),
+        "max_new_tokens": params.max_new_tokens,
+        "device": "a server" if params.server else hardware.device,
+        "dtype": f"{hardware.dtype}, autocast {hardware.autocast}"})
     folder = model.folder if model.adapter is None else _merge_adapter(model, hardware, out)
     is_benchmark = task.suite in run_benchmark.RUNNABLE
     ask = _ask_benchmark if is_benchmark else _ask_samples
@@ -112,7 +148,7 @@ def evaluate_model(model: AskedModel, task: Task, hardware: Hardware, out: Path,
     cards = gallery_html(gallery, {MODEL: replies}, model.box_format, {})
     page = render_page(f"{model.folder}: {task.suite}", [("Replies, read as free text", cards)])
     _write_text(out / "gallery.html", page)
-    result = {"model": str(model.folder), "questions": task.describe(),
+    result = {"model": str(model.folder), "questions": task.describe() | {"images": images},
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
@@ -143,14 +179,23 @@ def claim_folder(out: Path, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     other = json.loads(path.read_text()) if path.is_file() else settings
     for name in (*settings, *other):
-        if settings.get(name) == other.get(name):
-            continue
-        what = {"questions": "to other questions", "model": "of another model",
-                "files": "of another model", "adapter": "of another adapter"}.get(
-                    name, f"made with another {name}")
-        raise ValueError(f"{out} holds replies {what}; name another --out, or delete that folder")
+        before, now = other.get(name), settings.get(name)
+        if before != now:
+            what = HOLDS_OTHER.get(name, f"made with another {name}")
+            raise ValueError(f"{out} holds replies {what}{_name_difference(before, now)}; name "
+                             "another --out, or delete that folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
+
+
+def _name_difference(before: object, now: object) -> str:
+    """What differs, in brackets: names of files, or two short values; "" where that says nothing.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted(name for name in before | now if before.get(name) != now.get(name))
+        return f" (another {', '.join(names[:3])})"
+    is_short = all(isinstance(value, int | str) and len(str(value)) < 60 for value in (before, now))
+    return f" ({before}, now {now})" if is_short else ""
 
 
 def load_questions(task: Task) -> Questions:
@@ -181,7 +226,6 @@ def _load_own_data(task: Task) -> Sequence[Sample]:
     if task.file.suffix == ".parquet":
         return evaluate.spread_samples(read_samples(task.file), task.limit)
     limit = task.limit or None
-    own_data.require_correct_lines(task.file, task.root, limit, task.orientation)
     return list(own_data.iter_samples(task.file, task.root, limit, task.orientation))
 
 

@@ -12,10 +12,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from mig_kit.boxes import Box, BoxFormat, iou
+from mig_kit.common import model_folder
 from mig_kit.image_files import image_digests
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import name_data
@@ -42,14 +44,15 @@ from mig_kit.stats import (
 )
 from mig_kit.world import find_all, suites
 
-PAIRS = (("grpo", "sft"), ("grpo", "base"), ("sft", "base"), ("grpo", "sft_long"))
+PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"),
+         ("grpo", "sft_long"))
 
 
 def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample]]:
     """Suite -> the samples that are scored: the held-out part of the run's own data, where it has
     some, then the drawn suites whose size is not 0.
 
-    params: of 06. Own data is called as `data` of 01. ValueError where there is nothing to score.
+    params: of 06. Own data is called as `data` of 01.
     """
     data = name_own_data(run_id)
     samples: dict[str, Sequence[Sample]] = {}
@@ -57,9 +60,6 @@ def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample
         held_out = read_samples(store.stage_folder("01_synthesize", run_id) / "val.parquet")
         samples[data] = spread_samples(held_out, params["held_out_samples"])
     samples |= draw_test_samples(params)
-    if not samples:
-        raise ValueError("there is nothing to score: without own data one of "
-                         f"{', '.join(suites.SIZE_PARAMS.values())} must be over 0")
     return samples
 
 
@@ -89,6 +89,20 @@ def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
 def name_own_data(run_id: str) -> str:
     """`data` of the run's 01, "" for drawn scenes."""
     return name_data(run_id).replace("scenes", "")
+
+
+def find_rl_start(start_from: str) -> Path | None:
+    """The folder that 05 started from; None where that is one of the run's own models.
+
+    start_from: of 05. FileNotFoundError where the folder is gone.
+    """
+    if start_from in ("merged", "base", "adapter"):
+        return None
+    folder = model_folder(start_from)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"RL started from {start_from}, which is gone, and 06 compares "
+                                "with it; bring it back, or run 05 again from another model")
+    return folder
 
 
 def spread_samples(samples: Sequence[Sample], count: int) -> Sequence[Sample]:

@@ -1,5 +1,6 @@
 """Stage 00: what this machine has and what the profile will need, before anything is computed."""
 
+import json
 import os
 import shutil
 import time
@@ -8,8 +9,10 @@ from statistics import median
 import psutil
 import torch
 
+from mig_kit.common import PROJECT_ROOT
 from mig_kit.engine.models import TINY_BASE, Hardware, load_model
-from mig_kit.pipeline.store import runs_root
+from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.run_folders import RECIPE, load_branch, load_record, runs_root
 
 # Minutes of each stage of `make run` on two cores of an AMD EPYC (Zen 4, no AMX), and GiB of memory
 # that it stayed within.
@@ -18,6 +21,8 @@ TINY_COST = {
     "04_rejection_sampling": (2.1, 4.0), "05_grpo": (7.3, 6.0), "06_evaluate": (2.9, 6.0),
     "07_report": (0.3, 4.0)}
 REFERENCE_SECONDS = 0.435  # what `time_reference_step` gave in that run
+FIXED_MINUTES = 0.2  # of a stage: its kernel, imports and pictures
+BUSY_PERCENT = 20  # of the cores; where others take more, a timed step says little
 
 
 def describe_machine() -> dict:
@@ -53,14 +58,39 @@ def time_reference_step(hardware: Hardware, rounds: int = 7) -> float:
     return median(seconds)
 
 
-def predict_minutes(seconds: float) -> list[dict]:
-    """Rows {stage, minutes, memory_gib}: the measured cost, its time scaled to this machine.
+def measure_others(seconds: float = 1.0) -> float:
+    """Percent of this machine's cores that other programs take, while this one waits."""
+    return psutil.cpu_percent(seconds)
 
-    seconds: of `time_reference_step`.
+
+def read_plan(plan_file: str, run_id: str, profile: str) -> tuple[list[str], dict[str, dict]]:
+    """The stages that will run after this one, and the parameters of all, by stage.
+
+    plan_file: what `mig-kit run` writes of its stages; where there is none they are the run's own,
+    with the profile's parameters. Those of a branch's source have what was recorded of them.
+    """
+    branch = load_branch(run_id).get("stages", ())
+    params = {stage: (load_record(stage, run_id) or {}).get("params", {}) for stage in branch}
+    if plan_file:
+        plan = json.loads((PROJECT_ROOT / plan_file).read_text())
+    else:
+        plan = {stage: profile_params(stage, profile) for stage in RECIPE if stage not in branch}
+    return [stage for stage in plan if stage in TINY_COST], params | plan
+
+
+def predict_minutes(seconds: float, stages: list[str], work: dict[str, float]) -> list[dict]:
+    """Rows {stage, minutes, memory_gib}: the measured cost, scaled to this machine and this work.
+
+    seconds: of `time_reference_step`. stages: those that will run. work: in shares of the tiny
+    profile's, 1 where there is none; of each stage's time FIXED_MINUTES do not depend on it.
     """
     scale = seconds / REFERENCE_SECONDS
-    return [{"stage": stage, "minutes": round(minutes * scale, 1), "memory_gib": gib}
-            for stage, (minutes, gib) in TINY_COST.items()]
+    rows = []
+    for stage in stages:
+        minutes, gib = TINY_COST[stage]
+        minutes = FIXED_MINUTES + work.get(stage, 1.0) * (minutes - FIXED_MINUTES)
+        rows.append({"stage": stage, "minutes": round(scale * minutes, 1), "memory_gib": gib})
+    return rows
 
 
 def require_resources(machine: dict, memory_gib: float, disk_gib: float,
@@ -84,14 +114,16 @@ def require_resources(machine: dict, memory_gib: float, disk_gib: float,
             "free; free some disk or set MIG_KIT_RUNS to a larger one")
 
 
-def summary(profile: str, minutes: float, hours: list[dict]) -> str:
-    """What the profile will take, in a few words.
+def summary(profile: str, minutes: float, hours: list[dict], others: float = 0.0) -> str:
+    """What the run will take, in a few words.
 
-    minutes: of the tiny profile on this machine. hours: rows of `gpu_needs.predict`, [] where the
-    profile needs no GPU.
+    minutes: of its stages on this machine. hours: rows of `gpu_needs.predict`, [] where the profile
+    needs no GPU. others: of `measure_others`.
     """
     if not hours:
-        return f"about {minutes:.0f} minutes in all"
+        busy = (f"; this machine is too busy to be timed: other programs take {others:.0f} % of "
+                "its cores" if others > BUSY_PERCENT else "")
+        return f"about {minutes:.0f} minutes in all{busy}"
     card = next(name for name in hours[0] if name.startswith("80 GB"))
     by_kit, served = (sum(row[card] for row in hours if row["drawn by"] != other)
                       for other in ("a server", "the kit"))

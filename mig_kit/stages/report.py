@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from PIL.Image import Image
 
 from mig_kit import plots
-from mig_kit.pipeline.cold_start import NEEDS_SFT
+from mig_kit.pipeline.joint_rules import NEEDS_SFT
 from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS, suite_name
 from mig_kit.sample import Sample
 from mig_kit.stages.report_gallery import (
@@ -172,7 +172,8 @@ def two_run_page(metrics: dict[str, dict[str, dict]], differences: list[dict]) -
             for suite, result in evaluation["systems"]["grpo"].items()]
     scores = plots.plot_bars(bars, "suite", "score", "Greedy score of the GRPO models, percent",
                              "run", "colorblind", "ci95")
-    rows = [{name: str(value) for name, value in row.items()} for row in differences]
+    columns = ("stage", "what", "name", *metrics)
+    rows = [dict(zip(columns, map(str, row.values()))) for row in differences]
     sections = [
         ("Scores, greedy (percent)", html_table(compare_scores(evaluated))),
         ("Bars", image_tag(scores, describe_scores(bars, "suite", "run"))),

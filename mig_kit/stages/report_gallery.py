@@ -18,7 +18,7 @@ from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS
 from mig_kit.prompts import format_question, parse_reply, reply_box_in_original
 from mig_kit.rewards import is_correct, reply_iou
 from mig_kit.sample import Sample
-from mig_kit.stages.report_tables import classify_list, load_greedy_replies
+from mig_kit.stages.report_tables import RL_STARTS, classify_list, load_greedy_replies
 from mig_kit.world.objects import is_drawn, is_on_target, list_object_boxes
 
 OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option", "no answer",
@@ -114,15 +114,14 @@ def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[
 def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems: Iterable[str],
                     box_format: BoxFormat, per_kind: int) -> tuple[list[tuple[str, Sample]],
                                                                    dict[str, dict[str, str]]]:
-    """(gallery of all suites, replies per system by sample id), from the base or, where the run has
-    one, the SFT model to the GRPO model; folder: "replies" of 06. Other arguments: see
-    `pick_gallery`.
+    """(gallery of all suites, replies per system by sample id), from the first of RL_STARTS to the
+    GRPO model; folder: "replies" of 06. Other arguments: see `pick_gallery`.
     """
     gallery: list[tuple[str, Sample]] = []
     replies: dict[str, dict[str, str]] = {}
     for suite, part in samples.items():
         by_system = load_greedy_replies(folder, suite, part, systems)
-        before = by_system["sft" if "sft" in by_system else "base"]
+        before = next(by_system[name] for name in RL_STARTS if name in by_system)
         picked = pick_gallery(part, before, by_system["grpo"], box_format, per_kind)
         gallery += picked
         for system, by_id in by_system.items():

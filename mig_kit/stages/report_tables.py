@@ -16,13 +16,14 @@ from mig_kit.rewards import image_overlap, is_correct, weakest_iou
 from mig_kit.sample import Sample
 from mig_kit.stats import group_by_task, paired_gap_by_list
 
-SYSTEM_NAMES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
-DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "base"))
+SYSTEM_NAMES = {name: SYSTEM_LABELS[name] for name in ("base", "sft", "start", "grpo")}
+RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
+DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
 
 CAPTIONS = {
-    "claims": "Points that RL adds, with the 95 % interval over test samples. An interval above 0 "
-              "is an effect of RL in this run. What another seed would give is not in it: "
-              "mig-kit table compares seeds.",
+    "claims": "Points by which the GRPO model leads, with the 95 % interval over test samples: "
+              "over SFT what RL adds, over the base what SFT and RL add together. What another "
+              "seed would give is not in the interval: mig-kit table compares seeds.",
     "held_out": "Questions of your data that nothing was trained on, answered greedily, in "
                 "percent. They were set aside by the hash of their first image; left_out.txt of 01 "
                 "says how many of their images are in training all the same.",
@@ -45,7 +46,8 @@ CAPTIONS = {
                 "sample. ▲ and ▼ mark gains and losses whose interval leaves out 0; ▼ against the "
                 "base is what this run lost.",
     "gallery": "One picture a question: the target is solid green, a reference dotted pink, and "
-               "every system's box dashed in its colour with its letter (b base, S SFT, G GRPO). A "
+               "every system's box dashed in its colour with its letter (b base, S SFT, R start of "
+               "RL, G GRPO). A "
                "loose box overlaps the target more than any other object; a wrong object is "
                "another thing, or nothing.",
     "tasks": "Look for tasks that stay where SFT left them: their prompts may be too easy, too "
@@ -71,7 +73,7 @@ CAPTIONS = {
 
 
 def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
-                        systems: Iterable[str] = SYSTEM_NAMES) -> dict[str, dict[str, str]]:
+                        systems: Iterable[str]) -> dict[str, dict[str, str]]:
     """System -> sample id -> its greedy reply, of those SYSTEM_NAMES that are in `systems`; folder:
     "replies" of 06.
     """
@@ -164,13 +166,13 @@ def gap_text(gap: dict) -> str:
 
 
 def pass_at_k_rows(systems: dict) -> list[dict]:
-    """Rows {suite, system, samples, pass@1, ...} of SFT and GRPO, in percent; [] where 06 drew
-    no replies. systems: of stage 06's metrics.
+    """Rows {suite, system, samples, pass@1, ...} of GRPO and what it began with, in percent; []
+    where 06 drew no replies. systems: of stage 06's metrics.
     """
     return [{"suite": suite_name(suite), "system": SYSTEM_NAMES[system],
              "samples": result["n_sampled"],
              **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
-            for suite in systems["grpo"] for system in ("sft", "grpo") if system in systems
+            for suite in systems["grpo"] for system in ("sft", "start", "grpo") if system in systems
             if (result := systems[system][suite]).get("pass_at_k")]
 
 

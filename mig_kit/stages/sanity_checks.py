@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from transformers import TrainerCallback
@@ -16,11 +17,17 @@ from transformers import TrainerCallback
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.logprobs import reply_logps
 from mig_kit.engine.models import Policy
+from mig_kit.engine.own_rewards import compute_reward
+from mig_kit.engine.sampling import draw_replies
 from mig_kit.image_files import image_digests
-from mig_kit.rewards import is_correct
+from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample
 
 PAIRS_AT_ONCE = 16
+FIRST_PROMPTS = 16  # that are answered before the first update where no pass rate is known
+RL_NEEDS = ("RL makes likelier what a model sometimes gets right; let it learn from traces first "
+            "(teacher own or endpoint in 01), or start from the folder of a model that answers "
+            "some of these questions (start_from of 05, with curate random in 04)")
 
 
 def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
@@ -104,11 +111,31 @@ def _sum_by_reply(values: np.ndarray, replies: list[str], tokenizer) -> list[flo
     return sums
 
 
+def nothing_earned_warning(policy: Policy, samples: Sequence[Sample], rewards: dict[str, Reward],
+                           params: SimpleNamespace) -> str:
+    """One sentence if no first reply earns any of the rewards beside format, else "".
+
+    policy: what RL starts from; params: of 05. A group is drawn for each of FIRST_PROMPTS samples.
+    """
+    prompts = samples[:FIRST_PROMPTS]
+    groups = draw_replies(policy, prompts, params.num_generations, params.temperature,
+                          params.max_completion_length)
+    earned = {name: {compute_reward(name, reward, reply, sample, policy.box_format)
+                     for sample, group in zip(prompts, groups) for reply in group} - {None}
+              for name, reward in rewards.items() if name != "format"}
+    names = [name for name in earned if earned[name]]  # which the prompts are about
+    if not names or any(earned[name] != {0.0} for name in names):
+        return ""
+    return (f"none of the first {params.num_generations * len(prompts)} replies, to {len(prompts)} "
+            f"prompts, earned anything for {', '.join(names)}: {RL_NEEDS}")
+
+
 class StopIfNothingLearns(TrainerCallback):
     """Stops a training whose logged figures say that nothing can be learnt.
 
     At any step: a loss or gradient that is not finite. If it holds in all of the first `patience`
-    steps: no reward, no box reward though images are correct, no group with a spread.
+    steps: no reward beside that for the format, no box reward though images are correct, no group
+    with a spread.
     """
 
     def __init__(self, patience: int = 8):
@@ -128,8 +155,18 @@ class StopIfNothingLearns(TrainerCallback):
             return
         self.rows.append(logs)
         if len(self.rows) == self.patience:
+            self._stop_without_task_reward()
             self._stop_without_spread()
             self._stop_without_box_reward()
+
+    def _stop_without_task_reward(self) -> None:
+        names = {name: name.split("/")[1] for name in sorted(self.rows[0])
+                 if name.startswith("rewards/") and name.endswith("/mean")}
+        earned = {short: self._logged(name) for name, short in names.items()
+                  if short != "format" and self._logged(name)}
+        if earned and not any(map(any, earned.values())):
+            raise ValueError(f"no reply earned anything for {', '.join(earned)} in all of the "
+                             f"first {self.patience} steps: {RL_NEEDS}")
 
     def _stop_without_spread(self) -> None:
         if not all(row["frac_reward_zero_std"] == 1 for row in self.rows):

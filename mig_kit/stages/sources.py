@@ -1,8 +1,6 @@
-"""Stage 01, the questions: drawn scenes, your own JSONL, or MGrounding-630k, as one cold-start, RL
-and validation set.
+"""Stage 01, the questions: drawn scenes or your own data, as one cold-start, RL and validation set.
 """
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -10,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from mig_kit.common import PROJECT_ROOT, progress_bar, write_atomically
-from mig_kit.data import mgrounding, own_data
+from mig_kit.data import own_data
+from mig_kit.data.records import iter_entries
 from mig_kit.image_files import (
     IMAGE_FOLDER,
     IMAGE_MANIFEST,
@@ -19,14 +18,16 @@ from mig_kit.image_files import (
     LazyImages,
     SkipReport,
 )
-from mig_kit.sample import Sample, SampleWriter, TableRows, Trace, read_samples
+from mig_kit.sample import SampleWriter, TableRows, Trace, read_samples
 from mig_kit.world import suites
 from mig_kit.world.find_all import draw_find_all
 
 SET_NAMES = ("cot", "rl", "val")
 # the file of each set while 01 runs; the questions of cot.parquet await their traces
 FILE_OF_SET = {"cot": "questions.parquet", "rl": "rl.parquet", "val": "val.parquet"}
-TEACHERS = ("rules", "endpoint", "own", "none")
+# by whether there is no teacher, and so no cold start
+SMALL_SET = {False: 'hold out more of a small set, as -p data_shares "[0.4, 0.3, 0.3]"',
+             True: 'hold out more of a small set, as -p data_shares "[0, 0.7, 0.3]"'}
 REPORT_FILE = "left_out.txt"
 NAMES_FILE = "left_out_names.txt"  # everything that the report counts, where there is any
 
@@ -38,11 +39,9 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
     They are written to FILE_OF_SET in `folder` as they are read, real images to its images/ as
     they are; what an earlier, killed run completed is read from there. The questions of the set
     cot hold the replies that came with them. Relative paths start at the project's folder. A
-    damaged image's question is left out and counted. ValueError for an unknown source or teacher,
-    a source that the teacher cannot write about, and a set that stays empty. OwnDataError for a
-    wrong line, FileNotFoundError for a missing file or image root, before anything is written.
+    damaged image's question is left out and counted. ValueError for a set that stays empty,
+    OwnDataError for a wrong line, before anything is written.
     """
-    check_source(p)
     report_file = folder / REPORT_FILE
     files = [report_file, *(folder / file for file in FILE_OF_SET.values())]
     if not all(file.is_file() for file in files):
@@ -53,47 +52,15 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
     return sets, report_file.read_text()
 
 
-def check_source(p: SimpleNamespace) -> None:
-    """ValueError or FileNotFoundError, with the fix, for parameters of 01 that name no usable
-    source; reads no data.
-    """
-    if p.teacher not in TEACHERS:
-        raise ValueError(f"teacher is '{p.teacher}'; use one of {', '.join(TEACHERS)}")
-    if p.data not in ("scenes", "own", "mgrounding"):
-        raise ValueError(f"data is '{p.data}'; use scenes, own or mgrounding")
-    if p.teacher == "own" and p.data != "own":
-        raise ValueError(f"the teacher 'own' is the key 'reply' of data 'own'; with data "
-                         f"'{p.data}' use another teacher")
-    if p.lesson_questions and p.data != "scenes":
-        raise ValueError(f"lesson_questions are drawn, for the tiny base; with data '{p.data}' set "
-                         "it to 0")
-    if p.cot_find_all_per_task and p.teacher == "none":
-        raise ValueError("cot_find_all_per_task is for the cold start, which teacher 'none' leaves "
-                         "out; set it to 0, or use rl_find_all_per_task")
-    if p.data == "scenes":
-        return
-    if p.cot_find_all_per_task or p.rl_find_all_per_task:
-        raise ValueError(f"cot_find_all_per_task and rl_find_all_per_task are drawn; with data "
-                         f"'{p.data}' set them to 0")
-    if p.teacher == "rules":
-        raise ValueError(f"the rules teacher reads drawn scenes only; with data '{p.data}' set "
-                         "teacher to none and start_from to base (RL alone: images, question and "
-                         "target are enough), to own (your key 'reply') or to endpoint")
-    if not p.data_file:
-        raise ValueError(f"data is '{p.data}': name its file in data_file")
-    path, root = source_paths(p)
-    if not path.is_file() or not root.is_dir():
-        raise FileNotFoundError(f"data_file {path} or image_root {root} is not there")
-    shares = p.data_shares
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"data_shares is {shares}; give three shares, of cot, rl and val, that "
-                         "sum to 1")
-
-
 def source_paths(p: SimpleNamespace) -> tuple[Path, Path]:
     """The annotation file and the folder of its images."""
     path = PROJECT_ROOT / p.data_file
     return path, PROJECT_ROOT / p.image_root if p.image_root else path.parent
+
+
+def count_questions(p: SimpleNamespace) -> int:
+    """Entries of the data file, be they correct or not."""
+    return sum(1 for _ in iter_entries(source_paths(p)[0]))
 
 
 def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
@@ -126,61 +93,64 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     if p.teacher == "none":
         shares = [0.0, shares[0] + shares[1], shares[2]]
     images_of_set: dict[str, set[int]] = {name: set() for name in SET_NAMES}
+    path, root = source_paths(p)
+    limit = p.data_limit or None
+    n_lines = own_data.require_correct_lines(path, root, limit, p.orientation)
     with ExitStack() as stack:
-        store = None
-        writers = None
-        for sample, reply in _iter_source(p, report):
-            if writers is None:  # the first question is there, so no line was wrong
-                store = ImageStore(folder / IMAGE_FOLDER)
-                writers = _open_writers(folder, stack)
+        store = ImageStore(folder / IMAGE_FOLDER)
+        writers = _open_writers(folder, stack)
+        bar = stack.enter_context(progress_bar(None, "store questions", total=n_lines))
+        for line in own_data.iter_usable_lines(path, root, limit, p.orientation):
+            bar.update(line.number - bar.n)
+            report.read += 1
+            if line.problems:
+                report.add("unreadable image", f"line {line.number}: {line.problems[0]}")
+                continue
+            sample = line.sample
             try:
                 images = LazyImages([store.add(image.content) for image in sample.images.encoded])
             except BadImage as error:
-                report.kept -= 1
                 report.add(error.reason, f"{sample.id}: {error}")
                 continue
+            report.kept += 1
             stored = replace(sample, images=images)
             name = choose_set(images.encoded[0].sha256, shares)
-            if name == "cot" and p.teacher == "own" and not reply:
+            if name == "cot" and p.teacher == "own" and not line.reply:
                 name = "rl"
             images_of_set[name] |= {int(image.sha256[:16], 16) for image in images.encoded}
-            writers[name].write(stored, Trace(reply, "own", "") if name == "cot" else None)
-        counts = {name: writer.n_written for name, writer in (writers or {}).items()}
-        _require_questions(counts, p.teacher, report)
+            writers[name].write(stored, Trace(line.reply, "own", "") if name == "cot" else None)
+        counts = {name: writer.n_written for name, writer in writers.items()}
+        _require_questions(counts, p, report)
         write_atomically(folder / IMAGE_MANIFEST,
                          lambda temporary: temporary.write_text(store.manifest()))
     n_shared = len(images_of_set["val"] & (images_of_set["cot"] | images_of_set["rl"]))
     names = f"all of them by name: {NAMES_FILE}\n" if report.counts else ""
-    return (f"{report.summarize()}\n{names}held out: {counts['val']} questions; {n_shared} of "
-            f"their {len(images_of_set['val'])} images are also in training\n")
+    return (f"{report.summarize()}\n{names}{counts['cot'] + counts['rl']} questions to train, "
+            f"{describe_held_out(counts['val'], p)}\n{n_shared} of the "
+            f"{len(images_of_set['val'])} held-out images are also in training\n")
 
 
-def _iter_source(p: SimpleNamespace, report: SkipReport) -> Iterator[tuple[Sample, str]]:
-    """(sample, its own reply or "") of the data file, with a bar and the time left."""
-    path, root = source_paths(p)
-    limit = p.data_limit or None
-    if p.data == "own":
-        n_lines = own_data.require_correct_lines(path, root, limit, p.orientation)
-        lines = own_data.iter_replied_samples(path, root, limit, report, p.orientation)
-        with progress_bar(None, "store questions", total=n_lines) as bar:
-            for number, sample, reply in lines:
-                yield sample, reply
-                bar.update(number - bar.n)
-        return
-    with progress_bar(None, "store questions", total=path.stat().st_size, unit="B",
-                      unit_scale=True) as bar:
-        for sample in mgrounding.iter_samples(path, root, report, limit=limit,
-                                              on_bytes=bar.update, orientation=p.orientation):
-            yield sample, ""
+def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
+    """How many questions nothing trains on, and, of own data, what a few of them need.
+
+    98 / sqrt(n) points is half the widest 95 % interval of a share of n.
+    """
+    text = f"{n_questions} held out"
+    if p.data == "scenes" or n_questions >= 96:
+        return text
+    points = min(50, round(98 / max(1, n_questions)**0.5))
+    return (f"{text}, which tell a score to about {points} points either way: "
+            f"{SMALL_SET[p.teacher == 'none']}")
 
 
-def _require_questions(counts: dict[str, int], teacher: str, report: SkipReport) -> None:
+def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipReport) -> None:
     """ValueError if a set stays empty; without a teacher there is no cold-start set."""
-    needed = SET_NAMES if teacher != "none" else SET_NAMES[1:]
+    needed = SET_NAMES if p.teacher != "none" else SET_NAMES[1:]
     empty = [name for name in needed if not counts.get(name)]
     if empty:
-        raise ValueError(f"no question fell to {' and '.join(empty)}; raise data_limit or change "
-                         f"data_shares\n{report.summarize()}")
+        raise ValueError(f"no question fell to {' and '.join(empty)}, with data_shares "
+                         f"{p.data_shares}; {SMALL_SET[p.teacher == 'none']}, or raise data_limit\n"
+                         f"{report.summarize()}")
 
 
 def choose_set(sha256: str, shares: list[float]) -> str:

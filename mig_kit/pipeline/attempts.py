@@ -1,0 +1,221 @@
+"""Attempts at a stage: each is made beside what has finished, and takes its place when it is done.
+
+An attempt lies in runs/<run id>/NN_stage.new-KEY, KEY being the start of the key of all that its
+results follow from. What has finished stays valid under its own name meanwhile, and is kept in
+NN_stage.before until the next one has finished. An attempt that was stopped goes on when the stage
+is started with the same key; with another key it stays where it is.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from mig_kit.common import file_sha256, write_json
+from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST
+from mig_kit.pipeline.run_folders import read_record, runs_root
+
+MARKER = "started.json"
+NOT_PRODUCTS = ("metrics.json", MARKER)  # they hold times and names of runs
+WORTH_KEEPING = 60.0  # seconds; an attempt of less is no loss
+
+
+def attempt_folder(stage: str, run_id: str, key: str) -> Path:
+    """Where an attempt with this key is made."""
+    return runs_root() / run_id / f"{stage}.new-{key[:8]}"
+
+
+def list_attempts(stage: str, run_id: str) -> list[Path]:
+    """The folders of attempts that have not finished."""
+    return sorted((runs_root() / run_id).glob(f"{stage}.new-*"))
+
+
+def open_attempt(stage: str, run_id: str, key: str, facts: dict) -> tuple[Path, dict]:
+    """The folder in which an attempt goes on or begins, and its marker.
+
+    What has finished with the same key is linked or copied into a new attempt, so that its cells
+    find all of it done. facts: of `store.stage_facts`. The marker is {"key", "facts", "spent"
+    (seconds of earlier attempts that this one goes on from), "repeats" (all was finished already)}
+    and, where the folder was renamed by hand, "resumed_from", the key of what it goes on from.
+    """
+    folder = attempt_folder(stage, run_id, key)
+    marker = read_marker(folder)
+    if marker.get("repeats"):  # another kernel's look at what has finished
+        shutil.rmtree(folder)
+        marker = {}
+    if marker:
+        marker = {**marker, "spent": seconds_spent(folder)}
+        if marker["key"] != key:
+            marker |= {"key": key, "facts": facts, "resumed_from": marker["key"]}
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # half of a copy
+        final = runs_root() / run_id / stage
+        repeats = _copy_finished(final, folder, key)
+        replaced = None if repeats else _copy_finished(final.with_name(f"{stage}.before"), folder,
+                                                       key)
+        marker = {"key": key, "facts": facts, "repeats": bool(repeats),
+                  "spent": replaced["seconds"] if replaced else 0.0}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MARKER, marker)
+    return folder, marker
+
+
+def begin_anew(stage: str, run_id: str, key: str, facts: dict) -> None:
+    """An empty attempt with this key, whatever there was of one, or has finished."""
+    folder = attempt_folder(stage, run_id, key)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / MARKER, {"key": key, "facts": facts, "spent": 0.0, "repeats": False})
+
+
+def set_others_aside(stage: str, run_id: str, key: str, facts: dict) -> list[str]:
+    """A sentence on each attempt with another key that cost minutes: what differs, and how to go on
+    with it. Those that cost less are deleted.
+    """
+    sentences, new = [], attempt_folder(stage, run_id, key)
+    for folder in list_attempts(stage, run_id):
+        if folder == new:
+            continue
+        if (seconds := seconds_spent(folder)) < WORTH_KEEPING:
+            shutil.rmtree(folder)
+            continue
+        differences = describe_differences(read_marker(folder).get("facts", {}), facts)
+        sentences.append(
+            f"warning: an attempt that was stopped after {seconds / 60:.0f} min stays in {folder}: "
+            f"{differences}; to go on with it change that back, or stop this one and, as it is: "
+            f"rm -r {new} && mv {folder} {new}; delete it if it is of no use")
+    return sentences
+
+
+def promote(folder: Path, final: Path) -> None:
+    """Let a finished attempt take its place; what was there is kept as .before."""
+    before, oldest = (final.with_name(f"{final.name}.{end}") for end in ("before", "oldest"))
+    if final.exists():
+        if before.exists():
+            before.rename(oldest)
+        final.rename(before)
+    if folder.exists():  # else whoever looked meanwhile has done it, see `load_record`
+        folder.rename(final)
+    shutil.rmtree(oldest, ignore_errors=True)
+
+
+def bring_back(stage: str, run_id: str, key: str) -> bool:
+    """Exchange what has finished for what it replaced, where that has this key; True if so."""
+    final = runs_root() / run_id / stage
+    before, aside = (final.with_name(f"{stage}.{end}") for end in ("before", "new-aside"))
+    if aside.exists() and not before.exists():  # a kill came between these renames
+        aside.rename(before)
+    record = read_record(before / "run.json")
+    if record is None or record["key"] != key or not is_intact(before, record):
+        return False
+    if final.exists():
+        final.rename(aside)
+    before.rename(final)
+    if aside.exists():
+        aside.rename(before)
+    return True
+
+
+def read_marker(folder: Path) -> dict:
+    """The marker of the attempt that a folder holds; {} where there is none, or a broken one."""
+    try:
+        return json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def seconds_spent(folder: Path) -> float:
+    """Seconds of the attempts that a folder holds, up to the last file that is kept of them."""
+    marker = read_marker(folder)
+    if not marker or marker.get("repeats"):
+        return 0.0
+    begun = (folder / MARKER).stat().st_mtime
+    written = [path.stat().st_mtime for path in folder.rglob("*")
+               if path.is_file() and path.suffix != ".log"]
+    return round(marker["spent"] + max(written) - begun, 1)
+
+
+def _copy_finished(source: Path, folder: Path, key: str) -> dict | None:
+    """Put what has finished with this key into `folder`, and give its run.json; None if there is
+    nothing of that. Weights, checkpoints and stored images, which are never written in place, as
+    hard links where the disk has them.
+    """
+    record = read_record(source / "run.json")
+    if record is None or record["key"] != key or not is_intact(source, record):
+        return None
+
+    def link_or_copy(path: str, target: str) -> None:
+        is_fixed = path.endswith(".safetensors") or any(
+            part in Path(path).parts for part in ("checkpoints", IMAGE_FOLDER))
+        try:
+            (os.link if is_fixed else shutil.copy2)(path, target)
+        except OSError:
+            shutil.copy2(path, target)
+
+    shutil.copytree(source, folder, copy_function=link_or_copy, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("run.json", MARKER, "*.ipynb"))
+    return record
+
+
+def is_intact(folder: Path, record: dict) -> bool:
+    """True if all that a finished stage made is still there as it was, by size and time or, where
+    the time is another, by its hash; the images that it lists are there too.
+    """
+    if find_damaged(folder, record):
+        return False
+    if IMAGE_MANIFEST not in record.get("outputs", ()):
+        return True
+    images = folder / IMAGE_FOLDER
+    names = set(os.listdir(images)) if images.is_dir() else set()
+    return names.issuperset((folder / IMAGE_MANIFEST).read_text().split())
+
+
+def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path | None:
+    """The first file of a finished stage that is gone or not what the stage wrote, or None.
+
+    is_thorough: hash every file, also those whose size and time are as they were.
+    """
+    for name, digest in record.get("outputs", {}).items():
+        path = folder / name
+        if not path.is_file():
+            return path
+        facts = record.get("stats", {}).get(name)
+        if (is_thorough or facts != file_facts(path)) and file_sha256(path) != digest:
+            return path
+    return None
+
+
+def find_damaged_image(folder: Path, record: dict) -> Path | None:
+    """The first of a stage's stored images that is gone or has another SHA-256 than its name, or
+    None.
+    """
+    if IMAGE_MANIFEST not in record.get("outputs", ()):
+        return None
+    paths = (folder / IMAGE_FOLDER / name for name in (folder / IMAGE_MANIFEST).read_text().split())
+    return next((path for path in paths
+                 if not path.is_file() or file_sha256(path) != path.stem), None)
+
+
+def file_facts(path: Path) -> list[int]:
+    """[bytes, time of the last change in ns], by which a file is taken to be the same."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def describe_differences(before: dict, now: dict) -> str:
+    """What differs between the facts of two attempts, in words; three things at most by name."""
+    differences = []
+    for kind, values in now.items():
+        old = before.get(kind, {})
+        if kind == "cell":
+            differences += [f"the cell '{cell.splitlines()[0]}'"
+                            for cell in values if cell not in old][:1]
+            if not differences and len(values) < len(old):
+                differences.append("a cell that is gone")
+            continue
+        for name in sorted({*old, *values}):
+            if old.get(name) == values.get(name):
+                continue
+            change = f" ({old.get(name)}, now {values.get(name)})" if kind == "parameter" else ""
+            differences.append(f"the {kind} {name}{change}")
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return f"what differs is {', '.join(differences[:3])}{more}" if differences else "it is as now"

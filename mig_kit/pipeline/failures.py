@@ -1,0 +1,60 @@
+"""Why a command failed, in one sentence that says what helps."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+# How Python and the libraries say that a disk is full; the last is torch.save.
+FULL = re.compile(r"\[Errno (?:28|122)\]|\(os error (?:28|122)\)|inline_container\.cc")
+LOCKED = re.compile(r"\[Errno (?:1|13|30)\] [^:]+(?:: '([^']+)')?")
+
+
+def failure_sentence(error: Exception, notebook: Path) -> str:
+    """What went wrong in a cell: "ValueError: message", never without a message.
+
+    error: papermill's PapermillExecutionError. notebook: the executed one.
+    Where the cell has no error among its outputs, what it printed says it.
+    """
+    sentence = f"{error.ename}: {error.evalue}"
+    if not error.evalue.strip():
+        plain = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
+        lines = re.findall(r"^-+> *\d+ +(.+)$", plain, re.M)  # the line that failed, of each frame
+        sentence = (f"{error.ename} at: {lines[-1]}" if lines else _printed_error(error, notebook))
+    return describe_disk(sentence, notebook.parent) or sentence
+
+
+def _printed_error(error: Exception, notebook: Path) -> str:
+    """The message of a traceback that Python printed in place of the notebook, or the last line."""
+    cells = json.loads(notebook.read_text())["cells"]
+    outputs = cells[error.cell_index + 2].get("outputs", [])  # papermill has put two cells before
+    text = "".join("".join(output["text"]) for output in outputs if output.get("name") == "stderr")
+    text = re.sub(r"^ *[|+]-* ?", "", text, flags=re.M)  # the frame around a group of errors
+    _, frame, below = text.rpartition('File "')
+    lines = [line for line in below.splitlines()[bool(frame):]
+             if line.strip(" -") and not line.startswith("  ")]
+    message = "\n".join(lines if frame else lines[-1:])
+    return message or f"cell {error.exec_count} ended without a word; look at it"
+
+
+def describe_os_error(error: OSError) -> str:
+    """What went wrong with a file or a disk."""
+    path = Path(error.filename or ".")
+    return describe_disk(str(error), path if path.is_dir() else path.parent) or str(error)
+
+
+def describe_disk(text: str, folder: Path) -> str:
+    """What helps where an error's text says that a disk is full or may not be written, else "".
+
+    folder: on that disk, where the text names no path.
+    """
+    if FULL.search(text):
+        place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+        free = shutil.disk_usage(place).free / 2**20
+        return (f"the disk of {place} is full, {free:.0f} MB are free; make room and give the same "
+                f"command, which goes on from what is finished ({text})")
+    if match := LOCKED.search(text):
+        return (f"{match[1] or folder} may not be read or written; change its rights, or name "
+                "another folder of runs in the environment variable MIG_KIT_RUNS, and give the "
+                f"same command ({text})")
+    return ""

@@ -1,0 +1,113 @@
+"""What tells models, files and images from others under the same name.
+
+A file counts by its SHA-256, so that a copy is the same file. Large weights and large sets of
+images, which take minutes to read, count by size and time.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from mig_kit.common import PROJECT_ROOT, file_sha256, iter_lines, model_folder, progress_bar
+from mig_kit.image_files import is_regular_file
+from mig_kit.pipeline.run_folders import runs_root
+
+LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
+LARGE_SET = 2**35  # bytes of images, likewise
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
+CACHE = ".images_{}.json"  # in the folder of runs: of a root's images, size and time, and SHA-256
+JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')  # one without an end takes the rest along
+
+
+def model_fingerprint(model: str) -> dict[str, str]:
+    """What tells a model folder's weights and settings from others; {} for a hub name. Large files
+    by their size and time.
+    """
+    folder = model_folder(model)
+    files = [path for kind in MODEL_FILES for path in folder.glob(kind)]
+    return {path.name: _file_fingerprint(path) for path in sorted(files) if path.is_file()}
+
+
+def _file_fingerprint(path: Path) -> str:
+    return _size_and_time(path) if path.stat().st_size > LARGE_FILE else file_sha256(path)
+
+
+def _size_and_time(path: Path) -> str:
+    facts = path.stat()
+    return f"{facts.st_size} {facts.st_mtime_ns}"
+
+
+def hash_named_files(params: dict) -> dict[str, str]:
+    """SHA-256 of the files that parameters ending in "_file" name, where they are there, and under
+    "images" of the images that these ask about.
+    """
+    files = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
+             if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
+    images = image_fingerprint(params)
+    return files | ({"images": images} if images else {})
+
+
+def image_fingerprint(params: dict) -> str:
+    """`hash_images` of what 01's own data, or 06's benchmark, asks about; "" without such data."""
+    suite = params.get("benchmark") or params.get("data") or "scenes"
+    file, limit = ("annotations_file", "benchmark_limit") if params.get("benchmark") else (
+        "data_file", "data_limit")
+    if suite == "scenes" or not (PROJECT_ROOT / params[file]).is_file():
+        return ""
+    path, root = PROJECT_ROOT / params[file], PROJECT_ROOT / params["image_root"]
+    is_beside = file == "data_file" and not params["image_root"]
+    return hash_images(suite, path, path.parent if is_beside else root, params[limit])
+
+
+def hash_images(suite: str, file: Path, root: Path, limit: int = 0) -> str:
+    """SHA-256 over names and contents of the images below `root` that a file's questions name.
+
+    suite: a benchmark, or any other word for own data; limit: of questions, 0 for all. A file whose
+    size and time are known is not read again; one that is gone counts as it was.
+    """
+    from mig_kit.scoring.run_benchmark import RUNNABLE, iter_image_paths
+
+    images = dict(iter_image_paths(suite, file, root, limit) if suite in RUNNABLE else
+                  ((name, root / name.removeprefix("file://")) for name in _texts(file, limit)))
+    facts = {name: _size_and_time(path) for name, path in images.items() if is_regular_file(path)}
+    sizes = (int(fact.split()[0]) for fact in facts.values())
+    digests = facts if sum(sizes) > LARGE_SET else _hash_files(root, images, facts)
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _texts(file: Path, limit: int) -> Iterator[str]:
+    """Every text in a file of own data, for any may name an image."""
+    is_by_line = file.suffix == ".jsonl"  # else a list, which has no lines to count
+    lines = islice(iter_lines(file), limit or None) if is_by_line else [(1, file.read_bytes())]
+    for _, line in lines:
+        for text in JSON_STRING.finditer(line or b""):
+            try:
+                yield json.loads(text.group())
+            except ValueError:  # stage 01 refuses the line
+                continue
+
+
+def _hash_files(root: Path, images: dict[str, Path], facts: dict[str, str]) -> dict[str, str]:
+    """Name -> SHA-256 of the images that are there, or were."""
+    cache = runs_root() / CACHE.format(hashlib.sha256(str(root).encode()).hexdigest()[:16])
+    try:
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):  # none yet, or broken
+        known = {}
+    base = root.resolve()  # what leads out of it is refused by the stage, and not read here
+    moved = [name for name, fact in facts.items() if known.get(name, [""])[0] != fact
+             and images[name].resolve().is_relative_to(base)]
+    for name in progress_bar(moved, "hash images", delay=5):
+        known[name] = [facts[name], file_sha256(images[name])]
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        if moved:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            temporary = cache.with_suffix(f".{os.getpid()}.tmp")  # of this process alone
+            temporary.write_text(json.dumps(known))
+            temporary.replace(cache)
+    return {name: known[name][1] for name in images if name in known}
