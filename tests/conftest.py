@@ -13,13 +13,9 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Trainer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PROCESS_ENVIRONMENT
 from mig_kit.engine import models
 from mig_kit.pipeline.params import profile_params
 from mig_kit.world.tasks import TASKS, make_sample
-
-for name, value in PROCESS_ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
 
 
 def pytest_collection_modifyitems(items):
@@ -96,13 +92,18 @@ def smoke_runs(tmp_path_factory):
     """A folder of runs with a smoke run, "smoke", 08, 09 and 90 too, through the command line.
 
     Tests change copies of it. It is made once, by the first of the processes that the tests run in.
+    Jupyter knows a kernel python3 that is another's: the kit's own runs the notebooks all the same.
     """
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-runs"
+    foreign = base / "jupyter" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    (foreign / "kernel.json").write_text(
+        '{"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}')
     with FileLock(f"{root}.lock"):
         for stages in ((), ("08", "09", "90")):
             words = ("run", *stages, "--profile", "smoke", "--run-id", "smoke")
-            result = run_mig_kit(*words, MIG_KIT_RUNS=str(root))
+            result = run_mig_kit(*words, MIG_KIT_RUNS=str(root), JUPYTER_PATH=str(base / "jupyter"))
             assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
     return root
 

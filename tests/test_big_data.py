@@ -9,8 +9,9 @@ from PIL import Image
 
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import file_sha256
 from mig_kit.image_files import BadImage, ImageStore, LazyImages, image_digests, pixel_digest
-from mig_kit.pipeline import store
+from mig_kit.pipeline import attempts
 from mig_kit.sample import SampleWriter, read_replies, read_samples, write_samples
 from mig_kit.stages import sources, synthesize
 from mig_kit.world.tasks import make_sample
@@ -69,7 +70,7 @@ def test_files_are_stored_once_as_they_are_and_a_kill_repeats_nothing(own, tmp_p
     (tmp_path / "out/left_out.txt").unlink()  # as a kill leaves it
     sources.load_training_sets(change(), tmp_path / "out")
     assert tables == {file: (tmp_path / "out" / file).read_bytes() for file in tables}
-    monkeypatch.setattr(sources, "_iter_source", refuse)
+    monkeypatch.setattr(sources.own_data, "require_correct_lines", refuse)
     sources.load_training_sets(change(), tmp_path / "out")  # complete: the data is not read
 
 
@@ -133,10 +134,10 @@ def test_a_stored_image_that_is_gone_or_changed_is_one_sentence(own, tmp_path):
     path.write_bytes(b"other")
     with pytest.raises(BadImage, match="bytes have another SHA-256"):
         images[0]
-    record = {"outputs": {"images.txt": "x"}}
-    assert store.outputs_exist(tmp_path / "out", record)
+    record = {"outputs": {"images.txt": file_sha256(tmp_path / "out" / "images.txt")}}
+    assert attempts.is_intact(tmp_path / "out", record)
     path.unlink()
-    assert not store.outputs_exist(tmp_path / "out", record)
+    assert not attempts.is_intact(tmp_path / "out", record)
 
 
 def test_without_a_teacher_all_questions_go_to_rl_and_validation(own, tmp_path):

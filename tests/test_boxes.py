@@ -9,7 +9,6 @@ from mig_kit.boxes import (
     MODEL_COORDINATES,
     BoxFormat,
     Coordinates,
-    giou,
     iou,
     rescale_box,
     smart_resize,
@@ -88,11 +87,3 @@ def test_every_kind_of_coordinates_is_described():
 
 def test_rescale_by_hand():
     assert rescale_box((1, 2, 3, 4), (10, 10), (20, 5)) == (2, 1, 6, 2)
-
-
-def test_giou_by_hand():
-    assert giou((0, 0, 2, 2), (0, 0, 2, 2)) == 1
-    assert giou((0, 0, 2, 2), (2, 0, 4, 2)) == 0, "they fill their enclosing box"
-    assert giou((0, 0, 1, 1), (3, 0, 4, 1)) == pytest.approx(-0.5)
-    assert giou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
-    assert giou((2, 2, 0, 0), (0, 0, 2, 2)) == -1

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from command_line import run_mig_kit
 
+from mig_kit import PROCESS_ENVIRONMENT
 from mig_kit.cli import cli
-from mig_kit.common import PROCESS_ENVIRONMENT
 from mig_kit.world.tasks import make_sample
 
 
@@ -36,12 +36,15 @@ ENDPOINT_WITH_A_KEY = ("-p", "teacher", "endpoint", "-p", "endpoint_url", "http:
 
 @pytest.mark.parametrize("words,sentence", [
     (("run", "05", "-p", "num_generation", "4"), "did you mean 'num_generations'"),
-    (("run", "05", "-p", "num_generations", "many"), "must be a int"),
+    (("run", "05", "-p", "num_generations", "many"), "must be an int, 2 or more"),
     (("run", "05", "-p", "scale_rewards", "nope"), "one of batch, group, none"),
     (("run", "-p", "learning_rat", "1"), "did you mean 'learning_rate'"),
     (("run", "01", "-p", "detail_mix", "[4.0,1.0"), "-p detail_mix '[4.0,1.0' is no value"),
     (("run", "01", "-p", "run_id", "b"), "use --run-id"),
     (("run", "01", "--run-id", "a/b"), "run_id is 'a/b'; use letters"),
+    (("run", "01", "--run-id", "my run"), "use letters, digits, '-', '_' and, inside, '.'"),
+    (("run", "05", "-p", "lr=2e-4"), "did you mean 'learning_rate'? Write -p learning_rate 2"),
+    (("run", "05", "-p", "beta=0.1", "-p", "seed", "1"), "is one word; write -p beta 0.1"),
     (("run", "01", *ENDPOINT_WITH_A_KEY), "endpoint_url must be like"),
     (("run", "99"), "no stage '99'"),
     (("run", "05", "--run-id", "none-such"), "05_grpo needs 01_synthesize of run 'none-such'"),
@@ -102,7 +105,7 @@ def test_a_model_that_is_nowhere_is_one_sentence(tmp_path):
     make_sample("refer_grounding", "val", 0).images[0].save(image)
     result = run_mig_kit("ground", "--model", "tinny", "--image", str(image), "Where?",
                              HF_HUB_OFFLINE="1")
-    assert "there is no folder tinny" in result.stderr
+    assert "there is no run and no folder 'tinny'; did you mean 'tiny'?" in result.stderr
     assert "Traceback" not in result.stderr and result.returncode
 
 

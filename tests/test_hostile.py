@@ -7,6 +7,8 @@ import json
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -47,7 +49,7 @@ def traced_memory():
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("width,height", [
-    (60_000, 60_000), (20_000, 20_000), (2**31 - 1, 1), (10_001, 10_000)])
+    (60_000, 60_000), (20_000, 20_000), (2**31 - 1, 1), (14_000, 7_000), (8_193, 8_192)])
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height, traced_memory):
     bomb = write_png(tmp_path / "a.png", width, height)
     before = tracemalloc.get_traced_memory()[0]
@@ -60,6 +62,16 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height, 
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (line,) = own_data.check_file(tmp_path / "a.jsonl", tmp_path)
     assert line[1], "the image is named as a problem"
+
+
+def test_a_large_image_is_refused_without_a_warning_of_pillow(tmp_path):
+    bomb = write_png(tmp_path / "a.png", 14_000, 7_000)
+    code = ("from pathlib import Path; from mig_kit.image_files import open_rgb; "
+            f"open_rgb(Path({str(bomb)!r}))")
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert "Warning" not in printed and printed.splitlines()[-1].endswith(
+        "has 14000x7000 pixels; Qwen2.5-VL takes sides up to 200 to 1, and the kit 67,108,864 "
+        "pixels; crop or shrink it")
 
 
 def test_an_image_is_what_its_bytes_say_and_not_its_name(tmp_path):
@@ -152,3 +164,16 @@ def test_a_predictions_line_of_a_hundred_megabytes_takes_bounded_memory(tmp_path
     with pytest.raises(ValueError, match="line 2 of .*P.jsonl is longer than"):
         record_files.read_records(path)
     assert traced_memory() - before < 8 << 20
+
+
+@pytest.mark.parametrize(("template", "cause"), [
+    ("{{ messages.__class__.__mro__ }}", "SecurityError: access to attribute '__class__' of"),
+    ("{{ raise_exception('no') }}", "TemplateError: no"), ("{% if %}", "TemplateSyntaxError: "),
+    ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero")])
+def test_a_template_that_the_sandbox_blocks_is_one_sentence(random_folder, tmp_path, template,
+                                                            cause):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"^the chat template fails with {cause}.*; copy "
+                                         "chat_template.jinja from the model that this one"):
+        models.load_processor(folder, BoxFormat())

@@ -131,12 +131,13 @@ def test_a_folders_images_come_in_order_and_others_are_counted(tmp_path):
     for name in ("b/c.png", "a.JPG", "d.bmp"):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "e.png").write_text("no image")
-    (tmp_path / "f.txt").write_text("no image by its name")
+    (tmp_path / "f.txt").write_text("no image either")
+    Image.new("L", (8, 8)).save(tmp_path / "g", format="GIF")
     report = SkipReport()
     images = dict(iter_images(tmp_path, report))
-    assert list(images) == ["a.JPG", "b/c.png", "d.bmp"]
+    assert list(images) == ["a.JPG", "b/c.png", "d.bmp", "g"]
     assert {image.mode for image in images.values()} == {"RGB"}
-    assert "1  unreadable image: e.png" in report.summarize()
+    assert "2  unreadable image: e.png, f.txt" in report.summarize()
     assert len(list(iter_images(tmp_path, SkipReport(), limit=2))) == 2
 
 

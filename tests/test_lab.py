@@ -18,11 +18,14 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 
+from mig_kit.cli import cli
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
 from mig_kit.pipeline.execute import choose_params
+from mig_kit.pipeline.run_lock import find_writer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -220,13 +223,66 @@ def test_an_interrupt_in_lab_loses_nothing(lab, page):
     prepare("06_evaluate", "again", folder / "again.ipynb")
     show(page, address, "again")
     run_all(page)
-    wait_until((interrupted / "replies" / "base_mig_bench_drawn.jsonl").is_file, page)
+    drawn = "06_evaluate.new-*/replies/base_mig_bench_drawn.jsonl"
+    wait_until(lambda: list((root / "again").glob(drawn)), page)
     choose_command(page, "Kernel", "kernelmenu:interrupt")
     page.wait_for_selector(IDLE, timeout=60_000)
     assert not (interrupted / "run.json").is_file()
     names = sorted(path.name for path in (expected / "replies").glob("*.jsonl"))
-    assert len(list((interrupted / "replies").glob("*.jsonl"))) < len(names)
+    assert len(list((root / "again").glob("06_evaluate.new-*/replies/*.jsonl"))) < len(names)
     run_all(page)
     wait_until((interrupted / "run.json").is_file, page, max_errors=1)
     for name in ("metrics.json", *(f"replies/{name}" for name in names)):
         assert (interrupted / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def run_cells(page, count):
+    """Run the first cells one by one, as with Shift+Enter."""
+    page.locator(".jp-Notebook .jp-Cell").first.click()
+    for _ in range(count):
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_timeout(300)
+    page.wait_for_selector(IDLE, timeout=120_000)
+
+
+def describe_files(folder):
+    """Content and time of every file."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({}, "it has finished (reward "), ({"max_steps": 200}, "finishing it replaces 05_grpo of run")])
+def test_stepping_through_05_loses_nothing(changes, sentence, lab, page, monkeypatch):
+    """Its first cells with the parameters of what has finished; with others, interrupted while it
+    trains.
+    """
+    address, folder, root = lab
+    finished = root / "lab" / "05_grpo"
+    if not (finished / "run.json").is_file():
+        pytest.skip("needs the notebooks before it")
+    monkeypatch.setenv("MIG_KIT_RUNS", str(root))
+    before = describe_files(finished)
+    status = CliRunner().invoke(cli, ["status", "lab"]).output
+    papermill.execute_notebook(
+        PROJECT_ROOT / "notebooks" / "05_grpo.ipynb", folder / "steps.ipynb",
+        choose_params("05_grpo", "smoke", "lab", changes), prepare_only=True)
+    show(page, address, "steps")
+    if changes:
+        run_all(page)
+        wait_until(lambda: list((root / "lab").glob("05_grpo.new-*/checkpoints/*")), page)
+        choose_command(page, "Kernel", "kernelmenu:interrupt")
+        page.wait_for_selector(IDLE, timeout=60_000)
+    else:
+        run_cells(page, 8)
+    take_screenshot(page, f"stepping_{len(changes)}")
+    outputs = save_and_read(page, folder / "steps.ipynb")  # the page holds the cells in sight alone
+    assert sentence in "".join(output.get("text", "") for output in outputs)
+    choose_command(page, "Kernel", "kernelmenu:shutdown")
+    for _ in range(100):
+        if not find_writer(root / "lab"):
+            break
+        time.sleep(0.2)
+    assert describe_files(finished) == before
+    now = CliRunner().invoke(cli, ["status", "lab"]).output
+    assert now.replace(", another attempt was stopped", "") == status

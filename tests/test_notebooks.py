@@ -57,18 +57,26 @@ def test_a_second_run_repeats_nothing(runs):
     assert result.stdout.count("up to date") == len(store.RECIPE) and "report:" in result.stdout
 
 
+def describe_files(folder):
+    """Content and time of every file."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 @pytest.mark.parametrize("stage", store.STAGES)
-def test_nbval_runs_the_executed_notebook(stage, runs):
+def test_nbval_runs_the_executed_notebook(stage, runs, tmp_path):
     """nbval runs the notebook that papermill left, parameters injected, and behind it what it tells
-    the reader to try; its cells' asserts are the test.
+    the reader to try; its cells' asserts are the test. What has finished stays as it is.
     """
     folder = runs / "smoke" / stage
     notebook = nbformat.read(folder / f"{stage}.ipynb", 4)
     notebook.cells += [nbformat.v4.new_code_cell(text) for text in python_blocks(stage)]
-    path = folder / "again.ipynb"
+    path, before = tmp_path / "again.ipynb", describe_files(folder)
     nbformat.write(notebook, path)
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider",
                "--nbval-cell-timeout=600", str(path)]
     result = subprocess.run(command, env={**os.environ, "MIG_KIT_RUNS": str(runs)},
-                            capture_output=True, text=True, cwd=folder)
+                            capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
+    assert describe_files(folder) == before
+    assert not list(folder.parent.glob("*.new-*")), "an attempt was left"

@@ -15,21 +15,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 from big_data import make_data
 from command_line import run_mig_kit
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models
-from mig_kit.engine.processors import load_processor
-from mig_kit.engine.server_requests import PromptEncoder
 from mig_kit.pipeline import store
 from mig_kit.pipeline.params import stage_parameters
-from mig_kit.sample import read_replies, read_samples
-from mig_kit.speed import cpu_needs, gpu_needs
 
 LAYERS = int(os.environ.get("MIG_KIT_LAYERS", "4"))
 MINUTES, GIB, DISK_GB = (10, 14, 10) if LAYERS < 36 else (45, 20, 25)
@@ -69,33 +62,6 @@ class MemoryWatch(threading.Thread):
             self.mapped_gib = max(self.mapped_gib, mapped / 2**30)
 
 
-def predict(model: Path, own_file: Path, folder: Path) -> dict[str, dict]:
-    """The predictions of 00 for these parameters and questions, by stage."""
-    named = {"base_model": str(model), "data_file": str(own_file)}
-    profile = gpu_needs.Profile(*(
-        SimpleNamespace(**vars(part) | {name: value for name, value in (CHANGES | named).items()
-                                        if name in vars(part)})
-        for part in gpu_needs.read_profile("smoke")))
-    profile = profile._replace(sft=SimpleNamespace(**vars(profile.sft) | SFT_CHANGES))
-    sizes = json.loads((folder / "metrics.json").read_text())["sizes"]  # shares of few are uneven
-    profile.synthesize.data_shares = [sizes[name] / sum(sizes.values())
-                                      for name in ("cot", "rl", "val")]
-    box_format = BoxFormat(profile.synthesize.min_pixels, profile.synthesize.max_pixels)
-    processor = load_processor(model, box_format)
-    encoder = PromptEncoder(processor, box_format, [])
-    ids = encoder.prompt_ids(read_samples(folder / "cot.parquet")[0])
-    trace = len(processor.tokenizer(read_replies(folder / "cot.parquet")[0])["input_ids"])
-    images = ids.count(processor.image_token_id)
-    hardware = models.choose_hardware("bfloat16", "cpu")
-    rates = cpu_needs.measure_rates(hardware)
-    lengths = cpu_needs.Lengths(len(ids), images, trace, len(ids), trace)
-    print(rates, lengths, sizes, flush=True)
-    shape = gpu_needs.find_shape(str(model))
-    drawn_lengths = cpu_needs.measure_drawn_lengths(profile)
-    rows = cpu_needs.predict_on_cpu(shape, profile, hardware, rates, lengths, drawn_lengths)
-    return {row["stage"]: row for row in rows}
-
-
 @pytest.mark.real_size
 def test_the_3b_goes_through_all_stages(tmp_path):
     tokenizer = os.environ.get("MIG_KIT_QWEN_TOKENIZER", "")
@@ -109,7 +75,7 @@ def test_the_3b_goes_through_all_stages(tmp_path):
     lines = own_file.read_text().splitlines()
     own_file.write_text("\n".join(lines[::2]))  # no image stands in two questions: each is seen
     options = {**CHANGES, "base_model": model, "data_file": own_file}
-    run, minutes, gib, predicted = tmp_path / "real", {}, {}, {}
+    run, minutes, gib = tmp_path / "real", {}, {}
     for stage in store.RECIPE[1:]:
         known = stage_parameters(stage)
         values = options | SFT_CHANGES if stage == "02_sft" else options
@@ -122,11 +88,8 @@ def test_the_3b_goes_through_all_stages(tmp_path):
         watch.is_over.set()
         minutes[stage], gib[stage] = (time.monotonic() - start) / 60, watch.gib
         assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-        predicted = predicted or predict(model, own_file, run / stage)
-        row = predicted.get(stage, {"minutes": None, "memory_gib": None, "private_gib": None})
-        print(f"{stage}: {minutes[stage]:.1f} min (predicted {row['minutes']}), "
-              f"{gib[stage]:.1f} GiB (predicted {row['private_gib']}), with mapped files "
-              f"{watch.mapped_gib:.1f} (predicted {row['memory_gib']})", flush=True)
+        print(f"{stage}: {minutes[stage]:.1f} min, {gib[stage]:.1f} GiB, with mapped files "
+              f"{watch.mapped_gib:.1f}", flush=True)
     disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
     print(f"{LAYERS} layers: {sum(minutes.values()):.1f} min, {max(gib.values()):.1f} GiB, "
           f"{disk:.1f} GB left in the run")

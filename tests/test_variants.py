@@ -2,13 +2,20 @@
 """
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from hashlib import sha256
 
+import nbformat
 import pytest
 from command_line import run_mig_kit
 
+from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
+from mig_kit.pipeline.execute import choose_params
 
 pytestmark = pytest.mark.slow
 VARIANT = ("run", "05", "06", "--from", "smoke", "--run-id", "variant", "--profile", "smoke",
@@ -30,9 +37,9 @@ def runs(smoke_runs, tmp_path_factory):
 
 
 def describe_files(folder):
-    """Hash and time of every file."""
+    """Hash and time of every file but the lock, which names the last process that wrote there."""
     return {path: (sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-            for path in folder.rglob("*") if path.is_file()}
+            for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
 def test_a_variant_is_one_command_and_has_its_own_stages_alone(runs):
@@ -53,6 +60,31 @@ def test_a_variant_is_one_command_and_has_its_own_stages_alone(runs):
     assert first["inputs"]["03_merge"].items() >= second["inputs"]["03_merge"].items()
     adapter = json.loads((runs / "variant/05_grpo/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "../../../smoke/03_merge/merged"
+
+
+def test_a_notebook_stopped_with_other_parameters_leaves_what_has_finished(runs, tmp_path):
+    """Its first cells, as stepped through in JupyterLab, up to the training; then the kernel ends.
+    """
+    before = describe_files(runs / "smoke")
+    notebook = nbformat.read(PROJECT_ROOT / "notebooks" / "05_grpo.ipynb", 4)
+    training = next(number for number, cell in enumerate(notebook.cells)
+                    if "jobs.run_job" in cell.source)
+    notebook.cells = notebook.cells[:training + 1]
+    nbformat.write(notebook, tmp_path / "steps.ipynb")
+    values = choose_params("05_grpo", "smoke", "smoke", {"max_steps": 1})
+    script = (f"import papermill; papermill.execute_notebook({str(tmp_path / 'steps.ipynb')!r}, "
+              f"{str(tmp_path / 'out.ipynb')!r}, {values!r}, progress_bar=False)")
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path,
+                   env={**os.environ, "MIG_KIT_RUNS": str(runs)})
+    assert "finishing it replaces 05_grpo of run 'smoke' (reward " in (
+        tmp_path / "out.ipynb").read_text()
+    after = describe_files(runs / "smoke")
+    assert {path: after[path] for path in before} == before
+    attempt, = {path.relative_to(runs / "smoke").parts[0] for path in after.keys() - before.keys()}
+    assert (runs / "smoke" / attempt / "adapter").is_dir()
+    lines = run_mig_kit("status", "smoke", MIG_KIT_RUNS=str(runs)).stdout
+    assert not re.search("not finished|stale|running", lines), lines
+    shutil.rmtree(runs / "smoke" / attempt)
 
 
 def test_a_variant_goes_on_without_its_sources_name(runs):

@@ -176,7 +176,7 @@ def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, compute_l
     torch.manual_seed(0)
     if variant == "checkpointed":
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if variant == "long":
         model.set_attn_implementation(attention.NAME)
         monkeypatch.setattr(attention, "LONG_WITHOUT_GRADIENT", 1)

@@ -101,7 +101,7 @@ def test_what_ignores_sigterm_is_killed():
     ("worker", "ended with exit status 1: a process was ended by signal 9")])
 def test_whoever_of_torchrun_is_killed_leaves_no_process(family, victim, sentence):
     command, wait_for_ids = family
-    launcher = jobs.plan_launch("torchrun --standalone --nproc-per-node 2", 2)
+    launcher = jobs.plan_launch("torchrun --standalone --nproc-per-node 2")
     words = [*launcher.words, *command[1:], "child"]
     code = f"from mig_kit.engine import jobs; jobs.run_command({words!r}, 2)"
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,

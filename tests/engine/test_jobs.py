@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from mig_kit import launchers
+from mig_kit.common import write_json
 from mig_kit.engine import jobs
 
 
@@ -27,7 +29,7 @@ def two_cores(monkeypatch):
     ("python -m torch.distributed.run --nproc-per-node 2", 2, 1),
     ("env A=1 torchrun", 0, 1)])
 def test_words_of_a_launcher(launcher, local, nodes, tmp_path):
-    launch = jobs.plan_launch(launcher, 8)
+    launch = jobs.plan_launch(launcher)
     assert (launch.local, launch.nodes) == (local, nodes)
     command = launch.command(tmp_path)
     assert command[1:] == [*launcher.split()[1:], "-m", "mig_kit.stages.train", str(tmp_path)]
@@ -36,33 +38,31 @@ def test_words_of_a_launcher(launcher, local, nodes, tmp_path):
 
 def test_programs_beside_python_come_first(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    program = jobs.plan_launch("torchrun --nproc-per-node 1", 1).words[0]
+    program = jobs.plan_launch("torchrun --nproc-per-node 1").words[0]
     assert os.path.dirname(program) == os.path.dirname(sys.executable)
 
 
 @pytest.mark.parametrize(("launcher", "sentence"), [
     ("torchrunn --nproc-per-node 2", "starts with 'torchrunn', which is neither beside .*install"),
     ("torchrun 'a", "is no command"),
-    ("torchrun --nnodes 1 --nproc-per-node", "is cut .*expected one argument"),
-    ("torchrun --nproc-per-node 3", "3 processes cannot share 4 steps"),
-    ("torchrun --nnodes 3 --nproc-per-node 2", "6 processes cannot share 4 steps")])
+    ("torchrun --nnodes 1 --nproc-per-node", "is cut .*expected one argument")])
 def test_what_cannot_work_is_refused_at_once(launcher, sentence):
     with pytest.raises(ValueError, match=sentence):
-        jobs.plan_launch(launcher, 4)
+        jobs.plan_launch(launcher)
 
 
 def test_one_gpu_or_core_needs_no_launcher(monkeypatch):
     two, many = "torchrun --nproc-per-node 2", "torchrun --nproc-per-node 8"
-    assert jobs.plan_launch("", 4) is jobs.plan_launch(" ", 4) is None
+    assert jobs.plan_launch("") is jobs.plan_launch(" ") is None
     monkeypatch.setattr(jobs, "count_cores", lambda: 1)
-    assert jobs.plan_launch(two, 4) is None
+    assert jobs.plan_launch(two) is None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert jobs.plan_launch(two, 4) is None
-    assert jobs.plan_launch("torchrun --nnodes 2 --nproc-per-node 1", 4).nodes == 2
+    assert jobs.plan_launch(two) is None
+    assert jobs.plan_launch("torchrun --nnodes 2 --nproc-per-node 1").nodes == 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert jobs.plan_launch(two, 4).local == 2
+    assert jobs.plan_launch(two).local == 2
     with pytest.raises(ValueError, match="starts 8 processes, and this machine has 4 GPUs"):
-        jobs.plan_launch(many, 8)
+        jobs.plan_launch(many)
 
 
 def save_state(folder, params, **inputs):
@@ -82,7 +82,7 @@ def test_a_job_runs_alike_here_and_launched(launcher, tmp_path, monkeypatch, cap
                       "print(stage, params.seed); save_state(folder, params, **inputs)\n")
     tests = os.path.dirname(__file__)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), tests]))
-    monkeypatch.setattr(jobs, "MODULE", "saving")
+    monkeypatch.setattr(launchers, "MODULE", "saving")
     monkeypatch.chdir(tmp_path)
     params = SimpleNamespace(launcher=launcher, gradient_accumulation_steps=4, seed=7)
     state = jobs.run_job(save_state, "05_grpo", tmp_path, params, kept="saving.py", base="a/hub")
@@ -126,3 +126,21 @@ def test_processes_share_the_cores_unless_it_is_said_how(monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     jobs.run_command(command, 2)
     assert "\nhas 3\n" in capsys.readouterr().out
+
+
+def test_a_training_that_has_ended_is_taken_from_disk(tmp_path, capsys):
+    """So a notebook whose cells are run again shows it and trains nothing."""
+    trained = []
+
+    def train(folder, params):
+        trained.append(1)
+        checkpoint = folder / "checkpoints" / "checkpoint-3"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        write_json(checkpoint / "trainer_state.json", {"global_step": 3, "max_steps": 3})
+
+    params = SimpleNamespace(launcher="", gradient_accumulation_steps=1)
+    for _ in range(2):
+        assert jobs.run_job(train, "02_sft", tmp_path, params).global_step == 3
+    assert trained == [1]
+    assert "this training has ended, and is taken from disk: 3 updates of 20" in (
+        capsys.readouterr().out)

@@ -185,17 +185,20 @@ def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model,
         processor.save_pretrained(tmp_path, push_to_hub=True)
 
 
-@pytest.mark.parametrize("run", ["default", "branch"])
-def test_an_adapter_finds_its_base_when_the_folder_of_runs_has_moved(
-        random_folder, float32, tmp_path, monkeypatch, run):
-    """The base lies in the same run, or in the run that this one starts from."""
-    base = shutil.copytree(random_folder, tmp_path / "runs" / "default" / "03_merge" / "merged")
+@pytest.mark.parametrize(("base", "run"), [
+    ("runs/default/03_merge/merged", "default"), ("runs/default/03_merge/merged", "branch"),
+    ("mig_kit/tiny_base", "default")])
+def test_an_adapter_finds_its_base_when_both_have_moved(random_folder, float32, tmp_path,
+                                                        monkeypatch, base, run):
+    """The base lies in the same run, in the run that this one starts from, or in the project."""
+    base = shutil.copytree(random_folder, tmp_path / "project" / base)
     model = get_peft_model(models.load_model(base, float32), training.lora_config(4, 8))
-    folder = tmp_path / "runs" / run / "05_grpo"
+    folder = tmp_path / "project" / "runs" / run / "05_grpo"
     folder.mkdir(parents=True)
     training.save_adapter(SimpleNamespace(model=model, is_world_process_zero=lambda: True), folder)
-    (tmp_path / "runs").rename(tmp_path / "elsewhere")
-    monkeypatch.chdir(tmp_path / "elsewhere" / run / "05_grpo" / "adapter")
+    assert len({file.stat().st_mode for file in (folder / "adapter").iterdir()}) == 1
+    (tmp_path / "project").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere" / "runs" / run / "05_grpo" / "adapter")
     base = PeftConfig.from_pretrained(".").base_model_name_or_path
     stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     assert PeftModel.from_pretrained(stock, ".").peft_config["default"].r == 4

@@ -111,6 +111,35 @@ def test_model_folders_that_lack_something(random_folder, tmp_path):
         models.check_model_folder(folder)
 
 
+@pytest.mark.parametrize(("file", "content", "sentence"), [
+    ("tokenizer.json", None, "has no tokenizer.json; copy it"),
+    ("tokenizer.json", b"{", "the tokenizer of .* cannot be read .*; copy tokenizer.json and"),
+    ("config.json", b"{", "config.json' is not a valid JSON file.*; copy it from the model"),
+    ("model.safetensors", b"\x09", "model.safetensors is cut or broken .*; copy it again"),
+    ("chat_template.jinja", None, "has no chat template; copy chat_template.jinja or .json"),
+    ("chat_template.jinja", b"{% for", "chat template fails with TemplateSyntaxError: .*; copy"),
+    ("chat_template.jinja", b"{{ messages[0].role }}", "leaves images out; copy chat_template")])
+def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
+        file, content, sentence, random_folder, float32, tmp_path, monkeypatch):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    (folder / file).unlink()
+    if content:
+        (folder / file).write_bytes(content)
+    monkeypatch.setattr(models, "load_model", None)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        models.load_policy(folder, float32, BoxFormat())
+
+
+def test_an_adapters_folder_names_the_command_that_asks_it(random_folder, tmp_path):
+    base = shutil.copytree(random_folder, tmp_path / "merged")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "../merged"}')
+    command = f"mig-kit eval --model {base} --adapter {tmp_path / 'adapter'} "
+    with pytest.raises(FileNotFoundError, match=f"not a model; merge it .*, or ask: {command}"):
+        models.check_model_folder(tmp_path / "adapter")
+
+
 def test_a_relative_folder_starts_at_the_project(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert models.resolve_model("tiny") == models.TINY_BASE
@@ -206,5 +235,5 @@ def test_relatives_load_in_normalized_coordinates_only(family, relatives, float3
 def test_another_kind_of_model_is_refused(tmp_path, random_folder, float32):
     shutil.copytree(random_folder, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is a llama; the kit loads qwen2_5_vl, qwen2_vl, qwen3"):
+    with pytest.raises(ValueError, match="is a llama; the kit loads qwen2_5_vl, .* mig-kit score"):
         models.load_model(tmp_path / "model", float32)

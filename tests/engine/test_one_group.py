@@ -179,7 +179,7 @@ def test_one_update_makes_good_replies_likelier(make_lesson):
 @pytest.mark.parametrize("changes", [
     {"share_prefix": False}, {"num_iterations": 2, "epsilon": 0.1}, {"lora_dropout": 0.1},
     {"loss_type": "bnpo", "top_entropy_quantile": 0.5, "mask_truncated_completions": True},
-    {"difficulty_weight": True, "prompt_pool": 2}, {"beta": 0.04, "gradient_checkpointing": True},
+    {"beta": 0.04, "gradient_checkpointing": True},
     {"micro_replies": 4, "server": "http://127.0.0.1:9"}])
 def test_the_lesson_is_the_plain_one_whatever_the_training_varies(make_lesson, changes):
     trainer, _, batch = make_lesson(**changes)

@@ -84,6 +84,27 @@ def test_every_reward_is_tried_before_training(load, samples, body, sentence):
     try_rewards(REWARDS, samples, BOX_FORMAT)
 
 
+@pytest.mark.parametrize("body", ["    len(reply)\n", "    return None\n",
+                                  "    if reply == 'never':\n        return 1\n"])
+def test_a_reward_that_gives_none_for_every_reply_is_refused(load, samples, body):
+    reward, file = load(HEAD + body)
+    with pytest.raises(ValueError) as caught:
+        try_rewards({"box": REWARDS["box"], "center": reward}, samples, BOX_FORMAT)
+    assert str(caught.value).startswith(
+        f"the reward 'center' ({file}, line 1) gave None for every reply, so nothing would learn "
+        "from it: it may lack a return; ")
+
+
+@pytest.mark.parametrize("condition", ["sample.options", "not sample.options", "not reply",
+                                       "sample.task == 'region'"])
+def test_a_reward_may_be_about_some_questions_or_replies(load, samples, condition):
+    reward, _ = load(HEAD + f"    return 1 if {condition} else None\n")
+    many = [*samples, *(make_sample("diff", "val", i) for i in range(70)),
+            make_sample("region", "val", 0)]
+    try_rewards({"center": reward}, many, BOX_FORMAT)
+    try_rewards({"choice": REWARDS["choice"]}, many[-9:], BOX_FORMAT)
+
+
 def test_too_few_arguments_are_one_sentence(load, samples):
     reward, _ = load("def center(reply):\n    return 1\n")
     with pytest.raises(ValueError, match="'center' failed in .*takes 1 positional argument"):

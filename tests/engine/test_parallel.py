@@ -41,5 +41,3 @@ def test_an_error_in_a_thread_is_raised_and_ends_the_rest():
     with pytest.raises(KeyError, match="part 1"):
         list(parallel.map_in_threads(fail_at_1, range(40), 2))
     assert len(done) < 39 and torch.get_num_threads() == cores
-    with pytest.raises(ValueError, match="workers is 0"):
-        list(parallel.map_in_threads(fail_at_1, [], 0))

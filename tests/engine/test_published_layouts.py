@@ -52,6 +52,14 @@ def photos():
     return [Image.effect_noise(size, 60).convert("RGB") for size in SIZES]
 
 
+@pytest.fixture(scope="module")
+def photo_files(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for number, photo in enumerate(photos):
+        photo.save(folder / f"{number}.png")
+    return [folder / f"{number}.png" for number in range(len(photos))]
+
+
 @pytest.fixture
 def sample(photos):
     target = Target(1, BOXES[0])
@@ -152,24 +160,99 @@ def second_image_size(ids: torch.Tensor, image_token: int, factor: int) -> tuple
     return columns * factor, tokens // columns * factor
 
 
-def test_ground_finds_it(published, family, photos, tmp_path, monkeypatch):
-    """The command, with a model that answers in what it really sees."""
+@pytest.fixture
+def ground(family, photo_files, tmp_path, monkeypatch):
+    """Call it with a model's folder and options: the command's output, with a model that answers in
+    what it really sees.
+    """
     def answer(model, processor, prompts, *_, **__):
         seen = second_image_size(prompts[0].ids, processor.image_token_id, FACTORS[family])
         reply = reply_with(BOXES[1], SIZES[1], seen, family, image=2)
         return [[processor.tokenizer.encode(reply)]]
 
+    def call(folder, *options):
+        arguments = ["--model", folder, "--out", tmp_path / "out.png", *options]
+        for path in photo_files:
+            arguments += ["--image", path]
+        command = ["ground", *map(str, arguments), "Where is it?"]
+        result = CliRunner().invoke(cli, command, catch_exceptions=False)
+        assert "image: 2" in result.output
+        box = re.search(r"box: (\d+), (\d+), (\d+), (\d+)", result.output).groups()
+        assert iou(tuple(map(float, box)), BOXES[1]) > 0.985
+        return result.output
+
     monkeypatch.setattr(generation, "generate_rollouts", answer)
-    arguments = ["--model", published[family], "--out", tmp_path / "out.png",
-                 "--coordinates", format_of(family).coordinates]
-    for number, photo in enumerate(photos):
-        photo.save(tmp_path / f"{number}.png")
-        arguments += ["--image", tmp_path / f"{number}.png"]
-    command = ["ground", *map(str, arguments), "Where is it?"]
-    output = CliRunner().invoke(cli, command, catch_exceptions=False).output
-    assert "image: 2" in output
-    box = re.search(r"box: (\d+), (\d+), (\d+), (\d+)", output).groups()
-    assert iou(tuple(map(float, box)), BOXES[1]) > 0.985
+    return call
+
+
+def change_limits(folder, **limits) -> None:
+    """Set limits of a published folder, each under the name that its layout has for it."""
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    for name, value in limits.items():
+        edge = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}[name]
+        if name in settings:
+            settings[name] = value
+        else:
+            settings["size"][edge] = value
+    path.write_text(json.dumps(settings))
+
+
+def test_ground_asks_with_the_folders_own_limits(published, family, ground, tmp_path):
+    folder = shutil.copytree(published[family], tmp_path / "model")
+    change_limits(folder, min_pixels=3136, max_pixels=200704)
+    output = ground(folder)
+    coordinates = format_of(family).coordinates
+    assert f"asked with images of 3136 to 200704 pixels and {coordinates} boxes\n" in output
+
+
+def test_an_option_changes_the_limits_and_both_are_said(published, family, ground):
+    output = ground(published[family], "--min-pixels", 3136, "--max-pixels", 401408)
+    own = {"qwen3_vl": "65536 to 16777216"}.get(family, "3136 to 12845056")
+    assert "asked with images of 3136 to 401408 pixels and" in output
+    assert f"(its own: images of {own} pixels and {format_of(family).coordinates} boxes)" in output
+
+
+@pytest.mark.parametrize("layout", [
+    {"min_pixels": 4000, "max_pixels": 50000}, {"size": {"shortest_edge": 4000,
+                                                         "longest_edge": 50000}},
+    {"min_pixels": 4000, "max_pixels": 50000, "size": {"shortest_edge": 9, "longest_edge": 99}}])
+def test_limits_are_read_from_every_layout(published, tmp_path, layout):
+    folder = shutil.copytree(published["qwen2_5_vl"], tmp_path / "model")
+    path = folder / "preprocessor_config.json"
+    settings = {name: value for name, value in json.loads(path.read_text()).items()
+                if name not in ("min_pixels", "max_pixels")}
+    path.write_text(json.dumps(settings | layout))
+    assert processors.read_box_format(folder) == BoxFormat(4000, 50000)
+    path.unlink()  # transformers 5 writes them elsewhere
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": settings | layout}))
+    assert processors.read_box_format(folder) == BoxFormat(4000, 50000)
+
+
+@pytest.mark.parametrize("text", ['{"min_pixels": 0}', '{"max_pixels": "many"}', "[", "[]",
+                                  '{"size": {"shortest_edge": 3136}}'])
+def test_limits_that_cannot_be_used_are_one_sentence(published, tmp_path, text):
+    folder = shutil.copytree(published["qwen2_5_vl"], tmp_path / "model")
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match="has image settings that cannot be used .*; mend min_"):
+        processors.read_box_format(folder)
+
+
+def test_a_saved_folder_brings_its_box_format_along(published, float32, tmp_path):
+    """The kit's own file holds what the published layout has no place for."""
+    box_format = BoxFormat(3136, 200704, Coordinates.NORMALIZED_1000)
+    base = published["qwen2_5_vl"]
+    policy = models.load_policy(base, float32, box_format)
+    models.save_model(policy.model, policy.processor, tmp_path, base)
+    assert processors.read_box_format(tmp_path) == box_format
+    assert processors.describe_other_format(tmp_path, box_format) == ""
+    assert "was trained on images of 3136 to 200704 pixels and normalized_1000 boxes" in (
+        processors.describe_other_format(tmp_path, BoxFormat()))
+    assert processors.describe_other_format(base, BoxFormat()) == "", "a published budget"
+    (tmp_path / processors.SETTINGS_FILE).write_text('{"coordinates": "furlongs"}')
+    with pytest.raises(ValueError, match="mend .* coordinates in its mig_kit.json"):
+        processors.read_box_format(tmp_path)
 
 
 def test_a_saved_folder_shows_images_at_the_same_size_to_a_stranger(policy, published, family,

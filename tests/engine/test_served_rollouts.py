@@ -184,8 +184,3 @@ def test_other_prompt_ids_are_refused(make_served):
         **answer, "prompt_token_ids": answer["prompt_token_ids"][:-1]})
     with pytest.raises(RuntimeError, match="read other prompt ids than the kit"):
         trainer.train()
-
-
-def test_servers_need_the_shared_prefix(make_served):
-    with pytest.raises(ValueError, match="server needs share_prefix"):
-        make_served(share_prefix=False)

@@ -9,7 +9,8 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.engine.generation import Sampling
 from mig_kit.engine.served_rollouts import ServedRollouts
 from mig_kit.engine.server import ServedModel, Server, asyncio_run, iterate
-from mig_kit.engine.server_requests import PromptEncoder, ServedReply, first_line, redact
+from mig_kit.engine.server_requests import PromptEncoder, ServedReply
+from mig_kit.openai_client import first_line, redact
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Runs that start from another run's stages: what is whose, what is stale, what is refused."""
 
+import hashlib
 import shutil
 
 import pytest
@@ -19,12 +20,17 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+def digest(product):
+    return hashlib.sha256(product.encode()).hexdigest()
+
+
 def leave_stage(root, run_id, stage, product="1", inputs=None):
     """What a finished stage leaves, with one product and the products that it was made from."""
     folder = root / run_id / stage
     folder.mkdir(parents=True, exist_ok=True)
     record = {"params": params.validate_params({}, stage), "key": f"{stage} {product}",
-              "outputs": {"x": product}, "inputs": inputs or {}, "seconds": 60.0, "versions": {}}
+              "outputs": {"x": digest(product)}, "inputs": inputs or {}, "seconds": 60.0,
+              "versions": {}}
     write_json(folder / "metrics.json", {"product": product})
     (folder / "x").write_text(product)
     write_json(folder / "run.json", record)
@@ -57,11 +63,12 @@ def test_a_branch_takes_earlier_stages_by_reference_and_changes_none(root):
     keys = {stage: f"{stage} 1" for stage in store.RECIPE[1:5]}
     assert run_folders.load_branch("b") == {"from": "a", "stages": keys}
     stage = finish_stage("b", "05_grpo", "b")
-    assert stage.folder == root / "b" / "05_grpo"
+    assert stage.final_folder == root / "b" / "05_grpo"
     assert stage.input_path("03_merge", "x") == root / "a" / "03_merge" / "x"
     record = store.load_record("05_grpo", "b")
     assert record["branch"] == {"from": "a", "stages": keys}
-    assert record["inputs"] == {"03_merge": {"x": "1"}, "04_rejection_sampling": {"x": "1"}}
+    products = {"x": digest("1")}
+    assert record["inputs"] == {"03_merge": products, "04_rejection_sampling": products}
     assert store.run_params("b", "05_grpo")["base_model"] == "tiny"
     assert describe_files(root / "a") == before, "neither changed nor locked"
     assert not (root / "b" / "03_merge").exists()
@@ -243,7 +250,7 @@ def test_seeds_one_after_the_other_with_the_time_left(root, monkeypatch, capsys)
         begun, _ = store.begin_stage(stage, values)
         begun.finish({})
         record = store.load_record(stage, run_id)
-        write_json(begun.folder / "run.json", {**record, "seconds": 90.0})
+        write_json(begun.final_folder / "run.json", {**record, "seconds": 90.0})
 
     monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
     words = ["run", "05", "06", "--from", "a", "--run-id", "g-{seed}", "--seeds", "3,4,5"]

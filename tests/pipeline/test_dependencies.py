@@ -80,13 +80,13 @@ def test_a_template_makes_its_stage_stale(stale_after):
 # what a researcher changes, and the number of every stage that uses it
 USERS_OF_TEXT = (
     ("a colour", "mig_kit/palette.py", "#0072B2", "07"),
-    ("the wording of the prompt", "mig_kit/prompts.py", "Think in", "00 01 02 03 04 05 06 07"),
+    ("the wording of the prompt", "mig_kit/prompts.py", "Think in", "01 02 03 04 05 06 07"),
     ("what a model teacher is told", "mig_kit/data/teacher_prompt.py", "You are", "01"),
     ("the words of a comparison", "mig_kit/stages/report.py", "RL over SFT", "07"),
 )
 USERS_OF_FUNCTION = (
     ("format_reward", "05 07"), ("image_reward", "05 07"), ("choice_reward", "05 07"),
-    ("box_reward", "05 07"), ("box_squared_reward", "05 07"), ("names_letter", "04 05 06 07"),
+    ("box_reward", "05 07"), ("names_letter", "04 05 06 07"),
     ("names_target_image", "05 06 07"), ("reply_iou", "01 04 05 06 07"),
     ("cites_only_existing_images", "05 07"),
     ("keep_good_traces", "01"), ("pass_at_k", "04 06"), ("bootstrap_interval", "06 07"),

@@ -49,6 +49,18 @@ def test_only_what_differs_is_named(two_runs):
     assert differences.list_differences("a", "a") == []
 
 
+def test_columns_stand_apart_under_the_runs_names(tmp_path):
+    rows = [{"stage": "06_evaluate", "what": "metric", "name": f"{'x' * 60}.acc@0.5", "a": 44.0,
+             "b": 46.0},
+            {"stage": "02_sft", "what": "parameter", "name": "server", "a": "", "b": "a\nb"}]
+    lines = differences.format_differences(rows, "first_run", "second_run")
+    assert lines[0].split() == ["stage", "what", "name", "first_run", "second_run"]
+    assert lines[1].split() == ["06_evaluate", "metric", rows[0]["name"], "44.0", "46.0"]
+    assert lines[2].endswith("a b") and lines[2].index("a b") == lines[0].index("second_run")
+    assert lines[3] == "2 differences"
+    assert differences.format_differences([], "a", "b") == ["no difference"]
+
+
 def test_a_stage_that_only_one_run_has(two_runs):
     (two_runs / "b" / "02_sft" / "run.json").unlink()
     assert differences.list_differences("a", "b") == [

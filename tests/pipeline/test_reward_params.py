@@ -31,28 +31,20 @@ def test_the_names_are_those_of_the_rewards_and_curves():
 
 
 def test_what_can_be_chosen(own_file):
-    params = check(rewards=["format", "box_giou", f"{own_file}:center"],
-                   reward_weights={"center": 0.5, "box_giou": 2})
-    assert params["reward_weights"]["center"] == 0.5 and params["reward_weights"]["box"] == 1.0
+    params = check(rewards=["format", "box", f"{own_file}:center"],
+                   reward_weights={"center": 0.5, "box": 2})
+    assert params["reward_weights"]["center"] == 0.5 and params["reward_weights"]["box"] == 2.0
     assert check(rewards=["image", "box"], hallucinated_image_penalty="all")["rewards"]
     assert split_function_name(f"{own_file}:center") == (own_file, "center")
 
 
 @pytest.mark.parametrize(("values", "sentence"), [
     ({"rewards": []}, "list names of rewards, such as"),
-    ({"rewards": [*KIT, 3]}, "list names of rewards, such as"),
-    ({"rewards": [*KIT, "box_gious"]}, "did you mean 'box_giou'?"),
+    ({"rewards": ["boxs"]}, "did you mean 'box'?"),
     ({"rewards": [*KIT, "?"]}, "the kit's are format, image, box,"),
     ({"rewards": [*KIT, "box"]}, "two of rewards are called 'box'"),
-    ({"rewards": ["image", "box"]}, "hallucinated_image_penalty is 'format', which is not one"),
     ({"reward_weights": {"boxes": 1.0}}, "reward_weights has 'boxes', which is not one of rewards"),
-    ({"rewards": ["format", "box_step"], "reward_weights": {"box": 0.5}}, "has 'box', which is"),
-    ({"prompt_pool": 3}, "does not go with a launcher; set launcher to"),
-    ({"prompt_pool": 3, "launcher": "", "server": "http://x"}, "does not go with a server"),
-    ({"prompt_pool": 3, "launcher": "", "share_prefix": False}, "prompt_pool needs share_prefix"),
-    ({"difficulty_weight": True, "share_prefix": False}, "difficulty_weight needs share_prefix"),
-    ({"prompt_pool": 0}, "prompt_pool is 0; use 1 or more"),
-    ({"rollout_steps": -1}, "rollout_steps is -1; use 0 or more"),
+    ({"rewards": ["format", "image"], "reward_weights": {"box": 0.5}}, "has 'box', which is"),
     ({"rewards": [*KIT, "none.py:center"]}, "none.py, which does not exist"),
     ({"rewards": [*KIT, "FILE:centre"]}, "has no function 'centre'; it has center, length"),
     ({"rewards": [*KIT, "FILE:length"]}, "have a 'length' of their own; rename the function"),
@@ -67,8 +59,7 @@ def test_what_cannot_be_is_one_sentence(own_file, values, sentence):
     paths = {"FILE": own_file, "BROKEN": broken, "OTHER": other}
     if "rewards" in values:
         for word, path in paths.items():
-            values["rewards"] = [text.replace(word, str(path)) if isinstance(text, str) else text
-                                 for text in values["rewards"]]
+            values["rewards"] = [text.replace(word, str(path)) for text in values["rewards"]]
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
         check(**values)
     assert "\n" not in str(caught.value)

@@ -51,6 +51,8 @@ def test_what_libraries_print_for_their_own_sake_is_left_out():
 
 def test_a_server_that_is_left_out_is_told_on_a_terminal_and_off_it():
     news = "the server http://a:1/v1 is left out (ConnectError); 1 go on"
+    warning = "warning: none of the first 128 replies earned anything for box"
+    assert printed_by(warning, "UserWarning: old") == [f"  {warning}"]
     bar = "\rrollouts:  40%|==    | 4/10 [00:02<00:03]"
     assert printed_by("nothing new", news, f"{bar}{news}") == [f"  {news}"] * 2
     out = io.StringIO()

@@ -1,7 +1,10 @@
 """Run folders: what counts as finished, what is kept, and who may write."""
 
+import errno
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,8 +14,8 @@ from click.testing import CliRunner
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.cli import cli
-from mig_kit.common import PROJECT_ROOT, write_json
-from mig_kit.pipeline import execute, params, store
+from mig_kit.common import PROJECT_ROOT, file_sha256, write_json
+from mig_kit.pipeline import attempts, dependencies, execute, params, run_lock, store
 
 
 @pytest.fixture
@@ -28,11 +31,14 @@ def begin(**values) -> store.Stage:
     return stage
 
 
-def leave_record(root, stage, run_id="a", outputs=None, **values):
+def leave_record(root, stage, run_id="a", product="1", **values):
     """What a finished stage leaves for those after it."""
-    write_json(make_folder(root, stage, run_id) / "run.json",
-               {"params": params.validate_params(values, stage), "key": "k",
-                "outputs": outputs or {"x": "1"}})
+    folder = make_folder(root, stage, run_id)
+    (folder / "x").write_text(product)
+    write_json(folder / "run.json",
+               {"params": params.validate_params(values, stage), "key": "k", "summary": product,
+                "seconds": 1.0, "started": "2026-01-02T03:04:05Z",
+                "outputs": {"x": file_sha256(folder / "x")}})
 
 
 def make_folder(root, stage, run_id="a"):
@@ -79,39 +85,146 @@ def test_a_killed_stage_looks_unfinished_and_keeps_what_can_be_resumed(root):
     assert not (begin(disk_gib=0.5).folder / "replies.jsonl").exists()
 
 
-def test_what_was_finished_is_kept_until_another_has_finished(root):
+def let_it_have_cost(folder, seconds):
+    """Make an attempt look as if so many seconds had passed before its last file was written."""
+    os.utime(folder / "started.json", (1000, 1000))
+    os.utime(folder / "half.txt", (1000 + seconds, 1000 + seconds))
+
+
+def test_a_stopped_attempt_with_another_key_stays_and_the_sentence_says_how_to_go_on(root, capsys):
+    first = begin(memory_gib=1.0).folder
+    (first / "half.txt").write_text("an hour's work")
+    let_it_have_cost(first, 3600)
+    store.unlock_run(root / "a")
+    other = begin(memory_gib=2.0)
+    line, = (line for line in capsys.readouterr().out.splitlines() if "stays in" in line)
+    assert line.startswith(f"warning: an attempt that was stopped after 60 min stays in {first}: "
+                           "what differs is the parameter memory_gib (1.0, now 2.0); to go on")
+    assert (first / "half.txt").is_file() and other.folder != first
+    store.unlock_run(root / "a")
+    subprocess.run(re.search(r"rm -r \S+ && mv \S+ \S+(?=;)", line)[0], shell=True, check=True)
+    adopted = begin(memory_gib=2.0)
+    assert (adopted.folder / "half.txt").is_file() and adopted.marker["spent"] >= 3600
+    adopted.finish({})
+    record = store.load_record("00_preflight", "a")
+    assert record["resumed_from"] != record["key"] and record["seconds"] >= 3600
+
+
+@pytest.mark.parametrize(("kind", "values", "words"), [
+    ("cell", ["x = 1", "plot(smooth=9)"], "the cell 'plot(smooth=9)'"),
+    ("cell", ["x = 1"], "a cell that is gone"),
+    ("definition", {"mig_kit.a.f": "2"}, "the definition mig_kit.a.f"),
+    ("input", {"03_merge": "2"}, "the input 03_merge")])
+def test_what_differs_has_a_name(kind, values, words):
+    old = {"cell": ["x = 1", "plot(smooth=10)"], "definition": {"mig_kit.a.f": "1"},
+           "input": {"03_merge": "1"}}
+    assert attempts.describe_differences(old, old) == "it is as now"
+    now = {**old, kind: values}
+    assert attempts.describe_differences(old, now) == f"what differs is {words}"
+
+
+def describe_files(folder):
+    """Content and time of every file."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_what_was_finished_is_valid_until_another_has_finished_and_kept_after_that(root, capsys):
     """Another parameter that fails, or a change of mind, costs nothing."""
     stage, before = begin(memory_gib=1.0), root / "a" / "00_preflight.before"
     (stage.folder / "out.txt").write_text("x")
-    stage.finish({"n": 1}, hardware="test")
+    stage.finish({"n": 1}, summary="one")
+    files = describe_files(stage.final_folder)
     other = begin(memory_gib=2.0)
-    assert not (other.folder / "out.txt").exists() and (before / "out.txt").read_text() == "x"
-    store.unlock_run(root / "a")
-    assert not store.restore_outputs("00_preflight", "a", other.params)
-    assert store.restore_outputs("00_preflight", "a", stage.params)
+    assert "finishing it replaces 00_preflight of run 'a' (one; started 20" in (
+        capsys.readouterr().out)
+    assert not (other.folder / "out.txt").exists()
+    assert describe_files(root / "a" / "00_preflight") == files
     assert store.is_up_to_date("00_preflight", "a", stage.params)
-    assert (stage.folder / "out.txt").read_text() == "x" and not before.exists()
-    begin(memory_gib=2.0).finish({"n": 2}, hardware="test")
-    assert not before.exists() and not store.restore_outputs("00_preflight", "a", stage.params)
+    other.finish({"n": 2})
+    assert store.is_up_to_date("00_preflight", "a", other.params)
+    assert (before / "out.txt").read_text() == "x"
+    assert execute._bring_back("00_preflight", "a", stage.params, force=False)
+    assert describe_files(root / "a" / "00_preflight") == files, "it is back as it was"
+    assert store.read_metrics(before) == {"n": 2}
+    assert not execute._bring_back("00_preflight", "a", {**stage.params, "disk_gib": 2.0}, False)
+
+
+def test_cells_run_again_change_nothing_that_has_finished(root, capsys):
+    stage = begin()
+    (stage.folder / "model.safetensors").write_text("x")
+    (stage.folder / "table.txt").write_text("x")
+    stage.finish({"seconds": 1}, summary="one")
+    with pytest.raises(RuntimeError, match="has finished; run the setup cell again"):
+        stage.folder.mkdir()  # a cell that is run again
+    files = describe_files(stage.final_folder)
+    again = begin()
+    assert "it has finished (one; started " in capsys.readouterr().out
+    assert (again.folder / "model.safetensors").read_text() == "x", "what takes long is there"
+    (again.folder / "table.txt").write_text("half of it")
+    assert describe_files(root / "a" / "00_preflight") == files
+    assert store.is_up_to_date("00_preflight", "a", stage.params)
+    again = begin()  # the kernel was restarted
+    (again.folder / "table.txt").write_text("x")
+    again.finish({"seconds": 2})
+    assert capsys.readouterr().out.endswith("00_preflight of run 'a' is as it was\n")
+    again = begin()
+    (again.folder / "table.txt").write_text("rounded otherwise")
+    again.finish({"seconds": 2})
+    assert ("is as it was; these cells gave another table.txt, as on another machine: mig-kit run "
+            "00 --run-id a --force") in capsys.readouterr().out
+    assert describe_files(root / "a" / "00_preflight") == files
+    assert not attempts.list_attempts("00_preflight", "a")
 
 
 def test_what_force_began_anew_goes_on_and_is_not_given_up_for_the_old_result(root):
     stage = begin()
     (stage.folder / "out.txt").write_text("old")
     stage.finish({"n": 1})
-    assert execute._prepare_folder("00_preflight", "a", stage.params, force=True)
-    (begin().folder / "half.txt").write_text("new")
+    assert not execute._bring_back("00_preflight", "a", stage.params, force=True)
+    begun = begin()
+    finished = stage.final_folder
+    assert not (begun.folder / "out.txt").exists() and (finished / "out.txt").is_file()
+    (begun.folder / "half.txt").write_text("new")
     store.unlock_run(root / "a")  # killed
-    assert execute._prepare_folder("00_preflight", "a", stage.params, force=False)
-    assert (begin().folder / "half.txt").is_file() and not (stage.folder / "out.txt").exists()
+    begun = begin()
+    assert (begun.folder / "half.txt").is_file()
+    begun.finish({"n": 2})
+    assert (finished / "half.txt").is_file() and not (finished / "out.txt").exists()
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(root):
+    begin(memory_gib=1.0).finish({"n": 1})
+    stage = begin(memory_gib=2.0)
+    attempt = stage.folder
+    stage.finish({"n": 2})
+    stage.final_folder.rename(attempt)
+    assert store.load_record("00_preflight", "a")["params"]["memory_gib"] == 2.0
+    assert store.is_up_to_date("00_preflight", "a", stage.params)
+
+
+def test_a_kill_while_what_has_finished_is_copied_loses_nothing(root):
+    stage = begin()
+    (stage.folder / "model.safetensors").write_text("x")
+    stage.finish({})
+    again = begin()
+    (again.folder / "started.json").unlink()
+    store.unlock_run(root / "a")
+    assert (begin().folder / "model.safetensors").read_text() == "x"
+
+
+def test_an_empty_cell_makes_nothing_stale(monkeypatch):
+    cells = [{"cell_type": "code", "metadata": {}, "source": [source]}
+             for source in ("x = 1", "", "# a comment")]
+    monkeypatch.setattr(dependencies, "notebook_cells", lambda stage: cells)
+    assert dependencies.notebook_code("05_grpo") == ["x = 1"]
 
 
 def test_minutes_are_those_of_all_attempts(root):
     """One of 100 seconds was interrupted; a repetition that finds all done does not count."""
     folder = begin().folder
-    os.utime(folder / "started.json", (1000, 1000))
     (folder / "half.txt").write_text("x")
-    os.utime(folder / "half.txt", (1100, 1100))
+    let_it_have_cost(folder, 100)
     begin().finish({"n": 1})
     assert 100 <= store.load_record("00_preflight", "a")["seconds"] < 110
     begin().finish({"n": 1})
@@ -120,11 +233,102 @@ def test_minutes_are_those_of_all_attempts(root):
     assert store.load_record("00_preflight", "a")["seconds"] < 10
 
 
+def test_a_new_run_of_a_notebook_becomes_a_branch(root, capsys):
+    for stage in store.RECIPE[1:5]:
+        leave_record(root, stage, "default")
+    stage, _ = store.begin_stage("05_grpo", {"run_id": "lab2", "beta": 0.01})
+    words = "run 'lab2' is new: 01_synthesize to 04_rejection_sampling are those of run 'default'"
+    assert words in capsys.readouterr().out
+    assert stage.input_path("03_merge") == root / "default" / "03_merge"
+    sentence = "a run that starts from 'default' needs 05_grpo of run 'default', which has not"
+    with pytest.raises(FileNotFoundError, match=sentence):
+        store.begin_stage("06_evaluate", {"run_id": "lab3"})
+    assert not (root / "lab3").exists()
+
+
+def test_a_flipped_byte_in_what_a_stage_reads_is_one_sentence(root):
+    """Of a file whose time has changed at once, of one whose time is as it was when a stage starts,
+    and from status --verify.
+    """
+    leave_record(root, "01_synthesize")
+    stage, _ = store.begin_stage("02_sft", {"run_id": "a"})
+    (stage.folder / "adapter.safetensors").write_bytes(b"weights")
+    stage.finish({})
+    assert store.is_up_to_date("02_sft", "a", stage.params)
+    verify = ["status", "a", "--verify"]
+    result = CliRunner().invoke(cli, verify)
+    assert result.exit_code == 0 and "every file is what its stage wrote" in result.output
+    path = stage.final_folder / "adapter.safetensors"
+    time = path.stat().st_mtime_ns
+    path.write_bytes(b"weightz")
+    sentence = (f"{path} is not what 02_sft of run 'a' wrote: damaged or changed since; make it "
+                "again: mig-kit run 02 --run-id a --force, with the --profile and every -p")
+    values = params.profile_params("03_merge")
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        store.require_intact_inputs("03_merge", "a", values)
+    assert not store.is_up_to_date("02_sft", "a", stage.params)
+    os.utime(path, ns=(time, time))
+    store.require_intact_inputs("03_merge", "a", values)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        store.begin_stage("03_merge", {"run_id": "a"})
+    result = CliRunner().invoke(cli, verify)
+    assert result.exit_code == 1
+    assert f"{path} is not what 02_sft wrote; make it again: mig-kit run 02" in result.output
+
+
+def test_verify_hashes_stored_images_too(root):
+    stage = begin()
+    image = stage.folder / "images" / f"{hashlib.sha256(b'pixels').hexdigest()}.png"
+    image.parent.mkdir()
+    image.write_bytes(b"pixels")
+    (stage.folder / "images.txt").write_text(f"{image.name}\n")
+    stage.finish({})
+    assert CliRunner().invoke(cli, ["status", "a", "--verify"]).exit_code == 0
+    (stage.final_folder / "images" / image.name).write_bytes(b"pixelz")
+    result = CliRunner().invoke(cli, ["status", "a", "--verify"])
+    assert result.exit_code == 1 and f"{image.name} is not what 00_preflight wrote" in result.output
+
+
+def test_a_notebook_of_another_copy_of_the_kit_is_refused(root, tmp_path, monkeypatch):
+    (tmp_path / "clone" / "mig_kit" / "pipeline").mkdir(parents=True)
+    (tmp_path / "clone" / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "clone" / "notebooks")
+    with pytest.raises(RuntimeError, match="this notebook is of the kit in .*clone, and its kernel "
+                                           ".* imports the one in .*choose the kernel"):
+        begin()
+    assert not (root / "a").exists()
+
+
+def test_status_says_what_is_under_way(root):
+    stage = begin()
+    lines = CliRunner().invoke(cli, ["status", "a"]).output.splitlines()
+    assert f"  00_preflight            running (process {os.getpid()})" in lines
+    (root / "a" / "05_grpo.new-12345678").mkdir()
+    lines = CliRunner().invoke(cli, ["status", "a"]).output.splitlines()
+    assert "  05_grpo                 not finished" in lines, "another stage is written"
+    stage.finish({})
+    begin(memory_gib=2.0)
+    assert f"done in 0.0 min, open in process {os.getpid()}" in (
+        CliRunner().invoke(cli, ["status", "a"]).output)
+    store.unlock_run(root / "a")
+    assert CliRunner().invoke(cli, ["status", "a"]).output.splitlines()[1].endswith("0.0 min")
+
+
+def test_a_disk_without_locks_is_one_line(root, monkeypatch, capsys):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
+    begin().finish({})
+    assert "has no file locks (No locks available): see to it yourself" in capsys.readouterr().out
+    assert store.load_record("00_preflight", "a")
+
+
 def test_a_comparison_is_stale_where_one_of_its_runs_is_another(root):
     values = params.profile_params("09_compare") | {"groups": ["x=a, b", f"y={root / 'c.json'}"]}
     keys = [store.stage_key("09_compare", "default", values)]
     for change in (lambda: leave_record(root, "06_evaluate", "a"),
-                   lambda: leave_record(root, "06_evaluate", "b", {"x": "2"}),
+                   lambda: leave_record(root, "06_evaluate", "b", "2"),
                    lambda: (root / "c.json").write_text("{}")):
         change()
         keys.append(store.stage_key("09_compare", "default", values))
@@ -137,7 +341,7 @@ def test_with_the_sft_adapter_05_builds_on_02(root):
     merged = params.profile_params("05_grpo")
     adapter = merged | {"start_from": "adapter"}
     before = [store.stage_key("05_grpo", "a", values) for values in (merged, adapter)]
-    leave_record(root, "02_sft", outputs={"x": "2"})
+    leave_record(root, "02_sft", product="2")
     after = [store.stage_key("05_grpo", "a", values) for values in (merged, adapter)]
     assert before[0] == after[0] and before[1] != after[1]
 
@@ -146,7 +350,7 @@ def test_outputs_that_are_gone_are_made_again(root):
     stage = begin()
     (stage.folder / "out.txt").write_text("x")
     stage.finish({"n": 1}, hardware="test")
-    (stage.folder / "out.txt").unlink()
+    (stage.final_folder / "out.txt").unlink()
     assert not store.is_up_to_date("00_preflight", "a", stage.params)
 
 
@@ -188,7 +392,7 @@ def test_another_model_or_control_run_is_another_stage(root):
     keys = [store.stage_key("06_evaluate", "a", values)]
     (model / "model.safetensors").write_bytes(b"two")
     keys.append(store.stage_key("06_evaluate", "a", values))
-    leave_record(root, "03_merge", "b", {"x": "2"})
+    leave_record(root, "03_merge", "b", "2")
     keys.append(store.stage_key("06_evaluate", "a", values))
     assert len(set(keys)) == 3
     (root / "b" / "03_merge" / "run.json").unlink()
@@ -274,16 +478,19 @@ def test_two_writers_of_one_run(root):
     environment = {**os.environ, "MIG_KIT_RUNS": str(root)}
     first = subprocess.Popen([*command, "stay"], env=environment, stdout=subprocess.PIPE, text=True)
     assert "begun\n" in iter(first.stdout.readline, "")
-    with pytest.raises(RuntimeError, match=f"'a' is being written by process {first.pid}; wait"):
-        store.lock_run(root / "a", 0.2)
+    with pytest.raises(RuntimeError, match=f"'a' is being written by process {first.pid} in 00_"):
+        store.lock_run(root / "a", patience=0.2)
     store.begin_stage("00_preflight", {"run_id": "b"})  # another run is free
-    refusal = CliRunner().invoke(cli, ["run", "00", "--run-id", "a"]).exception
-    assert isinstance(refusal, RuntimeError) and "another --run-id" in str(refusal)
+    begun = attempts.list_attempts("00_preflight", "a")
+    for words in (["run", "00", "--run-id", "a"], ["run", "00", "--run-id", "a", "--force"]):
+        refusal = CliRunner().invoke(cli, words).exception
+        assert isinstance(refusal, RuntimeError) and "another --run-id" in str(refusal)
+    assert attempts.list_attempts("00_preflight", "a") == begun, "--force took nothing away"
     first.kill()
     first.wait()
     second = subprocess.run([*command, "finish"], env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    store.lock_run(root / "a", 0.0)
+    store.lock_run(root / "a", patience=0.0)
     store.unlock_run(root / "a")
 
 
@@ -312,7 +519,7 @@ def small_disk(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_the_old_file_and_no_finished_stage(small_disk):
     stage = begin()
     write_json(small_disk / "old.json", {"kept": True})
-    (small_disk / "filler").write_bytes(b"x" * (2**20 - 40_000))
+    (small_disk / "filler").write_bytes(b"x" * (2**20 - 90_000))
     with pytest.raises(OSError, match="No space left"):
         write_json(small_disk / "old.json", {"data": "y" * 100_000})
     assert json.loads((small_disk / "old.json").read_text()) == {"kept": True}

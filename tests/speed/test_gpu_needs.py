@@ -166,10 +166,8 @@ def test_counts_of_a_profile_by_hand():
                              rl_boxes_per_task=7)
     candidates = gpu_needs.count_work(several)["04_rejection_sampling"]
     assert candidates == 10 * 3 + 5 * 2 + 2 * 7
-    real = replace_params(params, "synthesize", data="mgrounding", data_limit=4000)
+    real = replace_params(params, "synthesize", data="own", data_limit=4000)
     counts = gpu_needs.count_work(replace_params(real, "evaluate", benchmark_limit=50))
     assert list(counts.values()) == [3000, 800, 500 * 16 * 8 // 8, 3 * (200 + 50)]
     own = gpu_needs.count_work(gpu_needs.read_profile("qwen2_5_vl_7b_own"))
     assert list(own.values()) == [0, 800, 200 * 16, 2 * 200], "of a thousand, without a teacher"
-    everything = replace_params(params, "synthesize", data="mgrounding", data_limit=0)
-    assert gpu_needs.count_work(everything)["02_sft"] == 0.75 * 630_000

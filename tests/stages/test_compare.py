@@ -698,3 +698,17 @@ def test_curves_of_several_runs_lie_over_each_other(tmp_path, monkeypatch):
         compare.load_curves(["kept/a.json"], ["reward"])
     with pytest.raises(FileNotFoundError, match="05_grpo of run 'none'"):
         compare.load_curves(["none"], ["reward"])
+
+
+def test_models_that_answer_all_questions_alike_are_no_branch():
+    def rows(score):
+        return [{"group": "b", "figure": "vs a", "is_same": True},
+                {"group": "b", "figure": "grpo", "value": score}]
+
+    (note,) = compare._sameness_notes(rows(0.0), "a", "grpo")
+    assert note == ("The GRPO models of a, b answer every question alike, wrong or correct, so "
+                    "these questions do not compare them.")
+    (note,) = compare._sameness_notes(rows(40.0), "a", "grpo")
+    assert note.endswith("where a branch has a model of its source.")
+    assert compare._sameness_notes([{"group": "b", "figure": "vs a", "is_same": False}], "a",
+                                   "grpo") == []

@@ -12,9 +12,10 @@ from command_line import run_mig_kit
 from PIL import Image
 from rollout_server import RolloutServer
 
+from mig_kit import cli_models
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models
-from mig_kit.pipeline.run_models import find_run_model
+from mig_kit.engine import model_folders, models
+from mig_kit.pipeline.run_models import RunModel, find_run_model
 from mig_kit.plots import suite_name
 from mig_kit.prompts import format_answer, format_answers
 from mig_kit.scoring.run_benchmark import RUNNABLE
@@ -26,6 +27,11 @@ from mig_kit.world.tasks import make_sample
 PARAMS = SimpleNamespace(max_new_tokens=12, batch_size=8, workers=1, seed=0, server="",
                          concurrency=1)
 BOX_FORMAT = BoxFormat()
+
+
+@pytest.fixture(autouse=True)
+def no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
 
 
 def run_eval(*words, runs=None):
@@ -176,6 +182,72 @@ def own_task(tmp_path):
     return eval_model.Task("own", file, tmp_path)
 
 
+def rewrite(folder, colour):
+    """Save the picture again under its name, in another colour."""
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (90, 60), colour).save(folder / "a.png")
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_replies_about_other_pictures_are_not_taken(is_own, own_task, random_folder, float32,
+                                                    tmp_path):
+    """Not those of another folder with the same names, nor of the same folder's new pictures; a
+    copy is the same picture.
+    """
+    task = own_task
+    if not is_own:
+        (tmp_path / "lisa.json").write_text(json.dumps([
+            {"image_path": "a.png", "instruction": "What?", "boxes": [[15, 30, 75, 50]]}]))
+        task = eval_model.Task("lisa", tmp_path / "lisa.json", tmp_path)
+    model, out = eval_model.AskedModel(random_folder, BOX_FORMAT), tmp_path / "out"
+
+    def ask(task):
+        return eval_model.evaluate_model(model, task, float32, out, PARAMS)
+
+    result = ask(task)
+    rewrite(tmp_path / "copy", "white")
+    assert ask(dataclasses.replace(task, root=tmp_path / "copy")) == result
+    rewrite(tmp_path / "grey", "grey")
+    refusal = r"holds replies about other images \(files that have changed, .*; name another --out"
+    with pytest.raises(ValueError, match=refusal):
+        ask(dataclasses.replace(task, root=tmp_path / "grey"))
+    rewrite(tmp_path, "grey")
+    with pytest.raises(ValueError, match=refusal):
+        ask(task)
+    rewrite(tmp_path, "white")
+    assert ask(task) == result
+    with pytest.raises(ValueError, match="did not answer the same questions"):
+        eval_tables.difference_rows({"white": result, "grey": eval_model.evaluate_model(
+            model, dataclasses.replace(task, root=tmp_path / "grey"), float32, tmp_path / "out 2",
+            PARAMS)})
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"files": {"chat_template.jinja": "2"}}, r"of another model \(another chat_template.jinja\)"),
+    ({"files": {"revision": "b"}}, r"of another model \(another chat_template.jinja, revision\)"),
+    ({"max_pixels": 50000}, r"made with another max_pixels \(401408, now 50000\)"),
+    ({"prompt": ["Look."]}, "made with another prompt;"),
+    ({"device": "a server"}, r"made with another device \(cpu, now a server\)"),
+    ({"questions": {"limit": 0, "file": "b"}}, r"to other questions \(another file\)"),
+    ({"images": "b" * 64}, r"about other images \(files that have changed, .*of the kit\);")])
+def test_the_refusal_names_what_differs(change, sentence, tmp_path):
+    settings = {"model": "m", "files": {"chat_template.jinja": "1"}, "max_pixels": 401408,
+                "questions": {"limit": 0, "file": "a"}, "images": "a" * 64,
+                "prompt": ["Think."], "device": "cpu"}
+    eval_model.claim_folder(tmp_path / "out", settings)
+    with pytest.raises(ValueError, match=f"out holds replies {sentence}.*name another --out, or"):
+        eval_model.claim_folder(tmp_path / "out", settings | change)
+
+
+def test_a_hub_name_is_told_by_its_commit(tmp_path, monkeypatch):
+    """What loading takes: the snapshot in the cache of the hub's client."""
+    folder = tmp_path / "snapshots" / "0123abc"
+    monkeypatch.setattr(model_folders, "cached_file",
+                        lambda model, name, **_: str(folder / name))
+    model = eval_model.AskedModel("Qwen/Qwen2.5-VL-3B-Instruct", BOX_FORMAT)
+    assert model.describe()["files"] == {"revision": "0123abc"}
+
+
 def read_responses(out):
     return [json.loads(line)["response"]
             for line in (out / "predictions.jsonl").read_text().splitlines()]
@@ -222,12 +294,24 @@ def test_a_wrong_line_leaves_no_folder_behind(own_task, random_folder, float32, 
     eval_model.evaluate_model(model, own_task, float32, tmp_path / "out", PARAMS)
 
 
+def test_a_prompt_longer_than_the_model_reads_is_refused(own_task, random_folder, float32,
+                                                          tmp_path):
+    """More tokens for replies, as an unread reply asks for, would not mend it."""
+    line = json.loads(own_task.file.read_text().splitlines()[0]) | {"question": "Where? " * 5000}
+    own_task.file.write_text(own_task.file.read_text() + json.dumps(line | {"id": "long"}) + "\n")
+    with pytest.raises(ValueError, match=r"question long: the prompt takes [0-9]+ tokens, 6 of "
+                                         "them for images, and the model reads 4096; shorten"):
+        eval_model.evaluate_model(eval_model.AskedModel(random_folder, BOX_FORMAT), own_task,
+                                  float32, tmp_path / "out", PARAMS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_replies_of_another_adapter_are_refused(tmp_path):
     settings = {"model": "m", "adapter": {"adapter_model.safetensors": "1"}}
     eval_model.claim_folder(tmp_path / "out", settings)
     eval_model.claim_folder(tmp_path / "out", settings)
     for other in (settings | {"adapter": {"adapter_model.safetensors": "2"}}, {"model": "m"}):
-        with pytest.raises(ValueError, match="holds replies of another adapter; name another"):
+        with pytest.raises(ValueError, match="holds replies of another adapter.*; name another"):
             eval_model.claim_folder(tmp_path / "out", other)
 
 
@@ -243,7 +327,20 @@ def test_a_runs_folder_names_the_run(smoke_runs, monkeypatch):
     by_name, by_folder = (find_run_model(text) for text in ("smoke", str(smoke_runs / "smoke")))
     assert by_name == by_folder and by_name.folder.name == "model"
     assert find_run_model(str(by_name.folder)) is None, "a model's own folder"
-    assert find_run_model("smoke/other") is find_run_model("none-such") is None
+    assert find_run_model("smoke/other") is find_run_model("some/model") is None
+    with pytest.raises(FileNotFoundError, match="there is no run and no folder 'smoek'; did you"):
+        find_run_model("smoek")
+
+
+def test_a_runs_box_format_is_not_changed(monkeypatch):
+    model = RunModel("folder", BOX_FORMAT, {})
+    monkeypatch.setattr(cli_models, "find_run_model", lambda text: model)
+    assert cli_models.find_model("mine", "absolute", None, 401408) == model
+    for options, name, own in (((None, None, 50000), "max_pixels", 401408),
+                               (("normalized_1000", None, None), "coordinates", "absolute")):
+        sentence = f"model has the {name} {own}; leave --{name.replace('_', '-')} out, or name the"
+        with pytest.raises(ValueError, match=sentence):
+            cli_models.find_model("mine", *options)
 
 
 def test_text_without_the_answer_format_is_read():

@@ -185,6 +185,12 @@ def test_which_samples_are_scored(tmp_path, monkeypatch):
     assert len(evaluate.load_test_samples("a", sizes | {"held_out_samples": 0})["own"]) == 10
     write_json(folder / "run.json", {"params": {}})
     assert list(evaluate.load_test_samples("a", sizes)) == ["mmiu"]
-    with pytest.raises(ValueError, match="mmiu_per_task must be over 0"):
-        evaluate.load_test_samples("a", sizes | {"mmiu_per_task": 0})
     assert evaluate.list_pairs({"base": 1, "grpo": 1}) == [("grpo", "base")]
+
+
+def test_rl_that_started_from_a_folder_is_compared_with_it(tmp_path):
+    assert [evaluate.find_rl_start(name) for name in ("merged", "base", "adapter")] == [None] * 3
+    assert evaluate.find_rl_start(str(tmp_path)) == tmp_path
+    with pytest.raises(FileNotFoundError, match="RL started from /nowhere/x, which is gone"):
+        evaluate.find_rl_start("/nowhere/x")
+    assert evaluate.list_pairs(("base", "start", "grpo")) == [("grpo", "start"), ("grpo", "base")]

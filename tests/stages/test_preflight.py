@@ -1,8 +1,14 @@
 """Stage 00."""
 
 import pytest
+from own_questions import write_questions
 
+from mig_kit.common import write_json
 from mig_kit.engine import models
+from mig_kit.pipeline.branches import start_branch
+from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.speed import gpu_needs
 from mig_kit.stages import preflight
 
 
@@ -18,13 +24,47 @@ def test_too_small_a_machine_is_one_sentence():
     preflight.require_resources({"gpu": "A100", **machine}, 1.0, 0.1, needs_gpu=True)
 
 
-def test_expected_minutes_scale_with_the_machine():
-    same, slow = (preflight.predict_minutes(factor * preflight.REFERENCE_SECONDS)
-                  for factor in (1, 3))
-    costs = [minutes for minutes, _ in preflight.TINY_COST.values()]
-    assert [row["minutes"] for row in same] == costs
-    assert [row["minutes"] for row in slow] == [round(3 * minutes, 1) for minutes in costs]
+def predict(root, scale=1.0, plan=None, run_id="new"):
+    """Minutes by stage, on a machine so many times as slow as the one that was timed."""
+    name = ""
+    if plan is not None:
+        name = str(root / "plan.json")
+        write_json(root / "plan.json", plan)
+    stages, values = preflight.read_plan(name, run_id, "tiny")
+    rows = preflight.predict_minutes(scale * preflight.REFERENCE_SECONDS, stages,
+                                     gpu_needs.relative_work("tiny", values))
+    return {row["stage"]: row["minutes"] for row in rows}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    return tmp_path
+
+
+def test_expected_minutes_scale_with_the_machine(root):
+    costs = {stage: minutes for stage, (minutes, _) in preflight.TINY_COST.items()}
+    assert predict(root) == costs
+    assert predict(root, 3.0) == {stage: round(3 * cost, 1) for stage, cost in costs.items()}
     assert 0 < preflight.time_reference_step(models.choose_hardware("float32"), 1) < 60
+
+
+def test_expected_minutes_scale_with_the_work(root):
+    """Of what `-p` sets, of the stages that a command names, of a branch, of own data."""
+    plan = {"05_grpo": profile_params("05_grpo") | {"max_steps": 25}}
+    assert predict(root, plan=plan) == {"05_grpo": round(0.2 + 7.1 / 5, 1)}
+    for stage in RECIPE[1:5]:
+        (root / "a" / stage).mkdir(parents=True)
+        write_json(root / "a" / stage / "run.json", {"params": profile_params(stage)})
+    start_branch("a", "b", "05_grpo")
+    assert list(predict(root, run_id="b")) == ["05_grpo", "06_evaluate", "07_report"]
+    own = write_questions(root / "own", 40)
+    values = {"01_synthesize": {"data": "own", "data_file": str(own), "teacher": "none"},
+              "05_grpo": {"max_steps": 20}}
+    plan = {stage: profile_params(stage) | values.get(stage, {})
+            for stage in ("01_synthesize", "04_rejection_sampling", "05_grpo", "06_evaluate")}
+    minutes = predict(root, plan=plan)
+    assert minutes["04_rejection_sampling"] < 1 < minutes["05_grpo"] and sum(minutes.values()) < 15
 
 
 def test_the_machine_is_described_even_where_no_run_exists_yet(tmp_path, monkeypatch):
@@ -35,6 +75,9 @@ def test_the_machine_is_described_even_where_no_run_exists_yet(tmp_path, monkeyp
 
 def test_the_summary_counts_hours_where_a_gpu_is_needed():
     assert preflight.summary("tiny", 24.4, []) == "about 24 minutes in all"
+    assert preflight.summary("tiny", 24.4, [], 55.0) == (
+        "about 24 minutes in all; this machine is too busy to be timed: other programs take 55 % "
+        "of its cores")
     hours = [{"stage": "02_sft", "drawn by": "", "80 GB: H100": 1.0},
              {"stage": "05_grpo", "drawn by": "the kit", "80 GB: H100": 3.4},
              {"stage": "05_grpo", "drawn by": "a server", "80 GB: H100": 1.0}]

@@ -235,8 +235,9 @@ def test_two_runs_on_one_page():
 
     text = report.two_run_page(
         {"a<script>": run(9.0), "b": run(11.0)},
-        [{"stage": "05_grpo", "name": "<script>", "a": 1, "b": None}],
+        [{"stage": "05_grpo", "what": "metric", "name": "<script>", "a": 1, "b": None}],
     )
+    assert "<th>b</th>" in text.replace(' scope="col"', ""), "the column says which run it is of"
     assert "<script" not in text and text.count("<img") == 2 and "grpo-sft (points)" in text
 
 

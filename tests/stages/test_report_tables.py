@@ -56,7 +56,8 @@ def test_replies_are_read_by_system_and_sample(tmp_path):
         lines = [json.dumps({"id": sample.id, "replies": [f"{system} {sample.task}"]}) + "\n"
                  for sample in samples]
         (tmp_path / f"{system}_mmiu_greedy.jsonl").write_text("".join(lines))
-    replies = report_tables.load_greedy_replies(tmp_path, "mmiu", samples)
+    replies = report_tables.load_greedy_replies(tmp_path, "mmiu", samples,
+                                                   ("base", "sft", "grpo"))
     assert replies["sft"][samples[0].id] == f"sft {samples[0].task}"
     assert replies.keys() == {"base", "sft", "grpo"}
 

@@ -12,6 +12,7 @@ from peft import get_peft_model
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, training
+from mig_kit.rewards import REWARDS
 from mig_kit.stages import sanity_checks, sft, synthesize
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -40,8 +41,11 @@ def test_a_sound_training_goes_on():
     watch({"rewards/box/mean": 0.0}, {"rewards/box/mean": 0.0}, {"rewards/box/mean": 0.01})
     # not yet able to find the image either
     watch(*3 * [{"rewards/box/mean": 0.0, "rewards/image/mean": 0.1}])
+    # a reward of one's own is earned
+    watch(*3 * [{"rewards/box/mean": 0.0, "rewards/image/mean": 0.0, "rewards/near/mean": 0.1}])
     # multiple choice only: so TRL logs it
-    watch(*3 * [{"rewards/box/mean": None, "rewards/image/mean": None}])
+    watch(*3 * [{"rewards/box/mean": None, "rewards/image/mean": None,
+                 "rewards/choice/mean": 0.4}])
 
 
 def test_updates_that_learn_again_from_the_same_replies_are_passed_over():
@@ -63,6 +67,9 @@ def test_updates_that_learn_again_from_the_same_replies_are_passed_over():
     ({"frac_reward_zero_std": 1.0}, "all replies to a prompt earned the same"),
     ({"rewards/box/mean": 0.0},
      "no box met its target .* though 80% of the images were correct; .* parameters coordinates"),
+    ({"rewards/box/mean": 0.0, "rewards/image/mean": 0.0},
+     "^no reply earned anything for box, image in all of the first 3 steps: RL makes likelier what "
+     "a model sometimes gets right; let it learn from traces first .*start_from of 05"),
 ])
 def test_planted_figures_stop_it(row, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -116,6 +123,21 @@ def test_a_model_that_does_not_see_is_noticed(lesson, random_policy):
         sanity_checks.check_model_uses_images(random_policy, samples, replies)
     few = sanity_checks.check_model_uses_images(random_policy, samples[:4], replies[:4])
     assert few["gap"] is None, "too few to judge"
+
+
+@pytest.mark.slow
+def test_a_start_that_earns_nothing_is_said_before_the_first_update(lesson, random_policy,
+                                                                    stage_params):
+    params = stage_params("05_grpo", num_generations=2, max_completion_length=4)
+
+    def warn(rewards):
+        return sanity_checks.nothing_earned_warning(random_policy, lesson[0], rewards, params)
+
+    four = {name: REWARDS[name] for name in ("format", "image", "box", "choice")}
+    assert warn(four).startswith("none of the first 32 replies, to 16 prompts, earned anything for "
+                                 "image, box: RL makes likelier what a model sometimes gets right;")
+    assert warn({"format": REWARDS["format"]}) == ""
+    assert warn(four | {"own": lambda reply, sample, box_format: 0.5}) == ""
 
 
 @pytest.mark.slow

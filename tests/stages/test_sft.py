@@ -158,8 +158,6 @@ def test_answers_alone_are_learned_without_reasoning(tmp_path, stage_params):
 def test_rows_to_learn_from_are_shuffled_as_datasets_does():
     table = Dataset.from_dict({"row": range(40)}).shuffle(seed=3)
     assert sft.shuffled_rows(40, 3) == table["row"][:] and len(sft.shuffled_rows(40, 3, 7)) == 7
-    with pytest.raises(ValueError, match="there is no cold-start set to learn from"):
-        sft.shuffled_rows(0, 3)
 
 
 def test_a_row_decodes_its_images_when_it_is_looked_at(table, monkeypatch):
@@ -293,11 +291,9 @@ def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer):
     assert not args.gradient_checkpointing, "on a CPU, activations fit"
 
 
-def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path, monkeypatch):
+def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path):
     assert training.tracker_arguments("none", tmp_path) == {"report_to": "none"}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="run: pip install wandb"):
-        training.tracker_arguments("wandb", tmp_path)
+    assert training.tracker_arguments("wandb", tmp_path / "02_sft")["report_to"] == "wandb"
 
 
 @pytest.mark.slow
@@ -310,6 +306,19 @@ def test_trackio_gets_the_curve(tmp_path, make_trainer, monkeypatch):
     files = [path for path in (tmp_path / "trackio").rglob("*") if path.is_file()]
     content = b"".join(path.read_bytes() for path in files)
     assert b"run/02_sft" in content and b"mean_token_accuracy" in content
+
+
+def test_the_time_left_follows_the_last_steps(monkeypatch, capsys):
+    """Ten steps beside a busy process took a minute each; then it ended, and one takes a second."""
+    lines, now = training.ProgressLines(("loss",)), 0.0
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    for step in range(1, 41):
+        now += 60.0 if step <= 10 else 1.0
+        state = SimpleNamespace(global_step=step, max_steps=100, is_world_process_zero=True)
+        lines.on_log(None, state, None, logs={"loss": 0.5})
+    printed = capsys.readouterr().out.splitlines()
+    assert "step 10/100: loss 0.500; 90.0 min left" in printed
+    assert printed[-1] == "step 40/100: loss 0.500; 1.0 min left"
 
 
 def test_live_curves_are_drawn_in_a_notebook_and_removed(monkeypatch):

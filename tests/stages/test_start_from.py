@@ -1,5 +1,6 @@
 """Where stage 05 starts: the merged model, the base, a folder, or 02's adapter on a 4-bit base."""
 
+import shutil
 from types import SimpleNamespace
 
 import bitsandbytes
@@ -65,21 +66,18 @@ def test_what_it_starts_from(tmp_path, params, adapter, random_folder):
         "start": random_folder, "adapter": adapter}
 
 
-@pytest.mark.parametrize(("changes", "problem"), [
-    ({"start_from": "somewhere"}, "start_from is 'somewhere'; use merged, base or adapter, or"),
-    ({"start_from": "adapter", "lora_r": 8}, "another lora_r; set lora_r to that of 02_sft"),
-    ({"start_from": "adapter", "lora_alpha": 9}, "another lora_alpha; set lora_alpha"),
-    ({"start_from": "adapter", "lora_targets": "attention"}, "another lora_targets"),
-    ({"start_from": "adapter", "beta": 0.1}, "without its adapter a 4-bit model is the base"),
-    ({"start_from": "adapter", "server": "http://localhost:1"}, "holds the full weights")])
-def test_a_start_that_cannot_be_is_one_sentence(changes, problem, tmp_path, params, adapter):
-    with pytest.raises((ValueError, FileNotFoundError), match=problem):
-        grpo.resolve_start(params(**changes), tmp_path / "merged", adapter)
-
-
-def test_an_adapter_is_no_folder_to_start_from(tmp_path, params, adapter):
-    with pytest.raises(FileNotFoundError, match="holds an adapter, not a model"):
-        grpo.resolve_start(params(start_from=str(adapter)), tmp_path / "merged", adapter)
+def test_a_folder_that_saw_images_otherwise_is_said(tmp_path, params, random_folder, capsys):
+    """Where the kit saved it; what a publisher allows is no way in which it was trained."""
+    folder = shutil.copytree(random_folder, tmp_path / "trained")
+    grpo.resolve_start(params(start_from=str(folder)), tmp_path, tmp_path)
+    (folder / "mig_kit.json").write_text('{"coordinates": "normalized_1000"}')
+    assert capsys.readouterr().out == ""
+    grpo.resolve_start(params(start_from=str(folder)), tmp_path, tmp_path)
+    assert capsys.readouterr().out == (
+        f"warning: {folder} was trained on images of 3136 to 401408 pixels and normalized_1000 "
+        "boxes, and this run has images of 3136 to 401408 pixels and absolute boxes; set "
+        "min_pixels, max_pixels and coordinates of 01 to the model's unless you want to change "
+        "them\n")
 
 
 @pytest.mark.slow

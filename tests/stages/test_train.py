@@ -15,6 +15,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from mig_kit import launchers
 from mig_kit.engine import jobs, training
 from mig_kit.stages import train
 
@@ -43,7 +44,7 @@ def launch(monkeypatch, tmp_path, random_folder):
     """Call it with a stage, a launcher and changed parameters for the folder of a job that it has
     trained.
     """
-    monkeypatch.setattr(jobs, "MODULE", "launched")
+    monkeypatch.setattr(launchers, "MODULE", "launched")
     monkeypatch.setattr(jobs, "count_cores", lambda: 2)
     monkeypatch.setenv("PYTHONPATH", TESTS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -101,7 +102,7 @@ def test_two_nodes_train_as_one_process_does(launch, alone, tmp_path):
     """The other node is told the command that the notebook prints."""
     launcher = ("torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id 1 "
                 f"--rdzv-endpoint 127.0.0.1:{free_port()}")
-    command = jobs.plan_launch(launcher, 2).command(tmp_path / "02_sft")
+    command = jobs.plan_launch(launcher).command(tmp_path / "02_sft")
 
     def train_elsewhere():
         while not (tmp_path / "02_sft" / jobs.JOB_FILE).is_file():
@@ -116,13 +117,13 @@ def test_two_nodes_train_as_one_process_does(launch, alone, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "changes", "update"), [
-    ("02_sft", {}, 4), ("05_grpo", {"max_steps": 9}, 6)])
+    ("02_sft", {}, 4), ("05_grpo", {"max_steps": 9, "rewards": ["format"]}, 6)])
 def test_killed_in_the_second_pass_and_started_again_it_trains_as_if_undisturbed(
         stage, changes, update, launch, alone, tmp_path, random_folder):
     """A pass has 3 updates in 02 and 5 in 05."""
     folder = tmp_path / stage
-    code = ("import launched; from pathlib import Path; from mig_kit.engine import jobs; "
-            "jobs.MODULE = 'launched'; "
+    code = ("import launched; from pathlib import Path; from mig_kit import launchers; "
+            "launchers.MODULE = 'launched'; "
             f"launched.run({stage!r}, Path({str(folder)!r}), Path({str(random_folder)!r}), "
             f"{launched.TORCHRUN!r}, **{changes!r})")
     notebook = subprocess.Popen([sys.executable, "-c", code])
@@ -158,7 +159,7 @@ def test_an_agent_that_is_killed_on_the_other_node_ends_the_stage(launch, tmp_pa
     def start_and_kill_elsewhere():
         while not (folder / jobs.JOB_FILE).is_file():
             time.sleep(0.1)
-        agent = psutil.Popen(jobs.plan_launch(launcher, 2).command(folder))
+        agent = psutil.Popen(jobs.plan_launch(launcher).command(folder))
         while not is_saved(folder, 1):
             time.sleep(0.02)
         family.extend(agent.children(recursive=True))

@@ -1,0 +1,100 @@
+"""What a user reads of an error in a cell and of a disk: one sentence, never an empty one."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+from IPython.core.ultratb import AutoFormattedTB
+from papermill.exceptions import PapermillExecutionError
+
+from mig_kit.cli import main
+from mig_kit.pipeline.failures import describe_os_error, failure_sentence
+
+IN_A_GROUP = """
+try:
+    raise ExceptionGroup("two", [RuntimeError("no server is left: see\\nits log")])
+except ExceptionGroup as errors:
+    raise errors.exceptions[0] from None
+"""
+
+
+def fail_in_cell(error: Exception, folder) -> str:
+    """The sentence about a cell that raised `error`, which the executed notebook holds."""
+    try:
+        raise error
+    except type(error) as raised:
+        traceback = AutoFormattedTB(mode="Context").structured_traceback(
+            type(raised), raised, raised.__traceback__)
+    failure = PapermillExecutionError(0, 1, "", type(error).__name__, str(error), traceback)
+    return failure_sentence(failure, folder / "x.ipynb")
+
+
+def fail_silently(folder, *printed: str) -> str:
+    """The sentence about a cell whose error is not among its outputs."""
+    outputs = [{"output_type": "stream", "name": "stderr", "text": text} for text in printed]
+    cells = [{"cell_type": "markdown"}] * 2 + [{"cell_type": "code", "outputs": outputs}]
+    (folder / "x.ipynb").write_text(json.dumps({"cells": cells}))
+    failure = PapermillExecutionError(0, 7, "", "CellExecutionError", "", [])
+    return failure_sentence(failure, folder / "x.ipynb")
+
+
+@pytest.mark.slow
+def test_an_error_that_ipython_does_not_format_keeps_its_sentence(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(IN_A_GROUP)], metadata={
+        "kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    with pytest.raises(PapermillExecutionError) as caught:
+        papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb",
+                                   progress_bar=False)
+    assert caught.value.ename == "CellExecutionError" and not caught.value.evalue
+    assert failure_sentence(caught.value, tmp_path / "out.ipynb") == (
+        "RuntimeError: no server is left: see\nits log")
+
+
+def test_an_error_has_a_sentence_whatever_it_says(tmp_path):
+    assert fail_in_cell(ValueError("too few"), tmp_path) == "ValueError: too few"
+    assert fail_in_cell(AssertionError(), tmp_path) == "AssertionError at: raise error"
+    assert fail_silently(tmp_path, "WARNING: a\n", "the last line\n\n") == "the last line"
+    assert fail_silently(tmp_path) == "cell 7 ended without a word; look at it"
+
+
+def test_a_group_of_errors_says_the_first(tmp_path):
+    code = "raise ExceptionGroup('two', [ValueError('one sentence: this')])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert fail_silently(tmp_path, printed).endswith("ValueError: one sentence: this")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),
+    RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")])
+def test_a_full_disk_says_how_much_is_free_and_that_work_goes_on(tmp_path, error):
+    sentence = fail_in_cell(error, tmp_path)
+    assert sentence.startswith(f"the disk of {tmp_path} is full, ")
+    assert " MB are free; make room and give the same command, which goes on" in sentence
+    assert str(error) in sentence
+
+
+@pytest.mark.parametrize(("number", "words"), [
+    (errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied")])
+def test_a_folder_that_may_not_be_written_says_which_and_what_helps(
+        tmp_path, monkeypatch, capsys, number, words):
+    error = OSError(number, words, f"{tmp_path}/a/run.json")
+    assert fail_in_cell(error, tmp_path).startswith(
+        f"{tmp_path}/a/run.json may not be read or written; change its rights, or name another "
+        "folder of runs in the environment variable MIG_KIT_RUNS")
+    monkeypatch.setattr("mig_kit.cli.cli", lambda **options: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit, match="^mig-kit: .*/a/run.json may not be read or written; "):
+        main()
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    quoted = RuntimeError("the server ended with status 126; its log:\nPermission denied")
+    assert fail_in_cell(quoted, tmp_path) == f"RuntimeError: {quoted}"
+    assert describe_os_error(FileNotFoundError("no run 'a'; see status")) == (
+        "no run 'a'; see status")

@@ -1,0 +1,114 @@
+"""Parameters that cannot act together are refused with the remedy, before any kernel starts."""
+
+import papermill
+import pytest
+from click.testing import CliRunner
+
+from mig_kit.cli import cli
+from mig_kit.pipeline.params import validate_params
+
+SINGLE = "with num_iterations 1 the ratio of new to old probabilities is exactly 1"
+TWINS = f"{SINGLE}, so that cispo and vespo are dapo, sapo is grpo, and luspo is dr_grpo times"
+TWICE = {"num_iterations": 2}
+SEQUENCE = {"importance_sampling_level": "sequence"}
+NO_SHARING = {"share_prefix": False}
+REFUSED = [
+    ({"loss_type": "sapo"}, f"loss_type is 'sapo' and num_iterations is 1, but {TWINS}"),
+    ({"loss_type": "vespo"}, TWINS),
+    ({"loss_type": "cispo", "epsilon_high": 5.0}, TWINS),
+    ({"loss_type": "luspo", **SEQUENCE}, "use that loss, or set num_iterations to 2 or more"),
+    (SEQUENCE, f"{SINGLE}, for a token and for a sequence; set num_iterations to 2"),
+    ({"epsilon": 0.1}, "so neither has anything to clip; set num_iterations to 2 or more"),
+    ({"epsilon_high": 0.28}, "epsilon_high is 0.28 and num_iterations is 1, but with num_iterat"),
+    ({"loss_type": "bnpo", "gradient_accumulation_steps": 1, "launcher": ""},
+     "use dapo, or raise gradient_acc"),
+    ({"loss_type": "sapo", "epsilon": 0.1, **TWICE},
+     "epsilon is 0.1 and loss_type is 'sapo', but this loss_type does not read epsilon;"),
+    ({"loss_type": "vespo", "epsilon_high": 0.3, **TWICE}, "does not read epsilon_high"),
+    ({"loss_type": "cispo", "epsilon": 0.3, "epsilon_high": 5.0, **TWICE}, "not read epsilon;"),
+    ({"loss_type": "cispo", "epsilon_high": 0.28, **TWICE}, "set epsilon_high to 1 or more"),
+    ({"loss_type": "cispo", **TWICE}, "would multiply nearly every gradient by it"),
+    ({"loss_type": "luspo", **TWICE}, "set importance_sampling_level to sequence for luspo"),
+    ({"loss_type": "vespo", **TWICE, **SEQUENCE}, "sequence for luspo, to token for vespo"),
+    ({"loss_type": "vespo", "server": "http://a/v1", **TWICE},
+     "set vllm_importance_sampling_mode to token_truncate or token_mask"),
+    ({"vllm_importance_sampling_mode": "token_mask"}, "correct what a server drew; name a server"),
+    ({"vllm_importance_sampling_clip_max": 2.0}, "_clip_max is 2.0, but the latter correct what"),
+    ({"top_entropy_quantile": 0.2, **TWICE, **SEQUENCE}, "set one of the two back"),
+    ({"num_generations": 7}, "num_generations is 7, per_device_train_batch_size is 32, gradient"),
+    ({"num_generations": 3, **NO_SHARING, "per_device_train_batch_size": 2},
+     "(without share_prefix, times gradient_accumulation_steps), so that groups stay whole"),
+    ({"gradient_accumulation_steps": 3}, "to a multiple of their number, or launcher to \"\""),
+    ({"launcher": "torchrun --nnodes 3 --nproc-per-node 2"}, "must share the steps of an update"),
+    ({"launcher": "torchrunn"}, "which is neither beside"),
+    ({"server": "http://x", **NO_SHARING}, "a server needs share_prefix"),
+    ({"server": "http://u:secret@a/v1"}, "give addresses such as http://localhost:8000/v1"),
+    ({"rewards": ["image", "box"]}, "takes the reward format away, which must be one of rewards"),
+    ({"start_from": "somewhere"}, "must be merged, base, adapter or a folder that exists"),
+    ({"start_from": "adapter", "beta": 0.1}, "which without it are the base, not beta's reference"),
+    ({"start_from": "adapter", "server": "http://x"}, "on 4-bit weights, which no server holds"),
+]
+OFFERED = [
+    {}, {"num_generations": 16}, {"num_generations": 64, **NO_SHARING},
+    {"epsilon": 0.2, "epsilon_high": 0.0}, {"loss_type": "bnpo"}, {"loss_type": "dr_grpo"},
+    {"top_entropy_quantile": 0.2, "mask_truncated_completions": True}, {"num_iterations": 4},
+    {"epsilon": 0.1, "epsilon_high": 0.28, **TWICE}, {"loss_type": "sapo", **TWICE, **SEQUENCE},
+    {"loss_type": "cispo", "epsilon_high": 5.0, "top_entropy_quantile": 0.2, **TWICE, **SEQUENCE},
+    {"loss_type": "luspo", **TWICE, **SEQUENCE}, {"loss_type": "vespo", **TWICE},
+    {"loss_type": "vespo", "server": "http://a/v1", "vllm_importance_sampling_mode": "token_mask",
+     **TWICE},
+]
+
+
+@pytest.mark.parametrize(("values", "sentence"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_cannot_act_is_refused(values, sentence):
+    with pytest.raises(ValueError) as error:
+        validate_params(values, "05_grpo")
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", OFFERED, ids=str)
+def test_what_acts_is_not_refused(values):
+    assert values.items() <= validate_params(values, "05_grpo").items()
+
+
+def test_the_command_line_refuses_before_a_kernel_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(papermill, "execute_notebook",
+                        lambda *arguments, **options: pytest.fail("a kernel would start"))
+    result = CliRunner().invoke(cli, ["run", "04", "05", "-p", "epsilon", "0.1"])
+    assert "so neither has anything to clip" in str(result.exception)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("stage", "values", "sentence"), [
+    ("01_synthesize", {"data": "own", "teacher": "none"}, "must be in a file that exists"),
+    ("01_synthesize", {"data": "own", "teacher": "none", "data_file": "none.jsonl"},
+     "data is 'own' and data_file is 'none.jsonl', but"),
+    ("01_synthesize", {"data": "own"}, "the rules teacher reads drawn scenes only; set teacher to"),
+    ("01_synthesize", {"teacher": "own"}, "teacher own is the key 'reply' of data own"),
+    ("01_synthesize", {"data": "own", "teacher": "none", "rl_find_all_per_task": 9},
+     "questions for all boxes are drawn, as scenes are"),
+    ("01_synthesize", {"cot_find_all_per_task": 1, "teacher": "none"}, "teacher none leaves out"),
+    ("01_synthesize", {"data": "own", "teacher": "none", "rl_find_all_per_task": 1},
+     "are drawn, as scenes are; set them to 0"),
+    ("01_synthesize", {"teacher": "endpoint"}, "endpoint_url must be like http://localhost"),
+    ("01_synthesize", {"teacher": "endpoint", "endpoint_model": "m",
+                       "endpoint_url": "http://u:secret@a/v1"}, "endpoint_url is set and endpoint"),
+    ("04_rejection_sampling", {"kept_prompts": 3}, "kept_prompts acts with curate random only"),
+    ("04_rejection_sampling", {"replies": 0}, "04 needs one reply or more"),
+    ("06_evaluate", {"benchmark": "lisa"}, "needs a file that exists; name it in annotations"),
+    ("06_evaluate", {"image_root": "none"}, "must be a folder that exists"),
+    ("09_compare", {"reference": "x"}, "must be one of the groups"),
+    ("09_compare", {"groups": ["a=b", "a=c"]}, "two groups are called 'a'")])
+def test_what_the_other_stages_refuse(stage, values, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        validate_params(values, stage)
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_a_tracker_has_to_be_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="report_to is 'wandb', but a tracker must be installed"):
+        validate_params({"report_to": "wandb"}, "02_sft")

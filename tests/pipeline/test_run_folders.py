@@ -1,0 +1,69 @@
+"""Names of runs: a misspelt one gets the nearest name from every command, a bad one is refused."""
+
+import pytest
+from click.testing import CliRunner
+
+from mig_kit.cli import cli
+from mig_kit.engine import models
+from mig_kit.pipeline import run_folders, run_models
+from mig_kit.world.tasks import make_sample
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder of runs with an empty run "default"; no model is looked for on the hub."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    monkeypatch.setattr(models, "resolve_model", lambda name: pytest.fail(f"asks for {name}"))
+    (tmp_path / "default").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [
+    ("status", "defualt"), ("diff", "default", "defualt"), ("report", "default", "defualt"),
+    ("push", "defualt", "user/name"), ("lessons", "defualt", "--out", "pages"),
+    ("table", "defualt"), ("table", "--group", "a=default,defualt"),
+    ("curves", "defualt", "--figure", "x.png"), ("record", "defualt", "--out", "records"),
+    ("run", "05", "--from", "defualt", "--run-id", "b"), ("run", "05", "--run-id", "defualt"),
+    ("run", "06", "--run-id", "default", "-p", "control_run", "defualt"),
+    ("run", "09", "-p", "groups", "[a=defualt]")])
+def test_a_misspelt_run_gets_the_nearest_name(root, words):
+    result = CliRunner().invoke(cli, words)
+    assert str(result.exception) == f"no run 'defualt' in {root}; did you mean 'default'?"
+    assert [path.name for path in root.rglob("*")] == ["default"]
+
+
+def test_without_a_near_name_a_command_lists_the_runs(root):
+    result = CliRunner().invoke(cli, ["status", "x"])
+    assert str(result.exception) == f"no run 'x' in {root}; mig-kit status lists the runs"
+    run_folders.require_runs("default", "guide/ablations/seed1.json")
+
+
+@pytest.mark.parametrize(("text", "hint"), [
+    ("defualt", "did you mean 'default'?"), ("tinny", "did you mean 'tiny'?"),
+    ("deflt/sft", "did you mean 'default'?"), ("xyz", "a model of the hub is USER/NAME")])
+def test_a_model_of_no_run_is_refused_without_asking_the_hub(root, text, hint):
+    image = root / "default" / "a.png"
+    make_sample("refer_grounding", "val", 0).images[0].save(image)
+    ground = ("ground", "--image", str(image), "Where?")
+    for words in (ground, ("eval", "--out", str(root / "out"))):
+        result = CliRunner().invoke(cli, [*words, "--model", text])
+        assert str(result.exception) == f"there is no run and no folder '{text}'; {hint}"
+    assert not (root / "out").exists()
+
+
+def test_hub_names_and_folders_are_no_runs(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root / "default")
+    (root / "default" / "defualt").mkdir()
+    for text in ("Qwen/Qwen2.5-VL-3B-Instruct", "tiny", "defualt", "./a/b", str(tmp_path)):
+        assert run_models.find_run_model(text) is None
+
+
+@pytest.mark.parametrize("run_id", ["a", "a-b_c", "seed1", "v1.2", "a.b-c", "größe", "-a"])
+def test_good_names(run_id):
+    assert run_folders.validate_run_id(run_id) == run_id
+
+
+@pytest.mark.parametrize("run_id", ["", "my run", "a/b", "..", ".a", "a.", "a\\b", "a\n", "a;b"])
+def test_bad_names(run_id):
+    with pytest.raises(ValueError, match="use letters, digits, '-', '_' and, inside, '.'"):
+        run_folders.validate_run_id(run_id)
