@@ -154,6 +154,7 @@ def _separate_answer(record: dict) -> object:
 
 
 def check_image_tags(texts: list[str], image_count: int) -> None:
+    """Raise as `require` unless the texts have an <image> tag for every image, or none."""
     found_tags = sum(text.count("<image>") for text in texts)
     require(found_tags in (0, image_count),
             f"there are {found_tags} <image> tags and {image_count} images; write one per image")
@@ -236,6 +237,7 @@ def _text_turns(texts: list[tuple[str, str]], rules: TextRules,
 
 
 def box_numbers(match: re.Match) -> list[float]:
+    """The numbers of a match of BOX, as they stand."""
     return [float(number) for number in match.groups() if number is not None]
 
 

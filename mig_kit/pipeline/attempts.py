@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from mig_kit.common import file_sha256, write_json
-from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST
+from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
 from mig_kit.pipeline.run_folders import read_record, runs_root
 
 MARKER = "started.json"
@@ -90,6 +90,7 @@ def set_others_aside(stage: str, run_id: str, key: str, facts: dict) -> list[str
 def promote(folder: Path, final: Path) -> None:
     """Let a finished attempt take its place; what was there is kept as .before."""
     before, oldest = (final.with_name(f"{final.name}.{end}") for end in ("before", "oldest"))
+    shutil.rmtree(oldest, ignore_errors=True)  # what a kill left
     if final.exists():
         if before.exists():
             before.rename(oldest)
@@ -144,15 +145,15 @@ def _copy_finished(source: Path, folder: Path, key: str) -> dict | None:
     if record is None or record["key"] != key or not is_intact(source, record):
         return None
 
-    def link_or_copy(path: str, target: str) -> None:
+    def bring_along(path: str, target: str) -> None:
         is_fixed = path.endswith(".safetensors") or any(
             part in Path(path).parts for part in ("checkpoints", IMAGE_FOLDER))
-        try:
-            (os.link if is_fixed else shutil.copy2)(path, target)
-        except OSError:
+        if is_fixed:
+            link_or_copy(Path(path), Path(target))
+        else:
             shutil.copy2(path, target)
 
-    shutil.copytree(source, folder, copy_function=link_or_copy, dirs_exist_ok=True,
+    shutil.copytree(source, folder, copy_function=bring_along,
                     ignore=shutil.ignore_patterns("run.json", MARKER, "*.ipynb"))
     return record
 

@@ -10,6 +10,7 @@ import yaml
 from mig_kit.common import PROJECT_ROOT, suggest_word, write_json
 from mig_kit.pipeline import attempts, branches, run_rules, store
 from mig_kit.pipeline.failures import failure_sentence
+from mig_kit.pipeline.fingerprints import digest_json
 from mig_kit.pipeline.params import (
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
@@ -276,7 +277,7 @@ def _bring_back(stage: str, run_id: str, params: dict, force: bool) -> bool:
     With `force` the next attempt starts from nothing instead.
     """
     facts = store.stage_facts(stage, run_id, params)  # raises here, before anything is written
-    key = store.stage_key(stage, run_id, params)
+    key = digest_json(facts)
     run = store.runs_root() / run_id
     store.lock_run(run)
     is_back = not force and attempts.bring_back(stage, run_id, key)

@@ -24,6 +24,11 @@ CACHE = ".images_{}.json"  # in the folder of runs: of a root's images, size and
 JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')  # one without an end takes the rest along
 
 
+def digest_json(facts) -> str:
+    """SHA-256 of what JSON can hold; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def model_fingerprint(model: str) -> dict[str, str]:
     """What tells a model folder's weights and settings from others; {} for a hub name. Large files
     by their size and time.
@@ -77,7 +82,7 @@ def hash_images(suite: str, file: Path, root: Path, limit: int = 0) -> str:
     facts = {name: _size_and_time(path) for name, path in images.items() if is_regular_file(path)}
     sizes = (int(fact.split()[0]) for fact in facts.values())
     digests = facts if sum(sizes) > LARGE_SET else _hash_files(root, images, facts)
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return digest_json(digests)
 
 
 def _texts(file: Path, limit: int) -> Iterator[str]:

@@ -4,14 +4,13 @@ The base and the SFT model of a branch are often those of its source, and replie
 model, the parameters and the code alone, so that drawing them again would give the same file.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 from mig_kit.common import write_atomically, write_json
 from mig_kit.pipeline.dependencies import notebook_code, used_definitions
-from mig_kit.pipeline.fingerprints import hash_named_files, model_fingerprint
+from mig_kit.pipeline.fingerprints import digest_json, hash_named_files, model_fingerprint
 from mig_kit.pipeline.params import EXECUTION_PARAMS
 from mig_kit.pipeline.run_folders import list_sources, load_record, stage_folder
 from mig_kit.pipeline.store import Stage
@@ -62,9 +61,8 @@ def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str
     params = {name: value for name, value in stage.params.items() if name not in left_out}
     code = [used_definitions(stage.name), notebook_code(stage.name)]
     questions = stage.inputs["01_synthesize"]["val.parquet"]  # of own data; else they are drawn
-    text = json.dumps([kind, model_fingerprint(str(model)), params, hash_named_files(params),
-                       hardware, code, questions], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_json([kind, model_fingerprint(str(model)), params, hash_named_files(params),
+                        hardware, code, questions])
 
 
 def _copy_replies(source: Path, target: Path, prefixes: tuple[str, ...], kind: str) -> None:

@@ -1,9 +1,8 @@
 """What a finished run says of itself: its data, the parameters that it changed, its control run."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 
+from mig_kit.pipeline.fingerprints import digest_json
 from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS, profile_params
 from mig_kit.pipeline.run_folders import load_record
 
@@ -55,4 +54,4 @@ def model_digest(run_id: str) -> str:
         return ""
     files = {name: digest for name, digest in record["outputs"].items()
              if name.startswith("merged/")}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return digest_json(files)

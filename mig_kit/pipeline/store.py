@@ -6,7 +6,6 @@ what has finished stays as it was. In a branch, earlier stages are those of anot
 """
 
 import ast
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -29,7 +28,7 @@ from mig_kit.common import (
 from mig_kit.image_files import IMAGE_FOLDER
 from mig_kit.pipeline import attempts
 from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
-from mig_kit.pipeline.fingerprints import hash_named_files, model_fingerprint
+from mig_kit.pipeline.fingerprints import digest_json, hash_named_files, model_fingerprint
 from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
     NAMES_OF_RUNS,
@@ -112,18 +111,15 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
         files |= {f"group {name}": _member_digest(name) for name in map(str.strip, members)}
     params = {name: value for name, value in params.items()
               if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
-    return {"parameter": params, "file": {name: _digest(value) for name, value in files.items()},
-            "input": {name: _digest(outputs) for name, outputs in inputs.items()},
+    return {"parameter": params,
+            "file": {name: digest_json(value) for name, value in files.items()},
+            "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
             "definition": used_definitions(stage), "cell": notebook_code(stage)}
 
 
 def stage_key(stage: str, run_id: str, params: dict) -> str:
     """Hash of `stage_facts`."""
-    return _digest(stage_facts(stage, run_id, params))
-
-
-def _digest(facts) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return digest_json(stage_facts(stage, run_id, params))
 
 
 def _member_digest(name: str) -> str:
@@ -276,9 +272,8 @@ class Stage:
         files = {str(path.relative_to(self.folder)): path for path in _output_files(self.folder)}
         outputs = {name: file_sha256(path) for name, path in files.items()}
         finished = load_record(self.name, self.run_id) if self.marker["repeats"] else None
-        products = _stage_products(outputs)
-        before = _stage_products(finished["outputs"]) if finished else {}
         if finished:
+            products, before = map(_stage_products, (outputs, finished["outputs"]))
             different = sorted(name for name in {*products, *before}
                                if products.get(name) != before.get(name))
             shutil.rmtree(self.folder)
@@ -347,7 +342,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     facts = stage_facts(stage, run_id, params)  # nobody changes them from here on
     inputs = {name: require_record(name, run_id, stage)["outputs"]
               for name in input_stages(stage, run_id, params)}
-    key = _digest(facts)
+    key = digest_json(facts)
     branch = refresh_branch(run_id) if inputs else {}
     for sentence in attempts.set_others_aside(stage, run_id, key, facts):
         print(sentence)
