@@ -20,9 +20,9 @@ from types import SimpleNamespace
 import torch
 from transformers import TrainerState
 
-from mig_kit.common import PROJECT_ROOT, release_memory, write_json
+from mig_kit.common import PACKAGE, release_memory, write_json
 from mig_kit.engine.training import count_processes, last_checkpoint
-from mig_kit.launchers import Launch, parse_launcher, search_path
+from mig_kit.pipeline.launchers import Launch, parse_launcher, search_path
 
 JOB_FILE = "job.json"
 ERROR_MARK = "mig-kit, process"  # how a process begins the line that says why it ended
@@ -121,7 +121,7 @@ def run_command(command: list[str], local: int = 0) -> None:
     threads = {}
     if local and "OMP_NUM_THREADS" not in os.environ:
         threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // local))}
-    python_path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
+    python_path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **threads, "PATH": search_path(), "PYTHONUNBUFFERED": "1",
                    "TQDM_DISABLE": "1", "MPLBACKEND": "agg",
                    "PYTHONPATH": python_path.rstrip(os.pathsep)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.merging import compute_delta, open_tensors, read_lora, read_tensor
+from mig_kit.engine.merging import compute_delta, locate_tensors, read_lora, read_tensor
 from mig_kit.engine.models import ADAPTED_PROJECTIONS, TINY_BASE, resolve_model
 from mig_kit.engine.processors import load_processor, render_prompt
 from mig_kit.sample import Sample
@@ -39,7 +39,7 @@ def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
 
     lora_targets: a key of ADAPTED_PROJECTIONS.
     """
-    tensors = open_tensors(base)
+    tensors = locate_tensors(base)
     ending = f"layers.0.{_projection_path(lora_targets)}.weight"
     name = next(name for name in tensors if name.endswith(ending))
     return read_tensor(tensors, name).float()

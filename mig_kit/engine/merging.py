@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -55,7 +54,7 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     shards = plan_shards(model, hardware.dtype)
-    source = open_tensors(base)
+    source = locate_tensors(base)
     total = 0
     for number, names in enumerate(shards, 1):
         shard = {}
@@ -85,6 +84,9 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     """The weight as a 4-bit layer computes with it; same dtype and device."""
+    # late: 03 alone needs it, and it comes with the notebooks
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
     packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4",
                                   quant_storage=torch.uint8)
     return dequantize_4bit(packed, state).to(weight.dtype)
@@ -144,7 +146,7 @@ def shard_name(number: int, shards: int) -> str:
     return f"model-{number:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
 
 
-def open_tensors(base: str | Path) -> dict[str, Path]:
+def locate_tensors(base: str | Path) -> dict[str, Path]:
     """Name of each tensor of a folder or hub name -> the file that holds it."""
     index = find_file(base, INDEX)
     if index is not None:

@@ -19,7 +19,6 @@ from transformers.utils import is_flash_attn_2_available
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import apply_umask, model_folder
-from mig_kit.engine import attention
 from mig_kit.engine.model_folders import (
     FAMILIES,
     VisionLanguageModel,
@@ -28,6 +27,9 @@ from mig_kit.engine.model_folders import (
     load_config,
 )
 from mig_kit.engine.processors import StillImageProcessor, load_processor
+from mig_kit.shared_prefix import attention
+from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel  # takes seconds to import, and most stages have no adapter
@@ -224,7 +226,7 @@ def load_model(model: str | Path, hardware: Hardware,
     patch_embed = weights.model.visual.patch_embed
     patch_embed.proj = PatchProduct(patch_embed.proj)
     weights.eval()
-    return protect_4bit_weights(weights) if four_bit else weights
+    return train_mode_for_4bit_layers(weights) if four_bit else weights
 
 
 @dataclass
@@ -248,22 +250,6 @@ def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
     """
     processor = load_processor(folder, box_format)  # first: it takes no minutes to refuse
     return Policy(load_model(folder, hardware, four_bit), processor, hardware, box_format)
-
-
-def protect_4bit_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Put the 4-bit layers alone in train mode, where they compute the same and leave their weights
-    alone.
-
-    In eval mode, on CPUs with avx512_bf16, a 4-bit layer repacks its weights in place at its first
-    use; merging it or training it afterwards gives garbage. Call it after whatever puts the whole
-    model in eval mode.
-    """
-    from bitsandbytes.nn import Linear4bit  # takes seconds, which a plain model can do without
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.train()
-    return model
 
 
 def list_adapted_modules(model: torch.nn.Module) -> list[str]:
@@ -312,11 +298,6 @@ def save_model(model, processor: StillImageProcessor, folder: Path, base: str | 
     copy_unchanged_files(base, folder)
     processor.save_image_settings(Path(folder))
     apply_umask(Path(folder))
-
-
-def unwrap_peft(model):
-    """The vision-language model itself, without a PEFT wrapper."""
-    return model.base_model.model if "base_model" in dict(model.named_children()) else model
 
 
 def tiny_config(vocab_size: int, hidden: int = TINY_HIDDEN, layers: int = 5,

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from trl.trainer.utils import pad
 
-from mig_kit.engine.shared_prefix_grpo import SharedPrefixGRPOTrainer
+from mig_kit.engine.recipe_trainer import RecipeTrainer
 
 
 @contextmanager
@@ -37,27 +38,40 @@ def keep_global_state() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def draw_group(trainer: SharedPrefixGRPOTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
+def draw_group(trainer: RecipeTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """(replies, batch): num_generations replies to the trainer's first prompt, and their tokens.
 
-    batch: as the trainer's loss reads it, with completion_ids and completion_mask (replies,
-    tokens), padded on the right.
+    batch: as the trainer's loss reads it, with prompt_ids (replies, 1), the prompt's number, and
+    completion_ids and completion_mask (replies, tokens), padded on the right.
     """
-    rows = [{"sample": 0}] * trainer.num_generations
-    completions = trainer._draw_completions(rows, len(rows), "train")
+    count, device = trainer.num_generations, trainer.accelerator.device
+    prompts = [trainer.train_dataset[0]["prompt"]] * count
+    numbers, images, fields = trainer._tokenize_prompts(prompts)
+    completions, _ = trainer._generate_single_turn(numbers, images, fields, count)
+    ids = [torch.tensor(completion) for completion in completions]
+
+    def pad_right(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        return pad(rows, value, "right", trainer.pad_to_multiple_of).to(device)
+
+    completion_ids = pad_right(ids, trainer.processing_class.tokenizer.pad_token_id)
+    completion_mask = pad_right([torch.ones_like(row) for row in ids], 0)
+    prompt_ids = torch.tensor(numbers, device=device)
+    batch = {"prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids),
+             "completion_ids": completion_ids, "completion_mask": completion_mask,
+             "num_items_in_batch": completion_mask.sum()}
     decode = trainer.processing_class.tokenizer.batch_decode
-    return decode(completions, skip_special_tokens=True), trainer._to_batch(rows, completions)
+    return decode(completions, skip_special_tokens=True), batch
 
 
-def token_logps(trainer: SharedPrefixGRPOTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def token_logps(trainer: RecipeTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The log-probability of every token of a batch, (replies, tokens), with gradients; 0 for
     padding. Detach them where none are needed: under no_grad a bfloat16 product rounds otherwise.
     """
-    ids, mask = batch["completion_ids"], batch["completion_mask"]
-    return trainer._logps(trainer.model, batch["sample"], ids, mask)[0]
+    return trainer._logps(trainer.model, batch["prompt_ids"][:, -1], batch["completion_ids"],
+                          batch["completion_mask"])[0]
 
 
-def trainer_loss(trainer: SharedPrefixGRPOTrainer, batch: dict[str, torch.Tensor],
+def trainer_loss(trainer: RecipeTrainer, batch: dict[str, torch.Tensor],
                  advantages: torch.Tensor, old_logps: torch.Tensor | None = None,
                  ref_logps: torch.Tensor | None = None, loss_type: str = "dapo",
                  beta: float = 0.0) -> torch.Tensor:

@@ -189,7 +189,7 @@ def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
     images = [Image.new("RGB", size) for size in sizes]
     try:
         grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"]
-        check_image_grids(processor, grids, sizes, box_format)
+        check_image_grids(processor, box_format, grids, sizes)
     except ValueError as error:
         raise ValueError(f"{model}: {error}; mend do_resize, patch_size and merge_size in its "
                          "preprocessor_config.json") from error
@@ -237,8 +237,8 @@ def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample
     return measure
 
 
-def check_image_grids(processor: StillImageProcessor, grid_thw: torch.Tensor | None,
-                      sizes: list[tuple[int, int]], box_format: BoxFormat) -> None:
+def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
+                      grid_thw: torch.Tensor | None, sizes: list[tuple[int, int]]) -> None:
     """Raise ValueError unless every image of a batch is seen at the size that its boxes are
     computed for.
 

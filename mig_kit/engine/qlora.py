@@ -12,9 +12,9 @@ from mig_kit.engine.models import (
     Policy,
     check_adapters,
     load_policy,
-    protect_4bit_weights,
     run_tower_without_graph,
 )
+from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 
 
 def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat) -> Policy:
@@ -38,16 +38,16 @@ def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFo
     return policy
 
 
-def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware, box_format: BoxFormat,
-                        lora_dropout: float) -> Policy:
-    """The 4-bit base under a saved adapter that goes on being trained, with another dropout.
+def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
+                        box_format: BoxFormat) -> Policy:
+    """The 4-bit base under a saved adapter that goes on being trained, without dropout.
 
     Raises ValueError as `check_adapters`.
     """
     policy = load_four_bit_policy(base, hardware, box_format)
     config = LoraConfig.from_pretrained(adapter)
-    config.lora_dropout, config.inference_mode = lora_dropout, False
-    policy.model = protect_4bit_weights(
+    config.lora_dropout, config.inference_mode = 0.0, False
+    policy.model = train_mode_for_4bit_layers(
         PeftModel.from_pretrained(policy.model, adapter, is_trainable=True, config=config))
     check_adapters(policy.model)
     return policy

@@ -70,7 +70,7 @@ class ServerProcess:
         lines = self.log.read_text(errors="replace").strip().splitlines()[-LOG_TAIL:]
         return f"the last lines of {self.log}:\n" + "\n".join(line[:300] for line in lines)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the server and all that it has started."""
         self.process.stdin.close()
         self.process.wait()

@@ -6,22 +6,22 @@ those that are missing from the model's generation_config.json. The ids of the s
 to equal the kit's own. There is no seed: served replies cannot be drawn again to the bit.
 """
 
-import base64
-import io
 from dataclasses import dataclass
 from threading import Lock
 
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, seen_size
-from mig_kit.engine.generation import Sampling, forbidden_token_ids
 from mig_kit.engine.processors import StillImageProcessor, render_prompt
+from mig_kit.image_files import to_data_url
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
+from mig_kit.shared_prefix.generation import SamplingOptions, forbidden_token_ids
 
 FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
-# fields that OpenAI's own API has; a server that refuses the others is asked with these alone
-OPENAI_FIELDS = ("model", "messages", "temperature", "top_p", "max_tokens", "n", "logit_bias")
+# a server that refuses some fields is asked with fewer: all, OpenAI's own, those without `n`
+WITHOUT_N = ("model", "messages", "temperature", "top_p", "max_tokens", "logit_bias")
+FIELDS_OF_FORM = ((), (*WITHOUT_N, "n"), WITHOUT_N)
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,7 @@ class PromptEncoder:
             image.size, self.box_format, processor.patch_size * processor.merge_size)
         if image.size != size:
             image = image.resize(size, processor.resample)
-        file = io.BytesIO()
-        image.save(file, "PNG", compress_level=1)
-        data = base64.b64encode(file.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        return {"type": "image_url", "image_url": {"url": to_data_url(image, compress_level=1)}}
 
     def prompt_ids(self, sample: Sample) -> list[int]:
         """The kit's own token ids of the sample's prompt, without a model."""
@@ -82,7 +79,7 @@ class PromptEncoder:
         with self.tokenizer_lock:
             return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def sampling_fields(self, sampling: Sampling, with_logps: bool) -> dict:
+    def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
         """The fields of a request that say how to draw; logps: of processed logits."""
         bias = {str(token): FORBIDDEN_BIAS for token in forbidden_token_ids(self.processor)}
         fields = {

@@ -9,7 +9,7 @@ from mig_kit.common import write_atomically
 
 
 class StoredReplies(Mapping):
-    """Replies by sample id, each read from its place in a file of `sampling.sample_replies` when it
+    """Replies by sample id, each read from its place in a file of `sample_replies` when it
     is looked at.
     """
 

@@ -1,6 +1,6 @@
 """Replies of several systems to the same samples, one model in memory at a time (stage 06)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,13 +8,15 @@ import numpy as np
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
-from mig_kit.engine.logprobs import reply_logps
 from mig_kit.engine.models import Hardware, Policy, load_policy
-from mig_kit.engine.prompt_cache import MAX_BYTES, PromptCache
-from mig_kit.engine.sampling import make_cache, open_policy, sample_replies
+from mig_kit.engine.reply_files import open_policy, sample_replies
+from mig_kit.engine.sample_prompts import SampleCache, make_cache, reply_logps
 from mig_kit.engine.server import ServedModel
 from mig_kit.engine.stored_replies import RepliesInOrder
 from mig_kit.sample import Sample
+from mig_kit.shared_prefix.prompt_cache import MAX_BYTES
+
+KL_SAMPLES = 10  # of a suite
 
 
 def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]],
@@ -27,7 +29,7 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     the order of `samples`, each read when it is looked at; a sample without drawn replies has [].
     With `params.server` each system is served in its turn.
     """
-    caches: dict[str, PromptCache] = {}
+    caches: dict[str, SampleCache] = {}
     replies: dict[str, dict] = {}
     for system, model in models.items():
         for cache in caches.values():
@@ -40,7 +42,7 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     return replies
 
 
-def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str, PromptCache],
+def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str, SampleCache],
                     samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
                     folder: Path, params: SimpleNamespace) -> dict:
     """One system's part of `suite_replies`; caches: by suite, filled here."""
@@ -58,8 +60,7 @@ def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str,
                 cache=cache, name=f"{system}_{suite}") -> dict[str, list[str]]:
             return sample_replies(
                 policy, questions, folder / f"{name}_{kind}.jsonl", replies=count,
-                temperature=temperature, max_new_tokens=params.max_new_tokens,
-                batch_size=params.batch_size, seed=params.seed, workers=params.workers,
+                temperature=temperature, max_new_tokens=params.max_new_tokens, seed=params.seed,
                 label=f"{name.replace('_', ' ', 1)} {kind}", cache=cache)
 
         greedy = ask("greedy", suite_samples, 1, 0.0)
@@ -71,16 +72,16 @@ def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str,
 
 
 def kl_from_base(models: dict[str, str | Path], samples: dict[str, list[Sample]], replies: dict,
-                 count: int, hardware: Hardware, box_format: BoxFormat) -> dict:
+                 hardware: Hardware, box_format: BoxFormat) -> dict:
     """How far every system is from "base", KL(system || base) in nats: system -> suite -> figures.
 
     Estimated as log p_system - log p_base of the system's own replies: the first one at temperature
-    1 to `count` samples of a suite, evenly spaced (the greedy one where none were drawn, which says
-    less). {"per_token", "per_reply", "standard_error" (of per_reply), "replies"}. replies: of
-    `suite_replies`. One model is in memory at a time.
+    1 to KL_SAMPLES samples of a suite, evenly spaced. {"per_token", "per_reply",
+    "standard_error" (of per_reply), "replies"}. replies: of `suite_replies`. One model is in memory
+    at a time.
     """
     questions: dict[str, dict[str, list[tuple[Sample, str]]]] = {
-        system: {suite: _spread_replies(samples[suite], answers, count)
+        system: {suite: _spread_replies(samples[suite], answers["drawn"])
                  for suite, answers in by_suite.items()}
         for system, by_suite in replies.items() if system != "base"}
     own: dict[str, dict[str, list[np.ndarray]]] = {}
@@ -95,10 +96,10 @@ def kl_from_base(models: dict[str, str | Path], samples: dict[str, list[Sample]]
             for system, by_suite in questions.items()}
 
 
-def _spread_replies(samples: list[Sample], answers: dict, count: int) -> list[tuple[Sample, str]]:
-    rows = [row for row, drawn in enumerate(answers["drawn"]) if drawn] or range(len(samples))
-    return [(samples[row], (answers["drawn"][row] or [answers["greedy"][row]])[0])
-            for row in rows[::max(1, len(rows) // count)][:count]]
+def _spread_replies(samples: list[Sample], drawn: Sequence[list[str]]) -> list[tuple[Sample, str]]:
+    rows = [row for row, replies in enumerate(drawn) if replies]
+    return [(samples[row], drawn[row][0])
+            for row in rows[::max(1, len(rows) // KL_SAMPLES)][:KL_SAMPLES]]
 
 
 def _reply_logps(policy: Policy, rows: list[tuple[Sample, str]]) -> list[np.ndarray]:
@@ -117,21 +118,17 @@ def _summarize_kl(own: list[np.ndarray], base: list[np.ndarray]) -> dict:
             "standard_error": error, "replies": len(sums)}
 
 
-def benchmark_replies(models: dict[str, str | Path],
-                      batches: Callable[[], Iterable[list[Sample]]], hardware: Hardware,
-                      box_format: BoxFormat, folder: Path, params: SimpleNamespace) -> dict:
-    """Greedy replies to a real benchmark: system -> sample id -> [reply].
+def benchmark_replies(model: str | Path, system: str, batches: Iterable[list[Sample]],
+                      hardware: Hardware, box_format: BoxFormat, path: Path,
+                      params: SimpleNamespace) -> dict[str, list[str]]:
+    """Greedy replies to a real benchmark: sample id -> [reply]; stored in `path`.
 
-    batches: opens the images anew for every system, a few samples at a time.
+    batches: a few samples at a time, whose images are opened when they are asked for.
     """
-    replies: dict[str, dict[str, list[str]]] = {}
-    for system, model in models.items():
-        replies[system] = {}
-        with open_policy(model, system, hardware, box_format, folder.parent, params) as policy:
-            for batch in batches():
-                replies[system] |= sample_replies(
-                    policy, batch, folder / f"{system}_real_{params.benchmark}.jsonl", replies=1,
-                    temperature=0.0, max_new_tokens=params.max_new_tokens,
-                    batch_size=params.batch_size, seed=params.seed, workers=params.workers)
-            policy = None  # frees the system before the next
+    replies: dict[str, list[str]] = {}
+    with open_policy(model, system, hardware, box_format, path.parents[1], params) as policy:
+        for batch in batches:
+            replies |= sample_replies(
+                policy, batch, path, replies=1, temperature=0.0,
+                max_new_tokens=params.max_new_tokens, seed=params.seed)
     return replies

@@ -18,15 +18,16 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.utils.notebook import NotebookProgressCallback
 from trl.trainer.utils import RepeatSampler
 
-from mig_kit import plots
 from mig_kit.common import apply_umask
+from mig_kit.drawing import plots
 from mig_kit.engine.models import LORA_TARGETS, Hardware
 
+LORA_SCALE = 2  # lora_alpha / lora_r: by how much an adapter's product is multiplied
 
-def lora_config(lora_r: int, lora_alpha: int, lora_dropout: float = 0.0,
-                lora_targets: str = "all") -> LoraConfig:
+
+def lora_config(lora_r: int, lora_dropout: float = 0.0, lora_targets: str = "all") -> LoraConfig:
     """LoRA on projections of the language model; lora_targets: which, a name of LORA_TARGETS."""
-    return LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+    return LoraConfig(r=lora_r, lora_alpha=LORA_SCALE * lora_r, lora_dropout=lora_dropout,
                       target_modules=LORA_TARGETS[lora_targets], bias="none",
                       task_type="CAUSAL_LM")
 

@@ -2,18 +2,20 @@
 trained.
 """
 
+import inspect
 import math
 import numbers
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import split_function_name, write_atomically
-from mig_kit.prompts import correct_answer
+from mig_kit.prompts import chat_messages, correct_answer
 from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
 
@@ -34,7 +36,8 @@ def copy_reward_files(references: Sequence[str], folder: Path) -> None:
 
 
 def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
-    """name -> function, in the order of `references`: names of the kit's and "file.py:function".
+    """name -> function, in the order of `references`: names of the kit's and "file.py:function",
+    which may have the kit's form or TRL's (`_adapt_trl_reward`).
 
     folder: of the stage, which has copies of the files. ValueError, with file and line, where a
     file cannot be imported or has no such function.
@@ -46,10 +49,35 @@ def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
             continue
         path, name = split_function_name(text)
         module = _import_file(folder / FOLDER / path.name, path)
-        if not callable(getattr(module, name, None)):
+        reward = getattr(module, name, None)
+        if not callable(reward):
             raise ValueError(f"{path} has no function '{name}'")
-        rewards[name] = getattr(module, name)
+        is_trls = "completions" in inspect.signature(reward).parameters
+        rewards[name] = _adapt_trl_reward(reward) if is_trls else reward
     return rewards
+
+
+def _adapt_trl_reward(reward: Callable) -> Reward:
+    """A reward in TRL's form, f(prompts, completions, **columns) -> [number or None], in the kit's.
+
+    It is called with one completion at a time. Columns: question, sizes ((width, height) of each
+    image, pixels), targets ((image number, box) pairs, pixels of the original), options and letter.
+    """
+    @wraps(reward)
+    def adapted(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
+        columns = {"question": sample.question, "sizes": list(sample.sizes),
+                   "targets": list(sample.targets), "options": sample.options,
+                   "letter": sample.letter}
+        values = reward(
+            prompts=[chat_messages(sample, box_format)],
+            completions=[[{"role": "assistant", "content": reply}]], trainer_state=None,
+            log_extra=lambda *_: None, log_metric=lambda *_: None,
+            **{name: [value] for name, value in columns.items()})
+        if len(values) != 1:
+            raise ValueError(f"it gave {len(values)} values for one completion")
+        return values[0]
+
+    return adapted
 
 
 def _import_file(copy: Path, path: Path) -> ModuleType:
@@ -96,7 +124,7 @@ def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
 
 def _source(reward: Reward) -> tuple[str, str]:
     """(file, " (file, line n)") of a function; both "" of what is none."""
-    code = getattr(reward, "__code__", None)
+    code = getattr(inspect.unwrap(reward), "__code__", None)
     return (code.co_filename, f" ({code.co_filename}, line {code.co_firstlineno})") if code else (
         "", "")
 

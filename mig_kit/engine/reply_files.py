@@ -10,20 +10,24 @@ from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import progress_bar, release_memory
-from mig_kit.engine.decoding import fuse_decoding_weights
-from mig_kit.engine.generation import (
-    Sampling,
-    draw_uniforms,
-    generate_in_rounds,
-    max_kv_bytes,
-)
-from mig_kit.engine.models import Hardware, Policy, load_policy, unwrap_peft
+from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.parallel import map_in_threads
-from mig_kit.engine.prompt_cache import PromptCache
+from mig_kit.engine.sample_prompts import SampleCache, make_cache
 from mig_kit.engine.server import Question, ServedModel, serve_model
 from mig_kit.engine.stored_replies import StoredReplies, load_replies
 from mig_kit.image_files import LazyImages
 from mig_kit.sample import Sample
+from mig_kit.shared_prefix.decoding import fuse_decoding_weights
+from mig_kit.shared_prefix.generation import (
+    SamplingOptions,
+    draw_uniforms,
+    generate_in_rounds,
+    max_kv_bytes,
+)
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
+
+BATCH_SIZE = 64  # prompts of a batch
+CPU_WORKERS = 2  # batches under way at a time on a CPU, each on its share of the cores
 
 
 @contextmanager
@@ -49,12 +53,6 @@ def describe_source(params: SimpleNamespace) -> str:
     return f"served: {params.server}" if params.server else "the kit's own loop"
 
 
-def make_cache(policy: Policy, **limits) -> PromptCache:
-    """A cache of prompts for the policy; limits: see PromptCache."""
-    return PromptCache(policy.model, policy.processor, policy.box_format,
-                       autocast=policy.hardware.autocast, **limits)
-
-
 def greedy_replies(policy: Policy, samples: Sequence[Sample],
                    max_new_tokens: int = 128) -> list[str]:
     """One greedy reply to every sample."""
@@ -68,15 +66,16 @@ def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperat
     uniforms = draw_uniforms(0, len(samples), count, max_new_tokens) if temperature else None
     rollouts = generate_in_rounds(
         policy.model.eval(), policy.processor, prompts, count,
-        Sampling(temperature, max_new_tokens=max_new_tokens), uniforms, policy.hardware.autocast)
+        SamplingOptions(temperature, max_new_tokens=max_new_tokens), uniforms,
+        policy.hardware.autocast)
     return [policy.processor.tokenizer.batch_decode(rollout, skip_special_tokens=True)
             for rollout in rollouts]
 
 
 def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path: Path, *,
-                   replies: int, temperature: float, max_new_tokens: int, batch_size: int,
-                   seed: int, label: str = "rollouts", cache: PromptCache | None = None,
-                   workers: int = 1) -> StoredReplies:
+                   replies: int, temperature: float, max_new_tokens: int, seed: int,
+                   batch_size: int = BATCH_SIZE, workers: int = 0, label: str = "rollouts",
+                   cache: SampleCache | None = None) -> StoredReplies:
     """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
 
     Batches that are whole in the file are not drawn again. Each batch has its own seed, and batches
@@ -85,9 +84,9 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     prompts made ready by an earlier call for the same samples and model. A batch is drawn in as
     many rounds as the free memory asks for, with the same numbers.
 
-    workers: batches under way at a time, on a CPU, each on its share of the cores. The replies are
-    the same but where products round by the number of cores, as AMX's in bf16 do: there a few in a
-    hundred differ.
+    workers: batches under way at a time; 0 for CPU_WORKERS on a CPU and one on a GPU. The replies
+    are the same but where products round by the number of cores, as AMX's in bf16 do: there a few
+    in a hundred differ.
 
     Servers are asked about each sample on its own, and every reply is stored as it comes; seed,
     batch_size, cache and workers are the local loop's.
@@ -95,16 +94,17 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     is_stored = set(load_replies(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(policy, ServedModel):
-        sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
+        sampling = SamplingOptions(temperature, max_new_tokens=max_new_tokens)
         return _served_replies(policy, samples, path, is_stored, replies, sampling, label)
+    workers = workers or (CPU_WORKERS if policy.hardware.device == "cpu" else 1)
     cache = cache or make_cache(policy, limit=batch_size)
     ids = [sample.id for sample in samples]
     batches = list(enumerate(_cut_batches(samples, batch_size)))
     todo = [(number, batch) for number, batch in batches
             if not is_stored.issuperset(ids[index] for index in batch)]
     one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
-    sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
-    max_bytes = max_kv_bytes(policy.model.device) // max(1, workers)
+    sampling = SamplingOptions(temperature, max_new_tokens=max_new_tokens)
+    max_bytes = max_kv_bytes(policy.model.device) // workers
 
     def draw(numbered_batch: tuple[int, list[int]]) -> list[list[list[int]]]:
         number, batch = numbered_batch
@@ -136,7 +136,7 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
 
 
 def _served_replies(served: ServedModel, samples: Sequence[Sample], path: Path,
-                    is_stored: set[str], replies: int, sampling: Sampling,
+                    is_stored: set[str], replies: int, sampling: SamplingOptions,
                     label: str) -> StoredReplies:
     """As `sample_replies`, from servers. is_stored: ids that the file holds already."""
     ids = [sample.id for sample in samples]

@@ -10,13 +10,9 @@ import torch
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import unwrap_peft
-from mig_kit.engine.prefixes import additive_mask, embed_with_images, pad_prompts, pad_rows
-from mig_kit.engine.prompt_cache import Prompt, PromptCache
-from mig_kit.sample import Sample
+from mig_kit.shared_prefix.prefixes import additive_mask, embed_with_images, pad_prompts, pad_rows
+from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
-PROMPTS_AT_ONCE = 4  # prompts that `reply_logps` holds in memory
 HEAD_TOKENS = 1024  # tokens whose logits are in memory at a time where layers are checkpointed
 
 
@@ -31,7 +27,7 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
     """
     model = unwrap_peft(model)
     batch = pad_prompts(model, prompts, image_token_id)
-    last_hidden, cache = batch.read(model)
+    last_hidden, cache = batch.prefill(model)
     cache.batch_select_indices(prompt_index)
     steps = torch.arange(ids.shape[1], device=ids.device)
     positions = batch.next_position[prompt_index][:, None] + steps
@@ -116,6 +112,7 @@ def _pack_completions(prompts: list[Prompt], prompt_index: torch.Tensor, ids: to
             row_ids.append(completion)
             row_part.append(torch.full_like(completion, number))
             row_positions.append(positions.expand(3, -1))
+            # the first token is predicted at the prompt's end, whose state all completions share
             columns = [len(prompt.ids) - 1, *range(start, start + length - 1)]
             state_places[member] = [(row, column) for column in columns[:length]]
             start += length
@@ -145,30 +142,3 @@ def _token_logps(model, states: torch.Tensor, targets: torch.Tensor,
 def _unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Values of the tokens under a mask (rows, tokens) as (rows, tokens), 0 elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), values)
-
-
-def reply_logps(model, processor, samples: list[Sample], replies: list[str],
-                box_format: BoxFormat) -> torch.Tensor:
-    """Log-probability of every token of the replies, one to each sample; (tokens,), float32.
-
-    PROMPTS_AT_ONCE prompts are in memory at a time.
-    """
-    starts = range(0, len(samples), PROMPTS_AT_ONCE)
-    parts = [slice(start, start + PROMPTS_AT_ONCE) for start in starts]
-    return torch.cat([_reply_logps(model, processor, samples[part], replies[part], box_format)
-                      for part in parts])
-
-
-@torch.no_grad()
-def _reply_logps(model, processor, samples: list[Sample], replies: list[str],
-                 box_format: BoxFormat) -> torch.Tensor:
-    device, tokenizer = unwrap_peft(model).device, processor.tokenizer
-    prompts = PromptCache(model, processor, box_format).get(samples)
-    encoded = tokenizer(replies, add_special_tokens=False)["input_ids"]
-    completions = [torch.tensor([*row, tokenizer.eos_token_id]) for row in encoded]
-    longest = max(map(len, completions))
-    ids = pad_rows(completions, longest).to(device)
-    mask = pad_rows([torch.ones_like(row) for row in completions], longest).to(device)
-    prompt_index = torch.arange(len(samples), device=device)
-    logps, _ = completion_logps(model, prompts, prompt_index, ids, mask, processor.image_token_id)
-    return logps[mask.bool()].float().cpu()

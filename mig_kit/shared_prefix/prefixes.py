@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache
 
-from mig_kit.engine import attention
-from mig_kit.engine.prompt_cache import Prompt
+from mig_kit.shared_prefix import attention
+from mig_kit.shared_prefix.prompt_cache import Prompt
 
 # Rows are padded to multiples of so many tokens: where every batch has sizes of its own, the heap
 # grows and slows down.
@@ -68,7 +68,7 @@ class PaddedPrompts:
     last_column: torch.Tensor
     next_position: torch.Tensor
 
-    def read(self, model) -> tuple[torch.Tensor, Cache]:
+    def prefill(self, model) -> tuple[torch.Tensor, Cache]:
         """States at the last tokens (prompts, hidden), and the cache.
 
         Of long prompts the last layer computes nothing but these states and its keys and values: a
@@ -174,7 +174,7 @@ class Suffixes:
     hidden: torch.Tensor
 
 
-def read_suffixes(model, prompts: list[Prompt], groups: list[list[int]], prefixes: PaddedPrompts,
+def prefill_suffixes(model, prompts: list[Prompt], groups: list[list[int]], prefixes: PaddedPrompts,
                   cache: Cache) -> Suffixes:
     """Read what follows the prefixes. groups: of `group_by_prefix`.
 
@@ -200,6 +200,8 @@ def read_suffixes(model, prompts: list[Prompt], groups: list[list[int]], prefixe
     next_position = pad_rows([torch.tensor([prompt.next_position for prompt in row])
                               for row in rows], slots)
 
+    # All suffixes of a prefix are one row, so that its keys need not be repeated for each; the mask
+    # keeps a suffix from seeing its neighbours, and positions go on from the prefix for each.
     column = torch.arange(longest)
     is_same_suffix = slot_of_token[:, :, None] == slot_of_token[:, None, :]
     sees_suffix = is_same_suffix & (column[:, None] >= column)

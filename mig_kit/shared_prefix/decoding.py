@@ -12,14 +12,14 @@ from torch.nn.functional import linear, softmax
 from transformers import Cache
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 
-from mig_kit.engine.prefixes import PaddedPrompts, Suffixes
+from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes
 
 # layers with the same input -> their weights as one (all outputs, inputs), and bias (all outputs,)
 FusedWeights = dict[tuple[torch.nn.Module, ...], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Decoder:
-    """One decoding step for all rows: `group` rows to each of several prefixes.
+    """One decoding step for all rows: `rows_per_prefix` rows to each of several prefixes.
 
     A prefix is a prompt, and its rows are the replies to it. With `suffixes` it is the images that
     several prompts begin with, and each of the prefix's slots has as many rows.
@@ -31,10 +31,10 @@ class Decoder:
     order in which its prefix's scores are computed.
     """
 
-    def __init__(self, model, cache: Cache, prefixes: PaddedPrompts, group: int, capacity: int,
-                 fused_weights: FusedWeights, suffixes: Suffixes | None = None):
+    def __init__(self, model, cache: Cache, prefixes: PaddedPrompts, rows_per_prefix: int,
+                 capacity: int, fused_weights: FusedWeights, suffixes: Suffixes | None = None):
         self.language, self.head = model.model.language_model, model.lm_head
-        self.group, self.fused_weights = group, fused_weights
+        self.rows_per_prefix, self.fused_weights = rows_per_prefix, fused_weights
         attention = self.language.layers[0].self_attn
         self.width, self.scale = attention.head_dim, attention.scaling
         self.has_head_norms = isinstance(attention, Qwen3VLTextAttention)
@@ -51,13 +51,17 @@ class Decoder:
                       else cache.layers[0].keys.dtype)
         self.suffix_length = 0 if suffixes is None else int(suffixes.length.max())
 
+        # Two caches: a prefix is the same for all its rows, so its keys stay where they are and are
+        # read once per step for all rows in one product, while each row's own keys grow in place in
+        # memory that is there from the start (a concatenated cache would copy itself each step).
         # of each layer: keys and values (prefixes, kv_heads, prefix tokens, width)
         self.prefix_cache = [
             tuple(tensor[:, :, :prefix_length].to(self.dtype).contiguous()
                   for tensor in (layer.keys, layer.values))
             for layer in cache.layers]
-        # of each layer: (keys or values, prefixes, kv_heads, group, suffix and new tokens, width)
-        row_shape = (2, n_prefixes, self.kv_heads, group, self.suffix_length + capacity, self.width)
+        # of each layer: (keys or values, prefixes, kv_heads, rows, suffix and new tokens, width)
+        row_shape = (2, n_prefixes, self.kv_heads, rows_per_prefix, self.suffix_length + capacity,
+                     self.width)
         self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device)
                           for _ in cache.layers]
 
@@ -65,7 +69,7 @@ class Decoder:
         is_padding = torch.cat([prefixes.mask, new_tokens], 1)[:, None] == 0
         next_position = prefixes.next_position[:, None]
         if suffixes is not None:
-            rows_per_slot = group // suffixes.start.shape[1]
+            rows_per_slot = rows_per_prefix // suffixes.start.shape[1]
             next_position = suffixes.next_position.repeat_interleave(rows_per_slot, 1)
             self._copy_suffixes(cache, suffixes, prefix_length)
             is_padding = self._insert_suffix_padding(is_padding, suffixes, prefix_length)
@@ -86,16 +90,16 @@ class Decoder:
                 by_slot = source[:, :, prefix_length:].gather(2, index).to(self.dtype)
                 by_slot = by_slot.unflatten(2, (slots, -1))
                 target[..., :self.suffix_length, :] = by_slot.repeat_interleave(
-                    self.group // slots, 2)
+                    self.rows_per_prefix // slots, 2)
 
     def _insert_suffix_padding(self, is_padding: torch.Tensor, suffixes: Suffixes,
                                prefix_length: int) -> torch.Tensor:
         """(prefixes, 1, prefix and new tokens) -> (prefixes, rows * heads_per_key, all tokens)."""
-        rows_per_slot = self.group // suffixes.start.shape[1]
+        rows_per_slot = self.rows_per_prefix // suffixes.start.shape[1]
         order = torch.arange(self.suffix_length, device=is_padding.device)
         behind_suffix = order >= suffixes.length[..., None]
         behind_suffix = behind_suffix.repeat_interleave(rows_per_slot, 1)
-        by_row = is_padding.expand(-1, self.group, -1)
+        by_row = is_padding.expand(-1, self.rows_per_prefix, -1)
         prefix, new = by_row.split([prefix_length, by_row.shape[2] - prefix_length], 2)
         return torch.cat([prefix, behind_suffix, new], 2).repeat_interleave(self.heads_per_key, 1)
 
@@ -147,7 +151,7 @@ class Decoder:
         attention, mlp = layer.self_attn, layer.mlp
         heads = self._project(layer.input_layernorm(hidden),
                               attention.q_proj, attention.k_proj, attention.v_proj)
-        heads = heads.view(len(cosines), self.group, -1, self.width)
+        heads = heads.view(len(cosines), self.rows_per_prefix, -1, self.width)
         if self.has_head_norms:
             q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
             heads = torch.cat([attention.q_norm(q), attention.k_norm(k), v], 2)
@@ -167,8 +171,8 @@ class Decoder:
         return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
 
     def _attend(self, heads: torch.Tensor, index: int) -> torch.Tensor:
-        """(prefixes, group, heads + 2 * kv_heads, width): queries, keys, values -> (rows, heads *
-        width).
+        """(prefixes, rows, heads + 2 * kv_heads, width): queries, keys, values -> (all rows,
+        heads * width).
 
         Every row attends to its prefix, which it shares, and to its own past.
         """
@@ -180,11 +184,11 @@ class Decoder:
         row_cache[..., past - 1, :] = new.permute(2, 0, 3, 1, 4)
         row_keys, row_values = row_cache[..., :past, :]
 
-        # (prefixes, kv_heads, group * heads_per_key, width)
+        # (prefixes, kv_heads, rows * heads_per_key, width)
         queries = heads[:, :, :self.heads].unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
         queries = queries.flatten(2, 3)
-        # (prefixes, kv_heads, group, heads_per_key, width)
-        queries_by_row = queries.unflatten(2, (self.group, -1))
+        # (prefixes, kv_heads, rows, heads_per_key, width)
+        queries_by_row = queries.unflatten(2, (self.rows_per_prefix, -1))
 
         multiply = _float32_scores if heads.is_cuda and heads.dtype != torch.float32 else _scores
         prefix_scores = multiply(queries, prefix_keys)
@@ -194,11 +198,11 @@ class Decoder:
         weights = softmax(torch.add(bias, scores, alpha=self.scale), -1).to(self.dtype)
 
         prefix_weights = weights[..., :prefix_length]
-        row_weights = weights[..., prefix_length:].unflatten(2, (self.group, -1))
+        row_weights = weights[..., prefix_length:].unflatten(2, (self.rows_per_prefix, -1))
         from_prefix = torch.matmul(prefix_weights, prefix_values).view(queries_by_row.shape)
         from_row = torch.matmul(row_weights, row_values)
         mixed = (from_prefix + from_row).transpose(1, 2)
-        return mixed.reshape(n_prefixes * self.group, -1)
+        return mixed.reshape(n_prefixes * self.rows_per_prefix, -1)
 
 
 def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -316,3 +320,19 @@ def _is_lora(module: torch.nn.Module) -> bool:
     from peft.tuners.lora.layer import Linear
 
     return isinstance(module, Linear)
+
+
+def train_mode_for_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
+    """Put the 4-bit layers alone in train mode, where they compute the same and leave their weights
+    alone.
+
+    In eval mode, on CPUs with avx512_bf16, a 4-bit layer repacks its weights in place at its first
+    use; merging it or training it afterwards gives garbage. Call it after whatever puts the whole
+    model in eval mode.
+    """
+    for module in model.modules():
+        kind = type(module)  # by name, because bitsandbytes may not be installed
+        # PEFT's wrapper, whose dropout must stay off, has the same name
+        if kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes"):
+            module.train()
+    return model

@@ -1,36 +1,59 @@
 """Prompts ready for the model: token ids, positions, and the features of their images.
 
-No stage trains the vision tower. So an image's features stay valid for a whole run, across
+The vision tower is not trained. So an image's features stay valid for a whole run, across
 questions, replies, passes and epochs, and every distinct image goes through the tower once.
 """
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 from transformers import Qwen3VLForConditionalGeneration
-
-from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import unwrap_peft
-from mig_kit.engine.processors import check_image_grids, check_tokens, render_prompt
-from mig_kit.image_files import image_digests
-from mig_kit.sample import Sample
 
 # Patches from which an image has the same features to the bit, whatever else is in its batch
 # (tried with 16 to 56 patches a side).
 LARGE_IMAGE_PATCHES = 256
 PATCHES_AT_ONCE = 8192  # of large images in a batch
-SAMPLES_AT_ONCE = 64  # whose texts are encoded together
+SOURCES_AT_ONCE = 64  # whose texts are encoded together
 PIXELS_AT_ONCE = 2**24  # of images that are decoded and prepared together
 MAX_BYTES = 2 * 2**30  # of features that a stage keeps
 
 
+def unwrap_peft(model):
+    """The vision-language model itself, without a PEFT wrapper."""
+    return model.base_model.model if "base_model" in dict(model.named_children()) else model
+
+
+def pixel_digest(image: Image.Image) -> bytes:
+    """A hash of an image's pixels, mode and size."""
+    key = f"{image.mode} {image.size}".encode()
+    return hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest()
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """What a prompt is made of. The cache renders and decodes it only if it does not hold it.
+
+    key: equal for equal prompts alone. render: returns the text with one image token for each
+    image. images: decoded when they are indexed, if the sequence is a lazy one. sizes: (width,
+    height) of each. digests: returns a hash of each image.
+    """
+
+    key: Hashable
+    render: Callable[[], str]
+    images: Sequence[Image.Image]
+    sizes: Sequence[tuple[int, int]]
+    digests: Callable[[], tuple[bytes, ...]]
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """A sample, ready for the model.
+    """A prompt, ready for the model.
 
     ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None without
     images. Qwen3-VL feeds further features to its first layers; its features are (image tokens, (1
@@ -88,7 +111,7 @@ def tower_digest(model) -> bytes:
 
 
 class PromptCache:
-    """Prompts by sample id and features by image; the least recently used are dropped first.
+    """Prompts by key and features by image; the least recently used are dropped first.
 
     limit: prompts kept. max_bytes: of features kept, in the host's memory; max_text_bytes: of the
     prompts' tokens. What a call of `get` asks for is kept until it returns, but of its images
@@ -98,15 +121,18 @@ class PromptCache:
     LARGE_IMAGE_PATCHES or more in bfloat16. Smaller ones are computed in the tower's own dtype, all
     together: in bfloat16 their features depend on what else is in the batch, and a run that goes on
     after a kill would see other features.
+
+    check_grids: called with the patch grids (images, 3) and the sizes of images that are new, to
+    raise where the processor resizes them otherwise than the caller computes.
     """
 
-    def __init__(self, model, processor, box_format: BoxFormat, limit: int = 4096,
-                 max_bytes: int = MAX_BYTES, max_text_bytes: int = 2**28,
-                 autocast: bool = False):
-        self.model, self.processor, self.box_format = unwrap_peft(model), processor, box_format
+    def __init__(self, model, processor, limit: int = 4096, max_bytes: int = MAX_BYTES,
+                 max_text_bytes: int = 2**28, autocast: bool = False,
+                 check_grids: Callable[[torch.Tensor | None, list], None] | None = None):
+        self.model, self.processor, self.check_grids = unwrap_peft(model), processor, check_grids
         self.limit, self.max_bytes, self.autocast = limit, max_bytes, autocast
         self.max_text_bytes, self.text_bytes = max_text_bytes, 0
-        self.texts: OrderedDict[str, EncodedText] = OrderedDict()  # by sample id
+        self.texts: OrderedDict[Hashable, EncodedText] = OrderedDict()  # by the source's key
         self.images: OrderedDict[bytes, ImageFeatures] = OrderedDict()  # by digest
         self.bytes_held = 0  # by the features
         self.released_tower = b""  # digest of the tower of the model that was released
@@ -137,26 +163,25 @@ class PromptCache:
             self._clear_features()
 
     @torch.no_grad()
-    def get(self, samples: list[Sample]) -> list[Prompt]:
-        """The prompts of `samples`; those that are missing are encoded together.
+    def get(self, sources: Sequence[PromptSource]) -> list[Prompt]:
+        """The prompts of `sources`; those that are missing are encoded together.
 
-        Raises ValueError if a prompt lost images, or holds them at another size than boxes are
-        computed for.
+        Raises ValueError if a prompt lost images, and what `check_grids` raises.
         """
-        missing = {sample.id: sample for sample in samples if sample.id not in self.texts}
-        missing_samples = list(missing.values())
-        for start in range(0, len(missing_samples), SAMPLES_AT_ONCE):
-            self._encode(missing_samples[start:start + SAMPLES_AT_ONCE])
-        self._compute_features(samples, [self.texts[sample.id].image_digests
-                                         for sample in samples])
-        prompts = [self._assemble(sample.id) for sample in samples]
+        missing = {source.key: source for source in sources if source.key not in self.texts}
+        new_sources = list(missing.values())
+        for start in range(0, len(new_sources), SOURCES_AT_ONCE):
+            self._encode(new_sources[start:start + SOURCES_AT_ONCE])
+        self._compute_features(sources, [self.texts[source.key].image_digests
+                                         for source in sources])
+        prompts = [self._assemble(source.key) for source in sources]
         self._drop_least_recent()
         return prompts
 
-    def _assemble(self, sample_id: str) -> Prompt:
-        """The prompt of a sample whose text and features are here, now the most recently used."""
-        text = self.texts[sample_id]
-        self.texts.move_to_end(sample_id)
+    def _assemble(self, key: Hashable) -> Prompt:
+        """The prompt of a key whose text and features are here, now the most recently used."""
+        text = self.texts[key]
+        self.texts.move_to_end(key)
         for digest in text.image_digests:
             self.images.move_to_end(digest)
         features = [self.images[digest].features for digest in text.image_digests]
@@ -172,14 +197,15 @@ class PromptCache:
             _, dropped = self.images.popitem(last=False)
             self.bytes_held -= dropped.features.nbytes
 
-    def _compute_features(self, samples: list[Sample], digests: list[tuple[bytes, ...]]) -> None:
-        """Add the features of those images of the samples that are missing; digests: of each
-        sample's images. Only these are decoded.
+    def _compute_features(self, sources: Sequence[PromptSource],
+                          digests: list[tuple[bytes, ...]]) -> None:
+        """Add the features of those images of the sources that are missing; digests: of each
+        source's images. Only these are decoded.
         """
         # by digest: where the image is, and its pixels
-        places = {digest: (sample.images, number, width * height)
-                  for sample, row in zip(samples, digests)
-                  for number, (digest, (width, height)) in enumerate(zip(row, sample.sizes))
+        places = {digest: (source.images, number, width * height)
+                  for source, row in zip(sources, digests)
+                  for number, (digest, (width, height)) in enumerate(zip(row, source.sizes))
                   if digest not in self.images}
         part: dict[bytes, Image.Image] = {}
         free = PIXELS_AT_ONCE
@@ -221,38 +247,49 @@ class PromptCache:
             return torch.cat([output.pooler_output, *output.deepstack_features], 1)
         return output.pooler_output
 
-    def _encode(self, samples: list[Sample]) -> None:
-        """Add the texts of samples, encoded as the processor itself would encode them.
+    def _encode(self, sources: list[PromptSource]) -> None:
+        """Add the texts of sources, encoded as the processor itself would encode them.
 
-        But an image that several samples ask about is prepared once.
+        But an image that several prompts hold is prepared once.
         """
         processor = self.processor
-        texts = [render_prompt(processor, sample, self.box_format) for sample in samples]
-        digests = [image_digests(sample.images) for sample in samples]
-        self._compute_features(samples, digests)
+        texts = [source.render() for source in sources]
+        digests = [source.digests() for source in sources]
+        self._compute_features(sources, digests)
         grids = [self.images[digest].grid for row in digests for digest in row]
         grid = torch.stack(grids) if grids else None
         image_tokens = [processor.replace_image_token({"image_grid_thw": grid}, index)
                         for index in range(len(grids))]
         texts, _ = processor.get_text_with_replacements(texts, image_tokens)
-        inputs = {**processor.tokenizer(texts, padding=True, return_tensors="pt"),
-                  "image_grid_thw": grid}
-        check_tokens(processor, inputs)
-        sizes = [size for sample in samples for size in sample.sizes]
-        check_image_grids(processor, grid, sizes, self.box_format)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        encoded = [torch.tensor(row) for row in processor.tokenizer(texts)["input_ids"]]
+        self._require_features(encoded, grid)
+        if self.check_grids:
+            self.check_grids(grid, [size for source in sources for size in source.sizes])
+        longest = max(map(len, encoded))
+        # on the left, as the processor pads: positions are computed for the batch as it is
+        ids = torch.stack([pad(row, (longest - len(row), 0),
+                               value=processor.tokenizer.pad_token_id) for row in encoded])
+        mask = torch.stack([pad(torch.ones_like(row), (longest - len(row), 0)) for row in encoded])
         token_types = torch.tensor(processor.create_mm_token_type_ids(ids))
         positions, _ = self.model.model.get_rope_index(
             ids, token_types, image_grid_thw=grid, attention_mask=mask)
-        for row, sample in enumerate(samples):
-            is_token = mask[row].bool()
-            own_ids = ids[row][is_token]
+        for row, (source, own_ids) in enumerate(zip(sources, encoded)):
             image_columns = (own_ids == processor.image_token_id).nonzero()
             prefix_length = int(image_columns[-1]) + 1 if len(image_columns) else 0
-            text = EncodedText(own_ids, positions[:, row][:, is_token], digests[row],
+            text = EncodedText(own_ids, positions[:, row][:, mask[row].bool()], digests[row],
                                prefix_length)
-            self.texts[sample.id] = text
+            self.texts[source.key] = text
             self.text_bytes += text.nbytes
+
+    def _require_features(self, encoded: list[torch.Tensor], grid: torch.Tensor | None) -> None:
+        """Raise ValueError unless the texts hold as many image tokens as there are features."""
+        n_tokens = sum(int((row == self.processor.image_token_id).sum()) for row in encoded)
+        merged = self.processor.image_processor.merge_size**2
+        n_features = 0 if grid is None else int(grid.prod(-1).sum()) // merged
+        if n_tokens != n_features:
+            raise ValueError(
+                f"the prompts hold {n_tokens} image tokens but the images give {n_features} "
+                "features; give every image of a prompt one place in its text")
 
 
 class _ImageBatch(NamedTuple):

@@ -13,10 +13,9 @@ import psutil
 import torch
 from torch.nn.functional import softmax
 
-from mig_kit.engine.decoding import Decoder, FusedWeights, fuse_decoding_weights
-from mig_kit.engine.models import unwrap_peft
-from mig_kit.engine.prefixes import group_by_prefix, pad_prompts, read_suffixes
-from mig_kit.engine.prompt_cache import Prompt
+from mig_kit.shared_prefix.decoding import Decoder, FusedWeights, fuse_decoding_weights
+from mig_kit.shared_prefix.prefixes import group_by_prefix, pad_prompts, prefill_suffixes
+from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
 KV_BYTES = 8 * 2**30  # of keys and values of the replies that a training step draws at a time
 
@@ -28,7 +27,7 @@ DROP_FINISHED_AT = 0.85
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """How tokens are drawn; temperature 0 is greedy. min_new_tokens: no completion is shorter."""
 
     temperature: float = 1.0
@@ -47,7 +46,7 @@ def draw_uniforms(seed: int, prompts: int, group: int, tokens: int) -> torch.Ten
     return torch.rand(prompts, group, tokens, dtype=torch.float64, generator=generator)
 
 
-def sample_tokens(logits: torch.Tensor, sampling: Sampling,
+def sample_tokens(logits: torch.Tensor, sampling: SamplingOptions,
                   uniforms: torch.Tensor | None = None) -> torch.Tensor:
     """One token per row of logits (rows, vocabulary): greedy at temperature 0, else top-p.
 
@@ -129,8 +128,9 @@ def end_token_ids(generation_config, processor) -> list[int]:
 
 
 @torch.no_grad()
-def generate_rollouts(model, processor, prompts: list[Prompt], group: int, sampling: Sampling,
-                      uniforms: torch.Tensor | None = None, autocast: bool = False,
+def generate_rollouts(model, processor, prompts: list[Prompt], group: int,
+                      sampling: SamplingOptions, uniforms: torch.Tensor | None = None,
+                      autocast: bool = False,
                       fused_weights: FusedWeights | None = None) -> list[list[list[int]]]:
     """`group` completions to each prompt: token ids up to and including the end token.
 
@@ -149,7 +149,7 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int, sampl
                else nullcontext(fused_weights))
     with weights as fused_weights, torch.inference_mode(), \
             torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        decoder, hidden, prompt_of_row = _read_prompts(
+        decoder, hidden, prompt_of_row = _prefill_prompts(
             model, processor, prompts, group, sampling.max_new_tokens, fused_weights)
         logits = model.lm_head(hidden)[prompt_of_row.clamp(min=0).to(device)]
         if sampling.temperature:
@@ -166,8 +166,9 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int, sampl
     return rollouts
 
 
-def generate_in_rounds(model, processor, prompts: list[Prompt], group: int, sampling: Sampling,
-                       uniforms: torch.Tensor | None = None, autocast: bool = False,
+def generate_in_rounds(model, processor, prompts: list[Prompt], group: int,
+                       sampling: SamplingOptions, uniforms: torch.Tensor | None = None,
+                       autocast: bool = False,
                        fused_weights: FusedWeights | None = None,
                        max_bytes: int | None = None) -> list[list[list[int]]]:
     """`generate_rollouts`, so many prompts at a time that max_bytes hold their keys and values
@@ -193,7 +194,7 @@ def forbidden_token_ids(processor) -> list[int]:
     return [processor.tokenizer.convert_tokens_to_ids(token) for token in FORBIDDEN_TOKENS]
 
 
-def _read_prompts(model, processor, prompts: list[Prompt], group: int, capacity: int,
+def _prefill_prompts(model, processor, prompts: list[Prompt], group: int, capacity: int,
                   fused_weights: FusedWeights) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
     """Read the prompts, those with the same images together.
 
@@ -204,13 +205,13 @@ def _read_prompts(model, processor, prompts: list[Prompt], group: int, capacity:
     groups = group_by_prefix(prompts)
     if len(groups) == len(prompts):
         batch = pad_prompts(model, prompts, processor.image_token_id)
-        hidden, cache = batch.read(model)
+        hidden, cache = batch.prefill(model)
         prompt_index, suffixes = torch.arange(len(prompts))[:, None], None
     else:
         prefixes = [prompts[indices[0]].cut_to_prefix() for indices in groups]
         batch = pad_prompts(model, prefixes, processor.image_token_id)
-        _, cache = batch.read(model)
-        suffixes = read_suffixes(model, prompts, groups, batch, cache)
+        _, cache = batch.prefill(model)
+        suffixes = prefill_suffixes(model, prompts, groups, batch, cache)
         hidden, prompt_index = suffixes.hidden, suffixes.prompt_index
     prompt_of_row = prompt_index.repeat_interleave(group, 1)  # prefixes, rows of each
     decoder = Decoder(model, cache, batch, prompt_of_row.shape[1], capacity, fused_weights,
@@ -218,8 +219,8 @@ def _read_prompts(model, processor, prompts: list[Prompt], group: int, capacity:
     return decoder, hidden, prompt_of_row.flatten()
 
 
-def _decode(decoder: Decoder, logits: torch.Tensor, is_done: torch.Tensor, sampling: Sampling,
-            uniforms: torch.Tensor | None, end_tokens: list[int],
+def _decode(decoder: Decoder, logits: torch.Tensor, is_done: torch.Tensor,
+            sampling: SamplingOptions, uniforms: torch.Tensor | None, end_tokens: list[int],
             forbidden_tokens: list[int]) -> list[list[int]]:
     """Draw tokens until all rows have ended; a completion per row.
 
@@ -242,10 +243,10 @@ def _decode(decoder: Decoder, logits: torch.Tensor, is_done: torch.Tensor, sampl
         is_done = is_done | (tokens[:, None] == ends).any(1)
         if is_done.all() or step + 1 == sampling.max_new_tokens:
             break
-        goes_on = ~is_done.view(-1, decoder.group).all(1)  # by prefix
+        goes_on = ~is_done.view(-1, decoder.rows_per_prefix).all(1)  # by prefix
         if goes_on.sum() <= DROP_FINISHED_AT * len(goes_on):
             decoder.keep_prefixes(goes_on)
-            is_kept = goes_on.repeat_interleave(decoder.group)
+            is_kept = goes_on.repeat_interleave(decoder.rows_per_prefix)
             rows, is_done, tokens = rows[is_kept], is_done[is_kept], tokens[is_kept]
         logits = decoder.forward(tokens)
     return completions

@@ -1,0 +1,111 @@
+"""The trainers of stage 05: TRL's, made resumable, and the shared-prefix one over samples."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from trl import GRPOTrainer
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine.processors import check_image_grids
+from mig_kit.engine.sample_prompts import prompt_source
+from mig_kit.engine.served_rollouts import ServedRollouts
+from mig_kit.engine.training import EpochRepeatSampler, KeepAdapterDtype
+from mig_kit.sample import Sample
+from mig_kit.shared_prefix.generation import SamplingOptions
+from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource
+from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
+
+
+def group_advantages(reward: torch.Tensor, group: int,
+                     scale: str = "group") -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, group_std): A = (r - mean of the group) / (std + 1e-4), both (rows,).
+
+    reward: (rows,), groups in sequence. scale: whose std divides, "group" (DeepSeekMath, arXiv
+    2402.03300), "batch" (a group whose replies differ little then teaches little, however clear its
+    order is) or "none". Names and epsilon are TRL's. group_std: the std within the row's group.
+    """
+    grouped = reward.view(-1, group)
+    group_std = grouped.std(1).repeat_interleave(group)
+    centred = reward - grouped.mean(1).repeat_interleave(group)
+    if scale == "none":
+        return centred, group_std
+    std = reward.std() if scale == "batch" else group_std
+    return centred / (std + 1e-4), group_std
+
+
+class _Resumable(KeepAdapterDtype):
+    """Mixin: goes on in any pass over the prompts as if nobody had interrupted it."""
+
+    def _get_train_sampler(self, dataset=None):
+        stock = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(stock.data_source, stock.mini_repeat_count, stock.batch_size,
+                                  stock.repeat_count, stock.shuffle, stock.seed)
+
+
+class ResumableGRPOTrainer(_Resumable, GRPOTrainer):
+    """Stock TRL, resumable."""
+
+
+class RecipeTrainer(_Resumable, SharedPrefixGRPOTrainer):
+    """The shared-prefix trainer of the recipe.
+
+    samples: what the key "sample" of a prompt's first message points into. box_format: how the
+    model sees images. autocast: bfloat16 products over float32 weights. served: draws the
+    completions from servers; None: the kit's decoder does. Advantages are computed by
+    `group_advantages`, which the lesson shows; TRL's are equal but for rounding.
+    """
+
+    def __init__(self, *args, samples: Sequence[Sample], box_format: BoxFormat, autocast: bool,
+                 served: ServedRollouts | None = None, **kwargs):
+        self.samples, self.box_format, self.served = samples, box_format, served
+        super().__init__(*args, **kwargs)
+        self.autocasts = self.cache.autocast = autocast  # a 4-bit model does not tell
+        # TRL then weights the loss by the ratio of the learner's to the servers' probabilities
+        self.use_vllm = served is not None
+
+    def train(self, *args, **kwargs):
+        """As TRL's. A server that it has started ends with it, also when it is interrupted."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.served:
+                self.served.close()
+
+    def _make_cache(self) -> PromptCache:
+        check_grids = partial(check_image_grids, self.processing_class, self.box_format)
+        return PromptCache(self.model, self.processing_class, check_grids=check_grids)
+
+    def _read_prompts(self, prompts: list) -> list[tuple[int, PromptSource]]:
+        numbers = [prompt[0]["sample"] for prompt in prompts]
+        make_source = partial(prompt_source, self.processing_class, self.box_format)
+        return [(number, make_source(self.samples[number])) for number in numbers]
+
+    def _calculate_rewards(self, *args):
+        self.rewards = super()._calculate_rewards(*args)
+        return self.rewards
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        total = (self.rewards * self.reward_weights.to(self.rewards.device)).nansum(1)
+        advantages, group_std = group_advantages(total, group, self.scale_rewards)
+        # whatever `scale_rewards` divides by, a group without spread teaches nothing
+        no_spread = (group_std < 1e-6).float().mean().item()
+        self._metrics[mode]["frac_reward_zero_std"][-1] = no_spread
+        if not self.rewards.isnan().all(1).any():  # else TRL leaves rows out
+            start = self.accelerator.process_index * len(inputs)
+            output["advantages"] = advantages[start:start + len(inputs)]
+        return output
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations,
+                              has_tool_images=False):
+        if self.served is None:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields,
+                                                 num_generations, has_tool_images)
+        numbers = [number for number, in prompt_ids][::num_generations]
+        sampling = SamplingOptions(self.temperature, self.top_p, self.max_completion_length,
+                                   **self.args.generation_kwargs or {})
+        return self.served.draw(self, [self.samples[number] for number in numbers],
+                                self._prompts_of(numbers), num_generations, sampling)

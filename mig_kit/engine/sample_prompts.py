@@ -1,0 +1,77 @@
+"""Samples as the prompts that `shared_prefix` reads, and the log-probabilities of their replies."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine.models import Policy
+from mig_kit.engine.processors import StillImageProcessor, check_image_grids, render_prompt
+from mig_kit.image_files import image_digests
+from mig_kit.sample import Sample
+from mig_kit.shared_prefix.logprobs import completion_logps
+from mig_kit.shared_prefix.prefixes import pad_rows
+from mig_kit.shared_prefix.prompt_cache import Prompt, PromptCache, PromptSource, unwrap_peft
+
+PROMPTS_AT_ONCE = 4  # prompts that `reply_logps` holds in memory
+
+
+def prompt_source(processor: StillImageProcessor, box_format: BoxFormat,
+                  sample: Sample) -> PromptSource:
+    """The sample's prompt, which a `PromptCache` renders when it needs it. Its key is the sample's
+    id, so one cache takes samples of one data set.
+    """
+    return PromptSource(sample.id, partial(render_prompt, processor, sample, box_format),
+                        sample.images, sample.sizes, partial(image_digests, sample.images))
+
+
+class SampleCache(PromptCache):
+    """A `PromptCache` that is asked for samples.
+
+    limits: as of `PromptCache`. `get` raises ValueError where the model sees an image at another
+    size than its boxes are computed for.
+    """
+
+    def __init__(self, model, processor: StillImageProcessor, box_format: BoxFormat, **limits):
+        super().__init__(model, processor, **limits,
+                         check_grids=partial(check_image_grids, processor, box_format))
+        self.box_format = box_format
+
+    def get(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """The samples' prompts; those that are missing are encoded together."""
+        return super().get([prompt_source(self.processor, self.box_format, sample)
+                            for sample in samples])
+
+
+def make_cache(policy: Policy, **limits) -> SampleCache:
+    """A cache of prompts for the policy; limits: as of `PromptCache`."""
+    return SampleCache(policy.model, policy.processor, policy.box_format,
+                       autocast=policy.hardware.autocast, **limits)
+
+
+def reply_logps(model, processor: StillImageProcessor, samples: list[Sample], replies: list[str],
+                box_format: BoxFormat) -> torch.Tensor:
+    """Log-probability of every token of the replies, one to each sample; (tokens,), float32.
+
+    PROMPTS_AT_ONCE prompts are in memory at a time.
+    """
+    starts = range(0, len(samples), PROMPTS_AT_ONCE)
+    parts = [slice(start, start + PROMPTS_AT_ONCE) for start in starts]
+    return torch.cat([_reply_logps(model, processor, samples[part], replies[part], box_format)
+                      for part in parts])
+
+
+@torch.no_grad()
+def _reply_logps(model, processor: StillImageProcessor, samples: list[Sample], replies: list[str],
+                 box_format: BoxFormat) -> torch.Tensor:
+    device, tokenizer = unwrap_peft(model).device, processor.tokenizer
+    prompts = SampleCache(model, processor, box_format).get(samples)
+    encoded = tokenizer(replies, add_special_tokens=False)["input_ids"]
+    completions = [torch.tensor([*row, tokenizer.eos_token_id]) for row in encoded]
+    longest = max(map(len, completions))
+    ids = pad_rows(completions, longest).to(device)
+    mask = pad_rows([torch.ones_like(row) for row in completions], longest).to(device)
+    prompt_index = torch.arange(len(samples), device=device)
+    logps, _ = completion_logps(model, prompts, prompt_index, ids, mask, processor.image_token_id)
+    return logps[mask.bool()].float().cpu()

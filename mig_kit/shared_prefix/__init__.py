@@ -1,0 +1,1 @@
+"""GRPO that reads every prompt once per group."""
