@@ -1,0 +1,1 @@
+"""Pictures, charts, tokens and widgets."""

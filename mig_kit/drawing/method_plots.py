@@ -1,0 +1,297 @@
+"""Figures that explain the method: where in the pipeline a notebook is, four-bit weights, pass
+rates, one group of replies, a prompt that is read once, a bootstrap, and what seeds leave open.
+
+A figure comes back closed: as a cell's last line it is shown once.
+"""
+
+from collections.abc import Sequence
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.patches import FancyBboxPatch
+from scipy.stats import t as student_t
+
+from mig_kit.drawing.palette import CORRECT, INK, MUTED, PREDICTED, SIDE_COLOURS
+from mig_kit.drawing.plots import WIDTH, set_title
+
+# number -> (name, what it hands on)
+STAGES = {
+    "00": ("preflight", ""),
+    "01": ("synthesise", "traces"),
+    "02": ("SFT", "adapter"),
+    "03": ("merge", "SFT model"),
+    "04": ("rejection\nsampling", "kept prompts"),
+    "05": ("RL (GRPO)", "GRPO model"),
+    "06": ("evaluate", "scores"),
+    "07": ("report", ""),
+}
+BESIDE = {"08": "benchmark", "09": "compare", "90": "tiny base"}
+SHOWN_VALUES = 200_000  # of a matrix, in a histogram
+CORNER = 64  # rows and columns of a matrix that are drawn
+TERM_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#E69F00", "#CC79A7")  # of rewards, in order
+MEAN_LINE = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
+
+
+def draw_pipeline(stage: str) -> plt.Figure:
+    """A strip of all stages with the present one filled, and under each arrow what is handed on.
+
+    stage: its number, or its name as "02_sft". 08, 09 and 90 stand beside the recipe, dashed; 90
+    comes before it. KeyError for another.
+    """
+    number = stage[:2]
+    names = {key: name for key, (name, _) in STAGES.items()}
+    if number in BESIDE:
+        beside = {number: BESIDE[number]}
+        names = beside | names if number == "90" else names | beside
+    elif number not in names:
+        raise KeyError(f"no stage '{stage}'; use one of {', '.join((*STAGES, *BESIDE))}")
+    figure, axes = plt.subplots(figsize=(9.2, 1.15))
+    for place, (key, name) in enumerate(names.items()):
+        is_present = key == number
+        axes.add_patch(FancyBboxPatch(
+            (place + 0.14, 0.42), 0.72, 0.76, boxstyle="round,pad=0,rounding_size=0.08",
+            facecolor=CORRECT if is_present else "white", edgecolor=MUTED,
+            linestyle="--" if key in BESIDE else "-"))
+        axes.text(place + 0.5, 0.8, f"{key}\n{name}", ha="center", va="center", fontsize=8,
+                  color="white" if is_present else INK,
+                  fontweight="bold" if is_present else "normal")
+        handed_on = STAGES.get(key, ("", ""))[1]
+        if handed_on:
+            axes.annotate("", (place + 1.14, 0.8), (place + 0.86, 0.8),
+                          arrowprops={"arrowstyle": "->", "color": INK, "shrinkA": 0,
+                                      "shrinkB": 0})
+            axes.text(place + 1, 0.28, handed_on, ha="center", va="center", fontsize=8,
+                      color=INK)
+    axes.set(xlim=(0, len(names)), ylim=(0.1, 1.25))
+    axes.axis("off")
+    plt.close(figure)
+    return figure
+
+
+def plot_levels(scaled: np.ndarray, levels: Sequence[float]) -> plt.Figure:
+    """Weights over their block's largest, as a histogram, and the values that four bits can hold.
+
+    scaled: any shape, -1 to 1; levels: the values of the code book.
+    """
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.7), layout="constrained")
+    axes.hist(np.ravel(scaled)[:SHOWN_VALUES], bins=80, color="#BBBBBB")
+    for level in levels:
+        axes.axvline(level, color=CORRECT, linewidth=1.3)
+    axes.set_title(f"Weights of one matrix, and the {len(levels)} values (lines) that NF4 keeps",
+                   loc="left", fontsize=11)
+    axes.set(xlabel="weight / largest |weight| of its block of 64", ylabel="weights")
+    plt.close(figure)
+    return figure
+
+
+def plot_matrices(matrices: dict[str, np.ndarray]) -> plt.Figure:
+    """The upper left corner of several matrices of one shape, each on a scale of its own.
+
+    matrices: what each is -> (rows, columns).
+    """
+    figure, panels = plt.subplots(1, len(matrices), figsize=(WIDTH, 2.9), layout="constrained")
+    for axes, (name, matrix) in zip(np.atleast_1d(panels), matrices.items()):
+        limit = max(np.abs(matrix[:CORNER, :CORNER]).max(), 1e-12)
+        axes.imshow(matrix[:CORNER, :CORNER], cmap="PuOr", vmin=-limit, vmax=limit)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(f"mean size {np.abs(matrix).mean():.4f}\ncolours to ±{limit:.3f}",
+                        fontsize=9)
+        axes.set(xticks=[], yticks=[])
+    set_title(figure, f"One matrix, its rounding and its adapter (first {CORNER} rows, columns)")
+    plt.close(figure)
+    return figure
+
+
+def plot_learning_signal(group: int, low: float, high: float) -> plt.Figure:
+    """What a group of replies can teach, over the chance p that one reply is correct: the variance
+    of its rewards p (1 - p), and the chance that the replies differ.
+
+    group: replies to a prompt; low, high: the pass rates that are kept.
+    """
+    p = np.linspace(0, 1, 201)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7), layout="constrained")
+    left.plot(p, p * (1 - p), color=INK, linewidth=2)
+    left.set_title("Variance of the reward", loc="left", fontsize=10)
+    left.set(xlabel="p", ylabel="p (1 - p)")
+    right.plot(p, 1 - p**group - (1 - p) ** group, color=INK, linewidth=2)
+    right.set_title(f"Chance that {group} replies differ", loc="left", fontsize=10)
+    right.set(xlabel="p", ylabel="chance")
+    for axes in (left, right):
+        axes.axvspan(low, high, color=CORRECT, alpha=0.15, linewidth=0)
+        axes.set(xlim=(0, 1), ylim=(0, None))
+    set_title(figure, "Prompts that are never or always answered teach nothing (blue: kept)")
+    plt.close(figure)
+    return figure
+
+
+def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, low: float,
+                    high: float) -> plt.Figure:
+    """A row per task, a column per number of correct replies: the share of the task's prompts in
+    percent. Lines are the bounds; on the right, the share of prompts between them.
+
+    tasks, rates: of each prompt; group: replies to a prompt; low, high: the pass rates kept.
+    """
+    counts = (np.asarray(rates) * group).round().astype(int)
+    table = pd.crosstab(pd.Series(list(tasks)), counts).reindex(
+        columns=range(group + 1), fill_value=0)
+    shares = 100 * table.div(table.sum(axis=1), axis=0)
+    is_kept = [low <= count / group <= high for count in table.columns]
+    kept = shares.loc[:, is_kept].sum(axis=1)
+    order = (table @ np.arange(group + 1) / table.sum(axis=1)).sort_values().index
+    names = [f"{name} ({table.loc[name].sum()})" for name in order]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.3),
+                                layout="constrained")
+    labels = shares.loc[order].map(lambda share: f"{share:.0f}" if share else "")
+    sns.heatmap(shares.loc[order], annot=labels, fmt="", cmap="Greys", vmin=0, vmax=100,
+                cbar=False, yticklabels=names, annot_kws={"fontsize": 8}, linewidths=0.5, ax=axes)
+    edges = [place for place in range(group + 2)
+             if (place > 0 and is_kept[place - 1]) != (place <= group and is_kept[place])]
+    for edge in edges:
+        axes.axvline(edge, color=CORRECT, linewidth=3, clip_on=False)
+    for row, name in enumerate(order):
+        axes.text(group + 1.2, row + 0.5, f"{kept[name]:.0f} %", va="center", fontsize=8, color=INK)
+    axes.text(group + 1.2, -0.35, "within", fontsize=8, color=INK)
+    axes.set_title(f"Pass rates, % of prompts (blue: {low:g} to {high:g} is kept)",
+                   loc="left", fontsize=11, pad=20)
+    axes.set(xlabel=f"correct replies of {group}", ylabel="")
+    axes.tick_params(axis="both", labelsize=8, rotation=0)
+    plt.close(figure)
+    return figure
+
+
+def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float]) -> plt.Figure:
+    """Left the weighted rewards of every reply, stacked, with the group's mean; right the
+    advantages.
+
+    terms: reward's name -> its weighted value for each reply; a reward that does not apply is left
+    out or 0.
+    """
+    numbers = range(1, len(advantages) + 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3), layout="constrained")
+    bottoms = [0.0] * len(advantages)
+    for (name, values), colour in zip(terms.items(), cycle(TERM_COLOURS)):
+        left.bar(numbers, values, bottom=bottoms, label=name, color=colour, edgecolor="white")
+        bottoms = [bottom + value for bottom, value in zip(bottoms, values)]
+    left.axhline(sum(bottoms) / len(bottoms), label="mean", **MEAN_LINE)
+    left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _label(left, "Rewards, weighted and summed", "reward", numbers)
+    _draw_signed_bars(right, advantages, advantages)
+    _label(right, "Advantages", "advantage (in σ)", numbers)
+    plt.close(figure)
+    return figure
+
+
+def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Figure:
+    """How much likelier one update has made every reply: the change of its log-probability.
+
+    change: in nats, of the whole reply. Colours are those of the advantages.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3), layout="constrained")
+    _draw_signed_bars(axis, change, advantages)
+    for number, value in enumerate(change, 1):
+        above = value >= 0
+        axis.annotate(f"{value:+.1f}", (number, value), (0, 2 if above else -3), ha="center",
+                      va="bottom" if above else "top", textcoords="offset points", fontsize=8)
+    axis.margins(y=0.15)
+    _label(axis, "Change of each reply's log-probability by one update",
+           "change (nats)", range(1, len(change) + 1))
+    axis.set_xticks(range(1, len(change) + 1), [
+        f"{number}\n({advantage:+.1f})" for number, advantage in enumerate(advantages, 1)])
+    axis.set_xlabel("reply (its advantage)")
+    plt.close(figure)
+    return figure
+
+
+def _draw_signed_bars(axis: plt.Axes, values: Sequence[float], signs: Sequence[float]) -> None:
+    colours = [CORRECT if sign >= 0 else PREDICTED for sign in signs]
+    axis.bar(range(1, len(values) + 1), values, color=colours, edgecolor="white")
+    axis.axhline(0, color=INK, linewidth=1)
+
+
+def _label(axis: plt.Axes, title: str, unit: str, numbers: range) -> None:
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set(xlabel="reply", ylabel=unit)
+    axis.set_xticks(numbers)
+    axis.grid(False, axis="x")
+
+
+def count_tokens(prompt: int, group: int, reply: int) -> dict[str, int]:
+    """Tokens that pass through the model for one prompt with `group` replies of `reply` tokens:
+    "stock" reads the prompt before every reply, "kit" once.
+    """
+    return {"stock": group * (prompt + reply), "kit": prompt + group * reply}
+
+
+def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
+    """A bar per row of the batch, as long as its tokens: the prompt in grey, a reply in blue; above
+    as stock trainers read them, below as the kit does.
+    """
+    tokens = count_tokens(prompt, group, reply)
+    figure, axes = plt.subplots(2, 1, sharex=True, layout="constrained", figsize=(
+        WIDTH, 1.6 + 0.2 * group), height_ratios=(group, group + 1))
+    stock, kit = axes
+    stock.barh(range(group), [prompt] * group, color=SIDE_COLOURS["stock"], edgecolor="white",
+               label="prompt: images and question")
+    stock.barh(range(group), [reply] * group, left=prompt, color=CORRECT, edgecolor="white",
+               label="a reply")
+    kit.barh([0], [prompt], color=SIDE_COLOURS["stock"], edgecolor="white")
+    kit.barh(range(1, group + 1), [reply] * group, left=prompt, color=CORRECT, edgecolor="white")
+    for row in range(1, group + 1):  # every reply attends to the one prompt
+        kit.plot([prompt / 2, prompt / 2, prompt], [0.45, row, row], color=INK, linewidth=0.6,
+                 linestyle=":")
+    for axis, title in ((stock, f"Stock: the prompt is read {group} times, "
+                                f"{tokens['stock']:,} tokens"),
+                        (kit, f"Kit: it is read once, its keys and values are shared, "
+                              f"{tokens['kit']:,} tokens")):
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.set_yticks([])
+        axis.invert_yaxis()
+        axis.grid(False)
+    kit.set_xlabel("tokens of a row")
+    figure.legend(frameon=False, ncols=2, fontsize=9, loc="outside lower center")
+    plt.close(figure)
+    return figure
+
+
+def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.Figure:
+    """How often the resamples of a bootstrap have which score, with the bounds that keep 95 %.
+
+    means: (resamples,) of the score, 0..1. interval: [low, high], 0..1.
+    """
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
+    values, counts = np.unique(np.round(100 * means, 1), return_counts=True)
+    inside = (values >= 100 * interval[0] - 0.05) & (values <= 100 * interval[1] + 0.05)
+    width = 0.8 * (np.diff(values).min() if len(values) > 1 else 1)
+    axes.bar(values[inside], counts[inside], width, color=CORRECT, label="within the 95 %")
+    axes.bar(values[~inside], counts[~inside], width, color=PREDICTED, hatch="//",
+             edgecolor="white", label="cut off, 2.5 % on either side")
+    axes.axvline(100 * means.mean(), color=INK, linewidth=1.5, linestyle="--", label="mean")
+    axes.set(xlabel="score of a resample, percent", ylabel="resamples")
+    axes.set_title(title, loc="left", fontsize=11)
+    figure.legend(frameon=False, ncols=3, fontsize=9, loc="outside lower center")
+    plt.close(figure)
+    return figure
+
+
+def plot_seed_widths(seeds: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 10)) -> plt.Figure:
+    """Half the width of a 95 % interval over seeds, in standard deviations of a seed's score, by
+    the number of seeds: Student's t, and the normal value that few seeds make too narrow.
+    """
+    counts = np.array(seeds)
+    student = student_t.ppf(0.975, counts - 1) / np.sqrt(counts)
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
+    axes.plot(counts, student, "o-", color=CORRECT, label="Student's t: honest")
+    axes.plot(counts, 1.96 / np.sqrt(counts), "s--", color=PREDICTED,
+              label="1.96 standard errors: too narrow")
+    for count, width in zip(counts, student):
+        axes.annotate(f"{width:.1f}", (count, width), (4, 5), textcoords="offset points",
+                      fontsize=9, color=MUTED)
+    axes.set(xlabel="seeds", ylabel="half width, standard deviations",
+             ylim=(0, 1.12 * student.max()), xticks=counts)
+    axes.set_title("What is left open after so many seeds", loc="left", fontsize=11)
+    figure.legend(frameon=False, ncols=2, fontsize=9, loc="outside lower center")
+    plt.close(figure)
+    return figure

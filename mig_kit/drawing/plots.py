@@ -1,0 +1,301 @@
+"""Charts for notebooks and report: scores with intervals, bars, curves, shares. Titles say what is
+shown, axes the unit; every name has its one colour (`palette`).
+"""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from mig_kit.drawing.palette import (
+    CORRECT,
+    INK,
+    MUTED,
+    PREDICTED,
+    SYSTEM_COLOURS,
+    SYSTEM_LABELS,
+    SYSTEM_MARKERS,
+    piece_colours,
+    text_colour,
+)
+
+# What a curve is called above its panel, with its unit.
+CURVE_NAMES = {
+    "reward": "reward, weighted sum", "length": "length, tokens", "entropy": "entropy, nats",
+    "zero_std": "groups without spread, share",
+    "clipped_ratio": "replies cut off, share", "loss": "loss, nats per token",
+    "token_accuracy": "correct tokens, share", "visual_loss": "loss on images, nats",
+    "visual_right": "correct on images, share", "text_loss": "loss on text, nats",
+    "text_right": "correct on text, share", "looking": "attention on the object, share"}
+WIDTH = 6.6  # inches of a figure: 700 px, at which its text is as large as a page's
+PANELS = 3  # side by side
+
+
+def set_style() -> None:
+    """The look of all figures; call once per notebook."""
+    sns.set_theme(style="whitegrid", context="notebook", rc={
+        "figure.figsize": (WIDTH, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True,
+        "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
+        "legend.fontsize": 9, "figure.titlesize": 11, "svg.hashsalt": "mig-kit",
+        "text.parse_math": False})  # names hold "$"
+
+
+def set_title(target: plt.Figure | Axes, title: str) -> None:
+    """The title of a figure or of its one panel, wrapped, at the left."""
+    if isinstance(target, plt.Figure):
+        target.suptitle(title, fontsize=11, x=0.01, ha="left")
+    else:
+        target.set_title(textwrap.fill(title, 80), loc="left", fontsize=11)
+
+
+def _add_legend(figure: plt.Figure, axes: Axes, columns: int) -> None:
+    """Below the axes, where it touches nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=columns, loc="outside lower center",
+                  fontsize=9)
+
+
+def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> plt.Figure:
+    """A line per `by`, on it a marker per system with its 95 % interval, from 0 to 100 percent.
+
+    rows: {by, "system", value, "ci95", "n" (optional)}, percent. Systems differ in marker and
+    height as well as in colour.
+    """
+    table = pd.DataFrame(rows)
+    names, systems = (list(dict.fromkeys(table[column])) for column in (by, "system"))
+    height = 0.13 * len(systems) + 0.14
+    figure, axes = plt.subplots(figsize=(WIDTH, height * len(names) + 1.3), layout="constrained")
+    for place, system in enumerate(systems):
+        part = table[table["system"] == system]
+        offset = 0.62 * (place - (len(systems) - 1) / 2) / max(2, len(systems))
+        heights = [names.index(name) + offset for name in part[by]]
+        colour = SYSTEM_COLOURS.get(system, INK)
+        low, high = zip(*part["ci95"])
+        axes.hlines(heights, low, high, color=colour, linewidth=1.8)
+        axes.plot(part[value], heights, SYSTEM_MARKERS.get(system, "v"), color=colour,
+                  markersize=6, markeredgecolor=INK, markeredgewidth=0.6,
+                  label=SYSTEM_LABELS.get(system, system))
+    counts = table.groupby(by)["n"].first() if "n" in table else {}
+    labels = [f"{name}, n = {counts[name]}" if name in counts else name for name in names]
+    axes.set_yticks(range(len(names)), labels)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(-2, 102),
+             xlabel="correct, percent, with 95 % interval over questions")
+    axes.hlines([place + 0.5 for place in range(len(names) - 1)], -2, 102, color="#DDDDDD",
+                linewidth=0.8)
+    axes.grid(False, axis="y")
+    set_title(axes, title)
+    _add_legend(figure, axes, len(systems))
+    return figure
+
+
+def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None,
+              palette: dict[str, str] | None = None, interval: str | None = None) -> plt.Figure:
+    """A bar per row, grouped by x, a colour per hue; returns the figure.
+
+    interval: the key of a [low, high] pair drawn as an error bar, in place of the bar's number.
+    palette: of the hues. Bars without a hue have the colours of their names where one of these is
+    the good end (`piece_colours`), else they are blue.
+    """
+    table = pd.DataFrame(rows)
+    names = list(dict.fromkeys(table[x]))
+    hues = list(dict.fromkeys(table[hue])) if hue else [None]
+    figure, axes = plt.subplots(layout="constrained", figsize=(
+        max(WIDTH, 0.62 * len(names) * max(1, len(hues) / 2)), 3.4))
+    by_name = piece_colours(map(str, names))
+    width = 0.8 / len(hues)
+    for place, level in enumerate(hues):
+        part = table[table[hue] == level] if hue else table
+        at = [names.index(name) - 0.4 + width * (place + 0.5) for name in part[x]]
+        colours = ((palette or piece_colours(hues))[level] if hue else
+                   [by_name[str(name)] for name in part[x]] if CORRECT in by_name.values()
+                   else CORRECT)
+        bars = axes.bar(at, part[y], width, color=colours, edgecolor="white", label=level)
+        if interval:
+            for position, bounds in zip(at, part[interval]):
+                if bounds is not None:
+                    axes.plot([position] * 2, bounds, color=INK, linewidth=1.2)
+        elif not hue:
+            axes.bar_label(bars, fmt=_short_number, fontsize=9, padding=2)
+            axes.margins(y=0.12)
+    axes.set(xlabel="", ylabel=y)
+    set_title(axes, title)
+    wrapped = [textwrap.fill(str(name), max(9, 88 // len(names))) for name in names]
+    crowded = max(len(line) for name in wrapped for line in name.split("\n")) > 100 // len(names)
+    axes.set_xticks(range(len(names)), wrapped, rotation=30 if crowded else 0,
+                    ha="right" if crowded else "center")
+    axes.grid(False, axis="x")
+    if hue:
+        _add_legend(figure, axes, len(hues))
+    return figure
+
+
+def _short_number(number: float) -> str:
+    return f"{number:,.0f}" if number == round(number) or number >= 100 else f"{number:.3g}"
+
+
+def _make_panels(count: int, height: float, **more) -> tuple[plt.Figure, list[Axes]]:
+    """A figure with `count` panels, at most PANELS beside each other; height: of one, inches."""
+    columns = min(PANELS, count)
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
+                                figsize=(WIDTH * columns / PANELS if columns > 1 else 4.4,
+                                         height * lines + 0.4), **more)
+    for axis in list(axes.flat)[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat)[:count]
+
+
+def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step"):
+    """One small panel per name over x; a faint line for the values, a strong one for their running
+    mean over `smooth`.
+    """
+    table = pd.DataFrame(rows)
+    names = [n for n in names if n in table and table[n].notna().any()]
+    figure, panels = _make_panels(len(names), 1.9)
+    for axis, name in zip(panels, names):
+        values = table[[x, name]].dropna().astype(float)
+        if smooth > 1:
+            axis.plot(values[x], values[name], color=CORRECT, alpha=0.3, linewidth=1)
+        means = values[name].rolling(smooth, min_periods=1).mean()
+        axis.plot(values[x], means, color=CORRECT, linewidth=2,
+                  marker="o" if len(values) == 1 else None)
+        axis.set_title(CURVE_NAMES.get(name, name.replace("_", " ")), fontsize=9)
+        axis.set_xlabel("update" if x == "step" else x, fontsize=9)
+        axis.tick_params(labelsize=8)
+    mean = f" (strong: mean over {smooth} updates)" if smooth > 1 and x == "step" else ""
+    set_title(figure, f"{title}{mean}")
+    return figure
+
+
+def plot_run_curves(by_run: dict[str, list[dict]], names: list[str], smooth: int) -> plt.Figure:
+    """One panel per name: a line per run, its running mean over `smooth` updates.
+
+    by_run: run -> rows with "step" and some of the names.
+    """
+    figure, panels = _make_panels(len(names), 2.2)
+    styles = ["-", "--", "-.", ":"] * len(by_run)
+    for axis, name in zip(panels, names):
+        table = pd.DataFrame({run: {row["step"]: row.get(name) for row in rows}
+                              for run, rows in by_run.items()}).astype(float)
+        table.rolling(smooth, min_periods=1).mean().plot(
+            ax=axis, legend=False, style=styles[:len(by_run)], xlabel="update", fontsize=8)
+        axis.set_title(CURVE_NAMES.get(name, name.replace("_", " ")), fontsize=9)
+    mean = f", means over {smooth} updates" if smooth > 1 else ""
+    set_title(figure, f"RL training by run{mean}")
+    _add_legend(figure, panels[0], min(5, len(by_run)))
+    return figure
+
+
+def plot_stacked(counts: dict[str, dict[str, int]], title: str, unit: str = "count"):
+    """Horizontal stacked bars: a bar per outer key with its sum, a piece per inner key that counts
+    anything, with its number where there is room.
+    """
+    table = pd.DataFrame(counts).T.fillna(0)
+    table = table.loc[:, table.any()]
+    sums = table.sum(axis=1)
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.34 * len(table) + 1.5), layout="constrained")
+    left = pd.Series(0.0, index=table.index)
+    for name, colour in piece_colours(table.columns).items():
+        pieces = table[name]
+        bars = axes.barh(range(len(table)), pieces, left=left, color=colour, height=0.75,
+                         edgecolor="white", linewidth=1.2, label=name)
+        labels = [f"{piece:.0f}" if piece > 0.05 * sums.max() else "" for piece in pieces]
+        axes.bar_label(bars, labels, label_type="center", fontsize=8, color=text_colour(colour))
+        left = left + pieces
+    words = [SYSTEM_LABELS.get(name, name) for name in table.index]
+    axes.set_yticks(range(len(table)), [f"{word}, n = {total:.0f}"
+                                        for word, total in zip(words, sums)])
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set(xlabel=unit, xlim=(0, sums.max() * 1.01))
+    set_title(axes, title)
+    _add_legend(figure, axes, min(4, len(table.columns)))
+    return figure
+
+
+def plot_groups(rows: list[dict], system: str = "grpo", reference: str = "") -> plt.Figure:
+    """A panel per suite: a point with its interval per group, a line at the reference's score.
+
+    rows: {suite, group, is_reference, value, low, high, by_run}, percent; by_run: of each run, or
+    of each pair of runs, drawn as a small mark where there are several. system: whose scores they
+    are. reference: the group that `rows` are differences to, points, with the line at 0; "" for
+    scores.
+    """
+    table = pd.DataFrame(rows)
+    names, groups = (list(dict.fromkeys(table[column])) for column in ("suite", "group"))
+    figure, panels = _make_panels(len(names), 0.8 + 0.28 * len(groups), sharey=True)
+    for axis, name in zip(panels, names):
+        for place, group in enumerate(groups):
+            row = table[(table["suite"] == name) & (table["group"] == group)].iloc[0]
+            colour = INK if row["is_reference"] else CORRECT
+            axis.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.6)
+            axis.plot(row["value"], place, "o", color=colour, markersize=5)
+            if len(row["by_run"]) > 1:
+                axis.plot(row["by_run"], [place + 0.25] * len(row["by_run"]), "|", color=colour,
+                          markersize=5, markeredgewidth=1)
+            if row["is_reference"]:
+                axis.axvline(row["value"], color="#999999", linewidth=1, zorder=0)
+        if reference:
+            axis.axvline(0, color="#999999", linewidth=1, zorder=0)
+        axis.set_title(textwrap.fill(name, 24), fontsize=9)
+        axis.set_yticks(range(len(groups)), groups, fontsize=9)
+        axis.tick_params(axis="x", labelsize=9)
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+    title = f"Greedy score of the {SYSTEM_LABELS[system]} models, percent, with 95 % intervals"
+    if reference:
+        title = (f"{SYSTEM_LABELS[system]} models: difference to {reference}, points, with 95 % "
+                 "intervals")
+    set_title(figure, title)
+    return figure
+
+
+def plot_speedup(rows: list[dict], title: str):
+    """Four panels over images' tokens, replies, tokens of a reply and prompts; a line per stage.
+    rows: of `benchmark.sweep`.
+    """
+    table = pd.DataFrame(rows)
+    usual = {key: table[key].mode()[0] for key in ("images", "group", "tokens", "prompts")}
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5), sharey=True, layout="constrained")
+    panels = (("images", "prompt_tokens", "tokens of the prompt"),
+              ("group", "group", "replies to a prompt"),
+              ("tokens", "tokens", "tokens of a reply"),
+              ("prompts", "prompts", "prompts of a step"))
+    for axis, (key, x, label) in zip(axes.flat, panels):
+        is_usual = [all(row[other] == usual[other] for other in usual if other != key)
+                    for _, row in table.iterrows()]
+        part = table[is_usual]
+        sns.lineplot(part, x=x, y="ratio", hue="stage", style="stage", markers=True,
+                     dashes=True, palette=[CORRECT, PREDICTED][:part["stage"].nunique()], ax=axis,
+                     errorbar=None, legend=axis is axes.flat[0])
+        axis.axhline(1, color=MUTED, linewidth=1)
+        axis.set(xlabel=label, ylabel="times as fast", xticks=sorted(part[x].unique()))
+    first = axes.flat[0]
+    first.set_ylim(0, 1.08 * max(1, table["ratio"].max()))  # of all panels, which share it
+    _add_legend(figure, first, 2)
+    first.get_legend().remove()
+    set_title(figure, title)
+    return figure
+
+
+def plot_shares(rows: list[dict], names: list[str], title: str, smooth: int = 10,
+                x: str = "step") -> plt.Figure:
+    """Shares that add up to 1, stacked over x, as running means over `smooth`; the legend has the
+    means of the first and the last rows. Rows without shares are left out.
+    """
+    table = pd.DataFrame(rows).dropna(subset=names)
+    means = table[names].astype(float).rolling(smooth, min_periods=1).mean() * 100
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    span = min(smooth, max(1, len(table) // 2))
+    first, last = (100 * part[names].astype(float).mean()
+                   for part in (table.head(span), table.tail(span)))
+    labels = [f"{name} {first[name]:.0f} to {last[name]:.0f} %" for name in names]
+    axis.stackplot(table[x], *(means[name] for name in names), labels=labels,
+                   colors=list(piece_colours(names).values()), edgecolor="white")
+    axis.legend(frameon=False, reverse=True, loc="upper center", bbox_to_anchor=(0.5, -0.22),
+                ncols=len(names), fontsize=9)
+    axis.set(ylim=(0, 100), xlim=(table[x].min(), table[x].max()),
+             xlabel="update" if x == "step" else x, ylabel="replies, percent")
+    set_title(axis, title)
+    return figure

@@ -1,0 +1,172 @@
+"""Stage 08: the kit beside stock TRL and transformers in one run.
+
+Both sides have the same weights, the same data and the same number of tokens per reply, and take
+turns. A prompt of several images is long and its replies are short; stock trainers read it, and run
+the vision tower over its images, once per reply, the kit once. Nothing is remembered from one
+repetition to the next: every rollout of the kit encodes its images again.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mig_kit.common import progress_bar, release_memory
+from mig_kit.engine.models import Hardware, Policy, load_model
+from mig_kit.engine.processors import load_processor
+from mig_kit.engine.sample_prompts import make_cache
+from mig_kit.lab.trainers import gradient_error, make_sides, same_batches
+from mig_kit.lab.workload import (
+    BOX_FORMAT,
+    STOCK_ATTENTION,
+    Workload,
+    compare_times,
+    load_stock_model,
+    make_questions,
+    peak_memory,
+)
+from mig_kit.prompts import chat_messages
+from mig_kit.sample import Sample
+from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
+
+STAGES = ("rollout", "train", "grpo_step", "rejection", "evaluate", "evaluate_alike")
+ALIKE = 5  # questions about the same images: all of MIG-Bench's 555 with six images are such fives
+
+
+def _stock_generate(policy: Policy, samples: list[Sample], load: Workload, **sampling):
+    """Replies of `load.tokens` tokens by transformers' own processor and `generate`."""
+    processor, hardware = policy.processor, policy.hardware
+    texts = [processor.apply_chat_template(chat_messages(sample, BOX_FORMAT), tokenize=False,
+                                           add_generation_prompt=True) for sample in samples]
+    images = [list(sample.images) for sample in samples]
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    with torch.no_grad(), torch.autocast(hardware.device, torch.bfloat16,
+                                         enabled=hardware.autocast):
+        return policy.model.generate(**inputs.to(policy.model.device), **sampling,
+                                     min_new_tokens=load.tokens, max_new_tokens=load.tokens)
+
+
+def _kit_generate(policy: Policy, samples: list[Sample], load: Workload, group: int,
+                  temperature: float):
+    """The same by the kit, from images to tokens."""
+    sampling = SamplingOptions(temperature, 1.0, load.tokens, load.tokens)
+    return generate_rollouts(policy.model, policy.processor, make_cache(policy).get(samples), group,
+                             sampling, None, policy.hardware.autocast)
+
+
+def rejection_sampling_pair(stock: Policy, kit: Policy, samples: list[Sample],
+                            load: Workload) -> tuple[Callable, Callable]:
+    """(stock, kit): `load.group` sampled replies to every question, all questions in one batch.
+
+    Stock is `generate(num_return_sequences=group)`.
+    """
+    return (lambda: _stock_generate(stock, samples, load, do_sample=True, top_k=0, top_p=1.0,
+                                    num_return_sequences=load.group),
+            lambda: _kit_generate(kit, samples, load, load.group, temperature=1.0))
+
+
+def evaluation_pair(stock: Policy, kit: Policy, samples: list[Sample],
+                    load: Workload) -> tuple[Callable, Callable]:
+    """(stock, kit): one greedy reply to every question, one at a time as MIG-Bench's script does,
+    or in one batch.
+    """
+    return (lambda: [_stock_generate(stock, [sample], load, do_sample=False) for sample in samples],
+            lambda: _kit_generate(kit, samples, load, 1, temperature=0.0))
+
+
+def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
+                     repeats: int, with_step: bool = False) -> dict:
+    """rollout and train of a load, side by side; with_step: also a whole GRPO step and its memory.
+    """
+    stock, kit = make_sides(model, hardware, load, folder)
+    stock_batch, kit_batch = same_batches(stock)
+    kit.roll_out()
+    result = {
+        "prompt_tokens": kit.prompt_tokens,
+        "rollout": compare_times(stock.roll_out, kit.roll_out, repeats, hardware),
+        "train": compare_times(lambda: stock.learn(stock_batch), lambda: kit.learn(kit_batch),
+                               repeats, hardware)}
+    if with_step:
+        result["grpo_step"] = compare_times(stock.step, kit.step, repeats, hardware)
+        result["peak_mem_mb"] = {"stock": peak_memory(stock.step, hardware),
+                                 "kit": peak_memory(kit.step, hardware)}
+    return result
+
+
+def sweep_loads(load: Workload) -> list[Workload]:
+    """`load` with a single prompt, one thing at a time changed; every load once.
+
+    Images and prompts are 1, 2, 4 up to those of the load, and two prompts at least; half and twice
+    as many replies; a quarter and twice as many tokens.
+    """
+    single = replace(load, prompts=1)
+    powers = (1, 2, 4, 8)
+    groups, lengths = (max(2, load.group // 2), 2 * load.group), (
+        max(2, load.tokens // 4), 2 * load.tokens)
+    loads = [*(replace(single, images=count) for count in powers if count < load.images), single,
+             *(replace(single, group=count) for count in groups),
+             *(replace(single, tokens=count) for count in lengths),
+             *(replace(single, prompts=count) for count in powers if count <= max(2, load.prompts))]
+    return list(dict.fromkeys(loads))
+
+
+def run_sweep(model: str | Path, hardware: Hardware, loads: list[Workload], folder: Path,
+              repeats: int) -> list[dict]:
+    """Rollout and training of every load; a row per load and stage."""
+    rows = []
+    for number, load in enumerate(progress_bar(loads, "loads")):
+        result = compare_training(model, hardware, load, folder / str(number), repeats)
+        release_memory()
+        rows += [{**vars(load), "prompt_tokens": result["prompt_tokens"], "stage": stage,
+                  **result[stage]} for stage in ("rollout", "train")]
+    return rows
+
+
+def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
+                 repeats: int) -> dict:
+    """All six comparisons at one load, the memory of a whole step, and how far the gradients are
+    apart in float32 (one prompt).
+
+    Rejection sampling has as many questions as a step; "evaluate" four times as many, about images
+    of their own; "evaluate_alike" five times as many, ALIKE about the same images each.
+    """
+    float32 = replace(hardware, dtype=torch.float32, autocast=False, attention="sdpa")
+    error = gradient_error(*make_sides(model, float32, replace(load, prompts=1), folder))
+    result = {
+        "load": vars(load), "model": Path(model).name, "hardware": hardware.reason,
+        "stock_attention": STOCK_ATTENTION, "repeats": repeats, "grad_rel_error": error,
+        **compare_training(model, hardware, load, folder, repeats, with_step=True)}
+    release_memory()
+    processor = load_processor(model, BOX_FORMAT)
+    stock = Policy(load_stock_model(model, hardware), processor, hardware, BOX_FORMAT)
+    kit = Policy(load_model(model, hardware), processor, hardware, BOX_FORMAT)
+    for name, make_pair, count, alike in (
+            ("rejection", rejection_sampling_pair, load.prompts, 1),
+            ("evaluate", evaluation_pair, 4 * load.prompts, 1),
+            ("evaluate_alike", evaluation_pair, ALIKE * load.prompts, ALIKE)):
+        samples = make_questions(load, count, alike=alike)
+        calls = make_pair(stock, kit, samples, load)
+        result[name] = compare_times(*calls, (repeats + 1) // 2, hardware)
+    return result
+
+
+def headline_text(result: dict, load: Workload) -> str:
+    """The result of `run_headline` in a few lines, with the share of the matrix rate if it is
+    there, under "utilisation".
+    """
+    memory = result["peak_mem_mb"]
+    lines = [f"{load.prompts} prompts with {load.images} images of {load.side} px "
+             f"({result['prompt_tokens']} tokens), {load.group} replies of {load.tokens} tokens to "
+             f"each; {result['hardware']}"]
+    for stage in STAGES:
+        times = result[stage]
+        lines.append(f"{stage:<14} stock {times['stock_s']:8.3f} s   kit {times['kit_s']:8.3f} s   "
+                     f"{times['ratio']:6.1f} times as fast")
+    lines.append(f"memory of a step: stock {memory['stock']:.0f} MiB, kit {memory['kit']:.0f} MiB")
+    lines.append(f"gradients apart by {result['grad_rel_error']:.1e} (relative, float32)")
+    if "utilisation" in result:
+        used = result["utilisation"]
+        lines.append(f"{100 * used['share']:.0f} % of this machine's matrix rate "
+                     f"({used['parameters_m']:.0f} M parameters)")
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""What a real run needs of one GPU's memory, stage by stage, before anything is downloaded.
+
+Predicted, not yet checked against a GPU: it follows from the models' shapes and from what a layer
+keeps for the backward pass, which a test measures. Every prompt holds IMAGES images of the largest
+size, and every reply is as long as it may be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import add, mul
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig
+
+from mig_kit.common import model_folder
+from mig_kit.engine.model_folders import FAMILIES
+from mig_kit.pipeline.params import profile_params
+from mig_kit.shared_prefix.logprobs import HEAD_TOKENS
+
+GIB = 2**30
+CARDS = (24, 40, 80, 141)  # GB on the labels of GPUs
+USABLE = 0.93  # share of a label's GB that can be used, in GiB
+RUNTIME_GIB = 1.5  # the CUDA context, and what the allocator cannot use
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with its scales (double quantisation)
+IMAGES = 6  # of a prompt
+TEXT_TOKENS, TRACE_TOKENS = 200, 300  # of a prompt's text, and of a trace
+ADVICE = {
+    "02_sft": "lower max_pixels, or lora_r",
+    "04_rejection_sampling": "lower max_pixels, or replies",
+    "05_grpo": "lower max_pixels, num_generations or max_completion_length",
+    "06_evaluate": "lower max_pixels"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model: widths of the language model, parameters of all and of the vision tower, and the
+    side of an image token (px).
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    total: int
+    vision: int
+    head_dim: int = 128
+    token_side: int = 28
+
+    def sum_projections(self, size: Callable[[int, int], int]) -> int:
+        """The sum of `size(inputs, outputs)` over all projections: what 4-bit and LoRA apply to."""
+        query, kv = self.head_dim * self.heads, self.head_dim * self.kv_heads
+        widths = (query, query, kv, kv, self.inner, self.inner, self.inner)
+        return self.layers * sum(size(self.hidden, width) for width in widths)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all projections."""
+        return self.sum_projections(mul)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a token's keys and values in bfloat16."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+
+# from each model's config.json; tests/engine/test_full_profile.py counts their parameters
+SHAPES = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": Shape(
+        2048, 11008, 36, 16, 2, 151936, 3_754_622_976, 668_684_288),
+    "Qwen/Qwen2.5-VL-7B-Instruct": Shape(
+        3584, 18944, 28, 28, 4, 152064, 8_292_166_656, 676_550_144),
+    "Qwen/Qwen2-VL-7B-Instruct": Shape(
+        3584, 18944, 28, 28, 4, 152064, 8_291_375_616, 675_759_104),
+    "Qwen/Qwen3-VL-4B-Instruct": Shape(
+        2560, 9728, 36, 32, 8, 151936, 4_437_815_808, 415_347_712, token_side=32)}
+
+
+class Profile(NamedTuple):
+    """The parameters of the stages that decide what a GPU needs."""
+
+    synthesize: SimpleNamespace
+    sft: SimpleNamespace
+    sampling: SimpleNamespace
+    grpo: SimpleNamespace
+    evaluate: SimpleNamespace
+
+
+def read_profile(profile: str) -> Profile:
+    """The parameters of a profile, a folder of params/."""
+    return Profile(*(SimpleNamespace(**profile_params(stage, profile))
+                     for stage in ("01_synthesize", *ADVICE)))
+
+
+def predict(profile: str) -> dict[str, list]:
+    """What a profile needs: lines of `advice`, and the rows of `memory_table`.
+
+    Both are empty where the profile's model is neither in SHAPES nor a folder, as is "tiny".
+    """
+    params = read_profile(profile)
+    shape = find_shape(params.synthesize.base_model)
+    if shape is None:
+        return {"advice": [], "memory": []}
+    advice = []
+    for gigabytes in CARDS:
+        pixels = fitting_pixels(shape, params, gigabytes)
+        verdict = f"all stages fit, up to max_pixels {pixels}" if pixels else "not all stages fit"
+        advice.append(f"{gigabytes} GB: {verdict} ({IMAGES} images a prompt)")
+    return {"advice": advice, "memory": memory_table(predict_memory(shape, params))}
+
+
+def find_shape(model: str) -> Shape | None:
+    """The shape of a known hub name or of a model folder; None for others: nothing is downloaded.
+    """
+    folder = model_folder(model)
+    if model in SHAPES or model == "tiny" or not (folder / "config.json").is_file():
+        return SHAPES.get(model)
+    return count_shape(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def count_shape(config) -> Shape:
+    """The shape of a model by its configuration; its parameters are counted without weights."""
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type](config)
+    text, tower = config.text_config, config.vision_config
+    head_dim = model.model.language_model.layers[0].self_attn.head_dim
+    return Shape(
+        text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,
+        text.num_key_value_heads, text.vocab_size, sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.model.visual.parameters()), head_dim,
+        tower.patch_size * tower.spatial_merge_size)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is in memory at once: `prompts` prompts of `prompt` tokens, with `replies` replies of
+    `tokens` tokens to each.
+    """
+
+    prompt: int
+    prompts: int = 1
+    replies: int = 1
+    tokens: int = 512
+
+
+def layer_bytes(shape: Shape, lora_r: int) -> float:
+    """Bytes per token that a layer keeps for its backward pass: bfloat16, LoRA with dropout."""
+    return 62.125 * shape.hidden + 14 * shape.inner + 28 * lora_r + 8
+
+
+def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool,
+                    four_bit: bool) -> dict[str, float]:
+    """GiB of each part of a training step.
+
+    is_checkpointed: only the layers' inputs are kept, and one layer in full. four_bit also makes
+    everything else float32, as peft's prepare_model_for_kbit_training does.
+    """
+    own_tokens = load.replies * load.tokens
+    group_tokens = load.prompt + own_tokens  # the prompt is read once
+    tokens, logit_tokens = load.prompts * group_tokens, load.prompts * own_tokens
+    activations = tokens * shape.layers * layer_bytes(shape, lora_r)
+    if is_checkpointed:
+        layer_inputs = shape.layers * shape.hidden * (4 if four_bit else 2)
+        activations = tokens * (layer_bytes(shape, lora_r) + layer_inputs)
+        logit_tokens = min(logit_tokens, HEAD_TOKENS)
+        if load.replies > 1:
+            activations += load.prompts * group_tokens**2 * 2  # the mask of who sees whom
+        else:
+            logit_tokens = group_tokens  # SFT's loss reads the logits of all tokens at once
+    rest = shape.total - shape.linear_weights
+    weights = shape.linear_weights * NF4_BYTES + rest * 4 if four_bit else shape.total * 2
+    adapter = lora_r * shape.sum_projections(add)
+    return {"weights": weights / GIB, "adapter, gradients, Adam": adapter * 16 / GIB,
+            "activations": activations / GIB,
+            "logits": logit_tokens * shape.vocabulary * 10 / GIB}  # bf16, float32, gradient
+
+
+def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
+    """GiB of each part of drawing replies; the keys and values of a prompt are there once."""
+    prompt_tokens = load.prompts * load.prompt
+    tokens = load.prompts * (load.prompt + load.replies * load.tokens)
+    return {"weights": shape.total * 2 / GIB, "keys and values": tokens * shape.kv_bytes / GIB,
+            "logits": load.prompts * load.replies * shape.vocabulary * 6 / GIB,
+            "prefill": prompt_tokens * (4 * shape.hidden + 3 * shape.inner) * 2 / GIB}
+
+
+def predict_memory(shape: Shape, params: Profile) -> dict[str, dict[str, float]]:
+    """Stage -> parts in GiB.
+
+    Replies are drawn to as many prompts at a time as memory holds; the parts are those of one. 05
+    draws replies, then learns from them: its parts are those of the phase that needs more.
+    """
+    _, sft, sampling, grpo, evaluate = params
+    prompt = TEXT_TOKENS + count_image_tokens(shape, params)
+    sft_load = Load(prompt, sft.per_device_train_batch_size, 1, TRACE_TOKENS)
+    group, reply = grpo.num_generations, grpo.max_completion_length
+    in_graph = max(1, (grpo.micro_replies or grpo.per_device_train_batch_size) // group)
+    learning = training_memory(shape, Load(prompt, in_graph, group, reply), grpo.lora_r,
+                               grpo.gradient_checkpointing, four_bit=False)
+    drawing = decoding_memory(shape, Load(prompt, 1, group, reply))
+    drawing["adapter, gradients, Adam"] = learning["adapter, gradients, Adam"]
+    sampling_load = Load(prompt, 1, sampling.replies, sampling.max_new_tokens)
+    evaluate_load = Load(prompt, 1, max(1, evaluate.replies), evaluate.max_new_tokens)
+    return {
+        "02_sft": training_memory(shape, sft_load, sft.lora_r, is_checkpointed=True, four_bit=True),
+        "04_rejection_sampling": decoding_memory(shape, sampling_load),
+        "05_grpo": max(drawing, learning, key=lambda parts: sum(parts.values())),
+        "06_evaluate": decoding_memory(shape, evaluate_load)}
+
+
+def count_image_tokens(shape: Shape, params: Profile) -> int:
+    """Image tokens of a prompt."""
+    return IMAGES * params.synthesize.max_pixels // shape.token_side**2
+
+
+def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
+    """Rows {stage, GiB, largest part, one column per card: "fits" or what to lower}."""
+    rows = []
+    for stage, parts in needs.items():
+        total = sum(parts.values()) + RUNTIME_GIB
+        largest = max(parts, key=parts.get)
+        verdicts = {f"{gigabytes} GB": "fits" if total <= USABLE * gigabytes else ADVICE[stage]
+                    for gigabytes in CARDS}
+        rows.append({"stage": stage, "GiB": round(total, 1),
+                     "largest part": f"{largest} {parts[largest]:.1f}", **verdicts})
+    return rows
+
+
+def fitting_pixels(shape: Shape, params: Profile, gigabytes: int) -> int:
+    """The largest max_pixels, in steps of 16 image tokens, with which every stage fits a card; 0 if
+    none does.
+    """
+    area = shape.token_side**2
+    for tokens in range(params.synthesize.max_pixels // area, 0, -16):
+        synthesize = SimpleNamespace(**vars(params.synthesize) | {"max_pixels": tokens * area})
+        rows = memory_table(predict_memory(shape, params._replace(synthesize=synthesize)))
+        if all(row[f"{gigabytes} GB"] == "fits" for row in rows):
+            return tokens * area
+    return 0

@@ -1,0 +1,170 @@
+"""The lessons of notebook 90 as batches: dialogues over images that the frozen tower saw once."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mig_kit.common import progress_bar
+from mig_kit.lab.vision import image_processor
+from mig_kit.lab.vocabulary import IMAGE_TOKEN, TokenRow, Writer
+from mig_kit.shared_prefix.prefixes import pad_to_multiple
+from mig_kit.world.lessons import (
+    Turn,
+    album,
+    clip_to_image,
+    locate_turns,
+    survey_turn,
+    text_turns,
+    visual_turns,
+)
+from mig_kit.world.puzzles import KINDS
+from mig_kit.world.scenes import Scene, render_scene
+
+Grid = tuple[int, int]  # rows and columns of merged tokens
+
+
+class SeenImage(NamedTuple):
+    """A scene as the frozen tower saw it. features: (tokens, hidden), bfloat16."""
+
+    scene: Scene
+    features: torch.Tensor
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A dialogue as tokens, with the images that stand before it."""
+
+    row: TokenRow
+    images: list[SeenImage]
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Those of the images."""
+        return [image.grid for image in self.images]
+
+
+Batch = list[Dialogue]
+
+
+@torch.no_grad()
+def encode_albums(tower, rng: random.Random, albums: int, autocast: bool = True, fewest: int = 5,
+                  alike: float = 0.0) -> list[list[SeenImage]]:
+    """Albums of six images with their features; fewest and alike: see `album`."""
+    processor = image_processor()
+    encoded = []
+    for _ in progress_bar(range(albums), "albums"):
+        scenes = album(rng, fewest=fewest, alike=alike)
+        inputs = processor([render_scene(scene) for scene in scenes], return_tensors="pt")
+        grid_thw = inputs["image_grid_thw"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            features = tower(inputs["pixel_values"], grid_thw=grid_thw).pooler_output
+        grids = [(height // 2, width // 2) for _, height, width in grid_thw.tolist()]
+        parts = features.to(torch.bfloat16).split([height * width for height, width in grids])
+        encoded.append([SeenImage(clip_to_image(scene), part.clone(), grid)
+                        for scene, part, grid in zip(scenes, parts, grids)])
+    return encoded
+
+
+def position_ids(rows: list[list[int]], grids: list[list[Grid]]) -> torch.Tensor:
+    """Qwen2.5-VL's three position ids per token (3, rows, longest row), rows padded on the right.
+
+    rows: token ids; grids: of each row's images. The rule of transformers' get_rope_index, without
+    its per-token Python loops; a test holds the two together.
+    """
+    longest = pad_to_multiple(max(map(len, rows)))
+    positions = np.zeros((3, len(rows), longest), np.int64)
+    for index, (ids, row_grids) in enumerate(zip(rows, grids)):
+        row = positions[:, index]
+        token = position = 0
+        for height, width in row_grids:
+            first = ids.index(IMAGE_TOKEN, token)
+            row[:, token:first] = np.arange(position, position + first - token)
+            position += first - token
+            end = first + height * width
+            row[0, first:end] = position
+            row[1, first:end] = position + np.repeat(np.arange(height), width)
+            row[2, first:end] = position + np.tile(np.arange(width), height)
+            position += max(height, width)
+            token = end
+        row[:, token:] = np.arange(position, position + longest - token)
+    return torch.from_numpy(positions)
+
+
+def total_weight(batch: Batch) -> float:
+    """Of all tokens that are learned."""
+    return sum(sum(dialogue.row.weights[1:]) for dialogue in batch)
+
+
+def split_by_length(batch: Batch) -> list[Batch]:
+    """Short dialogues and long ones apart, where that saves a fifth of the batch in padding."""
+    ordered = sorted(batch, key=lambda dialogue: len(dialogue.row.ids))
+    lengths = [pad_to_multiple(len(dialogue.row.ids)) for dialogue in ordered]
+    rows, longest = len(ordered), lengths[-1]
+    tokens, short = min((count * lengths[count - 1] + (rows - count) * longest, count)
+                        for count in range(1, rows + 1))
+    if tokens > 0.8 * rows * longest:
+        return [batch]
+    return [ordered[:short], ordered[short:]]
+
+
+def visual_batch(albums: list[list[SeenImage]], writer: Writer, rng: random.Random, rows: int,
+                 images: int, *, located: float = 0.0, name_weight: float = 1.0,
+                 worded: float = 0.0, surveyed: float = 0.0) -> Batch:
+    """`rows` dialogues, each over `images` images of one album.
+
+    located: the share of dialogues that locate every object; the others ask up to six questions.
+    name_weight: how much more a word of a name weighs than a digit of a box, of which there are
+    many more. worded: see `visual_turns`. surveyed: the share that lists all images first, so that
+    the model knows how many there are.
+    """
+    batch = []
+    for _ in range(rows):
+        chosen = rng.sample(rng.choice(albums), images)
+        scenes = [image.scene for image in chosen]
+        if surveyed and rng.random() < surveyed:
+            turns = [survey_turn(scenes), *locate_turns(rng, scenes, 1)]
+        elif rng.random() < located:
+            turns = locate_turns(rng, scenes)
+        else:
+            turns = visual_turns(rng, scenes, 6, worded)
+        turns = _weigh_names(turns, name_weight)
+        batch.append(_write_dialogue(writer, turns, chosen))
+    return batch
+
+
+def _weigh_names(turns: list[Turn], weight: float) -> list[Turn]:
+    """The turns with a multiple of the weight on every piece that holds no box."""
+    return [(question, [(text, old if "[" in text else weight * old, subject)
+                        for text, old, subject in pieces])
+            for question, pieces in turns]
+
+
+def text_batch(writer: Writer, rng: random.Random, rows: int, unrelated_text: Sequence[str],
+               albums: Sequence[list[SeenImage]] = (), *, kinds: tuple[str, ...] = KINDS,
+               unfit: float = 0.75, lettered: float = 0.25) -> Batch:
+    """`rows` dialogues of two puzzles, half of them with a task's question behind, unanswered.
+
+    With albums, three of four stand behind up to five images that have nothing to do with them, as
+    do most of their questions. kinds, unfit and lettered: see `text_turns`.
+    """
+    batch = []
+    for _ in range(rows):
+        chosen = []
+        if albums and rng.random() < 0.75:
+            chosen = rng.sample(rng.choice(albums), rng.choice((1, 2, 2, 2, 3, 3, 4, 5)))
+        turns = text_turns(rng, 2, kinds, unrelated_text if chosen else (), unfit, lettered)
+        if unrelated_text and rng.random() < 0.5:
+            turns.append((rng.choice(unrelated_text), [("", 0.0, None)]))
+        batch.append(_write_dialogue(writer, turns, chosen, user_weight=0.03))
+    return batch
+
+
+def _write_dialogue(writer: Writer, turns: list[Turn], images: list[SeenImage],
+                    user_weight: float = 0.0) -> Dialogue:
+    image_tokens = [len(image.features) for image in images]
+    return Dialogue(writer.write_dialogue(turns, image_tokens, user_weight), images)

@@ -1,0 +1,309 @@
+"""How the tiny base learnt to see (notebook 90): a vision tower trained with detection heads.
+
+There is one small head per merged token. Learning to locate from the language model's loss alone
+takes many times as long. The heads are thrown away.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mig_kit.common import progress_bar, write_atomically, write_json
+from mig_kit.engine.models import TINY_HIDDEN, PatchProduct, tiny_config
+from mig_kit.world.scenes import (
+    CELL,
+    COLOURS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    Scene,
+    arrange_objects,
+    crop_scene,
+    grid_size,
+    object_cell,
+    random_appearances,
+    render_scene,
+)
+
+FEATURE_NORM = 2.0
+# Steps. Every so many the random state starts again, so that a resumed run draws what an
+# uninterrupted one would.
+CHECKPOINT = 200
+CLASS_SIZES = (2, len(SHAPES), len(COLOURS), len(PATTERNS), 2)  # object?, ..., marked?
+DIGIT_SIZES = (12, 10) * 4  # tens (0 to 11) and units of x1, y1, x2, y2
+
+
+class DetectionHeads(nn.Module):
+    """Per merged token: is an object centred here, its shape, colour and pattern, is it marked, and
+    its box.
+
+    The box is predicted twice, from the cell's centre and from the image's corner: the language
+    model reads whole coordinates off one token, so the token must know where in the image it is.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.sizes = (*CLASS_SIZES, 8)
+        self.out = nn.Linear(width, sum(self.sizes))
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """features: (tokens, width) -> one tensor (tokens, size) per head; the last is the box."""
+        return self.out(features).split(self.sizes, -1)
+
+
+def codes(width: int = TINY_HIDDEN) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """An orthonormal code per fact that a token can state, (codes, width), and the groups' sizes.
+
+    The groups are CLASS_SIZES and DIGIT_SIZES. The language model starts with the words' embeddings
+    on the codes of shape, colour and pattern, so that the token of a red star looks like the words
+    "red star" with its digits beside them.
+    """
+    sizes = (*CLASS_SIZES, *DIGIT_SIZES)
+    noise = torch.randn(width, sum(sizes), generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(noise).Q.T.contiguous(), sizes
+
+
+def vision_scene(rng: random.Random, size: tuple[int, int]) -> Scene:
+    """A scene to learn seeing from: 1 to 6 objects, some scenes cropped, with large objects or
+    with a marked one.
+    """
+    kind = rng.random()
+    if kind < 0.12:
+        scene = arrange_objects(rng, random_appearances(rng, rng.randint(1, 4)))
+        x1, y1, x2, y2 = rng.choice(scene.objects).box
+        margin = rng.uniform(1, 6)
+        return crop_scene(scene, (x1 - margin, y1 - margin, x2 + margin, y2 + margin), size)
+    if kind < 0.25:
+        appearances = random_appearances(rng, rng.randint(1, 2))
+        return arrange_objects(rng, appearances, size, sides=(20, 34))
+    appearances = random_appearances(rng, rng.randint(1, 6))
+    scene = arrange_objects(rng, appearances, size, sides=(11, 27))
+    return replace(scene, mark=rng.choice(scene.objects).box) if kind < 0.45 else scene
+
+
+def detection_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (cells, 5) int: object or none, shape, colour, pattern, marked or not; and boxes
+    (cells, 8).
+
+    Boxes are in cell widths of the resized image, first from the cell's centre, then from the
+    image's corner. Rows are in reading order, as the merged tokens are.
+    """
+    columns, rows = grid_size(scene.width, scene.height)
+    classes = np.zeros((rows * columns, 5), np.int64)
+    boxes = np.zeros((rows * columns, 8), np.float32)
+    limits = [scene.width, scene.height] * 2
+    scale = np.array([columns / scene.width, rows / scene.height] * 2)
+    for obj in scene.objects:
+        x, y = obj.centre
+        if not (0 <= x < scene.width and 0 <= y < scene.height):
+            continue
+        column, row = object_cell(scene, obj)
+        cell = row * columns + column
+        classes[cell] = (1, SHAPES.index(obj.shape), list(COLOURS).index(obj.colour),
+                         PATTERNS.index(obj.pattern), obj.box == scene.mark)
+        box = np.clip(np.array(obj.box), 0, limits) * scale
+        centre = np.array([column + 0.5, row + 0.5] * 2)
+        boxes[cell] = [*(box - centre), *box]
+    return classes, boxes
+
+
+def image_processor() -> Qwen2VLImageProcessorPil:
+    """The tiny base's image processor: Qwen2.5-VL's, with the kit's pixel limits."""
+    return Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=401408)
+
+
+class VisionBatch(NamedTuple):
+    """Processed images of one size. classes: (cells, 5); boxes: (cells, 8)."""
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    classes: torch.Tensor
+    boxes: torch.Tensor
+
+    @property
+    def has_object(self) -> torch.Tensor:
+        """(cells,) bool."""
+        return self.classes[:, 0] == 1
+
+
+def _draw_batch(rng: random.Random, processor, images: int) -> VisionBatch:
+    size = rng.choice(SIZES) if rng.random() < 0.5 else SIZES[0]
+    scenes = [vision_scene(rng, size) for _ in range(images)]
+    classes, boxes = zip(*[detection_targets(scene) for scene in scenes])
+    inputs = processor([render_scene(scene) for scene in scenes], return_tensors="pt")
+    return VisionBatch(inputs["pixel_values"], inputs["image_grid_thw"],
+                       torch.from_numpy(np.concatenate(classes)),
+                       torch.from_numpy(np.concatenate(boxes)))
+
+
+def class_loss(groups: tuple[torch.Tensor, ...], batch: VisionBatch) -> torch.Tensor:
+    """Cross-entropy of "object or none" everywhere, and of the other classes where an object is.
+
+    groups: logits (cells, size) per group of CLASS_SIZES; more are ignored.
+    """
+    classes, has_object = batch.classes, batch.has_object
+    loss = nn.functional.cross_entropy(groups[0], classes[:, 0])
+    return loss + sum(
+        nn.functional.cross_entropy(groups[i][has_object], classes[has_object, i])
+        for i in range(1, len(CLASS_SIZES)))
+
+
+def digit_loss(groups: tuple[torch.Tensor, ...], batch: VisionBatch) -> torch.Tensor:
+    """Mean cross-entropy of tens and units of the four coordinates, whole pixels of the resized
+    image.
+
+    groups: logits (cells, size) per group of `codes`.
+    """
+    has_object = batch.has_object
+    pixels = (batch.boxes[has_object, 4:] * CELL).round().long().clamp(0, 119)
+    digits = [digit for coordinate in pixels.T for digit in (coordinate // 10, coordinate % 10)]
+    losses = [nn.functional.cross_entropy(logits[has_object], digit)
+              for logits, digit in zip(groups[len(CLASS_SIZES):], digits, strict=True)]
+    return sum(losses) / len(losses)
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write what a training needs to go on: tensors and plain values."""
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+class _Phase(NamedTuple):
+    name: str
+    steps: int
+    learning_rate: float
+    spells: bool
+
+
+class _Learner(nn.Module):
+    """The tower with its heads, and the loss of both."""
+
+    def __init__(self):
+        super().__init__()
+        config = tiny_config(64).vision_config
+        self.tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
+        self.tower.patch_embed.proj = PatchProduct(self.tower.patch_embed.proj)
+        self.heads = DetectionHeads(TINY_HIDDEN)
+        self.codes, self.group_sizes = codes()
+
+    def forward(self, batch: VisionBatch, spells: bool,
+                autocast: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Loss, features (tokens, width) and figures of a batch.
+
+        spells: the features themselves are learned as sums of `codes`, too. Figures: box error in
+        pixels of the resized image, share of correct classes, and the loss of a digit.
+        """
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            features = self.tower(batch.pixel_values, grid_thw=batch.grid_thw).pooler_output
+        features = features.float()
+        has_object = batch.has_object
+        *groups, box = self.heads(features)
+        box_loss = nn.functional.smooth_l1_loss(box[has_object], batch.boxes[has_object],
+                                                beta=0.05)
+        loss = class_loss(groups, batch) + 8 * box_loss
+        figures = {"box_error_px": CELL * (box - batch.boxes)[has_object].abs().mean()}
+        if spells:
+            spelled = nn.functional.rms_norm(features, (TINY_HIDDEN,)) @ self.codes.T
+            groups = spelled.split(self.group_sizes, -1)
+            figures["digit_nats"] = digit_loss(groups, batch)
+            loss = loss + class_loss(groups, batch) + 4 * figures["digit_nats"]
+        is_correct = [(groups[i].argmax(-1) == batch.classes[:, i])[has_object]
+                      for i in range(1, len(CLASS_SIZES))]
+        figures["classes"] = torch.stack(is_correct).float().mean(1)
+        return loss, features, figures
+
+
+def train_vision(folder: Path, steps: Sequence[int], *, batch: int = 64, seed: int = 0,
+                 autocast: bool = True) -> dict:
+    """Train the tower on fresh scenes and write folder/vision.safetensors; the figures of the last
+    batches, also in folder/vision.json.
+
+    steps: of learning to locate (trained heads), then to spell: every token's features become a sum
+    of `codes`. Checkpointed to folder/vision.pt every CHECKPOINT steps; a run that was killed goes
+    on from there and ends on the same weights.
+    """
+    path, figures_path = folder / "vision.safetensors", folder / "vision.json"
+    if path.is_file() and figures_path.is_file():
+        return json.loads(figures_path.read_text())
+    torch.manual_seed(seed)
+    learner = _Learner()
+    checkpoint, saved, figures = folder / "vision.pt", {}, {}
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, weights_only=True)
+        learner.load_state_dict(saved["learner"])
+        figures = json.loads(saved["figures"])
+    locate = _Phase("locate", steps[0], 2e-3, spells=False)
+    spell = _Phase("spell", steps[1], 1e-3, spells=True)
+    for phase in (spell,) if saved.get("phase") == "spell" else (locate, spell):
+        features = _train_phase(learner, phase, checkpoint, saved, figures, batch=batch, seed=seed,
+                                autocast=autocast)
+    # as long as a word's embedding, so that what the language model adds to a token can show
+    with torch.no_grad():
+        scale = FEATURE_NORM / features.norm(dim=-1).mean()
+        last_layer = learner.tower.merger.mlp[2]
+        last_layer.weight *= scale
+        last_layer.bias *= scale
+    weights = {name: value.contiguous() for name, value in learner.tower.state_dict().items()}
+    save_file(weights, path)
+    write_json(figures_path, figures)
+    return figures
+
+
+def _train_phase(learner: _Learner, phase: _Phase, checkpoint: Path, saved: dict, figures: dict, *,
+                 batch: int, seed: int, autocast: bool) -> torch.Tensor | None:
+    """Train for the steps of a phase that are left, and add to `figures`; the last features, None
+    if no step was left.
+
+    saved: the checkpoint, which may be of this phase, of another, or {}.
+    """
+    parameters = list(learner.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.learning_rate, phase.steps,
+                                                   pct_start=0.05)
+    processor, first, features = image_processor(), 0, None
+    if saved.get("phase") == phase.name:
+        first = saved["step"]
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+    bar = progress_bar(range(first, phase.steps), phase.name, initial=first, total=phase.steps)
+    for step in bar:
+        if step % CHECKPOINT == 0:
+            rng = random.Random(f"vision/{seed}/{phase.name}/{step}")
+        loss, features, batch_figures = learner(_draw_batch(rng, processor, batch), phase.spells,
+                                                autocast)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        is_last = step == phase.steps - 1
+        if step % 50 == 49 or is_last:
+            figures |= _round_figures(phase, batch_figures)
+            bar.set_postfix(figures)
+        # the tower is written right after the last step of all
+        if (step + 1) % CHECKPOINT == 0 and not (is_last and phase.spells):
+            save_checkpoint(checkpoint, phase=phase.name, step=step + 1,
+                            learner=learner.state_dict(), optimizer=optimizer.state_dict(),
+                            schedule=schedule.state_dict(), figures=json.dumps(figures))
+    return features
+
+
+def _round_figures(phase: _Phase, figures: dict) -> dict:
+    """A batch's figures under the names that the model card gives them."""
+    rounded = {
+        f"{phase.name}_box_error_px": round(figures["box_error_px"].item(), 3),
+        f"{phase.name}_classes": [round(share, 3) for share in figures["classes"].tolist()]}
+    if phase.spells:
+        rounded["digit_nats"] = round(figures["digit_nats"].item(), 3)
+    return rounded

@@ -1,0 +1,383 @@
+"""Readers of the public benchmarks' own annotation files into plain items.
+
+Nothing here opens an image, except for its size and only where a protocol needs one; image names
+must stay inside the image root. Sources of the formats: thunlp/Migician (MIG-Bench, MMIU as it
+scores it), AMAP-ML/UniVG-R1 (revised MIG-Bench, LISA-grounding, ReVOS-grounding),
+zeyofu/BLINK_Benchmark, FanqingM/MMIU-Benchmark (fields of MMIU), JierunChen/Ref-L4.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import ascii_uppercase
+
+from mig_kit.boxes import Box, Coordinates
+from mig_kit.image_files import BadImage, is_regular_file, read_size, resolve_under_root
+from mig_kit.score.image_names import ORDINALS
+
+MIG_BENCH_TASKS = {
+    "diff": 528, "view_diff": 94, "common_object": 816, "object_tracking": 550, "multi_view": 288,
+    "region": 1203, "refer_grounding": 99, "group_grounding": 499, "reasoning": 101,
+    "correspondence": 117}
+REVISED_TASKS = MIG_BENCH_TASKS | {"common_object": 815, "group_grounding": 485, "reasoning": 97}
+# task -> number of the target image, where it is the same in every question
+TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "correspondence": 2}
+LISA_VERSIONS = {200: "val", 779: "test"}
+REF_L4_VERSIONS = {7231: "val", 38110: "test", 45341: "all"}
+BLINK_VAL_ITEMS = 1901
+MMIU_TASKS = 60  # names in the authors' file, of the 52 tasks that the paper counts
+# benchmark -> how many items its paper counts; MMIU: arXiv 2408.02718, MC-Bench: 2410.12332
+PAPER_COUNTS = {"mmiu": 11698, "mc_bench": 2000}
+MMIU_OPTIONS = "ABCDEFGH"  # where an item's own options cannot be read
+LARGEST = 1e9  # a coordinate or score beyond it is none
+
+
+@dataclass(frozen=True)
+class BenchmarkItem:
+    """One question, as annotated.
+
+    index: place in the annotation file, from 0. id: the benchmark's own id, or "". box: xyxy in
+    `coordinates`, or None. coordinates: of `box`; PIXELS are those of the target image. target:
+    image number from 1, None where the file does not say. image_stated: whether the question itself
+    names the image. size: (width, height) of the target image, pixels, where the file gives it.
+    letter, options and choices: the correct letter, all letters and what they stand for, of a
+    multiple-choice question; truth: the correct answer as the file writes it. category: the kind of
+    the object, of Ref-L4.
+    """
+
+    index: int
+    id: str
+    task: str
+    question: str
+    images: tuple[str, ...] = ()
+    box: Box | None = None
+    coordinates: Coordinates = Coordinates.NORMALIZED_1
+    target: int | None = None
+    image_stated: bool = True
+    size: tuple[int, int] | None = None
+    letter: str = ""
+    options: str = ""
+    choices: tuple[str, ...] = ()
+    truth: str = ""
+    category: str = ""
+
+    @property
+    def name(self) -> str:
+        """What errors call the item: its id, else its index."""
+        return self.id or str(self.index)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An annotation file, read.
+
+    version: which release, told by content. complete: whether it has every item of that release;
+    None where that cannot be told. left_out: indices of records that have no answer to score.
+    """
+
+    name: str
+    version: str
+    items: tuple[BenchmarkItem, ...]
+    complete: bool | None
+    left_out: tuple[int, ...] = ()
+
+
+def is_number(value) -> bool:
+    """Whether a JSON value is a finite number of sane size."""
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
+
+
+def is_four_numbers(values) -> bool:
+    """Whether a JSON value is a list of four finite numbers of sane size."""
+    return isinstance(values, list) and len(values) == 4 and all(map(is_number, values))
+
+
+def _get_field(record: dict, name: str, kind: type, index: int, benchmark: str):
+    """The field of item `index`; ValueError if it is missing or of another type than `kind`."""
+    value = record.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"item {index} of the {benchmark} annotations has no usable '{name}'; is "
+                         f"this the {benchmark} file?")
+    return value
+
+
+def _to_box(values, index: int, benchmark: str) -> Box:
+    """A JSON value as a box; ValueError if it is none."""
+    if not is_four_numbers(values):
+        raise ValueError(f"item {index} of the {benchmark} annotations has no box of four numbers; "
+                         f"is this the {benchmark} file?")
+    x1, y1, x2, y2 = map(float, values)
+    return x1, y1, x2, y2
+
+
+def read_mig_bench(records: list[dict]) -> Benchmark:
+    """MIG-Bench: `{task, images, question, answer: [x1,y1,x2,y2], additional_info, ...}`.
+
+    Answers of the original (Migician) are in 0..1, of the revised file (UniVG-R1) in 0..1000: that
+    tells the two apart.
+    """
+    boxes = [_to_box(record.get("answer"), index, "MIG-Bench")
+             for index, record in enumerate(records)]
+    is_revised = max(max(box) for box in boxes) > 2  # the original's largest value is 1.048
+    coordinates = Coordinates.NORMALIZED_1000 if is_revised else Coordinates.NORMALIZED_1
+    items = []
+    for index, (record, box) in enumerate(zip(records, boxes)):
+        task, question = (_get_field(record, name, str, index, "MIG-Bench")
+                          for name in ("task", "question"))
+        images = _get_field(record, "images", list, index, "MIG-Bench")
+        if task not in MIG_BENCH_TASKS:
+            raise ValueError(f"item {index} has task '{task}', which MIG-Bench does not have; its "
+                             f"tasks are {', '.join(MIG_BENCH_TASKS)}")
+        target, is_stated = _mig_bench_target(task, question, str(record.get("additional_info")))
+        if len(images) < (target or 1) or not all(isinstance(name, str) for name in images):
+            raise ValueError(f"item {index} of MIG-Bench asks for image {target} of {len(images)}; "
+                             "is the file complete?")
+        items.append(BenchmarkItem(index, "", task, question, tuple(images), box, coordinates,
+                                   target, is_stated))
+    version, counts = ("revised", REVISED_TASKS) if is_revised else ("original", MIG_BENCH_TASKS)
+    is_complete = Counter(item.task for item in items) == Counter(counts)
+    return Benchmark("mig_bench", version, tuple(items), is_complete)
+
+
+def _mig_bench_target(task: str, question: str, info: str) -> tuple[int | None, bool]:
+    """(image number or None, whether the question names it).
+
+    A static difference is in the same place of both images, so it has no number.
+    """
+    if task in TARGETS:
+        return TARGETS[task], True
+    if task == "group_grounding":
+        ordinal = re.search(rf"\bin the ({'|'.join(ORDINALS)}) image", info)
+        return (ORDINALS.index(ordinal.group(1)) + 1 if ordinal else None), False
+    number = re.search(r"in the (\d+)(?:st|nd|rd|th) image", question)
+    return (int(number.group(1)), True) if number else (None, False)
+
+
+def read_lisa(records: list[dict]) -> Benchmark:
+    """LISA-grounding: `{image_path, instruction, boxes: [[x1,y1,x2,y2], ...]}` in pixels.
+
+    The first box is the answer; an item without one is kept, and nothing answers it.
+    """
+    items = []
+    for index, record in enumerate(records):
+        boxes = _get_field(record, "boxes", list, index, "LISA-grounding")
+        question, image = (_get_field(record, name, str, index, "LISA-grounding")
+                           for name in ("instruction", "image_path"))
+        has_box = boxes and boxes[0] not in (None, [])
+        box = _to_box(boxes[0], index, "LISA-grounding") if has_box else None
+        items.append(BenchmarkItem(index, "", "lisa", question, (image,), box, Coordinates.PIXELS,
+                                   target=1))
+    version = LISA_VERSIONS.get(len(items), "subset")
+    return Benchmark("lisa", version, tuple(items), version != "subset")
+
+
+def read_revos(records: list[dict]) -> Benchmark:
+    """ReVOS-grounding: `{video_id, frames, question, bbox_list}`; the answer is in the third of
+    several frames.
+
+    frames are places in the video's sorted file list, so image names here are "video_id#place",
+    which resolve_image_path resolves. Box values are cut to whole pixels, as UniVG-R1's script
+    does. An item without a third box is kept, and nothing answers it.
+    """
+    items = []
+    for index, record in enumerate(records):
+        frames, boxes = (_get_field(record, name, list, index, "ReVOS-grounding")
+                         for name in ("frames", "bbox_list"))
+        video = _get_field(record, "video_id", str | int, index, "ReVOS-grounding")
+        if len(frames) < 3 or not all(type(place) is int and place >= 0 for place in frames):
+            raise ValueError(f"item {index} of the ReVOS-grounding annotations needs three frame "
+                             "numbers")
+        box = None
+        if len(boxes) >= 3 and boxes[2]:
+            x1, y1, x2, y2 = map(int, _to_box(boxes[2], index, "ReVOS-grounding"))
+            box = float(x1), float(y1), float(x2), float(y2)
+        question = _get_field(record, "question", str, index, "ReVOS-grounding")
+        images = tuple(f"{video}#{place}" for place in frames)
+        items.append(BenchmarkItem(index, "", "revos", question, images, box,
+                                   Coordinates.PIXELS, target=3))
+    return Benchmark("revos", "", tuple(items), None)
+
+
+def read_ref_l4(records: list[dict]) -> Benchmark:
+    """Ref-L4: `{id, caption, bbox: [x,y,w,h] px, file_name, ...}`; tasks are the answers' sizes as
+    its evaluator cuts them: small (sqrt(w*h) under 128), medium (to 256), large.
+    """
+    items = []
+    for index, record in enumerate(records):
+        x, y, width, height = _to_box(record.get("bbox"), index, "Ref-L4")
+        side = max(0, width * height) ** 0.5
+        size = (record.get("width"), record.get("height"))
+        items.append(BenchmarkItem(
+            index, str(record.get("id", "")),
+            "small" if side < 128 else "medium" if side <= 256 else "large",
+            str(record.get("caption", "")), (str(record.get("file_name", "")),),
+            (x, y, x + width, y + height), Coordinates.PIXELS, target=1,
+            size=size if all(type(side) is int for side in size) else None,
+            category=str(record.get("ori_category_id", ""))))
+    version = REF_L4_VERSIONS.get(len(items), "subset")
+    return Benchmark("ref_l4", version, tuple(items), version != "subset")
+
+
+def read_blink(records: list[dict]) -> Benchmark:
+    """BLINK: `{idx, task or sub_task, answer: "(B)"}`, its own records; options from `choices`,
+    else from the task's answers; the task from `idx` ("val_Jigsaw_1") where no field has it.
+
+    `images`, file names, is ours: the benchmark holds the pictures themselves, which must be saved
+    as files to be asked about.
+    """
+    names, letters, tasks = [], [], []
+    for index, record in enumerate(records):
+        answer, name = (_get_field(record, field, str, index, "BLINK") for field in (
+            "answer", "idx"))
+        letter = re.fullmatch(r"\(?([A-Z])\)?", answer.strip())
+        if not letter:
+            raise ValueError(f"item {index} of the BLINK annotations has answer '{answer}'; "
+                             "scoring needs the letters of the validation set")
+        task = record.get("task", record.get("sub_task", "_".join(name.split("_")[1:-1])))
+        if not task or not isinstance(task, str):
+            raise ValueError(f"item {index} of the BLINK annotations has no 'task' or 'sub_task', "
+                             f"and its idx '{name}' names none, as val_Jigsaw_1 does; is this the "
+                             "BLINK file?")
+        names.append(name)
+        letters.append(letter[1])
+        tasks.append(task)
+    if twice := next((name for name, count in Counter(names).items() if count > 1), ""):
+        raise ValueError(f"the BLINK annotations have idx '{twice}' twice; give each question once "
+                         "(one model's file, not several joined)")
+    last_letters: dict = defaultdict(str)
+    for task, letter in zip(tasks, letters):
+        last_letters[task] = max(last_letters[task], letter)
+    items = []
+    for index, (record, name, task, letter) in enumerate(zip(records, names, tasks, letters)):
+        choices = _text_list(record.get("choices"))
+        count = len(choices) or ascii_uppercase.index(last_letters[task]) + 1
+        question = str(record.get("question") or record.get("prompt", ""))
+        items.append(BenchmarkItem(index, name, task, question, _text_list(record.get("images")),
+                                   letter=letter, options=ascii_uppercase[:count],
+                                   choices=choices, truth=f"({letter})"))
+    is_val = len(items) == BLINK_VAL_ITEMS and all(name.startswith("val_") for name in names)
+    return Benchmark("blink", "val" if is_val else "subset", tuple(items), is_val)
+
+
+def _text_list(values) -> tuple[str, ...]:
+    """A JSON list as texts; anything else as none."""
+    return tuple(map(str, values)) if isinstance(values, list) else ()
+
+
+def read_mmiu(records: list[dict]) -> Benchmark:
+    """MMIU: `{task, options: "A: ... B: ...", question, context, input_image_path, output: "C"}`.
+
+    Items without an output are left out, as the authors do, and letters may be lower case. Source:
+    OpenGVLab/MMIU, evaluate_correct.py.
+    """
+    items, left_out = [], []
+    for index, record in enumerate(records):
+        if record.get("output") is None:
+            left_out.append(index)
+            continue
+        truth = _get_field(record, "output", str, index, "MMIU").strip().strip(".")
+        choices = _split_options(str(record.get("options", "")))
+        parts = [record.get("context"), record.get("question")]
+        question = " ".join(str(part).strip() for part in parts if part)
+        task = _get_field(record, "task", str, index, "MMIU")
+        images = tuple(record.get("input_image_path") or [])
+        items.append(BenchmarkItem(index, "", task, question, images, letter=truth.upper(),
+                                   options=ascii_uppercase[:len(choices)] or MMIU_OPTIONS,
+                                   choices=choices, truth=truth))
+    if not items:
+        raise ValueError("no item of the MMIU annotations has an output, the correct letter; give "
+                         "the file that has them")
+    has_all_tasks = len({item.task for item in items}) == MMIU_TASKS
+    is_complete = has_all_tasks and has_paper_count("mmiu", len(records))
+    return Benchmark("mmiu", "", tuple(items), is_complete, tuple(left_out))
+
+
+def has_paper_count(benchmark: str, count: int) -> bool | None:
+    """True for as many items as the benchmark's paper counts; None for another number, which may be
+    a part or another release.
+    """
+    return True if count == PAPER_COUNTS[benchmark] else None
+
+
+def _split_options(text: str) -> tuple[str, ...]:
+    """The texts of "A: ... B: ...", as far as the letters follow each other from A on."""
+    marks: list[re.Match] = []
+    for mark in re.finditer(r"(?:^|\s)\(?([A-Z])\)?\s*[:.]", text):
+        if mark.group(1) == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return tuple(text[mark.end():end].strip() for mark, end in zip(marks, ends))
+
+
+READERS: dict[str, Callable[[list[dict]], Benchmark]] = {
+    "mig_bench": read_mig_bench, "lisa": read_lisa, "revos": read_revos, "ref_l4": read_ref_l4,
+    "blink": read_blink, "mmiu": read_mmiu}
+
+
+def resolve_image_path(root: str | Path, name: str) -> Path:
+    """The file that a benchmark's image name means below the image root.
+
+    ReVOS's "video#place" is the place among the video's frames. Raises image_files.BadImage where
+    the name leaves the root.
+    """
+    path = resolve_under_root(Path(root), name)
+    folder, _, place = name.rpartition("#")
+    if not folder or not place.isdecimal():
+        return path
+    video = resolve_under_root(Path(root), folder)
+    # sorted by the first number in their names
+    frames = sorted((frame for frame in video.glob("*") if frame.suffix in (".jpg", ".png")
+                     and re.search(r"\d", frame.name)),
+                    key=lambda frame: int(re.search(r"\d+", frame.name)[0]))
+    if int(place) >= len(frames):
+        return path
+    return resolve_under_root(Path(root), f"{folder}/{frames[int(place)].name}")
+
+
+def read_image_sizes(names: Iterable[str],
+                     root: str | Path | None) -> dict[str, tuple[int, int]]:
+    """Image name -> (width, height), from the headers of the files below the root; photos count as
+    upright.
+
+    Raises ValueError listing what is missing, refused or no image.
+    """
+    if root is None:
+        raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which image "
+                         "names are relative to")
+    sizes: dict[str, tuple[int, int]] = {}
+    missing, broken = [], []
+    for name in dict.fromkeys(names):
+        path = resolve_image_path(root, name)
+        if not is_regular_file(path):
+            missing.append(name)
+            continue
+        try:
+            sizes[name] = read_size(path, takes_any_depth=True)
+        except BadImage:
+            broken.append(name)
+    for problem, failed in (("images are missing", missing),
+                            ("files are no readable images", broken)):
+        if failed:
+            raise ValueError(f"{len(failed)} {problem} below {root} (first: "
+                             f"{', '.join(failed[:3])}); download them or correct --images")
+    return sizes
+
+
+def add_image_sizes(items: tuple[BenchmarkItem, ...],
+                    root: str | Path | None) -> list[BenchmarkItem]:
+    """The items with the size of each target image, read from the files where it is not annotated;
+    an item without a box needs none. Raises as read_image_sizes.
+    """
+    names = {item.index: item.images[(item.target or len(item.images)) - 1] for item in items
+             if item.size is None and item.box is not None}
+    sizes = read_image_sizes(names.values(), root) if names else {}
+    return [replace(item, size=sizes[names[item.index]]) if item.index in names else item
+            for item in items]
+
+
+def count_and_list(names: list[str], count: int = 10) -> str:
+    """How many names there are and the first of them, as "12 (a, b, ...)"."""
+    ellipsis = ", ..." if len(names) > count else ""
+    return f"{len(names)} ({', '.join(names[:count])}{ellipsis})"

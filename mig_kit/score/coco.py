@@ -1,0 +1,301 @@
+"""MC-Bench and OdinW: detections scored through pycocotools.
+
+Predictions are COCO results: a list of {"image_id", "category_id", "bbox": [x, y, w, h] pixels,
+"score"}. An image without an entry has no box, which is an answer, so nothing can be missing here.
+
+`official` is what pycocotools does. It notes the annotation that a detection matches by its id and
+takes 0 for none: the box of an annotation 0, as MC-Bench's file has one, cannot be found, and of
+annotations with one id only the last counts. `strict` numbers the annotations anew.
+"""
+
+import contextlib
+import io
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Container
+
+import numpy as np
+from pycocotools import mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy.optimize import linear_sum_assignment
+
+from mig_kit.score.annotations import is_four_numbers, is_number
+from mig_kit.score.result import Scored
+
+ODINW_THRESHOLDS = {"ap": None, "ap50": 0, "ap75": 5}  # places in COCO's ten IoU thresholds
+
+
+def load_coco(annotations: dict, name: str, keeps_ids: bool = True) -> COCO:
+    """The annotations as a COCO index; name: the benchmark's, for errors.
+
+    keeps_ids: whether the annotations keep their own ids, else they are numbered from 1. Raises
+    ValueError where a part of the COCO format is missing.
+    """
+    parts = ("images", "annotations", "categories")
+    if not isinstance(annotations, dict) or not all(
+            isinstance(annotations.get(part), list)
+            and all(isinstance(entry, dict) and isinstance(entry.get("id"), (int, str))
+                    for entry in annotations[part]) for part in parts):
+        raise ValueError(f"the {name} annotations need the lists {', '.join(parts)}, each entry "
+                         "with an id; give the benchmark's COCO-style JSON file")
+    images, categories = ({entry["id"] for entry in annotations[part]}
+                          for part in ("images", "categories"))
+    boxes = []
+    for number, entry in enumerate(annotations["annotations"], 1):
+        has_box = is_four_numbers(entry.get("bbox"))
+        area = entry["bbox"][2] * entry["bbox"][3] if has_box else None
+        box = {"iscrowd": 0, "area": area, **entry, "id": entry["id"] if keeps_ids else number}
+        if not (has_box and _is_among(entry.get("image_id"), images)
+                and _is_among(entry.get("category_id"), categories)
+                and isinstance(box["id"], int) and is_number(box["area"])
+                and box["iscrowd"] in (0, 1)):
+            raise ValueError(f"annotation {entry['id']} of {name} needs a whole number as id, the "
+                             "image_id and category_id of an image and a category, a bbox of four "
+                             "numbers, a number as area and 0 or 1 as iscrowd")
+        boxes.append(box)
+    categories = [{"name": str(entry["id"]), **entry} for entry in annotations["categories"]]
+    coco = COCO()
+    coco.dataset = {**annotations, "annotations": boxes, "categories": categories}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _is_among(value, ids: Container) -> bool:
+    return isinstance(value, (int, str)) and value in ids
+
+
+def validate_detections(predictions: list[dict], coco: COCO, source: str) -> list[dict]:
+    """The fields of the predictions that count, with the annotations' own ids (3 for "3").
+
+    Raises ValueError that lists unknown images and categories, or says which entry is malformed.
+    """
+    for number, entry in enumerate(predictions, 1):
+        if not (is_four_numbers(entry.get("bbox")) and is_number(entry.get("score"))):
+            raise ValueError(f'entry {number} of {source} needs "bbox", four numbers x, y, width, '
+                             'height in pixels, and "score"')
+    ids_by_field = {"image_id": {str(image): image for image in coco.imgs},
+                    "category_id": {str(category): category for category in coco.cats}}
+    for field, ids in ids_by_field.items():
+        unknown = sorted({str(entry.get(field)) for entry in predictions} - set(ids))
+        if unknown:
+            raise ValueError(f"{source} has {len(unknown)} values of {field} that the annotations "
+                             f"do not know ({', '.join(unknown[:10])}); use the ids of the "
+                             "annotation file")
+    return [{"bbox": list(entry["bbox"]), "score": entry["score"],
+             **{field: ids[str(entry[field])] for field, ids in ids_by_field.items()}}
+            for entry in predictions]
+
+
+def load_detections(coco: COCO, predictions: list[dict]) -> COCO:
+    """The predictions as a COCO index on the annotations' images; an empty list is allowed."""
+    if not predictions:
+        return load_coco({**coco.dataset, "annotations": []}, "empty")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return coco.loadRes([dict(entry) for entry in predictions])
+
+
+def run_coco_eval(coco: COCO, detections: COCO, images: list | None = None,
+                  thresholds: tuple[float, ...] = ()) -> COCOeval:
+    """pycocotools' box evaluation over all areas and at most 100 detections, matched and
+    accumulated.
+
+    images: ids to restrict it to. thresholds: of IoU, COCO's ten if empty.
+    """
+    evaluation = COCOeval(coco, detections, "bbox")
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.maxDets = [100]
+    if thresholds:
+        evaluation.params.iouThrs = np.array(thresholds)
+    if images is not None:
+        evaluation.params.imgIds = images
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def mean_precision(evaluation: COCOeval, category: int,
+                   threshold: int | None = None) -> float | None:
+    """AP (0..1) of the category at one of the IoU thresholds; None where it has no truth.
+
+    category, threshold: places in the evaluation's parameters; threshold None is the mean over all.
+    """
+    thresholds = slice(None) if threshold is None else threshold
+    precision = evaluation.eval["precision"][thresholds, :, category, 0, 0]
+    valid = precision[precision > -1]
+    return float(valid.mean()) if valid.size else None
+
+
+def score_odinw(annotations: dict, predictions: list[dict], source: str,
+                protocol: str = "official") -> Scored:
+    """COCO AP of one OdinW data set; tasks are its categories, their AP, AP50 and AP75 in percent.
+
+    AP is the mean over IoU 0.5:0.95. The benchmark's figure is the unweighted mean over its data
+    sets (13 or 35), one annotation file each. protocol: see the module.
+    """
+    coco = load_coco(annotations, "OdinW", protocol == "official")
+    detections = load_detections(coco, validate_detections(predictions, coco, source))
+    evaluation = run_coco_eval(coco, detections)
+    names = _category_names(coco)
+    tasks, precisions = [], {}
+    # catIds are sorted, as the results are; the file's order may be another.
+    for place, category in enumerate(evaluation.params.catIds):
+        values = {metric: mean_precision(evaluation, place, threshold)
+                  for metric, threshold in ODINW_THRESHOLDS.items()}
+        if values["ap"] is not None:
+            tasks += [names[category]] * len(coco.getAnnIds(catIds=[category]))
+            precisions[names[category]] = values
+    if not precisions:
+        raise ValueError("the OdinW annotations hold no boxes; give the file with annotations")
+    average = {metric: np.mean([values[metric] for values in precisions.values()])
+               for metric in ODINW_THRESHOLDS}
+    aggregates = {name: {metric: 100 * float(value) for metric, value in values.items()}
+                  for name, values in [("avg", average), *precisions.items()]}
+    return Scored(tuple(tasks), {}, True, np.array([]), aggregates=aggregates,
+                  remarks=_id_remarks(annotations, protocol))
+
+
+def _category_names(coco: COCO) -> dict:
+    """Category id -> its name, with the id where several categories have the same one."""
+    names = {category: str(entry["name"]) for category, entry in coco.cats.items()}
+    counts = Counter(names.values())
+    return {category: name if counts[name] == 1 else f"{name} (id {category})"
+            for category, name in names.items()}
+
+
+def _id_remarks(annotations: dict, protocol: str) -> tuple[str, ...]:
+    """What becomes of annotations whose ids pycocotools cannot tell, as a sentence."""
+    counts = Counter(entry["id"] for entry in annotations["annotations"])
+    affected = sum(count if name == 0 else count - 1 for name, count in counts.items())
+    if not affected:
+        return ()
+    effect = ("As in pycocotools, a detection that matches annotation 0 counts as a false "
+              "positive, and of one id only the last annotation counts; --protocol strict numbers "
+              "them anew." if protocol == "official" else
+              "They were numbered anew, for pycocotools, and so --protocol official, does not "
+              "match them.")
+    return (f"Annotations with id 0 or the id of another: {affected}. {effect}",)
+
+
+def score_mc_bench(annotations: dict, predictions: list[dict], source: str,
+                   protocol: str = "official") -> Scored:
+    """MC-Bench: image-level accuracy per pair, and AP50 weighted by the truth's count per category.
+
+    Tasks are the text styles. A pair is correct if for both images "has a box" agrees with the
+    truth. Where a pair's truth has several groups ("group 2"), predicted groups are first renamed
+    to the permutation with the highest mean IoU. `official` repeats the authors' script, in which
+    the renaming of only the last such pair survives, and one renaming can run into the next, and
+    annotation 0 is never found; `strict` renames all pairs, each group once. In both a category's
+    count weighs its own AP; the script pairs them in the file's order, which is the same where that
+    is sorted by id. Source: XuYunqiu/MC-Bench, eval_mc_bench.py.
+    """
+    coco = load_coco(annotations, "MC-Bench", protocol == "official")
+    styled_pairs = _styled_pairs(coco)
+    pairs = [pair for pair, _ in styled_pairs]
+    tasks = tuple(style for _, style in styled_pairs)
+    entries = validate_detections(predictions, coco, source)
+    entries = rename_groups(coco, entries, pairs, protocol == "official")
+    detections = load_detections(coco, entries)
+    with_truth = {image for image in coco.imgs if coco.getAnnIds(imgIds=[image])}
+    with_box = {entry["image_id"] for entry in entries}
+    accuracy = np.array([all((image in with_truth) == (image in with_box) for image in pair)
+                         for pair in pairs], float)
+    aggregates = {"avg": {"ap50": _weighted_ap50(coco, detections, None)}}
+    for task in dict.fromkeys(tasks):
+        images = [image for pair, style in styled_pairs for image in pair if style == task]
+        aggregates[task] = {"ap50": _weighted_ap50(coco, detections, images)}
+    files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
+    return Scored(tasks, {"accuracy": accuracy}, False, accuracy, tuple(range(len(pairs))),
+                  aggregates=aggregates, remarks=_id_remarks(annotations, protocol),
+                  lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
+
+
+def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
+    """((image id, image id), text style) of every sample, from the descriptions.
+
+    Without descriptions, consecutive images are a pair, as in the authors' script.
+    """
+    descriptions = coco.dataset.get("descriptions") or []
+    described = [(tuple(description["images_id"]), str(description.get("text_style", "all")))
+                 for description in descriptions if isinstance(description, dict)
+                 and isinstance(description.get("images_id"), list)
+                 and all(_is_among(image, coco.imgs) for image in description["images_id"])]
+    images = list(coco.imgs)
+    if described and Counter(image for pair, _ in described for image in pair) == Counter(images):
+        return described
+    if described or len(images) % 2:
+        raise ValueError("the MC-Bench descriptions do not pair every image exactly once; "
+                         "give the complete annotation file")
+    return [(pair, "all") for pair in zip(images[0::2], images[1::2])]
+
+
+def _weighted_ap50(coco: COCO, detections: COCO, images: list | None) -> float:
+    """AP50 in percent, weighted by the truth's count per category; images: ids, None for all."""
+    evaluation = run_coco_eval(coco, detections, images, thresholds=(0.5,))
+    counts = [len(coco.getAnnIds(imgIds=images or [], catIds=[category]))
+              for category in evaluation.params.catIds]
+    values = [mean_precision(evaluation, place, 0) or 0.0 for place in range(len(counts))]
+    return 100 * float(np.average(values, weights=counts)) if sum(counts) else 0.0
+
+
+def rename_groups(coco: COCO, predictions: list[dict], pairs: list[tuple],
+                  official: bool) -> list[dict]:
+    """The predictions, with the groups of every pair that has a "group 2" renamed to their best
+    permutation; see score_mc_bench.
+    """
+    categories = coco.getCatIds(catNms=["group 2"])
+    pair_by_image = {image: tuple(pair) for pair in pairs for image in pair}
+    truth, boxes = (defaultdict(lambda: defaultdict(list)) for _ in range(2))
+    for entry in coco.dataset["annotations"]:
+        truth[entry["image_id"]][entry["category_id"]].append(entry)
+    for entry in predictions:
+        boxes[entry["image_id"]][entry["category_id"]].append(entry["bbox"])
+    renamed, entries_by_pair = [dict(entry) for entry in predictions], defaultdict(list)
+    for entry in renamed:
+        entries_by_pair[pair_by_image[entry["image_id"]]].append(entry)
+    images = coco.getImgIds(catIds=categories) if categories else []
+    if official:
+        images = images[-1:]  # the script reads its file again for every pair
+    for pair in dict.fromkeys(pair_by_image[image] for image in images):
+        best = _best_permutation(pair, truth, boxes)
+        if not official:
+            for entry in entries_by_pair[pair]:
+                old = entry["category_id"]
+                entry["category_id"] = dict(enumerate(best, 1)).get(old, old)
+            continue
+        for old, new in enumerate(best, 1):  # one renaming can run into the next
+            for entry in entries_by_pair[pair]:
+                if entry["category_id"] == old:
+                    entry["category_id"] = new
+    return renamed
+
+
+def _best_permutation(pair: tuple, truth: dict, boxes: dict) -> tuple:
+    """New categories of predicted groups 1, 2, ...; empty if there are more than true groups."""
+    groups = list({category for image in pair for category in truth[image]})
+    count = len({category for image in pair for category in boxes[image]})
+    permutations = itertools.permutations(groups, count)
+    return max(permutations, key=lambda permutation: _agreement(pair, permutation, truth, boxes),
+               default=())
+
+
+def _agreement(pair: tuple, permutation: tuple, truth: dict, boxes: dict) -> float:
+    """Mean IoU of the best one-to-one matches over both images.
+
+    Predicted group k is matched against the true group permutation[k - 1].
+    """
+    overlaps = []
+    for group, category in enumerate(permutation, 1):
+        for image in pair:
+            group_boxes = boxes[image].get(group)
+            answers = truth[image].get(category)
+            if not group_boxes or not answers:
+                continue
+            ious = np.asarray(mask.iou(
+                [[float(v) for v in box] for box in group_boxes],
+                [[float(v) for v in answer["bbox"]] for answer in answers],
+                [int(answer["iscrowd"]) for answer in answers]))
+            overlaps += list(ious[linear_sum_assignment(-ious)])
+    return sum(overlaps) / len(overlaps) if overlaps else 0.0

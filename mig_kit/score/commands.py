@@ -1,0 +1,89 @@
+"""`mig-kit score`: predictions from files, as a table and as JSON."""
+
+import json
+from pathlib import Path
+
+import click
+
+from mig_kit.boxes import BoxFormat, Coordinates
+
+
+@click.command("score")
+@click.argument("benchmark", metavar="BENCHMARK")
+@click.option("--annotations", required=True, type=click.Path(),
+              help="The benchmark's own annotation file.")
+@click.option("--predictions", required=True, type=click.Path(),
+              help='JSONL of {"index": 0, "response": "text"}, COCO results, or the samples of '
+                   "lmms-eval, a table of VLMEvalKit or BLINK's outputs; a file or a folder.")
+@click.option("--compare", type=click.Path(),
+              help="A second model's predictions: adds the paired difference.")
+@click.option("--protocol", default="",
+              help="official (the default), strict, or substring (multiple choice); of own data "
+                   "free_text (the default) or strict.")
+@click.option("--coordinates", default="normalized_1000", show_default=True,
+              type=click.Choice([name.value for name in Coordinates]),
+              help="Boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels (of the "
+                   "original image) or absolute (pixels of the resized image, as Qwen2.5-VL "
+                   "answers); official converts them for the authors' rule.")
+@click.option("--box-order", type=click.Choice(["xyxy", "yxyx", "xywh"]),
+              help="What the four numbers of a box are, where not x1, y1, x2, y2: yxyx (Gemini), "
+                   "xywh.")
+@click.option("--compare-coordinates", type=click.Choice([name.value for name in Coordinates]),
+              help="The same of the second model; else those of the first.")
+@click.option("--images", type=click.Path(),
+              help="The folder of the images, where their sizes are needed.")
+@click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(1),
+              help="The processor's, for --coordinates absolute.")
+@click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1),
+              help="The same, its upper limit.")
+@click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
+@click.option("--json", "out", type=click.Path(), help="Write the result here.")
+@click.option("--items", type=click.Path(), help="Write every item's value here, as JSONL.")
+def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
+                  compare_coordinates: str | None, out: str | None, items: str | None,
+                  min_pixels: int, max_pixels: int, **rules) -> None:
+    """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
+    mmiu, or own (questions of your own, in the form that mig-kit data check takes).
+    """
+    from mig_kit.data import own_data
+    from mig_kit.score import leaderboard, protocols
+    from mig_kit.score.records import read_records
+    from mig_kit.score.result import item_lines, paired_difference, summarize
+
+    if items and benchmark.lower() == "odinw":
+        raise ValueError("OdinW's AP is no mean over items, so there are none to write; "
+                         "leave --items out")
+    if compare_coordinates and not compare:
+        raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
+                         "or leave it out")
+    taken = [annotations, predictions, *([compare] if compare else [])]
+    for path in filter(None, (out, items)):
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
+        target = Path(path).resolve()
+        if any(Path(other).resolve() in (target, *target.parents) for other in taken):
+            raise ValueError(f"{path} is given twice, or lies in a folder that is read, and would "
+                             "be overwritten; write to a file elsewhere")
+        taken.append(path)
+    name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
+    if name == "own":
+        for number, line in enumerate(read_records(annotations), 1):
+            if problems := own_data.find_problems(line):
+                raise ValueError(f"{annotations} line {number}: {problems[0]} (mig-kit data check "
+                                 f"{annotations} lists every line)")
+    header, scored = protocols.score_files(name, annotations, predictions, box_format, **rules)
+    result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
+    if compare:
+        rules["coordinates"] = compare_coordinates or rules["coordinates"]
+        _, other = protocols.score_files(name, annotations, compare, box_format, **rules)
+        summary = summarize(other)
+        result["compare"] = {
+            "predictions": Path(compare).name,
+            **{part: summary[part] for part in ("tasks", "avg", "problems")},
+            "difference": paired_difference(scored, other)}
+    click.echo(leaderboard.score_markdown(result))
+    if items:
+        lines = [json.dumps(line) + "\n" for line in item_lines(scored)]
+        Path(items).write_text("".join(lines))
+    if out:
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,228 @@
+"""Replies and boxes as the benchmarks' authors judge them, quirks included, so that numbers compare
+with published ones; each function names its source.
+
+All parsers take any string; none raises. Rules of our own are in `reply_boxes.py` (boxes) and
+`choice_parsers.py` (letters).
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from mig_kit.boxes import Box, Coordinates
+from mig_kit.score.annotations import BenchmarkItem, is_four_numbers
+
+# Boxes as the authors' scripts read them.
+_REAL = r"(\d+\.\d+)"
+MIG_BENCH_PATTERNS = (
+    re.compile(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)"),
+    re.compile(rf"\[{_REAL},\s*{_REAL},\s*{_REAL},\s*{_REAL}\]"),
+    re.compile(rf"\({_REAL},{_REAL}\),\({_REAL},{_REAL}\)"),
+    re.compile(rf"\({_REAL},\s*{_REAL},\s*{_REAL},\s*{_REAL}\)"),
+    re.compile(r"\[(\d+),\s*(\d+),\s*(\d+),\s*(\d+)\]"),
+    re.compile(r"<box>(\d+)\s+(\d+)\s+(\d+)\s+(\d+)</box>"),
+)
+_WHOLE_PAIR = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
+_MAX_DIGITS = 300  # a number of more digits is none that a float can hold
+
+_HIDDEN = re.compile(r"<(think|tool_call)>.*?(?:</\1>|\Z)", re.DOTALL)
+TOOL_CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
+FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+
+NO_BOX_ANNOTATED = "counted 0, for the annotations have no box"
+THRESHOLDS = [percent / 100 for percent in range(50, 100, 5)]
+# COCO category -> the Objects365 category that the authors count it as; 37 has none of its own
+OBJECTS365_BY_COCO = {
+    1: 1, 2: 47, 3: 6, 4: 59, 5: 115, 6: 56, 7: 117, 8: 66, 9: 22, 10: 41, 11: 177, 13: 128,
+    14: 250, 15: 25, 16: 56, 17: 140, 18: 93, 19: 79, 20: 100, 21: 97, 22: 145, 23: 296, 24: 179,
+    25: 181, 27: 39, 28: 40, 31: 13, 32: 44, 33: 194, 34: 220, 35: 119, 36: 174, 37: 100000,
+    38: 155, 39: 138, 40: 114, 41: 146, 42: 147, 43: 205, 44: 9, 46: 36, 47: 11, 48: 89, 49: 85,
+    50: 94, 51: 26, 52: 113, 53: 83, 54: 266, 55: 104, 56: 142, 57: 153, 58: 235, 59: 144, 60: 151,
+    61: 98, 62: 3, 63: 51, 64: 26, 65: 76, 67: 98, 70: 154, 72: 37, 73: 74, 74: 116, 75: 133,
+    76: 107, 77: 62, 78: 164, 79: 135, 80: 278, 81: 82, 82: 134, 84: 19, 85: 95, 86: 31, 87: 170,
+    88: 70, 89: 328, 90: 227}
+
+
+def _matches(text: str) -> list[tuple[str, ...]]:
+    """All matches of the first MIG-Bench pattern that matches anything; four digit strings each."""
+    for pattern in MIG_BENCH_PATTERNS:
+        if matches := pattern.findall(text):
+            return matches
+    return []
+
+
+def parse_mig_bench_box(text: str) -> Box | None:
+    """The box that Migician's script scores, xyxy in 0..1; None where it reads none.
+
+    Six patterns over the whole reply, thinking included; the first that matches anything wins, and
+    of its matches the first box counts. A lone match divides every value >= 1 by 1000, several
+    matches every value > 1: a literal 1 differs. Values are not checked: pixels are silently taken
+    for 0..1000. Source: thunlp/Migician, eval/utils.py, extract_bbox.
+    """
+    matches = _matches(text)
+    if not matches:
+        return None
+    values = [float(digits) for digits in matches[0]]
+    if len(matches) == 1:
+        return tuple(v / 1000 if v >= 1 else v for v in values)
+    return tuple(v / 1000 if v > 1 else v for v in values)
+
+
+def parse_revised_mig_bench_box(text: str) -> Box | None:
+    """The box that UniVG-R1's script scores on the revised MIG-Bench, xyxy in 0..1000, or None.
+
+    Migician's patterns, but values must be whole numbers: a reply whose first box has a decimal
+    point scores nothing. Source: AMAP-ML/UniVG-R1, eval/MIG_bench/utils.py, extract_bbox.
+    """
+    matches = _matches(text)
+    if not matches or any("." in digits or len(digits) > _MAX_DIGITS for digits in matches[0]):
+        return None
+    return tuple(float(digits) for digits in matches[0])
+
+
+def parse_normalized_pair(text: str) -> Box | None:
+    """The first "(x1,y1),(x2,y2)" of whole numbers, divided by 1000; None without one.
+
+    White space is allowed everywhere. Source: AMAP-ML/UniVG-R1, eval/zero_shot (its LISA and ReVOS
+    scripts).
+    """
+    match = _WHOLE_PAIR.search(text)
+    if match is None or any(len(digits) > _MAX_DIGITS for digits in match.groups()):
+        return None
+    return tuple(int(digits) / 1000 for digits in match.groups())
+
+
+def shown_text(text: str) -> str:
+    """The text without its <think> and <tool_call> blocks, from the last </think> on."""
+    return _HIDDEN.sub(" ", text).rpartition("</think>")[2]
+
+
+def last_answer_block(text: str) -> str | None:
+    """The inside of the last closed <answer> block that is no part of a <think> or <tool_call>
+    block; None without one.
+    """
+    text = shown_text(text)
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    return text[start + len("<answer>"):end] if start >= 0 else None
+
+
+def contains_truth(text: str, truth: str) -> bool:
+    """Whether the truth occurs anywhere in the text, the lax rule of Migician's multiple choice.
+
+    Source: thunlp/Migician, eval/utils.py, calculate: white space, then dots, stripped from the
+    truth; case counts.
+    """
+    return truth.strip().strip(".") in text
+
+
+def script_iou(answer: Box, box: Box | None, added: float = 0.0) -> float:
+    """IoU as the authors' scripts have it; both xyxy in the same coordinates. 0 for None.
+
+    added: to the union; UniVG-R1's script adds 1e-6. Nothing is clipped or repaired: a box inverted
+    on one side never overlaps, touching is an overlap of 0. Where the script itself divides by zero
+    or has no number (both boxes empty; values over 1e308), this is 0. Sources: thunlp/Migician,
+    eval/utils.py, calculate_iou; AMAP-ML/UniVG-R1, eval/zero_shot (LISA, ReVOS), compute_iou.
+    """
+    if box is None:
+        return 0.0
+    width = min(answer[2], box[2]) - max(answer[0], box[0])
+    height = min(answer[3], box[3]) - max(answer[1], box[1])
+    if width < 0 or height < 0:
+        return 0.0
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (answer, box)]
+    union = areas[0] + areas[1] - width * height + added
+    value = width * height / union if union else 0.0
+    return 0.0 if math.isnan(value) else value
+
+
+def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
+    """(IoU, problem or "") of one free-text reply by the benchmark's own script.
+
+    An item whose answer is in pixels needs its size. An item without a box counts 0, as in the
+    authors' script for LISA and ReVOS.
+    """
+    if item.box is None:
+        return 0.0, NO_BOX_ANNOTATED
+    if item.coordinates == Coordinates.PIXELS:
+        width, height = item.size
+        x1, y1, x2, y2 = item.box
+        read_box, limit = parse_normalized_pair, 1
+        box = read_box(response)
+        value = script_iou((x1 / width, y1 / height, x2 / width, y2 / height), box, 1e-6)
+    else:
+        read_box, limit = ((parse_mig_bench_box, 1) if item.coordinates == Coordinates.NORMALIZED_1
+                           else (parse_revised_mig_bench_box, 1000))
+        box = read_box(response)
+        value = script_iou(item.box, box)
+    if box is None:
+        return value, "no box found"
+    if "<tool_call>" in response and box != read_box(TOOL_CALL.sub(" ", response)):
+        return value, "box inside a <tool_call>, scored all the same"
+    return value, "box outside the image, scored all the same" if max(box) > limit else ""
+
+
+def ref_l4_ious(answers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """(n,) float32 IoU of (n, 4) xyxy pixel boxes, pairwise; the union is at least 1e-6."""
+    a, b = np.asarray(answers, np.float32), np.asarray(boxes, np.float32)
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    sides = np.clip(sides, 0, None)
+    overlap = sides[:, 0] * sides[:, 1]
+    area_a = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
+    area_b = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
+    return overlap / np.maximum(area_a + area_b - overlap, np.float32(1e-6))
+
+
+def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
+                source: str) -> tuple[np.ndarray, Counter]:
+    """((n,) IoU, problems) of the "pred_bbox" of each line; None counts 0 and as missing.
+
+    source: the predictions' name, for errors. Raises ValueError for a malformed line.
+    """
+    boxes = []
+    for item, line in zip(items, lines, strict=True):
+        if line is None:
+            boxes.append([0, 0, 0, 0])
+            continue
+        box, written_as = line["pred_bbox"], line.get("format")
+        if not is_four_numbers(box) or written_as not in ("xyxy", "xywh"):
+            raise ValueError(f'{source}: the line of {item.name} needs "pred_bbox", four numbers, '
+                             'and "format", xyxy or xywh')
+        x, y, third, fourth = box
+        boxes.append([x, y, x + third, y + fourth] if written_as == "xywh" else box)
+    values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))
+    problems = Counter("missing" if line is None else "no box found"
+                       for line, box in zip(lines, boxes) if not any(box))
+    return values, problems
+
+
+def ref_l4_metrics(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Metric -> (n,) shares of IoU values, which must be over the threshold, not at it."""
+    metrics = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)}
+    steps = [values > threshold for threshold in THRESHOLDS]
+    return metrics | {"macc": np.mean(steps, axis=0), "mean_iou": values.astype(float)}
+
+
+def class_averages(items: list[BenchmarkItem], values: np.ndarray) -> dict[str, float]:
+    """{"class_acc@0.5", "class_macc"} in percent: unweighted means over the classes of objects.
+
+    COCO's classes count as those of Objects365. Empty where the annotations have no class.
+    """
+    rows = defaultdict(list)
+    for row, item in enumerate(items):
+        rows[_object_class(item.category)].append(row)
+    if "" in rows:
+        return {}
+    by_class = [values[places] for places in rows.values()]
+    means = [np.mean([np.mean(part > threshold) for part in by_class]) for threshold in THRESHOLDS]
+    return {"class_acc@0.5": 100 * float(means[0]), "class_macc": 100 * float(np.mean(means))}
+
+
+def _object_class(category: str) -> str:
+    """"refcoco_1", a category of COCO, as "o365_1", one of Objects365; others as they are."""
+    dataset, _, number = category.rpartition("_")
+    if dataset == "refcoco" and number.isdecimal() and int(number) in OBJECTS365_BY_COCO:
+        return f"o365_{OBJECTS365_BY_COCO[int(number)]}"
+    return category

@@ -1,0 +1,354 @@
+"""Scores of any model's predictions on the public benchmarks, by several protocols.
+
+`official` repeats what each benchmark's own script does with a reply, quirks included, so that
+numbers compare with published ones; each function names its source. `strict` asks for what the
+question asks for: the last <answer>, one box in it, the correct image, the stated coordinates.
+`substring` is the lax multiple-choice rule. One deviation: where BLINK's and MMIU's authors ask
+another model which option a free text means, `official` here reads the text alone, options named
+by their words included. The authors' rules are in `official.py` and, of MC-Bench and OdinW,
+in `coco.py`.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, iou, rescale_box
+from mig_kit.image_files import is_regular_file
+from mig_kit.score import coco
+from mig_kit.score.annotations import (
+    READERS,
+    Benchmark,
+    BenchmarkItem,
+    add_image_sizes,
+    has_paper_count,
+    read_image_sizes,
+    resolve_image_path,
+)
+from mig_kit.score.choice_parsers import CHOICE_JUDGES
+from mig_kit.score.convert_boxes import (
+    SIZE_KEYS,
+    Y_FIRST_KEY,
+    largest_coordinate,
+    reorder_boxes,
+    to_official_line,
+    wrap_native_json,
+)
+from mig_kit.score.official import (
+    NO_BOX_ANNOTATED,
+    class_averages,
+    judge_boxes,
+    official_iou,
+    ref_l4_metrics,
+)
+from mig_kit.score.own import THRESHOLD, judge_own, read_own
+from mig_kit.score.records import align_predictions, read_foreign_lines, read_json, read_records
+from mig_kit.score.reply_boxes import parse_strict_answer
+from mig_kit.score.result import Scored, headline_average
+
+CHOICE_BENCHMARKS = ("blink", "mmiu")
+PROTOCOLS = {
+    **dict.fromkeys(("mig_bench", "lisa", "revos", "ref_l4", "mc_bench", "odinw"),
+                    ("official", "strict")),
+    **dict.fromkeys(CHOICE_BENCHMARKS, ("official", "strict", "substring")),
+    "own": ("free_text", "strict")}
+# The headline of these is the unweighted mean over tasks; elsewhere every item counts the same.
+MACRO = ("mig_bench", "blink", "mmiu")
+COORDINATE_LIMITS = {Coordinates.NORMALIZED_1: 1, Coordinates.NORMALIZED_1000: 1000}
+ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
+
+BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4", "own")
+POOR, MUCH = 0.5, 0.1  # an average that other coordinates might explain, and a gain that is said
+SMALL, FEW = 900, 10  # a largest coordinate that 0..1000 hardly has, of how many replies
+CELL_LIMIT = 32767  # characters that a spreadsheet's cell can hold
+CUT = f"cut at {CELL_LIMIT:,} characters, as a spreadsheet does"
+WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
+
+Judge = Callable[[BenchmarkItem, str], tuple[float, str]]
+
+
+def image_problem(item: BenchmarkItem, image: int | None) -> str:
+    """Why a reply that names this image (None: no image) does not answer the item, or "".
+
+    A reply that names no image passes where the question names it, and where the annotations do not
+    say (static differences, which are in the same place of both images); it fails where finding the
+    image is the task.
+    """
+    if image is None:
+        return "no image named" if not item.image_stated and item.target is not None else ""
+    is_possible = image == item.target if item.target else 1 <= image <= len(item.images)
+    return "" if is_possible else "wrong image"
+
+
+def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
+               box_format: BoxFormat) -> tuple[float, str]:
+    """(IoU, problem or "") of the one box in the last <answer>.
+
+    0 for a box outside the image and for another image than the target; see image_problem. A box
+    that is outside by one unit, as rounding makes it (-1, 1001), is cut to the image. coordinates:
+    what the reply's numbers are measured in. box_format: the processor's limits, for absolute
+    coordinates. The rule is ours.
+    """
+    if item.box is None:
+        return 0.0, NO_BOX_ANNOTATED
+    answer = parse_strict_answer(response, item.target is not None, len(item.images))
+    if answer.box is None:
+        return 0.0, answer.problem
+    problem = image_problem(item, answer.image)
+    if problem:
+        return 0.0, problem
+    if coordinates == Coordinates.PIXELS and item.size is None:  # nothing is converted, see below
+        image_size = (math.inf, math.inf)
+    else:
+        image_size = coordinate_size(item.size, coordinates, box_format)
+    if coordinates != Coordinates.NORMALIZED_1 and 0 <= min(answer.box) <= max(answer.box) <= 1:
+        return 0.0, WITHIN_ONE
+    box = _cut_to_image(answer.box, image_size, ROUNDING.get(coordinates, 1))
+    if box is None:
+        return 0.0, "outside the image"
+    if coordinates == item.coordinates:
+        return iou(item.box, box), ""
+    target_size = coordinate_size(item.size, item.coordinates, box_format)
+    return iou(item.box, rescale_box(box, image_size, target_size)), ""
+
+
+def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box | None:
+    """The box, cut to an image of (width, height); None where it reaches further than `tolerance`
+    outside, or nothing of it is inside.
+    """
+    limits = (*size, *size)
+    if any(not -tolerance <= v <= limit + tolerance for v, limit in zip(box, limits)):
+        return None
+    x1, y1, x2, y2 = (min(max(v, 0), limit) for v, limit in zip(box, limits))
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
+              judge: Judge) -> tuple[np.ndarray, Counter]:
+    """((n,) values, problems) of each line's "response"; None counts 0 and as missing, as does an
+    empty reply, and a cell cut by a spreadsheet is counted apart where nothing is read from it.
+    """
+    def judge_line(item: BenchmarkItem, line: dict | None) -> tuple[float, str]:
+        if line is None or not line["response"].strip():
+            return 0.0, "missing" if line is None else "empty"
+        value, problem = judge(item, line["response"])
+        is_cut = problem and len(line["response"]) == CELL_LIMIT
+        return value, CUT if is_cut else problem
+
+    judged = [judge_line(item, line) for item, line in zip(items, lines, strict=True)]
+    values = np.array([value for value, _ in judged])
+    return values, Counter(problem for _, problem in judged if problem)
+
+
+def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str,
+                      box_format: BoxFormat, protocol: str = "official",
+                      coordinates: Coordinates = Coordinates.NORMALIZED_1000,
+                      images: str | None = None, allow_missing: bool = False,
+                      box_order: str | None = None) -> Scored:
+    """Judge predictions: dicts with "index" or "id", and "response", or the logs that
+    read_foreign_lines reads.
+
+    Ref-L4's own protocol takes "pred_bbox" and "format" in place of "response". source: the
+    predictions' name, for errors. coordinates: what the replies' boxes are measured in; under
+    `official` other ones than 0..1000 are converted before the authors' rule reads them.
+    box_format: see strict_iou. images: the folder of the images, where their sizes are needed.
+    box_order: of BOX_ORDERS, None for one that nobody stated. Raises ValueError for missing,
+    doubled and unknown items and for what the protocol cannot use.
+    """
+    items, is_choice = list(benchmark.items), benchmark.name in CHOICE_BENCHMARKS
+    converts = (protocol == "official" and not is_choice
+                and coordinates != Coordinates.NORMALIZED_1000)
+    judges_boxes = benchmark.name == "ref_l4" and protocol == "official"
+    field = "pred_bbox" if judges_boxes and not converts else "response"
+    lines = read_foreign_lines(benchmark.items, predictions, source, benchmark.left_out)
+    if field == "pred_bbox" and lines and field not in lines[0]:
+        raise ValueError(f"Ref-L4's own script takes boxes, so {source} needs lines "
+                         '{"id": ..., "pred_bbox": [x1, y1, x2, y2], "format": "xyxy"}; for free '
+                         "text say --coordinates absolute or pixels, or use --protocol strict")
+    lines = align_predictions(benchmark.items, lines, field, source, allow_missing)
+    notes, aggregates, remarks = {}, {}, ()
+    if field == "response" and not is_choice:
+        remarks = _box_order_remarks(lines, protocol, box_order)
+        lines = [line and line | {"response": reorder_boxes(line["response"], box_order)}
+                 for line in lines]
+    if is_choice:
+        values, problems = judge_all(items, lines, CHOICE_JUDGES[protocol])
+        metrics = {"accuracy": values}
+    elif benchmark.name == "own":
+        names = [name for item in items if _needs_conversion(item.coordinates, coordinates)
+                 for name in item.images if item.targets]
+        sizes = read_image_sizes(names, images) if names else {}
+        values, problems = judge_all(items, lines, lambda item, reply: judge_own(
+            item, reply, protocol, coordinates, box_format, sizes))
+        metrics = {"acc@0.5": (values >= THRESHOLD).astype(float)}
+    else:
+        if converts:
+            lines = _convert_lines(benchmark, lines, coordinates, box_format, images)
+            remarks += (f"Boxes were read as {coordinates.description} and converted before the "
+                        "authors' rule read them; their own script does not convert.",)
+        if coordinates == Coordinates.ABSOLUTE:
+            remarks += (f"Images count as resized to {box_format.min_pixels:,} to "
+                        f"{box_format.max_pixels:,} pixels; other limits of the processor "
+                        "(--min-pixels, --max-pixels) put boxes elsewhere.",)
+        if benchmark.name in ("lisa", "revos") if protocol == "official" else (
+                _needs_conversion(items[0].coordinates, coordinates)):
+            items = add_image_sizes(benchmark.items, images)
+        if judges_boxes:
+            values, problems = judge_boxes(items, lines, source)
+            aggregates = {"avg": class_averages(items, values)}
+        else:
+            values, problems = judge_all(items, lines, official_iou if protocol == "official" else (
+                lambda item, reply: strict_iou(item, wrap_native_json(reply), coordinates,
+                                               box_format)))
+        metrics = ref_l4_metrics(values) if benchmark.name == "ref_l4" else {
+            **{f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)},
+            "mean_iou": values}
+        notes = annotation_problems(replace(benchmark, items=tuple(items)), protocol == "strict")
+    return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
+                  tuple(item.index for item in items), dict(problems), aggregates, notes,
+                  tuple(map(_list_of_images, items)), remarks)
+
+
+def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: Coordinates,
+                   box_format: BoxFormat, images: str | None) -> list[dict | None]:
+    """The lines with their boxes as the authors' rule reads them; see to_official_line."""
+    needs_sizes = coordinates != Coordinates.NORMALIZED_1 or benchmark.name == "ref_l4"
+    names = [name for item in benchmark.items if needs_sizes and item.size is None
+             for name in item.images]
+    sizes = read_image_sizes(names, images) if names else {}
+    return [line and to_official_line(
+        item, benchmark.name, line,
+        [item.size or sizes.get(name, (1, 1)) for name in item.images], coordinates, box_format)
+        for item, line in zip(benchmark.items, lines, strict=True)]
+
+
+def _list_of_images(item: BenchmarkItem) -> tuple[str, ...]:
+    """What the items of one list of images share; a video counts as one, whichever frames are
+    shown. An item without images shares none.
+    """
+    videos = [name.rpartition("#")[0] for name in item.images] if item.task == "revos" else []
+    return tuple(dict.fromkeys(videos)) or item.images or (f"item {item.index}",)
+
+
+def _needs_conversion(first: Coordinates, second: Coordinates) -> bool:
+    """Whether it takes a size to convert; between 0..1 and 0..1000 it does not."""
+    return first != second and not {first, second} <= set(COORDINATE_LIMITS)
+
+
+def _box_order_remarks(lines: list[dict | None], protocol: str,
+                       box_order: str | None) -> tuple[str, ...]:
+    """Sentences on replies whose keys do not say x1, y1, x2, y2, and on what was made of them."""
+    if box_order not in (None, "xyxy"):
+        return (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
+    replies = [line["response"] for line in lines if line]
+    y_first = 0 if box_order else sum(bool(Y_FIRST_KEY.search(reply)) for reply in replies)
+    sized = 0 if protocol == "official" else sum(
+        bool(SIZE_KEYS.search(reply)) for reply in replies)
+    remarks = ((y_first, f'Replies with "box_2d", in which Gemini writes y first: {y_first}. They '
+                         "were read x first: say --box-order yxyx, or xyxy if x comes first."),
+               (sized, f"Replies with x, y, width and height: {sized}. x and y were read as the "
+                       "upper left corner."))
+    return tuple(remark for count, remark in remarks if count)
+
+
+def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
+                protocol: str = "", coordinates: str = Coordinates.NORMALIZED_1000,
+                images: str | None = None, allow_missing: bool = False,
+                box_order: str | None = None) -> tuple[dict, Scored]:
+    """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
+
+    complete: see Benchmark, and False where replies are missing. protocol: "" for the first of
+    PROTOCOLS. box_format and the rest: see score_predictions. Raises ValueError for an unknown
+    benchmark or protocol, and as score_predictions.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
+    protocol, measure = protocol or PROTOCOLS[name][0], Coordinates(coordinates)
+    if protocol not in PROTOCOLS[name]:
+        raise ValueError(f"{name} has no protocol '{protocol}'; its protocols are "
+                         f"{', '.join(PROTOCOLS[name])}")
+    is_converted = measure != Coordinates.NORMALIZED_1000
+    if name not in BOX_BENCHMARKS and (box_order or is_converted):
+        option = "--box-order" if box_order else f"--coordinates {coordinates}"
+        raise ValueError(f"{option} is for boxes in replies, which {', '.join(BOX_BENCHMARKS)} "
+                         "have; leave it out")
+    header = {"benchmark": name, "version": "", "complete": None, "protocol": protocol}
+    source = Path(predictions).name
+    if name in ("mc_bench", "odinw"):
+        truth, detections = read_json(annotations), read_records(predictions, may_be_empty=True)
+        if name == "odinw":
+            return header, coco.score_odinw(truth, detections, source, protocol)
+        scored = coco.score_mc_bench(truth, detections, source, protocol)
+        return header | {"complete": has_paper_count(name, len(scored.tasks))}, scored
+    benchmark = (read_own if name == "own" else READERS[name])(read_records(annotations))
+    records = read_records(predictions)
+
+    def score_in(measure: Coordinates) -> Scored:
+        return score_predictions(benchmark, records, source, box_format, protocol, measure, images,
+                                 allow_missing, box_order)
+
+    scored = score_in(measure)
+    if name in BOX_BENCHMARKS and not is_converted and "pred_bbox" not in records[0]:
+        remarks = scored.remarks + _coordinate_remarks(benchmark, records, scored, score_in, images)
+        scored = replace(scored, remarks=remarks)
+    is_complete = False if "missing" in scored.problems else benchmark.complete
+    return header | {"version": benchmark.version, "complete": is_complete}, scored
+
+
+def _coordinate_remarks(benchmark: Benchmark, records: list[dict], scored: Scored,
+                        score_in: Callable[[Coordinates], Scored],
+                        images: str | None) -> tuple[str, ...]:
+    """What a poor score would be in pixels, where the sizes of the images are at hand, or that they
+    would tell. Nothing is scored otherwise than asked for.
+    """
+    average = headline_average(scored)
+    if average >= POOR:
+        return ()
+    names = {name for item in benchmark.items if item.size is None for name in item.images}
+    if images is None and names:
+        largest = largest_coordinate([str(record.get("response")) for record in records])
+        return (f"No box reaches beyond {largest:.0f}: if these are pixels of small pictures, add "
+                "--images FOLDER to see what they would score as pixels.",) if (
+                    1 < largest <= SMALL and len(records) >= FEW) else ()
+    if not all(is_regular_file(resolve_image_path(images, name)) for name in names):
+        return ()
+    averages = {measure: headline_average(score_in(measure))
+                for measure in (Coordinates.PIXELS, Coordinates.ABSOLUTE)}
+    return tuple(f"Read as {measure.description}, the boxes would score {100 * other:.2f} instead "
+                 f"of {100 * average:.2f}: if they are, say --coordinates {measure}."
+                 for measure, other in averages.items() if other > average + MUCH)
+
+
+def annotation_problems(benchmark: Benchmark, is_strict: bool) -> dict[str, list[str]]:
+    """Kind of problem -> names of the items that have it; kinds that no item has are left out.
+
+    No box can match an inverted or empty answer; an answer may leave the image; MIG-Bench asks some
+    questions twice. Under `strict` also items whose target image the annotations do not say, so
+    that it cannot be checked.
+    """
+    by_kind: dict[str, list[str]] = {kind: [] for kind in (
+        "no box can match", "answer leaves the image", "given twice",
+        "target image unknown, not checked")}
+    for item in benchmark.items:
+        if not item.box:
+            continue
+        x1, y1, x2, y2 = item.box
+        if x1 >= x2 or y1 >= y2:
+            by_kind["no box can match"].append(item.name)
+        limit = COORDINATE_LIMITS.get(item.coordinates)
+        width, height = (limit, limit) if limit else item.size or (math.inf, math.inf)
+        margin = 0 if limit else 1  # pixel: annotation tools round
+        if max(x1 - width, x2 - width, y1 - height, y2 - height, -min(item.box)) > margin:
+            by_kind["answer leaves the image"].append(item.name)
+        if is_strict and item.target is None:
+            by_kind["target image unknown, not checked"].append(item.name)
+    names_by_question = defaultdict(list)
+    for item in benchmark.items if benchmark.name == "mig_bench" else ():
+        names_by_question[item.task, item.images, item.question, item.box].append(item.name)
+    by_kind["given twice"] = [" = ".join(names) for names in names_by_question.values()
+                              if len(names) > 1]
+    return {kind: names for kind, names in by_kind.items() if names}

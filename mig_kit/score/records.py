@@ -1,0 +1,341 @@
+"""Files of records (JSON, JSON lines, parquet, tables of text or Excel, folders of them), and
+predictions as lines that each name the item they answer.
+
+The kit's own line is {"index" or "id", "response"}. Told by their fields and read as well:
+lmms-eval's samples (`doc_id`, `resps`), VLMEvalKit's tables (`index`, `prediction`) and BLINK's
+released outputs (`idx`, `full_prediction`). What is broken is refused with a sentence that names
+the file and the line. Sources of the formats: EvolvingLMMs-Lab/lmms-eval, evaluator.py and
+loggers/evaluation_tracker.py; open-compass/VLMEvalKit, inference.py; zeyofu/BLINK_Benchmark,
+eval/saved_outputs.
+"""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+from mig_kit.common import MAX_LINE, iter_lines
+from mig_kit.score.annotations import BenchmarkItem, count_and_list
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FOLDER_SUFFIXES = (".parquet", ".jsonl", ".json")
+WRAPPERS = ("val", "logs")  # of BLINK's released outputs, of lmms-eval's older logs
+
+
+def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
+    """The objects of a .json, .jsonl, .parquet, .tsv, .csv or .xlsx file, or of a folder of files.
+
+    A .json file holds a list, a list below "val" or "logs", columns with "index" and "prediction",
+    or one object a line. Of a folder see _folder_files. Raises FileNotFoundError for a missing
+    file, and ValueError naming the file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return [record for file in _folder_files(path) for record in read_records(file)]
+    _require_file(path)
+    readers = {".parquet": _read_parquet, ".xlsx": _read_excel, ".tsv": _read_table,
+               ".csv": _read_table}
+    if path.suffix in readers:
+        numbered = list(enumerate(readers[path.suffix](path), 1))
+    else:
+        numbered = _read_numbered(path)
+    for number, record in numbered:
+        if not isinstance(record, dict):
+            raise ValueError(f"entry {number} of {path} is no JSON object; every entry must look "
+                             "like {...}")
+    if not numbered and not may_be_empty:
+        raise ValueError(f"{path} is empty; it needs one JSON object per item")
+    return [record for _, record in numbered]
+
+
+def read_json(path: str | Path):
+    """The one JSON value of a file. Raises as read_records."""
+    path = Path(path)
+    _require_file(path)
+    return _parse_json(path.read_bytes(), f"{path}")
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    """The files of records below a folder, in the order of their names.
+
+    Of BLINK's data set only the validation parts, for the test answers are not public; of
+    lmms-eval's results only the samples. Raises ValueError where there is none.
+    """
+    files = sorted(path for path in folder.rglob("*")
+                   if path.suffix in FOLDER_SUFFIXES and path.is_file())
+    for is_wanted in (lambda name: name.startswith("val"), lambda name: "samples_" in name):
+        files = [path for path in files if is_wanted(path.name)] or files
+    if not files:
+        raise ValueError(f"{folder} holds no {', '.join(FOLDER_SUFFIXES)} file; name the folder "
+                         "that does")
+    return files
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or "
+                                "written")
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    """The rows without columns of image bytes, which no score needs."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def holds_bytes(kind) -> bool:
+        fields = [kind.field(place).type for place in range(kind.num_fields)]
+        return pyarrow.types.is_binary(kind) or any(map(holds_bytes, fields))
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        columns = [field.name for field in table.schema_arrow if not holds_bytes(field.type)]
+        return table.read(columns).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no readable parquet table ({reason}); download it "
+                         "again") from error
+
+
+def _read_table(path: Path) -> list[dict]:
+    """The rows of a table of text, by the names of its first line."""
+    csv.field_size_limit(MAX_LINE)
+    records = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            for record in reader:
+                if None in record or None in record.values():
+                    raise ValueError(f"the row that ends in line {reader.line_num} of it has "
+                                     "another number of cells than the first")
+                records.append(record)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is no table in UTF-8 ({error}); save it again") from error
+    return records
+
+
+def _read_excel(path: Path) -> list[dict]:
+    """The rows of the first sheet; an empty cell is ""."""
+    import pandas as pd
+
+    try:
+        table = pd.read_excel(path, engine="openpyxl", keep_default_na=False)
+    except ImportError as error:
+        raise ValueError(f"{path} is an Excel table, which needs openpyxl; run pip install "
+                         "openpyxl, or save the table as .tsv") from error
+    except Exception as error:  # of zip, XML and numbers alike
+        raise ValueError(f"{path} is no readable Excel table ({type(error).__name__}); save it "
+                         "again") from error
+    return table.astype(object).to_dict("records")
+
+
+def _read_numbered(path: Path) -> list[tuple[int, object]]:
+    """(line or place from 1, JSON value) of every record of a JSON or JSON lines file."""
+    with path.open("rb") as file:
+        opening = file.read(1 << 16).removeprefix(BYTE_ORDER_MARK).lstrip()
+    if opening.startswith(b"["):
+        return list(enumerate(read_json(path), 1))
+    if path.suffix == ".json" and opening:
+        try:
+            return list(enumerate(_unwrap(read_json(path)), 1))
+        except ValueError as error:
+            if "Extra data" not in str(error):  # which more lines are
+                raise
+    numbered = []
+    for number, line in iter_lines(path):
+        if line is None:
+            raise ValueError(f"line {number} of {path} is longer than {MAX_LINE} bytes; write one "
+                             "JSON object per line")
+        if line.strip(BYTE_ORDER_MARK + b" \t"):
+            numbered.append((number, _parse_json(line, f"line {number} of {path}")))
+    return numbered
+
+
+def _parse_json(text: bytes, where: str):
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON in UTF-8 ({error}); write one JSON object per line, "
+                         "or one JSON list") from error
+
+
+def _unwrap(value) -> list:
+    """The records that one JSON value holds; see read_records.
+
+    {"val_Counting_1": "(B)", ...}, the form of BLINK's final predictions, is a record for each id.
+    """
+    if not isinstance(value, dict):
+        return [value]
+    for name in WRAPPERS:
+        if isinstance(value.get(name), list):
+            return value[name]
+    columns = {name: list(column.values()) if isinstance(column, dict) else column
+               for name, column in value.items()}
+    if all(isinstance(columns.get(name), list) for name in ("index", "prediction")):
+        columns = {name: column for name, column in columns.items()
+                   if isinstance(column, list) and len(column) == len(columns["index"])}
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    is_named = {"id", "idx", "index", "response"} & set(value)
+    if value and not is_named and all(isinstance(answer, str) for answer in value.values()):
+        return [{"id": name, "response": answer} for name, answer in value.items()]
+    return [value]
+
+
+def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], source: str,
+                       left_out: tuple[int, ...] = ()) -> list[dict]:
+    """The records as lines {"index" or "id", "response"}; those in the kit's own form stay as they
+    are, and those of the indices `left_out`, which have no answer, are dropped.
+
+    A table of VLMEvalKit that counts from 1 to the number of items, with or without those left out,
+    is taken as counting from 0. The correct letter that a log repeats must be the annotations',
+    else it counts other questions. source: the predictions' name, for errors. Raises ValueError.
+    """
+    by_index = {str(item.index): item for item in items}
+    by_id = {item.id: item for item in items if item.id}
+    first = _first_place(records, [item.index for item in items], left_out, source)
+    lines = []
+    for number, record in enumerate(records, 1):
+        where = f"prediction {number} of {source}"
+        line = record
+        if "response" in record or "pred_bbox" in record:
+            lines.append(record)
+            continue
+        if "doc_id" in record and {"resps", "filtered_resps"} & set(record):
+            line = _lmms_eval_line(record, by_id, where)
+        elif "full_prediction" in record:
+            line = {**record, "response": record["full_prediction"]}
+        elif "prediction" in record:
+            line = {**record, "response": _table_reply(record)}
+            if first:
+                line["index"] = int(record["index"]) - first
+        if line is not record:
+            index, item_id = _read_names(line)
+            item = by_id.get(str(item_id)) or by_index.get(str(index))
+            _compare_letters(item, record.get("target", record.get("answer")), where)
+        lines.append(line)
+    unscored = {str(index) for index in left_out}
+    return [line for line in lines
+            if str(next((name for name in _read_names(line) if name is not None), None))
+            not in unscored]
+
+
+def _read_names(line: dict) -> tuple[object, object]:
+    """(index, id) that a line names its item by, None for one that it lacks.
+
+    For a gap in the column, which it writes as not a number, pandas makes the other indices floats.
+    """
+    index, item_id, idx = (None if value != value else value
+                           for value in map(line.get, ("index", "id", "idx")))
+    if isinstance(index, float) and index.is_integer():
+        index = int(index)
+    elif isinstance(index, str):  # of a table in CSV
+        index = re.sub(r"\.0$", "", index) or None
+    return index, idx if item_id is None else item_id
+
+
+def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...],
+                 source: str) -> int:
+    """1 where the records are a table whose index is one more than the annotations', else 0.
+
+    scored, left_out: the annotations' indices from 0, with an answer and without; a table may leave
+    out the latter. ValueError where rows are missing, so that it could be either, and no letters
+    tell.
+    """
+    if not records or not all("prediction" in record for record in records):
+        return 0
+    places = sorted(str(_read_names(record)[0]) for record in records)
+    complete = [sorted(str(index + first) for index in indices)
+                for first in (1, 0) for indices in (scored, [*scored, *left_out])]
+    if places in complete[:2]:
+        return 1
+    has_letters = any("target" in record or "answer" in record for record in records)
+    if places not in complete and "0" not in places and places[0].isdecimal() and not has_letters:
+        raise ValueError(f"{source} has no index 0 and lacks rows, so it may count from 0 or from "
+                         "1; give the whole table, or lines with index (from 0) and response")
+    return 0
+
+
+def _table_reply(record: dict) -> str:
+    """The reply of a table's row, with the reasoning that VLMEvalKit can put into a column of its
+    own. An empty cell, which pandas may read as not a number, is an empty reply.
+    """
+    prediction, thinking = (record.get(name) for name in ("prediction", "thinking"))
+    prediction = "" if prediction is None or prediction != prediction else str(prediction)
+    if isinstance(thinking, str) and thinking:
+        return f"<think>{thinking}</think>{prediction}"
+    return prediction
+
+
+def _lmms_eval_line(record: dict, by_id: dict[str, BenchmarkItem], where: str) -> dict:
+    """The line of a record of lmms-eval, whose replies are nested in lists.
+
+    `resps` is the whole reply; the log leaves it out where the filter changed nothing. `doc_id`
+    counts within a task, so an id of the benchmark, which some tasks log with their metric, comes
+    first.
+    """
+    reply = record.get("resps", record.get("filtered_resps"))
+    while isinstance(reply, list) and reply:
+        reply = reply[0]
+    if not isinstance(reply, str):
+        raise ValueError(f"{where} has no text in its resps; log the samples of a task that "
+                         "generates")
+    parts = [part for part in record.values() if isinstance(part, dict)]
+    names = [str(part[key]) for part in parts for key in ("idx", "id") if key in part]
+    known = [name for name in names if name in by_id]
+    name = {"id": known[0]} if known else {"index": record["doc_id"]}
+    return name | {"response": reply}
+
+
+def _compare_letters(item: BenchmarkItem | None, truth, where: str) -> None:
+    letter = re.fullmatch(r"\(?([A-Za-z])\)?\.?", truth.strip()) if isinstance(truth, str) else None
+    if item and item.letter and letter and letter[1].upper() != item.letter:
+        raise ValueError(f"{where} has the answer {letter[1]} where the annotations have "
+                         f"{item.letter} for item {item.name}, so it counts other questions; give "
+                         "the annotations that it was made from")
+
+
+def align_predictions(items: tuple[BenchmarkItem, ...], predictions: list[dict], field: str,
+                      source: str, allow_missing: bool = False) -> list[dict | None]:
+    """Each item's prediction line (None where one may be missing and is), in the items' order.
+
+    A line names its item by "index" (place in the annotation file, from 0) or "id". source: the
+    predictions' name, for errors. Raises ValueError that lists lines without the field, and indices
+    that are unknown, doubled or missing.
+    """
+    by_index = {str(item.index): item for item in items}
+    by_id = {item.id: item for item in items if item.id}
+    example = f'a line looks like {{"index": 0, "{field}": ...}}'
+    lines: dict[int, dict] = {}
+    doubled, unknown = [], []
+    for number, line in enumerate(predictions, 1):
+        where = f"prediction {number} of {source}"
+        index, item_id = _read_names(line)
+        # an "id" tells nothing where the benchmark has none
+        name, items_by_name = (index, by_index) if index is not None and (
+            item_id is None or not by_id) else (item_id, by_id or by_index)
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise ValueError(f'{where} has no "index" or "id"; {example}')
+        if field not in line:
+            raise ValueError(f'{where} has no "{field}"; {example}')
+        if field == "response" and not isinstance(line[field], str):
+            raise ValueError(f'"response" of {where} is no text; write "" where the model said '
+                             "nothing")
+        item = items_by_name.get(str(name))
+        indexed = item if index is None else by_index.get(str(index), item)
+        if indexed is not item:
+            raise ValueError(f'{where} has "index" {index} and "id" {item_id!r}, which are '
+                             "different items")
+        if item is None:
+            unknown.append(str(name))
+        elif item.index in lines:
+            doubled.append(item.name)
+        else:
+            lines[item.index] = line
+    missing = [] if allow_missing else [item.name for item in items if item.index not in lines]
+    problems = [f"{problem}: {count_and_list(names)}" for problem, names in (
+        ("unknown to the annotations", unknown), ("given more than once", doubled),
+        ("missing", missing)) if names]
+    if problems:
+        hint = " (or pass --allow-missing to count missing ones wrong)" if missing else ""
+        raise ValueError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "
+                         f"{len(items)} items{hint}")
+    return [lines.get(item.index) for item in items]

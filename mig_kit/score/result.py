@@ -1,0 +1,120 @@
+"""What scoring gives: values per item, with summaries, intervals and paired differences.
+
+Figures are percent and not rounded: tables round them. Intervals are over lists of images, which
+several questions may share, not over questions.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mig_kit.stats import (
+    average_interval_by_list,
+    gap_interval_by_list,
+    group_by_task,
+    macro_mean,
+    share_interval_by_list,
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Predictions, judged.
+
+    tasks: (n,) task of each item. metrics: name -> (n,) shares in 0..1, the first is the headline.
+    is_macro: whether the average is over tasks. values: (n,) IoU, or 1 for a correct item. indices:
+    (n,) places in the annotation file. problems: why replies scored nothing, and how many.
+    aggregates: "avg" or task -> metric -> percent, for what is no mean over items (AP). notes:
+    annotation defects. lists: (n,) what each item's images are, the same for items that show the
+    same ones; empty where no two items do. remarks: sentences on what the protocol did.
+    """
+
+    tasks: tuple[str, ...]
+    metrics: dict[str, np.ndarray]
+    is_macro: bool
+    values: np.ndarray
+    indices: tuple[int, ...] = ()
+    problems: dict[str, int] = field(default_factory=dict)
+    aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: dict[str, list] = field(default_factory=dict)
+    lists: tuple[Hashable, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def item_lines(scored: Scored) -> list[dict]:
+    """{"index", "task", "value"} of every item in order; value: its IoU, or 1 if it is correct."""
+    return [{"index": int(index), "task": task, "value": float(value)}
+            for index, task, value in zip(scored.indices, scored.tasks, scored.values, strict=True)]
+
+
+def averaged_groups(scored: Scored) -> list[np.ndarray]:
+    """Places of the items of every task, which the average weighs the same; else of all items."""
+    places = np.arange(len(scored.tasks))
+    return list(group_by_task(scored.tasks, places).values()) if scored.is_macro else [places]
+
+
+def number_lists(scored: Scored) -> np.ndarray:
+    """(n,) a number for each item's list of images."""
+    names = scored.lists or range(len(scored.tasks))
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names])
+
+
+def headline_average(scored: Scored) -> float:
+    """The average of the first metric, 0..1."""
+    values = next(iter(scored.metrics.values()))
+    return macro_mean([values[places] for places in averaged_groups(scored)])
+
+
+def _percent(value: float) -> float:
+    return 100 * float(value) + 0.0  # never -0.0
+
+
+def summarize(scored: Scored) -> dict:
+    """{"n", "lists", "tasks", "avg", "problems", "notes", "remarks"}, in percent, not rounded.
+
+    tasks: task -> {"n", "lists", metrics, "ci95"}; avg: {metrics, "ci95"}. lists: how many lists of
+    images the questions are about. ci95: 95 % interval of the first metric; see
+    stats.share_interval_by_list and average_interval_by_list.
+    """
+    headline = next(iter(scored.metrics.values()), None)
+    lists = number_lists(scored)
+    tasks = {}
+    for task, places in group_by_task(scored.tasks, np.arange(len(scored.tasks))).items():
+        tasks[task] = {"n": len(places), "lists": len(np.unique(lists[places]))}
+        tasks[task] |= {name: _percent(values[places].mean())
+                        for name, values in scored.metrics.items()}
+        if headline is not None:
+            interval = share_interval_by_list(headline[places], lists[places])
+            tasks[task]["ci95"] = [_percent(bound) for bound in interval]
+        tasks[task] |= scored.aggregates.get(task, {})
+    groups = averaged_groups(scored)
+    average = {name: _percent(macro_mean([values[places] for places in groups]))
+               for name, values in scored.metrics.items()}
+    if headline is not None:
+        interval = average_interval_by_list([(headline[places], lists[places])
+                                             for places in groups], share_interval_by_list)
+        average["ci95"] = [_percent(bound) for bound in interval]
+    average |= scored.aggregates.get("avg", {})
+    return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,
+            "problems": scored.problems, "notes": scored.notes, "remarks": list(scored.remarks)}
+
+
+def paired_difference(first: Scored, second: Scored) -> dict:
+    """Paired difference first - second of every metric, in points: {metric: {"value", "ci95"}}.
+
+    Not rounded; intervals over lists of images, see stats.gap_interval_by_list. Metrics that are
+    not means over items (AP) have a value and no interval.
+    """
+    lists = number_lists(first)
+    differences = {}
+    for name, values in first.metrics.items():
+        gaps = np.subtract(values, second.metrics[name], dtype=float)
+        groups = [(gaps[places], lists[places]) for places in averaged_groups(first)]
+        interval = average_interval_by_list(groups, gap_interval_by_list)
+        differences[name] = {"value": _percent(macro_mean([part for part, _ in groups])),
+                             "ci95": [_percent(bound) for bound in interval]}
+    for name, value in first.aggregates.get("avg", {}).items():
+        differences[name] = {"value": value - second.aggregates["avg"][name], "ci95": None}
+    return differences
