@@ -9,20 +9,18 @@ pixels here are those of the upright picture, as people and annotation tools see
 orientation "refuse" such a photo is a BadImage instead.
 """
 
+import base64
 import hashlib
 import io
 import os
 import shutil
 import struct
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import imagehash
-import numpy as np
 from PIL import ExifTags, Image
 
 IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
@@ -52,47 +50,6 @@ class BadImage(ValueError):
     def __init__(self, reason: str, sentence: str):
         super().__init__(sentence)
         self.reason = reason
-
-
-@dataclass
-class SkipReport:
-    """What was left out of a data set, and why.
-
-    read: records; kept: questions. max_names: how many names are kept per reason. counts, names: by
-    reason. file: where each name is written, too, with its reason before it.
-    """
-
-    read: int = 0
-    kept: int = 0
-    max_names: int = 5
-    counts: Counter = field(default_factory=Counter)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    file: Path | None = None
-
-    def add(self, reason: str, name: str) -> None:
-        """Count one more thing left out for `reason`; the first few are remembered by name."""
-        self.counts[reason] += 1
-        names, text = self.names.setdefault(reason, []), to_printable(name[:200])
-        if len(names) < self.max_names:
-            names.append(text)
-        if self.file is not None:
-            with self.file.open("a") as file:
-                file.write(f"{reason}: {text}\n")
-
-    def summarize(self) -> str:
-        """One line per reason, the most frequent first."""
-        left_out = sum(self.counts.values())
-        lines = [f"records {self.read}, questions kept {self.kept}, left out {left_out}"]
-        for reason, count in self.counts.most_common():
-            names = self.names[reason]
-            more = ", ..." if count > len(names) else ""
-            lines.append(f"  {count:>7}  {reason}: {', '.join(names)}{more}")
-        return "\n".join(lines)
-
-
-def to_printable(text: str) -> str:
-    """The text with a question mark for each character that cannot be printed."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def resolve_under_root(root: Path, name: str) -> Path:
@@ -160,22 +117,23 @@ def read_size(path: Path, orientation: str = "upright", takes_any_depth: bool = 
         raise BadImage("unreadable image", f"{path.name!r} is no readable image: give a PNG or "
                                            "JPEG file") from error
     is_too_long = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
-    if width * height > MAX_PIXELS or is_too_long:
-        raise BadImage("image shape", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL "
-                                      f"takes sides up to {MAX_ASPECT_RATIO} to 1, and the kit "
-                                      f"{MAX_PIXELS:,} pixels; crop or shrink it")
-    if is_film:
-        raise BadImage("several frames", f"{path.name!r} holds several frames, and it is not said "
-                                         "which one a box is in; save that one as PNG or JPEG")
-    if is_deep and not takes_any_depth:  # of more than eight bits, which would be cut, not scaled
-        raise BadImage("deep image", f"{path.name!r} is grey of more than 8 bits a pixel; scale it "
-                                     "to 8 and save it as PNG or JPEG")
-    if turn in TURNS and is_tiff:  # Pillow turns some TIFF files by itself, and not others
-        raise BadImage("turned image", f"{path.name!r} is a TIFF with an EXIF orientation; save it "
-                                       "upright, as PNG or JPEG")
-    if turn in TURNS and orientation == "refuse":
-        raise BadImage("turned image", f"{path.name!r} has the EXIF orientation {turn}; store it "
-                                       "upright without that tag, or set orientation to upright")
+    for is_wrong, reason, sentence in (
+            (width * height > MAX_PIXELS or is_too_long, "image shape",
+             f"has {width}x{height} pixels; Qwen2.5-VL takes sides up to {MAX_ASPECT_RATIO} to 1, "
+             f"and the kit {MAX_PIXELS:,} pixels; crop or shrink it"),
+            (is_film, "several frames", "holds several frames, and it is not said which one a box "
+             "is in; save that one as PNG or JPEG"),
+            # more than eight bits would be cut, not scaled
+            (is_deep and not takes_any_depth, "deep image",
+             "is grey of more than 8 bits a pixel; scale it to 8 and save it as PNG or JPEG"),
+            # Pillow turns some TIFF files by itself, and not others
+            (turn in TURNS and is_tiff, "turned image",
+             "is a TIFF with an EXIF orientation; save it upright, as PNG or JPEG"),
+            (turn in TURNS and orientation == "refuse", "turned image",
+             f"has the EXIF orientation {turn}; store it upright without that tag, or set "
+             "orientation to upright")):
+        if is_wrong:
+            raise BadImage(reason, f"{path.name!r} {sentence}")
     return (height, width) if turn in SWAPS_SIDES else (width, height)
 
 
@@ -202,12 +160,22 @@ def is_stored_on_its_side(path: Path) -> bool:
 def open_rgb(path: Path, orientation: str = "upright") -> Image.Image:
     """The upright picture, decoded, RGB; raises as `read_size`."""
     read_size(path, orientation)
+    with _cut_or_broken(path.name), Image.open(path) as image:
+        return _decode_upright(image)
+
+
+def check_decodes(content: bytes, name: str) -> None:
+    """BadImage unless all pixels of an image file's bytes can be read."""
+    with _cut_or_broken(name), Image.open(io.BytesIO(content)) as image:
+        image.load()
+
+
+@contextmanager
+def _cut_or_broken(name: str) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            return _decode_upright(image)
+        yield
     except DECODE_ERRORS as error:
-        sentence = f"{path.name!r} is cut or broken; copy it again"
-        raise BadImage("unreadable image", sentence) from error
+        raise BadImage("unreadable image", f"{name!r} is cut or broken; copy it again") from error
 
 
 def _decode_upright(image: Image.Image) -> Image.Image:
@@ -218,6 +186,19 @@ def _decode_upright(image: Image.Image) -> Image.Image:
     picture = image.convert("RGB")
     picture.info = {}  # its EXIF data, or whoever reads them would turn it once more
     return picture if turn is None else picture.transpose(turn)
+
+
+def encode_image(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    """The bytes of an image file; form, options: as of Pillow's save."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+def to_data_url(image: Image.Image, form: str = "PNG", **options) -> str:
+    """The file of `encode_image` as an address that pages and OpenAI's messages take."""
+    data = base64.b64encode(encode_image(image, form, **options)).decode()
+    return f"data:image/{form.lower()};base64,{data}"
 
 
 @dataclass(frozen=True)
@@ -239,28 +220,28 @@ class EncodedImage:
         """
         if isinstance(self.content, Path) and not self.sha256:
             return open_rgb(self.content)
-        content = self.content if isinstance(self.content, bytes) else self._read_stored()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(self.read_bytes())) as image:
             return _decode_upright(image)
 
-    def _read_stored(self) -> bytes:
+    def read_bytes(self) -> bytes:
+        """The bytes of the image's file; BadImage for a stored one that is missing or changed."""
+        if isinstance(self.content, bytes):
+            return self.content
+        again = "run 01_synthesize again with --force"
         try:
             content = self.content.read_bytes()
         except OSError as error:
-            raise BadImage("missing image", f"{self.content} is missing; run 01_synthesize again "
-                                            "with --force") from error
-        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise BadImage("missing image", f"{self.content} is missing; {again}") from error
+        if self.sha256 and hashlib.sha256(content).hexdigest() != self.sha256:
             raise BadImage("changed image", f"{self.content} is not the image that was stored: its "
-                                            "bytes have another SHA-256; run 01_synthesize again "
-                                            "with --force")
+                                            f"bytes have another SHA-256; {again}")
         return content
 
     def digest(self) -> bytes:
         """Tells the image from others without decoding it."""
         if self.sha256:
             return bytes.fromhex(self.sha256)
-        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return hashlib.sha256(content).digest()
+        return hashlib.sha256(self.read_bytes()).digest()
 
 
 class LazyImages(Sequence):
@@ -340,16 +321,6 @@ class ImageStore:
         return target.name, size
 
 
-def check_decodes(content: bytes, name: str) -> None:
-    """BadImage unless all pixels of an image file's bytes can be read."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except DECODE_ERRORS as error:
-        sentence = f"{name!r} is cut or broken; copy it again"
-        raise BadImage("unreadable image", sentence) from error
-
-
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, or a copy where links are refused; never half."""
     temporary = target.with_name(target.name + ".tmp")
@@ -359,48 +330,3 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     temporary.replace(target)
-
-
-def iter_images(folder: Path, report: SkipReport, limit: int | None = None,
-                orientation: str = "upright") -> Iterator[tuple[str, Image.Image]]:
-    """(name below the folder, RGB image) of its image files, whatever their names end in, in name
-    order.
-
-    limit: look at so many files. orientation: one of ORIENTATIONS. What cannot be opened is counted
-    in the report.
-    """
-    paths = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
-    for path in islice(paths, limit):
-        name = path.relative_to(folder).as_posix()
-        try:
-            image = open_rgb(resolve_under_root(folder, name), orientation)
-        except BadImage as error:
-            report.add(error.reason, name)
-            continue
-        yield name, image
-
-
-def perceptual_hashes(images: Iterable[tuple[str, Image.Image]]) -> tuple[list[str], np.ndarray]:
-    """Names, and a 64-bit DCT hash of each image: (n,) uint64 (ImageHash's phash, Zauner 2010)."""
-    names, hashes = [], []
-    for name, image in images:
-        names.append(name)
-        hashes.append(int(str(imagehash.phash(image)), 16))
-    return names, np.array(hashes, dtype=np.uint64)
-
-
-def find_near_duplicates(train: tuple[list[str], np.ndarray],
-                         held_out: tuple[list[str], np.ndarray],
-                         bits: int = 4) -> Iterator[tuple[str, str, int]]:
-    """(training name, evaluation name, distance) of every pair whose hashes differ in at most
-    `bits` of 64 bits.
-
-    train, held_out: of `perceptual_hashes`. The default of 4 bits is our choice: re-encoded and
-    resized copies of a photo stay within it. Plain images (one shape on one colour) collide; look
-    at the pairs before you drop samples.
-    """
-    held_out_names, held_out_hashes = held_out
-    for name, value in zip(*train):
-        distances = np.bitwise_count(held_out_hashes ^ value)
-        for index in np.flatnonzero(distances <= bits):
-            yield name, held_out_names[index], int(distances[index])

@@ -1,12 +1,13 @@
-"""OpenAI-compatible servers: which addresses are taken, where the key is, the client and what it
-does with errors.
+"""OpenAI-compatible servers: which addresses are taken, where the key is, and the one client that
+asks a teacher's endpoint and servers of a model.
 """
 
-import asyncio
 import json
 import os
+import queue
 import re
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
 KEY_VARIABLE = "MIG_KIT_API_KEY"
@@ -30,36 +31,64 @@ def redact(text: str, key: str) -> str:
     return text.replace(key, "***") if key else text
 
 
-def first_line(body: bytes | str) -> str:
-    """What a server said, in at most 300 characters."""
-    text = body.decode(errors="replace") if isinstance(body, bytes) else body
-    try:
-        data = json.loads(text)
-        error = data.get("error", data) if isinstance(data, dict) else {}
-        text = error.get("message", text) if isinstance(error, dict) else text
-    except ValueError:
-        pass
+def first_line(text: str) -> str:
+    """What a server said, in at most 300 characters: an error's message if it is JSON."""
+    data = _read_json(text)
+    error = data.get("error", data) if isinstance(data, dict) else None
+    text = error.get("message", text) if isinstance(error, dict) else text
     return " ".join(str(text).split())[:300]
 
 
-async def run_workers(work: Callable[[], Awaitable], count: int) -> None:
-    """Run work() `count` times side by side; the first error ends all and is raised as it is."""
-    failure = None
+def _read_json(text: bytes | str) -> object:
+    """What the text holds, None if it is no JSON."""
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(count):
-                group.create_task(work())
-    except BaseExceptionGroup as errors:
-        failure = errors.exceptions[0]
-    if failure is not None:  # raised in the block, a notebook would show it without its sentence
-        raise failure
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
-def authorization_header(key: str) -> dict:
-    """The header with the key; without one, the client's own is left out."""
-    import openai  # seconds, which an address need not wait for
+def iter_results(work: Callable, items: Iterable, threads: int) -> Iterator:
+    """work(item) of every item, as the results come, from so many threads.
 
-    return {"Authorization": f"Bearer {key}" if key else openai.omit}
+    items: read as they are needed. The first error is raised, and ends all: no item is begun after
+    it, nor after the caller stops.
+    """
+    results: queue.SimpleQueue = queue.SimpleQueue()
+    shared, lock, is_over, end = iter(items), threading.Lock(), threading.Event(), object()
+    # what the caller has not dealt with counts as under way, so that a kill loses no more of it
+    free, running = threading.Semaphore(threads), threads
+
+    def run() -> None:
+        try:
+            while True:
+                free.acquire()
+                if is_over.is_set():
+                    break
+                with lock:
+                    item = next(shared, end)
+                if item is end:
+                    break
+                results.put((work(item), None))
+            results.put((end, None))
+        except BaseException as error:
+            results.put((end, error))
+
+    try:
+        for _ in range(threads):
+            threading.Thread(target=run, daemon=True).start()
+        while running:
+            result, error = results.get()
+            if error is not None:
+                raise error
+            if result is end:
+                running -= 1
+                free.release()
+            else:
+                yield result
+                free.release()
+    finally:
+        is_over.set()
+        free.release(threads)
 
 
 def parse_server(server: str) -> list[str]:
@@ -84,17 +113,79 @@ def is_on_this_machine(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def open_client(url: str, key: str, timeout: float, **options):
-    """An openai.AsyncOpenAI of the server at `url`, up to and with /v1; it follows no redirect.
+class RequestFailed(Exception):
+    """A request that a server did not answer; its text is one line without the key.
 
-    timeout: seconds without a sign of the server. options: as of httpx.AsyncClient. A proxy that
-    the environment names is not used for this machine's own servers.
+    status: HTTP's, 0 if the connection failed. attempts: how often the request was made.
     """
-    import openai
 
-    # a redirect could lead the images elsewhere
-    transport = openai.DefaultAsyncHttpxClient(
-        follow_redirects=False, trust_env=not is_on_this_machine(url), **options)
-    # without a key of ours the client would take one of its own from the environment
-    return openai.AsyncOpenAI(base_url=url, api_key=key or "none", timeout=timeout,
-                              http_client=transport)
+    def __init__(self, text: str, status: int, attempts: int):
+        super().__init__(text)
+        self.status, self.attempts = status, attempts
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the same request may succeed later or elsewhere."""
+        return not self.status or self.status in TEMPORARY or self.status >= 500
+
+
+class Connection:
+    """A client of the server at `url`, up to and with /v1; its requests raise RequestFailed.
+
+    timeout: seconds without a sign of the server. It follows no redirect, which could lead the
+    images elsewhere, and uses no proxy for this machine's own servers. Threads may share it.
+    """
+
+    def __init__(self, url: str, key: str, timeout: float):
+        import openai  # seconds, which an address need not wait for
+
+        transport = openai.DefaultHttpxClient(
+            follow_redirects=False, trust_env=not is_on_this_machine(url))
+        # without a key of ours the client would take one of its own from the environment
+        self.client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=timeout,
+                                    http_client=transport)
+        self.headers = {"Authorization": f"Bearer {key}" if key else openai.omit}
+        self.key = key
+
+    def close(self) -> None:
+        """End the client's connections."""
+        self.client.close()
+
+    def chat(self, body: dict, retries: int = 0) -> tuple[object, int]:
+        """The answer to a chat completion, None if it is no JSON, and the attempts that it took.
+
+        body: of the request. retries: how often openai's client asks again after a temporary
+        failure, after 0.5 to 8 s or as long as Retry-After says.
+        """
+        fields = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        response = self._send(
+            retries, lambda client: client.chat.completions.with_raw_response.create(
+                model=body["model"], messages=body["messages"], extra_body=fields,
+                extra_headers=self.headers))
+        return _read_json(response.content), response.retries_taken + 1
+
+    def list_models(self) -> tuple[str, ...]:
+        """The names that the server lists: its model's, and its adapters'."""
+        page = _read_json(self._send(2, lambda client: client.get(
+            "/models", cast_to=str, options={"headers": self.headers, "timeout": 60.0})))
+        entries = page.get("data", []) if isinstance(page, dict) else []
+        return tuple(str(entry.get("id")) for entry in entries)
+
+    def post(self, path: str, body: dict) -> None:
+        """Make one request whose answer says nothing."""
+        self._send(0, lambda client: client.post(
+            path, cast_to=str, body=body, options={"headers": self.headers}))
+
+    def _send(self, retries: int, request: Callable):
+        import openai
+
+        try:
+            return request(self.client.with_options(max_retries=retries))
+        except openai.APIStatusError as error:
+            status = error.status_code
+            text = f"HTTP {status}: {redact(first_line(error.response.text), self.key)}"
+            attempts = int(error.request.headers["x-stainless-retry-count"]) + 1
+        except openai.APIConnectionError as error:
+            text = f"the connection failed ({type(error.__cause__ or error).__name__})"
+            status, attempts = 0, retries + 1
+        raise RequestFailed(text, status, attempts)

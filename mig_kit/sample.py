@@ -2,7 +2,6 @@
 answer it.
 """
 
-import io
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from datasets import Features, List, Value
 from PIL import Image
 
 from mig_kit.boxes import Box, iou
-from mig_kit.image_files import EncodedImage, LazyImages
+from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 
 # A table is read and written in groups of rows, so that its length does not matter.
 ROWS_PER_GROUP = 64
@@ -112,22 +111,9 @@ def encode_images(images: Sequence[Image.Image], folder: Path) -> list[dict]:
     A stored file by its path from the folder, any other image as its bytes, drawn ones as PNG.
     """
     if not isinstance(images, LazyImages):
-        return [{"bytes": _encode_png(image), "path": None} for image in images]
-    rows = []
-    for image in images.encoded:
-        if isinstance(image.content, bytes):
-            rows.append({"bytes": image.content, "path": None})
-        elif image.sha256:
-            rows.append({"bytes": None, "path": os.path.relpath(image.content, folder)})
-        else:
-            rows.append({"bytes": image.content.read_bytes(), "path": None})
-    return rows
-
-
-def _encode_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+        return [{"bytes": encode_image(image), "path": None} for image in images]
+    return [{"bytes": None, "path": os.path.relpath(image.content, folder)} if image.sha256 else
+            {"bytes": image.read_bytes(), "path": None} for image in images.encoded]
 
 
 def sample_to_row(sample: Sample, folder: Path) -> dict:
@@ -145,10 +131,7 @@ def sample_to_row(sample: Sample, folder: Path) -> dict:
 
 
 def sample_from_row(row: dict, folder: Path) -> Sample:
-    """The sample that a row of a table in `folder` was made from; extra columns are ignored.
-
-    A table from before `find_all` holds no such question.
-    """
+    """The sample that a row of a table in `folder` was made from; extra columns are ignored."""
     targets = zip(row["target_images"], row["target_boxes"])
     images = zip(row["images"], row["sizes"], strict=True)
     return Sample(
@@ -159,7 +142,7 @@ def sample_from_row(row: dict, folder: Path) -> Sample:
         reference=tuple(row["reference"]) if row["reference"] else None,
         options=tuple(row["options"]), letter=row["letter"],
         notes=tuple(row["notes"]), finding=row["finding"],
-        find_all=bool(row.get("find_all")))
+        find_all=row["find_all"])
 
 
 def _image_from_row(image: dict, size: list[int], folder: Path) -> EncodedImage:
@@ -218,13 +201,10 @@ class SampleWriter:
 def write_samples(path: Path, samples: Iterable[Sample],
                   traces: Iterable[Trace] | None = None) -> None:
     """Write the samples, with their traces if given, to a parquet file, one at a time."""
+    rows = zip(samples) if traces is None else zip(samples, traces, strict=True)
     with SampleWriter(path, traces is not None) as writer:
-        if traces is None:
-            for sample in samples:
-                writer.write(sample)
-        else:
-            for sample, trace in zip(samples, traces, strict=True):
-                writer.write(sample, trace)
+        for row in rows:
+            writer.write(*row)
 
 
 class TableRows(Sequence):
@@ -233,7 +213,7 @@ class TableRows(Sequence):
     convert: from a row, a dict of `columns` (None: of all), and the file's folder to an item. rows:
     which rows of the file, in order; None: all. Only the groups of rows that were read last are in
     memory, CACHED_BYTES of them. FileNotFoundError, and ValueError with a remedy if the file is
-    cut, no parquet, or of another version of the kit.
+    cut, no parquet, or no table of samples.
     """
 
     def __init__(self, path: Path, convert: Callable[[dict, Path], object],
@@ -245,7 +225,7 @@ class TableRows(Sequence):
             self.file = pyarrow.parquet.ParquetFile(path)
         metadata = self.file.metadata
         if "sizes" not in self.file.schema_arrow.names:
-            raise ValueError(f"{path} is of an older version of the kit; run 01_synthesize again")
+            raise ValueError(f"{path} is no table of the kit's samples; run 01_synthesize again")
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self.ends = np.cumsum(counts, dtype=np.int64)
         self.rows = range(metadata.num_rows) if rows is None else rows
@@ -261,17 +241,16 @@ class TableRows(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return self.select(self.rows[index], of_file=True)
+            return TableRows(self.path, self.convert, self.columns, self.rows[index])
         return self.convert(self._read_row(int(self.rows[index])), self.path.parent)
 
     def __iter__(self) -> Iterator:
         return (self[index] for index in range(len(self)))
 
-    def select(self, indices: Sequence[int], of_file: bool = False) -> "TableRows":
-        """The items at these indices, in this order; of_file: the indices count the file's rows."""
-        if not of_file:
-            indices = np.asarray(self.rows)[np.asarray(indices, dtype=np.int64)]
-        return TableRows(self.path, self.convert, self.columns, indices)
+    def select(self, indices: Sequence[int]) -> "TableRows":
+        """The items at these indices, in this order."""
+        rows = np.asarray(self.rows)[np.asarray(indices, dtype=np.int64)]
+        return TableRows(self.path, self.convert, self.columns, rows)
 
     def _read_row(self, row: int) -> dict:
         group = int(np.searchsorted(self.ends, row, side="right"))

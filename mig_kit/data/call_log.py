@@ -11,15 +11,30 @@ NO_REPLY = {"failed": "no reply in any attempt"}
 
 
 class CallLog(Mapping):
-    """Finished calls by key, each read from its place in the file `path`.
+    """Finished calls by key, each read from its place in the file `path`; none if there is no file.
 
-    A call waits in memory until `write` has put it into the file.
+    A call waits in memory until `write` has put it into the file. A last line that a kill has cut
+    is dropped from the file; ValueError if another line is broken.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.places: dict[str, int] = {}
         self.unwritten: dict[str, dict] = {}
+        place = 0
+        if not path.is_file():
+            return
+        with path.open("r+b") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    file.truncate(place)
+                    break
+                try:
+                    self.places[json.loads(line)["key"]] = place
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ValueError(f"{path} line {number} is broken; delete that line, and its "
+                                     "call is made again") from error
+                place += len(line)
 
     def __getitem__(self, key: str) -> dict:
         if key in self.unwritten:
@@ -28,19 +43,12 @@ class CallLog(Mapping):
             file.seek(self.places[key])
             return json.loads(file.readline())
 
-    def __contains__(self, key) -> bool:
-        return key in self.places or key in self.unwritten
-
     def __iter__(self) -> Iterator[str]:
         yield from self.places
         yield from self.unwritten
 
     def __len__(self) -> int:
         return len(self.places) + len(self.unwritten)
-
-    def add(self, entry: dict) -> None:
-        """Keep an entry, which has a "key"."""
-        self.unwritten[entry["key"]] = entry
 
     def write(self, file: BinaryIO) -> None:
         """Append what is not in the file yet to `file`, the open file of this log, down to the
@@ -54,34 +62,11 @@ class CallLog(Mapping):
         self.unwritten.clear()
 
 
-def load_call_log(path: Path) -> CallLog:
-    """The log in a file, empty if there is none; a last line cut by a kill is dropped from the
-    file.
-
-    ValueError if any other line is broken.
-    """
-    log, place = CallLog(path), 0
-    if not path.is_file():
-        return log
-    with path.open("r+b") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(place)
-                break
-            try:
-                log.places[json.loads(line)["key"]] = place
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} line {number} is broken; delete that line, and its call "
-                                 "is made again") from error
-            place += len(line)
-    return log
-
-
 @dataclass(frozen=True)
 class LoggedReplies(Sequence):
     """What the log holds under `keys`, in order, each read when it is looked at.
 
-    convert: from an entry, NO_REPLY where there is none, to an item.
+    convert: from an entry, NO_REPLY if there is none, to an item.
     """
 
     log: CallLog

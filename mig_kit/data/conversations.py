@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from mig_kit.boxes import Coordinates
 from mig_kit.data.image_mentions import answered_numbers, asked_numbers
 from mig_kit.data.line_checks import IMAGE_TAG
-from mig_kit.data.records import require
+from mig_kit.data.records import ImportRules, require
 
 MAX_TEXT = 20_000  # characters of a turn
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant", "model")
@@ -45,20 +45,6 @@ TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s
 
 
 @dataclass(frozen=True)
-class TextRules:
-    """How boxes in texts are read.
-
-    coordinates: of all of them, "" where the file says it. is_padded: they are of the image padded
-    to a square. several: what several boxes in an answer are: "any" of them is a correct answer,
-    "all" must be found, or "" for not to be used.
-    """
-
-    coordinates: str = ""
-    is_padded: bool = False
-    several: str = ""
-
-
-@dataclass(frozen=True)
 class Turn:
     """A question and its answer. references, answers: (image number from 1, or None, box);
     earlier_tags: <image> tags in the turns before.
@@ -71,11 +57,10 @@ class Turn:
     earlier_tags: int
 
 
-def conversation_lines(record: object, rules: TextRules) -> list[dict]:
+def conversation_lines(record: dict, rules: ImportRules) -> list[dict]:
     """A record's questions as lines of own data, without ids, their images as the record has them;
     raises Problem.
     """
-    require(isinstance(record, dict), "the record is no JSON object; write one {...} per record")
     images = record.get("images", record.get("image"))
     images = images if isinstance(images, list) else [] if images is None else [images]
     texts = read_turns(record, images)
@@ -162,7 +147,7 @@ def check_image_tags(texts: list[str], image_count: int) -> None:
             "videos and sound cannot be used; give the frames as images")
 
 
-def _swift_turns(texts: list[tuple[str, str]], objects: object, rules: TextRules,
+def _swift_turns(texts: list[tuple[str, str]], objects: object, rules: ImportRules,
                  image_count: int) -> list[Turn]:
     """The turns with <ref-object> and <bbox> replaced by what `objects` has for them, in order."""
     require(isinstance(objects, dict), "'objects' must be an object with 'ref' and 'bbox', as "
@@ -173,56 +158,54 @@ def _swift_turns(texts: list[tuple[str, str]], objects: object, rules: TextRules
     kind = objects.get("bbox_type") or "real"
     require(isinstance(kind, str) and kind in SWIFT_COORDINATES,
             f"'bbox_type' is {str(kind)[:20]!r}; use real (pixels) or norm1 (0 to 1)")
-    require(rules.coordinates in ("", SWIFT_COORDINATES[kind]),
-            f"'bbox_type' says that boxes are {SWIFT_COORDINATES[kind]}, and --coordinates "
+    coordinates = SWIFT_COORDINATES[kind]
+    require(rules.coordinates in ("", coordinates),
+            f"'bbox_type' says that boxes are {coordinates}, and --coordinates "
             f"{rules.coordinates}; leave the latter out, or correct the file")
-    numbers = _swift_numbers(objects.get("image_id"), len(boxes), image_count)
-    unused_refs, unused_boxes = list(refs), list(zip(numbers, boxes))
+    image_ids = objects.get("image_id")
+    if image_ids is None:
+        require(image_count == 1 or not boxes,
+                f"'image_id' of 'objects' is missing; with {image_count} images it must say which "
+                "one each box is in, from 0")
+        image_ids = [0] * len(boxes)
+    require(isinstance(image_ids, list) and len(image_ids) == len(boxes)
+            and all(type(number) is int for number in image_ids),
+            "'image_id' must be a list with a number, from 0, for every box")
+    require(all(0 <= number < image_count for number in image_ids),
+            f"'image_id' names an image that is not there; there are {image_count}, from 0")
+    unused_refs = list(refs)
+    unused_boxes = [(number + 1, box) for number, box in zip(image_ids, boxes)]
     turns, tags = [], 0
     for asked, answered in texts:
         question, references = _fill_placeholders(asked, unused_refs, unused_boxes, "{ref}")
         _, answers = _fill_placeholders(answered, unused_refs, unused_boxes, "")
-        turns.append(Turn(question, references, answers, SWIFT_COORDINATES[kind], tags))
+        turns.append(Turn(question, references, answers, coordinates, tags))
         tags += (asked + answered).count("<image>")
     require(not unused_boxes, f"'objects' has {len(unused_boxes)} boxes more than there are <bbox> "
                               "in the texts; write one <bbox> per box")
     return turns
 
 
-def _swift_numbers(image_ids: object, box_count: int, image_count: int) -> list[int]:
-    if image_ids is None:
-        require(image_count == 1 or not box_count,
-                f"'image_id' of 'objects' is missing; with {image_count} images it must say which "
-                "one each box is in, from 0")
-        return [1] * box_count
-    require(isinstance(image_ids, list) and len(image_ids) == box_count
-            and all(type(number) is int for number in image_ids),
-            "'image_id' must be a list with a number, from 0, for every box")
-    require(all(0 <= number < image_count for number in image_ids),
-            f"'image_id' names an image that is not there; there are {image_count}, from 0")
-    return [number + 1 for number in image_ids]
-
-
 def _fill_placeholders(text: str, refs: list, boxes: list, box_word: str) -> tuple[str, list]:
     """The text with its <ref-object> replaced, each <bbox> by `box_word`, and its boxes; what is
     used is taken from the front of `refs` and `boxes`.
     """
-    parts, own_boxes, end = [], [], 0
-    for match in PLACEHOLDER.finditer(text):
-        parts.append(text[end:match.start()])
-        end = match.end()
+    own_boxes = []
+
+    def fill(match: re.Match) -> str:
         is_box = match.group() == "<bbox>"
         values = boxes if is_box else refs
         require(bool(values), f"there are more {match.group()} in the texts than 'objects' has "
                               f"{'boxes' if is_box else 'texts'}; add the missing ones")
         value = values.pop(0)
         require(is_box or isinstance(value, str), "'ref' of 'objects' must be a list of texts")
-        own_boxes += [value] if is_box else []
-        parts.append(box_word if is_box else value)
-    return "".join([*parts, text[end:]]), own_boxes
+        own_boxes.extend([value] if is_box else [])
+        return box_word if is_box else value
+
+    return PLACEHOLDER.sub(fill, text), own_boxes
 
 
-def _text_turns(texts: list[tuple[str, str]], rules: TextRules,
+def _text_turns(texts: list[tuple[str, str]], rules: ImportRules,
                 image_count: int) -> list[Turn]:
     turns, tags = [], 0
     for asked, answered in texts:
@@ -271,22 +254,20 @@ def _turn_line(turn: Turn, images: list[str], several: str) -> dict:
     question = clean_question(turn.question, len(images), turn.earlier_tags)
     numbers = {number for number, _ in turn.answers}
     if numbers == {None}:
-        asked = set(asked_numbers(question, len(images)))
-        asked -= {1} if turn.references else set()
+        asked = set(asked_numbers(question, len(images))) - ({1} if turn.references else set())
         numbers = {1} if len(images) == 1 else asked
     if several != "all" or None in numbers:
         require(len(numbers) == 1, f"it is not said which of the {len(images)} images the box is "
                                    "in; name it in the answer, as in: image 2")
     only = next(iter(numbers))
-    line = {"images": images, "question": question, "coordinates": str(turn.coordinates)}
-    line |= target_keys([number or only for number, _ in turn.answers],
-                        [box for _, box in turn.answers], several)
+    line = {"images": images, "question": question, "coordinates": str(turn.coordinates),
+            **target_keys([number or only for number, _ in turn.answers],
+                          [box for _, box in turn.answers], several)}
     if turn.references:
         require(len(turn.references) == 1, "the question has several boxes; it may have one")
-        number, box = turn.references[0]
+        number, line["reference"] = turn.references[0]
         require(number in (None, 1), "the question's box must be in the first image; put that "
                                      "image first")
-        line["reference"] = box
     return line
 
 

@@ -15,13 +15,11 @@ the same checks read it. Images stay where they are; those in the file itself be
 """
 
 import base64
-import copy
 import hashlib
 import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -30,46 +28,34 @@ from PIL import Image
 from mig_kit.boxes import Coordinates, rescale_box
 from mig_kit.common import write_atomically
 from mig_kit.data.conversations import (
-    TextRules,
     clean_question,
     conversation_lines,
     name_images,
     target_keys,
 )
-from mig_kit.data.line_checks import read_sizes_below
+from mig_kit.data.line_checks import (
+    box_places,
+    find_file_problems,
+    find_problems,
+    read_sizes_below,
+    simplify_line,
+)
 from mig_kit.data.mgrounding import find_image_roots, locate_images, record_lines
-from mig_kit.data.own_data import box_places, find_file_problems, find_problems, simplify_line
 from mig_kit.data.records import (
+    ImportRules,
     Problem,
+    SkipReport,
     entry_word,
     iter_entries,
     iter_records,
     require,
     require_records,
 )
-from mig_kit.image_files import DECODE_ERRORS, BadImage, SkipReport, is_stored_on_its_side
+from mig_kit.image_files import DECODE_ERRORS, BadImage, is_stored_on_its_side
 
 FORMATS = ("own", "swift", "llava", "verl", "coco", "refcoco", "mgrounding")
 MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
 ASKS_FOR_CATEGORY, ASKS_FOR_PHRASE = "Find the {name}.", "Find this: {name}."
-
-
-@dataclass(frozen=True)
-class ImportRules:
-    """How a file is read.
-
-    root: the folder that holds all images. text: how boxes in texts are read. question: what is
-    asked, with {name} for the category or phrase; "" for the format's own. instances: the COCO file
-    of RefCOCO's annotations. unstated: of `mgrounding.record_lines`. orientation: one of
-    ORIENTATIONS.
-    """
-
-    root: Path
-    text: TextRules = TextRules()
-    question: str = ""
-    instances: Path | None = None
-    unstated: dict[str, int] = field(default_factory=dict)
-    orientation: str = "upright"
 
 
 def import_file(form: str, path: Path, out: Path, rules: ImportRules,
@@ -101,21 +87,21 @@ def import_file(form: str, path: Path, out: Path, rules: ImportRules,
 
 
 def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
-    text, is_coco = rules.text, form in ("coco", "refcoco")
-    require(form in FORMATS, f"no format '{form}'; use one of {', '.join(FORMATS)}")
     require_records(path)
-    require(form not in ("llava", "verl") or bool(text.coordinates),
+    is_coco, coordinates = form in ("coco", "refcoco"), rules.coordinates
+    require(form not in ("llava", "verl") or bool(coordinates),
             "files of this format do not say what their boxes are measured in; give "
             "--coordinates: pixels, normalized_1000 or normalized_1")
-    require(form not in ("own", "mgrounding") or text == TextRules(),
-            f"the format {form} says what its boxes are; leave --coordinates, --padded and "
-            "--several out")
-    require(not is_coco or text.coordinates in ("", Coordinates.PIXELS),
+    require(form not in ("own", "mgrounding") or not (
+        coordinates or rules.is_padded or rules.several),
+        f"the format {form} says what its boxes are; leave --coordinates, --padded and --several "
+        "out")
+    require(not is_coco or coordinates in ("", Coordinates.PIXELS),
             f"boxes of the format {form} are in pixels of the image; leave --coordinates out")
     for option, value, only in (("instances", rules.instances, "refcoco"),
                                 ("unstated", rules.unstated, "mgrounding")):
         require(not value or form == only, f"--{option} is for the format {only}; leave it out")
-    require(not text.is_padded or text.coordinates == Coordinates.NORMALIZED_1,
+    require(not rules.is_padded or coordinates == Coordinates.NORMALIZED_1,
             "--padded is for boxes in 0 to 1 of the image padded to a square, as in LLaVA-1.5's "
             "files; add --coordinates normalized_1")
     require(is_coco or not rules.question,
@@ -142,14 +128,15 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
             if isinstance(line.get("images"), list):
                 line["images"] = [_image_name(image, rules.root, folder)
                                   for image in line["images"]]
-            if rules.text.is_padded:
-                line = _unpad(line, sizes)
+            if rules.is_padded:
+                _move_boxes(line, sizes, _unpad_box)
+                line["coordinates"] = str(Coordinates.PIXELS)
             name = hash(str(line.get("id", place)))
             require(name not in ids, f"id {str(line.get('id'))[:40]!r} is there twice")
             problems = find_problems(line)
             if not problems and form in ("coco", "refcoco"):
                 _compare_sizes(stated, line["images"][0], sizes, rules.root)
-                line = _map_boxes(line, sizes, _trim_box)
+                _move_boxes(line, sizes, _trim_box)
             problems = problems or find_file_problems(line, sizes)[1]
             require(not problems, "; ".join(problems))
         except (Problem, BadImage) as problem:
@@ -195,20 +182,14 @@ def _write_image(content: object, folder: Path) -> Path:
     return path
 
 
-def _map_boxes(line: dict, sizes: Callable,
-               move: Callable[[list, tuple[int, int]], list]) -> dict:
-    """The line with `move` applied to every box and the size of its image."""
-
-    def moved(box: list, number: int) -> list:
+def _move_boxes(line: dict, sizes: Callable,
+                move: Callable[[list, tuple[int, int]], list]) -> None:
+    """Replace every box of the line by `move` of it and its image's size."""
+    for _, number, holder, key in box_places(line):
         require(1 <= number <= len(line["images"]), "the box is in an image that is not there")
         size = sizes(line["images"][number - 1])
         require(not isinstance(size, BadImage), str(size))
-        return move(box, size)
-
-    line = copy.deepcopy(line)
-    for _, number, holder, key in box_places(line):
-        holder[key] = moved(holder[key], number)
-    return line
+        holder[key] = move(holder[key], size)
 
 
 def _compare_sizes(stated: tuple | None, name: str, sizes: Callable, root: Path) -> None:
@@ -231,11 +212,6 @@ def _trim_box(box: list, size: tuple[int, int]) -> list:
             for value, limit in zip(box, (*size, *size))]
 
 
-def _unpad(line: dict, sizes: Callable) -> dict:
-    """The line in pixels, where its boxes are in 0 to 1 of images padded to squares."""
-    return {**_map_boxes(line, sizes, _unpad_box), "coordinates": str(Coordinates.PIXELS)}
-
-
 def _unpad_box(box: list, size: tuple[int, int]) -> list:
     require(all(0 <= value <= 1 for value in box), f"the box {box} is outside 0 to 1; are the "
                                                    "--coordinates others?")
@@ -256,37 +232,33 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
     word = entry_word(path)
     for number, record, problem in iter_entries(path):
         place = f"{word} {number}"
-        if problem:
-            yield place, Problem(problem)
-            continue
         try:
+            require(not problem, problem)
             if form == "refcoco":
                 lines = _refcoco_lines(record, annotations, rules)
             elif form == "mgrounding":
                 lines = record_lines(record, rules.unstated)
             elif form == "own":
-                lines = _own_lines(record)
+                lines = [_clean_line(record)]
             else:
-                lines = conversation_lines(record, rules.text)
+                lines = conversation_lines(record, rules)
         except Problem as error:
             yield place, error
             continue
-        for number, line in enumerate(lines, 1):
-            yield place if len(lines) == 1 else f"{place} turn {number}", line
+        for turn, line in enumerate(lines, 1):
+            yield place if len(lines) == 1 else f"{place} turn {turn}", line
 
 
-def _own_lines(record: object) -> list[dict]:
+def _clean_line(record: dict) -> dict:
     """The line of own data as it is, but for tags in its question and options."""
-    require(isinstance(record, dict), "the record is no JSON object; write one {...} per record")
     images, question, options = (record.get(key) for key in ("images", "question", "options"))
-    n_images = len(images) if isinstance(images, list) else 0
     line = dict(record)
     if isinstance(question, str):
-        line["question"] = clean_question(question, n_images)
+        line["question"] = clean_question(question, len(images) if isinstance(images, list) else 0)
     if isinstance(options, list):
         line["options"] = [name_images(option) if isinstance(option, str) else option
                            for option in options]
-    return [line]
+    return line
 
 
 def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Problem]]:
@@ -299,9 +271,8 @@ def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Pro
         return
     yield from problems
     for (image_id, category_id), annotations in groups.items():
-        image = images[image_id]
+        image, boxes = images[image_id], []
         try:
-            boxes = []
             for annotation in annotations:
                 place = f"annotation {annotation['id']!r}"
                 require(not annotation.get("iscrowd"),
@@ -312,13 +283,19 @@ def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Pro
             name = phrase or categories.get(category_id, {}).get("name")
             require(isinstance(name, str), f"category {category_id!r} has no name; add it to "
                                            "'categories'")
-            template = rules.question or (ASKS_FOR_PHRASE if phrase else ASKS_FOR_CATEGORY)
-            line = {"images": [image.get("file_name")], "coordinates": str(Coordinates.PIXELS),
-                    "question": template.replace("{name}", name),
-                    "stated_size": _stated_size(image)}
-            yield place, line | target_keys([1] * len(boxes), boxes, rules.text.several)
+            line = _ask_for(name, ASKS_FOR_PHRASE if phrase else ASKS_FOR_CATEGORY, image, rules)
+            yield place, line | target_keys([1] * len(boxes), boxes, rules.several)
         except Problem as error:
             yield place, error
+
+
+def _ask_for(name: str, question: str, image: dict, rules: ImportRules) -> dict:
+    """A line without its boxes; image: its record, with the path and perhaps the size."""
+    sides = image.get("width"), image.get("height")
+    is_stated = all(type(side) in (int, float) and side > 0 and side % 1 == 0 for side in sides)
+    return {"images": [image.get("file_name")], "coordinates": str(Coordinates.PIXELS),
+            "question": (rules.question or question).replace("{name}", name),
+            "stated_size": (int(sides[0]), int(sides[1])) if is_stated else None}
 
 
 def _by_id(path: Path, prefix: str) -> dict[int | str, dict]:
@@ -331,7 +308,6 @@ def _group_annotations(path: Path, images: dict) -> tuple[dict, list[tuple[str, 
     """(image, category) -> its annotations, and what is wrong with the others."""
     groups: dict[tuple, list[dict]] = {}
     problems = []
-    number = 0
     for number, record in enumerate(iter_records(path, prefix="annotations.item"), 1):
         place = f"annotation number {number}"
         try:
@@ -347,17 +323,10 @@ def _group_annotations(path: Path, images: dict) -> tuple[dict, list[tuple[str, 
             groups.setdefault(key, []).append(record)
         except Problem as error:
             problems.append((place[:200], error))
-    if not number:
+    if not groups and not problems:
         problems.append((path.name, Problem("there is no list 'annotations' with something in it; "
                                             "give a COCO instances file")))
     return groups, problems
-
-
-def _stated_size(image: dict) -> tuple[int, int] | None:
-    """(width, height) that a file states of an image; None where it states none."""
-    sides = image.get("width"), image.get("height")
-    is_stated = all(type(side) in (int, float) and side > 0 and side % 1 == 0 for side in sides)
-    return (int(sides[0]), int(sides[1])) if is_stated else None
 
 
 def _corners(box: object) -> list[float]:
@@ -383,13 +352,11 @@ def _read_boxes(rules: ImportRules) -> dict[int | str, tuple[dict, list]]:
             if type(record.get("image_id")) in (int, str)}
 
 
-def _refcoco_lines(record: object, annotations: dict, rules: ImportRules) -> list[dict]:
+def _refcoco_lines(record: dict, annotations: dict, rules: ImportRules) -> list[dict]:
     """A question per phrase of a ref, or the one of a record of VLM-R1."""
-    require(isinstance(record, dict), "the record is no JSON object; the refs of RefCOCO come as a "
-                                      "pickle, which the kit does not open: save them as JSON")
     if "solution" in record:
         phrases, box = [record.get("normal_caption")], record["solution"]
-        name, size = record.get("image"), _stated_size(record)
+        image = {**record, "file_name": record.get("image")}
     else:
         phrases = record.get("sentences")
         require(isinstance(phrases, list) and bool(phrases), "'sentences' must be a list")
@@ -399,9 +366,7 @@ def _refcoco_lines(record: object, annotations: dict, rules: ImportRules) -> lis
                 f"annotation {str(ann_id)[:40]!r} is not there; give --instances with the "
                 "instances.json of these refs")
         image, box = annotations[ann_id]
-        name, size, box = image.get("file_name"), _stated_size(image), _corners(box)
+        box = _corners(box)
     require(all(isinstance(phrase, str) for phrase in phrases), "a phrase must be a text")
-    line = {"images": [name], "image": 1, "box": box,
-            "coordinates": str(Coordinates.PIXELS), "stated_size": size}
-    template = rules.question or ASKS_FOR_PHRASE
-    return [{**line, "question": template.replace("{name}", phrase)} for phrase in phrases]
+    return [{**_ask_for(phrase, ASKS_FOR_PHRASE, image, rules), "image": 1, "box": box}
+            for phrase in phrases]

@@ -66,7 +66,7 @@ def locate_images(line: dict, root: Path, roots: list[Path]) -> dict:
     return {**line, "images": names}
 
 
-def record_lines(record: object, unstated: dict[str, int] | None = None) -> list[dict | Problem]:
+def record_lines(record: dict, unstated: dict[str, int] | None = None) -> list[dict | Problem]:
     """A record's questions as lines of own data without ids, with images as written, and why turns
     are left out; an answer with boxes in several images becomes a line per image.
 
@@ -74,7 +74,7 @@ def record_lines(record: object, unstated: dict[str, int] | None = None) -> list
     example {"Difference": 2}, MIG-Bench's convention; for this data set it is not stated). Problem
     where the whole record is left out.
     """
-    images = record.get("images") if isinstance(record, dict) else None
+    images = record.get("images")
     _require(isinstance(images, list) and bool(images)
              and all(isinstance(name, str) and name for name in images), "record shape")
     turns = read_turns(record, [])
@@ -143,15 +143,13 @@ def _numbers_elsewhere(question: str, has_reference: bool, image_count: int, sub
     if subset == TRACKING and box_count > 1:
         _require(box_count == image_count, "tracking boxes do not fit the frames")
         return list(range(1, image_count + 1))
-    numbers = set(asked_numbers(question, image_count))
-    if has_reference:
-        numbers -= {1}
+    of_reference = {1} if has_reference else set()
+    numbers = set(asked_numbers(question, image_count)) - of_reference
     if len(numbers) == 1:
         return list(numbers) * box_count
-    mentioned = set(mentioned_numbers(question, image_count)) - ({1} if has_reference else set())
-    if subset in unstated and not mentioned:
-        return [unstated[subset]] * box_count
-    raise Problem("image not named", "image not named")
+    _require(subset in unstated and not set(mentioned_numbers(question, image_count))
+             - of_reference, "image not named")
+    return [unstated[subset]] * box_count
 
 
 def _require_time_order(images: list[str], turns: list[tuple[str, str]]) -> None:

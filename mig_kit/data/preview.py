@@ -1,16 +1,14 @@
 """Pictures of own data: the questions' boxes on their images, before anyone trains on them."""
 
-import base64
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
 from PIL import Image, ImageDraw
 
-from mig_kit import plots
 from mig_kit.common import write_atomically
-from mig_kit.pictures import missing_letters, text_font
+from mig_kit.drawing.pictures import draw_sample, missing_letters, text_font
+from mig_kit.image_files import to_data_url
 from mig_kit.prompts import LETTERS
 from mig_kit.sample import Sample
 
@@ -25,10 +23,10 @@ h2 { font-size: 15px; margin: 1.5em 0 0 }
 p { margin: .3em 0 }
 img { max-width: 100% }
 </style>
-{% for name, question, png in rows %}
+{% for name, question, url in rows %}
 <h2>{{ name }}</h2>
 <p>{{ question }}</p>
-<img alt="" src="data:image/png;base64,{{ png }}">
+<img alt="" src="{{ url }}">
 {% endfor %}
 """
 
@@ -44,14 +42,15 @@ def write_preview(samples: Iterator[Sample], out: Path, height: int = 220) -> tu
         raise ValueError(f"{out} must end in .png or .html")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out} is in no folder that exists; make {out.parent} first")
-    strips = [(sample.id, _question_text(sample), plots.draw_sample(sample, height=height))
+    strips = [(sample.id, _question_text(sample), draw_sample(sample, height=height))
               for sample in samples]
     if not strips:
         raise ValueError("there is no question to draw; the file is empty, or has no correct line "
                          "(mig-kit data check lists what is wrong)")
     note = ""
     if out.suffix.lower() == ".html":
-        page = _preview_page(strips)
+        rows = [(name, question, to_data_url(strip)) for name, question, strip in strips]
+        page = jinja2.Environment(autoescape=True).from_string(PREVIEW).render(rows=rows)
         write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     else:
         sheet, missing = _preview_sheet(strips)
@@ -74,15 +73,6 @@ def _question_text(sample: Sample) -> str:
                             for letter, option in zip(LETTERS, sample.options))
         text += f" {options} (correct: {sample.letter})"
     return " ".join(text.split())
-
-
-def _preview_page(strips: list[tuple[str, str, Image.Image]]) -> str:
-    rows = []
-    for name, question, strip in strips:
-        buffer = io.BytesIO()
-        strip.save(buffer, format="PNG")
-        rows.append((name, question, base64.b64encode(buffer.getvalue()).decode()))
-    return jinja2.Environment(autoescape=True).from_string(PREVIEW).render(rows=rows)
 
 
 def _preview_sheet(strips: list[tuple[str, str, Image.Image]]) -> tuple[Image.Image, str]:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ijson
@@ -16,6 +17,7 @@ import pyarrow.parquet
 from mig_kit.common import MAX_LINE, iter_lines
 
 MAX_JSON_DEPTH = 32
+MAX_NAMES = 5  # of what is left out, per reason
 BYTE_ORDER_MARK, PARQUET = b"\xef\xbb\xbf", b"PAR1"
 ARCHIVE = "is compressed or an archive; unpack it, and give the file of questions that is in it"
 TABLE = ("is no JSON; save it with one JSON object a line (of a table, pandas does so with "
@@ -45,6 +47,63 @@ class Problem(ValueError):
         self.reason = reason
 
 
+@dataclass
+class SkipReport:
+    """What was left out of a data set, and why.
+
+    read: records; kept: questions. counts, names: by reason; names holds the first MAX_NAMES. file:
+    where each name is written, too, with its reason before it.
+    """
+
+    read: int = 0
+    kept: int = 0
+    counts: Counter = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    file: Path | None = None
+
+    def add(self, reason: str, name: str) -> None:
+        """Count one more thing left out for `reason`; the first few are remembered by name."""
+        self.counts[reason] += 1
+        name = "".join(letter if letter.isprintable() else "?" for letter in name[:200])
+        names = self.names.setdefault(reason, [])
+        names += [name] * (len(names) < MAX_NAMES)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(f"{reason}: {name}\n")
+
+    def summarize(self) -> str:
+        """One line per reason, the most frequent first."""
+        lines = [f"records {self.read}, questions kept {self.kept}, left out "
+                 f"{self.counts.total()}"]
+        for reason, count in self.counts.most_common():
+            names = self.names[reason]
+            more = ", ..." if count > len(names) else ""
+            lines.append(f"  {count:>7}  {reason}: {', '.join(names)}{more}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ImportRules:
+    """How a file of another project is read.
+
+    root: the folder that holds all images. coordinates: of all boxes in texts, "" if the file says
+    it. is_padded: boxes are of the image padded to a square. several: what several boxes in an
+    answer are: "any" of them is a correct answer, "all" must be found, or "" for not to be used.
+    question: what is asked, with {name} for the category or phrase; "" for the format's own.
+    instances: the COCO file of RefCOCO's annotations. unstated: of `mgrounding.record_lines`.
+    orientation: one of ORIENTATIONS.
+    """
+
+    root: Path
+    coordinates: str = ""
+    is_padded: bool = False
+    several: str = ""
+    question: str = ""
+    instances: Path | None = None
+    unstated: dict[str, int] = field(default_factory=dict)
+    orientation: str = "upright"
+
+
 def require(condition: bool, sentence: str) -> None:
     """Raise a Problem unless the condition holds."""
     if not condition:
@@ -58,9 +117,15 @@ def read_json(line: bytes | None) -> tuple[object, str]:
         return None, (f"the line is longer than {MAX_LINE} bytes; put one question on a line, and "
                       "images into files of their own")
     repeated: list[str] = []
+
+    def collect(pairs: list[tuple[str, object]]) -> dict:
+        counts = Counter(key for key, _ in pairs)
+        repeated.extend(key for key, count in counts.items() if count > 1)
+        return dict(pairs)
+
     try:
         record = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: name,
-                            object_pairs_hook=lambda pairs: _collect_keys(pairs, repeated))
+                            object_pairs_hook=collect)
     except UnicodeDecodeError:
         return None, "the line is not UTF-8; save the file as UTF-8"
     except (ValueError, RecursionError) as error:
@@ -69,17 +134,15 @@ def read_json(line: bytes | None) -> tuple[object, str]:
         is_syntax = isinstance(error, json.JSONDecodeError)
         reason = f"character {error.colno}: {error.msg}" if is_syntax else str(error)[:60]
         return None, f"the line is no JSON object ({reason}); write one {{...}} per line"
-    return record, _repeated_keys(repeated)
+    return record, _record_problem(record, repeated, "line")
 
 
-def _collect_keys(pairs: list[tuple[str, object]], repeated: list[str]) -> dict:
-    """The JSON object of these pairs; keys that it has twice are added to `repeated`."""
-    repeated += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    return dict(pairs)
-
-
-def _repeated_keys(keys: list[str]) -> str:
-    return f"the key {keys[0][:40]!r} is there twice; leave one out" if keys else ""
+def _record_problem(record: object, repeated: list[str], word: str) -> str:
+    if repeated:
+        return f"the key {repeated[0][:40]!r} is there twice; leave one out"
+    if not isinstance(record, dict):
+        return f"the {word} is no JSON object; write one {{...}} per {word}"
+    return ""
 
 
 def entry_word(path: Path) -> str:
@@ -122,7 +185,7 @@ def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:
     try:
         records = _iter_rows(path) if word == "row" else iter_records(path, repeated=repeated)
         for number, record in enumerate(records, 1):
-            yield number, record, _repeated_keys(repeated)
+            yield number, record, _record_problem(record, repeated, word)
             repeated.clear()
     except ValueError as error:
         yield number + 1, None, str(error)

@@ -8,12 +8,10 @@ The images are sent as the student sees them, already resized, so the teacher's 
 student's pixels.
 """
 
-import base64
-import io
-
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, seen_size, to_model_box
+from mig_kit.image_files import to_data_url
 from mig_kit.prompts import (
     ALL_INSTRUCTION,
     CHOICE_INSTRUCTION,
@@ -21,6 +19,7 @@ from mig_kit.prompts import (
     correct_answer,
     format_answer,
     format_question,
+    image_label,
 )
 from mig_kit.sample import Sample
 
@@ -90,11 +89,8 @@ def teacher_messages(sample: Sample, kind: str, box_format: BoxFormat) -> list[d
     for number, image in enumerate(sample.images, 1):
         size = seen_size(image.size, box_format)
         resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        resized.save(buffer, format="JPEG", quality=95, subsampling=0)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        label = f"Image {number} ({size[0]} x {size[1]} pixels): "
-        content += [{"type": "text", "text": label},
-                    {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}]
+        url = to_data_url(resized, "JPEG", quality=95, subsampling=0)
+        content += [{"type": "text", "text": image_label(number, size)},
+                    {"type": "image_url", "image_url": {"url": url}}]
     content.append({"type": "text", "text": teacher_prompt(sample, kind, box_format)})
     return [{"role": "user", "content": content}]

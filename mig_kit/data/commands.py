@@ -1,0 +1,195 @@
+"""`mig-kit data`: check, look at, import and compare training data; nothing here loads a model."""
+
+from itertools import islice
+from pathlib import Path
+
+import click
+
+from mig_kit.image_files import ORIENTATIONS
+
+orientation_option = click.option(
+    "--orientation", default="upright", show_default=True, type=click.Choice(ORIENTATIONS),
+    help="Photos with an EXIF orientation: turned upright, or refused.")
+
+
+@click.group()
+def data() -> None:
+    """Check, look at and compare training data; nothing here loads a model."""
+
+
+def file_arguments(command):
+    """FILE, the root of its images and what becomes of photos with an EXIF orientation."""
+    for option in (
+            orientation_option,
+            click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
+                         help="Image root; else FILE's folder."),
+            click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))):
+        command = option(command)
+    return command
+
+
+@data.command()
+@file_arguments
+@click.option("--show", default=100, show_default=True, type=click.IntRange(0),
+              help="How many wrong lines to print.")
+@click.option("--profile", help="Also find prompts that are too long for this profile's base "
+                                "model, whose tokenizer is loaded: tiny, or a folder of params/.")
+def check(file: Path, root: Path | None, show: int, orientation: str, profile: str | None) -> None:
+    """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
+
+    FILE has a JSON object a line, or holds a list of them. The guide, notebooks/guide/own_data.md,
+    says what is in one.
+    """
+    from mig_kit.data import own_data, records
+
+    total = wrong = 0
+    measure = _prompt_measure(profile) if profile else None
+    word = records.entry_word(file)
+    for number, problems in own_data.check_file(file, root or file.parent, orientation, measure):
+        total += 1
+        wrong += bool(problems)
+        if problems and wrong <= show:
+            click.echo(f"{word} {number}: {'; '.join(problems)}")
+    more = f" (the first {show} shown)" if wrong > show else ""
+    click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}")
+    if not total:
+        raise ValueError(f"{file} has no {word}; write one JSON object a line, a question each")
+    if wrong:
+        raise click.exceptions.Exit(1)
+
+
+def _prompt_measure(profile: str):
+    """What says that a sample's prompt is too long for the base model of a profile."""
+    from mig_kit.boxes import BoxFormat
+    from mig_kit.engine import models, processors
+    from mig_kit.pipeline.params import profile_params
+
+    params = profile_params("01_synthesize", profile)
+    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+    return processors.prompt_measure(models.resolve_model(params["base_model"]), box_format)
+
+
+@data.command()
+@file_arguments
+@click.option("--out", default="preview.html", show_default=True,
+              type=click.Path(dir_okay=False, path_type=Path), help="A .png or an .html.")
+@click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200),
+              help="How many questions, from the top.")
+def preview(file: Path, root: Path | None, out: Path, count: int, orientation: str) -> None:
+    """Draw the boxes of FILE's first questions on their images, of those lines that are correct.
+
+    The guide, notebooks/guide/own_data.md, says what is in a line.
+    """
+    from mig_kit.data import own_data, records
+    from mig_kit.data.preview import write_preview
+
+    lines = own_data.iter_checked_lines(file, root or file.parent, orientation, decodes=True)
+    wrong = 0
+
+    def iter_correct():
+        nonlocal wrong
+        for line in lines:
+            wrong += bool(line.problems)
+            if line.problems and wrong <= 10:
+                click.echo(f"{records.entry_word(file)} {line.number}: {line.problems[0]}")
+            elif not line.problems:
+                yield line.sample
+
+    n_drawn, note = write_preview(islice(iter_correct(), count), out)
+    click.echo(note, nl=bool(note))
+    click.echo(f"{n_drawn} questions drawn, {wrong} wrong left out: {out}")
+    if wrong:
+        raise click.exceptions.Exit(1)
+
+
+@data.command("import")
+@click.argument("form", metavar="FORMAT", type=click.Choice(
+    ["own", "swift", "llava", "verl", "coco", "refcoco", "mgrounding"]))
+@file_arguments
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="Where the JSONL of own data goes.")
+@click.option("--coordinates", type=click.Choice(["pixels", "normalized_1000", "normalized_1"]),
+              help="Of boxes in texts (llava, verl, swift without objects), which do not say it.")
+@click.option("--padded", is_flag=True,
+              help="Boxes are of the image padded to a square, as in LLaVA-1.5's files.")
+@click.option("--several", type=click.Choice(["any", "all"]),
+              help="Of several boxes in an answer any is correct, or all must be found; without "
+                   "it, such answers are left out.")
+@click.option("--question", default="", help='coco, refcoco: what is asked, as "Find the {name}.".')
+@click.option("--instances", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="refcoco: the instances.json of the refs.")
+@click.option("--unstated", nargs=2, multiple=True, type=(str, int), metavar="SUBSET IMAGE",
+              help="mgrounding: image number to take in a subset whose answers name none.")
+@click.option("--show", default=100, show_default=True, type=click.IntRange(0),
+              help="How many problems to print.")
+def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
+                   padded: bool, several: str | None, show: int, unstated, **rules) -> None:
+    """Write FILE, a data set of another project, as own data, and say what is left out, and why.
+
+    swift: ms-swift. llava: LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI. verl: EasyR1, verl. coco.
+    refcoco. mgrounding: MGrounding-630k. own: own data whose images are in the file (bytes), or
+    whose questions hold tags such as <image>, which are taken out. FILE is JSON or parquet (whose
+    root, where images in it are written, is OUT's folder if none is given).
+    """
+    from mig_kit.data import importers, records
+
+    root = root or (out if records.entry_word(file) == "row" else file).parent
+    problems = 0
+
+    def print_problem(sentence: str) -> None:
+        nonlocal problems
+        problems += 1
+        if problems <= show:
+            click.echo(sentence.encode("utf-8", "backslashreplace").decode())
+
+    report = importers.import_file(
+        form, file, out, records.ImportRules(root, coordinates or "", padded, several or "",
+                                             unstated=dict(unstated), **rules), print_problem)
+    more = f" (the first {show} shown)" if problems > show else ""
+    written = f"{report.kept} written to {out}" if report.kept else "nothing written"
+    if report.kept and root.resolve() != out.parent.resolve():
+        written += f" (image root: {root})"
+    if not report.kept and out.exists():
+        written += f", {out} is as it was"
+    click.echo(f"{report.read} questions read, {written}, {problems} left out{more}")
+    if form == "mgrounding":
+        click.echo(report.summarize())
+    if not report.kept:
+        raise click.exceptions.Exit(1)
+
+
+@data.command()
+@click.argument("train", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("held_out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--bits", default=4, show_default=True, type=click.IntRange(0, 32),
+              help="Of 64 hash bits, how many may differ.")
+@click.option("--limit", type=click.IntRange(1), help="Look at so many files of each folder.")
+@orientation_option
+def duplicates(train: Path, held_out: Path, bits: int, limit: int | None,
+               orientation: str) -> None:
+    """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1
+    if there are any.
+    """
+    from mig_kit.data.duplicates import find_near_duplicates, iter_images, perceptual_hashes
+    from mig_kit.data.records import SkipReport
+
+    report = SkipReport()
+    train_hashes, held_out_hashes = (
+        perceptual_hashes(iter_images(folder, report, limit, orientation))
+        for folder in (train, held_out))
+    left_out = [f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})"
+                for reason, names in report.names.items()]
+    for folder, (names, _) in ((train, train_hashes), (held_out, held_out_hashes)):
+        if not names:
+            click.echo("\n".join(left_out), nl=bool(left_out))
+            raise ValueError(f"there is no image that can be read below {folder}; name the folder "
+                             "of the images")
+    pairs = 0
+    for name, other, distance in find_near_duplicates(train_hashes, held_out_hashes, bits):
+        pairs += 1
+        click.echo(f"{train / name}\t{held_out / other}\t{distance} bits")
+    click.echo(f"{len(train_hashes[0])} against {len(held_out_hashes[0])} images: "
+               f"{pairs} pairs within {bits} bits")
+    click.echo("\n".join(left_out), nl=bool(left_out))
+    if pairs:
+        raise click.exceptions.Exit(1)
