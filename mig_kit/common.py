@@ -4,6 +4,7 @@ import ctypes
 import difflib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,7 +12,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 PACKAGE = Path(__file__).resolve().parent
-PROJECT_ROOT = PACKAGE.parent
+IS_CLONE = (PACKAGE.parent / "pyproject.toml").is_file()
+# Relative paths start here, and runs/ lies here: the clone or, where a wheel is installed, the
+# folder in which the command was given, which the processes that it starts are told.
+PROJECT_ROOT = PACKAGE.parent if IS_CLONE else Path(
+    os.environ.setdefault("MIG_KIT_PROJECT", os.getcwd()))
+# a wheel has them inside the package
+NOTEBOOKS, PROFILES = ((PACKAGE.parent if IS_CLONE else PACKAGE) / name
+                       for name in ("notebooks", "params"))
 MAX_LINE = 1 << 20
 
 
@@ -74,6 +82,11 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest_json(facts) -> str:
+    """SHA-256 of what JSON can hold; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:

@@ -35,8 +35,7 @@ def open_attempt(stage: str, run_id: str, key: str, facts: dict) -> tuple[Path, 
 
     What has finished with the same key is linked or copied into a new attempt, so that its cells
     find all of it done. facts: of `store.stage_facts`. The marker is {"key", "facts", "spent"
-    (seconds of earlier attempts that this one goes on from), "repeats" (all was finished already)}
-    and, where the folder was renamed by hand, "resumed_from", the key of what it goes on from.
+    (seconds of earlier attempts that this one goes on from), "repeats" (all was finished already)}.
     """
     folder = attempt_folder(stage, run_id, key)
     marker = read_marker(folder)
@@ -44,9 +43,7 @@ def open_attempt(stage: str, run_id: str, key: str, facts: dict) -> tuple[Path, 
         shutil.rmtree(folder)
         marker = {}
     if marker:
-        marker = {**marker, "spent": seconds_spent(folder)}
-        if marker["key"] != key:
-            marker |= {"key": key, "facts": facts, "resumed_from": marker["key"]}
+        marker |= {"key": key, "facts": facts, "spent": seconds_spent(folder)}
     else:
         shutil.rmtree(folder, ignore_errors=True)  # half of a copy
         final = runs_root() / run_id / stage
@@ -80,10 +77,10 @@ def set_others_aside(stage: str, run_id: str, key: str, facts: dict) -> list[str
             shutil.rmtree(folder)
             continue
         differences = describe_differences(read_marker(folder).get("facts", {}), facts)
+        differences = f"what differs is {differences}" if differences else "it is as now"
         sentences.append(
             f"warning: an attempt that was stopped after {seconds / 60:.0f} min stays in {folder}: "
-            f"{differences}; to go on with it change that back, or stop this one and, as it is: "
-            f"rm -r {new} && mv {folder} {new}; delete it if it is of no use")
+            f"{differences}; to go on with it change that back, or delete it if it is of no use")
     return sentences
 
 
@@ -107,7 +104,7 @@ def bring_back(stage: str, run_id: str, key: str) -> bool:
     if aside.exists() and not before.exists():  # a kill came between these renames
         aside.rename(before)
     record = read_record(before / "run.json")
-    if record is None or record["key"] != key or not is_intact(before, record):
+    if record is None or record["key"] != key or find_damaged(before, record):
         return False
     if final.exists():
         final.rename(aside)
@@ -142,7 +139,7 @@ def _copy_finished(source: Path, folder: Path, key: str) -> dict | None:
     hard links where the disk has them.
     """
     record = read_record(source / "run.json")
-    if record is None or record["key"] != key or not is_intact(source, record):
+    if record is None or record["key"] != key or find_damaged(source, record):
         return None
 
     def bring_along(path: str, target: str) -> None:
@@ -158,43 +155,27 @@ def _copy_finished(source: Path, folder: Path, key: str) -> dict | None:
     return record
 
 
-def is_intact(folder: Path, record: dict) -> bool:
-    """True if all that a finished stage made is still there as it was, by size and time or, where
-    the time is another, by its hash; the images that it lists are there too.
+def find_damaged(folder: Path, record: dict, is_thorough: bool = False,
+                 hashes_images: bool = False) -> Path | None:
+    """The first file of a finished stage, stored images included, that is gone or not what the
+    stage wrote, or None.
+
+    A file of the same size and time is the same. is_thorough: hash such files, too; hashes_images:
+    also the images, which are named by their SHA-256.
     """
-    if find_damaged(folder, record):
-        return False
-    if IMAGE_MANIFEST not in record.get("outputs", ()):
-        return True
-    images = folder / IMAGE_FOLDER
-    names = set(os.listdir(images)) if images.is_dir() else set()
-    return names.issuperset((folder / IMAGE_MANIFEST).read_text().split())
-
-
-def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path | None:
-    """The first file of a finished stage that is gone or not what the stage wrote, or None.
-
-    is_thorough: hash every file, also those whose size and time are as they were.
-    """
-    for name, digest in record.get("outputs", {}).items():
+    outputs, stats = record.get("outputs", {}), record.get("stats", {})
+    for name, digest in outputs.items():
         path = folder / name
         if not path.is_file():
             return path
-        facts = record.get("stats", {}).get(name)
-        if (is_thorough or facts != file_facts(path)) and file_sha256(path) != digest:
+        is_as_it_was = stats.get(name) == file_facts(path) and not is_thorough
+        if not is_as_it_was and file_sha256(path) != digest:
             return path
-    return None
-
-
-def find_damaged_image(folder: Path, record: dict) -> Path | None:
-    """The first of a stage's stored images that is gone or has another SHA-256 than its name, or
-    None.
-    """
-    if IMAGE_MANIFEST not in record.get("outputs", ()):
-        return None
-    paths = (folder / IMAGE_FOLDER / name for name in (folder / IMAGE_MANIFEST).read_text().split())
-    return next((path for path in paths
-                 if not path.is_file() or file_sha256(path) != path.stem), None)
+    images = folder / IMAGE_FOLDER
+    listed = (folder / IMAGE_MANIFEST).read_text().split() if IMAGE_MANIFEST in outputs else ()
+    stored = set(os.listdir(images)) if images.is_dir() else set()
+    return next((images / name for name in listed if name not in stored
+                 or (hashes_images and file_sha256(images / name) != Path(name).stem)), None)
 
 
 def file_facts(path: Path) -> list[int]:
@@ -203,20 +184,29 @@ def file_facts(path: Path) -> list[int]:
 
 
 def describe_differences(before: dict, now: dict) -> str:
-    """What differs between the facts of two attempts, in words; three things at most by name."""
+    """What differs between the facts of two attempts, as "the parameter x (1, now 2)"; three things
+    at most by name, "" where nothing is known to differ.
+    """
     differences = []
-    for kind, values in now.items():
-        old = before.get(kind, {})
-        if kind == "cell":
-            differences += [f"the cell '{cell.splitlines()[0]}'"
-                            for cell in values if cell not in old][:1]
-            if not differences and len(values) < len(old):
-                differences.append("a cell that is gone")
-            continue
-        for name in sorted({*old, *values}):
-            if old.get(name) == values.get(name):
-                continue
-            change = f" ({old.get(name)}, now {values.get(name)})" if kind == "parameter" else ""
+    for kind in ("parameter", "file", "input"):
+        old, new = before.get(kind, {}), now[kind]
+        for name in sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
+            change = f" ({old.get(name)}, now {new.get(name)})" if kind == "parameter" else ""
             differences.append(f"the {kind} {name}{change}")
+    if before.get("code") != now["code"]:
+        differences += _describe_code_differences(before, now) or ["the code"]
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    return f"what differs is {', '.join(differences[:3])}{more}" if differences else "it is as now"
+    return ", ".join(differences[:3]) + more
+
+
+def _describe_code_differences(before: dict, now: dict) -> list[str]:
+    """Cells and definitions that are other ones; one that was only moved is the same."""
+    old_cells, old = before.get("cell", ()), before.get("definition", {})
+    cells = [f"the cell '{cell.splitlines()[0]}'" for cell in now["cell"] if cell not in old_cells]
+    if not cells and len(now["cell"]) < len(old_cells):
+        cells = ["a cell that is gone"]
+    new = now["definition"]
+    names = [name for name in new if new[name] not in old.values()]
+    names += [name for name in old if name not in new and old[name] not in new.values()]
+    places = (name.rpartition(".") for name in names)
+    return cells[:1] + [f"the definition {name} of {module}" for module, _, name in places]

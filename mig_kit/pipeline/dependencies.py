@@ -1,78 +1,105 @@
-"""The code that a stage's results depend on: the definitions that its notebook uses, and those they
-use in turn.
+"""The code that a stage's results follow from: cells of its notebook, the definitions that these
+use, and those that they use in turn.
 
-A stage is stale when one of these definitions changes, and only then: another reward must not
-repeat fine-tuning. Comments and docstrings do not count, nor does PLUMBING, nor do modules that
-only show or check (DISPLAY_ONLY), except where a stage's results are pictures.
+A stage is stale when one of these changes, and only then: another reward must not repeat
+fine-tuning. Code counts by its digest alone, so that a definition or a module can be moved and
+renamed. Comments, docstrings and imports of the kit do not count, nor do cells that only show
+something (TAGS_OUTSIDE), nor does what is NOT_PART_OF_A_KEY.
 """
 
 import ast
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from mig_kit.common import PACKAGE, PROJECT_ROOT, file_sha256
+from mig_kit.common import NOTEBOOKS, PACKAGE, digest_json, file_sha256
 
-DISPLAY_ONLY = {"mig_kit.plots", "mig_kit.lesson_plots", "mig_kit.method_plots",
-                "mig_kit.token_plots", "mig_kit.group_plots", "mig_kit.palette",
-                "mig_kit.pictures", "mig_kit.score_plots", "mig_kit.widgets",
-                "mig_kit.engine.lesson_parts", "mig_kit.stages.report",
-                "mig_kit.stages.report_gallery", "mig_kit.stages.report_tables",
-                "mig_kit.stages.sanity_checks"}
-PLUMBING = "mig_kit.pipeline."  # run folders, parameters and their rules: no result follows from it
-STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}
+Name = tuple[str, str]  # (module, definition); (module, "") is the module itself
+
+PLUMBING = "mig_kit.pipeline"
+# what no result follows from: packages and modules that keep runs, show something or check it
+NOT_PART_OF_A_KEY = (
+    PLUMBING, "mig_kit.drawing", "mig_kit.engine.lesson_parts", "mig_kit.stages.report",
+    "mig_kit.stages.report_gallery", "mig_kit.stages.sanity_checks")
+STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}  # all of that counts but PLUMBING
+# of cells: those that only draw, and mathematics by hand that no later cell uses
+TAGS_OUTSIDE = {"parameters", "picture", "lesson"}
+CHOSEN = "REWARDS"  # a dictionary of which only the entries count that a stage has chosen
 MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
 
 
 def notebook_cells(stage: str) -> list[dict]:
     """The code cells of a stage's notebook; [] where there is none."""
-    path = PROJECT_ROOT / "notebooks" / f"{stage}.ipynb"
+    path = NOTEBOOKS / f"{stage}.ipynb"
     cells = json.loads(path.read_text())["cells"] if path.is_file() else []
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def notebook_code(stage: str) -> list[str]:
-    """The code of a stage's notebook without its parameters cell, cell by cell, free of comments.
+def describe_code(stage: str, rewards: Sequence[str]) -> dict:
+    """{"code", "definition", "cell"} of a stage.
+
+    code: a digest of all the code that its results follow from. definition ("module.name" ->
+    digest) and cell (texts) say what that is, for sentences on what has changed.
+    rewards: the names of the kit's rewards that the stage uses.
     """
-    cells = [ast.unparse(_parse("".join(cell["source"]))) for cell in notebook_cells(stage)
-             if "parameters" not in cell["metadata"].get("tags", ())]
-    return [cell for cell in cells if cell]  # JupyterLab adds an empty one
+    source = "\n".join("".join(cell["source"]) for cell in notebook_cells(stage))
+    imports = _imports(_parse(source))
+    cells = []
+    for cell in notebook_cells(stage):
+        if not TAGS_OUTSIDE & set(cell["metadata"].get("tags", ())):
+            tree, references = _resolve(_parse("".join(cell["source"])), imports)
+            if text := ast.unparse(tree):  # JupyterLab adds an empty cell
+                cells.append((text, references))
+    definitions = _find_definitions({name for _, references in cells for name in references},
+                                    stage, rewards)
+    digests = {name: hashlib.sha256(code.encode()).hexdigest()[:16]
+               for name, (code, _) in definitions.items()}
+    digests |= {(module, file.name): file_sha256(file)[:16] for module in {m for m, _ in digests}
+                for file in _files_beside(module)}
+
+    def with_uses(digest: str, references: Iterable[Name]) -> list:
+        # the name alone does not say which of two functions of that name is called
+        return [digest, sorted({digests[name] for name in references if name in digests})]
+
+    uses = [with_uses(digest, definitions.get(name, ("", ()))[1])
+            for name, digest in digests.items()]
+    return {"code": digest_json([sorted(uses), [with_uses(*cell) for cell in cells]]),
+            "definition": {".".join(name): digests[name] for name in sorted(digests)},
+            "cell": [text for text, _ in cells]}
 
 
-def used_definitions(stage: str) -> dict[str, str]:
-    """"module.name" -> SHA-256 of its code, of every definition of the kit that the stage's results
-    depend on, and of the files that lie beside these modules under their names, as templates do.
-    """
-    is_picture = stage in STAGES_OF_PICTURES
-    tree = _parse("\n".join("".join(cell["source"]) for cell in notebook_cells(stage)))
-    todo = _references(tree, _imports(tree))
-    used: dict[str, str] = {}
+def _find_definitions(names: Iterable[Name], stage: str,
+                      rewards: Sequence[str]) -> dict[Name, tuple[str, frozenset[Name]]]:
+    """(code, references) of the definitions of these names, and of all that they lead to."""
+    left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
+    todo, used = set(names), {}
     while todo:
         module, name = todo.pop()
-        key = f"{module}.{name}"
-        is_ignored = module in DISPLAY_ONLY or module.startswith(PLUMBING)
-        if key in used or (is_ignored and not is_picture):
+        is_left_out = any(f"{module}.".startswith(f"{other}.") for other in left_out)
+        if (module, name) in used or is_left_out:
             continue
-        definition = _definitions(_module_path(module)).get(name)
-        if definition is None:
-            continue
-        code, references = definition
-        used[key] = hashlib.sha256(code.encode()).hexdigest()
-        todo |= references
-    modules = {key.rpartition(".")[0] for key in used}
-    files = {file for path in map(_module_path, modules)
-             for file in path.parent.glob(f"{path.stem}.*")}
-    used |= {str(file.relative_to(PACKAGE)): file_sha256(file)
-             for file in files if file.suffix != ".py"}
-    return dict(sorted(used.items()))
+        definitions = _definitions(_module_path(module))
+        if name in definitions:
+            used[module, name] = definitions[name]
+            todo |= definitions[name][1]
+        elif name == CHOSEN:
+            todo |= {(module, f"{name}[{reward}]") for reward in rewards}
+    return {name: definition for name, definition in used.items() if definition[0]}
 
 
 def _module_path(module: str) -> Path:
     return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
 
-def _definitions(path: Path) -> dict[str, tuple[str, frozenset]]:
+def _files_beside(module: str) -> list[Path]:
+    """The files that lie beside a module under its name, as templates do."""
+    path = _module_path(module)
+    return [file for file in path.parent.glob(f"{path.stem}.*") if file.suffix != ".py"]
+
+
+def _definitions(path: Path) -> dict[str, tuple[str, frozenset[Name]]]:
     """name -> (its code, what it refers to) of every top-level definition of a module; {} where
     there is no such file.
     """
@@ -80,22 +107,32 @@ def _definitions(path: Path) -> dict[str, tuple[str, frozenset]]:
 
 
 @cache
-def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozenset]]:
+def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozenset[Name]]]:
     tree = _parse(path.read_text())
     module = ".".join(("mig_kit", *path.relative_to(PACKAGE).with_suffix("").parts))
-    by_name = [(name, statement) for statement in tree.body for name in _defined_names(statement)]
-    local = {name: (module, name) for name, _ in by_name if name != MODULE_BODY}
+    statements = [pair for statement in tree.body for pair in _split_choice(statement)]
+    defined = {name for names, _ in statements for name in names}
     imported = _imports(tree)
+    known = imported | {name: (module, name) for name in defined - {MODULE_BODY}}
+    body = {(module, MODULE_BODY)} if MODULE_BODY in defined else set()
     # a name that is only imported here, and used from here, leads to where it is defined
     definitions = {name: ("", frozenset({origin})) for name, origin in imported.items()}
-    body = {(module, MODULE_BODY)} if any(name == MODULE_BODY for name, _ in by_name) else set()
-    for name in {name for name, _ in by_name}:
-        statements = [statement for other, statement in by_name if other == name]
-        code = "".join(ast.dump(statement) for statement in statements)
-        references = set(body).union(
-            *(_references(statement, {**imported, **local}) for statement in statements))
-        definitions[name] = code, frozenset(references - {(module, name)})
-    return definitions
+    own = {name: ("", frozenset(body)) for name in defined}
+    for names, statement in statements:
+        resolved, references = _resolve(statement, known)
+        for name in names:
+            code, others = own[name]
+            own[name] = code + ast.dump(resolved), others | references - {(module, name)}
+    return definitions | own
+
+
+def _split_choice(statement: ast.stmt) -> list[tuple[list[str], ast.AST]]:
+    """(the names that it defines, a statement); of CHOSEN instead an entry each, "REWARDS[box]"."""
+    names = _defined_names(statement)
+    if names != [CHOSEN] or not isinstance(statement.value, ast.Dict):
+        return [(names, statement)]
+    return [([f"{CHOSEN}[{ast.literal_eval(key)}]"], value)
+            for key, value in zip(statement.value.keys, statement.value.values)]
 
 
 def _parse(source: str) -> ast.Module:
@@ -123,31 +160,51 @@ def _defined_names(statement: ast.stmt) -> list[str]:
     return [] if is_docstring or is_import else [MODULE_BODY]
 
 
-def _imports(tree: ast.AST) -> dict[str, tuple[str, str]]:
-    """Local name -> (module, name), or (module, "") for a module, of everything imported from the
-    kit anywhere in `tree`.
-    """
+def _is_kit_import(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mig_kit"
+
+
+def _imports(tree: ast.AST) -> dict[str, Name]:
+    """Local name -> what it stands for, of everything imported from the kit anywhere in `tree`."""
     names = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mig_kit":
-            for alias in node.names:
-                module = f"{node.module}.{alias.name}"
-                is_module = _module_path(module).is_file()
-                origin = (module, "") if is_module else (node.module, alias.name)
-                names[alias.asname or alias.name] = origin
+    for node in filter(_is_kit_import, ast.walk(tree)):
+        for alias in node.names:
+            module = f"{node.module}.{alias.name}"
+            is_module = _module_path(module).is_file()
+            names[alias.asname or alias.name] = (module, "") if is_module else (
+                node.module, alias.name)
     return names
 
 
-def _references(tree: ast.AST,
-                imports: dict[str, tuple[str, str]]) -> set[tuple[str, str]]:
-    """(module, name) of every definition of the kit that `tree` names."""
-    imports = {**imports, **_imports(tree)}
-    references = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and imports.get(node.id, ("", ""))[1]:
-            references.add(imports[node.id])
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module, name = imports.get(node.value.id, ("", "x"))
+def _resolve(tree: ast.AST, names: dict[str, Name]) -> tuple[ast.AST, set[Name]]:
+    """`tree` without what says where the kit's definitions lie, and the names of those it uses."""
+    resolver = _Resolver({**names, **_imports(tree)})
+    return resolver.visit(tree), resolver.references
+
+
+class _Resolver(ast.NodeTransformer):
+    """Writes `module.name` and `alias` of the kit as `name`, leaves the kit's imports out, and
+    collects what is used.
+    """
+
+    def __init__(self, names: dict[str, Name]):
+        self.names = names
+        self.references: set[Name] = set()
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        return None if _is_kit_import(node) else node
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        module, name = self.names.get(node.id, ("", ""))
+        return self._refer(module, name, node) if name else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if isinstance(node.value, ast.Name):
+            module, name = self.names.get(node.value.id, ("", "no module"))
             if not name:
-                references.add((module, node.attr))
-    return references
+                return self._refer(module, node.attr, node)
+        return self.generic_visit(node)
+
+    def _refer(self, module: str, name: str, node: ast.expr) -> ast.Name:
+        self.references.add((module, name))
+        return ast.Name(name, node.ctx)

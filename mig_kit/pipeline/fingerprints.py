@@ -8,12 +8,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from mig_kit.common import PROJECT_ROOT, file_sha256, iter_lines, model_folder, progress_bar
+from mig_kit.common import (
+    PROJECT_ROOT,
+    digest_json,
+    file_sha256,
+    iter_lines,
+    model_folder,
+    progress_bar,
+)
 from mig_kit.image_files import is_regular_file
 from mig_kit.pipeline.run_folders import runs_root
 
@@ -22,11 +29,6 @@ LARGE_SET = 2**35  # bytes of images, likewise
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
 CACHE = ".images_{}.json"  # in the folder of runs: of a root's images, size and time, and SHA-256
 JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')  # one without an end takes the rest along
-
-
-def digest_json(facts) -> str:
-    """SHA-256 of what JSON can hold; the order of keys does not count."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def model_fingerprint(model: str) -> dict[str, str]:
@@ -48,37 +50,37 @@ def _size_and_time(path: Path) -> str:
 
 
 def hash_named_files(params: dict) -> dict[str, str]:
-    """SHA-256 of the files that parameters ending in "_file" name, where they are there, and under
-    "images" of the images that these ask about.
+    """SHA-256 of the files that `data` and parameters ending in "_file" name, where they are there,
+    and under "images" of the images that these ask about.
     """
-    files = {name: file_sha256(PROJECT_ROOT / value) for name, value in params.items()
-             if name.endswith("_file") and value and (PROJECT_ROOT / value).is_file()}
+    named = {name: PROJECT_ROOT / value for name, value in params.items()
+             if value and (name == "data" or name.endswith("_file"))}
+    files = {name: file_sha256(path) for name, path in named.items() if path.is_file()}
     images = image_fingerprint(params)
     return files | ({"images": images} if images else {})
 
 
 def image_fingerprint(params: dict) -> str:
-    """`hash_images` of what 01's own data, or 06's benchmark, asks about; "" without such data."""
-    suite = params.get("benchmark") or params.get("data") or "scenes"
-    file, limit = ("annotations_file", "benchmark_limit") if params.get("benchmark") else (
-        "data_file", "data_limit")
-    if suite == "scenes" or not (PROJECT_ROOT / params[file]).is_file():
+    """`hash_images` of what 01's own data asks about; "" without such data."""
+    data = params.get("data", "scenes")
+    if data == "scenes" or not (PROJECT_ROOT / data).is_file():
         return ""
-    path, root = PROJECT_ROOT / params[file], PROJECT_ROOT / params["image_root"]
-    is_beside = file == "data_file" and not params["image_root"]
-    return hash_images(suite, path, path.parent if is_beside else root, params[limit])
+    path = PROJECT_ROOT / data
+    root = PROJECT_ROOT / params["image_root"] if params["image_root"] else path.parent
+    return hash_images(iter_own_images(path, root), root)
 
 
-def hash_images(suite: str, file: Path, root: Path, limit: int = 0) -> str:
-    """SHA-256 over names and contents of the images below `root` that a file's questions name.
+def iter_own_images(file: Path, root: Path, limit: int = 0) -> Iterator[tuple[str, Path]]:
+    """(name, path) of all that may be an image in the first `limit` lines of own data (0: all)."""
+    return ((name, root / name.removeprefix("file://")) for name in _texts(file, limit))
 
-    suite: a benchmark, or any other word for own data; limit: of questions, 0 for all. A file whose
-    size and time are known is not read again; one that is gone counts as it was.
+
+def hash_images(named_paths: Iterable[tuple[str, Path]], root: Path) -> str:
+    """SHA-256 over names and contents of images below `root`.
+
+    A file whose size and time are known is not read again; one that is gone counts as it was.
     """
-    from mig_kit.scoring.run_benchmark import RUNNABLE, iter_image_paths
-
-    images = dict(iter_image_paths(suite, file, root, limit) if suite in RUNNABLE else
-                  ((name, root / name.removeprefix("file://")) for name in _texts(file, limit)))
+    images = dict(named_paths)
     facts = {name: _size_and_time(path) for name, path in images.items() if is_regular_file(path)}
     sizes = (int(fact.split()[0]) for fact in facts.values())
     digests = facts if sum(sizes) > LARGE_SET else _hash_files(root, images, facts)

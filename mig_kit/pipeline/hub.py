@@ -12,11 +12,12 @@ from huggingface_hub import HfApi, ModelCardData
 
 from mig_kit.boxes import Coordinates
 from mig_kit.common import model_folder
+from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline import store
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
 from mig_kit.pipeline.run_facts import name_data
-from mig_kit.pipeline.run_folders import run_command
-from mig_kit.plots import SYSTEM_LABELS, suite_name
+from mig_kit.pipeline.run_folders import require_record
+from mig_kit.world.suites import suite_title
 
 CARD = """---
 {metadata}
@@ -25,7 +26,7 @@ CARD = """---
 # {run_id}
 
 Made by mig-kit from `{base}` by the recipe of arXiv 2507.00748:
-{recipe} ({steps} steps, seed {seed}).
+GRPO of {start_from}, {steps} updates, seed {seed}.
 
 Greedy scores in percent, with 95 % intervals over test samples:
 
@@ -37,11 +38,9 @@ Replies hold reasoning in `<think>` and, in `<answer>`, JSON with the image's nu
 {coordinates}. For research only: {seen}
 """
 
-RECIPES = {  # by start_from of 05
-    "merged": "cold start, QLoRA, merge, rejection sampling, GRPO",
-    "adapter": "cold start, QLoRA, rejection sampling, GRPO of the same adapter",
-    "base": "rejection sampling and GRPO from the base, without a cold start",
-}
+STARTS = {  # by start_from of 05
+    "merged": "the merged SFT model", "adapter": "the SFT adapter",
+    "base": "the base, without a cold start"}
 
 
 def model_card(run_id: str) -> str:
@@ -50,59 +49,43 @@ def model_card(run_id: str) -> str:
     Raises FileNotFoundError for a run without finished 05_grpo and 06_evaluate, ValueError where
     the scores are not this model's.
     """
-    has_sft, data = store.has_cold_start(run_id), name_data(run_id)
-    records = {stage: _require_fresh_record(stage, run_id)
-               for stage in ("02_sft", "05_grpo", "06_evaluate") if has_sft or stage > "03"}
+    params = require_record("05_grpo", run_id, "the model card")["params"]
+    require_record("06_evaluate", run_id, "the model card")
+    if replaced := store.find_replaced_input("06_evaluate", run_id):
+        raise ValueError(f"06_evaluate of run '{run_id}' finished before {replaced} was run again; "
+                         f"run: {store.format_run_command('06_evaluate', run_id)}")
     metrics = store.read_metrics(store.stage_folder("06_evaluate", run_id))
-    params = records["05_grpo"]["params"]
-    base = params["base_model"]
-    is_on_hub = (re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
-                 and not model_folder(base).exists())
-    is_tiny, start = base == "tiny", params.get("start_from", "merged")
-    before = "sft" if has_sft and start in NEEDS_SFT else "base"
-    before = "start" if "start" in metrics["systems"] else before
+    base, start_from = params["base_model"], params.get("start_from", "merged")
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not model_folder(base).exists()
+    before = "start" if "start" in metrics["systems"] else (
+        "sft" if start_from in NEEDS_SFT else "base")
     metadata = ModelCardData(
-        license="apache-2.0" if is_tiny else "other", library_name="transformers",
+        license="apache-2.0" if base == "tiny" else "other", library_name="transformers",
         pipeline_tag="image-text-to-text", base_model=base if is_on_hub else None,
         tags=["multi-image-grounding", "grpo", "mig-kit"])
     return CARD.format(
         metadata=metadata.to_yaml(), run_id=run_id, base=base if is_on_hub else Path(base).name,
-        steps=params["max_steps"], seed=params["seed"], 
-        rows="\n".join(_score_rows(metrics, before)),
-        coordinates=Coordinates(params["coordinates"]).description,
-        start=SYSTEM_LABELS[before],
-        recipe=RECIPES.get(start if has_sft else "base", "GRPO from another model's folder"),
-        seen=_describe_data(is_tiny, data))
+        start_from=STARTS.get(start_from, "another model's folder"), steps=params["max_steps"],
+        seed=params["seed"], start=SYSTEM_LABELS[before],
+        rows="\n".join(_score_rows(metrics, before)), seen=_describe_data(base, run_id),
+        coordinates=Coordinates(params["coordinates"]).description)
 
 
-def _describe_data(is_tiny: bool, data: str) -> str:
-    if data == "scenes":
-        seen = ("it has only ever seen drawn scenes" if is_tiny
-                else "RL and its measurement saw drawn scenes only")
-    else:
-        seen = f"trained on other data than drawn scenes ({data}), whose licence may bind it"
-    return f"{seen}." if is_tiny else f"{seen}; name the base model's licence first."
-
-
-def _require_fresh_record(stage: str, run_id: str) -> dict:
-    record = store.load_record(stage, run_id)
-    if record is None:
-        raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; "
-                                f"run: {run_command(stage, run_id)}")
-    if stale_input := store.find_stale_input(stage, run_id):
-        raise ValueError(f"{stage} of run '{run_id}' finished before {stale_input} was run again; "
-                         f"run: {run_command(stage, run_id)}")
-    return record
+def _describe_data(base: str, run_id: str) -> str:
+    data = name_data(run_id)
+    seen = ("trained on synthetic scenes" if data == "scenes"
+            else f"trained on other data than synthetic scenes ({data}), whose licence may bind it")
+    return f"{seen}." if base == "tiny" else f"{seen}; name the base model's licence first."
 
 
 def _score_rows(metrics: dict, start: str) -> list[str]:
     rows = []
     for suite, result in metrics["systems"]["grpo"].items():
-        before = metrics["systems"][start][suite]["score"]
         difference = metrics["deltas"][f"grpo-{start}"][suite]
         low, high = difference["ci95"]
-        rows.append(f"| {suite_name(suite)} | {before:.1f} | {result['score']:.1f} | "
-                    f"{difference['value']:+.1f} ({low:+.1f} to {high:+.1f}) |")
+        rows.append(f"| {suite_title(suite)} | {metrics['systems'][start][suite]['score']:.1f} | "
+                    f"{result['score']:.1f} | {difference['value']:+.1f} "
+                    f"({low:+.1f} to {high:+.1f}) |")
     return rows
 
 
@@ -116,27 +99,21 @@ def prepare_upload(run_id: str, folder: Path) -> Path:
     return folder
 
 
-def hub_client() -> HfApi:
-    """An HfApi with the token of HF_TOKEN; ValueError where that is not set."""
+def upload(folder: Path, repository: str, private: bool) -> str:
+    """Upload a prepared folder and return its address.
+
+    ValueError where HF_TOKEN is not set, OSError where the Hub cannot be reached.
+    """
     if not os.environ.get("HF_TOKEN"):
         raise ValueError("HF_TOKEN is not set; put a token with write access into that "
                          "environment variable")
-    return HfApi(token=os.environ["HF_TOKEN"])
-
-
-def upload(folder: Path, repository: str, private: bool, client: HfApi) -> str:
-    """Upload a prepared folder and return its address.
-
-    Raises OSError where the Hub cannot be reached.
-    """
+    client = HfApi(token=os.environ["HF_TOKEN"])
     try:
         address = client.create_repo(repository, private=private, exist_ok=True)
-        client.upload_folder(repo_id=repository, folder_path=str(folder),
+        client.upload_folder(repo_id=repository, folder_path=folder,
                              commit_message="Model and card from mig-kit")
     except Exception as error:
-        # the Hub's client lets errors of its HTTP library through, whichever that is
-        is_connection_error = type(error).__module__.split(".")[0] in ("httpx", "httpx2")
-        if isinstance(error, OSError | ValueError) or not is_connection_error:
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):  # of its client
             raise
         raise OSError(f"the Hub could not be reached ({type(error).__name__}); "
                       "try again") from error

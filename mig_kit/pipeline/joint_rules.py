@@ -1,25 +1,57 @@
-"""The table of rules between parameters: what cannot act together is refused.
+"""The table of rules between parameters, and those of the rewards: what cannot act together, or not
+with what the run's other stages have made, is refused before any kernel starts.
 
 With `num_iterations` 1 an update learns once from its replies. The model is then its own old model,
 and the ratio of new to old probabilities is exactly 1: no clip can act, and losses that differ only
-in what they make of the ratio are the same.
+in what they make of the ratio are the same. A run without a teacher in 01 has no cold start: there
+is nothing to fine-tune on, 02 and 03 are left out, and RL starts from the base.
 """
 
+import ast
 import importlib.util
 import inspect
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from mig_kit.common import PROJECT_ROOT, model_folder
-from mig_kit.launchers import parse_launcher
+import yaml
+
+from mig_kit.common import (
+    PROFILES,
+    PROJECT_ROOT,
+    model_folder,
+    split_function_name,
+    suggest_word,
+)
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
-from mig_kit.pipeline.rules import RULES
+from mig_kit.pipeline.launchers import parse_launcher
+from mig_kit.pipeline.params import (
+    RUN_PARAMS_STAGE,
+    complete_params,
+    profile_params,
+    stage_parameters,
+)
+from mig_kit.pipeline.rules import RULES, describe_values
+from mig_kit.pipeline.run_folders import (
+    COLD_START,
+    has_cold_start,
+    load_record,
+    require_runs,
+    stage_folder,
+)
 
 SINGLE = "with num_iterations 1 the ratio of new to old probabilities is exactly 1"
 TWICE = "set num_iterations to 2 or more"
 START_WORDS, NEEDS_SFT = ("merged", "base", "adapter"), ("merged", "adapter")
 TABLE_COLUMNS = ("suite", "compared")  # of the paper's claims, where the groups are columns, too
 HIDDEN = ("endpoint_url", "server")  # may hold a key, which no message repeats
+# the names of `mig_kit.rewards.REWARDS`, which is slow to import
+KIT_REWARDS = ("format", "image", "box", "choice")
+# what the curves of stage 05 hold besides the rewards
+NAMES_OF_CURVES = ("step", "reward", "length", "entropy", "kl", "zero_std", "clipped_ratio",
+                   "clip_ratio", "ratio", "staleness", "adapter", "method", "finding", "evidence")
+SFT, CURATION = "02_sft", "04_rejection_sampling"
 
 
 def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
@@ -67,9 +99,9 @@ def _leaves_steps_over(launcher: str, steps: int) -> bool:
 
 # (whether parameters of these names break the rule, what holds; the remedy). A rule is of the
 # stages that have all of them. `changed` names those that are not at their defaults. The rest are
-# facts of the run, of `run_rules.list_facts`, and such a rule waits until they are known.
+# facts of the run, of `list_facts`, and such a rule waits until they are known.
 JOINT_RULES = (
-    (lambda profile: profile != "tiny" and (not profile or _is_no_folder(f"params/{profile}")),
+    (lambda profile: profile != "tiny" and (not profile or not (PROFILES / profile).is_dir()),
      "it must be tiny or a folder of params/; name one of them"),
     (lambda model: model and _is_no_model(model),
      "it must be a folder that exists, or USER/NAME of the hub; correct it"),
@@ -77,33 +109,29 @@ JOINT_RULES = (
      "it must be tiny, a folder that exists, or USER/NAME of the hub; correct it"),
     (lambda min_pixels, max_pixels: min_pixels > max_pixels,
      "the lower limit must be at most the upper one; swap them"),
-    (lambda detail_mix: not any(detail_mix), "one of the weights must be above 0; raise one"),
     (lambda data_shares: abs(sum(data_shares) - 1) > 1e-6,
      "the shares of cold start, RL and validation must sum to 1; write three that do, as "
      "[0.75, 0.2, 0.05]"),
     (lambda data, data_shares: data != "scenes" and not data_shares[2],
      "some questions must be held out; raise the last share"),
-    (lambda data, teacher: teacher == "own" and data != "own",
-     "teacher own is the key 'reply' of data own; use another teacher"),
+    (lambda data, teacher: teacher == "own" and data == "scenes",
+     "teacher own is the key 'reply' of your own data; name its file in data"),
     (lambda data, teacher: teacher == "rules" and data != "scenes",
      "the rules teacher reads drawn scenes only; set teacher to none and start_from to base (RL "
      "alone: images, question and target are enough), to own (your key 'reply') or to endpoint"),
-    (lambda data, cot_find_all_per_task, rl_find_all_per_task:
-     data != "scenes" and (cot_find_all_per_task or rl_find_all_per_task),
-     "questions for all boxes are drawn, as scenes are; set them to 0"),
-    (lambda teacher, cot_find_all_per_task: cot_find_all_per_task and teacher == "none",
-     "cot_find_all_per_task is for the cold start, which teacher none leaves out; set it to 0, or "
-     "use rl_find_all_per_task"),
-    (lambda data, rl_per_task, rl_free_form_per_task, rl_boxes_per_task, rl_find_all_per_task:
+    (lambda data, train_find_all_per_task: data != "scenes" and train_find_all_per_task,
+     "questions for all boxes are drawn, as scenes are; set train_find_all_per_task to 0"),
+    (lambda data, rl_per_task, rl_free_form_per_task, rl_boxes_per_task, train_find_all_per_task:
      data == "scenes" and not (rl_per_task or rl_free_form_per_task or rl_boxes_per_task
-                               or rl_find_all_per_task),
+                               or train_find_all_per_task),
      "RL needs candidates; raise one of them"),
-    (lambda data, teacher, cot_per_task, free_form_per_task, cot_find_all_per_task:
+    (lambda data, teacher, cot_per_task, free_form_per_task, train_find_all_per_task:
      data == "scenes" and teacher != "none" and not (
-         cot_per_task or free_form_per_task or cot_find_all_per_task),
+         cot_per_task or free_form_per_task or train_find_all_per_task),
      "the teacher needs questions; raise one of them, or set teacher to none"),
-    (lambda data, data_file: data != "scenes" and _is_no_file(data_file),
-     "the questions must be in a file that exists; name it in data_file"),
+    (lambda data: data != "scenes" and _is_no_file(data),
+     "it must be scenes or a file that exists; name the file of your questions, as -p data "
+     "mine.jsonl"),
     (lambda image_root: _is_no_folder(image_root), "it must be a folder that exists; correct it"),
     (lambda teacher, endpoint_url, endpoint_model: teacher == "endpoint" and not (
         ADDRESS.fullmatch(endpoint_url) and endpoint_model),
@@ -119,10 +147,7 @@ JOINT_RULES = (
     (lambda server: server and parse_server(server) is None, "no key may be in it; take it out"),
     (lambda min_pass_rate, max_pass_rate: min_pass_rate > max_pass_rate,
      "the lower rate must be at most the upper one; swap them"),
-    (lambda kept_prompts, curate: kept_prompts and curate != "random",
-     "kept_prompts acts with curate random only, and with pass_rate as many prompts are kept as "
-     "have a fitting one; set kept_prompts to 0"),
-    (lambda replies, curate: not replies and curate == "pass_rate",
+    (lambda replies, min_pass_rate: not replies,
      "04 needs one reply or more to each prompt for a pass rate; for 06 without them run it by "
      "itself: mig-kit run 06 -p replies 0"),
     (lambda num_generations, per_device_train_batch_size, gradient_accumulation_steps, share_prefix:
@@ -155,12 +180,6 @@ JOINT_RULES = (
     (lambda epsilon, epsilon_high, num_iterations, changed: (
         num_iterations == 1 and changed & {"epsilon", "epsilon_high"}),
      f"{SINGLE}, so neither has anything to clip; {TWICE}, or take them out"),
-    (lambda epsilon, loss_type, changed: (
-        "epsilon" in changed and loss_type in ("cispo", "sapo", "vespo")),
-     "this loss_type does not read epsilon; take it out, or use another loss_type"),
-    (lambda epsilon_high, loss_type, changed: (
-        "epsilon_high" in changed and loss_type in ("sapo", "vespo")),
-     "this loss_type does not read epsilon_high; take it out, or use another loss_type"),
     (lambda loss_type, epsilon, epsilon_high: (
         loss_type == "cispo" and (epsilon_high or epsilon) < 1),
      "loss_type cispo caps the ratio itself at epsilon_high, and below 1 would multiply nearly "
@@ -169,11 +188,6 @@ JOINT_RULES = (
         {"luspo": "token", "vespo": "sequence"}.get(loss_type)),
      "luspo weighs replies by a ratio per reply, and vespo has weights of its own per sequence; "
      "set importance_sampling_level to sequence for luspo, to token for vespo"),
-    (lambda loss_type, server, vllm_importance_sampling_correction, vllm_importance_sampling_mode:
-     loss_type == "vespo" and server and vllm_importance_sampling_correction and (
-         vllm_importance_sampling_mode.startswith("sequence")),
-     "vespo reads the server's ratio per token; set vllm_importance_sampling_mode to "
-     "token_truncate or token_mask"),
     (lambda top_entropy_quantile, importance_sampling_level, loss_type: (
         importance_sampling_level == "sequence" and loss_type != "cispo"
         and top_entropy_quantile < 1),
@@ -183,8 +197,6 @@ JOINT_RULES = (
         loss_type == "bnpo" and gradient_accumulation_steps == 1),
      "bnpo is the mean over the tokens of a step, and an update of one step makes it dapo; use "
      "dapo, or raise gradient_accumulation_steps"),
-    (lambda benchmark, annotations_file: benchmark and _is_no_file(annotations_file),
-     "a benchmark needs a file that exists; name it in annotations_file"),
     (lambda wide_hidden: wide_hidden % 128, "heads are 128 wide; use a multiple of 128"),
     (lambda groups, reference: (
         (names := parse_groups(groups)) and reference and reference not in names),
@@ -192,14 +204,12 @@ JOINT_RULES = (
     (lambda num_train_epochs, teacher_of_01: teacher_of_01 == "none",
      "there is no cold-start set to learn from; run 01 again with another teacher, or leave 02 and "
      "03 out and set start_from of 05 to base"),
-    (lambda kept_prompts, candidates: kept_prompts > candidates,
-     "so many cannot be kept; lower it, or raise per_task"),
     (lambda start_from, teacher_of_01, has_sft: start_from in NEEDS_SFT and not has_sft,
      "there is no cold start; set start_from to base, for RL alone, or teacher to own (the key "
      "'reply' of your data) or endpoint"),
-    (lambda start_from, lora_r, lora_alpha, lora_targets, adapter_of_02: (
-        start_from == "adapter" and adapter_of_02 != [lora_r, lora_alpha, lora_targets]),
-     "RL goes on with that adapter; set lora_r, lora_alpha and lora_targets to those of 02"),
+    (lambda start_from, lora_r, lora_targets, adapter_of_02: (
+        start_from == "adapter" and adapter_of_02 != [lora_r, lora_targets]),
+     "RL goes on with that adapter; set lora_r and lora_targets to those of 02"),
     (lambda num_generations, prompts_of_an_update, prompts_of_04: (
         prompts_of_04 < prompts_of_an_update),
      "an update cannot use more prompts than there are (it uses per_device_train_batch_size x "
@@ -221,11 +231,26 @@ def describe_joint_rules(names) -> Iterator[str]:
             yield f"# {', '.join(shown)}: {text.partition(';')[0]}"
 
 
+def params_text(stage: str, profile: str = "tiny") -> str:
+    """The parameters of a stage in a profile: lines of "name: value  # help", with what it may be
+    below each, and last what holds between them; a value that differs from tiny says so.
+    """
+    values, parameters = profile_params(stage, profile), stage_parameters(stage)
+    lines = []
+    for name, parameter in parameters.items():
+        value = yaml.safe_dump([values[name]], default_flow_style=True, sort_keys=False,
+                               width=1000).strip()[1:-1]
+        difference = "" if values[name] == parameter.default else f" (tiny: {parameter.default})"
+        lines += [f"{name}: {value}  # {parameter.help}{difference}",
+                  f"    # {describe_values(name, type(parameter.default))}"]
+    return "\n".join([*lines, *describe_joint_rules(parameters)])
+
+
 def check_joint_rules(params: dict, defaults: dict, stage: str, **facts) -> None:
     """ValueError, a sentence with the remedy, where parameters of a stage cannot act together, or
-    not with what is known of its run; facts: of `run_rules.list_facts`.
+    not with what is known of its run; facts: of `list_facts`.
     """
-    changed = {name for name in params if params[name] != defaults[name]}
+    changed = {name for name in params if params[name] != defaults.get(name)}
     known = {**params, **facts, "changed": changed}
     for is_broken, text in JOINT_RULES:
         names = NAMES[is_broken]
@@ -235,3 +260,137 @@ def check_joint_rules(params: dict, defaults: dict, stage: str, **facts) -> None
                 for name in names if name != "changed")
             values = f"{', '.join(others)} and {last}" if others else last
             raise ValueError(f"{stage}: {values}, but {text}")
+
+
+def validate_params(values: dict, stage: str) -> dict:
+    """`complete_params`; ValueError or FileNotFoundError, too, for parameters that cannot act
+    together.
+    """
+    params, defaults = complete_params(values, stage), complete_params({}, stage)
+    if "rewards" in params:
+        check_reward_params(params, defaults["reward_weights"])
+    check_joint_rules(params, defaults, stage)
+    return params
+
+
+def check_run(planned: dict[str, dict], run_id: str) -> None:
+    """ValueError or FileNotFoundError, a sentence with the remedy, where a planned stage cannot
+    work on what the run's other stages have made or will make, or on other runs.
+
+    planned: parameters of the stages that will run, by stage. run_id: the run, or the one that it
+    starts from.
+    """
+    builds_on_run = any("02" <= stage < "08" for stage in planned)
+    facts = list_facts(planned, run_id) if builds_on_run else {}
+    for stage, params in planned.items():
+        check_joint_rules(params, complete_params({}, stage), stage, **facts)
+        groups = parse_groups(params["groups"]) if "groups" in params else {}
+        control = [params["control_run"]] if params.get("control_run") else []
+        require_runs(*control, *(name for members in groups.values() for name in members))
+
+
+def list_facts(planned: dict[str, dict], run_id: str) -> dict:
+    """What rules need to know of stages other than their own, as far as it is known by now."""
+    synthesize, sft = (_find_params(stage, planned, run_id) for stage in (RUN_PARAMS_STAGE, SFT))
+    facts = {f"{name}_of_01": synthesize[name] for name in ("data", "teacher")
+             if name in synthesize}
+    facts["has_sft"] = any(stage in planned for stage in COLD_START) or (
+        synthesize["teacher"] != "none" if RUN_PARAMS_STAGE in planned else has_cold_start(run_id))
+    if sft:
+        facts["adapter_of_02"] = [sft[name] for name in ("lora_r", "lora_targets")]
+    if p := planned.get("05_grpo"):
+        replies = p["per_device_train_batch_size"] * p["gradient_accumulation_steps"]
+        facts["prompts_of_an_update"] = replies // p["num_generations"]
+    if (count := count_prompts(planned, run_id)) is not None:
+        facts["prompts_of_04"] = count
+    return facts
+
+
+def _find_params(stage: str, planned: dict[str, dict], run_id: str) -> dict:
+    """A stage's planned parameters, else those that it finished with; {} without."""
+    return planned.get(stage) or (load_record(stage, run_id) or {}).get("params", {})
+
+
+def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
+    """How many prompts 04 has kept or, if it will run, can keep at most; None where it is not known
+    yet, or the file that says it is damaged: `store` names that.
+    """
+    try:
+        return _count_prompts(planned, run_id)
+    except (OSError, ValueError):
+        return None
+
+
+def _count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
+    if CURATION not in planned:
+        path = stage_folder(CURATION, run_id) / "metrics.json"
+        return json.loads(path.read_text()).get("kept") if path.is_file() else None
+    path = stage_folder(RUN_PARAMS_STAGE, run_id) / "rl.parquet"
+    if RUN_PARAMS_STAGE in planned or not path.is_file():
+        return None
+    from pyarrow.parquet import read_table  # a moment, which most commands need not wait for
+
+    counts = Counter(read_table(path, columns=["task"])["task"].to_pylist())
+    return sum(min(count, planned[CURATION]["per_task"]) for count in counts.values())
+
+
+def leave_out(params: dict[str, dict], run_id: str, is_every_stage: bool) -> dict[str, dict]:
+    """`params`, by stage, without 02 and 03 where the run has no cold start.
+
+    run_id: the run, or the one that it starts from, whose 01 counts where none will run.
+    is_every_stage: nobody named stages; named ones stay.
+    """
+    teacher = _find_params(RUN_PARAMS_STAGE, params, run_id).get("teacher")
+    if not is_every_stage or teacher != "none":
+        return params
+    return {stage: values for stage, values in params.items() if stage not in COLD_START}
+
+
+def check_reward_params(params: dict, default_weights: dict[str, float]) -> None:
+    """One sentence with the fix where rewards or their weights cannot act.
+
+    params: all of 05. Raises FileNotFoundError where a file of rewards does not exist, else
+    ValueError.
+    """
+    references = params["rewards"]
+    if not references:
+        raise ValueError("rewards is []; list names of rewards, such as [format, image, box, "
+                         "choice], and functions as file.py:function")
+    names = [_check_reference(text) for text in references]
+    paths = {split_function_name(text)[0] for text in references if ":" in text}
+    for listed, sentence in (
+            (names, "two of rewards are called '{}'; leave one out or rename a function"),
+            ([path.name for path in paths], "rewards are in two files called {}; rename one")):
+        if repeated := sorted({name for name in listed if listed.count(name) > 1}):
+            raise ValueError(sentence.format(repeated[0]))
+    for name, weight in params["reward_weights"].items():
+        if name not in names and default_weights.get(name) != weight:  # a default may be idle
+            raise ValueError(f"reward_weights has '{name}', which is not one of rewards "
+                             f"({', '.join(names)}); add it there, or take its weight out")
+
+
+def _check_reference(text: str) -> str:
+    """The name under which a reward is logged; raises as `check_reward_params`."""
+    if ":" not in text:
+        if text in KIT_REWARDS:
+            return text
+        hint = suggest_word(text, KIT_REWARDS) or f"the kit's are {', '.join(KIT_REWARDS)}"
+        raise ValueError(f"rewards has '{text}'; {hint} A function of your own is written as "
+                         "file.py:function")
+    path, function = split_function_name(text)
+    if not path.is_file():
+        raise FileNotFoundError(f"rewards names {path}, which does not exist; give its path from "
+                                "the project's folder, or an absolute one")
+    if function in NAMES_OF_CURVES:
+        raise ValueError(f"the curves of 05 have a '{function}' of their own; rename the function "
+                         f"in {path}")
+    try:
+        tree = ast.parse(path.read_text())
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise ValueError(f"{path}, line {line}: {error.args[0]}; correct it") from None
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if function not in functions:
+        raise ValueError(f"{path} has no function '{function}'; it has "
+                         f"{', '.join(functions) or 'none'}")
+    return function

@@ -2,8 +2,9 @@
 
 The `parameters` cell of a stage's notebook holds its parameters: type, default and one line of help
 each. The defaults are the tiny profile; params/<profile>/<stage>.yaml holds only what another
-profile changes. RUN_PARAMS are set once, in stage 01, and every later stage of the run takes them
-from there. What each may be is in `rules`, what holds between them in `joint_rules`.
+profile changes. The entries of a cell's mapping `trl` are parameters, too (`trl_settings`).
+RUN_PARAMS are set once, in stage 01, and every later stage of the run takes them from there. What
+each may be is in `rules`, what holds between them in `joint_rules`.
 """
 
 import ast
@@ -13,16 +14,15 @@ from pathlib import Path
 
 import yaml
 
-from mig_kit.common import PROJECT_ROOT, suggest_word
+from mig_kit.common import PROFILES, suggest_word
 from mig_kit.pipeline.dependencies import notebook_cells
-from mig_kit.pipeline.joint_rules import check_joint_rules, describe_joint_rules
-from mig_kit.pipeline.reward_params import check_reward_params
 from mig_kit.pipeline.rules import check_value, describe_values, name_type
+from mig_kit.pipeline.trl_settings import CONFIGS, GROUP, HELP, SETTINGS, find_trl_default
 
-RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates", "orientation")
+RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
-EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "workers", "report_to")
+EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
 # parameters that name a folder or file of a run, not what is in it
 NAMES_OF_RUNS = ("run_id", "control_run", "plan_file")
 
@@ -36,7 +36,9 @@ class Parameter:
 
 
 def stage_parameters(stage: str) -> dict[str, Parameter]:
-    """The parameters of a stage by name, as its notebook's `parameters` cell has them."""
+    """The parameters of a stage by name, as its notebook's `parameters` cell has them; in place of
+    `trl` its entries and the others of SETTINGS.
+    """
     cell = next(cell for cell in notebook_cells(stage)
                 if "parameters" in cell["metadata"].get("tags", ()))
     source = "".join(cell["source"])
@@ -44,14 +46,20 @@ def stage_parameters(stage: str) -> dict[str, Parameter]:
     parameters = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign):
-            text = lines[node.lineno - 1].partition("  # ")[2]
-            parameters[node.target.id] = Parameter(ast.literal_eval(node.value), text)
+            name, default = node.target.id, ast.literal_eval(node.value)
+            if name == GROUP:
+                settings = {**default, **SETTINGS[stage], **default}  # the cell's first
+                parameters |= {setting: Parameter(value, HELP.get(setting, f"of {CONFIGS[stage]}"))
+                               for setting, value in settings.items()}
+            else:
+                text = lines[node.lineno - 1].partition("  # ")[2]
+                parameters[name] = Parameter(default, text)
     return parameters
 
 
 def list_profiles() -> list[str]:
     """The names of the profiles: tiny, and every folder of params/."""
-    folders = [path.name for path in (PROJECT_ROOT / "params").iterdir() if path.is_dir()]
+    folders = [path.name for path in PROFILES.iterdir() if path.is_dir()]
     return ["tiny", *sorted(folders)]
 
 
@@ -65,13 +73,13 @@ def profile_params(stage: str, profile: str = "tiny") -> dict:
     if profile not in list_profiles():
         raise FileNotFoundError(f"no profile '{profile}' in params/; the profiles are "
                                 f"{', '.join(list_profiles())}")
-    path = PROJECT_ROOT / "params" / profile / f"{stage}.yaml"
+    path = PROFILES / profile / f"{stage}.yaml"
     return complete_params(read_params_file(path) if path.is_file() else {}, stage)
 
 
 def needs_gpu(profile: str) -> bool:
     """Whether a profile trains a full model: a file of it sets device to "cuda"."""
-    files = (PROJECT_ROOT / "params" / profile).glob("*.yaml")
+    files = (PROFILES / profile).glob("*.yaml")
     return any(read_params_file(path).get("device") == "cuda" for path in files)
 
 
@@ -105,24 +113,25 @@ def complete_params(values: dict, stage: str) -> dict:
     """
     defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
     params = dict(defaults)
-    for name, value in values.items():
-        if name not in defaults:
-            raise KeyError(unknown_parameter_message(name, stage, defaults))
-        params[name] = merge_mappings(defaults[name], _typed(name, value, stage, defaults[name]))
+    for name, value in list_settings(values, stage).items():
+        default = defaults[name] if name in defaults else default_of_trl(name, stage, defaults)
+        params[name] = merge_mappings(default, _typed(name, value, stage, default))
         check_value(name, params[name], stage)
     return params
 
 
-def validate_params(values: dict, stage: str) -> dict:
-    """`complete_params`; ValueError or FileNotFoundError, too, for parameters that cannot act
-    together, as `joint_rules` says.
-    """
-    params = complete_params(values, stage)
-    defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
-    if "rewards" in params:
-        check_reward_params(params, defaults["reward_weights"])
-    check_joint_rules(params, defaults, stage)
-    return params
+def list_settings(values: dict, stage: str) -> dict:
+    """`values` with the entries of their mapping `trl` in its place, those of a training stage."""
+    settings = values.get(GROUP, {}) if stage in CONFIGS else {}
+    return settings | {name: value for name, value in values.items() if name != GROUP}
+
+
+def default_of_trl(name: str, stage: str, names):
+    """TRL's default of a setting that the kit does not know; KeyError if TRL does not, either."""
+    try:
+        return find_trl_default(name, stage)
+    except KeyError:
+        raise KeyError(unknown_parameter_message(name, stage, names)) from None
 
 
 def merge_mappings(value, change):
@@ -141,6 +150,8 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
 
 
 def _typed(name: str, value, stage: str, default):
+    if default is None:  # of TRL: a number, a word or a list
+        return _to_number(value)
     kind = type(default)
     if kind is dict:
         return _typed_mapping(name, value, stage, default)
@@ -178,18 +189,3 @@ def _to_number(value):
         return float(value) if isinstance(value, str) and math.isfinite(float(value)) else value
     except ValueError:
         return value
-
-
-def params_text(stage: str, profile: str = "tiny") -> str:
-    """The parameters of a stage in a profile: lines of "name: value  # help", with what it may be
-    below each, and last what holds between them; a value that differs from tiny says so.
-    """
-    values, parameters = profile_params(stage, profile), stage_parameters(stage)
-    lines = []
-    for name, parameter in parameters.items():
-        value = yaml.safe_dump([values[name]], default_flow_style=True, sort_keys=False,
-                               width=1000).strip()[1:-1]
-        difference = "" if values[name] == parameter.default else f" (tiny: {parameter.default})"
-        lines += [f"{name}: {value}  # {parameter.help}{difference}",
-                  f"    # {describe_values(name, type(parameter.default))}"]
-    return "\n".join([*lines, *describe_joint_rules(parameters)])

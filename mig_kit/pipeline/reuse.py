@@ -8,9 +8,9 @@ import json
 import shutil
 from pathlib import Path
 
-from mig_kit.common import write_atomically, write_json
-from mig_kit.pipeline.dependencies import notebook_code, used_definitions
-from mig_kit.pipeline.fingerprints import digest_json, hash_named_files, model_fingerprint
+from mig_kit.common import digest_json, write_atomically, write_json
+from mig_kit.pipeline.dependencies import describe_code
+from mig_kit.pipeline.fingerprints import hash_named_files, model_fingerprint
 from mig_kit.pipeline.params import EXECUTION_PARAMS
 from mig_kit.pipeline.run_folders import list_sources, load_record, stage_folder
 from mig_kit.pipeline.store import Stage
@@ -55,11 +55,11 @@ def _read_keys(folder: Path) -> dict[str, str]:
 
 
 def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str:
-    left_out = {"run_id", "profile", "control_run", "kl_samples", *EXECUTION_PARAMS} - {"server"}
+    left_out = {"run_id", "profile", "control_run", *EXECUTION_PARAMS} - {"server"}
     if kind == "greedy":
         left_out.update(DRAWN_PARAMS)
     params = {name: value for name, value in stage.params.items() if name not in left_out}
-    code = [used_definitions(stage.name), notebook_code(stage.name)]
+    code = describe_code(stage.name, ())["code"]
     questions = stage.inputs["01_synthesize"]["val.parquet"]  # of own data; else they are drawn
     return digest_json([kind, model_fingerprint(str(model)), params, hash_named_files(params),
                         hardware, code, questions])
@@ -67,7 +67,7 @@ def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str
 
 def _copy_replies(source: Path, target: Path, prefixes: tuple[str, ...], kind: str) -> None:
     for path in sorted(source.glob("*.jsonl")):
-        is_drawn = path.name.endswith("_drawn.jsonl")  # a real benchmark's replies are greedy, too
+        is_drawn = path.name.endswith("_drawn.jsonl")
         if path.name.startswith(prefixes) and is_drawn == (kind == "drawn"):
             write_atomically(target / path.name,
                              lambda temporary, path=path: shutil.copyfile(path, temporary))

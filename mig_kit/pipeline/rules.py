@@ -8,7 +8,6 @@ import re
 
 from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import suggest_word
-from mig_kit.image_files import ORIENTATIONS
 
 # how RULES writes a range of numbers
 RANGE = re.compile(r"(?:(\d+) numbers, each )?(above )?([\d.]+)(?: or more| to (below )?([\d.]+))?")
@@ -21,36 +20,33 @@ def _each(rule: str, names: str) -> dict[str, str]:
 # every parameter of the notebooks -> its range (of each number of a list), its words or, where
 # anything may stand, what that is
 RULES: dict[str, str | tuple[str, ...]] = {
-    **_each("0 or more", "beta benchmark_limit blink_per_task cot_find_all_per_task cot_per_task "
-            "data_limit disk_gib epsilon epsilon_high find_all_per_task free_form_per_task "
-            "held_out_samples jitter kept_prompts kl_samples max_samples "
-            "memory_gib micro_replies mig_per_task mmiu_per_task ood_per_task price_in price_out "
-            "replies requests_per_minute rl_boxes_per_task rl_find_all_per_task "
-            "rl_free_form_per_task rl_per_task rollout_steps sampled_per_task "
+    **_each("0 or more", "beta blink_per_task cot_per_task "
+            "disk_gib epsilon epsilon_high find_all_per_task free_form_per_task max_samples "
+            "memory_gib micro_replies mig_per_task mmiu_per_task ood_per_task "
+            "replies rl_boxes_per_task "
+            "rl_free_form_per_task rl_per_task sampled_per_task train_find_all_per_task "
             "warmup_steps"),
-    **_each("1 or more", "albums apart_steps batch_size combine_steps conclude_steps concurrency "
-            "examined_per_task gallery_per_kind gradient_accumulation_steps locate_steps "
-            "lora_alpha lora_r max_completion_length max_new_tokens max_steps min_pixels "
-            "num_iterations per_device_train_batch_size per_task probe_samples prompts "
-            "repeats save_steps seeing_steps spell_steps sweep_prompts text_rows val_per_task "
-            "visual_rows wide_layers workers"),
+    **_each("1 or more", "albums concurrency "
+            "examined_per_task gallery_per_kind gradient_accumulation_steps "
+            "lora_r max_completion_length max_new_tokens max_steps min_pixels "
+            "num_iterations per_device_train_batch_size per_task prompts "
+            "repeats save_steps val_per_task"),
+    **_each("2 numbers, each 1 or more", "rows vision_steps"),
+    "course_steps": "4 numbers, each 1 or more",
     **_each("above 0", "learning_rate num_train_epochs temperature "
             "vllm_importance_sampling_clip_max"),
-    **_each("0 to 1", "error_rate max_pass_rate min_pass_rate top_entropy_quantile"),
+    **_each("0 to 1", "max_pass_rate min_pass_rate top_entropy_quantile"),
     **_each("0 to below 1", "lora_dropout"),
-    **_each("2 or more", "group num_generations sweep_groups sweep_tokens tokens"),
-    **_each("1 to 8", "images sweep_images"),
+    **_each("2 or more", "group num_generations tokens"),
+    **_each("1 to 8", "images"),
     **_each("0 to 4294967295", "eval_seed seed"),  # as numpy takes it
     "data_shares": "3 numbers, each 0 to 1",
-    "detail_mix": "3 numbers, each 0 or more",
     "max_pixels": "784 or more",  # one image token
     "reward_weights": "numbers",
     "side": "56 to 1960",
     "wide_hidden": "128 or more",
-    "benchmark": ("", "mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu"),
     "coordinates": tuple(MODEL_COORDINATES),
-    "curate": ("pass_rate", "random"),
-    "data": ("scenes", "own"),
+    "data": "scenes or a file",
     "device": ("auto", "cuda", "cpu"),
     "dtype": ("auto", "float32", "bfloat16"),
     "hallucinated_image_penalty": ("none", "format", "all"),
@@ -58,7 +54,6 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "lora_targets": ("all", "attention", "gate_up"),
     "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "lr_scheduler_type": ("linear", "cosine", "constant_with_warmup"),
-    "orientation": ORIENTATIONS,
     "report_to": ("none", "trackio", "wandb"),
     "scale_rewards": ("batch", "group", "none"),
     "teacher": ("rules", "endpoint", "own", "none"),
@@ -66,7 +61,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
                                       "token_truncate"),
     **_each("true or false", "gradient_checkpointing mask_truncated_completions "
             "reasoning share_prefix vllm_importance_sampling_correction"),
-    **_each("a file", "annotations_file data_file plan_file"),
+    **_each("a file", "plan_file"),
     **_each("a model: tiny, a folder or a hub name", "base_model model"),
     **_each("a name of letters, digits, '-', '_' and '.'", "control_run run_id"),
     "endpoint_model": "a name", "endpoint_url": "an address", "image_root": "a folder",
@@ -78,7 +73,9 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 def describe_values(name: str, kind: type) -> str:
     """What a parameter may be, as "an int, 2 or more"; kind: of its default."""
-    rule = RULES[name]
+    rule = RULES.get(name)
+    if rule is None:  # a setting of TRL's
+        return name_type(kind)
     if isinstance(rule, tuple):
         return "one of " + ", ".join(word or '""' for word in rule)
     is_range = RANGE.fullmatch(rule)
@@ -95,7 +92,7 @@ def name_type(kind: type) -> str:
 
 def check_value(name: str, value, stage: str) -> None:
     """ValueError, with what is allowed, for a value of the right type that RULES does not allow."""
-    rule = RULES[name]
+    rule = RULES.get(name)
     if isinstance(rule, tuple) and value not in rule:
         near = suggest_word(value, rule)
         hint = f"{near} It is" if near else "it must be"

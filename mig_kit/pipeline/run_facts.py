@@ -1,30 +1,87 @@
-"""What a finished run says of itself: its data, the parameters that it changed, its control run."""
+"""What a finished run says of itself: its data and parameters, its control run, its models, and the
+machine and packages that made it.
+"""
 
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
-from mig_kit.pipeline.fingerprints import digest_json
-from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS, profile_params
-from mig_kit.pipeline.run_folders import load_record
+from mig_kit.boxes import BoxFormat
+from mig_kit.common import IS_CLONE, PROJECT_ROOT, digest_json, model_folder, suggest_word
+from mig_kit.pipeline.params import (
+    EXECUTION_PARAMS,
+    NAMES_OF_RUNS,
+    RUN_PARAMS,
+    RUN_PARAMS_STAGE,
+    profile_params,
+    stage_parameters,
+)
+from mig_kit.pipeline.run_folders import (
+    list_runs,
+    load_record,
+    require_record,
+    runs_root,
+    stage_folder,
+)
 
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
+            "papermill", "numpy", "pillow")
 SFT_STAGES = ("01_synthesize", "02_sft", "03_merge")
+MODELS = {"base": "", "sft": "03_merge/merged", "grpo": "05_grpo/model"}
+
+
+def run_params(run_id: str, needed_by: str) -> dict:
+    """RUN_PARAMS of a run, which its stage 01 has set; FileNotFoundError with the command if that
+    has not finished.
+    """
+    params = require_record(RUN_PARAMS_STAGE, run_id, needed_by)["params"]
+    defaults = stage_parameters(RUN_PARAMS_STAGE)
+    return {name: params.get(name, defaults[name].default) for name in RUN_PARAMS}
 
 
 def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
     """Stage -> its parameters that differ from the tiny profile's, for those of `stages` that have
     finished; parameters that only say how a stage ran, and where, or name a run are left out.
     """
-    changed = {}
-    for stage in stages:
-        record = load_record(stage, run_id)
-        if record is None:
-            continue
-        defaults = profile_params(stage)
-        differing = {name: value for name, value in record["params"].items()
-                     if name in defaults and value != defaults[name]
-                     and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
-        if differing:
-            changed[stage] = differing
-    return changed
+    records = {stage: load_record(stage, run_id) for stage in stages}
+    changed = {stage: _changed_in(stage, record) for stage, record in records.items() if record}
+    return {stage: values for stage, values in changed.items() if values}
+
+
+def _changed_in(stage: str, record: dict) -> dict:
+    defaults = profile_params(stage)
+    return {name: value for name, value in record["params"].items()
+            if name in defaults and value != defaults[name]
+            and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
+
+
+def name_column(records: dict[str, dict]) -> str:
+    """Which column of the guide's results a run's figures are to be held against, as a clause.
+
+    records: stage -> run.json of the recipe's stages, 05 among them.
+    """
+    changed = {name: value for stage, record in records.items()
+               if stage not in ("00_preflight", "07_report")
+               for name, value in _changed_in(stage, record).items()}
+    seed = changed.pop("seed", 0)
+    training = records["05_grpo"]
+    cpu, hardware = (training.get(name, "") for name in ("machine", "hardware"))
+    cores = int(match[1]) if (match := re.search(r", (\d+) of \d+ cores$", cpu)) else 0
+    if changed or not hardware.startswith("CPU") or cores not in (1, 2):
+        names = ", ".join(list(changed)[:3]) + ", ..." * (len(changed) > 3)
+        why = f"changed: {names}" if changed else hardware if cores in (1, 2) else cpu
+        return f"no column of guide/results.md is of such a run ({why})"
+    column = ("seeds 0 to 5" if seed else "one core" if cores == 1
+              else "Intel Xeon with AMX" if "amx_bf16" in hardware
+              else "seed 0, two cores of Zen 4" if "avx512_bf16" in hardware
+              else "Intel Xeon in float32")
+    return f"hold them against the column '{column}' of guide/results.md"
 
 
 def name_data(run_id: str) -> str:
@@ -55,3 +112,81 @@ def model_digest(run_id: str) -> str:
     files = {name: digest for name, digest in record["outputs"].items()
              if name.startswith("merged/")}
     return digest_json(files)
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """folder: of the model, or a base's hub name. evaluation: parameters of the run's 06, {} where
+    that has not run.
+    """
+
+    folder: Path | str
+    box_format: BoxFormat
+    evaluation: dict
+
+
+def find_run_model(text: str) -> RunModel | None:
+    """The model that "RUN", "RUN/sft", "RUN/base" or a run's folder names; None where it names no
+    run, and for a model's own folder.
+
+    FileNotFoundError where the run has not made that model yet, and for one word that names nothing
+    here: a hub name has two.
+    """
+    path = Path(text)
+    if path.is_dir() and path.resolve().parent == runs_root().resolve():
+        text = path.resolve().name
+    run_id, _, system = text.partition("/")
+    is_model = (path / "config.json").is_file() or text == "tiny" or not run_id.strip(".")
+    if is_model or system not in ("", *MODELS):
+        return None
+    if run_id not in (runs := list_runs()):
+        near = suggest_word(run_id, runs | {"tiny"}, 0.5)
+        if not path.is_dir() and (near or not system):
+            raise FileNotFoundError(f"there is no run and no folder '{text}'; "
+                                    f"{near or 'a model of the hub is USER/NAME'}")
+        return None
+    params = run_params(run_id, "a run's model")
+    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+    evaluated = load_record("06_evaluate", run_id) or {"params": {}}
+    if system == "base":
+        folder = model_folder(params["base_model"])
+        folder = folder if folder.is_dir() else params["base_model"]
+    else:
+        stage, _, name = MODELS[system or "grpo"].partition("/")
+        require_record(stage, run_id, f"the model {text}")
+        folder = stage_folder(stage, run_id) / name
+    return RunModel(folder, box_format, evaluated["params"])
+
+
+def git_revision() -> str:
+    """The commit of the project, with "+" if the tree has changes; "" outside a clone."""
+    if not IS_CLONE:
+        return ""
+    try:
+        head, status = (subprocess.run(["git", "-C", str(PROJECT_ROOT), *arguments],
+                                       capture_output=True, text=True, timeout=20)
+                        for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]))
+    except (OSError, subprocess.SubprocessError):  # no git, or a slow one
+        return ""
+    if head.returncode:
+        return ""
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter, of those that are installed."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # of an extra
+            versions[name] = importlib.metadata.version(name)
+    return {"python": platform.python_version(), **versions}
+
+
+def describe_cpu() -> str:
+    """The CPU and how many of its cores compute: with others, sums are rounded otherwise, and the
+    same seed gives other digits.
+    """
+    import torch  # not at the top: a command that only looks at runs need not wait for it
+
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{name}, {platform.system()}, {torch.get_num_threads()} of {os.cpu_count()} cores"

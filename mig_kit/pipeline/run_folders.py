@@ -1,14 +1,17 @@
 """Where a stage of a run lies: in the run's own folder or, for a branch, in the run that it starts
-from.
+from; and who writes a run.
 
 A branch has a branch.json, {"from": source, "stages": {stage: key}}: these stages are the source's,
 by reference. A source may be a branch itself.
 """
 
+import errno
 import json
 import os
 import re
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mig_kit.common import PROJECT_ROOT, suggest_word, write_json
 
@@ -24,6 +27,10 @@ STAGES = {
 }
 RECIPE = tuple(stage for stage in STAGES if stage < "08")
 COLD_START = ("02_sft", "03_merge")
+_LOCKS: dict[Path, FileLock] = {}  # of the runs that this process writes
+WRITER = "writer.txt"  # beside a run's lock: who holds it
+# what a disk without locks answers, such as NFS without its lock daemon
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 def runs_root() -> Path:
@@ -58,7 +65,7 @@ def require_runs(*run_ids: str) -> None:
             raise FileNotFoundError(f"no run '{run_id}' in {runs_root()}; {hint}")
 
 
-def run_command(stage: str, run_id: str, options: str = "") -> str:
+def format_run_command(stage: str, run_id: str, options: str = "") -> str:
     """The command that makes this stage of a run, for error messages.
 
     It names the stage: without one all stages of the run would be made again, with the tiny
@@ -179,3 +186,58 @@ def refresh_branch(run_id: str) -> dict:
     """The run's branch.json, with the keys that the source's stages have now; {} if it has none."""
     branch = load_branch(run_id)
     return record_branch(run_id, branch["from"], list(branch["stages"])) if branch else {}
+
+
+def require_record(stage: str, run_id: str, by: str) -> dict:
+    """The run.json of a stage that another needs; FileNotFoundError with the command if it has not
+    finished.
+    """
+    record = load_record(stage, run_id)
+    if record is None:
+        owner = find_owner(stage, run_id)
+        raise FileNotFoundError(f"{by} needs {stage} of run '{owner}', which has not finished; "
+                                f"run: {format_run_command(stage, owner)}")
+    return record
+
+
+def lock_run(run: Path, stage: str = "", patience: float = 5.0) -> None:
+    """Keep other processes from writing this run until `unlock_run` or the end of this process.
+
+    stage: what is written there. Raises RuntimeError if another process holds it for longer than
+    `patience` seconds. A notebook whose caller was killed ends within one second. On a disk without
+    locks a line says that nobody is kept out.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = _LOCKS.get(run) or FileLock(run / "lock", thread_local=False, fallback_to_soft=False)
+    try:
+        if run not in _LOCKS:
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise RuntimeError(f"run '{run.name}' is being written by {find_writer(run)}; wait for it, "
+                           "shut its notebook down, or use another --run-id") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: the disk of {run} has no file locks ({error.strerror}): see to it "
+              "yourself that no other process writes this run")
+    _LOCKS[run] = lock
+    (run / WRITER).write_text(f"process {os.getpid()}" + (f" in {stage}" if stage else ""))
+
+
+def unlock_run(run: Path) -> None:
+    """Let others write the run again."""
+    if run in _LOCKS:
+        _LOCKS.pop(run).release(force=True)
+
+
+def find_writer(run: Path) -> str:
+    """"process N in STAGE" where one writes the run, or ""."""
+    try:
+        if (run / "lock").is_file():
+            with FileLock(run / "lock", fallback_to_soft=False).acquire(blocking=False):
+                pass
+        return ""
+    except Timeout:
+        return (run / WRITER).read_text()
+    except OSError:  # no locks on this disk, or no right to lock
+        return ""

@@ -6,12 +6,8 @@ what has finished stays as it was. In a branch, earlier stages are those of anot
 """
 
 import ast
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,56 +16,53 @@ from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import (
+    PACKAGE,
     PROJECT_ROOT,
+    digest_json,
     file_sha256,
     split_function_name,
     write_json,
 )
 from mig_kit.image_files import IMAGE_FOLDER
 from mig_kit.pipeline import attempts
-from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, notebook_code, used_definitions
-from mig_kit.pipeline.fingerprints import digest_json, hash_named_files, model_fingerprint
+from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, describe_code
+from mig_kit.pipeline.fingerprints import hash_named_files, model_fingerprint
+from mig_kit.pipeline.joint_rules import check_run, validate_params
 from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
     NAMES_OF_RUNS,
     RUN_PARAMS,
-    RUN_PARAMS_STAGE,
     stage_parameters,
-    validate_params,
 )
-from mig_kit.pipeline.run_facts import describe_control
+from mig_kit.pipeline.run_facts import (
+    describe_control,
+    describe_cpu,
+    git_revision,
+    package_versions,
+    run_params,
+)
 from mig_kit.pipeline.run_folders import (
     COLD_START,
     RECIPE,
     STAGES,
     find_owner,
+    format_run_command,
     has_cold_start,
     load_record,
+    lock_run,
     record_branch,
     refresh_branch,
     require_own_stage,
-    run_command,
+    require_record,
     runs_root,
     stage_folder,
+    unlock_run,
     validate_run_id,
 )
-from mig_kit.pipeline.run_lock import lock_run, unlock_run
-from mig_kit.pipeline.run_rules import check_run
+from mig_kit.pipeline.trl_settings import is_trl_setting
 
+KEY_FACTS = ("parameter", "file", "input", "code")
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
-            "papermill", "numpy", "pillow")
-
-
-def run_params(run_id: str, needed_by: str) -> dict:
-    """RUN_PARAMS of a run, which its stage 01 has set; FileNotFoundError with the command if that
-    has not finished.
-
-    One that an older version did not have yet has its default.
-    """
-    params = require_record(RUN_PARAMS_STAGE, run_id, needed_by)["params"]
-    defaults = stage_parameters(RUN_PARAMS_STAGE)
-    return {name: params.get(name, defaults[name].default) for name in RUN_PARAMS}
 
 
 def input_stages(stage: str, run_id: str, params: dict) -> tuple[str, ...]:
@@ -88,11 +81,11 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 
 
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
-    """All that a stage's results follow from, by kind.
+    """All that a stage's results follow from, by kind (KEY_FACTS), and of the code what it is, for
+    sentences.
 
     These are its parameters but for EXECUTION_PARAMS and names of runs, the files, model and run
-    that they name, what the stages before it made, and the code that it uses: definitions of the
-    kit and cells of the notebook.
+    that they name, what the stages before it made, and the code that it uses.
     """
     params = with_run_params(stage, run_id, params)
     inputs = {name: require_record(name, run_id, stage)["outputs"]
@@ -114,12 +107,24 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     return {"parameter": params,
             "file": {name: digest_json(value) for name, value in files.items()},
             "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
-            "definition": used_definitions(stage), "cell": notebook_code(stage)}
+            **describe_code(stage, _chosen_rewards(stage, run_id, params))}
+
+
+def _chosen_rewards(stage: str, run_id: str, params: dict) -> list[str]:
+    """The rewards of a stage: its own parameter's, else those that the 05 it builds on had."""
+    default = {"rewards": stage_parameters("05_grpo")["rewards"].default}
+    trained = load_record("05_grpo", run_id) if "05_grpo" in STAGES[stage] else None
+    return {**default, **(trained or {}).get("params", {}), **params}["rewards"]
+
+
+def key_of_facts(facts: dict) -> str:
+    """Hash of the KEY_FACTS among `stage_facts`."""
+    return digest_json([facts[kind] for kind in KEY_FACTS])
 
 
 def stage_key(stage: str, run_id: str, params: dict) -> str:
-    """Hash of `stage_facts`."""
-    return digest_json(stage_facts(stage, run_id, params))
+    """The key of a stage: a finished one with another is stale."""
+    return key_of_facts(stage_facts(stage, run_id, params))
 
 
 def _member_digest(name: str) -> str:
@@ -141,22 +146,8 @@ def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
     return _stage_products(outputs)
 
 
-def require_record(stage: str, run_id: str, by: str) -> dict:
-    """The run.json of a stage that another needs; FileNotFoundError with the command if it has not
-    finished.
-    """
-    record = load_record(stage, run_id)
-    if record is None:
-        owner = find_owner(stage, run_id)
-        raise FileNotFoundError(f"{by} needs {stage} of run '{owner}', which has not finished; "
-                                f"run: {run_command(stage, owner)}")
-    return record
-
-
-def find_stale_input(stage: str, run_id: str) -> str:
-    """Name of an upstream stage that was re-run after this one finished (its outputs are stale), or
-    "".
-    """
+def find_replaced_input(stage: str, run_id: str) -> str:
+    """The name of an earlier stage that has made something else since this one read it, or ""."""
     record = load_record(stage, run_id) or {}
     for name, outputs in record.get("inputs", {}).items():
         now = load_record(name, run_id)
@@ -171,14 +162,36 @@ def _stage_products(outputs: dict[str, str]) -> dict[str, str]:
 
 
 def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:
-    """True if the stage finished with these parameters, inputs and code, and all that it made is
-    still there; ValueError where something that it read is damaged.
+    """False where the stage has to run, as `describe_staleness` says."""
+    return not describe_staleness(stage, run_id, params)
+
+
+def describe_staleness(stage: str, run_id: str, params: dict) -> str:
+    """Why a stage has to run, in words; "" where it finished with these parameters, inputs and
+    code, and all that it made is still there.
+
+    ValueError where something that it read is damaged, FileNotFoundError where that is gone.
     """
     record = load_record(stage, run_id)
-    if record is None or record["key"] != stage_key(stage, run_id, params):
-        return False
+    if record is None:
+        return "it has not finished"
+    facts, folder = stage_facts(stage, run_id, params), stage_folder(stage, run_id)
+    if record["key"] != key_of_facts(facts):
+        before = attempts.read_marker(folder).get("facts", {})
+        return f"{attempts.describe_differences(before, facts) or 'its key'} has changed"
     require_intact_inputs(stage, run_id, params)
-    return attempts.is_intact(stage_folder(stage, run_id), record)
+    damaged = attempts.find_damaged(folder, record)
+    return f"{damaged} is gone or damaged" if damaged else ""
+
+
+def recorded_params(stage: str, record: dict) -> dict:
+    """The parameters that a finished stage had, further settings of TRL included; one that is new
+    has its default, and one that is gone is left out.
+    """
+    known, recorded = stage_parameters(stage), record["params"]
+    params = {name: recorded.get(name, parameter.default) for name, parameter in known.items()}
+    return params | {name: value for name, value in recorded.items()
+                     if name not in (*known, *RUN_PARAMS) and is_trl_setting(name, stage)}
 
 
 def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bool = False) -> None:
@@ -192,34 +205,17 @@ def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bo
         record = load_record(name, run_id)
         if damaged := record and attempts.find_damaged(folder, record, is_thorough):
             raise ValueError(f"{damaged} is not what {name} of run '{owner}' wrote: damaged or "
-                             f"changed since; make it again: {run_command(name, owner, '--force')}")
-
-
-def git_revision() -> str:
-    """The commit of the project, with "+" if the tree has changes; "" outside git."""
-    try:
-        head, status = (subprocess.run(["git", "-C", str(PROJECT_ROOT), *arguments],
-                                       capture_output=True, text=True, timeout=20)
-                        for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]))
-    except (OSError, subprocess.SubprocessError):  # no git, or a slow one
-        return ""
-    if head.returncode:
-        return ""
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **versions}
+                             "changed since; make it again: "
+                             f"{format_run_command(name, owner, '--force')}")
 
 
 @dataclass
 class Stage:
-    """A running stage. attempt: where it writes; params: its validated parameters and those of the
-    whole run. inputs: what the earlier stages had made
-    when it started; branch: of `load_branch`; marker: of `attempts.open_attempt`; control: of
-    `describe_control`.
+    """A running stage.
+
+    attempt: where it writes; params: its validated parameters and those of the whole run; inputs:
+    what the earlier stages had made when it started; branch: of `load_branch`; marker: of
+    `attempts.open_attempt`; control: of `describe_control`.
     """
 
     name: str
@@ -271,16 +267,9 @@ class Stage:
         write_json(self.folder / "metrics.json", metrics)
         files = {str(path.relative_to(self.folder)): path for path in _output_files(self.folder)}
         outputs = {name: file_sha256(path) for name, path in files.items()}
-        finished = load_record(self.name, self.run_id) if self.marker["repeats"] else None
-        if finished:
-            products, before = map(_stage_products, (outputs, finished["outputs"]))
-            different = sorted(name for name in {*products, *before}
-                               if products.get(name) != before.get(name))
+        if self.marker["repeats"] and load_record(self.name, self.run_id):
             shutil.rmtree(self.folder)
-            print(f"{self.name} of run '{self.run_id}' is as it was" + (
-                f"; these cells gave another {different[0]}, as on another machine: "
-                f"{run_command(self.name, self.run_id, '--force')}, replaces it"
-                if different else ""))
+            print(f"{self.name} of run '{self.run_id}' is as it was")
         else:
             write_json(self.folder / "run.json", {
                 "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
@@ -291,21 +280,10 @@ class Stage:
                 "versions": package_versions(), "machine": describe_cpu(), "git": git_revision(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
                 "seconds": round(self.marker["spent"] + time.monotonic() - self.clock, 1),
-                **{name: self.marker[name] for name in ("resumed_from",) if name in self.marker},
                 **facts})
             attempts.promote(self.folder, self.final_folder)
         self.is_finished = True
         unlock_run(self.final_folder.parent)
-
-
-def describe_cpu() -> str:
-    """The CPU and how many of its cores compute: with others, sums are rounded otherwise, and the
-    same seed gives other digits.
-    """
-    import torch  # not at the top: a command that only looks at runs need not wait for it
-
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return f"{name}, {platform.system()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 def _output_files(folder: Path) -> list[Path]:
@@ -342,7 +320,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     facts = stage_facts(stage, run_id, params)  # nobody changes them from here on
     inputs = {name: require_record(name, run_id, stage)["outputs"]
               for name in input_stages(stage, run_id, params)}
-    key = digest_json(facts)
+    key = key_of_facts(facts)
     branch = refresh_branch(run_id) if inputs else {}
     for sentence in attempts.set_others_aside(stage, run_id, key, facts):
         print(sentence)
@@ -368,10 +346,10 @@ def _require_own_notebook() -> None:
     """RuntimeError where a notebook of another copy of the kit runs with this one."""
     here = Path.cwd()
     for folder in (here, here.parent):
-        if (folder / "mig_kit" / "pipeline").is_dir() and folder.resolve() != PROJECT_ROOT:
+        if (folder / "mig_kit" / "pipeline").is_dir() and folder.resolve() != PACKAGE.parent:
             raise RuntimeError(
                 f"this notebook is of the kit in {folder}, and its kernel ({sys.executable}) "
-                f"imports the one in {PROJECT_ROOT}; choose the kernel that belongs to the "
+                f"imports the one in {PACKAGE.parent}; choose the kernel that belongs to the "
                 f"notebook, or start it with: {folder}/.venv/bin/jupyter lab")
 
 

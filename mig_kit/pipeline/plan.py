@@ -1,0 +1,320 @@
+"""What `mig-kit run` will do: which stages of which runs, with which parameters.
+
+A run may start from another one's stages (a branch), and several runs may differ in their seed.
+All is checked before anything is written.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from mig_kit.common import PROJECT_ROOT, suggest_word
+from mig_kit.pipeline import store
+from mig_kit.pipeline.joint_rules import check_run, leave_out, validate_params
+from mig_kit.pipeline.params import (
+    RUN_PARAMS,
+    RUN_PARAMS_STAGE,
+    Parameter,
+    list_profiles,
+    merge_mappings,
+    needs_gpu,
+    profile_params,
+    stage_parameters,
+    unknown_parameter_message,
+)
+from mig_kit.pipeline.run_folders import (
+    COLD_START,
+    RECIPE,
+    format_run_command,
+    has_cold_start,
+    list_runs,
+    list_sources,
+    load_branch,
+    load_record,
+    lock_run,
+    record_branch,
+    require_own_stage,
+    require_runs,
+    runs_root,
+    unlock_run,
+    validate_run_id,
+)
+from mig_kit.pipeline.trl_settings import CONFIGS, GROUP
+
+SEED = "{seed}"  # what stands for a seed in names and values
+# parameters that name a model: a folder, a name on the hub, or one of these words
+MODEL_PARAMS = ("base_model", "model", "start_from")
+MODEL_WORDS = ("tiny", "merged", "base", "adapter")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Stages to run, each with its parameters. source: the run that this one starts from, or ""."""
+
+    run_id: str
+    source: str
+    params: dict[str, dict]
+
+
+def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: list[int],
+              overrides: tuple[tuple[str, str], ...]) -> list[PlannedRun]:
+    """The run or, with seeds, one run per seed, whose number stands for {seed} in names and values.
+
+    names: stages; all that are the run's own where there are none. Raises with one sentence where
+    one of the runs could not start; nothing is written.
+    """
+    require_seed_in_name(run_id, seeds)
+    if not seeds:
+        return [_plan_run(names, profile, run_id, source, overrides)]
+    if any(name == "seed" for name, _ in overrides):
+        raise ValueError("-p seed and --seeds both set the seed; leave one of them out")
+    plans = []
+    for seed in seeds:
+        words = [text.replace(SEED, str(seed)) for text in (run_id, source)]
+        values = [(name, text.replace(SEED, str(seed))) for name, text in overrides]
+        stages = plan_stages(names, words[0])
+        is_named = SEED in run_id  # 03 of run{seed} is the run's own, without a seed
+        if not is_named or any("seed" in stage_parameters(stage) for stage in stages):
+            values.append(("seed", str(seed)))
+        plans.append(_plan_run(names, profile, *words, tuple(values)))
+    return plans
+
+
+def _plan_run(names: list[str], profile: str, run_id: str, source: str,
+              overrides: tuple[tuple[str, str], ...]) -> PlannedRun:
+    validate_run_id(run_id)
+    stages = plan_stages(names, run_id)
+    values = parse_overrides(overrides, stages)
+    params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
+    params = leave_out(params, source or run_id, is_every_stage=not names)
+    check_full_profile(profile, params, "data" in values)
+    if source:
+        check_branch(source, run_id, stages)
+    is_branch = bool(load_branch(run_id))
+    check_run(_drop_finished(params, run_id), run_id if is_branch else source or run_id)
+    builds_on_run = any(store.STAGES[stage] for stage in params)
+    if builds_on_run and RUN_PARAMS_STAGE not in params:
+        if suggest_word(source or run_id, list_runs()):
+            require_runs(source or run_id)
+        _check_run_params(source or run_id, profile)
+    return PlannedRun(run_id, source, params)
+
+
+def _drop_finished(params: dict[str, dict], run_id: str) -> dict[str, dict]:
+    """`params` of the stages from the first one of the recipe's, after 00, that is to run."""
+    unfinished = dict(params)
+    for stage in RECIPE[1:]:
+        if stage in params and not store.is_up_to_date(stage, run_id, params[stage]):
+            break
+        unfinished.pop(stage, None)
+    return unfinished
+
+
+def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
+    """What `-p name value` gave: words as they stand, all other values read as YAML.
+
+    KeyError for a name that none of the stages has, ValueError for a value that cannot be read.
+    """
+    known = {name: parameter for stage in stages
+             for name, parameter in stage_parameters(stage).items()}
+    if any(stage in CONFIGS for stage in stages):
+        known[GROUP] = Parameter({}, "")
+    overrides = {}
+    for name, text in pairs:
+        if name == "run_id":
+            raise ValueError("-p run_id would part a run's notebook from its files; use --run-id")
+        if name not in known:
+            raise KeyError(unknown_parameter_message(name, " or ".join(stages), known))
+        is_text = isinstance(known[name].default, str)  # which YAML may read as a mapping
+        try:
+            value = text if is_text or not text else yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
+                             "as \"[1, 2]\"") from None
+        if name == GROUP and not isinstance(value, dict):
+            raise ValueError(f"-p {GROUP} {text!r} is no mapping; write it as "
+                             "\"{num_iterations: 2}\"")
+        overrides[name] = locate_paths(name, value)
+    return overrides
+
+
+def locate_paths(name: str, value: object) -> object:
+    """A value of `-p`, whose paths are relative to where the command is given, as a parameter has
+    it: paths relative to the project, or absolute outside it. Other values as they are.
+
+    The parameters of a model name a folder only where there is one. rewards: file.py:function;
+    groups: name=run,record.json.
+    """
+    if isinstance(value, list):
+        return [locate_paths(name, item) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if name in ("rewards", "groups"):
+        path = r".+(?=:)" if name == "rewards" else r"[^=,\s][^=,]*\.json"
+        return re.sub(path, lambda match: relative_to_project(match[0]), value)
+    is_model = name in MODEL_PARAMS and value not in MODEL_WORDS and Path(value).is_dir()
+    is_data = name == "data" and value != "scenes"
+    is_path = name.endswith("_file") or name == "image_root" or is_data or is_model
+    return relative_to_project(value) if is_path else value
+
+
+def relative_to_project(text: str) -> str:
+    """A path relative to the project; absolute outside it."""
+    path = Path(os.path.abspath(text))
+    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
+
+
+def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dict:
+    """All parameters of a stage: its profile's, then run id, profile and overrides it knows."""
+    values = profile_params(stage, profile)
+    overrides = {"run_id": run_id, "profile": profile, **overrides}
+    known = {name: merge_mappings(values[name], value)
+             for name, value in overrides.items() if name in values}
+    settings = overrides.get(GROUP, {}) if stage in CONFIGS else {}
+    return validate_params({**values, **settings, **known}, stage)
+
+
+def check_full_profile(profile: str, params: dict[str, dict], is_data_given: bool) -> None:
+    """Refuse to start a full profile on drawn scenes that nobody asked for, or without a GPU.
+
+    params: of every stage that will run. A profile is full where a stage of it has the device
+    "cuda". is_data_given: `data` was set on the command line. ValueError or RuntimeError with one
+    sentence.
+    """
+    if not needs_gpu(profile):
+        return
+    data = params.get(RUN_PARAMS_STAGE, {}).get("data")
+    if data == "scenes" and not is_data_given:
+        raise ValueError(
+            f"profile '{profile}' would train a full model on drawn scenes; name the file of your "
+            "data (-p data mine.jsonl), or say -p data scenes to train on them")
+    if not any(values.get("device") == "cuda" for values in params.values()):
+        return
+    import torch  # seconds, which other profiles need not wait for
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"profile '{profile}' needs a GPU, and PyTorch {torch.__version__} sees none; check "
+            "the driver with nvidia-smi, or set -p device cpu")
+
+
+def _check_run_params(run_id: str, profile: str) -> None:
+    """Refuse to go on under `profile` with a run that has the model or box format of another.
+
+    Values that no profile has were set by `-p`, and fit to any.
+    """
+    record = load_record(RUN_PARAMS_STAGE, run_id)
+    if record is None:
+        return
+    values = store.run_params(run_id, RUN_PARAMS_STAGE)
+    fitting = [other for other in list_profiles() if _run_params_of(other) == values]
+    if not fitting or profile in fitting:
+        return
+    expected = _run_params_of(profile)
+    name = next(name for name in RUN_PARAMS if values[name] != expected[name])
+    raise ValueError(
+        f"run '{run_id}' has the {name} {values[name]}, and profile '{profile}' {expected[name]}; "
+        f"go on with --profile {fitting[0]}, or use another --run-id")
+
+
+def _run_params_of(profile: str) -> dict:
+    values = profile_params(RUN_PARAMS_STAGE, profile)
+    return {name: values[name] for name in RUN_PARAMS}
+
+
+def plan_stages(names: list[str], run_id: str) -> list[str]:
+    """`names` or, where there are none, the stages of the recipe that are the run's own.
+
+    ValueError where one of `names` is that of the run that this one starts from.
+    """
+    for stage in names:
+        require_own_stage(stage, run_id)
+    inherited = load_branch(run_id).get("stages", ())
+    return names or [stage for stage in RECIPE if stage not in inherited]
+
+
+def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
+    """The stages that a branch of `source` takes from it: all of the recipe's before `stages` that
+    the source has, which is without 02 and 03 where it has no cold start.
+
+    [] where the run is that branch already. ValueError or FileNotFoundError with one sentence where
+    it cannot be one.
+    """
+    validate_run_id(source)
+    if source == run_id:
+        raise ValueError(f"--from and --run-id are both '{run_id}'; use another --run-id")
+    require_runs(source)
+    if run_id in list_sources(source):
+        raise ValueError(f"run '{source}' starts from '{run_id}' itself; use another --run-id")
+    if branch := load_branch(run_id):
+        if branch["from"] != source:
+            raise ValueError(f"run '{run_id}' starts from '{branch['from']}' already, not from "
+                             f"'{source}'; use another --run-id")
+        return []
+    inherited = [stage for stage in _stages_before(stages)
+                 if stage not in COLD_START or has_cold_start(source)]
+    _require_no_own_stages(run_id)
+    for stage in inherited:
+        if load_record(stage, source) is None:
+            raise FileNotFoundError(
+                f"run '{source}' has no finished {stage} to start from; run: "
+                f"{format_run_command(stage, source)}")
+    return inherited
+
+
+def _stages_before(stages: list[str]) -> list[str]:
+    """The recipe's stages before the first of `stages`, without 00, which is of the machine."""
+    first = min((stage for stage in stages if stage in RECIPE[1:]), default="")
+    if first <= "02":
+        raise ValueError("--from gives the stages before those that you run, so name stages from "
+                         "02 to 07, such as: mig-kit run 05 06 07 --from default --run-id NAME")
+    return [stage for stage in RECIPE[1:] if stage < first]
+
+
+def _require_no_own_stages(run_id: str) -> None:
+    folder = runs_root() / run_id
+    own = [stage for stage in RECIPE[1:] if (folder / stage).is_dir()]
+    if own:
+        raise ValueError(f"run '{run_id}' has its own {own[0]}, so it is no branch; use another "
+                         "--run-id")
+
+
+def start_branch(source: str, run_id: str, *stages: str) -> None:
+    """Let the run start from `source`, whose stages before `stages` it then has by reference.
+
+    Nothing is copied. Does nothing where the run is that branch already; raises as `check_branch`.
+    """
+    validate_run_id(run_id)
+    if not check_branch(source, run_id, list(stages)):
+        return
+    folder = runs_root() / run_id
+    lock_run(folder)
+    try:  # another process may have made it a branch, or given it stages of its own
+        if inherited := check_branch(source, run_id, list(stages)):
+            record_branch(run_id, source, inherited)
+    finally:
+        unlock_run(folder)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of "0,1,2"; ValueError where they are no whole numbers or one is named twice."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"--seeds is '{text}'; write whole numbers with commas, such as 0,1,2")
+    seeds = [int(word) for word in words]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {text} names a seed twice; name each once")
+    return seeds
+
+
+def require_seed_in_name(run_id: str, seeds: list[int]) -> None:
+    """Raise ValueError where several seeds would share a run, or a name has {seed} without seeds.
+    """
+    if len(seeds) > 1 and SEED not in run_id:
+        raise ValueError(f"{len(seeds)} seeds cannot share the run '{run_id}'; put {SEED} into "
+                         f"--run-id, such as {run_id}-{SEED}")
+    if not seeds and SEED in run_id:
+        raise ValueError(f"'{run_id}' has {SEED}, but there are no seeds; add --seeds 0,1,2")
