@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 Box = tuple[float, float, float, float]
 
@@ -146,5 +145,7 @@ def matched_sum(scores: Sequence[Sequence[float]]) -> float:
 
     scores: (n, m) of every pair, n and m at least 1.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second, which most commands spare
+
     table = np.asarray(scores, dtype=float)
     return float(table[linear_sum_assignment(table, maximize=True)].sum())

@@ -1,9 +1,9 @@
-"""The command line: run stages, look at runs, score predictions.
+"""The command line: run stages, and look at runs.
 
-`mig-kit data` is in cli_data.py, `eval` and `ground` in cli_models.py.
+`mig-kit score` is in score/commands.py, `data` in data/commands.py, `eval` and `ground` in
+engine/commands.py.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,14 +11,14 @@ from pathlib import Path
 import click
 
 from mig_kit import LATE
-from mig_kit.boxes import BoxFormat
-from mig_kit.cli_data import data, orientation_option
-from mig_kit.cli_models import absolute_folder, eval_command, ground
 from mig_kit.common import suggest_word, write_json
+from mig_kit.data.commands import data
+from mig_kit.engine.commands import absolute_folder, eval_command, ground
 from mig_kit.pipeline import store
 from mig_kit.pipeline.failures import describe_os_error
-from mig_kit.pipeline.params import params_text, stage_parameters
+from mig_kit.pipeline.params import stage_parameters
 from mig_kit.pipeline.run_folders import require_runs
+from mig_kit.score.commands import score_command
 
 
 def main() -> None:
@@ -35,6 +35,9 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         words = "the same command without --force" if "--force" in sys.argv else "the same command"
         sys.exit(f"interrupted; {words} goes on where this one stopped")
+    except ModuleNotFoundError as error:
+        sys.exit(f"mig-kit: {error.name} is not installed; what the stages need comes with: "
+                 "pip install 'mig-kit[notebooks]'")
     except OSError as error:
         sys.exit(f"mig-kit: {describe_os_error(error)}")
     except (ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:
@@ -85,12 +88,12 @@ class RunCommand(click.Command):
 def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: str, overrides,
         force: bool) -> None:
     """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
-    from mig_kit.pipeline import branches, execute
+    from mig_kit.pipeline.execute import run_plans
+    from mig_kit.pipeline.plan import parse_seeds, plan_runs
 
-    numbers = branches.parse_seeds(seeds) if seeds else []
-    plans = execute.plan_runs([stage_name(text) for text in stages], profile, run_id, source,
-                              numbers, overrides)
-    execute.run_plans(plans, force)
+    plans = plan_runs([stage_name(text) for text in stages], profile, run_id, source,
+                      parse_seeds(seeds) if seeds else [], overrides)
+    run_plans(plans, force)
     for plan in plans:
         if "07_report" in plan.params:
             report = store.runs_root() / plan.run_id / "07_report" / "report.html"
@@ -100,7 +103,8 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
 @cli.command()
 @click.argument("run_id", required=False)
 @click.option("--verify", is_flag=True, help="Hash all files: exit code 1 where one is damaged.")
-def status(run_id: str | None, verify: bool) -> None:
+@click.option("--why", is_flag=True, help="Say why a stage is stale, that is would run again.")
+def status(run_id: str | None, verify: bool, why: bool) -> None:
     """What has finished in a run, or in all runs, with the greedy scores (percent); a branch stands
     below the run that it starts from.
     """
@@ -114,7 +118,7 @@ def status(run_id: str | None, verify: bool) -> None:
         is_damaged |= bool(damaged)
         for line in damaged:
             click.echo(line)
-        for line in run_lines(name):
+        for line in run_lines(name, why):
             click.echo("  " * depth + line)
         if verify and not damaged:
             click.echo("  every file is what its stage wrote")
@@ -126,6 +130,8 @@ def status(run_id: str | None, verify: bool) -> None:
 @click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
 def params_command(stage: str, profile: str) -> None:
     """All parameters of STAGE, their values in a profile and what they mean."""
+    from mig_kit.pipeline.joint_rules import params_text
+
     click.echo(params_text(stage_name(stage), profile))
 
 
@@ -145,10 +151,9 @@ def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> N
     if dry_run:
         click.echo(f"written, not sent: {hub.prepare_upload(run_id, dry_run)}")
         return
-    client = hub.hub_client()
     with tempfile.TemporaryDirectory() as folder:
         model = hub.prepare_upload(run_id, Path(folder) / "model")
-        click.echo(hub.upload(model, repository, private, client))
+        click.echo(hub.upload(model, repository, private))
 
 
 @cli.command()
@@ -156,10 +161,10 @@ def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> N
 @click.argument("run_b")
 def diff(run_a: str, run_b: str) -> None:
     """What differs between two runs: parameters, inputs, versions, machine and metrics."""
-    from mig_kit.pipeline import differences
+    from mig_kit.pipeline import status
 
-    rows = differences.list_differences(run_a, run_b)
-    click.echo("\n".join(differences.format_differences(rows, run_a, run_b)))
+    rows = status.list_differences(run_a, run_b)
+    click.echo("\n".join(status.format_differences(rows, run_a, run_b)))
 
 
 @cli.command("report")
@@ -168,20 +173,19 @@ def diff(run_a: str, run_b: str) -> None:
 @click.option("--out", default="compared.html", show_default=True,
               type=click.Path(dir_okay=False, path_type=Path))
 def report_command(run_a: str, run_b: str, out: Path) -> None:
-    """Two runs on one page: scores, training, and what differs."""
-    from mig_kit.pipeline import differences
-    from mig_kit.pipeline.run_folders import run_command
-    from mig_kit.stages import report
+    """Two runs on one page: scores, their differences, and what differs between the runs."""
+    from mig_kit.pipeline import status
+    from mig_kit.stages import compare, report
 
-    metrics: dict[str, dict] = {run_a: {}, run_b: {}}
     require_runs(run_a, run_b)
-    for run_id, by_stage in metrics.items():
-        for stage in ("05_grpo", "06_evaluate"):
-            if store.load_record(stage, run_id) is None:
-                raise FileNotFoundError(f"run '{run_id}' has no finished {stage}; "
-                                        f"run: {run_command(stage, run_id)}")
-            by_stage[stage] = store.read_metrics(store.stage_folder(stage, run_id))
-    out.write_text(report.two_run_page(metrics, differences.list_differences(run_a, run_b)))
+    result = compare.compare_groups({run_a: [run_a], run_b: [run_b]})
+    tables = {title: frame.to_dict("records")
+              for title, frame in compare.table_frames(result).items()}
+    columns = ("stage", "what", "name", run_a, run_b)
+    tables["What differs"] = [dict(zip(columns, map(str, row.values())))
+                              for row in status.list_differences(run_a, run_b)]
+    sections = [(title, report.html_table(rows)) for title, rows in tables.items()]
+    out.write_text(report.render_page(f"{run_a} and {run_b}", sections))
     click.echo(f"report: {out}")
 
 
@@ -227,7 +231,7 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     A run that is named without a group is a group of its own; a file of a recorded run takes the
     place of a run.
     """
-    from mig_kit import plots
+    from mig_kit.drawing import plots
     from mig_kit.stages import compare
 
     _check_figure(figure)
@@ -258,7 +262,7 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
               help="Updates of a running mean.")
 def curves(run_ids: tuple[str, ...], figure: Path, names: str, smooth: int) -> None:
     """The curves of RUNS' RL training (05) over each other."""
-    from mig_kit import plots
+    from mig_kit.drawing import plots
     from mig_kit.stages import compare
 
     _check_figure(figure)
@@ -316,7 +320,7 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, busy: str, **l
     if out and not out.absolute().parent.is_dir():
         raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
     if busy:
-        from mig_kit.speed.busy import measure, table_text
+        from mig_kit.lab.busy import measure, table_text
 
         rows = measure(busy)
         click.echo(table_text(rows))
@@ -325,8 +329,8 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, busy: str, **l
         return
 
     from mig_kit.engine import models
-    from mig_kit.speed import benchmark, utilisation
-    from mig_kit.speed.workload import Workload
+    from mig_kit.lab import benchmark, utilisation
+    from mig_kit.lab.workload import Workload
 
     hardware, workload = models.choose_hardware(dtype), Workload(**load)
     with tempfile.TemporaryDirectory() as name:
@@ -342,86 +346,5 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, busy: str, **l
         write_json(out, result)
 
 
-@cli.command("score")
-@click.argument("benchmark", metavar="BENCHMARK")
-@click.option("--annotations", required=True, type=click.Path(),
-              help="The benchmark's own annotation file.")
-@click.option("--predictions", required=True, type=click.Path(),
-              help='JSONL of {"index": 0, "response": "text"}, COCO results, or the samples of '
-                   "lmms-eval, a table of VLMEvalKit or BLINK's outputs; a file or a folder.")
-@click.option("--compare", type=click.Path(),
-              help="A second model's predictions: adds the paired difference.")
-@click.option("--protocol", default="",
-              help="official (the default), strict, or substring (multiple choice); of own data "
-                   "free_text (the default) or strict.")
-@click.option("--coordinates", default="normalized_1000", show_default=True,
-              help="Boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels (of the "
-                   "original image) or absolute (pixels of the resized image, as Qwen2.5-VL "
-                   "answers); official converts them for the authors' rule.")
-@click.option("--box-order", type=click.Choice(["xyxy", "yxyx", "xywh"]),
-              help="What the four numbers of a box are, where not x1, y1, x2, y2: yxyx (Gemini), "
-                   "xywh.")
-@click.option("--compare-coordinates",
-              help="The same of the second model; else those of the first.")
-@click.option("--images", type=click.Path(),
-              help="The folder of the images, where their sizes are needed.")
-@click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(1),
-              help="The processor's, for --coordinates absolute.")
-@click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1),
-              help="The same, its upper limit.")
-@orientation_option
-@click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
-@click.option("--json", "out", type=click.Path(), help="Write the result here.")
-@click.option("--items", type=click.Path(), help="Write every item's value here, as JSONL.")
-def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
-                  compare_coordinates: str | None, out: str | None, items: str | None,
-                  min_pixels: int, max_pixels: int, **rules) -> None:
-    """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
-    mmiu, or own (questions of your own, in the form that mig-kit data check takes).
-    """
-    from mig_kit.data import own_data
-    from mig_kit.scoring import leaderboard, score
-    from mig_kit.scoring.record_files import read_records
-    from mig_kit.scoring.result import item_lines, paired_difference, summarize
-
-    if items and benchmark.lower() == "odinw":
-        raise ValueError("OdinW's AP is no mean over items, so there are none to write; "
-                         "leave --items out")
-    if compare_coordinates and not compare:
-        raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
-                         "or leave it out")
-    taken = [annotations, predictions, *([compare] if compare else [])]
-    for path in filter(None, (out, items)):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
-        target = Path(path).resolve()
-        if any(Path(other).resolve() in (target, *target.parents) for other in taken):
-            raise ValueError(f"{path} is given twice, or lies in a folder that is read, and would "
-                             "be overwritten; write to a file elsewhere")
-        taken.append(path)
-    name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
-    if name == "own":
-        for number, line in enumerate(read_records(annotations), 1):
-            if problems := own_data.find_problems(line):
-                raise ValueError(f"{annotations} line {number}: {problems[0]} (mig-kit data check "
-                                 f"{annotations} lists every line)")
-    header, scored = score.score_files(name, annotations, predictions, box_format, **rules)
-    result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
-    if compare:
-        rules["coordinates"] = compare_coordinates or rules["coordinates"]
-        _, other = score.score_files(name, annotations, compare, box_format, **rules)
-        summary = summarize(other)
-        result["compare"] = {
-            "predictions": Path(compare).name,
-            **{part: summary[part] for part in ("tasks", "avg", "problems")},
-            "difference": paired_difference(scored, other)}
-    click.echo(leaderboard.score_markdown(result))
-    if items:
-        lines = [json.dumps(line) + "\n" for line in item_lines(scored)]
-        Path(items).write_text("".join(lines))
-    if out:
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
-
-
-for command in (eval_command, ground, data):
+for command in (score_command, eval_command, ground, data):
     cli.add_command(command)

@@ -10,9 +10,9 @@ text rules; the patterns here are ours.
 import re
 
 from mig_kit.boxes import BoxFormat, iou, rescale_box, to_model_box
-from mig_kit.prompts import is_well_formed, parse_reply, reply_box_in_original
-from mig_kit.rewards import image_overlap, reply_iou, weakest_iou
-from mig_kit.sample import Sample, Trace, best_iou
+from mig_kit.prompts import is_well_formed, parse_reply
+from mig_kit.rewards import image_set_iou, reply_iou, weakest_iou
+from mig_kit.sample import Sample, Trace
 
 DROP_REASONS = ("format", "image", "box", "choice", "leak")
 
@@ -38,39 +38,18 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: fl
     boxes are asked for, one that is missing or too many is "box", too.
     """
     answer = parse_reply(reply)
-    if sample.find_all:
-        return _drop_reason_of_list(reply, sample, box_format, threshold)
-    is_answered = answer.letter if sample.options else answer.box is not None
-    if not answer.well_formed or not is_answered:
+    has_answer = sample.find_all or (answer.letter if sample.options else answer.box is not None)
+    if not has_answer or not is_well_formed(reply, sample):
         return "format"
     if sample.options:
         if answer.letter != sample.letter:
             return "choice"
         return "leak" if OPTION_LETTER.search(answer.thinking) else ""
-    if answer.image not in {target.image for target in sample.targets}:
-        return "image"
-    box = reply_box_in_original(sample, answer, box_format)
-    if best_iou(sample, answer.image, box) < threshold:
-        return "box"
-    return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
-
-
-def _drop_reason_of_list(reply: str, sample: Sample, box_format: BoxFormat,
-                         threshold: float) -> str:
-    if not is_well_formed(reply, sample):
-        return "format"
-    if image_overlap(reply, sample) < 1:
+    if image_set_iou(reply, sample) < 1:
         return "image"
     if weakest_iou(reply, sample, box_format) < threshold:
         return "box"
-    thinking = parse_reply(reply).thinking
-    return "leak" if contains_target_box(thinking, sample, box_format) else ""
-
-
-def drop_reason_of_own_reply(trace: Trace, sample: Sample, box_format: BoxFormat,
-                             threshold: float = 0.5) -> str:
-    """As `drop_reason`; "no reply" for a question that came without one."""
-    return "no reply" if trace.error else drop_reason(trace.text, sample, box_format, threshold)
+    return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 
 
 def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,

@@ -93,11 +93,17 @@ def format_question(sample: Sample, box_format: BoxFormat, with_instruction: boo
     return f"{text} {ALL_INSTRUCTION if sample.find_all else GROUNDING_INSTRUCTION}"
 
 
+def image_label(number: int, size: tuple[int, int] | None = None) -> str:
+    """The text before image number `number`, from 1; size: (width, height), pixels, to be told."""
+    note = f" ({size[0]} x {size[1]} pixels)" if size else ""
+    return f"Image {number}{note}: "
+
+
 def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
     """The conversational prompt: every image under its number, in order, then the question."""
     content = []
     for number in range(1, len(sample.images) + 1):
-        content += [{"type": "text", "text": f"Image {number}: "}, {"type": "image"}]
+        content += [{"type": "text", "text": image_label(number)}, {"type": "image"}]
     content.append({"type": "text", "text": format_question(sample, box_format)})
     return [{"role": "user", "content": content}]
 

@@ -20,6 +20,7 @@ RIGHT_NONE there.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 
 import numpy as np
@@ -48,10 +49,16 @@ def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairSc
         return 0.0
     if not boxes or not sample.targets:
         return 0.0 if boxes or sample.targets else right_none
-    scores = [[score(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
-               if image == target.image else 0.0 for target in sample.targets]
-              for image, box in dict.fromkeys(boxes)]
+    scores = _pair_scores(list(dict.fromkeys(boxes)), sample, box_format, score)
     return matched_sum(scores) / max(len(boxes), len(sample.targets))
+
+
+def _pair_scores(boxes: list[tuple[int, Box]], sample: Sample, box_format: BoxFormat,
+                 score: PairScore = iou) -> np.ndarray:
+    """(boxes, targets) float: the score of every pair, 0 for one in different images."""
+    return np.array([
+        [score(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
+         if image == target.image else 0.0 for target in sample.targets] for image, box in boxes])
 
 
 def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
@@ -70,40 +77,33 @@ def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
 def weakest_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """The largest IoU that every pair of a box and a target of a question for all boxes can reach
     at once, each box in its target's image; 0 unless there are as many boxes as targets, and 1 for
-    a right "none".
+    a right "none". Of a question for one box its `reply_iou`.
     """
+    if not sample.find_all:
+        return reply_iou(reply, sample, box_format)
     boxes = parse_boxes(reply)
     if boxes is None or len(set(boxes)) != len(boxes) or len(boxes) != len(sample.targets):
         return 0.0
     if not boxes:
         return 1.0
-    overlaps = np.array([
-        [iou(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
-         if image == target.image else 0.0 for target in sample.targets] for image, box in boxes])
-    values = np.unique(overlaps)
-    reached, missed = 0, len(values)  # every pairing reaches the lowest value
-    while missed - reached > 1:
-        middle = (reached + missed) // 2
-        if matched_sum(overlaps >= values[middle]) == len(boxes):
-            reached = middle
-        else:
-            missed = middle
-    return float(values[reached])
+    overlaps = _pair_scores(boxes, sample, box_format)
+    values = np.unique(overlaps)  # every pairing reaches the first of them
+    n_reached = bisect_left(values, True, key=lambda value: (
+        matched_sum(overlaps >= value) < len(boxes)))
+    return float(values[n_reached - 1])
 
 
-def names_target_image(reply: str, sample: Sample) -> bool:
-    """Whether the reply names an image that holds a target."""
-    return parse_reply(reply).image in {target.image for target in sample.targets}
-
-
-def image_overlap(reply: str, sample: Sample) -> float:
-    """Of a question for all boxes: how many images the reply names that hold targets, over how many
-    it names or hold targets; 1 for a right "none".
+def image_set_iou(reply: str, sample: Sample) -> float:
+    """1 if the reply names an image that holds a target, else 0. Of a question for all boxes how
+    many images the reply names that hold targets, over how many it names or hold targets, and 1 for
+    a right "none".
     """
+    wanted = {target.image for target in sample.targets}
+    if not sample.find_all:
+        return float(parse_reply(reply).image in wanted)
     boxes = parse_boxes(reply)
     if boxes is None:
         return 0.0
-    wanted = {target.image for target in sample.targets}
     named = {image for image, _ in boxes}
     return len(named & wanted) / len(named | wanted) if named | wanted else 1.0
 
@@ -113,7 +113,7 @@ def names_letter(reply: str, sample: Sample) -> bool:
     return bool(sample.letter) and parse_reply(reply).letter == sample.letter
 
 
-def reply_success(reply: str, sample: Sample, box_format: BoxFormat) -> float:
+def success_score(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """How well the reply answers, 0..1: its IoU; for multiple choice whether its letter is correct;
     where nothing in the images answers, whether it says so.
     """
@@ -135,14 +135,11 @@ def format_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float:
 
 
 def image_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """1 if the reply names an image that holds a target, else 0; None for multiple choice. Where
-    all boxes are asked for, `image_overlap`, and RIGHT_NONE for a right "none".
-    """
+    """`image_set_iou`, and RIGHT_NONE for a right "none"; None for multiple choice."""
     if sample.options:
         return None
-    if sample.find_all:
-        return image_overlap(reply, sample) * (1.0 if sample.targets else RIGHT_NONE)
-    return float(names_target_image(reply, sample))
+    is_none_right = sample.find_all and not sample.targets
+    return image_set_iou(reply, sample) * (RIGHT_NONE if is_none_right else 1.0)
 
 
 def choice_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
@@ -185,6 +182,5 @@ def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: flo
     the correct letter; where nothing in the images answers, whether it says so; where all boxes are
     asked for, whether it finds each with that IoU and names no other.
     """
-    if sample.find_all:
-        return weakest_iou(reply, sample, box_format) >= threshold
-    return reply_success(reply, sample, box_format) >= threshold
+    measure = weakest_iou if sample.find_all else success_score
+    return measure(reply, sample, box_format) >= threshold

@@ -13,16 +13,21 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from mig_kit import plots
+from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline import store
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
 from mig_kit.pipeline.joint_rules import parse_groups as parse_groups  # for notebook 09, too
-from mig_kit.plots import OOD_NAMES, SUITE_NAMES
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
-from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, is_recorded, load_groups
+from mig_kit.stages.evaluated_runs import (
+    SYSTEMS,
+    EvaluatedRun,
+    is_recorded,
+    list_notes,
+    load_groups,
+    pair_runs,
+)
 from mig_kit.stages.report import CLAIMS
-from mig_kit.stages.run_pairs import list_notes, pair_runs
 from mig_kit.stats import (
     joint_difference,
     joint_interval,
@@ -31,8 +36,8 @@ from mig_kit.stats import (
     probability_of_improvement,
     share_interval,
 )
+from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
-OUT_OF_DOMAIN = "ood_grounding"
 FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},  # system -> of runs, and as headings
          "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
 
@@ -55,7 +60,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     scores are compared, one of SYSTEMS; ValueError where a run has no such model.
 
     rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run, is_same},
-    unrounded, in percent or points. suite: of SUITE_NAMES, or "ood_grounding/lisa" and so on.
+    unrounded, in percent or points. suite: of SUITES, or "ood_grounding/lisa" and so on.
     figure: a system's score ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the
     system's score less that of the group NAME. improvement: of "vs NAME" alone, the probability
     that a run scores higher than one of NAME on a task (rliable, arXiv 2108.13264). by_run: the
@@ -97,7 +102,7 @@ def _require_system(system: str, groups: dict[str, list[str]],
               if system == "sft" else
               "no control run; leave them out, or evaluate a branch: mig-kit run 06 --from RUN "
               "--run-id NAME -p control_run CONTROL, with the other parameters of their 06")
-    raise ValueError(f"these runs have no {plots.SYSTEM_LABELS[system]} model, for they had "
+    raise ValueError(f"these runs have no {SYSTEM_LABELS[system]} model, for they had "
                      f"{reason}: {', '.join(without)}")
 
 
@@ -108,7 +113,7 @@ def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
         rows = np.arange(len(suite_samples))
         groups = evaluate.split_for_score(suite_samples, rows)
         lists = None
-        if suite in plots.HELD_OUT_NAMES:
+        if suite in (OWN,):
             numbers = evaluate.number_image_lists(suite_samples)
             lists = [numbers[group] for group in groups]
         scopes[suite] = _Scope(suite, groups, lists)
@@ -120,7 +125,7 @@ def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
 
 def _values(runs: list[EvaluatedRun], system: str, scope: _Scope) -> list[np.ndarray]:
     """(runs, samples) correctness of each task, in percent."""
-    correct = 100 * np.stack([run.correct[system][scope.suite] for run in runs])
+    correct = 100 * np.array([list(run.correct[system][scope.suite]) for run in runs], dtype=float)
     return [correct[:, rows] for rows in scope.rows]
 
 
@@ -211,38 +216,36 @@ def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
     """Whose runs answer the same questions correctly as the reference's: it may be one model, but
     for models that answer all questions wrong, or all correctly.
     """
-    same: dict[str, bool] = {}
-    has_both: dict[str, bool] = {}  # wrong and correct answers, which tell models apart
-    for row in rows:
-        group = row["group"]
-        if row["figure"] == f"vs {reference}":
-            same[group] = same.get(group, True) and row["is_same"]
-        elif row["figure"] == system:
-            has_both[group] = has_both.get(group, False) or 0 < row["value"] < 100
-    label, notes = plots.SYSTEM_LABELS[system], []
-    if names := [group for group in same if same[group] and has_both[group]]:
+    table, label, notes = pd.DataFrame(rows), SYSTEM_LABELS[system], []
+    is_gap = table["figure"] == f"vs {reference}"
+    same = table[is_gap].groupby("group", sort=False)["is_same"].all()
+    scores = table[table["figure"] == system]
+    # wrong and correct answers, which tell models apart
+    differing = set(scores[(scores["value"] > 0) & (scores["value"] < 100)]["group"])
+    alike = [group for group in same.index if same[group]]
+    if names := [group for group in alike if group in differing]:
         reason = {"base": "All runs may have one base.",
                   "sft_long": "So it is where runs share a control run."}.get(
                       system, "So it is where a branch has a model of its source.")
         notes.append(f"Every {label} model compared answers the same questions correctly as that "
                      f"of {reference} beside it: {', '.join(names)}. {reason}")
-    if names := [group for group in same if same[group] and not has_both[group]]:
+    if names := [group for group in alike if group not in differing]:
         notes.append(f"The {label} models of {', '.join([reference, *names])} answer every "
                      "question alike, wrong or correct, so these questions do not compare them.")
     return notes
 
 
-def suite_name(suite: str) -> str:
+def scope_title(suite: str) -> str:
     """How a suite, or a task out of domain, is called in tables."""
     _, is_task, task = suite.partition("/")
-    return OOD_NAMES.get(task, task) if is_task else plots.suite_name(suite)
+    return task_title(task) if is_task else suite_title(suite)
 
 
 def table_frames(result: dict) -> dict[str, pd.DataFrame]:
     """Title -> table of words, rounded to one decimal; result: of `compare_groups`."""
     rows = result["rows"]
     system = result["system"]
-    frames = {f"{plots.SYSTEM_LABELS[system]} model, percent (95 %)":
+    frames = {f"{SYSTEM_LABELS[system]} model, percent (95 %)":
               _wide_frame(rows, system, result["runs"])}
     differences = [row for row in rows if row["figure"].startswith("vs ")]
     if differences:
@@ -264,7 +267,7 @@ def _wide_frame(rows: list[dict], figure: str, runs: list[dict] | None = None) -
         if row["figure"] != figure:
             continue
         line = lines.setdefault(row["group"], {"group": row["group"], "runs": row["runs"]})
-        line[suite_name(row["suite"])] = _cell(row)
+        line[scope_title(row["suite"])] = _cell(row)
     if runs and figure in FACTS:
         facts = pd.DataFrame(runs).groupby("group")[list(FACTS[figure])].mean()
         for group, line in lines.items():
@@ -285,17 +288,14 @@ def _cell(row: dict) -> str:
 
 
 def _claims_frame(rows: list[dict]) -> pd.DataFrame:
-    by_key = {(row["group"], row["suite"], row["figure"]): row for row in rows}
-    lines = []
-    for suite, comparison, delta, paper in CLAIMS:
-        line = {"suite": SUITE_NAMES[suite], "compared": comparison}
-        groups = dict.fromkeys(row["group"] for row in rows)
-        if not any((group, suite, delta) in by_key for group in groups):
-            continue
-        for group in groups:  # a run without a cold start has no SFT model
-            row = by_key.get((group, suite, delta))
-            line[group] = _cell(row) if row else "-"
-        lines.append({**line, "paper (real benchmark, 7B)": f"{paper:+.2f}"})
+    cells = {(row["suite"], row["figure"], row["group"]): _cell(row) for row in rows}
+    groups = dict.fromkeys(row["group"] for row in rows)
+    # a run without a cold start has no SFT model
+    lines = [{"suite": suite_title(suite), "compared": comparison,
+              **{group: cells.get((suite, delta, group), "-") for group in groups},
+              "paper (real benchmark, 7B)": f"{paper:+.2f}"}
+             for suite, comparison, delta, paper in CLAIMS
+             if any((suite, delta, group) in cells for group in groups)]
     return pd.DataFrame(lines)
 
 
@@ -322,8 +322,8 @@ def figure_rows(result: dict, differences: bool = False) -> list[dict]:
     `plots.plot_groups`; ValueError for the differences of a single group.
     """
     figure = f"vs {result['reference']}" if differences else result["system"]
-    rows = [{"suite": suite_name(row["suite"]), "is_reference": row["group"] == result["reference"],
-             **{name: row[name] for name in ("group", "value", "low", "high", "by_run")}}
+    rows = [row | {"suite": scope_title(row["suite"]),
+                   "is_reference": row["group"] == result["reference"]}
             for row in result["rows"] if row["figure"] == figure]
     if not rows:
         raise ValueError("one group has no differences; name another one")

@@ -9,10 +9,13 @@ format alone, as stage 06; "free_text" also finds a box or letter in any text. R
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256, write_atomically, write_json
@@ -22,8 +25,7 @@ from mig_kit.engine.model_folders import find_revision
 from mig_kit.engine.models import Hardware
 from mig_kit.engine.processors import prompt_measure
 from mig_kit.pipeline import store
-from mig_kit.pipeline.fingerprints import hash_images
-from mig_kit.plots import HELD_OUT_NAMES
+from mig_kit.pipeline.fingerprints import hash_images, iter_own_images
 from mig_kit.prompts import (
     LETTERS,
     format_answer,
@@ -34,27 +36,26 @@ from mig_kit.prompts import (
 )
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
-from mig_kit.scoring import run_benchmark, score
-from mig_kit.scoring.annotations import Benchmark
-from mig_kit.scoring.box_lists import parse_named_boxes
-from mig_kit.scoring.choice_parsers import parse_choice_letter
-from mig_kit.scoring.convert_boxes import parse_named_box
-from mig_kit.scoring.result import averaged_groups, number_lists, summarize
+from mig_kit.score import protocols, run_benchmark
+from mig_kit.score.annotations import Benchmark
+from mig_kit.score.choice_parsers import parse_choice_letter
+from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes
+from mig_kit.score.result import averaged_groups, number_lists, summarize
 from mig_kit.stages import evaluate
-from mig_kit.stages.report import gallery_html, render_page
-from mig_kit.world import suites
+from mig_kit.stages.report import render_page
+from mig_kit.stages.report_gallery import gallery_html
+from mig_kit.stats import paired_gap_by_list
+from mig_kit.world.suites import OWN, SUITES, suite_title
 
-DRAWN_SIZES = {"mig_per_task": 100, "ood_per_task": 100, "blink_per_task": 60, "mmiu_per_task": 80,
-               "find_all_per_task": 0, "eval_seed": 14}  # stage 06's of the tiny profile
+DRAWN_SIZES = {"eval_seed": 14, **{suite.size_param: suite.default
+                                   for suite in SUITES.values()}}  # as notebook 06
 # what a model is asked with, where neither its run's 06 nor the caller says otherwise
-DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "batch_size": 64, "dtype": "auto"}
+DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "dtype": "auto"}
 SHOWN = {"correct": 6, "wrong": 12}  # cards of the gallery
+BATCH = 512  # questions of a benchmark whose images are open at a time
 MODEL = "model"  # what the one system is called
-HOLDS_OTHER = {  # by what differs: what the replies in a folder are
-    "questions": "to other questions", "model": "of another model", "files": "of another model",
-    "adapter": "of another adapter",
-    "images": "about other images (files that have changed, of another folder, or drawn by another "
-              "version of the kit)"}
+BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
+               "rejection": "rejection rate", "wrong_rejection": "wrongly none"}
 Questions = dict[str, Sequence[Sample]] | tuple[Benchmark, dict[str, list[tuple[int, int]]]]
 
 
@@ -64,29 +65,28 @@ class Task:
     its images.
 
     limit: so many first questions of every task (of own data: of the file), 0 for all. sizes: as
-    DRAWN_SIZES. orientation: one of ORIENTATIONS.
+    DRAWN_SIZES.
     """
 
     suite: str
     file: Path | None = None
     root: Path | None = None
     limit: int = 0
-    sizes: Mapping = field(default_factory=lambda: DRAWN_SIZES)
-    orientation: str = "upright"
+    sizes: Mapping | None = None
 
-    def describe(self) -> dict:
-        """What tells these questions from others."""
+    def describe(self, questions: Questions) -> dict:
+        """What tells these questions, and the pictures that they are about, from others."""
         facts = {"suite": self.suite, "limit": self.limit}
         if self.suite == "drawn":
-            return facts | dict(self.sizes)
-        return facts | {"file": file_sha256(self.file), "orientation": self.orientation}
-
-    def digest_images(self, questions: Questions) -> str:
-        """What tells the pictures of these questions from others under the same names."""
-        if self.suite == "drawn":
-            return " ".join(evaluate.digest_questions(questions).values())
-        is_table = self.file.suffix == ".parquet"  # whose file names its images by their SHA-256
-        return "" if is_table else hash_images(self.suite, self.file, self.root, self.limit)
+            digests = evaluate.digest_questions(questions)
+            return facts | dict(self.sizes or DRAWN_SIZES) | {"images": " ".join(digests.values())}
+        facts["file"] = file_sha256(self.file)
+        if self.file.suffix == ".parquet":  # which names its images by their SHA-256
+            return facts
+        arguments = (self.file, self.root, self.limit)
+        images = (iter_own_images(*arguments) if self.suite == "own"
+                  else run_benchmark.iter_image_paths(self.suite, *arguments))
+        return facts | {"images": hash_images(images, self.root)}
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,14 @@ class AskedModel:
 
     def describe(self) -> dict:
         """What tells this model's replies from others."""
-        files = store.model_fingerprint(str(self.folder))
         kinds = ({}, {"find_all": True}, {"options": ("", ""), "letter": "A"})
-        facts = {"model": str(self.folder),
-                 "files": files or {"revision": find_revision(self.folder)},
-                 "coordinates": str(self.box_format.coordinates),
-                 "min_pixels": self.box_format.min_pixels,
-                 "max_pixels": self.box_format.max_pixels,
-                 "prompt": [format_question(Sample("", "", "", "", (), "", **kind),
-                                            self.box_format) for kind in kinds]}
-        if self.adapter is None:
-            return facts
-        return facts | {"adapter": store.model_fingerprint(str(self.adapter.absolute())),
-                        "four_bit": self.four_bit}
+        return {"model": str(self.folder), **asdict(self.box_format),
+                "files": (store.model_fingerprint(str(self.folder))
+                          or {"revision": find_revision(self.folder)}),
+                "prompt": [format_question(Sample("", "", "", "", (), "", **kind),
+                                           self.box_format) for kind in kinds],
+                "adapter": (store.model_fingerprint(str(self.adapter.absolute()))
+                            if self.adapter else {}), "four_bit": self.four_bit}
 
 
 def evaluate_model(model: AskedModel, task: Task, hardware: Hardware, out: Path,
@@ -125,108 +120,85 @@ def evaluate_model(model: AskedModel, task: Task, hardware: Hardware, out: Path,
 
     A call that was interrupted goes on. ValueError where `out` holds another model's or other
     questions' replies; nothing is written before all questions are known to be usable. params:
-    max_new_tokens, batch_size, workers, seed, server, concurrency.
+    max_new_tokens, seed, server, concurrency.
     """
     questions = load_questions(task)
-    if isinstance(questions, dict):  # a benchmark's prompts are short
-        measure = prompt_measure(model.folder, model.box_format)
-        for sample in chain.from_iterable(questions.values()):
-            if problem := measure(sample):
-                raise ValueError(f"question {sample.id}: {problem} (--max-pixels)")
+    measure = prompt_measure(model.folder, model.box_format)
+    # a benchmark's prompts are short
+    for sample in chain(*questions.values()) if isinstance(questions, dict) else ():
+        if problem := measure(sample):
+            raise ValueError(f"question {sample.id}: {problem} (--max-pixels)")
+    asked = task.describe(questions)
     claim_folder(out, {
-        **model.describe(), "questions": task.describe(),
-        "images": (images := task.digest_images(questions)),
-        "max_new_tokens": params.max_new_tokens,
+        **model.describe(), "questions": asked, "max_new_tokens": params.max_new_tokens,
         "device": "a server" if params.server else hardware.device,
         "dtype": f"{hardware.dtype}, autocast {hardware.autocast}"})
-    folder = model.folder if model.adapter is None else _merge_adapter(model, hardware, out)
-    is_benchmark = task.suite in run_benchmark.RUNNABLE
-    ask = _ask_benchmark if is_benchmark else _ask_samples
+    folder = model.folder
+    if model.adapter:
+        folder = out / "merged"
+        if not folder.is_dir():  # it is there whole or not at all
+            processor = models.load_processor(model.folder, model.box_format)
+            merging.write_merged_model(model.folder, model.adapter, folder, hardware, processor,
+                                       model.four_bit)
+    ask = _ask_samples if isinstance(questions, dict) else _ask_benchmark
     judged, lines, gallery, replies = ask(folder, questions, task, hardware, model.box_format, out,
                                           params)
-    _write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    predictions = "".join(json.dumps(line) + "\n" for line in lines)
     cards = gallery_html(gallery, {MODEL: replies}, model.box_format, {})
     page = render_page(f"{model.folder}: {task.suite}", [("Replies, read as free text", cards)])
-    _write_text(out / "gallery.html", page)
-    result = {"model": str(model.folder), "questions": task.describe() | {"images": images},
+    for name, text in (("predictions.jsonl", predictions), ("gallery.html", page)):
+        write_atomically(out / name, lambda file, text=text: file.write_text(text, "utf-8"))
+    result = {"model": str(model.folder), "questions": asked,
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
 
 
-def _merge_adapter(model: AskedModel, hardware: Hardware, out: Path) -> Path:
-    """The folder of the model with its adapter, which `out` keeps."""
-    merged = out / "merged"
-    if not merged.is_dir():  # it is there whole or not at all
-        processor = models.load_processor(model.folder, model.box_format)
-        merging.write_merged_model(model.folder, model.adapter, merged, hardware, processor,
-                                   model.four_bit)
-    return merged
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def claim_folder(out: Path, settings: dict) -> None:
-    """Write what the replies in `out` follow from, or compare it with what is there."""
+    """Write what the replies in `out` follow from; ValueError where what is there differs."""
     path = out / "settings.json"
     if not path.is_file():
         for name in ("predictions.jsonl", "eval.json", "gallery.html"):
             if (out / name).exists():
                 raise ValueError(f"{out / name} is of no mig-kit eval that could go on, and would "
                                  "be overwritten; name another --out")
-    settings = json.loads(json.dumps(settings))
-    other = json.loads(path.read_text()) if path.is_file() else settings
-    for name in (*settings, *other):
-        before, now = other.get(name), settings.get(name)
-        if before != now:
-            what = HOLDS_OTHER.get(name, f"made with another {name}")
-            raise ValueError(f"{out} holds replies {what}{_name_difference(before, now)}; name "
-                             "another --out, or delete that folder")
+    now = pd.json_normalize(json.loads(json.dumps(settings)), sep=" ").iloc[0].to_dict()
+    before = (pd.json_normalize(json.loads(path.read_text()), sep=" ").iloc[0].to_dict()
+              if path.is_file() else now)
+    if other := [name for name in (now | before) if now.get(name) != before.get(name)]:
+        values = f" ({before.get(other[0])}, now {now.get(other[0])})"
+        raise ValueError(f"{out} holds replies of another evaluation: another "
+                         f"{', '.join(other[:3])}{values if len(values) < 60 else ''}; name "
+                         "another --out, or delete that folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
-
-
-def _name_difference(before: object, now: object) -> str:
-    """What differs, in brackets: names of files, or two short values; "" where that says nothing.
-    """
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = sorted(name for name in before | now if before.get(name) != now.get(name))
-        return f" (another {', '.join(names[:3])})"
-    is_short = all(isinstance(value, int | str) and len(str(value)) < 60 for value in (before, now))
-    return f" ({before}, now {now})" if is_short else ""
 
 
 def load_questions(task: Task) -> Questions:
     """Suite -> samples of the drawn suites or of own data; of a real benchmark its items and the
     sizes of their images.
+
+    Own data: the first `limit` lines of a JSONL, or questions of a table of stage 01, as 06 scores
+    it. ValueError where there is no question.
     """
     if task.suite in run_benchmark.RUNNABLE:
         benchmark = run_benchmark.read_runnable(task.suite, task.file, task.root, task.limit)
-        return benchmark, run_benchmark.image_sizes(benchmark, task.root, task.orientation)
-    if task.suite == "own":
-        samples = _load_own_data(task)
-        if not samples:
-            raise ValueError(f"{task.file} holds no question; give a file with one a line")
-        return {samples[0].suite: samples}
-    sizes = {name: min(size, task.limit) if task.limit and name.endswith("per_task") else size
-             for name, size in task.sizes.items()}
-    samples = evaluate.draw_test_samples(sizes)
-    if not samples:
-        raise ValueError("no drawn suite is left to ask; one of "
-                         f"{', '.join(suites.SIZE_PARAMS.values())} must be over 0")
-    return samples
-
-
-def _load_own_data(task: Task) -> Sequence[Sample]:
-    """A table of stage 01 as 06 scores it, `limit` questions evenly spaced; or the first lines of a
-    JSONL.
-    """
+        return benchmark, run_benchmark.image_sizes(benchmark, task.root)
+    if task.suite == "drawn":
+        sizes = {name: size if name == "eval_seed" else min(size, task.limit or size)
+                 for name, size in (task.sizes or DRAWN_SIZES).items()}
+        if samples := evaluate.draw_test_samples(sizes):
+            return samples
+        names = ", ".join(suite.size_param for suite in SUITES.values())
+        raise ValueError(f"no drawn suite is left to ask; one of {names} must be over 0")
     if task.file.suffix == ".parquet":
-        return evaluate.spread_samples(read_samples(task.file), task.limit)
-    limit = task.limit or None
-    return list(own_data.iter_samples(task.file, task.root, limit, task.orientation))
+        samples = read_samples(task.file)
+        samples = samples.select(range(min(task.limit or len(samples), len(samples))))
+    else:
+        samples = list(own_data.iter_samples(task.file, task.root, task.limit or None))
+    if not samples:
+        raise ValueError(f"{task.file} holds no question; give a file with one a line")
+    return {samples[0].suite: samples}
 
 
 def read_freely(reply: str, sample: Sample) -> str:
@@ -259,35 +231,35 @@ def _ask_samples(model: str | Path, samples: dict[str, Sequence[Sample]], task: 
                  hardware: Hardware, box_format: BoxFormat, out: Path,
                  params: SimpleNamespace) -> tuple[dict, list, list, dict]:
     """(scores and items, lines of predictions, gallery, replies by sample id)."""
-    none = {suite: [] for suite in samples}
-    drawn = systems.suite_replies({MODEL: model}, samples, none, hardware, box_format,
-                                  out / "replies", SimpleNamespace(**vars(params) | {"replies": 0}))
-    strict = {suite: answers["greedy"] for suite, answers in drawn[MODEL].items()}
+    asked = SimpleNamespace(**vars(params) | {"replies": 0})
+    answers = systems.suite_replies({MODEL: model}, samples, dict.fromkeys(samples, []), hardware,
+                                    box_format, out / "replies", asked)[MODEL]
+    strict = {suite: answers[suite]["greedy"] for suite in samples}
     free = {suite: [read_freely(reply, sample)
                     for reply, sample in zip(strict[suite], samples[suite], strict=True)]
             for suite in samples}
     judged: dict[str, dict] = {"scores": {}, "items": {}, "lists": {
-        suite: evaluate.number_image_lists(questions).tolist()
-        for suite, questions in samples.items() if suite in HELD_OUT_NAMES}}
+        suite: evaluate.number_image_lists(part).tolist()
+        for suite, part in samples.items() if suite == OWN}}
     for protocol, replies in (("strict", strict), ("free_text", free)):
         by_suite = {suite: {"greedy": texts, "drawn": [[]] * len(texts)}
                     for suite, texts in replies.items()}
         judged["scores"][protocol] = evaluate.summarize_systems(
             samples, {MODEL: by_suite}, box_format)[MODEL]
         judged["items"][protocol] = {
-            suite: [[sample.id, "" if suite in HELD_OUT_NAMES else sample.task,
+            suite: [[sample.id, "" if suite == OWN else sample.task,
                      evaluate.reply_is_correct(reply, sample, box_format)]
                     for sample, reply in zip(samples[suite], texts, strict=True)]
             for suite, texts in replies.items()}
-    read = [(sample, reply) for suite, texts in free.items()
-            for sample, reply in zip(samples[suite], texts, strict=True)]
-    judged["unread"] = sum(not is_well_formed(reply, sample) for sample, reply in read)
+    read = {sample.id: (sample, reply) for suite, texts in free.items()
+            for sample, reply in zip(samples[suite], texts, strict=True)}
+    judged["unread"] = sum(not is_well_formed(reply, sample) for sample, reply in read.values())
     lines = [{"id": sample.id, "response": reply} for suite, texts in strict.items()
              for sample, reply in zip(samples[suite], texts, strict=True)]
-    picked = _pick([(sample.id, sample.task, is_correct(reply, sample, box_format))
-                    for sample, reply in read])
-    gallery = [(picked[sample.id], sample) for sample, _ in read if sample.id in picked]
-    return judged, lines, gallery, {sample.id: reply for sample, reply in read}
+    picked = _pick([(name, sample.task, is_correct(reply, sample, box_format))
+                    for name, (sample, reply) in read.items()])
+    gallery = [(kind, read[name][0]) for name, kind in picked.items()]
+    return judged, lines, gallery, {name: reply for name, (_, reply) in read.items()}
 
 
 def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: Task,
@@ -295,17 +267,15 @@ def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: T
                    params: SimpleNamespace) -> tuple[dict, list, list, dict]:
     """As `_ask_samples`; questions: the benchmark and the sizes of its images."""
     benchmark, sizes = questions
-    asked = SimpleNamespace(**vars(params) | {"benchmark": task.suite})
     answers = systems.benchmark_replies(
-        {MODEL: model}, lambda: run_benchmark.iter_batches(benchmark, task.root,
-                                                           8 * params.batch_size),
-        hardware, box_format, out / "replies", asked)[MODEL]
+        model, MODEL, run_benchmark.iter_batches(benchmark, task.root, BATCH),
+        hardware, box_format, out / "replies" / f"{MODEL}_real_{task.suite}.jsonl", params)
     judged: dict[str, dict] = {"scores": {}, "items": {}, "lists": {}}
     for protocol in run_benchmark.PROTOCOLS:
         lines = run_benchmark.prediction_lines(benchmark, answers, sizes, box_format,
                                                exact=protocol == "strict")
-        scored = score.score_predictions(benchmark, lines, "the replies", box_format, protocol,
-                                         images=str(task.root))
+        scored = protocols.score_predictions(benchmark, lines, "the replies", box_format, protocol,
+                                             images=str(task.root))
         headline = next(iter(scored.metrics.values()))
         judged["scores"][protocol] = {task.suite: summarize(scored)}
         group = {place: str(number) for number, places in enumerate(averaged_groups(scored))
@@ -316,10 +286,10 @@ def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: T
         judged["lists"] = {task.suite: number_lists(scored).tolist()}
     lines = run_benchmark.prediction_lines(benchmark, answers, sizes, box_format)
     correct = {name: value for name, _, value in judged["items"]["official"][task.suite]}
-    picked = _pick([(str(item.index), item.task, correct[str(item.index)] >= 0.5)
-                    for item in benchmark.items])
-    gallery = [(picked[str(item.index)], run_benchmark.to_sample(item, benchmark.name, task.root))
-               for item in benchmark.items if str(item.index) in picked]
+    items = {str(item.index): item for item in benchmark.items}
+    picked = _pick([(name, item.task, correct[name] >= 0.5) for name, item in items.items()])
+    gallery = [(kind, replace(run_benchmark.to_sample(items[name], benchmark.name, task.root),
+                              suite=f"{task.suite} (real)")) for name, kind in picked.items()]
     judged["unread"] = sum(not run_benchmark.names_answer(
         item, answers[run_benchmark.sample_id(benchmark.name, item)][0])
         for item in benchmark.items)
@@ -328,18 +298,108 @@ def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: T
 
 
 def _pick(outcomes: list[tuple[str, str, bool]]) -> dict[str, str]:
-    """Id -> "correct" or "wrong" of the questions that the gallery shows, evenly over the tasks.
-
+    """Id -> "correct" or "wrong" of the questions that the gallery shows, evenly over the tasks;
     outcomes: (id, task, is it correct).
     """
+    table = pd.DataFrame(outcomes, columns=["id", "task", "is_correct"])
     picked = {}
     for kind, count in SHOWN.items():
-        by_task: dict[str, list[str]] = {}
-        for name, task, is_right in outcomes:
-            if is_right == (kind == "correct"):
-                by_task.setdefault(task, []).append(name)
-        rounds = max(map(len, by_task.values()), default=0)
-        names = [of_task[number] for number in range(rounds) for of_task in by_task.values()
-                 if number < len(of_task)]
-        picked |= dict.fromkeys(names[:count], kind)
+        part = table[table["is_correct"] == (kind == "correct")]
+        order = part.groupby("task").cumcount().sort_values(kind="stable").index[:count]
+        picked |= dict.fromkeys(part.loc[order, "id"], kind)
     return picked
+
+
+def read_result(folder: Path) -> dict:
+    """eval.json of a finished evaluation; FileNotFoundError where there is none."""
+    path = folder / "eval.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no eval.json; finish that mig-kit eval first")
+    return json.loads(path.read_text())
+
+
+def result_tables(results: Mapping[str, dict]) -> list[str]:
+    """What a terminal shows of results by name: scores, differences between the first and each
+    other one, and a sentence where a tenth of the first's replies could not be read.
+    """
+    tables = [score_rows(results)]
+    if len(results) > 1:
+        tables.append([row | {"points": _with_interval(row["points"], row["ci95"]), "ci95": ""}
+                       for row in difference_rows(results)])
+    texts = []
+    for rows in tables:
+        table = pd.DataFrame(rows).fillna("-").drop(columns="ci95", errors="ignore")
+        first = table.columns[0]
+        table[first] = table[first].str.ljust(table[first].str.len().max())
+        texts.append(table.to_string(index=False) + "\n")
+    first = next(iter(results.values()))
+    count = sum(map(len, next(iter(first["items"].values())).values()))
+    if first["unread"] > 0.1 * count:
+        texts.append(f"{first['unread']} of {count} replies name no box or letter that can be read;"
+                     " look at the gallery, and if they are cut, raise --max-new-tokens "
+                     f"({first['max_new_tokens']})\n")
+    return texts
+
+
+def score_rows(results: Mapping[str, dict]) -> list[dict]:
+    """Rows {"percent, greedy": suite or its part, "protocol", model -> its score and interval}."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, result in results.items():
+        for protocol, by_suite in result["scores"].items():
+            for suite, summary in by_suite.items():
+                for part, text in _suite_cells(_name_suite(result, suite), summary).items():
+                    row = {"percent, greedy": part, "protocol": protocol}
+                    rows.setdefault((part, protocol), row)[name] = text
+    return list(rows.values())
+
+
+def _name_suite(result: dict, suite: str) -> str:
+    """What tables call a suite: only a drawn one, or own data, has a title."""
+    return suite if result["questions"]["suite"] in run_benchmark.RUNNABLE else suite_title(suite)
+
+
+def _suite_cells(name: str, summary: dict) -> dict[str, str]:
+    """Part of the suite -> its score; that of the whole with its interval."""
+    if "score" in summary:
+        cells = {name: _with_interval(summary["score"], summary["ci95"])}
+        parts = {label: summary["boxes"][key] for key, label in BOX_FIGURES.items()
+                 if "boxes" in summary}
+    else:
+        average = summary["avg"]
+        metric = next(key for key in average if key != "ci95")
+        cells = {f"{name}, {metric}": _with_interval(average[metric], average["ci95"])}
+        parts = {task: values[metric] for task, values in summary["tasks"].items()}
+    return cells | {f"  {part}": _with_interval(value, None) for part, value in parts.items()}
+
+
+def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    text = "-" if value is None else f"{value:.1f}"
+    return f"{text} ({interval[0]:.1f} to {interval[1]:.1f})" if interval else text
+
+
+def difference_rows(results: Mapping[str, dict]) -> list[dict]:
+    """Rows {compared, protocol, suite, points, ci95}: the first result less each other, paired by
+    question; of own data and real benchmarks the interval is over lists of images.
+
+    ValueError where they did not answer the same questions.
+    """
+    (name, first), *others = results.items()
+    rows = []
+    for other_name, other in others:
+        if first["questions"] != other["questions"]:
+            raise ValueError(f"{name} and {other_name} did not answer the same questions; ask both "
+                             "with the same --suite, --limit and files (of drawn ones a run's "
+                             "model gets as many as its 06: compare it with RUN/base)")
+        for protocol, by_suite in first["items"].items():
+            for suite, items in by_suite.items():
+                table = pd.DataFrame(items, columns=["id", "group", "value"])
+                before = {name: value for name, _, value in other["items"][protocol][suite]}
+                table["gap"] = table["value"] - table["id"].map(before)
+                table["list"] = first.get("lists", {}).get(suite, np.arange(len(table)))
+                gap = paired_gap_by_list([
+                    (part["gap"].to_numpy(), part["list"].to_numpy())
+                    for _, part in table.groupby("group", sort=False)])
+                rows.append({"compared": f"{name} - {other_name}", "protocol": protocol,
+                             "suite": _name_suite(first, suite), "points": gap["value"],
+                             "ci95": gap["ci95"]})
+    return rows

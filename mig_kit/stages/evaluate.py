@@ -21,16 +21,8 @@ from mig_kit.common import model_folder
 from mig_kit.image_files import image_digests
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import name_data
-from mig_kit.plots import HELD_OUT_NAMES
 from mig_kit.prompts import is_well_formed, parse_boxes
-from mig_kit.rewards import (
-    image_overlap,
-    is_correct,
-    match_score,
-    names_target_image,
-    reply_iou,
-    weakest_iou,
-)
+from mig_kit.rewards import image_set_iou, is_correct, match_score, weakest_iou
 from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.stats import (
     group_by_task,
@@ -42,7 +34,7 @@ from mig_kit.stats import (
     share_interval,
     to_percent,
 )
-from mig_kit.world import find_all, suites
+from mig_kit.world import suites
 
 PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"),
          ("grpo", "sft_long"))
@@ -52,24 +44,23 @@ def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample
     """Suite -> the samples that are scored: the held-out part of the run's own data, where it has
     some, then the drawn suites whose size is not 0.
 
-    params: of 06. Own data is called as `data` of 01.
+    params: of 06.
     """
-    data = name_own_data(run_id)
     samples: dict[str, Sequence[Sample]] = {}
-    if data:
-        held_out = read_samples(store.stage_folder("01_synthesize", run_id) / "val.parquet")
-        samples[data] = spread_samples(held_out, params["held_out_samples"])
-    samples |= draw_test_samples(params)
-    return samples
+    if has_own_data(run_id):
+        folder = store.stage_folder("01_synthesize", run_id)
+        samples[suites.OWN] = read_samples(folder / "val.parquet")
+    return samples | draw_test_samples(params)
 
 
 def draw_test_samples(params: Mapping) -> dict[str, list[Sample]]:
-    """Suite -> its drawn test samples, of the suites whose size is not 0; params: of 06."""
-    samples = {suite: suites.make_suite(suite, "test", params[size], params["eval_seed"])
-               for suite, size in suites.SIZE_PARAMS.items() if params[size]}
-    if count := params.get("find_all_per_task"):
-        samples[find_all.SUITE] = list(find_all.draw_find_all("test", count, params["eval_seed"]))
-    return samples
+    """Suite -> its drawn test samples, of the suites whose size is not 0.
+
+    params: of 06; a run that was finished before a suite came has no size of it, which counts as 0.
+    """
+    sizes = {name: params.get(suite.size_param, 0) for name, suite in suites.SUITES.items()}
+    return {name: suites.make_suite(name, "test", size, params["eval_seed"])
+            for name, size in sizes.items() if size}
 
 
 def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
@@ -86,9 +77,9 @@ def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
     return digests
 
 
-def name_own_data(run_id: str) -> str:
-    """`data` of the run's 01, "" for drawn scenes."""
-    return name_data(run_id).replace("scenes", "")
+def has_own_data(run_id: str) -> bool:
+    """Whether the run was trained on data of its own, not on drawn scenes."""
+    return name_data(run_id) != "scenes"
 
 
 def find_rl_start(start_from: str) -> Path | None:
@@ -105,13 +96,6 @@ def find_rl_start(start_from: str) -> Path | None:
     return folder
 
 
-def spread_samples(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
-    """At most `count` of the samples, evenly spaced; all for 0."""
-    if not count or len(samples) <= count:
-        return samples
-    return samples.select([index * len(samples) // count for index in range(count)])
-
-
 def list_pairs(systems: Mapping) -> list[tuple[str, str]]:
     """The (after, before) pairs of PAIRS whose systems were both evaluated."""
     return [pair for pair in PAIRS if set(pair) <= set(systems)]
@@ -126,16 +110,13 @@ def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, 
     """
     correct = float(is_correct(reply, sample, box_format))
     well_formed = float(is_well_formed(reply, sample))
-    if sample.find_all:
-        return {"iou": weakest_iou(reply, sample, box_format), "correct": correct,
-                "image": image_overlap(reply, sample), "format": well_formed}
     if sample.options:
         return {"iou": correct, "correct": correct, "image": correct, "format": well_formed}
-    if not sample.targets:
+    if not sample.targets and not sample.find_all:
         return {"iou": correct, "correct": correct, "image": correct,
                 "format": max(correct, well_formed)}
-    return {"iou": reply_iou(reply, sample, box_format), "correct": correct,
-            "image": float(names_target_image(reply, sample)), "format": well_formed}
+    return {"iou": weakest_iou(reply, sample, box_format), "correct": correct,
+            "image": image_set_iou(reply, sample), "format": well_formed}
 
 
 def reply_is_correct(reply: str, sample: Sample, box_format: BoxFormat) -> float:
@@ -167,7 +148,7 @@ def split_for_score(samples: Sequence[Sample], values: np.ndarray) -> list[np.nd
     """values (samples, ...) of each part whose mean counts alike: of every task or, for own data,
     of all questions, since its tasks are its author's words and may be of one question each.
     """
-    if samples and samples[0].suite in HELD_OUT_NAMES:
+    if samples and samples[0].suite == suites.OWN:
         return [values]
     return list(split_by_task(samples, values).values())
 

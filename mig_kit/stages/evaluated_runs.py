@@ -1,4 +1,5 @@
-"""Evaluated runs as comparisons read them: from their folders, or from a small file.
+"""Evaluated runs as comparisons read them, from their folders or from a small file; which of them
+are compared with each other, and what that leaves open.
 
 A recorded run is a JSON file of some kilobytes: which answers were correct, and how the run was
 made. It takes the place of the run in a comparison, so that a table can be made again, and grow,
@@ -6,23 +7,25 @@ where the runs themselves are not at hand.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, write_json
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import changed_params, model_digest
-from mig_kit.pipeline.run_folders import run_command
+from mig_kit.pipeline.run_folders import format_run_command
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
-from mig_kit.world import suites
+from mig_kit.world.suites import SUITES
 
 # Runs that differ in one of these did not answer the same questions.
-SAMPLE_PARAMS = ("eval_seed", *suites.SIZE_PARAMS.values(), "find_all_per_task", "min_pixels",
+SAMPLE_PARAMS = ("eval_seed", *(suite.size_param for suite in SUITES.values()), "min_pixels",
                  "max_pixels", "coordinates")
 SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: of the control run
 
@@ -30,131 +33,128 @@ SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: of the control run
 @dataclass(frozen=True)
 class EvaluatedRun:
     """What a comparison reads of a run. data_seed: the seed of 01; seed: that of 05; correct: of
-    system and suite, (samples,) 0 or 1; tokens: of a reply in 05's last ten updates; minutes: of
-    stages 02 to 05; start_from: what 05 trained, as its parameter says it; control: of
-    `run_facts.describe_control`; questions: of `evaluate.digest_questions`, {} in older runs.
+    system and suite, a "1" for each sample that is answered correctly, else a "0"; tokens: of a
+    reply in 05's last ten updates; minutes: of stages 02 to 05; params: SAMPLE_PARAMS of 06;
+    start_from: what 05 trained, as its parameter says it; control: of `run_facts.describe_control`;
+    questions: of `evaluate.digest_questions`; changed: of `run_facts.changed_params`.
     """
 
     run_id: str
     data_seed: int
     seed: int
-    correct: dict[str, dict[str, np.ndarray]]
+    correct: dict[str, dict[str, str]]
     tokens: float
     minutes: float
     git: str
     machine: str
+    params: dict
     start_from: str = "merged"
     control: dict = field(default_factory=dict)
     questions: dict[str, str] = field(default_factory=dict)
-
-
-def load_evaluations(run_ids: Sequence[str]) -> dict[str, dict]:
-    """Run id, or file of a recorded run -> parameters of its 06_evaluate.
-
-    Raises FileNotFoundError for a run without one; ValueError if a model was trained again since,
-    that of a control run too, or if the test samples differ.
-    """
-    evaluations = {}
-    for run_id in run_ids:
-        if is_recorded(run_id):
-            evaluations[run_id] = read_recorded(run_id)["params"]
-            continue
-        record = store.load_record("06_evaluate", run_id)
-        if record is None:
-            raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; "
-                                    f"run: {run_command('06_evaluate', run_id)}")
-        if stale_input := store.find_stale_input("06_evaluate", run_id):
-            raise ValueError(f"the scores of run '{run_id}' are of a model before {stale_input} "
-                             f"was run again; run: {run_command('06_evaluate', run_id)}")
-        control = record.get("control", {})
-        now = model_digest(control["run_id"]) if control else ""
-        if now and now != control["model"]:
-            raise ValueError(f"run '{run_id}' was evaluated beside an earlier model of its control "
-                             f"run '{control['run_id']}'; run its 06 again, or bring that model "
-                             "back")
-        evaluations[run_id] = record["params"]
-    for name in SAMPLE_PARAMS:
-        by_run = {run: params.get(name, 0) for run, params in evaluations.items()}
-        if len(set(by_run.values())) > 1:
-            values = ", ".join(f"{run} {value}" for run, value in by_run.items())
-            raise ValueError(f"the runs were not evaluated on the same samples: {name} is {values}")
-    parts = {run: _held_out_part(run, params) for run, params in evaluations.items()}
-    if len(set(parts.values())) > 1:
-        raise ValueError("the runs were not scored on the same held-out part of own data: "
-                         f"{', '.join(parts)}; compare runs of one 01_synthesize")
-    return evaluations
-
-
-def _held_out_part(run_id: str, params: dict) -> tuple | None:
-    """What tells the held-out questions of own data from others; None for a run without such."""
-    if is_recorded(run_id) or not evaluate.name_own_data(run_id):
-        return None
-    outputs = store.load_record("01_synthesize", run_id)["outputs"]
-    return outputs["val.parquet"], params["held_out_samples"]
+    changed: dict[str, dict] = field(default_factory=dict)
 
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
         dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
-    """(samples by suite, runs by group); raises as `load_evaluations`, and ValueError for a run
-    that answered other questions than the parameters draw now.
+    """(samples by suite, runs by group); a member of a group is a run id or a recorded run's file.
+
+    FileNotFoundError for a run without a finished 06. ValueError where runs answered different
+    questions, or others than the same parameters draw now, and where a model was trained again
+    since, that of a control run too.
     """
-    evaluations = load_evaluations([run for members in groups.values() for run in members])
-    first_run, params = next(iter(evaluations.items()))
-    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    samples = (evaluate.draw_test_samples(params) if is_recorded(first_run)
-               else evaluate.load_test_samples(first_run, params))
-    runs = {name: [_load_run(run, samples, box_format) for run in members]
-            for name, members in groups.items()}
-    _refuse_other_questions([run for members in runs.values() for run in members], samples)
-    return samples, runs
-
-
-def _refuse_other_questions(runs: list[EvaluatedRun], samples: dict[str, list[Sample]]) -> None:
-    now = evaluate.digest_questions(samples) if any(run.questions for run in runs) else {}
-    for run in runs:
+    members = [run for group in groups.values() for run in group]
+    params = {run: read_recorded(run).params if is_recorded(run) else
+              _require_evaluation(run)["params"] for run in members}
+    for name in SAMPLE_PARAMS:
+        by_run = {run: values.get(name, 0) for run, values in params.items()}
+        if len(set(by_run.values())) > 1:
+            values = ", ".join(f"{run} {value}" for run, value in by_run.items())
+            raise ValueError(f"the runs were not evaluated on the same samples: {name} is {values}")
+    if len({_held_out_part(run) for run in members}) > 1:
+        raise ValueError("the runs were not scored on the same held-out part of own data: "
+                         f"{', '.join(members)}; compare runs of one 01_synthesize")
+    first, first_params = next(iter(params.items()))
+    samples = (evaluate.draw_test_samples(first_params) if is_recorded(first)
+               else evaluate.load_test_samples(first, first_params))
+    runs = {name: [_load_run(run, samples) for run in group] for name, group in groups.items()}
+    loaded = [run for group in runs.values() for run in group]
+    now = evaluate.digest_questions(samples) if any(run.questions for run in loaded) else {}
+    for run in loaded:
         for suite, digest in run.questions.items():
             if digest != now.get(suite, digest):
                 raise ValueError(f"run '{run.run_id}' answered other questions of {suite} than the "
                                  "same parameters draw now; compare it with the code of its "
                                  "commit, or run its 06 again")
+    return samples, runs
 
 
-def _load_run(run_id: str, samples: dict[str, list[Sample]],
-              box_format: BoxFormat) -> EvaluatedRun:
-    if is_recorded(run_id):
-        return _restore_run(run_id, samples)
+def _require_evaluation(run_id: str) -> dict:
+    """The record of the run's 06, if its scores are of its models as they are now."""
+    command = format_run_command("06_evaluate", run_id)
     record = store.load_record("06_evaluate", run_id)
-    trained = store.load_record("05_grpo", run_id) or {}
-    stages = [store.load_record(stage, run_id) or {} for stage in store.RECIPE[2:6]]
+    if record is None:
+        raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; run: {command}")
+    if replaced := store.find_replaced_input("06_evaluate", run_id):
+        raise ValueError(f"the scores of run '{run_id}' are of a model before {replaced} was "
+                         f"run again; run: {command}")
+    control = record.get("control", {})
+    now = model_digest(control["run_id"]) if control else ""
+    if now and now != control["model"]:
+        raise ValueError(f"run '{run_id}' was evaluated beside an earlier model of its control run "
+                         f"'{control['run_id']}'; run its 06 again, or bring that model back")
+    return record
+
+
+def _held_out_part(run_id: str) -> str | None:
+    """What tells the held-out questions of own data from others; None for a run without such."""
+    if is_recorded(run_id) or not evaluate.has_own_data(run_id):
+        return None
+    return store.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
+
+
+def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
+    if is_recorded(run_id):
+        run = read_recorded(run_id)
+        for by_suite in run.correct.values():
+            for suite, part in samples.items():
+                bits = by_suite.get(suite, "")
+                if len(bits) != len(part) or set(bits) - {"0", "1"}:
+                    raise ValueError(f"{run_id} does not fit the suite {suite} of {len(part)} "
+                                     "questions; make it again with mig-kit record")
+        return run
+    record = store.load_record("06_evaluate", run_id)
+    stages = {stage: store.load_record(stage, run_id) or {} for stage in store.RECIPE[1:6]}
+    trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
     curves = store.read_metrics(store.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
-    control = record.get("control", {})
+    control, params = record.get("control", {}), record["params"]
     has_model = {"sft": store.has_cold_start(run_id), "sft_long": bool(control)}
-    correct = {system: {suite: _correctness(run_id, system, suite, samples[suite], box_format)
-                        for suite in samples}
+    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+    correct = {system: {suite: _correctness(run_id, system, suite, part, box_format)
+                        for suite, part in samples.items()}
                for system in SYSTEMS if has_model.get(system, True)}
-    seed = trained.get("params", {}).get("seed", 0)
-    synthesized = store.load_record("01_synthesize", run_id) or {}
+    seed = trained.get("seed", 0)
     return EvaluatedRun(
-        run_id, synthesized.get("params", {}).get("seed", seed), seed, correct,
+        run_id, synthesized.get("seed", seed), seed, correct,
         float(np.mean(lengths)) if lengths else float("nan"),
-        sum(stage.get("seconds", 0) for stage in stages) / 60,
+        sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
         record.get("git", ""), record.get("machine", ""),
-        trained.get("params", {}).get("start_from", "merged"), control,
-        record.get("questions", {}))
+        {name: params.get(name, 0) for name in SAMPLE_PARAMS},
+        trained.get("start_from", "merged"), control, record.get("questions", {}),
+        changed_params(run_id, store.RECIPE[1:7]))
 
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
-                 box_format: BoxFormat) -> np.ndarray:
+                 box_format: BoxFormat) -> str:
     folder = store.stage_folder("06_evaluate", run_id) / "replies"
     lines = (folder / f"{system}_{suite}_greedy.jsonl").read_text().splitlines()
     replies = {row["id"]: row["replies"][0] for row in map(json.loads, lines)}
     if missing := [sample.id for sample in samples if sample.id not in replies]:
         raise ValueError(f"run '{run_id}' lacks {system}'s replies to {len(missing)} samples, such "
                          f"as {missing[0]}; add --force and run: "
-                         f"{run_command('06_evaluate', run_id)}")
-    return np.array([evaluate.reply_is_correct(replies[sample.id], sample, box_format)
-                     for sample in samples])
+                         f"{format_run_command('06_evaluate', run_id)}")
+    return "".join(str(int(evaluate.reply_is_correct(replies[sample.id], sample, box_format)))
+                   for sample in samples)
 
 
 def is_recorded(name: str) -> bool:
@@ -165,35 +165,23 @@ def is_recorded(name: str) -> bool:
 def record_run(run_id: str, folder: Path) -> Path:
     """Write FOLDER/RUN_ID.json, a recorded run, and give its path.
 
-    It holds the run's seeds, figures, machine and commit, the correctness of every greedy reply as
-    "0" and "1" in the order of the samples, and per stage the parameters that differ from the tiny
-    profile's. Raises as `load_evaluations`; ValueError for a run that was scored on own data, whose
-    questions cannot be drawn again.
+    Raises as `load_groups`; ValueError for a run that was scored on own data, whose questions
+    cannot be drawn again.
     """
     if is_recorded(run_id):
         raise ValueError(f"{run_id} is a recorded run already; name a run")
-    params = load_evaluations([run_id])[run_id]
-    if data := evaluate.name_own_data(run_id):
-        raise ValueError(f"run '{run_id}' was scored on own data ({data}), whose questions are not "
-                         "in the record; only runs on drawn suites can be recorded")
-    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    samples = evaluate.load_test_samples(run_id, params)
-    run = _load_run(run_id, samples, box_format)
-    _refuse_other_questions([run], samples)
-    fields = asdict(run)
-    fields["correct"] = {system: {suite: "".join(str(int(value)) for value in values)
-                                  for suite, values in by_suite.items()}
-                         for system, by_suite in run.correct.items()}
-    fields["params"] = {name: params.get(name, 0) for name in SAMPLE_PARAMS}
-    fields["changed"] = changed_params(run_id, store.RECIPE[1:7])
+    _, runs = load_groups({run_id: [run_id]})
+    if evaluate.has_own_data(run_id):
+        raise ValueError(f"run '{run_id}' was scored on own data, whose questions are not in the "
+                         "record; only runs on drawn suites can be recorded")
     path = folder / f"{run_id}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, fields)
+    write_json(path, asdict(runs[run_id][0]))
     return path
 
 
-def read_recorded(path: str) -> dict:
-    """The fields of a recorded run; FileNotFoundError or ValueError with one sentence.
+def read_recorded(path: str) -> EvaluatedRun:
+    """A recorded run; FileNotFoundError or ValueError with one sentence.
 
     path: relative to the working directory or, as a notebook's parameter, to the project.
     """
@@ -201,36 +189,77 @@ def read_recorded(path: str) -> dict:
     if file is None:
         raise FileNotFoundError(f"there is no recorded run {path}; make one with mig-kit record")
     try:
-        fields = json.loads(file.read_text())
-        # Older files name these two only among the changed parameters.
-        for name, stage, parameter, default in (("data_seed", "01_synthesize", "seed", 0),
-                                                ("start_from", "05_grpo", "start_from", "merged")):
-            changed = fields.get("changed", {}).get(stage, {})
-            fields.setdefault(name, changed.get(parameter, default))
-        fields.setdefault("control", {})
-        fields.setdefault("questions", {})
-        missing = [name for name in (*EvaluatedRun.__annotations__, "params") if name not in fields]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no recorded run ({error}); make it again with mig-kit record"
-                         ) from None
-    if missing:
-        raise ValueError(f"{path} is no recorded run: it lacks {missing[0]}; make it again with "
-                         "mig-kit record")
-    return fields
+        return TypeAdapter(EvaluatedRun).validate_python(json.loads(file.read_text()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:
+        problem = str(error)
+    raise ValueError(f"{path} is no recorded run ({problem}); make it again with mig-kit record")
 
 
-def _restore_run(path: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
-    fields = read_recorded(path)
-    correct = {}
-    for system, by_suite in fields["correct"].items():
-        correct[system] = {}
-        for suite, suite_samples in samples.items():
-            bits = by_suite.get(suite, "")
-            is_fitting = isinstance(bits, str) and len(bits) == len(suite_samples)
-            if not is_fitting or set(bits) - {"0", "1"}:
-                raise ValueError(f"{path} does not fit the suite {suite} of "
-                                 f"{len(suite_samples)} questions; make it again with mig-kit "
-                                 "record")
-            correct[system][suite] = np.array([float(bit) for bit in bits])
-    values = {name: fields[name] for name in EvaluatedRun.__annotations__ if name != "correct"}
-    return EvaluatedRun(**values, correct=correct)
+def pair_runs(runs: Sequence[EvaluatedRun],
+              others: Sequence[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
+    """The (run, other) pairs that share a seed of 01 which exactly one run of each group has;
+    without two of them, the pairs by the seed of 05.
+
+    The seed of 01 goes first because it decides the traces of the cold start, which move a score
+    by more than the random numbers of RL do. A single pair counts only where each group is one
+    run: of several runs it would say nothing about the others.
+    """
+    for name in ("data_seed", "seed"):
+        by_seed, others_by_seed = (_unique_by_seed(group, name) for group in (runs, others))
+        pairs = [(run, others_by_seed[seed]) for seed, run in by_seed.items()
+                 if seed in others_by_seed]
+        if len(pairs) > 1 or (pairs and len(runs) == len(others) == 1):
+            return pairs
+    return []
+
+
+def _unique_by_seed(runs: Sequence[EvaluatedRun], name: str) -> dict[int, EvaluatedRun]:
+    """Seed -> the run that has it, of the seeds that one run alone has; name: of the field."""
+    counts = Counter(getattr(run, name) for run in runs)
+    return {getattr(run, name): run for run in runs if counts[getattr(run, name)] == 1}
+
+
+def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str) -> list[str]:
+    """Sentences on what the intervals do not cover, and on pairs; runs: of each group."""
+    others = runs[reference]
+    pairs = {name: pair_runs(members, others) for name, members in runs.items()
+             if name != reference}
+    alone = [name for name in pairs if not pairs[name]]
+    single = [name for name in alone if 1 in (len(runs[name]), len(others))]
+    groups = {  # a sentence -> the groups that it is about
+        "One run each: {}. The intervals of their scores are over test samples alone; another seed "
+        "may move a score by more.":
+            [name for name in runs if len(runs[name]) == 1 and system != "base"],
+        "Some runs share a control run, whose SFT model is counted as often. The interval counts "
+        "them as independent and says too little about another such model: {}.":
+            [name for name in runs if system == "sft_long"
+             and _repeat([run.control["model"] for run in runs[name]])],
+        "Some runs have the same seed of 01, so they may share a cold start. The interval counts "
+        "them as independent and says too little about other cold starts: {}.":
+            [name for name in runs if system != "base"
+             and _repeat([run.data_seed for run in runs[name] if "sft" in run.correct])],
+        f"Differences to {reference} are over the pairs of runs with the same seed; the column "
+        "runs says how many. Scores and the probability of improvement are over all runs, so a "
+        "difference need not be that of the two scores: {}.":
+            [name for name in pairs
+             if pairs[name] and not len(pairs[name]) == len(runs[name]) == len(others)],
+        f"Paired with {reference} by the seed of 05, for those of 01 differ. The difference also "
+        "holds what another cold start does: {}.":
+            [name for name in pairs
+             if any(run.data_seed != other.data_seed for run, other in pairs[name])],
+        f"Compared with {reference} by sample alone. The difference also holds what another seed "
+        "does; compare a branch with its own source to leave that out: {}.": single,
+        f"Compared with {reference} by sample alone, which widens the interval: fewer than two "
+        "pairs of runs have the same seed. A seed makes a pair if exactly one run of each group "
+        "has it: {}.": [name for name in alone if name not in single]}
+    notes = [text.replace("{}", ", ".join(names)) for text, names in groups.items() if names]
+    if len({run.git for members in runs.values() for run in members}) > 1:
+        notes.append("The runs were evaluated at different commits.")
+    return notes
+
+
+def _repeat(values: list) -> bool:
+    return len(set(values)) < len(values)

@@ -14,7 +14,7 @@ Where this deviates from the paper, or fills a gap in it:
 - Steps hold whole groups of like lengths, where TRL's are mixed: `bnpo` and `top_entropy_quantile`
   look at a step at a time (the latter at the steps of all processes side by side), so their results
   depend on what shares a step, and on the number of processes.
-- `SharedPrefixGRPOTrainer` computes what TRL computes, reading each prompt once per group;
+- `RecipeTrainer` computes what TRL computes, reading each prompt once per group;
   `share_prefix: false` is stock TRL.
 """
 
@@ -31,8 +31,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import model_folder
-from mig_kit.engine.generation import Sampling
-from mig_kit.engine.kept_rollouts import draw_first_rollouts
 from mig_kit.engine.model_folders import check_model_folder
 from mig_kit.engine.models import (
     Hardware,
@@ -43,17 +41,12 @@ from mig_kit.engine.models import (
     resolve_model,
 )
 from mig_kit.engine.one_group import keep_global_state
-from mig_kit.engine.own_rewards import Score, load_rewards, score_functions
 from mig_kit.engine.processors import describe_other_format
 from mig_kit.engine.qlora import load_adapter_policy
-from mig_kit.engine.rollout_keeper import KeepRollouts
-from mig_kit.engine.sampling import make_cache
+from mig_kit.engine.recipe_trainer import RecipeTrainer, ResumableGRPOTrainer
+from mig_kit.engine.reward_loading import Score, load_rewards, score_functions
+from mig_kit.engine.rollout_log import KeepRollouts, draw_first_rollouts
 from mig_kit.engine.served_rollouts import SAMPLING_CURVES, SERVED_ADAPTERS, ServedRollouts
-from mig_kit.engine.shared_prefix_grpo import (
-    NOT_SHARED,
-    ResumableGRPOTrainer,
-    SharedPrefixGRPOTrainer,
-)
 from mig_kit.engine.training import (
     LiveCurves,
     ProgressLines,
@@ -71,9 +64,12 @@ from mig_kit.prompts import (
 )
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
+from mig_kit.shared_prefix.generation import SamplingOptions
+from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.world.teacher import DETAILS, recognize_detail
 
+ROLLOUT_STEPS = 25  # the replies to a few prompts are kept every so many updates
 # TRL's name of a logged figure -> its name in the curves, which also hold every reward
 CURVES = {
     "completions/mean_length": "length", "entropy": "entropy", "kl": "kl",
@@ -133,7 +129,8 @@ def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: di
 
 
 def grpo_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bool) -> Dataset:
-    """A table of prompt and sample index; with images only where TRL itself reads them.
+    """A table of prompt and sample index; with images only where TRL itself reads them. Elsewhere
+    the prompt's first message holds the sample index, too.
 
     A row is made, and its images are decoded, when it is looked at.
     """
@@ -148,6 +145,9 @@ def _make_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bo
             "sample": columns["sample"]}
     if with_images:
         rows["images"] = [list(sample.images) for sample in chosen]
+    else:
+        for index, prompt in zip(columns["sample"], rows["prompt"]):
+            prompt[0]["sample"] = index
     return rows
 
 
@@ -166,11 +166,9 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
     arguments = trainer_arguments(
         GRPOConfig, SimpleNamespace(**vars(params) | {"reward_weights": weights}), hardware, folder,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        generation_kwargs={"min_new_tokens": min_new_tokens})
+        generation_kwargs={"min_new_tokens": min_new_tokens},
+        **{"pad_to_multiple_of": PAD_MULTIPLE} if params.share_prefix else {})
     arguments |= _multi_step_arguments(params)
-    if idle := sorted(NOT_SHARED & arguments.keys() if params.share_prefix else ()):
-        raise ValueError(f"{idle[0]} does not act with share_prefix; take it out of the "
-                         "parameters, or set share_prefix to false")
     config = GRPOConfig(**arguments)
     use_one_device(config)
     scores = score_functions(rewards, policy.box_format, params.hallucinated_image_penalty)
@@ -187,9 +185,9 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
     served = None
     if params.server:
         served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
-    return _with_float32_adapter(SharedPrefixGRPOTrainer(
-        **common, samples=samples, cache=make_cache(policy), autocast=hardware.autocast,
-        micro_replies=params.micro_replies, served=served), hardware)
+    return _with_float32_adapter(RecipeTrainer(
+        **common, samples=samples, box_format=policy.box_format, autocast=hardware.autocast,
+        micro_completions=params.micro_replies, served=served), hardware)
 
 
 def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrainer:
@@ -206,7 +204,7 @@ def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrain
 
 
 def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
-                      params: SimpleNamespace) -> SharedPrefixGRPOTrainer:
+                      params: SimpleNamespace) -> RecipeTrainer:
     """The trainer of one prompt whose update is one group, for `engine.one_group` to look at.
 
     It is not there to train. Rewards, group size, temperature, LoRA and memory are the stage's, the
@@ -214,13 +212,12 @@ def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
     as they were. Layers are checkpointed from here on, as `train` would do it. folder: the stage's.
     """
     plain = {
-        "share_prefix": True, "server": "", "rollout_steps": 0, "report_to": "none",
+        "share_prefix": True, "server": "", "report_to": "none",
         "per_device_train_batch_size": params.num_generations, "gradient_accumulation_steps": 1,
-        "lora_dropout": 0.0, "loss_type": "dapo", "importance_sampling_level": "token",
-        "num_iterations": 1, "mask_truncated_completions": False, "top_entropy_quantile": 1.0}
-    kept = {name: value for name, value in vars(params).items() if name not in NOT_SHARED}
+        "loss_type": "dapo", "importance_sampling_level": "token", "num_iterations": 1,
+        "mask_truncated_completions": False, "top_entropy_quantile": 1.0}
     with keep_global_state():
-        trainer = grpo_trainer(policy, [sample], folder, SimpleNamespace(**kept | plain))
+        trainer = grpo_trainer(policy, [sample], folder, SimpleNamespace(**vars(params) | plain))
     if params.gradient_checkpointing:
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()  # a layer in evaluation keeps everything
@@ -232,13 +229,11 @@ def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
     """What keeps rollouts, and what shows curves and rollouts while the model is trained."""
     live = LiveCurves(training_curves, ("reward", *scores, *DETAILS),
                       draw=partial(draw_first_rollouts, folder, policy.box_format, samples))
-    if not params.rollout_steps:
-        return [live]
     describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
                        weights=params.reward_weights)
-    sampling = Sampling(params.temperature, getattr(params, "top_p", 1.0),
+    sampling = SamplingOptions(params.temperature, getattr(params, "top_p", 1.0),
                         params.max_completion_length)
-    return [KeepRollouts(policy, samples, folder, params.rollout_steps, sampling, describe), live]
+    return [KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, sampling, describe), live]
 
 
 def _multi_step_arguments(params: SimpleNamespace) -> dict:
@@ -256,7 +251,7 @@ def _new_adapter(policy: Policy, params: SimpleNamespace) -> LoraConfig | None:
     """None for a policy that brings its adapter along."""
     if isinstance(policy.model, PeftModel):
         return None
-    return lora_config(params.lora_r, params.lora_alpha, params.lora_dropout, params.lora_targets)
+    return lora_config(params.lora_r, lora_targets=params.lora_targets)
 
 
 def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[str, str | Path]:
@@ -280,10 +275,10 @@ def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[
 
 
 def load_start(hardware: Hardware, box_format: BoxFormat, start: str | Path,
-               adapter: str | Path = "", lora_dropout: float = 0.0) -> Policy:
+               adapter: str | Path = "") -> Policy:
     """The model that RL starts from; start, adapter: of `resolve_start`."""
     if adapter:
-        return load_adapter_policy(start, Path(adapter), hardware, box_format, lora_dropout)
+        return load_adapter_policy(start, Path(adapter), hardware, box_format)
     return load_policy(start, hardware, box_format)
 
 
@@ -295,7 +290,7 @@ def train(folder: Path, params: SimpleNamespace, kept: str, start: str, adapter:
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     hardware = choose_hardware(params.dtype, params.device)
-    policy = load_start(hardware, box_format, start, adapter, params.lora_dropout)
+    policy = load_start(hardware, box_format, start, adapter)
     trainer = grpo_trainer(policy, read_samples(Path(kept)), folder, params)
     check_adapters(trainer.model)
     if trainer.is_world_process_zero():

@@ -14,18 +14,20 @@ from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
-from mig_kit.engine.logprobs import reply_logps
-from mig_kit.engine.merging import open_tensors, write_merged_model
+from mig_kit.engine.merging import locate_tensors, write_merged_model
 from mig_kit.engine.model_folders import VisionLanguageModel
-from mig_kit.engine.models import Hardware, load_model, protect_4bit_weights
+from mig_kit.engine.models import Hardware, load_model
 from mig_kit.engine.processors import load_processor
+from mig_kit.engine.sample_prompts import reply_logps
 from mig_kit.sample import Sample
+from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 
 DEQUANTISED = "dequantise, then merge"
 FOUR_BIT = "merge into 4 bit"
 ORIGINAL = "merge into the original"
 ORIGINAL_FOUR_BIT = "merge into the original, then 4 bit"
 MERGE_METHODS = (DEQUANTISED, FOUR_BIT, ORIGINAL, ORIGINAL_FOUR_BIT)
+PROBES = 40  # replies on which the methods are compared
 READ_BACK = "saved and read back"
 LARGE_MODEL_BYTES = 2 * 2**30  # of a base's files: from here on fewer methods are compared
 MOST_NATS = 0.05  # per token that rounding may part the merged model from what training saw
@@ -34,21 +36,19 @@ MOST_NATS = 0.05  # per token that rounding may part the merged model from what 
 def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> PeftModel:
     """What training saw: a fresh 4-bit base under the adapter."""
     quantised = load_model(base, hardware, four_bit=True)
-    return protect_4bit_weights(PeftModel.from_pretrained(quantised, adapter))
+    return train_mode_for_4bit_layers(PeftModel.from_pretrained(quantised, adapter))
 
 
-def merge_adapter(base: str | Path, adapter: Path, hardware: Hardware,
-                  method: str = DEQUANTISED) -> VisionLanguageModel:
+def merge_in_memory(base: str | Path, adapter: Path, hardware: Hardware,
+                    method: str = DEQUANTISED) -> VisionLanguageModel:
     """The merged model in memory, by one of MERGE_METHODS; the first is the right one.
 
     The stage itself writes that one with `write_merged_model`, tensor by tensor. A fresh base is
-    loaded every time. Raises ValueError for another method.
+    loaded every time.
     """
-    if method not in MERGE_METHODS:
-        raise ValueError(f"no merge method '{method}'; use one of: {'; '.join(MERGE_METHODS)}")
     if method == FOUR_BIT:
         trained = load_trained_model(base, adapter, hardware)
-        return protect_4bit_weights(trained.merge_and_unload(safe_merge=True))
+        return train_mode_for_4bit_layers(trained.merge_and_unload(safe_merge=True))
     if method == DEQUANTISED:
         model = load_model(base, hardware, four_bit=True).dequantize(dtype=hardware.dtype)
     else:
@@ -61,7 +61,7 @@ def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
 
     Each is a whole model that is made and read; a large base is compared with ORIGINAL alone.
     """
-    files = {path for path in open_tensors(base).values()}
+    files = {path for path in locate_tensors(base).values()}
     is_large = sum(path.stat().st_size for path in files) > LARGE_MODEL_BYTES
     return (ORIGINAL,) if is_large else MERGE_METHODS
 
@@ -91,7 +91,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
             write_merged_model(base, adapter, compared, hardware, processor, four_bit=False)
             logps = read_logps(load_model(compared, hardware, method == ORIGINAL_FOUR_BIT))
         else:
-            logps = read_logps(merge_adapter(base, adapter, hardware, method))
+            logps = read_logps(merge_in_memory(base, adapter, hardware, method))
         gaps = (logps - trained_logps).abs()
         rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
     for folder in (compared, compared.with_name("compared.tmp")):  # the latter of a killed start

@@ -4,8 +4,7 @@ The paper names the step but not the rule. Ours: draw N replies per candidate at
 a reply correct if it names the right image with IoU >= 0.5, and keep prompts whose pass rate lies
 between min_pass_rate and max_pass_rate, at most the same number of every task. A group without
 spread has no advantage to learn from. A question for all boxes is answered correctly by finding
-each of them and naming no other, and by saying so where there is none. With `curate: random` no
-reply is drawn, and prompts are kept at random, to see what the step is worth.
+each of them and naming no other, and by saying so where there is none.
 """
 
 import random
@@ -45,22 +44,6 @@ def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
             outcomes[asked, recognize_detail(reply)].append(correct)
     return [{"asked": asked, "detail": detail, "n": len(values), "correct": float(np.mean(values))}
             for (asked, detail), values in sorted(outcomes.items())]
-
-
-def select_at_random(samples: Sequence[Sample], *, per_task: int, kept_prompts: int,
-                     seed: int) -> tuple[list[int], dict[str, dict[str, int]]]:
-    """Which samples are kept without asking any model, and per task how many.
-
-    At most `per_task` of every task, and of these `kept_prompts` (0: all), drawn from all tasks
-    alike.
-    """
-    kept, _ = select_by_pass_rate(samples, np.zeros(len(samples)), lowest=0, highest=1,
-                                  per_task=per_task, seed=seed)
-    kept = kept[:kept_prompts or len(kept)]
-    counts = Counter(samples[index].task for index in kept)
-    candidates = Counter(sample.task for sample in samples)
-    return kept, {task: {"kept": counts[task], "not drawn": number - counts[task]}
-                  for task, number in candidates.items()}
 
 
 def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:

@@ -1,46 +1,30 @@
 """Stage 07: one self-contained HTML page with claims, figures and a gallery.
 
-The templates in report.html.jinja escape every text that a model or a data set produced; the page
-holds no script.
+The templates in report.html.jinja escape every text that a model or a data set produced, as tables
+do; the page holds no script.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from markupsafe import Markup
 from matplotlib import pyplot as plt
 from PIL.Image import Image
 
-from mig_kit import plots
+from mig_kit.boxes import BoxFormat
+from mig_kit.drawing import plots
+from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
-from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS, suite_name
+from mig_kit.pipeline.run_facts import name_column
+from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
-from mig_kit.stages.report_gallery import (
-    OUTCOMES,
-    classify_outcome,
-    count_outcomes,
-    gallery_html,
-    image_tag,
-    list_objects,
-    macros,
-    pick_gallery,
-    sample_card,
-)
-from mig_kit.stages.report_tables import (
-    CAPTIONS,
-    box_rows,
-    gain_rows,
-    held_out_rows,
-    pass_at_k_rows,
-)
-from mig_kit.stats import bootstrap_interval
+from mig_kit.stages.report_gallery import SYSTEM_NAMES, image_tag, macros
+from mig_kit.stats import bootstrap_interval, group_by_task, paired_gap_by_list
 from mig_kit.world.specs import count_listed_objects
-
-__all__ = ["OUTCOMES", "classify_outcome", "count_outcomes", "gallery_html", "image_tag",
-           "list_objects", "pick_gallery", "sample_card"]  # of report_gallery
+from mig_kit.world.suites import OWN, suite_title, task_title
 
 # Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
 # with a 7B model (arXiv 2507.00748, v1/v2 for the second row).
@@ -50,6 +34,7 @@ CLAIMS = (
     ("blink", "RL over base", "grpo-base", 3.1),
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
+DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
 
 
 @dataclass(frozen=True)
@@ -58,6 +43,13 @@ class Picture:
 
     image: plt.Figure | Image
     alt: str
+
+
+def suite_rows(samples: dict[str, Sequence[Sample]]) -> list[dict]:
+    """Rows {suite, questions, tasks, an example}; samples: by suite."""
+    return [{"suite": suite_title(suite), "questions": len(part),
+             "tasks": len({sample.task for sample in part}), "an example": part[-1].question}
+            for suite, part in samples.items()]
 
 
 def claim_rows(metrics: dict) -> list[dict]:
@@ -71,7 +63,7 @@ def claim_rows(metrics: dict) -> list[dict]:
         if suite not in metrics["deltas"].get(delta, ()) or (delta == "grpo-sft" and not from_sft):
             continue
         difference = metrics["deltas"][delta][suite]
-        rows.append({"suite": SUITE_NAMES[suite], "compared": comparison,
+        rows.append({"suite": suite_title(suite), "compared": comparison,
                      "this run": round(difference["value"], 2),
                      "95 %": np.round(difference["ci95"], 2).tolist(),
                      "at temperature 1": difference["sampled"] and round(difference["sampled"], 2),
@@ -82,134 +74,137 @@ def claim_rows(metrics: dict) -> list[dict]:
 def score_rows(systems: dict, figure: str = "score") -> list[dict]:
     """Rows {system, suite -> percent}; systems: of stage 06's metrics. figure: or "sampled"."""
     return [{"system": SYSTEM_LABELS[system],
-             **{suite_name(suite): result[figure] for suite, result in suites.items()}}
+             **{suite_title(suite): result[figure] for suite, result in suites.items()}}
             for system, suites in systems.items()]
 
 
 def kl_rows(kl: dict) -> list[dict]:
     """Rows {system, suite -> nats per token}; kl: of `engine.systems.kl_from_base`."""
     return [{"system": SYSTEM_LABELS[system],
-             **{suite_name(suite): round(figures["per_token"], 3)
+             **{suite_title(suite): round(figures["per_token"], 3)
                 for suite, figures in by_suite.items()}}
             for system, by_suite in kl.items()]
 
 
-def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """Where traces and candidates went, in stages 01 and 04; metrics: by stage."""
-    traces = metrics["01_synthesize"]["traces"]
-    dropped = {f"dropped: {reason}": count for reason, count in traces["dropped"].items()}
-    candidates: Counter = Counter()
-    for counts in metrics["04_rejection_sampling"]["why"].values():
-        candidates.update(counts)
-    return {"traces": {"kept": traces["kept"], **dropped}, "candidates": dict(candidates)}
-
-
-def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
-                            bins: int = 5) -> list[dict]:
-    """Mean pass rate over the number of things in all images of a question.
-
-    Rows {"things": "3 to 4", "pass rate", "ci95", "n"}, 0..1. rates: by sample id, 0..1; counted
-    are the samples whose notes list their images, as those of drawn scenes do.
+def difference_rows(deltas: dict) -> list[dict]:
+    """A row per pair of systems, a column per suite, of `gap_text`; deltas: of stage 06's metrics.
     """
-    pairs = [(count_listed_objects(sample.notes), rates[sample.id])
-             for sample in samples if sample.notes and sample.id in rates]
-    if not pairs:
-        return []
-    quantiles = np.quantile([count for count, _ in pairs], np.linspace(0, 1, bins + 1))
-    edges = np.unique(quantiles.round())
+    return [{"compared": " over ".join(SYSTEM_LABELS.get(name, name) for name in pair.split("-")),
+             **{suite_title(suite): gap_text(gap) for suite, gap in by_suite.items()}}
+            for pair, by_suite in deltas.items()]
+
+
+def own_data_rows(deltas: dict) -> list[dict]:
+    """`difference_rows` of the held-out part of own data alone; [] for a run without such."""
+    return difference_rows({pair: {OWN: by_suite[OWN]} for pair, by_suite in deltas.items()
+                            if OWN in by_suite})
+
+
+def held_out_rows(systems: dict) -> list[dict]:
+    """A row per system on the held-out part of own data, in percent; [] for a run without such.
+
+    systems: of stage 06's metrics.
+    """
+    return [{"system": SYSTEM_NAMES.get(system, system), "questions": result["n"],
+             "correct": result["score"], "95 %": result["ci95"], "right image": result["image"],
+             "well formed": result["format"], "at temperature 1": result["sampled"]}
+            for system, by_suite in systems.items() for suite, result in by_suite.items()
+            if suite == OWN]
+
+
+def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
+                       box_format: BoxFormat) -> list[dict]:
+    """Per suite out of domain: percent correct of every system, and their differences as
+    `gap_text`.
+
+    replies: of base, sft (where the run has it) and grpo, by sample id.
+    """
+    correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
+                                 for sample in samples], dtype=float)
+               for system, by_id in replies.items()}
     rows = []
-    for low, high in zip(edges, edges[1:]):
-        is_last = high == edges[-1]
-        inside = [rate for count, rate in pairs
-                  if low <= count < high or (is_last and count == high)]
-        last = int(high) - (not is_last)
-        if inside:
-            rows.append({"things": f"{int(low)} to {last}" if last > low else f"{int(low)}",
-                         "pass rate": float(np.mean(inside)), "n": len(inside),
-                         "ci95": bootstrap_interval([np.array(inside)])})
+    for task, indices in group_by_task([sample.task for sample in samples],
+                                       np.arange(len(samples))).items():
+        row = {"suite": task_title(task)}
+        row |= {name: f"{100 * correct[system][indices].mean():.1f}"
+                for system, name in SYSTEM_NAMES.items() if system in correct}
+        for after, before in DIFFERENCES:
+            if {after, before} <= correct.keys():
+                gaps = correct[after][indices] - correct[before][indices]
+                gap = paired_gap_by_list([(gaps, indices)])  # no two share their images
+                row[f"{SYSTEM_NAMES[after]} over {SYSTEM_NAMES[before]}"] = gap_text(gap)
+        rows.append(row)
     return rows
 
 
-def html_table(rows: list[dict]) -> Markup:
-    """An HTML table of plain rows; pairs are shown as intervals.
-
-    Columns without a value are left out; "" if only one has any.
+def gap_text(gap: dict) -> str:
+    """"+1.0 (-2 to +4)" of {"value", "ci95"}, with ▲ or ▼ before it if the interval leaves out 0.
     """
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row)
-               if any(row.get(name) is not None for row in rows)]
-    if len(columns) < 2:
-        return Markup("")
-    cells = [[_cell_text(row.get(column)) for column in columns] for row in rows]
-    return macros.table(columns, cells)
+    low, high = gap["ci95"]
+    mark = "▲ " if low > 0 else "▼ " if high < 0 else ""
+    return f"{mark}{gap['value']:+.1f} ({low:+.0f} to {high:+.0f})"
 
 
-def _cell_text(value) -> str:
-    if isinstance(value, list | tuple):
-        sign = "+" if min(value) < 0 else ""
-        return f"{value[0]:{sign}.1f} to {value[1]:{sign}.1f}"
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return "" if value is None else str(value)
-
-
-def render_page(title: str, sections: list[tuple[str, Markup]], facts: str = "") -> str:
-    """The whole page. sections: (heading, HTML) pairs; a section without content is left out.
-    facts: a line below the title.
+def pass_at_k_rows(systems: dict) -> list[dict]:
+    """Rows {suite, system, samples, pass@1, ...} of GRPO and what it began with, in percent; []
+    where 06 drew no replies. systems: of stage 06's metrics.
     """
-    return str(macros.page(title, sections, facts)) + "\n"
+    return [{"suite": suite_title(suite), "system": SYSTEM_NAMES[system],
+             "samples": result["n_sampled"],
+             **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
+            for suite in systems["grpo"] for system in ("sft", "start", "grpo") if system in systems
+            if (result := systems[system][suite]).get("pass_at_k")]
 
 
-def two_run_page(metrics: dict[str, dict[str, dict]], differences: list[dict]) -> str:
-    """One page about two runs.
-
-    metrics: run -> stage -> metrics. differences: rows of `differences.list_differences`.
+def box_rows(systems: dict) -> list[dict]:
+    """Rows {suite, system, questions, precision, ...} of the suites whose questions ask for all
+    boxes, rounded to one decimal; [] where there is none. systems: of stage 06's metrics.
     """
-    plots.set_style()
-    evaluated = {run: stages["06_evaluate"] for run, stages in metrics.items()}
-    bars = [{"suite": suite_name(suite), "run": run, "score": result["score"],
-             "ci95": result["ci95"]}
-            for run, evaluation in evaluated.items()
-            for suite, result in evaluation["systems"]["grpo"].items()]
-    scores = plots.plot_bars(bars, "suite", "score", "Greedy score of the GRPO models, percent",
-                             "run", "colorblind", "ci95")
-    columns = ("stage", "what", "name", *metrics)
-    rows = [dict(zip(columns, map(str, row.values()))) for row in differences]
-    sections = [
-        ("Scores, greedy (percent)", html_table(compare_scores(evaluated))),
-        ("Bars", image_tag(scores, describe_scores(bars, "suite", "run"))),
-        ("Training", image_tag(_reward_figure(metrics), "The mean reward, a line per run.")),
-        ("What differs", html_table(rows) or Markup("nothing"))]
-    return render_page(" and ".join(metrics), sections)
+    def rounded(figure):
+        return np.round(figure, 1).tolist() if figure is not None else None
+
+    names = {"precision": "precision", "recall": "recall", "f1": "F1", "f1_ci95": "F1, 95 %",
+             "rejection": "rejection rate", "rejection_ci95": "rejection rate, 95 %",
+             "wrong_rejection": "wrongly none"}
+    return [{"suite": suite_title(suite), "system": system,
+             "questions": result["boxes"]["n"], "without a box": result["boxes"]["n_none"],
+             **{title: rounded(result["boxes"][name]) for name, title in names.items()}}
+            for system, suites in systems.items() for suite, result in suites.items()
+            if "boxes" in result]
 
 
-def compare_scores(evaluated: dict[str, dict]) -> list[dict]:
-    """Rows {run, what, suite -> figure}: scores of every system, then differences in points.
+def stage_rows(records: dict[str, dict]) -> list[dict]:
+    """Rows {stage, run, minutes, seed, commit, machine} of finished stages, and their sum.
 
-    evaluated: run -> metrics of stage 06.
+    records: stage -> run.json; that of a stage which a branch took from its source is the source's.
+    The + of a commit says that its tree had changes.
     """
     rows = []
-    for run, metrics in evaluated.items():
-        for system, suites in metrics["systems"].items():
-            scores = {suite_name(suite): result["score"] for suite, result in suites.items()}
-            rows.append({"run": run, "what": system, **scores})
-        for name, deltas in metrics["deltas"].items():
-            points = {suite_name(suite): delta["value"] for suite, delta in deltas.items()}
-            rows.append({"run": run, "what": f"{name} (points)", **points})
-    return rows
+    for stage, record in records.items():
+        seeds = [f"{name} {record['params'][name]}" for name in ("seed", "eval_seed")
+                 if name in record["params"]]
+        commit = record["git"]
+        rows.append({"stage": stage, "run": record["run_id"],
+                     "minutes": f"{record['seconds'] / 60:.1f}", "seed": ", ".join(seeds),
+                     "commit": commit[:8] + "+" * commit.endswith("+"),
+                     "machine": record["machine"]})
+    total = sum(record["seconds"] for record in records.values()) / 60
+    return [*rows, {"stage": "together", "minutes": f"{total:.1f}"}]
 
 
-def _reward_figure(metrics: dict[str, dict[str, dict]]) -> plt.Figure:
-    rows = [{"run": run, "step": row["step"], "reward": row["reward"]}
-            for run, stages in metrics.items() for row in stages["05_grpo"]["curves"]]
-    table = pd.DataFrame(rows)
-    by_run = table.groupby("run")["reward"]
-    table["reward"] = by_run.transform(lambda values: values.rolling(10, min_periods=1).mean())
-    figure, axis = plt.subplots(figsize=(plots.WIDTH, 3), layout="constrained")
-    sns.lineplot(table, x="step", y="reward", hue="run", style="run", palette="colorblind",
-                 ax=axis)
-    axis.set_title("Mean reward over the last ten updates", loc="left", fontsize=11)
-    axis.set_xlabel("update")
-    return figure
+def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]]) -> str:
+    """One line on a run: what it was asked, minutes, hardware, and what to compare it with.
+
+    records: stage -> run.json. samples: by suite, those that 06 asked.
+    """
+    own = len(samples.get(OWN, ()))
+    drawn = sum(map(len, samples.values())) - own
+    facts = [f"{own} held-out questions of own data"] * bool(own)
+    facts += [f"{drawn} drawn questions, to be compared with each other alone"] * bool(drawn)
+    minutes = sum(record["seconds"] for record in records.values()) / 60
+    hardware = dict.fromkeys(record.get("hardware") for record in records.values())
+    return "; ".join([" and ".join(facts), f"{minutes:.1f} minutes", *filter(None, hardware),
+                      name_column(records)])
 
 
 def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
@@ -227,67 +222,46 @@ def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
     return rows
 
 
-def captioned(content: Markup, name: str) -> Markup:
-    """A table or a figure with what to look at in it below; "" stays "". name: of CAPTIONS."""
-    return macros.captioned(content, CAPTIONS[name]) if content else Markup("")
+def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
+    """Where traces and candidates went, in stages 01 and 04; metrics: by stage."""
+    traces = metrics["01_synthesize"]["traces"]
+    dropped = {f"dropped: {reason}": count for reason, count in traces["dropped"].items()}
+    candidates: Counter = Counter()
+    for counts in metrics["04_rejection_sampling"]["why"].values():
+        candidates.update(counts)
+    return {"traces": {"kept": traces["kept"], **dropped}, "candidates": dict(candidates)}
 
 
-def report_sections(metrics: dict, figures: dict[str, Picture | None], gallery: Markup,
-                    tables: dict[str, list[dict]], hardware: str) -> list[tuple[str, Markup]]:
-    """The sections of the run's page, for `render_page`.
+def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
+                            bins: int = 5) -> list[dict]:
+    """Mean pass rate over the number of objects in all images of a question, in at most `bins`
+    parts of about as many questions.
 
-    metrics: of stage 06. figures: "suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
-    "dropped", "difficulty", "shares", "rollouts"; None for one that cannot be drawn. tables: rows
-    of "benchmark" (a real one, or []), "ood", "rewards" and "stages". hardware: a sentence below
-    the last.
+    Rows {"objects": "3 to 4", "pass rate", "ci95", "n"}, 0..1. rates: by sample id, 0..1; counted
+    are the samples whose notes list their images, as those of drawn scenes do.
     """
-    def images(*names: str) -> Markup:
-        return Markup("").join(captioned(image_tag(figures[name].image, figures[name].alt), name)
-                               for name in names if figures[name])
-
-    systems = metrics["systems"]
-    main_suite = next(iter(systems["grpo"]))
-    drawn = "suites" if main_suite in HELD_OUT_NAMES else "drawn suites"
-    held_out = (captioned(html_table(held_out_rows(systems)), "held_out")
-                + captioned(html_table(gain_rows(metrics["deltas"])), "gains"))
-    claims = captioned(html_table(claim_rows(metrics)), "claims")
-    sections = [("Your data: the held-out part", held_out),
-                ("The paper's claims and this run (points)", claims)]
-    if tables["benchmark"]:
-        benchmark = metrics["benchmark"]
-        title = f"{benchmark['name']} {benchmark['version']} (greedy, percent)"
-        sections.append((title, html_table(tables["benchmark"])))
-    return [
-        *sections,
-        (f"Scores on {drawn}, greedy (percent)",
-         html_table(score_rows(systems)) + images("suites")),
-        ("Out of domain, by suite (drawn)",
-         images("ood") + captioned(html_table(tables["ood"]), "ood_rows")),
-        (f"Scores on {drawn}, mean of replies at temperature 1 (percent)",
-         captioned(html_table(score_rows(systems, "sampled")), "sampled")
-         + captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
-        ("None, one or several boxes (greedy, percent)",
-         captioned(html_table(box_rows(systems)), "boxes")),
-        (f"{suite_name(main_suite)}, per task", images("tasks", "outcomes")),
-        ("Training", images("loss", "grpo") + html_table(tables["rewards"])),
-        ("What the replies become while RL trains",
-         images("shares", "rollouts")),
-        ("Data", images("flow", "dropped", "difficulty")),
-        ("How this run was made", macros.captioned(html_table(tables["stages"]), hardware)),
-        ("Gallery", macros.note(CAPTIONS["gallery"]) + gallery if gallery else gallery)]
+    table = pd.DataFrame([(count_listed_objects(sample.notes), rates[sample.id])
+                          for sample in samples if sample.notes and sample.id in rates],
+                         columns=["objects", "rate"])
+    if table.empty:
+        return []
+    parts = table.groupby(pd.qcut(table["objects"], bins, duplicates="drop"), observed=True)
+    return [{"objects": f"{part['objects'].min()} to {part['objects'].max()}", "n": len(part),
+             "pass rate": part["rate"].mean(),
+             "ci95": bootstrap_interval([part["rate"].to_numpy()])} for _, part in parts]
 
 
 def score_bars(systems: dict) -> list[dict]:
     """Rows {suite, system, score, ci95, n} for `plots.plot_scores`; systems: of stage 06's metrics.
     """
-    return [{"suite": suite_name(suite), "system": system, "score": result["score"],
+    return [{"suite": suite_title(suite), "system": system, "score": result["score"],
              "ci95": result["ci95"], "n": result["n"]}
             for system, suites in systems.items() for suite, result in suites.items()]
 
 
 def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
     """Rows {task, system, acc@0.5, ci95, n} of a suite's tasks, for `plots.plot_scores`."""
-    return [{"task": OOD_NAMES.get(task, task), "system": system, "acc@0.5": result["acc@0.5"],
+    return [{"task": task_title(task), "system": system, "acc@0.5": result["acc@0.5"],
              "ci95": result["ci95"], "n": result["n"]}
             for system, suites in systems.items()
             for task, result in suites[suite]["tasks"].items()]
@@ -295,17 +269,12 @@ def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
 
 def draw_scores(rows: list[dict], by: str, title: str, value: str = "score") -> Picture:
     """`plots.plot_scores` of the rows, with its numbers in words."""
-    return Picture(plots.plot_scores(rows, by, title, value),
-                   f"{title}. {describe_scores(rows, by, 'system', value)}")
-
-
-def describe_scores(rows: list[dict], by: str, hue: str, value: str = "score") -> str:
-    """The rows in words: "MMIU-like (drawn): base 32.1, SFT 34.2; ..."."""
     table: dict[str, list[str]] = {}
     for row in rows:
-        name = SYSTEM_LABELS.get(row[hue], row[hue])
+        name = SYSTEM_LABELS.get(row["system"], row["system"])
         table.setdefault(row[by], []).append(f"{name} {row[value]:.1f}")
-    return "; ".join(f"{name}: {', '.join(scores)}" for name, scores in table.items()) + "."
+    words = "; ".join(f"{name}: {', '.join(scores)}" for name, scores in table.items())
+    return Picture(plots.plot_scores(rows, by, title, value), f"{title}. {words}.")
 
 
 def draw_counts(counts: dict[str, dict[str, int]], title: str, unit: str) -> Picture:
@@ -319,8 +288,8 @@ def draw_counts(counts: dict[str, dict[str, int]], title: str, unit: str) -> Pic
 def draw_difficulty(rows: list[dict]) -> Picture:
     """Bars of the rows of `pass_rate_by_difficulty`, with their numbers in words."""
     title = "Pass rate before RL, by the number of objects in all images"
-    named = [{**row, "objects": f"{row['things']}, n = {row['n']}"} for row in rows]
-    words = ", ".join(f"{row['things']}: {row['pass rate']:.2f}" for row in rows)
+    words = ", ".join(f"{row['objects']}: {row['pass rate']:.2f}" for row in rows)
+    named = [row | {"objects": f"{row['objects']}, n = {row['n']}"} for row in rows]
     return Picture(plots.plot_bars(named, "objects", "pass rate", title, interval="ci95"),
                    f"{title}. {words}.")
 
@@ -335,3 +304,79 @@ def draw_curves(rows: list[dict], names: list[str], title: str, smooth: int) -> 
             first, last = values[:smooth].mean(), values[-smooth:].mean()
             words.append(f"{plots.CURVE_NAMES.get(name, name)} from {first:.3g} to {last:.3g}")
     return Picture(plots.plot_curves(rows, names, title, smooth), f"{title}: {'; '.join(words)}.")
+
+
+def html_table(rows: list[dict]) -> Markup:
+    """An HTML table of plain rows, escaped; pairs are shown as intervals.
+
+    Columns without a value are left out; "" if only one has any.
+    """
+    table = pd.DataFrame(rows, dtype=object).dropna(axis=1, how="all")
+    if len(table.columns) < 2:
+        return Markup("")
+    with pd.option_context("display.max_colwidth", None):
+        text = table.map(_cell_text).to_html(index=False, border=0)
+    return Markup("<div class=wide>{}</div>").format(Markup(text))
+
+
+def _cell_text(value) -> str:
+    if isinstance(value, list | tuple):
+        sign = "+" if min(value) < 0 else ""
+        return f"{value[0]:{sign}.1f} to {value[1]:{sign}.1f}"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return "" if value is None or value != value else str(value)
+
+
+def render_page(title: str, sections: list[tuple[str, Markup]], facts: str = "") -> str:
+    """The whole page. sections: (heading, HTML) pairs; a section without content is left out.
+    facts: a line below the title.
+    """
+    return str(macros.page(title, sections, facts)) + "\n"
+
+
+def _captioned(content: Markup, name: str) -> Markup:
+    """A table or a figure with what to look at in it below; "" stays "". name: of a caption in the
+    template.
+    """
+    return macros.captioned(content, name) if content else Markup("")
+
+
+def report_sections(metrics: dict, figures: dict[str, Picture | None], gallery: Markup,
+                    tables: dict[str, list[dict]]) -> list[tuple[str, Markup]]:
+    """The sections of the run's page, for `render_page`.
+
+    metrics: of stage 06. figures: "suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
+    "dropped", "difficulty", "shares", "rollouts"; None for one that cannot be drawn. tables: rows
+    of "ood", "rewards" and "stages".
+    """
+    def images(*names: str) -> Markup:
+        return Markup("").join(_captioned(image_tag(figures[name].image, figures[name].alt), name)
+                               for name in names if figures[name])
+
+    systems = metrics["systems"]
+    main_suite = next(iter(systems["grpo"]))
+    drawn = "suites" if main_suite == OWN else "drawn suites"
+    held_out = (_captioned(html_table(held_out_rows(systems)), "held_out")
+                + _captioned(html_table(own_data_rows(metrics["deltas"])), "gains"))
+    claims = _captioned(html_table(claim_rows(metrics)), "claims")
+    sections = [("Your data: the held-out part", held_out),
+                ("The paper's claims and this run (points)", claims)]
+    return [
+        *sections,
+        (f"Scores on {drawn}, greedy (percent)",
+         html_table(score_rows(systems)) + images("suites")),
+        ("Out of domain, by suite (drawn)",
+         images("ood") + _captioned(html_table(tables["ood"]), "ood_rows")),
+        (f"Scores on {drawn}, mean of replies at temperature 1 (percent)",
+         _captioned(html_table(score_rows(systems, "sampled")), "sampled")
+         + _captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
+        ("None, one or several boxes (greedy, percent)",
+         _captioned(html_table(box_rows(systems)), "boxes")),
+        (f"{suite_title(main_suite)}, per task", images("tasks", "outcomes")),
+        ("Training", images("loss", "grpo") + html_table(tables["rewards"])),
+        ("What the replies become while RL trains",
+         images("shares", "rollouts")),
+        ("Data", images("flow", "dropped", "difficulty")),
+        ("How this run was made", html_table(tables["stages"])),
+        ("Gallery", macros.note("gallery") + gallery if gallery else gallery)]

@@ -11,16 +11,18 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 
 from mig_kit.boxes import Box, BoxFormat, iou
-from mig_kit.engine.own_rewards import Score
-from mig_kit.palette import PREDICTED, SYSTEM_COLOURS, text_colour
-from mig_kit.pictures import SYSTEM_MARKS, draw_sample, draw_systems
-from mig_kit.plots import HELD_OUT_NAMES, OOD_NAMES, SUITE_NAMES, SYSTEM_LABELS
-from mig_kit.prompts import format_question, parse_reply, reply_box_in_original
-from mig_kit.rewards import is_correct, reply_iou
+from mig_kit.drawing.palette import PREDICTED, SYSTEM_COLOURS, SYSTEM_LABELS, text_colour
+from mig_kit.drawing.pictures import SYSTEM_MARKS, draw_sample, draw_systems
+from mig_kit.engine.reward_loading import Score
+from mig_kit.engine.stored_replies import load_replies
+from mig_kit.prompts import format_question, parse_boxes, parse_reply, reply_box_in_original
+from mig_kit.rewards import image_set_iou, is_correct, reply_iou, weakest_iou
 from mig_kit.sample import Sample
-from mig_kit.stages.report_tables import RL_STARTS, classify_list, load_greedy_replies
 from mig_kit.world.objects import is_drawn, is_on_target, list_object_boxes
+from mig_kit.world.suites import suite_title, task_title
 
+SYSTEM_NAMES = {name: SYSTEM_LABELS[name] for name in ("base", "sft", "start", "grpo")}
+RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
 OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option", "no answer",
             "wrong number of boxes", "wrongly none", "box where none is")
 LOOSE_IOU = 0.1  # from here on a box of own data, whose objects are not known, counts as loose
@@ -33,6 +35,18 @@ Objects = Mapping[str, Sequence[Sequence[Box]]]  # sample id -> the boxes of its
 _templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
                                 autoescape=True, trim_blocks=True, lstrip_blocks=True)
 macros = _templates.get_template("report.html.jinja").module
+
+
+def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
+                        systems: Iterable[str]) -> dict[str, dict[str, str]]:
+    """System -> sample id -> its greedy reply, of those SYSTEM_NAMES that are in `systems`; {}
+    without samples. folder: "replies" of 06.
+    """
+    replies = {}
+    for system in [name for name in SYSTEM_NAMES if samples and name in systems]:
+        stored = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
+        replies[system] = {sample.id: stored[sample.id][0] for sample in samples}
+    return replies
 
 
 def list_objects(samples: Sequence[Sample], seed: int) -> dict[str, list[list[Box]]]:
@@ -52,7 +66,7 @@ def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat,
     if is_correct(reply, sample, box_format):
         return "correct"
     if sample.find_all:
-        return classify_list(reply, sample, box_format)
+        return _classify_list(reply, sample, box_format)
     if sample.options:
         return "wrong option" if answer.letter else "no answer"
     if answer.box is None:
@@ -67,6 +81,24 @@ def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat,
         nearest = max(targets, key=lambda target: iou(box, target))
         is_loose = is_on_target(box, nearest, objects[sample.id][answer.image - 1])
     return "loose box" if is_loose else "wrong object"
+
+
+def _classify_list(reply: str, sample: Sample, box_format: BoxFormat) -> str:
+    """What is wrong with a reply to a question for all boxes that is not correct: one of
+    OUTCOMES. As many boxes as targets are "loose box" if each overlaps one of its own.
+    """
+    boxes = parse_boxes(reply)
+    if boxes is None:
+        return "no answer"
+    if not boxes:
+        return "wrongly none"
+    if not sample.targets:
+        return "box where none is"
+    if image_set_iou(reply, sample) < 1:
+        return "wrong image"
+    if len(boxes) != len(sample.targets):
+        return "wrong number of boxes"
+    return "loose box" if weakest_iou(reply, sample, box_format) > 0 else "wrong object"
 
 
 def count_outcomes(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
@@ -147,11 +179,11 @@ def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str,
                  objects: Objects | None = None) -> Markup:
     """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
 
-    scores: the rewards to show, of `own_rewards.score_functions`; {} for none. The filters, by
+    scores: the rewards to show, of `reward_loading.score_functions`; {} for none. The filters, by
     FILTERS, are style sheets, no script; the outcome is that of the last system.
     """
     last = list(replies.values())[-1]
-    labels = [{"suite": _name_suite(sample), "task": OOD_NAMES.get(sample.task, sample.task),
+    labels = [{"suite": suite_title(sample.suite), "task": task_title(sample.task),
                "kind": kind,
                "outcome": classify_outcome(last[sample.id], sample, box_format, objects)}
               for kind, sample in gallery]
@@ -164,10 +196,6 @@ def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str,
                      if sample.id in by_id}
         cards.append(sample_card(sample, by_system, box_format, scores, kind, classes, objects))
     return macros.filters(used, FILTERS) + Markup("").join(cards)
-
-
-def _name_suite(sample: Sample) -> str:
-    return (SUITE_NAMES | HELD_OUT_NAMES).get(sample.suite, sample.suite)
 
 
 def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
@@ -184,7 +212,7 @@ def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
                draw_sample(sample, next(iter(replies.values())), box_format, 150))
     outcomes = "; ".join(f"{row['system']}: {row['outcome']}" for row in rows)
     alt = f"{len(sample.sizes)} images with the target and the boxes of the replies. {outcomes}"
-    return macros.card(sample, _name_suite(sample), classes, kind, question,
+    return macros.card(sample, suite_title(sample.suite), classes, kind, question,
                        image_tag(picture, alt), rows)
 
 

@@ -19,14 +19,7 @@ from torch.nn.functional import pad
 from trl import SFTConfig, SFTTrainer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import (
-    Hardware,
-    Policy,
-    check_adapters,
-    choose_hardware,
-    unwrap_peft,
-)
-from mig_kit.engine.prefixes import pad_to_multiple
+from mig_kit.engine.models import Hardware, Policy, check_adapters, choose_hardware
 from mig_kit.engine.processors import check_image_grids, check_tokens, describe_other_format
 from mig_kit.engine.qlora import load_four_bit_policy
 from mig_kit.engine.training import (
@@ -41,6 +34,8 @@ from mig_kit.engine.training import (
 )
 from mig_kit.prompts import chat_messages, cut_reasoning
 from mig_kit.sample import Sample, TableRows, read_replies, read_samples
+from mig_kit.shared_prefix.prefixes import pad_to_multiple
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
 
@@ -235,7 +230,7 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
     batch = trainer.data_collator(rows)
     check_tokens(policy.processor, batch)
     sizes = [image.size for row in rows for image in row["images"]]
-    check_image_grids(policy.processor, batch.get("image_grid_thw"), sizes, policy.box_format)
+    check_image_grids(policy.processor, policy.box_format, batch.get("image_grid_thw"), sizes)
     if int((batch["labels"] != -100).sum()) == 0:
         raise ValueError("no token of the first batch carries loss; the completion column is empty")
     return trainer
@@ -265,8 +260,7 @@ def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     table = sft_rows(*read_traces(traces, params), box_format)
-    lora = lora_config(params.lora_r, params.lora_alpha, params.lora_dropout,
-                       params.lora_targets)
+    lora = lora_config(params.lora_r, params.lora_dropout, params.lora_targets)
     hardware = choose_hardware(params.dtype, params.device)
     policy = load_qlora_policy(base, hardware, box_format, lora, params.seed)
     trainer = sft_trainer(policy, table, folder, params)

@@ -3,31 +3,26 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 from mig_kit.common import PROJECT_ROOT, progress_bar, write_atomically
 from mig_kit.data import own_data
-from mig_kit.data.records import iter_entries
+from mig_kit.data.records import SkipReport, iter_entries
 from mig_kit.image_files import (
     IMAGE_FOLDER,
     IMAGE_MANIFEST,
     BadImage,
     ImageStore,
     LazyImages,
-    SkipReport,
 )
 from mig_kit.sample import SampleWriter, TableRows, Trace, read_samples
 from mig_kit.world import suites
-from mig_kit.world.find_all import draw_find_all
 
 SET_NAMES = ("cot", "rl", "val")
 # the file of each set while 01 runs; the questions of cot.parquet await their traces
 FILE_OF_SET = {"cot": "questions.parquet", "rl": "rl.parquet", "val": "val.parquet"}
-# by whether there is no teacher, and so no cold start
-SMALL_SET = {False: 'hold out more of a small set, as -p data_shares "[0.4, 0.3, 0.3]"',
-             True: 'hold out more of a small set, as -p data_shares "[0, 0.7, 0.3]"'}
+SMALL_SET = 'hold out more of a small set, as -p data_shares "[0.4, 0.3, 0.3]"'
 REPORT_FILE = "left_out.txt"
 NAMES_FILE = "left_out_names.txt"  # everything that the report counts, where there is any
 
@@ -54,7 +49,7 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
 
 def source_paths(p: SimpleNamespace) -> tuple[Path, Path]:
     """The annotation file and the folder of its images."""
-    path = PROJECT_ROOT / p.data_file
+    path = PROJECT_ROOT / p.data
     return path, PROJECT_ROOT / p.image_root if p.image_root else path.parent
 
 
@@ -65,14 +60,11 @@ def count_questions(p: SimpleNamespace) -> int:
 
 def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
     samples = {
-        "cot": chain(
-            suites.draw_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed),
-            draw_find_all("cot", p.cot_find_all_per_task, p.seed)),
-        "rl": chain(
-            suites.draw_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
-                                     p.rl_boxes_per_task),
-            draw_find_all("rl", p.rl_find_all_per_task, p.seed)),
-        "val": suites.draw_task_samples("val", p.val_per_task, p.seed)}
+        "cot": suites.iter_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed,
+                                        find_all_per_task=p.train_find_all_per_task),
+        "rl": suites.iter_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
+                                       p.rl_boxes_per_task, p.train_find_all_per_task),
+        "val": suites.iter_task_samples("val", p.val_per_task, p.seed)}
     with ExitStack() as stack:
         for name, writer in _open_writers(folder, stack).items():
             if name != "cot" or p.teacher != "none":
@@ -94,13 +86,12 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
         shares = [0.0, shares[0] + shares[1], shares[2]]
     images_of_set: dict[str, set[int]] = {name: set() for name in SET_NAMES}
     path, root = source_paths(p)
-    limit = p.data_limit or None
-    n_lines = own_data.require_correct_lines(path, root, limit, p.orientation)
+    n_lines = own_data.require_correct_lines(path, root)
     with ExitStack() as stack:
         store = ImageStore(folder / IMAGE_FOLDER)
         writers = _open_writers(folder, stack)
         bar = stack.enter_context(progress_bar(None, "store questions", total=n_lines))
-        for line in own_data.iter_usable_lines(path, root, limit, p.orientation):
+        for line in own_data.iter_usable_lines(path, root):
             bar.update(line.number - bar.n)
             report.read += 1
             if line.problems:
@@ -139,8 +130,7 @@ def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
     if p.data == "scenes" or n_questions >= 96:
         return text
     points = min(50, round(98 / max(1, n_questions)**0.5))
-    return (f"{text}, which tell a score to about {points} points either way: "
-            f"{SMALL_SET[p.teacher == 'none']}")
+    return f"{text}, which tell a score to about {points} points either way: {SMALL_SET}"
 
 
 def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipReport) -> None:
@@ -149,8 +139,7 @@ def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipR
     empty = [name for name in needed if not counts.get(name)]
     if empty:
         raise ValueError(f"no question fell to {' and '.join(empty)}, with data_shares "
-                         f"{p.data_shares}; {SMALL_SET[p.teacher == 'none']}, or raise data_limit\n"
-                         f"{report.summarize()}")
+                         f"{p.data_shares}; {SMALL_SET}\n{report.summarize()}")
 
 
 def choose_set(sha256: str, shares: list[float]) -> str:

@@ -22,15 +22,15 @@ class RuleBasedTraces(Sequence):
     """The rule-based teacher's trace for every sample, written when it is looked at, each from its
     own random state.
 
-    mix, error_rate, jitter: see `teacher.write_trace`.
+    error_rate, jitter, mix: see `teacher.write_trace`.
     """
 
     samples: Sequence[Sample]
     seed: int
-    mix: tuple[float, float, float]
-    error_rate: float
-    jitter: float
     box_format: BoxFormat
+    error_rate: float = 0.2
+    jitter: float = 0.7
+    mix: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -43,18 +43,13 @@ class RuleBasedTraces(Sequence):
                            self.mix, self.error_rate, self.jitter)
 
 
-def write_traces(samples: Sequence[Sample], *settings) -> list[Trace]:
-    """All of `RuleBasedTraces`, in a list."""
-    return list(RuleBasedTraces(samples, *settings))
-
-
 def read_own_traces(path: Path) -> TableRows:
     """The replies that came with own data as traces, a Sequence; path: of the set's questions."""
     return TableRows(path, _own_trace, ("reply",))
 
 
 def _own_trace(row: dict, folder: Path) -> Trace:
-    return Trace(row["reply"], "own", "" if row["reply"] else "no reply")
+    return Trace(row["reply"], "own", "")
 
 
 def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Trace],
@@ -105,11 +100,11 @@ def data_card(seed: int, counts: dict, sizes: dict[str, int], coordinates: str,
     """The data card in Markdown: what the set holds and how it was made.
 
     counts: of `count_drops`. sizes: samples by file. coordinates: of the boxes inside replies.
-    teacher: who wrote the traces, for a sentence; "" for the rules.
+    data: of 01. teacher: who wrote the traces, for a sentence; "" for the rules.
     """
     is_drawn = data == "scenes"
     source = (f"Drawn scenes (seed {seed})" if is_drawn
-              else f"Questions and images from '{data}', under their own licence,")
+              else f"Questions and images of {Path(data).name}, under their own licence,")
     traces = f" with chain-of-thought traces of {teacher or 'a rule-based teacher'}"
     if not counts["total"]:
         traces = " without traces"

@@ -4,10 +4,15 @@ With them the model keeps answering with a letter where it is asked to choose, a
 question: the number of images alone nearly tells the ten tasks apart. No suite asks one of them
 word for word, but some are near: "choosing" to questions about changes and shapes, "pointing" to
 the image pairs, "telling" to the single images, "tallying" to counting.
+
+Questions for all boxes (FIND_ALL) are asked where a parameter says how many:
+`train_find_all_per_task` of 01, `find_all_per_task` of 06. Their three kinds share questions and
+the numbers of images and objects, so that only the images tell how many boxes there are.
 """
 
 import random
 from dataclasses import replace
+from functools import partial
 
 from mig_kit.prompts import LETTERS
 from mig_kit.world.scenes import object_name
@@ -19,12 +24,14 @@ from mig_kit.world.specs import (
     list_image_notes,
     shuffle_options,
 )
-from mig_kit.world.tasks import TASKS
+from mig_kit.world.tasks import TASKS, make_scenes_with_holder
+
+ALL_BOXES = ("Find every {}.", "Where is each {}?", "Find the {} in all images.")
 
 
 def name_object(rng: random.Random, world: World) -> SampleSpec:
     """What is in image k."""
-    appearances = world.draw_appearances(rng, 8)
+    appearances = world.pick_appearances(rng, 8)
     scenes = [world.arrange_scene(rng, rng.sample(appearances[:6], rng.randint(1, 3)))
               for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
@@ -38,15 +45,9 @@ def name_object(rng: random.Random, world: World) -> SampleSpec:
 
 def find_image(rng: random.Random, world: World) -> SampleSpec:
     """Which image shows the named object."""
-    count = rng.randint(2, 4)
-    wanted, *others = world.draw_appearances(rng, count + 3)
-    k = rng.randint(1, count)
-    chosen = [rng.sample(others, rng.randint(2, 3)) for _ in range(count)]
-    chosen[k - 1][0] = wanted
-    scenes = [world.arrange_scene(rng, appearances) for appearances in chosen]
-    name = object_name(wanted)
+    scenes, k, name = make_scenes_with_holder(rng, world, 2, 4)
     return SampleSpec(scenes, f"Which image shows the {name}?", [], f"{name}: image {k}.",
-                      list_image_notes(scenes), options=_image_options(count),
+                      list_image_notes(scenes), options=_image_options(len(scenes)),
                       letter=LETTERS[k - 1])
 
 
@@ -56,7 +57,7 @@ def _image_options(count: int) -> tuple[str, ...]:
 
 def common_to_all(rng: random.Random, world: World) -> SampleSpec:
     """Which object is in every image."""
-    shared, *others = world.draw_appearances(rng, 5)
+    shared, *others = world.pick_appearances(rng, 5)
     scenes = [world.arrange_scene(rng, [shared, others[i]]) for i in range(rng.randint(2, 3))]
     options, letter = shuffle_options(rng, object_name(shared), list(map(object_name, others[:2])))
     return SampleSpec(scenes, "Which thing is in every image?", [],
@@ -84,7 +85,7 @@ def task_as_choice(rng: random.Random, world: World) -> SampleSpec:
 def locate_named(rng: random.Random, world: World) -> SampleSpec:
     """A box of the named object, wherever it is in one to four images."""
     count = rng.choice((1, 1, 1, 2, 3, 4))
-    wanted, *others = world.draw_appearances(rng, 9)
+    wanted, *others = world.pick_appearances(rng, 9)
     chosen = [rng.sample(others, rng.randint(2, 4)) for _ in range(count)]
     certain = rng.randint(1, count)
     extra = [number for number in range(1, count + 1) if rng.random() < 0.2]
@@ -105,7 +106,7 @@ def locate_described(rng: random.Random, world: World) -> SampleSpec:
     count = rng.choice((1, 1, 1, 1, 2, 3))
     k, attribute = rng.randint(1, count), rng.randint(0, 1)
     while True:
-        scenes = [world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(2, 4)))
+        scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
                   for _ in range(count)]
         candidates = scenes[k - 1].objects
         target = rng.choice(candidates)
@@ -122,7 +123,7 @@ def locate_described(rng: random.Random, world: World) -> SampleSpec:
 
 def count_objects(rng: random.Random, world: World) -> SampleSpec:
     """How many objects are in image k."""
-    scenes = [world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(1, 4)))
+    scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
               for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
     total = len(scenes[k - 1].objects)
@@ -132,9 +133,33 @@ def count_objects(rng: random.Random, world: World) -> SampleSpec:
                       [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
 
 
+def find_named(rng: random.Random, world: World, fewest: int, most: int) -> SampleSpec:
+    """Two or three images with two or three objects each; the named one is in `fewest` to `most` of
+    them.
+    """
+    count = rng.randint(2, 3)
+    wanted, *others = world.pick_appearances(rng, 6)
+    holders = sorted(rng.sample(range(1, count + 1), rng.randint(fewest, min(most, count))))
+    scenes = []
+    for number in range(1, count + 1):
+        shown = rng.sample(others, rng.randint(2, 3))
+        if number in holders:
+            shown[rng.randrange(len(shown))] = wanted
+        scenes.append(world.arrange_scene(rng, shown))
+    name = object_name(wanted)
+    places = ", ".join(f"image {number}" for number in holders or [0])
+    return SampleSpec(scenes, rng.choice(ALL_BOXES).format(name),
+                      [(number, name) for number in holders], f"{name}: {places}.",
+                      list_image_notes(scenes), find_all=True)
+
+
 # The keys stand in the ids of samples and in the seeds that they are drawn with.
 FREE_FORM: dict[str, TaskFunction] = {
     "naming": name_object, "showing": find_image, "sharing": common_to_all,
     "choosing": task_as_choice, "pointing": locate_named, "telling": locate_described,
     "tallying": count_objects}
 BOX_FORMS = ("pointing", "telling")  # the kinds whose answer is a box
+FIND_ALL: dict[str, TaskFunction] = {
+    "in_none": partial(find_named, fewest=0, most=0),
+    "in_one": partial(find_named, fewest=1, most=1),
+    "in_several": partial(find_named, fewest=2, most=3)}

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_box
-from mig_kit.world.puzzles import KINDS, Puzzle, draw_puzzle
+from mig_kit.world.puzzles import KINDS, Puzzle, make_puzzle
 from mig_kit.world.scenes import (
     Appearance,
     Object,
@@ -264,7 +264,7 @@ def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KIND
     """
     turns = []
     for _ in range(count):
-        puzzle, form = draw_puzzle(rng, kinds), rng.random()
+        puzzle, form = make_puzzle(rng, kinds), rng.random()
         if form < 0.35 and not unrelated_text:
             turns.append((f"{puzzle.notes} {puzzle.question}", _finding_pieces(puzzle)))
             continue

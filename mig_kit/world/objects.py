@@ -5,15 +5,12 @@ A sample keeps its targets alone; its scenes follow from its id and the seed of 
 
 from mig_kit.boxes import Box, iou
 from mig_kit.sample import Sample
-from mig_kit.world import find_all
-from mig_kit.world.specs import SampleSpec, World
-from mig_kit.world.suites import SUITE_TASKS
-from mig_kit.world.tasks import TASKS, draw_spec
+from mig_kit.world.suites import SUITES
 
 
 def is_drawn(sample: Sample) -> bool:
     """Whether the sample is of a suite that this world draws."""
-    return sample.suite in SUITE_TASKS or sample.suite == find_all.SUITE
+    return sample.suite in SUITES
 
 
 def list_object_boxes(sample: Sample, seed: int) -> list[list[Box]]:
@@ -24,7 +21,8 @@ def list_object_boxes(sample: Sample, seed: int) -> list[list[Box]]:
     """
     if not is_drawn(sample):
         raise ValueError(f"{sample.id} is not drawn; only drawn samples know their objects")
-    spec = _draw_again(sample, seed)
+    index = int(sample.id.rpartition("/")[2])
+    spec = SUITES[sample.suite].tasks[sample.task](sample.split, index, seed)
     boxes = [[obj.box for obj in scene.objects] for scene in spec.scenes]
     for number, name in spec.answers:
         box = spec.box or spec.scenes[number - 1].find(name).box
@@ -33,19 +31,6 @@ def list_object_boxes(sample: Sample, seed: int) -> list[list[Box]]:
         if spec.box:
             boxes[number - 1].append(box)
     return boxes
-
-
-def _draw_again(sample: Sample, seed: int) -> SampleSpec:
-    index = int(sample.id.rpartition("/")[2])
-    if sample.task == "unseen":
-        name = list(TASKS)[index % len(TASKS)]
-        world = World(unseen=True, textured=True)
-        return draw_spec(TASKS[name], f"unseen/{name}", sample.split, index, seed, world)
-    if sample.suite == find_all.SUITE:
-        function, key = find_all.FIND_ALL[sample.task], f"{find_all.SUITE}/{sample.task}"
-    else:
-        function, key = SUITE_TASKS[sample.suite][sample.task], sample.task
-    return draw_spec(function, key, sample.split, index, seed, World())
 
 
 def is_on_target(box: Box, target: Box, objects: list[Box]) -> bool:

@@ -39,26 +39,22 @@ class Puzzle:
         return f"{self.lead} {self.word}."
 
 
-def draw_puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
+def make_puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
     """One puzzle of one of `kinds`."""
     names = [object_name(appearance) for appearance in random_appearances(rng, 9)]
     kind = rng.choice(kinds)
     if kind in ("new", "gone"):
-        return _draw_change(rng, names, kind)
-    if kind == "all":
-        return _draw_common(rng, names)
-    if kind == "has":
-        return _draw_holder(rng, names)
-    if kind == "same":
-        return _draw_same(rng, names)
-    return _draw_attribute(rng)
+        return _make_change(rng, names, kind)
+    if kind == "attribute":
+        return _make_attribute(rng)
+    return {"all": _make_common, "has": _make_holder, "same": _make_same}[kind](rng, names)
 
 
 def _format_lists(lists: list[list[str]]) -> str:
     return " ".join(f"image {number}: {', '.join(names)}." for number, names in enumerate(lists, 1))
 
 
-def _draw_change(rng: random.Random, names: list[str], kind: str) -> Puzzle:
+def _make_change(rng: random.Random, names: list[str], kind: str) -> Puzzle:
     """Two lists that differ in one name; the others keep their places, or stand in any order."""
     new = names[7]
     first = names[:rng.randint(2, 5)]
@@ -73,14 +69,12 @@ def _draw_change(rng: random.Random, names: list[str], kind: str) -> Puzzle:
             listed[0], listed[place] = listed[place], listed[0]
     gone = next(name for name in first if name not in second)
     notes = _format_lists([first, second])
-    if kind == "new":
-        options = tuple(rng.sample([new, *second[:3], gone], 3))
-        return Puzzle(kind, "Which thing is new?", notes, "new:", new, options, new)
-    options = tuple(rng.sample([gone, *first[:3]], 3))
-    return Puzzle(kind, "Which thing is gone?", notes, "gone:", gone, options, gone)
+    word, others = (new, [*second[:3], gone]) if kind == "new" else (gone, first[:3])
+    options = tuple(rng.sample([word, *others], 3))
+    return Puzzle(kind, f"Which thing is {kind}?", notes, f"{kind}:", word, options, word)
 
 
-def _draw_common(rng: random.Random, names: list[str]) -> Puzzle:
+def _make_common(rng: random.Random, names: list[str]) -> Puzzle:
     """Two to five lists with one name in common, and only one."""
     common, *others = names
     while True:
@@ -95,7 +89,7 @@ def _draw_common(rng: random.Random, names: list[str]) -> Puzzle:
                   options, common)
 
 
-def _draw_holder(rng: random.Random, names: list[str]) -> Puzzle:
+def _make_holder(rng: random.Random, names: list[str]) -> Puzzle:
     """Two to five lists, one of which holds the name that is asked for."""
     wanted, *others = names
     count = rng.randint(2, 5)
@@ -108,7 +102,7 @@ def _draw_holder(rng: random.Random, names: list[str]) -> Puzzle:
                   f"{wanted}: image", str(number), options, f"image {number}", wanted)
 
 
-def _draw_same(rng: random.Random, names: list[str]) -> Puzzle:
+def _make_same(rng: random.Random, names: list[str]) -> Puzzle:
     """One name, and a list that holds it."""
     listed = rng.sample(names[:5], rng.randint(2, 5))
     first, second = rng.choice(((1, rng.randint(2, 6)), (2, 1)))
@@ -121,7 +115,7 @@ def _draw_same(rng: random.Random, names: list[str]) -> Puzzle:
                   tuple(listed[:3]), wanted)
 
 
-def _draw_attribute(rng: random.Random) -> Puzzle:
+def _make_attribute(rng: random.Random) -> Puzzle:
     """One name, and a list in which one name alone has its colour, or its shape."""
     attribute = rng.randint(0, 1)
     while True:

@@ -1,6 +1,6 @@
 """Scenes of the tiny profile: coloured, patterned shapes with exact boxes.
 
-A scene is data (objects and a background), drawn from a random state alone; `draw_scene` turns it
+A scene is data (objects and a background), drawn from a random state alone; `render_scene` turns it
 into pixels. Boxes are xyxy in pixels of the drawn image. A cell is about 28 px wide and high, one
 merged vision token of Qwen2.5-VL. No two objects share a cell, so that a model of a few million
 parameters can tell them apart in an image of 3x3 tokens.
@@ -316,7 +316,7 @@ def _paint_striped(image: Image.Image, shape: str, box: Box, colour: tuple[int, 
     image.paste(colour, mask=ImageChops.multiply(mask, bars))
 
 
-def draw_scene(scene: Scene) -> Image.Image:
+def render_scene(scene: Scene) -> Image.Image:
     """The scene as an RGB image of scene.width x scene.height pixels."""
     s = SUPERSAMPLING
     image = Image.new("RGB", (scene.width * s, scene.height * s), scene.background)

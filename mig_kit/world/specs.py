@@ -21,7 +21,7 @@ class World:
     unseen: bool = False
     textured: bool = False
 
-    def draw_appearances(self, rng: random.Random, count: int) -> list[Appearance]:
+    def pick_appearances(self, rng: random.Random, count: int) -> list[Appearance]:
         """`count` different appearances."""
         return random_appearances(rng, count, self.unseen)
 

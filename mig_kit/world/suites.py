@@ -7,21 +7,22 @@ Only the questions of MIG-Bench are asked in a training split too.
 """
 
 import random
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 from mig_kit.prompts import LETTERS
 from mig_kit.sample import Sample
-from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
+from mig_kit.world.free_form import BOX_FORMS, FIND_ALL, FREE_FORM
 from mig_kit.world.scenes import Appearance, Scene, crop_scene, object_name, random_size
 from mig_kit.world.specs import SampleSpec, TaskFunction, World, shuffle_options
 from mig_kit.world.tasks import (
     TASKS,
-    draw_match_and_others,
-    draw_spec,
     find_extreme,
     make_sample,
+    make_spec,
     moving_frames,
+    pick_match_and_others,
     render_sample,
     swap_appearance,
 )
@@ -31,7 +32,7 @@ def lisa_like(rng: random.Random, world: World) -> SampleSpec:
     """LISA: one image and a query that describes its object without naming it."""
     while True:
         kind = rng.choice(["shares", "pattern", "extreme"])
-        appearances = world.draw_appearances(rng, rng.randint(3, 5))
+        appearances = world.pick_appearances(rng, rng.randint(3, 5))
         scene = world.arrange_scene(rng, appearances)
         if kind == "shares":
             attribute = rng.randint(0, 1)
@@ -67,7 +68,7 @@ def revos_like(rng: random.Random, world: World) -> SampleSpec:
     boxed in frame 3.
     """
     while True:
-        appearances = world.draw_appearances(rng, rng.randint(3, 4))
+        appearances = world.pick_appearances(rng, rng.randint(3, 4))
         scene = world.arrange_scene(rng, appearances)
         frames = moving_frames(rng, scene, rng.randint(3, 4))
         if frames is None:
@@ -101,7 +102,7 @@ def mc_bench_like(rng: random.Random, world: World) -> SampleSpec:
     """MC-Bench: an image pair; the named object is in one image, in both, or (one in ten) in
     neither.
     """
-    wanted, *others = world.draw_appearances(rng, 7)
+    wanted, *others = world.pick_appearances(rng, 7)
     numbers = rng.choices([(1,), (2,), (1, 2), ()], (25, 25, 40, 10))[0]
     scenes = []
     for number, three in enumerate((others[:3], others[3:]), 1):
@@ -114,7 +115,7 @@ def mc_bench_like(rng: random.Random, world: World) -> SampleSpec:
 
 def count_colour(rng: random.Random, world: World) -> SampleSpec:
     """BLINK, counting: how many objects have a colour."""
-    appearances = world.draw_appearances(rng, rng.randint(3, 5))
+    appearances = world.pick_appearances(rng, rng.randint(3, 5))
     colour = appearances[0].colour
     scene = world.arrange_scene(rng, appearances)
     total = sum(obj.colour == colour for obj in scene.objects)
@@ -126,7 +127,7 @@ def count_colour(rng: random.Random, world: World) -> SampleSpec:
 
 def jigsaw(rng: random.Random, world: World) -> SampleSpec:
     """BLINK: which of two pieces was cut out of image 1."""
-    appearances = world.draw_appearances(rng, 4)
+    appearances = world.pick_appearances(rng, 4)
     scene = world.arrange_scene(rng, appearances[:3])
     unrelated = world.arrange_scene(rng, appearances[3:])
     pieces = []
@@ -142,9 +143,9 @@ def jigsaw(rng: random.Random, world: World) -> SampleSpec:
 
 def visual_correspondence(rng: random.Random, world: World) -> SampleSpec:
     """BLINK: which object of image 2 has the shape of the boxed object in image 1."""
-    reference = world.draw_appearances(rng, 1)[0]
-    candidates = draw_match_and_others(rng, reference, 1, 3)
-    distractors = [other for other in world.draw_appearances(rng, 2) if other != reference]
+    reference = world.pick_appearances(rng, 1)[0]
+    candidates = pick_match_and_others(rng, reference, 1, 3)
+    distractors = [other for other in world.pick_appearances(rng, 2) if other != reference]
     first = world.arrange_scene(rng, [reference, *distractors])
     correct, *wrong = map(object_name, candidates)
     options, letter = shuffle_options(rng, correct, wrong)
@@ -157,7 +158,7 @@ def visual_correspondence(rng: random.Random, world: World) -> SampleSpec:
 def relations(rng: random.Random, world: World) -> SampleSpec:
     """BLINK: whether an object is left of another."""
     while True:
-        scene = world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(2, 4)))
+        scene = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
         a, b = scene.objects[:2]
         if abs(a.centre[0] - b.centre[0]) > 6:
             letter = "A" if a.centre[0] < b.centre[0] else "B"
@@ -167,7 +168,7 @@ def relations(rng: random.Random, world: World) -> SampleSpec:
 
 def frame_order(rng: random.Random, world: World) -> SampleSpec:
     """MMIU: objects appear one by one; in which order were the shuffled frames taken."""
-    scene = world.arrange_scene(rng, world.draw_appearances(rng, 3))
+    scene = world.arrange_scene(rng, world.pick_appearances(rng, 3))
     frames = [replace(scene, objects=scene.objects[:count]) for count in (1, 2, 3)]
     order = rng.sample([0, 1, 2], 3)
     correct = " ".join(str(order.index(i) + 1) for i in range(3))
@@ -181,7 +182,7 @@ def frame_order(rng: random.Random, world: World) -> SampleSpec:
 
 def retrieval(rng: random.Random, world: World) -> SampleSpec:
     """MMIU: which image shows the same objects as image 1."""
-    appearances = world.draw_appearances(rng, 8)
+    appearances = world.pick_appearances(rng, 8)
     wanted = appearances[:3]
     first = world.arrange_scene(rng, wanted)
     others = [world.arrange_scene(rng, [wanted[rng.randint(0, 2)], *two])
@@ -195,7 +196,7 @@ def retrieval(rng: random.Random, world: World) -> SampleSpec:
 
 def find_change(rng: random.Random, world: World) -> SampleSpec:
     """MMIU: what is new in image 2."""
-    first = world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(3, 4)))
+    first = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(3, 4)))
     second, name = swap_appearance(rng, first, world)
     unchanged = [other for other in second.names() if other != name]
     options, letter = shuffle_options(rng, name, rng.sample(unchanged, 2))
@@ -203,29 +204,75 @@ def find_change(rng: random.Random, world: World) -> SampleSpec:
                       letter=letter)
 
 
-# The keys stand in the ids of samples and in the seeds that they are drawn with.
-GROUNDING: dict[str, TaskFunction] = {
-    "lisa": lisa_like, "revos": revos_like, "mc_bench": mc_bench_like}
-BLINK: dict[str, TaskFunction] = {
-    "counting": count_colour, "jigsaw": jigsaw, "visual_correspondence": visual_correspondence,
-    "relations": relations}
-MMIU: dict[str, TaskFunction] = {
-    "order": frame_order, "retrieval": retrieval, "change": find_change}
-SUITE_TASKS = {"mig_bench": TASKS, "ood_grounding": GROUNDING, "blink": BLINK, "mmiu": MMIU}
-SUITES = tuple(SUITE_TASKS)
+@dataclass(frozen=True)
+class Suite:
+    """All that is known of a drawn suite.
 
-# By suite, the parameter of notebook 06 that says how many samples a task has.
-SIZE_PARAMS = {"mig_bench": "mig_per_task", "ood_grounding": "ood_per_task",
-               "blink": "blink_per_task", "mmiu": "mmiu_per_task"}
-
-
-def suite_tasks(suite: str) -> list[str]:
-    """The task keys of a suite.
-
-    "unseen" stands for the ten tasks on unseen objects and textured backgrounds.
+    title: what tables and figures call it. tasks: name -> what draws the spec of its sample number
+    `index`, from (split, index, seed). size_param: the parameter of notebook 06 that says how many
+    samples a task has, `default` of them unless it is set; 0 leaves the suite out.
     """
-    keys = list(SUITE_TASKS[suite])
-    return [*keys, "unseen"] if suite == "ood_grounding" else keys
+
+    title: str
+    tasks: dict[str, Callable[[str, int, int], SampleSpec]]
+    size_param: str
+    default: int
+
+
+def _draw_seen(task_function: TaskFunction, key: str, split: str, index: int,
+               seed: int) -> SampleSpec:
+    return make_spec(task_function, key, split, index, seed, World())
+
+
+def _seen(tasks: dict[str, TaskFunction], prefix: str = "") -> dict[str, partial]:
+    return {name: partial(_draw_seen, task_function, f"{prefix}{name}")
+            for name, task_function in tasks.items()}
+
+
+def _draw_unseen(split: str, index: int, seed: int) -> SampleSpec:
+    """The ten tasks in turn, on unseen objects and textured backgrounds."""
+    name = list(TASKS)[index % len(TASKS)]
+    world = World(unseen=True, textured=True)
+    return make_spec(TASKS[name], f"unseen/{name}", split, index, seed, world)
+
+
+# The names of suites and tasks stand in the ids of samples and in the seeds that they are drawn
+# with. A drawn world is no benchmark, so the titles say "(drawn)".
+SUITES = {
+    "mig_bench": Suite("MIG-Bench-like (drawn)", _seen(TASKS), "mig_per_task", 100),
+    "ood_grounding": Suite(
+        "out of domain (drawn)",
+        _seen({"lisa": lisa_like, "revos": revos_like, "mc_bench": mc_bench_like})
+        | {"unseen": _draw_unseen}, "ood_per_task", 100),
+    "blink": Suite(
+        "BLINK-like (drawn)",
+        _seen({"counting": count_colour, "jigsaw": jigsaw,
+               "visual_correspondence": visual_correspondence, "relations": relations}),
+        "blink_per_task", 60),
+    "mmiu": Suite(
+        "MMIU-like (drawn)",
+        _seen({"order": frame_order, "retrieval": retrieval, "change": find_change}),
+        "mmiu_per_task", 80),
+    "find_all": Suite("none, one or several (drawn)", _seen(FIND_ALL, "find_all/"),
+                      "find_all_per_task", 0)}
+OUT_OF_DOMAIN = "ood_grounding"
+OWN = "own"  # the suite of the held-out questions of own data
+TASK_TITLES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
+               "mc_bench": "MC-Bench-like (drawn)", "unseen": "unseen things (drawn)"}
+
+
+def suite_title(suite: str) -> str:
+    """What tables and figures call a drawn suite, or the held-out part of own data; another is
+    called by its name.
+    """
+    if suite == OWN:
+        return "own data (held out)"
+    return SUITES[suite].title if suite in SUITES else suite
+
+
+def task_title(task: str) -> str:
+    """What tables and figures call a task: one out of domain is a suite of its own."""
+    return TASK_TITLES.get(task, task)
 
 
 def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sample]:
@@ -235,62 +282,37 @@ def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sam
     """
     if suite not in SUITES:
         raise ValueError(f"no suite '{suite}'; the suites are {', '.join(SUITES)}")
-    samples = []
-    for task, task_function in SUITE_TASKS[suite].items():
-        samples += _draw_samples(task_function, suite, task, split, per_task, seed)
-    if suite == "ood_grounding":
-        samples += _draw_unseen_samples(split, per_task, seed)
-    return samples
+    return [render_sample(draw(split, index, seed), suite, task, split, index)
+            for task, draw in SUITES[suite].tasks.items() for index in range(per_task)]
 
 
-def _draw_samples(task_function: TaskFunction, suite: str, task: str, split: str, count: int,
-                  seed: int) -> list[Sample]:
-    return list(_iter_samples(task_function, suite, task, split, count, seed))
-
-
-def _iter_samples(task_function: TaskFunction, suite: str, task: str, split: str, count: int,
-                  seed: int) -> Iterator[Sample]:
-    specs = (draw_spec(task_function, task, split, i, seed, World()) for i in range(count))
-    return (render_sample(spec, suite, task, split, i) for i, spec in enumerate(specs))
-
-
-def _draw_unseen_samples(split: str, count: int, seed: int) -> list[Sample]:
-    """`count` samples that take the ten tasks in turn, on unseen objects and textures."""
-    names, samples = list(TASKS), []
-    world = World(unseen=True, textured=True)
-    for i in range(count):
-        name = names[i % len(names)]
-        spec = draw_spec(TASKS[name], f"unseen/{name}", split, i, seed, world)
-        samples.append(render_sample(spec, "ood_grounding", "unseen", split, i))
-    return samples
-
-
-def make_free_form(split: str, per_task: int, seed: int = 0,
-                   boxes: int | None = None) -> list[Sample]:
-    """General questions beside the ten tasks, as MGrounding-630k has them: `per_task` of a kind.
+def iter_free_form(split: str, per_task: int, seed: int = 0,
+                   boxes: int | None = None) -> Iterator[Sample]:
+    """General questions beside the ten tasks, as MGrounding-630k has them: `per_task` of a kind,
+    drawn as they are asked for.
 
     boxes: how many of each kind in BOX_FORMS; None for `per_task`.
     """
-    samples = []
     for task, task_function in FREE_FORM.items():
         count = boxes if boxes is not None and task in BOX_FORMS else per_task
-        samples += _draw_samples(task_function, "free_form", task, split, count, seed)
-    return samples
+        for index in range(count):
+            spec = make_spec(task_function, task, split, index, seed, World())
+            yield render_sample(spec, "free_form", task, split, index)
 
 
-def draw_training_mix(split: str, per_task: int, free_form_per_task: int, seed: int,
-                      boxes: int | None = None) -> Iterator[Sample]:
-    """What the stages train on: the ten tasks and general questions, drawn as they are asked for.
+def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: int,
+                      boxes: int | None = None, find_all_per_task: int = 0) -> Iterator[Sample]:
+    """What the stages train on, drawn as they are asked for: the ten tasks, general questions and
+    questions for all boxes.
 
     boxes: how many general questions of each kind that asks for a box; None for
     `free_form_per_task`.
     """
-    yield from draw_task_samples(split, per_task, seed)
-    for task, task_function in FREE_FORM.items():
-        count = boxes if boxes is not None and task in BOX_FORMS else free_form_per_task
-        yield from _iter_samples(task_function, "free_form", task, split, count, seed)
+    yield from iter_task_samples(split, per_task, seed)
+    yield from iter_free_form(split, free_form_per_task, seed, boxes)
+    yield from make_suite("find_all", split, find_all_per_task, seed)
 
 
-def draw_task_samples(split: str, per_task: int, seed: int) -> Iterator[Sample]:
+def iter_task_samples(split: str, per_task: int, seed: int) -> Iterator[Sample]:
     """`per_task` samples of each of the ten tasks, drawn as they are asked for."""
     return (make_sample(task, split, i, seed) for task in TASKS for i in range(per_task))

@@ -20,10 +20,10 @@ from mig_kit.world.scenes import (
     are_separate,
     change_viewpoint,
     crop_scene,
-    draw_scene,
     object_name,
     random_appearances,
     random_size,
+    render_scene,
     round_box,
 )
 from mig_kit.world.specs import (
@@ -41,44 +41,47 @@ SPLITS = ("base", "cot", "rl", "val", "test")
 def swap_appearance(rng: random.Random, scene: Scene, world: World) -> tuple[Scene, str]:
     """The scene with a new appearance for one of its objects, and that object's new name."""
     taken = {obj.appearance for obj in scene.objects}
-    appearance = world.draw_appearances(rng, 1)[0]
+    appearance = world.pick_appearances(rng, 1)[0]
     while appearance in taken:
-        appearance = world.draw_appearances(rng, 1)[0]
+        appearance = world.pick_appearances(rng, 1)[0]
     index = rng.randrange(len(scene.objects))
     objects = list(scene.objects)
     objects[index] = Object(*appearance, objects[index].box)
     return replace(scene, objects=tuple(objects)), object_name(appearance)
 
 
+def _ask_for_new_object(rng: random.Random, first: Scene, second: Scene, world: World,
+                        questions: list[str]) -> SampleSpec:
+    """A question for the object of image 2 that is given a new appearance here."""
+    second, name = swap_appearance(rng, second, world)
+    return SampleSpec([first, second], rng.choice(questions), [(2, name)], f"new: {name}.",
+                      list_image_notes([first, second]))
+
+
 def diff(rng: random.Random, world: World) -> SampleSpec:
     """Static difference: two images, the same but for one object."""
-    first = world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(3, 4)))
-    second, name = swap_appearance(rng, first, world)
-    question = rng.choice(["Find what changed in image 2.",
-                           "Which thing in image 2 is not in image 1?",
-                           "Where does image 2 differ from image 1?"])
-    return SampleSpec([first, second], question, [(2, name)], f"new: {name}.",
-                      list_image_notes([first, second]))
+    first = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(3, 4)))
+    return _ask_for_new_object(rng, first, first, world, [
+        "Find what changed in image 2.", "Which thing in image 2 is not in image 1?",
+        "Where does image 2 differ from image 1?"])
 
 
 def view_diff(rng: random.Random, world: World) -> SampleSpec:
     """Robust difference: the viewpoint moved, and one object really changed."""
     second = None
     while second is None:
-        first = world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(3, 4)))
+        first = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(3, 4)))
         second = change_viewpoint(rng, first, random_size(rng))
-    second, name = swap_appearance(rng, second, world)
-    question = rng.choice(["The view moved and one thing changed. Find it in image 2.",
-                           "Image 2 is another view of image 1. Which thing is new in image 2?",
-                           "Despite the new view, where does image 2 differ from image 1?"])
-    return SampleSpec([first, second], question, [(2, name)], f"new: {name}.",
-                      list_image_notes([first, second]))
+    return _ask_for_new_object(rng, first, second, world, [
+        "The view moved and one thing changed. Find it in image 2.",
+        "Image 2 is another view of image 1. Which thing is new in image 2?",
+        "Despite the new view, where does image 2 differ from image 1?"])
 
 
 def common_object(rng: random.Random, world: World) -> SampleSpec:
     """One object is in every image; find it in image k."""
     count = rng.randint(3, 5)
-    shared, *others = world.draw_appearances(rng, 2 + count)
+    shared, *others = world.pick_appearances(rng, 2 + count)
     while True:
         chosen = [[shared, *rng.sample(others, rng.randint(1, 2))] for _ in range(count)]
         if not any(all(other in appearances for appearances in chosen) for other in others):
@@ -130,7 +133,7 @@ def object_tracking(rng: random.Random, world: World) -> SampleSpec:
     """
     frames = None
     while frames is None:
-        appearance = world.draw_appearances(rng, 1)[0]
+        appearance = world.pick_appearances(rng, 1)[0]
         appearances = [appearance, _change_one_attribute(rng, appearance, world)]
         if rng.random() < 0.5:
             appearances.append(_change_one_attribute(rng, appearance, world))
@@ -151,7 +154,7 @@ def object_tracking(rng: random.Random, world: World) -> SampleSpec:
 def multi_view(rng: random.Random, world: World) -> SampleSpec:
     """Two to six views of one place; find the reference of view 1 in view k."""
     while True:
-        scene = world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(2, 4)))
+        scene = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
         views = [change_viewpoint(rng, scene, random_size(rng)) for _ in range(rng.randint(1, 5))]
         if all(views):
             break
@@ -168,7 +171,7 @@ def multi_view(rng: random.Random, world: World) -> SampleSpec:
 
 def region(rng: random.Random, world: World) -> SampleSpec:
     """Image 1 is the source, the others are magnified parts of it; find where part k was cut."""
-    scene = world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(3, 5)))
+    scene = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(3, 5)))
     chosen = rng.sample(scene.objects, rng.randint(1, 3))
     windows = []
     for obj in chosen:
@@ -188,7 +191,7 @@ def region(rng: random.Random, world: World) -> SampleSpec:
 
 def refer_grounding(rng: random.Random, world: World) -> SampleSpec:
     """Image 1 shows one object; find it among others in image 2."""
-    appearances = world.draw_appearances(rng, rng.randint(3, 5))
+    appearances = world.pick_appearances(rng, rng.randint(3, 5))
     first = world.arrange_scene(rng, appearances[:1], sides=(20, 34))
     second = world.arrange_scene(rng, appearances)
     name = object_name(appearances[0])
@@ -199,15 +202,21 @@ def refer_grounding(rng: random.Random, world: World) -> SampleSpec:
                       list_image_notes([first, second]))
 
 
-def group_grounding(rng: random.Random, world: World) -> SampleSpec:
-    """Three to five images; find the named object, which only one of them shows."""
-    count = rng.randint(3, 5)
-    wanted, *others = world.draw_appearances(rng, count + 3)
+def make_scenes_with_holder(rng: random.Random, world: World, fewest: int,
+                            most: int) -> tuple[list[Scene], int, str]:
+    """`fewest` to `most` scenes, the number of the only one that shows an object, and its name."""
+    count = rng.randint(fewest, most)
+    wanted, *others = world.pick_appearances(rng, count + 3)
     k = rng.randint(1, count)
     chosen = [rng.sample(others, rng.randint(2, 3)) for _ in range(count)]
     chosen[k - 1][0] = wanted
     scenes = [world.arrange_scene(rng, appearances) for appearances in chosen]
-    name = object_name(wanted)
+    return scenes, k, object_name(wanted)
+
+
+def group_grounding(rng: random.Random, world: World) -> SampleSpec:
+    """Three to five images; find the named object, which only one of them shows."""
+    scenes, k, name = make_scenes_with_holder(rng, world, 3, 5)
     question = rng.choice([f"Find the {name}.", f"Which image shows the {name}? Find it.",
                            f"One image has a {name}. Where is it?"])
     return SampleSpec(scenes, question, [(k, name)], f"{name}: image {k}.",
@@ -233,7 +242,7 @@ def find_extreme(scene: Scene, which: str, margin: float = 5.0) -> Object | None
     return ranked[0]
 
 
-def draw_match_and_others(rng: random.Random, appearance: Appearance, attribute: int,
+def pick_match_and_others(rng: random.Random, appearance: Appearance, attribute: int,
                           count: int) -> list[Appearance]:
     """`count` appearances; the first, and only the first, shares one attribute with `appearance`.
 
@@ -252,11 +261,11 @@ def reasoning(rng: random.Random, world: World) -> SampleSpec:
     which = rng.choice(list(EXTREMES))
     anchor = None
     while anchor is None:
-        first = world.arrange_scene(rng, world.draw_appearances(rng, rng.randint(2, 4)))
+        first = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
         anchor = find_extreme(first, which)
     attribute = rng.randint(0, 1)
     word = Appearance._fields[attribute]
-    appearances = draw_match_and_others(rng, anchor.appearance, attribute, rng.randint(3, 4))
+    appearances = pick_match_and_others(rng, anchor.appearance, attribute, rng.randint(3, 4))
     second = world.arrange_scene(rng, appearances)
     name = object_name(appearances[0])
     question = rng.choice([
@@ -271,10 +280,10 @@ def correspondence(rng: random.Random, world: World) -> SampleSpec:
     """The reference of image 1 plays a part (its shape); find what plays it in image 2, in another
     colour.
     """
-    appearances = world.draw_appearances(rng, rng.randint(2, 4))
+    appearances = world.pick_appearances(rng, rng.randint(2, 4))
     first = world.arrange_scene(rng, appearances)
     target = first.objects[0]
-    second_appearances = draw_match_and_others(rng, target.appearance, 1, rng.randint(3, 4))
+    second_appearances = pick_match_and_others(rng, target.appearance, 1, rng.randint(3, 4))
     second = world.arrange_scene(rng, second_appearances)
     name = second.objects[0].name
     question = rng.choice([
@@ -299,7 +308,7 @@ def owning_split(spec: SampleSpec) -> str:
     return SPLITS[zlib.crc32(content.encode()) % len(SPLITS)]
 
 
-def draw_spec(task_function: TaskFunction, key: str, split: str, index: int, seed: int,
+def make_spec(task_function: TaskFunction, key: str, split: str, index: int, seed: int,
               world: World) -> SampleSpec:
     """The spec that (seed, key, split, index) names: redrawn until the split owns it.
 
@@ -323,7 +332,7 @@ def render_sample(spec: SampleSpec, suite: str, task: str, split: str, index: in
     reference = spec.scenes[0].find(spec.reference).box if spec.reference else None
     return Sample(
         id=f"{suite}/{task}/{split}/{index}", suite=suite, task=task, split=split,
-        images=tuple(draw_scene(scene) for scene in spec.scenes), question=spec.question,
+        images=tuple(render_scene(scene) for scene in spec.scenes), question=spec.question,
         targets=tuple(targets), reference=reference, options=spec.options, letter=spec.letter,
         notes=tuple(spec.notes), finding=spec.finding, find_all=spec.find_all)
 
@@ -335,5 +344,5 @@ def make_sample(task: str, split: str, index: int, seed: int = 0) -> Sample:
     """
     if task not in TASKS:
         raise ValueError(f"no task '{task}'; the tasks are {', '.join(TASKS)}")
-    spec = draw_spec(TASKS[task], task, split, index, seed, World())
+    spec = make_spec(TASKS[task], task, split, index, seed, World())
     return render_sample(spec, "mig_bench", task, split, index)

@@ -1,4 +1,4 @@
-"""What a launcher starts in every process: `python -m mig_kit.stages.train STAGE_FOLDER`.
+"""What a launcher starts in every process: `python -m mig_kit.stages.launched_worker STAGE_FOLDER`.
 
 The folder's job.json, which the stage's notebook has written, says what to train.
 """
