@@ -4,9 +4,7 @@
 
 Makes JPEGs of about one megapixel and questions with replies over them in FOLDER, stores them as
 01 does with the teacher "own", and reads them as 04 does; prints the peak of memory, images decoded
-and seconds. The tests do the same with less. `python tests/big_data.py --run FOLDER` then runs 01
-of the smoke profile on FOLDER through the command line, and prints its peak; `--train FOLDER`
-after it trains as 02 does on all of its rows, ends after three updates, and prints the peak.
+and seconds. The tests do the same with less.
 """
 
 import json
@@ -15,16 +13,13 @@ import random
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from command_line import CLI
 from PIL import Image, ImageFile
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.pipeline.params import profile_params
-from mig_kit.pipeline.store import stage_folder
 from mig_kit.prompts import format_answer
 
 SIZE = (1152, 864)
@@ -77,18 +72,18 @@ def read_all(own_file: Path, out: Path) -> None:
 
     import numpy as np
 
-    from mig_kit.filters import drop_reason_of_own_reply
+    from mig_kit.filters import drop_reason
     from mig_kit.sample import read_replies, read_samples, write_samples
     from mig_kit.stages import rejection_sampling, sanity_checks, sft, sources, synthesize
 
     count, start = count_decodes(), time.monotonic()
-    changes = {"data": "own", "teacher": "own", "data_file": str(own_file),
+    changes = {"data": str(own_file), "teacher": "own",
                "data_shares": [0.4, 0.4, 0.2]}
     p = SimpleNamespace(**{**profile_params("01_synthesize"), **changes})
     box_format = BoxFormat(p.min_pixels, p.max_pixels, p.coordinates)
     sets, _ = sources.load_training_sets(p, out)
     traces = synthesize.read_own_traces(sets["cot"].path)
-    reasons = (drop_reason_of_own_reply(trace, sample, box_format)
+    reasons = (drop_reason(trace.text, sample, box_format)
                for sample, trace in zip(sets["cot"], traces))
     counts = synthesize.keep_good_traces(out / "cot.parquet", sets["cot"], traces, reasons)
     seconds, decodes = time.monotonic() - start, {"01": count[0]}
@@ -121,50 +116,9 @@ def measure(own_file: Path, out: Path) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def run_01(own_file: Path) -> None:
-    """01 of the smoke profile through the command line; prints the peak of its processes."""
-    words = ("run", "01", "--profile", "smoke", "--run-id", f"big-{own_file.parent.name}",
-             "-p", "data", "own", "-p", "teacher", "own", "-p", "data_file", str(own_file))
-    start = time.monotonic()
-    subprocess.run([*CLI, *words], check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"peak {peak:.0f} MiB, {time.monotonic() - start:.0f} s")
-
-
-def train_02(own_file: Path, updates: int = 3) -> None:
-    """The training of 02 of the smoke profile on all rows of `run_01`, ended after its first
-    updates; prints the process's peak. Without 02's check of sight: made-up images say nothing.
-    """
-    from types import SimpleNamespace
-
-    from mig_kit.engine.models import choose_hardware, resolve_model
-    from mig_kit.engine.training import StopAfter, lora_config, train_or_resume
-    from mig_kit.stages import sft
-
-    run_id = f"big-{own_file.parent.name}"
-    p = SimpleNamespace(**{**profile_params("02_sft", "smoke"), "max_samples": 0})
-    values = profile_params("01_synthesize", "smoke")
-    box_format = BoxFormat(values["min_pixels"], values["max_pixels"], values["coordinates"])
-    traces = stage_folder("01_synthesize", run_id) / "cot.parquet"
-    table = sft.sft_rows(*sft.read_traces(traces, p), box_format)
-    policy = sft.load_qlora_policy(resolve_model("tiny"), choose_hardware(p.dtype, p.device),
-                                   box_format, lora_config(p.lora_r, p.lora_alpha), p.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = sft.sft_trainer(policy, table, Path(folder), p)
-        trainer.add_callback(StopAfter(updates))
-        train_or_resume(trainer, Path(folder))
-    assert trainer.state.global_step == updates
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak {peak:.0f} MiB, {updates} updates of {len(table)} rows")
-
-
 if __name__ == "__main__":
     if sys.argv[1] == "--read":
         read_all(Path(sys.argv[2]), Path(sys.argv[3]))
-    elif sys.argv[1] == "--run":
-        run_01(Path(sys.argv[2]) / "own.jsonl")
-    elif sys.argv[1] == "--train":
-        train_02(Path(sys.argv[2]) / "own.jsonl")
     else:
         data = Path(sys.argv[1])
         file = make_data(data, int(sys.argv[2]), int(sys.argv[3]))

@@ -2,12 +2,14 @@
 and processor, and a smoke run.
 """
 
+import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from command_line import run_mig_kit
+from command_line import run_mig_kit, start_mig_kit
 from filelock import FileLock
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -17,12 +19,14 @@ from mig_kit.engine import models
 from mig_kit.pipeline.params import profile_params
 from mig_kit.world.tasks import TASKS, make_sample
 
+pytest_plugins = ["published"]  # folders laid out as the families are published
+
 
 def pytest_collection_modifyitems(items):
     """Put the tests of the smoke run last; where several processes share the tests, but one, which
     makes it while another process runs the others: else that process would wait for it.
     """
-    of_smoke = [item for item in items if {"smoke_runs", "undisturbed"} & set(item.fixturenames)]
+    of_smoke = [item for item in items if "smoke_runs" in item.fixturenames]
     others = [item for item in items if item not in of_smoke]
     first = 1 if "PYTEST_XDIST_WORKER" in os.environ else 0
     items[:] = [*of_smoke[:first], *others, *of_smoke[first:]]
@@ -72,74 +76,99 @@ def processor():
 
 
 @pytest.fixture(scope="session")
-def random_folder(tmp_path_factory, processor):
-    """A folder with a random model of some 200,000 parameters, loadable like any other."""
-    folder = tmp_path_factory.mktemp("random") / "model"
-    torch.manual_seed(0)
-    config = models.tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config)
-    # livelier than the default, so that differences show
-    for parameter in model.model.language_model.parameters():
-        if parameter.ndim > 1:
-            parameter.data *= 4
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def smoke_runs(tmp_path_factory):
-    """A folder of runs with a smoke run, "smoke", 08, 09 and 90 too, through the command line.
-
-    Tests change copies of it. It is made once, by the first of the processes that the tests run in.
-    Jupyter knows a kernel python3 that is another's: the kit's own runs the notebooks all the same.
+def make_once(tmp_path_factory):
+    """Call it with a name and a function that fills a new folder, for that folder. It is filled
+    once, by the first of the processes that the tests run in; no test changes what it holds.
     """
     base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-runs"
-    foreign = base / "jupyter" / "kernels" / "python3"
-    foreign.mkdir(parents=True)
-    (foreign / "kernel.json").write_text(
-        '{"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}')
-    with FileLock(f"{root}.lock"):
-        for stages in ((), ("08", "09", "90")):
-            words = ("run", *stages, "--profile", "smoke", "--run-id", "smoke")
-            result = run_mig_kit(*words, MIG_KIT_RUNS=str(root), JUPYTER_PATH=str(base / "jupyter"))
-            assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-    return root
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill):
+        folder = shared / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.with_suffix(".filled").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                folder.with_suffix(".filled").touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def relatives(tmp_path_factory, processor):
+def random_folder(make_once, processor):
+    """A folder with a random model of some 200,000 parameters, loadable like any other."""
+    def save(folder):
+        torch.manual_seed(0)
+        config = models.tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config)
+        # livelier than the default, so that differences show
+        for parameter in model.model.language_model.parameters():
+            if parameter.ndim > 1:
+                parameter.data *= 4
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return make_once("random-model", save)
+
+
+@pytest.fixture(scope="session")
+def smoke_runs(make_once):
+    """A folder of runs with a smoke run, "smoke", 08, 09 and 90 too, through the command line.
+
+    Jupyter knows a kernel python3 that is another's: the kit's own runs the notebooks all the same.
+    """
+    def run(root):
+        kernel = root.with_name("jupyter") / "kernels" / "python3" / "kernel.json"
+        kernel.parent.mkdir(parents=True, exist_ok=True)
+        kernel.write_text(json.dumps(
+            {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}))
+        words = ("--profile", "smoke", "--run-id", "smoke")
+        environment = {"MIG_KIT_RUNS": str(root), "JUPYTER_PATH": str(root.with_name("jupyter"))}
+        for result in (start_mig_kit("run", *words, **environment),
+                       run_mig_kit("run", "08", "09", "90", *words, **environment)):
+            assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+
+    return make_once("smoke-runs", run)
+
+
+@pytest.fixture(scope="session")
+def relatives(make_once, processor):
     """Folders with random models of the two families that write boxes in 0 to 1000, by model_type.
     """
-    root, folders = tmp_path_factory.mktemp("relatives"), {}
-    text_config = models.tiny_config(640, hidden=64, layers=2).text_config.to_dict()
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-              "num_attention_heads", "num_key_value_heads", "rope_parameters", "bos_token_id",
-              "eos_token_id", "pad_token_id")
-    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3,
-              "vision_end_token_id": 4, "tie_word_embeddings": True}
     towers = {
         "qwen2_vl": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 2},
         "qwen3_vl": {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
                      "out_hidden_size": 64, "num_position_embeddings": 64,
                      "deepstack_visual_indexes": [0, 1]}}
-    extra = {"qwen2_vl": {}, "qwen3_vl": {"head_dim": 32}}
+    more = {"qwen2_vl": {}, "qwen3_vl": {"head_dim": 32}}
     patch_sizes = {"qwen2_vl": 14, "qwen3_vl": 16}
-    for family, tower in towers.items():
-        language = {name: text_config[name] for name in shared} | extra[family]
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, text_config=language, vision_config=tower, **tokens)
-        model = models.FAMILIES[family](config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.data *= 4
-        folder = folders[family] = root / family
-        model.save_pretrained(folder)
-        processor.tokenizer.save_pretrained(folder)
-        Qwen2VLImageProcessorPil(patch_size=patch_sizes[family]).save_pretrained(folder)
-        (folder / "chat_template.jinja").write_text(processor.chat_template)
-    return folders
+    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3,
+              "vision_end_token_id": 4, "tie_word_embeddings": True}
+
+    def save(root):
+        text_config = models.tiny_config(640, hidden=64, layers=2).text_config.to_dict()
+        shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                  "num_attention_heads", "num_key_value_heads", "rope_parameters", "bos_token_id",
+                  "eos_token_id", "pad_token_id")
+        for family, tower in towers.items():
+            language = {name: text_config[name] for name in shared} | more[family]
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(family, text_config=language, vision_config=tower,
+                                          **tokens)
+            model = models.FAMILIES[family](config)
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.data *= 4
+            folder = root / family
+            model.save_pretrained(folder)
+            processor.tokenizer.save_pretrained(folder)
+            Qwen2VLImageProcessorPil(patch_size=patch_sizes[family]).save_pretrained(folder)
+            (folder / "chat_template.jinja").write_text(processor.chat_template)
+
+    root = make_once("relatives", save)
+    return {family: root / family for family in towers}
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Stages 02 and 05 on the random model, as jobs for one process or several.
 
-`python -m launched FOLDER` is `mig_kit.stages.train` with rewards that a random model earns, too,
-and a lively float32 adapter; each process leaves what it drew and the first update's gradients.
+`python -m launched FOLDER` is `mig_kit.stages.launched_worker` with rewards that a random model
+earns, too, and a lively float32 adapter; each process leaves what it drew and the first update's
+gradients.
 """
 
 import json
@@ -18,10 +19,10 @@ from transformers import TrainerCallback, TrainerState
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import jobs
-from mig_kit.engine.shared_prefix_grpo import SharedPrefixGRPOTrainer
 from mig_kit.pipeline.params import profile_params
 from mig_kit.sample import write_samples
-from mig_kit.stages import grpo, sft, synthesize, train
+from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
+from mig_kit.stages import grpo, launched_worker, sft, synthesize
 from mig_kit.world.tasks import TASKS, make_sample
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
@@ -31,7 +32,7 @@ CHANGES = {
     "05_grpo": {"num_generations": 4, "per_device_train_batch_size": 4, "max_steps": 2,
                 "gradient_accumulation_steps": 4, "beta": 0.05, "max_completion_length": 8},
 }
-SHARED = {"dtype": "float32", "lora_r": 4, "lora_alpha": 8, "save_steps": 1,
+SHARED = {"dtype": "float32", "lora_r": 4, "save_steps": 1,
           "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "learning_rate": 1e-3}
 
 
@@ -43,12 +44,12 @@ def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> Trai
         | changes | {"launcher": launcher})
     folder.mkdir(parents=True, exist_ok=True)
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(2)]
-    traces = synthesize.write_traces(samples, 0, (1, 1, 1), 0.0, 0.7, box_format)
+    traces = synthesize.RuleBasedTraces(samples, 0, box_format, error_rate=0.0)
     write_samples(folder / "samples.parquet", samples, traces)
     names = {"02_sft": ("base", "traces"), "05_grpo": ("start", "kept")}[stage]
     inputs = dict(zip(names, (model, folder / "samples.parquet")))
     with changed_training(folder):
-        return jobs.run_job(train.TRAIN[stage], stage, folder, params, **inputs)
+        return jobs.run_job(launched_worker.TRAIN[stage], stage, folder, params, **inputs)
 
 
 def changed_training(folder: Path) -> ExitStack:
@@ -102,4 +103,4 @@ class RecordFirstGradients(TrainerCallback):
 
 if __name__ == "__main__":
     with changed_training(Path(sys.argv[1])):
-        train.main()
+        launched_worker.main()

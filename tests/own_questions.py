@@ -13,8 +13,8 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, rescale_box
 from mig_kit.image_files import TURNS
 from mig_kit.sample import Sample
-from mig_kit.world.find_all import FIND_ALL, draw_find_all
-from mig_kit.world.suites import make_free_form
+from mig_kit.world.free_form import FIND_ALL
+from mig_kit.world.suites import iter_free_form, make_suite
 from mig_kit.world.tasks import TASKS, make_sample
 from mig_kit.world.teacher import write_trace
 
@@ -32,7 +32,7 @@ def draw_questions(count: int, seed: int = SEED) -> list[Sample]:
     """
     names = list(TASKS)
     n_choices = count // 7
-    choices = [sample for sample in make_free_form(SPLIT, n_choices, seed) if sample.options]
+    choices = [sample for sample in iter_free_form(SPLIT, n_choices, seed) if sample.options]
     boxes = [make_sample(names[i % len(names)], SPLIT, i // len(names), seed)
              for i in range(count - n_choices)]
     questions = boxes + choices[:n_choices]
@@ -42,7 +42,7 @@ def draw_questions(count: int, seed: int = SEED) -> list[Sample]:
 
 def draw_all_boxes(count: int, seed: int = SEED) -> list[Sample]:
     """`count` questions for all boxes, the three kinds alike."""
-    questions = list(draw_find_all(SPLIT, -(-count // len(FIND_ALL)), seed))
+    questions = list(make_suite("find_all", SPLIT, -(-count // len(FIND_ALL)), seed))
     random.Random(seed).shuffle(questions)
     return questions[:count]
 

@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from PIL import Image
 
-from mig_kit.engine.generation import Sampling, draw_uniforms, generate_rollouts
-from mig_kit.engine.logprobs import completion_logps
-from mig_kit.engine.sampling import make_cache
+from mig_kit.engine.sample_prompts import make_cache
 from mig_kit.prompts import GROUNDING_INSTRUCTION
 from mig_kit.sample import Sample
+from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
+from mig_kit.shared_prefix.logprobs import completion_logps
 
 
 class RolloutServer:
@@ -90,7 +90,7 @@ class RolloutServer:
         self.bodies.append(body)
         model, processor = self.policy.model, self.policy.processor
         prompt = make_cache(self.policy).get([self.read_sample(body)])[0]
-        sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"])
+        sampling = SamplingOptions(body["temperature"], body["top_p"], body["max_tokens"])
         uniforms = draw_uniforms(int(prompt.ids.sum()), 1, body["n"], body["max_tokens"])
         group = generate_rollouts(model, processor, [prompt], body["n"], sampling, uniforms)[0]
         base = model.base_model.model if isinstance(model, PeftModel) else model

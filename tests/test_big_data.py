@@ -28,7 +28,7 @@ def own(tmp_path, stage_params):
     big_data.BOX = box
 
     def change(**changes):
-        changes = {"data": "own", "teacher": "own", "data_file": str(path),
+        changes = {"data": str(path), "teacher": "own",
                    "data_shares": [0.2, 0.4, 0.4], **changes}
         return stage_params("01_synthesize", **changes)
 
@@ -135,9 +135,9 @@ def test_a_stored_image_that_is_gone_or_changed_is_one_sentence(own, tmp_path):
     with pytest.raises(BadImage, match="bytes have another SHA-256"):
         images[0]
     record = {"outputs": {"images.txt": file_sha256(tmp_path / "out" / "images.txt")}}
-    assert attempts.is_intact(tmp_path / "out", record)
+    assert not attempts.find_damaged(tmp_path / "out", record)
     path.unlink()
-    assert not attempts.is_intact(tmp_path / "out", record)
+    assert attempts.find_damaged(tmp_path / "out", record)
 
 
 def test_without_a_teacher_all_questions_go_to_rl_and_validation(own, tmp_path):
@@ -158,7 +158,7 @@ def test_replies_of_the_data_become_the_cold_start(own, tmp_path):
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     sets, _ = sources.load_training_sets(change(), tmp_path)
     samples, traces = sets["cot"], synthesize.read_own_traces(sets["cot"].path)
-    reasons = [filters.drop_reason_of_own_reply(trace, sample, BoxFormat())
+    reasons = [filters.drop_reason(trace.text, sample, BoxFormat())
                for sample, trace in zip(samples, traces)]
     kinds = ("no reply", "format", "")
     assert reasons == [kinds[int(sample.id.removeprefix("line-")) % 3] for sample in samples]

@@ -80,10 +80,5 @@ def test_a_model_writes_one_of_two_coordinates():
         BoxFormat(min_pixels=5000, max_pixels=4000)
 
 
-def test_every_kind_of_coordinates_is_described():
-    phrases = {coordinates.description for coordinates in Coordinates}
-    assert len(phrases) == len(Coordinates) == 4
-
-
 def test_rescale_by_hand():
     assert rescale_box((1, 2, 3, 4), (10, 10), (20, 5)) == (2, 1, 6, 2)

@@ -8,7 +8,7 @@ from mig_kit import filters
 from mig_kit.boxes import BoxFormat, rescale_box, to_model_box
 from mig_kit.prompts import format_answer
 from mig_kit.sample import Trace
-from mig_kit.world.suites import make_free_form
+from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -73,7 +73,7 @@ def test_each_drop_reason_of_a_model_teachers_trace():
     assert drop_reason("As the ground truth says.") == "reveals"
     other_image = answer.replace(f": {target.image},", f": {3 - target.image},")
     assert drop_reason(end=other_image) == "image"
-    choice = make_free_form("cot", 1)[0]
+    choice = next(iter_free_form("cot", 1))
     reply = f"<think>It shows one.</think><answer>{choice.letter}</answer>"
     trace = Trace(reply, "endpoint", "")
     assert filters.drop_reason_of_model_teacher(trace, "", choice, BOX_FORMAT) == ""

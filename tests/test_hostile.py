@@ -21,7 +21,7 @@ from mig_kit.common import PACKAGE
 from mig_kit.data import own_data
 from mig_kit.engine import models
 from mig_kit.image_files import BadImage, open_rgb
-from mig_kit.scoring import record_files
+from mig_kit.score.records import read_records
 
 
 def write_png(path, width, height):
@@ -146,10 +146,11 @@ def test_the_kit_unpacks_no_archive_and_unpickles_nothing():
     assert len(list(dangers(harmful))) == 5
     modules = list(PACKAGE.rglob("*.py"))
     assert len(modules) > 50
-    own_rewards = PACKAGE / "engine" / "own_rewards.py"  # runs a file that its user names: no more
-    assert list(dangers(own_rewards.read_text())) == ["exec"]
+    # runs a file that its user names: no more
+    reward_loading = PACKAGE / "engine" / "reward_loading.py"
+    assert list(dangers(reward_loading.read_text())) == ["exec"]
     for path in modules:
-        assert path == own_rewards or not list(dangers(path.read_text())), path
+        assert path == reward_loading or not list(dangers(path.read_text())), path
 
 
 def test_a_predictions_line_of_a_hundred_megabytes_takes_bounded_memory(tmp_path, traced_memory):
@@ -162,7 +163,7 @@ def test_a_predictions_line_of_a_hundred_megabytes_takes_bounded_memory(tmp_path
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
     with pytest.raises(ValueError, match="line 2 of .*P.jsonl is longer than"):
-        record_files.read_records(path)
+        read_records(path)
     assert traced_memory() - before < 8 << 20
 
 

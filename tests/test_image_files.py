@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mig_kit.data.duplicates import find_near_duplicates, iter_images, perceptual_hashes
+from mig_kit.data.records import SkipReport
 from mig_kit.image_files import (
     BadImage,
     EncodedImage,
-    SkipReport,
-    find_near_duplicates,
     is_regular_file,
-    iter_images,
     open_rgb,
-    perceptual_hashes,
     read_orientation,
     read_size,
     resolve_under_root,
@@ -24,16 +22,16 @@ from mig_kit.world.tasks import make_sample
 
 @pytest.mark.parametrize("name", [
     "/etc/passwd", "../a.png", "a/../../b.png", "", ".", "a\0b", "link/x.png", "loop/x.png",
-    "a\\b", "x" * 5000 + "/a", "\ud800.png"])
+    "a\\b", "\ud800.png"])
 def test_paths_stay_below_the_root(name, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "outside").mkdir()
     os.symlink(tmp_path / "outside", root / "link")
     os.symlink(root / "loop", root / "loop")
-    with pytest.raises(BadImage):
-        path = resolve_under_root(root, name)
-        open_rgb(path)
+    with pytest.raises(BadImage) as error:
+        resolve_under_root(root, name)
+    assert error.value.reason == "outside root"
 
 
 def test_near_duplicates_finds_copies_and_nothing_else():
@@ -49,13 +47,13 @@ def test_near_duplicates_finds_copies_and_nothing_else():
 
 
 def test_a_report_names_the_first_few_of_each_reason():
-    report = SkipReport(read=9, kept=1, max_names=2)
+    report = SkipReport(read=9, kept=1)
     report.add("missing image", "a\n.png")
-    for number in range(3):
+    for number in range(6):
         report.add("unreadable image", f"{number}.png")
     assert report.summarize().splitlines() == [
-        "records 9, questions kept 1, left out 4",
-        "        3  unreadable image: 0.png, 1.png, ...",
+        "records 9, questions kept 1, left out 7",
+        "        6  unreadable image: 0.png, 1.png, 2.png, 3.png, 4.png, ...",
         "        1  missing image: a?.png"]
 
 
@@ -69,7 +67,8 @@ def test_a_size_is_read_from_the_header_and_what_is_no_image_is_refused(tmp_path
     (tmp_path / "text.png").write_text("no image")
     Image.new("L", (801, 4)).save(tmp_path / "long.png")
     for name, reason in (("text.png", "unreadable image"), ("long.png", "image shape"),
-                         ("none.png", "missing image"), ("a\0.png", "missing image")):
+                         ("none.png", "missing image"), ("a\0.png", "missing image"),
+                         ("x" * 5000 + "/a", "missing image")):
         with pytest.raises(BadImage) as error:
             read_size(tmp_path / name)
         assert error.value.reason == reason

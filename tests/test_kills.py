@@ -1,9 +1,9 @@
-"""Every stage of the smoke profile killed (SIGKILL, the kernel with it) at random moments and
-started again.
+"""Stages of the smoke profile killed (SIGKILL, the kernel with it) at random moments and started
+again.
 
-What it leaves must equal, file by file, what an undisturbed run leaves. MIG_KIT_KILLS=20 kills
-every stage twenty times; by default once. MIG_KIT_KILLS_PROFILE=tiny does so over the tiny profile,
-which takes hours.
+What one leaves must equal, file by file, what an undisturbed run leaves. Always 01, 04 and 05, once
+each; `MIG_KIT_KILLS=20 pytest -m "slow or nightly" tests/test_kills.py` kills every stage twenty
+times.
 """
 
 import json
@@ -24,11 +24,10 @@ from mig_kit.pipeline import store
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("MIG_KIT_KILLS", "1"))
-PROFILE = os.environ.get("MIG_KIT_KILLS_PROFILE", "smoke")
 
 
 def start(root, run_id, *stages, **options):
-    command = [*CLI, "run", *stages, "--profile", PROFILE, "--run-id", run_id]
+    command = [*CLI, "run", *stages, "--profile", "smoke", "--run-id", run_id]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "MIG_KIT_RUNS": str(root)}, **options)
 
@@ -49,21 +48,16 @@ def kill(process):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(request, tmp_path_factory):
+def undisturbed(smoke_runs):
     """A folder of runs with an undisturbed one, "whole", and the seconds each of its stages took
-    with its kernel.
+    with its kernel. It is as deep as the smoke run, for an adapter names its base by a relative
+    path.
     """
-    if PROFILE == "smoke":  # as deep as that run, for an adapter names its base by a relative path
-        smoke_runs = request.getfixturevalue("smoke_runs")
-        root = Path(tempfile.mkdtemp(prefix="kills-", dir=smoke_runs.parent))
-        shutil.copytree(smoke_runs / "smoke", root / "whole")
-    else:
-        root = tmp_path_factory.mktemp("kills")
-        finish(start(root, "whole"))
+    root = Path(tempfile.mkdtemp(prefix="kills-", dir=smoke_runs.parent))
+    shutil.copytree(smoke_runs / "smoke", root / "whole")
     ends = [(root / "whole" / stage / "run.json").stat().st_mtime for stage in store.RECIPE]
-    seconds = {stage: end - previous
-               for stage, previous, end in zip(store.RECIPE[1:], ends, ends[1:])}
-    return root, seconds | {"00_preflight": min(seconds.values())}
+    return root, {stage: end - previous
+                  for stage, previous, end in zip(store.RECIPE[1:], ends, ends[1:])}
 
 
 def output_hashes(root, run_id, stage):
@@ -96,31 +90,6 @@ def check_same_outputs(root, run_id, stage):
     assert output_hashes(root, run_id, stage) == output_hashes(root, "whole", stage), differences
 
 
-# 00 and 07 leave nothing to go on with, and are never the same bytes: this machine, a run's name
-@pytest.mark.parametrize("stage", store.RECIPE[1:-1])
-def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
-    root, seconds = undisturbed
-    rng, interrupted = random.Random(f"{stage}/{KILLS}"), 0
-    for number in range(KILLS):
-        run_id = f"{stage}-{number}"
-        (root / run_id).mkdir()
-        for earlier in store.RECIPE[:store.RECIPE.index(stage)]:
-            shutil.copytree(root / "whole" / earlier, root / run_id / earlier)
-        folder = root / run_id / stage
-        process = start(root, run_id, stage)
-        try:
-            process.wait(timeout=rng.uniform(0.3, 1.0) * seconds[stage])
-        except subprocess.TimeoutExpired:
-            kill(process)
-            interrupted += 1
-            is_finished = (folder / "run.json").exists()
-            assert is_finished == folder.exists(), "only what has finished has the stage's name"
-        finish(start(root, run_id, stage))
-        check_same_outputs(root, run_id, stage)
-        shutil.rmtree(root / run_id)
-    print(f"{stage}: killed {interrupted} of {KILLS} times before it finished")
-
-
 def wait_for_kernel(process, patience=60):
     """The kernel that the command has started."""
     until = time.monotonic() + patience
@@ -132,24 +101,50 @@ def wait_for_kernel(process, patience=60):
     raise AssertionError("no kernel was started")
 
 
-def test_a_kernel_that_dies_is_one_sentence_and_nothing_is_lost(undisturbed):
+def see_nothing_finished(folder):
+    assert folder.exists() == (folder / "run.json").exists(), "a stage's name means finished"
+
+
+# 00 and 07 leave nothing to go on with, and are never the same bytes: this machine, a run's name
+@pytest.mark.parametrize("stage", [
+    "04_rejection_sampling", "05_grpo", *(pytest.param(stage, marks=pytest.mark.nightly)
+                                          for stage in ("02_sft", "03_merge", "06_evaluate"))])
+def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
     root, seconds = undisturbed
-    process = start(root, "dead-kernel", "01_synthesize")
+    rng, interrupted = random.Random(f"{stage}/{KILLS}"), 0
+    for number in range(KILLS):
+        run_id = f"{stage}-{number}"
+        (root / run_id).mkdir()
+        for earlier in store.RECIPE[:store.RECIPE.index(stage)]:
+            shutil.copytree(root / "whole" / earlier, root / run_id / earlier)
+        process = start(root, run_id, stage)
+        try:
+            process.wait(timeout=rng.uniform(0.3, 1.0) * seconds[stage])
+        except subprocess.TimeoutExpired:
+            kill(process)
+            interrupted += 1
+        see_nothing_finished(root / run_id / stage)
+        finish(start(root, run_id, stage))
+        check_same_outputs(root, run_id, stage)
+        shutil.rmtree(root / run_id)
+    print(f"{stage}: killed {interrupted} of {KILLS} times before it finished")
+
+
+def test_however_01_is_stopped_it_ends_as_if_undisturbed(undisturbed):
+    """A kernel that dies and Ctrl-C are one sentence each; a kill is the end of the command."""
+    root, seconds = undisturbed
+    folder = root / "stopped" / "01_synthesize"
+    process = start(root, "stopped", "01_synthesize")
     kernel = wait_for_kernel(process)
     time.sleep(0.2 * seconds["01_synthesize"])
     kernel.kill()
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert "mig-kit: Kernel died" in output and "Traceback" not in output
-    assert not (root / "dead-kernel" / "01_synthesize" / "run.json").exists()
-    finish(start(root, "dead-kernel", "01_synthesize"))
-    check_same_outputs(root, "dead-kernel", "01_synthesize")
+    see_nothing_finished(folder)
 
-
-def test_an_interrupt_stops_command_and_kernel(undisturbed):
-    root, seconds = undisturbed
     # a shell's background jobs ignore Ctrl-C
-    process = start(root, "interrupted", "01_synthesize", start_new_session=True,
+    process = start(root, "stopped", "01_synthesize", start_new_session=True,
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     kernel = wait_for_kernel(process)
     time.sleep(0.2 * seconds["01_synthesize"])
@@ -157,8 +152,15 @@ def test_an_interrupt_stops_command_and_kernel(undisturbed):
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and "Traceback" not in output.split("interrupted;")[-1]
-    assert not (root / "interrupted" / "01_synthesize" / "run.json").exists()
+    see_nothing_finished(folder)
     psutil.wait_procs([kernel], timeout=30)
     assert not kernel.is_running()
-    finish(start(root, "interrupted", "01_synthesize"))
-    check_same_outputs(root, "interrupted", "01_synthesize")
+
+    for _ in range(KILLS):
+        process = start(root, "stopped", "01_synthesize")
+        wait_for_kernel(process)
+        time.sleep(random.uniform(0.1, 0.4) * seconds["01_synthesize"])
+        kill(process)
+        see_nothing_finished(folder)
+    finish(start(root, "stopped", "01_synthesize"))
+    check_same_outputs(root, "stopped", "01_synthesize")

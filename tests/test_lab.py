@@ -24,13 +24,13 @@ from nbformat.v4 import new_code_cell, new_notebook
 from mig_kit.cli import cli
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
-from mig_kit.pipeline.execute import choose_params
-from mig_kit.pipeline.run_lock import find_writer
+from mig_kit.pipeline.plan import choose_params
+from mig_kit.pipeline.run_folders import find_writer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = [pytest.mark.slow,
+pytestmark = [pytest.mark.nightly,
               pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -42,7 +42,7 @@ EXPLORER = ".jp-OutputArea-output:has(.widget-image)"  # a live widget's output 
 EXPLORERS = re.compile(r"widgets\.(?:explore_box|step_through|browse_gallery)\(")
 # three explorers of drawn samples, for which nothing needs to be trained
 SMALL_NOTEBOOK = (
-    "from mig_kit import widgets\n"
+    "from mig_kit.drawing import widgets\n"
     "from mig_kit.boxes import BoxFormat\n"
     "from mig_kit.prompts import correct_answer\n"
     "from mig_kit.world.tasks import TASKS, make_sample\n"
@@ -248,7 +248,7 @@ def run_cells(page, count):
 def describe_files(folder):
     """Content and time of every file."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+            for path in sorted(folder.glob("*/**/*")) if path.is_file()}
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [

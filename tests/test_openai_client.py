@@ -1,18 +1,22 @@
 """Addresses, keys and the client of OpenAI-compatible servers."""
 
-import asyncio
 import http.server
 import threading
+import time
+from contextlib import closing
 
-import openai
 import pytest
 
 from mig_kit.openai_client import (
     ADDRESS,
     KEY_VARIABLE,
-    authorization_header,
-    open_client,
+    Connection,
+    RequestFailed,
+    first_line,
+    iter_results,
+    parse_server,
     read_api_key,
+    redact,
 )
 
 
@@ -23,15 +27,31 @@ def test_an_address_holds_no_name_key_or_query():
         assert not ADDRESS.fullmatch(text), text
 
 
+def test_a_server_is_addresses_or_a_command():
+    assert parse_server("http://a:8000/v1, http://b/v1/ http://a:8000/v1") == [
+        "http://a:8000/v1", "http://b/v1"]
+    assert parse_server("vllm serve {model} --port {port}") == []
+    for server in ("http://u:secret@a/v1", "vllm serve {model}", "serve", "a b"):
+        with pytest.raises(ValueError, match="give addresses such as"):
+            parse_server(server)
+
+
 def test_the_key_is_the_environments(monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    assert read_api_key() == "" and authorization_header("")["Authorization"] is openai.omit
+    assert read_api_key() == ""
     monkeypatch.setenv(KEY_VARIABLE, " sk-1\n")
     assert read_api_key() == "sk-1"
-    assert authorization_header("sk-1") == {"Authorization": "Bearer sk-1"}
     monkeypatch.setenv(KEY_VARIABLE, "sk-\u00e4")
     with pytest.raises(ValueError, match=f"{KEY_VARIABLE} holds characters that no key has"):
         read_api_key()
+
+
+def test_what_a_server_said_is_short_and_without_the_key():
+    assert first_line('{"error": {"message": "too\\n long"}}') == "too long"
+    assert first_line('{"message": "no"}') == "no" and first_line("[1]\n") == "[1]"
+    assert len(first_line("x" * 999)) == 300
+    assert redact("key sk-1 is wrong", "sk-1") == "key *** is wrong"
+    assert redact("no key", "") == "no key"
 
 
 def test_the_client_follows_no_redirect_and_takes_no_other_key(monkeypatch):
@@ -39,7 +59,7 @@ def test_the_client_follows_no_redirect_and_takes_no_other_key(monkeypatch):
 
     class Redirect(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            headers.append(dict(self.headers))
+            headers.append({name.lower(): value for name, value in self.headers.items()})
             self.send_response(302)
             self.send_header("Location", "/v1/elsewhere")
             self.send_header("Content-Length", "0")
@@ -51,17 +71,47 @@ def test_the_client_follows_no_redirect_and_takes_no_other_key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-environment")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirect)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-
-    async def ask(key: str) -> None:
-        async with open_client(f"http://127.0.0.1:{server.server_port}/v1", key, 10) as client:
-            await client.with_options(max_retries=0).get(
-                "/models", cast_to=object, options={"headers": authorization_header(key)})
-
     for key in ("", "sk-1"):
-        with pytest.raises(openai.APIStatusError):
-            asyncio.run(ask(key))
+        connection = Connection(f"http://127.0.0.1:{server.server_port}/v1", key, 10)
+        with pytest.raises(RequestFailed, match="HTTP 302"), closing(connection):
+            connection.list_models()
     server.shutdown()
     server.server_close()
-    keys = [{name.lower(): value for name, value in sent.items()}.get("authorization")
-            for sent in headers]
-    assert keys == [None, "Bearer sk-1"]
+    assert [sent.get("authorization") for sent in headers] == [None, "Bearer sk-1"]
+
+
+def test_results_come_from_several_threads_and_items_are_read_as_needed():
+    started, barrier = [], threading.Barrier(3, timeout=30)
+
+    def work(item):
+        barrier.wait()  # three are under way at a time, or it breaks
+        return 2 * item
+
+    def items():
+        for number in range(9):
+            started.append(number)
+            yield number
+
+    results = iter_results(work, items(), 3)
+    assert started == []
+    assert sorted(results) == list(range(0, 18, 2))
+
+
+def test_whoever_stops_early_ends_the_rest_and_errors_come_through():
+    done = []
+
+    def work(item):
+        time.sleep(0.01)
+        done.append(item)
+        if item == 3:
+            raise RuntimeError("one sentence")
+
+    with pytest.raises(RuntimeError, match="one sentence"):
+        list(iter_results(work, range(10**6), 2))
+    results = iter_results(work, range(10, 10**6), 2)
+    next(results)
+    results.close()
+    time.sleep(0.2)
+    n_done = len(done)
+    time.sleep(0.1)
+    assert len(done) == n_done < 30

@@ -1,5 +1,5 @@
-"""Own data through all stages on smoke parameters: RL from the base; own traces, some of them for
-none, one or several boxes, and a real benchmark in 06.
+"""Own data through all stages on smoke parameters: own traces, some of them for none, one or
+several boxes; at night RL from the base, too.
 """
 
 import json
@@ -9,9 +9,11 @@ import pytest
 from command_line import run_mig_kit
 from PIL import Image
 
+from mig_kit.pipeline import store
 from mig_kit.sample import read_samples
 
-SMOKE = ("run", "--profile", "smoke", "-p", "data", "own", "-p", "data_file", "own.jsonl",
+pytestmark = pytest.mark.slow
+SMOKE = ("run", "--profile", "smoke", "-p", "data", "own.jsonl",
          "-p", "launcher", "", "-p", "per_task", "50")
 NO_DRAWN_SUITES = [word for suite in ("mig", "ood", "blink", "mmiu")
                    for word in ("-p", f"{suite}_per_task", "0")]
@@ -55,7 +57,7 @@ def read_run(folder):
     return evaluation, (folder / "07_report" / "report.html").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_path):
     words = (*SMOKE, *NO_DRAWN_SUITES, "--run-id", "rl", "-p", "teacher", "none",
              "-p", "start_from", "base", "-p", "data_shares", "[0.0, 0.6, 0.4]")
@@ -83,12 +85,9 @@ def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_
     assert run_here(*words).count("up to date") >= 6, "nothing is run again"
 
 
-@pytest.mark.slow
 def test_own_traces_need_no_teacher(run_here, questions, tmp_path):
-    benchmark = ("-p", "benchmark", "mig_bench", "-p", "annotations_file", "annotations.json",
-                 "-p", "image_root", str(questions), "-p", "benchmark_limit", "2")
-    run_here(*SMOKE, "--run-id", "own", "-p", "teacher", "own", "-p", "data_file", "all.jsonl",
-             "-p", "data_shares", "[0.5, 0.25, 0.25]", "-p", "find_all_per_task", "2", *benchmark)
+    run_here(*SMOKE, *store.RECIPE[1:], "--run-id", "own", "-p", "teacher", "own", "-p", "data",
+             "all.jsonl", "-p", "data_shares", "[0.5, 0.25, 0.25]", "-p", "find_all_per_task", "2")
     folder = tmp_path / "own"
     evaluation, report = read_run(folder)
     assert list(evaluation["systems"]) == ["base", "sft", "grpo"]
@@ -98,7 +97,6 @@ def test_own_traces_need_no_teacher(run_here, questions, tmp_path):
     traces = json.loads((folder / "01_synthesize" / "metrics.json").read_text())["traces"]
     assert traces["kept"] > 5 and "no reply" not in traces["dropped"]
     see_questions_for_all_boxes(folder, evaluation, report)
-    see_the_benchmark(folder, evaluation, report)
 
 
 def see_questions_for_all_boxes(folder, evaluation, report):
@@ -109,12 +107,3 @@ def see_questions_for_all_boxes(folder, evaluation, report):
         assert list(by_suite["find_all"]["tasks"]) == ["in_none", "in_one", "in_several"]
     assert "None, one or several boxes" in report and "rejection rate" in report
     assert "find_all/in_none/test/0" in report
-
-
-def see_the_benchmark(folder, evaluation, report):
-    """Two of its three questions count."""
-    scores = evaluation["benchmark"]
-    assert scores["version"] == "original" and scores["systems"]["grpo"]["strict"]["n"] == 2
-    lines = (folder / "06_evaluate" / "predictions_grpo.jsonl").read_text().splitlines()
-    assert [json.loads(line)["index"] for line in lines] == [0, 1]
-    assert "mig_bench original" in report

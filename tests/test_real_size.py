@@ -1,7 +1,7 @@
 """All stages at real size, without real weights: the 3B's shape in the published layout, on
-photo-sized JPEGs. Opt-in, for it takes nine minutes and 6 GiB:
+photo-sized JPEGs. Nine minutes and 6 GiB:
 
-    MIG_KIT_QWEN_TOKENIZER=tokenizer.json pytest -s -m real_size
+    MIG_KIT_QWEN_TOKENIZER=tokenizer.json pytest -s -m nightly tests/test_real_size.py
 
 with four layers; MIG_KIT_LAYERS=36 takes all of them and images twice as large, three quarters of
 an hour and 14 GiB (20 with mapped files). It prints minutes and memory of every stage beside what
@@ -27,11 +27,11 @@ from mig_kit.pipeline.params import stage_parameters
 LAYERS = int(os.environ.get("MIG_KIT_LAYERS", "4"))
 MINUTES, GIB, DISK_GB = (10, 14, 10) if LAYERS < 36 else (45, 20, 25)
 CHANGES = {
-    "data": "own", "teacher": "own", "data_shares": [0.4, 0.4, 0.2], "dtype": "bfloat16",
+    "teacher": "own", "data_shares": [0.4, 0.4, 0.2], "dtype": "bfloat16",
     "max_samples": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
-    "max_new_tokens": 8, "max_completion_length": 8, "batch_size": 2, "replies": 2, "launcher": "",
-    "probe_samples": 2, "per_task": 4, "mig_per_task": 0, "ood_per_task": 0, "blink_per_task": 0,
-    "mmiu_per_task": 0, "gradient_checkpointing": True, "workers": 1}
+    "max_new_tokens": 8, "max_completion_length": 8, "replies": 2, "launcher": "",
+    "per_task": 4, "mig_per_task": 0, "ood_per_task": 0, "blink_per_task": 0,
+    "mmiu_per_task": 0, "gradient_checkpointing": True}
 if LAYERS < 36:  # the vision tower has all of its layers: smaller images keep it within its minutes
     CHANGES |= {"max_pixels": 200_704}
 # a row of 02 keeps 160 MiB a layer: there is no gradient checkpointing on a CPU
@@ -62,7 +62,7 @@ class MemoryWatch(threading.Thread):
             self.mapped_gib = max(self.mapped_gib, mapped / 2**30)
 
 
-@pytest.mark.real_size
+@pytest.mark.nightly
 def test_the_3b_goes_through_all_stages(tmp_path):
     tokenizer = os.environ.get("MIG_KIT_QWEN_TOKENIZER", "")
     if not Path(tokenizer).is_file():
@@ -74,7 +74,7 @@ def test_the_3b_goes_through_all_stages(tmp_path):
                          max_pixels=CHANGES.get("max_pixels"))
     lines = own_file.read_text().splitlines()
     own_file.write_text("\n".join(lines[::2]))  # no image stands in two questions: each is seen
-    options = {**CHANGES, "base_model": model, "data_file": own_file}
+    options = {**CHANGES, "base_model": model, "data": own_file}
     run, minutes, gib = tmp_path / "real", {}, {}
     for stage in store.RECIPE[1:]:
         known = stage_parameters(stage)

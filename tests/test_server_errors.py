@@ -1,6 +1,5 @@
 """What a notebook shows when a server fails, in every stage that asks one: dead, 401 and 404."""
 
-import asyncio
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,15 +12,14 @@ from IPython.core.ultratb import AutoFormattedTB
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.data import endpoint
-from mig_kit.engine import sampling, systems
+from mig_kit.engine import reply_files, systems
 from mig_kit.engine.models import load_policy
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
 SMALL = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-         "max_steps": 1, "max_completion_length": 4, "lora_r": 4, "lora_alpha": 8,
-         "rollout_steps": 0}
+         "max_steps": 1, "max_completion_length": 4, "lora_r": 4}
 
 
 class FaultyServer:
@@ -89,13 +87,13 @@ def ask(random_folder, float32, stage_params, tmp_path):
     def ask_teacher(url):
         teacher = endpoint.Endpoint(url, "m", attempts=1)
         many = [make_sample("diff", "cot", i) for i in range(8)]
-        asyncio.run(endpoint.request_traces(many, teacher, tmp_path / "calls", BOX_FORMAT))
+        endpoint.request_traces(many, teacher, tmp_path / "calls", BOX_FORMAT)
 
     def draw_replies(url):
         params = stage_params("04_rejection_sampling", server=url)
-        with sampling.open_policy(random_folder, "sft", float32, BOX_FORMAT, tmp_path,
+        with reply_files.open_policy(random_folder, "sft", float32, BOX_FORMAT, tmp_path,
                                   params) as policy:
-            sampling.sample_replies(policy, questions, tmp_path / "replies.jsonl", replies=2,
+            reply_files.sample_replies(policy, questions, tmp_path / "replies.jsonl", replies=2,
                                     temperature=1.0, max_new_tokens=4, batch_size=2, seed=0)
 
     def train(url):
@@ -119,11 +117,11 @@ def ask(random_folder, float32, stage_params, tmp_path):
 
 
 SENTENCES = {
-    (401,): "answered HTTP 401, set the environment variable MIG_KIT_API_KEY: no",
-    (404,): "answered HTTP 404, it does not serve ",
-    (401, False): "does not list its models (HTTP 401: no); set the environment variable MIG_KIT_",
-    (404, False): "does not list its models (HTTP 404: no); end its address in /v1",
-    (): "does not list its models (ConnectError); start it first, or take it out of server"}
+    (401,): "answered HTTP 401: no; set the environment variable MIG_KIT_API_KEY",
+    (404,): "answered HTTP 404: no; it does not serve ",
+    (401, False): "does not list its models: HTTP 401: no; set the environment variable MIG_KIT_",
+    (404, False): "does not list its models: HTTP 404: no; end its address in /v1",
+    (): "models: the connection failed (ConnectError); start it first, or take it out of server"}
 
 
 @pytest.mark.parametrize(("stage", "fault"), [

@@ -1,132 +1,146 @@
-"""A variant of 05 from a finished run: one command, and the run that it starts from stays as it is.
+"""A variant of 05 from a finished run, with a reward of one's own: one command, a file of ten lines
+and one parameter. The run that it starts from stays as it is.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from hashlib import sha256
 
-import nbformat
 import pytest
 from command_line import run_mig_kit
 
-from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
-from mig_kit.pipeline.execute import choose_params
+from mig_kit.pipeline.params import profile_params
 
 pytestmark = pytest.mark.slow
-VARIANT = ("run", "05", "06", "--from", "smoke", "--run-id", "variant", "--profile", "smoke",
-           "-p", "loss_type", "dr_grpo")
+CENTER = '''\
+from mig_kit.prompts import parse_reply, reply_box_in_original
 
 
-@pytest.fixture(scope="module")
-def runs(smoke_runs, tmp_path_factory):
-    """A folder of runs with a copy of the smoke run and a variant of it, trained by two processes.
-    """
-    root = tmp_path_factory.mktemp("variants")
-    shutil.copytree(smoke_runs / "smoke", root / "smoke")
-    before = describe_files(root / "smoke")
-    launcher = ("-p", "launcher", "torchrun --standalone --nproc-per-node 2")
-    result = run_mig_kit(*VARIANT, *launcher, MIG_KIT_RUNS=str(root))
-    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-    assert describe_files(root / "smoke") == before, "a variant changed its source"
-    return root
+def center(reply, sample, box_format):
+    """1 where the middle of the reply's box lies in a target of the image that it names."""
+    answer = parse_reply(reply)
+    box = reply_box_in_original(sample, answer, box_format) or (0, 0, 0, 0)
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return None if sample.options else float(any(
+        image == answer.image and x1 < x < x2 and y1 < y < y2
+        for image, (x1, y1, x2, y2) in sample.targets))
+'''
+RUN = ("run", "--profile", "smoke", "--run-id", "variant")
+FROM_SMOKE = (*RUN, "05", "06", "07", "--from", "smoke")
+
+
+def variant_options(root):
+    """What the variant changes: two processes train it with another loss, and with CENTER."""
+    return ("-p", "loss_type", "dr_grpo", "-p", "launcher",
+            "torchrun --standalone --nproc-per-node 2", "-p", "reward_weights", "{center: 0.5}",
+            "-p", "rewards", f"[format, image, box, choice, {root / 'my_rewards.py'}:center]")
 
 
 def describe_files(folder):
-    """Hash and time of every file but the lock, which names the last process that wrote there."""
+    """Hash and time of every file of the stages; beside them stands who wrote last."""
     return {path: (sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-            for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+            for path in folder.glob("*/**/*") if path.is_file()}
 
 
-def test_a_variant_is_one_command_and_has_its_own_stages_alone(runs):
-    folders = {path.name for path in (runs / "variant").iterdir() if path.is_dir()}
-    assert folders == {"05_grpo", "06_evaluate"}
-    keys = {stage: json.loads((runs / "smoke" / stage / "run.json").read_text())["key"]
-            for stage in store.RECIPE[1:5]}
+@pytest.fixture(scope="session")
+def shared_runs(smoke_runs, make_once):
+    """A folder of runs with a copy of the smoke run and the variant of it, and the reward's file.
+    """
+    def run(root):
+        shutil.copytree(smoke_runs / "smoke", root / "smoke")
+        before = describe_files(root / "smoke")
+        (root / "my_rewards.py").write_text(CENTER)
+        result = run_mig_kit(*FROM_SMOKE, *variant_options(root), MIG_KIT_RUNS=str(root))
+        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+        assert "center " in result.stdout, "its mean is printed while it trains"
+        assert describe_files(root / "smoke") == before, "a variant changed its source"
+
+    return make_once("variants", run)
+
+
+@pytest.fixture
+def runs(shared_runs, tmp_path):
+    """A copy of `shared_runs`."""
+    return shutil.copytree(shared_runs, tmp_path / "runs")
+
+
+def read_record(runs, run_id, stage):
+    return json.loads((runs / run_id / stage / "run.json").read_text())
+
+
+def test_a_variant_is_one_command_and_has_its_own_stages_alone(shared_runs):
+    runs, variant = shared_runs, shared_runs / "variant"
+    folders = {path.name for path in variant.iterdir() if path.is_dir()}
+    assert folders == {"05_grpo", "06_evaluate", "07_report"}
+    keys = {stage: read_record(runs, "smoke", stage)["key"] for stage in store.RECIPE[1:5]}
     for stage in folders:
-        record = json.loads((runs / "variant" / stage / "run.json").read_text())
-        assert record["branch"] == {"from": "smoke", "stages": keys}
-        if stage == "06_evaluate":
-            assert record["inputs"].keys() == {"01_synthesize", "03_merge", "05_grpo"}
-            assert record["taken"] == {f"{system} {kind}": "smoke" for system in ("base", "sft")
-                                       for kind in ("greedy", "drawn")}
-    first, second = (json.loads((runs / run / "05_grpo" / "run.json").read_text())
-                     for run in ("smoke", "variant"))
+        assert read_record(runs, "variant", stage)["branch"] == {"from": "smoke", "stages": keys}
+    record = read_record(runs, "variant", "06_evaluate")
+    assert record["inputs"].keys() == {"01_synthesize", "03_merge", "05_grpo"}
+    assert record["taken"] == {f"{system} {kind}": "smoke" for system in ("base", "sft")
+                               for kind in ("greedy", "drawn")}
+    first, second = (read_record(runs, run, "05_grpo") for run in ("smoke", "variant"))
     assert first["params"]["loss_type"] == "dapo" and second["params"]["loss_type"] == "dr_grpo"
     assert first["inputs"]["03_merge"].items() >= second["inputs"]["03_merge"].items()
-    adapter = json.loads((runs / "variant/05_grpo/adapter/adapter_config.json").read_text())
+    adapter = json.loads((variant / "05_grpo/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "../../../smoke/03_merge/merged"
 
 
-def test_a_notebook_stopped_with_other_parameters_leaves_what_has_finished(runs, tmp_path):
-    """Its first cells, as stepped through in JupyterLab, up to the training; then the kernel ends.
-    """
-    before = describe_files(runs / "smoke")
-    notebook = nbformat.read(PROJECT_ROOT / "notebooks" / "05_grpo.ipynb", 4)
-    training = next(number for number, cell in enumerate(notebook.cells)
-                    if "jobs.run_job" in cell.source)
-    notebook.cells = notebook.cells[:training + 1]
-    nbformat.write(notebook, tmp_path / "steps.ipynb")
-    values = choose_params("05_grpo", "smoke", "smoke", {"max_steps": 1})
-    script = (f"import papermill; papermill.execute_notebook({str(tmp_path / 'steps.ipynb')!r}, "
-              f"{str(tmp_path / 'out.ipynb')!r}, {values!r}, progress_bar=False)")
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path,
-                   env={**os.environ, "MIG_KIT_RUNS": str(runs)})
-    assert "finishing it replaces 05_grpo of run 'smoke' (reward " in (
-        tmp_path / "out.ipynb").read_text()
-    after = describe_files(runs / "smoke")
-    assert {path: after[path] for path in before} == before
-    attempt, = {path.relative_to(runs / "smoke").parts[0] for path in after.keys() - before.keys()}
-    assert (runs / "smoke" / attempt / "adapter").is_dir()
-    lines = run_mig_kit("status", "smoke", MIG_KIT_RUNS=str(runs)).stdout
-    assert not re.search("not finished|stale|running", lines), lines
-    shutil.rmtree(runs / "smoke" / attempt)
+def test_a_reward_of_ones_own_is_a_file_and_a_parameter(shared_runs):
+    folder = shared_runs / "variant" / "05_grpo"
+    record = read_record(shared_runs, "variant", "05_grpo")
+    weights = profile_params("05_grpo")["reward_weights"]
+    assert record["params"]["reward_weights"] == {**weights, "center": 0.5}
+    assert "rewards/my_rewards.py" in record["outputs"]
+    assert (folder / "rewards" / "my_rewards.py").read_text() == CENTER
+    curves = json.loads((folder / "metrics.json").read_text())["curves"]
+    assert len(curves) == 2 and all(0 <= row["center"] <= 1 for row in curves)
+    rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rollouts} == {0, 2}
+    assert any(row["rewards"]["center"] is not None for row in rollouts)
+    page = (shared_runs / "variant" / "07_report" / "report.html").read_text()
+    cells = rf"<td>{shared_runs / 'my_rewards.py'}:center</td>\s*<td>0\.50?</td>"
+    assert re.search(cells, page), "not in the table"
+    assert "center 0" in page or "center 1" in page, "not in the gallery"
+    assert "What the replies become" in page and "<figcaption>" in page
 
 
-def test_a_variant_goes_on_without_its_sources_name(runs):
-    """What is up to date is skipped; report, table and differences take earlier stages from there.
-    """
-    words = [word for word in VARIANT if word not in ("--from", "smoke")]
-    words[words.index("--profile") + 1:words.index("--profile") + 1] = ["smoke"]
-    again = run_mig_kit(*words, MIG_KIT_RUNS=str(runs))
-    assert again.stdout.count("up to date") == 2, again.stderr
-    words = ("run", "07", "--run-id", "variant", "--profile", "smoke")
-    report = run_mig_kit(*words, MIG_KIT_RUNS=str(runs))
-    assert report.returncode == 0, report.stderr[-3000:]
-    assert (runs / "variant" / "07_report" / "report.html").is_file()
-    table = run_mig_kit("table", "smoke", "variant", MIG_KIT_RUNS=str(runs))
+def test_a_variant_goes_on_without_its_sources_name(shared_runs, runs):
+    """What is up to date is skipped; table and differences take earlier stages from there."""
+    environment = {"MIG_KIT_RUNS": str(runs)}
+    options = variant_options(shared_runs)
+    again = run_mig_kit(*RUN, "05", "06", "07", *options, **environment)
+    assert again.stdout.count("up to date") == 3, again.stderr
+    table = run_mig_kit("table", "smoke", "variant", **environment)
     assert "\n| variant | 1 | " in table.stdout, table.stderr
-    difference = run_mig_kit("diff", "smoke", "variant", MIG_KIT_RUNS=str(runs))
+    difference = run_mig_kit("diff", "smoke", "variant", **environment)
     stages = {line.split()[0] for line in difference.stdout.splitlines()[:-1]}
     assert "05_grpo" in stages and not stages & set(store.RECIPE[1:5])
-    lines = run_mig_kit("status", MIG_KIT_RUNS=str(runs)).stdout.splitlines()
+    lines = run_mig_kit("status", **environment).stdout.splitlines()
     assert lines[lines.index("  variant") + 1] == "    01 to 04 of smoke"
 
 
+def test_another_text_of_the_reward_makes_05_stale(shared_runs, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(shared_runs))
+    record = read_record(shared_runs, "variant", "05_grpo")
+    params = {name: record["params"][name] for name in profile_params("05_grpo")}
+    assert store.is_up_to_date("05_grpo", "variant", params)
+    monkeypatch.setattr(store, "file_sha256", lambda path: "of another text")
+    assert not store.is_up_to_date("05_grpo", "variant", params)
+
+
 def test_only_replies_that_would_be_the_same_are_taken(runs):
-    """With another seed of 06 the greedy ones alone, and nothing with another longest reply; what
-    was taken equals what the source drew.
-    """
+    """With another seed of 06 the greedy ones alone; what was taken equals what the source drew."""
     drawn, taken = (runs / run / "06_evaluate" / "replies" for run in ("smoke", "variant"))
     for name in ("base_mig_bench_greedy.jsonl", "sft_mmiu_drawn.jsonl"):
         assert (taken / name).read_bytes() == (drawn / name).read_bytes()
-    words = [word for word in VARIANT if word != "05"]
-    words[words.index("--from") + 1], words[words.index("--run-id") + 1] = "variant", "reseeded"
-    words[-2:] = ["seed", "9"]
+    words = ("run", "06", "--from", "variant", "--run-id", "reseeded", "--profile", "smoke",
+             "-p", "seed", "9")
     result = run_mig_kit(*words, MIG_KIT_RUNS=str(runs))
     assert result.returncode == 0, result.stderr[-3000:]
-    record = json.loads((runs / "reseeded" / "06_evaluate" / "run.json").read_text())
     other = runs / "reseeded" / "06_evaluate" / "replies" / "sft_mmiu_drawn.jsonl"
-    assert record["taken"] == {"base greedy": "variant", "sft greedy": "variant",
-                               "grpo greedy": "variant"}
+    assert read_record(runs, "reseeded", "06_evaluate")["taken"] == {
+        "base greedy": "variant", "sft greedy": "variant", "grpo greedy": "variant"}
     assert other.read_bytes() != (drawn / other.name).read_bytes()
-    shorter = [*words[:words.index("--run-id")], "--run-id", "shorter", "--profile", "smoke",
-               "-p", "max_new_tokens", "20", "-p", "replies", "0"]
-    result = run_mig_kit(*shorter, MIG_KIT_RUNS=str(runs))
-    assert result.returncode == 0, result.stderr[-3000:]
-    record = json.loads((runs / "shorter" / "06_evaluate" / "run.json").read_text())
-    assert record["taken"] == {}

@@ -1,6 +1,6 @@
 """Stages 04, 05 and 06 over a real vLLM: MIG_KIT_VLLM names a virtual environment that has one.
 
-`MIG_KIT_VLLM=folder .venv/bin/pytest -k vllm`; minutes, for a vLLM starts once for each model.
+`MIG_KIT_VLLM=folder .venv/bin/pytest -m nightly -k vllm`: a vLLM starts once for each model.
 """
 
 import json
@@ -19,7 +19,7 @@ SERVER = (f"env VLLM_CPU_KVCACHE_SPACE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {VLL
           "--logprobs-mode processed_logprobs")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not VLLM, reason="MIG_KIT_VLLM names no environment with vLLM")
 def test_vllm_serves_rejection_sampling_grpo_and_evaluation(smoke_runs, tmp_path):
     shutil.copytree(smoke_runs / "smoke", tmp_path / "smoke")

@@ -1,8 +1,6 @@
 """The teacher's endpoint against a server that misbehaves: every request is counted."""
 
-import asyncio
 import json
-import os
 import re
 import signal
 import socket
@@ -10,9 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from contextlib import closing
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -23,9 +21,10 @@ from mig_kit import filters
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.data import endpoint
 from mig_kit.data.teacher_prompt import DIRECT_CHOICE_INSTRUCTION, teacher_prompt
+from mig_kit.openai_client import _read_json
 from mig_kit.prompts import format_answer
 from mig_kit.sample import Sample
-from mig_kit.world.suites import make_free_form
+from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -58,7 +57,7 @@ def make_samples(count=3):
 def request_traces(server, path, samples, **changes):
     fields = {"url": server.url, "model": "m", "timeout": 20.0, **changes}
     replies = endpoint.request_traces(samples, endpoint.Endpoint(**fields), path, BOX_FORMAT)
-    return tuple(map(list, asyncio.run(replies)))
+    return tuple(map(list, replies))
 
 
 def read_log(path):
@@ -76,9 +75,9 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
         assert direct == [
             teacher_prompt(sample, "direct", BOX_FORMAT) for sample in samples_with_a_repeat]
         assert server.total == 12  # once each, the repeat and the second run included
-    assert endpoint.summarize_usage(path, price_in=2.0, price_out=30.0) == {
+    assert endpoint.summarize_usage(path) == {
         "calls": 12, "failed": 0, "attempts": 12, "prompt_tokens": 1200, "completion_tokens": 120,
-        "without_counts": 0, "cost": 0.006}
+        "without_counts": 0}
     request_traces(server, path, samples, model="other")
     assert server.total == 24  # another model's replies are other replies
 
@@ -87,15 +86,11 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
     (500, {"error": "x"}), (503, b""), (408, b""), (409, b""),
     (429, {"error": "slow"}, [("Retry-After", "0")]),
     (200, json.dumps(completion()).encode()[:40]), (200, completion(), (), 30),
-    (200, completion(), (), 0, 5.0), (200, b""), (200, []), (200, {"choices": {}}),
-    (200, {"choices": []}), (200, {"choices": [{"message": {"content": None}}]}),
-    (200, {"choices": [{"message": {"content": 5}}]}), (200, {"choices": [{"message": "x"}]}),
-    (200, {"choices": [None]}), (200, b"[" * 100_000), (200, b"\xff"),
-    (200, b"x" * ((8 << 20) + 1)),
-    (200, {"choices": [{"message": {"content": "x"}, "finish_reason": 1}]}),
-    (502, b"<html>", [("Content-Encoding", "gzip")]),
+    (200, completion(), (), 0, 5.0), (200, b""), (200, []), (200, {"choices": []}),
+    (200, {"choices": [{"message": {"content": None}}]}), (200, b"[" * 100_000), (200, b"\xff"),
+    (200, b"x" * ((8 << 20) + 1)), (502, b"<html>", [("Content-Encoding", "gzip")]),
     (200, completion(), [("Content-Encoding", "gzip")]),
-], ids=[str(i) for i in range(22)])
+], ids=[str(i) for i in range(17)])
 def test_what_passes_is_tried_once_more(serve, tmp_path, first):
     server = serve(lambda nth, body: first if nth == 1 else (200, completion()))
     path = tmp_path / "calls.jsonl"
@@ -133,19 +128,9 @@ def test_a_cut_connection_is_tried_once_more(tmp_path):
     threading.Thread(target=drop, daemon=True).start()
     teacher = endpoint.Endpoint(f"http://127.0.0.1:{port}/v1", "m", concurrency=1, attempts=3)
     call = endpoint.make_call(make_samples(1)[0], "trace", teacher, BOX_FORMAT)
-    entries = asyncio.run(endpoint.make_calls(teacher, [call], tmp_path / "calls.jsonl"))
+    entries = endpoint.make_calls(teacher, [call], tmp_path / "calls.jsonl")
     assert entries == {} and len(connections) == 3
     listener.close()
-
-
-def test_no_token_counts_are_no_tokens(serve, tmp_path):
-    plans = iter([{"prompt_tokens": None}, {"prompt_tokens": "7"}, {"prompt_tokens": -7},
-                  {"prompt_tokens": True}])
-    server = serve(lambda nth, body: (200, completion(**next(plans))))
-    request_traces(server, tmp_path / "c", make_samples(2), concurrency=1)
-    usage = endpoint.summarize_usage(tmp_path / "c", 1.0, 1.0)
-    assert server.total == 4 and usage["without_counts"] == 4
-    assert usage["prompt_tokens"] == 0 and usage["completion_tokens"] == 40
 
 
 @pytest.mark.parametrize("value,shortest", [
@@ -164,9 +149,9 @@ def test_retry_after_is_waited_for(serve, tmp_path, value, shortest):
 
 def test_a_wait_of_hours_stops_the_run(serve, tmp_path):
     server = serve(lambda nth, body: (429, b"", [("Retry-After", "7200")]))
-    with pytest.raises(RuntimeError, match=r"asks to wait \(Retry-After: 7200\)"):
-        request_traces(server, tmp_path / "c", make_samples(3), concurrency=1)
-    assert server.total == 1
+    with pytest.raises(RuntimeError, match="10 calls in a row failed, the last with: HTTP 429"):
+        request_traces(server, tmp_path / "c", make_samples(6), concurrency=1)
+    assert server.total == 10
 
 
 def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):
@@ -184,12 +169,15 @@ def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):
 
 def test_a_refused_request_is_not_repeated(serve, tmp_path):
     refusal = (400, {"error": "too many images"})
-    server = serve(lambda nth, body: refusal if "check" in str(body) else (200, completion()))
+    server = serve(lambda nth, body: refusal if "check" in str(body) else (
+        200, completion(prompt_tokens="7")))
     for _ in range(2):
         traces, direct = request_traces(server, tmp_path / "c", make_samples(2))
         assert server.total == 4 and all(direct)
         assert all("too many images" in trace.error for trace in traces)
-    assert endpoint.summarize_usage(tmp_path / "c")["failed"] == 2
+    usage = endpoint.summarize_usage(tmp_path / "c")
+    assert usage["failed"] == usage["without_counts"] == 2
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (0, 20)
 
 
 def test_refusals_by_a_server_that_refuses_everything_are_not_kept(serve, tmp_path):
@@ -198,10 +186,11 @@ def test_refusals_by_a_server_that_refuses_everything_are_not_kept(serve, tmp_pa
     server = serve(lambda nth, body: refusal if is_wrong[0] else (200, completion()))
     with pytest.raises(RuntimeError, match="10 calls in a row failed.*unknown field"):
         request_traces(server, tmp_path / "c", make_samples(30), concurrency=1)
-    assert server.total == 10 and endpoint.summarize_usage(tmp_path / "c")["calls"] == 0
+    # one more may have begun when the tenth was counted
+    assert server.total in (10, 11) and endpoint.summarize_usage(tmp_path / "c")["calls"] == 0
     is_wrong[0] = False
     traces, _ = request_traces(server, tmp_path / "c", make_samples(6))
-    assert not any(trace.error for trace in traces) and server.total == 22
+    assert not any(trace.error for trace in traces) and server.total in (22, 23)
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 307])
@@ -237,7 +226,7 @@ def test_the_key_comes_from_its_own_variable_alone(serve, tmp_path, monkeypatch)
 
 def test_ten_failures_in_a_row_stop_the_run(serve, tmp_path):
     server = serve(lambda nth, body: (500, b"down"))
-    sentence = "10 calls in a row failed, the last with: HTTP 500: 'down'"
+    sentence = "10 calls in a row failed, the last with: HTTP 500: down"
     with pytest.raises(RuntimeError, match=sentence):
         request_traces(server, tmp_path / "c", make_samples(30), attempts=2, concurrency=1)
     assert server.total == 20
@@ -261,23 +250,14 @@ def test_concurrency_and_lazy_reading(serve, tmp_path):
     assert server.most_at_once == 3 and server.total == 24 and max(calls_ahead) <= 2 * 3 + 2
 
 
-def test_the_rate_holds_for_every_attempt(serve, tmp_path):
-    server = serve(lambda nth, body: (200, completion()))
-    request_traces(server, tmp_path / "c", make_samples(3), requests_per_minute=600, concurrency=4)
-    assert server.total == 6 and server.times[-1] - server.times[0] >= 0.45
-    server = serve(lambda nth, body: (500, b"") if nth < 3 else (200, completion()))
-    request_traces(server, tmp_path / "d", make_samples(1), requests_per_minute=600)
-    assert server.total == 6 and server.times[-1] - server.times[0] >= 0.45
-
-
 CHILD = """
-import asyncio, pathlib, sys
+import pathlib, sys
 from mig_kit.boxes import BoxFormat
 from mig_kit.data import endpoint
 from mig_kit.world.tasks import make_sample
 samples = [make_sample("diff", "cot", i) for i in range(10)]
 teacher = endpoint.Endpoint(sys.argv[1], "m", concurrency=3)
-asyncio.run(endpoint.request_traces(samples, teacher, pathlib.Path(sys.argv[2]), BoxFormat()))
+endpoint.request_traces(samples, teacher, pathlib.Path(sys.argv[2]), BoxFormat())
 """
 
 
@@ -322,8 +302,7 @@ def test_a_broken_log_and_a_log_in_use(serve, tmp_path):
 def test_replies_stay_in_the_log_until_they_are_looked_at(serve, tmp_path):
     server = serve(lambda nth, body: (200, completion("a reply")))
     teacher, path = endpoint.Endpoint(server.url, "m"), tmp_path / "c"
-    traces, direct = asyncio.run(
-        endpoint.request_traces(make_samples(3), teacher, path, BOX_FORMAT))
+    traces, direct = endpoint.request_traces(make_samples(3), teacher, path, BOX_FORMAT)
     assert len(traces) == len(direct) == 3 and direct[-1] == "a reply"
     path.write_bytes(path.read_bytes().replace(b"a reply", b"another"))
     assert [trace.text for trace in traces[::2]] == ["another"] * 2
@@ -331,29 +310,20 @@ def test_replies_stay_in_the_log_until_they_are_looked_at(serve, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"url": ""}, {"url": "localhost:8000"}, {"url": "ftp://a/v1"}, {"url": "http:///v1"},
-    {"url": "http://name:key@a/v1"}, {"url": "http://a/v1?key=x"}, {"url": "http://a/v1#key"},
-    {"url": "http://a:b/v1"}, {"url": "http://a b/v1"}, {"url": "http://a/v1\n"}, {"model": ""},
-    {"concurrency": 0}, {"attempts": 0}])
+    {"url": "http://name:key@a/v1"}, {"url": "http://a:b/v1"}, {"url": "http://a/v1\n"},
+    {"model": ""}, {"concurrency": 0}, {"attempts": 0}])
 def test_settings_that_cannot_be(changes):
     with pytest.raises(ValueError, match="endpoint_url|at least 1"):
         endpoint.Endpoint(**{"url": "http://a/v1", "model": "m", **changes})
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/v1", "http://[::1]:8000/v1", "HTTPS://a",
-                                 "https://api.a-b.example/some/path/v1/"])
-def test_addresses_that_can_be(url):
-    assert endpoint.Endpoint(url, "m").url == url
-
-
 def test_what_is_sent(serve, tmp_path):
     server = serve(lambda nth, body: (200, completion()))
     sample = make_sample("refer_grounding", "cot", 1)
-    request_traces(server, tmp_path / "c", [sample], max_tokens=77,
-                   token_field="max_completion_tokens", concurrency=1)
+    request_traces(server, tmp_path / "c", [sample], max_tokens=77, concurrency=1)
     trace, direct = server.bodies
-    assert trace["model"] == "m" and trace["max_completion_tokens"] == 77
-    assert "max_tokens" not in trace and trace["temperature"] == 0
+    assert trace["model"] == "m" and trace["max_tokens"] == 77
+    assert trace["temperature"] == 0
     target = sample.targets[0]
     box = to_model_box(target.box, sample.sizes[target.image - 1], BOX_FORMAT)
     answer = format_answer(target.image, box)
@@ -374,7 +344,7 @@ def test_what_is_sent(serve, tmp_path):
 def test_what_the_teacher_is_asked():
     prompts = [teacher_prompt(make_sample(task, "cot", 0), "trace", BOX_FORMAT) for task in TASKS]
     assert len({re.sub("Question.*", "", prompt, flags=re.DOTALL) for prompt in prompts}) == 4
-    choice = make_free_form("cot", 1)[0]
+    choice = next(iter_free_form("cot", 1))
     assert f"answer is {choice.letter}." in teacher_prompt(choice, "trace", BOX_FORMAT)
     assert teacher_prompt(choice, "direct", BOX_FORMAT).endswith(DIRECT_CHOICE_INSTRUCTION)
 
@@ -389,73 +359,31 @@ BODIES = (st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).en
               {"choices": [{"message": {"content": value}}], "usage": value}).encode()))
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(BODIES)
 def test_any_answer_is_a_completion_or_none(body):
-    entry = endpoint.parse_completion(body)
+    entry = endpoint.parse_completion(_read_json(body))
     assert entry is None or isinstance(entry["reply"], str) and all(
         entry[name] is None or entry[name] >= 0 for name in ("prompt_tokens", "completion_tokens"))
-
-
-# `transformers serve` as it is installed, but for the processor: transformers' own needs
-# torchvision, the kit's does not.
-REAL_SERVER = """
-import sys
-from transformers.cli.serving.model_manager import ModelManager
-from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models
-ModelManager._load_processor = lambda self, name, gguf_file=None: models.load_processor(
-    name.split("@")[0], BoxFormat())
-from transformers.cli.transformers import main
-sys.argv = ["transformers", "serve", sys.argv[1], "--port", sys.argv[2], "--host", "127.0.0.1",
-            "--device", "cpu"]
-main()
-"""
-
-
-def answers(url):
-    """Whether the server answers there."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 @pytest.mark.slow
 def test_a_real_server_with_the_tiny_base(tmp_path):
     """`transformers serve` answers with the shipped base; a second run makes no call."""
     from mig_kit.engine import models
+    from mig_kit.engine.server_process import ServerProcess
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    log = (tmp_path / "server.log").open("w+")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", REAL_SERVER, str(models.TINY_BASE), str(port)]
-    child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     samples, path = make_samples(3), tmp_path / "calls.jsonl"
-    teacher = endpoint.Endpoint(f"http://127.0.0.1:{port}/v1", str(models.TINY_BASE),
-                                max_tokens=60, concurrency=2)
-    try:
-        end = time.monotonic() + 120
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            if time.monotonic() > end or child.poll() is not None:
-                log.seek(0)
-                pytest.skip(f"transformers serve does not start here: {log.read()[-600:]}")
-            time.sleep(0.5)
-        traces, direct = asyncio.run(endpoint.request_traces(samples, teacher, path, BOX_FORMAT))
+    script = Path(__file__).parents[1] / "transformers_server.py"
+    command = f"{sys.executable} {script} {{model}} {{port}}"
+    with closing(ServerProcess(command, models.TINY_BASE, tmp_path / "log")) as server:
+        server.wait_until_ready(120)
+        teacher = endpoint.Endpoint(server.url, str(models.TINY_BASE), max_tokens=60, concurrency=2)
+        traces, direct = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)
         assert not any(trace.error for trace in traces)
         assert any(trace.text for trace in traces) and any(direct)
-        usage = endpoint.summarize_usage(path)
-        assert usage["calls"] == usage["attempts"] == 6 and usage["without_counts"] == 0
-        assert usage["prompt_tokens"] > 6 * 50 and 0 < usage["completion_tokens"] <= 6 * 60
-        reasons = {"", *filters.DROP_REASONS, "no reply", "up front", "reveals", "no gain"}
-        for trace, reply, sample in zip(traces, direct, samples):
-            reason = filters.drop_reason_of_model_teacher(trace, reply, sample, BOX_FORMAT)
-            assert reason in reasons
-    finally:
-        child.terminate()
-        child.wait(20)
-    # the server is gone: everything is in the log
-    again, _ = asyncio.run(endpoint.request_traces(samples, teacher, path, BOX_FORMAT))
+    usage = endpoint.summarize_usage(path)
+    assert usage["calls"] == usage["attempts"] == 6 and usage["without_counts"] == 0
+    assert usage["prompt_tokens"] > 6 * 50 and 0 < usage["completion_tokens"] <= 6 * 60
+    again, _ = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)  # from the log alone
     assert list(again) == list(traces)

@@ -6,15 +6,15 @@ import os
 import random
 
 import pytest
+from click.testing import CliRunner
 from command_line import run_mig_kit
 from PIL import Image
 
-from mig_kit.cli_data import import_command
 from mig_kit.data import importers, own_data
-from mig_kit.data.conversations import TextRules
-from mig_kit.data.importers import ImportRules
+from mig_kit.data.commands import import_command
+from mig_kit.data.records import ImportRules
 
-LINES = int(os.environ.get("MIG_KIT_FUZZ", 4000)) // 4  # fuzzed lines per format
+LINES = int(os.environ.get("MIG_KIT_FUZZ", 1200)) // 4  # fuzzed lines per format
 
 SWIFT = {"messages": [{"role": "system", "content": "You help."},
                       {"role": "user", "content": "<image><image>Find the <ref-object> that is "
@@ -34,6 +34,9 @@ COCO = {"images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 50},
             {"id": 2, "image_id": 2, "category_id": 5, "bbox": [150, 10, 50.5, 30]},
             {"id": 3, "image_id": 2, "category_id": 6, "bbox": [0, 0, 9, 9]},
             {"id": 4, "image_id": 2, "category_id": 6, "bbox": [50, 0, 9, 9]}]}
+MGROUNDING = {"images": ["a.png", "b.png"], "conversations": [
+    {"from": "human", "value": "<image>\n<image>\nFind it."},
+    {"from": "gpt", "value": "In the second image: <|box_start|>(1,2),(300,400)<|box_end|>"}]}
 REF = {"ref_id": 0, "ann_id": 2, "image_id": 2, "split": "train",
        "sentences": [{"sent": "the left cup"}, {"sent": "cup by the door"}]}
 VLM_R1 = {"image": "b.png", "normal_caption": "the lady", "solution": [10.5, 20, 60, 90]}
@@ -60,7 +63,7 @@ def write(root, *records):
 def import_all(root, form, path, coordinates="", padded=False, several="", **rules):
     """(lines of own data, sentences); the lines pass the checks of own data."""
     sentences, out = [], root / "out.jsonl"
-    rules = ImportRules(root, TextRules(coordinates, padded, several), **rules)
+    rules = ImportRules(root, coordinates, padded, several, **rules)
     if out != path:
         out.unlink(missing_ok=True)
     report = importers.import_file(form, path, out, rules, sentences.append)
@@ -166,29 +169,14 @@ def test_tags_of_later_turns_count_on(root):
     assert second["question"] == "And in image 2, where is the cat?" and second["image"] == 2
 
 
-@pytest.mark.parametrize("form, words, sentence", [
-    ("coco", {"coordinates": "normalized_1000"}, "boxes of the format coco are in pixels"),
-    ("refcoco", {"coordinates": "normalized_1"}, "boxes of the format refcoco are in pixels"),
-    ("coco", {"instances": "coco.json"}, "--instances is for the format refcoco")])
-def test_what_would_not_act_is_refused(root, form, words, sentence):
-    if "instances" in words:
-        words = {"instances": root / "coco.json"}
-    with pytest.raises(ValueError, match=sentence):
-        import_all(root, form, root / "coco.json", **words)
-
-
-def test_coordinates_against_those_of_the_file_are_a_problem(root):
+def test_what_a_file_says_stands_and_annotations_are_not_overwritten(root):
     _, (sentence,) = import_all(root, "swift", write(root, SWIFT), "normalized_1000")
     assert "says that boxes are pixels, and --coordinates normalized_1000" in sentence
-
-
-def test_annotations_are_not_overwritten(root):
-    path, instances = write(root, REF), root / "coco.json"
-    before = instances.read_bytes()
+    instances = root / "coco.json"
     with pytest.raises(ValueError, match="is .*coco.json itself"):
-        importers.import_file("refcoco", path, instances,
+        importers.import_file("refcoco", write(root, REF), instances,
                               ImportRules(root, instances=instances), print)
-    assert instances.read_bytes() == before
+    assert json.loads(instances.read_text()) == COCO
 
 
 def test_boxes_of_the_padded_square(root):
@@ -242,13 +230,11 @@ def test_refcoco(root):
 
 
 WRONG = [
+    ("swift", changed(SWIFT, "objects", "bbox_type", to="norm1"), "outside 'normalized_1'"),
     ("swift", b"{", "the line is no JSON object"),
     ("swift", b"\xff", "save the file as UTF-8"),
-    ("swift", 3, "write one {...} per record"),
     ("swift", changed(SWIFT, "images", to=...), "'images' must list 1 to 64 paths"),
-    ("swift", changed(SWIFT, "images", 0, to="/etc/passwd"), "is not below the image root"),
     ("swift", changed(SWIFT, "images", 0, to="http://x/a.png"), "download it and name the file"),
-    ("swift", changed(SWIFT, "images", 0, to=3), "must be named by its path"),
     ("swift", changed(SWIFT, "images", 0, to="../a.png"), "no path below the image root"),
     ("swift", changed(SWIFT, "images", 0, to="none.png"), "'none.png' is not there"),
     ("swift", changed(SWIFT, "images", to=["a.png"]), "2 <image> tags and 1 images"),
@@ -265,7 +251,6 @@ WRONG = [
     ("swift", changed(SWIFT, "objects", to="[]"), "as ms-swift 3 has it"),
     ("swift", changed(SWIFT, "objects", "image_id", to=...), "it must say which one"),
     ("swift", changed(SWIFT, "objects", "image_id", to=[0, 2]), "an image that is not there"),
-    ("swift", changed(SWIFT, "objects", "image_id", to=[0]), "for every box"),
     ("swift", changed(SWIFT, "objects", "image_id", to=[1, 0]), "must be in the first image"),
     ("swift", changed(SWIFT, "objects", "bbox_type", to="norm1000"), "use real (pixels) or norm1"),
     ("swift", changed(SWIFT, "objects", "ref", to=[]), "more <ref-object> in the texts"),
@@ -285,7 +270,6 @@ WRONG = [
     ("refcoco", REF, "give --instances"),
     ("refcoco", changed(VLM_R1, "normal_caption", to=3), "a phrase must be a text"),
     ("refcoco", changed(VLM_R1, "solution", to=[1, 2]), "must be four numbers"),
-    ("refcoco", 3, "save them as JSON"),
     ("refcoco", changed(REF, "sentences", to=[]), "'sentences' must be a list")]
 
 
@@ -368,10 +352,12 @@ def test_an_older_result_stays_where_nothing_is_kept(root):
     ("coco", "coco.json", {"question": "Find it."}, "must hold {name}"),
     ("refcoco", "refs(unc).p", {}, "save what is in it as JSON"),
     ("swift", "out.jsonl", {}, "name another file"),
-    ("web", "in.jsonl", {}, "use one of own, swift, llava, verl, coco")])
+    ("coco", "coco.json", {"coordinates": "normalized_1000"}, "of the format coco are in pixels"),
+    ("coco", "coco.json", {"instances": "coco.json"}, "--instances is for the format refcoco")])
 def test_rules_that_do_not_go_together(root, form, path, rules, sentence):
     for name in ("out.jsonl", path):
         (root / name).touch()
+    rules = {name: root / value if name == "instances" else value for name, value in rules.items()}
     with pytest.raises(ValueError) as error:
         import_all(root, form, root / path, **rules)
     assert sentence in str(error.value)
@@ -379,15 +365,16 @@ def test_rules_that_do_not_go_together(root, form, path, rules, sentence):
 
 @pytest.mark.parametrize("content", [b"[", b"[{}, ", b"\xef\xbb\xbf[]", b"[1e999999]", b"\0", b"",
                                      b"[" * 3000, b'{"images": [', b'{"annotations": [{"id": NaN}'])
-@pytest.mark.parametrize("form", importers.FORMATS)
-def test_broken_files_end_with_a_sentence(root, form, content):
+def test_broken_files_end_with_a_sentence(root, content):
     (root / "broken.json").write_bytes(content)
-    lines, sentences = import_all(root, form, root / "broken.json",
-                                  "" if form in ("own", "mgrounding") else "pixels")
-    assert not lines and all(": " in sentence for sentence in sentences)
+    for form in importers.FORMATS:
+        lines, sentences = import_all(root, form, root / "broken.json",
+                                      "" if form in ("own", "mgrounding") else "pixels")
+        assert not lines and all(": " in sentence for sentence in sentences)
 
 
-VALUES = (None, True, 0, 1, 2, -1, 5, 1e300, float("nan"), float("inf"), "", "x", "a.png", "b.png",
+VALUES = ("image 999", "<|box_start|>(7,7),(7,9)<|box_end|>", "shuffled", None, True,
+          0, 1, 2, -1, 5, 1e300, float("nan"), float("inf"), "", "x", "a.png", "b.png",
           "<image>", "<bbox>", "<ref-object>", "\ud800", "\0", "<|im_start|>", "{ref}", [], {},
           [[]], [1, 2, 3, 4], [0, 0, 1, 1], "[1,2,30,40]", "(1,2),(3,4)", "human", "gpt", "image 2",
           "<box>[[1, 2, 3, 4]]</box>", "[" * 50, "9" * 30, {"path": "b.png"}, "/a.png", "../b.png")
@@ -421,32 +408,14 @@ def fuzz_line(seeds, rng):
 
 
 @pytest.mark.parametrize("form, seeds", [("swift", [SWIFT]), ("llava", [LLAVA, SWIFT]),
-                                         ("refcoco", [REF, VLM_R1])])
+                                         ("refcoco", [REF, VLM_R1]), ("mgrounding", [MGROUNDING])])
 def test_fuzzed_lines_become_correct_lines_or_sentences(root, form, seeds):
     rng = random.Random(form)
     path = write(root, *seeds, *(fuzz_line(seeds, rng) for _ in range(LINES)))
     lines, sentences = import_all(root, form, path, "normalized_1" if form == "llava" else "",
-                                  several="any",
+                                  several="" if form == "mgrounding" else "any",
                                   instances=root / "coco.json" if form == "refcoco" else None)
     assert lines and all(sentence.startswith("line ") for sentence in sentences)
-
-
-def test_fuzzed_lines_of_own_data_are_correct_or_have_sentences(root):
-    seeds = [{"images": ["a.png", "b.png"], "question": "Find {ref}.", "reference": [0, 0, 9, 9],
-              "image": 2, "box": [1, 2, 30, 40], "coordinates": "pixels"},
-             {"images": ["a.png", "b.png"], "question": "Find all.", "coordinates": "pixels",
-              "targets": [{"image": 1, "box": [1, 2, 30, 40]}, {"image": 2, "box": [5, 6, 7, 8]}]},
-             {"images": ["a.png"], "question": "What?", "options": ["x", "y"], "letter": "B"}]
-    rng = random.Random(0)
-    path = write(root, *seeds, *(fuzz_line(seeds, rng) for _ in range(LINES)))
-    results = list(own_data.check_file(path, root))
-    assert [number for number, _ in results] == list(range(1, LINES + 4))
-    assert results[:3] == [(1, []), (2, []), (3, [])]
-    wrong = [number for number, problems in results if problems]
-    assert all(isinstance(problem, str) and problem for _, problems in results
-               for problem in problems)
-    with pytest.raises(own_data.OwnDataError, match=f"line {wrong[0]}: "):
-        list(own_data.iter_samples(path, root))
 
 
 def test_fuzzed_coco_files(root):
@@ -477,18 +446,15 @@ def test_the_command(root, tmp_path):
     assert result.returncode == 0 and "line 2: the line is no JSON object" in result.stdout
     assert "3 questions read, 2 written to" in result.stdout and "1 left out" in result.stdout
     assert f"(image root: {root})" in result.stdout
-    result = run_mig_kit("data", "check", str(tmp_path / "own.jsonl"), "--root", str(root))
-    assert result.returncode == 0 and "2 correct" in result.stdout
-    nothing, old = write(root, b"{"), tmp_path / "old.jsonl"
+
+    def call(form, out):
+        result = CliRunner().invoke(import_command, [form, str(path), "--out", str(out)])
+        return result.output + str(result.exception)
+
+    assert "give --coordinates" in call("llava", tmp_path / "b.jsonl")
+    assert "is in no folder that exists" in call("swift", tmp_path / "no" / "b")
+    path, old = write(root, b"{"), tmp_path / "old.jsonl"
     old.write_text("kept")
-    for out, words in ((tmp_path / "new.jsonl", "nothing written, 1 left out"),
-                       (old, f"nothing written, {old} is as it was, 1 left out")):
-        result = run_mig_kit("data", "import", "swift", str(nothing), "--out", str(out))
-        assert result.returncode == 1 and words in result.stdout
+    assert "nothing written, 1 left out" in call("swift", tmp_path / "new.jsonl")
+    assert f"nothing written, {old} is as it was, 1 left out" in call("swift", old)
     assert old.read_text() == "kept" and not (tmp_path / "new.jsonl").exists()
-    path = write(root, SWIFT, b"{", SWIFT)
-    result = run_mig_kit("data", "import", "llava", str(path), "--out", str(tmp_path / "b.jsonl"))
-    assert result.returncode == 1 and "give --coordinates" in result.stderr
-    result = run_mig_kit("data", "import", "swift", str(path), "--out", str(tmp_path / "no" / "b"))
-    assert result.returncode == 1 and "is in no folder that exists" in result.stderr
-    assert "Traceback" not in result.stderr

@@ -1,19 +1,14 @@
 """MGrounding-630k's quirks, by hand, and the reader under fuzz."""
 
 import json
-import os
 from collections import Counter
-from contextlib import suppress
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from mig_kit.data import importers, own_data
-from mig_kit.data.importers import ImportRules
 from mig_kit.data.mgrounding import record_lines
-from mig_kit.data.records import Problem, iter_records
+from mig_kit.data.records import ImportRules, Problem, iter_records
 
 PHOTO = "./MGrounding-630k/Group_Grounding/SA-1B/sa_{}.jpg"
 FRAME = "./MGrounding-630k/Object_Tracking/GOT-10k/train/GOT_1/{:08d}.jpg"
@@ -93,7 +88,6 @@ def test_how_an_answer_names_its_image(answer, expected):
     ("Find it.", "A red kite.", "no box in the answer"),
     ("Find it.", BOX_TEXT, "image not named"),
     ("Find it in the second or in the third image.", BOX_TEXT, "image not named"),
-    ("Find it in the first and second images.", BOX_TEXT, "image not named"),
     ("Find it in images 1, 2 or 3.", BOX_TEXT, "image not named"),
     ("Locate the same object as the one shown in the first image.", BOX_TEXT, "image not named"),
     ("The first image shows a dog. Find this dog in the other picture.", BOX_TEXT,
@@ -101,7 +95,6 @@ def test_how_an_answer_names_its_image(answer, expected):
     ("Find it.", f"It matches the dog of image 1: {BOX_TEXT}", "image not named"),
     ("Find it.", f"fifth image {BOX_TEXT}", "no such image"),
     ("Find it.", f"first image {format_box(5, 2, 5, 4)}", "x2 must be greater than x1"),
-    ("Find it.", f"first image {format_box(5, 9, 7, 4)}", "y2 than y1"),
     ("Find it.", f"first image {format_box(5, 2, 1001, 4)}", "outside 'normalized_1000'"),
     ("Find it.", "first image <|box_start|>(1,2),(3,4)", "box text cannot be read"),
     ("Find it.", "first image " + format_box("1.2.3", 2, 3, 4), "box text cannot be read"),
@@ -125,7 +118,7 @@ def test_what_is_left_out_and_why(asked, answer, reason):
 
 
 @pytest.mark.parametrize("record", [
-    None, [], {}, {"images": []}, {"images": [1], "conversations": []},
+    {}, {"images": []}, {"images": [1], "conversations": []},
     {"images": ["a"], "conversations": [{"from": "human"}]}, {"images": ["a"]},
     {"images": [""], "conversations": [{"from": "human", "value": ""}]}])
 def test_records_of_another_shape(record):
@@ -150,8 +143,7 @@ def test_unstated_image_only_by_the_callers_word():
     record = make_record(("What changed?", BOX_TEXT),
                          images=["./MGrounding-630k/Difference/a/1.jpg"] * 2)
     assert read(record)[1] == {"image not named": 1}
-    questions, _ = read(record, unstated={"Difference": 2})
-    assert questions[0]["image"] == 2
+    assert read(record, unstated={"Difference": 2})[0][0]["image"] == 2
 
 
 def test_reference_box_and_the_questions_image():
@@ -216,7 +208,9 @@ def import_all(dataset):
 
 
 def test_samples_from_nested_folders_in_pixels(dataset):
-    (photo, video), report, _ = import_all(dataset)
+    (photo, video), report, sentences = import_all(dataset)
+    assert sentences[0] == "record 3: record shape" and "sa_77.jpg' is not below" in sentences[1]
+    assert "1  missing image: record 4" in report.summarize()
     assert photo.sizes == [(200, 100), (400, 100), (600, 100)] and video.sizes == [(80, 80)] * 3
     assert photo.targets == ((3, (300.0, 10.0, 600.0, 100.0)),)
     assert video.targets == ((1, (0.0, 0.0, 40.0, 40.0)),)
@@ -224,12 +218,6 @@ def test_samples_from_nested_folders_in_pixels(dataset):
     assert all(image.mode == "RGB" for sample in (photo, video) for image in sample.images)
     assert report.read == 5 and report.kept == 2
     assert dict(report.counts) == {"record shape": 1, "missing image": 1, "outside root": 1}
-
-
-def test_what_is_left_out_is_named(dataset):
-    _, report, sentences = import_all(dataset)
-    assert sentences[0] == "record 3: record shape" and "sa_77.jpg' is not below" in sentences[1]
-    assert "1  missing image: record 4" in report.summarize()
 
 
 def test_a_file_that_is_cut_gives_the_questions_before_the_cut(dataset):
@@ -244,55 +232,6 @@ def test_a_broken_image_is_named_not_raised(dataset):
     (folder / "00000002.jpg").write_bytes(b"no image")
     samples, report, sentences = import_all(dataset)
     assert len(samples) == 1 == report.kept and "no readable image" in sentences[0]
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 2000) | st.floats() | st.text(max_size=20),
-    lambda values: st.lists(values, max_size=4)
-    | st.dictionaries(st.text(max_size=8), values, max_size=4), max_leaves=12)
-PIECES = st.sampled_from([
-    "<image>", "\n", " first image ", " image 2 ", "the last image", " and ", ", ", "Find it",
-    "shuffled", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "{ref}", "٣rd image", "image 999", BOX_TEXT, format_box(0, 0, 1000, 1000),
-    format_box(7, 7, 7, 9), format_box(1, 2, 3000, 4)])
-TEXTS = st.lists(PIECES | st.text(max_size=6), max_size=8).map("".join)
-TURNS = st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]) | VALUES,
-                                        "value": TEXTS | VALUES}), max_size=6)
-PATHS = st.lists(st.sampled_from([PHOTO.format(1), FRAME.format(3), FRAME.format(1), "/a", ".."])
-                 | st.text(max_size=9), max_size=4)
-RECORDS = VALUES | st.fixed_dictionaries({"images": PATHS | VALUES,
-                                          "conversations": TURNS | VALUES})
-
-
-@settings(max_examples=int(os.environ.get("MIG_KIT_FUZZ", 1500)), deadline=None,
-          suppress_health_check=list(HealthCheck))
-@given(RECORDS, st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.integers(1, 4),
-       st.booleans())
-def test_any_record_gives_questions_inside_the_rules_or_a_reason(data, turns, count, is_video):
-    images = [FRAME.format(number) for number in range(count)] if is_video else None
-    for record in (data, make_record(*turns, image_count=count, images=images)):
-        try:
-            lines = record_lines(record, {"Group_Grounding": 2})
-        except Problem as problem:
-            lines = [problem]
-        for line in lines:
-            assert isinstance(line, Problem) or own_data.find_problems(line) or (
-                line["images"] and "<|" not in line["question"]
-                and "<image>" not in line["question"])
-
-
-@settings(max_examples=300, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
-def test_any_file_is_read_or_refused_with_one_error(tmp_path, data):
-    path = tmp_path / "x.json"
-    path.write_bytes(data)
-    try:
-        for record in iter_records(path):
-            with suppress(Problem):
-                record_lines(record)
-    except ValueError as error:
-        assert "download it again" in str(error)
 
 
 def test_a_deeply_nested_file_is_one_sentence(tmp_path):

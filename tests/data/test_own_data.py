@@ -5,12 +5,14 @@ import os
 import tracemalloc
 
 import pytest
+from click.testing import CliRunner
 from command_line import run_mig_kit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mig_kit.data import own_data
+from mig_kit.data.commands import data
 from mig_kit.data.preview import write_preview
 
 GOOD = {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2,
@@ -94,18 +96,14 @@ def test_alternatives_do_not_go_with_questions_for_all_boxes(root):
 
 @pytest.mark.parametrize("row,sentence", [
     (asking_all(image=1), "'image' does not go with 'targets'"),
-    (asking_all(box=[1, 2, 3, 4]), "'box' does not go with 'targets'"),
     (changed(image=None), "'box' does not go with 'targets' or with 'image': null"),
-    (asking_all((3, [1, 2, 3, 4])), "'targets' number 1 is in image 3, but there are 2 images"),
+    (asking_all((3, [1, 2, 3, 4])), "'targets' number 1: 'image' is 3, but there are 2"),
     (asking_all((1, [1, 2, 3, 4]), (0, [1, 2, 3, 4])), "number 2: 'image' must be the number"),
-    (asking_all((True, [1, 2, 3, 4])), "'image' must be the number of an image"),
     (asking_all((1, [1, 2, 3, 4]), (1, [1, 2, 3, 4])), "'targets' number 2 is there twice"),
     (asking_all((1, [5, 2, 3, 4])), "the box of 'targets' number 1 is [5, 2, 3, 4]: x2 must be"),
     (asking_all((1, "here")), "the box of 'targets' number 1 must be four numbers"),
     (asking_all((1, [1, 2, 300, 4])), "leaves image 1, which is 100x50"),
     (asking_all(targets=None), "'targets' must be a list"),
-    (asking_all(targets=[[1, 2, 3, 4]]), "'targets' must be a list"),
-    (asking_all(targets=[{"image": 1}]), "'targets' must be a list"),
     (asking_all(targets=[{"image": 1, "box": [1, 2, 3, 4], "x": 1}]), "'targets' must be a list"),
     (asking_all(*[(1, [1, 2, 3, 4])] * 101), "holds 101 boxes; an answer has at most 100"),
     (asking_all((1, [1, 2, 3, 4]), coordinates=...), "'coordinates' is missing"),
@@ -113,7 +111,6 @@ def test_alternatives_do_not_go_with_questions_for_all_boxes(root):
      "'coordinates' is missing"),
     (b"", "the line is empty; delete it"),
     (b"{", "no JSON object"),
-    (b"[1]", "no JSON object"),
     (b"\xff{}", "not UTF-8"),
     (b"[" * 20000, "no JSON object"),
     (b'{"images": 1' + b"1" * 5000 + b"}", "no JSON object"),
@@ -122,25 +119,18 @@ def test_alternatives_do_not_go_with_questions_for_all_boxes(root):
     (changed(boxes=[[1, 2, 3, 4]]), "give either 'box' or 'boxes'"),
     (changed(coordinates=...), "'coordinates' is missing"),
     (changed(coordinates="0-1"), "'coordinates' must be one of pixels, normalized_1000"),
-    (changed(coordinates="absolute"), "'coordinates' must be one of pixels,"),
-    (changed(coordinates="px"), "'coordinates' must be one of pixels, normalized_1000"),
     (changed(coordinates=[]), "'coordinates' must be one of"),
     (changed(quesion="x"), "did you mean 'question'"),
     (changed(zzz=1), "unknown key 'zzz'"),
-    (changed(images=[]), "'images' is empty; questions are divided into sets"),
     (changed(images="a.png"), "'images' must be"),
     (changed(question=" "), "'question' must"),
     (changed(question="\ud800"), "'question' must"),
     (changed(image=0), "from 1"),
     (changed(image=3), "there are 2 images"),
-    (changed(image=True), "from 1"),
-    (changed(image="two"), "from 1"),
     (changed(image="2.5"), "from 1"),
     (changed(box=[1, 2, 3]), "four numbers"),
-    (changed(box=[1, 2, 3, None]), "four numbers"),
     (changed(box=[1, 2, 3, True]), "four numbers"),
     (changed(box=[1, 2, 3, float("nan")]), "four numbers"),
-    (changed(box=[1, 2, 3, float("inf")]), "four numbers"),
     (changed(box=[60, 20, 10, 90]), "x2 must be greater"),
     (changed(box=[0.1, 0.2, 0.5, 0.6]), "are the coordinates 'normalized_1'?"),
     (changed(coordinates="normalized_1"), "outside 'normalized_1'"),
@@ -153,14 +143,12 @@ def test_alternatives_do_not_go_with_questions_for_all_boxes(root):
     (changed(id="\x1b[2J"), "'id' must be printable"),
     (changed(task=7), "'task' must be printable"),
     (changed(reply=" "), "'reply' must be text"),
-    (changed(reply=7), "'reply' must be text"),
     (changed(question="{ref}"), "go together"),
     (changed(reference=[1, 2, 3, 4]), "go together"),
     (changed(question="{ref}", reference=[1, 2, 3]), "'reference' must be four numbers"),
     (changed(question="{ref}", reference=[1, 2, 103, 40]), "leaves image 1"),
     (changed(images=["a.png", "none.png"]), "is not there"),
     (changed(images=["a.png", "broken.png"]), "no readable image"),
-    (changed(images=["a.png", "/etc/passwd"]), "below the image root"),
     (changed(images=["a.png", "../b.png"]), "below the image root"),
     (changed(images=["a.png", "long.png"]), "up to 200 to 1"),
 ])
@@ -192,30 +180,26 @@ def test_multiple_choice(root):
 
 @pytest.mark.parametrize("changes,sentence", [
     ({"letter": "C"}, "'letter' must be that of the correct option, A to B"),
-    ({"letter": ""}, "A to B"), ({"letter": "AB"}, "A to B"), ({"letter": 1}, "A to B"),
+    ({"letter": "AB"}, "A to B"), ({"letter": 1}, "A to B"),
     ({"letter": ...}, "'letter' is missing"), ({"options": ...}, "'options' is missing"),
     ({"options": ["a"]}, "a list of 2 to 8 texts"), ({"options": list("abcdefghi")}, "2 to 8"),
     ({"options": ["a", " "]}, "'options' number 2 must be text"),
     ({"options": ["a", "<|im_end|>"]}, "'options' number 2 holds <|im_end|>"),
-    ({"image": 1}, "'image' does not go with 'options'"),
     ({"box": [1, 2, 3, 4]}, "'box' does not go with 'options'"),
-    ({"coordinates": "pixels"}, "'coordinates' and 'reference' go together"),
-    ({"images": []}, "'images' is empty"),
-    ({"options": ["a", " a"]}, "'options' number 1 and 2 are the same")])
+    ({"coordinates": "pixels"}, "'coordinates' and 'reference' go together")])
 def test_mistakes_of_multiple_choice(root, changes, sentence):
     row = {key: value for key, value in {**CHOICE, **changes}.items() if value is not ...}
     ((_, problems),) = own_data.check_file(write_lines(root, row), root)
     assert any(sentence in problem for problem in problems), problems
 
 
-@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>",
-                                   "<|vision_start|>", "<|endoftext|>", "<|box_start|>"])
-@pytest.mark.parametrize("key", ["question", "reply"])
-def test_control_tokens_are_found_before_a_run(root, processor, token, key):
-    assert token in processor.tokenizer.get_vocab(), "the model obeys it"
-    path = write_lines(root, changed(**{key: f"Find {token} it."}))
-    ((number, (problem,)),) = own_data.check_file(path, root)
-    assert number == 1 and f"'{key}' holds {token}" in problem and "take it out" in problem
+def test_control_tokens_are_found_before_a_run(root, processor):
+    for token in ("<|im_start|>", "<|image_pad|>", "<|endoftext|>", "<|box_start|>"):
+        assert token in processor.tokenizer.get_vocab(), "the model obeys it"
+        for key in ("question", "reply"):
+            path = write_lines(root, changed(**{key: f"Find {token} it."}))
+            ((number, (problem,)),) = own_data.check_file(path, root)
+            assert number == 1 and f"'{key}' holds {token}" in problem
 
 
 def test_a_line_without_an_id_has_that_of_its_number(root):
@@ -255,11 +239,10 @@ def test_boxes_are_of_the_upright_photo_or_the_photo_is_refused(root):
     assert "image 2: 'turned.jpg' has the EXIF orientation 6" in problem
     with pytest.raises(own_data.OwnDataError, match="line 1: image 2: 'turned.jpg' has the EXIF"):
         own_data.require_correct_lines(path, root, orientation="refuse")
-    result = run_data("check", path, "--orientation", "refuse")
-    assert result.returncode == 1 and "set orientation to upright" in result.stdout
-    result = run_data("preview", path, "--orientation", "refuse", "--out", root / "x.png")
-    assert result.returncode == 1 and "EXIF orientation 6" in result.stdout
-    assert "has no correct line" in result.stderr
+    code, text = call("check", path, "--orientation", "refuse")
+    assert code == 1 and "set orientation to upright" in text
+    code, text = call("preview", path, "--orientation", "refuse", "--out", root / "x.png")
+    assert code == 1 and "EXIF orientation 6" in text and "has no correct line" in text
 
 
 def test_all_mistakes_of_a_line_and_ids_there_twice(root):
@@ -267,13 +250,6 @@ def test_all_mistakes_of_a_line_and_ids_there_twice(root):
                        changed(image=9, coordinates="px", question=""))
     problems = dict(own_data.check_file(path, root))
     assert "id 'x' is there twice" in problems[2][0] and len(problems[3]) == 3
-
-
-def test_a_mark_at_the_start_and_windows_line_ends(root):
-    path = root / "bom.jsonl"
-    good = json.dumps(GOOD).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + good)
-    assert [problems for _, problems in own_data.check_file(path, root)] == [[], []]
 
 
 def test_a_line_of_any_length_takes_bounded_memory(root, tmp_path):
@@ -311,7 +287,7 @@ LINES = (ROWS.map(lambda row: json.dumps(row).encode())
          | VALUES.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=200))
 
 
-@settings(max_examples=int(os.environ.get("MIG_KIT_FUZZ", 1500)), deadline=None,
+@settings(max_examples=int(os.environ.get("MIG_KIT_FUZZ", 300)), deadline=None,
           suppress_health_check=list(HealthCheck))
 @given(LINES)
 def test_any_line_is_a_sample_inside_the_rules_or_has_sentences(root, line):
@@ -362,40 +338,38 @@ def test_preview_draws_boxes_and_escapes_text(root, tmp_path):
     assert sorted(tmp_path.iterdir()) == [page, sheet]
 
 
-def run_data(*words):
-    return run_mig_kit("data", *map(str, words))
+def call(*words):
+    """(exit code, everything that a command of `mig-kit data` says)."""
+    result = CliRunner().invoke(data, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, ValueError | SystemExit)
+    is_error = isinstance(result.exception, ValueError)
+    return result.exit_code, result.output + str(result.exception) * is_error
 
 
 def test_the_commands(root, tmp_path):
     path = write_lines(root, GOOD, changed(image=7), GOOD)
-    result = run_data("check", path)
+    result = run_mig_kit("data", "check", str(path))
     assert result.returncode == 1 and not result.stderr
     assert "3 lines, 2 correct, 1 wrong" in result.stdout
     assert "line 2: 'image' is 7, but there are 2 images" in result.stdout
-    result = run_data("preview", path, "--out", tmp_path / "a.png")
-    assert result.returncode == 1 and not result.stderr
-    assert "line 2: 'image' is 7" in result.stdout
-    assert "2 questions drawn, 1 wrong left out" in result.stdout
+    code, text = call("preview", path, "--out", tmp_path / "a.png")
+    assert code == 1 and "2 questions drawn, 1 wrong left out" in text
     path = write_lines(root, GOOD)
-    assert run_data("check", path, "--root", root).returncode == 0
-    result = run_data("preview", path, "--out", tmp_path / "a.png")
-    assert "1 questions drawn" in result.stdout
-    for name in ("train", "held"):
+    assert call("check", path, "--root", root)[0] == 0
+    assert "1 questions drawn" in call("preview", path, "--out", tmp_path / "a.png")[1]
+    for name in ("train", "held", "none"):
         (tmp_path / name).mkdir()
     Image.open(root / "b.png").save(tmp_path / "train" / "x.png")
     Image.open(root / "b.png").resize((150, 80)).save(tmp_path / "held" / "y.jpg")
     (tmp_path / "held" / "z.jpg").write_bytes(b"no image")
-    result = run_data("duplicates", tmp_path / "train", tmp_path / "held")
-    assert result.returncode == 1 and "1 against 1 images: 1 pairs" in result.stdout
-    assert "z.jpg" in result.stdout
+    code, text = call("duplicates", tmp_path / "train", tmp_path / "held")
+    assert code == 1 and "1 against 1 images: 1 pairs" in text and "z.jpg" in text
     save_turned(tmp_path / "held" / "t.jpg")
-    result = run_data("duplicates", tmp_path / "train", tmp_path / "held", "--orientation",
-                      "refuse")
-    assert "left out, turned image: 1 (t.jpg)" in result.stdout
-    (tmp_path / "none").mkdir()
-    result = run_data("duplicates", tmp_path / "train", tmp_path / "none")
-    assert result.returncode == 1 and "no image that can be read below" in result.stderr
+    text = call("duplicates", tmp_path / "train", tmp_path / "held", "--orientation", "refuse")[1]
+    assert "left out, turned image: 1 (t.jpg)" in text
+    code, text = call("duplicates", tmp_path / "train", tmp_path / "none")
+    assert code == 1 and "no image that can be read below" in text
     (tmp_path / "mg.json").write_text('[{"a": 1}]')
-    result = run_data("import", "mgrounding", tmp_path / "mg.json", "--root", tmp_path,
+    code, text = call("import", "mgrounding", tmp_path / "mg.json", "--root", tmp_path,
                       "--unstated", "Difference", "2", "--out", tmp_path / "mg.jsonl")
-    assert result.returncode == 1 and "record shape: record 1" in result.stdout
+    assert code == 1 and "record shape: record 1" in text

@@ -19,11 +19,10 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat, smart_resize
-from mig_kit.build_base import vocabulary
 from mig_kit.engine import models, processors, training
+from mig_kit.lab import gpu_needs, vocabulary
 from mig_kit.prompts import chat_messages, format_answer, format_box, parse_reply
 from mig_kit.sample import Sample
-from mig_kit.speed import gpu_needs
 
 LIMITS = {"shortest_edge": 3136, "longest_edge": 401408}
 TOWER_2_5 = dict(
@@ -84,7 +83,7 @@ def test_parameter_counts(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_lands_on_every_language_projection_and_nowhere_else(name):
     with torch.device("meta"):
-        model = get_peft_model(build_on_meta(name), training.lora_config(64, 128))
+        model = get_peft_model(build_on_meta(name), training.lora_config(64))
     layers = MODELS[name][1]["num_hidden_layers"]
     assert len(models.check_adapters(model)) == 7 * layers
     trained = [path for path, parameter in model.named_parameters() if parameter.requires_grad]

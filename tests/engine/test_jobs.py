@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from mig_kit import launchers
 from mig_kit.common import write_json
 from mig_kit.engine import jobs
+from mig_kit.pipeline import launchers
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def test_words_of_a_launcher(launcher, local, nodes, tmp_path):
     launch = jobs.plan_launch(launcher)
     assert (launch.local, launch.nodes) == (local, nodes)
     command = launch.command(tmp_path)
-    assert command[1:] == [*launcher.split()[1:], "-m", "mig_kit.stages.train", str(tmp_path)]
+    assert command[1:] == [*launcher.split()[1:], "-m", launchers.MODULE, str(tmp_path)]
     assert os.access(command[0], os.X_OK)
 
 

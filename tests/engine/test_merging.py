@@ -53,14 +53,14 @@ def test_a_weight_in_4_bit_takes_sixteen_values_of_each_block():
 
 def test_tensors_are_found_by_their_index_or_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
-        merging.open_tensors(tmp_path)
+        merging.locate_tensors(tmp_path)
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (tmp_path / merging.INDEX).write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="has no two.safetensors, which its index names"):
-        merging.open_tensors(tmp_path)
+        merging.locate_tensors(tmp_path)
     save_file({"b": torch.zeros(2)}, tmp_path / "two.safetensors")
-    source = merging.open_tensors(tmp_path)
+    source = merging.locate_tensors(tmp_path)
     assert merging.read_tensor(source, "old name of b", "b").tolist() == [0.0, 0.0]
     with pytest.raises(KeyError, match="the base has no tensor c"):
         merging.read_tensor(source, "c")

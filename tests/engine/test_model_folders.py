@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.build_base.tiny_base import save_base
 from mig_kit.engine import model_folders, models, training
+from mig_kit.lab.tiny_base import save_base
 from mig_kit.pipeline import hub
 from mig_kit.prompts import chat_messages
 from mig_kit.world.tasks import make_sample
@@ -105,12 +105,9 @@ def assert_names_the_stock_classes(folder: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", STOCK)
-def test_a_saved_model_names_its_familys_classes(saved, family):
+def test_a_saved_model_names_its_familys_classes_and_keeps_its_bases_files(saved, published,
+                                                                          family):
     assert_names_the_stock_classes(saved[family], family)
-
-
-@pytest.mark.parametrize("family", STOCK)
-def test_a_saved_model_keeps_its_bases_files(saved, published, family):
     names = UNTOUCHED + (("video_preprocessor_config.json",) if family == "qwen3_vl" else ())
     for name in names:
         assert (saved[family] / name).read_bytes() == (published[family] / name).read_bytes(), name
@@ -168,7 +165,7 @@ def test_a_folder_that_names_another_class_is_mended_by_saving(saved, float32, t
 
 def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model, processor,
                                                     tmp_path, stubs):
-    model = get_peft_model(random_model, training.lora_config(4, 8))
+    model = get_peft_model(random_model, training.lora_config(4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.1)
@@ -192,7 +189,7 @@ def test_an_adapter_finds_its_base_when_both_have_moved(random_folder, float32, 
                                                         monkeypatch, base, run):
     """The base lies in the same run, in the run that this one starts from, or in the project."""
     base = shutil.copytree(random_folder, tmp_path / "project" / base)
-    model = get_peft_model(models.load_model(base, float32), training.lora_config(4, 8))
+    model = get_peft_model(models.load_model(base, float32), training.lora_config(4))
     folder = tmp_path / "project" / "runs" / run / "05_grpo"
     folder.mkdir(parents=True)
     training.save_adapter(SimpleNamespace(model=model, is_world_process_zero=lambda: True), folder)

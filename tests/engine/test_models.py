@@ -52,14 +52,14 @@ def test_right_padding_is_refused(processor, samples):
 
 
 def test_lora_lands_on_the_language_model_only(random_model):
-    model = get_peft_model(random_model, training.lora_config(4, 8))
+    model = get_peft_model(random_model, training.lora_config(4))
     assert len(models.check_adapters(model)) == 14
 
 
 @pytest.mark.parametrize(("lora_targets", "names"), [
     ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}), ("gate_up", {"gate_proj", "up_proj"})])
 def test_lora_lands_on_what_is_asked_for(lora_targets, names, random_model):
-    model = get_peft_model(random_model, training.lora_config(4, 8, lora_targets=lora_targets))
+    model = get_peft_model(random_model, training.lora_config(4, lora_targets=lora_targets))
     adapted = models.check_adapters(model)
     assert {name.rpartition(".")[2] for name in adapted} == names
     assert len(adapted) == 2 * len(names)
@@ -77,7 +77,7 @@ def test_ranks_of_equal_size():
     help_line = stage_parameters("02_sft")["lora_r"].help
     ranks = re.findall(r"(\d+) on (\w+)", help_line)
     for rank, lora_targets in ranks:
-        config = training.lora_config(int(rank), 1, lora_targets=lora_targets)
+        config = training.lora_config(int(rank), lora_targets=lora_targets)
         adapted = get_peft_model(model, config)
         sizes[lora_targets], _ = adapted.get_nb_trainable_parameters()
         model = adapted.unload()
@@ -228,7 +228,7 @@ def test_relatives_load_in_normalized_coordinates_only(family, relatives, float3
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     assert side == {"qwen2_vl": 28, "qwen3_vl": 32}[family]
     model = models.load_model(folder, float32, four_bit=True)
-    assert len(models.check_adapters(get_peft_model(model, training.lora_config(4, 8)))) == 14
+    assert len(models.check_adapters(get_peft_model(model, training.lora_config(4)))) == 14
     assert type(model.model.visual).__module__.endswith(family)
 
 

@@ -16,13 +16,14 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, one_group
 from mig_kit.pipeline.dependencies import notebook_cells
 from mig_kit.pipeline.params import profile_params
+from mig_kit.shared_prefix import prompt_cache
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
 SETTINGS = {"num_generations": 8, "per_device_train_batch_size": 8, "max_completion_length": 8,
             "gradient_accumulation_steps": 1, "max_steps": 2, "save_steps": 2, "lora_r": 4,
-            "lora_alpha": 8, "launcher": "", "rollout_steps": 0, "learning_rate": 1e-3}
+            "launcher": "", "learning_rate": 1e-3}
 LENGTHS = (8, 3, 5, 8, 2, 7, 4, 6)
 LOSSES = ("dapo", "grpo", "dr_grpo")
 
@@ -76,7 +77,7 @@ def test_its_layers_are_checkpointed_as_in_the_training(make_lesson):
     """Else the graph of a whole group is kept: 10 GiB more for a 3B with two photos a prompt."""
     trainer, _, batch = make_lesson(gradient_checkpointing=True, dtype="float32")
     plain, _, _ = make_lesson(dtype="float32")
-    layer = models.unwrap_peft(trainer.model).model.language_model.layers[0]
+    layer = prompt_cache.unwrap_peft(trainer.model).model.language_model.layers[0]
     passes = []
     layer.self_attn.register_forward_hook(lambda *_: passes.append(1))
     logps = one_group.token_logps(trainer, batch)
@@ -177,7 +178,7 @@ def test_one_update_makes_good_replies_likelier(make_lesson):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    {"share_prefix": False}, {"num_iterations": 2, "epsilon": 0.1}, {"lora_dropout": 0.1},
+    {"share_prefix": False}, {"num_iterations": 2, "epsilon": 0.1},
     {"loss_type": "bnpo", "top_entropy_quantile": 0.5, "mask_truncated_completions": True},
     {"beta": 0.04, "gradient_checkpointing": True},
     {"micro_replies": 4, "server": "http://127.0.0.1:9"}])

@@ -19,8 +19,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
 from mig_kit.cli import cli
-from mig_kit.engine import generation, models, processors, sampling, training
+from mig_kit.engine import models, processors, sample_prompts, training
 from mig_kit.sample import Sample, Target
+from mig_kit.shared_prefix import generation
 from mig_kit.stages import evaluate, grpo, sft
 
 SIZES = [(1024, 768), (3000, 2000), (200, 150)]
@@ -101,12 +102,12 @@ def test_other_limits_hold_too(published, family, limits, photos):
     box_format = BoxFormat(*limits, coordinates=format_of(family).coordinates)
     processor = models.load_processor(published[family], box_format)
     grids = processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
-    processors.check_image_grids(processor, grids, SIZES, box_format)
+    processors.check_image_grids(processor, box_format, grids, SIZES)
 
 
 def test_rollouts_see_that_size(policy, family, sample):
     grids = record_grids(policy)
-    prompt = sampling.make_cache(policy).get([sample])[0]
+    prompt = sample_prompts.make_cache(policy).get([sample])[0]
     assert set(sizes_of(torch.cat(grids), family)) == set(SEEN[FACTORS[family]])
     tokens = sum(width * height // FACTORS[family] ** 2 for width, height in SEEN[FACTORS[family]])
     image_tokens = int((prompt.ids == policy.processor.image_token_id).sum())
@@ -115,7 +116,7 @@ def test_rollouts_see_that_size(policy, family, sample):
 
 def test_sft_sees_that_size(published, family, float32, sample, tmp_path):
     box_format = format_of(family)
-    lora = training.lora_config(4, 8)
+    lora = training.lora_config(4)
     policy = sft.load_qlora_policy(published[family], float32, box_format, lora, 0)
     table = sft.sft_rows([sample], ["<think></think>"], box_format)
     params = SimpleNamespace(
@@ -128,10 +129,11 @@ def test_sft_sees_that_size(published, family, float32, sample, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize(("family", "share_prefix"),
+                         [*((family, True) for family in FAMILIES), ("qwen3_vl", False)])
 def test_rl_sees_that_size(policy, family, sample, tmp_path, share_prefix, stage_params):
     params = stage_params(
-        "05_grpo", share_prefix=share_prefix, lora_r=4, lora_alpha=8, num_generations=4,
+        "05_grpo", share_prefix=share_prefix, lora_r=4, num_generations=4,
         per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=1,
         max_completion_length=4)
     grids = record_grids(policy)
@@ -281,17 +283,17 @@ def test_a_folder_that_resizes_otherwise_is_refused(published, tmp_path, setting
 def test_a_batch_that_was_resized_otherwise_is_refused(published, photos):
     processor = models.load_processor(published["qwen2_5_vl"], BoxFormat())
     grids = processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
-    processors.check_image_grids(processor, grids, SIZES, BoxFormat())
+    processors.check_image_grids(processor, BoxFormat(), grids, SIZES)
     with pytest.raises(ValueError, match="image 1 of 3000x2000 px reaches the model at 728x532 px"):
-        processors.check_image_grids(processor, grids, SIZES[1::-1] + SIZES[2:], BoxFormat())
+        processors.check_image_grids(processor, BoxFormat(), grids, SIZES[1::-1] + SIZES[2:])
     with pytest.raises(ValueError, match="3 images but 2 image grids"):
-        processors.check_image_grids(processor, grids[:2], SIZES, BoxFormat())
+        processors.check_image_grids(processor, BoxFormat(), grids[:2], SIZES)
     with pytest.raises(ValueError, match="max_pixels 200704"):
-        processors.check_image_grids(processor, grids, SIZES, BoxFormat(max_pixels=200704))
+        processors.check_image_grids(processor, BoxFormat(max_pixels=200704), grids, SIZES)
 
 
 def test_a_prompt_that_was_resized_otherwise_is_refused(published, float32, sample):
     policy = models.load_policy(published["qwen2_5_vl"], float32, BoxFormat())
     policy.processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": 602112}
     with pytest.raises(ValueError, match="image 1 of 1024x768 px reaches the model at 896x672 px"):
-        sampling.make_cache(policy).get([sample])
+        sample_prompts.make_cache(policy).get([sample])

@@ -17,10 +17,9 @@ from PIL import Image
 from rollout_server import RolloutServer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, sampling, server_process, stored_replies
+from mig_kit.engine import models, reply_files, server_process, stored_replies
 from mig_kit.engine.server import _load_generation_config, serve_model
 from mig_kit.engine.server_requests import PromptEncoder, check_prompt_ids
-from mig_kit.openai_client import parse_server
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -57,23 +56,10 @@ def start_server(random_folder, float32):
 
 def draw(server, folder, questions, random_folder, hardware, **changes):
     params = SimpleNamespace(server=server, concurrency=3)
-    with sampling.open_policy(random_folder, "sft", hardware, BOX_FORMAT, folder, params) as policy:
-        return sampling.sample_replies(policy, questions, folder / "replies.jsonl",
+    with reply_files.open_policy(random_folder, "sft", hardware, BOX_FORMAT, folder,
+                                 params) as policy:
+        return reply_files.sample_replies(policy, questions, folder / "replies.jsonl",
                                        **(DRAW | changes))
-
-
-@pytest.mark.parametrize("server, urls", [
-    ("http://a:8000/v1", ["http://a:8000/v1"]),
-    ("http://a:8000/v1, http://b/v1/ http://a:8000/v1", ["http://a:8000/v1", "http://b/v1"]),
-    ("vllm serve {model} --port {port}", [])])
-def test_a_server_is_addresses_or_a_command(server, urls):
-    assert parse_server(server) == urls
-
-
-@pytest.mark.parametrize("server", ["http://u:secret@a/v1", "vllm serve {model}", "serve", "a b"])
-def test_other_servers_are_refused(server):
-    with pytest.raises(ValueError, match="give addresses such as"):
-        parse_server(server)
 
 
 def test_no_proxy_stands_before_this_machines_own_servers(start_server, questions, tmp_path,
@@ -155,7 +141,7 @@ def test_a_server_that_is_dead_when_a_model_is_opened_is_left_out(
     draw(f"{dead.url},{healthy.url}", tmp_path, questions, random_folder, float32)
     assert len(healthy.bodies) == len(questions)
     output = capsys.readouterr().out
-    sentence = f"the server {dead.url} does not list its models (ConnectError)"
+    sentence = f"the server {dead.url} does not list its models: the connection failed"
     assert output.count(sentence) == 1 and "left out" in output
     with pytest.raises(RuntimeError, match="; start it first, or take it out of server"):
         draw(dead.url, tmp_path, questions, random_folder, float32)
@@ -226,7 +212,7 @@ def processes_with(mark):
             and process.info["status"] != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_transformers_own_server(tmp_path, float32, questions):
     server = Path(__file__).parents[1] / "transformers_server.py"
     command = f"{sys.executable} {server} {{model}} {{port}}"

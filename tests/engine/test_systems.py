@@ -4,21 +4,19 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import logprobs, models, sampling, systems
+from mig_kit.engine import models, reply_files, sample_prompts, systems
 from mig_kit.stages import report
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
 
 
-def test_replies_are_spread_over_the_samples_that_have_drawn_ones():
-    samples = list("abcdef")
-    answers = {"greedy": list("ABCDEF"), "drawn": [["1", "x"], ["2"], [], ["4"], ["5"], []]}
-    assert systems._spread_replies(samples, answers, 2) == [("a", "1"), ("d", "4")]
-    assert systems._spread_replies(samples, answers, 9) == [
+def test_replies_are_spread_over_the_samples_that_have_drawn_ones(monkeypatch):
+    samples, drawn = list("abcdef"), [["1", "x"], ["2"], [], ["4"], ["5"], []]
+    assert systems._spread_replies(samples, drawn) == [
         ("a", "1"), ("b", "2"), ("d", "4"), ("e", "5")]
-    answers["drawn"] = [[]] * 6
-    assert systems._spread_replies(samples, answers, 2) == [("a", "A"), ("d", "D")]
+    monkeypatch.setattr(systems, "KL_SAMPLES", 2)
+    assert systems._spread_replies(samples, drawn) == [("a", "1"), ("d", "4")]
 
 
 def test_caches_of_all_suites_share_one_limit_in_bytes(tmp_path, random_folder, float32,
@@ -43,23 +41,26 @@ def test_kl_by_hand():
 
 @pytest.mark.slow
 def test_a_system_that_has_moved_is_away_from_the_base(tmp_path, random_folder, random_policy,
-                                                       float32):
+                                                       float32, monkeypatch):
+    monkeypatch.setattr(systems, "KL_SAMPLES", 4)
     torch.manual_seed(0)
     for parameter in random_policy.model.model.language_model.layers.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter) * parameter.std()
     models.save_model(random_policy.model, random_policy.processor, tmp_path / "sft", random_folder)
     samples = {"mig_bench": [make_sample("diff", "test", i) for i in range(6)]}
     options = {"replies": 1, "temperature": 1.0, "max_new_tokens": 8, "batch_size": 6, "seed": 0}
-    drawn = sampling.sample_replies(random_policy, samples["mig_bench"], tmp_path / "drawn.jsonl",
+    drawn = reply_files.sample_replies(random_policy, samples["mig_bench"],
+                                       tmp_path / "drawn.jsonl",
                                     **options)
     texts = [drawn[sample.id] for sample in samples["mig_bench"]]
     replies = {name: {"mig_bench": {"greedy": [""] * 6, "drawn": texts}}
                for name in ("base", "sft", "grpo")}
     folders = {"base": random_folder, "sft": tmp_path / "sft", "grpo": random_folder}
-    kl = systems.kl_from_base(folders, samples, replies, 4, float32, BOX_FORMAT)
+    kl = systems.kl_from_base(folders, samples, replies, float32, BOX_FORMAT)
     assert kl["grpo"]["mig_bench"]["per_token"] == 0 and "base" not in kl
-    rows = systems._spread_replies(samples["mig_bench"], replies["sft"]["mig_bench"], 4)
-    own, base = (logprobs.reply_logps(models.load_model(folder, float32), random_policy.processor,
+    rows = systems._spread_replies(samples["mig_bench"], replies["sft"]["mig_bench"]["drawn"])
+    own, base = (sample_prompts.reply_logps(models.load_model(folder, float32),
+                                            random_policy.processor,
                                       [sample for sample, _ in rows], [text for _, text in rows],
                                       BOX_FORMAT)
                  for folder in (tmp_path / "sft", random_folder))

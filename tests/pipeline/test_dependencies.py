@@ -7,24 +7,36 @@ import shutil
 
 import pytest
 
-from mig_kit.common import PACKAGE, PROJECT_ROOT
+from mig_kit.common import NOTEBOOKS, PACKAGE
 from mig_kit.pipeline import dependencies, store
+from mig_kit.pipeline.joint_rules import KIT_REWARDS
+
+
+@pytest.fixture(scope="module")
+def copied_project(tmp_path_factory):
+    """A copy of the package and the notebooks."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(PACKAGE, folder / "mig_kit",
+                    ignore=shutil.ignore_patterns("tiny_base", "__pycache__"))
+    shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns("guide"))
+    return folder
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A copy of the package and the notebooks whose code is looked at."""
-    shutil.copytree(PACKAGE, tmp_path / "mig_kit",
-                    ignore=shutil.ignore_patterns("tiny_base", "__pycache__"))
-    shutil.copytree(PROJECT_ROOT / "notebooks", tmp_path / "notebooks")
-    monkeypatch.setattr(dependencies, "PACKAGE", tmp_path / "mig_kit")
-    monkeypatch.setattr(dependencies, "PROJECT_ROOT", tmp_path)
-    return tmp_path
+def project(copied_project, monkeypatch):
+    """The copy, whose code is looked at; what a test changes in it is put back."""
+    monkeypatch.setattr(dependencies, "PACKAGE", copied_project / "mig_kit")
+    monkeypatch.setattr(dependencies, "NOTEBOOKS", copied_project / "notebooks")
+    yield copied_project
+    for folder, original in (("mig_kit", PACKAGE), ("notebooks", NOTEBOOKS)):
+        for path in (copied_project / folder).rglob("*.*"):
+            source = original / path.relative_to(copied_project / folder)
+            if path.is_file() and path.stat().st_mtime_ns != source.stat().st_mtime_ns:
+                shutil.copy2(source, path)
 
 
-def code_of_stages():
-    return {stage: (dependencies.used_definitions(stage), dependencies.notebook_code(stage))
-            for stage in store.RECIPE}
+def code_of_stages(rewards=KIT_REWARDS):
+    return {stage: dependencies.describe_code(stage, rewards)["code"] for stage in store.RECIPE}
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +47,13 @@ def unchanged_code():
 
 @pytest.fixture
 def stale_after(unchanged_code, project):
-    """Call it with a change of the project: the stages of the recipe whose code is now another."""
+    """Call it with a change of the project: the numbers of the stages whose code is now another."""
     def compare(change, *arguments) -> set[str]:
         change(project, *arguments)
         code = code_of_stages()
-        return {stage for stage in store.RECIPE if code[stage] != unchanged_code[stage]}
+        return {stage[:2] for stage in store.RECIPE if code[stage] != unchanged_code[stage]}
 
     return compare
-
-
-def test_a_copy_of_the_project_has_the_same_code(stale_after):
-    assert stale_after(lambda project: None) == set()
 
 
 def change_definition(project, name):
@@ -72,55 +80,31 @@ def change_text(project, path, pattern, replacement):
     file.write_text(text)
 
 
-def test_a_template_makes_its_stage_stale(stale_after):
-    template = "mig_kit/stages/report.html.jinja"
-    assert stale_after(change_text, template, "</", " </") == {"07_report"}
-
-
 # what a researcher changes, and the number of every stage that uses it
-USERS_OF_TEXT = (
-    ("a colour", "mig_kit/palette.py", "#0072B2", "07"),
-    ("the wording of the prompt", "mig_kit/prompts.py", "Think in", "01 02 03 04 05 06 07"),
-    ("what a model teacher is told", "mig_kit/data/teacher_prompt.py", "You are", "01"),
-    ("the words of a comparison", "mig_kit/stages/report.py", "RL over SFT", "07"),
-)
-USERS_OF_FUNCTION = (
-    ("format_reward", "05 07"), ("image_reward", "05 07"), ("choice_reward", "05 07"),
-    ("box_reward", "05 07"), ("names_letter", "04 05 06 07"),
-    ("names_target_image", "05 06 07"), ("reply_iou", "01 04 05 06 07"),
-    ("cites_only_existing_images", "05 07"),
-    ("keep_good_traces", "01"), ("pass_at_k", "04 06"), ("bootstrap_interval", "06 07"),
-    ("plot_curves", "07"), ("stage_folder", "07"))
+@pytest.mark.parametrize(("path", "text", "stages"), [
+    ("drawing/palette.py", "#0072B2", "07"), ("stages/report.html.jinja", "</div", "07"),
+    ("prompts.py", "Think in", "01 02 03 04 05 06 07"), ("data/teacher_prompt.py", "You are", "01"),
+    ("stages/report.py", "RL over SFT", "07")])
+def test_a_changed_text_makes_exactly_its_users_stale(stale_after, path, text, stages):
+    stale = stale_after(change_text, f"mig_kit/{path}", re.escape(text), f"{text[:-1]}_")
+    assert stale == set(stages.split())
 
 
-@pytest.mark.parametrize(("label", "path", "text", "stages"), USERS_OF_TEXT)
-def test_a_changed_text_makes_exactly_its_users_stale(stale_after, label, path, text, stages):
-    stale = stale_after(change_text, path, re.escape(text), f"{text[:-1]}_")
-    assert {stage[:2] for stage in stale} == set(stages.split())
-
-
-@pytest.mark.parametrize(("name", "stages"), USERS_OF_FUNCTION)
+@pytest.mark.parametrize(("name", "stages"), [
+    ("format_reward", "05 07"), ("box_reward", "05 07"), ("names_letter", "04 05 06 07"),
+    ("image_set_iou", "01 05 06 07"), ("reply_iou", "01 04 05 06 07"),
+    ("cites_only_existing_images", "05 07"), ("keep_good_traces", "01"), ("pass_at_k", "04 06"),
+    ("bootstrap_interval", "06 07"), ("plot_curves", "07"), ("stage_folder", "")])
 def test_a_changed_function_makes_exactly_its_users_stale(stale_after, name, stages):
-    stale = stale_after(change_definition, name)
-    assert {stage[:2] for stage in stale} == set(stages.split())
+    assert stale_after(change_definition, name) == set(stages.split())
 
 
-@pytest.mark.parametrize("name", [
-    "load_qlora_policy", "CompletionLossTrainer", "load_policy", "StillImageProcessor",
-    "train_or_resume", "pad_to_multiple", "attention", "chat_messages", "smart_resize"])
-def test_fine_tuning_is_stale_when_code_that_it_uses_has_changed(stale_after, name):
-    assert "02_sft" in stale_after(change_definition, name)
-
-
-@pytest.mark.parametrize("name", [
-    "grpo_trainer", "merge_adapter", "reply_iou", "check_box_coordinates", "begin_stage"])
-def test_fine_tuning_is_not_stale_when_other_code_has_changed(stale_after, name):
-    assert "02_sft" not in stale_after(change_definition, name)
-
-
-def test_a_scene_drawn_otherwise_makes_the_data_stale(stale_after):
-    stale = stale_after(change_definition, "draw_scene")
-    assert "01_synthesize" in stale and not stale & {"02_sft", "03_merge", "05_grpo"}
+@pytest.mark.parametrize(("is_used", "name"), [
+    (True, "load_qlora_policy"), (True, "CompletionLossTrainer"), (True, "pad_to_multiple"),
+    (True, "attention"), (True, "smart_resize"), (False, "grpo_trainer"),
+    (False, "merge_in_memory"), (False, "check_box_coordinates"), (False, "render_scene")])
+def test_fine_tuning_is_stale_when_code_that_it_uses_has_changed(stale_after, is_used, name):
+    assert ("02" in stale_after(change_definition, name)) == is_used
 
 
 def test_docstrings_comments_and_layout_do_not_count(stale_after):
@@ -145,45 +129,140 @@ def change_cell(project, stage, old, new):
     raise AssertionError(f"{stage} has no cell with {old}")
 
 
-def test_code_of_a_notebook_counts_but_not_its_comments_and_defaults(stale_after):
-    assert stale_after(change_cell, "02_sft", "\n\nstage, p =", "\n# why\nstage, p =") == set()
-    assert stale_after(change_cell, "02_sft", "lora_r: int = 32", "lora_r: int = 16") == set()
-    assert stale_after(change_cell, "02_sft", "samples[:64]", "samples[:32]") == {"02_sft"}
+@pytest.mark.parametrize(("number", "old", "new", "stages"), [
+    ("02", "\n\nstage, p =", "\n# why\nstage, p =", ""),
+    ("02", "lora_r: int = 32", "lora_r: int = 16", ""),
+    ("02", "samples[:64]", "samples[:32]", ""),  # of a cell tagged lesson
+    ("05", "smooth=10", "smooth=9", ""),  # of a cell tagged picture
+    ("05", "training_curves(state", "training_curves(the_state", "05")])
+def test_code_of_a_notebook_counts_but_not_its_comments_and_defaults(stale_after, number, old, new,
+                                                                     stages):
+    stage = next(stage for stage in store.RECIPE if stage.startswith(number))
+    assert stale_after(change_cell, stage, old, new) == set(stages.split())
 
 
-def write_small_project(folder, modules, cell):
-    (folder / "mig_kit").mkdir()
-    (folder / "notebooks").mkdir()
-    for name, text in modules.items():
-        (folder / "mig_kit" / f"{name}.py").write_text(text)
-    cells = [{"cell_type": "markdown", "source": ["from mig_kit.a import unused"], "metadata": {}},
-             {"cell_type": "code", "source": [cell], "metadata": {}}]
-    (folder / "notebooks" / "01_small.ipynb").write_text(json.dumps({"cells": cells}))
+def test_a_reward_that_is_not_chosen_makes_nothing_stale(unchanged_code, project):
+    def stale_with(rewards):
+        code = code_of_stages(rewards)
+        return {stage[:2] for stage in store.RECIPE if code[stage] != unchanged[stage]}
+
+    unchanged = code_of_stages(("box", "mine.py:center"))
+    change_text(project, "mig_kit/rewards.py", '"choice": choice_reward', '"choice": None')
+    change_definition(project, "image_reward")
+    assert stale_with(("box", "mine.py:center")) == set()
+    change_definition(project, "box_reward")
+    assert stale_with(("box", "mine.py:center")) == {"05", "07"}
 
 
-def test_used_definitions_of_a_small_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(dependencies, "PACKAGE", tmp_path / "mig_kit")
-    monkeypatch.setattr(dependencies, "PROJECT_ROOT", tmp_path)
-    write_small_project(tmp_path, {
+def test_the_kits_rewards_are_a_dictionary_of_which_entries_are_chosen():
+    names = dependencies.describe_code("05_grpo", KIT_REWARDS)["definition"]
+    for name in KIT_REWARDS:
+        assert f"mig_kit.rewards.REWARDS[{name}]" in names
+
+
+def test_what_is_not_part_of_a_key_exists():
+    for name in dependencies.NOT_PART_OF_A_KEY:
+        path = PACKAGE.joinpath(*name.split(".")[1:])
+        assert path.is_dir() or path.with_suffix(".py").is_file(), f"{name} was renamed"
+
+
+def assigned_and_used(cell):
+    """(names that a cell assigns, names that it takes from earlier cells)."""
+    assigned, used = set(), set()
+    for statement in dependencies._parse("".join(cell["source"])).body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        stored = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+        is_simple = isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign)
+        local = {node.id for node in ast.walk(statement.value) if isinstance(node, ast.Name)
+                 and not isinstance(node.ctx, ast.Load)} if is_simple else stored
+        used |= {node.id for node in names if isinstance(node.ctx, ast.Load)} - local - assigned
+        assigned |= stored | {alias.asname or alias.name for node in ast.walk(statement)
+                              if isinstance(node, ast.Import | ast.ImportFrom)
+                              for alias in node.names}
+        assigned |= {node.name for node in ast.walk(statement)
+                     if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return assigned, used
+
+
+@pytest.mark.parametrize("stage", store.STAGES)
+def test_no_cell_that_counts_uses_what_a_picture_or_a_lesson_assigns(stage):
+    outside = {}  # name -> the cell outside the key that assigned it last
+    for cell in dependencies.notebook_cells(stage):
+        assigned, used = assigned_and_used(cell)
+        tags = set(cell["metadata"].get("tags", ()))
+        if tags & {"picture", "lesson"}:
+            outside |= dict.fromkeys(assigned, cell["id"])
+            assert not re.search(r"\b(finish|write_(text|json|samples)|save|savefig|unlink)\(",
+                                 "".join(cell["source"])), "a result of the stage"
+            continue
+        if "parameters" not in tags:
+            wrong = {name: outside[name] for name in used & outside.keys()}
+            assert not wrong, f"cell {cell['id']} uses what cells outside the key assign: {wrong}"
+        outside = {name: number for name, number in outside.items() if name not in assigned}
+
+
+@pytest.fixture
+def describe_small(tmp_path, monkeypatch):
+    """Call it with modules and a cell: `describe_code` of a package and a notebook of these."""
+    def describe(modules, cell):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        (folder / "mig_kit").mkdir(parents=True)
+        monkeypatch.setattr(dependencies, "PACKAGE", folder / "mig_kit")
+        monkeypatch.setattr(dependencies, "NOTEBOOKS", folder)
+        for name, text in modules.items():
+            (folder / "mig_kit" / f"{name}.py").write_text(text)
+        cells = [{"cell_type": "markdown", "source": ["from mig_kit.a import unused"],
+                  "metadata": {}},
+                 {"cell_type": "code", "source": [cell], "metadata": {}},
+                 {"cell_type": "code", "source": ["b.drawn()"], "metadata": {"tags": ["picture"]}}]
+        (folder / "01_small.ipynb").write_text(json.dumps({"cells": cells}))
+        return dependencies.describe_code("01_small", ())
+
+    return describe
+
+
+def test_used_definitions_of_a_small_package(describe_small):
+    modules = {
         "a": '"""A module."""\nfrom mig_kit import b\nfrom mig_kit.c import passed_on\n'
              "SIZE, OTHER = 1, 2\ndef used():\n    return b.helper(SIZE)\n"
              "def unused():\n    return b.other_helper()\n",
         "b": "TABLE = {}\ndef helper(n):\n    from mig_kit.c import late\n    return late(TABLE)\n"
              "def other_helper():\n    pass\nTABLE['x'] = 1\n",
         "c": "from library import register\ndef late(n):\n    return n\ndef passed_on():\n"
-             "    return 3\ndef hook():\n    pass\nregister(hook)\n",
-    }, "%matplotlib inline\nfrom mig_kit import a\nfor x in a.used():\n    a.passed_on(await x)")
-    assert list(dependencies.used_definitions("01_small")) == [
-        "mig_kit.a.OTHER", "mig_kit.a.SIZE", "mig_kit.a.passed_on", "mig_kit.a.used",
-        "mig_kit.b.TABLE", "mig_kit.b.helper", "mig_kit.c.<body>", "mig_kit.c.hook",
-        "mig_kit.c.late", "mig_kit.c.passed_on"]
+             "    return 3\ndef hook():\n    pass\nregister(hook)\n"}
+    cell = "%matplotlib inline\nfrom mig_kit import a\nfor x in a.used():\n    a.passed_on(await x)"
+    assert list(describe_small(modules, cell)["definition"]) == [
+        "mig_kit.a.OTHER", "mig_kit.a.SIZE", "mig_kit.a.used", "mig_kit.b.TABLE",
+        "mig_kit.b.helper", "mig_kit.c.<body>", "mig_kit.c.hook", "mig_kit.c.late",
+        "mig_kit.c.passed_on"]
+
+
+def test_moving_and_renaming_modules_makes_nothing_stale(describe_small):
+    used = "def used(n):\n    from mig_kit.{} import late\n    return {}helper(late(n))\n"
+    helper, late = "def helper(n):\n    return n\n", "def late(n):\n    return n + 1\n"
+    before = describe_small({"a": f"from mig_kit import b\n{used.format('c', 'b.')}", "b": helper,
+                             "c": late}, "from mig_kit import a\nx = a.used(2)")
+    moved = {"x": f"from mig_kit.y import helper\n{used.format('y', '')}", "y": helper + late}
+    after = describe_small(moved, "from mig_kit.x import used as use\n\nx = use(2)")
+    assert after["code"] == before["code"] and after["definition"] != before["definition"]
+    changed = {**moved, "y": helper + late.replace("1", "2")}
+    assert describe_small(changed, "from mig_kit import x as a\nx = a.used(2)")["code"] != (
+        before["code"])
+
+
+def test_another_function_of_the_same_name_counts(describe_small):
+    modules = {"a": "def f():\n    return 1\n", "b": "def f():\n    return 2\n"}
+    codes = {describe_small(
+        modules | {"c": f"from mig_kit import a, b\ndef g():\n    return {text}\n"},
+        "from mig_kit import a, b, c\nc.g()\nx = a.f() + b.f()")["code"]
+        for text in ("a.f() + b.f()", "b.f() + a.f()", "a.f() + a.f()")}
+    assert len(codes) == 2, "the order of two calls of one name alone is not told apart"
 
 
 @pytest.mark.parametrize("stage", store.STAGES)
 def test_every_name_that_a_notebook_takes_from_the_kit_exists(stage):
     source = "\n".join("".join(cell["source"]) for cell in dependencies.notebook_cells(stage))
-    tree = dependencies._parse(source)
-    references = dependencies._references(tree, dependencies._imports(tree))
+    _, references = dependencies._resolve(dependencies._parse(source), {})
     missing = [f"{module}.{name}" for module, name in sorted(references)
                if name not in dependencies._definitions(dependencies._module_path(module))]
     assert references and not missing

@@ -38,8 +38,8 @@ def own(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
     export(tmp_path / "data", "red")
     return profile_params("01_synthesize") | {
-        "run_id": "a", "data": "own", "teacher": "none",
-        "data_file": str(tmp_path / "data/mine.jsonl"), "data_shares": [0.0, 0.5, 0.5]}
+        "run_id": "a", "data": str(tmp_path / "data/mine.jsonl"), "teacher": "none",
+        "data_shares": [0.0, 0.5, 0.5]}
 
 
 def synthesize(params):
@@ -84,7 +84,6 @@ def test_a_touch_a_copy_and_what_no_question_names_change_nothing(own, tmp_path,
     for path in (tmp_path / "data/images").iterdir():
         path.unlink()
     assert fingerprints.image_fingerprint(own) == key, "01 has stored what it needs"
-    assert fingerprints.image_fingerprint(own | {"data_limit": 3}) != key
     assert fingerprints.image_fingerprint(own | {"data": "scenes"}) == ""
 
 
@@ -103,20 +102,6 @@ def test_a_damaged_cache_and_odd_lines_are_no_error(own, tmp_path):
     fingerprints.image_fingerprint(own)
 
 
-def test_a_benchmarks_images_count_too(own, tmp_path):
-    record = {"task": "diff", "images": ["0a.png", "1a.png"], "answer": [0, 0, 0.5, 0.5],
-              "question": "Give me their difference."}
-    (tmp_path / "mig.json").write_text(json.dumps([record]))
-    values = profile_params("06_evaluate") | {
-        "benchmark": "mig_bench", "annotations_file": str(tmp_path / "mig.json"),
-        "image_root": str(tmp_path / "data/images")}
-    before = fingerprints.hash_named_files(values)
-    export(tmp_path / "data", "blue")
-    after = fingerprints.hash_named_files(values)
-    assert before["annotations_file"] == after["annotations_file"]
-    assert before["images"] != after["images"]
-
-
 def test_a_large_set_counts_by_size_and_time(own, tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "LARGE_SET", 100)
     monkeypatch.setattr(fingerprints, "file_sha256", None)
@@ -129,7 +114,7 @@ def test_a_large_set_counts_by_size_and_time(own, tmp_path, monkeypatch):
 def test_a_list_of_questions_is_read_as_lines_are(own, tmp_path):
     lines = (tmp_path / "data/mine.jsonl").read_text().splitlines()
     (tmp_path / "data/mine.json").write_text(f"[{', '.join(lines)}]")
-    as_list = own | {"data_file": str(tmp_path / "data/mine.json")}
+    as_list = own | {"data": str(tmp_path / "data/mine.json")}
     assert fingerprints.image_fingerprint(as_list) == fingerprints.image_fingerprint(own)
 
 

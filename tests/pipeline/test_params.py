@@ -3,9 +3,11 @@
 import pytest
 
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.pipeline import params, store
-from mig_kit.pipeline.execute import choose_params, parse_overrides
-from mig_kit.speed import gpu_needs
+from mig_kit.pipeline import params, store, trl_settings
+from mig_kit.pipeline.joint_rules import params_text, validate_params
+from mig_kit.pipeline.plan import choose_params, parse_overrides
+from mig_kit.world.free_form import FREE_FORM
+from mig_kit.world.tasks import TASKS
 
 PROFILE_FILES = sorted((PROJECT_ROOT / "params").glob("*/*.yaml"))
 
@@ -16,7 +18,7 @@ def test_every_parameter_has_a_default_and_a_line_of_help(stage):
     assert parameters["run_id"].default == "default"
     assert all(parameter.help for parameter in parameters.values())
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    assert params.profile_params(stage) == defaults == params.validate_params({}, stage)
+    assert params.profile_params(stage) == defaults == validate_params({}, stage)
 
 
 @pytest.mark.parametrize("path", PROFILE_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -38,38 +40,40 @@ def test_what_holds_for_the_whole_run_is_set_in_one_stage():
 def test_full_profiles_keep_a_gpu_busy_and_learn_from_the_first_updates(profile):
     sft, sampling, grpo, evaluate = (params.profile_params(stage, profile) for stage in (
         "02_sft", "04_rejection_sampling", "05_grpo", "06_evaluate"))
-    assert sft["learning_rate"] == 1e-4 and grpo["lora_dropout"] == 0
+    assert sft["learning_rate"] == 1e-4
     if not profile.endswith("_own"):
-        rows = gpu_needs.count_work(gpu_needs.read_profile(profile))["02_sft"]
+        synthesize = params.profile_params("01_synthesize", profile)
+        traces = (len(TASKS) * synthesize["cot_per_task"]
+                  + len(FREE_FORM) * synthesize["free_form_per_task"])
+        rows = min(traces, sft["max_samples"] or traces) * sft["num_train_epochs"]
         updates = rows / sft["per_device_train_batch_size"] / sft["gradient_accumulation_steps"]
         assert 0.04 < sft["warmup_steps"] / updates < 0.06
-    assert min(sampling["batch_size"], evaluate["batch_size"]) >= 32
     assert sft["launcher"] == grpo["launcher"] == ""
     assert {values["device"] for values in (sft, sampling, grpo, evaluate)} == {"cuda"}
 
 
 def test_unknown_and_mistyped_parameters():
     with pytest.raises(KeyError, match="05_grpo has no parameter .*did you mean 'num_generations'"):
-        params.validate_params({"num_generation": 4}, "05_grpo")
+        validate_params({"num_generation": 4}, "05_grpo")
     with pytest.raises(TypeError, match="is 'many', a str; it must be an int, 2 or more"):
-        params.validate_params({"num_generations": "many"}, "05_grpo")
+        validate_params({"num_generations": "many"}, "05_grpo")
     with pytest.raises(TypeError, match="'share_prefix' is 1, an int; it must be true or false"):
-        params.validate_params({"share_prefix": 1}, "05_grpo")
-    assert type(params.validate_params({"beta": 1}, "05_grpo")["beta"]) is float
+        validate_params({"share_prefix": 1}, "05_grpo")
+    assert type(validate_params({"beta": 1}, "05_grpo")["beta"]) is float
     with pytest.raises(FileNotFoundError, match="the profiles are tiny, .*smoke"):
         params.profile_params("05_grpo", "huge")
 
 
 def test_a_number_without_a_point_is_a_number():
-    values = params.validate_params({"learning_rate": "1e-5"}, "05_grpo")
+    values = validate_params({"learning_rate": "1e-5"}, "05_grpo")
     assert values["learning_rate"] == 1e-5
     with pytest.raises(TypeError, match="must be a float, above 0"):
-        params.validate_params({"learning_rate": "small"}, "05_grpo")
+        validate_params({"learning_rate": "small"}, "05_grpo")
 
 
 def test_a_mapping_changes_only_what_it_names(tmp_path):
     weights = params.profile_params("05_grpo")["reward_weights"]
-    values = params.validate_params({"reward_weights": {"box": "5e-1"}}, "05_grpo")
+    values = validate_params({"reward_weights": {"box": "5e-1"}}, "05_grpo")
     assert values["reward_weights"] == {**weights, "box": 0.5}
     assert list(values["reward_weights"]) == list(weights)
     overrides = parse_overrides((("reward_weights", "{box: 2}"),), ["05_grpo"])
@@ -86,23 +90,23 @@ def test_a_mapping_changes_only_what_it_names(tmp_path):
 def test_weights_that_are_no_mapping_are_one_sentence(weights):
     sentence = "it must map names to numbers, as {format: 0.2, image: 0.3, box: 1.0, choice: 1.3}"
     with pytest.raises(TypeError, match=sentence):
-        params.validate_params({"reward_weights": weights}, "05_grpo")
+        validate_params({"reward_weights": weights}, "05_grpo")
 
 
 def test_items_of_a_list_have_its_type():
-    values = params.validate_params({"detail_mix": [1, "5e-1", 0]}, "01_synthesize")
-    assert values["detail_mix"] == [1.0, 0.5, 0.0]
+    values = validate_params({"data_shares": [0, "5e-1", 0.5]}, "01_synthesize")
+    assert values["data_shares"] == [0.0, 0.5, 0.5]
     for stage, name, value, sentence in (
-            ("01_synthesize", "detail_mix", [1, "a", 0], "a list of 3 numbers, each 0 or more"),
-            ("08_benchmark", "sweep_images", [1.5], "a list of numbers, each 1 to 8"),
+            ("01_synthesize", "data_shares", [1, "a", 0], "a list of 3 numbers, each 0 to 1"),
+            ("90_tiny_base", "rows", [1.5, 2], "a list of 2 numbers, each 1 or more"),
             ("09_compare", "groups", [1], "a list of name=run,run"),
             ("09_compare", "groups", "a", "is 'a', a str; it must be a list of name=run,run")):
         with pytest.raises(TypeError, match=sentence):
-            params.validate_params({name: value}, stage)
+            validate_params({name: value}, stage)
 
 
 def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
-    lines = params.params_text("05_grpo", "smoke").splitlines()
+    lines = params_text("05_grpo", "smoke").splitlines()
     named = {line.partition(": ")[0]: number for number, line in enumerate(lines) if line[0] > "#"}
     assert list(named) == list(params.stage_parameters("05_grpo"))
     by_name = {name: lines[number] for name, number in named.items()}
@@ -112,10 +116,45 @@ def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
     assert by_name["rewards"].startswith("rewards: [format, image, box, choice]  # ")
     assert by_name["max_steps"] == "max_steps: 2  # updates (tiny: 125)"
     assert lines[named["max_steps"] + 1] == "    # an int, 1 or more"
-    assert lines[named["lora_dropout"] + 1] == "    # a float, 0 to below 1"
+    assert by_name["num_iterations"] == (
+        "num_iterations: 1  # updates that learn from the same replies")
+    assert lines[named["num_iterations"] + 1] == "    # an int, 1 or more"
     assert lines[named["scale_rewards"] + 1] == "    # one of batch, group, none"
     assert any("prompts_of_04: an update cannot use more prompts" in line for line in lines)
-    assert not any("prompts_of_04" in line for line in params.params_text("02_sft").splitlines())
+    assert not any("prompts_of_04" in line for line in params_text("02_sft").splitlines())
+
+
+def test_settings_of_trl_count_as_parameters():
+    """Those of the mapping `trl`, directly or in it, and any other of the config class in it."""
+    defaults = validate_params({}, "05_grpo")
+    assert (defaults["warmup_steps"], defaults["num_iterations"]) == (5, 1)
+    assert params.GROUP not in defaults
+    for values in ({"num_iterations": 2, "top_p": 0.9},
+                   {"trl": {"num_iterations": 2, "top_p": "9e-1"}},
+                   {"trl": {"num_iterations": 3, "top_p": 0.9}, "num_iterations": 2}):
+        assert validate_params(values, "05_grpo") == defaults | {
+            "num_iterations": 2, "top_p": 0.9}
+    for values, sentence in (
+            ({"epsilon": 0.1}, "so neither has anything to clip"), ({"num_iterations": 0}, "1 or"),
+            ({"top_p": "all"}, "'top_p' is 'all', a str; it must be a float"),
+            ({"top_q": 1}, "05_grpo has no parameter 'top_q'")):
+        with pytest.raises((KeyError, TypeError, ValueError), match=sentence):
+            validate_params({"trl": values}, "05_grpo")
+
+
+def test_a_cell_may_hold_any_setting_of_trl(monkeypatch):
+    cell = {"metadata": {"tags": ["parameters"]},
+            "source": 'trl: dict = {"top_p": 0.9, "num_iterations": 2}  # of GRPOConfig'}
+    monkeypatch.setattr(params, "notebook_cells", lambda stage: [cell])
+    parameters = params.stage_parameters("05_grpo")
+    assert parameters["top_p"] == params.Parameter(0.9, "of GRPOConfig")
+    assert (parameters["num_iterations"].default, parameters["epsilon"].default) == (2, 0.2)
+
+
+def test_the_settings_that_the_kit_knows_have_the_defaults_of_trl():
+    for stage, settings in trl_settings.SETTINGS.items():
+        for name, default in settings.items():
+            assert default == (trl_settings.find_trl_default(name, stage) or 0), name
 
 
 def test_hostile_parameter_files(tmp_path):

@@ -7,22 +7,21 @@ import pytest
 
 from mig_kit.common import write_json
 from mig_kit.pipeline import fingerprints, reuse, run_folders
-from mig_kit.pipeline.params import validate_params
+from mig_kit.pipeline.joint_rules import validate_params
 
 FILES = [f"{system}_{rest}.jsonl" for system in ("base", "sft", "sft_long")
-         for rest in ("mmiu_greedy", "mmiu_drawn", "real_mig_bench")]
+         for rest in ("mmiu_greedy", "mmiu_drawn")]
 GREEDY = {name for name in FILES if not name.endswith("_drawn.jsonl")}
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A folder of runs, "a" and its branch "b", and of model folders and an annotation file."""
+    """A folder of runs, "a" and its branch "b", and of model folders."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(fingerprints, "image_fingerprint", lambda params: "")  # no questions here
     for system in ("base", "sft", "sft_long"):
         (tmp_path / system).mkdir()
         (tmp_path / system / "model.safetensors").write_text(system)
-    (tmp_path / "notes.json").write_text("[]")
     (tmp_path / "runs" / "a" / "05_grpo").mkdir(parents=True)
     (tmp_path / "runs" / "b").mkdir()
     write_json(tmp_path / "runs" / "a" / "05_grpo" / "run.json", {"key": "5", "outputs": {}})
@@ -34,13 +33,12 @@ def root(tmp_path, monkeypatch):
 def take(root, run_id, hardware="a CPU", **params):
     """`take_replies` as 06 of the run calls it; "a" then leaves FILES and finishes."""
     folder = root / "runs" / run_id / "06_evaluate"
-    annotations = {"benchmark": "mig_bench", "annotations_file": str(root / "notes.json")}
     stage = SimpleNamespace(
         name="06_evaluate", run_id=run_id, folder=folder,
         inputs={"01_synthesize": {"val.parquet": "1"}},
-        params=validate_params({"run_id": run_id, **annotations, **params}, "06_evaluate"))
+        params=validate_params({"run_id": run_id, **params}, "06_evaluate"))
     models = {system: root / system for system in ("base", "sft", "sft_long")}
-    taken = reuse.take_replies(stage, models, hardware, ("mmiu", "real"))
+    taken = reuse.take_replies(stage, models, hardware, ("mmiu",))
     if run_id == "a":
         for name in FILES:
             if params.get("replies", 8) or name in GREEDY:
@@ -58,7 +56,7 @@ def list_copied(root):
 
 def test_all_replies_of_equal_models_are_taken(root):
     assert take(root, "a") == {}
-    taken = take(root, "b", kl_samples=3)
+    taken = take(root, "b")
     assert taken == {f"{system} {kind}": "a" for system in ("base", "sft", "sft_long")
                      for kind in ("greedy", "drawn")}
     assert list_copied(root) == set(FILES)
@@ -74,19 +72,17 @@ def test_greedy_replies_do_not_follow_from_what_draws_others(root, first, then):
 
 
 @pytest.mark.parametrize("changed", [
-    {"eval_seed": 3}, {"max_new_tokens": 20}, {"mmiu_per_task": 7}, {"benchmark_limit": 5},
+    {"eval_seed": 3}, {"max_new_tokens": 20}, {"mmiu_per_task": 7},
     {"hardware": "a GPU"}, {"server": "http://127.0.0.1:1"}])
 def test_nothing_is_taken_where_greedy_replies_may_differ(root, changed):
     take(root, "a")
     assert take(root, "b", **changed) == {} and list_copied(root) == set()
 
 
-def test_another_model_or_annotation_file_takes_nothing(root):
+def test_another_model_takes_nothing(root):
     take(root, "a")
     (root / "sft" / "model.safetensors").write_text("another")
     assert "sft greedy" not in take(root, "b") and not list_copied(root) & {"sft_mmiu_greedy.jsonl"}
-    (root / "notes.json").write_text("[1]")
-    assert take(root, "b") == {}
 
 
 def test_replies_of_two_servers_or_devices_go_to_no_branch(root):

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 
 from mig_kit.cli import cli
 from mig_kit.engine import models
-from mig_kit.pipeline import run_folders, run_models
+from mig_kit.pipeline import run_facts, run_folders
 from mig_kit.world.tasks import make_sample
 
 
@@ -55,7 +55,7 @@ def test_hub_names_and_folders_are_no_runs(root, tmp_path, monkeypatch):
     monkeypatch.chdir(root / "default")
     (root / "default" / "defualt").mkdir()
     for text in ("Qwen/Qwen2.5-VL-3B-Instruct", "tiny", "defualt", "./a/b", str(tmp_path)):
-        assert run_models.find_run_model(text) is None
+        assert run_facts.find_run_model(text) is None
 
 
 @pytest.mark.parametrize("run_id", ["a", "a-b_c", "seed1", "v1.2", "a.b-c", "größe", "-a"])

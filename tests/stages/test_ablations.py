@@ -1,116 +1,137 @@
-"""The guide's ablation table: its tables are those of the recorded runs beside the page, and every
-arm's command sets what its runs record.
+"""The guide's ablation table: its rows are those of the recorded runs beside the page, every arm's
+command sets what its runs record, and the version says whether it can still be run.
 """
 
+import functools
 import re
 import shlex
-from contextlib import nullcontext
 
 import pytest
 import yaml
 
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.pipeline.params import validate_params
+from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.stages import compare
 from mig_kit.stages.evaluated_runs import read_recorded
+from mig_kit.world import suites
 
 GUIDE = PROJECT_ROOT / "notebooks" / "guide"
 PAGE = (GUIDE / "ablations.md").read_text()
-FRESH_FOLDER = "eval_seed_16"
-OF_QUESTIONS = {"seed", "replies", "eval_seed", "ood_per_task", "kl_samples"}  # no part of an arm
+RECORDS = {path.stem: path for path in (GUIDE / "ablations").rglob("*.json")}
+RECIPE = ["default", "seed1", "seed2", "seed3", "seed4", "seed5"]
+FRESH = {"recipe": ["fresh_recipe-1", "fresh_recipe-4", "fresh_recipe-5"],
+         "lora_attention_83": [f"fresh_attention-{seed}" for seed in range(5)]}
+CONTROL = "sft_long"  # its last model is the control SFT model
+# no part of an arm: what it is asked, and lora_alpha, twice lora_r in all of them
+NOT_OF_ARMS = {"seed", "replies", "eval_seed", "ood_per_task", "kl_samples", "lora_alpha"}
+ROW = re.compile(r"^\| (\S+) \| [^`|]*`([^`]+)` \| ([\d, ]+) \| ([^|]+) \| ([^|]+) \| (0\.\d) \|$",
+                 re.MULTILINE)
+# arm -> (words of its command, seeds, difference in domain, out of domain, version)
+ROWS = {arm: (shlex.split(words), seeds.split(", "), *cells)
+        for arm, words, seeds, *cells in ROW.findall(PAGE)}
+RUNS = {arm: [f"{arm}-{seed}" for seed in row[1]] for arm, row in ROWS.items()}
 
 
-def read_command(text):
-    """(groups, system) of a `mig-kit table` command."""
-    words = shlex.split(text.replace("\\\n", " "))
-    system = words[words.index("--system") + 1] if "--system" in words else "grpo"
-    return compare.parse_groups([word for word in words if "=" in word]), system
+@pytest.fixture(scope="module", autouse=True)
+def suites_drawn_once():
+    """All tables are over the same test samples, which take seconds to draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suites, "make_suite", functools.cache(suites.make_suite))
+        yield
 
 
-TABLES = [read_command(text) for text in
-          re.findall(r"^mig-kit table ((?:.*\\\n)*.*)$", PAGE, re.MULTILINE)]
-RUNS = {}  # arm -> the records of its runs, over all tables
-CONTROLS = {}  # the same of runs that were evaluated beside a control run
-FRESH = {}  # the same of runs on questions that nobody had looked at
-for table_groups, table_system in TABLES:
-    for group, group_runs in table_groups.items():
-        is_fresh = group_runs[0].startswith(f"ablations/{FRESH_FOLDER}/")
-        members = CONTROLS if table_system == "sft_long" else FRESH if is_fresh else RUNS
-        members[group] = sorted({*members.get(group, []), *group_runs})
-# arms that an earlier version alone can run, for their parameters have left
-EARLIER = set(re.findall(r"^\| (\S+) \| `[^`]+` \|[^|]*; version 0\.1 \|$", PAGE, re.MULTILINE))
-# arm -> the words of its command, of the table of commands
-COMMANDS = {name: shlex.split(words) for name, words in
-            re.findall(r"^\| ([^|]+) \| `([^`]+)` \|", PAGE, re.MULTILINE)}
-
-
-@pytest.mark.parametrize("groups, system", TABLES)
-def test_the_tables_are_those_of_the_records(groups, system):
-    files = {name: [str(GUIDE / run) for run in runs] for name, runs in groups.items()}
+def render_tables(groups, system="grpo"):
+    """The tables of groups of records' names."""
+    files = {name: [str(RECORDS[run]) for run in runs] for name, runs in groups.items()}
     blocks = compare.render_table(compare.compare_groups(files, system=system)).split("\n\n")
-    tables = [block.strip() for block in blocks if block.startswith("| group")]
-    assert len(tables) == 2 and all(table in PAGE for table in tables), "print them again"
+    return [block.strip() for block in blocks if block.startswith("| ")]
 
 
-def test_the_summary_is_that_of_the_tables():
-    """Its rows: arm, what changes, runs, difference in domain, difference out of domain."""
-    tables = re.sub(r"; [01]\.\d\d\)", ")", PAGE)
-    rows = re.findall(r"^\| (\S+) \| [^|`]*(?:`\w+`[^|`]*)? \| (\d) \| ([^|]+) \| ([^|]+) \|$",
-                      PAGE, re.MULTILINE)
-    assert {arm for arm, *_ in rows} == RUNS.keys() - {"recipe"}
-    for arm, runs, *cells in rows:
-        plain = [cell.strip("*") for cell in cells]
-        assert f"| {arm} | {runs} | {plain[0]} | {plain[1]} |" in tables
-        for cell, text in zip(cells, plain):
-            low, high = re.findall(r"[+-][\d.]+", text)[1:]
-            is_known = int(runs) > 1 and low[0] == high[0] and {low, high} != {"+0.0"}
-            assert cell.startswith("**") == is_known, (arm, cell)
+def reference_runs(arm):
+    """The recipe's runs that an arm is compared with: with one run its partner, else all six."""
+    return tuple(RECIPE) if len(RUNS[arm]) > 1 else (RECIPE[int(ROWS[arm][1][0])],)
+
+
+@functools.cache
+def render_differences(reference):
+    """The table of differences to these runs of the recipe, of the arms compared with them."""
+    arms = {arm: runs for arm, runs in RUNS.items()
+            if arm != CONTROL and reference_runs(arm) == reference}
+    return render_tables({"recipe": list(reference), **arms})[1]
+
+
+def expected_cells(arm):
+    """Differences in domain and out of domain, from the records."""
+    table = (render_tables({arm: RUNS[arm]}, system=CONTROL)[1] if arm == CONTROL
+             else render_differences(reference_runs(arm)))
+    cells = re.search(rf"^\| {re.escape(arm)} \| \d \| ([^|]+) \| ([^|]+) \|", table, re.MULTILINE)
+    numbers = [re.findall(r"[+-]\d+\.\d", cell) for cell in cells.groups()]
+    if arm == CONTROL:  # there the GRPO model over the control
+        numbers = [[f"{-float(number):+.1f}" for number in (value, high, low)]
+                   for value, low, high in numbers]
+    return ["{} ({} to {})".format(*cell) for cell in numbers]
+
+
+@pytest.mark.parametrize("arm", ROWS)
+def test_a_row_is_that_of_its_records(arm):
+    cells = ROWS[arm][2:4]
+    assert [cell.strip("*") for cell in cells] == expected_cells(arm)
+    for cell in cells:
+        low, high = re.findall(r"[+-]\d+\.\d", cell)[1:]
+        is_known = len(RUNS[arm]) > 1 and low[0] == high[0] and {low, high} != {"+0.0"}
+        assert cell.startswith("**") == is_known
+
+
+def test_the_readme_has_these_figures():
+    readme = (PROJECT_ROOT / "README.md").read_text()
+    claims = next(table for table in render_tables({"recipe": RECIPE})
+                  if table.startswith("| suite"))
+    for value, interval in re.findall(r"RL over \w+ \| (\S+) (\([^)]+\))", claims):
+        assert f"**{value}** {interval}" in readme
+    for arm in (CONTROL, "answers_only", "lora_attention_83"):
+        words, _, in_domain, out_of_domain, _ = ROWS[arm]
+        assert f"| {in_domain} | {out_of_domain} | `{shlex.join(words)}` |" in readme
 
 
 def test_every_record_is_in_the_table():
-    named = [run for members in (RUNS, CONTROLS, FRESH) for runs in members.values()
-             for run in runs]
-    assert sorted(named) == sorted(str(path.relative_to(GUIDE))
-                                   for path in (GUIDE / "ablations").rglob("*.json"))
+    named = sum([*RUNS.values(), *FRESH.values()], RECIPE)
+    assert sorted(named) == sorted(RECORDS)
 
 
 def test_fresh_questions_are_those_of_another_seed():
-    seeds = {run: read_recorded(str(GUIDE / run))["params"]["eval_seed"]
-             for members in (RUNS, CONTROLS, FRESH) for runs in members.values() for run in runs}
-    assert all(seed == (16 if FRESH_FOLDER in run else 14) for run, seed in seeds.items())
+    assert render_tables(FRESH)[2] in PAGE.replace("\n   |", "\n|")
+    fresh = {run for runs in FRESH.values() for run in runs}
+    assert all(read_recorded(str(path)).params["eval_seed"] == (16 if run in fresh else 14)
+               for run, path in RECORDS.items())
 
 
-def read_words(arm):
-    """(words, parameters that they set) of an arm's command."""
-    words = COMMANDS[arm]
-    return words, {name: yaml.safe_load(value) for flag, name, value
-                   in zip(words, words[1:], words[2:]) if flag == "-p"}
-
-
-@pytest.mark.parametrize("arm", CONTROLS)
-def test_a_command_sets_what_its_control_runs_record(arm):
-    words, set_here = read_words(arm)
-    for run in CONTROLS[arm]:
-        control = read_recorded(str(GUIDE / run))["control"]
-        changed = {name: value for values in control["changed"].values()
-                   for name, value in values.items() if name != "seed"}
-        assert changed == set_here and set_here and words[:2] == ["02", "03"]
-
-
-@pytest.mark.parametrize("arm", [name for name in RUNS if name != "recipe"])
+@pytest.mark.parametrize("arm", ROWS)
 def test_a_command_sets_what_its_runs_record(arm):
-    words, set_here = read_words(arm)
-    for run in [*RUNS[arm], *FRESH.get(arm, [])]:
-        record = read_recorded(str(GUIDE / run))
-        assert record["seed"] == set_here.pop("seed", record["seed"])
-        changed = {name: value for stage in record["changed"].values()
-                   for name, value in stage.items() if name not in OF_QUESTIONS}
-        assert changed == set_here
-        with pytest.raises((KeyError, ValueError)) if arm in EARLIER else nullcontext():
-            for stage, values in record["changed"].items():
-                validate_params(values, stage)
-        stages = words[:words.index("-p")]
-        first = min((stage[:2] for stage, values in record["changed"].items()
-                     if values.keys() & set_here.keys()), default="05")
-        assert stages[0] == first and stages[-2:] == ["05", "06"], "from the first that differs"
-    assert arm.startswith("other_draws") or set_here, "an arm changes something"
+    words, *_, version = ROWS[arm]
+    stages = words[:words.index("-p")]
+    values = {name: yaml.safe_load(value) for flag, name, value
+              in zip(words, words[1:], words[2:]) if flag == "-p"}
+    seed = values.pop("seed", None)
+    for run in RUNS[arm] + (FRESH[arm] if arm in FRESH else []):
+        record = read_recorded(str(RECORDS[run]))
+        changed = record.control["changed"] if arm == CONTROL else record.changed
+        assert seed is None or record.seed == seed
+        assert values == {name: value for stage in changed.values()
+                          for name, value in stage.items() if name not in NOT_OF_ARMS}
+        first = min((stage[:2] for stage, parameters in changed.items()
+                     if parameters.keys() & values.keys()), default="05")
+        assert stages[0] == first, "from the first that differs"
+        assert version == ("0.2" if can_be_run(changed) else "0.1")
+    assert values or arm.startswith("other_draws"), "an arm changes something"
+    assert stages[-2:] == (["02", "03"] if arm == CONTROL else ["05", "06"])
+
+
+def can_be_run(changed):
+    """Whether the present notebooks take these parameters of an arm."""
+    try:
+        for stage, parameters in changed.items():
+            validate_params({name: value for name, value in parameters.items()
+                             if name not in NOT_OF_ARMS}, stage)
+    except (KeyError, ValueError):
+        return False
+    return True

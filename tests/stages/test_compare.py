@@ -1,5 +1,6 @@
 """Groups of runs: hand-made replies, right or wrong by plan, and an independent computation."""
 
+import functools
 import io
 import itertools
 import json
@@ -13,21 +14,32 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from command_line import run_mig_kit
 
-from mig_kit import plots
 from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.cli import cli
 from mig_kit.common import write_json
+from mig_kit.drawing import plots
+from mig_kit.pipeline import status
 from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.prompts import format_answer
-from mig_kit.stages import compare, evaluate, evaluated_runs, run_pairs
+from mig_kit.stages import compare, evaluate, evaluated_runs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
 from mig_kit.world import suites
 
 PER_TASK = 4
+SUITES = [name for name, suite in suites.SUITES.items() if suite.default]
 PARAMS = {"eval_seed": 3, "min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute",
-          **{size: PER_TASK for size in suites.SIZE_PARAMS.values()}}
+          **{suites.SUITES[suite].size_param: PER_TASK for suite in SUITES}}
+
+
+draw_suite = functools.cache(suites.make_suite)
+
+
+def make_run(name, data_seed, seed, correct):
+    return EvaluatedRun(name, data_seed, seed, correct, 0, 0, "", "", {})
 
 
 def right(sample) -> str:
@@ -48,8 +60,8 @@ def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
     skill = skill or {"base": 0.2, "sft": 0.5, "grpo": 0.7}
     folder = root / run_id / "06_evaluate"
     (folder / "replies").mkdir(parents=True)
-    for suite, system in itertools.product(suites.SUITES, skill):
-        samples = suites.make_suite(suite, "test", PER_TASK, PARAMS["eval_seed"])
+    for suite, system in itertools.product(SUITES, skill):
+        samples = draw_suite(suite, "test", PER_TASK, PARAMS["eval_seed"])
         values = [rng.random() < skill[system] for _ in samples]
         lines = [json.dumps({"id": sample.id, "replies": [right(sample) if value else "no"]})
                  for sample, value in zip(samples, values)]
@@ -68,6 +80,11 @@ def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
     (trained / "metrics.json").write_text(json.dumps(
         {"curves": [{"length": 50 + step} for step in range(20)]}))
     return correct
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    monkeypatch.setattr(suites, "make_suite", draw_suite)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +127,14 @@ def test_three_variants_of_three_seeds_as_plain_loops_compute_them(nine_runs, mo
     monkeypatch.setenv("MIG_KIT_RUNS", str(root))
     result = compare.compare_groups(GROUPS)
     rows = {(row["group"], row["suite"], row["figure"]): row for row in result["rows"]}
-    for group, suite in itertools.product(GROUPS, suites.SUITES):
+    for group, suite in itertools.product(GROUPS, SUITES):
         runs = [values[run]["grpo", suite] for run in GROUPS[group]]
         row = rows[group, suite, "grpo"]
         assert row["value"] == pytest.approx(statistics.fmean(map(plain_score, runs)), abs=1e-9)
         high = min(100, row["value"] + plain_half_width(runs))
         assert row["high"] == pytest.approx(high, abs=1e-9)
         assert (row["runs"], row["over"]) == (3, "seeds and samples")
-    for group, suite in itertools.product(list(GROUPS)[1:], suites.SUITES):
+    for group, suite in itertools.product(list(GROUPS)[1:], SUITES):
         gaps = [[(task, a - b) for (task, a), (_, b) in zip(values[run]["grpo", suite],
                                                             values[other]["grpo", suite])]
                 for run, other in zip(GROUPS[group], GROUPS["recipe"])]
@@ -191,14 +208,6 @@ def test_other_seeds_are_compared_by_sample_alone(sizes):
         estimate = joint_difference(first, second)
         hits += estimate["low"] <= 0 <= estimate["high"]
     assert hits / trials >= 0.94, hits / trials
-
-
-def test_a_single_run_and_an_interval_of_nothing():
-    alone = joint_interval([np.array([[0.0, 1.0, 1.0, 1.0]])])
-    assert alone["value"] == 0.75 and alone["over"] == "samples"
-    assert alone["high"] - 0.75 == pytest.approx(3.1824 * 0.25, abs=1e-3)  # t(0.975, 3), sd/sqrt n
-    sure = joint_interval([np.ones((2, 5))])
-    assert (sure["low"], sure["value"], sure["high"]) == (1, 1, 1)
 
 
 def test_probability_of_improvement_by_hand():
@@ -343,7 +352,7 @@ def test_models_that_are_the_same_are_named(tmp_path, monkeypatch):
             "beside it: branch.") in text
     assert re.search(r"\| branch \| 1 (\| \+0\.0 \(same questions correct\) ){8}\|", text), text
     assert "same questions" not in compare.render_table(compare.compare_groups(groups))
-    halves = [EvaluatedRun(name, seed, seed, {"grpo": {"s": np.full(4, value)}}, 0, 0, "", "")
+    halves = [make_run(name, seed, seed, {"grpo": {"s": str(value) * 4}})
               for seed, (name, value) in enumerate(zip("abcd", (0, 1, 0, 1)))]
     row = compare._difference_row("grpo", ("a", halves[:2]), ("b", halves[2:]), "s",
                                   compare._Scope("s", [np.arange(4)]))
@@ -352,11 +361,11 @@ def test_models_that_are_the_same_are_named(tmp_path, monkeypatch):
 
 def test_gaps_that_cancel_are_not_the_same_answers():
     """A run that gains one task and loses another, each with all its questions."""
-    def run(name, *values):
-        return EvaluatedRun(name, 0, 0, {"grpo": {"s": np.array(values)}}, 0, 0, "", "")
+    def run(name, values):
+        return make_run(name, 0, 0, {"grpo": {"s": values}})
 
     scope = compare._Scope("s", [np.array([0, 1]), np.array([2, 3])])
-    sides = ("a", [run("a", 1, 1, 0, 0)]), ("b", [run("b", 0, 0, 1, 1)])
+    sides = ("a", [run("a", "1100")]), ("b", [run("b", "0011")])
     row = compare._difference_row("grpo", *sides, "s", scope)
     assert row["value"] == 0 and not row["is_same"]
     assert row["low"] < -20 and row["high"] > 20, "two questions a task say little about others"
@@ -368,8 +377,8 @@ def test_gaps_that_cancel_are_not_the_same_answers():
 
 
 def test_one_list_of_images_has_no_interval():
-    runs = [EvaluatedRun(name, seed, seed, {"grpo": {"own": np.array(values)}}, 0, 0, "", "")
-            for seed, (name, values) in enumerate((("a", [1, 0, 1]), ("b", [0, 0, 1])))]
+    runs = [make_run(name, seed, seed, {"grpo": {"own": values}})
+            for seed, (name, values) in enumerate((("a", "101"), ("b", "001")))]
     scope = compare._Scope("own", [np.arange(3)], [np.zeros(3, int)])
     row = compare._difference_row("grpo", ("a", runs[:1]), ("b", runs[1:]), "own", scope)
     assert np.isnan(row["low"]) and np.isnan(row["high"])
@@ -426,47 +435,15 @@ def test_rl_from_the_base_is_not_compared_with_an_sft_model(tmp_path, monkeypatc
         assert claims["b"].tolist()[:2] == ["-", "-"] and "-" not in claims["b"].tolist()[2:]
 
 
-def test_older_records_name_two_facts_among_the_changed_parameters(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    write_run(tmp_path, "a", 7, data_seed=3)
-    path = evaluated_runs.record_run("a", tmp_path / "kept")
-    fields = evaluated_runs.read_recorded(str(path))
-    assert (fields["data_seed"], fields["seed"], fields["start_from"]) == (3, 7, "merged")
-    for changed, expected in (({"01_synthesize": {"seed": 3}}, (3, "merged")), ({}, (0, "merged")),
-                              ({"05_grpo": {"start_from": "base"}}, (0, "base"))):
-        older = {name: value for name, value in fields.items()
-                 if name not in ("data_seed", "start_from")}
-        path.write_text(json.dumps(older | {"changed": changed}))
-        read = evaluated_runs.read_recorded(str(path))
-        assert (read["data_seed"], read["start_from"]) == expected
-
-
-def test_groups_of_unequal_size_are_paired_over_the_seeds_that_both_have(nine_runs, monkeypatch):
-    root, values = nine_runs
-    monkeypatch.setenv("MIG_KIT_RUNS", str(root))
-    result = compare.compare_groups({"recipe": GROUPS["recipe"], "dr": ["dr_grpo-2", "dr_grpo-0"]})
-    rows = {(row["group"], row["suite"], row["figure"]): row for row in result["rows"]}
-    for suite in suites.SUITES:
-        pairs = [(values[f"dr_grpo-{seed}"]["grpo", suite], values[f"recipe-{seed}"]["grpo", suite])
-                 for seed in (2, 0)]
-        gaps = [[(task, a - b) for (task, a), (_, b) in zip(*pair)] for pair in pairs]
-        row = rows["dr", suite, "vs recipe"]
-        assert row["value"] == pytest.approx(statistics.fmean(map(plain_score, gaps)), abs=1e-9)
-        low = max(-100, row["value"] - plain_half_width(gaps))
-        assert row["low"] == pytest.approx(low, abs=1e-9)
-        assert row["runs"] == 2 and rows["recipe", suite, "grpo"]["runs"] == 3
-    assert len(result["notes"]) == 1 and result["notes"][0].endswith("two scores: dr.")
-
-
 def test_which_runs_are_paired():
     def runs(*seeds):
         """Of 05's seeds, or of pairs (01's seed, 05's seed)."""
         pairs = [seed if isinstance(seed, tuple) else (0, seed) for seed in seeds]
-        return [EvaluatedRun(f"r{i}", *pair, {}, 0, 0, "", "") for i, pair in enumerate(pairs)]
+        return [make_run(f"r{i}", *pair, {}) for i, pair in enumerate(pairs)]
 
     def pairs(first, second):
         return [((a.data_seed, a.seed), (b.data_seed, b.seed))
-                for a, b in run_pairs.pair_runs(runs(*first), runs(*second))]
+                for a, b in evaluated_runs.pair_runs(runs(*first), runs(*second))]
 
     def seeds(first, second):
         return [(a[1], b[1]) for a, b in pairs(first, second)]
@@ -559,38 +536,30 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch):
         compare.compare_groups({"a": ["a"]})
 
 
-def test_the_command_prints_and_draws(nine_runs, tmp_path):
-    root, _ = nine_runs
+def test_the_command_prints_and_draws(nine_runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
     words = ("table", "--group", "recipe=recipe-0,recipe-1,recipe-2", "--group",
              "dr=dr_grpo-0,dr_grpo-1,dr_grpo-2", "r_100%-0")
-    result = run_mig_kit(*words, "--figure", str(tmp_path / "groups.pdf"), MIG_KIT_RUNS=str(root))
+    result = run_mig_kit(*words, "--figure", str(tmp_path / "groups.pdf"))
     assert "Difference to recipe, points" in result.stdout and "| r_100%-0 | 1 |" in result.stdout
     assert (tmp_path / "groups.pdf").read_bytes().startswith(b"%PDF")
-    csv = run_mig_kit(*words, "--format", "csv", MIG_KIT_RUNS=str(root))
+    csv = CliRunner().invoke(cli, [*words, "--format", "csv"])
     assert csv.stdout.startswith("group,suite,figure,system,value,low,high")
     assert csv.stderr.startswith("One run each: r_100%-0.")
-    refused = run_mig_kit(*words, "--figure", "groups.doc", MIG_KIT_RUNS=str(root))
-    assert "end its name in .png, .pdf or .svg" in refused.stderr
-    drawn = run_mig_kit(*words[:-1], "--figure", str(tmp_path / "gaps.svg"), "--differences",
-                        MIG_KIT_RUNS=str(root))
-    assert "figure:" in drawn.stderr and (tmp_path / "gaps.svg").is_file()
-    no_figure = run_mig_kit(*words, "--differences", MIG_KIT_RUNS=str(root))
-    assert "add --figure FILE" in no_figure.stderr and not no_figure.stdout
-    alone = run_mig_kit("table", "recipe-0", "--figure", str(tmp_path / "a.png"), "--differences",
-                        MIG_KIT_RUNS=str(root))
-    assert "one group has no differences" in alone.stderr and not alone.stdout
-
-
-def test_the_figure_has_a_point_for_every_group(nine_runs, monkeypatch):
-    monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
-    rows = compare.figure_rows(compare.compare_groups(GROUPS))
-    figure = plots.plot_groups(rows)
-    panels = [axis for axis in figure.axes if axis.get_visible()]
-    assert len(panels) == 8
-    points = [line for line in panels[0].lines if line.get_marker() == "o"]
-    assert [point.get_xdata()[0] for point in points] == [row["value"] for row in rows
-                                                         if row["suite"] == rows[0]["suite"]]
-    plots.plt.close(figure)
+    figure = tmp_path / "gaps.svg"
+    CliRunner().invoke(cli, [*words, "--figure", str(figure), "--differences"])
+    assert figure.is_file()
+    for more, sentence in (((*words, "--figure", "groups.doc"), "end its name in .png, .pdf or"),
+                           ((*words, "--differences"), "add --figure FILE"),
+                           (("table", "recipe-0", "--figure", str(tmp_path / "a.png"),
+                             "--differences"), "one group has no differences")):
+        refused = CliRunner().invoke(cli, more)
+        assert sentence in str(refused.exception) and not refused.stdout
+    differing = [{"stage": "05_grpo", "what": "metric", "name": "<script>", "a": 1, "b": None}]
+    monkeypatch.setattr(status, "list_differences", lambda *_: differing)
+    page = tmp_path / "both.html"
+    CliRunner().invoke(cli, ["report", "recipe-0", "dr_grpo-0", "--out", str(page)])
+    assert "Difference to recipe-0" in page.read_text() and "<script" not in page.read_text()
 
 
 def test_the_figure_of_differences_marks_every_pair(nine_runs, monkeypatch):
@@ -599,7 +568,9 @@ def test_the_figure_of_differences_marks_every_pair(nine_runs, monkeypatch):
     rows = compare.figure_rows(compare.compare_groups(GROUPS), differences=True)
     assert list(dict.fromkeys(row["group"] for row in rows)) == ["dr_grpo", "r_100%"]
     figure = plots.plot_groups(rows, reference="recipe")
-    assert "difference to recipe" in figure.get_suptitle()
+    assert "difference to recipe" in figure.get_suptitle() and len(figure.axes[:8]) == 8
+    points = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert points == [row["value"] for row in rows if row["suite"] == rows[0]["suite"]]
     marks = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "|"]
     expected = [plain_score(values[f"dr_grpo-{seed}"]["grpo", "mig_bench"])
                 - plain_score(values[f"recipe-{seed}"]["grpo", "mig_bench"]) for seed in range(3)]
@@ -656,9 +627,9 @@ def test_recorded_runs_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     write_run(tmp_path, "a")
     path = evaluated_runs.record_run("a", tmp_path)
     fields = json.loads(path.read_text())
-    for change, sentence in (({"params": None}, "lacks params"),
+    for change, sentence in (({"params": None}, "is no recorded run .params: Field required.;"),
                              ({"correct": {"grpo": {}}}, "does not fit the suite"),
-                             ({"correct": {"grpo": {"mig_bench": 5}}}, "does not fit the suite")):
+                             ({"correct": {"grpo": {"mig_bench": 5}}}, "grpo.mig_bench: Input")):
         broken = {name: value for name, value in (fields | change).items() if value is not None}
         path.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=sentence):
@@ -679,19 +650,13 @@ def write_curves(root, run_id, rewards):
     (folder / "run.json").write_text('{"seconds": 1.0}')
 
 
-def test_curves_of_several_runs_lie_over_each_other(tmp_path, monkeypatch):
+def test_curves_are_those_of_finished_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     for number in range(7):
         write_curves(tmp_path, f"run{number}", [number, number + 2])
     runs = [f"run{number}" for number in range(7)]
     curves = compare.load_curves(runs, ["reward", "box"])
-    figure = plots.plot_run_curves(curves, ["reward", "box"], 2)
-    reward, box = figure.axes
-    drawn = {line.get_label(): line.get_ydata().tolist() for line in reward.lines}
-    assert drawn == {f"run{number}": [number, number + 1] for number in range(7)}
-    assert all(line.get_xdata().tolist() == [2] for line in box.lines)
-    looks = {(line.get_color(), line.get_linestyle()) for line in reward.lines}
-    assert len(looks) == 7, "two runs look alike"
+    assert list(curves) == runs and curves["run3"][1]["reward"] == 5
     with pytest.raises(ValueError, match="no curve is called 'rewards'; there are step, reward"):
         compare.load_curves(runs, ["rewards"])
     with pytest.raises(ValueError, match="a recorded run, which holds no curves"):
@@ -702,7 +667,7 @@ def test_curves_of_several_runs_lie_over_each_other(tmp_path, monkeypatch):
 
 def test_models_that_answer_all_questions_alike_are_no_branch():
     def rows(score):
-        return [{"group": "b", "figure": "vs a", "is_same": True},
+        return [{"group": "b", "figure": "vs a", "is_same": True, "value": 0},
                 {"group": "b", "figure": "grpo", "value": score}]
 
     (note,) = compare._sameness_notes(rows(0.0), "a", "grpo")
@@ -710,5 +675,5 @@ def test_models_that_answer_all_questions_alike_are_no_branch():
                     "these questions do not compare them.")
     (note,) = compare._sameness_notes(rows(40.0), "a", "grpo")
     assert note.endswith("where a branch has a model of its source.")
-    assert compare._sameness_notes([{"group": "b", "figure": "vs a", "is_same": False}], "a",
-                                   "grpo") == []
+    differing = [{"group": "b", "figure": "vs a", "is_same": False, "value": 0}]
+    assert compare._sameness_notes(differing, "a", "grpo") == []

@@ -3,29 +3,30 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from command_line import run_mig_kit
 from PIL import Image
 from rollout_server import RolloutServer
 
-from mig_kit import cli_models
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import model_folders, models
-from mig_kit.pipeline.run_models import RunModel, find_run_model
-from mig_kit.plots import suite_name
+from mig_kit.cli import cli
+from mig_kit.engine import commands, model_folders, models, systems
+from mig_kit.engine.reply_files import sample_replies
+from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer, format_answers
-from mig_kit.scoring.run_benchmark import RUNNABLE
-from mig_kit.stages import eval_model, eval_tables
+from mig_kit.score.run_benchmark import RUNNABLE
+from mig_kit.stages import eval_model
 from mig_kit.stats import gap_interval_by_list
-from mig_kit.world.suites import make_suite
+from mig_kit.world.suites import make_suite, suite_title
 from mig_kit.world.tasks import make_sample
 
-PARAMS = SimpleNamespace(max_new_tokens=12, batch_size=8, workers=1, seed=0, server="",
-                         concurrency=1)
+PARAMS = SimpleNamespace(max_new_tokens=12, seed=0, server="", concurrency=1)
 BOX_FORMAT = BoxFormat()
 
 
@@ -34,10 +35,9 @@ def no_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
 
 
-def run_eval(*words, runs=None):
-    environment = {"MIG_KIT_RUNS": str(runs)} if runs else {}
-    result = run_mig_kit("eval", *map(str, words), **environment)
-    assert result.returncode == 0, result.stderr
+def run_eval(*words, runs):
+    result = CliRunner().invoke(cli, ["eval", *map(str, words)], env={"MIG_KIT_RUNS": str(runs)},
+                                catch_exceptions=False)
     return result.stdout
 
 
@@ -77,7 +77,7 @@ def test_a_folder_that_stock_transformers_saved_is_the_same_model(evaluated, smo
     sizes = json.loads((evaluated / "grpo" / "eval.json").read_text())["questions"]
     sizes = {name: sizes[name] for name in eval_model.DRAWN_SIZES}
     params = SimpleNamespace(**vars(PARAMS) | {
-        "max_new_tokens": 40, "batch_size": 32, "workers": 2})  # the command's, for equal rounding
+        "max_new_tokens": 40})  # the command's
     result = eval_model.evaluate_model(eval_model.AskedModel(stock, BOX_FORMAT),
                                        eval_model.Task("drawn", sizes=sizes),
                                        models.choose_hardware(), tmp_path / "out", params)
@@ -92,18 +92,18 @@ def test_two_models_stand_in_one_table(evaluated, smoke_runs):
     output = run_eval("--model", "smoke", "--out", evaluated / "grpo", "--compare",
                       evaluated / "base", runs=smoke_runs)
     assert "grpo - " in output and predictions.read_text() == before
-    results = {name: eval_tables.read_result(evaluated / name) for name in ("grpo", "base")}
+    results = {name: eval_model.read_result(evaluated / name) for name in ("grpo", "base")}
     gaps = {(row["protocol"], row["suite"]): row["points"]
-            for row in eval_tables.difference_rows(results)}
+            for row in eval_model.difference_rows(results)}
     for suite, summary in results["grpo"]["scores"]["strict"].items():
         gain = summary["score"] - results["base"]["scores"]["strict"][suite]["score"]
-        assert gaps["strict", suite_name(suite)] == pytest.approx(gain, abs=0.011)
+        assert gaps["strict", suite_title(suite)] == pytest.approx(gain, abs=0.011)
 
 
 def test_replies_of_another_model_are_not_taken_for_ones_own(evaluated, smoke_runs):
     result = run_mig_kit("eval", "--model", "smoke/sft", "--out", str(evaluated / "grpo"),
                          MIG_KIT_RUNS=str(smoke_runs))
-    assert result.returncode and "holds replies of another model" in result.stderr
+    assert result.returncode and "holds replies of another evaluation" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -120,19 +120,12 @@ def test_differences_on_a_real_benchmark_are_over_lists_of_images():
         {**questions, "items": {"strict": {"mig_bench": [
             [str(place), "0", value] for place, value in enumerate(values)]}}}
         for values in (gains, np.zeros(120)))
-    row = eval_tables.difference_rows({"a": first, "b": second})[0]
+    row = eval_model.difference_rows({"a": first, "b": second})[0]
     low, high = gap_interval_by_list(by_list, np.arange(40))
     assert row["points"] == pytest.approx(100 * gains.mean())
     assert row["ci95"] == pytest.approx([100 * low, 100 * high])
-    alone = eval_tables.difference_rows({"a": {**first, "lists": {}}, "b": second})[0]["ci95"]
+    alone = eval_model.difference_rows({"a": {**first, "lists": {}}, "b": second})[0]["ci95"]
     assert high - low > 1.5 * (alone[1] - alone[0]) / 100
-
-
-def test_models_that_answered_different_questions_are_not_compared(evaluated):
-    results = {name: eval_tables.read_result(evaluated / name) for name in ("grpo", "base")}
-    results["base"]["questions"] |= {"limit": 7}
-    with pytest.raises(ValueError, match="did not answer the same questions"):
-        eval_tables.difference_rows(results)
 
 
 @pytest.mark.parametrize("suite", ["own", *RUNNABLE])
@@ -165,7 +158,7 @@ def test_files_of_questions(suite, random_folder, float32, tmp_path):
     assert len(lines) == 1 and "response" in json.loads(lines[0])
     protocols = ["strict", "free_text"] if suite == "own" else ["official", "strict"]
     assert list(result["scores"]) == list(result["items"]) == protocols
-    rows = eval_tables.score_rows({"a": result})
+    rows = eval_model.score_rows({"a": result})
     assert list(dict.fromkeys(row["protocol"] for row in rows)) == protocols
     assert all(" (drawn)" not in row["percent, greedy"] for row in rows)
     assert "data.jsonl" not in (tmp_path / "out" / "gallery.html").read_text()
@@ -208,7 +201,7 @@ def test_replies_about_other_pictures_are_not_taken(is_own, own_task, random_fol
     rewrite(tmp_path / "copy", "white")
     assert ask(dataclasses.replace(task, root=tmp_path / "copy")) == result
     rewrite(tmp_path / "grey", "grey")
-    refusal = r"holds replies about other images \(files that have changed, .*; name another --out"
+    refusal = "holds replies of another evaluation: another questions images; name another --out"
     with pytest.raises(ValueError, match=refusal):
         ask(dataclasses.replace(task, root=tmp_path / "grey"))
     rewrite(tmp_path, "grey")
@@ -217,25 +210,25 @@ def test_replies_about_other_pictures_are_not_taken(is_own, own_task, random_fol
     rewrite(tmp_path, "white")
     assert ask(task) == result
     with pytest.raises(ValueError, match="did not answer the same questions"):
-        eval_tables.difference_rows({"white": result, "grey": eval_model.evaluate_model(
+        eval_model.difference_rows({"white": result, "grey": eval_model.evaluate_model(
             model, dataclasses.replace(task, root=tmp_path / "grey"), float32, tmp_path / "out 2",
             PARAMS)})
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"files": {"chat_template.jinja": "2"}}, r"of another model \(another chat_template.jinja\)"),
-    ({"files": {"revision": "b"}}, r"of another model \(another chat_template.jinja, revision\)"),
-    ({"max_pixels": 50000}, r"made with another max_pixels \(401408, now 50000\)"),
-    ({"prompt": ["Look."]}, "made with another prompt;"),
-    ({"device": "a server"}, r"made with another device \(cpu, now a server\)"),
-    ({"questions": {"limit": 0, "file": "b"}}, r"to other questions \(another file\)"),
-    ({"images": "b" * 64}, r"about other images \(files that have changed, .*of the kit\);")])
-def test_the_refusal_names_what_differs(change, sentence, tmp_path):
+@pytest.mark.parametrize(("change", "names"), [
+    ({"files": {"chat_template.jinja": "2"}}, r"files chat_template.jinja \(1, now 2\)"),
+    ({"files": {"revision": "b"}}, r"files revision, files chat_template.jinja"),
+    ({"max_pixels": 50000}, r"max_pixels \(401408, now 50000\)"),
+    ({"prompt": ["Look."]}, "prompt"), ({"device": "a server"}, r"device \(cpu, now a server\)"),
+    ({"adapter": {"adapter_model.safetensors": "1"}}, "adapter adapter_model.safetensors"),
+    ({"questions": {"limit": 0, "images": "b" * 64}}, "questions images;")])
+def test_the_refusal_names_what_differs(change, names, tmp_path):
     settings = {"model": "m", "files": {"chat_template.jinja": "1"}, "max_pixels": 401408,
-                "questions": {"limit": 0, "file": "a"}, "images": "a" * 64,
-                "prompt": ["Think."], "device": "cpu"}
+                "questions": {"limit": 0, "images": "a" * 64}, "prompt": ["Think."],
+                "device": "cpu", "adapter": {}}
     eval_model.claim_folder(tmp_path / "out", settings)
-    with pytest.raises(ValueError, match=f"out holds replies {sentence}.*name another --out, or"):
+    eval_model.claim_folder(tmp_path / "out", settings)
+    with pytest.raises(ValueError, match=f"of another evaluation: another {names}.*name another"):
         eval_model.claim_folder(tmp_path / "out", settings | change)
 
 
@@ -253,19 +246,19 @@ def read_responses(out):
             for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_call_goes_on(own_task, random_folder, float32, tmp_path):
+def test_a_killed_call_goes_on(own_task, random_folder, float32, tmp_path, monkeypatch):
     """What it has asked is not asked again; a line that the kill cut is."""
-    model, params = eval_model.AskedModel(random_folder, BOX_FORMAT), SimpleNamespace(
-        **vars(PARAMS) | {"batch_size": 1})
-    out = tmp_path / "out"
-    eval_model.evaluate_model(model, own_task, float32, out, params)
+    sample_one = partial(sample_replies, batch_size=1)
+    monkeypatch.setattr(systems, "sample_replies", sample_one)
+    model, out = eval_model.AskedModel(random_folder, BOX_FORMAT), tmp_path / "out"
+    eval_model.evaluate_model(model, own_task, float32, out, PARAMS)
     before = read_responses(out)
     (replies,) = (out / "replies").glob("*.jsonl")
     first, second, _ = replies.read_text().splitlines(keepends=True)
     marked = json.dumps(json.loads(first) | {"replies": ["kept"]}) + "\n"
     replies.write_text(marked + second[:9])
     (out / "eval.json").unlink()
-    eval_model.evaluate_model(model, own_task, float32, out, params)
+    eval_model.evaluate_model(model, own_task, float32, out, PARAMS)
     responses = read_responses(out)
     assert responses.count("kept") == 1
     assert sum(response == first for response, first in zip(responses, before)) == 2
@@ -283,36 +276,21 @@ def test_a_server_gives_the_same_replies(own_task, random_policy, random_folder,
     assert texts[0] == texts[1] and len(server.bodies) == 3
 
 
-def test_a_wrong_line_leaves_no_folder_behind(own_task, random_folder, float32, tmp_path):
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"images": None}, "line 4: 'images' is missing"),
+    ({"question": "Where? " * 5000, "id": "long"},  # which more tokens for replies would not mend
+     "question long: the prompt takes [0-9]+ tokens, 6 of them for images, and the model reads "
+     "4096; shorten")])
+def test_a_wrong_question_leaves_no_folder_behind(change, sentence, own_task, random_folder,
+                                                  float32, tmp_path):
     right = own_task.file.read_text()
-    own_task.file.write_text(right + "{}\n")
-    model = eval_model.AskedModel(random_folder, BOX_FORMAT)
-    with pytest.raises(ValueError, match="line 4: 'images' is missing"):
-        eval_model.evaluate_model(model, own_task, float32, tmp_path / "out", PARAMS)
-    assert not (tmp_path / "out").exists()
-    own_task.file.write_text(right)
-    eval_model.evaluate_model(model, own_task, float32, tmp_path / "out", PARAMS)
-
-
-def test_a_prompt_longer_than_the_model_reads_is_refused(own_task, random_folder, float32,
-                                                          tmp_path):
-    """More tokens for replies, as an unread reply asks for, would not mend it."""
-    line = json.loads(own_task.file.read_text().splitlines()[0]) | {"question": "Where? " * 5000}
-    own_task.file.write_text(own_task.file.read_text() + json.dumps(line | {"id": "long"}) + "\n")
-    with pytest.raises(ValueError, match=r"question long: the prompt takes [0-9]+ tokens, 6 of "
-                                         "them for images, and the model reads 4096; shorten"):
+    line = json.loads(right.splitlines()[0]) | {"id": "w"} | change
+    line = {name: value for name, value in line.items() if value is not None}
+    own_task.file.write_text(right + json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=sentence):
         eval_model.evaluate_model(eval_model.AskedModel(random_folder, BOX_FORMAT), own_task,
                                   float32, tmp_path / "out", PARAMS)
     assert not (tmp_path / "out").exists()
-
-
-def test_replies_of_another_adapter_are_refused(tmp_path):
-    settings = {"model": "m", "adapter": {"adapter_model.safetensors": "1"}}
-    eval_model.claim_folder(tmp_path / "out", settings)
-    eval_model.claim_folder(tmp_path / "out", settings)
-    for other in (settings | {"adapter": {"adapter_model.safetensors": "2"}}, {"model": "m"}):
-        with pytest.raises(ValueError, match="holds replies of another adapter.*; name another"):
-            eval_model.claim_folder(tmp_path / "out", other)
 
 
 def test_files_of_ones_own_are_not_overwritten(tmp_path):
@@ -334,13 +312,13 @@ def test_a_runs_folder_names_the_run(smoke_runs, monkeypatch):
 
 def test_a_runs_box_format_is_not_changed(monkeypatch):
     model = RunModel("folder", BOX_FORMAT, {})
-    monkeypatch.setattr(cli_models, "find_run_model", lambda text: model)
-    assert cli_models.find_model("mine", "absolute", None, 401408) == model
+    monkeypatch.setattr(commands, "find_run_model", lambda text: model)
+    assert commands.find_model("mine", "absolute", None, 401408) == model
     for options, name, own in (((None, None, 50000), "max_pixels", 401408),
                                (("normalized_1000", None, None), "coordinates", "absolute")):
         sentence = f"model has the {name} {own}; leave --{name.replace('_', '-')} out, or name the"
         with pytest.raises(ValueError, match=sentence):
-            cli_models.find_model("mine", *options)
+            commands.find_model("mine", *options)
 
 
 def test_text_without_the_answer_format_is_read():
@@ -412,6 +390,7 @@ def test_an_empty_box_counts_as_one_too_many():
 def test_bad_words_end_at_once(words, sentence, tmp_path, monkeypatch):
     (tmp_path / "here.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    result = run_mig_kit("eval", "--model", "tiny", "--out", str(tmp_path / "out"), *words)
-    assert result.returncode and sentence in result.stderr, result.stderr
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        cli(["eval", "--model", "tiny", "--out", str(tmp_path / "out"), *words],
+            standalone_mode=False)
     assert not Path(tmp_path / "out").exists()

@@ -12,19 +12,14 @@ from torch.utils.data import DataLoader
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou, to_model_box
-from mig_kit.engine import (
-    generation,
-    kept_rollouts,
-    models,
-    own_rewards,
-    shared_prefix_grpo,
-    training,
-)
-from mig_kit.engine.prompt_cache import PromptCache
+from mig_kit.engine import models, recipe_trainer, reward_loading, rollout_log, training
+from mig_kit.engine.sample_prompts import SampleCache
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS
+from mig_kit.shared_prefix import generation
+from mig_kit.shared_prefix import trainer as trainer_module
 from mig_kit.stages import grpo
-from mig_kit.world.suites import make_free_form
+from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -32,7 +27,7 @@ SETTINGS = {
     "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
     "max_steps": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 1, "scale_rewards": "group", "max_completion_length": 8, "save_steps": 1,
-    "lora_r": 4, "lora_alpha": 8}
+    "lora_r": 4}
 
 
 @pytest.fixture
@@ -41,7 +36,7 @@ def make_trainer(random_folder, float32, stage_params):
     def make(folder, model=random_folder, hardware=float32, box_format=BOX_FORMAT, four_bit=False,
              **changes):
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
-        samples += make_free_form("rl", 1)
+        samples += iter_free_form("rl", 1)
         policy = models.load_policy(model, hardware, box_format, four_bit)
         torch.manual_seed(0)
         params = stage_params("05_grpo", **(SETTINGS | changes))
@@ -69,21 +64,21 @@ def as_completions(*replies):
 
 def test_advantages_by_hand():
     reward = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0])
-    advantages, group_std = shared_prefix_grpo.group_advantages(reward, 4)
+    advantages, group_std = recipe_trainer.group_advantages(reward, 4)
     expected = torch.tensor([1, -1, 1, -1]) * 0.5 / (1 / 3) ** 0.5
     assert torch.allclose(advantages[:4], expected, atol=1e-3)
     assert (advantages[4:] == 0).all() and (group_std[4:] == 0).all()
     reward = torch.tensor([1.0, 0.0, 0.6, 0.4])  # a group far apart, and one close together
     centred = torch.tensor([0.5, -0.5, 0.1, -0.1])
-    by_batch, _ = shared_prefix_grpo.group_advantages(reward, 2, "batch")
+    by_batch, _ = recipe_trainer.group_advantages(reward, 2, "batch")
     assert torch.allclose(by_batch, centred / (reward.std() + 1e-4))
-    assert torch.allclose(shared_prefix_grpo.group_advantages(reward, 2, "none")[0], centred)
+    assert torch.allclose(recipe_trainer.group_advantages(reward, 2, "none")[0], centred)
 
 
 def test_rewards_apply_where_they_mean_something():
-    samples = [make_sample("diff", "rl", 0), make_free_form("rl", 1)[0]]
+    samples = [make_sample("diff", "rl", 0), next(iter_free_form("rl", 1))]
     reply = f"<think></think><answer>{samples[1].letter}</answer>"
-    functions = grpo.reward_functions(own_rewards.score_functions(REWARDS, BOX_FORMAT), samples)
+    functions = grpo.reward_functions(reward_loading.score_functions(REWARDS, BOX_FORMAT), samples)
     scores = {reward.__name__: reward(completions=as_completions(reply, reply), sample=[0, 1])
               for reward in functions}
     expected = {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None],
@@ -99,7 +94,7 @@ def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, image_
     model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
     answer = f"<answer>{format_answer(image, model_box)}</answer>"
     completions = as_completions(*(f"<think>image {n}: a.</think>{answer}" for n in (2, 3)))
-    scores = own_rewards.score_functions(REWARDS, BOX_FORMAT, penalty)
+    scores = reward_loading.score_functions(REWARDS, BOX_FORMAT, penalty)
     functions = grpo.reward_functions(scores, [sample])
     scores = {reward.__name__: reward(completions=completions, sample=[0, 0])
               for reward in functions}
@@ -122,9 +117,9 @@ def test_shares_of_what_replies_write_down():
 
 def test_what_is_kept_of_a_rollout():
     sample = make_sample("diff", "rl", 0)
-    reply = own_rewards.correct_reply(sample, BOX_FORMAT)
+    reply = reward_loading.correct_reply(sample, BOX_FORMAT)
     rewards = {name: REWARDS[name] for name in ("box", "choice")}
-    scores = own_rewards.score_functions(rewards, BOX_FORMAT)
+    scores = reward_loading.score_functions(rewards, BOX_FORMAT)
     row = grpo.describe_reply(reply, sample, BOX_FORMAT, scores, {"box": 2.0})
     assert row["reward"] == 2 * row["rewards"]["box"] > 1.8 and row["rewards"]["choice"] is None
     assert row["correct"] and row["image"] == sample.targets[0].image and row["detail"] == "method"
@@ -134,34 +129,37 @@ def test_what_is_kept_of_a_rollout():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_rollouts_are_kept_and_change_nothing(tmp_path, make_trainer, share_prefix):
-    trainers = [make_trainer(tmp_path / str(steps), rollout_steps=steps, share_prefix=share_prefix)
-                for steps in (0, 1)]
+def test_rollouts_are_kept_and_change_nothing(tmp_path, make_trainer, share_prefix, monkeypatch):
+    trainers = []
+    for steps in (99, 1):
+        monkeypatch.setattr(grpo, "ROLLOUT_STEPS", steps)
+        trainers.append(make_trainer(tmp_path / str(steps), share_prefix=share_prefix))
     for trainer in trainers:
         torch.manual_seed(0)
         trainer.train()
     check_same_training(*trainers)
-    rows = kept_rollouts.load_rollouts(tmp_path / "1")
+    rows = rollout_log.load_rollouts(tmp_path / "1")
     assert [row["step"] for row in rows] == [step for step in (0, 1, 2) for _ in range(16)]
     assert {row["prompt"] for row in rows} == {0, 6, 13, 20}
     assert all(row["rewards"].keys() == {"format", "image", "box", "choice"} for row in rows)
-    assert not kept_rollouts.load_rollouts(tmp_path / "0")
+    assert {row["step"] for row in rollout_log.load_rollouts(tmp_path / "99")} == {0, 2}
     curves = grpo.training_curves(trainers[1].state.log_history)
     assert all(row["method"] + row["finding"] + row["evidence"] == 1 for row in curves)
 
 
 @pytest.mark.slow
-def test_no_step_is_kept_twice(tmp_path, make_trainer):
+def test_no_step_is_kept_twice(tmp_path, make_trainer, monkeypatch):
     """Killed after the rollouts of step 2, but before its checkpoint."""
-    first = make_trainer(tmp_path, rollout_steps=1, max_steps=3)
+    monkeypatch.setattr(grpo, "ROLLOUT_STEPS", 1)
+    first = make_trainer(tmp_path, max_steps=3)
     first.add_callback(training.StopAfter(1))
     training.train_or_resume(first, tmp_path)
-    rows = kept_rollouts.load_rollouts(tmp_path)
+    rows = rollout_log.load_rollouts(tmp_path)
     later = [{**row, "step": 2, "reply": "of a step that was lost"} for row in rows[:16]]
     text = "".join(json.dumps(row) + "\n" for row in rows + later)
-    (tmp_path / kept_rollouts.ROLLOUTS).write_text(text)
-    training.train_or_resume(make_trainer(tmp_path, rollout_steps=1, max_steps=3), tmp_path)
-    resumed = kept_rollouts.load_rollouts(tmp_path)
+    (tmp_path / rollout_log.ROLLOUTS).write_text(text)
+    training.train_or_resume(make_trainer(tmp_path, max_steps=3), tmp_path)
+    resumed = rollout_log.load_rollouts(tmp_path)
     assert [row["step"] for row in resumed] == [step for step in range(4) for _ in range(16)]
     assert resumed[:32] == rows and "lost" not in str(resumed)
 
@@ -181,7 +179,6 @@ def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer, stage
 
 
 @pytest.mark.parametrize(("name", "share_prefix", "problem"), [
-    ("top_k", True, "top_k does not act with share_prefix"),
     ("logging_steps", False, "the kit sets logging_steps itself")])
 def test_a_parameter_that_could_not_act_is_refused(
         name, share_prefix, problem, tmp_path, random_folder, float32, stage_params):
@@ -229,8 +226,10 @@ def test_loss_and_gradients_equal_stock_trl(tmp_path, relatives, make_trainer, c
     vary_lengths(batch)
     stock_loss = stock._compute_loss(stock.model, batch)
     stock_loss.backward()
-    indices = torch.tensor([row["sample"] for row in rows])
-    loss = sharing._compute_loss(sharing.model, without_prompts(sharing, batch, indices))
+    own_rows = [sharing.train_dataset[i] for i in (0, 7) for _ in range(4)]
+    numbers, _, _ = sharing._tokenize_prompts([row["prompt"] for row in own_rows])
+    loss = sharing._compute_loss(sharing.model,
+                                 without_prompts(sharing, batch, torch.tensor(numbers)))
     loss.backward()
     assert loss.item() == pytest.approx(stock_loss.item(), abs=1e-5)
     check_gradients_equal(stock.model, sharing.model)
@@ -244,16 +243,15 @@ def vary_lengths(batch):
     batch["num_items_in_batch"] = mask.sum()
 
 
-def without_prompts(trainer, batch, indices):
-    """A stock batch as the sharing trainer makes it: sample indices in place of prompts, and the
+def without_prompts(trainer, batch, numbers):
+    """A stock batch as the sharing trainer makes it: numbers in place of prompts, and the
     reference's log-probabilities of its own, which must equal stock's.
     """
     ids, mask = batch["completion_ids"], batch["completion_mask"]
-    no_prompt = ids[:, :0]
-    inputs = {**batch, "sample": indices, "prompt_ids": no_prompt, "prompt_mask": no_prompt}
+    inputs = {**batch, "prompt_ids": numbers, "prompt_mask": torch.ones_like(numbers)}
     if trainer.beta:
         with torch.no_grad(), trainer.model.disable_adapter():
-            reference = trainer._logps(trainer.model, indices, ids, mask)[0]
+            reference = trainer._logps(trainer.model, numbers[:, 0], ids, mask)[0]
         is_token = mask.bool()
         stock_reference = batch["ref_per_token_logps"]
         assert torch.allclose(reference[is_token], stock_reference[is_token], atol=1e-5)
@@ -406,8 +404,8 @@ def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, mak
         generator = torch.Generator().manual_seed(0)
         return torch.randn(len(reward), generator=generator), torch.ones(len(reward))
 
-    monkeypatch.setattr(shared_prefix_grpo, "group_advantages", random_advantages)
-    logps, recorded = shared_prefix_grpo.SharedPrefixGRPOTrainer._logps, []
+    monkeypatch.setattr(recipe_trainer, "group_advantages", random_advantages)
+    logps, recorded = trainer_module.SharedPrefixGRPOTrainer._logps, []
     for size, parts in ((16, 1), (4, 4)):
         rows_of_steps = []
 
@@ -415,9 +413,10 @@ def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, mak
             rows_of_steps.append(rows)
             return logps(self, model, rows, *arguments)
 
-        monkeypatch.setattr(shared_prefix_grpo.SharedPrefixGRPOTrainer, "_logps", record_rows)
+        monkeypatch.setattr(trainer_module.SharedPrefixGRPOTrainer, "_logps", record_rows)
         trainer = make_trainer(tmp_path / str(parts), per_device_train_batch_size=size,
                                gradient_accumulation_steps=parts, max_steps=1)
+        trainer.is_checked = True  # its first batch is not read the stock way, too
         gradients = first_gradients(trainer)
         trainer.train()
         recorded.append((gradients, rows_of_steps))
@@ -425,7 +424,7 @@ def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, mak
     assert [len(step) for step in rows] == [4] * 4
     assert all(len(step.unique()) == 1 for step in rows)
     assert sorted(torch.cat(rows).tolist()) == sorted(all_rows[0].tolist())
-    prompts = trainer.cache.get([trainer.samples[step[0]] for step in rows])
+    prompts = trainer._prompts_of([int(step[0]) for step in rows])
     lengths = [len(prompt.ids) for prompt in prompts]
     assert lengths == sorted(lengths) and len(at_once) == 28
     for name, gradient in at_once.items():
@@ -447,7 +446,7 @@ def test_replies_drawn_in_rounds_are_the_same(tmp_path, make_trainer, monkeypatc
         outputs.append(trainer._generate_and_score_completions(rows))
     at_once, in_rounds = outputs
     assert all(torch.equal(at_once[name], in_rounds[name])
-               for name in ("completion_ids", "completion_mask", "sample"))
+               for name in ("completion_ids", "completion_mask", "prompt_ids"))
 
 
 @pytest.mark.slow
@@ -467,14 +466,15 @@ def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypa
 def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, make_trainer, monkeypatch):
     trainer = make_trainer(tmp_path, beta=0.1, gradient_accumulation_steps=4, max_steps=1,
                            gradient_checkpointing=True)
-    stock, rows_with_gradient, rows_without = shared_prefix_grpo.packed_logps, [], []
+    stock, rows_with_gradient, rows_without = trainer_module.packed_logps, [], []
 
     def record_rows(*arguments):
         rows = rows_with_gradient if torch.is_grad_enabled() else rows_without
         rows.append(len(arguments[3]))
         return stock(*arguments)
 
-    monkeypatch.setattr(shared_prefix_grpo, "packed_logps", record_rows)
+    monkeypatch.setattr(trainer_module, "packed_logps", record_rows)
+    trainer.is_checked = True
     trainer.train()
     assert rows_without == [8] * 4 == rows_with_gradient
 
@@ -501,7 +501,7 @@ def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
 
 
 def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
-    cache = PromptCache(random_model, processor, BOX_FORMAT)
+    cache = SampleCache(random_model, processor, BOX_FORMAT)
     no_image = [{"role": "user", "content": "no image here"}]
     monkeypatch.setattr("mig_kit.engine.processors.chat_messages", lambda *_: no_image)
     with pytest.raises(ValueError):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import logprobs, merging, models, training
+from mig_kit.engine import merging, models, sample_prompts, training
 from mig_kit.stages import merge, sft
 from mig_kit.world.tasks import make_sample
 
@@ -16,7 +16,7 @@ BOX_FORMAT = BoxFormat()
 
 @pytest.mark.slow
 def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, monkeypatch):
-    lora = training.lora_config(4, 8)
+    lora = training.lora_config(4)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     torch.manual_seed(1)
     for name, parameter in policy.model.named_parameters():
@@ -26,7 +26,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     policy.model.save_pretrained(adapter)
     merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
                                four_bit=True)
-    merged = merge.merge_adapter(random_folder, adapter, float32)
+    merged = merge.merge_in_memory(random_folder, adapter, float32)
     models.save_model(merged, policy.processor, tmp_path / "in memory", random_folder)
     for file in sorted((tmp_path / "in memory").iterdir()):
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
@@ -49,7 +49,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
 
 @pytest.mark.slow
 def test_shards_hold_the_same_model(tmp_path, random_folder, float32, monkeypatch):
-    lora = training.lora_config(4, 8)
+    lora = training.lora_config(4)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     policy.model.save_pretrained(tmp_path / "adapter")
     arguments = (random_folder, tmp_path / "adapter")
@@ -67,7 +67,7 @@ def test_adapter_of_another_model_is_refused(tmp_path, random_folder, float32, p
                torch.ones(2, 2),
                "base_model.model.model.language_model.layers.9.mlp.up_proj.lora_B.weight":
                torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
-    training.lora_config(2, 2).save_pretrained(tmp_path)
+    training.lora_config(2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="give the base that the adapter was trained on"):
         merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
                                    four_bit=True)
@@ -87,9 +87,9 @@ def test_few_prompts_at_a_time_have_the_same_log_probabilities(random_model, pro
                                                                monkeypatch):
     replies = ["<think>Compare.</think>", "<think>Compare the two.</think>", "no"] * 2
     arguments = (random_model, processor, samples[:6], replies, BOX_FORMAT)
-    few_at_a_time = logprobs.reply_logps(*arguments)
-    monkeypatch.setattr(logprobs, "PROMPTS_AT_ONCE", 100)
-    assert torch.allclose(few_at_a_time, logprobs.reply_logps(*arguments), atol=1e-5)
+    few_at_a_time = sample_prompts.reply_logps(*arguments)
+    monkeypatch.setattr(sample_prompts, "PROMPTS_AT_ONCE", 100)
+    assert torch.allclose(few_at_a_time, sample_prompts.reply_logps(*arguments), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -104,8 +104,3 @@ def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
     for name in sorted(path.name for path in (tmp_path / "fresh").iterdir()):
         fresh_file, used_file = (tmp_path / folder / name for folder in ("fresh", "used"))
         assert fresh_file.read_bytes() == used_file.read_bytes(), name
-
-
-def test_unknown_method(float32):
-    with pytest.raises(ValueError, match="no merge method 'somehow'; use one of"):
-        merge.merge_adapter(models.TINY_BASE, models.TINY_BASE, float32, "somehow")

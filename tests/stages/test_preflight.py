@@ -5,10 +5,9 @@ from own_questions import write_questions
 
 from mig_kit.common import write_json
 from mig_kit.engine import models
-from mig_kit.pipeline.branches import start_branch
 from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.plan import start_branch
 from mig_kit.pipeline.run_folders import RECIPE
-from mig_kit.speed import gpu_needs
 from mig_kit.stages import preflight
 
 
@@ -32,7 +31,7 @@ def predict(root, scale=1.0, plan=None, run_id="new"):
         write_json(root / "plan.json", plan)
     stages, values = preflight.read_plan(name, run_id, "tiny")
     rows = preflight.predict_minutes(scale * preflight.REFERENCE_SECONDS, stages,
-                                     gpu_needs.relative_work("tiny", values))
+                                     preflight.relative_work("tiny", values))
     return {row["stage"]: row["minutes"] for row in rows}
 
 
@@ -59,7 +58,7 @@ def test_expected_minutes_scale_with_the_work(root):
     start_branch("a", "b", "05_grpo")
     assert list(predict(root, run_id="b")) == ["05_grpo", "06_evaluate", "07_report"]
     own = write_questions(root / "own", 40)
-    values = {"01_synthesize": {"data": "own", "data_file": str(own), "teacher": "none"},
+    values = {"01_synthesize": {"data": str(own), "teacher": "none"},
               "05_grpo": {"max_steps": 20}}
     plan = {stage: profile_params(stage) | values.get(stage, {})
             for stage in ("01_synthesize", "04_rejection_sampling", "05_grpo", "06_evaluate")}
@@ -73,13 +72,33 @@ def test_the_machine_is_described_even_where_no_run_exists_yet(tmp_path, monkeyp
     assert machine["cpus"] > 0 and machine["memory_gib"] > 0 and machine["disk_free_gib"] > 0
 
 
-def test_the_summary_counts_hours_where_a_gpu_is_needed():
+def share(**changes):
+    """Stage -> work of the tiny profile with changed parameters."""
+    return preflight.relative_work("tiny", {
+        stage: {name: value for name, value in changes.items() if name in profile_params(stage)}
+        for stage in RECIPE})
+
+
+def test_work_by_hand():
+    assert set(share().values()) == {1.0}
+    assert share(max_steps=250)["05_grpo"] == 2.0
+    traces = 10 * 360 + 7 * 160
+    more = share(cot_per_task=370)
+    assert more["01_synthesize"] == more["02_sft"] == pytest.approx((traces + 100) / traces)
+    greedy = (10 + 4) * 100 + 4 * 60 + 3 * 80
+    drawn = 8 * 20 * (10 + 4 + 4 + 3)
+    without = share(replies=0)
+    assert without["04_rejection_sampling"] == 0
+    assert without["06_evaluate"] == pytest.approx(greedy / (greedy + drawn))
+    without = share(teacher="none")
+    assert without["02_sft"] == 0 and without["06_evaluate"] == pytest.approx(2 / 3)
+
+
+def test_the_summary_says_what_a_gpu_needs():
     assert preflight.summary("tiny", 24.4, []) == "about 24 minutes in all"
     assert preflight.summary("tiny", 24.4, [], 55.0) == (
         "about 24 minutes in all; this machine is too busy to be timed: other programs take 55 % "
         "of its cores")
-    hours = [{"stage": "02_sft", "drawn by": "", "80 GB: H100": 1.0},
-             {"stage": "05_grpo", "drawn by": "the kit", "80 GB: H100": 3.4},
-             {"stage": "05_grpo", "drawn by": "a server", "80 GB: H100": 1.0}]
-    expected = "profile large: predicted at most 4 hours in all on an 80 GB, 2 with a server"
-    assert preflight.summary("large", 24.4, hours) == expected
+    memory = [{"stage": "02_sft", "GiB": 21.6}, {"stage": "05_grpo", "GiB": 28.4}]
+    assert preflight.summary("large", 24.4, memory) == (
+        "profile large: predicted 28.4 GiB of a GPU (05_grpo)")

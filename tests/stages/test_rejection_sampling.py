@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.engine import generation, sampling, stored_replies
+from mig_kit.engine import reply_files, sample_prompts, stored_replies
 from mig_kit.prompts import format_answer
+from mig_kit.shared_prefix import generation
 from mig_kit.stages import rejection_sampling
 from mig_kit.stats import pass_at_k
 from mig_kit.world.tasks import make_sample
@@ -37,18 +38,6 @@ def test_curate_by_hand():
                            "over per_task": 1}
     assert why["reasoning"] == {"above max_pass_rate": 1, "kept": 1, "over per_task": 0}
     assert len(kept) == 3 and set(kept) <= {1, 2, 3, 5}
-
-
-def test_random_prompts_are_kept_without_any_reply():
-    samples = [make_sample("diff", "rl", i) for i in range(5)]
-    samples += [make_sample("reasoning", "rl", i) for i in range(2)]
-    options = {"per_task": 3, "kept_prompts": 0, "seed": 0}
-    kept, why = rejection_sampling.select_at_random(samples, **options)
-    assert why == {"diff": {"kept": 3, "not drawn": 2}, "reasoning": {"kept": 2, "not drawn": 0}}
-    assert len(set(kept)) == len(kept) == 5 and set(kept) >= {5, 6}
-    fewer, why = rejection_sampling.select_at_random(samples, **options | {"kept_prompts": 4})
-    assert fewer == kept[:4] and sum(counts["kept"] for counts in why.values()) == 4
-    assert kept != rejection_sampling.select_at_random(samples, **options | {"seed": 1})[0]
 
 
 def test_accuracy_by_detail_by_hand():
@@ -86,10 +75,10 @@ def test_replies_in_order_are_read_when_they_are_looked_at(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_policy, samples):
     path, cut_path = tmp_path / "replies.jsonl", tmp_path / "cut.jsonl"
-    replies = sampling.sample_replies(random_policy, samples, path, **OPTIONS)
+    replies = reply_files.sample_replies(random_policy, samples, path, **OPTIONS)
     lines = path.read_text().splitlines()
     cut_path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
-    resumed = sampling.sample_replies(random_policy, samples, cut_path, **OPTIONS)
+    resumed = reply_files.sample_replies(random_policy, samples, cut_path, **OPTIONS)
     assert resumed == replies
     assert sorted(cut_path.read_text().splitlines()) == sorted(lines)
 
@@ -99,9 +88,9 @@ def test_batches_side_by_side_give_the_same_replies(tmp_path, random_policy, sam
     policy = replace(random_policy, hardware=replace(random_policy.hardware, autocast=True))
     options = OPTIONS | {"batch_size": 2}
     alone, parallel = tmp_path / "alone.jsonl", tmp_path / "parallel.jsonl"
-    replies = sampling.sample_replies(policy, samples, alone, **options)
+    replies = reply_files.sample_replies(policy, samples, alone, **options)
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    assert sampling.sample_replies(policy, samples, parallel, **options, workers=2) == replies
+    assert reply_files.sample_replies(policy, samples, parallel, **options, workers=2) == replies
     assert parallel.read_bytes() == alone.read_bytes()
     after = policy.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -109,10 +98,11 @@ def test_batches_side_by_side_give_the_same_replies(tmp_path, random_policy, sam
 
 def test_prompts_made_ready_before_give_the_same_replies(tmp_path, random_policy, samples,
                                                          monkeypatch):
-    replies = sampling.sample_replies(random_policy, samples, tmp_path / "alone.jsonl", **OPTIONS)
-    cache = sampling.make_cache(random_policy)
+    replies = reply_files.sample_replies(random_policy, samples, tmp_path / "alone.jsonl",
+                                         **OPTIONS)
+    cache = sample_prompts.make_cache(random_policy)
     greedy = OPTIONS | {"replies": 1, "temperature": 0.0}
-    sampling.sample_replies(random_policy, samples, tmp_path / "greedy.jsonl", cache=cache,
+    reply_files.sample_replies(random_policy, samples, tmp_path / "greedy.jsonl", cache=cache,
                             **greedy)
     encode = cache._encode
 
@@ -121,7 +111,7 @@ def test_prompts_made_ready_before_give_the_same_replies(tmp_path, random_policy
         return encode(samples)
 
     monkeypatch.setattr(cache, "_encode", refuse)
-    assert replies == sampling.sample_replies(random_policy, samples, tmp_path / "drawn.jsonl",
+    assert replies == reply_files.sample_replies(random_policy, samples, tmp_path / "drawn.jsonl",
                                               cache=cache, **OPTIONS)
 
 
@@ -130,7 +120,7 @@ def test_questions_about_the_same_images_are_asked_together(tmp_path, random_pol
     questions = [replace(samples[i], id=f"{turn}/{i}", question="Where?" * (1 + turn))
                  for turn in range(3) for i in range(3)]
     options = OPTIONS | {"replies": 1, "temperature": 0.0}
-    alone = sampling.sample_replies(random_policy, questions, tmp_path / "alone.jsonl",
+    alone = reply_files.sample_replies(random_policy, questions, tmp_path / "alone.jsonl",
                                     **(options | {"batch_size": 1}))
     batches, generate = [], generation.generate_rollouts
 
@@ -139,7 +129,7 @@ def test_questions_about_the_same_images_are_asked_together(tmp_path, random_pol
         return generate(model, processor, prompts, *arguments)
 
     monkeypatch.setattr(generation, "generate_rollouts", record_prompts)
-    together = sampling.sample_replies(random_policy, questions, tmp_path / "together.jsonl",
+    together = reply_files.sample_replies(random_policy, questions, tmp_path / "together.jsonl",
                                        **options)
     assert together == alone
     assert [len({prompt.image_digests for prompt in batch}) for batch in batches] == [1, 1, 1]
@@ -148,8 +138,8 @@ def test_questions_about_the_same_images_are_asked_together(tmp_path, random_pol
 def test_greedy_replies_are_those_that_are_sampled_at_temperature_0(tmp_path, random_policy,
                                                                     samples):
     options = OPTIONS | {"replies": 1, "temperature": 0.0}
-    drawn = sampling.sample_replies(random_policy, samples, tmp_path / "drawn.jsonl", **options)
-    greedy = sampling.greedy_replies(random_policy, samples, options["max_new_tokens"])
+    drawn = reply_files.sample_replies(random_policy, samples, tmp_path / "drawn.jsonl", **options)
+    greedy = reply_files.greedy_replies(random_policy, samples, options["max_new_tokens"])
     assert [drawn[sample.id] for sample in samples] == [[reply] for reply in greedy]
 
 

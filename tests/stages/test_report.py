@@ -1,45 +1,131 @@
-"""Stage 07: nothing that a model wrote runs in the page; the table shows what was measured."""
+"""Stage 07: the tables show what was measured, and the page says what to look at."""
 
-import shutil
-import subprocess
-from dataclasses import replace
-from html.parser import HTMLParser
-
-import pytest
-
-from mig_kit.boxes import BoxFormat
-from mig_kit.engine.own_rewards import score_functions
-from mig_kit.prompts import correct_answer
-from mig_kit.rewards import REWARDS
-from mig_kit.stages import report, report_gallery
-from mig_kit.world.suites import make_free_form
+from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.prompts import format_answer
+from mig_kit.stages import report
+from mig_kit.world.suites import SUITES, make_suite
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
-SCORES = score_functions(REWARDS, BOX_FORMAT)
 
 
-def test_model_text_is_escaped():
-    sample = make_sample("diff", "val", 0)
-    hostile = (
-        "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
-    )
-    card = report.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT, SCORES)
-    page = report.render_page("<script>title</script>", [("<i>h</i>", card)])
-    assert (
-        "<script" not in page
-        and "onerror" not in page.replace("onerror=alert(2)&gt;", "")
-        and "<b>sys" not in page
-    )
+def right(sample):
+    if not sample.targets:
+        return "<think></think><answer>none</answer>"
+    image, box = sample.targets[0]
+    return f"<think></think><answer>{format_answer(image, box_of(sample, image, box))}</answer>"
 
 
-def test_a_card_shows_the_rewards_that_training_counts():
-    sample = make_sample("diff", "val", 0)
-    reply = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
-    for thought, counted in (("In image 2.", "format 1"), ("In image 9.", "format 0")):
-        card = report.sample_card(sample, {"GRPO": f"<think>{thought}</think>{reply}"},
-                                  BOX_FORMAT, SCORES)
-        assert f"{counted}, image 1" in card
+def box_of(sample, image, box):
+    return to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
+
+
+def test_out_of_domain_by_hand():
+    """LISA-like: the base is correct on all of four, SFT on none, GRPO on the first alone."""
+    samples = [sample for sample in make_suite("ood_grounding", "test", 4)
+               if sample.task in ("lisa", "unseen")]
+    lisa = [sample.id for sample in samples if sample.task == "lisa"]
+    correct = {"base": lisa, "sft": [], "grpo": lisa[:1]}
+    replies = {system: {sample.id: right(sample) if sample.id in ids else "?"
+                        for sample in samples} for system, ids in correct.items()}
+    first, second = report.out_of_domain_rows(samples, replies, BOX_FORMAT)
+    assert first["suite"] == "LISA-like (drawn)"
+    assert (first["base"], first["SFT"], first["GRPO"]) == ("100.0", "0.0", "25.0")
+    assert first["SFT over base"] == "-100.0 (-100 to +20)", "four questions show no certain loss"
+    assert first["GRPO over SFT"] == "+25.0 (+0 to +75)"
+    assert first["GRPO over base"].startswith("▼ -75.0 (-100 to ")
+    assert second["suite"] == "unseen things (drawn)"
+    assert second["GRPO over base"] == "+0.0 (-60 to +60)", "none of four differs, so few may"
+
+
+def evaluated_systems(**more):
+    suite = {"score": 50.0, "ci95": [40.0, 60.0], "sampled": 45.0, "n_sampled": 8,
+             "n": 20, "tasks": {"lisa": {"acc@0.5": 50.0, "ci95": [40.0, 60.0], "n": 20}}, **more}
+    return {system: dict.fromkeys(SUITES, suite) for system in ("base", "sft", "grpo")}
+
+
+def test_pass_at_k_where_06_has_it():
+    rows = report.pass_at_k_rows(evaluated_systems(pass_at_k={"1": 45.0, "8": 80.0}))
+    assert len(rows) == 2 * len(SUITES) and rows[0] == {
+        "suite": "MIG-Bench-like (drawn)", "system": "SFT", "samples": 8, "pass@1": 45.0,
+        "pass@8": 80.0}
+    assert rows[1]["system"] == "GRPO"
+    assert report.pass_at_k_rows(evaluated_systems()) == []
+
+
+RECORDS = {
+    "02_sft": {"params": {"seed": 3}, "run_id": "default", "seconds": 90, "git": "0123456789+",
+               "machine": "two cores", "hardware": "CPU <b>"},
+    "05_grpo": {"params": {"learning_rate": 1.0}, "run_id": "sharp", "seconds": 0, "git": "",
+                "machine": "two cores"},
+    "06_evaluate": {"params": {"seed": 3, "eval_seed": 14}, "run_id": "sharp", "seconds": 30,
+                    "git": "", "machine": "two cores"}}
+
+
+def test_how_a_run_was_made():
+    first, _, second, total = report.stage_rows(RECORDS)
+    assert first == {"stage": "02_sft", "run": "default", "minutes": "1.5", "seed": "seed 3",
+                     "commit": "01234567+", "machine": "two cores"}
+    assert second["seed"] == "seed 3, eval_seed 14" and second["commit"] == ""
+    assert total == {"stage": "together", "minutes": "2.0"}
+
+
+def test_the_head_of_the_page_says_what_run_it_is():
+    samples = {"own": make_suite("mmiu", "test", 1), "mmiu": make_suite("mmiu", "test", 2)}
+    assert report.describe_run(RECORDS, samples) == (
+        "3 held-out questions of own data and 6 drawn questions, to be compared with each other "
+        "alone; 2.0 minutes; CPU <b>; no column of guide/results.md is of such a run (changed: "
+        "learning_rate)")
+
+
+def test_rows_of_suites_and_differences():
+    samples = {"mmiu": make_suite("mmiu", "test", 2)}
+    assert report.suite_rows(samples) == [
+        {"suite": "MMIU-like (drawn)", "questions": 6, "tasks": 3,
+         "an example": samples["mmiu"][-1].question}]
+    gap = {"value": 2.0, "ci95": [0.5, 4.0]}
+    assert report.difference_rows({"grpo-sft": {"mmiu": gap}}) == [
+        {"compared": "GRPO over SFT", "MMIU-like (drawn)": "▲ +2.0 (+0 to +4)"}]
+
+
+def test_the_page_says_what_to_look_at():
+    gap = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
+    deltas = {delta: dict.fromkeys(SUITES, gap) for delta in ("grpo-sft", "grpo-base")}
+    figures = dict.fromkeys(("suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
+                             "dropped", "difficulty", "shares", "rollouts"))
+    tables = {"ood": [{"suite": "LISA-like (drawn)", "base": "<i>"}],
+              "rewards": [], "stages": report.stage_rows(RECORDS)}
+    metrics = {"systems": evaluated_systems(), "deltas": deltas}
+    sections = report.report_sections(metrics, figures, report.Markup("cards"), tables)
+    text = report.render_page("t", sections)
+    assert text.count("<figcaption>") == 3, "claims, ood_rows and sampled"
+    assert "&lt;i&gt;" in text and "<i>" not in text and "pass@k" not in text
+    figures["loss"] = report.draw_curves([{"step": 1, "loss": 2.0}], ["loss"], "Fine-tuning", 3)
+    sections = report.report_sections(metrics, figures, report.Markup("cards"), tables)
+    text = report.render_page("t", sections, "seed 3, <b>")
+    assert "<p class=facts>seed 3, &lt;b&gt;</p>" in text
+    assert 'alt="Fine-tuning: loss, nats per token from 2 to 2."' in text
+    assert "<figcaption>A loss that still falls steeply" in text
+
+
+def test_the_held_out_part_of_own_data():
+    suite = {"score": 40.0, "ci95": [30.0, 50.0], "sampled": None, "n": 60, "image": 90.0,
+             "format": 100.0}
+    systems = {"base": {"own": suite, "mmiu": suite}, "grpo": {"own": suite | {"score": 62.5}}}
+    rows = report.held_out_rows(systems)
+    assert [(row["system"], row["questions"], row["correct"]) for row in rows] == [
+        ("base", 60, 40.0), ("GRPO", 60, 62.5)]
+    gap = {"value": 22.5, "ci95": [9.0, 35.0]}
+    assert report.own_data_rows({"grpo-base": {"own": gap, "mmiu": gap}}) == [
+        {"compared": "GRPO over base", "own data (held out)": "▲ +22.5 (+9 to +35)"}]
+    assert report.held_out_rows(evaluated_systems()) == []
+    assert report.claim_rows({"deltas": {"grpo-base": {"own": gap}}}) == [], "no drawn suite"
+
+
+def test_bars_of_a_suite_out_of_domain():
+    rows = report.task_bars(evaluated_systems(), "ood_grounding")
+    assert rows[0] == {"task": "LISA-like (drawn)", "system": "base", "acc@0.5": 50.0,
+                       "ci95": [40.0, 60.0], "n": 20}
 
 
 def test_headline_rows():
@@ -60,104 +146,6 @@ def test_headline_rows():
     assert "temperature" not in bare and "9.50" in bare
     empty = report.html_table([{"system": "base", "mig_bench": None}])
     assert "drawn" not in report.render_page("t", [("drawn", empty)]), "nothing drawn, no heading"
-
-
-def test_choose_covers_the_outcomes():
-
-    samples = [make_sample("diff", "val", i) for i in range(4)]
-    right = {
-        s.id: reply_for(s)
-        for s in samples
-    }
-    before = {s.id: right[s.id] if i in (1, 2) else "" for i, s in enumerate(samples)}
-    after = {s.id: right[s.id] if i in (0, 1) else "" for i, s in enumerate(samples)}
-    chosen = dict(
-        (kind, s.id) for kind, s in report.pick_gallery(samples, before, after, BOX_FORMAT)
-    )
-    assert chosen == {
-        "wrong, then correct": samples[0].id,
-        "correct both times": samples[1].id,
-        "correct, then wrong": samples[2].id,
-        "wrong both times": samples[3].id,
-    }
-
-
-def test_a_gallery_of_one_task_has_several_of_it():
-    samples = [make_sample("diff", "val", i) for i in range(6)]
-    wrong = {sample.id: "" for sample in samples}
-    assert len(report.pick_gallery(samples, wrong, wrong, BOX_FORMAT, 4)) == 4
-    mixed = [*samples, make_sample("region", "val", 0)]
-    wrong = {sample.id: "" for sample in mixed}
-    assert len(report.pick_gallery(mixed, wrong, wrong, BOX_FORMAT, 2)) == 2
-
-
-def reply_for(sample, number=None, shift=0):
-    from mig_kit.boxes import to_model_box
-    from mig_kit.prompts import format_answer
-
-    image, box = sample.targets[0]
-    x1, y1, x2, y2 = to_model_box(box, sample.sizes[image - 1], box_format=BoxFormat())
-    answer = format_answer(number or image, (x1 + shift, y1, x2 + shift, y2))
-    return f"<think></think><answer>{answer}</answer>"
-
-
-def test_outcomes_by_hand():
-    sample, choice = make_sample("diff", "val", 0), make_free_form("val", 1)[0]
-    replies = {
-        "correct": reply_for(sample),
-        "wrong image": reply_for(sample, 1),
-        "loose box": reply_for(sample, shift=12),
-        "wrong object": reply_for(sample, shift=40),
-        "no answer": "?",
-    }
-    for kind, reply in replies.items():
-        assert report.classify_outcome(reply, sample, BOX_FORMAT) == kind
-    wrong = "B" if choice.letter == "A" else "A"
-    assert (
-        report.classify_outcome(f"<think></think><answer>{wrong}</answer>", choice, BOX_FORMAT)
-        == "wrong option"
-    )
-    counts = report.count_outcomes(
-        [sample], {"a": {sample.id: replies["correct"]}, "b": {sample.id: "?"}}, BOX_FORMAT
-    )
-    assert counts == {"a": {"correct": 1, "no answer": 0}, "b": {"correct": 0, "no answer": 1}}
-
-
-def test_a_box_on_another_object_is_no_loose_box():
-    """A box around a neighbour that touches the target by a third, and one that misses all."""
-    sample = make_sample("diff", "val", 0)
-    image, (x1, y1, x2, y2) = sample.targets[0]
-    width = x2 - x1
-    neighbour = (x1 + 0.5 * width, y1, x2 + 0.5 * width, y2)
-    boxes = [[] for _ in sample.images]
-    boxes[image - 1] = [(x1, y1, x2, y2), neighbour]
-    half = reply_for(sample, shift=0.4 * width)
-    assert report.classify_outcome(half, sample, BOX_FORMAT) == "loose box", "IoU 0.43"
-    assert report.classify_outcome(half, sample, BOX_FORMAT, {sample.id: boxes}) == "wrong object"
-    boxes[image - 1] = boxes[image - 1][:1]
-    assert report.classify_outcome(half, sample, BOX_FORMAT, {sample.id: boxes}) == "loose box"
-    far = reply_for(sample, shift=3 * width)
-    assert report.classify_outcome(far, sample, BOX_FORMAT, {sample.id: boxes}) == "wrong object"
-
-
-def test_the_gallery_shows_every_task_of_a_suite():
-    samples = [make_sample(task, "val", i) for task in ("diff", "region", "common_object")
-               for i in range(4)]
-    wrong = {sample.id: "" for sample in samples}
-    half = {sample.id: reply_for(sample) if sample.task == "diff" else ""
-            for sample in samples}
-    gallery = report.pick_gallery(samples, wrong, half, BOX_FORMAT, 2)
-    assert {sample.task for _, sample in gallery} == {"diff", "region", "common_object"}
-    assert [kind for kind, _ in gallery].count("wrong both times") == 2
-
-
-def test_a_disagreement_is_found():
-    samples = [make_sample("diff", "val", i) for i in range(3)]
-    right = {sample.id: reply_for(sample) for sample in samples}
-    other = right | {samples[1].id: "?"}
-    replies = {"sft": other, "grpo": right}
-    assert report_gallery.find_disagreement(samples, replies, BOX_FORMAT).id == samples[1].id
-    assert report_gallery.find_disagreement(samples, {"sft": right}, BOX_FORMAT) is samples[0]
 
 
 def test_every_picture_has_words_with_its_numbers():
@@ -190,23 +178,8 @@ def test_calibration_counts_every_sample_once():
     rows = report.pass_rate_by_difficulty({s.id: i / 40 for i, s in enumerate(samples)}, samples)
     assert sum(row["n"] for row in rows) == 40 and all(0 <= row["pass rate"] <= 1 for row in rows)
     assert all(row["ci95"][0] <= row["pass rate"] <= row["ci95"][1] for row in rows)
-    assert f"{rows[0]['things']}: {rows[0]['pass rate']:.2f}" in report.draw_difficulty(rows).alt
+    assert f"{rows[0]['objects']}: {rows[0]['pass rate']:.2f}" in report.draw_difficulty(rows).alt
     assert report.pass_rate_by_difficulty({"x": 0.5}, []) == [], "own data lists nothing"
-
-
-def test_the_gallery_is_filtered_without_a_script():
-    samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
-    replies = {"sft": {s.id: "?" for s in samples}}
-    text = report.gallery_html(
-        [("kept", samples[0]), ("<b>lost</b>", samples[1])], replies, BOX_FORMAT, SCORES
-    )
-    assert (
-        text.count('class="card task-') == 2
-        and "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
-    )
-    assert "pick-suite" not in text and "pick-outcome" not in text, "one of a kind is no filter"
-    assert text.count('alt="2 images with the target') == 2
-    assert "<script" not in text and "<b>lost" not in text
 
 
 def test_rewards_are_a_table():
@@ -218,90 +191,3 @@ def test_rewards_are_a_table():
     assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0
     text = report.html_table(rows)
     assert "&lt;b&gt;.py:center" in text and "<td>14.50</td>" in text
-
-
-def test_two_runs_on_one_page():
-    def run(value):
-        gap = {"value": value, "ci95": [value - 1, value + 1], "sampled": 0.0}
-        suites = {
-            suite: {"score": value, "ci95": [value - 1, value + 1]}
-            for suite in ("mig_bench", "mmiu")
-        }
-        systems = {s: suites for s in ("base", "sft", "grpo")}
-        return {
-            "06_evaluate": {"systems": systems, "deltas": {"grpo-sft": {"mig_bench": gap}}},
-            "05_grpo": {"curves": [{"step": i, "reward": value + i} for i in range(12)]},
-        }
-
-    text = report.two_run_page(
-        {"a<script>": run(9.0), "b": run(11.0)},
-        [{"stage": "05_grpo", "what": "metric", "name": "<script>", "a": 1, "b": None}],
-    )
-    assert "<th>b</th>" in text.replace(' scope="col"', ""), "the column says which run it is of"
-    assert "<script" not in text and text.count("<img") == 2 and "grpo-sft (points)" in text
-
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-OWN = "document.title='owned'"
-HOSTILE = (
-    f'<script>{OWN}</script><img src=x onerror="{OWN}"><svg onload="{OWN}"></style></title>'
-    f"<script>{OWN}</script>"
-    f'<a href="javascript:{OWN}">&lt;script&gt;'
-)
-
-
-class Running(HTMLParser):
-    """Collects what a page could run, and its title."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.found, self.title, self.inside = [], "", False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.inside = tag == "title"
-        self.found += [tag] * (tag == "script")
-        self.found += [
-            f"{k}={v}"
-            for k, v in attrs
-            if k.startswith("on") or (v or "").startswith("javascript:")
-        ]
-
-    def handle_data(self, data):
-        self.title += data * self.inside
-        self.inside = False
-
-
-def in_chromium(page, folder):
-    """The page as Chromium has it two seconds after opening it."""
-    (folder / "page.html").write_text(page)
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=2000",
-        f"--user-data-dir={folder}/profile",
-    ]
-    command = [CHROMIUM, *flags, "--dump-dom", f"file://{folder}/page.html"]
-    return Running(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
-    bare = in_chromium(f"<title>mine</title><p>{HOSTILE}</p>", tmp_path)
-    assert bare.title == "owned" and bare.found, "unescaped it would run"
-    sample = replace(
-        make_sample("diff", "val", 0),
-        question=HOSTILE,
-        id=f"{HOSTILE}/../x.png",
-        task=HOSTILE,
-        options=(HOSTILE, "b"),
-    )
-    reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
-    text = report.gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT,
-                               SCORES)
-    shown = in_chromium(report.render_page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
-    assert shown.title.startswith("mine ") and shown.found == []

@@ -9,17 +9,11 @@ import torch
 from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import (
-    generation,
-    logprobs,
-    merging,
-    models,
-    qlora,
-    shared_prefix_grpo,
-    training,
-)
-from mig_kit.pipeline import store
+from mig_kit.engine import merging, models, qlora, sample_prompts, training
+from mig_kit.pipeline import run_facts, store
 from mig_kit.sample import write_samples
+from mig_kit.shared_prefix import decoding, generation
+from mig_kit.shared_prefix import trainer as trainer_module
 from mig_kit.stages import grpo, sft
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -27,14 +21,14 @@ BOX_FORMAT = BoxFormat()
 SETTINGS = {
     "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
     "max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, "max_completion_length": 8,
-    "save_steps": 1, "lora_r": 4, "lora_alpha": 8, "launcher": "", "dtype": "float32",
+    "save_steps": 1, "lora_r": 4, "launcher": "", "dtype": "float32",
     "device": "cpu"}
 
 
 @pytest.fixture
 def adapter(tmp_path, random_folder, float32):
     """The folder of an adapter that changes the random model, as 02 leaves it."""
-    lora = training.lora_config(4, 8, 0.1)
+    lora = training.lora_config(4, 0.1)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     torch.manual_seed(1)
     for name, parameter in policy.model.named_parameters():
@@ -91,7 +85,7 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
 
     def read_logps(model):
         processor = models.load_processor(random_folder, BOX_FORMAT)
-        return logprobs.reply_logps(model, processor, samples[:3], replies, BOX_FORMAT)
+        return sample_prompts.reply_logps(model, processor, samples[:3], replies, BOX_FORMAT)
 
     policy = grpo.load_start(float32, BOX_FORMAT, **start)
     trained = [name for name, parameter in policy.model.named_parameters()
@@ -99,8 +93,8 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
     assert len(trained) == 28 and all("lora_" in name for name in trained)
     fresh = PeftModel.from_pretrained(models.load_model(random_folder, float32, four_bit=True),
                                       adapter)
-    models.protect_4bit_weights(fresh.eval())
-    models.protect_4bit_weights(policy.model.eval())
+    decoding.train_mode_for_4bit_layers(fresh.eval())
+    decoding.train_mode_for_4bit_layers(policy.model.eval())
     before = read_logps(policy.model)
     assert torch.allclose(before, read_logps(fresh), atol=1e-5)
     grpo.train(folder, params(start_from="adapter"), str(tmp_path / "kept.parquet"),
@@ -117,7 +111,7 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
 @pytest.mark.slow
 def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_folder, float32,
                                             monkeypatch):
-    policy = qlora.load_adapter_policy(random_folder, adapter, float32, BOX_FORMAT, 0.0)
+    policy = qlora.load_adapter_policy(random_folder, adapter, float32, BOX_FORMAT)
     assert policy.model.peft_config["default"].lora_dropout == 0.0
     samples = [make_sample("diff", "rl", i) for i in range(2)]
     trainer = grpo.grpo_trainer(policy, samples, tmp_path, params(start_from="adapter"))
@@ -130,15 +124,17 @@ def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_fo
         in_train_mode.append((model.training, {layer.training for layer in layers}))
         return generation.generate_in_rounds(model, *arguments)
 
-    monkeypatch.setattr(shared_prefix_grpo, "generate_in_rounds", record_modes)
-    trainer._draw_completions([{"sample": 0}] * 4, 4, "train")
+    monkeypatch.setattr(trainer_module, "generate_in_rounds", record_modes)
+    numbers, *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]] * 4)
+    trainer._draw_completions(trainer._prompts_of(numbers[0]), 4)
     assert in_train_mode == [(False, {True})]
     assert all(torch.equal(layer.weight.data, packed) for layer, packed in zip(layers, before))
 
 
 def test_another_model_in_the_same_folder_is_another_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "require_record", lambda *_: {"outputs": {}, "params": {
-        name: "" for name in store.RUN_PARAMS}})
+    for module in (store, run_facts):
+        monkeypatch.setattr(module, "require_record", lambda *_: {"outputs": {}, "params": {
+            name: "" for name in store.RUN_PARAMS}})
     (tmp_path / "config.json").write_text("{}")
     params = {"start_from": str(tmp_path)}
     key = store.stage_key("05_grpo", "any", params)

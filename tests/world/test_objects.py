@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 
 from mig_kit.world import objects
-from mig_kit.world.find_all import draw_find_all
 from mig_kit.world.suites import SUITES, make_suite
 
 SAMPLES = [sample for suite in SUITES for sample in make_suite(suite, "test", 3, 14)]
-SAMPLES += draw_find_all("test", 2, 14)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)

@@ -7,9 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from mig_kit.sample import Target
 from mig_kit.world import tasks
-from mig_kit.world.scenes import UNSEEN_PAIRS, Appearance, Object, Scene
+from mig_kit.world.scenes import Appearance, Object, Scene
 from mig_kit.world.specs import names_in_note
 from mig_kit.world.tasks import SPLITS, TASKS, make_sample
 
@@ -34,7 +33,7 @@ def test_splits_cannot_overlap():
     for split in SPLITS:
         for seed in (0, 1):
             for task in TASKS:
-                for index in range(15):
+                for index in range(5):
                     content = image_bytes(make_sample(task, split, index, seed))
                     assert owners.setdefault(content, split) == split
 
@@ -64,34 +63,6 @@ def test_only_the_common_object_is_in_all_images(index):
     assert sample.finding == f"in all: {common.pop()}." and not common
 
 
-@pytest.mark.parametrize("index", range(30))
-def test_only_one_image_shows_the_object_of_group_grounding(index):
-    sample = make_sample("group_grounding", "val", index)
-    name = sample.finding.split(": image ")[0]
-    assert [name in names_in_note(note) for note in sample.notes].count(True) == 1
-
-
-@pytest.mark.parametrize("index", range(30))
-def test_tracking_has_a_reference_and_regions_lie_in_image_1(index):
-    tracking = make_sample("object_tracking", "val", index)
-    assert len(tracking.images) == 6
-    assert tracking.reference and "{ref}" in tracking.question
-    target, = make_sample("region", "val", index).targets
-    assert isinstance(target, Target) and target.image == 1
-
-
-def test_images_of_one_prompt_differ_in_size():
-    samples = [make_sample("group_grounding", "val", index) for index in range(10)]
-    assert any(len(set(sample.sizes)) > 1 for sample in samples)
-
-
-def test_unseen_pairs_are_in_no_training_split():
-    for split in ("cot", "rl"):
-        notes = " ".join(note for task in TASKS for index in range(40)
-                         for note in make_sample(task, split, index).notes)
-        assert not any(f"{colour} {shape}" in notes for colour, shape in UNSEEN_PAIRS)
-
-
 def test_extremes_by_hand():
     small = Object("red", "star", "plain", (2.0, 2.0, 16.0, 16.0))
     large = Object("blue", "ring", "plain", (40.0, 3.0, 66.0, 23.0))
@@ -105,6 +76,6 @@ def test_extremes_by_hand():
 def test_only_the_first_matches(attribute):
     rng, appearance = random.Random(0), Appearance("red", "star", "plain")
     for _ in range(50):
-        match, *others = tasks.draw_match_and_others(rng, appearance, attribute, 4)
+        match, *others = tasks.pick_match_and_others(rng, appearance, attribute, 4)
         assert match[attribute] == appearance[attribute] and match[:2] != appearance[:2]
         assert all(other[attribute] != appearance[attribute] for other in others)

@@ -10,7 +10,7 @@ from mig_kit.prompts import parse_reply, reply_box_in_original
 from mig_kit.sample import best_iou
 from mig_kit.world import teacher
 from mig_kit.world.free_form import FREE_FORM
-from mig_kit.world.suites import make_free_form
+from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
 TRAINING_KINDS = [*TASKS, *FREE_FORM]
@@ -19,7 +19,7 @@ TRAINING_KINDS = [*TASKS, *FREE_FORM]
 @pytest.fixture(scope="module")
 def samples_by_kind():
     tasks = [make_sample(task, "cot", 2) for task in TASKS]
-    return {sample.task: sample for sample in tasks + make_free_form("cot", 1)}
+    return {sample.task: sample for sample in [*tasks, *iter_free_form("cot", 1)]}
 
 
 @pytest.mark.parametrize("kind", TRAINING_KINDS)

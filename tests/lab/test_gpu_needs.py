@@ -1,0 +1,117 @@
+"""The prediction of GPU memory: parts by hand, and what a layer keeps as measured."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mig_kit.engine import models
+from mig_kit.engine.training import lora_config
+from mig_kit.lab import gpu_needs
+from mig_kit.lab.gpu_needs import GIB, SHAPES, Load, Shape
+from mig_kit.shared_prefix import prompt_cache
+
+SEVEN = SHAPES["Qwen/Qwen2.5-VL-7B-Instruct"]
+
+
+def saved_bytes(hidden: int, inner: int, layers: int, tokens: int, lora_r: int) -> int:
+    """Bytes that the language model of a small random Qwen2.5-VL keeps for its backward pass."""
+    config = models.tiny_config(640, hidden=hidden, layers=layers, vision_layers=1)
+    config.text_config.intermediate_size = inner
+    model = Qwen2_5_VLForConditionalGeneration._from_config(
+        config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = get_peft_model(model, lora_config(lora_r, 0.05)).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}  # by address: tensors stay here, so that no address is used twice
+
+    def keep(tensor):
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor
+        return tensor
+
+    embeds = torch.zeros(1, tokens, hidden, dtype=torch.bfloat16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prompt_cache.unwrap_peft(model).model.language_model(inputs_embeds=embeds, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("hidden, inner, tokens, lora_r",
+                         [(128, 256, 64, 64), (320, 704, 96, 16), (256, 512, 64, 128)])
+def test_a_layer_keeps_what_is_predicted(hidden, inner, tokens, lora_r):
+    two, one = (saved_bytes(hidden, inner, layers, tokens, lora_r) for layers in (2, 1))
+    shape = Shape(hidden, inner, 2, hidden // 32, hidden // 64, 640, 0, 0)
+    assert (two - one) / tokens == pytest.approx(gpu_needs.layer_bytes(shape, lora_r), rel=0.005)
+
+
+def train_in_full(load, four_bit=False, lora_r=64, is_checkpointed=False):
+    return gpu_needs.training_memory(SEVEN, load, lora_r, is_checkpointed, four_bit)
+
+
+def test_weights_and_adapters_by_hand():
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    assert SEVEN.linear_weights == 28 * layer
+    parts = train_in_full(Load(1000))
+    assert parts["weights"] == pytest.approx(8_292_166_656 * 2 / GIB)
+    adapters = 28 * 64 * (2 * 2 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert parts["adapter, gradients, Adam"] == pytest.approx(16 * adapters / GIB)
+    four_bit = 28 * layer * 0.515869 + (SEVEN.total - 28 * layer) * 4
+    weights = train_in_full(Load(1000), four_bit=True)["weights"]
+    assert weights == pytest.approx(four_bit / GIB, rel=1e-4)
+
+
+def test_replies_share_the_keys_of_their_prompt():
+    one, eight = (gpu_needs.decoding_memory(SEVEN, Load(3000, replies=count, tokens=100))
+                  for count in (1, 8))
+    assert one["keys and values"] * GIB == pytest.approx(3100 * 28 * 4 * 128 * 2 * 2)
+    assert eight["keys and values"] / one["keys and values"] == pytest.approx(3800 / 3100)
+
+
+def test_checkpoints_keep_less_and_more_prompts_need_more():
+    in_full, checkpointed = (
+        train_in_full(Load(3000), four_bit=True, is_checkpointed=flag)["activations"]
+        for flag in (False, True))
+    assert checkpointed < in_full / 5
+    one, two = (train_in_full(Load(3000, prompts, 8, 100))["activations"] for prompts in (1, 2))
+    assert two == pytest.approx(2 * one)
+
+
+@pytest.mark.parametrize("profile", ["qwen2_5_vl_3b", "qwen2_5_vl_7b"])
+def test_the_table_says_what_to_lower(profile):
+    needs = gpu_needs.predict(profile)
+    rows = {row["stage"]: row for row in needs["memory"]}
+    assert list(rows) == list(gpu_needs.ADVICE)
+    for stage, row in rows.items():
+        verdicts = [row[f"{gigabytes} GB"] for gigabytes in gpu_needs.CARDS]
+        fits = [verdict == "fits" for verdict in verdicts]
+        assert fits == sorted(fits), "a larger GPU holds what a smaller one holds"
+        assert set(verdicts) <= {"fits", gpu_needs.ADVICE[stage]}
+    params = gpu_needs.read_profile(profile)
+    shape = gpu_needs.find_shape(params.synthesize.base_model)
+    pixels = gpu_needs.fitting_pixels(shape, params, 141)
+    assert f"141 GB: all stages fit, up to max_pixels {pixels}" in needs["advice"][-1]
+    changed = params._replace(
+        synthesize=SimpleNamespace(**vars(params.synthesize) | {"max_pixels": pixels}))
+    table = gpu_needs.memory_table(gpu_needs.predict_memory(shape, changed))
+    assert all(row["141 GB"] == "fits" for row in table)
+
+
+@pytest.mark.parametrize("profile, gib", [("qwen2_5_vl_3b", [15.2, 9.1, 16.6, 8.9]),
+                                          ("qwen2_5_vl_7b", [21.6, 18.0, 28.4, 17.6])])
+def test_the_predictions_are_those_of_the_guide(profile, gib):
+    assert [row["GiB"] for row in gpu_needs.predict(profile)["memory"]] == gib
+
+
+def test_the_tiny_profile_needs_no_gpu():
+    assert gpu_needs.predict("tiny") == {"advice": [], "memory": []}
+
+
+def test_a_folder_is_counted_and_an_unknown_name_is_not_downloaded(relatives):
+    shape = gpu_needs.find_shape(str(relatives["qwen3_vl"]))
+    hardware = models.Hardware("cpu", torch.float32, False, "sdpa", "test")
+    weights = models.load_model(relatives["qwen3_vl"], hardware)
+    assert shape.total == sum(parameter.numel() for parameter in weights.parameters())
+    assert (shape.head_dim, shape.token_side) == (32, 32)
+    assert gpu_needs.find_shape("somebody/else") is None

@@ -1,0 +1,280 @@
+"""Runs that start from another run's stages: what is whose, what is stale, what is refused."""
+
+import hashlib
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from mig_kit.cli import cli
+from mig_kit.common import write_json
+from mig_kit.pipeline import (
+    execute,
+    plan,
+    run_folders,
+    status,
+    store,
+)
+from mig_kit.pipeline.joint_rules import validate_params
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder of runs with 01 to 04 of run "a" finished."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    for stage in store.RECIPE[1:5]:
+        leave_stage(tmp_path, "a", stage)
+    return tmp_path
+
+
+def digest(product):
+    return hashlib.sha256(product.encode()).hexdigest()
+
+
+def leave_stage(root, run_id, stage, product="1"):
+    """What a finished stage leaves, with one product."""
+    folder = root / run_id / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"params": validate_params({}, stage), "key": f"{stage} {product}",
+              "outputs": {"x": digest(product)}, "inputs": {}, "seconds": 60.0,
+              "versions": {}}
+    write_json(folder / "metrics.json", {"product": product})
+    (folder / "x").write_text(product)
+    write_json(folder / "run.json", record)
+
+
+def finish_stage(run_id, stage, product):
+    """Run a stage as its notebook does."""
+    begun, _ = store.begin_stage(stage, {"run_id": run_id})
+    (begun.folder / "x").write_text(product)
+    begun.finish({"product": product})
+    return begun
+
+
+def describe_files(folder):
+    """Content and time of every file."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def error_of(*words) -> str:
+    """The sentence of a command that ends with an error."""
+    error = CliRunner().invoke(cli, list(words)).exception
+    assert error is not None and error.args, "the command was not refused"
+    return str(error.args[0])
+
+
+def test_a_branch_takes_earlier_stages_by_reference_and_changes_none(root):
+    before = describe_files(root / "a")
+    plan.start_branch("a", "b", "05_grpo", "06_evaluate")
+    keys = {stage: f"{stage} 1" for stage in store.RECIPE[1:5]}
+    assert run_folders.load_branch("b") == {"from": "a", "stages": keys}
+    stage = finish_stage("b", "05_grpo", "b")
+    assert stage.final_folder == root / "b" / "05_grpo"
+    assert stage.input_path("03_merge", "x") == root / "a" / "03_merge" / "x"
+    record = store.load_record("05_grpo", "b")
+    assert record["branch"] == {"from": "a", "stages": keys}
+    products = {"x": digest("1")}
+    assert record["inputs"] == {"03_merge": products, "04_rejection_sampling": products}
+    assert store.run_params("b", "05_grpo")["base_model"] == "tiny"
+    assert describe_files(root / "a") == before, "neither changed nor locked"
+    assert not (root / "b" / "03_merge").exists()
+    finish_stage("b", "06_evaluate", "b")
+    assert store.is_up_to_date("05_grpo", "b", stage.params)
+
+
+def test_a_branch_of_a_branch(root):
+    plan.start_branch("a", "b", "05_grpo")
+    finish_stage("b", "05_grpo", "b")
+    plan.start_branch("b", "c", "06_evaluate")
+    assert store.stage_folder("02_sft", "c") == root / "a" / "02_sft"
+    assert store.stage_folder("05_grpo", "c") == root / "b" / "05_grpo"
+    assert store.stage_folder("06_evaluate", "c") == root / "c" / "06_evaluate"
+    inputs = finish_stage("c", "06_evaluate", "c").inputs
+    assert inputs["05_grpo"]["x"] == store.load_record("05_grpo", "b")["outputs"]["x"]
+    plan.start_branch("c", "d", "03_merge")
+    assert [run for run in "abcd" if store.find_owner("02_sft", run) != "a"] == []
+    assert store.find_owner("04_rejection_sampling", "d") == "d"
+
+
+def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
+    plan.start_branch("a", "b", "05_grpo")
+    own = ["00_preflight", "05_grpo", "06_evaluate", "07_report"]
+    assert plan.plan_stages([], "b") == own
+    assert plan.plan_stages([], "a") == list(store.RECIPE)
+    assert plan.check_branch("a", "b", ["06_evaluate"]) == [], "naming it again is no error"
+    planned, = plan.plan_runs(["06_evaluate"], "smoke", "b", "", [], ())
+    assert (planned.source, list(planned.params)) == ("", ["06_evaluate"])
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (("run", "05", "--from", "a", "--run-id", "a"), "are both 'a'; use another --run-id"),
+    (("run", "05", "--from", "z", "--run-id", "new"), "no run 'z' in "),
+    (("run", "05", "--from", "../a", "--run-id", "new"), "run_id is '../a'; use letters"),
+    (("run", "06", "--from", "a", "--run-id", "new"),
+     "run 'a' has no finished 05_grpo to start from; run: mig-kit run 05 --run-id a"),
+    (("run", "01", "--from", "a", "--run-id", "new"), "so name stages from 02 to 07"),
+    (("run", "--from", "a", "--run-id", "new"), "so name stages from 02 to 07"),
+    (("run", "08", "--from", "a", "--run-id", "new"), "so name stages from 02 to 07"),
+    (("run", "05", "--from", "b", "--run-id", "a"), "run 'b' starts from 'a' itself"),
+    (("run", "05", "--from", "c", "--run-id", "b"),
+     "run 'b' starts from 'a' already, not from 'c'"),
+    (("run", "05", "--from", "a", "--run-id", "c"), "run 'c' has its own 02_sft, so it is no bran"),
+    (("run", "04", "05", "--run-id", "b"),
+     "04_rejection_sampling of run 'b' is that of run 'a'; run it there, or start another branch: "
+     "mig-kit run 04 --from a --run-id NAME"),
+    (("run", "05", "--run-id", "x-{seed}"), "'x-{seed}' has {seed}, but there are no seeds"),
+    (("run", "05", "--run-id", "x", "--seeds", "0,1"), "2 seeds cannot share the run 'x'; put"),
+    (("run", "05", "--run-id", "x", "--seeds", "0,one"), "--seeds is '0,one'; write whole numbers"),
+    (("run", "05", "--run-id", "x-{seed}", "--seeds", "1,01"), "names a seed twice"),
+    (("run", "05", "--seeds", "1", "-p", "seed", "2"), "-p seed and --seeds both set the seed"),
+    (("run", "03", "--seeds", "1", "--run-id", "a"), "03_merge has no parameter 'seed'"),
+    (("run", "05", "--from", "a", "--run-id", "new", "--profile", "qwen2_5_vl_7b", "-p", "device",
+      "cpu"), "run 'a' has the base_model tiny, and profile 'qwen2_5_vl_7b'"),
+])
+def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(root, words, sentence):
+    plan.start_branch("a", "b", "05_grpo")
+    leave_stage(root, "c", "02_sft")
+    before = describe_files(root)
+    assert sentence in error_of(*words)
+    assert describe_files(root) == before and not (root / "new").exists()
+
+
+def test_a_notebook_of_a_branch_opened_by_hand(root):
+    plan.start_branch("a", "b", "05_grpo")
+    with pytest.raises(ValueError, match="03_merge of run 'b' is that of run 'a'; run it there"):
+        store.begin_stage("03_merge", {"run_id": "b"})
+    stage, p = store.begin_stage("05_grpo", {"run_id": "b", "beta": 0.01})
+    assert (p.beta, stage.input_path("03_merge")) == (0.01, root / "a" / "03_merge")
+
+
+def test_a_source_stage_that_was_run_again_makes_the_branch_stale(root):
+    plan.start_branch("a", "b", "05_grpo")
+    stage = finish_stage("b", "05_grpo", "b")
+    leave_stage(root, "a", "03_merge")
+    assert store.find_replaced_input("05_grpo", "b") == "", "the same products again"
+    leave_stage(root, "a", "03_merge", "2")
+    assert store.find_replaced_input("05_grpo", "b") == "03_merge"
+    assert "it is stale: the input 03_merge has changed" in (
+        "\n".join(status.run_lines("b", with_reasons=True)))
+    assert not store.is_up_to_date("05_grpo", "b", stage.params), "it is run again"
+    finish_stage("b", "05_grpo", "c")
+    assert store.find_replaced_input("05_grpo", "b") == ""
+    assert run_folders.load_branch("b")["stages"]["03_merge"] == "03_merge 2"
+
+
+def test_a_source_that_changes_meanwhile_is_stale_afterwards(root):
+    plan.start_branch("a", "b", "05_grpo")
+    begun, _ = store.begin_stage("05_grpo", {"run_id": "b"})
+    (root / "a" / "03_merge" / "run.json").unlink()
+    begun.finish({})
+    leave_stage(root, "a", "03_merge", "2")
+    assert store.find_replaced_input("05_grpo", "b") == "03_merge"
+
+
+def test_a_source_that_is_gone_is_one_sentence(root):
+    plan.start_branch("a", "b", "05_grpo")
+    finish_stage("b", "05_grpo", "b")
+    shutil.rmtree(root / "a" / "03_merge")
+    sentence = error_of("run", "05", "--run-id", "b")
+    assert "05_grpo needs 03_merge of run 'a', which has not finished; run: mig-kit run 03 " \
+        "--run-id a, with the --profile and every -p of that run" in sentence
+    assert "  01 to 04 of a; 03_merge is not finished" in status.run_lines("b")
+    (root / "a").rename(root / "other")
+    sentence = error_of("run", "05", "--run-id", "b")
+    assert "run 'b' starts from run 'a', which is not in " in sentence and "bring it" in sentence
+    lines = CliRunner().invoke(cli, ["status", "b"]).output.splitlines()
+    assert lines[1] == "  01 to 04 of a; run 'a' is gone" and "done in 0.0 min" in lines[2]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"from": "a"}', '{"from": "../a", "stages": {}}',
+                                  '{"from": 3, "stages": {}}'])
+def test_a_broken_branch_file_is_one_sentence(root, text):
+    plan.start_branch("a", "b", "05_grpo")
+    (root / "b" / "branch.json").write_text(text)
+    with pytest.raises(ValueError, match="branch.json is broken; delete the run 'b'"):
+        store.load_record("05_grpo", "b")
+
+
+def test_a_circle_written_by_hand_is_one_sentence(root):
+    plan.start_branch("a", "b", "05_grpo")
+    write_json(root / "a" / "branch.json", {"from": "b", "stages": {"01_synthesize": ""}})
+    with pytest.raises(ValueError, match="run '[ab]' starts from itself, through '[ab]'"):
+        store.load_record("01_synthesize", "a")
+
+
+def test_the_tree_of_runs(root):
+    leave_stage(root, "a", "05_grpo")
+    plan.start_branch("a", "z", "05_grpo")
+    finish_stage("z", "05_grpo", "z")
+    plan.start_branch("a", "b", "06_evaluate")
+    plan.start_branch("z", "c", "06_evaluate")
+    leave_stage(root, "aa", "01_synthesize")
+    assert status.run_tree() == [("a", 0), ("b", 1), ("z", 1), ("c", 2), ("aa", 0)]
+    output = CliRunner().invoke(cli, ["status"]).output
+    stale = "; 01_synthesize is stale\n"  # its key is none
+    assert f"\n  z\n    01 to 04 of a{stale}    05_grpo " in output
+    assert f"\n    c\n      01 to 05 of z{stale}      06_evaluate             -\n" in output
+    assert output.count("03_merge") == 2, "of a and aa alone"
+
+
+def test_a_runs_name_makes_nothing_stale(root):
+    """A run whose folder is copied or renamed stays up to date."""
+    stage = finish_stage("a", "05_grpo", "x")
+    (root / "a").rename(root / "renamed")
+    shutil.copytree(root / "renamed", root / "copied")
+    for run_id in ("renamed", "copied"):
+        assert store.is_up_to_date("05_grpo", run_id, {**stage.params, "run_id": run_id})
+    finish_stage("copied", "06_evaluate", "x")
+    keys = []
+    for control in ("renamed", "copied"):
+        values = validate_params({"control_run": control}, "06_evaluate")
+        keys.append(store.stage_key("06_evaluate", "copied", values))
+    assert keys[0] == keys[1], "the same merged model under another name"
+    leave_stage(root, "renamed", "03_merge", "2")
+    values = validate_params({"control_run": "renamed"}, "06_evaluate")
+    assert store.stage_key("06_evaluate", "copied", values) not in keys
+    without = store.stage_key("06_evaluate", "copied", validate_params({}, "06_evaluate"))
+    assert without not in keys
+
+
+def test_seeds_one_after_the_other_with_the_time_left(root, monkeypatch, capsys):
+    executed = []
+
+    def execute_notebook(stage, run_id, values, table):
+        executed.append((run_id, stage, values["seed"]))
+        if executed == [("g-3", "05_grpo", 3), ("g-3", "06_evaluate", 3), ("g-4", "05_grpo", 4)]:
+            raise RuntimeError("interrupted")
+        begun, _ = store.begin_stage(stage, values)
+        begun.finish({})
+        record = store.load_record(stage, run_id)
+        write_json(begun.final_folder / "run.json", {**record, "seconds": 90.0})
+
+    monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
+    words = ["run", "05", "06", "--from", "a", "--run-id", "g-{seed}", "--seeds", "3,4,5"]
+    assert error_of(*words) == "interrupted"
+    executed.clear()
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.exception
+    assert executed == [(f"g-{seed}", stage, seed) for seed in (4, 5)
+                        for stage in ("05_grpo", "06_evaluate")], "3 is up to date"
+    assert "2 of 3 runs to go, about 6 min left" in result.output
+    assert "1 of 3 runs to go, about 3 min left" in result.output
+    assert "run 'g-5', 3 of 3" in result.output
+    assert [store.load_record("05_grpo", f"g-{seed}")["branch"]["from"] for seed in (3, 4, 5)] == [
+        "a", "a", "a"]
+
+
+def test_a_seed_stands_in_source_and_values_too(root):
+    for seed in (0, 1):
+        for stage in store.RECIPE[1:5]:
+            leave_stage(root, f"s{seed}", stage)
+    plans = plan.plan_runs(["05_grpo", "06_evaluate"], "smoke", "g-{seed}", "s{seed}", [0, 1],
+                              (("control_run", "s{seed}"), ("loss_type", "grpo")))
+    assert [(each.run_id, each.source) for each in plans] == [("g-0", "s0"), ("g-1", "s1")]
+    values = plans[1].params
+    assert (values["05_grpo"]["seed"], values["05_grpo"]["loss_type"]) == (1, "grpo")
+    assert (values["06_evaluate"]["seed"], values["06_evaluate"]["control_run"]) == (1, "s1")
+    with pytest.raises(FileNotFoundError, match="no run 's2'"):
+        plan.plan_runs(["05_grpo"], "smoke", "g-{seed}", "s{seed}", [0, 1, 2], ())
+    assert sorted(path.name for path in root.iterdir()) == ["a", "s0", "s1"]

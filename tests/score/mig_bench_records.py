@@ -1,0 +1,40 @@
+"""Six items of MIG-Bench, replies to them, and images."""
+
+import json
+
+from PIL import Image
+
+# IoU 1 and 0.5; 0.5; 0.8; 0.25 and 0.
+REPLIES = ["(100,100),(500,500)", "(200,200),(600,400)", "(0,0),(500,250)", "(500,500),(1000,900)",
+           "(0,0),(1000,250)", "(400,100),(800,900)"]
+
+
+def _record(task, question, answer, info="", images=3):
+    return {"task": task, "question": question, "answer": answer, "additional_info": info,
+            "images": [f"{k}.png" for k in range(images)]}
+
+
+def mig_records():
+    """Six items in four tasks; the last answer is inverted."""
+    return [
+        _record("common_object", "Locate it in the 2th image. ", [0.1, 0.1, 0.5, 0.5]),
+        _record("common_object", "Locate it in the 3th image. ", [0.2, 0.2, 0.6, 0.6]),
+        _record("group_grounding", "Find the truck.", [0.0, 0.0, 0.5, 0.5],
+                "It is in the first image. "),
+        _record("diff", "Compare.", [0.5, 0.5, 1.0, 1.0], images=2),
+        _record("region", "Locate it.", [0.0, 0.0, 1.0, 1.0]),
+        _record("region", "Locate it.", [0.4, 0.9, 0.8, 0.1])]
+
+
+def prediction_lines(responses):
+    return [{"index": index, "response": response} for index, response in enumerate(responses)]
+
+
+def save_image(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path

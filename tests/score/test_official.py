@@ -1,0 +1,221 @@
+"""The authors' rules by hand, against independent statements of them, and on the official files."""
+
+import os
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mig_bench_oracle import oracle_boxes, oracle_iou, varied_responses
+from mig_bench_records import prediction_lines, save_image
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.score import annotations, official, protocols
+from mig_kit.score.records import read_records
+from mig_kit.score.result import summarize
+
+DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
+MIG_FILE = DATA / "mig_bench" / "MIG_data.json"
+needs_mig = pytest.mark.skipif(
+    not MIG_FILE.is_file(),
+    reason="no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
+BOX_FORMAT = BoxFormat()
+
+
+def score_predictions(benchmark, predictions, *rules, **settings):
+    return protocols.score_predictions(benchmark, predictions, "P", BOX_FORMAT, *rules, **settings)
+
+
+@pytest.mark.parametrize("text,box", [
+    ("(100,200),(300,400)", (0.1, 0.2, 0.3, 0.4)),
+    # A lone match: 1 becomes 0.001.
+    ("(1,200),(300,1000)", (0.001, 0.2, 0.3, 1.0)),
+    # Several: a literal 1 stays, and the first box counts.
+    ("(1,200),(300,1000) (5,5),(6,6)", (1.0, 0.2, 0.3, 1.0)),
+    # Patterns go by rank, not by place.
+    ("[0.1, 0.2, 0.3, 0.4] (1,2),(3,4)", (0.001, 0.002, 0.003, 0.004)),
+    ("<think>[10, 20, 30, 40]</think><answer>[0.1,0.2,0.3,0.4]</answer>", (0.1, 0.2, 0.3, 0.4)),
+    # Pixels, silently taken for 0..1000.
+    ("[56, 112, 280, 336]", (0.056, 0.112, 0.28, 0.336)),
+    ("<box>10 20 30 40</box>", (0.01, 0.02, 0.03, 0.04)),
+    ("(0.1, 0.2),(0.3,0.4)", None),
+    ("[-1, 2, 3, 4]", None),
+    ("[1.0, 2, 3, 4]", None),
+    ("", None)])
+def test_mig_bench_boxes(text, box):
+    assert official.parse_mig_bench_box(text) == (pytest.approx(box) if box else None)
+
+
+def test_revised_boxes_must_be_whole_numbers():
+    box = official.parse_revised_mig_bench_box("(1,20),(300,400) (5,6),(7,8)")
+    assert box == (1, 20, 300, 400)
+    assert official.parse_revised_mig_bench_box("[0.1, 0.2, 0.3, 0.4]") is None
+    assert official.parse_normalized_pair("( 10 , 20 ) , (30,40)") == (0.01, 0.02, 0.03, 0.04)
+    assert official.parse_normalized_pair("[1,2,3,4]") is None
+
+
+def test_mig_bench_equals_the_oracle():
+    overlapping = several = 0
+    for answer, response in varied_responses(6000):
+        expected = float(oracle_iou(answer, response))
+        value = official.script_iou(answer, official.parse_mig_bench_box(response))
+        assert value == pytest.approx(expected, abs=1e-9), response
+        overlapping += expected > 0
+        several += len(oracle_boxes(response)) > 1
+    assert overlapping > 2000 and several > 500  # the comparison has substance
+
+
+@pytest.mark.parametrize("answer,box,expected", [
+    ((0, 0, 0.5, 0.5), (0.25, 0, 0.75, 0.5), 1 / 3),
+    ((0, 0, 0.5, 0.5), (0.5, 0, 0.75, 0.5), 0),  # touching
+    ((0, 0, 0.5, 0.5), (0.5, 0.5, 0, 0), 0),  # inverted, not repaired
+    ((0.2, 0.4, 0.4, 0.2), (0.2, 0.4, 0.4, 0.2), 0),  # an inverted answer does not match itself
+    ((0.1, 0.1, 0.1, 0.1), (0.1, 0.1, 0.1, 0.1), 0),  # the script would divide by zero
+    ((0, 0, 0.5, 0.5), official.parse_mig_bench_box(f"(0,0),({'9' * 400},0)"), 0)])
+def test_the_scripts_iou_by_hand(answer, box, expected):
+    assert official.script_iou(answer, box) == pytest.approx(expected)
+
+
+@needs_mig
+def test_the_official_annotations():
+    benchmark = annotations.read_mig_bench(read_records(MIG_FILE))
+    assert (benchmark.version, benchmark.complete) == ("original", True)
+    assert len(benchmark.items) == 4295
+    notes = protocols.annotation_problems(benchmark, is_strict=True)
+    assert notes["no box can match"] == ["7", "105", "126", "163", "512"]
+    assert notes["answer leaves the image"] == ["34", "703"]
+    assert notes["given twice"] == ["2092 = 2094", "2093 = 2095"]
+    assert len(notes["target image unknown, not checked"]) == 528
+
+
+@needs_mig
+def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
+    benchmark = annotations.read_mig_bench(read_records(MIG_FILE))
+    answers = [f"[{', '.join(map(str, item.box))}]" for item in benchmark.items]
+    scored = score_predictions(benchmark, prediction_lines(answers))
+    below = {item.index for item, value in zip(benchmark.items, scored.values) if value < 0.999}
+    # A lone 1.0 is read as 0.001.
+    with_one = {item.index for item in benchmark.items if max(item.box) >= 1}
+    assert below == {7, 105, 126, 163, 512} | with_one
+    responses = [text for _, text in varied_responses(len(benchmark.items), seed=1)]
+    values = score_predictions(benchmark, prediction_lines(responses)).values
+    for item, response, value in zip(benchmark.items, responses, values):
+        assert value == pytest.approx(float(oracle_iou(item.box, response)), abs=1e-9)
+
+
+# LISA and ReVOS.
+
+def test_lisa_by_hand(tmp_path):
+    save_image(tmp_path / "a.jpg", (200, 100))
+    record = {"image_path": "a.jpg", "instruction": "the cat",
+              "boxes": [[20, 20, 60, 40], [0, 0, 9, 9]]}
+    benchmark = annotations.read_lisa([record] * 2)
+    lines = prediction_lines(["<answer>(100,200),(300,400)</answer> (0,0),(1,1)",
+                              "[100,200,300,400]"])
+    scored = score_predictions(benchmark, lines, images=str(tmp_path))
+    assert scored.values.tolist() == [pytest.approx(0.04 / (0.04 + 1e-6), abs=1e-12), 0]
+    pixels = prediction_lines(["<answer>[20,20,60,40]</answer>"] * 2)
+    # Nothing is converted, so that no images are needed.
+    assert score_predictions(benchmark, pixels, "strict", "pixels").values.tolist() == [1, 1]
+
+
+def test_lisa_to_the_last_digit(tmp_path):
+    """An independent statement of the authors' rule, in exact fractions."""
+    save_image(tmp_path / "a.jpg", (640, 480))
+    draw, records, replies, expected = random.Random(0), [], [], []
+    for _ in range(200):
+        x, y = draw.randint(0, 300), draw.randint(0, 200)
+        box = [x, y, x + draw.randint(1, 300), y + draw.randint(1, 250)]
+        read = [round(v / side * 1000) + draw.randint(-20, 20)
+                for v, side in zip(box, (640, 480) * 2)]
+        read = [abs(v) for v in read]
+        records.append({"image_path": "a.jpg", "instruction": "", "boxes": [box]})
+        replies.append(f"so ( {read[0]},{read[1]} ) ,({read[2]}, {read[3]}), not (1,2),(3,4)")
+        truth = [Fraction(v, side) for v, side in zip(box, (640, 480) * 2)]
+        answer = [Fraction(v, 1000) for v in read]
+        sides = [max(Fraction(0), min(truth[k + 2], answer[k + 2]) - max(truth[k], answer[k]))
+                 for k in (0, 1)]
+        areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (truth, answer)]
+        overlap = sides[0] * sides[1]
+        expected.append(float(overlap / (sum(areas) - overlap + Fraction(1, 10 ** 6))))
+    scored = score_predictions(annotations.read_lisa(records), prediction_lines(replies),
+                               images=str(tmp_path))
+    assert scored.values.tolist() == pytest.approx(expected, abs=1e-9)
+    summary = summarize(scored)["avg"]
+    assert summary["mean_iou"] == pytest.approx(100 * np.mean(expected), abs=1e-9)
+    hits = np.mean(np.array(expected) >= 0.5)
+    assert 0.2 < hits < 1 and summary["acc@0.5"] == pytest.approx(100 * hits, abs=1e-9)
+
+
+def test_revos_answers_in_the_third_frame(tmp_path):
+    for number in (1, 2, 10, 3):
+        save_image(tmp_path / "v1" / f"{number}.jpg", (number * 100, 100))
+    boxes = [[0, 0, 1, 1], [0, 0, 1, 1], [100.9, 20, 500, 60]]
+    benchmark = annotations.read_revos([
+        {"video_id": "v1", "frames": [0, 1, 3], "question": "q", "bbox_list": boxes}])
+    # The files are sorted 1, 2, 3, 10: by number, not by name.
+    assert annotations.add_image_sizes(benchmark.items, tmp_path)[0].size == (1000, 100)
+    lines = prediction_lines(["(100,200),(500,600)"])
+    scored = score_predictions(benchmark, lines, images=str(tmp_path))
+    assert scored.values[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_an_item_without_a_box_counts_0_as_in_the_authors_scripts(tmp_path):
+    save_image(tmp_path / "a.jpg", (100, 100))
+    records = [{"image_path": "a.jpg", "instruction": "", "boxes": boxes}
+               for boxes in ([[10, 10, 50, 50]], [], [None])]
+    lines = prediction_lines(["<answer>(100,100),(500,500)</answer>"] * 3)
+    for protocol in ("official", "strict"):
+        scored = score_predictions(annotations.read_lisa(records), lines, protocol,
+                                   images=str(tmp_path))
+        assert scored.values.tolist() == [pytest.approx(1, abs=1e-5), 0, 0]
+        assert scored.problems == {official.NO_BOX_ANNOTATED: 2}
+    video = {"video_id": "v", "frames": [0, 1, 2], "question": ""}
+    for boxes in ([[0, 0, 1, 1]] * 2, [[0, 0, 1, 1]] * 2 + [None]):
+        assert annotations.read_revos([video | {"bbox_list": boxes}]).items[0].box is None
+
+
+# Ref-L4.
+
+def test_ref_l4_by_hand():
+    boxes = {"a": [0, 0, 100, 100], "b": [0, 0, 200, 200], "c": [10, 10, 300, 300]}
+    benchmark = annotations.read_ref_l4([{"id": name, "bbox": box} for name, box in boxes.items()])
+    lines = [{"id": "a", "pred_bbox": [0, 0, 100, 50], "format": "xyxy"},
+             {"id": "b", "pred_bbox": [0, 0, 200, 160], "format": "xywh"},
+             {"id": "c", "pred_bbox": [10, 10, 300, 300], "format": "xywh"}]
+    result = summarize(score_predictions(benchmark, lines))
+    average = result["avg"]
+    assert list(result["tasks"]) == ["small", "medium", "large"]
+    assert average["acc@0.5"] == pytest.approx(200 / 3, abs=1e-9)  # IoU 0.5 is not over 0.5
+    assert [average["acc@0.75"], average["acc@0.9"]] == pytest.approx([200 / 3, 100 / 3], abs=1e-9)
+    assert average["mean_iou"] == pytest.approx(230 / 3, abs=1e-5)  # in single precision
+    # 0.8 passes 0.5 to 0.75, and is not over 0.8 in single precision.
+    assert result["tasks"]["medium"]["macc"] == 60
+    assert "class_macc" not in average, "the annotations name no classes"
+    with pytest.raises(ValueError, match="--protocol strict"):
+        score_predictions(benchmark, prediction_lines(["(1,2),(3,4)"] * 3))
+
+
+def test_ref_l4_class_averages():
+    """The unweighted mean over classes; COCO's cars (3) count as Objects365's (6)."""
+    halves = [("o365_6", 1.0), ("refcoco_3", 0.8), ("refcoco_99", 0.6), ("o365_1", 0.3)]
+    records = [{"id": str(number), "bbox": [0, 0, 100, 100], "ori_category_id": category}
+               for number, (category, _) in enumerate(halves)]
+    lines = [{"id": str(number), "pred_bbox": [0, 0, 100, 100 * share - 0.01], "format": "xyxy"}
+             for number, (_, share) in enumerate(halves)]
+    average = summarize(score_predictions(annotations.read_ref_l4(records), lines))["avg"]
+    assert average["class_acc@0.5"] == pytest.approx(200 / 3, abs=1e-9)
+    shares = []
+    for threshold in np.arange(0.5, 1, 0.05) + 1e-6:
+        correct = {share: float(share - 1e-4 > threshold) for _, share in halves}
+        shares.append(((correct[1.0] + correct[0.8]) / 2 + correct[0.6] + correct[0.3]) / 3)
+    assert average["class_macc"] == pytest.approx(100 * np.mean(shares), abs=1e-9)
+
+
+@pytest.mark.parametrize("count,version", [(7231, "val"), (45341, "all"), (7230, "subset")])
+def test_ref_l4s_splits_are_complete(count, version):
+    benchmark = annotations.read_ref_l4([{"id": str(number), "bbox": [0, 0, 9, 9]}
+                                         for number in range(count)])
+    assert (benchmark.version, benchmark.complete) == (version, version != "subset")

@@ -1,0 +1,318 @@
+"""Predictions against annotations by the protocols: by hand, on made files and on BLINK's own."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mig_bench_records import REPLIES, mig_records, prediction_lines, save_image
+from PIL import Image
+
+from mig_kit.boxes import BoxFormat, Coordinates, smart_resize
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.score import annotations, leaderboard, protocols
+from mig_kit.score.records import read_records
+from mig_kit.score.result import paired_difference, summarize
+
+DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
+BLINK_FILES = sorted((DATA / "blink").glob("val_*.jsonl"))
+BLINK_ACCURACY = {"GPT4V": 51.14, "MiniGPT-4-v2": 34.23, "llava_v1.5_7b": 37.13,
+                  "cogvlm-chat": 41.54, "flamingov2": 39.18}
+BOX_FORMAT = BoxFormat()
+THOUSAND = Coordinates.NORMALIZED_1000
+LINES = prediction_lines(REPLIES)
+RESULT = {"benchmark": "mig_bench", "version": "", "protocol": "official", "complete": True,
+          "n": 10, "lists": 10, "tasks": {}, "avg": {"acc": 50.123456, "ci95": [40, 60]},
+          "problems": {}, "notes": {}, "remarks": []}
+
+
+def score_predictions(benchmark, predictions, *rules, source="P", **settings):
+    """Scores with the default limits of a processor, which only absolute coordinates need."""
+    return protocols.score_predictions(benchmark, predictions, source, BOX_FORMAT, *rules,
+                                       **settings)
+
+
+def make_item(**changes):
+    fields = {"index": 0, "id": "", "task": "common_object", "question": "",
+              "images": ("a", "b", "c"), "box": (0.1, 0.2, 0.3, 0.4), "target": 2}
+    return annotations.BenchmarkItem(**fields | changes)
+
+
+CORRECT = '<answer>{"image": 2, "box": [100, 200, 300, 400]}</answer>'
+SILENT = "<answer>[100, 200, 300, 400]</answer>"
+
+
+@pytest.mark.parametrize("changes,reply,coordinates,expected", [
+    ({}, CORRECT, THOUSAND, (1, "")), ({}, SILENT, THOUSAND, (1, "")),
+    ({}, CORRECT.replace("2,", "1,"), THOUSAND, (0, "wrong image")),
+    ({}, CORRECT, Coordinates.NORMALIZED_1, (0, "outside the image")),
+    ({"image_stated": False}, SILENT, THOUSAND, (0, "no image named")),
+    ({"task": "diff", "target": None, "images": ("a", "b")}, CORRECT, THOUSAND, (1, "")),
+    ({"task": "diff", "target": None, "images": ("a", "b")}, CORRECT.replace("2,", "3,"), THOUSAND,
+     (0, "wrong image")),
+    ({"size": (1000, 500)}, "<answer>[100, 100, 300, 200]</answer>", Coordinates.PIXELS, (1, ""))])
+def test_strict_wants_the_correct_image_and_coordinates(changes, reply, coordinates, expected):
+    value, problem = protocols.strict_iou(make_item(**changes), reply, coordinates, BOX_FORMAT)
+    assert (pytest.approx(value), problem) == expected
+
+
+def test_strict_converts_absolute_coordinates():
+    width, height = smart_resize(1000, 500)
+    box = [0.1 * width, 0.2 * height, 0.3 * width, 0.4 * height]
+    absolute = f"<answer>[{', '.join(f'{v:.4f}' for v in box)}]</answer>"
+    value, _ = protocols.strict_iou(make_item(size=(1000, 500)), absolute, Coordinates.ABSOLUTE,
+                                    BOX_FORMAT)
+    assert value == pytest.approx(1, abs=1e-3)
+
+
+# Multiple choice.
+
+def test_multiple_choice_protocols():
+    records = [{"idx": f"val_T_{i}", "task": "T", "answer": answer}
+               for i, answer in enumerate(["(A)", "(B)", "(B)", "(A)"])]
+    responses = ["(A)", "<answer>(B)</answer>", "Not (B) but (A), so I choose (A).", "(B)"]
+    lines = [{"id": f"val_T_{i}", "response": text} for i, text in enumerate(responses)]
+    values = {protocol: score_predictions(annotations.read_blink(records), lines,
+                                          protocol).values.tolist()
+              for protocol in protocols.PROTOCOLS["blink"]}
+    # "(B)" alone counts under `substring`, a quirk.
+    assert values == {"official": [1, 1, 1, 0], "strict": [0, 1, 0, 0], "substring": [1, 1, 1, 0]}
+
+
+def test_mmius_letters_options_and_completeness():
+    benchmark = annotations.read_mmiu([
+        {"task": "t", "options": "A: the U.S. B: two C: three", "output": "c"},
+        {"task": "t", "output": None},
+        {"task": "u", "options": "A: 1\nB: 2", "output": "B."}])
+    items = [(item.index, item.letter, item.options) for item in benchmark.items]
+    assert items == [(0, "C", "ABC"), (2, "B", "AB")]
+    lines = [{"index": 0, "response": "C"}, {"index": 2, "response": "A"}]
+    scored = score_predictions(benchmark, lines)
+    assert summarize(scored)["avg"]["accuracy"] == 50 and scored.indices == (0, 2)
+    # Migician's rule looks for the answer as it is written.
+    assert score_predictions(benchmark, lines, "substring").values.sum() == 0
+    with pytest.raises(ValueError, match="no item of the MMIU annotations has an output"):
+        annotations.read_mmiu([{"task": "order", "question": "Which?", "options": "A: one"}])
+    records = [{"task": f"task {number % 60}", "output": "A"} for number in range(11698)]
+    assert [annotations.read_mmiu(part).complete
+            for part in (records, records[1:], records[:59])] == [True, None, False]
+
+
+@pytest.mark.parametrize("lines", [
+    [{"index": place, "response": letter} for place, letter in enumerate("AAB")],
+    [{"index": float(place), "response": "A"} for place in range(3)],
+    [{"id": place, "response": "A"} for place in range(3)],
+    [{"index": None, "id": place, "response": "A"} for place in range(3)],
+    [{"index": float("nan"), "id": place, "response": "A"} for place in range(3)],
+    [{"index": place, "prediction": "A"} for place in range(3)],
+    [{"index": f"{place}.0", "prediction": "A"} for place in range(3)],
+    [{"index": place + 1, "prediction": "A"} for place in range(3)],
+    [{"index": place + 1, "prediction": "A"} for place in (0, 2)],
+    [{"index": place, "prediction": "A"} for place in (0, 2)],
+    [{"idx": place, "full_prediction": "A"} for place in range(3)],
+    [{"doc_id": place, "resps": [["A"]]} for place in range(3)]])
+def test_mmius_items_without_an_answer_are_left_out_with_their_predictions(lines):
+    benchmark = annotations.read_mmiu([{"task": "a", "output": letter, "options": "A: x B: y"}
+                                       for letter in ("A", None, "A")])
+    replies = [line.get("response", "A") for line in lines]
+    scored = score_predictions(benchmark, lines)
+    assert scored.values.tolist() == [1, float(replies[-1] == "A")] and scored.indices == (0, 2)
+    with pytest.raises(ValueError, match="unknown to the annotations: 1 .3."):
+        score_predictions(benchmark, prediction_lines(["A", "A", "B", "A"]))
+
+
+# MIG-Bench.
+
+@pytest.fixture
+def benchmark():
+    return annotations.read_mig_bench(mig_records())
+
+
+def test_mig_bench_summary_by_hand(benchmark):
+    assert (benchmark.version, benchmark.complete) == ("original", False)
+    assert [item.target for item in benchmark.items] == [2, 3, 1, None, 1, 1]
+    assert not benchmark.items[2].image_stated
+    result = summarize(score_predictions(benchmark, LINES))
+    tasks = result["tasks"]
+    assert list(tasks) == ["common_object", "group_grounding", "diff", "region"]
+    assert [values["acc@0.5"] for values in tasks.values()] == [100, 100, 100, 0]
+    assert [values["mean_iou"] for values in tasks.values()] == [75, 50, 80, 12.5]
+    assert result["avg"]["acc@0.5"] == 75 and result["avg"]["acc@0.7"] == 37.5
+    assert result["avg"]["mean_iou"] == pytest.approx(54.375, abs=1e-12)
+    assert result["notes"]["no box can match"] == ["5"]
+    low, high = result["avg"]["ci95"]
+    assert low < 75 < high <= 100 and result["lists"] == 2
+    assert set(tasks["diff"]) == {"n", "lists", "acc@0.3", "acc@0.5", "acc@0.7", "mean_iou", "ci95"}
+
+
+def test_the_revised_version_is_told_by_its_answers():
+    records = [{**record, "answer": [round(1000 * v) for v in record["answer"]]}
+               for record in mig_records()]
+    benchmark = annotations.read_mig_bench(records)
+    assert benchmark.version == "revised" and benchmark.items[0].coordinates == THOUSAND
+    official = score_predictions(benchmark, LINES)
+    assert official.values.tolist() == pytest.approx([1, 0.5, 0.5, 0.8, 0.25, 0])
+    wrapped = prediction_lines([f"<answer>{text}</answer>" for text in REPLIES])
+    # The reply to the group item names no image.
+    assert score_predictions(benchmark, wrapped, "strict").values.tolist() == pytest.approx(
+        [1, 0.5, 0, 0.8, 0.25, 0])
+
+
+def test_paired_difference(benchmark):
+    first, second = (score_predictions(benchmark, prediction_lines(replies))
+                     for replies in (REPLIES, ["nothing"] * 6))
+    gap = paired_difference(first, second)
+    assert gap["acc@0.5"]["value"] == 75
+    assert gap["mean_iou"]["value"] == pytest.approx(54.375, abs=1e-12)
+    nothing = paired_difference(first, first)["mean_iou"]
+    # Two equal results on a few lists of images do not show that all others are equal.
+    assert nothing["value"] == 0 and nothing["ci95"][0] == -nothing["ci95"][1] < 0
+
+
+# Predictions and the items they name.
+
+@pytest.mark.parametrize("lines,sentence", [
+    (LINES[:-2], "missing: 2 (4, 5)"),
+    (LINES + LINES[:1], "given more than once: 1 (0)"),
+    ([*LINES, {"index": 99, "response": ""}], "unknown to the annotations: 1 (99)"),
+    ([{"response": ""}], 'no "index" or "id"'),
+    ([{"index": True, "response": ""}], 'no "index" or "id"'),
+    ([{"index": 0, "answer": ""}], 'no "response"'),
+    ([{"index": 0, "response": 3}], '"response" of prediction 1'),
+    ([{**line, "index": line["index"] + 0.5} for line in LINES], 'no "index" or "id"')])
+def test_predictions_must_fit(benchmark, lines, sentence):
+    with pytest.raises(ValueError) as error:
+        score_predictions(benchmark, lines, source="P.jsonl")
+    assert sentence in str(error.value) and "P.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("lines", [
+    [{**line, "id": 6 - line["index"]} for line in LINES],  # the benchmark has no ids
+    [{**line, "index": str(line["index"])} for line in LINES],
+    [{**line, "index": float(line["index"])} for line in LINES]])  # as pandas, for a gap
+def test_ways_to_name_an_item(benchmark, lines):
+    plain = score_predictions(benchmark, LINES)
+    assert (score_predictions(benchmark, lines).values == plain.values).all()
+
+
+def test_a_line_that_names_two_items_is_refused():
+    records = [{"idx": f"val_{i}", "sub_task": "T", "answer": "(A)"} for i in range(2)]
+    benchmark = annotations.read_blink(records)
+    crossed = [{"index": i, "id": f"val_{1 - i}", "response": "A"} for i in range(2)]
+    with pytest.raises(ValueError, match="which are different items"):
+        score_predictions(benchmark, crossed)
+    lines = [{"id": None, "index": i, "response": "A"} for i in (1, 0)]
+    assert score_predictions(benchmark, lines).values.tolist() == [1, 1]
+
+
+def test_missing_may_be_counted_wrong(benchmark):
+    scored = score_predictions(benchmark, LINES[:1], allow_missing=True)
+    assert scored.problems == {"missing": 5}
+    assert scored.values.tolist() == pytest.approx([1, 0, 0, 0, 0, 0])
+
+
+# Images.
+
+def test_images_are_confined_and_missing_ones_listed(tmp_path):
+    benchmark = annotations.read_lisa([
+        {"image_path": f"{k}.jpg", "instruction": "", "boxes": [[0, 0, 1, 1]]} for k in range(5)])
+    missing = r"5 images are missing below .* \(first: 0.jpg, 1.jpg, 2.jpg\)"
+    with pytest.raises(ValueError, match=missing):
+        annotations.add_image_sizes(benchmark.items, tmp_path)
+    for name in ("../x.jpg", "/etc/passwd", "../../v#1"):
+        with pytest.raises(ValueError, match="below the image root"):
+            annotations.resolve_image_path(tmp_path, name)
+    (tmp_path / "0.jpg").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="1 files are no readable images below"):
+        annotations.add_image_sizes(benchmark.items[:1], tmp_path)
+
+
+def test_photos_count_as_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 200)).save(tmp_path / "turned.jpg", exif=exif)
+    benchmark = annotations.read_lisa([
+        {"image_path": "turned.jpg", "instruction": "", "boxes": [[20, 20, 180, 80]]}])
+    lines = prediction_lines(["(100,200),(900,800)"])
+    scored = score_predictions(benchmark, lines, images=str(tmp_path))
+    assert scored.values[0] == pytest.approx(1, abs=1e-4), "200 wide, as people see it"
+
+
+def test_pixel_annotations_that_leave_the_image_are_listed(tmp_path):
+    save_image(tmp_path / "a.png", (100, 50))
+    boxes = ([0, 0, 100.4, 50], [0, 0, 5000, 50], [-3, 0, 10, 10])
+    benchmark = annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [box]}
+                                       for box in boxes])
+    scored = score_predictions(benchmark, prediction_lines([""] * 3), images=str(tmp_path))
+    assert scored.notes["answer leaves the image"] == ["1", "2"]
+    Image.new("I;16", (100, 50)).save(tmp_path / "a.png")  # its size is all that is read of it
+    deep = score_predictions(benchmark, prediction_lines([""] * 3), images=str(tmp_path))
+    assert deep.notes == scored.notes
+    with pytest.raises(ValueError, match="has no box of four numbers"):
+        annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [0, 0, 5, 5]}])
+
+
+# The table.
+
+def test_boxes_in_0_to_1_get_a_hint_under_strict(benchmark):
+    lines = prediction_lines(["<answer>image 2: [0.1, 0.2, 0.3, 0.4]</answer>"] * 6)
+
+    def problems(lines, *coordinates):
+        return score_predictions(benchmark, lines, "strict", *coordinates).problems
+
+    assert protocols.WITHIN_ONE in problems(lines)
+    assert protocols.WITHIN_ONE not in problems(lines, Coordinates.NORMALIZED_1)
+    outside = prediction_lines(["<answer>image 2: [-9, -9, -2, -1]</answer>"] * 6)
+    assert protocols.WITHIN_ONE not in problems(outside)
+    # six of six replies; one reply in sixty says nothing about the others
+    for counts, n, is_said in (({protocols.WITHIN_ONE: 6}, 6, True),
+                               ({protocols.WITHIN_ONE: 6, "missing": 90}, 96, True),
+                               ({protocols.WITHIN_ONE: 1}, 60, False)):
+        notes = leaderboard.table_notes(RESULT | {"problems": counts, "n": n}, ())
+        assert ("--coordinates normalized_1" in " ".join(notes)) == is_said
+
+
+@pytest.mark.parametrize("benchmark,complete,sentence", [
+    ("mmiu", None, "its paper counts 11,698"), ("revos", None, "no number is published"),
+    ("mmiu", False, "do not hold every item"), ("mmiu", True, "")])
+def test_completeness_is_said(benchmark, complete, sentence):
+    notes = leaderboard.table_notes(RESULT | {"benchmark": benchmark, "complete": complete}, ())
+    assert sentence in " ".join(notes)
+    assert bool(sentence) == any("items of" in note or "every item" in note for note in notes)
+
+
+def test_published_rows_average_to_their_headline():
+    for row in (row for rows in leaderboard.PUBLISHED.values() for row in rows):
+        if row.tasks:
+            assert set(row.tasks) == set(annotations.MIG_BENCH_TASKS)
+            assert np.mean(list(row.tasks.values())) == pytest.approx(row.avg, abs=0.06)
+
+
+def test_rows_of_unknown_version_stand_below_and_none_beside_strict():
+    def table(benchmark, version, protocol="official"):
+        return leaderboard.score_markdown(RESULT | {
+            "benchmark": benchmark, "version": version, "protocol": protocol})
+
+    head, notes = table("mig_bench", "revised").split("\n\n")
+    assert "41.91" in head and "76.71" in head and "| 50.12 |" in head
+    assert "20.10" not in head and "32.90" not in head and "63.82" not in head + notes
+    for figure in ("Qwen2.5-VL-7B 20.10", "Qwen3-VL-8B 32.90", "Qwen3.5-9B 41.17"):
+        assert f"Not in the table: {figure}" in notes
+    for benchmark, version, figure in (("mig_bench", "original", "38.88"), ("lisa", "val", "64.29"),
+                                       ("lisa", "test", "60.10"), ("revos", "", "61.32")):
+        assert figure in table(benchmark, version)
+    strict = table("mig_bench", "revised", "strict")
+    assert "76.71" not in strict and "20.10" not in strict and "none stands beside" in strict
+    assert "54.15" not in table("odinw", "").split("\n\n")[0]
+
+
+@pytest.mark.skipif(not BLINK_FILES,
+                    reason="no blink/val_*.jsonl in the folder that MIG_KIT_DATA names")
+@pytest.mark.parametrize("path", BLINK_FILES, ids=lambda path: path.stem)
+def test_blinks_published_scores(path):
+    """The authors' own letters through this scoring give the authors' figures."""
+    records = read_records(path)
+    lines = [{"id": record["idx"], "response": record["prediction"]} for record in records]
+    result = summarize(score_predictions(annotations.read_blink(records), lines))
+    published = BLINK_ACCURACY[path.stem.removeprefix("val_")]
+    assert result["avg"]["accuracy"] == pytest.approx(published, abs=0.3)

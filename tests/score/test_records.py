@@ -1,0 +1,193 @@
+"""Files of records, and the logs of other evaluation kits as predictions: tiny hand-made files."""
+
+import csv
+import json
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mig_bench_records import write_lines
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.score import annotations, protocols
+from mig_kit.score.records import align_predictions, read_foreign_lines, read_records
+
+ANSWERS = ["(A)", "(B)", "(B)"]
+BLINK = [{"idx": f"val_Jigsaw_{number}", "answer": answer, "choices": ["one", "two"]}
+         for number, answer in enumerate(ANSWERS, 1)]
+
+
+@pytest.fixture
+def benchmark():
+    return annotations.read_blink(BLINK)
+
+
+def accuracy(benchmark, records):
+    scored = protocols.score_predictions(benchmark, records, "P", BoxFormat())
+    return scored.values.tolist()
+
+
+def lmms_record(number, reply, **more):
+    return {"doc_id": number, "target": ANSWERS[number], "input": "Which?", "resps": [[reply]],
+            "filtered_resps": [reply], "doc_hash": "0", **more}
+
+
+def test_lmms_evals_samples(benchmark, tmp_path):
+    nested = lmms_record(0, "(A)")
+    flat = {"doc_id": 1, "target": "(B)", "resps": ["<think>(A)?</think> (B)"],
+            "filtered_resps": "(A)"}  # the reply counts, not what a filter left of it
+    unchanged = {"doc_id": 2, "target": "(B)", "filtered_resps": ["(A)"]}
+    records = read_records(write_lines(tmp_path / "1_samples_blink.jsonl",
+                                       [nested, flat, unchanged]))
+    assert accuracy(benchmark, records) == [1, 1, 0]
+    write_lines(tmp_path / "1_results.json", [{"results": {}}])
+    assert read_records(tmp_path) == records, "of a folder the samples"
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"model_configs": {}, "logs": [nested, flat, unchanged]}))
+    assert read_records(old) == records
+
+
+def test_an_id_in_lmms_evals_metric_wins_over_the_place_within_its_task(benchmark):
+    records = [lmms_record(0, "(B)", target="(B)", blink_acc={"id": "val_Jigsaw_3", "pred": "(B)"}),
+               lmms_record(0, "(A)", blink_acc={"id": "val_Jigsaw_1"}),
+               lmms_record(1, "(A)", blink_acc={"id": "val_Jigsaw_2"})]
+    assert accuracy(benchmark, records) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".json", ".xlsx"])
+def test_vlmevalkits_tables(benchmark, tmp_path, suffix, first):
+    path = tmp_path / f"model_BLINK{suffix}"
+    rows = [{"index": number + first, "question": "Which,\none?", "answer": answer.strip("()"),
+             "prediction": reply}
+            for number, (answer, reply) in enumerate(zip(ANSWERS, ["A", "B", "A\tno"]))]
+    if suffix == ".json":
+        path.write_text(json.dumps({name: {str(place): row[name] for place, row in enumerate(rows)}
+                                    for name in rows[0]}))
+    elif suffix == ".xlsx":
+        pytest.importorskip("openpyxl")
+        import pandas as pd
+
+        pd.DataFrame(rows).to_excel(path, index=False)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    assert accuracy(benchmark, read_records(path)) == [1, 1, 0]
+
+
+def test_a_table_with_gaps_may_count_from_0_or_1(benchmark):
+    """Letters or index 0 tell; nothing is shifted in silence."""
+    def rows(*indices, **more):
+        return [{"index": index, "prediction": "B", **more} for index in indices]
+
+    for records in (rows(1, 2), rows(2, 3), rows(2)):
+        with pytest.raises(ValueError, match="may count from 0 or from 1; give the whole table"):
+            protocols.score_predictions(benchmark, records, "P", BoxFormat(), allow_missing=True)
+    for records in (rows(0, 2), rows(1, 2, answer="B")):
+        scored = protocols.score_predictions(benchmark, records, "P", BoxFormat(),
+                                             allow_missing=True)
+        assert scored.values[2] == 1
+
+
+def test_a_column_of_thoughts_belongs_to_the_reply(benchmark):
+    records = [{"index": 0, "prediction": "A", "thinking": "(B)?"}, {"index": 1, "prediction": ""},
+               {"index": 2, "prediction": float("nan")}]
+    lines = read_foreign_lines(benchmark.items, records, "P")
+    assert [line["response"] for line in lines] == ["<think>(B)?</think>A", "", ""]
+
+
+def test_an_excel_table_without_its_reader_names_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="pip install openpyxl"):
+        read_records(tmp_path / "a.xlsx")
+
+
+def test_blinks_released_outputs_are_annotations_and_predictions(tmp_path):
+    outputs = {"val": [{**record, "full_prediction": reply, "prediction": "(A)"}
+                       for record, reply in zip(BLINK, ["(A)", "It is (B).", "(B)"])]}
+    (tmp_path / "Jigsaw.json").write_text(json.dumps(outputs, indent=4))
+    records = read_records(tmp_path / "Jigsaw.json")
+    benchmark = annotations.read_blink(records)
+    assert {item.task for item in benchmark.items} == {"Jigsaw"}
+    assert accuracy(benchmark, records) == [1, 1, 1]
+    final = {record["idx"]: "(B)" for record in BLINK}
+    (tmp_path / "final.json").write_text(json.dumps(final))
+    assert accuracy(benchmark, read_records(tmp_path / "final.json")) == [0, 1, 1]
+
+
+def test_folders_of_parquet_by_subtask(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    for task, answer in (("Jigsaw", "(A)"), ("Counting", "(B)")):
+        (tmp_path / task).mkdir()
+        for split, truth in (("val", answer), ("test", "hidden")):
+            rows = [{"idx": f"{split}_{task}_1", "sub_task": task, "answer": truth,
+                     "choices": ["x", "y"], "image_1": {"bytes": b"png", "path": "a"}}]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows),
+                                        tmp_path / task / f"{split}-00000-of-00001.parquet")
+    records = read_records(tmp_path)
+    assert "image_1" not in records[0]
+    items = annotations.read_blink(records).items
+    assert [(item.id, item.letter) for item in items] == [("val_Counting_1", "B"),
+                                                          ("val_Jigsaw_1", "A")]
+
+
+@pytest.mark.parametrize("records,sentence", [
+    ([lmms_record(1, "(A)", target="(A)")], "counts other questions"),
+    ([{"index": 0, "prediction": "A", "answer": "B"}], "counts other questions"),
+    ([lmms_record(0, None)], "no text in its resps"),
+    ([{"doc_id": 0, "resps": []}], "no text in its resps"),
+    ([{"doc_id": 0, "resps": [[[-1.5, False]]]}], "no text in its resps"),
+    ([{"doc_id": None, "resps": ["A"]}], 'no "index" or "id"'),
+    ([{"doc_id": 7, "resps": ["A"]}], "unknown to the annotations: 1"),
+    ([{"idx": "val_Jigsaw_1", "full_prediction": 3}], "is no text"),
+    ([{"index": {}, "prediction": "A"}], 'no "index" or "id"'),
+    ([lmms_record(0, "A"), lmms_record(0, "B")], "given more than once")])
+def test_bad_logs_are_one_sentence(benchmark, records, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        accuracy(benchmark, records)
+
+
+@pytest.mark.parametrize("name,content,sentence", [
+    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "line 2 of .* number of cells"),
+    ("a.tsv", b"index\tprediction\n0\n", "line 2 of .* number of cells"),
+    ("a.csv", b"index,prediction\n\xff,A\n", "UTF-8"),
+    ("a.csv", b"index,prediction\n", "is empty"),
+    ("a.json", b'{"val": [1]}', "entry 1 of"),
+    ("a.json", b'{"val": [', "is no JSON"),
+    ("a.json", b'{"val": []}', "is empty"),
+    ("a.json", b'{"a": 1}\n{"b', "line 2 of"),
+    ("a.parquet", b"PAR1", "no readable parquet"),
+    ("a.xlsx", b"PK", "Excel table")])
+def test_broken_files_are_one_sentence(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        read_records(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no"):
+        read_records(tmp_path / "empty")
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text("AB()0")
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3)
+                      | st.dictionaries(st.sampled_from(["id", "idx"]), inner), max_leaves=5)
+FIELDS = st.sampled_from(["index", "id", "idx", "doc_id", "resps", "filtered_resps", "prediction",
+                          "full_prediction", "thinking", "target", "answer", "response", "m"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.dictionaries(FIELDS, VALUES, max_size=6), max_size=3))
+def test_any_record_is_a_line_or_a_sentence(records):
+    items = annotations.read_blink(BLINK).items
+    try:
+        lines = align_predictions(items, read_foreign_lines(items, records, "P"), "response", "P",
+                                  allow_missing=True)
+    except ValueError as error:
+        assert "P" in str(error) and "\n" not in str(error)
+    else:
+        assert all(line is None or isinstance(line["response"], str) for line in lines)

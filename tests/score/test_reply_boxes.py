@@ -1,0 +1,224 @@
+"""Which box and image is read from free text: the strict protocol's answers, and all boxes."""
+
+import functools
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mig_bench_oracle import oracle_boxes
+from mig_bench_records import mig_records
+from mig_bench_wordings import AMBIGUOUS, NO_ANSWER, PLAIN, word_reply
+
+from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.prompts import format_answer
+from mig_kit.score import annotations, choice_parsers, image_names, official, protocols, reply_boxes
+from mig_kit.score.records import read_records
+from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes, parse_strict_answer
+
+DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
+MIG_FILE = DATA / "mig_bench" / "MIG_data.json"
+THOUSAND = Coordinates.NORMALIZED_1000
+BOX = (10, 20, 30, 40)
+
+
+def read_answer(text):
+    return parse_strict_answer(f"<answer>{text}</answer>")
+
+
+@pytest.mark.parametrize("text,image,box,problem", [
+    ('<think>[1,2,3,4]</think><answer>{"image": 2, "box": [10, 20, 30, 40]}</answer>', 2, BOX, ""),
+    ("<answer>(9,9),(8,8)</answer> no: <answer>In the third image (10,20),(30,40)</answer>",
+     3, BOX, ""),
+    ("<answer>[10, 20, 30, 40], that is (10,20),(30,40)</answer>", None, BOX, ""),
+    ("<answer>[10, 20, 30, 40] (1,2),(3,4)</answer>", None, None, "several boxes"),
+    ("<answer>image 1 or image 2: [10, 20, 30, 40]</answer>", None, None, reply_boxes.AMBIGUOUS),
+    ("<answer>image 2: [10, 20, 30, 40]. No, wrong.</answer>", 2, None, reply_boxes.DENIED),
+    ("<answer>[30, 20, 10, 40]</answer>", None, None, "not a box: needs x1 < x2 and y1 < y2"),
+    ("<answer>none</answer>", None, None, "no box"),
+    *((text, None, None, "no <answer> block") for text in (
+        "[10, 20, 30, 40]", "<answer>[1, 2, 3, 4]", "<think><answer>[1, 2, 3, 4]</answer></think>",
+        "<tool_call><answer>[1, 2, 3, 4]</answer></tool_call>",
+        "<think><answer>[1, 2, 3, 4]</answer> so", "maybe <answer>[1, 2, 3, 4]</answer></think>"))])
+def test_strict_answers(text, image, box, problem):
+    answer = parse_strict_answer(text)
+    assert (answer.image, answer.box, answer.problem) == (image, box, problem)
+
+
+@pytest.mark.parametrize("text", [
+    "(10,20),(30,40)", "(10, 20) to (30, 40)", "[10 20 30 40]", "[[10, 20], [30, 40]]",
+    "<box>10,20,30,40</box>", "10, 20, 30, 40", "<|box_start|>(10,20),(30,40)<|box_end|>",
+    "image 2, 10, 20, 30, 40", "\uff0810\uff0c20\uff09\uff0c\uff0830\uff0c40\uff09",
+    "\u3010\uff11\uff10\uff0c\uff12\uff10\u3001\uff13\uff10\uff0c\uff14\uff10\u3011",
+    '{"x2": 30, "x1": 10, "y2": 40, "y1": 20}', "left: 10, top: 20, right: 30, bottom: 40",
+    '{"bbox_2d": [10, 20, 30, 40], "score": 0.9}', '{"bbox": "10,20,30,40"}',
+    '{"top_left": [10, 20], "bottom_right": [30, 40]}', "width=9, x1=10, y1=20, x2=30, y2=40",
+    '{"x": 10, "y": 20, "width": 20, "height": 20}',
+    "top-left (10, 20), bottom-right corner at (30, 40)"])
+def test_ways_to_write_a_box(text):
+    assert read_answer(text).box == BOX
+
+
+@pytest.mark.parametrize("text", [
+    "(10, 20)", "10, 20, 30", "[10, 20, 30, 40, 50]", "image 1 (10,20), image 2 (30,40)",
+    "x1=10, y1=20, x2=30", "", "10.20.30.40", "v1.2.3.4", "(60, 40) x (40, 60)"])
+def test_what_is_no_box(text):
+    assert read_answer(text).box is None
+
+
+UNCLEAR = image_names.UNCLEAR
+
+
+@pytest.mark.parametrize("images,texts", [
+    ({2}, ('{"target_image": 2, "bbox": \u25a0}', "image=2", "image (2)", "Image **2**", "img 2",
+           "2nd picture", "image no. 2", '"image_idx": 2', "image two", "the second one",
+           '{"image": [2]}', '{"target": 2}', '{"image": "second"}', '{"image": "Image-2"}',
+           "{image_id: '2'}", '{"reference_image": 1, "target_image": 2}',
+           '{"image": 1, "target": 2}', "image 2, as of all images")),
+    ({1, 2}, ('{"image": [1, 2]}', "images 1 and 2", "images one and two", "image 1 (or 2)")),
+    ({1, 3}, ("the first and third image",)), ({4}, ("the last image",)),
+    (set(), ("in the image (100,200)", "image [100, 200, 300, 400]", "pilgrimage 2",
+             "picture frame 2", "the second picture frame", "the 2nd region picture",
+             '{"image_size": [640, 480]}', "between the two images", "in no other image")),
+    ({UNCLEAR}, ("the second to last image", "of all images", '{"image": "both"}',
+                 "the left image", "image B"))])
+def test_names_of_images(images, texts):
+    for text in texts:
+        assert image_names.find_image_numbers(text, count=4) == images, text
+
+
+@pytest.mark.parametrize("text,image", [
+    ("second: \u25a0", 2), ("the second - \u25a0", 2), ("3rd - (\u25a0)", 3),
+    ("image 2, the first \u25a0", 2), ("the first dog is at \u25a0", None), ("first \u25a0", None),
+    ("First, \u25a0.", None)])
+def test_an_ordinal_before_the_box_names_its_image_where_nothing_else_does(text, image):
+    answer = read_answer(text.replace("\u25a0", "[10, 20, 30, 40]"))
+    assert answer.box == BOX and answer.image == image
+
+
+def test_a_difference_may_be_said_to_be_in_both_images():
+    text = "<answer>In image 1 and image 2: [10, 20, 30, 40]</answer>"
+    assert parse_strict_answer(text, one_image=False).box == BOX
+    item = annotations.BenchmarkItem(0, "", "diff", "", ("a", "b"), (0.01, 0.02, 0.03, 0.04))
+    assert protocols.strict_iou(item, text, THOUSAND, BoxFormat())[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("written,coordinates,iou", [
+    ("[-1, 0, 1001, 1000]", THOUSAND, 1), ("[-1.5, 0, 1000, 1000]", THOUSAND, 0),
+    ("[0, 0, 1002, 1000]", THOUSAND, 0), ("[-1, 0, 0, 1000]", THOUSAND, 0),
+    ("[-0.001, 0, 1.001, 1]", Coordinates.NORMALIZED_1, 1),
+    ("[-0.01, 0, 1, 1]", Coordinates.NORMALIZED_1, 0)])
+def test_a_box_one_unit_outside_is_cut_to_the_image(written, coordinates, iou):
+    item = annotations.BenchmarkItem(0, "", "region", "", ("a",), (0, 0, 1, 1), target=1)
+    reply = f"<answer>{written}</answer>"
+    assert protocols.strict_iou(item, reply, coordinates, BoxFormat())[0] == pytest.approx(iou)
+
+
+def test_the_kits_own_answers():
+    for image in range(1, 13):
+        reply = f"<think>image 3</think><answer>{format_answer(image, (1, 2, 30, 40))}</answer>"
+        assert parse_strict_answer(reply) == reply_boxes.StrictAnswer(image, (1, 2, 30, 40))
+
+
+@pytest.mark.parametrize("reply, image, box", [
+    ("First candidate [5,6,7,8], no.</think>It is at [10,20,30,40]", None, BOX),
+    ("Not image 1.</think>In image 2: [10,20,30,40]", 2, BOX),
+    ("The dog of image 1 is in image 2 at [10,20,30,40]", 2, BOX),
+    ('<tool_call>{"bbox_2d": [5,6,7,8], "img_idx": 1}</tool_call>I see none.', None, None),
+    ("<think>[5,6,7,8]</think>", None, (5, 6, 7, 8))])
+def test_reasoning_whose_tag_the_template_opens_is_no_answer(reply, image, box):
+    assert parse_named_box(reply) == (image, box)
+
+
+# Perfect boxes in natural wordings.
+
+def strict_average(items, reply_to):
+    """Acc@0.5 in percent, averaged over tasks, of a reply (None: left out) to every item."""
+    by_task = {}
+    for item in items:
+        reply = reply_to(item, [round(1000 * v) for v in item.box])
+        if reply is not None:
+            value, _ = protocols.strict_iou(item, reply, THOUSAND, BoxFormat())
+            by_task.setdefault(item.task, []).append(value >= 0.5)
+    return 100 * np.mean([np.mean(values) for values in by_task.values()])
+
+
+@functools.cache
+def read_items():
+    """Some questions of MIG-Bench's file, else made ones; none has an inverted answer."""
+    records = read_records(MIG_FILE) if MIG_FILE.is_file() else mig_records()
+    items = annotations.read_mig_bench(records).items[::80 if MIG_FILE.is_file() else 1]
+    return [item for item in items if item.box[0] < item.box[2] and item.box[1] < item.box[3]]
+
+
+def answer_with(wording, is_correct=True):
+    """A function of an item and its box: the reply in this wording of its image or of another."""
+    def reply_to(item, box):
+        image = item.target or 2
+        other = image % len(item.images) + 1
+        pair = (image, other) if is_correct else (other, image)
+        return word_reply(wording, *pair, box) if is_correct or item.target else None
+
+    return reply_to
+
+
+def test_a_perfect_box_in_one_image_counts_in_99_of_100_wordings_and_in_another_never():
+    shares = {wording: strict_average(read_items(), answer_with(wording)) for wording in PLAIN}
+    assert np.mean([share >= 99 for share in shares.values()]) >= 0.99, [
+        wording for wording, share in shares.items() if share < 99]
+    assert not [wording for wording in PLAIN
+                if strict_average(read_items(), answer_with(wording, is_correct=False))]
+
+
+@pytest.mark.parametrize("problem,wordings", [
+    (reply_boxes.DENIED, NO_ANSWER), (reply_boxes.AMBIGUOUS, AMBIGUOUS)])
+def test_a_denial_a_doubt_a_retraction_and_several_images_score_nothing(problem, wordings):
+    items = [item for item in read_items() if item.target]
+    for wording in wordings:
+        assert strict_average(items, answer_with(wording)) == 0, wording
+        reply = answer_with(wording)(items[0], (100, 200, 300, 400))
+        assert parse_strict_answer(reply).problem == problem, wording
+
+
+# The parsers on anything at all.
+
+SIGNS = list("()[]<>,. \n-+*:$\\'\"{}ABCDEHZa0159\u0663\u00b2")
+WORDS = ["<answer>", "</answer>", "<box>", "</box>", "(1,2),(3,4)", "[0.1, 0.2, 0.3, 0.4]",
+         "image 2", "the third image", "(A)", "Point B", "therefore", "the answer is", "none",
+         "closer", "\n(A) x\n(B) y", "9" * 320, "<think>", "</think>", '{"image": ', "target",
+         "image two", "x1=", "not ", " or ", "yes", "first", "\u25a0", "\u2039", "\u203a", "\uff08"]
+PIECES = st.lists(st.sampled_from(SIGNS + WORDS), max_size=25).map("".join)
+
+
+def item_in(coordinates, box, size=None):
+    return annotations.BenchmarkItem(0, "", "common_object", "", ("a", "b", "c"), box, coordinates,
+                                     target=2, size=size)
+
+
+@settings(max_examples=int(os.environ.get("MIG_KIT_FUZZ", 300)), deadline=None)
+@given(st.one_of(PIECES, st.text()))
+@example("(A)\n.\n(B)")
+def test_every_text_is_read_and_has_a_score(text):
+    for parse in (official.parse_mig_bench_box, official.parse_revised_mig_bench_box,
+                  official.parse_normalized_pair):
+        box = parse(text)
+        assert box is None or (len(box) == 4 and all(value >= 0 for value in box))
+    strict = parse_strict_answer(text)
+    assert all(len(box) == 4 for _, box in parse_named_boxes(text))
+    assert (strict.box is None) == bool(strict.problem)
+    if strict.box:
+        x1, y1, x2, y2 = strict.box
+        assert x1 < x2 and y1 < y2 and all(map(math.isfinite, strict.box))
+    for choices in ((), ("yes", "no"), ("the first image", "A is closer", "4", "4 (")):
+        assert choice_parsers.parse_choice_letter(text, "ABCD", choices) in ("", *"ABCD")
+    assert all(number >= UNCLEAR for number in image_names.find_image_numbers(text))
+    assert len(oracle_boxes(text)) == len(official._matches(text))
+    normalized, box = item_in(Coordinates.NORMALIZED_1, (0.1, 0.2, 0.3, 0.4)), (1, 2, 300, 400)
+    for coordinates in (THOUSAND, Coordinates.NORMALIZED_1):
+        assert 0 <= protocols.strict_iou(normalized, text, coordinates, BoxFormat())[0] <= 1
+    for item in (normalized, item_in(THOUSAND, box), item_in(Coordinates.PIXELS, box, (640, 480))):
+        assert 0 <= official.official_iou(item, text)[0] <= 1 + 1e-9

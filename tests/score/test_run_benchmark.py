@@ -1,0 +1,241 @@
+"""Real benchmarks through the kit: small annotation files of each format, answered correctly and
+not.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mig_bench_records import save_image
+from PIL import Image
+
+from mig_kit import image_files
+from mig_kit.boxes import BoxFormat, seen_size, to_model_box
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.prompts import format_answer, format_question
+from mig_kit.rewards import is_correct
+from mig_kit.score import annotations, protocols
+from mig_kit.score.records import read_records
+from mig_kit.score.result import summarize
+from mig_kit.score.run_benchmark import (
+    PROTOCOLS,
+    RUNNABLE,
+    image_sizes,
+    iter_batches,
+    prediction_lines,
+    read_runnable,
+    to_sample,
+)
+
+BOX_FORMAT = BoxFormat()
+SIZES = {"a.png": (400, 200), "b.png": (150, 333), "c.png": (90, 90)}
+CUP = {"task": "group_grounding", "images": ["c.png", "b.png", "a.png"],
+       "answer": [0.5, 0.5, 1.0, 1.0], "additional_info": "It is in the third image.",
+       "question": "Find <|object_ref_start|>a cup<|object_ref_end|>."}
+MARKED = {"task": "multi_view", "images": ["a.png", "b.png", "c.png"],
+          "answer": [0.1, 0.2, 0.5, 0.6],
+          "question": "The object marked (<|box_start|>(250,500),(500,1000)<|box_end|>). "
+                      "Locate this object in the 2th image. "}
+DIFFERENCE = {"task": "diff", "images": ["a.png", "b.png"], "answer": [0.0, 0.0, 0.5, 0.5],
+              "question": "Give me their difference."}
+RECORDS = {
+    "mig_bench": [MARKED, DIFFERENCE, CUP],
+    "lisa": [{"image_path": "b.png", "instruction": "What can be eaten?",
+              "boxes": [[15, 30, 75, 200]]}],
+    "ref_l4": [{"id": 7, "caption": "a cup", "bbox": [40, 20, 200, 100], "file_name": "a.png"}],
+    "mmiu": [{"task": "order", "question": "Which is first?", "context": "Two frames.",
+              "options": "A: one B: the other", "input_image_path": ["a.png", "c.png"],
+              "output": "B"}],
+    "blink": [{"idx": "val_Counting_1", "task": "Counting", "question": "How many?",
+               "choices": ["1", "3"], "answer": "(A)", "images": ["c.png"]}],
+    "revos": [{"video_id": "video", "frames": [0, 2, 4], "question": "Who runs?",
+               "bbox_list": [[0, 0, 9, 9], [0, 0, 9, 9], [14, 8, 70, 40]]}]}
+
+
+def write_records(root, name, records):
+    (root / f"{name}.json").write_text(json.dumps(records))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder of images and annotation files."""
+    for name, size in SIZES.items():
+        save_image(tmp_path / name, size)
+    for place in range(5):
+        save_image(tmp_path / "video" / f"{place:03}.jpg", (100 + 10 * place, 80))
+    for name, records in RECORDS.items():
+        write_records(tmp_path, name, records)
+    return tmp_path
+
+
+def read(root, name="mig_bench", limit=0):
+    return read_runnable(name, root / f"{name}.json", root, limit)
+
+
+def take_items(benchmark, places):
+    """The benchmark with only these of its items."""
+    return replace(benchmark, items=benchmark.items[places], complete=False)
+
+
+def score(benchmark, replies, root):
+    """Averages of the headline metric by both protocols, in percent; replies: by sample id."""
+    averages = []
+    for protocol in PROTOCOLS:
+        lines = prediction_lines(benchmark, {name: [text] for name, text in replies.items()},
+                                 image_sizes(benchmark, root), BOX_FORMAT, protocol == "strict")
+        average = summarize(protocols.score_predictions(
+            benchmark, lines, "P", BOX_FORMAT, protocol, images=str(root)))["avg"]
+        averages.append(round(next(iter(average.values())), 2))
+    return averages
+
+
+def correct_reply(sample):
+    """What a model that knows everything says, in its own coordinates."""
+    if sample.options:
+        return f"<think>x</think><answer>{sample.letter}</answer>"
+    target = sample.targets[0]
+    box = to_model_box(target.box, sample.sizes[target.image - 1], BOX_FORMAT)
+    return f"<think>x</think><answer>{format_answer(target.image, box)}</answer>"
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_correct_replies_score_everything_under_both_protocols(root, name):
+    benchmark = read(root, name)
+    sizes = image_sizes(benchmark, root)
+    samples = [sample for batch in iter_batches(benchmark, root, 2) for sample in batch]
+    assert [sample.sizes for sample in samples] == [sizes[sample.id] for sample in samples]
+    correct = {sample.id: correct_reply(sample) for sample in samples}
+    assert all(is_correct(correct[sample.id], sample, box_format=BOX_FORMAT)
+               for sample in samples), "the kit's own rule agrees"
+    assert score(benchmark, correct, root) == [100, 100]
+    wrong = dict.fromkeys(correct, "<think>x</think><answer>H</answer>")
+    assert score(benchmark, wrong, root) == [0, 0]
+
+
+def test_reference_boxes_reach_the_model_in_its_own_coordinates(root):
+    benchmark = read(root)
+    sample = to_sample(benchmark.items[0], benchmark.name, root)
+    assert sample.reference == (100, 100, 200, 200) and sample.targets[0].image == 2
+    width, height = seen_size((400, 200), BOX_FORMAT)
+    text = format_question(sample, BOX_FORMAT)
+    box = [round(width / 4), round(height / 2), round(width / 2), height]
+    assert f"[{','.join(map(str, box))}]" in text and "box_start" not in text
+    assert "object_ref" not in to_sample(benchmark.items[2], benchmark.name, root).question
+
+
+def test_the_correct_box_in_the_wrong_image_passes_only_the_official_rule(root):
+    width, height = seen_size(SIZES["b.png"], BOX_FORMAT)
+    answer = format_answer(2, (width / 2, height / 2, width, height))
+    replies = {"mig_bench/2": f"<think>x</think><answer>{answer}</answer>"}
+    assert score(take_items(read(root), slice(2, None)), replies, root) == [100, 0]
+
+
+@pytest.mark.parametrize("form,passes", [
+    ('<answer>{{"image": 2, "box": {box}}}', [100, 0]),
+    ("<answer>In image 2: {box}</answer>", [100, 100]),
+    ('<answer>{{"target_image": 2, "bbox_2d": {box}}}</answer>', [100, 100]),
+    ('```json\n[{{"bbox_2d": {box}}}]\n```', [100, 100]),
+    ("First {box}, then [1, 2, 3, 4].", [100, 0])])
+def test_boxes_in_other_forms_are_converted_too(root, form, passes):
+    """A base model does not keep to the form that the kit asks for; its pixels must not be read as
+    0..1000.
+    """
+    benchmark = take_items(read(root), slice(1))
+    sample = to_sample(benchmark.items[0], "mig_bench", root)
+    target = sample.targets[0]
+    box = to_model_box(target.box, sample.sizes[target.image - 1], BOX_FORMAT)
+    reply = form.format(box=[round(value) for value in box])
+    assert score(benchmark, {"mig_bench/0": reply}, root) == passes
+
+
+def test_replies_in_0_to_1000_are_not_rewritten_for_the_authors_rule(root):
+    """Rounding would change what their script reads."""
+    benchmark = take_items(read(root), slice(0, 1))
+    reply = "<think>[0.1, 0.2, 0.5, 0.6]</think>In image 2: [100.4, 200, 500, 600]"
+    for coordinates, is_kept in (("normalized_1000", True), ("absolute", False)):
+        (line,) = prediction_lines(benchmark, {"mig_bench/0": [reply]},
+                                   image_sizes(benchmark, root), BoxFormat(coordinates=coordinates))
+        assert (line["response"] == reply) == is_kept
+
+
+@pytest.mark.parametrize("name,options", [("mmiu", ("one", "the other")), ("blink", ("1", "3"))])
+def test_multiple_choice_shows_the_texts_of_the_options(root, name, options):
+    sample = to_sample(read(root, name).items[0], name, root)
+    assert sample.options == options
+    assert f"A. {options[0]} B. {options[1]}" in format_question(sample, BOX_FORMAT)
+
+
+@pytest.mark.parametrize("name,change,sentence", [
+    ("mmiu", {"options": "one or the other"}, "1 multiple-choice items .* have no 2 to 8 options"),
+    ("blink", {"choices": None}, "1 multiple-choice items .* have no 2 to 8 options"),
+    ("blink", {"images": None}, "name no images"),
+    ("lisa", {"image_path": "../x.png"}, "below the image root"),
+    ("lisa", {"image_path": "x.png"}, r"1 of 1 images are missing .*x\.png"),
+    ("mc_bench", {}, "cannot run 'mc_bench'")])
+def test_what_is_missing_is_said_before_any_model_is_loaded(root, name, change, sentence):
+    write_records(root, name, [RECORDS.get(name, [{}])[0] | change])
+    with pytest.raises(ValueError, match=sentence):
+        read(root, name)
+
+
+def test_frames_are_no_links_out_of_the_root(root):
+    (root / "video" / "000.jpg").unlink()
+    (root / "video" / "000.jpg").symlink_to("/etc/hostname")
+    with pytest.raises(image_files.BadImage, match="is not below the image root"):
+        annotations.resolve_image_path(root, "video#0")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Missing image item"), NotImplementedError("Unknown pixel format"), MemoryError()])
+def test_whatever_a_reader_of_images_raises_names_the_image(root, monkeypatch, error):
+    """As those of AVIF, DDS and JPEG 2000 do for broken files."""
+    def open_broken(path):
+        raise error
+
+    monkeypatch.setattr(Image, "open", open_broken)
+    with pytest.raises(image_files.BadImage, match="'a.png' is no readable image"):
+        image_files.open_rgb(root / "a.png")
+
+
+def test_questions_about_the_same_images_follow_each_other_and_open_them_once(root, monkeypatch):
+    write_records(root, "mig_bench", [MARKED, DIFFERENCE, MARKED, CUP, DIFFERENCE, MARKED])
+    names, open_rgb = [], image_files.open_rgb
+
+    def open_and_note(path):
+        names.append(path.name)
+        return open_rgb(path)
+
+    monkeypatch.setattr(image_files, "open_rgb", open_and_note)
+    first, second = iter_batches(read(root), root, 4)
+    ids = [sample.id for sample in first + second]
+    assert ids == [f"mig_bench/{index}" for index in (0, 2, 5, 1, 4, 3)]
+    assert names == ["a.png", "b.png", "c.png", "a.png", "b.png", "c.png"], "once a batch"
+    assert first[0].images[0] is first[2].images[0] is first[3].images[0]
+
+
+def test_a_limit_takes_the_first_of_every_task(root):
+    write_records(root, "mig_bench", RECORDS["mig_bench"] * 2)
+    tasks = [item.task for item in read(root, limit=1).items]
+    assert tasks == ["multi_view", "diff", "group_grounding"]
+
+
+def test_every_official_item_becomes_a_sample(tmp_path):
+    """Every seventh question of the official file, over one blank image in place of the images
+    nobody ships.
+    """
+    data = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
+    file = data / "mig_bench" / "MIG_data.json"
+    if not file.is_file():
+        pytest.skip("no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
+    save_image(tmp_path / "one.png", (560, 420))
+    images = {"one.png": Image.open(tmp_path / "one.png")}
+    with_reference = 0
+    for item in annotations.read_mig_bench(read_records(file)).items[::7]:
+        item = replace(item, images=("one.png",) * len(item.images))
+        sample = to_sample(item, "mig_bench", tmp_path, images)
+        text = format_question(sample, BOX_FORMAT)
+        assert sample.targets and "<|" not in text and "{ref}" not in text
+        with_reference += sample.reference is not None
+    assert with_reference > 80

@@ -1,0 +1,200 @@
+"""`mig-kit score`: the files it reads and writes, and its sentences about bad ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from mig_bench_records import REPLIES, mig_records, prediction_lines, write_lines
+from PIL import Image
+
+from mig_kit.cli import cli
+
+START = """
+import importlib, pkgutil, sys, time
+from mig_kit.cli import cli
+cli(["score", "--help"], standalone_mode=False)
+seconds = time.process_time()
+from mig_kit import score
+for module in pkgutil.iter_modules(score.__path__):
+    importlib.import_module(f"mig_kit.score.{module.name}")
+print(seconds, *{"torch", "transformers"} & set(sys.modules))
+"""
+
+
+def test_scoring_starts_at_once_and_loads_no_torch():
+    result = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True)
+    seconds, *loaded = result.stdout.splitlines()[-1].split()
+    assert "--box-order" in result.stdout and not loaded, result.stderr
+    assert float(seconds) < 1, "processor time, start of Python included"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Annotations and two models' predictions as files."""
+    (tmp_path / "mig.json").write_text(json.dumps(mig_records()))
+    for name, replies in (("a", REPLIES), ("b", ["none"] * 6)):
+        write_lines(tmp_path / f"{name}.jsonl", prediction_lines(replies))
+    return tmp_path
+
+
+def run_score(folder, *words, annotations="mig.json", predictions="a.jsonl"):
+    paths = ["--annotations", str(folder / annotations), "--predictions", str(folder / predictions)]
+    return CliRunner().invoke(cli, ["score", *words, *paths])
+
+
+@pytest.mark.parametrize("words,sentence", [
+    (("--json", "a.jsonl"), "is given twice"), (("--items", "mig.json"), "is given twice"),
+    (("--json", "x.json", "--items", "x.json"), "is given twice"),
+    (("--json", "p/new.json", "--predictions", "p"), "lies in a folder that is read")])
+def test_no_file_that_was_given_is_overwritten(files, words, sentence):
+    (files / "p").mkdir()
+    (files / "p" / "a.jsonl").write_text((files / "a.jsonl").read_text())
+    before = {path: path.read_bytes() for path in files.rglob("*.json*")}
+    words = [word if word.startswith("--") else str(files / word) for word in words]
+    result = CliRunner().invoke(cli, [
+        "score", "mig-bench", "--annotations", str(files / "mig.json"), "--predictions",
+        str(files / "a.jsonl"), *words])
+    assert result.exit_code and sentence in str(result.exception)
+    assert {path: path.read_bytes() for path in files.rglob("*.json*")} == before
+
+
+def test_letters_by_the_kits_rule_are_called_so(files):
+    record = {"task": "t", "options": "A: cat B: dog", "output": "A", "question": "q"}
+    (files / "mmiu.json").write_text(json.dumps([record]))
+    write_lines(files / "a.jsonl", prediction_lines(["**A**"]))
+    output = run_score(files, "mmiu", annotations="mmiu.json").output
+    assert "protocol official (letters by the kit's own rule), 1 items." in output
+    assert 'count an empty choice as correct and leave out "GPT error".' in output
+
+
+def test_what_the_compared_file_lacks_is_said(files):
+    (files / "part.jsonl").write_text(json.dumps(prediction_lines(REPLIES)[0]) + "\n")
+    part = run_score(files, "mig-bench", "--compare", str(files / "part.jsonl"), "--allow-missing")
+    assert "Replies of part.jsonl, missing: 5." in part.output
+    alone = run_score(files, "mig-bench", "--compare-coordinates", "pixels")
+    assert "add that, or leave it out" in str(alone.exception)
+
+
+def test_command_writes_the_result(files):
+    result = run_score(files, "mig-bench", "--compare", str(files / "b.jsonl"),
+                       "--json", str(files / "out.json"), "--items", str(files / "items.jsonl"))
+    assert result.exit_code == 0, result.output
+    written = json.loads((files / "out.json").read_text())
+    assert {"benchmark", "version", "protocol", "n", "tasks", "avg"} <= set(written)
+    assert written["n"] == 6
+    assert written["compare"]["difference"]["acc@0.5"]["value"] == 75
+    assert "| avg | 6 | 75.00 |" in result.output
+    assert "63.82" not in result.output, "published averages are of all items"
+    assert "do not hold every item" in result.output
+    lines = (files / "items.jsonl").read_text().splitlines()
+    values = [json.loads(line)["value"] for line in lines]
+    assert values == pytest.approx([1, 0.5, 0.5, 0.8, 0.25, 0])
+
+
+@pytest.mark.parametrize("words,changes,sentence", [
+    (("mig",), {}, "the benchmarks are"),
+    (("mig_bench", "--protocol", "substring"), {}, "its protocols are"),
+    (("mig_bench", "--coordinates", "absolute"), {}, "pass --images"),
+    (("mc_bench", "--coordinates", "absolute"), {}, "is for boxes in replies"),
+    (("mig_bench",), {"predictions": "none.jsonl"}, "no file"),
+    (("mig_bench",), {"predictions": "cut.jsonl"}, "line 2 of"),
+    (("mig_bench",), {"predictions": "list.json"}, "entry 1 of"),
+    (("mig_bench",), {"predictions": "empty.jsonl"}, "is empty"),
+    (("mig_bench",), {"predictions": "bytes.jsonl"}, "UTF-8"),
+    (("mig_bench",), {"annotations": "a.jsonl"}, "is this the MIG-Bench file"),
+    (("lisa",), {}, "is this the LISA-grounding file"),
+    (("blink",), {}, "is this the BLINK file"),
+    (("mc_bench",), {}, "COCO-style"),
+    (("odinw", "--items", "items.jsonl"), {}, "leave --items out"),
+    (("mig_bench", "--protocol", "strict", "--coordinates", "pixels"), {}, "--images"),
+    (("mig_bench", "--json", "no/such/folder.json"), {}, "cannot be written")])
+def test_bad_input_is_one_sentence(files, words, changes, sentence):
+    (files / "cut.jsonl").write_text('{"index": 0, "response": ""}\n{"index": 1, "resp')
+    (files / "list.json").write_text("[1, 2]")
+    (files / "empty.jsonl").write_text("\n")
+    (files / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    result = run_score(files, *words, **changes)
+    assert isinstance(result.exception, (ValueError, FileNotFoundError))
+    assert sentence in str(result.exception)
+
+
+def test_one_reply_of_six_is_no_complete_result(files, tmp_path):
+    records = [{"task": "lisa", "image_path": "a.png", "instruction": "", "boxes": [[0, 0, 9, 9]]}]
+    (files / "lisa.json").write_text(json.dumps(records * 200))
+    Image.new("RGB", (10, 10)).save(files / "a.png")
+    write_lines(files / "one.jsonl", prediction_lines(["(0,0),(900,900)"]))
+    words = ("lisa", "--images", str(files), "--json", str(files / "out.json"))
+    result = run_score(files, *words, "--allow-missing", annotations="lisa.json",
+                       predictions="one.jsonl")
+    assert "Replies are missing: do not set these numbers beside" in result.output
+    assert json.loads((files / "out.json").read_text())["complete"] is False
+    assert "UniVG" not in result.output, "published averages are of all items"
+    write_lines(files / "all.jsonl", prediction_lines(["(0,0),(900,900)"] * 200))
+    result = run_score(files, *words, annotations="lisa.json", predictions="all.jsonl")
+    assert "UniVG" in result.output and "coordinates" not in result.output
+
+
+@pytest.mark.parametrize("protocol", ["official", "strict"])
+def test_pixels_of_small_pictures_are_said_to_be_worth_more(files, protocol):
+    record = mig_records()[4]
+    (files / "small.json").write_text(json.dumps([record | {"answer": [.1, .1, .3, .3]}] * 12))
+    for name in record["images"]:
+        Image.new("RGB", (640, 480)).save(files / name)
+    write_lines(files / "pixels.jsonl", prediction_lines(
+        ["<answer>(64,48),(192,144)</answer>"] * 12))
+    words = ("mig_bench", "--protocol", protocol)
+    settings = {"annotations": "small.json", "predictions": "pixels.jsonl"}
+    result = run_score(files, *words, **settings)
+    assert "No box reaches beyond 192: if these are pixels of small pictures, add --images" in (
+        result.output)
+    result = run_score(files, *words, "--images", str(files), **settings)
+    assert "| avg | 12 | 0.00 |" in result.output
+    assert ("Read as pixels of the original image, the boxes would score 100.00 instead of 0.00: "
+            "if they are, say --coordinates pixels.") in result.output
+    result = run_score(files, *words, "--images", str(files), "--coordinates", "pixels", **settings)
+    assert "| avg | 12 | 100.00 |" in result.output and "would score" not in result.output
+
+
+@pytest.mark.parametrize("protocol", ["official", "strict"])
+def test_a_key_that_is_y_first_by_convention_asks_for_the_order(files, protocol):
+    (files / "one.json").write_text(json.dumps(mig_records()[4:5] * 2))
+    reply = 'json\n[{"box_2d": [0, 0, 1000, 400], "label": "dog"}]\n'
+    write_lines(files / "gemini.jsonl", prediction_lines([f"```{reply}```"] * 2))
+    words = ("mig_bench", "--protocol", protocol)
+    settings = {"annotations": "one.json", "predictions": "gemini.jsonl"}
+    result = run_score(files, *words, **settings)
+    assert ('Replies with "box_2d", in which Gemini writes y first: 2. They were read x first: '
+            "say --box-order yxyx") in result.output
+    answers = []
+    for order in ("xyxy", "yxyx", "xywh"):
+        result = run_score(files, *words, "--box-order", order, "--items",
+                           str(files / f"{protocol}-{order}.jsonl"), **settings)
+        assert "Gemini" not in result.output
+        assert ("rewritten as x1, y1, x2, y2" in result.output) == (order != "xyxy")
+        answers.append((files / f"{protocol}-{order}.jsonl").read_text())
+    assert answers[0] == answers[1] == answers[2], "0.4 of the image either way"
+    refused = run_score(files, "blink", "--box-order", "yxyx", **settings)
+    assert "--box-order is for boxes in replies" in str(refused.exception)
+
+
+def test_replies_that_hold_no_answer_are_counted_apart(files):
+    replies = ["", "x" * 32767, '<tool_call>{"bbox_2d": [0, 0, 1000, 1000]}</tool_call>',
+               "<answer>image 1: [0, 0, 1000, 1000]. Or not.</answer>",
+               "<answer>images 1 and 2: [0, 0, 1000, 1000]</answer>",
+               '<answer>{"x": 0, "y": 0, "width": 1000, "height": 1000}</answer>']
+    (files / "one.json").write_text(json.dumps(mig_records()[4:5] * 6))
+    write_lines(files / "none.jsonl", prediction_lines(replies))
+    settings = {"annotations": "one.json", "predictions": "none.jsonl"}
+    official = run_score(files, "mig_bench", **settings).output
+    strict = run_score(files, "mig_bench", "--protocol", "strict", **settings).output
+    for output in (official, strict):
+        assert "Replies, empty: 1." in output
+        assert "Replies, cut at 32,767 characters, as a spreadsheet does: 1." in output
+    assert "Replies, box inside a <tool_call>, scored all the same: 1." in official
+    for sentence in ("Replies, no <answer> block: 1.", "Replies with x, y, width and height: 1. x",
+                     "Replies, denied, in doubt or taken back: 1.",
+                     "Replies, ambiguous: several images, or one without its number: 1."):
+        assert sentence in strict
+    assert "| avg | 6 | 16.67 |" in strict

@@ -1,0 +1,604 @@
+"""Shared prefixes are exact: greedy replies, log-probabilities and gradients are transformers'."""
+
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.engine import models, training
+from mig_kit.engine.sample_prompts import SampleCache
+from mig_kit.image_files import pixel_digest
+from mig_kit.prompts import chat_messages
+from mig_kit.shared_prefix import attention, decoding, generation, prefixes, prompt_cache
+from mig_kit.shared_prefix.generation import (
+    SamplingOptions,
+    draw_uniforms,
+    generate_rollouts,
+    sample_tokens,
+)
+from mig_kit.shared_prefix.logprobs import completion_logps, packed_logps
+from mig_kit.shared_prefix.prompt_cache import Prompt
+
+ABSOLUTE = BoxFormat()
+NEVER_DRAWN = [3, 4, 5, 6]  # the vision tokens
+END = 2
+
+
+@pytest.fixture(params=sorted(models.FAMILIES))
+def family(request, random_folder, relatives, float32):
+    """(model, processor, box_format) of every family that the kit loads."""
+    folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
+    coordinates = (Coordinates.ABSOLUTE if request.param == "qwen2_5_vl"
+                   else Coordinates.NORMALIZED_1000)
+    box_format = BoxFormat(coordinates=coordinates)
+    model = models.load_model(folder, float32)
+    return model, models.load_processor(folder, box_format), box_format
+
+
+def make_prompts(model, processor, samples, box_format=ABSOLUTE, **options) -> list[Prompt]:
+    return SampleCache(model, processor, box_format, **options).get(samples)
+
+
+def questions_in_pairs(samples, count: int) -> list:
+    """`count` questions, two about the images of each sample."""
+    return [replace(samples[i // 2], id=f"{i}", question="Where?" * (1 + i % 2))
+            for i in range(count)]
+
+
+def stock_inputs(processor, sample, box_format=ABSOLUTE):
+    text = processor.apply_chat_template(chat_messages(sample, box_format),
+                                         add_generation_prompt=True, tokenize=False)
+    return processor(text=[text], images=[list(sample.images)], return_tensors="pt")
+
+
+def stock_completion(model, processor, sample, box_format, tokens: int) -> list[int]:
+    """What transformers' generate writes, greedily, up to and including the end token."""
+    inputs = stock_inputs(processor, sample, box_format)
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False,
+                            suppress_tokens=NEVER_DRAWN, eos_token_id=END)
+    completion = output[0, inputs["input_ids"].shape[1]:].tolist()
+    return completion[:completion.index(END) + 1] if END in completion else completion
+
+
+@pytest.mark.slow
+def test_greedy_replies_equal_transformers(family, samples):
+    model, processor, box_format = family
+    prompts = make_prompts(model, processor, samples, box_format)
+    rollouts = generate_rollouts(model, processor, prompts, 3, SamplingOptions(0.0,
+                                                                               max_new_tokens=16))
+    for sample, rollout in zip(samples, rollouts):
+        assert rollout == [stock_completion(model, processor, sample, box_format, 16)] * 3
+
+
+@pytest.mark.slow
+def test_questions_about_the_same_images_read_them_once(family, samples, monkeypatch):
+    model, processor, box_format = family
+    questions = [(0, "Find the red star."), (1, "Where?"),
+                 (0, "Which thing is new in image 2, and where is it?"), (2, "Find the blue ring."),
+                 (1, "What do these pictures have in common?"), (0, "Where?")]
+    asked_samples = [replace(samples[i], id=f"{text}{i}", question=text, reference=None)
+                     for i, text in questions]
+    prompts = make_prompts(model, processor, asked_samples, box_format)
+    shapes_read, stock = [], model.model.language_model.forward
+
+    def watched(*args, **kwargs):
+        shapes_read.append(kwargs["inputs_embeds"].shape[:2])
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(model.model.language_model, "forward", watched)
+    rollouts = generate_rollouts(model, processor, prompts, 2, SamplingOptions(0.0,
+                                                                               max_new_tokens=16))
+    monkeypatch.undo()
+    rows_read = [rows for rows, _ in shapes_read]
+    assert rows_read == [3, 3], "three lists of images, and what is asked about each"
+    longest_prefix = max(prompt.prefix_length for prompt in prompts)
+    assert shapes_read[0][1] == prefixes.pad_to_multiple(longest_prefix)
+    for sample, rollout in zip(asked_samples, rollouts):
+        assert rollout == [stock_completion(model, processor, sample, box_format, 16)] * 2
+
+
+def test_prefixes_by_hand():
+    def prompt(name: bytes, prefix_length: int = 3) -> Prompt:
+        tokens = prefix_length + 2
+        return Prompt(torch.arange(tokens), torch.zeros(3, tokens), None,
+                      (name,) if prefix_length else (), prefix_length)
+
+    a, b, c, text_only = prompt(b"a"), prompt(b"b"), prompt(b"c"), prompt(b"", 0)
+    group = prefixes.group_by_prefix
+    assert group([a, b, a, c, b]) == [[0, 2], [1, 4], [3]]
+    other_text = prompt(b"a", 4)
+    assert group([a, other_text]) == [[0], [1]], "another text before the end of the images"
+    assert group([a, a, text_only]) == [[0], [1], [2]], "no images to share"
+    lonely = [prompt(bytes([i])) for i in range(7)]
+    assert group([a] * 5 + lonely) == [[i] for i in range(12)], "40 rows for 12 questions"
+
+
+def test_keys_and_values_are_in_memory_once(random_model, processor, samples, monkeypatch):
+    """The prompts' cache goes when the decoder has its parts, and a layer's when it is copied."""
+    caches, stock = [], prefixes.PaddedPrompts.prefill
+
+    def read(batch, model):
+        hidden, cache = stock(batch, model)
+        caches.append(weakref.ref(cache))
+        return hidden, cache
+
+    monkeypatch.setattr(prefixes.PaddedPrompts, "prefill", read)
+    prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 4))
+    weights = decoding.fuse_decoding_weights(random_model, False)
+    with weights as fused_weights, torch.inference_mode():
+        decoder = generation._prefill_prompts(random_model, processor, prompts, 2, 4,
+                                           fused_weights)[0]
+    assert len(caches) == 1 and caches[0]() is None
+    layers = [weakref.ref(keys) for keys, _ in decoder.prefix_cache]
+    alive = []
+
+    class Watched(list):
+        def __setitem__(self, index, value):
+            super().__setitem__(index, value)
+            alive.append(sum(layer() is not None for layer in layers))
+
+    decoder.prefix_cache = Watched(decoder.prefix_cache)
+    decoder.keep_prefixes(torch.tensor([True, False]))
+    assert alive == [2, 1], "the layer that is copied, and those after it"
+    assert {len(keys) for keys, _ in decoder.prefix_cache} == {1}
+
+
+@pytest.mark.slow
+def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, samples,
+                                                      monkeypatch):
+    prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 8))
+    sampling = SamplingOptions(0.0, max_new_tokens=12, min_new_tokens=12)
+    full = generate_rollouts(random_model, processor, prompts, 3, sampling)
+    last_steps = [3, 4, 5, 8]  # of the four prefixes: tokens that their rows have before the end
+    rows_per_prefix, stock = 6, generation.sample_tokens
+    state = {"step": 0, "finished": []}
+
+    def end_one_prefix_after_the_other(logits, sampling, uniforms):
+        tokens = stock(logits, sampling, uniforms)
+        state["step"] += 1
+        held = [prefix for prefix in range(4) if prefix not in state["finished"]]
+        for place, prefix in enumerate(held):
+            if state["step"] > last_steps[prefix]:
+                start = rows_per_prefix * place
+                tokens[start:start + rows_per_prefix] = END
+                state["finished"].append(prefix)
+        return tokens
+
+    monkeypatch.setattr(generation, "sample_tokens", end_one_prefix_after_the_other)
+    cut = generate_rollouts(random_model, processor, prompts, 3, sampling)
+    for i, (full_rollout, cut_rollout) in enumerate(zip(full, cut)):
+        assert cut_rollout == [completion[:last_steps[i // 2]] + [END]
+                               for completion in full_rollout]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compute_logps", "variant"), [
+    (completion_logps, ""), (completion_logps, "long"), (packed_logps, ""),
+    (packed_logps, "checkpointed")])
+def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, compute_logps, variant):
+    model, processor, box_format = family
+    language = model.model.language_model
+    torch.manual_seed(0)
+    if variant == "checkpointed":
+        model.train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if variant == "long":
+        model.set_attn_implementation(attention.NAME)
+        monkeypatch.setattr(attention, "LONG_WITHOUT_GRADIENT", 1)
+    prompts = make_prompts(model, processor, samples[:4], box_format)
+    prompt_index, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
+    ids = torch.randint(20, 600, (5, 9))
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    logps, entropies = compute_logps(model, prompts, prompt_index, ids, mask,
+                                     processor.image_token_id)
+    weights = torch.randn(5, 9) * mask
+    model.zero_grad()
+    (logps * weights).sum().backward()
+    our_gradients = {name: parameter.grad.clone()
+                     for name, parameter in language.named_parameters()}
+
+    model.zero_grad()
+    model.set_attn_implementation("sdpa")
+    for row, index in enumerate(prompt_index.tolist()):
+        length = lengths[row]
+        inputs = stock_inputs(processor, samples[index], box_format)
+        start = inputs["input_ids"].shape[1]
+        completion = ids[row:row + 1, :length]
+        full = torch.cat([inputs["input_ids"], completion], 1)
+        token_types = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(completion)], 1)
+        output = model(input_ids=full, attention_mask=torch.ones_like(full),
+                       mm_token_type_ids=token_types, pixel_values=inputs["pixel_values"],
+                       image_grid_thw=inputs["image_grid_thw"])
+        all_logps = output.logits[0, start - 1:-1].log_softmax(-1)
+        expected = all_logps.gather(-1, completion[0][:, None])[:, 0]
+        expected_entropies = -(all_logps.exp() * all_logps).sum(-1)
+        assert (expected - logps[row, :length]).abs().max() < 1e-5
+        assert (expected_entropies - entropies[row, :length]).abs().max() < 1e-4
+        (expected * weights[row, :length]).sum().backward()
+    for name, parameter in language.named_parameters():
+        difference = (parameter.grad - our_gradients[name]).norm()
+        gap = difference / parameter.grad.norm().clamp(min=1e-8)
+        assert gap < 1e-4, (name, gap)
+
+
+@pytest.mark.slow
+def test_sampled_replies_have_the_models_distribution(random_model, processor, samples):
+    prompts = make_prompts(random_model, processor, samples[:1])
+    rollouts = generate_rollouts(random_model, processor, prompts, 4000,
+                                 SamplingOptions(1.0, max_new_tokens=1), draw_uniforms(0, 1,
+                                                                                       4000, 1))
+    with torch.no_grad():
+        logits = random_model(**stock_inputs(processor, samples[0])).logits[0, -1]
+    logits[NEVER_DRAWN] = -torch.inf
+    probabilities = logits.softmax(-1)
+    first_tokens = torch.tensor([completion[0] for completion in rollouts[0]])
+    frequencies = torch.bincount(first_tokens, minlength=640) / 4000
+    std = (probabilities * (1 - probabilities) / 4000).sqrt()
+    top = probabilities.topk(12).indices
+    assert ((frequencies - probabilities).abs()[top] < 4.5 * std[top]).all()
+    assert frequencies[NEVER_DRAWN].sum() == 0
+
+
+def test_top_p_and_greedy():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(500, 1)
+    uniforms = draw_uniforms(0, 1, 500, 1).flatten()
+    drawn = sample_tokens(logits, SamplingOptions(1.0, top_p=0.6), uniforms)
+    assert set(drawn.tolist()) == {0, 1}
+    assert sample_tokens(logits, SamplingOptions(0.0)).unique().tolist() == [0]
+
+
+def test_temperature_by_hand():
+    """At half the temperature odds of 1 to 2 are 1 to 4."""
+    logits = torch.log(torch.tensor([[1.0, 2.0]])).repeat(2, 1)
+    uniforms = torch.tensor([0.19, 0.21], dtype=torch.float64)
+    assert sample_tokens(logits, SamplingOptions(1.0), uniforms).tolist() == [0, 0]
+    assert sample_tokens(logits, SamplingOptions(0.5), uniforms).tolist() == [0, 1]
+
+
+def test_tokens_by_hand():
+    """A token where its cumulative probability first exceeds the number; never an impossible one,
+    at either end.
+    """
+    logits = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])).repeat(6, 1)
+    uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-53], dtype=torch.float64)
+    assert sample_tokens(logits, SamplingOptions(1.0), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.slow
+def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, samples):
+    """Whatever else is in its batch, in whatever order, and whether its images are shared."""
+    prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 4))
+    sampling, uniforms = SamplingOptions(1.0, max_new_tokens=10), draw_uniforms(3, 4, 3, 10)
+
+    def generate(indices, group=3, uniforms=None):
+        chosen = [prompts[i] for i in indices]
+        return generate_rollouts(random_model, processor, chosen, group, sampling, uniforms)
+
+    everyone = [0, 1, 2, 3]
+    expected = generate(everyone, 3, uniforms)
+    for order in ([2], [3, 0], [1, 2, 3]):
+        assert generate(order, 3, uniforms[order]) == [expected[i] for i in order]
+    assert generate([0], 2, uniforms[:1, 1:]) == [expected[0][1:]]
+    torch.manual_seed(0)
+    assert generate(everyone) != generate(everyone), "new numbers where none are given"
+
+
+def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples):
+    cache = SampleCache(random_model, processor, ABSOLUTE, limit=3)
+    images_seen, stock = [], random_model.model.visual.forward
+
+    def watched(pixels, grid_thw, **kwargs):
+        images_seen.append(len(grid_thw))
+        return stock(pixels, grid_thw, **kwargs)
+
+    random_model.model.visual.forward = watched
+    first = cache.get(samples[:3])
+    again = cache.get([samples[0], replace(samples[1], id="the same images, asked about again")])
+    distinct = {pixel_digest(image) for sample in samples[:3] for image in sample.images}
+    assert images_seen == [len(distinct)], "every image is seen once"
+    assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
+    cache.get(samples[3:5])
+    assert len(cache.texts) == 3
+
+
+def test_another_model_is_served_what_the_same_tower_saw(random_model, random_folder, float32,
+                                                         processor, samples):
+    cache = SampleCache(random_model, processor, ABSOLUTE)
+    first = cache.get(samples[:3])
+
+    def equal_features() -> list[bool]:
+        return [a.features is not None and torch.equal(a.features, b.features)
+                for a, b in zip(first, cache.get(samples[:3]))]
+
+    same_tower = models.load_model(random_folder, float32)
+    same_tower.model.language_model.norm.weight.data += 1
+    cache.serve(same_tower)
+    assert cache.bytes_held > 0
+    assert cache.model is same_tower and all(equal_features())
+    assert cache.bytes_held > 0
+    cache.release()
+    assert cache.model is None
+    cache.serve(random_model)
+    assert cache.model is random_model
+    assert cache.bytes_held > 0, "the same tower again, though it was released"
+    other_tower = models.load_model(random_folder, float32)
+    other_tower.model.visual.merger.mlp[2].bias.data += 1
+    cache.serve(other_tower)
+    assert cache.bytes_held == 0
+    assert not any(equal_features())
+
+
+@pytest.mark.slow
+def test_prompts_are_what_the_processor_makes(family, samples, monkeypatch):
+    model, processor, box_format = family
+    asked_samples = [*samples[:4], replace(samples[1], id="again", question="Where?")]
+    images_prepared, stock = [], processor.image_processor.preprocess
+
+    def watched(images, *args, **kwargs):
+        images_prepared.append(len(images))
+        return stock(images, *args, **kwargs)
+
+    monkeypatch.setattr(processor.image_processor, "preprocess", watched)
+    prompts = make_prompts(model, processor, asked_samples, box_format)
+    n_images = sum(len(sample.images) for sample in samples[:4])
+    assert images_prepared == [n_images], "an image is prepared once"
+    monkeypatch.undo()
+    for sample, prompt in zip(asked_samples, prompts):
+        inputs = stock_inputs(processor, sample, box_format)
+        positions, _ = model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"],
+            image_grid_thw=inputs["image_grid_thw"])
+        assert torch.equal(prompt.ids, inputs["input_ids"][0])
+        assert torch.equal(prompt.positions, positions[:, 0])
+        image_columns = (prompt.ids == processor.image_token_id).nonzero()
+        assert prompt.prefix_length == image_columns[-1] + 1
+        assert len(prompt.features) == len(image_columns)
+
+
+def test_a_question_with_an_image_token_is_one_sentence(random_model, processor, samples):
+    bad = replace(samples[0], question="Find <|image_pad|>.")
+    message = r"has 3 places for its 2 images; take <\|image_pad\|> out of the question"
+    with pytest.raises(ValueError, match=message):
+        make_prompts(random_model, processor, [bad])
+
+
+@pytest.mark.slow
+def test_features_stay_within_max_bytes(random_model, processor, samples):
+    roomy = SampleCache(random_model, processor, ABSOLUTE)
+    tight = SampleCache(random_model, processor, ABSOLUTE, max_bytes=2000)
+    for sample in [*samples[:4], *samples[:4]]:
+        expected, = roomy.get([sample])
+        prompt, = tight.get([sample])
+        assert torch.allclose(expected.features, prompt.features, atol=1e-6)
+        assert torch.equal(expected.ids, prompt.ids)
+        held = sum(image.features.nbytes for image in tight.images.values())
+        assert held == tight.bytes_held <= 2000
+
+
+def test_images_are_prepared_a_few_at_a_time_and_texts_stay_within_their_bytes(
+        random_model, processor, samples, monkeypatch):
+    expected = SampleCache(random_model, processor, ABSOLUTE).get(samples[:4])
+    cache = SampleCache(random_model, processor, ABSOLUTE, max_text_bytes=1)
+    largest = max(width * height for sample in samples for width, height in sample.sizes)
+    monkeypatch.setattr(prompt_cache, "PIXELS_AT_ONCE", 2 * largest)
+    counts, add = [], cache._add_features
+    monkeypatch.setattr(cache, "_add_features",
+                        lambda images: counts.append(len(images)) or add(images))
+    prompts = cache.get(samples[:4])
+    assert sum(counts) > max(counts) >= 2 and len(cache.texts) == cache.text_bytes == 0
+    for prompt, other in zip(prompts, expected):
+        assert torch.allclose(prompt.features, other.features, atol=1e-6)
+        assert torch.equal(prompt.ids, other.ids)
+
+
+@pytest.mark.slow
+def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, processor, samples,
+                                                           monkeypatch):
+    large = [replace(sample, id=f"large/{sample.id}", question="Where?", reference=None,
+                     images=(sample.images[0].resize((side, 224)),))
+             for sample, side in zip(samples, (224, 280, 224, 252))]
+    large_and_small = [*large, samples[0]]
+
+    def first_prompt(samples, autocast: bool) -> Prompt:
+        return make_prompts(random_model, processor, samples, autocast=autocast)[0]
+
+    exact, alone = first_prompt(large[:1], False), first_prompt(large[:1], True)
+    monkeypatch.setattr(prompt_cache, "PATCHES_AT_ONCE", 600)
+    batches, stock = [], random_model.model.visual.forward
+
+    def watched(patches, **kwargs):
+        batches.append(len(patches))
+        return stock(patches, **kwargs)
+
+    monkeypatch.setattr(random_model.model.visual, "forward", watched)
+    among_others = first_prompt(large_and_small, True)
+    small_images = {pixel_digest(image): image for image in samples[0].images}.values()
+    small_patches = sum(image.width * image.height // 14**2 for image in small_images)
+    assert batches == [small_patches, 512, 288, 320], "small ones together, others by size"
+    assert alone.features.dtype == torch.bfloat16 and exact.features.dtype == torch.float32
+    batches.clear()
+    first_prompt(large_and_small, False)
+    assert sum(batches) == small_patches + 512 + 288 + 320
+    assert max(batches) <= 600, "without autocast, too"
+    norm = exact.features.norm()
+    assert (alone.features - among_others.features).norm() <= 0.002 * alone.features.norm()
+    assert (alone.features - exact.features).norm() < 0.02 * norm
+    small, small_exact = (first_prompt(samples[:1], autocast) for autocast in (True, False))
+    assert torch.equal(small.features, small_exact.features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"], indirect=True)
+def test_of_long_prompts_the_last_layer_reads_only_the_last_token(family, samples, monkeypatch):
+    model, processor, box_format = family
+    prompts = make_prompts(model, processor, samples[:4], box_format)
+    model.set_attn_implementation(attention.NAME)
+    language = model.model.language_model
+    batch = prefixes.pad_prompts(model, prompts, processor.image_token_id)
+    last_layer = language.layers[-1]
+    shapes, stock = [], last_layer.mlp.forward
+
+    def watched(hidden):
+        shapes.append(hidden.shape[:2])
+        return stock(hidden)
+
+    with torch.inference_mode():
+        states, cache = batch.prefill(model)
+        monkeypatch.setattr(attention, "LONG_WITHOUT_GRADIENT", 64)
+        monkeypatch.setattr(last_layer.mlp, "forward", watched)
+        short_states, short_cache = batch.prefill(model)
+    assert shapes == [(4, 1)], "a token of each"
+    assert torch.allclose(states, short_states, atol=1e-5 * states.abs().max())
+    for ours, full in zip(short_cache.layers, cache.layers):
+        assert torch.equal(ours.keys, full.keys) and torch.equal(ours.values, full.values)
+    assert language.layers[-1] is last_layer, "the model itself is left as it was"
+
+
+def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for free, expected in ((2**40, generation.KV_BYTES), (2**30, 2**29)):
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr(generation.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert generation.max_kv_bytes(cpu) == expected
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12 * 2**30)
+    assert generation.max_kv_bytes(gpu) == 32 * 2**30, "what PyTorch keeps for later is free, too"
+
+
+def test_rounds_draw_what_one_draw_would(random_model, processor, samples, monkeypatch):
+    prompts = make_prompts(random_model, processor, samples[:4])
+    uniforms = draw_uniforms(0, 4, 2, 6)
+    arguments = (random_model, processor, prompts, 2, SamplingOptions(max_new_tokens=6), uniforms)
+    at_once = generate_rollouts(*arguments)
+    rounds, stock = [], generation.generate_rollouts
+
+    def record(model, processor, prompts, *more):
+        rounds.append(len(prompts))
+        return stock(model, processor, prompts, *more)
+
+    monkeypatch.setattr(generation, "generate_rollouts", record)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    of_a_prompt = (longest + 2 * 6) * generation.kv_bytes_per_token(random_model)
+    assert generation.generate_in_rounds(*arguments, max_bytes=2 * of_a_prompt) == at_once
+    assert generation.generate_in_rounds(*arguments) == at_once
+    assert rounds == [2, 2, 4]
+
+
+def test_a_round_is_so_small_that_its_prompts_can_be_read():
+    """Of 1,000 free bytes half is for keys and values: 4 of 10 prompts of 100 tokens with 1 byte of
+    these and 1 more while they are read; with 4 more, 2.
+    """
+    counts = [generation.count_prompts_at_once(10, 100, 1, 0, 1, 500, reading)
+              for reading in (0, 1, 4, 10**6)]
+    assert counts == [5, 5, 2, 1]
+
+
+def test_scores_of_large_keys_are_summed_in_float32(monkeypatch):
+    """Keys as large as Qwen2.5's. On a CPU, whose bmm has no out_dtype, it is stood in for."""
+    def bmm(left, right, out_dtype):
+        assert left.dtype == right.dtype == torch.bfloat16
+        return torch.matmul(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(decoding.torch, "bmm", bmm)
+    noise = torch.Generator().manual_seed(0)
+    queries = (3.5 * torch.randn(2, 3, 4, 5, 64, generator=noise)).bfloat16()
+    keys = (27 * torch.randn(2, 3, 4, 9, 64, generator=noise)).bfloat16()
+    exact = torch.matmul(queries.double(), keys.double().transpose(-1, -2))
+    in_float32, in_bfloat16 = (score(queries, keys) for score in (decoding._float32_scores,
+                                                                  decoding._scores))
+    assert in_float32.dtype == torch.float32 and in_float32.shape == in_bfloat16.shape
+    assert (in_float32 - exact).abs().max() < 1e-2 < 1 < (in_bfloat16 - exact).abs().max()
+
+
+def test_rounds_by_hand(random_model, monkeypatch):
+    monkeypatch.setattr(generation, "KV_BYTES", 10_000)
+    for token_bytes, at_once in {1: 16, 5: 8, 13: 4, 55: 1, 10**6: 1}.items():
+        assert generation.count_prompts_at_once(16, 100, 8, 10, token_bytes) == at_once
+    both, layers, head_width, float32_bytes = 2, 2, 32, 4
+    expected = both * layers * head_width * float32_bytes
+    assert generation.kv_bytes_per_token(random_model) == expected
+
+
+@pytest.mark.slow
+def test_folding_adapters_for_decoding_changes_no_weight(random_model, processor, samples):
+    model = get_peft_model(random_model, training.lora_config(4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prompts = make_prompts(model, processor, samples[:2])
+    sampling = SamplingOptions(0.0, max_new_tokens=12)
+    folded = generate_rollouts(model, processor, prompts, 1, sampling)
+    generate_rollouts(model, processor, prompts, 1, SamplingOptions(0.0, max_new_tokens=2),
+                      autocast=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    merged = model.merge_and_unload()
+    assert generate_rollouts(merged, processor, prompts, 1, sampling) == folded
+
+
+@pytest.mark.slow
+def test_a_young_adapter_beside_bfloat16_weights_is_not_rounded_away(random_model, processor,
+                                                                     samples):
+    """Replies are drawn with what training computes with, though the weights' grid is coarser than
+    the adapter's effect.
+    """
+    model = get_peft_model(random_model.to(torch.bfloat16), training.lora_config(4))
+    adapted = next(module for module in model.modules() if hasattr(module, "lora_B"))
+    adapted.lora_B["default"].weight.data.fill_(1e-4)
+    unwrapped = prompt_cache.unwrap_peft(model)
+    with decoding.fuse_decoding_weights(unwrapped, False) as fused_weights:
+        assert not adapted.merged
+        assert not fused_weights, "every projection has an adapter"
+    prompts = make_prompts(model, processor, samples[:2])
+    rollouts = generate_rollouts(model, processor, prompts, 2, SamplingOptions(1.0,
+                                                                               max_new_tokens=4))
+    assert all(len(completion) for rollout in rollouts for completion in rollout)
+    with model.disable_adapter():
+        with decoding.fuse_decoding_weights(unwrapped, False) as fused_weights:
+            assert fused_weights, "without adapters the layers are plain"
+
+
+@pytest.mark.slow
+def test_every_end_token_ends_a_reply(random_model, processor, samples):
+    prompts = make_prompts(random_model, processor, samples[:2])
+    sampling = SamplingOptions(0.0, max_new_tokens=12)
+    full = generate_rollouts(random_model, processor, prompts, 1, sampling)[0][0]
+    end = full[3]
+    random_model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, end]
+    cut = generate_rollouts(random_model, processor, prompts, 1, sampling)[0][0]
+    assert cut == full[:full.index(end) + 1] and cut[-1] == end
+    inputs = stock_inputs(processor, samples[0])
+    output = random_model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    assert output[0, inputs["input_ids"].shape[1]:].tolist() == cut
+
+
+@pytest.mark.slow
+def test_fused_products_give_the_same_replies(random_model, processor, samples, monkeypatch):
+    prompts = make_prompts(random_model, processor, samples[:3])
+    before = {name: value.clone() for name, value in random_model.state_dict().items()}
+    projections = random_model.model.language_model.layers[0].self_attn
+    same_input = projections.q_proj, projections.k_proj, projections.v_proj
+    with decoding.fuse_decoding_weights(random_model, autocast=True) as fused_weights:
+        weight, bias = fused_weights[same_input]
+        assert weight.dtype == bias.dtype == torch.bfloat16
+        assert len(weight) == len(bias) == 4 * 32
+        part = projections.k_proj.weight
+        assert part.data_ptr() == weight[2 * 32].data_ptr(), "a part of it, not one more copy"
+    for name, value in random_model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+    def generate():
+        return generate_rollouts(random_model, processor, prompts, 2,
+                                 SamplingOptions(1.0, max_new_tokens=12), draw_uniforms(0, 3, 2,
+                                                                                        12),
+                                 autocast=True)
+
+    fused = generate()
+    monkeypatch.setattr(decoding, "_fuse_layers", lambda fused_weights, layers: None)
+    assert generate() == fused, "as by the layers themselves"

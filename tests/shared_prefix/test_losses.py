@@ -1,0 +1,366 @@
+"""Every loss that stage 05 offers: the shared-prefix trainer against stock TRL, update by update.
+
+Both score the same completions, so that advantages, masks, old and reference log-probabilities are
+compared, too. With num_iterations 2 an optimiser's step lies between the two updates.
+"""
+
+from itertools import combinations, product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mig_kit import rewards
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine import models, training
+from mig_kit.pipeline.joint_rules import validate_params
+from mig_kit.pipeline.params import profile_params
+from mig_kit.stages import grpo
+from mig_kit.world.tasks import TASKS, make_sample
+
+BOX_FORMAT = BoxFormat()
+SETTINGS = {
+    "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
+    "max_steps": 4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0,
+    "learning_rate": 1e-2, "temperature": 0.8, "max_completion_length": 6, "save_steps": 2,
+    "lora_r": 4}
+END = 2
+LENGTHS = (5, 3, 6, 2, 6, 4, 1, 5)
+HAS_END = (True, True, False, True, True, False, True, True)
+CLIPS = {"cispo": "cispo_clip_ratio"}
+NO_CLIP = ("sapo", "vespo")
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+
+
+VALUES = {
+    "loss_type": LOSSES, "importance_sampling_level": ("token", "sequence"),
+    "num_iterations": (1, 2), "top_entropy_quantile": (1.0, 0.5)}
+VALUES_THAT_ALL_MAY_HAVE = {
+    "beta": (0.0, 0.04), "mask_truncated_completions": (False, True),
+    "scale_rewards": ("group", "batch", "none")}
+
+
+def offered_cases():
+    """Cases that `validate_params` lets pass, few of them: in these every loss is with every level
+    and number of updates that it may have, and any two values of two parameters are together.
+    """
+    offered = filter(is_offered, map(add_clip, list_combinations(VALUES)))
+    grid = [tuple({**case, **more}.items()) for case in offered
+            for more in list_combinations(VALUES_THAT_ALL_MAY_HAVE)]
+    meetings = {items: {items[:3], *combinations(items, 2)} for items in grid}
+    cases, missing = [], set().union(*meetings.values())
+    while missing:
+        case = max(meetings, key=lambda items: len(meetings[items] & missing))
+        cases.append(dict(case))
+        missing -= meetings[case]
+    return cases
+
+
+def list_combinations(values):
+    return [dict(zip(values, row)) for row in product(*values.values())]
+
+
+def add_clip(case):
+    """The case with a clip so narrow that the second update meets it."""
+    if case["num_iterations"] == 1 or case["loss_type"] in NO_CLIP:
+        return case
+    if case["loss_type"] == "cispo":
+        return case | {"epsilon_high": 1.0}
+    return case | {"epsilon": 0.01, "epsilon_high": 0.02}
+
+
+def is_offered(case):
+    try:
+        validate_params(case, "05_grpo")
+    except ValueError:
+        return False
+    return True
+
+
+CASES = offered_cases()
+
+
+@pytest.fixture(scope="module")
+def make_trainer(random_folder, float32, tmp_path_factory):
+    """Call it with changed parameters for a trainer on a random model, with a lively adapter.
+
+    A random model earns no reward; here a reply earns by its letters.
+    """
+    def make(**changes):
+        samples = [make_sample(task, "rl", 0) for task in TASKS]
+        policy = models.load_policy(random_folder, float32, BOX_FORMAT)
+        torch.manual_seed(0)
+        params = SimpleNamespace(**profile_params("05_grpo") | SETTINGS | changes)
+        trainer = grpo.grpo_trainer(policy, samples, tmp_path_factory.mktemp("stage"), params)
+        torch.manual_seed(1)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.05)
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rewards.REWARDS, "format",
+                      lambda reply, sample, box_format: len(set(reply)) / 10)
+        yield make
+
+
+@pytest.fixture(scope="module")
+def pair(make_trainer):
+    """(stock TRL's trainer, the kit's), which draw the same completions."""
+    stock, sharing = (make_trainer(share_prefix=share) for share in (False, True))
+    force_completions(stock, sharing)
+    for trainer in (stock, sharing):
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
+    return stock, sharing
+
+
+def draw_completions(count):
+    """Token ids of `count` completions, some without an end; always the same."""
+    generator = torch.Generator().manual_seed(0)
+    completions = []
+    for number in range(count):
+        length = LENGTHS[number % 8]
+        ids = torch.randint(7, 600, (length,), generator=generator).tolist()
+        completions.append([*ids[:-1], END] if HAS_END[number % 8] else ids)
+    return completions
+
+
+def force_completions(stock, sharing):
+    """Let both trainers draw what `draw_completions` has."""
+    stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
+    sharing._draw_completions = lambda prompts, group: draw_completions(len(prompts) * group)
+
+
+def adopt(trainer, case, weights):
+    """Give a trainer the parameters of a case, as its constructor would, and adapter weights."""
+    for name, value in case.items():
+        setattr(trainer, "epsilon_low" if name == "epsilon" else name, value)
+    load_weights(trainer, weights)
+
+
+def adapter(trainer):
+    return {name: parameter for name, parameter in trainer.model.named_parameters()
+            if parameter.requires_grad}
+
+
+def load_weights(trainer, weights):
+    for name, parameter in adapter(trainer).items():
+        parameter.data.copy_(weights[name])
+
+
+def copy_weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in adapter(trainer).items()}
+
+
+def score(trainer):
+    rows = [trainer.train_dataset[index] for index in (0, 5) for _ in range(4)]
+    return trainer._generate_and_score_completions(rows)
+
+
+def learn(trainer, batch):
+    """(loss, gradients as one vector) of a batch."""
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    gradients = [parameter.grad.flatten() for parameter in adapter(trainer).values()]
+    return loss.item(), torch.cat(gradients)
+
+
+def take_step(trainer):
+    """An optimiser's step, and a kick, because a step alone moves all ratios towards their clip."""
+    torch.optim.AdamW(adapter(trainer).values(), lr=1e-3).step()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in adapter(trainer).values():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+def check_same_update(stock, sharing, batches):
+    """Compare loss and gradients; returns stock's."""
+    (expected_loss, expected), (loss, gradients) = (
+        learn(trainer, batch) for trainer, batch in zip((stock, sharing), batches))
+    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-5)
+    largest = expected.abs().max().item()
+    assert largest > 1e-6 and (gradients - expected).abs().max().item() <= 1e-5 * largest
+    return expected_loss, expected
+
+
+def check_same_scores(stock_batch, batch):
+    for name in ("advantages", "completion_ids", "completion_mask", "num_items_in_batch"):
+        width = stock_batch["completion_ids"].shape[1]
+        value = batch[name][:, :width] if batch[name].ndim == 2 else batch[name]
+        assert torch.allclose(value.float(), stock_batch[name].float(), atol=1e-5), name
+    is_token = stock_batch["completion_mask"].bool()
+    for name in ("old_per_token_logps", "ref_per_token_logps"):
+        assert (name in batch) == (name in stock_batch)
+        if name in batch:
+            value = batch[name][:, :is_token.shape[1]]
+            assert torch.allclose(value[is_token], stock_batch[name][is_token], atol=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def initial_weights(pair):
+    weights = [copy_weights(trainer) for trainer in pair]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    return weights[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_an_offered_loss_equals_stock_trls(pair, initial_weights, case):
+    for trainer in pair:
+        adopt(trainer, case, initial_weights)
+    batches = [score(trainer) for trainer in pair]
+    check_same_scores(*batches)
+    check_same_update(*pair, batches)
+    if case["num_iterations"] == 1:
+        return
+    stock, sharing = pair
+    take_step(stock)
+    load_weights(sharing, copy_weights(stock))
+    check_same_update(*pair, batches)
+    if case["loss_type"] in NO_CLIP:
+        return
+    name = CLIPS.get(case["loss_type"], "clip_ratio/region_mean")
+    clipped, stock_clipped = (trainer._metrics["train"][name][-1] for trainer in (sharing, stock))
+    assert 0 < clipped == pytest.approx(stock_clipped)
+
+
+def test_the_cases_are_few_and_miss_no_loss():
+    """18 of 32: with num_iterations 1 four losses, with 2 seven at either level."""
+    assert len({tuple(case.values())[:3] for case in CASES}) == 18 and len(CASES) < 30
+
+
+def gradients_of(trainer, case, batch):
+    for name, value in case.items():
+        setattr(trainer, name, value)
+    return learn(trainer, batch)[1]
+
+
+SINGLE = {"num_iterations": 1, "beta": 0.0, "mask_truncated_completions": False,
+          "top_entropy_quantile": 1.0, "scale_rewards": "group", "epsilon_low": 0.2,
+          "epsilon_high": 0.2, "loss_type": "dapo", "importance_sampling_level": "token"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "change", "factor"), [
+    ("grpo", {"loss_type": "sapo"}, 1), ("dapo", {"loss_type": "vespo"}, 1),
+    ("dapo", {"loss_type": "cispo", "epsilon_high": 1.0}, 1),
+    ("dapo", {"loss_type": "cispo", "epsilon_high": 0.28}, 0.28),
+    ("dr_grpo", {"loss_type": "luspo"}, SETTINGS["max_completion_length"]),
+    ("dapo", {"epsilon_low": 0.001, "epsilon_high": 0.001}, 1),
+    *((loss, {"importance_sampling_level": "sequence"}, 1)
+      for loss in ("dapo", "grpo", "dr_grpo", "bnpo"))])
+def test_what_is_refused_could_not_act(pair, initial_weights, loss, change, factor):
+    """In stock TRL, with num_iterations 1."""
+    stock = pair[0]
+    adopt(stock, SINGLE, initial_weights)
+    batch = score(stock)
+    expected = factor * gradients_of(stock, {**SINGLE, "loss_type": loss}, batch)
+    gradients = gradients_of(stock, {**SINGLE, "loss_type": loss, **change}, batch)
+    assert torch.allclose(gradients, expected, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.slow
+def test_luspo_is_a_multiple_of_dr_grpo_in_later_updates_too(pair, initial_weights):
+    stock = pair[0]
+    case = {**SINGLE, "num_iterations": 2, "importance_sampling_level": "sequence"}
+    adopt(stock, case, initial_weights)
+    batch = score(stock)
+    learn(stock, batch)
+    take_step(stock)
+    luspo, dr_grpo = (gradients_of(stock, {**case, "loss_type": loss}, batch)
+                      for loss in ("luspo", "dr_grpo"))
+    assert dr_grpo.any()
+    assert torch.allclose(luspo, SETTINGS["max_completion_length"] * dr_grpo, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_bnpo_is_dapo_where_an_update_is_one_step(pair, initial_weights):
+    stock = pair[0]
+    adopt(stock, SINGLE, initial_weights)
+    batch = score(stock)
+    dapo, bnpo = (gradients_of(stock, {**SINGLE, "loss_type": loss}, batch)
+                  for loss in ("dapo", "bnpo"))
+    assert not torch.allclose(bnpo, dapo, rtol=1e-2), "the update of two steps is halved"
+    assert torch.allclose(bnpo, dapo / 2, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_completions_that_are_all_masked_have_no_gradient(pair, initial_weights, monkeypatch):
+    monkeypatch.setattr("test_losses.HAS_END", (False,) * 8)
+    for trainer in pair:
+        adopt(trainer, {**SINGLE, "mask_truncated_completions": True}, initial_weights)
+        batch = score(trainer)
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+        assert loss.item() == 0 and not batch["completion_mask"].any()
+        assert all(parameter.grad is None or not parameter.grad.any()
+                   for parameter in adapter(trainer).values())
+
+
+@pytest.fixture(scope="module")
+def trained(make_trainer):
+    """(stock's, the kit's) trainer after two updates each from two batches of replies."""
+    changes = {"num_iterations": 2, "epsilon": 0.05, "max_steps": 4, "loss_type": "grpo"}
+    stock, sharing = (make_trainer(share_prefix=share, **changes) for share in (False, True))
+    force_completions(stock, sharing)
+    for trainer in (stock, sharing):
+        trainer.train()
+    return stock, sharing
+
+
+@pytest.mark.slow
+def test_a_training_of_two_iterations_equals_stock_trls(trained):
+    logs = [[row for row in trainer.state.log_history if "loss" in row] for trainer in trained]
+    assert [("reward" in row) for row in logs[1]] == [True, False, True, False]
+    for name in ("loss", "grad_norm"):
+        stock, sharing = ([row[name] for row in rows] for rows in logs)
+        assert sharing == pytest.approx(stock, rel=1e-3, abs=1e-4), name
+    for name, parameter in adapter(trained[1]).items():
+        expected = adapter(trained[0])[name]
+        assert (parameter - expected).norm() < 1e-2 * expected.norm(), name
+
+
+@pytest.mark.slow
+def test_curves_have_a_row_per_batch_of_replies_and_its_last_clip_ratio(trained):
+    history = trained[1].state.log_history
+    rows = grpo.training_curves(history)
+    assert [row["step"] for row in rows] == [1, 3]
+    later = [row["clip_ratio/region_mean"] for row in history if "loss" in row][1::2]
+    assert [row["clip_ratio"] for row in rows] == later and all(later)
+
+
+def test_a_clip_that_cannot_act_is_no_curve():
+    history = [{"step": 1, "loss": 0.1, "reward": 0.5, "clip_ratio/region_mean": 0.0}]
+    assert "clip_ratio" not in grpo.training_curves(history)[0]
+    history.append({"step": 2, "loss": 0.1, "cispo_clip_ratio": 0.3})
+    assert grpo.training_curves(history)[0]["clip_ratio"] == 0.3
+
+
+def test_parameters_reach_trl_in_its_own_form(make_trainer):
+    changes = {"loss_type": "luspo", "importance_sampling_level": "sequence", "num_iterations": 3,
+               "epsilon": 0.1, "mask_truncated_completions": True, "top_entropy_quantile": 0.5}
+    trainer = make_trainer(**changes, save_steps=4)
+    assert {name: getattr(trainer.args, name) for name in changes} == changes
+    assert trainer.args.epsilon_high is None and trainer.epsilon_high == 0.1
+    assert trainer.args.save_steps == 6, "a checkpoint comes after all updates of a batch"
+    assert make_trainer(epsilon_high=0.28).epsilon_high == 0.28
+
+
+@pytest.mark.slow
+def test_a_training_that_goes_on_draws_the_same_replies(make_trainer):
+    changes = {"num_iterations": 2, "max_steps": 4, "save_steps": 1}
+    uninterrupted = make_trainer(**changes)
+    uninterrupted.train()
+    cut = make_trainer(**changes)
+    cut.add_callback(training.StopAfter(2))
+    cut.train()
+    resumed = make_trainer(**changes)
+    resumed.args.output_dir = cut.args.output_dir
+    training.train_or_resume(resumed, Path(cut.args.output_dir).parent)
+    assert resumed.state.global_step == 4
+    for name, parameter in adapter(resumed).items():
+        assert torch.equal(parameter, adapter(uninterrupted)[name]), name
