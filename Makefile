@@ -1,5 +1,6 @@
 # make run: the whole recipe on this machine. make test: all tests. Both work as the first command in a fresh clone.
-PYTHON ?= python3.11
+# PYTHON=/path/to/python3.12 takes that Python; without it .ci/install.sh looks for one.
+# make lab PORT=8888: without a browser, for a machine that you reach through ssh -L 8888:localhost:8888
 VENV := .venv
 BIN := $(VENV)/bin
 PROFILE ?= tiny
@@ -12,7 +13,7 @@ export MALLOC_TOP_PAD_ := 268435456
 # another checkout on PYTHONPATH would be imported instead of this one
 unexport PYTHONPATH
 
-.PHONY: run test lint lab setup clean
+.PHONY: run test nightly lint lab setup clean
 
 run: setup
 	$(BIN)/mig-kit run --profile $(PROFILE) --run-id $(RUN_ID)
@@ -21,23 +22,23 @@ run: setup
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=8
 
+# minutes each: JupyterLab, vLLM, two nodes, real size, every stage killed; says what is skipped and why
+nightly: setup
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m nightly -rs --durations=8
+
 lint: setup
 	$(BIN)/ruff check mig_kit tests notebooks
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 lab: export GOMP_SPINCOUNT := 1000
 lab: setup
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(if $(PORT),--no-browser --port $(PORT) --ServerApp.port_retries=0)
 
 setup: $(VENV)/done
 
-$(VENV)/done: pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; install Python 3.11 or set PYTHON="; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing pinned packages (a minute or two)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+$(VENV)/done: pyproject.toml requirements.lock .ci/install.sh
+	sh .ci/install.sh $(VENV) $(PYTHON)
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build mig_kit.egg-info
