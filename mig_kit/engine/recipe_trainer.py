@@ -60,6 +60,9 @@ class RecipeTrainer(_Resumable, SharedPrefixGRPOTrainer):
                  served: ServedRollouts | None = None, **kwargs):
         self.samples, self.box_format, self.served = samples, box_format, served
         super().__init__(*args, **kwargs)
+        if self.unshared:
+            raise ValueError(f"prompts cannot be shared: {self.unshared}, or set share_prefix to "
+                             "false")
         self.autocasts = self.cache.autocast = autocast  # a 4-bit model does not tell
         # TRL then weights the loss by the ratio of the learner's to the servers' probabilities
         self.use_vllm = served is not None
@@ -80,6 +83,13 @@ class RecipeTrainer(_Resumable, SharedPrefixGRPOTrainer):
         numbers = [prompt[0]["sample"] for prompt in prompts]
         make_source = partial(prompt_source, self.processing_class, self.box_format)
         return [(number, make_source(self.samples[number])) for number in numbers]
+
+    def _compare_with_stock(self, batch: dict) -> str:
+        difference = super()._compare_with_stock(batch)
+        if difference:  # stock TRL cannot go on: the rows hold no images
+            raise RuntimeError(f"prompts cannot be shared: {difference.partition(';')[0]}; set "
+                               "share_prefix to false")
+        return ""
 
     def _calculate_rewards(self, *args):
         self.rewards = super()._calculate_rewards(*args)

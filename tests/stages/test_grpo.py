@@ -523,3 +523,15 @@ def test_replies_that_got_short_are_named():
     assert grpo.length_collapse_warning((long + short)[:19]) == ""
     assert grpo.length_collapse_warning(short + long) == ""
     assert grpo.length_collapse_warning(long + [{"length": 32.0}] * 10) == "", "four fifths do"
+
+
+@pytest.mark.slow
+def test_a_model_whose_prompts_cannot_be_shared_is_one_sentence(tmp_path, make_trainer,
+                                                                monkeypatch):
+    monkeypatch.setattr(trainer_module, "MAX_DIFFERENCE_FLOAT32", -1.0)
+    with pytest.raises(RuntimeError, match="prompts cannot be shared: log-probabilities .* from "
+                                           "stock TRL's.*; set share_prefix to false"):
+        make_trainer(tmp_path).train()
+    monkeypatch.setattr(trainer_module, "FAMILIES", ("another",))
+    with pytest.raises(ValueError, match="qwen2_5_vl is none of another, or set share_prefix to f"):
+        make_trainer(tmp_path)
