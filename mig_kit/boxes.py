@@ -70,7 +70,7 @@ class BoxFormat:
 def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: int = 401408,
                  factor: int = 28) -> tuple[int, int]:
     """Size (width, height) of the image the model sees; both sides are multiples of `factor`
-    pixels.
+    pixels. Nothing is resized here: transformers does it, `check_image_grids` compares the sizes.
 
     The rule of the Qwen-VL image processors: patch 14 x merge 2 = 28 for Qwen2-VL and Qwen2.5-VL,
     16 x 2 = 32 for Qwen3-VL. Raises ValueError for an aspect ratio over 200.

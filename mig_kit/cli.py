@@ -136,27 +136,6 @@ def params_command(stage: str, profile: str) -> None:
 
 
 @cli.command()
-@click.argument("run_id")
-@click.argument("repository")
-@click.option("--private/--public", default=True, show_default=True)
-@click.option("--dry-run", type=click.Path(path_type=Path),
-              help="Only write what would be sent to this new folder.")
-def push(run_id: str, repository: str, private: bool, dry_run: Path | None) -> None:
-    """Send the GRPO model of RUN_ID to REPOSITORY (user/name) on the Hub; needs HF_TOKEN."""
-    import tempfile
-
-    from mig_kit.pipeline import hub
-
-    require_runs(run_id)
-    if dry_run:
-        click.echo(f"written, not sent: {hub.prepare_upload(run_id, dry_run)}")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model = hub.prepare_upload(run_id, Path(folder) / "model")
-        click.echo(hub.upload(model, repository, private))
-
-
-@cli.command()
 @click.argument("run_a")
 @click.argument("run_b")
 def diff(run_a: str, run_b: str) -> None:
@@ -167,46 +146,20 @@ def diff(run_a: str, run_b: str) -> None:
     click.echo("\n".join(status.format_differences(rows, run_a, run_b)))
 
 
-@cli.command("report")
-@click.argument("run_a")
-@click.argument("run_b")
-@click.option("--out", default="compared.html", show_default=True,
-              type=click.Path(dir_okay=False, path_type=Path))
-def report_command(run_a: str, run_b: str, out: Path) -> None:
-    """Two runs on one page: scores, their differences, and what differs between the runs."""
-    from mig_kit.pipeline import status
-    from mig_kit.stages import compare, report
-
-    require_runs(run_a, run_b)
-    result = compare.compare_groups({run_a: [run_a], run_b: [run_b]})
-    tables = {title: frame.to_dict("records")
-              for title, frame in compare.table_frames(result).items()}
-    columns = ("stage", "what", "name", run_a, run_b)
-    tables["What differs"] = [dict(zip(columns, map(str, row.values())))
-                              for row in status.list_differences(run_a, run_b)]
-    sections = [(title, report.html_table(rows)) for title, rows in tables.items()]
-    out.write_text(report.render_page(f"{run_a} and {run_b}", sections))
-    click.echo(f"report: {out}")
-
-
 @cli.command("lessons")
 @click.argument("run_ids", nargs=-1, required=True)
 @click.option("--out", default="notebooks/guide/lessons", show_default=True,
               type=click.Path(file_okay=False, path_type=Path), help="Folder of the pages.")
-@click.option("--question", default="notebooks/guide/question.png", show_default=True,
-              type=click.Path(dir_okay=False, path_type=Path),
-              help="The README's picture: one question with SFT's reply and GRPO's.")
-def lessons_command(run_ids: tuple[str, ...], out: Path, question: Path) -> None:
+def lessons_command(run_ids: tuple[str, ...], out: Path) -> None:
     """The executed notebooks of RUN_IDS as pages for a repository's web view; a notebook that the
-    first run does not have is taken from the next.
+    first run does not have is taken from the next. The README's question.png, which 07 has drawn,
+    goes into the folder above.
     """
     from mig_kit.pipeline import lesson_pages
 
     require_runs(*run_ids)
     for stage, origin in lesson_pages.write_lessons(list(run_ids), out).items():
         click.echo(f"{stage:<24}{origin}")
-    is_drawn = lesson_pages.copy_question(list(run_ids), question)
-    click.echo(f"{question}: {'drawn' if is_drawn else 'kept, as no run has a 07_report'}")
 
 
 @cli.command()
@@ -232,13 +185,15 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     place of a run.
     """
     from mig_kit.drawing import plots
+    from mig_kit.pipeline.joint_rules import parse_groups
     from mig_kit.stages import compare
 
-    _check_figure(figure)
+    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
     if differences and not figure:
         raise ValueError("--differences says what --figure draws; add --figure FILE, or leave it "
                          "out: the tables have the differences")
-    by_group = compare.parse_groups([*groups, *run_ids])
+    by_group = parse_groups([*groups, *run_ids])
     require_runs(*(name for members in by_group.values() for name in members))
     result = compare.compare_groups(by_group, reference, system)
     drawn = compare.figure_rows(result, differences) if figure else []
@@ -250,32 +205,6 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
         reference = result["reference"] if differences else ""
         plots.plot_groups(drawn, system, reference).savefig(figure, bbox_inches="tight")
         click.echo(f"figure: {figure}", err=True)
-
-
-@cli.command()
-@click.argument("run_ids", nargs=-1, required=True)
-@click.option("--figure", required=True, type=click.Path(dir_okay=False, path_type=Path),
-              help="Draw the curves here: a .png, .pdf or .svg.")
-@click.option("--names", default="reward,box,length,entropy", show_default=True,
-              help="Of the curves of notebook 05, with commas.")
-@click.option("--smooth", default=10, show_default=True, type=click.IntRange(1),
-              help="Updates of a running mean.")
-def curves(run_ids: tuple[str, ...], figure: Path, names: str, smooth: int) -> None:
-    """The curves of RUNS' RL training (05) over each other."""
-    from mig_kit.drawing import plots
-    from mig_kit.stages import compare
-
-    _check_figure(figure)
-    require_runs(*run_ids)
-    by_run = compare.load_curves(run_ids, names.split(","))
-    plots.set_style()
-    plots.plot_run_curves(by_run, names.split(","), smooth).savefig(figure, bbox_inches="tight")
-    click.echo(f"figure: {figure}")
-
-
-def _check_figure(figure: Path | None) -> None:
-    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
 
 
 @cli.command()
@@ -293,14 +222,16 @@ def record(run_ids: tuple[str, ...], out: Path) -> None:
 
 @cli.command()
 @click.option("--model", default="tiny", show_default=True, help="tiny, or a Qwen2.5-VL folder.")
-@click.option("--images", default=6, show_default=True, type=click.IntRange(1, 8),
+@click.option("--images", default=6, show_default=True, type=click.IntRange(0, 8),
               help="Images of a prompt.")
 @click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960),
               help="Side of an image, pixels.")
 @click.option("--group", default=8, show_default=True, type=click.IntRange(2),
-              help="Replies to a prompt.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2),
-              help="Tokens of a reply.")
+              help="Replies to a prompt, G.")
+@click.option("--prompt", "prompt_tokens", default=0, type=click.IntRange(0),
+              help="Tokens of a prompt, P  [default: what images and question need].")
+@click.option("--reply", "tokens", default=64, show_default=True, type=click.IntRange(2),
+              help="Tokens of a reply, R.")
 @click.option("--prompts", default=4, show_default=True, type=click.IntRange(1),
               help="Prompts of a step; fewer need less memory.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1),
@@ -308,10 +239,7 @@ def record(run_ids: tuple[str, ...], out: Path) -> None:
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path),
               help="Write the figures here.")
-@click.option("--busy", metavar="RUN", default="",
-              help="Instead: stages of this finished run in small, alone and beside one and two "
-                   "busy processes.")
-def bench(model: str, repeats: int, dtype: str, out: Path | None, busy: str, **load: int) -> None:
+def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -> None:
     """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection
     sampling, evaluation.
     """
@@ -319,15 +247,6 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, busy: str, **l
 
     if out and not out.absolute().parent.is_dir():
         raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
-    if busy:
-        from mig_kit.lab.busy import measure, table_text
-
-        rows = measure(busy)
-        click.echo(table_text(rows))
-        if out:
-            write_json(out, rows)
-        return
-
     from mig_kit.engine import models
     from mig_kit.lab import benchmark, utilisation
     from mig_kit.lab.workload import Workload

@@ -5,11 +5,11 @@ An annotation file comes from somewhere else, so a path in it is not trusted: it
 "..", and what it points to must lie under the root after symbolic links are followed.
 
 A photo may be stored on its side, with an EXIF orientation that says how to turn it. All sizes and
-pixels here are those of the upright picture, as people and annotation tools see it; with the
-orientation "refuse" such a photo is a BadImage instead.
+pixels here are those of the upright picture, as people and annotation tools see it.
 """
 
 import base64
+import errno
 import hashlib
 import io
 import os
@@ -28,7 +28,6 @@ IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 2**26  # of an image, some 67 million: decoded and copied it takes 400 MB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by MAX_PIXELS
 MAX_ASPECT_RATIO = 200
-ORIENTATIONS = ("upright", "refuse")  # what becomes of photos with an EXIF orientation
 # EXIF orientation -> what turns the stored pixels upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -63,7 +62,7 @@ def resolve_under_root(root: Path, name: str) -> Path:
         raise BadImage("outside root", f"{name!r} is no path below the image root; write it "
                                        "relative to the root, with / and without '..'")
     try:
-        path, base = (root / name).resolve(), root.resolve()
+        path, base = _resolve(root / name), root.resolve()
         is_inside = path.is_relative_to(base) and path != base
     except (OSError, RuntimeError, ValueError):  # a loop of links, too long, a lone surrogate
         is_inside = False
@@ -71,6 +70,18 @@ def resolve_under_root(root: Path, name: str) -> Path:
         raise BadImage("outside root", f"{name!r} is not below the image root {root}; copy it "
                                        "there, or give the folder that holds all images as root")
     return path
+
+
+def _resolve(path: Path) -> Path:
+    """The path without links, whether it exists or not; an error for a loop of links, which Python
+    3.13 leaves as it is unless it is strict.
+    """
+    try:
+        return path.resolve(strict=True)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+        return path.resolve()
 
 
 def is_regular_file(path: Path) -> bool:
@@ -95,14 +106,12 @@ def read_orientation(image: Image.Image) -> int:
     return value if type(value) is int and value in TURNS else 1
 
 
-def read_size(path: Path, orientation: str = "upright", takes_any_depth: bool = False,
-              takes_frames: bool = True) -> tuple[int, int]:
+def read_size(path: Path, takes_frames: bool = True) -> tuple[int, int]:
     """(width, height) of the upright picture, pixels, from the header alone.
 
-    orientation: one of ORIENTATIONS. takes_any_depth: for those who need no pixels. takes_frames:
-    whether a film's first frame will do. BadImage if the file is missing or no image, if the image
-    is over MAX_PIXELS, too long or grey of more than 8 bits, for a turned photo that is to be
-    refused, and for a film unless takes_frames.
+    takes_frames: whether a film's first frame will do. BadImage if the file is missing or no image,
+    if the image is over MAX_PIXELS, too long, grey of more than 8 bits or a turned TIFF, and for a
+    film unless takes_frames.
     """
     if not is_regular_file(path):
         raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
@@ -124,14 +133,11 @@ def read_size(path: Path, orientation: str = "upright", takes_any_depth: bool = 
             (is_film, "several frames", "holds several frames, and it is not said which one a box "
              "is in; save that one as PNG or JPEG"),
             # more than eight bits would be cut, not scaled
-            (is_deep and not takes_any_depth, "deep image",
+            (is_deep, "deep image",
              "is grey of more than 8 bits a pixel; scale it to 8 and save it as PNG or JPEG"),
             # Pillow turns some TIFF files by itself, and not others
             (turn in TURNS and is_tiff, "turned image",
-             "is a TIFF with an EXIF orientation; save it upright, as PNG or JPEG"),
-            (turn in TURNS and orientation == "refuse", "turned image",
-             f"has the EXIF orientation {turn}; store it upright without that tag, or set "
-             "orientation to upright")):
+             "is a TIFF with an EXIF orientation; save it upright, as PNG or JPEG")):
         if is_wrong:
             raise BadImage(reason, f"{path.name!r} {sentence}")
     return (height, width) if turn in SWAPS_SIDES else (width, height)
@@ -151,15 +157,9 @@ def _has_frames(image: Image.Image) -> bool:
     return getattr(image, "is_animated", False)
 
 
-def is_stored_on_its_side(path: Path) -> bool:
-    """Whether an image file has an EXIF orientation that swaps width and height."""
-    with Image.open(path) as image:
-        return read_orientation(image) in SWAPS_SIDES
-
-
-def open_rgb(path: Path, orientation: str = "upright") -> Image.Image:
+def open_rgb(path: Path) -> Image.Image:
     """The upright picture, decoded, RGB; raises as `read_size`."""
-    read_size(path, orientation)
+    read_size(path)
     with _cut_or_broken(path.name), Image.open(path) as image:
         return _decode_upright(image)
 

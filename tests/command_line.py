@@ -1,4 +1,4 @@
-"""The command line: in this process, which is quick, or as a process of its own.
+"""The command line, in this process or as a process of its own, and what it leaves.
 
 In a module, because tests in folders with a conftest of their own cannot import from this one's.
 """
@@ -9,9 +9,12 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from pathlib import Path
 from unittest.mock import patch
 
-from mig_kit.cli import main
+from click.testing import CliRunner
+
+from mig_kit.cli import cli, main
 
 CLI = [sys.executable, "-c", "from mig_kit.cli import main; main()"]
 
@@ -32,7 +35,14 @@ def run_mig_kit(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
 
-def start_mig_kit(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    """The finished process of `mig-kit words`, with these variables added to the environment."""
-    return subprocess.run([*CLI, *words], capture_output=True, text=True,
-                          env={**os.environ, **environment})
+def error_of(*words: str) -> str:
+    """The sentence of a command that ends with an error."""
+    error = CliRunner().invoke(cli, list(words)).exception
+    assert error is not None and error.args, "the command was not refused"
+    return str(error.args[0])
+
+
+def describe_files(folder: Path, pattern: str = "**/*") -> dict[Path, tuple[bytes, int]]:
+    """Content and time of every file of a folder."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(folder.glob(pattern)) if path.is_file()}

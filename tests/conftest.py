@@ -7,16 +7,23 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
-from command_line import run_mig_kit, start_mig_kit
+from command_line import run_mig_kit
 from filelock import FileLock
+from nbformat.v4 import new_code_cell
+from published import DELTA_NET, EXPERTS
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from try_blocks import read_blocks
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import NOTEBOOKS
 from mig_kit.engine import models
+from mig_kit.pipeline import execute
 from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.run_folders import STAGES
 from mig_kit.world.tasks import TASKS, make_sample
 
 pytest_plugins = ["published"]  # folders laid out as the families are published
@@ -117,33 +124,43 @@ def random_folder(make_once, processor):
 def smoke_runs(make_once):
     """A folder of runs with a smoke run, "smoke", 08, 09 and 90 too, through the command line.
 
-    Jupyter knows a kernel python3 that is another's: the kit's own runs the notebooks all the same.
+    Behind its own cells each notebook runs what it tells its reader to try. Jupyter knows a kernel
+    python3 that is another's: the kit's own runs the notebooks all the same.
     """
     def run(root):
         kernel = root.with_name("jupyter") / "kernels" / "python3" / "kernel.json"
         kernel.parent.mkdir(parents=True, exist_ok=True)
         kernel.write_text(json.dumps(
             {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}))
+        notebooks = root.with_name("notebooks")
+        notebooks.mkdir(exist_ok=True)
+        for stage in STAGES:
+            notebook = nbformat.read(NOTEBOOKS / f"{stage}.ipynb", 4)
+            notebook.cells += map(new_code_cell, read_blocks(stage, "python"))
+            nbformat.write(notebook, notebooks / f"{stage}.ipynb")
         words = ("--profile", "smoke", "--run-id", "smoke")
         environment = {"MIG_KIT_RUNS": str(root), "JUPYTER_PATH": str(root.with_name("jupyter"))}
-        for result in (start_mig_kit("run", *words, **environment),
-                       run_mig_kit("run", "08", "09", "90", *words, **environment)):
-            assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(execute, "NOTEBOOKS", notebooks)
+            for stages in ((), ("08", "09", "90")):
+                result = run_mig_kit("run", *stages, *words, **environment)
+                assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
 
     return make_once("smoke-runs", run)
 
 
 @pytest.fixture(scope="session")
 def relatives(make_once, processor):
-    """Folders with random models of the two families that write boxes in 0 to 1000, by model_type.
-    """
+    """Folders with random models of the families that write boxes in 0 to 1000, by model_type."""
+    tower = {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
+             "out_hidden_size": 64, "num_position_embeddings": 64}
+    deepstack = tower | {"deepstack_visual_indexes": [0, 1]}
     towers = {
         "qwen2_vl": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 2},
-        "qwen3_vl": {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
-                     "out_hidden_size": 64, "num_position_embeddings": 64,
-                     "deepstack_visual_indexes": [0, 1]}}
-    more = {"qwen2_vl": {}, "qwen3_vl": {"head_dim": 32}}
-    patch_sizes = {"qwen2_vl": 14, "qwen3_vl": 16}
+        "qwen3_vl": deepstack, "qwen3_vl_moe": deepstack, "qwen3_5": tower, "qwen3_5_moe": tower}
+    head = {"head_dim": 32}
+    more = {"qwen2_vl": {}, "qwen3_vl": head, "qwen3_vl_moe": head | EXPERTS,
+            "qwen3_5": head | DELTA_NET, "qwen3_5_moe": head | DELTA_NET | EXPERTS}
     tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3,
               "vision_end_token_id": 4, "tie_word_embeddings": True}
 
@@ -164,7 +181,8 @@ def relatives(make_once, processor):
             folder = root / family
             model.save_pretrained(folder)
             processor.tokenizer.save_pretrained(folder)
-            Qwen2VLImageProcessorPil(patch_size=patch_sizes[family]).save_pretrained(folder)
+            patch_size = 14 if family == "qwen2_vl" else 16
+            Qwen2VLImageProcessorPil(patch_size=patch_size).save_pretrained(folder)
             (folder / "chat_template.jinja").write_text(processor.chat_template)
 
     root = make_once("relatives", save)

@@ -33,6 +33,8 @@ PREPROCESSORS = {
         **HALVES, "image_processor_type": "Qwen2VLImageProcessorFast",
         "processor_class": "Qwen3VLProcessor"},
 }
+RELATIVES = ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")  # published as qwen3_vl is
+PREPROCESSORS |= dict.fromkeys(RELATIVES, PREPROCESSORS["qwen3_vl"])
 TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3,
           "vision_end_token_id": 4, "tie_word_embeddings": True}
 LANGUAGE = {
@@ -42,6 +44,16 @@ LANGUAGE = {
     "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 SLIDING = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 2,
            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+# what the text_config of a model with linear attention, and of a mixture of experts, has besides
+DELTA_NET = {
+    "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention",
+                                            "linear_attention"],
+    "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"mrope_interleaved": True, "mrope_section": [2, 1, 1],
+                        "partial_rotary_factor": 0.25, "rope_theta": 1e7, "rope_type": "default"}}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+           "shared_expert_intermediate_size": 64}
 CONFIGS = {
     "qwen2_5_vl": {
         **LANGUAGE, **SLIDING, **TOKENS, "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -68,6 +80,18 @@ CONFIGS = {
             "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1], "hidden_act": "gelu_pytorch_tanh"}},
 }
+for family in RELATIVES:
+    stock = CONFIGS["qwen3_vl"]
+    text = stock["text_config"] | {"model_type": f"{family}_text"}
+    tower = stock["vision_config"] | {"model_type": family}
+    if family.endswith("_moe"):
+        text |= EXPERTS
+    if family.startswith("qwen3_5"):
+        text = {name: value for name, value in text.items() if name != "rope_scaling"} | DELTA_NET
+        del tower["deepstack_visual_indexes"]
+    CONFIGS[family] = stock | {
+        "text_config": text, "vision_config": tower,
+        "architectures": [models.FAMILIES[family].__name__]}
 GENERATION = {"bos_token_id": 0, "pad_token_id": 0, "do_sample": True, "eos_token_id": [2, 0],
               "repetition_penalty": 1.05, "temperature": 1e-6, "transformers_version": "4.49.0"}
 VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size": 16,
@@ -81,7 +105,7 @@ def write(path, values: dict) -> None:
 
 def published_name(name: str, family: str) -> str:
     """The name that a tensor has in the family's published files."""
-    if family == "qwen3_vl":
+    if family not in ("qwen2_vl", "qwen2_5_vl"):
         return name
     name = re.sub(r"^model\.language_model\.", "model.", name)
     return re.sub(r"^model\.visual\.", "visual.", name)
@@ -97,7 +121,7 @@ def published(tmp_path_factory):
         write(folder / "config.json", {"model_type": family, **config, "torch_dtype": "bfloat16"})
         write(folder / "generation_config.json", GENERATION)
         write(folder / "preprocessor_config.json", PREPROCESSORS[family])
-        if family == "qwen3_vl":
+        if PREPROCESSORS[family] is PREPROCESSORS["qwen3_vl"]:
             write(folder / "video_preprocessor_config.json", VIDEO)
         template = (models.TINY_BASE / "chat_template.jinja").read_text()
         write(folder / "chat_template.json", {"chat_template": template})
@@ -111,5 +135,8 @@ def published(tmp_path_factory):
         model = models.FAMILIES[family](AutoConfig.from_pretrained(folder)).to(torch.bfloat16)
         tensors = {published_name(name, family): tensor.detach().clone()
                    for name, tensor in model.named_parameters()}
+        if family == "qwen3_vl_moe":  # whose experts are published with inputs first
+            tensors = {name: tensor.mT.contiguous() if ".experts." in name else tensor
+                       for name, tensor in tensors.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folders

@@ -21,11 +21,11 @@ def question_text(body):
 class TeacherServer:
     """plan(nth request with these words, body) says what to do: the arguments of Handler.answer.
 
-    times, headers (names in lower case), bodies: of all requests, in order. most_at_once: requests
-    under way at once.
+    models: the names that it lists. times, headers (names in lower case), bodies: of all requests,
+    in order. most_at_once: requests under way at once.
     """
 
-    def __init__(self, plan):
+    def __init__(self, plan, models=()):
         self.plan, self.lock = plan, threading.Lock()
         self.times, self.counts, self.headers, self.bodies = [], {}, [], []
         self.under_way = self.most_at_once = 0
@@ -34,6 +34,9 @@ class TeacherServer:
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *words):
                 pass
+
+            def do_GET(self):
+                self.answer(200, {"data": [{"id": name} for name in models]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

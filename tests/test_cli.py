@@ -50,6 +50,8 @@ ENDPOINT_WITH_A_KEY = ("-p", "teacher", "endpoint", "-p", "endpoint_url", "http:
     (("run", "05", "--run-id", "none-such"), "05_grpo needs 01_synthesize of run 'none-such'"),
     (("run", "--profile", "huge"), "the profiles are"),
     (("status", "none-such"), "no run 'none-such'"),
+    (("bench", "--prompt", "100"), "a prompt of 100 tokens is too short: 6 images of 392 px"),
+    (("bench", "--reply", "1"), "1 is not in the range x>=2"),
 ])
 def test_bad_input_is_one_sentence(words, sentence, tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))

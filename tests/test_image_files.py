@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mig_kit.data.duplicates import find_near_duplicates, iter_images, perceptual_hashes
+from mig_kit.data.duplicates import find_near_duplicates, hash_images
 from mig_kit.data.records import SkipReport
 from mig_kit.image_files import (
     BadImage,
@@ -34,15 +34,18 @@ def test_paths_stay_below_the_root(name, tmp_path):
     assert error.value.reason == "outside root"
 
 
-def test_near_duplicates_finds_copies_and_nothing_else():
+def test_near_duplicates_finds_copies_and_nothing_else(tmp_path):
     drawn = [make_sample("diff", "val", i).images[0].resize((320, 240)) for i in range(12)]
     noise = [Image.effect_noise((320, 240), 90).convert("RGB") for _ in range(12)]
-    mixed = [Image.blend(a, b, 0.3) for a, b in zip(drawn, noise)]
-    copies = [image.resize((200, 150)).resize((330, 250)) for image in mixed[:4]]
-    train = perceptual_hashes((f"t{i}", image) for i, image in enumerate(mixed))
-    held_out = perceptual_hashes((f"e{i}", image) for i, image in enumerate(copies))
-    pairs = list(find_near_duplicates(train, held_out))
-    assert {(a, b) for a, b, _ in pairs} == {(f"t{i}", f"e{i}") for i in range(4)}
+    for number, (a, b) in enumerate(zip(drawn, noise)):
+        mixed = Image.blend(a, b, 0.3)
+        for folder, image in (("t", mixed), ("e", mixed.resize((200, 150)).resize((330, 250)))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            if folder == "t" or number < 4:
+                image.save(tmp_path / folder / f"{number}.png")
+    hashes = [hash_images(tmp_path / folder, SkipReport()) for folder in "te"]
+    pairs = list(find_near_duplicates(*hashes))
+    assert {(a, b) for a, b, _ in pairs} == {(f"{i}.png", f"{i}.png") for i in range(4)}
     assert all(0 <= bits <= 4 for _, _, bits in pairs)
 
 
@@ -90,13 +93,6 @@ def test_photos_are_turned_as_their_exif_data_say(tmp_path, orientation, suffix)
     assert again.size == opened.size, "a later reader does not turn it once more"
     stored = EncodedImage(path.read_bytes(), expected.size).open()
     assert np.array_equal(np.array(stored), np.array(expected))
-    if orientation > 1:
-        for read in (read_size, open_rgb):
-            with pytest.raises(BadImage, match="store it upright") as error:
-                read(path, "refuse")
-            assert error.value.reason == "turned image"
-    else:
-        assert read_size(path, "refuse") == expected.size
 
 
 def test_a_turned_tiff_is_refused(tmp_path):
@@ -122,7 +118,7 @@ def test_exif_data_that_cannot_be_read_say_nothing(tmp_path):
     Image.new("L", (40, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0garbage in here")
     with Image.open(tmp_path / "a.jpg") as image:
         assert read_orientation(image) == 1
-    assert read_size(tmp_path / "a.jpg", "refuse") == open_rgb(tmp_path / "a.jpg").size == (40, 30)
+    assert read_size(tmp_path / "a.jpg") == open_rgb(tmp_path / "a.jpg").size == (40, 30)
 
 
 def test_a_folders_images_come_in_order_and_others_are_counted(tmp_path):
@@ -130,14 +126,10 @@ def test_a_folders_images_come_in_order_and_others_are_counted(tmp_path):
     for name in ("b/c.png", "a.JPG", "d.bmp"):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "e.png").write_text("no image")
-    (tmp_path / "f.txt").write_text("no image either")
     Image.new("L", (8, 8)).save(tmp_path / "g", format="GIF")
     report = SkipReport()
-    images = dict(iter_images(tmp_path, report))
-    assert list(images) == ["a.JPG", "b/c.png", "d.bmp", "g"]
-    assert {image.mode for image in images.values()} == {"RGB"}
-    assert "2  unreadable image: e.png, f.txt" in report.summarize()
-    assert len(list(iter_images(tmp_path, SkipReport(), limit=2))) == 2
+    assert hash_images(tmp_path, report)[0] == ["a.JPG", "b/c.png", "d.bmp", "g"]
+    assert "1  unreadable image: e.png" in report.summarize()
 
 
 @pytest.mark.parametrize("mode, black, clear", [

@@ -23,7 +23,7 @@ COMMAND_LINE = {"cli", "data.commands", "engine.commands", "score.commands"}
 # a wing -> the wings that it may import besides the hall and itself
 WINGS = {
     "world": set(), "score": set(), "drawing": set(), "shared_prefix": set(),
-    "data": {"drawing", "engine"}, "pipeline": {"drawing", "world"},
+    "data": {"drawing", "engine", "score"}, "pipeline": {"world"},
     "engine": {"shared_prefix", "drawing", "pipeline"},
     "stages": {"world", "data", "engine", "shared_prefix", "pipeline", "drawing"},
     "lab": {"stages", "engine", "shared_prefix", "world", "pipeline", "data", "drawing"},

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from command_line import CLI
 
-from mig_kit.pipeline import store
+from mig_kit.pipeline.run_folders import RECIPE
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("MIG_KIT_KILLS", "1"))
@@ -55,9 +55,9 @@ def undisturbed(smoke_runs):
     """
     root = Path(tempfile.mkdtemp(prefix="kills-", dir=smoke_runs.parent))
     shutil.copytree(smoke_runs / "smoke", root / "whole")
-    ends = [(root / "whole" / stage / "run.json").stat().st_mtime for stage in store.RECIPE]
+    ends = [(root / "whole" / stage / "run.json").stat().st_mtime for stage in RECIPE]
     return root, {stage: end - previous
-                  for stage, previous, end in zip(store.RECIPE[1:], ends, ends[1:])}
+                  for stage, previous, end in zip(RECIPE[1:], ends, ends[1:])}
 
 
 def output_hashes(root, run_id, stage):
@@ -67,27 +67,8 @@ def output_hashes(root, run_id, stage):
     return json.loads((root / run_id / stage / "run.json").read_text())["outputs"]
 
 
-def describe_differences(folder, expected):
-    """Lines that differ between two folders' texts, the first few of every file: hashes alone say
-    nothing.
-    """
-    texts = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl")
-                   and path.name not in ("run.json", "started.json"))
-    differences = []
-    for path in texts:
-        name = path.relative_to(folder)
-        other = expected / name
-        other_lines = other.read_text().splitlines() if other.is_file() else []
-        pairs = zip(path.read_text().splitlines(), other_lines, strict=False)
-        differences += [f"{name}:{number}: {line[:300]} | {other_line[:300]}"
-                        for number, (line, other_line) in enumerate(pairs)
-                        if line != other_line][:3]
-    return "\n".join(differences)
-
-
 def check_same_outputs(root, run_id, stage):
-    differences = describe_differences(root / run_id / stage, root / "whole" / stage)
-    assert output_hashes(root, run_id, stage) == output_hashes(root, "whole", stage), differences
+    assert output_hashes(root, run_id, stage) == output_hashes(root, "whole", stage)
 
 
 def wait_for_kernel(process, patience=60):
@@ -111,27 +92,25 @@ def see_nothing_finished(folder):
                                           for stage in ("02_sft", "03_merge", "06_evaluate"))])
 def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
     root, seconds = undisturbed
-    rng, interrupted = random.Random(f"{stage}/{KILLS}"), 0
+    rng = random.Random(f"{stage}/{KILLS}")
     for number in range(KILLS):
         run_id = f"{stage}-{number}"
         (root / run_id).mkdir()
-        for earlier in store.RECIPE[:store.RECIPE.index(stage)]:
+        for earlier in RECIPE[:RECIPE.index(stage)]:
             shutil.copytree(root / "whole" / earlier, root / run_id / earlier)
         process = start(root, run_id, stage)
         try:
             process.wait(timeout=rng.uniform(0.3, 1.0) * seconds[stage])
         except subprocess.TimeoutExpired:
             kill(process)
-            interrupted += 1
         see_nothing_finished(root / run_id / stage)
         finish(start(root, run_id, stage))
         check_same_outputs(root, run_id, stage)
         shutil.rmtree(root / run_id)
-    print(f"{stage}: killed {interrupted} of {KILLS} times before it finished")
 
 
 def test_however_01_is_stopped_it_ends_as_if_undisturbed(undisturbed):
-    """A kernel that dies and Ctrl-C are one sentence each; a kill is the end of the command."""
+    """A kernel that is killed and Ctrl-C are one sentence each."""
     root, seconds = undisturbed
     folder = root / "stopped" / "01_synthesize"
     process = start(root, "stopped", "01_synthesize")
@@ -155,12 +134,5 @@ def test_however_01_is_stopped_it_ends_as_if_undisturbed(undisturbed):
     see_nothing_finished(folder)
     psutil.wait_procs([kernel], timeout=30)
     assert not kernel.is_running()
-
-    for _ in range(KILLS):
-        process = start(root, "stopped", "01_synthesize")
-        wait_for_kernel(process)
-        time.sleep(random.uniform(0.1, 0.4) * seconds["01_synthesize"])
-        kill(process)
-        see_nothing_finished(folder)
     finish(start(root, "stopped", "01_synthesize"))
     check_same_outputs(root, "stopped", "01_synthesize")

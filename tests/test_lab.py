@@ -15,17 +15,16 @@ import time
 import urllib.request
 from pathlib import Path
 
-import nbformat
 import papermill
 import pytest
 from click.testing import CliRunner
-from nbformat.v4 import new_code_cell, new_notebook
+from command_line import describe_files
 
 from mig_kit.cli import cli
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
 from mig_kit.pipeline.plan import choose_params
-from mig_kit.pipeline.run_folders import find_writer
+from mig_kit.pipeline.run_folders import RECIPE, find_writer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -37,26 +36,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 ERRORS = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
 KERNEL_NAME = ".jp-NotebookPanel-toolbar .jp-Toolbar-kernelName:not(:has-text('No Kernel'))"
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
-WIDGET = "application/vnd.jupyter.widget-view+json"
-EXPLORER = ".jp-OutputArea-output:has(.widget-image)"  # a live widget's output names no type
+EXPLORER = ".widget-interact"
 EXPLORERS = re.compile(r"widgets\.(?:explore_box|step_through|browse_gallery)\(")
-# three explorers of drawn samples, for which nothing needs to be trained
-SMALL_NOTEBOOK = (
-    "from mig_kit.drawing import widgets\n"
-    "from mig_kit.boxes import BoxFormat\n"
-    "from mig_kit.prompts import correct_answer\n"
-    "from mig_kit.world.tasks import TASKS, make_sample\n"
-    "samples = [make_sample(task, 'val', 0) for task in TASKS]\n"
-    "box_format = BoxFormat()\n"
-    "replies = {s.id: f'<think>Look.</think><answer>{correct_answer(s, box_format)}</answer>'\n"
-    "           for s in samples}\n"
-    "wrong = {s.id: 'nothing' for s in samples}",
-    "widgets.explore_box(samples[0], box_format)",
-    "widgets.step_through(samples[0], [replies[samples[0].id], 'nothing'], box_format)",
-    "gallery = [('fixed', s) for s in samples[:3]] + [('lost', s) for s in samples[3:]]\n"
-    "widgets.browse_gallery(gallery, {'SFT': wrong, 'GRPO': replies}, box_format)")
-
-
 def prepare(stage, run_id, path):
     """Write a notebook with smoke parameters put in, nothing run yet."""
     compared = {"groups": [f"recipe={run_id}"]} if stage == "09_compare" else {}
@@ -72,9 +53,6 @@ def lab(tmp_path_factory):
     folder, root = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("runs")
     for stage in store.STAGES:
         prepare(stage, "lab", folder / f"{stage}.ipynb")
-    cells = [new_code_cell(source) for source in SMALL_NOTEBOOK]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # else Lab asks for it
-    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "widgets.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -173,23 +151,6 @@ def save_and_read(page, path):
     return [output for cell in saved.cells for output in cell.get("outputs", [])]
 
 
-def still_pictures(outputs):
-    """The pictures that stand in for controls, where a notebook is not live."""
-    return [output for output in outputs
-            if {"image/png", WIDGET} <= output.get("data", {}).keys()]
-
-
-def test_every_control_moves_and_has_a_still_picture(lab, page):
-    address, folder, _ = lab
-    show(page, address, "widgets")
-    run_all(page)
-    explorers = page.locator(EXPLORER)
-    wait_until(lambda: explorers.count() == 3, page)
-    assert move_every_control(page, "widgets") == 3
-    assert len(still_pictures(save_and_read(page, folder / "widgets.ipynb"))) == 3
-    choose_command(page, "Kernel", "kernelmenu:shutdown")
-
-
 @pytest.mark.parametrize("stage", store.STAGES)
 def test_every_cell_runs_in_lab(stage, lab, page):
     address, folder, root = lab
@@ -202,7 +163,6 @@ def test_every_cell_runs_in_lab(stage, lab, page):
     expected = len(EXPLORERS.findall(path.read_text()))
     assert move_every_control(page, stage) == expected
     outputs = save_and_read(page, path)
-    assert len(still_pictures(outputs)) == expected
     assert not [output for output in outputs if output.output_type == "error"]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert pictures, f"{stage} shows no picture"
@@ -218,7 +178,7 @@ def test_an_interrupt_in_lab_loses_nothing(lab, page):
     expected, interrupted = (root / run_id / "06_evaluate" for run_id in ("lab", "again"))
     if not (expected / "run.json").is_file():
         pytest.skip("needs the notebooks before it")
-    for stage in store.RECIPE[:6]:
+    for stage in RECIPE[:6]:
         shutil.copytree(root / "lab" / stage, root / "again" / stage)
     prepare("06_evaluate", "again", folder / "again.ipynb")
     show(page, address, "again")
@@ -243,12 +203,6 @@ def run_cells(page, count):
         page.keyboard.press("Shift+Enter")
         page.wait_for_timeout(300)
     page.wait_for_selector(IDLE, timeout=120_000)
-
-
-def describe_files(folder):
-    """Content and time of every file."""
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in sorted(folder.glob("*/**/*")) if path.is_file()}
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [

@@ -1,5 +1,5 @@
-"""Every numbered notebook runs on smoke parameters: papermill injects them, then nbval runs what
-was injected, and behind each notebook what it tells its reader to try.
+"""Every numbered notebook runs on smoke parameters, papermill injecting them, and behind its cells
+what it tells its reader to try; nbval runs one again.
 """
 
 import ast
@@ -12,24 +12,13 @@ import sys
 
 import nbformat
 import pytest
-from command_line import run_mig_kit
-from nbformat.v4 import new_code_cell, new_notebook
+from command_line import describe_files, run_mig_kit
+from try_blocks import read_blocks
 
-from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import execute, store
+from mig_kit.pipeline.run_folders import RECIPE
 
 pytestmark = pytest.mark.slow
-BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-def read_blocks(stage: str, language: str) -> list[str]:
-    """The blocks in a language below a notebook's heading "Try this"."""
-    cells = json.loads((PROJECT_ROOT / "notebooks" / f"{stage}.ipynb").read_text())["cells"]
-    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-    return [block for text in texts if text.startswith("## Try this")
-            for found_language, block in BLOCK.findall(text) if found_language == language]
-
-
 COMMANDS = [line for stage in store.STAGES for block in read_blocks(stage, "sh")
             for line in block.splitlines() if line.strip()]
 
@@ -65,38 +54,28 @@ def test_every_stage_left_what_it_should_and_no_notebook_shows_a_warning(smoke_r
 def test_a_second_run_repeats_nothing(runs):
     result = run_mig_kit("run", "--profile", "smoke", "--run-id", "smoke",
                          MIG_KIT_RUNS=str(runs))
-    assert result.stdout.count("up to date") == len(store.RECIPE) and "report:" in result.stdout
+    assert result.stdout.count("up to date") == len(RECIPE) and "report:" in result.stdout
 
 
-def describe_files(folder):
-    """Content and time of every file of the stages; beside them stands who wrote last."""
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in sorted(folder.glob("*/**/*")) if path.is_file()}
-
-
-def test_nbval_runs_the_executed_notebooks_and_what_they_tell_to_try(runs, tmp_path):
-    """nbval runs the notebooks that papermill left, parameters injected, one after the other in one
-    kernel; their cells' asserts are the test. What has finished stays as it is.
+def test_nbval_runs_an_executed_notebook_again_and_nothing_changes(runs, tmp_path):
+    """As papermill left it, parameters injected: its cells' asserts hold, and what has finished
+    stays as it is.
     """
-    cells = []
-    for stage in store.STAGES:
-        notebook = nbformat.read(runs / "smoke" / stage / f"{stage}.ipynb", 4)
-        blocks = read_blocks(stage, "python")
-        for block in blocks:
-            last = ast.parse(block).body[-1]
-            assert isinstance(last, ast.Expr) or "print(" in block, f"{block} shows nothing"
-        cells += [cell for cell in notebook.cells if cell.cell_type == "code"]
-        cells += map(new_code_cell, [*blocks, f"%reset -f\n# {stage} has run"])
-    for number, cell in enumerate(cells):
-        cell.id = str(number)
-    path, before = tmp_path / "again.ipynb", describe_files(runs / "smoke")
-    nbformat.write(new_notebook(cells=cells, metadata=notebook.metadata), path)
+    before = describe_files(runs / "smoke", "*/**/*")
+    path = shutil.copy(runs / "smoke" / "05_grpo" / "05_grpo.ipynb", tmp_path / "again.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-x", "-p", "no:cacheprovider",
                "--nbval-cell-timeout=600", str(path)]
     result = subprocess.run(command, env={**os.environ, "MIG_KIT_RUNS": str(runs)},
                             capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
-    assert describe_files(runs / "smoke") == before, "files changed, or an attempt was left"
+    assert describe_files(runs / "smoke", "*/**/*") == before, "changed, or an attempt was left"
+
+
+@pytest.mark.parametrize("stage", store.STAGES)
+def test_what_a_reader_is_told_to_try_shows_something(stage):
+    for block in read_blocks(stage, "python"):
+        last = ast.parse(block).body[-1]
+        assert isinstance(last, ast.Expr) or "print(" in block, f"{block} shows nothing"
 
 
 def test_commands_to_try_are_planned(smoke_runs, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from command_line import run_mig_kit
 from PIL import Image
 
-from mig_kit.pipeline import store
+from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.sample import read_samples
 
 pytestmark = pytest.mark.slow
@@ -75,8 +75,6 @@ def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_
     assert shown and "MIG-Bench" not in report
     assert "own data (held out)" in run_here("status", "rl")
     assert "own data (held out)" in run_here("table", "rl")
-    run_here("push", "rl", "a/b", "--dry-run", str(tmp_path / "card"))
-    assert "from the base, without a cold start" in (tmp_path / "card" / "README.md").read_text()
     held_out_file = str(folder / "01_synthesize" / "val.parquet")
     run_here("eval", "--model", "rl", "--suite", "own", "--file", held_out_file, "--out",
              str(tmp_path / "eval"))
@@ -86,7 +84,7 @@ def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_
 
 
 def test_own_traces_need_no_teacher(run_here, questions, tmp_path):
-    run_here(*SMOKE, *store.RECIPE[1:], "--run-id", "own", "-p", "teacher", "own", "-p", "data",
+    run_here(*SMOKE, *RECIPE[1:], "--run-id", "own", "-p", "teacher", "own", "-p", "data",
              "all.jsonl", "-p", "data_shares", "[0.5, 0.25, 0.25]", "-p", "find_all_per_task", "2")
     folder = tmp_path / "own"
     evaluation, report = read_run(folder)

@@ -21,8 +21,8 @@ import pytest
 from big_data import make_data
 from command_line import run_mig_kit
 
-from mig_kit.pipeline import store
 from mig_kit.pipeline.params import stage_parameters
+from mig_kit.pipeline.run_folders import RECIPE
 
 LAYERS = int(os.environ.get("MIG_KIT_LAYERS", "4"))
 MINUTES, GIB, DISK_GB = (10, 14, 10) if LAYERS < 36 else (45, 20, 25)
@@ -76,7 +76,7 @@ def test_the_3b_goes_through_all_stages(tmp_path):
     own_file.write_text("\n".join(lines[::2]))  # no image stands in two questions: each is seen
     options = {**CHANGES, "base_model": model, "data": own_file}
     run, minutes, gib = tmp_path / "real", {}, {}
-    for stage in store.RECIPE[1:]:
+    for stage in RECIPE[1:]:
         known = stage_parameters(stage)
         values = options | SFT_CHANGES if stage == "02_sft" else options
         words = [word for name, value in values.items() if name in known

@@ -5,13 +5,12 @@ and one parameter. The run that it starts from stays as it is.
 import json
 import re
 import shutil
-from hashlib import sha256
 
 import pytest
-from command_line import run_mig_kit
+from command_line import describe_files, run_mig_kit
 
-from mig_kit.pipeline import store
 from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.run_folders import RECIPE
 
 pytestmark = pytest.mark.slow
 CENTER = '''\
@@ -38,32 +37,20 @@ def variant_options(root):
             "-p", "rewards", f"[format, image, box, choice, {root / 'my_rewards.py'}:center]")
 
 
-def describe_files(folder):
-    """Hash and time of every file of the stages; beside them stands who wrote last."""
-    return {path: (sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-            for path in folder.glob("*/**/*") if path.is_file()}
-
-
 @pytest.fixture(scope="session")
 def shared_runs(smoke_runs, make_once):
     """A folder of runs with a copy of the smoke run and the variant of it, and the reward's file.
     """
     def run(root):
         shutil.copytree(smoke_runs / "smoke", root / "smoke")
-        before = describe_files(root / "smoke")
+        before = describe_files(root / "smoke", "*/**/*")
         (root / "my_rewards.py").write_text(CENTER)
         result = run_mig_kit(*FROM_SMOKE, *variant_options(root), MIG_KIT_RUNS=str(root))
         assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
         assert "center " in result.stdout, "its mean is printed while it trains"
-        assert describe_files(root / "smoke") == before, "a variant changed its source"
+        assert describe_files(root / "smoke", "*/**/*") == before, "a variant changed its source"
 
     return make_once("variants", run)
-
-
-@pytest.fixture
-def runs(shared_runs, tmp_path):
-    """A copy of `shared_runs`."""
-    return shutil.copytree(shared_runs, tmp_path / "runs")
 
 
 def read_record(runs, run_id, stage):
@@ -74,7 +61,7 @@ def test_a_variant_is_one_command_and_has_its_own_stages_alone(shared_runs):
     runs, variant = shared_runs, shared_runs / "variant"
     folders = {path.name for path in variant.iterdir() if path.is_dir()}
     assert folders == {"05_grpo", "06_evaluate", "07_report"}
-    keys = {stage: read_record(runs, "smoke", stage)["key"] for stage in store.RECIPE[1:5]}
+    keys = {stage: read_record(runs, "smoke", stage)["key"] for stage in RECIPE[1:5]}
     for stage in folders:
         assert read_record(runs, "variant", stage)["branch"] == {"from": "smoke", "stages": keys}
     record = read_record(runs, "variant", "06_evaluate")
@@ -84,6 +71,9 @@ def test_a_variant_is_one_command_and_has_its_own_stages_alone(shared_runs):
     first, second = (read_record(runs, run, "05_grpo") for run in ("smoke", "variant"))
     assert first["params"]["loss_type"] == "dapo" and second["params"]["loss_type"] == "dr_grpo"
     assert first["inputs"]["03_merge"].items() >= second["inputs"]["03_merge"].items()
+    drawn, taken = (runs / run / "06_evaluate" / "replies" for run in ("smoke", "variant"))
+    for name in ("base_mig_bench_greedy.jsonl", "sft_mmiu_drawn.jsonl"):
+        assert (taken / name).read_bytes() == (drawn / name).read_bytes()
     adapter = json.loads((variant / "05_grpo/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "../../../smoke/03_merge/merged"
 
@@ -107,9 +97,9 @@ def test_a_reward_of_ones_own_is_a_file_and_a_parameter(shared_runs):
     assert "What the replies become" in page and "<figcaption>" in page
 
 
-def test_a_variant_goes_on_without_its_sources_name(shared_runs, runs):
+def test_a_variant_goes_on_without_its_sources_name(shared_runs):
     """What is up to date is skipped; table and differences take earlier stages from there."""
-    environment = {"MIG_KIT_RUNS": str(runs)}
+    environment = {"MIG_KIT_RUNS": str(shared_runs)}
     options = variant_options(shared_runs)
     again = run_mig_kit(*RUN, "05", "06", "07", *options, **environment)
     assert again.stdout.count("up to date") == 3, again.stderr
@@ -117,30 +107,6 @@ def test_a_variant_goes_on_without_its_sources_name(shared_runs, runs):
     assert "\n| variant | 1 | " in table.stdout, table.stderr
     difference = run_mig_kit("diff", "smoke", "variant", **environment)
     stages = {line.split()[0] for line in difference.stdout.splitlines()[:-1]}
-    assert "05_grpo" in stages and not stages & set(store.RECIPE[1:5])
+    assert "05_grpo" in stages and not stages & set(RECIPE[1:5])
     lines = run_mig_kit("status", **environment).stdout.splitlines()
     assert lines[lines.index("  variant") + 1] == "    01 to 04 of smoke"
-
-
-def test_another_text_of_the_reward_makes_05_stale(shared_runs, monkeypatch):
-    monkeypatch.setenv("MIG_KIT_RUNS", str(shared_runs))
-    record = read_record(shared_runs, "variant", "05_grpo")
-    params = {name: record["params"][name] for name in profile_params("05_grpo")}
-    assert store.is_up_to_date("05_grpo", "variant", params)
-    monkeypatch.setattr(store, "file_sha256", lambda path: "of another text")
-    assert not store.is_up_to_date("05_grpo", "variant", params)
-
-
-def test_only_replies_that_would_be_the_same_are_taken(runs):
-    """With another seed of 06 the greedy ones alone; what was taken equals what the source drew."""
-    drawn, taken = (runs / run / "06_evaluate" / "replies" for run in ("smoke", "variant"))
-    for name in ("base_mig_bench_greedy.jsonl", "sft_mmiu_drawn.jsonl"):
-        assert (taken / name).read_bytes() == (drawn / name).read_bytes()
-    words = ("run", "06", "--from", "variant", "--run-id", "reseeded", "--profile", "smoke",
-             "-p", "seed", "9")
-    result = run_mig_kit(*words, MIG_KIT_RUNS=str(runs))
-    assert result.returncode == 0, result.stderr[-3000:]
-    other = runs / "reseeded" / "06_evaluate" / "replies" / "sft_mmiu_drawn.jsonl"
-    assert read_record(runs, "reseeded", "06_evaluate")["taken"] == {
-        "base greedy": "variant", "sft greedy": "variant", "grpo greedy": "variant"}
-    assert other.read_bytes() != (drawn / other.name).read_bytes()

@@ -5,11 +5,7 @@ from pathlib import Path
 
 import click
 
-from mig_kit.image_files import ORIENTATIONS
-
-orientation_option = click.option(
-    "--orientation", default="upright", show_default=True, type=click.Choice(ORIENTATIONS),
-    help="Photos with an EXIF orientation: turned upright, or refused.")
+SHOWN = 100  # problems that a command prints
 
 
 @click.group()
@@ -18,9 +14,8 @@ def data() -> None:
 
 
 def file_arguments(command):
-    """FILE, the root of its images and what becomes of photos with an EXIF orientation."""
+    """FILE, and the root of its images."""
     for option in (
-            orientation_option,
             click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
                          help="Image root; else FILE's folder."),
             click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))):
@@ -30,11 +25,9 @@ def file_arguments(command):
 
 @data.command()
 @file_arguments
-@click.option("--show", default=100, show_default=True, type=click.IntRange(0),
-              help="How many wrong lines to print.")
 @click.option("--profile", help="Also find prompts that are too long for this profile's base "
                                 "model, whose tokenizer is loaded: tiny, or a folder of params/.")
-def check(file: Path, root: Path | None, show: int, orientation: str, profile: str | None) -> None:
+def check(file: Path, root: Path | None, profile: str | None) -> None:
     """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
 
     FILE has a JSON object a line, or holds a list of them. The guide, notebooks/guide/own_data.md,
@@ -45,12 +38,12 @@ def check(file: Path, root: Path | None, show: int, orientation: str, profile: s
     total = wrong = 0
     measure = _prompt_measure(profile) if profile else None
     word = records.entry_word(file)
-    for number, problems in own_data.check_file(file, root or file.parent, orientation, measure):
+    for number, problems in own_data.check_file(file, root or file.parent, measure):
         total += 1
         wrong += bool(problems)
-        if problems and wrong <= show:
+        if problems and wrong <= SHOWN:
             click.echo(f"{word} {number}: {'; '.join(problems)}")
-    more = f" (the first {show} shown)" if wrong > show else ""
+    more = f" (the first {SHOWN} shown)" if wrong > SHOWN else ""
     click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}")
     if not total:
         raise ValueError(f"{file} has no {word}; write one JSON object a line, a question each")
@@ -72,10 +65,10 @@ def _prompt_measure(profile: str):
 @data.command()
 @file_arguments
 @click.option("--out", default="preview.html", show_default=True,
-              type=click.Path(dir_okay=False, path_type=Path), help="A .png or an .html.")
+              type=click.Path(dir_okay=False, path_type=Path), help="The page.")
 @click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200),
               help="How many questions, from the top.")
-def preview(file: Path, root: Path | None, out: Path, count: int, orientation: str) -> None:
+def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
     """Draw the boxes of FILE's first questions on their images, of those lines that are correct.
 
     The guide, notebooks/guide/own_data.md, says what is in a line.
@@ -83,7 +76,7 @@ def preview(file: Path, root: Path | None, out: Path, count: int, orientation: s
     from mig_kit.data import own_data, records
     from mig_kit.data.preview import write_preview
 
-    lines = own_data.iter_checked_lines(file, root or file.parent, orientation, decodes=True)
+    lines = own_data.iter_checked_lines(file, root or file.parent, decodes=True)
     wrong = 0
 
     def iter_correct():
@@ -95,8 +88,7 @@ def preview(file: Path, root: Path | None, out: Path, count: int, orientation: s
             elif not line.problems:
                 yield line.sample
 
-    n_drawn, note = write_preview(islice(iter_correct(), count), out)
-    click.echo(note, nl=bool(note))
+    n_drawn = write_preview(islice(iter_correct(), count), out)
     click.echo(f"{n_drawn} questions drawn, {wrong} wrong left out: {out}")
     if wrong:
         raise click.exceptions.Exit(1)
@@ -115,15 +107,10 @@ def preview(file: Path, root: Path | None, out: Path, count: int, orientation: s
 @click.option("--several", type=click.Choice(["any", "all"]),
               help="Of several boxes in an answer any is correct, or all must be found; without "
                    "it, such answers are left out.")
-@click.option("--question", default="", help='coco, refcoco: what is asked, as "Find the {name}.".')
 @click.option("--instances", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="refcoco: the instances.json of the refs.")
-@click.option("--unstated", nargs=2, multiple=True, type=(str, int), metavar="SUBSET IMAGE",
-              help="mgrounding: image number to take in a subset whose answers name none.")
-@click.option("--show", default=100, show_default=True, type=click.IntRange(0),
-              help="How many problems to print.")
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
-                   padded: bool, several: str | None, show: int, unstated, **rules) -> None:
+                   padded: bool, several: str | None, instances: Path | None) -> None:
     """Write FILE, a data set of another project, as own data, and say what is left out, and why.
 
     swift: ms-swift. llava: LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI. verl: EasyR1, verl. coco.
@@ -139,18 +126,15 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
     def print_problem(sentence: str) -> None:
         nonlocal problems
         problems += 1
-        if problems <= show:
+        if problems <= SHOWN:
             click.echo(sentence.encode("utf-8", "backslashreplace").decode())
 
-    report = importers.import_file(
-        form, file, out, records.ImportRules(root, coordinates or "", padded, several or "",
-                                             unstated=dict(unstated), **rules), print_problem)
-    more = f" (the first {show} shown)" if problems > show else ""
+    report = importers.import_file(form, file, out, records.ImportRules(
+        root, coordinates or "", padded, several or "", instances), print_problem)
+    more = f" (the first {SHOWN} shown)" if problems > SHOWN else ""
     written = f"{report.kept} written to {out}" if report.kept else "nothing written"
     if report.kept and root.resolve() != out.parent.resolve():
         written += f" (image root: {root})"
-    if not report.kept and out.exists():
-        written += f", {out} is as it was"
     click.echo(f"{report.read} questions read, {written}, {problems} left out{more}")
     if form == "mgrounding":
         click.echo(report.summarize())
@@ -161,35 +145,25 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
 @data.command()
 @click.argument("train", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("held_out", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--bits", default=4, show_default=True, type=click.IntRange(0, 32),
-              help="Of 64 hash bits, how many may differ.")
-@click.option("--limit", type=click.IntRange(1), help="Look at so many files of each folder.")
-@orientation_option
-def duplicates(train: Path, held_out: Path, bits: int, limit: int | None,
-               orientation: str) -> None:
+def duplicates(train: Path, held_out: Path) -> None:
     """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1
     if there are any.
     """
-    from mig_kit.data.duplicates import find_near_duplicates, iter_images, perceptual_hashes
+    from mig_kit.data.duplicates import find_near_duplicates, hash_images
     from mig_kit.data.records import SkipReport
 
     report = SkipReport()
-    train_hashes, held_out_hashes = (
-        perceptual_hashes(iter_images(folder, report, limit, orientation))
-        for folder in (train, held_out))
-    left_out = [f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})"
-                for reason, names in report.names.items()]
-    for folder, (names, _) in ((train, train_hashes), (held_out, held_out_hashes)):
+    hashes = [hash_images(folder, report) for folder in (train, held_out)]
+    for reason, names in report.names.items():
+        click.echo(f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})")
+    for folder, (names, _) in zip((train, held_out), hashes):
         if not names:
-            click.echo("\n".join(left_out), nl=bool(left_out))
             raise ValueError(f"there is no image that can be read below {folder}; name the folder "
                              "of the images")
     pairs = 0
-    for name, other, distance in find_near_duplicates(train_hashes, held_out_hashes, bits):
+    for name, other, distance in find_near_duplicates(*hashes):
         pairs += 1
         click.echo(f"{train / name}\t{held_out / other}\t{distance} bits")
-    click.echo(f"{len(train_hashes[0])} against {len(held_out_hashes[0])} images: "
-               f"{pairs} pairs within {bits} bits")
-    click.echo("\n".join(left_out), nl=bool(left_out))
+    click.echo(f"{len(hashes[0][0])} against {len(hashes[1][0])} images: {pairs} pairs")
     if pairs:
         raise click.exceptions.Exit(1)

@@ -12,7 +12,8 @@ As read in the projects' own documentation:
 - EasyR1, verl and ms-swift's GRPO: the answer stands beside the conversation, as `answer`,
   `solution` or verl's `reward_model`.
 
-A turn of question and answer becomes a line. What stays unclear is a Problem, never guessed.
+A turn of question and answer becomes a line, or one for every image that its boxes are in. What
+stays unclear is a Problem, never guessed.
 """
 
 import json
@@ -20,7 +21,7 @@ import re
 from dataclasses import dataclass
 
 from mig_kit.boxes import Coordinates
-from mig_kit.data.image_mentions import answered_numbers, asked_numbers
+from mig_kit.data.image_mentions import asked_numbers, numbers_of_boxes
 from mig_kit.data.line_checks import IMAGE_TAG
 from mig_kit.data.records import ImportRules, require
 
@@ -37,7 +38,6 @@ BOX = re.compile(
     rf"(?:\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
     rf"|\({_NUMBER},{_NUMBER}\)\s{{0,3}},?\s{{0,3}}\({_NUMBER},{_NUMBER}\))"
     r"(?:\s{0,3}\])?(?:<\|box_end\|>|</box>)?")
-IMAGE_KEY = re.compile(r'"image(?:_id)?"\s{0,3}:\s{0,3}([0-9]{1,3})\b')
 TEXT_TAGS = re.compile(r"<\|object_ref_(?:start|end)\|>|</?(?:ref|p)>")
 PLACEHOLDER = re.compile(r"<ref-object>|<bbox>")
 TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s*"
@@ -46,8 +46,8 @@ TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer. references, answers: (image number from 1, or None, box);
-    earlier_tags: <image> tags in the turns before.
+    """A question and its answer. references, answers: (image number from 1, or None where the text
+    does not name it, box); earlier_tags: <image> tags in the turns before.
     """
 
     question: str
@@ -73,7 +73,7 @@ def conversation_lines(record: dict, rules: ImportRules) -> list[dict]:
     turns = [turn for turn in turns if turn.answers]
     require(bool(turns), "no answer holds a box; a question of own data needs one, or the keys "
                          "options and letter")
-    return [_turn_line(turn, images, rules.several) for turn in turns]
+    return [line for turn in turns for line in turn_lines(turn, images, rules.several)]
 
 
 def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
@@ -209,31 +209,28 @@ def _text_turns(texts: list[tuple[str, str]], rules: ImportRules,
                 image_count: int) -> list[Turn]:
     turns, tags = [], 0
     for asked, answered in texts:
-        references = [(None, box_numbers(match)) for match in BOX.finditer(asked)]
-        question = BOX.sub("{ref}", asked)
-        answers = _answer_boxes(answered, image_count)
-        turns.append(Turn(question, references, answers, rules.coordinates, tags))
+        turns.append(read_turn(asked, answered, image_count, rules.coordinates, tags))
         tags += (asked + answered).count("<image>")
     require(not any(turn.answers for turn in turns) or bool(rules.coordinates),
             "the file does not say what its boxes are measured in; give --coordinates")
     return turns
 
 
+def read_turn(asked: str, answered: str, image_count: int, coordinates: str,
+              earlier_tags: int) -> Turn:
+    """The turn of a question and its answer, whose boxes stand in the texts; Problem where it is
+    unclear which images an answer's boxes are in.
+    """
+    references = [(None, box_numbers(match)) for match in BOX.finditer(asked)]
+    matches = list(BOX.finditer(answered))
+    numbers = numbers_of_boxes(answered, [match.span() for match in matches], image_count)
+    answers = list(zip(numbers or [None] * len(matches), map(box_numbers, matches), strict=True))
+    return Turn(BOX.sub("{ref}", asked), references, answers, coordinates, earlier_tags)
+
+
 def box_numbers(match: re.Match) -> list[float]:
     """The numbers of a match of BOX, as they stand."""
     return [float(number) for number in match.groups() if number is not None]
-
-
-def _answer_boxes(answered: str, image_count: int) -> list[tuple[int | None, list]]:
-    """The boxes of an answer, each with the image that it names for them all, if it names one."""
-    matches = list(BOX.finditer(answered))
-    text = BOX.sub(" ", answered)
-    named = {int(number) for number in IMAGE_KEY.findall(answered)}
-    named |= set(answered_numbers(text, image_count))
-    number = named.pop() if len(named) == 1 else None
-    require(not named or not matches,
-            "the answer names several images; write one question for each box")
-    return [(number, box_numbers(match)) for match in matches]
 
 
 def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
@@ -249,26 +246,34 @@ def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
     return {"image": numbers[0], "boxes": boxes}
 
 
-def _turn_line(turn: Turn, images: list[str], several: str) -> dict:
-    """The turn as a line of own data."""
+def turn_lines(turn: Turn, images: list[str], several: str) -> list[dict]:
+    """The turn as lines of own data: one, or, where any box is correct, one for each image that has
+    boxes. several: of `ImportRules`.
+    """
     question = clean_question(turn.question, len(images), turn.earlier_tags)
-    numbers = {number for number, _ in turn.answers}
-    if numbers == {None}:
-        asked = set(asked_numbers(question, len(images))) - ({1} if turn.references else set())
-        numbers = {1} if len(images) == 1 else asked
-    if several != "all" or None in numbers:
-        require(len(numbers) == 1, f"it is not said which of the {len(images)} images the box is "
-                                   "in; name it in the answer, as in: image 2")
-    only = next(iter(numbers))
-    line = {"images": images, "question": question, "coordinates": str(turn.coordinates),
-            **target_keys([number or only for number, _ in turn.answers],
-                          [box for _, box in turn.answers], several)}
+    numbers = [number for number, _ in turn.answers]
+    if None in numbers:
+        asked = asked_numbers(question, len(images)) - ({1} if turn.references else set())
+        asked = {1} if len(images) == 1 else asked
+        require(set(numbers) == {None} and len(asked) == 1,
+                f"it is not said which of the {len(images)} images the box is in; name it in the "
+                "answer, as in: image 2")
+        numbers = list(asked) * len(numbers)
+    line = {"images": images, "coordinates": str(turn.coordinates)}
     if turn.references:
         require(len(turn.references) == 1, "the question has several boxes; it may have one")
         number, line["reference"] = turn.references[0]
         require(number in (None, 1), "the question's box must be in the first image; put that "
                                      "image first")
-    return line
+    boxes = [box for _, box in turn.answers]
+    if several != "any" or len(set(numbers)) == 1:
+        return [{**line, "question": question, **target_keys(numbers, boxes, several)}]
+    lines = []
+    for number in sorted(set(numbers)):
+        group = [box for own, box in zip(numbers, boxes) if own == number]
+        lines.append({**line, "question": f"{question} Answer for image {number} only.",
+                      **target_keys([number] * len(group), group, several)})
+    return lines
 
 
 def clean_question(text: str, image_count: int, earlier_tags: int | None = None) -> str:

@@ -11,6 +11,7 @@ the `concurrency` calls under way.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -20,7 +21,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.data.call_log import CallLog, LoggedReplies
 from mig_kit.data.teacher_prompt import KINDS, teacher_messages, teacher_prompt
 from mig_kit.image_files import image_digests
 from mig_kit.openai_client import (
@@ -34,8 +34,8 @@ from mig_kit.openai_client import (
 )
 from mig_kit.sample import Sample, Trace
 
+NO_REPLY = {"failed": "no reply in any attempt"}
 MAX_FAILURES_IN_A_ROW = 10
-RETRY_DELAY = 0.5  # seconds per attempt made, after a reply that cannot be used
 REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
 
 
@@ -87,8 +87,31 @@ def make_call(sample: Sample, kind: str, endpoint: Endpoint, box_format: BoxForm
     return Call(digest.hexdigest(), kind, sample, box_format)
 
 
-def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> CallLog:
-    """Make the calls that the log `path` does not hold; the log, which then holds all of them.
+def read_log(path: Path) -> dict[str, dict]:
+    """Finished calls by key; none if there is no file. A last line that a kill has cut is dropped
+    from the file; ValueError if another line is broken.
+    """
+    entries: dict[str, dict] = {}
+    place = 0
+    if not path.is_file():
+        return entries
+    with path.open("r+b") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                file.truncate(place)
+                break
+            try:
+                entry = json.loads(line)
+                entries[entry["key"]] = entry
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path} line {number} is broken; delete that line, and its call "
+                                 "is made again") from error
+            place += len(line)
+    return entries
+
+
+def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
+    """Make the calls that the log `path` does not hold; finished calls by key, as in the log.
 
     calls: read as they are needed, `concurrency` at a time. An entry has the "reply", or "failed"
     if the server refused this very request; a refusal is written only once a reply shows that the
@@ -107,7 +130,7 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> CallLog
                                "another run_id") from None
         except OSError:  # a disk without locks, of which the run's own lock has told
             pass
-        log = CallLog(path)
+        log, unwritten = read_log(path), []
         requested: set[str] = set()
 
         def iter_new_calls() -> Iterator[Call]:
@@ -125,11 +148,15 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> CallLog
         has_replied, failures_in_a_row = False, 0
         for number, (call, entry, is_final) in enumerate(results, 1):
             if is_final:
-                log.unwritten[call.key] = {"key": call.key, "id": call.sample.id,
-                                           "kind": call.kind, "model": endpoint.model, **entry}
+                log[call.key] = {"key": call.key, "id": call.sample.id, "kind": call.kind,
+                                 "model": endpoint.model, **entry}
+                unwritten.append(json.dumps(log[call.key]) + "\n")
             has_replied = has_replied or "reply" in entry
-            if has_replied:
-                log.write(file)
+            if has_replied and unwritten:
+                file.write("".join(unwritten).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                unwritten.clear()
             if number % 100 == 0:
                 print(f"{number} calls finished", flush=True)
             failures_in_a_row = failures_in_a_row + 1 if "failed" in entry else 0
@@ -145,26 +172,21 @@ def _make_call(endpoint: Endpoint, connection: Connection, call: Call) -> tuple[
     """The entry for the log, and whether the call is not to be made again another time;
     RuntimeError if the answer speaks of every call.
     """
-    attempts = 0
     body = {"model": endpoint.model, "temperature": endpoint.temperature,
             "messages": teacher_messages(call.sample, call.kind, call.box_format),
             "max_tokens": endpoint.max_tokens}
-    while attempts < endpoint.attempts:
-        try:
-            answer, n_made = connection.chat(body, endpoint.attempts - attempts - 1)
-        except RequestFailed as failure:
-            is_refusal = failure.status in REFUSED_REQUEST
-            if not is_refusal and not failure.is_temporary:
-                raise RuntimeError(f"the endpoint answered {failure}; check endpoint_url, "
-                                   "endpoint_model and the environment variable "
-                                   f"{KEY_VARIABLE}") from None
-            entry = {"failed": str(failure), "attempts": attempts + failure.attempts}
-            return entry, is_refusal
-        attempts += n_made
-        if completion := parse_completion(answer):
-            completion["reply"] = redact(completion["reply"], connection.key)
-            return {**completion, "attempts": attempts}, True
-        time.sleep(RETRY_DELAY * attempts)
+    try:
+        answer, attempts = connection.chat(body, endpoint.attempts - 1)
+    except RequestFailed as failure:
+        is_refusal = failure.status in REFUSED_REQUEST
+        if not is_refusal and not failure.is_temporary:
+            raise RuntimeError(f"the endpoint answered {failure}; check endpoint_url, "
+                               "endpoint_model and the environment variable "
+                               f"{KEY_VARIABLE}") from None
+        return {"failed": str(failure), "attempts": failure.attempts}, is_refusal
+    if completion := parse_completion(answer):
+        completion["reply"] = redact(completion["reply"], connection.key)
+        return {**completion, "attempts": attempts}, True
     return {"failed": "an answer that is no complete chat completion"}, False
 
 
@@ -188,9 +210,8 @@ def parse_completion(data: object) -> dict | None:
 
 
 def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
-                         box_format: BoxFormat) -> tuple[LoggedReplies, LoggedReplies]:
-    """The teacher's trace and its direct answer for every sample, in order, each read from the log
-    when it is looked at; "" where there is none.
+                   box_format: BoxFormat) -> tuple[list[Trace], list[str]]:
+    """The teacher's trace and its direct answer for every sample, in order; "" where there is none.
 
     samples: with targets or options, or for all boxes; may be a generator, whose images are held
     only while they are asked about. path: the log of finished calls. Trace.error is "" or why there
@@ -209,13 +230,9 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
                 yield call
 
     log = make_calls(endpoint, iter_calls(), path)
-    trace_keys, direct_keys = (keys[kind] for kind in KINDS)
-    return (LoggedReplies(log, trace_keys, _to_trace),
-            LoggedReplies(log, direct_keys, lambda entry: entry.get("reply", "")))
-
-
-def _to_trace(entry: dict) -> Trace:
-    return Trace(entry.get("reply", ""), "endpoint", entry.get("failed", ""))
+    traces, direct = ([log.get(key, NO_REPLY) for key in keys[kind]] for kind in KINDS)
+    return ([Trace(entry.get("reply", ""), "endpoint", entry.get("failed", ""))
+             for entry in traces], [entry.get("reply", "") for entry in direct])
 
 
 def summarize_usage(path: Path) -> dict:
@@ -226,7 +243,7 @@ def summarize_usage(path: Path) -> dict:
     """
     usage = dict.fromkeys(("calls", "failed", "attempts", "prompt_tokens", "completion_tokens",
                            "without_counts"), 0)
-    for entry in CallLog(path).values():
+    for entry in read_log(path).values():
         usage["calls"] += 1
         usage["failed"] += "failed" in entry
         usage["attempts"] += entry.get("attempts", 1)

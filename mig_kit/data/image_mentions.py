@@ -6,19 +6,9 @@ Nothing is guessed: where it is not said which image a box is in, there is no nu
 import re
 
 from mig_kit.data.records import Problem
+from mig_kit.score.image_names import find_names
 
 UNCLEAR = "image of a box unclear"
-ORDINAL_WORDS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth",
-                 "ninth", "tenth")
-NUMBER_OF_WORD = {word: number for number, word in enumerate(ORDINAL_WORDS, 1)}
-ORDINAL = "(?:" + "|".join(ORDINAL_WORDS) + r"|last|[0-9]{1,3}(?:st|nd|rd|th))"
-AND = r"\s{0,3}(?:,\s{0,3}|\b(?:and|or)\b\s{0,3}){1,2}(?:in\s{1,3})?(?:the\s{1,3})?"
-IMAGE_WORD = "(?:image|picture|photo|frame)s?"
-# "the first and second images", or "images 1, 2 or 3"
-MENTION = re.compile(
-    rf"\b{ORDINAL}(?:{AND}{ORDINAL}){{0,9}}\s{{1,3}}{IMAGE_WORD}\b"
-    rf"|\b{IMAGE_WORD}[\s#_-]{{0,2}}[0-9]{{1,3}}(?:{AND}[0-9]{{1,3}}){{0,9}}\b", re.IGNORECASE)
-MENTIONED_NUMBER = re.compile(ORDINAL + "|[0-9]{1,3}")
 # what may stand between two boxes of one image
 SAME_IMAGE = re.compile(
     r"(?:[\s,;.&]|\band\b|<\|object_ref_start\|>.{0,200}?<\|object_ref_end\|>)*",
@@ -38,54 +28,35 @@ AREA = re.compile(
 PLACE = re.compile(r"\b(?:in|on|within|inside)\s+(?:the\s+)?$", re.IGNORECASE)
 OTHER_IMAGE = re.compile(
     r"\b(?:other|another|remaining|both|each|every|all)(?:\s+\w+)?\s+"
-    rf"{IMAGE_WORD}\b", re.IGNORECASE)
+    r"(?:image|picture|photo|frame)s?\b", re.IGNORECASE)
 
 
-def mentioned_numbers(text: str, image_count: int) -> list[int]:
-    """The numbers of the images that a text names, in the order of the text."""
-    return [number for mention in MENTION.finditer(text)
-            for number in _numbers_of(mention, image_count)]
-
-
-def answered_numbers(text: str, image_count: int) -> list[int]:
-    """Those that an answer says a box is in: not the image "of", "from" or "marked in" which
-    something is, unless it says where in that image ("at the left of image 2").
+def answered_numbers(text: str, image_count: int) -> set[int]:
+    """The numbers of the images that an answer says a box is in: not of the image "of", "from" or
+    "marked in" which something is, unless it says where in that image ("at the left of image 2").
     """
-    return [number for mention in MENTION.finditer(text)
-            if _is_no_description(text[:mention.start()])
-            for number in _numbers_of(mention, image_count)]
+    return {number for name in find_names(text, image_count)
+            if _is_no_description(text[:name.start]) for number in name.numbers}
 
 
-def asked_numbers(text: str, image_count: int) -> list[int]:
+def asked_numbers(text: str, image_count: int) -> set[int]:
     """Those that a question asks about, "in image 2" or, at its start, "Image 2:"; none where it
     compares or speaks of other images, too.
     """
     if COMPARES.search(text) or OTHER_IMAGE.search(text):
-        return []
-    numbers = []
-    for mention in MENTION.finditer(text):
-        before, after = text[:mention.start()], text[mention.end():]
+        return set()
+    numbers: set[int] = set()
+    for name in find_names(text, image_count):
+        before, after = text[:name.start], text[name.end:]
         is_heading = not before.strip() and after.lstrip().startswith((":", ","))
         is_place = PLACE.search(before) or AREA.search(before)
         if is_heading or (is_place and _is_no_description(before)):
-            numbers += _numbers_of(mention, image_count)
+            numbers |= name.numbers
     return numbers
 
 
 def _is_no_description(before: str) -> bool:
     return not DESCRIBES.search(before) or bool(AREA.search(before))
-
-
-def _numbers_of(mention: re.Match, image_count: int) -> list[int]:
-    numbers = []
-    for word in MENTIONED_NUMBER.findall(mention.group().lower()):
-        if word == "last":
-            numbers.append(image_count)
-        elif word in NUMBER_OF_WORD:
-            numbers.append(NUMBER_OF_WORD[word])
-        else:
-            numbers.append(int(re.match("[0-9]+", word).group()))
-    return numbers
 
 
 def numbers_of_boxes(text: str, spans: list[tuple[int, int]], image_count: int) -> list[int]:
@@ -97,7 +68,7 @@ def numbers_of_boxes(text: str, spans: list[tuple[int, int]], image_count: int) 
     starts = [0, *(end for _, end in spans)]
     ends = [*(start for start, _ in spans), len(text)]
     gaps = [text[start:end] for start, end in zip(starts, ends)]
-    numbers_in_gaps = [sorted(set(answered_numbers(gap, image_count))) for gap in gaps]
+    numbers_in_gaps = [sorted(answered_numbers(gap, image_count)) for gap in gaps]
     if not any(numbers_in_gaps):
         return []
     if any(numbers and COMPARES.search(gap) for gap, numbers in zip(gaps, numbers_in_gaps)):

@@ -51,11 +51,11 @@ from mig_kit.data.records import (
     require,
     require_records,
 )
-from mig_kit.image_files import DECODE_ERRORS, BadImage, is_stored_on_its_side
+from mig_kit.image_files import DECODE_ERRORS, BadImage
 
 FORMATS = ("own", "swift", "llava", "verl", "coco", "refcoco", "mgrounding")
 MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
-ASKS_FOR_CATEGORY, ASKS_FOR_PHRASE = "Find the {name}.", "Find this: {name}."
+ASKS_FOR_CATEGORY, ASKS_FOR_PHRASE = "Find the {}.", "Find this: {}."
 
 
 def import_file(form: str, path: Path, out: Path, rules: ImportRules,
@@ -88,26 +88,18 @@ def import_file(form: str, path: Path, out: Path, rules: ImportRules,
 
 def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
     require_records(path)
-    is_coco, coordinates = form in ("coco", "refcoco"), rules.coordinates
+    coordinates = rules.coordinates
     require(form not in ("llava", "verl") or bool(coordinates),
             "files of this format do not say what their boxes are measured in; give "
             "--coordinates: pixels, normalized_1000 or normalized_1")
-    require(form not in ("own", "mgrounding") or not (
-        coordinates or rules.is_padded or rules.several),
-        f"the format {form} says what its boxes are; leave --coordinates, --padded and --several "
-        "out")
-    require(not is_coco or coordinates in ("", Coordinates.PIXELS),
-            f"boxes of the format {form} are in pixels of the image; leave --coordinates out")
-    for option, value, only in (("instances", rules.instances, "refcoco"),
-                                ("unstated", rules.unstated, "mgrounding")):
-        require(not value or form == only, f"--{option} is for the format {only}; leave it out")
+    require(form in ("swift", "llava", "verl") or not (coordinates or rules.is_padded),
+            f"the format {form} says what its boxes are measured in; leave --coordinates and "
+            "--padded out")
+    require(rules.instances is None or form == "refcoco",
+            "--instances is for the format refcoco; leave it out")
     require(not rules.is_padded or coordinates == Coordinates.NORMALIZED_1,
             "--padded is for boxes in 0 to 1 of the image padded to a square, as in LLaVA-1.5's "
             "files; add --coordinates normalized_1")
-    require(is_coco or not rules.question,
-            f"the format {form} brings its questions along; leave --question out")
-    require(not rules.question or "{name}" in rules.question,
-            "--question must hold {name}, as in \"Find the {name}.\"")
 
 
 def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, report: SkipReport,
@@ -115,7 +107,7 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
     """(place, line) of every question that passes the checks of own data; folder: where images go
     that are in the file itself.
     """
-    sizes = read_sizes_below(rules.root, rules.orientation)
+    sizes = read_sizes_below(rules.root)
     roots = find_image_roots(rules.root) if form == "mgrounding" else []
     ids: set[int] = set()
     for place, result in _iter_lines_of(form, path, rules):
@@ -135,7 +127,7 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
             require(name not in ids, f"id {str(line.get('id'))[:40]!r} is there twice")
             problems = find_problems(line)
             if not problems and form in ("coco", "refcoco"):
-                _compare_sizes(stated, line["images"][0], sizes, rules.root)
+                _compare_sizes(stated, sizes(line["images"][0]))
                 _move_boxes(line, sizes, _trim_box)
             problems = problems or find_file_problems(line, sizes)[1]
             require(not problems, "; ".join(problems))
@@ -192,18 +184,12 @@ def _move_boxes(line: dict, sizes: Callable,
         holder[key] = move(holder[key], size)
 
 
-def _compare_sizes(stated: tuple | None, name: str, sizes: Callable, root: Path) -> None:
+def _compare_sizes(stated: tuple | None, size: tuple[int, int] | BadImage) -> None:
     """Problem where the file states another size of the image than its upright picture has."""
-    size = sizes(name)
-    if isinstance(size, BadImage) or stated is None or stated == size:
-        return
-    reason = "; use the images that the file was made from"
-    if stated == size[::-1] and is_stored_on_its_side(root / name):
-        reason = (" when it is upright, and is stored on its side: give sizes and boxes of the "
-                  "upright picture, or, if the boxes are of the stored one, delete the EXIF "
-                  "orientation and leave the pixels as they are")
-    raise Problem(f"the file says {stated[0]}x{stated[1]}, the image has {size[0]}x{size[1]} "
-                  f"pixels{reason}")
+    if not isinstance(size, BadImage) and stated not in (None, size):
+        raise Problem(f"the file says {stated[0]}x{stated[1]}, the image has {size[0]}x{size[1]} "
+                      "pixels when it is upright; use the images that the file was made from, and "
+                      "boxes of the upright picture")
 
 
 def _trim_box(box: list, size: tuple[int, int]) -> list:
@@ -235,9 +221,9 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
         try:
             require(not problem, problem)
             if form == "refcoco":
-                lines = _refcoco_lines(record, annotations, rules)
+                lines = _refcoco_lines(record, annotations)
             elif form == "mgrounding":
-                lines = record_lines(record, rules.unstated)
+                lines = record_lines(record)
             elif form == "own":
                 lines = [_clean_line(record)]
             else:
@@ -263,13 +249,30 @@ def _clean_line(record: dict) -> dict:
 
 def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Problem]]:
     """A question per image and category, or per image with a caption."""
+    groups: dict[tuple, list[dict]] = {}
+    place = path.name
     try:
         images, categories = (_by_id(path, f"{key}.item") for key in ("images", "categories"))
-        groups, problems = _group_annotations(path, images)
-    except ValueError as error:
+        for number, record in enumerate(iter_records(path, prefix="annotations.item"), 1):
+            place = f"annotation number {number}"
+            try:
+                require(isinstance(record, dict) and type(record.get("id")) in (int, str),
+                        "an annotation must be an object with an id")
+                place = f"annotation {record['id']!r}"
+                image_id, category_id = record.get("image_id"), record.get("category_id")
+                require(all(type(key) in (int, str) for key in (image_id, category_id)),
+                        "'image_id' and 'category_id' must be ids")
+                require(image_id in images, f"its image {image_id!r} is not in 'images'; use the "
+                                            "file that lists it")
+                key = image_id, None if images[image_id].get("caption") else category_id
+                groups.setdefault(key, []).append(record)
+            except Problem as error:
+                yield place[:200], error
+        require(place != path.name, "there is no list 'annotations' with something in it; give a "
+                                    "COCO instances file")
+    except ValueError as error:  # the file is broken
         yield path.name, Problem(str(error))
         return
-    yield from problems
     for (image_id, category_id), annotations in groups.items():
         image, boxes = images[image_id], []
         try:
@@ -283,18 +286,18 @@ def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Pro
             name = phrase or categories.get(category_id, {}).get("name")
             require(isinstance(name, str), f"category {category_id!r} has no name; add it to "
                                            "'categories'")
-            line = _ask_for(name, ASKS_FOR_PHRASE if phrase else ASKS_FOR_CATEGORY, image, rules)
+            line = _ask_for(name, ASKS_FOR_PHRASE if phrase else ASKS_FOR_CATEGORY, image)
             yield place, line | target_keys([1] * len(boxes), boxes, rules.several)
         except Problem as error:
             yield place, error
 
 
-def _ask_for(name: str, question: str, image: dict, rules: ImportRules) -> dict:
+def _ask_for(name: str, question: str, image: dict) -> dict:
     """A line without its boxes; image: its record, with the path and perhaps the size."""
     sides = image.get("width"), image.get("height")
     is_stated = all(type(side) in (int, float) and side > 0 and side % 1 == 0 for side in sides)
     return {"images": [image.get("file_name")], "coordinates": str(Coordinates.PIXELS),
-            "question": (rules.question or question).replace("{name}", name),
+            "question": question.format(name),
             "stated_size": (int(sides[0]), int(sides[1])) if is_stated else None}
 
 
@@ -302,31 +305,6 @@ def _by_id(path: Path, prefix: str) -> dict[int | str, dict]:
     """The objects of a list in a COCO file that have an id, by it."""
     return {record["id"]: record for record in iter_records(path, prefix=prefix)
             if isinstance(record, dict) and type(record.get("id")) in (int, str)}
-
-
-def _group_annotations(path: Path, images: dict) -> tuple[dict, list[tuple[str, Problem]]]:
-    """(image, category) -> its annotations, and what is wrong with the others."""
-    groups: dict[tuple, list[dict]] = {}
-    problems = []
-    for number, record in enumerate(iter_records(path, prefix="annotations.item"), 1):
-        place = f"annotation number {number}"
-        try:
-            require(isinstance(record, dict) and type(record.get("id")) in (int, str),
-                    "an annotation must be an object with an id")
-            place = f"annotation {record['id']!r}"
-            image_id, category_id = record.get("image_id"), record.get("category_id")
-            require(all(type(key) in (int, str) for key in (image_id, category_id)),
-                    "'image_id' and 'category_id' must be ids")
-            require(image_id in images, f"its image {image_id!r} is not in 'images'; use the file "
-                                        "that lists it")
-            key = image_id, None if images[image_id].get("caption") else category_id
-            groups.setdefault(key, []).append(record)
-        except Problem as error:
-            problems.append((place[:200], error))
-    if not groups and not problems:
-        problems.append((path.name, Problem("there is no list 'annotations' with something in it; "
-                                            "give a COCO instances file")))
-    return groups, problems
 
 
 def _corners(box: object) -> list[float]:
@@ -352,7 +330,7 @@ def _read_boxes(rules: ImportRules) -> dict[int | str, tuple[dict, list]]:
             if type(record.get("image_id")) in (int, str)}
 
 
-def _refcoco_lines(record: dict, annotations: dict, rules: ImportRules) -> list[dict]:
+def _refcoco_lines(record: dict, annotations: dict) -> list[dict]:
     """A question per phrase of a ref, or the one of a record of VLM-R1."""
     if "solution" in record:
         phrases, box = [record.get("normal_caption")], record["solution"]
@@ -368,5 +346,5 @@ def _refcoco_lines(record: dict, annotations: dict, rules: ImportRules) -> list[
         image, box = annotations[ann_id]
         box = _corners(box)
     require(all(isinstance(phrase, str) for phrase in phrases), "a phrase must be a text")
-    return [{**_ask_for(phrase, ASKS_FOR_PHRASE, image, rules), "image": 1, "box": box}
+    return [{**_ask_for(phrase, ASKS_FOR_PHRASE, image), "image": 1, "box": box}
             for phrase in phrases]

@@ -11,7 +11,6 @@ from mig_kit.boxes import Coordinates
 from mig_kit.image_files import (
     BadImage,
     check_decodes,
-    is_regular_file,
     read_size,
     resolve_under_root,
 )
@@ -278,23 +277,19 @@ def find_file_problems(data: dict, read_sizes: Callable) -> tuple[list, list[str
     return sizes, problems
 
 
-def read_sizes_below(root: Path, orientation: str = "upright", decodes: bool = False
+def read_sizes_below(root: Path, decodes: bool = False
                      ) -> Callable[..., tuple[int, int] | BadImage]:
     """A function that gives the (width, height), pixels, of the upright image of a name below the
     root, or what is wrong with it; the last MAX_SIZES are kept.
 
-    orientation: one of ORIENTATIONS. decodes: whether an image's pixels are read, too, so that one
-    that is cut short is found. The function's takes_frames: whether the image may be a film, whose
-    first frame is shown.
+    decodes: whether an image's pixels are read, too, so that one that is cut short is found. The
+    function's takes_frames: whether the image may be a film, whose first frame is shown.
     """
     @lru_cache(MAX_SIZES)
     def read(name: str, takes_frames: bool = False) -> tuple[int, int] | BadImage:
         try:
             path = resolve_under_root(root, name)
-            if not is_regular_file(path):
-                raise BadImage("missing image", f"{name!r} is not there; copy it below the image "
-                                                "root, or correct its path")
-            size = read_size(path, orientation, takes_frames=takes_frames)
+            size = read_size(path, takes_frames)
             if decodes:
                 check_decodes(path.read_bytes(), path.name)
         except BadImage as error:

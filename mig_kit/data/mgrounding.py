@@ -14,21 +14,21 @@ one is left out, and counted, like all that stays unclear.
 """
 
 import re
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mig_kit.boxes import Coordinates
 from mig_kit.data.conversations import (
     BOX,
-    box_numbers,
+    Turn,
     check_image_tags,
-    clean_question,
+    read_turn,
     read_turns,
-    target_keys,
+    turn_lines,
 )
-from mig_kit.data.image_mentions import asked_numbers, mentioned_numbers, numbers_of_boxes
 from mig_kit.data.records import Problem
 from mig_kit.image_files import BadImage, is_regular_file, resolve_under_root
+from mig_kit.score.image_names import find_names
 
 NAME = "MGrounding-630k"
 TRACKING = "Object_Tracking"
@@ -66,29 +66,32 @@ def locate_images(line: dict, root: Path, roots: list[Path]) -> dict:
     return {**line, "images": names}
 
 
-def record_lines(record: dict, unstated: dict[str, int] | None = None) -> list[dict | Problem]:
+def record_lines(record: dict) -> list[dict | Problem]:
     """A record's questions as lines of own data without ids, with images as written, and why turns
-    are left out; an answer with boxes in several images becomes a line per image.
-
-    unstated: the image number to take, per subset, where neither question nor answer names one (for
-    example {"Difference": 2}, MIG-Bench's convention; for this data set it is not stated). Problem
-    where the whole record is left out.
+    are left out; an answer with boxes in several images becomes a line per image. Problem where the
+    whole record is left out.
     """
     images = record.get("images")
     _require(isinstance(images, list) and bool(images)
              and all(isinstance(name, str) and name for name in images), "record shape")
-    turns = read_turns(record, [])
-    check_image_tags([text for turn in turns for text in turn], len(images))
+    texts = read_turns(record, [])
+    check_image_tags([text for turn in texts for text in turn], len(images))
     parts = images[0].split("/")
     subset = parts[parts.index(NAME) + 1] if NAME in parts[:-2] else ""
     if subset == TRACKING:
-        _require_time_order(images, turns)
+        _require_time_order(images, texts)
     lines: list[dict | Problem] = []
-    for asked, answered in turns:
+    for asked, answered in texts:
         try:
-            lines += _turn_lines(asked, answered, images, subset, unstated or {})
+            _require(all(len(BOX.findall(text)) == text.count("<|box_start|>")
+                         == text.count("<|box_end|>") for text in (asked, answered)),
+                     "box text cannot be read")
+            turn = read_turn(asked, answered, len(images), Coordinates.NORMALIZED_1000, 0)
+            turn = _without_reference(turn, asked, len(images), subset)
+            lines += [line | ({"task": subset} if subset else {})
+                      for line in turn_lines(turn, images, "any")]
         except Problem as problem:
-            lines.append(problem)
+            lines.append(Problem(str(problem), str(problem).partition(";")[0]))
     return lines
 
 
@@ -97,59 +100,21 @@ def _require(condition: bool, reason: str) -> None:
         raise Problem(reason, reason)
 
 
-def _turn_lines(asked: str, answered: str, images: list[str], subset: str,
-                unstated: dict[str, int]) -> Iterator[dict]:
-    references, boxes = _find_boxes(asked), _find_boxes(answered)
-    _require(bool(boxes), "no box in the answer")
-    _require(len(references) <= 1, "several reference boxes")
-    if references:
-        named = mentioned_numbers(asked[:references[0].start()], len(images))
-        _require(named[-1] == 1 if named else len(images) == 1,
-                 "reference box not said to be in the first image")
-    question = clean_question(BOX.sub("{ref}", asked), len(images), 0)
-    numbers = numbers_of_boxes(answered, [box.span() for box in boxes], len(images))
-    numbers = numbers or _numbers_elsewhere(question, bool(references), len(images), subset,
-                                            len(boxes), unstated)
-    _require(all(1 <= number <= len(images) for number in numbers), "no such image")
-    groups: dict[int, list[list]] = {}
-    for number, box in zip(numbers, boxes):
-        groups.setdefault(number, []).append(box_numbers(box))
-    if groups.get(1) == [box_numbers(box) for box in references]:
-        del groups[1]  # the answer repeats the box that the question gave
-    _require(bool(groups), "answer given in the question")
-    for number, group in groups.items():
-        is_part = len(group) < len(boxes)
-        line = {"images": images, "coordinates": str(Coordinates.NORMALIZED_1000),
-                "question": question + f" Answer for image {number} only." * is_part,
-                **target_keys([number] * len(group), group, "any")}
-        line |= {"task": subset} if subset else {}
-        yield line | ({"reference": box_numbers(references[0])} if references else {})
-
-
-def _find_boxes(text: str) -> list[re.Match]:
-    matches = list(BOX.finditer(text))
-    _require(len(matches) == text.count("<|box_start|>") == text.count("<|box_end|>"),
-             "box text cannot be read")
-    return matches
-
-
-def _numbers_elsewhere(question: str, has_reference: bool, image_count: int, subset: str,
-                       box_count: int, unstated: dict[str, int]) -> list[int]:
-    """The image numbers when the answer names none: one image, a box per frame of a video, the
-    question's image, or `unstated`.
+def _without_reference(turn: Turn, asked: str, image_count: int, subset: str) -> Turn:
+    """The turn without an answer that repeats the box of the question; where an answer about a
+    video names no image, its boxes are those of the frames.
     """
-    if image_count == 1:
-        return [1] * box_count
-    if subset == TRACKING and box_count > 1:
-        _require(box_count == image_count, "tracking boxes do not fit the frames")
-        return list(range(1, image_count + 1))
-    of_reference = {1} if has_reference else set()
-    numbers = set(asked_numbers(question, image_count)) - of_reference
-    if len(numbers) == 1:
-        return list(numbers) * box_count
-    _require(subset in unstated and not set(mentioned_numbers(question, image_count))
-             - of_reference, "image not named")
-    return [unstated[subset]] * box_count
+    answers = turn.answers
+    _require(bool(answers), "no box in the answer")
+    if subset == TRACKING and len(answers) == image_count and answers[0][0] is None:
+        answers = [(number, box) for number, (_, box) in enumerate(answers, 1)]
+    for _, reference in turn.references:
+        names = find_names(asked[:asked.index("<|box_start|>")], image_count)
+        _require(names[-1].numbers == {1} if names else image_count == 1,
+                 "reference box not said to be in the first image")
+        answers = [answer for answer in answers if answer != (1, reference)]
+    _require(bool(answers), "answer given in the question")
+    return replace(turn, answers=answers)
 
 
 def _require_time_order(images: list[str], turns: list[tuple[str, str]]) -> None:

@@ -48,10 +48,6 @@ from mig_kit.image_files import BadImage, EncodedImage, LazyImages, resolve_unde
 from mig_kit.sample import Sample, Target
 
 
-class OwnDataError(ValueError):
-    """A line that cannot be used; the message names the line and the fix."""
-
-
 @dataclass(frozen=True)
 class Line:
     """A line of a file, checked.
@@ -67,30 +63,28 @@ class Line:
     is_damaged: bool = False
 
 
-def check_file(path: Path, root: Path, orientation: str = "upright",
-               measure: Callable[[Sample], str] | None = None) -> Iterator[tuple[int, list[str]]]:
+def check_file(path: Path, root: Path, measure: Callable[[Sample], str] | None = None
+               ) -> Iterator[tuple[int, list[str]]]:
     """(line number, what is wrong with it) of every line; an empty list for a correct line.
 
     Reads the pixels of every image once. In memory: one line, one image, a hash per id, to find an
-    id that is used twice, and the sizes of MAX_SIZES images. orientation: one of ORIENTATIONS.
-    measure: gives a sentence on a sample that is too long for a model, or "".
+    id that is used twice, and the sizes of MAX_SIZES images. measure: gives a sentence on a sample
+    that is too long for a model, or "".
     """
-    for line in iter_checked_lines(path, root, orientation, decodes=True):
+    for line in iter_checked_lines(path, root, decodes=True):
         problem = measure(line.sample) if measure and line.sample else ""
         yield line.number, [*line.problems, problem] if problem else line.problems
 
 
-def iter_checked_lines(path: Path, root: Path, orientation: str = "upright",
-                       decodes: bool = False) -> Iterator[Line]:
-    """Every line of the file; ValueError for a file that holds no JSON.
-
-    orientation, decodes: of `read_sizes_below`.
+def iter_checked_lines(path: Path, root: Path, decodes: bool = False) -> Iterator[Line]:
+    """Every line of the file; ValueError for a file that holds no JSON. decodes: of
+    `read_sizes_below`.
     """
-    word, read_sizes = entry_word(path), read_sizes_below(root, orientation, decodes)
+    word, read_sizes = entry_word(path), read_sizes_below(root, decodes)
     if word == "row":
         names = read_columns(path)
         layout = next((form for key, form in IMPORTER_OF_KEY.items() if key in names), "own")
-        raise OwnDataError(f"{path} is a parquet table; mig-kit data import {layout} {path} --out "
+        raise ValueError(f"{path} is a parquet table; mig-kit data import {layout} {path} --out "
                            "OUT writes it and the images in it as own data")
     find_all, hashes = file_asks_for_all(path), set()
     for number, record, problem in iter_entries(path):
@@ -123,42 +117,36 @@ def file_asks_for_all(path: Path) -> bool:
                                for _, record, _ in iter_entries(path))
 
 
-def iter_usable_lines(path: Path, root: Path, limit: int | None = None,
-                      orientation: str = "upright") -> Iterator[Line]:
-    """Every line, at most `limit`; OwnDataError at the first that is wrong.
+def iter_usable_lines(path: Path, root: Path) -> Iterator[Line]:
+    """Every line; ValueError at the first that is wrong.
 
     Reads no pixels. A line whose only fault is a damaged image file is not wrong, and has no
-    sample. orientation: one of ORIENTATIONS.
+    sample.
     """
-    for line in islice(iter_checked_lines(path, root, orientation), limit):
+    for line in iter_checked_lines(path, root):
         if line.problems and not line.is_damaged:
             raise _line_error(path, line)
         yield line
 
 
-def require_correct_lines(path: Path, root: Path, limit: int | None = None,
-                          orientation: str = "upright") -> int:
+def require_correct_lines(path: Path, root: Path) -> int:
     """How many lines `iter_usable_lines` gives, and raises as it does; shows a bar."""
-    n_lines = None
-    if entry_word(path) == "line":
-        n_lines = sum(1 for _ in islice(iter_lines(path), limit))
-    bar = progress_bar(iter_usable_lines(path, root, limit, orientation), "check lines",
-                       total=n_lines)
-    return sum(1 for _ in bar)
+    n_lines = sum(1 for _ in iter_lines(path)) if entry_word(path) == "line" else None
+    return sum(1 for _ in progress_bar(iter_usable_lines(path, root), "check lines",
+                                       total=n_lines))
 
 
-def _line_error(path: Path, line: Line) -> OwnDataError:
+def _line_error(path: Path, line: Line) -> ValueError:
     word = entry_word(path)
-    return OwnDataError(f"{path} {word} {line.number}: {line.problems[0]} "
+    return ValueError(f"{path} {word} {line.number}: {line.problems[0]} "
                         f"(mig-kit data check {path} lists every {word})")
 
 
-def iter_samples(path: Path, root: Path, limit: int | None = None,
-                 orientation: str = "upright") -> Iterator[Sample]:
-    """The samples of `iter_usable_lines`; an image is decoded when it is looked at. OwnDataError
-    for a damaged image, too: nothing is skipped.
+def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[Sample]:
+    """The samples of the first `limit` lines (None: of all); an image is decoded when it is looked
+    at. ValueError at a wrong line, and for a damaged image, too: nothing is skipped.
     """
-    for line in iter_usable_lines(path, root, limit, orientation):
+    for line in islice(iter_usable_lines(path, root), limit):
         if line.problems:
             raise _line_error(path, line)
         yield line.sample

@@ -19,24 +19,19 @@ from mig_kit.common import MAX_LINE, iter_lines
 MAX_JSON_DEPTH = 32
 MAX_NAMES = 5  # of what is left out, per reason
 BYTE_ORDER_MARK, PARQUET = b"\xef\xbb\xbf", b"PAR1"
-ARCHIVE = "is compressed or an archive; unpack it, and give the file of questions that is in it"
-TABLE = ("is no JSON; save it with one JSON object a line (of a table, pandas does so with "
-         "to_json(..., orient='records', lines=True))")
 # (how such a file may begin, how its name may end, what it is and the way in)
 OTHER_FILES = (
     ((b"\x1f\x8b",), (".gz",), "is compressed by gzip; unpack it first: gunzip -k FILE"),
-    ((b"BZh9", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!"), (".tar",), ARCHIVE),
-    ((b"PK\x03\x04",), (".xlsx", ".xls", ".zip"), "is a zip archive or an Excel table; unpack it, "
-     "or save the table with one JSON object a line"),
+    ((b"BZh9", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!", b"PK\x03\x04"),
+     (".tar", ".xls"), "is compressed, an archive or an Excel table; unpack it, or save the table "
+     "with one JSON object a line"),
     ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), (".p", ".pkl", ".pickle", ".pt"),
      "is a pickle, which can hold code, and the kit opens none; save what is in it as JSON"),
     ((b"ARROW1", b"\xff\xff\xff\xff"), (".arrow", ".feather"), "is an Arrow file; save it as "
      "parquet (of datasets: load_from_disk(FOLDER).to_parquet(FILE)), and import that"),
-    ((b"\xff\xfe", b"\xfe\xff"), (), "is UTF-16; save it as UTF-8"),
-    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"%PDF"), (), "is an image or a page; give the file of "
-     "questions, which names the images"),
-    ((b"<?xml", b"<!DOC", b"<anno", b"<html", b"SQLite", b"\x93NUMPY", b"\x89HDF"),
-     (".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".npz", ".tfrecord"), TABLE))
+    ((b"<?xml", b"<!DOC", b"<anno", b"\x89PNG", b"\xff\xd8\xff", b"\xff\xfe", b"\xfe\xff"),
+     (".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml"), "is no JSON in UTF-8; save it with one "
+     "JSON object a line (of a table: pandas' to_json(..., orient='records', lines=True))"))
 
 
 class Problem(ValueError):
@@ -89,19 +84,14 @@ class ImportRules:
     root: the folder that holds all images. coordinates: of all boxes in texts, "" if the file says
     it. is_padded: boxes are of the image padded to a square. several: what several boxes in an
     answer are: "any" of them is a correct answer, "all" must be found, or "" for not to be used.
-    question: what is asked, with {name} for the category or phrase; "" for the format's own.
-    instances: the COCO file of RefCOCO's annotations. unstated: of `mgrounding.record_lines`.
-    orientation: one of ORIENTATIONS.
+    instances: the COCO file of RefCOCO's annotations.
     """
 
     root: Path
     coordinates: str = ""
     is_padded: bool = False
     several: str = ""
-    question: str = ""
     instances: Path | None = None
-    unstated: dict[str, int] = field(default_factory=dict)
-    orientation: str = "upright"
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -184,12 +184,6 @@ def text_font(size: int, text: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(_find_font(frozenset(map(ord, text))), size - 1)
 
 
-def missing_letters(text: str) -> set[str]:
-    """The letters of a text that its `text_font` lacks."""
-    letters = frozenset(ord(letter) for letter in text if letter.isprintable())
-    return set() if text.isascii() else set(map(chr, letters - _letters_of(_find_font(letters))))
-
-
 @cache
 def _find_font(letters: frozenset[int]) -> str:
     first = font_manager.findfont("DejaVu Sans")

@@ -169,25 +169,6 @@ def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1,
     return figure
 
 
-def plot_run_curves(by_run: dict[str, list[dict]], names: list[str], smooth: int) -> plt.Figure:
-    """One panel per name: a line per run, its running mean over `smooth` updates.
-
-    by_run: run -> rows with "step" and some of the names.
-    """
-    figure, panels = _make_panels(len(names), 2.2)
-    styles = ["-", "--", "-.", ":"] * len(by_run)
-    for axis, name in zip(panels, names):
-        table = pd.DataFrame({run: {row["step"]: row.get(name) for row in rows}
-                              for run, rows in by_run.items()}).astype(float)
-        table.rolling(smooth, min_periods=1).mean().plot(
-            ax=axis, legend=False, style=styles[:len(by_run)], xlabel="update", fontsize=8)
-        axis.set_title(CURVE_NAMES.get(name, name.replace("_", " ")), fontsize=9)
-    mean = f", means over {smooth} updates" if smooth > 1 else ""
-    set_title(figure, f"RL training by run{mean}")
-    _add_legend(figure, panels[0], min(5, len(by_run)))
-    return figure
-
-
 def plot_stacked(counts: dict[str, dict[str, int]], title: str, unit: str = "count"):
     """Horizontal stacked bars: a bar per outer key with its sum, a piece per inner key that counts
     anything, with its number where there is room.

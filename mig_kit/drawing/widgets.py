@@ -1,15 +1,14 @@
 """Pictures that one can move in a live notebook: a box, a group's replies, a gallery.
 
-Each function returns an Explorer. As the last line of a cell it shows its controls where a person
-sits at the notebook, and a still picture that says the same everywhere else: in what papermill and
-nbval execute, and in every published copy.
+As the last line of a cell each function shows its controls where a person sits at the notebook, and
+a still picture that says the same everywhere else: in what papermill and nbval execute, and in
+every published copy.
 """
 
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import ipywidgets
@@ -34,32 +33,13 @@ LIVE_ENVIRONMENT = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")
 OVERLAPS = (0.9, 0.7, 0.55, 0.45, 0.2)  # IoUs of the still picture
 
 
-@dataclass(frozen=True)
-class Explorer:
-    """A still picture and, in a live notebook, the controls that take its place.
-
-    alt: what the picture shows, for those who do not see it. controls: None where none are live.
-    """
-
-    picture: Image.Image
-    alt: str
-    controls: ipywidgets.Widget | None
-
-    def _repr_mimebundle_(self, **_) -> dict[str, object]:
-        """What the notebook holds: a front end shows the controls if it can, else the picture."""
-        bundle = {"text/plain": self.alt, "image/png": _png(self.picture)}
-        if self.controls is not None:
-            bundle |= self.controls._repr_mimebundle_()
-        return bundle | {"text/plain": self.alt}
-
-
 def is_live() -> bool:
     """Whether someone looks at this notebook in a front end that can move controls."""
     return "ipykernel" in sys.modules and any(name in os.environ for name in LIVE_ENVIRONMENT)
 
 
 def explore_box(sample: Sample, box_format: BoxFormat, rewards: dict[str, Reward] | None = None,
-                height: int = 200) -> Explorer:
+                height: int = 200) -> Image.Image | ipywidgets.Widget:
     """Move a box with sliders and see its IoU and what each reward pays for it.
 
     sample: of a question with a target. rewards: by name; the image's and the box's by default.
@@ -69,35 +49,27 @@ def explore_box(sample: Sample, box_format: BoxFormat, rewards: dict[str, Reward
     if not sample.targets:
         raise ValueError(f"sample {sample.id} has no target; take one that has a box")
     rewards = rewards or {name: REWARDS[name] for name in ("image", "box")}
-    picture = stack([_draw_shifted(sample, overlap, box_format, rewards) for overlap in OVERLAPS],
-                    across=True)
-    alt = "The target's box and boxes shifted from it, with IoU and rewards of each"
     if not is_live():
-        return Explorer(picture, alt, None)
+        return stack([_draw_shifted(sample, overlap, box_format, rewards) for overlap in OVERLAPS],
+                     across=True)
     image, box = sample.targets[0]
-    width, image_height = sample.sizes[image - 1]
-    which = ipywidgets.Dropdown(options=range(1, len(sample.images) + 1), value=image,
-                                description="image")
-    across, down = (ipywidgets.IntRangeSlider(
-        value=(round(low), round(high)), max=limit, description=name, layout={"width": "420px"})
-        for name, low, high, limit in (("x1 to x2", box[0], box[2], width),
-                                       ("y1 to y2", box[1], box[3], image_height)))
+    width, tall = map(max, zip(*sample.sizes))
 
-    def show(image: int, across: tuple[int, int], down: tuple[int, int]) -> tuple[Image.Image, str]:
-        box = across[0], down[0], across[1], down[1]
-        reply = _reply_of(sample, image, box, box_format)
-        return draw_sample(sample, reply, box_format, height), ", ".join(
-            _score_lines(reply, sample, box_format, rewards))
+    def draw(image: int, across: tuple[int, int], down: tuple[int, int]) -> Image.Image:
+        reply = _reply_of(sample, image, (across[0], down[0], across[1], down[1]), box_format)
+        picture = draw_sample(sample, reply, box_format, height)
+        lines = _score_lines(reply, sample, box_format, rewards)
+        return stack([draw_text(", ".join(lines), picture.width), picture])
 
-    def set_limits(_: dict) -> None:
-        across.max, down.max = sample.sizes[which.value - 1]
-
-    which.observe(set_limits, "value")
-    return Explorer(picture, alt, _connect(show, image=which, across=across, down=down))
+    return _show_live(
+        draw, image=ipywidgets.Dropdown(options=range(1, len(sample.images) + 1), value=image),
+        across=ipywidgets.IntRangeSlider(value=(round(box[0]), round(box[2])), max=width),
+        down=ipywidgets.IntRangeSlider(value=(round(box[1]), round(box[3])), max=tall))
 
 
 def step_through(sample: Sample, replies: Sequence[str], box_format: BoxFormat,
-                 captions: Sequence[str] = (), height: int = 150) -> Explorer:
+                 captions: Sequence[str] = (),
+                 height: int = 150) -> Image.Image | ipywidgets.Widget:
     """Step through the replies to one question, each with its box on the images.
 
     captions: a few words to each reply, such as its reward and advantage. height: of the images,
@@ -109,17 +81,16 @@ def step_through(sample: Sample, replies: Sequence[str], box_format: BoxFormat,
                          "reply, and a caption for each or none")
     names = [f"reply {number}" + (f", {caption}" if caption else "")
              for number, caption in enumerate(captions or [""] * len(replies), 1)]
-    group = draw_group(sample, replies, box_format, height)
-    picture = stack([group, draw_text("\n".join(names), max(group.width, 400))])
-    pages = {name: partial(draw_replies, sample, {name: reply}, box_format, height)
-             for name, reply in zip(names, replies)}
-    return _leaf_through(pages, picture, f"{len(replies)} replies to one question, each with its "
-                                         "box on the images")
+    if not is_live():
+        group = draw_group(sample, replies, box_format, height)
+        return stack([group, draw_text("\n".join(names), max(group.width, 400))])
+    return _leaf_through({name: partial(draw_replies, sample, {name: reply}, box_format, height)
+                          for name, reply in zip(names, replies)})
 
 
 def browse_gallery(gallery: Sequence[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                   box_format: BoxFormat, height: int = 110) -> Explorer:
-    """Leaf through (kind, sample) pairs, as `report.pick_gallery` gives them.
+                   box_format: BoxFormat, height: int = 110) -> Image.Image | ipywidgets.Widget:
+    """Leaf through (kind, sample) pairs, as `report_gallery.pick_gallery` gives them.
 
     replies: per system, as it is to be called, by sample id. height: of the images, pixels. The
     still picture has the first sample of each kind. ValueError for an empty gallery.
@@ -132,45 +103,22 @@ def browse_gallery(gallery: Sequence[tuple[str, Sample]], replies: dict[str, dic
         page = draw_replies(sample, of_sample, box_format, height)
         return stack([draw_text(f"{sample.task}: {kind}", page.width), page])
 
-    first = {kind: sample for kind, sample in reversed(gallery)}
-    kinds = list(dict.fromkeys(kind for kind, _ in gallery))
-    pages = {f"{number}. {sample.task}: {kind}": partial(draw, kind, sample)
-             for number, (kind, sample) in enumerate(gallery, 1)}
-    picture = stack([draw(kind, first[kind]) for kind in kinds], gap=8)
-    return _leaf_through(pages, picture, f"One question of each kind ({', '.join(kinds)}) with the "
-                                         f"replies of {', '.join(replies)}")
-
-
-def _leaf_through(pages: dict[str, Callable[[], Image.Image]], picture: Image.Image,
-                  alt: str) -> Explorer:
-    """Pages to choose from by name, each drawn when it is looked at."""
     if not is_live():
-        return Explorer(picture, alt, None)
-    choice = ipywidgets.Dropdown(options=list(pages), layout={"width": "420px"})
-    return Explorer(picture, alt, _connect(lambda page: (pages[page](), ""), page=choice))
+        first = {kind: sample for kind, sample in reversed(gallery)}
+        kinds = dict.fromkeys(kind for kind, _ in gallery)
+        return stack([draw(kind, first[kind]) for kind in kinds], gap=8)
+    return _leaf_through({f"{number}. {sample.task}: {kind}": partial(draw, kind, sample)
+                          for number, (kind, sample) in enumerate(gallery, 1)})
 
 
-def _connect(show: Callable[..., tuple[Image.Image, str]],
-             **inputs: ipywidgets.Widget) -> ipywidgets.VBox:
-    """The inputs above what `show` draws and says for their values, drawn again at each change."""
-    # at its own size: a box stretches what it holds
-    size = ipywidgets.Layout(align_self="flex-start", max_width="100%")
-    canvas, text = ipywidgets.Image(format="png", layout=size), ipywidgets.Label()
-
-    def redraw(*_) -> None:
-        picture, text.value = show(**{name: item.value for name, item in inputs.items()})
-        canvas.value = _png(picture)
-
-    for item in inputs.values():
-        item.observe(redraw, "value")
-    redraw()
-    return ipywidgets.VBox([*inputs.values(), text, canvas])
+def _leaf_through(pages: dict[str, Callable[[], Image.Image]]) -> ipywidgets.Widget:
+    """Pages to choose from by name, each drawn when it is looked at."""
+    return _show_live(lambda page: pages[page](), page=list(pages))
 
 
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+def _show_live(draw: Callable[..., Image.Image], **controls) -> ipywidgets.Widget:
+    """The controls above what `draw` makes of their values, drawn again at each change."""
+    return ipywidgets.interactive(draw, {"auto_display": True}, **controls)
 
 
 def _reply_of(sample: Sample, image: int, box: Box, box_format: BoxFormat) -> str:

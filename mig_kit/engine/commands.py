@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import click
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.data.commands import orientation_option
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
+from mig_kit.pipeline.run_folders import list_runs
 
 
 def absolute_folder(model: str) -> str:
@@ -18,19 +18,26 @@ def absolute_folder(model: str) -> str:
 
 
 def find_model(model: str, coordinates: str | None, min_pixels: int | None,
-               max_pixels: int | None) -> RunModel:
+               max_pixels: int | None, server: str = "") -> RunModel:
     """What --model names, with the box format that it brings along.
 
     Options change the format of a folder or hub name, and a line says what is used. That of a run's
-    model is not changed.
+    model is not changed. With a server, a name that is of no run and of no model that the kit loads
+    becomes a ServedName; ValueError where --coordinates is then missing.
     """
     from mig_kit.engine import models
-    from mig_kit.engine.model_folders import check_model_folder
+    from mig_kit.engine.model_folders import (
+        FAMILIES,
+        ServedName,
+        check_model_folder,
+        read_model_type,
+    )
     from mig_kit.engine.processors import read_box_format
 
     options = {"coordinates": coordinates, "min_pixels": min_pixels, "max_pixels": max_pixels}
     options = {name: value for name, value in options.items() if value is not None}
-    run_model = find_run_model(model)
+    is_run = {model.partition("/")[0], Path(model).name} & list_runs()
+    run_model = find_run_model(model) if is_run or not server else None
     if run_model is not None:
         for name, value in options.items():
             if value != (own := getattr(run_model.box_format, name)):
@@ -38,6 +45,15 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
                                  f"--{name.replace('_', '-')} out, or name the model's folder")
         return run_model
     folder = models.resolve_model(absolute_folder(model))
+    if server and read_model_type(folder) not in FAMILIES:
+        if coordinates is None:
+            raise ValueError(f"only the server knows the model {model}; say with --coordinates how "
+                             "it writes boxes: normalized_1000, or absolute for pixels of the "
+                             "image that is sent")
+        box_format = BoxFormat(**options)
+        click.echo(f"{model} is asked through its server alone, with {box_format.description}: "
+                   "its prompts are not compared with the kit's", err=True)
+        return RunModel(ServedName(folder), box_format, {})
     check_model_folder(folder)
     own = read_box_format(folder)
     box_format = replace(own, **options)
@@ -53,7 +69,8 @@ def model_options(command):
     options = [
         click.option("--model", required=True,
                      help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny, or a "
-                          "folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL."),
+                          "folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL; with "
+                          "--server also another model's name there."),
         click.option("--coordinates", type=click.Choice(["absolute", "normalized_1000"]),
                      help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
                           "(Qwen2-VL, Qwen3-VL); the model's own if left out."),
@@ -102,10 +119,14 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     _check_words(suite, file, images, adapter, four_bit)
     from mig_kit.engine import models  # seconds, which wrong words need not wait for
+    from mig_kit.engine.model_folders import ServedName
     from mig_kit.stages import eval_model
 
     others = {str(folder): eval_model.read_result(folder) for folder in compare}
-    run_model = find_model(model, coordinates, min_pixels, max_pixels)
+    run_model = find_model(model, coordinates, min_pixels, max_pixels, params["server"])
+    if adapter and isinstance(run_model.folder, ServedName):
+        raise ValueError("--adapter is merged into a model that the kit loads; have the server "
+                         "load it, and give --model the adapter's name there")
     chosen = {name: value for name, value in params.items() if value is not None}
     of_run = {name: value for name, value in run_model.evaluation.items()
               if name in eval_model.DEFAULTS}
@@ -150,18 +171,17 @@ def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Pa
 @click.option("--out", default="grounded.png", show_default=True,
               help="Where the image with the box goes.")
 @click.option("--max-new-tokens", default=256, show_default=True)
-@orientation_option
 @click.argument("question")
 def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_new_tokens: int,
            coordinates: str | None, min_pixels: int | None, max_pixels: int | None,
-           orientation: str, question: str) -> None:
+           question: str) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
     from mig_kit.image_files import BadImage, open_rgb
 
     opened = []
     for path in images:
         try:
-            opened.append(open_rgb(Path(path), orientation))
+            opened.append(open_rgb(Path(path)))
         except BadImage as error:
             raise ValueError(f"--image {path}: {error}") from error
 

@@ -3,6 +3,7 @@
 Small pieces are read from a model's files; no model is loaded.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -40,20 +41,20 @@ def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
     lora_targets: a key of ADAPTED_PROJECTIONS.
     """
     tensors = locate_tensors(base)
-    ending = f"layers.0.{_projection_path(lora_targets)}.weight"
-    name = next(name for name in tensors if name.endswith(ending))
-    return read_tensor(tensors, name).float()
+    name = _first_projection([name.removesuffix(".weight") for name in tensors], lora_targets)
+    return read_tensor(tensors, f"{name}.weight").float()
 
 
 def read_adapter(adapter: Path,
                  lora_targets: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(A, B, alpha / r * B A) that an adapter has for the matrix of `read_projection`; float32."""
     modules = read_lora(adapter)
-    ending = f"layers.0.{_projection_path(lora_targets)}"
-    a, b, scale = next(matrices for name, matrices in modules.items() if name.endswith(ending))
+    a, b, scale = modules[_first_projection(modules, lora_targets)]
     return a.float(), b.float(), compute_delta(a, b, scale, "cpu")
 
 
-def _projection_path(lora_targets: str) -> str:
-    projection = ADAPTED_PROJECTIONS[lora_targets][0]
-    return f"{'self_attn' if projection == 'q_proj' else 'mlp'}.{projection}"
+def _first_projection(names: Iterable[str], lora_targets: str) -> str:
+    """The name of the first adapted projection that the language model's first layer has."""
+    in_first_layer = [name for name in names if "layers.0." in name]
+    return next(name for projection in ADAPTED_PROJECTIONS[lora_targets]
+                for name in in_first_layer if name.endswith(f".{projection}"))

@@ -6,6 +6,7 @@ its adapter and written. The peak is a shard and a few copies of the largest ten
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -53,8 +54,8 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    shards = plan_shards(model, hardware.dtype)
     source = locate_tensors(base)
+    shards = plan_shards(model, hardware.dtype, source)
     total = 0
     for number, names in enumerate(shards, 1):
         shard = {}
@@ -122,22 +123,26 @@ def read_lora(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, floa
             for module, prefix in modules.items()}
 
 
-def plan_shards(model: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, str]]:
+def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
+                source: Collection[str] = ()) -> list[dict[str, str]]:
     """Shards of at most SHARD_BYTES, each name in the file -> name in the model.
 
-    model: its tensors may be on the meta device. A tied head is not in the file.
+    model: its tensors may be on the meta device. A tied head is not in the file. source: names in
+    the base's files; experts that are one tensor there stay one.
     """
     is_tied = model.config.tie_word_embeddings
     shards, size = [{}], 0
     for name, tensor in model.state_dict().items():
         if is_tied and name == "lm_head.weight":
             continue
-        (saved_name,) = revert_weight_conversion(model, {name: tensor})
+        saved_names = list(revert_weight_conversion(model, {name: tensor}))
+        if len(saved_names) > 1 and name in source:
+            saved_names = [name]
         size += tensor.numel() * dtype.itemsize
         if size > SHARD_BYTES and shards[-1]:
             shards.append({})
             size = tensor.numel() * dtype.itemsize
-        shards[-1][saved_name] = name
+        shards[-1] |= dict.fromkeys(saved_names, name)
     return shards
 
 

@@ -11,7 +11,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.utils import cached_file
 
@@ -20,6 +23,9 @@ FAMILIES = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
+    "qwen3_5": Qwen3_5ForConditionalGeneration,
+    "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
 }
 
 # Files of a model folder that training does not change; a saved model keeps its base's.
@@ -36,6 +42,16 @@ UNCHANGED_FILES = (
     "video_preprocessor_config.json",
 )
 VisionLanguageModel = PreTrainedModel  # of one of FAMILIES
+# model_type -> name of the class of its processor
+PROCESSORS = dict.fromkeys(FAMILIES, "Qwen3VLProcessor") | {
+    "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
+
+
+class ServedName(str):
+    """What a server calls a model that the kit cannot load: of another family, or on no disk here.
+
+    Where a folder or hub name is taken, it says that no processor is to be read.
+    """
 
 
 def find_file(model: str | Path, name: str) -> Path | None:
@@ -60,9 +76,18 @@ def copy_unchanged_files(base: str | Path, folder: Path) -> None:
             shutil.copyfile(path, Path(folder) / name)
 
 
+def read_model_type(model: str | Path) -> str:
+    """The model_type that config.json of a folder or hub name states; "" where there is none."""
+    try:
+        path = find_file(model, "config.json")
+        return str(json.loads(path.read_text()).get("model_type", "")) if path else ""
+    except (OSError, ValueError, AttributeError):  # no name of the hub, or no configuration
+        return ""
+
+
 def check_model_folder(model: str | Path) -> None:
-    """Raise FileNotFoundError with one sentence when a local folder lacks what loading needs; hub
-    names pass.
+    """Raise FileNotFoundError with one sentence when a local folder lacks what loading needs,
+    ValueError when it is of none of FAMILIES; hub names pass.
     """
     path = Path(model)
     if not path.exists():
@@ -79,6 +104,7 @@ def check_model_folder(model: str | Path) -> None:
         raise FileNotFoundError(f"{model} holds an adapter, not a model; merge it into its base "
                                 f"first (stage 03), or ask: mig-kit eval --model {base} --adapter "
                                 f"{model} (and --four-bit if 4-bit weights were under it)")
+    _refuse_other_family(path)
     if not any(name.endswith(".safetensors") for name in names):
         raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are "
                                 "loaded, so convert them")
@@ -99,12 +125,22 @@ def check_model_folder(model: str | Path) -> None:
                                     "was made from")
 
 
+def _refuse_other_family(model: str | Path) -> None:
+    family = read_model_type(model)
+    if family and family not in FAMILIES:
+        raise ValueError(f"{model} is a {family}; the kit loads {', '.join(FAMILIES)}; any other "
+                         "model answers through a server (mig-kit eval --model NAME --server URL "
+                         "--coordinates normalized_1000 or absolute), and mig-kit score judges "
+                         "the replies that it has given to a benchmark")
+
+
 def load_config(model: str | Path):
     """The configuration of a folder or hub name.
 
     ValueError unless its model_type is one of FAMILIES and its weights are full; FileNotFoundError
     where there is no such folder and the hub gives none.
     """
+    _refuse_other_family(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
@@ -115,10 +151,6 @@ def load_config(model: str | Path):
         raise FileNotFoundError(
             f"there is no folder {model}, and the hub gave no model of this name ({cause}); "
             "give a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct") from error
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"{model} is a {config.model_type}; the kit loads {', '.join(FAMILIES)}, "
-                         "and mig-kit score judges the replies that any other model has given to "
-                         "a benchmark")
     if "quantization_config" in config.to_dict():
         raise ValueError(f"{model} holds quantised weights, which are neither what training saw "
                          "nor what a merge gives; give the full weights (stage 03 writes them)")

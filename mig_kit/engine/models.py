@@ -1,11 +1,12 @@
 """Models and processors: loading, checking and saving.
 
 One place decides device, dtype and attention, and says why. Every Qwen2.5-VL folder or hub name
-loads here, the shipped tiny base like the 7B, and so do Qwen2-VL and (dense) Qwen3-VL, which write
+loads here, the shipped tiny base like the 7B, and so do Qwen2-VL, Qwen3-VL and Qwen3.5, which write
 boxes in 0 to 1000. Only safetensors are read, and no code that a model folder carries is ever run.
 """
 
-from collections.abc import Collection
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
@@ -39,10 +40,12 @@ TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
 
 # LoRA goes on projections of the language model and nowhere else. A list of names such as
 # "gate_proj" would also land in the vision tower, whose MLP uses the same names, hence regular
-# expressions over full module paths.
+# expressions over full module paths. in_proj_* and out_proj are those of linear attention, whose
+# in_proj_a and in_proj_b have as few outputs as heads. Fused experts get no adapter.
+_MIXERS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
 ADAPTED_PROJECTIONS = {
-    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all": (*_MIXERS, "gate_proj", "up_proj", "down_proj"),
+    "attention": _MIXERS,
     "gate_up": ("gate_proj", "up_proj"),
 }
 LORA_TARGETS = {name: rf".*language_model\..*\.({'|'.join(projections)})"
@@ -203,10 +206,14 @@ def load_model(model: str | Path, hardware: Hardware,
                four_bit: bool = False) -> VisionLanguageModel:
     """A model of one of FAMILIES from a folder or hub name, in eval mode, on hardware.device.
 
-    four_bit: NF4 with double quantisation; the vision tower and the head stay in hardware.dtype.
+    four_bit: NF4 with double quantisation; the vision tower and the head stay in hardware.dtype,
+    and so do fused experts, with a warning.
     """
     check_model_folder(model)
     config, quantization = load_config(model), None
+    if four_bit and config.model_type.endswith("_moe"):
+        warnings.warn(f"the experts of {model} stay in {hardware.dtype}: bitsandbytes quantises "
+                      "single matrices alone; provide the memory of the full model", stacklevel=2)
     if four_bit:
         bf16_products = hardware.autocast or hardware.dtype == torch.bfloat16
         quantization = BitsAndBytesConfig(
@@ -264,23 +271,17 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
     """
     names = list_adapted_modules(model)
     outside = [name for name in names if "language_model" not in name]
-    per_layer = count_adapted_projections(model.peft_config["default"].target_modules)
-    layers = sum(name.endswith(".self_attn") and "language_model" in name
-                 for name, _ in model.named_modules())
+    targets = model.peft_config["default"].target_modules
+    if not isinstance(targets, str):
+        targets = LORA_TARGETS["all"]
+    expected = sum(re.fullmatch(targets, name) is not None for name, _ in model.named_modules())
     if outside:
         raise ValueError(f"LoRA landed outside the language model ({outside[0]}); "
                          "use models.LORA_TARGETS")
-    if len(names) != per_layer * layers:
-        raise ValueError(f"LoRA is on {len(names)} projections, expected {per_layer * layers}; "
+    if len(names) != expected:
+        raise ValueError(f"LoRA is on {len(names)} projections, expected {expected}; "
                          "use models.LORA_TARGETS")
     return names
-
-
-def count_adapted_projections(target_modules: str | Collection[str]) -> int:
-    """Projections of a layer that carry an adapter of one of LORA_TARGETS; of all for another."""
-    name = next((name for name, targets in LORA_TARGETS.items() if targets == target_modules),
-                "all")
-    return len(ADAPTED_PROJECTIONS[name])
 
 
 def save_model(model, processor: StillImageProcessor, folder: Path, base: str | Path) -> None:

@@ -59,8 +59,7 @@ def draw_group(trainer: RecipeTrainer) -> tuple[list[str], dict[str, torch.Tenso
     batch = {"prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids),
              "completion_ids": completion_ids, "completion_mask": completion_mask,
              "num_items_in_batch": completion_mask.sum()}
-    decode = trainer.processing_class.tokenizer.batch_decode
-    return decode(completions, skip_special_tokens=True), batch
+    return trainer.processing_class.batch_decode(completions, skip_special_tokens=True), batch
 
 
 def token_logps(trainer: RecipeTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -4,7 +4,9 @@ model sees.
 
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
@@ -19,12 +21,12 @@ from transformers.processing_utils import ProcessorMixin
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
 from mig_kit.engine.model_folders import (
-    FAMILIES,
+    PROCESSORS,
     check_model_folder,
     find_file,
     load_config,
 )
-from mig_kit.prompts import chat_messages
+from mig_kit.prompts import chat_messages, parse_reply
 from mig_kit.sample import Sample
 
 SETTINGS_FILE = "mig_kit.json"  # of a model folder: what its other files have no place for
@@ -57,13 +59,70 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         """The two parts this processor is made of."""
         return ["image_processor", "tokenizer"]
 
+    @cached_property
+    def opened_tag(self) -> str:
+        """The "<think>", with what follows it, that the chat template has opened at the end of a
+        prompt, so that the model writes the closing tag alone; "" where it opens none.
+
+        A template that closes the block as well (Qwen3.5 with thinking off) opens none: the reply
+        is what follows, and the kit's instruction asks it for a block of its own.
+        """
+        messages = [{"role": "user", "content": [{"type": "text", "text": "Where is it?"}]}]
+        texts = [_fill_template(self, messages, asks_reply) for asks_reply in (False, True)]
+        _, tag, rest = texts[1][len(os.path.commonprefix(texts)):].partition("<think>")
+        return "" if "</think>" in rest else tag + rest
+
+    def batch_decode(self, *args, **kwargs) -> list[str]:
+        """Completions as replies: what the prompt has opened, then what was generated.
+
+        Takes what the tokenizer's method takes. The kit and TRL read all completions here.
+        """
+        return [self.opened_tag + text for text in super().batch_decode(*args, **kwargs)]
+
+    def cut_opened(self, reply: str) -> str:
+        """What a model has to write after its prompt for this to be its reply.
+
+        A reply without reasoning first closes what the prompt has opened.
+        """
+        if reply.startswith(self.opened_tag):
+            return reply.removeprefix(self.opened_tag)
+        _, tag, rest = reply.partition("<think>")
+        return rest.lstrip() if tag else f"</think>{reply}"
+
+    def tokenize_replies(self, replies: Sequence[str]) -> list[list[int]]:
+        """The token ids with which a model writes each reply after its prompt, without an end."""
+        texts = [self.cut_opened(reply) for reply in replies]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As transformers' method, but a text that ends with a reply starts with the prompt that
+        asks for this reply, and keeps its reasoning.
+
+        Some templates leave the reasoning out, or write a tag that the prompt has written: SFT
+        would then learn what is never to follow the prompt.
+        """
+        text = super().apply_chat_template(conversation, *args, **kwargs)
+        is_continued = kwargs.get("continue_final_message")
+        if not isinstance(text, str) or conversation[-1]["role"] != "assistant" or is_continued:
+            return text
+        content = conversation[-1]["content"]
+        reply = content if isinstance(content, str) else "".join(
+            part["text"] for part in content)
+        asking = kwargs | {"add_generation_prompt": True}
+        prompt = super().apply_chat_template(conversation[:-1], *args, **asking)
+        if text.startswith(prompt) and parse_reply(reply).thinking in text[len(prompt):]:
+            return text
+        last = conversation[-1] | {"content": [{"type": "text", "text": "It is there."}]}
+        plain = super().apply_chat_template([*conversation[:-1], last], *args, **kwargs)
+        return prompt + self.cut_opened(reply) + plain.rpartition("It is there.")[2]
+
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
         """Write tokenizer, chat template and image settings; the trainers call it at checkpoints.
 
         Raises ValueError for push_to_hub.
         """
         if push_to_hub:
-            raise ValueError("the trainers send nothing to the Hub; use: mig-kit push")
+            raise ValueError("the trainers send nothing to the Hub; use: hf upload")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
@@ -116,7 +175,7 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
         model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
     processor = StillImageProcessor(
         images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
-        stock_class=FAMILIES[family].__name__.replace("ForConditionalGeneration", "Processor"),
+        stock_class=PROCESSORS[family],
         coordinates=box_format.coordinates)
     check_chat_template(processor, box_format, model)
     check_probe_images(processor, box_format, model)
@@ -205,10 +264,12 @@ def render_prompt(processor: StillImageProcessor, sample: Sample, box_format: Bo
     return text
 
 
-def _fill_template(processor: StillImageProcessor, messages: list[dict]) -> str:
-    """The prompt that asks for a reply to the messages; ValueError for a template that fails."""
+def _fill_template(processor: StillImageProcessor, messages: list[dict],
+                   asks_reply: bool = True) -> str:
+    """The messages as text that asks for a reply, or not; ValueError for a template that fails."""
     try:
-        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return processor.apply_chat_template(messages, add_generation_prompt=asks_reply,
+                                             tokenize=False)
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError) as error:
         raise ValueError(
             f"the chat template fails with {type(error).__name__}: {error}; copy "

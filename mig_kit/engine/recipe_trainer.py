@@ -34,8 +34,10 @@ def group_advantages(reward: torch.Tensor, group: int,
     return centred / (std + 1e-4), group_std
 
 
-class _Resumable(KeepAdapterDtype):
-    """Mixin: goes on in any pass over the prompts as if nobody had interrupted it."""
+class _ResumableOrder(KeepAdapterDtype):
+    """Mixin: prompts come in the same order after a kill, in any pass over them. All else that a
+    resumed training needs is in `training.train_or_resume`.
+    """
 
     def _get_train_sampler(self, dataset=None):
         stock = super()._get_train_sampler(dataset)
@@ -43,12 +45,12 @@ class _Resumable(KeepAdapterDtype):
                                   stock.repeat_count, stock.shuffle, stock.seed)
 
 
-class ResumableGRPOTrainer(_Resumable, GRPOTrainer):
+class ResumableGRPOTrainer(_ResumableOrder, GRPOTrainer):
     """Stock TRL, resumable."""
 
 
-class RecipeTrainer(_Resumable, SharedPrefixGRPOTrainer):
-    """The shared-prefix trainer of the recipe.
+class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
+    """The shared-prefix trainer of the recipe. The loss itself is TRL's `_compute_loss`.
 
     samples: what the key "sample" of a prompt's first message points into. box_format: how the
     model sees images. autocast: bfloat16 products over float32 weights. served: draws the

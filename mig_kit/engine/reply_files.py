@@ -68,7 +68,7 @@ def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperat
         policy.model.eval(), policy.processor, prompts, count,
         SamplingOptions(temperature, max_new_tokens=max_new_tokens), uniforms,
         policy.hardware.autocast)
-    return [policy.processor.tokenizer.batch_decode(rollout, skip_special_tokens=True)
+    return [policy.processor.batch_decode(rollout, skip_special_tokens=True)
             for rollout in rollouts]
 
 
@@ -123,7 +123,7 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
                 name = ids[index]
                 if name not in is_stored:
                     with one_at_a_time:
-                        texts = policy.processor.tokenizer.batch_decode(
+                        texts = policy.processor.batch_decode(
                             completions, skip_special_tokens=True)
                     file.write(json.dumps({"id": name, "replies": texts}) + "\n")
                     is_stored.add(name)

@@ -67,7 +67,7 @@ class KeepRollouts(TrainerCallback):
             model, self.policy.processor, self.cache.get(list(self.samples.values())), REPLIES,
             self.sampling, self.uniforms, self.policy.hardware.autocast)
         model.train(was_training)
-        decode = self.policy.processor.tokenizer.batch_decode
+        decode = self.policy.processor.batch_decode
         rows = [row for row in load_rollouts(self.folder) if row["step"] < step]
         for (index, sample), completions in zip(self.samples.items(), rollouts):
             rows += [{"step": step, "prompt": index, **self.describe(reply, sample)}

@@ -65,10 +65,10 @@ def reply_logps(model, processor: StillImageProcessor, samples: list[Sample], re
 @torch.no_grad()
 def _reply_logps(model, processor: StillImageProcessor, samples: list[Sample], replies: list[str],
                  box_format: BoxFormat) -> torch.Tensor:
-    device, tokenizer = unwrap_peft(model).device, processor.tokenizer
+    device = unwrap_peft(model).device
     prompts = SampleCache(model, processor, box_format).get(samples)
-    encoded = tokenizer(replies, add_special_tokens=False)["input_ids"]
-    completions = [torch.tensor([*row, tokenizer.eos_token_id]) for row in encoded]
+    completions = [torch.tensor([*row, processor.tokenizer.eos_token_id])
+                   for row in processor.tokenize_replies(replies)]
     longest = max(map(len, completions))
     ids = pad_rows(completions, longest).to(device)
     mask = pad_rows([torch.ones_like(row) for row in completions], longest).to(device)

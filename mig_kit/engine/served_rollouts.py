@@ -3,28 +3,44 @@
 Once per update the adapter is saved and loaded by the servers under a new name. They compute in
 other numbers than the learner, so every reply brings the log-probabilities with which it was drawn,
 and TRL weights the loss by their ratio to the learner's own.
+
+Servers have been seen that load an adapter and answer without it, and others that kept old weights.
+Neither is an error to them, and the loss goes on. So a canary, an adapter that no model can
+overlook, is tried first, and a ratio that stays far from 1 ends the training.
 """
 
 import shutil
+from collections import deque
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import apply_umask, file_sha256
-from mig_kit.engine.server import Question, ServedModel, serve_model
+from mig_kit.engine.server import Question, ServedModel, Server, serve_model
+from mig_kit.engine.server_requests import ServedReply
 from mig_kit.openai_client import RequestFailed
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions
 from mig_kit.shared_prefix.prompt_cache import Prompt
 
 SERVED_ADAPTERS = "served"  # folder of the adapters that servers load, beside the checkpoints
+RATIO = "sampling/importance_sampling_ratio/mean"  # TRL's name
 SAMPLING_CURVES = {
-    "sampling/importance_sampling_ratio/mean": "ratio", "sampling/staleness": "staleness",
-    "sampling/adapter_version": "adapter"}
+    RATIO: "ratio", "sampling/staleness": "staleness", "sampling/adapter_version": "adapter"}
+# Within it lies the mean of RATIO that a sound server has: 0.985 to 1.023 over a training in
+# float32; rounding to 16 bits moves single replies both ways. A server with old weights writes what
+# the learner would not write any more, so that its mean falls towards 0.
+RATIO_BAND = (0.5, 2.0)
+CANARY_STD = 0.5  # of B; with A as it is drawn, an adapted layer's change exceeds its output
+LEAST_CHANGE = 0.05  # nats by which the canary must move the first token
 
 
 class ServedRollouts:
@@ -50,6 +66,7 @@ class ServedRollouts:
         """
         if self.served is None:
             self._open(trainer.accelerator)
+            self._try_canary(trainer, Question(samples[0], 1, prompts[0].ids.tolist()))
         if self.version != trainer.state.global_step + 1:
             self._sync(trainer)
         questions = [Question(sample, group, prompt.ids.tolist())
@@ -103,6 +120,48 @@ class ServedRollouts:
         self.adapter = broadcast_object_list([name])[0]
         self.served.name, self.version = self.adapter, version
 
+    def _try_canary(self, trainer, question: Question) -> None:
+        """Raise RuntimeError if an adapter with large weights changes nothing at a server.
+
+        `_sync` unloads the canary with the first adapter that it loads.
+        """
+        if not trainer.accelerator.is_main_process:
+            return
+        folder = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary"
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(0)
+        weights = {name: CANARY_STD * torch.randn(value.shape, generator=generator).to(value.dtype)
+                   if "lora_B" in name else value for name, value in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+        apply_umask(folder)
+        self.adapter = f"{folder.name}-{file_sha256(file)[:8]}"
+        self._load(self.adapter, folder.resolve(), "")
+        for server in self.served.servers:
+            without, with_canary = (self._first_token(server, name, question)
+                                    for name in (self.served.name, self.adapter))
+            if not server.is_alive:
+                continue
+            change = abs(with_canary.logps[0] - without.logps[0])
+            if with_canary.ids == without.ids and change < LEAST_CHANGE:
+                raise RuntimeError(
+                    f"the server {server.url} takes adapters and ignores them: one with large "
+                    f"weights moved the log-probability of a token by {change:.1g}; its engine has "
+                    "no adapters for this model, so take another version of it, or leave server "
+                    "empty")
+
+    def _first_token(self, server: Server, name: str, question: Question) -> ServedReply | None:
+        """The likeliest first token of a reply that `server` draws as model `name`; None if it has
+        died.
+        """
+        served = replace(self.served, name=name, servers=[server], concurrency=1)
+        sampling = SamplingOptions(temperature=0.0, max_new_tokens=1)
+        try:
+            return next(served.ask([question], sampling, with_logps=True))[1][0]
+        except RuntimeError:
+            if server.is_alive:
+                raise
+            return None
+
     def _load(self, name: str, path: Path, before: str) -> None:
         """Load an adapter at every server, and unload the one before.
 
@@ -128,3 +187,28 @@ class ServedRollouts:
         return (f"the server {url} does not take the adapter {name} ({failure}); vLLM needs "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, --enable-lora, "
                 f"--max-lora-rank {self.params.lora_r} or more and this machine's disk")
+
+
+class StopIfServerIsStale(TrainerCallback):
+    """Ends a training whose mean ratio of learner to server was outside of RATIO_BAND in the last
+    `patience` updates that drew replies; checkpoints stay.
+    """
+
+    def __init__(self, patience: int = 3):
+        self.ratios: deque[float] = deque(maxlen=patience)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Raise RuntimeError with one sentence, or do nothing."""
+        if not logs or RATIO not in logs:  # learns again from the same replies, or no correction
+            return
+        self.ratios.append(logs[RATIO])
+        low, high = RATIO_BAND
+        if len(self.ratios) < self.ratios.maxlen or any(low <= r <= high for r in self.ratios):
+            return
+        listed = ", ".join(f"{ratio:.2g}" for ratio in self.ratios)
+        raise RuntimeError(
+            f"the mean ratio of the learner's to the server's probability of a reply was {listed} "
+            f"in the last updates, outside of {low:g} to {high:g}: the server draws with other "
+            "weights, or tells other log-probabilities (vLLM needs --logprobs-mode "
+            "processed_logprobs); start it again, then the stage, which goes on from its last "
+            "checkpoint")

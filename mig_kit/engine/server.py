@@ -15,7 +15,7 @@ from typing import NamedTuple
 from transformers import GenerationConfig
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.model_folders import load_config
+from mig_kit.engine.model_folders import ServedName, load_config
 from mig_kit.engine.processors import load_processor
 from mig_kit.engine.server_process import ServerProcess, is_ready
 from mig_kit.engine.server_requests import (
@@ -40,6 +40,7 @@ ATTEMPTS = 5  # of one request at servers that live
 RETRY_DELAY = 0.5  # seconds per attempt made
 CHECKED_PROMPTS = 8  # of every server, whose ids are compared where none are known
 REFUSED_FIELDS = (400, 422)
+LISTED_MODELS = 12  # of a server, in a sentence
 SET_KEY = f"set the environment variable {KEY_VARIABLE}"
 START = "start it first, or take it out of server"
 REMEDIES = {401: SET_KEY, 403: SET_KEY, 404: "end its address in /v1"}  # by status
@@ -47,7 +48,7 @@ REMEDIES = {401: SET_KEY, 403: SET_KEY, 404: "end its address in /v1"}  # by sta
 
 @dataclass
 class Server:
-    """One server. form: the fields that it takes, 0 all, 1 OpenAI's own, 2 those without `n`."""
+    """One server. form: the fields that it takes, an index of FIELDS_OF_FORM."""
 
     url: str
     connection: Connection
@@ -106,7 +107,7 @@ class ServedModel:
             form, with_logps = server.form, "logprobs" in fields
             try:
                 answer, _ = server.connection.chat(
-                    {name: body[name] for name in FIELDS_OF_FORM[form] or body})
+                    {name: body[name] for name in FIELDS_OF_FORM[form] or body if name in body})
             except RequestFailed as failure:
                 self._handle_failure(server, form, failure, with_logps)
                 attempts += server.is_alive
@@ -151,9 +152,13 @@ class ServedModel:
         asking again makes no sense.
         """
         is_first = server.form > form or not server.answers
+        last_form = 2 if self.encoder.processor else 3
         if failure.is_temporary:
             self._leave_out_if_dead(server, failure)
-        elif failure.status in REFUSED_FIELDS and is_first and form < 2 and not with_logps:
+        elif failure.status in REFUSED_FIELDS and is_first and form < last_form and not with_logps:
+            if form == server.form == 2:
+                print(f"the server {server.url} refuses temperature and top_p, and draws with its "
+                      f"own: {failure}", flush=True)
             server.form = max(server.form, form + 1)
         else:
             remedy = REMEDIES.get(failure.status, "this request is not one that it takes")
@@ -198,21 +203,25 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
                 box_format: BoxFormat, log: Path) -> Iterator[ServedModel]:
     """A model on servers; a server that the stage starts ends with the context.
 
-    server: addresses or a command, see `parse_server`. system: a name by which a server may serve
-    the model, beside its folder's. Raises ValueError or RuntimeError before anything is drawn.
+    server: addresses or a command, see `parse_server`. model: a folder, a hub name or a ServedName.
+    system: a name by which a server may serve the model, beside its folder's. Raises ValueError or
+    RuntimeError before anything is drawn.
     """
     key, urls = read_api_key(), parse_server(server)
-    processor = load_processor(model, box_format)
-    ends = end_token_ids(_load_generation_config(model), processor)
-    encoder = PromptEncoder(processor, box_format, ends)
+    encoder = PromptEncoder(None, box_format, [])
+    if not isinstance(model, ServedName):
+        processor = load_processor(model, box_format)
+        ends = end_token_ids(_load_generation_config(model), processor)
+        encoder = PromptEncoder(processor, box_format, ends)
     with ExitStack() as stack:
         process = None
         if not urls:
             process = stack.enter_context(closing(ServerProcess(server, model, log)))
             process.wait_until_ready()
             urls = [process.url]
-        servers = [Server(url, stack.enter_context(closing(Connection(url, key, TIMEOUT))))
-                   for url in urls]
+        form = 0 if encoder.processor else 1
+        servers = [Server(url, stack.enter_context(closing(Connection(url, key, TIMEOUT))),
+                          form=form) for url in urls]
         names = (str(model), str(Path(model).resolve()), system)
         name = _find_served_name(servers, names, is_own=process is not None)
         chosen = [server for server in servers if name in server.models]
@@ -241,9 +250,10 @@ def _find_served_name(servers: list[Server], names: tuple[str, ...], is_own: boo
     for failure in failures:
         print(f"{failure}; it is left out", flush=True)
     if name is None:
-        listed = ", ".join(sorted(served)) or "models that it does not list"
+        listed = ", ".join(sorted(served)[:LISTED_MODELS]) or "models that it does not list"
+        others = f" and {len(served) - LISTED_MODELS} more" if len(served) > LISTED_MODELS else ""
         raise RuntimeError(
-            f"no server serves the model {names[0]}, but only {listed}; start "
-            f"one with this folder, or with --served-model-name {names[-1]} where it has another "
-            "path, or give a command with {model} and {port}")
+            f"no server serves the model {names[0]}, but only {listed}{others}; use one of these "
+            f"names, start a server with this folder, or with --served-model-name {names[-1]} "
+            "where it has another path, or give a command with {model} and {port}")
     return name

@@ -18,10 +18,12 @@ from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, forbidden_token_ids
 
+FACTOR = 28  # images whose sides absolute boxes count are multiples of it, see boxes.smart_resize
 FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
-# a server that refuses some fields is asked with fewer: all, OpenAI's own, those without `n`
+# a server that refuses some fields is asked with fewer: all, OpenAI's own, those without `n`; one
+# that holds a model which the kit cannot load, at last with those of OpenAI's reasoning models
 WITHOUT_N = ("model", "messages", "temperature", "top_p", "max_tokens", "logit_bias")
-FIELDS_OF_FORM = ((), (*WITHOUT_N, "n"), WITHOUT_N)
+FIELDS_OF_FORM = ((), (*WITHOUT_N, "n"), WITHOUT_N, ("model", "messages", "max_completion_tokens"))
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class ServedReply:
 class PromptEncoder:
     """Prompts as a server takes them, and as the kit reads them.
 
-    end_tokens: every token that ends a reply. Threads may share it.
+    processor: None for a model that the kit cannot load; its prompts cannot be compared, and it is
+    asked with OpenAI's fields alone. end_tokens: every token that ends a reply. Threads may share
+    it.
     """
 
-    processor: StillImageProcessor
+    processor: StillImageProcessor | None
     box_format: BoxFormat
     end_tokens: list[int]
 
@@ -60,15 +64,19 @@ class PromptEncoder:
         return messages
 
     def _image_part(self, image: Image.Image) -> dict:
-        processor = self.processor.image_processor
-        image, size = image.convert("RGB"), seen_size(
-            image.size, self.box_format, processor.patch_size * processor.merge_size)
+        factor, resample = FACTOR, Image.Resampling.BICUBIC
+        if self.processor:
+            images = self.processor.image_processor
+            factor, resample = images.patch_size * images.merge_size, images.resample
+        image, size = image.convert("RGB"), seen_size(image.size, self.box_format, factor)
         if image.size != size:
-            image = image.resize(size, processor.resample)
+            image = image.resize(size, resample)
         return {"type": "image_url", "image_url": {"url": to_data_url(image, compress_level=1)}}
 
-    def prompt_ids(self, sample: Sample) -> list[int]:
-        """The kit's own token ids of the sample's prompt, without a model."""
+    def prompt_ids(self, sample: Sample) -> list[int] | None:
+        """The kit's own token ids of the sample's prompt; None without a processor."""
+        if self.processor is None:
+            return None
         text = render_prompt(self.processor, sample, self.box_format)
         with self.tokenizer_lock:
             inputs = self.processor(text=[text], images=list(sample.images) or None)
@@ -77,10 +85,14 @@ class PromptEncoder:
     def decode(self, ids: list[int]) -> str:
         """Token ids as the text that the kit's own loop gives."""
         with self.tokenizer_lock:
-            return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+            return self.processor.batch_decode([ids], skip_special_tokens=True)[0]
 
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
         """The fields of a request that say how to draw; logps: of processed logits."""
+        if self.processor is None:
+            return {"temperature": sampling.temperature, "top_p": sampling.top_p,
+                    "max_tokens": sampling.max_new_tokens,
+                    "max_completion_tokens": sampling.max_new_tokens}
         bias = {str(token): FORBIDDEN_BIAS for token in forbidden_token_ids(self.processor)}
         fields = {
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0,
@@ -101,8 +113,8 @@ class PromptEncoder:
             raise ValueError("an answer that is no complete chat completion") from error
 
     def _parse_choice(self, choice: dict, with_logps: bool) -> ServedReply:
-        ids, content = choice.get("token_ids"), choice["message"]["content"]
-        text = self.decode(ids) if ids else content
+        ids = choice.get("token_ids") if self.processor else None
+        text = self.decode(ids) if ids else self._join_message(choice["message"])
         if not isinstance(text, str):
             raise ValueError("an answer without a text")
         if not with_logps:
@@ -114,6 +126,22 @@ class PromptEncoder:
         if len(logps) != len(ids):
             raise ValueError(f"{len(ids)} tokens with {len(logps)} log-probabilities")
         return ServedReply(text, ids, logps)
+
+
+    def _join_message(self, message: dict) -> str | None:
+        """The reply whole: a server with a reasoning parser tells the reasoning apart, and one
+        without it tells only what the model wrote after an opened <think>.
+        """
+        content = message["content"]
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if reasoning:
+            return f"<think>{reasoning}" + (f"</think>{content}" if content else "")
+        if not isinstance(content, str) or content.lstrip().startswith("<think>"):
+            return content
+        if self.processor:
+            return self.processor.opened_tag + content
+        is_opened = "</think>" in content and "<think>" not in content
+        return f"<think>{content}" if is_opened else content
 
 
 def check_prompt_ids(answer: dict, expected: list[int], sample_id: str, url: str) -> None:

@@ -106,7 +106,7 @@ def _reply_logps(policy: Policy, rows: list[tuple[Sample, str]]) -> list[np.ndar
     """Log-probabilities of the tokens of each reply, its end included."""
     samples, replies = map(list, zip(*rows))
     logps = reply_logps(policy.model, policy.processor, samples, replies, policy.box_format)
-    encoded = policy.processor.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    encoded = policy.processor.tokenize_replies(replies)
     ends = np.cumsum([len(tokens) + 1 for tokens in encoded])
     return np.split(logps.double().numpy(), ends[:-1])
 

@@ -22,9 +22,11 @@ from mig_kit.lab.workload import (
     STOCK_ATTENTION,
     Workload,
     compare_times,
+    fill_prompts,
     load_stock_model,
     make_questions,
     peak_memory,
+    predict_gain,
 )
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
@@ -39,7 +41,7 @@ def _stock_generate(policy: Policy, samples: list[Sample], load: Workload, **sam
     processor, hardware = policy.processor, policy.hardware
     texts = [processor.apply_chat_template(chat_messages(sample, BOX_FORMAT), tokenize=False,
                                            add_generation_prompt=True) for sample in samples]
-    images = [list(sample.images) for sample in samples]
+    images = [list(sample.images) for sample in samples] if load.images else None
     inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
     with torch.no_grad(), torch.autocast(hardware.device, torch.bfloat16,
                                          enabled=hardware.autocast):
@@ -145,7 +147,7 @@ def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: 
             ("rejection", rejection_sampling_pair, load.prompts, 1),
             ("evaluate", evaluation_pair, 4 * load.prompts, 1),
             ("evaluate_alike", evaluation_pair, ALIKE * load.prompts, ALIKE)):
-        samples = make_questions(load, count, alike=alike)
+        samples = fill_prompts(make_questions(load, count, alike=alike), processor, load)
         calls = make_pair(stock, kit, samples, load)
         result[name] = compare_times(*calls, (repeats + 1) // 2, hardware)
     return result
@@ -158,7 +160,9 @@ def headline_text(result: dict, load: Workload) -> str:
     memory = result["peak_mem_mb"]
     lines = [f"{load.prompts} prompts with {load.images} images of {load.side} px "
              f"({result['prompt_tokens']} tokens), {load.group} replies of {load.tokens} tokens to "
-             f"each; {result['hardware']}"]
+             f"each; {result['hardware']}",
+             f"formula G(P + R)/(P + GR): {predict_gain(load, result['prompt_tokens']):.1f} times "
+             "fewer tokens to read"]
     for stage in STAGES:
         times = result[stage]
         lines.append(f"{stage:<14} stock {times['stock_s']:8.3f} s   kit {times['kit_s']:8.3f} s   "

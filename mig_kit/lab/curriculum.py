@@ -2,16 +2,13 @@
 90).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
 from PIL import Image, ImageDraw
 
-from mig_kit.drawing.palette import CORRECT, FRAME, INK, PREDICTED
-from mig_kit.drawing.plots import WIDTH
+from mig_kit.drawing.palette import FRAME, INK
 from mig_kit.world.puzzles import HARD_KINDS, KINDS, LOOSE_KINDS
 from mig_kit.world.scenes import Scene, grid_size, render_scene
 
@@ -105,28 +102,3 @@ def draw_cells(scenes: list[Scene], height: int = 210) -> Image.Image:
         sheet.paste(tile, (left, 0))
         left += tile.width + 12
     return sheet
-
-
-def plot_courses(courses: Mapping[Curriculum, int], points: int = 200) -> plt.Figure:
-    """How many images a dialogue has at most, and how much names weigh, over the language model's
-    training; courses: with their steps, in order.
-    """
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
-    start, places, images, weights = 0, [], [], []
-    for course, steps in courses.items():
-        for done in np.linspace(0, 1, points, endpoint=False):
-            mix = course.plan(done)
-            places.append(start + done * steps)
-            images.append(mix.max_images)
-            weights.append(mix.name_weight)
-        axes.axvline(start, color=FRAME, linewidth=1)
-        axes.text(start + steps / 2, 7.1, course.name.replace("_", "\n"), ha="center", va="center",
-                  fontsize=9, color=INK)
-        start += steps
-    axes.plot(places, images, color=CORRECT, linewidth=2, label="images of a dialogue, at most")
-    axes.plot(places, weights, "--", color=PREDICTED, linewidth=2,
-              label="weight of names beside boxes")
-    axes.set(xlabel="step of the language model", ylim=(0, 7.8), xlim=(0, start))
-    axes.set_title("The curriculum: one image first, boxes before names", loc="left", fontsize=11)
-    figure.legend(frameon=False, ncols=2, fontsize=9, loc="outside lower center")
-    return figure

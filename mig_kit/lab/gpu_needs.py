@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from mig_kit.common import model_folder
 from mig_kit.engine.model_folders import FAMILIES
 from mig_kit.pipeline.params import profile_params
+from mig_kit.shared_prefix.linear_attention import list_linear_attention
 from mig_kit.shared_prefix.logprobs import HEAD_TOKENS
 
 GIB = 2**30
@@ -49,12 +50,21 @@ class Shape:
     vision: int
     head_dim: int = 128
     token_side: int = 28
+    linear_layers: int = 0  # of `layers`; the others' q_proj then has a gate as wide as the query
+    key_width: int = 0  # of all heads of linear attention
+    value_width: int = 0
+    value_heads: int = 0
+    state_depth: int = 0  # numbers that a layer keeps for each value channel: its state
 
     def sum_projections(self, size: Callable[[int, int], int]) -> int:
         """The sum of `size(inputs, outputs)` over all projections: what 4-bit and LoRA apply to."""
         query, kv = self.head_dim * self.heads, self.head_dim * self.kv_heads
-        widths = (query, query, kv, kv, self.inner, self.inner, self.inner)
-        return self.layers * sum(size(self.hidden, width) for width in widths)
+        gated_query = query * (2 if self.linear_layers else 1)
+        linear_widths = (2 * self.key_width + self.value_width, self.value_width, self.value_width)
+        counts = {(gated_query, query, kv, kv): self.layers - self.linear_layers,
+                  linear_widths: self.linear_layers, 3 * (self.inner,): self.layers}
+        return sum(count * sum(size(self.hidden, width) for width in widths)
+                   for widths, count in counts.items())
 
     @property
     def linear_weights(self) -> int:
@@ -64,7 +74,7 @@ class Shape:
     @property
     def kv_bytes(self) -> int:
         """Bytes of a token's keys and values in bfloat16."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+        return 2 * (self.layers - self.linear_layers) * self.kv_heads * self.head_dim * 2
 
 
 # from each model's config.json; tests/engine/test_full_profile.py counts their parameters
@@ -76,7 +86,12 @@ SHAPES = {
     "Qwen/Qwen2-VL-7B-Instruct": Shape(
         3584, 18944, 28, 28, 4, 152064, 8_291_375_616, 675_759_104),
     "Qwen/Qwen3-VL-4B-Instruct": Shape(
-        2560, 9728, 36, 32, 8, 151936, 4_437_815_808, 415_347_712, token_side=32)}
+        2560, 9728, 36, 32, 8, 151936, 4_437_815_808, 415_347_712, token_side=32),
+    "Qwen/Qwen3-VL-8B-Instruct": Shape(
+        4096, 12288, 36, 32, 8, 151936, 8_767_123_696, 576_388_336, token_side=32),
+    "Qwen/Qwen3.5-9B": Shape(
+        4096, 12288, 32, 16, 4, 248320, 9_409_813_744, 456_010_480, 256, 32, 24, 2048, 4096, 32,
+        128)}
 
 
 class Profile(NamedTuple):
@@ -113,12 +128,14 @@ def predict(profile: str) -> dict[str, list]:
 
 
 def find_shape(model: str) -> Shape | None:
-    """The shape of a known hub name or of a model folder; None for others: nothing is downloaded.
+    """The shape of a known hub name or of a model folder; None for others, and for mixtures of
+    experts: nothing is downloaded.
     """
     folder = model_folder(model)
     if model in SHAPES or model == "tiny" or not (folder / "config.json").is_file():
         return SHAPES.get(model)
-    return count_shape(AutoConfig.from_pretrained(folder, local_files_only=True))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return None if config.model_type.endswith("_moe") else count_shape(config)
 
 
 def count_shape(config) -> Shape:
@@ -126,12 +143,16 @@ def count_shape(config) -> Shape:
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config)
     text, tower = config.text_config, config.vision_config
-    head_dim = model.model.language_model.layers[0].self_attn.head_dim
+    head_dim = next(module.head_dim for name, module in model.model.language_model.named_modules()
+                    if name.endswith("self_attn"))
+    linear = list_linear_attention(model)
+    linear_sizes = [(part.key_dim, part.value_dim, part.num_v_heads, part.head_k_dim)
+                    for part in linear[:1]]
     return Shape(
         text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,
         text.num_key_value_heads, text.vocab_size, sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.model.visual.parameters()), head_dim,
-        tower.patch_size * tower.spatial_merge_size)
+        tower.patch_size * tower.spatial_merge_size, len(linear), *sum(linear_sizes, ()))
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,14 @@ class Load:
 
 
 def layer_bytes(shape: Shape, lora_r: int) -> float:
-    """Bytes per token that a layer keeps for its backward pass: bfloat16, LoRA with dropout."""
+    """Bytes per token that a layer keeps for its backward pass: bfloat16, LoRA with dropout.
+
+    Of a layer with linear attention, where there are any: it keeps more.
+    """
+    if shape.linear_layers:  # as transformers computes it without flash-linear-attention
+        of_state = (70 + shape.state_depth / 16) * shape.value_width + 1314 * shape.value_heads
+        return (40 * shape.hidden + 14 * shape.inner + 24 * lora_r + 8 * shape.key_width + of_state
+                + 64)
     return 62.125 * shape.hidden + 14 * shape.inner + 28 * lora_r + 8
 
 
@@ -179,10 +207,16 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
 
 
 def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
-    """GiB of each part of drawing replies; the keys and values of a prompt are there once."""
-    prompt_tokens = load.prompts * load.prompt
-    tokens = load.prompts * (load.prompt + load.replies * load.tokens)
-    return {"weights": shape.total * 2 / GIB, "keys and values": tokens * shape.kv_bytes / GIB,
+    """GiB of each part of drawing replies; the keys and values of a prompt are there once, with
+    linear attention once for each reply, which has its states, too.
+    """
+    prompt_tokens, replies = load.prompts * load.prompt, load.prompts * load.replies
+    copies = replies if shape.linear_layers else load.prompts
+    tokens = copies * load.prompt + replies * load.tokens
+    state_size = shape.value_width * shape.state_depth
+    states = replies * shape.linear_layers * state_size * 4  # float32
+    return {"weights": shape.total * 2 / GIB,
+            "keys and values": (tokens * shape.kv_bytes + states) / GIB,
             "logits": load.prompts * load.replies * shape.vocabulary * 6 / GIB,
             "prefill": prompt_tokens * (4 * shape.hidden + 3 * shape.inner) * 2 / GIB}
 

@@ -86,32 +86,12 @@ def set_others_aside(stage: str, run_id: str, key: str, facts: dict) -> list[str
 
 def promote(folder: Path, final: Path) -> None:
     """Let a finished attempt take its place; what was there is kept as .before."""
-    before, oldest = (final.with_name(f"{final.name}.{end}") for end in ("before", "oldest"))
-    shutil.rmtree(oldest, ignore_errors=True)  # what a kill left
+    before = final.with_name(f"{final.name}.before")
     if final.exists():
-        if before.exists():
-            before.rename(oldest)
+        shutil.rmtree(before, ignore_errors=True)
         final.rename(before)
     if folder.exists():  # else whoever looked meanwhile has done it, see `load_record`
         folder.rename(final)
-    shutil.rmtree(oldest, ignore_errors=True)
-
-
-def bring_back(stage: str, run_id: str, key: str) -> bool:
-    """Exchange what has finished for what it replaced, where that has this key; True if so."""
-    final = runs_root() / run_id / stage
-    before, aside = (final.with_name(f"{stage}.{end}") for end in ("before", "new-aside"))
-    if aside.exists() and not before.exists():  # a kill came between these renames
-        aside.rename(before)
-    record = read_record(before / "run.json")
-    if record is None or record["key"] != key or find_damaged(before, record):
-        return False
-    if final.exists():
-        final.rename(aside)
-    before.rename(final)
-    if aside.exists():
-        aside.rename(before)
-    return True
 
 
 def read_marker(folder: Path) -> dict:

@@ -1,10 +1,11 @@
 """The code that a stage's results follow from: cells of its notebook, the definitions that these
 use, and those that they use in turn.
 
-A stage is stale when one of these changes, and only then: another reward must not repeat
-fine-tuning. Code counts by its digest alone, so that a definition or a module can be moved and
-renamed. Comments, docstrings and imports of the kit do not count, nor do cells that only show
-something (TAGS_OUTSIDE), nor does what is NOT_PART_OF_A_KEY.
+Of a stage's code only a change of these makes it stale: another reward must not repeat fine-tuning.
+`store.describe_staleness` compares them, parameters and inputs. Code counts by its digest alone, so
+that a definition or a module can be moved and renamed. Comments, docstrings and imports of the kit
+do not count, nor do cells that only show something (TAGS_OUTSIDE), nor does what is
+NOT_PART_OF_A_KEY.
 """
 
 import ast

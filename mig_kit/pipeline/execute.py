@@ -6,14 +6,13 @@ import sys
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from mig_kit.common import NOTEBOOKS, write_json
+from mig_kit.common import NOTEBOOKS
 from mig_kit.pipeline import attempts, store
 from mig_kit.pipeline.failures import failure_sentence
 from mig_kit.pipeline.joint_rules import check_run
-from mig_kit.pipeline.plan import PlannedRun, relative_to_project, start_branch
+from mig_kit.pipeline.plan import PlannedRun
+from mig_kit.pipeline.run_folders import start_branch
 from mig_kit.pipeline.stage_table import StageTable
-
-PLAN_FILE = "plan.json"  # in a run's folder: what the last command runs there
 
 
 class ThisPython(AsyncKernelManager):
@@ -36,38 +35,21 @@ def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
             print(f"run '{plan.run_id}', {number} of {len(plans)}", flush=True)
         if plan.source:
             start_branch(plan.source, plan.run_id, *plan.params)
-        _write_plan(plan)
         run_stages(plan.params, plan.run_id, force)
         if number < len(plans):
-            left = minutes_left(plans[:number], len(plans) - number)
+            seconds = sum(store.load_record(stage, finished.run_id)["seconds"]
+                          for finished in plans[:number] for stage in finished.params)
+            left = (len(plans) - number) * seconds / number / 60
             print(f"{len(plans) - number} of {len(plans)} runs to go, about {left:.0f} min left",
                   flush=True)
-
-
-def _write_plan(plan: PlannedRun) -> None:
-    """Tell 00 what will run after it, with which parameters."""
-    if "00_preflight" not in plan.params or len(plan.params) == 1:
-        return
-    path = store.runs_root() / plan.run_id / PLAN_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {stage: {name: value for name, value in values.items() if name != "run_id"}
-                      for stage, values in plan.params.items() if stage != "00_preflight"})
-    plan.params["00_preflight"]["plan_file"] = relative_to_project(str(path))
-
-
-def minutes_left(finished: list[PlannedRun], remaining: int) -> float:
-    """Minutes that so many more runs take, by what the stages of those that finished took."""
-    seconds = [store.load_record(stage, plan.run_id)["seconds"]
-               for plan in finished for stage in plan.params]
-    return remaining * sum(seconds) / len(finished) / 60
 
 
 def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> None:
     """Run the stages of `params` in order, each with its parameters.
 
-    A stage that is up to date is skipped unless `force` is set. RuntimeError with the notebook's
-    error where a stage fails: what had finished before is as it was, and what the attempt left is
-    kept for resuming.
+    A stage that is up to date is skipped unless `force` is set, with which it starts from nothing.
+    RuntimeError with the notebook's error where a stage fails: what had finished before is as it
+    was, and what the attempt left is kept for resuming.
     """
     remaining = dict(params)
     with StageTable(list(params)) as table:
@@ -75,9 +57,8 @@ def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> Non
         for stage, values in params.items():
             if not force and store.is_up_to_date(stage, run_id, values):
                 table.set(stage, "up to date")
-            elif _bring_back(stage, run_id, values, force):
-                table.set(stage, "up to date", "it is back, and what had replaced it in .before")
             else:
+                _prepare(stage, run_id, values, force)
                 table.set(stage, "running")
                 _execute_notebook(stage, run_id, values, table)
                 table.set(stage, "done", store.require_record(stage, run_id, stage)["summary"])
@@ -85,19 +66,16 @@ def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> Non
             check_run(remaining, run_id)
 
 
-def _bring_back(stage: str, run_id: str, params: dict, force: bool) -> bool:
-    """True where what the stage last replaced has these parameters, inputs and code, and is back.
-    With `force` the next attempt starts from nothing instead.
+def _prepare(stage: str, run_id: str, params: dict, force: bool) -> None:
+    """Raise, before a kernel starts, where an earlier stage is missing or another process writes
+    the run; with `force` the next attempt starts from nothing.
     """
-    facts = store.stage_facts(stage, run_id, params)  # raises here, before anything is written
-    key = store.key_of_facts(facts)
+    facts = store.stage_facts(stage, run_id, params)
     run = store.runs_root() / run_id
     store.lock_run(run)
-    is_back = not force and attempts.bring_back(stage, run_id, key)
     if force:
-        attempts.begin_anew(stage, run_id, key, facts)
+        attempts.begin_anew(stage, run_id, store.key_of_facts(facts), facts)
     store.unlock_run(run)
-    return is_back
 
 
 def _execute_notebook(stage: str, run_id: str, params: dict, table: StageTable) -> None:

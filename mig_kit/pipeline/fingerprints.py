@@ -37,11 +37,8 @@ def model_fingerprint(model: str) -> dict[str, str]:
     """
     folder = model_folder(model)
     files = [path for kind in MODEL_FILES for path in folder.glob(kind)]
-    return {path.name: _file_fingerprint(path) for path in sorted(files) if path.is_file()}
-
-
-def _file_fingerprint(path: Path) -> str:
-    return _size_and_time(path) if path.stat().st_size > LARGE_FILE else file_sha256(path)
+    return {path.name: (_size_and_time(path) if path.stat().st_size > LARGE_FILE
+                        else file_sha256(path)) for path in sorted(files) if path.is_file()}
 
 
 def _size_and_time(path: Path) -> str:

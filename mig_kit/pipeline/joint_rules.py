@@ -27,12 +27,13 @@ from mig_kit.common import (
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
 from mig_kit.pipeline.launchers import parse_launcher
 from mig_kit.pipeline.params import (
+    RULES,
     RUN_PARAMS_STAGE,
     complete_params,
+    describe_values,
     profile_params,
     stage_parameters,
 )
-from mig_kit.pipeline.rules import RULES, describe_values
 from mig_kit.pipeline.run_folders import (
     COLD_START,
     has_cold_start,
@@ -79,14 +80,6 @@ def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _is_no_file(name: str) -> bool:
-    return not (PROJECT_ROOT / name).is_file()
-
-
-def _is_no_folder(name: str) -> bool:
-    return not (PROJECT_ROOT / name).is_dir()
-
-
 def _is_no_model(name: str) -> bool:
     """Whether a name is neither that of a folder nor one that the hub can have, USER/NAME."""
     return not re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not model_folder(name).is_dir()
@@ -129,10 +122,11 @@ JOINT_RULES = (
      data == "scenes" and teacher != "none" and not (
          cot_per_task or free_form_per_task or train_find_all_per_task),
      "the teacher needs questions; raise one of them, or set teacher to none"),
-    (lambda data: data != "scenes" and _is_no_file(data),
+    (lambda data: data != "scenes" and not (PROJECT_ROOT / data).is_file(),
      "it must be scenes or a file that exists; name the file of your questions, as -p data "
      "mine.jsonl"),
-    (lambda image_root: _is_no_folder(image_root), "it must be a folder that exists; correct it"),
+    (lambda image_root: not (PROJECT_ROOT / image_root).is_dir(),
+     "it must be a folder that exists; correct it"),
     (lambda teacher, endpoint_url, endpoint_model: teacher == "endpoint" and not (
         ADDRESS.fullmatch(endpoint_url) and endpoint_model),
      "endpoint_url must be like http://localhost:8000/v1, with no name, key or query in it, and "

@@ -1,30 +1,121 @@
-"""Parameters of the stages.
+"""Parameters of the stages: what they are called, which profile has which, what each may be.
 
 The `parameters` cell of a stage's notebook holds its parameters: type, default and one line of help
 each. The defaults are the tiny profile; params/<profile>/<stage>.yaml holds only what another
-profile changes. The entries of a cell's mapping `trl` are parameters, too (`trl_settings`).
-RUN_PARAMS are set once, in stage 01, and every later stage of the run takes them from there. What
-each may be is in `rules`, what holds between them in `joint_rules`.
+profile changes. RUN_PARAMS are set once, in stage 01, and every later stage of the run takes them
+from there. What holds between parameters is in `joint_rules`.
+
+The parameter `trl` of 02 and 05 is a mapping from names of SFTConfig or GRPOConfig to values. Each
+of its entries counts as a parameter of its own: a profile's file, `-p num_iterations 2` and the
+rules name it directly. A setting that stands neither in that mapping nor in SETTINGS has TRL's
+default; a stage gets it with `-p trl "{top_p: 0.9}"`.
+
+A new parameter needs its line in the `parameters` cell, its row in RULES, a joint rule where it can
+be idle, and new lesson pages (`mig-kit lessons`).
 """
 
 import ast
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import yaml
 
+from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import PROFILES, suggest_word
 from mig_kit.pipeline.dependencies import notebook_cells
-from mig_kit.pipeline.rules import check_value, describe_values, name_type
-from mig_kit.pipeline.trl_settings import CONFIGS, GROUP, HELP, SETTINGS, find_trl_default
 
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
 EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
-# parameters that name a folder or file of a run, not what is in it
-NAMES_OF_RUNS = ("run_id", "control_run", "plan_file")
+# parameters that name a run, not what is in it
+NAMES_OF_RUNS = ("run_id", "control_run")
+GROUP = "trl"  # the parameter of a notebook that holds them
+CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
+HELP = {
+    "lr_scheduler_type": "after warm-up: linear (to 0), cosine or constant_with_warmup",
+    "warmup_steps": "linear warm-up, updates",
+    "save_steps": "a checkpoint every so many updates; in 05 in whole num_iterations",
+    "gradient_checkpointing": "keep only the layers' inputs: less memory, one more pass",
+    "report_to": "send the curves to a tracker too: none, trackio or wandb",
+    "importance_sampling_level": "ratio of new to old: per token, or per reply (sequence)",
+    "num_iterations": "updates that learn from the same replies",
+    "epsilon": "clips ratios to 1 - epsilon; needs num_iterations 2 or more",
+    "epsilon_high": "clips them to 1 + epsilon_high; 0 for the same as epsilon",
+    "mask_truncated_completions": "leave replies without an end out of the loss",
+    "top_entropy_quantile": "share of tokens, those of highest entropy, in the policy loss",
+    "vllm_importance_sampling_correction": "weigh served replies by learner / server",
+    "vllm_importance_sampling_mode": "token_ or sequence_, mask or truncate",
+    "vllm_importance_sampling_clip_max": "larger ratios are masked or truncated"}
+# those with rules of the kit, and TRL's defaults; 0 stands for TRL's None
+SETTINGS = {"02_sft": {"report_to": "none"}, "05_grpo": {
+    "report_to": "none", "importance_sampling_level": "token", "num_iterations": 1,
+    "epsilon": 0.2, "epsilon_high": 0.0, "mask_truncated_completions": False,
+    "top_entropy_quantile": 1.0,
+    "vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "sequence_mask",
+    "vllm_importance_sampling_clip_max": 3.0}}
+# how RULES writes a range of numbers
+RANGE = re.compile(r"(?:(\d+) numbers, each )?(above )?([\d.]+)(?: or more| to (below )?([\d.]+))?")
+
+
+def _each(rule: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), rule)
+
+
+# every parameter of the notebooks -> its range (of each number of a list), its words or, where
+# anything may stand, what that is
+RULES: dict[str, str | tuple[str, ...]] = {
+    **_each("0 or more", "beta blink_per_task cot_per_task "
+            "disk_gib epsilon epsilon_high find_all_per_task free_form_per_task max_samples "
+            "memory_gib micro_replies mig_per_task mmiu_per_task ood_per_task "
+            "replies rl_boxes_per_task "
+            "rl_free_form_per_task rl_per_task sampled_per_task train_find_all_per_task "
+            "warmup_steps"),
+    **_each("1 or more", "albums concurrency "
+            "examined_per_task gallery_per_kind gradient_accumulation_steps "
+            "lora_r max_completion_length max_new_tokens max_steps min_pixels "
+            "num_iterations per_device_train_batch_size per_task prompts "
+            "repeats save_steps val_per_task"),
+    **_each("2 numbers, each 1 or more", "rows vision_steps"),
+    "course_steps": "4 numbers, each 1 or more",
+    **_each("above 0", "learning_rate num_train_epochs temperature "
+            "vllm_importance_sampling_clip_max"),
+    **_each("0 to 1", "max_pass_rate min_pass_rate top_entropy_quantile"),
+    **_each("0 to below 1", "lora_dropout"),
+    **_each("2 or more", "group num_generations tokens"),
+    **_each("1 to 8", "images"),
+    **_each("0 to 4294967295", "eval_seed seed"),  # as numpy takes it
+    "data_shares": "3 numbers, each 0 to 1",
+    "max_pixels": "784 or more",  # one image token
+    "reward_weights": "numbers",
+    "side": "56 to 1960",
+    "wide_hidden": "128 or more",
+    "coordinates": tuple(MODEL_COORDINATES),
+    "data": "scenes or a file",
+    "device": ("auto", "cuda", "cpu"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "hallucinated_image_penalty": ("none", "format", "all"),
+    "importance_sampling_level": ("token", "sequence"),
+    "lora_targets": ("all", "attention", "gate_up"),
+    "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "lr_scheduler_type": ("linear", "cosine", "constant_with_warmup"),
+    "report_to": ("none", "trackio", "wandb"),
+    "scale_rewards": ("batch", "group", "none"),
+    "teacher": ("rules", "endpoint", "own", "none"),
+    "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask",
+                                      "token_truncate"),
+    **_each("true or false", "gradient_checkpointing mask_truncated_completions "
+            "reasoning share_prefix vllm_importance_sampling_correction"),
+    **_each("a model: tiny, a folder or a hub name", "base_model model"),
+    **_each("a name of letters, digits, '-', '_' and '.'", "control_run run_id"),
+    "endpoint_model": "a name", "endpoint_url": "an address", "image_root": "a folder",
+    "groups": "name=run,run", "reference": "a name of groups", "launcher": "a command",
+    "profile": "a folder of params/", "rewards": "names and file.py:function",
+    "server": "addresses, or a command with {model} and {port}",
+    "start_from": "merged, base, adapter or a folder"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +196,7 @@ def _is_flat(value) -> bool:
 
 
 def complete_params(values: dict, stage: str) -> dict:
-    """`values` completed from the stage's defaults, of the defaults' types, each as `rules` says.
+    """`values` completed from the stage's defaults, of the defaults' types, each as RULES says.
 
     KeyError for an unknown name, TypeError for a wrong type, ValueError for a number out of its
     range and an unknown word; each names the fix. A number that YAML reads as a word (1e-5, without
@@ -113,25 +204,15 @@ def complete_params(values: dict, stage: str) -> dict:
     """
     defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
     params = dict(defaults)
-    for name, value in list_settings(values, stage).items():
-        default = defaults[name] if name in defaults else default_of_trl(name, stage, defaults)
+    settings = values.get(GROUP, {}) if stage in CONFIGS else {}
+    values = settings | {name: value for name, value in values.items() if name != GROUP}
+    for name, value in values.items():
+        if name not in defaults and not is_trl_setting(name, stage):
+            raise KeyError(unknown_parameter_message(name, stage, defaults))
+        default = defaults[name] if name in defaults else find_trl_default(name, stage)
         params[name] = merge_mappings(default, _typed(name, value, stage, default))
         check_value(name, params[name], stage)
     return params
-
-
-def list_settings(values: dict, stage: str) -> dict:
-    """`values` with the entries of their mapping `trl` in its place, those of a training stage."""
-    settings = values.get(GROUP, {}) if stage in CONFIGS else {}
-    return settings | {name: value for name, value in values.items() if name != GROUP}
-
-
-def default_of_trl(name: str, stage: str, names):
-    """TRL's default of a setting that the kit does not know; KeyError if TRL does not, either."""
-    try:
-        return find_trl_default(name, stage)
-    except KeyError:
-        raise KeyError(unknown_parameter_message(name, stage, names)) from None
 
 
 def merge_mappings(value, change):
@@ -189,3 +270,71 @@ def _to_number(value):
         return float(value) if isinstance(value, str) and math.isfinite(float(value)) else value
     except ValueError:
         return value
+
+
+def find_trl_default(name: str, stage: str):
+    """TRL's own default of a setting of the stage's config class.
+
+    KeyError where the stage trains nothing, or its class has no such setting.
+    """
+    return _class_defaults(CONFIGS[stage])[name]
+
+
+def is_trl_setting(name: str, stage: str) -> bool:
+    """Whether the config class of a training stage has a setting of this name."""
+    return stage in CONFIGS and name in _class_defaults(CONFIGS[stage])
+
+
+@cache
+def _class_defaults(config_class: str) -> dict:
+    import trl  # seconds, which a command with known parameters alone need not wait for
+
+    defaults = {}
+    for setting in fields(getattr(trl, config_class)):
+        is_made = setting.default is MISSING and setting.default_factory is not MISSING
+        defaults[setting.name] = setting.default_factory() if is_made else setting.default
+    return defaults
+
+
+def describe_values(name: str, kind: type) -> str:
+    """What a parameter may be, as "an int, 2 or more"; kind: of its default."""
+    rule = RULES.get(name)
+    if rule is None:  # a setting of TRL's
+        return name_type(kind)
+    if isinstance(rule, tuple):
+        return "one of " + ", ".join(word or '""' for word in rule)
+    is_range = RANGE.fullmatch(rule)
+    if kind in (list, dict):
+        values = f"numbers, each {rule}" if is_range and "numbers" not in rule else rule
+        return f"a list of {values}" if kind is list else f"names with {values}"
+    return f"{name_type(kind)}, {rule}" if is_range else rule
+
+
+def name_type(kind: type) -> str:
+    """A type's name with its article."""
+    return f"{'an' if kind is int else 'a'} {kind.__name__}"
+
+
+def check_value(name: str, value, stage: str) -> None:
+    """ValueError, with what is allowed, for a value of the right type that RULES does not allow."""
+    rule = RULES.get(name)
+    if isinstance(rule, tuple) and value not in rule:
+        near = suggest_word(value, rule)
+        hint = f"{near} It is" if near else "it must be"
+    elif isinstance(rule, str) and (bounds := RANGE.fullmatch(rule)) and not _is_within(
+            value if isinstance(value, list) else [value], *bounds.groups()):
+        hint = "it must be"
+    else:
+        return
+    raise ValueError(f"{stage}: parameter '{name}' is {value!r}; {hint} "
+                     f"{describe_values(name, type(value))}")
+
+
+def _is_within(numbers: list[float], length: str | None, above: str | None, low: str,
+               below: str | None, high: str | None) -> bool:
+    """Whether numbers are finite, in the range, and as many as the groups of RANGE say."""
+    lowest, highest = float(low), float(high or math.inf)
+    return len(numbers) == int(length or max(1, len(numbers))) and all(
+        math.isfinite(number) and lowest <= number <= highest
+        and not (above and number == lowest) and not (below and number == highest)
+        for number in numbers)

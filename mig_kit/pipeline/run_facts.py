@@ -5,7 +5,6 @@ machine and packages that made it.
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -49,39 +48,15 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
     """Stage -> its parameters that differ from the tiny profile's, for those of `stages` that have
     finished; parameters that only say how a stage ran, and where, or name a run are left out.
     """
-    records = {stage: load_record(stage, run_id) for stage in stages}
-    changed = {stage: _changed_in(stage, record) for stage, record in records.items() if record}
-    return {stage: values for stage, values in changed.items() if values}
-
-
-def _changed_in(stage: str, record: dict) -> dict:
-    defaults = profile_params(stage)
-    return {name: value for name, value in record["params"].items()
-            if name in defaults and value != defaults[name]
-            and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
-
-
-def name_column(records: dict[str, dict]) -> str:
-    """Which column of the guide's results a run's figures are to be held against, as a clause.
-
-    records: stage -> run.json of the recipe's stages, 05 among them.
-    """
-    changed = {name: value for stage, record in records.items()
-               if stage not in ("00_preflight", "07_report")
-               for name, value in _changed_in(stage, record).items()}
-    seed = changed.pop("seed", 0)
-    training = records["05_grpo"]
-    cpu, hardware = (training.get(name, "") for name in ("machine", "hardware"))
-    cores = int(match[1]) if (match := re.search(r", (\d+) of \d+ cores$", cpu)) else 0
-    if changed or not hardware.startswith("CPU") or cores not in (1, 2):
-        names = ", ".join(list(changed)[:3]) + ", ..." * (len(changed) > 3)
-        why = f"changed: {names}" if changed else hardware if cores in (1, 2) else cpu
-        return f"no column of guide/results.md is of such a run ({why})"
-    column = ("seeds 0 to 5" if seed else "one core" if cores == 1
-              else "Intel Xeon with AMX" if "amx_bf16" in hardware
-              else "seed 0, two cores of Zen 4" if "avx512_bf16" in hardware
-              else "Intel Xeon in float32")
-    return f"hold them against the column '{column}' of guide/results.md"
+    changed = {}
+    for stage in stages:
+        params = (load_record(stage, run_id) or {}).get("params", {})
+        defaults = profile_params(stage)
+        values = {name: value for name, value in params.items()
+                  if name in defaults and value != defaults[name]
+                  and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
+        changed |= {stage: values} if values else {}
+    return changed
 
 
 def name_data(run_id: str) -> str:

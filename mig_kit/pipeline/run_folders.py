@@ -241,3 +241,60 @@ def find_writer(run: Path) -> str:
         return (run / WRITER).read_text()
     except OSError:  # no locks on this disk, or no right to lock
         return ""
+
+
+def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
+    """The stages that a branch of `source` takes from it: all of the recipe's before `stages` that
+    the source has, which is without 02 and 03 where it has no cold start.
+
+    [] where the run is that branch already. ValueError or FileNotFoundError with one sentence where
+    it cannot be one.
+    """
+    validate_run_id(source)
+    if source == run_id:
+        raise ValueError(f"--from and --run-id are both '{run_id}'; use another --run-id")
+    require_runs(source)
+    if run_id in list_sources(source):
+        raise ValueError(f"run '{source}' starts from '{run_id}' itself; use another --run-id")
+    if branch := load_branch(run_id):
+        if branch["from"] != source:
+            raise ValueError(f"run '{run_id}' starts from '{branch['from']}' already, not from "
+                             f"'{source}'; use another --run-id")
+        return []
+    inherited = [stage for stage in _stages_before(stages)
+                 if stage not in COLD_START or has_cold_start(source)]
+    if own := [stage for stage in RECIPE[1:] if (runs_root() / run_id / stage).is_dir()]:
+        raise ValueError(f"run '{run_id}' has its own {own[0]}, so it is no branch; use another "
+                         "--run-id")
+    for stage in inherited:
+        if load_record(stage, source) is None:
+            raise FileNotFoundError(
+                f"run '{source}' has no finished {stage} to start from; run: "
+                f"{format_run_command(stage, source)}")
+    return inherited
+
+
+def _stages_before(stages: list[str]) -> list[str]:
+    """The recipe's stages before the first of `stages`, without 00, which is of the machine."""
+    first = min((stage for stage in stages if stage in RECIPE[1:]), default="")
+    if first <= "02":
+        raise ValueError("--from gives the stages before those that you run, so name stages from "
+                         "02 to 07, such as: mig-kit run 05 06 07 --from default --run-id NAME")
+    return [stage for stage in RECIPE[1:] if stage < first]
+
+
+def start_branch(source: str, run_id: str, *stages: str) -> None:
+    """Let the run start from `source`, whose stages before `stages` it then has by reference.
+
+    Nothing is copied. Does nothing where the run is that branch already; raises as `check_branch`.
+    """
+    validate_run_id(run_id)
+    if not check_branch(source, run_id, list(stages)):
+        return
+    folder = runs_root() / run_id
+    lock_run(folder)
+    try:  # another process may have made it a branch, or given it stages of its own
+        if inherited := check_branch(source, run_id, list(stages)):
+            record_branch(run_id, source, inherited)
+    finally:
+        unlock_run(folder)

@@ -4,13 +4,15 @@ differs between two of them.
 
 from mig_kit.pipeline import store
 from mig_kit.pipeline.attempts import (
+    NOT_PRODUCTS,
     find_damaged,
     list_attempts,
     seconds_spent,
 )
-from mig_kit.pipeline.run_facts import name_column
 from mig_kit.pipeline.run_folders import (
+    RECIPE,
     find_writer,
+    list_runs,
     list_sources,
     load_branch,
     load_record,
@@ -27,8 +29,7 @@ def run_tree() -> list[tuple[str, int]]:
 
     A branch whose source is gone stands at depth 0.
     """
-    root = store.runs_root()
-    names = {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
+    names = list_runs()
     paths = [[name for name in reversed(list_sources(run_id)) if name in names]
              for run_id in names]
     return [(path[-1], len(path) - 1) for path in sorted(paths)]
@@ -44,7 +45,7 @@ def run_lines(run_id: str, with_reasons: bool = False) -> list[str]:
     lines = [f"  {_inherited_state(run_id, branch)}"] if branch else []
     for stage in store.STAGES:
         state = _stage_state(stage, run_id)
-        is_unused = state == "-" and stage not in store.RECIPE[1:]
+        is_unused = state == "-" and stage not in RECIPE[1:]
         if stage not in branch.get("stages", ()) and not (branch and is_unused):
             stale = _describe_staleness(stage, run_id)
             lines.append(f"  {stage:<24}{state}{', stale' if stale else ''}")
@@ -52,9 +53,6 @@ def run_lines(run_id: str, with_reasons: bool = False) -> list[str]:
     folder = store.runs_root() / run_id / "06_evaluate"
     if (folder / "run.json").is_file():
         lines += _score_lines(store.read_metrics(folder)["systems"])
-        records = {stage: load_record(stage, run_id) for stage in store.RECIPE}
-        records = {stage: record for stage, record in records.items() if record}
-        lines += [f"  {name_column(records)}"] if "05_grpo" in records else []
     return [run_id, *lines]
 
 
@@ -63,8 +61,8 @@ def _inherited_state(run_id: str, branch: dict) -> str:
     stages, source = list(branch["stages"]), branch["from"]
     numbers = " to ".join(dict.fromkeys((stages[0][:2], stages[-1][:2])))
     text = f"{numbers} of {source}"
-    if missing := _missing_source(run_id):
-        return f"{text}; run '{missing}' is gone"
+    if not (store.runs_root() / (last := list_sources(run_id)[-1])).is_dir():
+        return f"{text}; run '{last}' is gone"
     if unfinished := [stage for stage in stages if store.load_record(stage, source) is None]:
         return f"{text}; {unfinished[0]} is not finished"
     stale = [stage for stage in stages if _describe_staleness(stage, source)]
@@ -111,12 +109,6 @@ def damaged_files(run_id: str) -> list[str]:
     return lines
 
 
-def _missing_source(run_id: str) -> str:
-    """The run that a branch starts from, if that is gone, or ""."""
-    last = list_sources(run_id)[-1]
-    return "" if (store.runs_root() / last).is_dir() else last
-
-
 def _score_lines(systems: dict) -> list[str]:
     lines = []
     for suite in systems["grpo"]:
@@ -127,19 +119,18 @@ def _score_lines(systems: dict) -> list[str]:
 
 
 def list_differences(first: str, second: str) -> list[dict]:
-    """Rows {stage, what, name, a, b}, in order of stage; None where a run lacks a value.
+    """Rows {stage, name, a, b}, in order of stage; None where a run lacks a value.
 
     Raises FileNotFoundError for a run that does not exist.
     """
     require_runs(first, second)
     rows = []
     for stage in store.STAGES:
-        is_finished = [load_record(stage, run_id) is not None for run_id in (first, second)]
-        if all(is_finished):
-            rows += _stage_differences(stage, first, second)
-        elif any(is_finished):
-            rows.append({"stage": stage, "what": "stage", "name": "finished",
-                         "a": is_finished[0], "b": is_finished[1]})
+        facts, other_facts = (_comparable_facts(stage, run_id) for run_id in (first, second))
+        if not facts or not other_facts:  # what one lacks altogether is one row
+            facts, other_facts = ({"finished": bool(found)} for found in (facts, other_facts))
+        rows += [{"stage": stage, "name": name, "a": facts.get(name), "b": other_facts.get(name)}
+                 for name in {**facts, **other_facts} if facts.get(name) != other_facts.get(name)]
     return rows
 
 
@@ -147,7 +138,7 @@ def format_differences(rows: list[dict], first: str, second: str) -> list[str]:
     """Lines of the rows of `list_differences` in columns, under a header with the runs' names."""
     if not rows:
         return ["no difference"]
-    table = [["stage", "what", "name", first, second],
+    table = [["stage", "name", first, second],
              *([" ".join(str(value).split()) for value in row.values()] for row in rows)]
     widths = [min(WIDEST, max(map(len, column))) for column in zip(*table)]
     lines = ["  ".join(f"{word:<{width}}" for word, width in zip(row, widths)).rstrip()
@@ -155,30 +146,25 @@ def format_differences(rows: list[dict], first: str, second: str) -> list[str]:
     return [*lines, f"{len(rows)} differences"]
 
 
-def _stage_differences(stage: str, first: str, second: str) -> list[dict]:
-    facts, other_facts = _comparable_facts(stage, first), _comparable_facts(stage, second)
-    return [{"stage": stage, "what": what, "name": name, "a": values.get(name),
-             "b": other_facts[what].get(name)}
-            for what, values in facts.items()
-            for name in {**values, **other_facts[what]}
-            if values.get(name) != other_facts[what].get(name)]
-
-
-def _comparable_facts(stage: str, run_id: str) -> dict[str, dict]:
-    """A finished stage's facts by kind: parameter, input (hashes), version, machine, metric."""
+def _comparable_facts(stage: str, run_id: str) -> dict:
+    """A finished stage's parameters, inputs (hashes), versions, machine and metrics, under names as
+    "metric loss.last"; {} of one that has not finished.
+    """
     record = load_record(stage, run_id)
+    if record is None:
+        return {}
     folder = store.stage_folder(stage, run_id)
-    has_metrics = (folder / "metrics.json").is_file()
     inputs = {f"{earlier}/{name}": digest[:8]
               for earlier, files in record["inputs"].items() for name, digest in files.items()
-              if name not in ("metrics.json", "started.json")}  # these hold times and run names
-    return {
+              if name not in NOT_PRODUCTS}
+    facts = {
         "parameter": {name: value for name, value in record["params"].items() if name != "run_id"},
-        "input": inputs,
-        "version": record["versions"],
+        "input": inputs, "version": record["versions"],
         "machine": {name: record.get(name, "") for name in ("machine", "hardware", "git")},
-        "metric": flatten(store.read_metrics(folder)) if has_metrics else {},
-    }
+        "metric": (flatten(store.read_metrics(folder)) if (folder / "metrics.json").is_file()
+                   else {})}
+    return {f"{kind} {name}": value for kind, values in facts.items()
+            for name, value in values.items()}
 
 
 def flatten(data: dict, prefix: str = "") -> dict[str, float | str | None]:

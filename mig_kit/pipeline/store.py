@@ -32,6 +32,7 @@ from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
     NAMES_OF_RUNS,
     RUN_PARAMS,
+    is_trl_setting,
     stage_parameters,
 )
 from mig_kit.pipeline.run_facts import (
@@ -43,23 +44,22 @@ from mig_kit.pipeline.run_facts import (
 )
 from mig_kit.pipeline.run_folders import (
     COLD_START,
-    RECIPE,
     STAGES,
     find_owner,
     format_run_command,
     has_cold_start,
+    load_branch,
     load_record,
     lock_run,
-    record_branch,
     refresh_branch,
     require_own_stage,
     require_record,
     runs_root,
     stage_folder,
+    start_branch,
     unlock_run,
     validate_run_id,
 )
-from mig_kit.pipeline.trl_settings import is_trl_setting
 
 KEY_FACTS = ("parameter", "file", "input", "code")
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
@@ -333,11 +333,8 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
 
 def _start_branch(stage: str, run_id: str) -> None:
     """Let a new run take the stages before this one from DEFAULT_RUN."""
-    earlier = [name for name in RECIPE[1:] if name < stage
-               and (name not in COLD_START or has_cold_start(DEFAULT_RUN))]
-    for name in earlier:
-        require_record(name, DEFAULT_RUN, f"a run that starts from '{DEFAULT_RUN}'")
-    record_branch(run_id, DEFAULT_RUN, earlier)
+    start_branch(DEFAULT_RUN, run_id, stage)
+    earlier = list(load_branch(run_id)["stages"])
     print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
           f"'{DEFAULT_RUN}'")
 

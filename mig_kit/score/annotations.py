@@ -43,8 +43,7 @@ class BenchmarkItem:
     image number from 1, None where the file does not say. image_stated: whether the question itself
     names the image. size: (width, height) of the target image, pixels, where the file gives it.
     letter, options and choices: the correct letter, all letters and what they stand for, of a
-    multiple-choice question; truth: the correct answer as the file writes it. category: the kind of
-    the object, of Ref-L4.
+    multiple-choice question. category: the kind of the object, of Ref-L4.
     """
 
     index: int
@@ -60,7 +59,6 @@ class BenchmarkItem:
     letter: str = ""
     options: str = ""
     choices: tuple[str, ...] = ()
-    truth: str = ""
     category: str = ""
 
     @property
@@ -256,7 +254,7 @@ def read_blink(records: list[dict]) -> Benchmark:
         question = str(record.get("question") or record.get("prompt", ""))
         items.append(BenchmarkItem(index, name, task, question, _text_list(record.get("images")),
                                    letter=letter, options=ascii_uppercase[:count],
-                                   choices=choices, truth=f"({letter})"))
+                                   choices=choices))
     is_val = len(items) == BLINK_VAL_ITEMS and all(name.startswith("val_") for name in names)
     return Benchmark("blink", "val" if is_val else "subset", tuple(items), is_val)
 
@@ -277,15 +275,15 @@ def read_mmiu(records: list[dict]) -> Benchmark:
         if record.get("output") is None:
             left_out.append(index)
             continue
-        truth = _get_field(record, "output", str, index, "MMIU").strip().strip(".")
+        letter = _get_field(record, "output", str, index, "MMIU").strip().strip(".").upper()
         choices = _split_options(str(record.get("options", "")))
         parts = [record.get("context"), record.get("question")]
         question = " ".join(str(part).strip() for part in parts if part)
         task = _get_field(record, "task", str, index, "MMIU")
         images = tuple(record.get("input_image_path") or [])
-        items.append(BenchmarkItem(index, "", task, question, images, letter=truth.upper(),
+        items.append(BenchmarkItem(index, "", task, question, images, letter=letter,
                                    options=ascii_uppercase[:len(choices)] or MMIU_OPTIONS,
-                                   choices=choices, truth=truth))
+                                   choices=choices))
     if not items:
         raise ValueError("no item of the MMIU annotations has an output, the correct letter; give "
                          "the file that has them")
@@ -354,7 +352,7 @@ def read_image_sizes(names: Iterable[str],
             missing.append(name)
             continue
         try:
-            sizes[name] = read_size(path, takes_any_depth=True)
+            sizes[name] = read_size(path)
         except BadImage:
             broken.append(name)
     for problem, failed in (("images are missing", missing),

@@ -11,7 +11,7 @@ from string import ascii_uppercase
 
 from mig_kit.score.annotations import BenchmarkItem
 from mig_kit.score.image_names import NUMBER_WORDS, ORDINALS
-from mig_kit.score.official import contains_truth, last_answer_block
+from mig_kit.score.official import last_answer_block
 
 # What the letters of BLINK's tasks stand for where it is the same in every question.
 _LATTER_TWO = ("the second image", "the third image")
@@ -37,13 +37,11 @@ _NAMED_OPTION = re.compile(
     r"|(?<=[a-z,)\u3040-\u9fff] )A(?![\w'-])"
     r"|(?<![\w'$\\.])([B-H])(?![\w'$]|\.\w)")
 _ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
-_LATEX = re.compile(r"\\(?:boxed|fbox|text\w*|math\w+|bf|rm)(?![a-z])\s*|\\[()\[\]]"
-                    r"|</?(?:b|i|strong)>")
 # a letter alone in marks of emphasis, quotes, brackets or LaTeX
 _MARKED = re.compile(r"[*_`\"'$\[{(<]{1,8}\s?([A-Ha-h])\s?[.:!]?\s?[*_`\"'$\]})>]{1,8}(?!\w)")
 _SMALL_LETTER = re.compile(
     r"(\b(?:answer|option|choice)(?: is| would be|:)?\s+)([a-h])(?=[\s.,!]*$)", re.I | re.M)
-_EMPHASIS = re.compile(r"[*`]+(?=\S)|(?<=\S)[*`]+")
+_EMPHASIS = re.compile(r"[*`]+(?=\S)|(?<=\S)[*`]+|</?(?:b|i|strong)>")
 _CONCLUSION = re.compile(
     r"\u7b54\u6848|\b(?:therefore|thus|hence|in conclusion"
     r"|based on (?:these|this|the (?:analysis|criteria))|answer(?: is|:)"
@@ -54,9 +52,6 @@ _PREFERS = re.compile(
     r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
     r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
     r"|correspond(?:s|ing)?|match(?:es)?|shares)\b", re.IGNORECASE)
-_REFUSES = re.compile(
-    r"\b(?:none|neither|cannot|can't|unable|impossible|no (?:clear|direct|correct)"
-    r"|not (?:possible|enough|sufficient))\b", re.IGNORECASE)
 _NEGATES = re.compile(r"\b(?:not|less|none|neither|cannot|nor)\b|n't\b", re.IGNORECASE)
 _REFUSES_ALL = re.compile(
     r"\b(?:none of (?:the|these|those|them)\b(?! other| rest| remaining)"
@@ -64,17 +59,10 @@ _REFUSES_ALL = re.compile(
     r"|no (?:correct|suitable|valid) (?:answer|choice|option)|neither (?:of|option|image)"
     r"|(?:cannot|can't|unable to|not possible to) (?:\w+ly )?(?:determine|assist|help|choose|select"
     r"|identify|provide))\b", re.IGNORECASE)
-_NAMES_ABOVE = re.compile(  # "(D) is the [correct choice]"
-    r"\b(?:is|are|as|be|being|was)\s+(?:likely |probably |clearly )?(?:the |our |my )?"
-    r"(?:most |single )?$", re.IGNORECASE)
 _DENIED_OPTION = re.compile(rf"\b(?:not|isn't) (?:be )?(?:{_LABEL} )?\(?[A-H]\b\)?")
-_IS_CHOSEN = re.compile(r"(?:correct|best|final|right|appropriate|answer|I |we )", re.IGNORECASE)
 _MOST_CUES = 20  # last conclusions that are looked at
 _LONGEST = 400  # letters of a sentence before its cue
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-_TWO_OPTIONS = re.compile(
-    r"\(?\b([A-H])\b\)?(?: the \w+ image| Point [A-H])?,?\s+(?:or|and)\s+(?:\w+\s+)?\(?([A-H])\b")
-
 _PLAIN = str.maketrans("\u3010\u3011\u2018\u2019\u201c\u201d\u300c\u300d", "[]''\"\"[]")
 _COUNTS = {str(number): word for number, word in enumerate(NUMBER_WORDS, 1)}
 _COUNTS |= {word: number for number, word in _COUNTS.items()}
@@ -185,7 +173,7 @@ def mark_letters(text: str) -> str:
     as "(A)", full-width signs as plain ones, and no other emphasis.
     """
     text = unicodedata.normalize("NFKC", text).translate(_PLAIN)
-    text = _MARKED.sub(lambda match: f"({match[1].upper()})", _LATEX.sub("", text))
+    text = _MARKED.sub(lambda match: f"({match[1].upper()})", text)
     text = _SMALL_LETTER.sub(lambda match: f"{match[1]}({match[2].upper()})", text)
     text = re.sub(r"(?<=[\u3040-\u9fff])(?=[A-H](?![A-Za-z]))", " ", text)
     text = re.sub(r"(?<![A-Za-z])([A-H])(?=[\u3040-\u9fff])", r"\1 ", text)
@@ -201,7 +189,7 @@ def _refuses_all(text: str, valid: str) -> bool:
     chosen = [part for part in others if _PREFERS.search(part) or _CONCLUSION.search(part)]
     if _CONCLUSION.search(same_sentence):
         chosen.append(same_sentence)
-    return not any(_names_one_or_two(part, valid) and not _REFUSES.search(part) for part in chosen)
+    return not any(_names_one_or_two(part, valid) for part in chosen)
 
 
 def _settled_letter(text: str, valid: str) -> str:
@@ -215,10 +203,8 @@ def _settled_letter(text: str, valid: str) -> str:
     if len(set(letters)) == 1:
         return letters[0]
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
-    sentence, rest = _find_conclusion(text, valid)
-    if sentence:
-        chooses_none = _REFUSES.search(sentence) or _lists_options(rest, valid)
-        return "" if chooses_none else _preferred_letter(sentence, valid)
+    if sentence := _find_conclusion(text, valid):
+        return _preferred_letter(sentence, valid)
     for sentence in sentences:
         is_preference = _PREFERS.search(sentence) and not _NEGATES.search(sentence)
         if is_preference and _names_one_or_two(sentence, valid):
@@ -232,23 +218,17 @@ def _only_letter(sentence: str, valid: str) -> str:
     return letters[0] if len(set(letters)) == 1 and not _NEGATES.search(sentence) else ""
 
 
-def _find_conclusion(text: str, valid: str) -> tuple[str, str]:
-    """(sentence, text from its cue on) of the last conclusion that names one or two options; else
-    two empty strings.
-    """
+def _find_conclusion(text: str, valid: str) -> str:
+    """The sentence of the last conclusion that names one or two options; else ""."""
     for cue in list(_CONCLUSION.finditer(text))[:-1 - _MOST_CUES:-1]:
         before = _SENTENCE_END.split(text[max(0, cue.start() - _LONGEST):cue.start()])[-1]
-        if (_NAMES_ABOVE.search(before) and _IS_CHOSEN.match(cue[0])
-                and not _NEGATES.search(before) and _names_one_or_two(before, valid)):
-            return before, before
         rest = text[cue.start():]
-        sentences = _SENTENCE_END.split(rest)
-        if before.strip() and not _IS_CHOSEN.search(cue[0]) and not sentences[0].endswith(":"):
-            sentences = sentences[:1]  # "... and thus closer", no conclusion of the whole
-        for sentence in sentences:
+        if all(re.search(rf"^\({letter}\)", rest, re.MULTILINE) for letter in valid):
+            continue  # it gives the options again, and chooses none
+        for sentence in _SENTENCE_END.split(before + rest):
             if _names_one_or_two(sentence, valid):
-                return sentence, rest
-    return "", ""
+                return sentence
+    return ""
 
 
 def _names_one_or_two(sentence: str, valid: str) -> bool:
@@ -256,20 +236,9 @@ def _names_one_or_two(sentence: str, valid: str) -> bool:
 
 
 def _preferred_letter(sentence: str, valid: str) -> str:
-    """The option a sentence prefers: the first in brackets, else the first; none of "B or D" and
-    "A and C".
-    """
+    """The option a sentence prefers: the first in brackets, else the first."""
     letters = [letter for letter in re.findall(r"\(([A-H])\)", sentence) if letter in valid]
-    letters = letters or find_option_letters(sentence, valid)
-    pair = _TWO_OPTIONS.search(sentence)
-    is_undecided = pair and pair.group(1) == letters[0] and pair.group(2) in valid
-    return "" if is_undecided else letters[0]
-
-
-def _lists_options(text: str, valid: str) -> bool:
-    """Whether the text gives all options again, one short line each, which chooses none."""
-    lines = r"[^()\n]{0,60}\n\s*".join(rf"\({letter}\)" for letter in valid)
-    return bool(re.search(lines, text))
+    return (letters or find_option_letters(sentence, valid))[0]
 
 
 def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
@@ -298,13 +267,5 @@ def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
     return float(letter == item.letter), "" if is_option else "no single letter in <answer>"
 
 
-def substring_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, "") by Migician's rule: the truth occurs somewhere in the reply.
-
-    The truth is written as in the annotations: BLINK's "(B)", MMIU's "B".
-    """
-    return float(contains_truth(response, item.truth)), ""
-
-
 CHOICE_JUDGES: dict[str, Callable[[BenchmarkItem, str], tuple[float, str]]] = {
-    "official": official_choice, "strict": strict_choice, "substring": substring_choice}
+    "official": official_choice, "strict": strict_choice}

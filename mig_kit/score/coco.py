@@ -3,9 +3,9 @@
 Predictions are COCO results: a list of {"image_id", "category_id", "bbox": [x, y, w, h] pixels,
 "score"}. An image without an entry has no box, which is an answer, so nothing can be missing here.
 
-`official` is what pycocotools does. It notes the annotation that a detection matches by its id and
-takes 0 for none: the box of an annotation 0, as MC-Bench's file has one, cannot be found, and of
-annotations with one id only the last counts. `strict` numbers the annotations anew.
+pycocotools notes the annotation that a detection matches by its id and takes 0 for none: the box of
+an annotation 0, as MC-Bench's file has one, cannot be found, and of annotations with one id only
+the last counts.
 """
 
 import contextlib
@@ -26,11 +26,9 @@ from mig_kit.score.result import Scored
 ODINW_THRESHOLDS = {"ap": None, "ap50": 0, "ap75": 5}  # places in COCO's ten IoU thresholds
 
 
-def load_coco(annotations: dict, name: str, keeps_ids: bool = True) -> COCO:
-    """The annotations as a COCO index; name: the benchmark's, for errors.
-
-    keeps_ids: whether the annotations keep their own ids, else they are numbered from 1. Raises
-    ValueError where a part of the COCO format is missing.
+def load_coco(annotations: dict, name: str) -> COCO:
+    """The annotations as a COCO index; name: the benchmark's, for errors. Raises ValueError where a
+    part of the COCO format is missing.
     """
     parts = ("images", "annotations", "categories")
     if not isinstance(annotations, dict) or not all(
@@ -42,10 +40,10 @@ def load_coco(annotations: dict, name: str, keeps_ids: bool = True) -> COCO:
     images, categories = ({entry["id"] for entry in annotations[part]}
                           for part in ("images", "categories"))
     boxes = []
-    for number, entry in enumerate(annotations["annotations"], 1):
+    for entry in annotations["annotations"]:
         has_box = is_four_numbers(entry.get("bbox"))
         area = entry["bbox"][2] * entry["bbox"][3] if has_box else None
-        box = {"iscrowd": 0, "area": area, **entry, "id": entry["id"] if keeps_ids else number}
+        box = {"iscrowd": 0, "area": area, **entry}
         if not (has_box and _is_among(entry.get("image_id"), images)
                 and _is_among(entry.get("category_id"), categories)
                 and isinstance(box["id"], int) and is_number(box["area"])
@@ -128,14 +126,13 @@ def mean_precision(evaluation: COCOeval, category: int,
     return float(valid.mean()) if valid.size else None
 
 
-def score_odinw(annotations: dict, predictions: list[dict], source: str,
-                protocol: str = "official") -> Scored:
+def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scored:
     """COCO AP of one OdinW data set; tasks are its categories, their AP, AP50 and AP75 in percent.
 
     AP is the mean over IoU 0.5:0.95. The benchmark's figure is the unweighted mean over its data
-    sets (13 or 35), one annotation file each. protocol: see the module.
+    sets (13 or 35), one annotation file each.
     """
-    coco = load_coco(annotations, "OdinW", protocol == "official")
+    coco = load_coco(annotations, "OdinW")
     detections = load_detections(coco, validate_detections(predictions, coco, source))
     evaluation = run_coco_eval(coco, detections)
     names = _category_names(coco)
@@ -154,7 +151,7 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str,
     aggregates = {name: {metric: 100 * float(value) for metric, value in values.items()}
                   for name, values in [("avg", average), *precisions.items()]}
     return Scored(tuple(tasks), {}, True, np.array([]), aggregates=aggregates,
-                  remarks=_id_remarks(annotations, protocol))
+                  remarks=_id_remarks(annotations))
 
 
 def _category_names(coco: COCO) -> dict:
@@ -165,38 +162,31 @@ def _category_names(coco: COCO) -> dict:
             for category, name in names.items()}
 
 
-def _id_remarks(annotations: dict, protocol: str) -> tuple[str, ...]:
+def _id_remarks(annotations: dict) -> tuple[str, ...]:
     """What becomes of annotations whose ids pycocotools cannot tell, as a sentence."""
     counts = Counter(entry["id"] for entry in annotations["annotations"])
     affected = sum(count if name == 0 else count - 1 for name, count in counts.items())
-    if not affected:
-        return ()
-    effect = ("As in pycocotools, a detection that matches annotation 0 counts as a false "
-              "positive, and of one id only the last annotation counts; --protocol strict numbers "
-              "them anew." if protocol == "official" else
-              "They were numbered anew, for pycocotools, and so --protocol official, does not "
-              "match them.")
-    return (f"Annotations with id 0 or the id of another: {affected}. {effect}",)
+    return (f"Annotations with id 0 or the id of another: {affected}. As in pycocotools, a "
+            "detection that matches annotation 0 counts as a false positive, and of one id only "
+            "the last annotation counts.",) if affected else ()
 
 
-def score_mc_bench(annotations: dict, predictions: list[dict], source: str,
-                   protocol: str = "official") -> Scored:
+def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> Scored:
     """MC-Bench: image-level accuracy per pair, and AP50 weighted by the truth's count per category.
 
     Tasks are the text styles. A pair is correct if for both images "has a box" agrees with the
     truth. Where a pair's truth has several groups ("group 2"), predicted groups are first renamed
-    to the permutation with the highest mean IoU. `official` repeats the authors' script, in which
-    the renaming of only the last such pair survives, and one renaming can run into the next, and
-    annotation 0 is never found; `strict` renames all pairs, each group once. In both a category's
-    count weighs its own AP; the script pairs them in the file's order, which is the same where that
-    is sorted by id. Source: XuYunqiu/MC-Bench, eval_mc_bench.py.
+    to the permutation with the highest mean IoU; as in the authors' script, the renaming of only
+    the last such pair survives, and one renaming can run into the next. A category's count weighs
+    its own AP; the script pairs them in the file's order, which is the same where that is sorted by
+    id. Source: XuYunqiu/MC-Bench, eval_mc_bench.py.
     """
-    coco = load_coco(annotations, "MC-Bench", protocol == "official")
+    coco = load_coco(annotations, "MC-Bench")
     styled_pairs = _styled_pairs(coco)
     pairs = [pair for pair, _ in styled_pairs]
     tasks = tuple(style for _, style in styled_pairs)
     entries = validate_detections(predictions, coco, source)
-    entries = rename_groups(coco, entries, pairs, protocol == "official")
+    entries = rename_groups(coco, entries, pairs)
     detections = load_detections(coco, entries)
     with_truth = {image for image in coco.imgs if coco.getAnnIds(imgIds=[image])}
     with_box = {entry["image_id"] for entry in entries}
@@ -208,7 +198,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str,
         aggregates[task] = {"ap50": _weighted_ap50(coco, detections, images)}
     files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
     return Scored(tasks, {"accuracy": accuracy}, False, accuracy, tuple(range(len(pairs))),
-                  aggregates=aggregates, remarks=_id_remarks(annotations, protocol),
+                  aggregates=aggregates, remarks=_id_remarks(annotations),
                   lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 
 
@@ -240,35 +230,25 @@ def _weighted_ap50(coco: COCO, detections: COCO, images: list | None) -> float:
     return 100 * float(np.average(values, weights=counts)) if sum(counts) else 0.0
 
 
-def rename_groups(coco: COCO, predictions: list[dict], pairs: list[tuple],
-                  official: bool) -> list[dict]:
-    """The predictions, with the groups of every pair that has a "group 2" renamed to their best
+def rename_groups(coco: COCO, predictions: list[dict], pairs: list[tuple]) -> list[dict]:
+    """The predictions, with the groups of the last pair that has a "group 2" renamed to their best
     permutation; see score_mc_bench.
     """
     categories = coco.getCatIds(catNms=["group 2"])
-    pair_by_image = {image: tuple(pair) for pair in pairs for image in pair}
+    images = coco.getImgIds(catIds=categories) if categories else []
+    renamed = [dict(entry) for entry in predictions]
+    if not images:
+        return renamed
+    pair = next(tuple(pair) for pair in pairs if images[-1] in pair)
     truth, boxes = (defaultdict(lambda: defaultdict(list)) for _ in range(2))
     for entry in coco.dataset["annotations"]:
         truth[entry["image_id"]][entry["category_id"]].append(entry)
     for entry in predictions:
         boxes[entry["image_id"]][entry["category_id"]].append(entry["bbox"])
-    renamed, entries_by_pair = [dict(entry) for entry in predictions], defaultdict(list)
-    for entry in renamed:
-        entries_by_pair[pair_by_image[entry["image_id"]]].append(entry)
-    images = coco.getImgIds(catIds=categories) if categories else []
-    if official:
-        images = images[-1:]  # the script reads its file again for every pair
-    for pair in dict.fromkeys(pair_by_image[image] for image in images):
-        best = _best_permutation(pair, truth, boxes)
-        if not official:
-            for entry in entries_by_pair[pair]:
-                old = entry["category_id"]
-                entry["category_id"] = dict(enumerate(best, 1)).get(old, old)
-            continue
-        for old, new in enumerate(best, 1):  # one renaming can run into the next
-            for entry in entries_by_pair[pair]:
-                if entry["category_id"] == old:
-                    entry["category_id"] = new
+    for old, new in enumerate(_best_permutation(pair, truth, boxes), 1):
+        for entry in renamed:  # one renaming can run into the next
+            if entry["image_id"] in pair and entry["category_id"] == old:
+                entry["category_id"] = new
     return renamed
 
 

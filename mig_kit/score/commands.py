@@ -18,8 +18,8 @@ from mig_kit.boxes import BoxFormat, Coordinates
 @click.option("--compare", type=click.Path(),
               help="A second model's predictions: adds the paired difference.")
 @click.option("--protocol", default="",
-              help="official (the default), strict, or substring (multiple choice); of own data "
-                   "free_text (the default) or strict.")
+              help="official (the default) or strict; of own data free_text (the default) or "
+                   "strict.")
 @click.option("--coordinates", default="normalized_1000", show_default=True,
               type=click.Choice([name.value for name in Coordinates]),
               help="Boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels (of the "
@@ -38,33 +38,28 @@ from mig_kit.boxes import BoxFormat, Coordinates
               help="The same, its upper limit.")
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
-@click.option("--items", type=click.Path(), help="Write every item's value here, as JSONL.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
-                  compare_coordinates: str | None, out: str | None, items: str | None,
-                  min_pixels: int, max_pixels: int, **rules) -> None:
+                  compare_coordinates: str | None, out: str | None, min_pixels: int,
+                  max_pixels: int, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
     from mig_kit.data import own_data
     from mig_kit.score import leaderboard, protocols
     from mig_kit.score.records import read_records
-    from mig_kit.score.result import item_lines, paired_difference, summarize
+    from mig_kit.score.result import paired_difference, summarize
 
-    if items and benchmark.lower() == "odinw":
-        raise ValueError("OdinW's AP is no mean over items, so there are none to write; "
-                         "leave --items out")
     if compare_coordinates and not compare:
         raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
                          "or leave it out")
-    taken = [annotations, predictions, *([compare] if compare else [])]
-    for path in filter(None, (out, items)):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written; name a file in a folder that exists")
-        target = Path(path).resolve()
-        if any(Path(other).resolve() in (target, *target.parents) for other in taken):
-            raise ValueError(f"{path} is given twice, or lies in a folder that is read, and would "
+    if out:
+        target = Path(out).resolve()
+        if target.is_dir() or not target.parent.is_dir():
+            raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
+        if any(Path(other).resolve() in (target, *target.parents)
+               for other in filter(None, (annotations, predictions, compare))):
+            raise ValueError(f"{out} is given twice, or lies in a folder that is read, and would "
                              "be overwritten; write to a file elsewhere")
-        taken.append(path)
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     if name == "own":
         for number, line in enumerate(read_records(annotations), 1):
@@ -82,8 +77,5 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
             **{part: summary[part] for part in ("tasks", "avg", "problems")},
             "difference": paired_difference(scored, other)}
     click.echo(leaderboard.score_markdown(result))
-    if items:
-        lines = [json.dumps(line) + "\n" for line in item_lines(scored)]
-        Path(items).write_text("".join(lines))
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")

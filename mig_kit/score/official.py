@@ -109,15 +109,6 @@ def last_answer_block(text: str) -> str | None:
     return text[start + len("<answer>"):end] if start >= 0 else None
 
 
-def contains_truth(text: str, truth: str) -> bool:
-    """Whether the truth occurs anywhere in the text, the lax rule of Migician's multiple choice.
-
-    Source: thunlp/Migician, eval/utils.py, calculate: white space, then dots, stripped from the
-    truth; case counts.
-    """
-    return truth.strip().strip(".") in text
-
-
 def script_iou(answer: Box, box: Box | None, added: float = 0.0) -> float:
     """IoU as the authors' scripts have it; both xyxy in the same coordinates. 0 for None.
 

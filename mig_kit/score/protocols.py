@@ -2,8 +2,8 @@
 
 `official` repeats what each benchmark's own script does with a reply, quirks included, so that
 numbers compare with published ones; each function names its source. `strict` asks for what the
-question asks for: the last <answer>, one box in it, the correct image, the stated coordinates.
-`substring` is the lax multiple-choice rule. One deviation: where BLINK's and MMIU's authors ask
+question asks for: the last <answer>, one box in it, the correct image, the stated coordinates. One
+deviation: where BLINK's and MMIU's authors ask
 another model which option a free text means, `official` here reads the text alone, options named
 by their words included. The authors' rules are in `official.py` and, of MC-Bench and OdinW,
 in `coco.py`.
@@ -46,16 +46,13 @@ from mig_kit.score.official import (
     ref_l4_metrics,
 )
 from mig_kit.score.own import THRESHOLD, judge_own, read_own
-from mig_kit.score.records import align_predictions, read_foreign_lines, read_json, read_records
+from mig_kit.score.records import align_predictions, read_json, read_records
 from mig_kit.score.reply_boxes import parse_strict_answer
 from mig_kit.score.result import Scored, headline_average
 
 CHOICE_BENCHMARKS = ("blink", "mmiu")
-PROTOCOLS = {
-    **dict.fromkeys(("mig_bench", "lisa", "revos", "ref_l4", "mc_bench", "odinw"),
-                    ("official", "strict")),
-    **dict.fromkeys(CHOICE_BENCHMARKS, ("official", "strict", "substring")),
-    "own": ("free_text", "strict")}
+PROTOCOLS = {**dict.fromkeys(READERS, ("official", "strict")),
+             **dict.fromkeys(("mc_bench", "odinw"), ("official",)), "own": ("free_text", "strict")}
 # The headline of these is the unweighted mean over tasks; elsewhere every item counts the same.
 MACRO = ("mig_bench", "blink", "mmiu")
 COORDINATE_LIMITS = {Coordinates.NORMALIZED_1: 1, Coordinates.NORMALIZED_1000: 1000}
@@ -150,7 +147,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                       images: str | None = None, allow_missing: bool = False,
                       box_order: str | None = None) -> Scored:
     """Judge predictions: dicts with "index" or "id", and "response", or the logs that
-    read_foreign_lines reads.
+    align_predictions reads.
 
     Ref-L4's own protocol takes "pred_bbox" and "format" in place of "response". source: the
     predictions' name, for errors. coordinates: what the replies' boxes are measured in; under
@@ -164,12 +161,12 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                 and coordinates != Coordinates.NORMALIZED_1000)
     judges_boxes = benchmark.name == "ref_l4" and protocol == "official"
     field = "pred_bbox" if judges_boxes and not converts else "response"
-    lines = read_foreign_lines(benchmark.items, predictions, source, benchmark.left_out)
-    if field == "pred_bbox" and lines and field not in lines[0]:
+    if field == "pred_bbox" and predictions and field not in predictions[0]:
         raise ValueError(f"Ref-L4's own script takes boxes, so {source} needs lines "
                          '{"id": ..., "pred_bbox": [x1, y1, x2, y2], "format": "xyxy"}; for free '
                          "text say --coordinates absolute or pixels, or use --protocol strict")
-    lines = align_predictions(benchmark.items, lines, field, source, allow_missing)
+    lines = align_predictions(benchmark.items, predictions, field, source, allow_missing,
+                              benchmark.left_out)
     notes, aggregates, remarks = {}, {}, ()
     if field == "response" and not is_choice:
         remarks = _box_order_remarks(lines, protocol, box_order)
@@ -281,8 +278,8 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
     if name in ("mc_bench", "odinw"):
         truth, detections = read_json(annotations), read_records(predictions, may_be_empty=True)
         if name == "odinw":
-            return header, coco.score_odinw(truth, detections, source, protocol)
-        scored = coco.score_mc_bench(truth, detections, source, protocol)
+            return header, coco.score_odinw(truth, detections, source)
+        scored = coco.score_mc_bench(truth, detections, source)
         return header | {"complete": has_paper_count(name, len(scored.tasks))}, scored
     benchmark = (read_own if name == "own" else READERS[name])(read_records(annotations))
     records = read_records(predictions)

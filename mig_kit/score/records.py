@@ -1,5 +1,5 @@
-"""Files of records (JSON, JSON lines, parquet, tables of text or Excel, folders of them), and
-predictions as lines that each name the item they answer.
+"""Files of records (JSON, JSON lines, tables, folders of them), and predictions as lines that each
+answer one item.
 
 The kit's own line is {"index" or "id", "response"}. Told by their fields and read as well:
 lmms-eval's samples (`doc_id`, `resps`), VLMEvalKit's tables (`index`, `prediction`) and BLINK's
@@ -9,7 +9,6 @@ loggers/evaluation_tracker.py; open-compass/VLMEvalKit, inference.py; zeyofu/BLI
 eval/saved_outputs.
 """
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from mig_kit.common import MAX_LINE, iter_lines
 from mig_kit.score.annotations import BenchmarkItem, count_and_list
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".json")
 WRAPPERS = ("val", "logs")  # of BLINK's released outputs, of lmms-eval's older logs
 
@@ -33,12 +33,8 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     if path.is_dir():
         return [record for file in _folder_files(path) for record in read_records(file)]
     _require_file(path)
-    readers = {".parquet": _read_parquet, ".xlsx": _read_excel, ".tsv": _read_table,
-               ".csv": _read_table}
-    if path.suffix in readers:
-        numbered = list(enumerate(readers[path.suffix](path), 1))
-    else:
-        numbered = _read_numbered(path)
+    numbered = (list(enumerate(_read_table(path), 1)) if path.suffix in TABLES
+                else _read_numbered(path))
     for number, record in numbered:
         if not isinstance(record, dict):
             raise ValueError(f"entry {number} of {path} is no JSON object; every entry must look "
@@ -77,54 +73,31 @@ def _require_file(path: Path) -> None:
                                 "written")
 
 
-def _read_parquet(path: Path) -> list[dict]:
-    """The rows without columns of image bytes, which no score needs."""
-    import pyarrow
+def _read_table(path: Path) -> list[dict]:
+    """The rows of a table by the names of its columns, without BLINK's pictures, which no score
+    needs; an empty cell of text is "".
+    """
+    import pandas as pd
     import pyarrow.parquet
 
-    def holds_bytes(kind) -> bool:
-        fields = [kind.field(place).type for place in range(kind.num_fields)]
-        return pyarrow.types.is_binary(kind) or any(map(holds_bytes, fields))
-
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        columns = [field.name for field in table.schema_arrow if not holds_bytes(field.type)]
-        return table.read(columns).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no readable parquet table ({reason}); download it "
-                         "again") from error
-
-
-def _read_table(path: Path) -> list[dict]:
-    """The rows of a table of text, by the names of its first line."""
-    csv.field_size_limit(MAX_LINE)
-    records = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            for record in reader:
-                if None in record or None in record.values():
-                    raise ValueError(f"the row that ends in line {reader.line_num} of it has "
-                                     "another number of cells than the first")
-                records.append(record)
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is no table in UTF-8 ({error}); save it again") from error
-    return records
-
-
-def _read_excel(path: Path) -> list[dict]:
-    """The rows of the first sheet; an empty cell is ""."""
-    import pandas as pd
-
-    try:
-        table = pd.read_excel(path, engine="openpyxl", keep_default_na=False)
+        if path.suffix == ".parquet":
+            names = pyarrow.parquet.ParquetFile(path).schema_arrow.names
+            columns = [name for name in names if not re.fullmatch(r"image_\d+", name)]
+            return pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+        if path.suffix == ".xlsx":
+            table = pd.read_excel(path, engine="openpyxl", keep_default_na=False)
+        else:
+            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str,
+                                keep_default_na=False)
+        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names
+            raise ValueError("its rows have more cells than its first line")
     except ImportError as error:
         raise ValueError(f"{path} is an Excel table, which needs openpyxl; run pip install "
                          "openpyxl, or save the table as .tsv") from error
-    except Exception as error:  # of zip, XML and numbers alike
-        raise ValueError(f"{path} is no readable Excel table ({type(error).__name__}); save it "
-                         "again") from error
+    except Exception as error:  # of parquet, zip, XML and text alike
+        raise ValueError(f"{path} is no readable table ({str(error).splitlines()[0]}); save or "
+                         "download it again") from error
     return table.astype(object).to_dict("records")
 
 
@@ -132,9 +105,7 @@ def _read_numbered(path: Path) -> list[tuple[int, object]]:
     """(line or place from 1, JSON value) of every record of a JSON or JSON lines file."""
     with path.open("rb") as file:
         opening = file.read(1 << 16).removeprefix(BYTE_ORDER_MARK).lstrip()
-    if opening.startswith(b"["):
-        return list(enumerate(read_json(path), 1))
-    if path.suffix == ".json" and opening:
+    if opening.startswith(b"[") or opening and path.suffix == ".json":
         try:
             return list(enumerate(_unwrap(read_json(path)), 1))
         except ValueError as error:
@@ -163,6 +134,8 @@ def _unwrap(value) -> list:
 
     {"val_Counting_1": "(B)", ...}, the form of BLINK's final predictions, is a record for each id.
     """
+    if isinstance(value, list):
+        return value
     if not isinstance(value, dict):
         return [value]
     for name in WRAPPERS:
@@ -180,150 +153,43 @@ def _unwrap(value) -> list:
     return [value]
 
 
-def read_foreign_lines(items: tuple[BenchmarkItem, ...], records: list[dict], source: str,
-                       left_out: tuple[int, ...] = ()) -> list[dict]:
-    """The records as lines {"index" or "id", "response"}; those in the kit's own form stay as they
-    are, and those of the indices `left_out`, which have no answer, are dropped.
+def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], field: str,
+                      source: str, allow_missing: bool = False,
+                      left_out: tuple[int, ...] = ()) -> list[dict | None]:
+    """Each item's record (None where one may be missing and is), in the items' order, with its
+    prediction under `field`.
 
-    A table of VLMEvalKit that counts from 1 to the number of items, with or without those left out,
-    is taken as counting from 0. The correct letter that a log repeats must be the annotations',
-    else it counts other questions. source: the predictions' name, for errors. Raises ValueError.
-    """
-    by_index = {str(item.index): item for item in items}
-    by_id = {item.id: item for item in items if item.id}
-    first = _first_place(records, [item.index for item in items], left_out, source)
-    lines = []
-    for number, record in enumerate(records, 1):
-        where = f"prediction {number} of {source}"
-        line = record
-        if "response" in record or "pred_bbox" in record:
-            lines.append(record)
-            continue
-        if "doc_id" in record and {"resps", "filtered_resps"} & set(record):
-            line = _lmms_eval_line(record, by_id, where)
-        elif "full_prediction" in record:
-            line = {**record, "response": record["full_prediction"]}
-        elif "prediction" in record:
-            line = {**record, "response": _table_reply(record)}
-            if first:
-                line["index"] = int(record["index"]) - first
-        if line is not record:
-            index, item_id = _read_names(line)
-            item = by_id.get(str(item_id)) or by_index.get(str(index))
-            _compare_letters(item, record.get("target", record.get("answer")), where)
-        lines.append(line)
-    unscored = {str(index) for index in left_out}
-    return [line for line in lines
-            if str(next((name for name in _read_names(line) if name is not None), None))
-            not in unscored]
-
-
-def _read_names(line: dict) -> tuple[object, object]:
-    """(index, id) that a line names its item by, None for one that it lacks.
-
-    For a gap in the column, which it writes as not a number, pandas makes the other indices floats.
-    """
-    index, item_id, idx = (None if value != value else value
-                           for value in map(line.get, ("index", "id", "idx")))
-    if isinstance(index, float) and index.is_integer():
-        index = int(index)
-    elif isinstance(index, str):  # of a table in CSV
-        index = re.sub(r"\.0$", "", index) or None
-    return index, idx if item_id is None else item_id
-
-
-def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...],
-                 source: str) -> int:
-    """1 where the records are a table whose index is one more than the annotations', else 0.
-
-    scored, left_out: the annotations' indices from 0, with an answer and without; a table may leave
-    out the latter. ValueError where rows are missing, so that it could be either, and no letters
-    tell.
-    """
-    if not records or not all("prediction" in record for record in records):
-        return 0
-    places = sorted(str(_read_names(record)[0]) for record in records)
-    complete = [sorted(str(index + first) for index in indices)
-                for first in (1, 0) for indices in (scored, [*scored, *left_out])]
-    if places in complete[:2]:
-        return 1
-    has_letters = any("target" in record or "answer" in record for record in records)
-    if places not in complete and "0" not in places and places[0].isdecimal() and not has_letters:
-        raise ValueError(f"{source} has no index 0 and lacks rows, so it may count from 0 or from "
-                         "1; give the whole table, or lines with index (from 0) and response")
-    return 0
-
-
-def _table_reply(record: dict) -> str:
-    """The reply of a table's row, with the reasoning that VLMEvalKit can put into a column of its
-    own. An empty cell, which pandas may read as not a number, is an empty reply.
-    """
-    prediction, thinking = (record.get(name) for name in ("prediction", "thinking"))
-    prediction = "" if prediction is None or prediction != prediction else str(prediction)
-    if isinstance(thinking, str) and thinking:
-        return f"<think>{thinking}</think>{prediction}"
-    return prediction
-
-
-def _lmms_eval_line(record: dict, by_id: dict[str, BenchmarkItem], where: str) -> dict:
-    """The line of a record of lmms-eval, whose replies are nested in lists.
-
-    `resps` is the whole reply; the log leaves it out where the filter changed nothing. `doc_id`
-    counts within a task, so an id of the benchmark, which some tasks log with their metric, comes
-    first.
-    """
-    reply = record.get("resps", record.get("filtered_resps"))
-    while isinstance(reply, list) and reply:
-        reply = reply[0]
-    if not isinstance(reply, str):
-        raise ValueError(f"{where} has no text in its resps; log the samples of a task that "
-                         "generates")
-    parts = [part for part in record.values() if isinstance(part, dict)]
-    names = [str(part[key]) for part in parts for key in ("idx", "id") if key in part]
-    known = [name for name in names if name in by_id]
-    name = {"id": known[0]} if known else {"index": record["doc_id"]}
-    return name | {"response": reply}
-
-
-def _compare_letters(item: BenchmarkItem | None, truth, where: str) -> None:
-    letter = re.fullmatch(r"\(?([A-Za-z])\)?\.?", truth.strip()) if isinstance(truth, str) else None
-    if item and item.letter and letter and letter[1].upper() != item.letter:
-        raise ValueError(f"{where} has the answer {letter[1]} where the annotations have "
-                         f"{item.letter} for item {item.name}, so it counts other questions; give "
-                         "the annotations that it was made from")
-
-
-def align_predictions(items: tuple[BenchmarkItem, ...], predictions: list[dict], field: str,
-                      source: str, allow_missing: bool = False) -> list[dict | None]:
-    """Each item's prediction line (None where one may be missing and is), in the items' order.
-
-    A line names its item by "index" (place in the annotation file, from 0) or "id". source: the
-    predictions' name, for errors. Raises ValueError that lists lines without the field, and indices
+    A record names its item by "index" (place in the annotation file, from 0) or "id"; a table of
+    VLMEvalKit that counts from 1 to the number of items is taken as counting from 0. The correct
+    letter that a log of another kit repeats must be the annotations', else it counts other
+    questions. source: the predictions' name, for errors. left_out: indices without an answer, whose
+    predictions are dropped. Raises ValueError that lists records without the field, and indices
     that are unknown, doubled or missing.
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
-    example = f'a line looks like {{"index": 0, "{field}": ...}}'
+    first = _first_place(records, [item.index for item in items], left_out, source)
     lines: dict[int, dict] = {}
     doubled, unknown = [], []
-    for number, line in enumerate(predictions, 1):
+    for number, record in enumerate(records, 1):
         where = f"prediction {number} of {source}"
-        index, item_id = _read_names(line)
+        index, item_id = _read_names(record, by_id, first)
         # an "id" tells nothing where the benchmark has none
         name, items_by_name = (index, by_index) if index is not None and (
             item_id is None or not by_id) else (item_id, by_id or by_index)
         if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise ValueError(f'{where} has no "index" or "id"; {example}')
-        if field not in line:
-            raise ValueError(f'{where} has no "{field}"; {example}')
-        if field == "response" and not isinstance(line[field], str):
-            raise ValueError(f'"response" of {where} is no text; write "" where the model said '
-                             "nothing")
+            raise ValueError(f'{where} has no "index" or "id"; a line looks like {{"index": 0, '
+                             f'"{field}": ...}}')
+        if str(item_id if index is None else index) in map(str, left_out):
+            continue
+        line = {**record, field: _read_prediction(record, field, where)}
         item = items_by_name.get(str(name))
         indexed = item if index is None else by_index.get(str(index), item)
         if indexed is not item:
             raise ValueError(f'{where} has "index" {index} and "id" {item_id!r}, which are '
                              "different items")
+        if field not in record:
+            _compare_letters(item, record.get("target", record.get("answer")), where)
         if item is None:
             unknown.append(str(name))
         elif item.index in lines:
@@ -339,3 +205,88 @@ def align_predictions(items: tuple[BenchmarkItem, ...], predictions: list[dict],
         raise ValueError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "
                          f"{len(items)} items{hint}")
     return [lines.get(item.index) for item in items]
+
+
+def _read_names(record: dict, by_id: dict[str, BenchmarkItem],
+                first: int = 0) -> tuple[object, object]:
+    """(index, id) that a record names its item by, None for one that it lacks.
+
+    first: the index of the first item. For a gap in the column, which it writes as not a number,
+    pandas makes the other indices floats. lmms-eval's `doc_id` counts within a task, so an id of
+    the benchmark, which some tasks log with their metric, comes first.
+    """
+    index, item_id, idx, doc_id = (None if value != value else value for value in map(
+        record.get, ("index", "id", "idx", "doc_id")))
+    if {"resps", "filtered_resps"} & set(record) and "response" not in record:
+        parts = [part for part in record.values() if isinstance(part, dict)]
+        names = [str(part[key]) for part in parts for key in ("idx", "id") if key in part]
+        known = next((name for name in names if name in by_id), None)
+        return (doc_id if known is None else None), known
+    if isinstance(index, float) and index.is_integer():
+        index = int(index)
+    elif isinstance(index, str):  # of a table in CSV
+        index = re.sub(r"\.0$", "", index) or None
+    if first and index is not None:
+        index = int(index) - first
+    return index, idx if item_id is None else item_id
+
+
+def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...],
+                 source: str) -> int:
+    """1 where the records are a table whose index is one more than the annotations', else 0.
+
+    scored, left_out: the annotations' indices from 0, with an answer and without; a table may leave
+    out the latter. ValueError where rows are missing, so that it could be either, and no letters
+    tell.
+    """
+    if not records or not all("prediction" in record and "response" not in record
+                              and "full_prediction" not in record for record in records):
+        return 0
+    places = sorted(str(_read_names(record, {})[0]) for record in records)
+    complete = [sorted(str(index + first) for index in indices)
+                for first in (1, 0) for indices in (scored, [*scored, *left_out])]
+    if places in complete[:2]:
+        return 1
+    has_letters = any("target" in record or "answer" in record for record in records)
+    if places not in complete and "0" not in places and places[0].isdecimal() and not has_letters:
+        raise ValueError(f"{source} has no index 0 and lacks rows, so it may count from 0 or from "
+                         "1; give the whole table, or lines with index (from 0) and response")
+    return 0
+
+
+def _read_prediction(record: dict, field: str, where: str):
+    """What a record predicts: its `field`, or the reply of another kit's log.
+
+    Of lmms-eval `resps`, nested in lists, is the whole reply; the log leaves it out where the
+    filter changed nothing. VLMEvalKit can put the reasoning into a column of its own; an empty
+    cell, which pandas may read as not a number, is an empty reply.
+    """
+    reply = record.get(field)
+    if field not in record and {"resps", "filtered_resps"} & set(record):
+        reply = record.get("resps", record.get("filtered_resps"))
+        while isinstance(reply, list) and reply:
+            reply = reply[0]
+        if not isinstance(reply, str):
+            raise ValueError(f"{where} has no text in its resps; log the samples of a task that "
+                             "generates")
+    elif field not in record and "full_prediction" in record:
+        reply = record["full_prediction"]
+    elif field not in record and "prediction" in record:
+        prediction, thinking = record["prediction"], record.get("thinking")
+        reply = "" if prediction is None or prediction != prediction else str(prediction)
+        if isinstance(thinking, str) and thinking:
+            reply = f"<think>{thinking}</think>{reply}"
+    elif field not in record:
+        raise ValueError(f'{where} has no "{field}"; a line looks like {{"index": 0, "{field}": '
+                         "...}")
+    if field == "response" and not isinstance(reply, str):
+        raise ValueError(f'"response" of {where} is no text; write "" where the model said nothing')
+    return reply
+
+
+def _compare_letters(item: BenchmarkItem | None, truth, where: str) -> None:
+    letter = re.fullmatch(r"\(?([A-Za-z])\)?\.?", truth.strip()) if isinstance(truth, str) else None
+    if item and item.letter and letter and letter[1].upper() != item.letter:
+        raise ValueError(f"{where} has the answer {letter[1]} where the annotations have "
+                         f"{item.letter} for item {item.name}, so it counts other questions; give "
+                         "the annotations that it was made from")

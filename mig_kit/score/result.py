@@ -42,12 +42,6 @@ class Scored:
     remarks: tuple[str, ...] = ()
 
 
-def item_lines(scored: Scored) -> list[dict]:
-    """{"index", "task", "value"} of every item in order; value: its IoU, or 1 if it is correct."""
-    return [{"index": int(index), "task": task, "value": float(value)}
-            for index, task, value in zip(scored.indices, scored.tasks, scored.values, strict=True)]
-
-
 def averaged_groups(scored: Scored) -> list[np.ndarray]:
     """Places of the items of every task, which the average weighs the same; else of all items."""
     places = np.arange(len(scored.tasks))

@@ -27,8 +27,8 @@ from mig_kit.score.convert_boxes import convert_exactly, to_official_line
 from mig_kit.score.records import read_records
 from mig_kit.score.reply_boxes import parse_named_box
 
-# MC-Bench and OdinW ask for every box of an image, with a score.
-RUNNABLE = ("mig_bench", "lisa", "revos", "ref_l4", "blink", "mmiu")
+# Not MC-Bench and OdinW, which ask for every box of an image, with a score.
+RUNNABLE = tuple(READERS)
 PROTOCOLS = ("official", "strict")
 
 _INLINE_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")

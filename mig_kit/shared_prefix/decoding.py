@@ -11,7 +11,9 @@ import torch
 from torch.nn.functional import linear, softmax
 from transformers import Cache
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextAttention
 
+from mig_kit.shared_prefix.linear_attention import has_linear_attention
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes
 
 # layers with the same input -> their weights as one (all outputs, inputs), and bias (all outputs,)
@@ -37,7 +39,10 @@ class Decoder:
         self.rows_per_prefix, self.fused_weights = rows_per_prefix, fused_weights
         attention = self.language.layers[0].self_attn
         self.width, self.scale = attention.head_dim, attention.scaling
-        self.has_head_norms = isinstance(attention, Qwen3VLTextAttention)
+        self.has_head_norms = isinstance(attention,
+                                         (Qwen3VLTextAttention, Qwen3VLMoeTextAttention))
+        self.sparse_layers = {index for index, layer in enumerate(self.language.layers)
+                              if has_experts(layer.mlp)}
         self.heads = self.language.config.num_attention_heads
         self.kv_heads = self.language.config.num_key_value_heads
         self.heads_per_key = self.heads // self.kv_heads
@@ -159,6 +164,8 @@ class Decoder:
         heads = (heads * cosines).add_(swapped * sines).to(self.dtype)
         hidden = hidden + self._project(self._attend(heads, index), attention.o_proj)
         normed = layer.post_attention_layernorm(hidden)
+        if index in self.sparse_layers:
+            return hidden + mlp(normed[:, None])[:, 0]
         gate, up = self._project(normed, mlp.gate_proj, mlp.up_proj).chunk(2, -1)
         return hidden + self._project(mlp.act_fn(gate) * up, mlp.down_proj)
 
@@ -203,6 +210,44 @@ class Decoder:
         from_row = torch.matmul(row_weights, row_values)
         mixed = (from_prefix + from_row).transpose(1, 2)
         return mixed.reshape(n_prefixes * self.rows_per_prefix, -1)
+
+
+class StateDecoder:
+    """A `Decoder` of models with linear attention: transformers' own pass over one token of each
+    row, whose cache holds the row's prompt once more for each row.
+    """
+
+    suffix_length = 0
+
+    def __init__(self, model, cache: Cache, prompts: PaddedPrompts, rows_per_prefix: int):
+        self.language, self.head = model.model.language_model, model.lm_head
+        self.cache, self.rows_per_prefix = cache, rows_per_prefix
+        prompt_of_row = torch.arange(len(prompts.mask), device=prompts.mask.device)
+        prompt_of_row = prompt_of_row.repeat_interleave(rows_per_prefix)
+        cache.batch_select_indices(prompt_of_row)
+        self.mask = prompts.mask[prompt_of_row]
+        self.position = prompts.next_position[prompt_of_row]
+
+    def keep_prefixes(self, is_kept: torch.Tensor) -> None:
+        """As `Decoder.keep_prefixes`."""
+        rows = is_kept.repeat_interleave(self.rows_per_prefix).nonzero()[:, 0]
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: (rows,) -> logits (rows, vocabulary) of the next token."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        output = self.language(
+            input_ids=tokens[:, None], attention_mask=self.mask,
+            position_ids=self.position[None, :, None].expand(3, -1, -1),
+            past_key_values=self.cache, use_cache=True)
+        self.position = self.position + 1
+        return self.head(output.last_hidden_state[:, 0])
+
+
+def has_experts(mlp: torch.nn.Module) -> bool:
+    """Is this a mixture of experts?"""
+    return "experts" in dict(mlp.named_children())
 
 
 def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -272,10 +317,13 @@ def _is_foldable(module: torch.nn.Module) -> bool:
 def _fuse_model(model, autocast: bool) -> FusedWeights:
     """The weights of all plain projections, and under autocast of the head."""
     fused_weights: FusedWeights = {}
+    if has_linear_attention(model):
+        return fused_weights
     for layer in model.model.language_model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        same_input = [(attention.q_proj, attention.k_proj, attention.v_proj),
-                      (mlp.gate_proj, mlp.up_proj), (attention.o_proj,), (mlp.down_proj,)]
+        same_input = [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
+        if not has_experts(mlp):
+            same_input += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
         for layers in same_input:
             if autocast:
                 _fuse_layers(fused_weights, layers)

@@ -13,7 +13,14 @@ import psutil
 import torch
 from torch.nn.functional import softmax
 
-from mig_kit.shared_prefix.decoding import Decoder, FusedWeights, fuse_decoding_weights
+from mig_kit.shared_prefix.decoding import (
+    Decoder,
+    FusedWeights,
+    StateDecoder,
+    fuse_decoding_weights,
+    has_experts,
+)
+from mig_kit.shared_prefix.linear_attention import has_linear_attention, state_bytes
 from mig_kit.shared_prefix.prefixes import group_by_prefix, pad_prompts, prefill_suffixes
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
@@ -80,16 +87,18 @@ def max_kv_bytes(device: torch.device) -> int:
 
 
 def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int,
-                          max_bytes: int | None = None, reading_bytes: int = 0) -> int:
+                          max_bytes: int | None = None, reading_bytes: int = 0,
+                          row_bytes: int = 0) -> int:
     """How many of `count` prompts to draw completions to at once, so that max_bytes hold them
     (None: KV_BYTES).
 
     The rounds are of about the same size. longest: tokens of the longest prompt; tokens: of the
     longest completion; token_bytes: of one token's keys and values. reading_bytes: what reading a
     prompt takes per token besides, while twice max_bytes are free; 0 where that does not matter.
+    row_bytes: what a completion takes besides its tokens' keys and values.
     """
     max_bytes = max_bytes or KV_BYTES
-    bytes_per_prompt = (longest + group * tokens) * token_bytes
+    bytes_per_prompt = (longest + group * tokens) * token_bytes + group * row_bytes
     most = max_bytes // bytes_per_prompt
     if reading_bytes:
         most = min(most, 2 * max_bytes // (longest * (token_bytes + reading_bytes)))
@@ -101,8 +110,10 @@ def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, tok
 def kv_bytes_per_token(model) -> int:
     """Bytes of one token's keys and values in all layers."""
     language = unwrap_peft(model).model.language_model
-    width = language.config.num_key_value_heads * language.layers[0].self_attn.head_dim
-    return 2 * len(language.layers) * width * language.embed_tokens.weight.element_size()
+    attentions = [module for layer in language.layers for name, module in layer.named_children()
+                  if name == "self_attn"]
+    width = language.config.num_key_value_heads * attentions[0].head_dim
+    return 2 * len(attentions) * width * language.embed_tokens.weight.element_size()
 
 
 def reading_bytes_per_token(model) -> int:
@@ -110,7 +121,10 @@ def reading_bytes_per_token(model) -> int:
     `gpu_needs.decoding_memory` counts them.
     """
     language = unwrap_peft(model).model.language_model
-    states = 4 * language.config.hidden_size + 3 * language.config.intermediate_size
+    config = language.config
+    inner = (config.num_experts_per_tok * config.moe_intermediate_size
+             if has_experts(language.layers[0].mlp) else config.intermediate_size)
+    states = 4 * config.hidden_size + 3 * inner
     return states * language.embed_tokens.weight.element_size()
 
 
@@ -175,11 +189,12 @@ def generate_in_rounds(model, processor, prompts: list[Prompt], group: int,
     (None: `max_kv_bytes`).
     """
     longest = max(len(prompt.ids) for prompt in prompts)
-    device = unwrap_peft(model).device
+    device, token_bytes = unwrap_peft(model).device, kv_bytes_per_token(model)
     at_once = count_prompts_at_once(
-        len(prompts), longest, group, sampling.max_new_tokens, kv_bytes_per_token(model),
+        len(prompts), longest, group, sampling.max_new_tokens, token_bytes,
         max_bytes or max_kv_bytes(device),
-        reading_bytes_per_token(model) if device.type == "cuda" else 0)
+        reading_bytes_per_token(model) if device.type == "cuda" else 0,
+        longest * token_bytes + state_bytes(model) if has_linear_attention(model) else 0)
     rollouts = []
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
@@ -194,14 +209,20 @@ def forbidden_token_ids(processor) -> list[int]:
     return [processor.tokenizer.convert_tokens_to_ids(token) for token in FORBIDDEN_TOKENS]
 
 
-def _prefill_prompts(model, processor, prompts: list[Prompt], group: int, capacity: int,
-                  fused_weights: FusedWeights) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
+def _prefill_prompts(
+        model, processor, prompts: list[Prompt], group: int, capacity: int,
+        fused_weights: FusedWeights) -> tuple[Decoder | StateDecoder, torch.Tensor, torch.Tensor]:
     """Read the prompts, those with the same images together.
 
     Returns a decoder for completions of at most `capacity` tokens, the states at the prompts' last
     tokens (prompts, hidden), and the prompt of each of its rows (rows,). Every prefix has as many
     rows as the one with the most prompts; a row without a prompt has -1.
     """
+    if has_linear_attention(model):  # states of prefixes cannot be read on prompt by prompt
+        batch = pad_prompts(model, prompts, processor.image_token_id)
+        hidden, cache = batch.prefill(model)
+        prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group)
+        return StateDecoder(model, cache, batch, group), hidden, prompt_of_row
     groups = group_by_prefix(prompts)
     if len(groups) == len(prompts):
         batch = pad_prompts(model, prompts, processor.image_token_id)
@@ -219,7 +240,7 @@ def _prefill_prompts(model, processor, prompts: list[Prompt], group: int, capaci
     return decoder, hidden, prompt_of_row.flatten()
 
 
-def _decode(decoder: Decoder, logits: torch.Tensor, is_done: torch.Tensor,
+def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, is_done: torch.Tensor,
             sampling: SamplingOptions, uniforms: torch.Tensor | None, end_tokens: list[int],
             forbidden_tokens: list[int]) -> list[list[int]]:
     """Draw tokens until all rows have ended; a completion per row.

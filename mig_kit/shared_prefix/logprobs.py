@@ -4,12 +4,15 @@ In a GRPO update one pass over a prompt serves all its completions. LoRA and 4-b
 model's own modules and work unchanged.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
+from mig_kit.shared_prefix.linear_attention import has_linear_attention, make_cache
 from mig_kit.shared_prefix.prefixes import additive_mask, embed_with_images, pad_prompts, pad_rows
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
@@ -26,6 +29,8 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
     over the completions, on the prompts' keys and values.
     """
     model = unwrap_peft(model)
+    if has_linear_attention(model):
+        return _layered_logps(model, prompts, prompt_index, ids, mask, image_token_id, temperature)
     batch = pad_prompts(model, prompts, image_token_id)
     last_hidden, cache = batch.prefill(model)
     cache.batch_select_indices(prompt_index)
@@ -51,6 +56,8 @@ def packed_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: 
     HEAD_TOKENS tokens at a time, too.
     """
     model = unwrap_peft(model)
+    if has_linear_attention(model):  # a state would run on through the neighbour's tokens
+        return _layered_logps(model, prompts, prompt_index, ids, mask, image_token_id, temperature)
     language = model.model.language_model
     packed = _pack_completions(prompts, prompt_index, ids, mask)
     embeds = language.embed_tokens(packed.ids)
@@ -59,6 +66,12 @@ def packed_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: 
     output = language(**inputs, attention_mask=additive_mask(packed.is_allowed(), embeds.dtype),
                       position_ids=packed.positions, use_cache=False)
     states = output.last_hidden_state[packed.state_rows, packed.state_columns]
+    return _score_states(model, states, ids, mask, temperature)
+
+
+def _score_states(model, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
+                  temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `completion_logps` gives, from the states before the tokens under the mask."""
     targets = ids[mask.bool()]
     if model.is_activation_checkpointing:
         pieces = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
@@ -67,6 +80,59 @@ def packed_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: 
     else:
         logps, entropies = _token_logps(model, states, targets, temperature)
     return _unpack_rows(logps, mask), _unpack_rows(entropies, mask)
+
+
+def _layered_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
+                   mask: torch.Tensor, image_token_id: int,
+                   temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `completion_logps` gives, for a model with linear attention.
+
+    Each layer reads the prompts, and then the completions on what it keeps of them. So its cache
+    lives inside the layer, which can be checkpointed as a whole.
+    """
+    language = model.model.language_model
+    batch = pad_prompts(model, prompts, image_token_id)
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    positions = batch.next_position[prompt_index][:, None] + steps
+    states = batch.inputs["inputs_embeds"], language.embed_tokens(ids)
+    angles = [language.rotary_emb(part, part_positions) for part, part_positions in zip(
+        states, (batch.positions, positions.expand(3, -1, -1)))]
+    is_prompt = batch.mask.bool()
+    order = torch.arange(is_prompt.shape[1], device=ids.device)
+    # a token of padding sees itself, or its row would be NaN
+    is_allowed = (order[:, None] >= order) & is_prompt[:, None] | (order[:, None] == order)
+    sees_prompt = is_prompt[prompt_index][:, None].expand(-1, len(steps), -1)
+    sees_past = (steps[:, None] >= steps).expand(len(ids), -1, -1)
+    attention_masks = [additive_mask(allowed, states[0].dtype)
+                       for allowed in (is_allowed, torch.cat([sees_prompt, sees_past], 2))]
+    for layer in language.layers:
+        is_linear = "linear_attn" in dict(layer.named_children())
+        masks = (batch.mask, mask) if is_linear else attention_masks
+        read = partial(_read_layer, language, layer, prompt_index, angles, masks)
+        states = (checkpoint(read, *states, use_reentrant=False)
+                  if model.is_activation_checkpointing else read(*states))
+    prompt_states, own_states = language.norm(states[0][:, -1]), language.norm(states[1])
+    before = torch.cat([prompt_states[prompt_index][:, None], own_states[:, :-1]], 1)
+    return _score_states(model, before[mask.bool()], ids, mask, temperature)
+
+
+def _read_layer(language, layer, prompt_index: torch.Tensor, angles: list, masks: Sequence,
+                prompts: torch.Tensor, completions: torch.Tensor) -> tuple:
+    """States of prompts and completions, (rows, tokens, hidden) each, behind a layer.
+
+    angles, masks: of the prompts and of the completions.
+    """
+    cache = make_cache(language)
+    # transformers' own checkpoints would take the cache away
+    is_checkpointed, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+    try:
+        prompts = layer(prompts, position_embeddings=angles[0], attention_mask=masks[0],
+                        past_key_values=cache)
+        cache.batch_select_indices(prompt_index)
+        return prompts, layer(completions, position_embeddings=angles[1],
+                              attention_mask=masks[1], past_key_values=cache)
+    finally:
+        layer.gradient_checkpointing = is_checkpointed
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 
 from mig_kit.shared_prefix import attention
+from mig_kit.shared_prefix.linear_attention import has_linear_attention, make_cache
 from mig_kit.shared_prefix.prompt_cache import Prompt
 
 # Rows are padded to multiples of so many tokens: where every batch has sizes of its own, the heap
@@ -24,9 +25,12 @@ def pad_to_multiple(tokens: int) -> int:
     return -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def pad_rows(rows: list[torch.Tensor], length: int, fill: int = 0) -> torch.Tensor:
+def pad_rows(rows: list[torch.Tensor], length: int, fill: int = 0,
+             on_left: bool = False) -> torch.Tensor:
     """Tensors (..., tokens) as one (rows, ..., length), padded on the right."""
-    return torch.stack([pad(row, (0, length - row.shape[-1]), value=fill) for row in rows])
+    missing = [length - row.shape[-1] for row in rows]
+    return torch.stack([pad(row, (count, 0) if on_left else (0, count), value=fill)
+                        for row, count in zip(rows, missing)])
 
 
 def additive_mask(is_allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -53,9 +57,9 @@ def embed_with_images(embeds: torch.Tensor, is_image: torch.Tensor, prompts: lis
 
 @dataclass(frozen=True)
 class PaddedPrompts:
-    """Prompts as one batch, padded on the right.
+    """Prompts as one batch, padded on the right; on the left for a model with linear attention.
 
-    A causal model reads it without a mask, at half the cost of reading it with one.
+    Attention alone reads it without a mask, at half the cost of reading it with one.
 
     inputs: of `embed_with_images`; mask: (prompts, tokens), 0 where padding is; positions: (3,
     prompts, tokens); last_column: (prompts,) index of a prompt's last token; next_position:
@@ -76,6 +80,10 @@ class PaddedPrompts:
         """
         language = model.model.language_model
         arguments = self.inputs | {"position_ids": self.positions, "use_cache": True}
+        if has_linear_attention(model):
+            output = language(**arguments, attention_mask=self.mask,
+                              past_key_values=make_cache(language))
+            return output.last_hidden_state[:, -1], output.past_key_values
         is_long = self.mask.shape[1] >= attention.LONG_WITHOUT_GRADIENT
         uses_kit_attention = language.config._attn_implementation == attention.NAME
         # Qwen3-VL adds deepstack features to what a layer returns, which must have all tokens.
@@ -125,10 +133,12 @@ def pad_prompts(model, prompts: list[Prompt], image_token_id: int) -> PaddedProm
     longest = max(len(prompt.ids) for prompt in prompts)
     if len(prompts) > 1:
         longest = pad_to_multiple(longest)
-    ids = pad_rows([prompt.ids for prompt in prompts], longest)
-    mask = pad_rows([torch.ones_like(prompt.ids) for prompt in prompts], longest)
-    positions = pad_rows([prompt.positions for prompt in prompts], longest).transpose(0, 1)
-    last_column = torch.tensor([len(prompt.ids) - 1 for prompt in prompts])
+    on_left = has_linear_attention(model)
+    ids = pad_rows([prompt.ids for prompt in prompts], longest, on_left=on_left)
+    mask = pad_rows([torch.ones_like(prompt.ids) for prompt in prompts], longest, on_left=on_left)
+    positions = pad_rows([prompt.positions for prompt in prompts], longest, on_left=on_left)
+    positions = positions.transpose(0, 1)
+    last_column = torch.tensor([longest if on_left else len(prompt.ids) for prompt in prompts]) - 1
     next_position = torch.tensor([prompt.next_position for prompt in prompts])
     embeds = model.model.language_model.embed_tokens(ids.to(device))
     is_image = ((ids == image_token_id) & mask.bool()).to(device)

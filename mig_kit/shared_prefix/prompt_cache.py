@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch.nn.functional import pad
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
 # Patches from which an image has the same features to the bit, whatever else is in its batch
 # (tried with 16 to 56 patches a side).
@@ -22,6 +22,7 @@ PATCHES_AT_ONCE = 8192  # of large images in a batch
 SOURCES_AT_ONCE = 64  # whose texts are encoded together
 PIXELS_AT_ONCE = 2**24  # of images that are decoded and prepared together
 MAX_BYTES = 2 * 2**30  # of features that a stage keeps
+DEEPSTACK_MODELS = (Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration)
 
 
 def unwrap_peft(model):
@@ -243,7 +244,7 @@ class PromptCache:
         pixels = patches[0] if len(patches) == 1 else torch.cat(patches)
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
             output = tower(pixels.to(device, tower.dtype), grid_thw=grids.to(device))
-        if isinstance(self.model, Qwen3VLForConditionalGeneration):
+        if isinstance(self.model, DEEPSTACK_MODELS):
             return torch.cat([output.pooler_output, *output.deepstack_features], 1)
         return output.pooler_output
 

@@ -30,7 +30,8 @@ from mig_kit.shared_prefix.prompt_cache import (
     unwrap_peft,
 )
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # whose passes are known to be shareable
+# whose passes are known to be shareable
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 # By how much log-probabilities may differ from stock TRL's at the first batch. In bfloat16 a logit
 # of 16 to 32 is rounded to a multiple of 1/8: random models of the 3B's and the 7B's shape differ
 # by 0.02 to 0.06 in the mean. A lost image or a wrong mask moves single tokens by whole units.
@@ -95,7 +96,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if "flash" in str(attention):
             return f"{attention} takes no mask of groups; load the model with sdpa"
         if self.aux_loss_enabled:
-            return "the loss of a router needs whole rows"
+            return ("the load-balancing loss of experts needs whole rows; do without it with "
+                    "router_aux_loss_coef 0.0")
+        if self._entropy_bonus_enabled:
+            return "entropy_coef and use_adaptive_entropy need gradients of entropies"
         if any(getattr(self._tokenizer, name, None)
                for name in ("response_template", "response_schema")):
             return "the tokenizer parses responses with their prompts"
@@ -172,9 +176,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.sources.update(sources)
         numbers = [number for number, _ in sources for _ in range(group)]
         if is_training:  # TRL counts the one number that it is given as the prompt's tokens
-            lengths = torch.tensor([len(prompt.ids) - 1 for prompt in self._prompts_of(numbers)],
-                                   device=self.accelerator.device)
-            self.state.num_input_tokens_seen += self.accelerator.gather(lengths).sum().item()
+            prompts_read = self._prompts_of([number for number, _ in sources])
+            more = group * sum(len(prompt.ids) - 1 for prompt in prompts_read)
+            more = self.accelerator.gather(torch.tensor([more], device=self.accelerator.device))
+            self.state.num_input_tokens_seen += more.sum().item()
         return [[number] for number in numbers], None, {"prompts": prompts}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations,
@@ -184,8 +189,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                                                  num_generations, has_tool_images)
         numbers = [number for number, in prompt_ids]
         if self.use_vllm or self.unsupported_sampling:
-            tokenized = super()._tokenize_prompts(multimodal_fields["prompts"])
-            return super()._generate_single_turn(*tokenized, num_generations)
+            ids, images, fields = super()._tokenize_prompts(multimodal_fields["prompts"])
+            # vLLM puts as many tokens as an image needs in the place of each one that it is given
+            if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
+                ids = [_merge_runs(row, self.processing_class.image_token_id) for row in ids]
+            return super()._generate_single_turn(ids, images, fields, num_generations)
         prompts = self._prompts_of(numbers[::num_generations])
         return self._draw_completions(prompts, num_generations), None
 
@@ -349,6 +357,12 @@ def _images_of(row: dict) -> list:
     if "images" in row:
         return list(row["images"] or ())
     return [row["image"]] if row.get("image") is not None else []
+
+
+def _merge_runs(ids: list[int], token: int) -> list[int]:
+    """The ids with one `token` in the place of each run of it."""
+    return [value for place, value in enumerate(ids)
+            if value != token or not place or ids[place - 1] != token]
 
 
 @contextmanager

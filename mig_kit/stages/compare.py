@@ -7,22 +7,18 @@ No two questions of the drawn suites are about the same images, so samples are i
 Questions of own data may share images, so there the sample is the list of images.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mig_kit.drawing.palette import SYSTEM_LABELS
-from mig_kit.pipeline import store
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
-from mig_kit.pipeline.joint_rules import parse_groups as parse_groups  # for notebook 09, too
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluated_runs import (
     SYSTEMS,
     EvaluatedRun,
-    is_recorded,
     list_notes,
     load_groups,
     pair_runs,
@@ -88,7 +84,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
               "machine": run.machine}
              for name, members in runs.items() for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
-            "notes": list_notes(runs, reference, system) + _sameness_notes(rows, reference, system)}
+            "notes": list_notes(runs, reference, system)}
 
 
 def _require_system(system: str, groups: dict[str, list[str]],
@@ -212,29 +208,6 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
             "is_same": not any(np.any(part) for part in gaps)}
 
 
-def _sameness_notes(rows: list[dict], reference: str, system: str) -> list[str]:
-    """Whose runs answer the same questions correctly as the reference's: it may be one model, but
-    for models that answer all questions wrong, or all correctly.
-    """
-    table, label, notes = pd.DataFrame(rows), SYSTEM_LABELS[system], []
-    is_gap = table["figure"] == f"vs {reference}"
-    same = table[is_gap].groupby("group", sort=False)["is_same"].all()
-    scores = table[table["figure"] == system]
-    # wrong and correct answers, which tell models apart
-    differing = set(scores[(scores["value"] > 0) & (scores["value"] < 100)]["group"])
-    alike = [group for group in same.index if same[group]]
-    if names := [group for group in alike if group in differing]:
-        reason = {"base": "All runs may have one base.",
-                  "sft_long": "So it is where runs share a control run."}.get(
-                      system, "So it is where a branch has a model of its source.")
-        notes.append(f"Every {label} model compared answers the same questions correctly as that "
-                     f"of {reference} beside it: {', '.join(names)}. {reason}")
-    if names := [group for group in alike if group not in differing]:
-        notes.append(f"The {label} models of {', '.join([reference, *names])} answer every "
-                     "question alike, wrong or correct, so these questions do not compare them.")
-    return notes
-
-
 def scope_title(suite: str) -> str:
     """How a suite, or a task out of domain, is called in tables."""
     _, is_task, task = suite.partition("/")
@@ -299,24 +272,6 @@ def _claims_frame(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def load_curves(run_ids: Sequence[str], names: Sequence[str]) -> dict[str, list[dict]]:
-    """Run -> the curves of its 05, a row per update.
-
-    FileNotFoundError for a run without a finished 05, ValueError for a recorded run, which has no
-    curves, and for a name that no run's curves have.
-    """
-    curves = {}
-    for run_id in run_ids:
-        if is_recorded(run_id):
-            raise ValueError(f"{run_id} is a recorded run, which holds no curves; name a run")
-        store.require_record("05_grpo", run_id, "the figure")
-        curves[run_id] = store.read_metrics(store.stage_folder("05_grpo", run_id))["curves"]
-    known = {name: None for rows in curves.values() for row in rows for name in row}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no curve is called '{unknown[0]}'; there are {', '.join(known)}")
-    return curves
-
-
 def figure_rows(result: dict, differences: bool = False) -> list[dict]:
     """Rows of the system's scores, or of the differences to the reference, for
     `plots.plot_groups`; ValueError for the differences of a single group.
@@ -331,7 +286,9 @@ def figure_rows(result: dict, differences: bool = False) -> list[dict]:
 
 
 def render_table(result: dict, form: str = "md") -> str:
-    """The comparison as Markdown, as LaTeX (needs booktabs), or all rows unrounded as CSV."""
+    """The comparison as Markdown, as LaTeX (needs booktabs, titles and notes are comments), or all
+    rows unrounded as CSV.
+    """
     if form == "csv":
         facts = pd.DataFrame(result["runs"]).groupby("group")
         table = pd.DataFrame(result["rows"])
@@ -344,13 +301,9 @@ def render_table(result: dict, form: str = "md") -> str:
             words = facts[name].agg(lambda values: "; ".join(values.unique()))
             table[name] = table["group"].map(words)
         return table.to_csv(index=False)
-    parts = []
-    for title, frame in table_frames(result).items():
-        if form == "latex":
-            parts.append(frame.to_latex(index=False, escape=True, caption=_escape_latex(title)))
-        else:
-            parts.append(f"{title}\n\n{_markdown(frame)}\n")
-    notes = [_escape_latex(note) + "\\par" if form == "latex" else note for note in result["notes"]]
+    parts = [f"% {title}\n{frame.to_latex(index=False, escape=True)}" if form == "latex" else
+             f"{title}\n\n{_markdown(frame)}\n" for title, frame in table_frames(result).items()]
+    notes = [f"% {note}" if form == "latex" else note for note in result["notes"]]
     return "\n".join([*parts, *notes]).strip()
 
 
@@ -358,9 +311,3 @@ def _markdown(frame: pd.DataFrame) -> str:
     lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |"
                      for line in lines)
-
-
-def _escape_latex(text: str) -> str:
-    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(words.get(character, f"\\{character}" if character in "%&#_${}" else character)
-                   for character in text)

@@ -21,7 +21,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256, write_atomically, write_json
 from mig_kit.data import own_data
 from mig_kit.engine import merging, models, systems
-from mig_kit.engine.model_folders import find_revision
+from mig_kit.engine.model_folders import ServedName, find_revision
 from mig_kit.engine.models import Hardware
 from mig_kit.engine.processors import prompt_measure
 from mig_kit.pipeline import store
@@ -91,7 +91,8 @@ class Task:
 
 @dataclass(frozen=True)
 class AskedModel:
-    """folder: of the model, or its hub name. adapter: a LoRA adapter to merge into it first.
+    """folder: of the model, its hub name, or a ServedName. adapter: a LoRA adapter to merge into it
+    first.
 
     four_bit: whether the adapter was trained on 4-bit weights.
     """
@@ -104,9 +105,10 @@ class AskedModel:
     def describe(self) -> dict:
         """What tells this model's replies from others."""
         kinds = ({}, {"find_all": True}, {"options": ("", ""), "letter": "A"})
-        return {"model": str(self.folder), **asdict(self.box_format),
-                "files": (store.model_fingerprint(str(self.folder))
-                          or {"revision": find_revision(self.folder)}),
+        files = store.model_fingerprint(str(self.folder))
+        if not files and not isinstance(self.folder, ServedName):
+            files = {"revision": find_revision(self.folder)}
+        return {"model": str(self.folder), **asdict(self.box_format), "files": files,
                 "prompt": [format_question(Sample("", "", "", "", (), "", **kind),
                                            self.box_format) for kind in kinds],
                 "adapter": (store.model_fingerprint(str(self.adapter.absolute()))
@@ -123,11 +125,12 @@ def evaluate_model(model: AskedModel, task: Task, hardware: Hardware, out: Path,
     max_new_tokens, seed, server, concurrency.
     """
     questions = load_questions(task)
-    measure = prompt_measure(model.folder, model.box_format)
-    # a benchmark's prompts are short
-    for sample in chain(*questions.values()) if isinstance(questions, dict) else ():
-        if problem := measure(sample):
-            raise ValueError(f"question {sample.id}: {problem} (--max-pixels)")
+    if not isinstance(model.folder, ServedName):
+        measure = prompt_measure(model.folder, model.box_format)
+        # a benchmark's prompts are short
+        for sample in chain(*questions.values()) if isinstance(questions, dict) else ():
+            if problem := measure(sample):
+                raise ValueError(f"question {sample.id}: {problem} (--max-pixels)")
     asked = task.describe(questions)
     claim_folder(out, {
         **model.describe(), "questions": asked, "max_new_tokens": params.max_new_tokens,

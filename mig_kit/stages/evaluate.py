@@ -121,7 +121,7 @@ def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, 
 
 def reply_is_correct(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """1.0 if the reply is correct."""
-    return score_reply(reply, sample, box_format)["correct"]
+    return float(is_correct(reply, sample, box_format))
 
 
 def first_per_task(samples: Sequence[Sample], per_task: int) -> Sequence[Sample]:

@@ -19,7 +19,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, write_json
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import changed_params, model_digest
-from mig_kit.pipeline.run_folders import format_run_command
+from mig_kit.pipeline.run_folders import RECIPE, format_run_command
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.world.suites import SUITES
@@ -123,7 +123,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
                                      "questions; make it again with mig-kit record")
         return run
     record = store.load_record("06_evaluate", run_id)
-    stages = {stage: store.load_record(stage, run_id) or {} for stage in store.RECIPE[1:6]}
+    stages = {stage: store.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
     curves = store.read_metrics(store.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
@@ -141,7 +141,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         record.get("git", ""), record.get("machine", ""),
         {name: params.get(name, 0) for name in SAMPLE_PARAMS},
         trained.get("start_from", "merged"), control, record.get("questions", {}),
-        changed_params(run_id, store.RECIPE[1:7]))
+        changed_params(run_id, RECIPE[1:7]))
 
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],

@@ -46,7 +46,12 @@ from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.recipe_trainer import RecipeTrainer, ResumableGRPOTrainer
 from mig_kit.engine.reward_loading import Score, load_rewards, score_functions
 from mig_kit.engine.rollout_log import KeepRollouts, draw_first_rollouts
-from mig_kit.engine.served_rollouts import SAMPLING_CURVES, SERVED_ADAPTERS, ServedRollouts
+from mig_kit.engine.served_rollouts import (
+    SAMPLING_CURVES,
+    SERVED_ADAPTERS,
+    ServedRollouts,
+    StopIfServerIsStale,
+)
 from mig_kit.engine.training import (
     LiveCurves,
     ProgressLines,
@@ -179,12 +184,14 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
         "peft_config": _new_adapter(policy, params),
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
+                      # draw a few replies before the first update, too
                       *_rollout_callbacks(policy, samples, folder, params, scores)]}
     if not params.share_prefix:
         return _with_float32_adapter(ResumableGRPOTrainer(**common), hardware)
     served = None
     if params.server:
         served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
+        common["callbacks"].append(StopIfServerIsStale())
     return _with_float32_adapter(RecipeTrainer(
         **common, samples=samples, box_format=policy.box_format, autocast=hardware.autocast,
         micro_completions=params.micro_replies, served=served), hardware)

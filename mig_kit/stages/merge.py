@@ -39,7 +39,7 @@ def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> P
     return train_mode_for_4bit_layers(PeftModel.from_pretrained(quantised, adapter))
 
 
-def merge_in_memory(base: str | Path, adapter: Path, hardware: Hardware,
+def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
                     method: str = DEQUANTISED) -> VisionLanguageModel:
     """The merged model in memory, by one of MERGE_METHODS; the first is the right one.
 
@@ -91,7 +91,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
             write_merged_model(base, adapter, compared, hardware, processor, four_bit=False)
             logps = read_logps(load_model(compared, hardware, method == ORIGINAL_FOUR_BIT))
         else:
-            logps = read_logps(merge_in_memory(base, adapter, hardware, method))
+            logps = read_logps(merge_for_comparison(base, adapter, hardware, method))
         gaps = (logps - trained_logps).abs()
         rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
     for folder in (compared, compared.with_name("compared.tmp")):  # the latter of a killed start

@@ -6,7 +6,6 @@ do; the page holds no script.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,8 @@ from matplotlib import pyplot as plt
 from PIL.Image import Image
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.drawing import plots
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
-from mig_kit.pipeline.run_facts import name_column
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.stages.report_gallery import SYSTEM_NAMES, image_tag, macros
@@ -35,14 +32,6 @@ CLAIMS = (
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
 DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure or an image of the page, and what it shows in words, for those who do not see it."""
-
-    image: plt.Figure | Image
-    alt: str
 
 
 def suite_rows(samples: dict[str, Sequence[Sample]]) -> list[dict]:
@@ -193,7 +182,7 @@ def stage_rows(records: dict[str, dict]) -> list[dict]:
 
 
 def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]]) -> str:
-    """One line on a run: what it was asked, minutes, hardware, and what to compare it with.
+    """One line on a run: what it was asked, minutes and hardware.
 
     records: stage -> run.json. samples: by suite, those that 06 asked.
     """
@@ -203,8 +192,7 @@ def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]])
     facts += [f"{drawn} drawn questions, to be compared with each other alone"] * bool(drawn)
     minutes = sum(record["seconds"] for record in records.values()) / 60
     hardware = dict.fromkeys(record.get("hardware") for record in records.values())
-    return "; ".join([" and ".join(facts), f"{minutes:.1f} minutes", *filter(None, hardware),
-                      name_column(records)])
+    return "; ".join([" and ".join(facts), f"{minutes:.1f} minutes", *filter(None, hardware)])
 
 
 def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
@@ -237,7 +225,7 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
     """Mean pass rate over the number of objects in all images of a question, in at most `bins`
     parts of about as many questions.
 
-    Rows {"objects": "3 to 4", "pass rate", "ci95", "n"}, 0..1. rates: by sample id, 0..1; counted
+    Rows {"objects": "3 to 4, n = 9", "pass rate", "ci95"}, 0..1. rates: by sample id, 0..1; counted
     are the samples whose notes list their images, as those of drawn scenes do.
     """
     table = pd.DataFrame([(count_listed_objects(sample.notes), rates[sample.id])
@@ -246,7 +234,7 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
     if table.empty:
         return []
     parts = table.groupby(pd.qcut(table["objects"], bins, duplicates="drop"), observed=True)
-    return [{"objects": f"{part['objects'].min()} to {part['objects'].max()}", "n": len(part),
+    return [{"objects": f"{part['objects'].min()} to {part['objects'].max()}, n = {len(part)}",
              "pass rate": part["rate"].mean(),
              "ci95": bootstrap_interval([part["rate"].to_numpy()])} for _, part in parts]
 
@@ -265,45 +253,6 @@ def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
              "ci95": result["ci95"], "n": result["n"]}
             for system, suites in systems.items()
             for task, result in suites[suite]["tasks"].items()]
-
-
-def draw_scores(rows: list[dict], by: str, title: str, value: str = "score") -> Picture:
-    """`plots.plot_scores` of the rows, with its numbers in words."""
-    table: dict[str, list[str]] = {}
-    for row in rows:
-        name = SYSTEM_LABELS.get(row["system"], row["system"])
-        table.setdefault(row[by], []).append(f"{name} {row[value]:.1f}")
-    words = "; ".join(f"{name}: {', '.join(scores)}" for name, scores in table.items())
-    return Picture(plots.plot_scores(rows, by, title, value), f"{title}. {words}.")
-
-
-def draw_counts(counts: dict[str, dict[str, int]], title: str, unit: str) -> Picture:
-    """`plots.plot_stacked` of the counts, with its numbers in words."""
-    words = [f"{SYSTEM_LABELS.get(name, name)}: "
-             + ", ".join(f"{piece} {count}" for piece, count in pieces.items() if count)
-             for name, pieces in counts.items()]
-    return Picture(plots.plot_stacked(counts, title, unit), f"{title}. {'; '.join(words)}.")
-
-
-def draw_difficulty(rows: list[dict]) -> Picture:
-    """Bars of the rows of `pass_rate_by_difficulty`, with their numbers in words."""
-    title = "Pass rate before RL, by the number of objects in all images"
-    words = ", ".join(f"{row['objects']}: {row['pass rate']:.2f}" for row in rows)
-    named = [row | {"objects": f"{row['objects']}, n = {row['n']}"} for row in rows]
-    return Picture(plots.plot_bars(named, "objects", "pass rate", title, interval="ci95"),
-                   f"{title}. {words}.")
-
-
-def draw_curves(rows: list[dict], names: list[str], title: str, smooth: int) -> Picture:
-    """`plots.plot_curves` of the rows, with each curve's first and last mean in words."""
-    table = pd.DataFrame(rows)
-    words = []
-    for name in names:
-        values = table[name].dropna().astype(float) if name in table else ()
-        if len(values):
-            first, last = values[:smooth].mean(), values[-smooth:].mean()
-            words.append(f"{plots.CURVE_NAMES.get(name, name)} from {first:.3g} to {last:.3g}")
-    return Picture(plots.plot_curves(rows, names, title, smooth), f"{title}: {'; '.join(words)}.")
 
 
 def html_table(rows: list[dict]) -> Markup:
@@ -342,7 +291,14 @@ def _captioned(content: Markup, name: str) -> Markup:
     return macros.captioned(content, name) if content else Markup("")
 
 
-def report_sections(metrics: dict, figures: dict[str, Picture | None], gallery: Markup,
+def _alternative_text(picture: plt.Figure | Image) -> str:
+    """What a picture shows, for those who do not see it: a figure's title."""
+    if isinstance(picture, Image):
+        return "The boxes of the replies to one prompt, before RL and after more and more updates"
+    return picture.get_suptitle() or picture.axes[0].get_title(loc="left")
+
+
+def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None], gallery: Markup,
                     tables: dict[str, list[dict]]) -> list[tuple[str, Markup]]:
     """The sections of the run's page, for `render_page`.
 
@@ -351,8 +307,9 @@ def report_sections(metrics: dict, figures: dict[str, Picture | None], gallery: 
     of "ood", "rewards" and "stages".
     """
     def images(*names: str) -> Markup:
-        return Markup("").join(_captioned(image_tag(figures[name].image, figures[name].alt), name)
-                               for name in names if figures[name])
+        return Markup("").join(
+            _captioned(image_tag(figures[name], _alternative_text(figures[name])), name)
+            for name in names if figures[name])
 
     systems = metrics["systems"]
     main_suite = next(iter(systems["grpo"]))

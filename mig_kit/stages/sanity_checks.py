@@ -63,7 +63,7 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
     texts = [reply for _, _, reply in pairs]
     own, others = (_logps_by_token(policy, [pair[side] for pair in pairs], texts)
                    for side in (0, 1))
-    gaps = _sum_by_reply(own - others, texts, policy.processor.tokenizer)
+    gaps = _sum_by_reply(own - others, policy.processor.tokenize_replies(texts))
     gap, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
     if gap < 2 * error or gap <= 0:
         raise ValueError(
@@ -102,11 +102,12 @@ def _logps_by_token(policy: Policy, samples: list[Sample], replies: list[str]) -
         for part in parts])
 
 
-def _sum_by_reply(values: np.ndarray, replies: list[str], tokenizer) -> list[float]:
+def _sum_by_reply(values: np.ndarray, replies: list[list[int]]) -> list[float]:
+    """values: of the tokens of all replies; replies: their tokens without the end token."""
     sums, end = [], 0
     for reply in replies:
         start = end
-        end += len(tokenizer(reply, add_special_tokens=False)["input_ids"]) + 1  # and its end token
+        end += len(reply) + 1
         sums.append(values[start:end].sum())
     return sums
 

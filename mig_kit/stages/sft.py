@@ -214,6 +214,7 @@ def sft_trainer(policy: Policy, table: Dataset, folder: Path,
     defaults = {"gradient_checkpointing": policy.hardware.device == "cuda"}
     arguments = trainer_arguments(SFTConfig, params, policy.hardware, folder, max_length=None,
                                   completion_only_loss=True, remove_unused_columns=False)
+    # completion_only_loss: TRL's collator labels the prompt's tokens -100, which carry no loss
     config = SFTConfig(**defaults | arguments)
     use_one_device(config)
     callbacks = [ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns(),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from mig_kit.common import PROJECT_ROOT, progress_bar, write_atomically
 from mig_kit.data import own_data
-from mig_kit.data.records import SkipReport, iter_entries
+from mig_kit.data.records import SkipReport
 from mig_kit.image_files import (
     IMAGE_FOLDER,
     IMAGE_MANIFEST,
@@ -35,7 +35,7 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
     they are; what an earlier, killed run completed is read from there. The questions of the set
     cot hold the replies that came with them. Relative paths start at the project's folder. A
     damaged image's question is left out and counted. ValueError for a set that stays empty,
-    OwnDataError for a wrong line, before anything is written.
+    ValueError for a wrong line, before anything is written.
     """
     report_file = folder / REPORT_FILE
     files = [report_file, *(folder / file for file in FILE_OF_SET.values())]
@@ -51,11 +51,6 @@ def source_paths(p: SimpleNamespace) -> tuple[Path, Path]:
     """The annotation file and the folder of its images."""
     path = PROJECT_ROOT / p.data
     return path, PROJECT_ROOT / p.image_root if p.image_root else path.parent
-
-
-def count_questions(p: SimpleNamespace) -> int:
-    """Entries of the data file, be they correct or not."""
-    return sum(1 for _ in iter_entries(source_paths(p)[0]))
 
 
 def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:

@@ -7,7 +7,7 @@ Only the questions of MIG-Bench are asked in a training split too.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -204,17 +204,20 @@ def find_change(rng: random.Random, world: World) -> SampleSpec:
                       letter=letter)
 
 
+Draw = Callable[[str, int, int], SampleSpec]  # (split, index, seed) -> the sample of that number
+
+
 @dataclass(frozen=True)
 class Suite:
     """All that is known of a drawn suite.
 
-    title: what tables and figures call it. tasks: name -> what draws the spec of its sample number
-    `index`, from (split, index, seed). size_param: the parameter of notebook 06 that says how many
-    samples a task has, `default` of them unless it is set; 0 leaves the suite out.
+    title: what tables and figures call it. tasks: name -> what draws its samples. size_param: the
+    parameter of notebook 06 that says how many samples a task has, `default` of them unless it is
+    set; 0 leaves the suite out.
     """
 
     title: str
-    tasks: dict[str, Callable[[str, int, int], SampleSpec]]
+    tasks: dict[str, Draw]
     size_param: str
     default: int
 
@@ -236,6 +239,7 @@ def _draw_unseen(split: str, index: int, seed: int) -> SampleSpec:
     return make_spec(TASKS[name], f"unseen/{name}", split, index, seed, world)
 
 
+FIND_ALL_DRAWS = _seen(FIND_ALL, "find_all/")
 # The names of suites and tasks stand in the ids of samples and in the seeds that they are drawn
 # with. A drawn world is no benchmark, so the titles say "(drawn)".
 SUITES = {
@@ -253,7 +257,7 @@ SUITES = {
         "MMIU-like (drawn)",
         _seen({"order": frame_order, "retrieval": retrieval, "change": find_change}),
         "mmiu_per_task", 80),
-    "find_all": Suite("none, one or several (drawn)", _seen(FIND_ALL, "find_all/"),
+    "find_all": Suite("none, one or several (drawn)", FIND_ALL_DRAWS,
                       "find_all_per_task", 0)}
 OUT_OF_DOMAIN = "ood_grounding"
 OWN = "own"  # the suite of the held-out questions of own data
@@ -282,8 +286,13 @@ def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sam
     """
     if suite not in SUITES:
         raise ValueError(f"no suite '{suite}'; the suites are {', '.join(SUITES)}")
-    return [render_sample(draw(split, index, seed), suite, task, split, index)
-            for task, draw in SUITES[suite].tasks.items() for index in range(per_task)]
+    return list(_iter_tasks(suite, SUITES[suite].tasks, split, per_task, seed))
+
+
+def _iter_tasks(suite: str, tasks: Mapping[str, Draw], split: str, per_task: int,
+                seed: int) -> Iterator[Sample]:
+    return (render_sample(draw(split, index, seed), suite, task, split, index)
+            for task, draw in tasks.items() for index in range(per_task))
 
 
 def iter_free_form(split: str, per_task: int, seed: int = 0,
@@ -310,7 +319,8 @@ def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: 
     """
     yield from iter_task_samples(split, per_task, seed)
     yield from iter_free_form(split, free_form_per_task, seed, boxes)
-    yield from make_suite("find_all", split, find_all_per_task, seed)
+    # not through SUITES: a suite more would make stage 01 stale
+    yield from _iter_tasks("find_all", FIND_ALL_DRAWS, split, find_all_per_task, seed)
 
 
 def iter_task_samples(split: str, per_task: int, seed: int) -> Iterator[Sample]:

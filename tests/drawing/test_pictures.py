@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.drawing import palette, pictures
@@ -30,24 +30,6 @@ def test_rollouts_show_every_box_in_the_colour_of_its_reply():
     assert has_colour(correct, palette.CORRECT) and not has_colour(correct, palette.PREDICTED)
     assert has_colour(wrong, palette.PREDICTED) and not has_colour(none, palette.PREDICTED)
     assert has_colour(none, palette.TARGET)
-
-
-def test_of_many_updates_the_first_and_the_last_are_shown():
-    sample = make_sample("diff", "val", 0)
-    few, many = (pictures.draw_rollouts(sample, [make_row(sample, step, True) for step in range(n)],
-                                     BOX_FORMAT, steps=3) for n in (3, 9))
-    assert few.size == many.size
-    assert pictures._spread_indices(9, 3) == [0, 4, 8] and pictures._spread_indices(2, 3) == [0, 1]
-
-
-def test_images_are_framed_and_fit_on_a_page():
-    sample = make_sample("object_tracking", "val", 0)
-    assert len(sample.images) >= 4
-    picture = pictures.draw_systems(sample, {"base": "", "sft": "?"}, BOX_FORMAT, 400)
-    assert picture.width <= pictures.MAX_WIDTH
-    frame = ImageColor.getrgb(palette.FRAME)
-    row = np.asarray(picture)[pictures.HEAD - 1]
-    assert (row == frame).all(-1).sum() > 0.8 * picture.width, "a line above every image"
 
 
 def test_every_system_has_its_box_letter_and_colour():
@@ -89,12 +71,3 @@ def test_tokens_are_the_darker_the_larger_their_value_and_out_of_range_is_cut():
     step = round(pictures.ImageFont.load_default(15).getlength("W")) + 3
     grounds = page[1, 9:9 + 5 * step:step].astype(int).sum(1)
     assert grounds[0] == grounds[1] > grounds[2] > grounds[3] == grounds[4]
-
-
-def test_tokens_wrap_on_a_page_of_one_width():
-    one, many = (pictures.colour_tokens(["token\n"] * count, [1] * count, "title")
-                 for count in (1, 60))
-    assert one.width == many.width == pictures.TOKENS_WIDTH and many.height > one.height
-    assert isinstance(pictures.colour_tokens([], []), Image.Image)
-    with pytest.raises(ValueError, match="2 tokens and 1 values; give one value for each token"):
-        pictures.colour_tokens(["a", "b"], [1])

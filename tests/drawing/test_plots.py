@@ -6,16 +6,6 @@ from matplotlib.colors import to_hex
 from mig_kit.drawing import palette, plots
 
 
-def test_shares_are_stacked_and_named():
-    rows = [{"step": step, "a": 1 - step / 10, "b": step / 10} for step in range(11)]
-    figure = plots.plot_shares([*rows, {"step": 11, "a": None, "b": None}], ["a", "b"], "t", 1)
-    axis = figure.axes[0]
-    texts = {text.get_text() for text in axis.get_legend().get_texts()}
-    assert texts == {"a 100 to 0 %", "b 0 to 100 %"}
-    assert axis.get_xlim() == (0, 10) and axis.get_ylim() == (0, 100)
-    plt.close(figure)
-
-
 def test_every_name_has_one_colour_in_every_figure():
     few = palette.piece_colours(["kept", "dropped: format"])
     many = palette.piece_colours(["dropped: a", "dropped: b", "kept", "no answer"])
@@ -23,11 +13,6 @@ def test_every_name_has_one_colour_in_every_figure():
     assert len(set(many.values())) == 4, "no two pieces of a figure look alike"
     names = [f"reason {number}" for number in range(20)]
     assert palette.piece_colours(names).keys() == set(names)
-
-
-def test_text_is_readable_on_its_background():
-    assert palette.text_colour("#F0E442") == palette.INK
-    assert palette.text_colour("#0072B2") == palette.text_colour("#4D4D4D") == "#FFFFFF"
 
 
 def test_scores_are_where_their_numbers_are():
@@ -51,15 +36,6 @@ def test_a_dollar_in_the_name_of_a_task_is_no_formula():
     plt.close(figure)
 
 
-def test_stacked_pieces_add_up_and_name_their_sum():
-    figure = plots.plot_stacked({"sft": {"correct": 30, "no answer": 10, "x": 0}}, "t")
-    axis = figure.axes[0]
-    assert axis.get_yticklabels()[0].get_text() == "SFT, n = 40"
-    assert [patch.get_width() for patch in axis.patches] == [30, 10]
-    assert to_hex(axis.patches[0].get_facecolor()) == palette.CORRECT.lower()
-    plt.close(figure)
-
-
 def test_bars_are_grouped_and_their_intervals_stand_on_them():
     rows = [{"stage": stage, "side": side, "s": seconds, "spread": [seconds - 1, seconds + 1]}
             for stage, seconds in (("a", 9.0), ("b", 4.0)) for side in ("stock", "kit")]
@@ -71,16 +47,4 @@ def test_bars_are_grouped_and_their_intervals_stand_on_them():
     named = plots.plot_bars([{"o": "kept", "n": 3}, {"o": "leak", "n": 1}], "o", "n", "t").axes[0]
     assert [text.get_text() for text in named.texts] == ["3", "1"]
     assert to_hex(named.patches[0].get_facecolor()) == palette.CORRECT.lower()
-    plt.close("all")
-
-
-def test_curves_of_several_runs_lie_over_each_other():
-    curves = {f"run{number}": [{"step": step, "reward": number + 2 * step, "box": [None, 0.5][step]}
-                               for step in range(2)] for number in range(7)}
-    reward, box = plots.plot_run_curves(curves, ["reward", "box"], 2).axes
-    assert [line.get_ydata().tolist() for line in reward.lines] == [
-        [number, number + 1] for number in range(7)]
-    assert [line.get_ydata()[1] for line in box.lines] == [0.5] * 7
-    looks = {(line.get_color(), line.get_linestyle()) for line in reward.lines}
-    assert len(looks) == 7, "two runs look alike"
     plt.close("all")

@@ -1,8 +1,5 @@
 """Explorers: what their controls draw and say, and the still picture where none are live."""
 
-import io
-
-import ipywidgets
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
@@ -13,7 +10,6 @@ from mig_kit.sample import Sample
 from mig_kit.world.tasks import make_sample
 
 FORMAT = BoxFormat()
-WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSWER = '<think>Look.</think><answer>{"image": 2, "box": [10,10,30,30]}</answer>'
 
 
@@ -25,39 +21,18 @@ def make_question(name="a", task="diff"):
                   question="Find it.", targets=((2, (10, 10, 30, 30)),))
 
 
-def controls_of(explorer):
-    """(inputs by their description, the label, the picture) of a live explorer."""
-    *inputs, label, picture = explorer.controls.children
-    assert isinstance(picture, ipywidgets.Image)
-    return {item.description: item for item in inputs}, label, picture
-
-
-def explorers():
-    question = make_question()
-    replies = {"SFT": {"a": "nothing"}, "GRPO": {"a": ANSWER}}
-    return [widgets.explore_box(question, FORMAT),
-            widgets.step_through(question, [ANSWER, "nothing"], FORMAT, ["good", "bad"]),
-            widgets.browse_gallery([("fixed", question)], replies, FORMAT)]
-
-
 @pytest.fixture
 def live(monkeypatch):
     monkeypatch.setattr(widgets, "is_live", lambda: True)
 
 
 def test_a_still_picture_where_nobody_moves_controls():
-    for explorer in explorers():
-        bundle = explorer._repr_mimebundle_()
-        assert explorer.controls is None and set(bundle) == {"image/png", "text/plain"}
-        assert Image.open(io.BytesIO(bundle["image/png"])).width <= 900
-        assert bundle["text/plain"] == explorer.alt
-
-
-def test_a_live_notebook_keeps_the_still_picture(live):
-    for explorer in explorers():
-        bundle = explorer._repr_mimebundle_()
-        assert set(bundle) == {"image/png", "text/plain", WIDGET}
-        assert Image.open(io.BytesIO(bundle["image/png"])) and bundle["text/plain"] == explorer.alt
+    question = make_question()
+    replies = {"SFT": {"a": "nothing"}, "GRPO": {"a": ANSWER}}
+    for picture in (widgets.explore_box(question, FORMAT),
+                    widgets.step_through(question, [ANSWER, "nothing"], FORMAT, ["good", "bad"]),
+                    widgets.browse_gallery([("fixed", question)], replies, FORMAT)):
+        assert isinstance(picture, Image.Image) and picture.width <= 900
 
 
 def test_a_notebook_is_live_under_a_server_alone(monkeypatch):
@@ -71,53 +46,37 @@ def test_a_notebook_is_live_under_a_server_alone(monkeypatch):
     assert not widgets.is_live(), "a script that a notebook started"
 
 
-def test_a_box_that_is_moved(live):
-    inputs, label, picture = controls_of(widgets.explore_box(make_question(), FORMAT))
-    assert label.value == "IoU 1.00: correct, image reward 1.00, box reward 1.00"
-    before = picture.value
-    inputs["x1 to x2"].value = (20, 40)  # half of it on the target: 200 / (400 + 400 - 200)
-    assert label.value == "IoU 0.33: not correct, image reward 1.00, box reward 0.33"
-    assert picture.value != before
-    inputs["image"].value = 1
-    assert label.value == "IoU 0.00: not correct, image reward 0.00, box reward 0.00"
-
-
-def test_sliders_end_with_the_image(live):
-    question = make_question()
-    question.images[0] = Image.new("RGB", (168, 56))
-    inputs, _, _ = controls_of(widgets.explore_box(question, FORMAT))
-    assert (inputs["x1 to x2"].max, inputs["y1 to y2"].max) == (84, 84)
-    inputs["image"].value = 1
-    assert (inputs["x1 to x2"].max, inputs["y1 to y2"].max) == (168, 56)
-
-
-def test_rewards_of_ones_own(live):
+def test_a_box_that_is_moved_says_what_it_earns(live, monkeypatch):
+    lines = []
+    monkeypatch.setattr(widgets, "draw_text",
+                        lambda text, *_: lines.append(text) or Image.new("RGB", (9, 9)))
+    image, across, down = widgets.explore_box(make_question(), FORMAT).kwargs_widgets
+    across.value = (20, 40)  # half of it on the target: 200 / (400 + 400 - 200)
+    image.value = 1
+    assert lines == ["IoU 1.00: correct, image reward 1.00, box reward 1.00",
+                     "IoU 0.33: not correct, image reward 1.00, box reward 0.33",
+                     "IoU 0.00: not correct, image reward 0.00, box reward 0.00"]
+    assert (across.max, down.max) == (84, 84)
     rewards = {"mine": lambda reply, sample, box_format: 0.25}
-    _, label, _ = controls_of(widgets.explore_box(make_question(), FORMAT, rewards))
-    assert label.value == "IoU 1.00: correct, mine reward 0.25"
+    widgets.explore_box(make_question(), FORMAT, rewards)
+    assert lines[-1] == "IoU 1.00: correct, mine reward 0.25"
 
 
-def test_replies_one_after_the_other(live):
-    question = make_question()
-    inputs, _, picture = controls_of(widgets.step_through(question, [ANSWER, "nothing"], FORMAT))
-    first = picture.value
-    (pages,) = inputs.values()
-    pages.value = "reply 2"
-    assert picture.value != first
-    pages.value = "reply 1"
-    assert picture.value == first
-
-
-def test_a_gallery_page_by_page(live):
+def test_replies_and_a_gallery_page_by_page(live):
     gallery = [("fixed", make_question("a")), ("fixed", make_question("b", "region")),
                ("lost", make_question("c"))]
     replies = {"SFT": dict.fromkeys("abc", "nothing"), "GRPO": dict.fromkeys("abc", ANSWER)}
-    inputs, _, picture = controls_of(widgets.browse_gallery(gallery, replies, FORMAT))
-    (pages,) = inputs.values()
-    assert pages.options == ("1. diff: fixed", "2. region: fixed", "3. diff: lost")
-    first = picture.value
-    pages.value = "2. region: fixed"
-    assert picture.value != first
+    for explorer, names in (
+            (widgets.step_through(make_question(), [ANSWER, "nothing"], FORMAT, ["good", "bad"]),
+             ("reply 1, good", "reply 2, bad")),
+            (widgets.browse_gallery(gallery, replies, FORMAT),
+             ("1. diff: fixed", "2. region: fixed", "3. diff: lost"))):
+        (pages,), first = explorer.kwargs_widgets, explorer.result.tobytes()
+        assert pages.options == names
+        pages.value = names[1]
+        assert explorer.result.tobytes() != first
+        pages.value = names[0]
+        assert explorer.result.tobytes() == first
 
 
 @pytest.mark.parametrize("wanted", [0.1, 0.5, 0.9, 1.0])

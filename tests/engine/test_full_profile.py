@@ -29,6 +29,8 @@ TOWER_2_5 = dict(
     depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
     spatial_merge_size=2, temporal_patch_size=2, window_size=112,
     fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+TOWER_3 = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16,
+               num_position_embeddings=2304)
 LANGUAGE_7B = dict(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
     num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)
@@ -57,12 +59,27 @@ MODELS = {
              out_hidden_size=2560, num_position_embeddings=2304,
              deepstack_visual_indexes=[5, 11, 17]),
         4_437_815_808),
+    "Qwen/Qwen3-VL-8B-Instruct": (
+        "qwen3_vl",
+        dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+             num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+             tie_word_embeddings=False),
+        TOWER_3 | {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+        8_767_123_696),
+    "Qwen/Qwen3.5-9B": (
+        "qwen3_5",
+        dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32,
+             num_attention_heads=16, num_key_value_heads=4, head_dim=256, vocab_size=248320,
+             linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+             linear_value_head_dim=128, tie_word_embeddings=False),
+        # its pages' 9_653_108_208 count 243_290_624 of mtp.*, and float32 values twice
+        TOWER_3 | {"out_hidden_size": 4096}, 9_409_813_744),
 }
 
 
 def full_config(name: str):
     family, language, tower, _ = MODELS[name]
-    sections = [24, 20, 20] if family == "qwen3_vl" else [16, 24, 24]
+    sections = {"qwen3_vl": [24, 20, 20], "qwen3_5": [11, 11, 10]}.get(family, [16, 24, 24])
     rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
     return AutoConfig.for_model(
         family, text_config={**language, "rope_parameters": rope}, vision_config=tower,
@@ -84,8 +101,9 @@ def test_parameter_counts(name):
 def test_lora_lands_on_every_language_projection_and_nowhere_else(name):
     with torch.device("meta"):
         model = get_peft_model(build_on_meta(name), training.lora_config(64))
-    layers = MODELS[name][1]["num_hidden_layers"]
-    assert len(models.check_adapters(model)) == 7 * layers
+    # a layer with linear attention has in_proj_qkv, in_proj_z and out_proj in place of four
+    shape = gpu_needs.SHAPES[name]
+    assert len(models.check_adapters(model)) == 7 * shape.layers - shape.linear_layers
     trained = [path for path, parameter in model.named_parameters() if parameter.requires_grad]
     assert not any("visual" in path or "lm_head" in path for path in trained)
 
@@ -100,7 +118,8 @@ def test_four_bit_leaves_the_vision_tower_and_the_head(name):
         quantization_config=quantization)
     packed = [path for path, module in model.named_modules()
               if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    assert len(packed) == 7 * MODELS[name][1]["num_hidden_layers"]
+    shape = gpu_needs.SHAPES[name]  # in_proj_a and in_proj_b are packed, too
+    assert len(packed) == 7 * shape.layers + shape.linear_layers
     assert all(path.startswith("model.language_model.layers.") for path in packed)
 
 

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from published import RELATIVES
 from safetensors.torch import save_file
 
-from mig_kit.engine import merging
+from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.engine import merging, models, training
 
 
 def save_adapter(folder, tensors, **changes):
@@ -40,6 +42,29 @@ def test_adapters_that_are_no_plain_lora_are_refused(tmp_path):
     tensors = lora_tensors() | {"base_model.model.lm_head.weight": torch.zeros(2)}
     with pytest.raises(ValueError, match="lm_head.weight, which is no LoRA matrix"):
         merging.read_lora(save_adapter(tmp_path / "adapter", tensors))
+
+
+@pytest.mark.parametrize("family", RELATIVES)
+def test_a_relative_with_an_adapter_is_merged_into_its_published_layout(published, family, float32,
+                                                                       tmp_path):
+    base = published[family]
+    policy = models.load_policy(base, float32, BoxFormat(coordinates=Coordinates.NORMALIZED_1000))
+    model = get_peft_model(policy.model, training.lora_config(4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merging.write_merged_model(base, tmp_path / "adapter", tmp_path / "merged", float32,
+                               policy.processor, four_bit=False)
+    sizes = [{name: merging.read_tensor({name: path}, name).shape
+              for name, path in merging.locate_tensors(folder).items()}
+             for folder in (base, tmp_path / "merged")]
+    assert sizes[0] == sizes[1]
+    merged, ids = models.load_model(tmp_path / "merged", float32), torch.arange(20, 60)[None]
+    with torch.no_grad():
+        expected, plain = model(input_ids=ids).logits, model.unload()(input_ids=ids).logits
+        logits = merged(input_ids=ids).logits
+    assert torch.allclose(logits, expected, atol=1e-5) and not torch.allclose(plain, expected)
 
 
 def test_a_weight_in_4_bit_takes_sixteen_values_of_each_block():

@@ -12,18 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from published import RELATIVES
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine import model_folders, models, training
 from mig_kit.lab.tiny_base import save_base
-from mig_kit.pipeline import hub
 from mig_kit.prompts import chat_messages
 from mig_kit.world.tasks import make_sample
 
-STOCK = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor",
-         "qwen3_vl": "Qwen3VLProcessor"}
+STOCK = dict.fromkeys(("qwen3_vl", *RELATIVES), "Qwen3VLProcessor") | {
+    "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
 UNTOUCHED = ("generation_config.json", "special_tokens_map.json", "tokenizer.json",
              "tokenizer_config.json", "chat_template.json")
 # AutoProcessor imports torchvision, which cannot be installed beside a CPU torch: these empty
@@ -141,8 +141,8 @@ def test_auto_processor_opens_every_folder_of_the_kit(saved, published, random_f
     folders = [*saved.values(), models.TINY_BASE, random_folder]
     families = [*saved, "qwen2_5_vl", "qwen2_5_vl"]
     opened = open_with_auto_processor(folders, stubs)
-    patches = {"qwen2_5_vl": 38 * 52, "qwen2_vl": 38 * 52, "qwen3_vl": 34 * 44}
-    assert opened == [[STOCK[family], "Qwen2VLImageProcessor", patches[family]]
+    patches = {True: 38 * 52, False: 34 * 44}
+    assert opened == [[STOCK[family], "Qwen2VLImageProcessor", patches[family.startswith("qwen2")]]
                       for family in families]
 
 
@@ -178,7 +178,7 @@ def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model,
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         assert torch.allclose(adapted(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
-    with pytest.raises(ValueError, match="use: mig-kit push"):
+    with pytest.raises(ValueError, match="use: hf upload"):
         processor.save_pretrained(tmp_path, push_to_hub=True)
 
 
@@ -210,15 +210,6 @@ def test_the_shipped_base_and_the_builders_name_the_stock_classes(random_folder,
     assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
     name = "preprocessor_config.json"
     assert (tmp_path / name).read_bytes() == (models.TINY_BASE / name).read_bytes()
-
-
-def test_what_push_sends_names_the_stock_classes(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "model_card", lambda run_id: "# a card\n")
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    (tmp_path / "a" / "05_grpo").mkdir(parents=True)
-    (tmp_path / "a" / "05_grpo" / "model").symlink_to(saved["qwen2_5_vl"])
-    folder = hub.prepare_upload("a", tmp_path / "upload")
-    assert_names_the_stock_classes(folder, "qwen2_5_vl")
 
 
 def test_a_hub_name_as_base_gives_its_cached_files(saved, published, float32, tmp_path,

@@ -1,5 +1,6 @@
 """Stage 05 over a double of a server: adapters move, ratios are 1, and what is stale is refused."""
 
+from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from trl import GRPOConfig
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, training
+from mig_kit.engine.served_rollouts import RATIO, StopIfServerIsStale
 from mig_kit.sample import write_samples
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
@@ -25,8 +27,8 @@ SETTINGS = {
 
 @pytest.fixture
 def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
-    """Call it with changed parameters for a trainer and the server, maybe an earlier one's, that
-    draws for it.
+    """Call it with changed parameters for a trainer and the server, maybe an earlier one's or one
+    with a fault, that draws for it.
 
     A random model earns no reward; here a reply earns by its letters.
     """
@@ -34,9 +36,9 @@ def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "format",
                         lambda reply, sample, box_format: len(set(reply)) / 10)
 
-    def make(change=lambda body, answer: answer, server=None, **changes):
+    def make(change=lambda body, answer: answer, server=None, fault="", **changes):
         servers.append(server or RolloutServer(
-            models.load_policy(random_folder, float32, BOX_FORMAT), change=change))
+            models.load_policy(random_folder, float32, BOX_FORMAT), change=change, fault=fault))
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
         policy = models.load_policy(random_folder, float32, BOX_FORMAT)
         torch.manual_seed(0)
@@ -55,17 +57,23 @@ def test_the_corrections_names_and_defaults_are_trls(stage_params):
     assert ours == {name: trls[name] for name in ours} and len(ours) == 3
 
 
+def updates(server):
+    """Numbers of the updates whose adapters a server has loaded."""
+    return [name.split("-")[1] for name in server.loaded if name.startswith("step-")]
+
+
 def test_adapters_move_and_ratios_are_one(make_served):
     trainer, server = make_served()
     trainer.train()
     rows = grpo.training_curves(trainer.state.log_history)
     assert [row["adapter"] for row in rows] == [1, 2, 3]
     assert all(row["staleness"] == 0 and abs(row["ratio"] - 1) < 1e-3 for row in rows)
-    assert [name.split("-")[1] for name in server.loaded] == ["1", "2", "3"]
-    assert len({name.split("-")[2] for name in server.loaded}) == 3, "an adapter did not change"
-    assert server.unloaded == server.loaded[:2]
+    assert updates(server) == ["1", "2", "3"] and server.loaded[0].startswith("canary-")
+    hashes = {name.rpartition("-")[2] for name in server.loaded}
+    assert len(hashes) == 4, "an adapter did not change"
+    assert server.unloaded == server.loaded[:3]
     asked = [body["model"] for body in server.bodies]
-    assert [asked.count(name) for name in server.loaded] == [4, 4, 4]
+    assert [asked.count(name) for name in ("sft", *server.loaded)] == [1, 1, 4, 4, 4]
 
 
 def test_a_server_that_outlives_a_killed_stage_keeps_its_adapter(make_served, tmp_path):
@@ -87,7 +95,7 @@ def test_a_server_that_outlives_a_killed_stage_keeps_its_adapter(make_served, tm
     assert ended and killed.served.served is None
     resumed, _ = make_served(server=server)
     training.train_or_resume(resumed, tmp_path)
-    assert [name.split("-")[1] for name in server.loaded] == ["1", "2", "3"]
+    assert updates(server) == ["1", "2", "3"]
     rows = grpo.training_curves(resumed.state.log_history)
     assert [row["adapter"] for row in rows] == [1, 2, 3]
 
@@ -95,7 +103,7 @@ def test_a_server_that_outlives_a_killed_stage_keeps_its_adapter(make_served, tm
 def test_a_server_that_is_started_again_is_not_asked_to_unload(make_served):
     trainer, server = make_served(lambda body, answer: server.adapters.clear() or answer)
     trainer.train()
-    assert len(server.loaded) == 3 and server.unloaded == []
+    assert updates(server) == ["1", "2", "3"] and server.unloaded == []
 
 
 def test_replies_that_are_learnt_from_twice_are_drawn_once(make_served, tmp_path):
@@ -106,7 +114,7 @@ def test_replies_that_are_learnt_from_twice_are_drawn_once(make_served, tmp_path
     rows = grpo.training_curves(trainer.state.log_history)
     ratios = [row["ratio"] for row in rows]
     assert [row["adapter"] for row in rows] == [1, 3, 5]
-    assert len(server.loaded) == 3 and server.unloaded == server.loaded[:2]
+    assert updates(server) == ["1", "3", "5"] and server.unloaded == server.loaded[:3]
     assert ratios == pytest.approx([1.0] * 3, abs=1e-3), "the weights' change is in the other one"
     assert all(row["clip_ratio"] > 0 for row in rows)
     kept = sorted(path.name for path in (tmp_path / "checkpoints" / "served").iterdir())
@@ -121,7 +129,7 @@ def test_what_servers_drew_with_is_deleted_when_it_has_been_learnt_from(
     params = stage_params("05_grpo", server=server.url, dtype="float32", **SETTINGS)
     folder = tmp_path / "run" / "05_grpo"
     grpo.train(folder, SimpleNamespace(**vars(params), **vars(BOX_FORMAT)), kept, random_folder)
-    assert len(server.loaded) == 3 and (folder / "adapter").is_dir()
+    assert updates(server) == ["1", "2", "3"] and (folder / "adapter").is_dir()
     left = {path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()}
     assert left == {"checkpoint-3"}
 
@@ -162,3 +170,36 @@ def test_other_prompt_ids_are_refused(make_served):
         **answer, "prompt_token_ids": answer["prompt_token_ids"][:-1]})
     with pytest.raises(RuntimeError, match="read other prompt ids than the kit"):
         trainer.train()
+
+
+def test_a_server_that_ignores_adapters_is_noticed_before_the_first_update(make_served):
+    trainer, server = make_served(fault="ignores adapters")
+    with pytest.raises(RuntimeError, match="takes adapters and ignores them: one with large"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and updates(server) == []
+
+
+def test_a_server_with_old_weights_ends_the_run_and_a_new_one_goes_on(make_served, tmp_path):
+    changes = {"max_steps": 12, "learning_rate": 0.1}
+    trainer, _ = make_served(fault="keeps weights", **changes)
+    with pytest.raises(RuntimeError, match="outside of 0.5 to 2: the server draws with other wei"):
+        training.train_or_resume(trainer, tmp_path)
+    rows = grpo.training_curves(trainer.state.log_history)
+    assert abs(rows[0]["ratio"] - 1) < 1e-3 and not any(0.5 <= row["ratio"] <= 2
+                                                        for row in rows[-3:])
+    resumed, _ = make_served(**changes)
+    training.train_or_resume(resumed, tmp_path)
+    ratios = [row["ratio"] for row in grpo.training_curves(resumed.state.log_history)]
+    assert len(ratios) == 12 and ratios[len(rows):] == pytest.approx([1.0] * (12 - len(rows)),
+                                                                     abs=1e-2)
+
+
+@pytest.mark.parametrize(("ratios", "ends"), [
+    ((0.02, 0.02, 0.02), True), ((3.0, 0.4, 2.1), True), ((1.0, 0.4, 0.4, 0.4), True),
+    ((0.4, 0.4), False), ((0.4, 0.5, 0.4, 0.4), False), ((1.02, 0.98, 2.0, 0.5), False)])
+def test_only_three_updates_in_sequence_outside_the_band_end_a_run(ratios, ends):
+    callback = StopIfServerIsStale()
+    with pytest.raises(RuntimeError, match="last checkpoint") if ends else nullcontext():
+        for ratio in ratios:
+            callback.on_log(None, None, None, {"loss": 0.1, RATIO: ratio})
+            callback.on_log(None, None, None, {"loss": 0.1})  # learns again from these

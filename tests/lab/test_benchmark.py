@@ -1,11 +1,14 @@
 """Stage 08 on a random model: the work by hand, and that both sides do the same."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.drawing import plots
+from mig_kit.engine.processors import render_prompt
 from mig_kit.lab import benchmark, trainers, utilisation, workload
 from mig_kit.lab.workload import Workload
 
@@ -23,6 +26,23 @@ def test_some_questions_are_about_the_same_images():
     assert len({sample.question for sample in samples[5:]}) == 5
     shares_images = [sample.images[0] is samples[0].images[0] for sample in samples]
     assert shares_images == [True] * 5 + [False] * 5
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_prompts_are_as_long_as_asked(processor, images):
+    load = Workload(images=images, side=112, prompt_tokens=300)
+    for sample in workload.fill_prompts(workload.make_questions(load, 2), processor, load):
+        text = render_prompt(processor, sample, BoxFormat())
+        ids = processor(text=[text], images=list(sample.images) or None)["input_ids"][0]
+        assert len(ids) == 300
+    short = replace(load, prompt_tokens=20)
+    with pytest.raises(ValueError, match=f"20 tokens is too short: {images} images of 112 px"):
+        workload.fill_prompts(workload.make_questions(load, 1), processor, short)
+
+
+def test_the_formula_by_hand():
+    gain = workload.predict_gain(Workload(group=8, tokens=64), prompt_tokens=1240)
+    assert gain == pytest.approx(8 * (1240 + 64) / (1240 + 8 * 64))
 
 
 def test_turns_are_timed(float32):
@@ -69,14 +89,16 @@ def test_both_sides_do_the_same(tmp_path, random_folder, float32):
 
 
 @pytest.mark.slow
-def test_headline_compares_all_six(tmp_path, random_folder, float32):
-    load = Workload(2, 2, 4, 56, 1)
+@pytest.mark.parametrize("load", [Workload(2, 2, 4, 56, 1), Workload(0, 2, 4, 56, 1, 90)])
+def test_headline_compares_all_six(tmp_path, random_folder, float32, load):
     result = benchmark.run_headline(random_folder, float32, load, tmp_path, 1)
     for stage in benchmark.STAGES:
         assert result[stage]["stock_s"] > 0 and result[stage]["kit_s"] > 0
         assert f"\n{stage} " in benchmark.headline_text(result, load)
     assert result["grad_rel_error"] < 1e-4 and set(result["peak_mem_mb"]) == {"stock", "kit"}
-    assert result["prompt_tokens"] > 8
+    assert result["prompt_tokens"] == 90 or load.images and result["prompt_tokens"] > 8
+    assert f"{workload.predict_gain(load, result['prompt_tokens']):.1f} times fewer tokens" in (
+        benchmark.headline_text(result, load))
 
 
 def test_the_sweep_changes_one_thing_at_a_time():

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import Qwen2_5_VLForConditionalGeneration
+from published import CONFIGS
+from transformers import Qwen3_5Config
 
 from mig_kit.engine import models
 from mig_kit.engine.training import lora_config
@@ -16,11 +17,28 @@ from mig_kit.shared_prefix import prompt_cache
 SEVEN = SHAPES["Qwen/Qwen2.5-VL-7B-Instruct"]
 
 
-def saved_bytes(hidden: int, inner: int, layers: int, tokens: int, lora_r: int) -> int:
-    """Bytes that the language model of a small random Qwen2.5-VL keeps for its backward pass."""
+def attention_config(hidden: int, inner: int, layers: int):
+    """A small Qwen2.5-VL."""
     config = models.tiny_config(640, hidden=hidden, layers=layers, vision_layers=1)
     config.text_config.intermediate_size = inner
-    model = Qwen2_5_VLForConditionalGeneration._from_config(
+    return config
+
+
+def delta_net_config(hidden: int, inner: int, layers: int, heads: int, width: int):
+    """A small Qwen3.5, all of whose layers have linear attention, twice as many value heads."""
+    config = dict(CONFIGS["qwen3_5"])
+    config["text_config"] = config["text_config"] | {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "layer_types": ["linear_attention"] * layers, "linear_num_key_heads": heads,
+        "linear_num_value_heads": 2 * heads, "linear_key_head_dim": width,
+        "linear_value_head_dim": width}
+    return Qwen3_5Config(**config)
+
+
+def saved_bytes(config, tokens: int, lora_r: int) -> int:
+    """Bytes that the language model of a random model keeps for its backward pass."""
+    hidden = config.text_config.hidden_size
+    model = models.FAMILIES[config.model_type]._from_config(
         config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model = get_peft_model(model, lora_config(lora_r, 0.05)).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -41,9 +59,19 @@ def saved_bytes(hidden: int, inner: int, layers: int, tokens: int, lora_r: int) 
 @pytest.mark.parametrize("hidden, inner, tokens, lora_r",
                          [(128, 256, 64, 64), (320, 704, 96, 16), (256, 512, 64, 128)])
 def test_a_layer_keeps_what_is_predicted(hidden, inner, tokens, lora_r):
-    two, one = (saved_bytes(hidden, inner, layers, tokens, lora_r) for layers in (2, 1))
+    two, one = (saved_bytes(attention_config(hidden, inner, layers), tokens, lora_r)
+                for layers in (2, 1))
     shape = Shape(hidden, inner, 2, hidden // 32, hidden // 64, 640, 0, 0)
     assert (two - one) / tokens == pytest.approx(gpu_needs.layer_bytes(shape, lora_r), rel=0.005)
+
+
+@pytest.mark.parametrize("hidden, inner, heads, width", [(256, 512, 2, 64), (512, 1536, 4, 32)])
+def test_a_layer_with_linear_attention_keeps_what_is_predicted(hidden, inner, heads, width):
+    two, one = (saved_bytes(delta_net_config(hidden, inner, layers, heads, width), 256, 16)
+                for layers in (2, 1))
+    shape = Shape(hidden, inner, 2, 2, 1, 640, 0, 0, 32, 32, 2, heads * width, 2 * heads * width,
+                  2 * heads, width)
+    assert (two - one) / 256 == pytest.approx(gpu_needs.layer_bytes(shape, 16), rel=0.005)
 
 
 def train_in_full(load, four_bit=False, lora_r=64, is_checkpointed=False):
@@ -99,7 +127,9 @@ def test_the_table_says_what_to_lower(profile):
 
 
 @pytest.mark.parametrize("profile, gib", [("qwen2_5_vl_3b", [15.2, 9.1, 16.6, 8.9]),
-                                          ("qwen2_5_vl_7b", [21.6, 18.0, 28.4, 17.6])])
+                                          ("qwen2_5_vl_7b", [21.6, 18.0, 28.4, 17.6]),
+                                          ("qwen3_vl_8b_own", [21.0, 19.6, 29.3, 18.6]),
+                                          ("qwen3_5_9b_own", [26.4, 20.5, 33.8, 19.4])])
 def test_the_predictions_are_those_of_the_guide(profile, gib):
     assert [row["GiB"] for row in gpu_needs.predict(profile)["memory"]] == gib
 

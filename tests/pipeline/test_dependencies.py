@@ -10,6 +10,7 @@ import pytest
 from mig_kit.common import NOTEBOOKS, PACKAGE
 from mig_kit.pipeline import dependencies, store
 from mig_kit.pipeline.joint_rules import KIT_REWARDS
+from mig_kit.pipeline.run_folders import RECIPE
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def project(copied_project, monkeypatch):
 
 
 def code_of_stages(rewards=KIT_REWARDS):
-    return {stage: dependencies.describe_code(stage, rewards)["code"] for stage in store.RECIPE}
+    return {stage: dependencies.describe_code(stage, rewards)["code"] for stage in RECIPE}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def stale_after(unchanged_code, project):
     def compare(change, *arguments) -> set[str]:
         change(project, *arguments)
         code = code_of_stages()
-        return {stage[:2] for stage in store.RECIPE if code[stage] != unchanged_code[stage]}
+        return {stage[:2] for stage in RECIPE if code[stage] != unchanged_code[stage]}
 
     return compare
 
@@ -91,18 +92,16 @@ def test_a_changed_text_makes_exactly_its_users_stale(stale_after, path, text, s
 
 
 @pytest.mark.parametrize(("name", "stages"), [
-    ("format_reward", "05 07"), ("box_reward", "05 07"), ("names_letter", "04 05 06 07"),
-    ("image_set_iou", "01 05 06 07"), ("reply_iou", "01 04 05 06 07"),
-    ("cites_only_existing_images", "05 07"), ("keep_good_traces", "01"), ("pass_at_k", "04 06"),
-    ("bootstrap_interval", "06 07"), ("plot_curves", "07"), ("stage_folder", "")])
+    ("box_reward", "05 07"), ("names_letter", "04 05 06 07"), ("image_set_iou", "01 05 06 07"),
+    ("keep_good_traces", "01"), ("pass_at_k", "04 06"), ("plot_curves", "07"),
+    ("stage_folder", "")])
 def test_a_changed_function_makes_exactly_its_users_stale(stale_after, name, stages):
     assert stale_after(change_definition, name) == set(stages.split())
 
 
 @pytest.mark.parametrize(("is_used", "name"), [
-    (True, "load_qlora_policy"), (True, "CompletionLossTrainer"), (True, "pad_to_multiple"),
-    (True, "attention"), (True, "smart_resize"), (False, "grpo_trainer"),
-    (False, "merge_in_memory"), (False, "check_box_coordinates"), (False, "render_scene")])
+    (True, "CompletionLossTrainer"), (True, "attention"), (True, "smart_resize"),
+    (False, "grpo_trainer"), (False, "check_box_coordinates"), (False, "render_scene")])
 def test_fine_tuning_is_stale_when_code_that_it_uses_has_changed(stale_after, is_used, name):
     assert ("02" in stale_after(change_definition, name)) == is_used
 
@@ -137,14 +136,14 @@ def change_cell(project, stage, old, new):
     ("05", "training_curves(state", "training_curves(the_state", "05")])
 def test_code_of_a_notebook_counts_but_not_its_comments_and_defaults(stale_after, number, old, new,
                                                                      stages):
-    stage = next(stage for stage in store.RECIPE if stage.startswith(number))
+    stage = next(stage for stage in RECIPE if stage.startswith(number))
     assert stale_after(change_cell, stage, old, new) == set(stages.split())
 
 
 def test_a_reward_that_is_not_chosen_makes_nothing_stale(unchanged_code, project):
     def stale_with(rewards):
         code = code_of_stages(rewards)
-        return {stage[:2] for stage in store.RECIPE if code[stage] != unchanged[stage]}
+        return {stage[:2] for stage in RECIPE if code[stage] != unchanged[stage]}
 
     unchanged = code_of_stages(("box", "mine.py:center"))
     change_text(project, "mig_kit/rewards.py", '"choice": choice_reward', '"choice": None')
@@ -257,12 +256,3 @@ def test_another_function_of_the_same_name_counts(describe_small):
         "from mig_kit import a, b, c\nc.g()\nx = a.f() + b.f()")["code"]
         for text in ("a.f() + b.f()", "b.f() + a.f()", "a.f() + a.f()")}
     assert len(codes) == 2, "the order of two calls of one name alone is not told apart"
-
-
-@pytest.mark.parametrize("stage", store.STAGES)
-def test_every_name_that_a_notebook_takes_from_the_kit_exists(stage):
-    source = "\n".join("".join(cell["source"]) for cell in dependencies.notebook_cells(stage))
-    _, references = dependencies._resolve(dependencies._parse(source), {})
-    missing = [f"{module}.{name}" for module, name in sorted(references)
-               if name not in dependencies._definitions(dependencies._module_path(module))]
-    assert references and not missing

@@ -5,21 +5,12 @@ import json
 import subprocess
 import sys
 
-import nbformat
-import papermill
 import pytest
 from IPython.core.ultratb import AutoFormattedTB
 from papermill.exceptions import PapermillExecutionError
 
 from mig_kit.cli import main
 from mig_kit.pipeline.failures import describe_os_error, failure_sentence
-
-IN_A_GROUP = """
-try:
-    raise ExceptionGroup("two", [RuntimeError("no server is left: see\\nits log")])
-except ExceptionGroup as errors:
-    raise errors.exceptions[0] from None
-"""
 
 
 def fail_in_cell(error: Exception, folder) -> str:
@@ -40,19 +31,6 @@ def fail_silently(folder, *printed: str) -> str:
     (folder / "x.ipynb").write_text(json.dumps({"cells": cells}))
     failure = PapermillExecutionError(0, 7, "", "CellExecutionError", "", [])
     return failure_sentence(failure, folder / "x.ipynb")
-
-
-@pytest.mark.slow
-def test_an_error_that_ipython_does_not_format_keeps_its_sentence(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(IN_A_GROUP)], metadata={
-        "kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
-    nbformat.write(notebook, tmp_path / "in.ipynb")
-    with pytest.raises(PapermillExecutionError) as caught:
-        papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb",
-                                   progress_bar=False)
-    assert caught.value.ename == "CellExecutionError" and not caught.value.evalue
-    assert failure_sentence(caught.value, tmp_path / "out.ipynb") == (
-        "RuntimeError: no server is left: see\nits log")
 
 
 def test_an_error_has_a_sentence_whatever_it_says(tmp_path):

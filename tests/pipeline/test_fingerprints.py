@@ -111,13 +111,6 @@ def test_a_large_set_counts_by_size_and_time(own, tmp_path, monkeypatch):
     assert key != fingerprints.image_fingerprint(own)
 
 
-def test_a_list_of_questions_is_read_as_lines_are(own, tmp_path):
-    lines = (tmp_path / "data/mine.jsonl").read_text().splitlines()
-    (tmp_path / "data/mine.json").write_text(f"[{', '.join(lines)}]")
-    as_list = own | {"data": str(tmp_path / "data/mine.json")}
-    assert fingerprints.image_fingerprint(as_list) == fingerprints.image_fingerprint(own)
-
-
 def test_a_stored_link_whose_source_was_overwritten_is_not_taken_for_the_old_image(tmp_path):
     """Killed, exported over in place, and an old picture comes back under another name."""
     first, second = tmp_path / "a.png", tmp_path / "b.png"

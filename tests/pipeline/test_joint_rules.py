@@ -1,10 +1,7 @@
 """Parameters that cannot act together are refused with the remedy, before any kernel starts."""
 
-import papermill
 import pytest
-from click.testing import CliRunner
 
-from mig_kit.cli import cli
 from mig_kit.engine.served_rollouts import SAMPLING_CURVES
 from mig_kit.pipeline import joint_rules, store
 from mig_kit.pipeline.joint_rules import validate_params
@@ -70,15 +67,6 @@ def test_what_cannot_act_is_refused(values, sentence):
 @pytest.mark.parametrize("values", OFFERED, ids=str)
 def test_what_acts_is_not_refused(values):
     assert values.items() <= validate_params(values, "05_grpo").items()
-
-
-def test_the_command_line_refuses_before_a_kernel_starts(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(papermill, "execute_notebook",
-                        lambda *arguments, **options: pytest.fail("a kernel would start"))
-    result = CliRunner().invoke(cli, ["run", "04", "05", "-p", "epsilon", "0.1"])
-    assert "so neither has anything to clip" in str(result.exception)
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("stage", "values", "sentence"), [

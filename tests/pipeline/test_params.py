@@ -3,11 +3,10 @@
 import pytest
 
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.pipeline import params, store, trl_settings
+from mig_kit.pipeline import params, store
 from mig_kit.pipeline.joint_rules import params_text, validate_params
 from mig_kit.pipeline.plan import choose_params, parse_overrides
-from mig_kit.world.free_form import FREE_FORM
-from mig_kit.world.tasks import TASKS
+from mig_kit.pipeline.run_folders import RECIPE
 
 PROFILE_FILES = sorted((PROJECT_ROOT / "params").glob("*/*.yaml"))
 
@@ -31,25 +30,9 @@ def test_a_profile_holds_only_what_differs(path):
 
 
 def test_what_holds_for_the_whole_run_is_set_in_one_stage():
-    for stage in store.RECIPE:
+    for stage in RECIPE:
         shared = [name for name in params.RUN_PARAMS if name in params.stage_parameters(stage)]
         assert shared == (list(params.RUN_PARAMS) if stage == params.RUN_PARAMS_STAGE else [])
-
-
-@pytest.mark.parametrize("profile", [p for p in params.list_profiles() if params.needs_gpu(p)])
-def test_full_profiles_keep_a_gpu_busy_and_learn_from_the_first_updates(profile):
-    sft, sampling, grpo, evaluate = (params.profile_params(stage, profile) for stage in (
-        "02_sft", "04_rejection_sampling", "05_grpo", "06_evaluate"))
-    assert sft["learning_rate"] == 1e-4
-    if not profile.endswith("_own"):
-        synthesize = params.profile_params("01_synthesize", profile)
-        traces = (len(TASKS) * synthesize["cot_per_task"]
-                  + len(FREE_FORM) * synthesize["free_form_per_task"])
-        rows = min(traces, sft["max_samples"] or traces) * sft["num_train_epochs"]
-        updates = rows / sft["per_device_train_batch_size"] / sft["gradient_accumulation_steps"]
-        assert 0.04 < sft["warmup_steps"] / updates < 0.06
-    assert sft["launcher"] == grpo["launcher"] == ""
-    assert {values["device"] for values in (sft, sampling, grpo, evaluate)} == {"cuda"}
 
 
 def test_unknown_and_mistyped_parameters():
@@ -152,9 +135,9 @@ def test_a_cell_may_hold_any_setting_of_trl(monkeypatch):
 
 
 def test_the_settings_that_the_kit_knows_have_the_defaults_of_trl():
-    for stage, settings in trl_settings.SETTINGS.items():
+    for stage, settings in params.SETTINGS.items():
         for name, default in settings.items():
-            assert default == (trl_settings.find_trl_default(name, stage) or 0), name
+            assert default == (params.find_trl_default(name, stage) or 0), name
 
 
 def test_hostile_parameter_files(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
+from command_line import describe_files, error_of
 
 from mig_kit.cli import cli
 from mig_kit.common import write_json
@@ -16,13 +17,14 @@ from mig_kit.pipeline import (
     store,
 )
 from mig_kit.pipeline.joint_rules import validate_params
+from mig_kit.pipeline.run_folders import RECIPE
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A folder of runs with 01 to 04 of run "a" finished."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    for stage in store.RECIPE[1:5]:
+    for stage in RECIPE[1:5]:
         leave_stage(tmp_path, "a", stage)
     return tmp_path
 
@@ -51,23 +53,10 @@ def finish_stage(run_id, stage, product):
     return begun
 
 
-def describe_files(folder):
-    """Content and time of every file."""
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def error_of(*words) -> str:
-    """The sentence of a command that ends with an error."""
-    error = CliRunner().invoke(cli, list(words)).exception
-    assert error is not None and error.args, "the command was not refused"
-    return str(error.args[0])
-
-
 def test_a_branch_takes_earlier_stages_by_reference_and_changes_none(root):
     before = describe_files(root / "a")
-    plan.start_branch("a", "b", "05_grpo", "06_evaluate")
-    keys = {stage: f"{stage} 1" for stage in store.RECIPE[1:5]}
+    run_folders.start_branch("a", "b", "05_grpo", "06_evaluate")
+    keys = {stage: f"{stage} 1" for stage in RECIPE[1:5]}
     assert run_folders.load_branch("b") == {"from": "a", "stages": keys}
     stage = finish_stage("b", "05_grpo", "b")
     assert stage.final_folder == root / "b" / "05_grpo"
@@ -84,25 +73,25 @@ def test_a_branch_takes_earlier_stages_by_reference_and_changes_none(root):
 
 
 def test_a_branch_of_a_branch(root):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     finish_stage("b", "05_grpo", "b")
-    plan.start_branch("b", "c", "06_evaluate")
+    run_folders.start_branch("b", "c", "06_evaluate")
     assert store.stage_folder("02_sft", "c") == root / "a" / "02_sft"
     assert store.stage_folder("05_grpo", "c") == root / "b" / "05_grpo"
     assert store.stage_folder("06_evaluate", "c") == root / "c" / "06_evaluate"
     inputs = finish_stage("c", "06_evaluate", "c").inputs
     assert inputs["05_grpo"]["x"] == store.load_record("05_grpo", "b")["outputs"]["x"]
-    plan.start_branch("c", "d", "03_merge")
+    run_folders.start_branch("c", "d", "03_merge")
     assert [run for run in "abcd" if store.find_owner("02_sft", run) != "a"] == []
     assert store.find_owner("04_rejection_sampling", "d") == "d"
 
 
 def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     own = ["00_preflight", "05_grpo", "06_evaluate", "07_report"]
     assert plan.plan_stages([], "b") == own
-    assert plan.plan_stages([], "a") == list(store.RECIPE)
-    assert plan.check_branch("a", "b", ["06_evaluate"]) == [], "naming it again is no error"
+    assert plan.plan_stages([], "a") == list(RECIPE)
+    assert run_folders.check_branch("a", "b", ["06_evaluate"]) == [], "naming it again is no error"
     planned, = plan.plan_runs(["06_evaluate"], "smoke", "b", "", [], ())
     assert (planned.source, list(planned.params)) == ("", ["06_evaluate"])
 
@@ -133,7 +122,7 @@ def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
       "cpu"), "run 'a' has the base_model tiny, and profile 'qwen2_5_vl_7b'"),
 ])
 def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(root, words, sentence):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     leave_stage(root, "c", "02_sft")
     before = describe_files(root)
     assert sentence in error_of(*words)
@@ -141,7 +130,7 @@ def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(root, wor
 
 
 def test_a_notebook_of_a_branch_opened_by_hand(root):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     with pytest.raises(ValueError, match="03_merge of run 'b' is that of run 'a'; run it there"):
         store.begin_stage("03_merge", {"run_id": "b"})
     stage, p = store.begin_stage("05_grpo", {"run_id": "b", "beta": 0.01})
@@ -149,7 +138,7 @@ def test_a_notebook_of_a_branch_opened_by_hand(root):
 
 
 def test_a_source_stage_that_was_run_again_makes_the_branch_stale(root):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     stage = finish_stage("b", "05_grpo", "b")
     leave_stage(root, "a", "03_merge")
     assert store.find_replaced_input("05_grpo", "b") == "", "the same products again"
@@ -164,7 +153,7 @@ def test_a_source_stage_that_was_run_again_makes_the_branch_stale(root):
 
 
 def test_a_source_that_changes_meanwhile_is_stale_afterwards(root):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     begun, _ = store.begin_stage("05_grpo", {"run_id": "b"})
     (root / "a" / "03_merge" / "run.json").unlink()
     begun.finish({})
@@ -173,7 +162,7 @@ def test_a_source_that_changes_meanwhile_is_stale_afterwards(root):
 
 
 def test_a_source_that_is_gone_is_one_sentence(root):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     finish_stage("b", "05_grpo", "b")
     shutil.rmtree(root / "a" / "03_merge")
     sentence = error_of("run", "05", "--run-id", "b")
@@ -190,14 +179,14 @@ def test_a_source_that_is_gone_is_one_sentence(root):
 @pytest.mark.parametrize("text", ["{", "[]", '{"from": "a"}', '{"from": "../a", "stages": {}}',
                                   '{"from": 3, "stages": {}}'])
 def test_a_broken_branch_file_is_one_sentence(root, text):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     (root / "b" / "branch.json").write_text(text)
     with pytest.raises(ValueError, match="branch.json is broken; delete the run 'b'"):
         store.load_record("05_grpo", "b")
 
 
 def test_a_circle_written_by_hand_is_one_sentence(root):
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     write_json(root / "a" / "branch.json", {"from": "b", "stages": {"01_synthesize": ""}})
     with pytest.raises(ValueError, match="run '[ab]' starts from itself, through '[ab]'"):
         store.load_record("01_synthesize", "a")
@@ -205,10 +194,10 @@ def test_a_circle_written_by_hand_is_one_sentence(root):
 
 def test_the_tree_of_runs(root):
     leave_stage(root, "a", "05_grpo")
-    plan.start_branch("a", "z", "05_grpo")
+    run_folders.start_branch("a", "z", "05_grpo")
     finish_stage("z", "05_grpo", "z")
-    plan.start_branch("a", "b", "06_evaluate")
-    plan.start_branch("z", "c", "06_evaluate")
+    run_folders.start_branch("a", "b", "06_evaluate")
+    run_folders.start_branch("z", "c", "06_evaluate")
     leave_stage(root, "aa", "01_synthesize")
     assert status.run_tree() == [("a", 0), ("b", 1), ("z", 1), ("c", 2), ("aa", 0)]
     output = CliRunner().invoke(cli, ["status"]).output
@@ -267,7 +256,7 @@ def test_seeds_one_after_the_other_with_the_time_left(root, monkeypatch, capsys)
 
 def test_a_seed_stands_in_source_and_values_too(root):
     for seed in (0, 1):
-        for stage in store.RECIPE[1:5]:
+        for stage in RECIPE[1:5]:
             leave_stage(root, f"s{seed}", stage)
     plans = plan.plan_runs(["05_grpo", "06_evaluate"], "smoke", "g-{seed}", "s{seed}", [0, 1],
                               (("control_run", "s{seed}"), ("loss_type", "grpo")))

@@ -2,16 +2,16 @@
 nothing written, by the command line and by a notebook's setup cell.
 """
 
-import hashlib
 import json
 import math
 
 import papermill
 import pytest
 from click.testing import CliRunner
+from command_line import describe_files
 
 from mig_kit.cli import cli
-from mig_kit.pipeline import params, rules, store
+from mig_kit.pipeline import params, store
 from mig_kit.pipeline.joint_rules import validate_params
 
 # stage, parameter and wrong value -> a part of the sentence
@@ -40,6 +40,10 @@ WRONG = [
     ("05", "num_generations", 1, "it must be an int, 2 or more"),
     ("05", "start_from", "nowhere", "it must be merged, base, adapter or a folder that exists"),
     ("05", "rewards", [], "list names of rewards"),
+    ("05", "scale_rewards", "nope", "did you mean 'none'? It is one of batch, group, none"),
+    ("05", "hallucinated_image_penalty", "xyz", "it must be one of none, format, all"),
+    ("05", "loss_type", "dpo", "did you mean 'dapo'?"),
+    ("06", "eval_seed", "x", "is 'x', a str; it must be an int, 0 to 4294967295"),
     ("01", "image_root", "nowhere", "it must be a folder that exists"),
     ("08", "images", 9, "1 to 8"),
     ("08", "side", 20, "56 to 1960"),
@@ -68,12 +72,6 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def digest_files(folder):
-    """Every file and folder with its content and time."""
-    return {path: (path.stat().st_mtime_ns, path.is_file() and hashlib.sha256(
-        path.read_bytes()).hexdigest()) for path in folder.rglob("*")}
-
-
 def read_as_yaml(value):
     """What the command line makes of the value."""
     return float(value.replace(".", "")) if value in (".nan", ".inf") else value
@@ -81,7 +79,7 @@ def read_as_yaml(value):
 
 @pytest.mark.parametrize(("number", "name", "value", "part"), WRONG, ids=IDS)
 def test_a_wrong_value_is_one_sentence_and_touches_nothing(runs, number, name, value, part):
-    before, stage = digest_files(runs), STAGES[number]
+    before, stage = describe_files(runs), STAGES[number]
     with pytest.raises((ValueError, TypeError, FileNotFoundError)) as at_once:
         validate_params({name: read_as_yaml(value)}, stage)
     with pytest.raises((ValueError, TypeError, FileNotFoundError)) as in_a_notebook:
@@ -92,33 +90,33 @@ def test_a_wrong_value_is_one_sentence_and_touches_nothing(runs, number, name, v
         sentence = str(error.args[0])
         assert name.split("_")[0] in sentence and part in sentence and "\n" not in sentence
         assert not sentence.startswith("KeyError")
-    assert digest_files(runs) == before
+    assert describe_files(runs) == before
 
 
 def test_a_whole_recipe_is_checked_before_its_first_stage(runs):
-    before = digest_files(runs)
+    before = describe_files(runs)
     result = CliRunner().invoke(cli, ["run", "-p", "num_generations", "7", "--force"])
     assert "num_generations is 7, per_device_train_batch_size is 32" in str(result.exception)
-    assert digest_files(runs) == before
+    assert describe_files(runs) == before
 
 
 @pytest.mark.parametrize("stage", store.STAGES)
 def test_every_parameter_has_a_rule(stage):
     parameters = params.stage_parameters(stage)
-    assert parameters.keys() <= rules.RULES.keys()
+    assert parameters.keys() <= params.RULES.keys()
     for name, parameter in parameters.items():
-        rule, is_text = rules.RULES[name], isinstance(parameter.default, str)
-        rules.check_value(name, parameter.default, stage)
+        rule, is_text = params.RULES[name], isinstance(parameter.default, str)
+        params.check_value(name, parameter.default, stage)
         items = parameter.default if isinstance(parameter.default, list) else [parameter.default]
         has_numbers = isinstance(items[0], int | float | dict) and not isinstance(items[0], bool)
-        is_range = isinstance(rule, str) and rules.RANGE.fullmatch(rule) is not None
+        is_range = isinstance(rule, str) and params.RANGE.fullmatch(rule) is not None
         assert is_range == (has_numbers and name != "reward_weights"), name
         assert not isinstance(rule, tuple) or is_text, name
 
 
 def test_no_rule_is_of_a_parameter_that_does_not_exist():
     names = {name for stage in store.STAGES for name in params.stage_parameters(stage)}
-    assert rules.RULES.keys() == names
+    assert params.RULES.keys() == names
 
 
 @pytest.mark.parametrize("profile", params.list_profiles())
@@ -137,9 +135,9 @@ def test_every_profile_passes(profile, tmp_path):
     ("2 numbers, each 0 to 1", [[0, 1]], [[0], [0, 1, 1], [0, 2]]),
     ("1 to 8", [[1], [8, 2]], [[]])])
 def test_ranges(rule, inside, outside, monkeypatch):
-    monkeypatch.setitem(rules.RULES, "seed", rule)
+    monkeypatch.setitem(params.RULES, "seed", rule)
     for value in inside:
-        rules.check_value("seed", value, "05_grpo")
+        params.check_value("seed", value, "05_grpo")
     for value in outside:
         with pytest.raises(ValueError, match="05_grpo: parameter 'seed' is .*; it must be "):
-            rules.check_value("seed", value, "05_grpo")
+            params.check_value("seed", value, "05_grpo")

@@ -19,10 +19,10 @@ def root(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [
-    ("status", "defualt"), ("diff", "default", "defualt"), ("report", "default", "defualt"),
-    ("push", "defualt", "user/name"), ("lessons", "defualt", "--out", "pages"),
+    ("status", "defualt"), ("diff", "default", "defualt"),
+    ("lessons", "defualt", "--out", "pages"),
     ("table", "defualt"), ("table", "--group", "a=default,defualt"),
-    ("curves", "defualt", "--figure", "x.png"), ("record", "defualt", "--out", "records"),
+    ("record", "defualt", "--out", "records"),
     ("run", "05", "--from", "defualt", "--run-id", "b"), ("run", "05", "--run-id", "defualt"),
     ("run", "06", "--run-id", "default", "-p", "control_run", "defualt"),
     ("run", "09", "-p", "groups", "[a=defualt]")])

@@ -1,16 +1,18 @@
 """What stages make for each other decides: runs without a cold start, and too few prompts."""
 
 import json
+from functools import partial
 
 import pyarrow.parquet
 import pytest
-from click.testing import CliRunner
+from command_line import error_of
 
-from mig_kit.cli import cli
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.pipeline import execute, plan, store
+from mig_kit.pipeline import execute, plan, run_folders, store
 from mig_kit.pipeline.joint_rules import validate_params
+from mig_kit.pipeline.run_folders import RECIPE
 
+refuse = partial(error_of, "run", "--run-id", "a")
 OWN = (("data", "README.md"), ("teacher", "none"), ("start_from", "base"))
 
 
@@ -93,9 +95,9 @@ def test_paths_are_relative_to_where_the_command_is_given(tmp_path, monkeypatch)
 def test_a_branch_of_a_run_without_a_cold_start(root):
     leave_record(root, "01_synthesize", teacher="none")
     with pytest.raises(FileNotFoundError, match="run 'a' has no finished 04_rejection_sampling"):
-        plan.check_branch("a", "b", ["05_grpo"])
+        run_folders.check_branch("a", "b", ["05_grpo"])
     leave_record(root, "04_rejection_sampling")
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     assert not store.has_cold_start("b")
     assert store.input_stages("05_grpo", "b", {}) == ("04_rejection_sampling",)
     assert planned_stages([], OWN[2:], run_id="b") == ["00", "05", "06", "07"]
@@ -109,33 +111,26 @@ def leave_candidates(root, counts):
                                 root / "a" / "01_synthesize" / "rl.parquet")
 
 
-def error_of(*words) -> str:
-    """The sentence of a command that ends with an error."""
-    error = CliRunner().invoke(cli, ["run", *words, "--run-id", "a"]).exception
-    assert error is not None and error.args, "the command was not refused"
-    return str(error.args[0])
-
-
 def test_too_few_prompts_are_known_from_01_on(root):
     leave_candidates(root, {"diff": 10, "region": 3})
     needed = "prompts_of_an_update is 16 and prompts_of_04 is 13, but an update cannot use more"
-    assert needed in error_of("02", "03", "04", "05")
-    assert "prompts_of_04 is 8, but" in error_of("04", "05", "-p", "per_task", "5")
+    assert needed in refuse("02", "03", "04", "05")
+    assert "prompts_of_04 is 8, but" in refuse("04", "05", "-p", "per_task", "5")
     few = ("-p", "gradient_accumulation_steps", "2")
     assert planned_stages(["04_rejection_sampling", "05_grpo"], (few[1:],)) == ["04", "05"]
 
 
 def test_too_few_prompts_are_known_after_04(root):
     leave_candidates(root, {"diff": 100})
-    for stage in store.RECIPE[2:5]:
+    for stage in RECIPE[2:5]:
         leave_record(root, stage)
     (root / "a" / "04_rejection_sampling" / "metrics.json").write_text('{"kept": 15}')
     sentence = "prompts_of_an_update is 16 and prompts_of_04 is 15, but an update cannot use more"
-    assert sentence in error_of("05")
+    assert sentence in refuse("05")
     with pytest.raises(ValueError, match=sentence):
         store.begin_stage("05_grpo", {"run_id": "a"})
     assert not (root / "a" / "05_grpo").exists()
-    plan.start_branch("a", "b", "05_grpo")
+    run_folders.start_branch("a", "b", "05_grpo")
     with pytest.raises(ValueError, match=sentence):
         planned_stages(["05_grpo"], (), "b")
 
@@ -148,8 +143,8 @@ def test_too_few_candidates_end_a_command_after_01(root, monkeypatch):
         leave_candidates(root, {"diff": 9})
 
     monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
-    monkeypatch.setattr(execute, "_bring_back", lambda *_: False)
-    assert "prompts_of_04 is 9, but" in error_of("01", "02", "03", "04", "05")
+    monkeypatch.setattr(execute, "_prepare", lambda *_: None)
+    assert "prompts_of_04 is 9, but" in refuse("01", "02", "03", "04", "05")
     assert executed == ["01_synthesize"]
 
 
@@ -157,15 +152,14 @@ def test_an_adapter_goes_on_as_02_made_it(root):
     leave_record(root, "01_synthesize")
     leave_record(root, "02_sft", lora_r=8)
     words = ("05", "-p", "start_from", "adapter")
-    assert "adapter_of_02 is [8, 'all'], but RL goes on with that adapter; set" in error_of(
-        *words)
-    assert "needs 03_merge" in error_of(*words, "-p", "lora_r", "8")
+    assert "adapter_of_02 is [8, 'all'], but RL goes on with that adapter; set" in refuse(*words)
+    assert "needs 03_merge" in refuse(*words, "-p", "lora_r", "8")
 
 
 def test_other_stages_of_the_run_decide(root):
     leave_record(root, "01_synthesize")
     sizes = [word for name in ("mig", "ood", "blink", "mmiu")
              for word in ("-p", f"{name}_per_task", "0")]
-    assert "data_of_01 is 'scenes', mig_per_task is 0" in error_of("06", *sizes)
-    assert error_of("06", "-p", "control_run", "aa").endswith("; did you mean 'a'?")
-    assert error_of("09", "-p", "groups", "[x=a, y=b1]").endswith("mig-kit status lists the runs")
+    assert "data_of_01 is 'scenes', mig_per_task is 0" in refuse("06", *sizes)
+    assert refuse("06", "-p", "control_run", "aa").endswith("; did you mean 'a'?")
+    assert refuse("09", "-p", "groups", "[x=a, y=b1]").endswith("mig-kit status lists the runs")

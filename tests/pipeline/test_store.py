@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import filelock
 import pytest
 from click.testing import CliRunner
+from command_line import describe_files
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.cli import cli
 from mig_kit.common import file_sha256, write_json
 from mig_kit.pipeline import attempts, dependencies, execute, params, store
 from mig_kit.pipeline.joint_rules import validate_params
+from mig_kit.pipeline.run_folders import RECIPE
 
 
 @pytest.fixture
@@ -142,12 +144,6 @@ def test_status_and_run_mean_the_same_by_stale_and_say_why(root, monkeypatch):
         "the parameter memory_gib (1.0, now 2.0) has changed")
 
 
-def describe_files(folder):
-    """Content and time of every file."""
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_what_was_finished_is_valid_until_another_has_finished_and_kept_after_that(root, capsys):
     """Another parameter that fails, or a change of mind, costs nothing."""
     stage, before = begin(memory_gib=1.0), root / "a" / "00_preflight.before"
@@ -163,10 +159,11 @@ def test_what_was_finished_is_valid_until_another_has_finished_and_kept_after_th
     other.finish({"n": 2})
     assert store.is_up_to_date("00_preflight", "a", other.params)
     assert (before / "out.txt").read_text() == "x"
-    assert execute._bring_back("00_preflight", "a", stage.params, force=False)
-    assert describe_files(root / "a" / "00_preflight") == files, "it is back as it was"
+    again = begin(memory_gib=1.0)
+    assert (again.folder / "out.txt").read_text() == "x", "its cells find all of it done"
+    again.finish({"n": 1})
+    assert store.is_up_to_date("00_preflight", "a", stage.params)
     assert store.read_metrics(before) == {"n": 2}
-    assert not execute._bring_back("00_preflight", "a", {**stage.params, "disk_gib": 2.0}, False)
 
 
 def test_cells_run_again_change_nothing_that_has_finished(root, capsys):
@@ -198,7 +195,7 @@ def test_what_force_began_anew_goes_on_and_is_not_given_up_for_the_old_result(ro
     stage = begin()
     (stage.folder / "out.txt").write_text("old")
     stage.finish({"n": 1})
-    assert not execute._bring_back("00_preflight", "a", stage.params, force=True)
+    execute._prepare("00_preflight", "a", stage.params, force=True)
     begun = begin()
     finished = stage.final_folder
     assert not (begun.folder / "out.txt").exists() and (finished / "out.txt").is_file()
@@ -244,13 +241,13 @@ def test_minutes_are_those_of_all_attempts(root):
 
 
 def test_a_new_run_of_a_notebook_becomes_a_branch(root, capsys):
-    for stage in store.RECIPE[1:5]:
+    for stage in RECIPE[1:5]:
         leave_record(root, stage, "default")
     stage, _ = store.begin_stage("05_grpo", {"run_id": "lab2", "beta": 0.01})
     words = "run 'lab2' is new: 01_synthesize to 04_rejection_sampling are those of run 'default'"
     assert words in capsys.readouterr().out
     assert stage.input_path("03_merge") == root / "default" / "03_merge"
-    sentence = "a run that starts from 'default' needs 05_grpo of run 'default', which has not"
+    sentence = "run 'default' has no finished 05_grpo to start from; run: mig-kit run 05 --run-id"
     with pytest.raises(FileNotFoundError, match=sentence):
         store.begin_stage("06_evaluate", {"run_id": "lab3"})
     assert not (root / "lab3").exists()
@@ -337,29 +334,26 @@ def test_a_disk_without_locks_is_one_line(root, monkeypatch, capsys):
 
 def test_a_comparison_is_stale_where_one_of_its_runs_is_another(root):
     values = params.profile_params("09_compare") | {"groups": ["x=a, b", f"y={root / 'c.json'}"]}
-    keys = [store.stage_key("09_compare", "default", values)]
+    keys = {store.stage_key("09_compare", "default", values)}
     for change in (lambda: leave_record(root, "06_evaluate", "a"),
                    lambda: leave_record(root, "06_evaluate", "b", "2"),
                    lambda: (root / "c.json").write_text("{}")):
         change()
-        keys.append(store.stage_key("09_compare", "default", values))
-    assert len(set(keys)) == 4
+        keys.add(store.stage_key("09_compare", "default", values))
+    assert len(keys) == 4
 
 
-def test_with_the_sft_adapter_05_builds_on_02(root):
-    for stage in store.RECIPE[1:5]:
+def test_parameters_of_the_run_and_what_05_starts_from_make_another_key(root):
+    for stage in RECIPE[1:5]:
         leave_record(root, stage)
-    merged = params.profile_params("05_grpo")
-    adapter = merged | {"start_from": "adapter"}
-    before = [store.stage_key("05_grpo", "a", values) for values in (merged, adapter)]
+    start = {name: params.profile_params("05_grpo") | {"start_from": name}
+             for name in ("merged", "adapter")}
+    before = {name: store.stage_key("05_grpo", "a", values) for name, values in start.items()}
     leave_record(root, "02_sft", product="2")
-    after = [store.stage_key("05_grpo", "a", values) for values in (merged, adapter)]
-    assert before[0] == after[0] and before[1] != after[1]
-
-
-def test_another_parameter_of_the_run_is_another_stage(root):
-    keys = set()
-    values = params.profile_params("02_sft")
+    changed = [name for name, values in start.items()
+               if store.stage_key("05_grpo", "a", values) != before[name]]
+    assert changed == ["adapter"], "it alone builds on 02"
+    keys, values = set(), params.profile_params("02_sft")
     for changes in ({}, {"max_pixels": 50000}, {"coordinates": "normalized_1000"}):
         leave_record(root, "01_synthesize", **changes)
         keys.add(store.stage_key("02_sft", "a", values))

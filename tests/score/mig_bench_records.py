@@ -1,8 +1,20 @@
-"""Six items of MIG-Bench, replies to them, and images."""
+"""Six items of MIG-Bench, replies to them, and images; and where the real files are."""
 
 import json
+import os
+from pathlib import Path
 
+import pytest
 from PIL import Image
+
+from mig_kit.common import PROJECT_ROOT
+
+DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
+MIG_FILE = DATA / "mig_bench" / "MIG_data.json"
+BLINK_FILES = sorted((DATA / "blink").glob("val_*.jsonl"))
+needs_data = pytest.mark.skipif(
+    not MIG_FILE.is_file() or not BLINK_FILES,
+    reason="no mig_bench/ and blink/ in the folder that MIG_KIT_DATA names")
 
 # IoU 1 and 0.5; 0.5; 0.8; 0.25 and 0.
 REPLIES = ["(100,100),(500,500)", "(200,200),(600,400)", "(0,0),(500,250)", "(500,500),(1000,900)",

@@ -1,12 +1,9 @@
 """Which letter is read from free text, by hand and as BLINK's authors read it."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from mig_bench_records import BLINK_FILES, needs_data
 
-from mig_kit.common import PROJECT_ROOT
 from mig_kit.score import annotations
 from mig_kit.score.choice_parsers import (
     BLINK_CHOICES,
@@ -15,9 +12,6 @@ from mig_kit.score.choice_parsers import (
     read_letter,
 )
 from mig_kit.score.records import read_records
-
-DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
-BLINK_FILES = sorted((DATA / "blink").glob("val_*.jsonl"))
 
 
 @pytest.mark.parametrize("text,letter", [
@@ -43,7 +37,6 @@ BLINK_FILES = sorted((DATA / "blink").glob("val_*.jsonl"))
     ("It is not possible to determine which of (A) or (B) is closer. B is dark.", ""),
     ("There is no correct answer among (A), (B) and (C). The answer is none.", ""),
     ("Please choose the correct answer:\n(A) red\n(B) blue\n(C) green\n(D) none\nYour turn!", ""),
-    ("I might lean towards (B) or (C).", ""),
     ("It is not (A).", ""),
     ("", ""),
     ("(H)", "")])
@@ -144,8 +137,7 @@ def test_an_items_own_choices_go_before_those_of_its_task():
 AGREEMENT = {"MiniGPT-4-v2": 0.94}
 
 
-@pytest.mark.skipif(not BLINK_FILES,
-                    reason="no blink/val_*.jsonl in the folder that MIG_KIT_DATA names")
+@needs_data
 @pytest.mark.parametrize("path", BLINK_FILES, ids=lambda path: path.stem)
 def test_letters_agree_with_blinks_authors(path):
     records = read_records(path)

@@ -1,26 +1,18 @@
 """The authors' rules by hand, against independent statements of them, and on the official files."""
 
-import os
 import random
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 from mig_bench_oracle import oracle_boxes, oracle_iou, varied_responses
-from mig_bench_records import prediction_lines, save_image
+from mig_bench_records import MIG_FILE, needs_data, prediction_lines, save_image
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PROJECT_ROOT
 from mig_kit.score import annotations, official, protocols
 from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
 
-DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
-MIG_FILE = DATA / "mig_bench" / "MIG_data.json"
-needs_mig = pytest.mark.skipif(
-    not MIG_FILE.is_file(),
-    reason="no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
 BOX_FORMAT = BoxFormat()
 
 
@@ -78,7 +70,7 @@ def test_the_scripts_iou_by_hand(answer, box, expected):
     assert official.script_iou(answer, box) == pytest.approx(expected)
 
 
-@needs_mig
+@needs_data
 def test_the_official_annotations():
     benchmark = annotations.read_mig_bench(read_records(MIG_FILE))
     assert (benchmark.version, benchmark.complete) == ("original", True)
@@ -90,7 +82,7 @@ def test_the_official_annotations():
     assert len(notes["target image unknown, not checked"]) == 528
 
 
-@needs_mig
+@needs_data
 def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
     benchmark = annotations.read_mig_bench(read_records(MIG_FILE))
     answers = [f"[{', '.join(map(str, item.box))}]" for item in benchmark.items]

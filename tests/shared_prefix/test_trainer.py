@@ -1,15 +1,23 @@
 """The shared-prefix trainer as any user of TRL has it: a stock data set, a stock config."""
 
+import re
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from PIL import Image as Pictures
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
 
+from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.engine.processors import load_processor
+from mig_kit.shared_prefix import logprobs
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
 
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 COUNTS = (1, 6, 3, 2)  # images of the rows; stock TRL stops at a row with none beside others
 MESSAGES = [
     [{"role": "user", "content": "count the objects"}],
@@ -54,19 +62,23 @@ def number_of_images(completions, images=None, **columns):
     return [0.1 * len(row or ()) for row in images]
 
 
-@pytest.fixture
-def make_pair(random_folder, processor, tmp_path):
+@pytest.fixture(scope="module")
+def make_pair(random_folder, relatives, processor, tmp_path_factory):
     """Call it with settings for (stock TRL's trainer, the kit's), which draw the same completions.
+
+    family: of the model, whose processor is its own then.
     """
-    def make(peft=True, table=None, rewards=(letters, number_of_images), **settings):
-        trainers = []
+    def make(peft=True, table=None, rewards=(letters, number_of_images), family="", **settings):
+        trainers, folder = [], tmp_path_factory.mktemp("pair")
+        base = relatives[family] if family else random_folder
+        own_processor = processor if not family else load_processor(
+            base, BoxFormat(coordinates=Coordinates.NORMALIZED_1000))
         for name, trainer_class in (("stock", GRPOTrainer), ("own", SharedPrefixGRPOTrainer)):
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(random_folder,
-                                                                       dtype=torch.float32)
+            model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
             if not peft:
                 model.model.visual.requires_grad_(False)
             config = GRPOConfig(**{
-                "output_dir": str(tmp_path / name), "num_generations": 4, "use_cpu": True,
+                "output_dir": str(folder / name), "num_generations": 4, "use_cpu": True,
                 "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "bf16": False,
                 "max_completion_length": 6, "report_to": "none", "learning_rate": 1e-3,
                 "max_steps": 2, "logging_steps": 1, "gradient_checkpointing": False,
@@ -74,10 +86,12 @@ def make_pair(random_folder, processor, tmp_path):
                 "lr_scheduler_type": "constant",
                 **settings})
             torch.manual_seed(0)
-            adapter = LoraConfig(r=4, target_modules=r".*language_model.*(q|v|down)_proj")
+            adapter = LoraConfig(
+                r=4, target_modules=r".*language_model.*\.((q|v|down|out)_proj|in_proj_qkv)")
             trainer = trainer_class(
-                model=model, reward_funcs=list(rewards), args=config, processing_class=processor,
-                train_dataset=table or make_table(), peft_config=adapter if peft else None)
+                model=model, reward_funcs=list(rewards), args=config,
+                processing_class=own_processor, train_dataset=table or make_table(),
+                peft_config=adapter if peft else None)
             torch.manual_seed(1)
             for parameter_name, parameter in trainer.model.named_parameters():
                 if "lora_B" in parameter_name:
@@ -124,7 +138,10 @@ ONE_STEP = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}
     {"num_iterations": 2, "max_steps": 4},
     {"gradient_checkpointing": True, "beta": 0.04, **ONE_STEP},
     {"multi_objective_aggregation": "normalize_then_sum", "steps_per_generation": 4},
-    {"scale_rewards": "batch", "mask_truncated_completions": True}], ids=str)
+    {"scale_rewards": "batch", "mask_truncated_completions": True},
+    {"family": "qwen3_5", "beta": 0.04, "gradient_checkpointing": True, **ONE_STEP},
+    *({"family": family, "beta": 0.04, "router_aux_loss_coef": 0.0, **ONE_STEP}
+      for family in ("qwen3_vl_moe", "qwen3_5_moe"))], ids=str)
 def test_a_training_ends_and_logs_as_stock_trls(make_pair, settings):
     stock, own = make_pair(**settings)
     for trainer in (stock, own):
@@ -138,30 +155,71 @@ def test_a_training_ends_and_logs_as_stock_trls(make_pair, settings):
         assert (parameters[name] - expected).norm() <= 2e-3 * expected.norm() + 1e-6, name
 
 
-@pytest.mark.slow
-def test_the_first_update_has_stock_trls_loss_and_gradient(make_pair):
-    gradients = []
-    for trainer in make_pair(gradient_accumulation_steps=1, per_device_train_batch_size=16):
+@pytest.fixture(scope="module", params=product((True, False), (0.0, 0.04)), ids=str)
+def scored_pair(make_pair, request):
+    """Both trainers, with and without PEFT and a reference, and the batches that they learn from,
+    with log-probabilities for a second update.
+    """
+    peft, beta = request.param
+    pair = make_pair(peft=peft, beta=beta, num_iterations=2, **ONE_STEP)
+    batches = []
+    for trainer in pair:
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         rows = [trainer.train_dataset[row] for row in (0, 1, 2, 3) for _ in range(4)]
-        loss = trainer._compute_loss(trainer.model, trainer._generate_and_score_completions(rows))
-        loss.backward()
-        gradients.append([loss.detach(), *(parameter.grad for parameter in
-                                           trained_parameters(trainer).values())])
-    for expected, own in zip(*gradients):
-        assert torch.allclose(own, expected, atol=1e-5 * max(1e-3, expected.abs().max().item()))
+        batches.append(trainer._generate_and_score_completions(rows))
+    return pair, batches
+
+
+def loss_and_gradients(trainer, batch):
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in
+                                   trained_parameters(trainer).values()])
 
 
 @pytest.mark.slow
-def test_completions_are_logged_as_stock_trls(make_pair, tmp_path):
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_has_stock_trls_value_and_gradient(scored_pair, loss_type):
+    """In the only update of num_iterations 1, and in both updates of 2, whose ratios differ."""
+    pair, batches = scored_pair
+    before = [parameter.detach().clone() for parameter in trained_parameters(pair[0]).values()]
+    moves = [torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
+             for value in before]
+    once = [{name: value for name, value in batch.items() if name != "old_per_token_logps"}
+            for batch in batches]
+    for update, both in enumerate((once, batches, batches)):
+        results = []
+        for trainer, batch in zip(pair, both):
+            trainer.loss_type = loss_type
+            trainer.importance_sampling_level = "sequence" if loss_type == "luspo" else "token"
+            for parameter, value, move in zip(trained_parameters(trainer).values(), before, moves):
+                parameter.data.copy_(value + 0.003 * move * (update == 2))
+            results.append(loss_and_gradients(trainer, batch))
+        (expected_loss, expected), (loss, gradients) = results
+        assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-5)
+        largest = expected.abs().max().item()
+        assert largest > 1e-6 and (gradients - expected).abs().max().item() <= 1e-5 * largest
+    for trainer in pair:
+        for parameter, value in zip(trained_parameters(trainer).values(), before):
+            parameter.data.copy_(value)
+
+
+def test_no_loss_of_trl_is_missing():
+    listed = GRPOConfig.__doc__.partition("loss_type (")[2].partition("mask_truncated")[0]
+    assert set(re.findall(r'- `"(\w+)"`', listed)) == set(LOSSES)
+
+
+@pytest.mark.slow
+def test_completions_are_logged_as_stock_trls(make_pair):
     import pandas
 
     tables = []
     for trainer in make_pair(max_steps=1):
         trainer.train()
         tables.append(pandas.read_parquet(
-            tmp_path / trainer.args.output_dir / "completions" / "completions_00001.parquet"))
+            Path(trainer.args.output_dir) / "completions" / "completions_00001.parquet"))
     expected, own = tables
     assert list(own) == list(expected) and "letter" in own
     for name in expected:
@@ -187,11 +245,14 @@ def test_one_image_a_row_in_its_own_column_and_text_alone(make_pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoints", [False, True])
-def test_rows_with_and_without_images_share_a_step(make_pair, checkpoints):
+@pytest.mark.parametrize(("family", "checkpoints"), [
+    ("", False), ("", True), ("qwen3_vl_moe", True), ("qwen3_5", False), ("qwen3_5", True),
+    ("qwen3_5_moe", False)])
+def test_rows_with_and_without_images_share_a_step(make_pair, family, checkpoints):
     """Each row's log-probabilities are those that it has when its group is alone."""
     _, own = make_pair(table=make_table(counts=(0, 1, 2, 6)), per_device_train_batch_size=16,
-                       gradient_accumulation_steps=1, gradient_checkpointing=checkpoints)
+                       gradient_accumulation_steps=1, gradient_checkpointing=checkpoints,
+                       family=family, **{"router_aux_loss_coef": 0.0} if "moe" in family else {})
     own.is_checked = True
     rows = [own.train_dataset[row] for row in (0, 1, 2, 3) for _ in range(4)]
     batch = own._generate_and_score_completions(rows)
@@ -237,6 +298,15 @@ def test_another_sampling_is_transformers_own(random_folder, processor, tmp_path
     assert trainer.state.global_step == 1 and not trainer.unshared
 
 
+@pytest.mark.parametrize(("settings", "reason"), [
+    ({"entropy_coef": 0.01}, "entropy_coef and use_adaptive_entropy need"),
+    ({"use_adaptive_entropy": True}, "entropy_coef and use_adaptive_entropy need"),
+    ({"family": "qwen3_5_moe"}, "the load-balancing loss of experts needs whole rows; do without")])
+def test_a_bonus_or_a_loss_of_whole_rows_is_left_to_stock_trl(make_pair, settings, reason):
+    with pytest.warns(UserWarning, match=f"not shared: {reason}"):
+        assert make_pair(**settings)[1].unshared
+
+
 def test_what_cannot_be_shared_is_left_to_stock_trl(make_pair):
     with pytest.warns(UserWarning, match="vision tower is trained; freeze it"):
         SharedPrefixGRPOTrainer(
@@ -250,8 +320,6 @@ def test_what_cannot_be_shared_is_left_to_stock_trl(make_pair):
 def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch):
     """What a model does whose state runs on through the neighbour's reply."""
     _, own = make_pair(max_steps=1, gradient_checkpointing=True)
-    from mig_kit.shared_prefix import logprobs
-
     allowed = logprobs._PackedRows.is_allowed
 
     def leak(rows):
@@ -259,7 +327,19 @@ def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeyp
         return allowed(rows) | ((order[:, None] >= order) & (rows.part >= 0)[:, None])
 
     monkeypatch.setattr(logprobs._PackedRows, "is_allowed", leak)
+    check_that_sharing_ends(own)
+
+
+def check_that_sharing_ends(own):
     own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
     with pytest.warns(UserWarning, match="prompts are not shared: log-probabilities at the first"):
         own.train()
     assert own.unshared and own.state.global_step == 1
+
+
+@pytest.mark.slow
+def test_a_state_that_runs_through_the_neighbours_reply_is_noticed(make_pair, monkeypatch):
+    """A family with linear attention that the kit takes for one with attention alone."""
+    _, own = make_pair(max_steps=1, gradient_checkpointing=True, family="qwen3_5")
+    monkeypatch.setattr(logprobs, "has_linear_attention", lambda model: False)
+    check_that_sharing_ends(own)

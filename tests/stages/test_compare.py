@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +20,7 @@ from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.cli import cli
 from mig_kit.common import write_json
 from mig_kit.drawing import plots
-from mig_kit.pipeline import status
+from mig_kit.pipeline.joint_rules import parse_groups
 from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.prompts import format_answer
 from mig_kit.stages import compare, evaluate, evaluated_runs
@@ -219,7 +218,7 @@ def test_probability_of_improvement_by_hand():
 
 def test_unequal_seeds_and_single_runs_are_named(nine_runs, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
-    groups = compare.parse_groups(["recipe=recipe-0, recipe-1", "dr=dr_grpo-2", "r_100%-0"])
+    groups = parse_groups(["recipe=recipe-0, recipe-1", "dr=dr_grpo-2", "r_100%-0"])
     result = compare.compare_groups(groups, "dr")
     alone, unpaired = result["notes"]
     assert alone.startswith("One run each: dr, r_100%-0.")
@@ -348,8 +347,6 @@ def test_models_that_are_the_same_are_named(tmp_path, monkeypatch):
         shutil.copy(path, copy / path.name)
     groups = {"recipe": ["recipe"], "branch": ["branch"]}
     text = compare.render_table(compare.compare_groups(groups, system="sft"))
-    assert ("Every SFT model compared answers the same questions correctly as that of recipe "
-            "beside it: branch.") in text
     assert re.search(r"\| branch \| 1 (\| \+0\.0 \(same questions correct\) ){8}\|", text), text
     assert "same questions" not in compare.render_table(compare.compare_groups(groups))
     halves = [make_run(name, seed, seed, {"grpo": {"s": str(value) * 4}})
@@ -389,16 +386,6 @@ def test_no_zero_has_a_minus():
     row = {"figure": "vs a", "value": -0.04, "low": -0.04, "high": 0.04, "improvement": 0.5,
            "is_same": False}
     assert compare._cell(row) == "+0.0 (+0.0 to +0.0; 0.50)"
-
-
-def test_differences_stay_within_100_points(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    for seed, skill in enumerate((0.95, 0.3)):
-        write_run(tmp_path, f"a{seed}", seed, {"base": 0.0, "sft": 0.05, "grpo": skill})
-    rows = compare.compare_groups({"a": ["a0", "a1"]})["rows"]
-    gains = [row for row in rows if row["figure"] == "grpo-base"]
-    assert gains and all(-100 <= row["low"] <= row["high"] <= 100 for row in gains)
-    assert max(row["high"] for row in gains) == 100
 
 
 def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path, monkeypatch):
@@ -478,28 +465,15 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs, monkeypatch):
     assert len(widths) == 1
 
 
-def test_latex_compiles(nine_runs, monkeypatch, tmp_path):
+def test_latex_has_a_cell_for_every_column(nine_runs, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(nine_runs[0]))
     body = compare.render_table(compare.compare_groups(GROUPS), "latex")
-    assert r"dr\_grpo" in body and r"r\_100\%" in body and r"percent (95 \%)" in body
-    assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == 3
+    assert r"dr\_grpo" in body and r"r\_100\%" in body and body.startswith("% GRPO model, percent")
     tabulars = re.findall(r"\\begin\{tabular\}\{([lr]+)\}(.*?)\\end\{tabular\}", body, re.DOTALL)
     assert len(tabulars) == 3
-    for tabular in tabulars:
-        lines = [line for line in tabular[1].splitlines() if line.endswith(r"\\")]
-        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(tabular[0])}
-    engine = shutil.which("pdflatex") or shutil.which("tectonic")
-    if engine:
-        (tmp_path / "table.tex").write_text(
-            f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{body}"
-            "\\end{document}")
-        subprocess.run([engine, "table.tex"], cwd=tmp_path, check=True, capture_output=True)
-
-
-def test_latex_escapes_every_character_that_it_knows():
-    escaped = compare._escape_latex(r"a\b_{c}^~%&#$")
-    assert escaped == (r"a\textbackslash{}b\_\{c\}\textasciicircum{}\textasciitilde{}"
-                       r"\%\&\#\$")
+    for columns, text in tabulars:
+        lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(columns)}
 
 
 def test_a_run_that_lacks_replies_is_named(tmp_path, monkeypatch):
@@ -525,7 +499,7 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch):
                            (["a="], "no group"), (["a=b", "a=c"], "two groups"), ([], "nothing"),
                            (["suite=a"], "cannot be called 'suite'")):
         with pytest.raises(ValueError, match=message):
-            compare.parse_groups(words)
+            parse_groups(words)
     (tmp_path / "a" / "05_grpo" / "run.json").write_text(
         json.dumps({"params": {"seed": 0}, "outputs": {"model/model.safetensors": "new"}}))
     path = tmp_path / "a" / "06_evaluate" / "run.json"
@@ -555,28 +529,6 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path, monkeypatch):
                              "--differences"), "one group has no differences")):
         refused = CliRunner().invoke(cli, more)
         assert sentence in str(refused.exception) and not refused.stdout
-    differing = [{"stage": "05_grpo", "what": "metric", "name": "<script>", "a": 1, "b": None}]
-    monkeypatch.setattr(status, "list_differences", lambda *_: differing)
-    page = tmp_path / "both.html"
-    CliRunner().invoke(cli, ["report", "recipe-0", "dr_grpo-0", "--out", str(page)])
-    assert "Difference to recipe-0" in page.read_text() and "<script" not in page.read_text()
-
-
-def test_the_figure_of_differences_marks_every_pair(nine_runs, monkeypatch):
-    root, values = nine_runs
-    monkeypatch.setenv("MIG_KIT_RUNS", str(root))
-    rows = compare.figure_rows(compare.compare_groups(GROUPS), differences=True)
-    assert list(dict.fromkeys(row["group"] for row in rows)) == ["dr_grpo", "r_100%"]
-    figure = plots.plot_groups(rows, reference="recipe")
-    assert "difference to recipe" in figure.get_suptitle() and len(figure.axes[:8]) == 8
-    points = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert points == [row["value"] for row in rows if row["suite"] == rows[0]["suite"]]
-    marks = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "|"]
-    expected = [plain_score(values[f"dr_grpo-{seed}"]["grpo", "mig_bench"])
-                - plain_score(values[f"recipe-{seed}"]["grpo", "mig_bench"]) for seed in range(3)]
-    assert marks[0] == pytest.approx(expected)
-    assert np.mean(marks[0]) == pytest.approx(rows[0]["value"])
-    plots.plt.close(figure)
 
 
 def test_recorded_runs_give_the_table_of_the_runs(tmp_path, monkeypatch):
@@ -639,41 +591,3 @@ def test_recorded_runs_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         compare.compare_groups({"a": [str(path)]})
     with pytest.raises(FileNotFoundError, match="mig-kit record"):
         compare.compare_groups({"a": [str(tmp_path / "no.json")]})
-
-
-def write_curves(root, run_id, rewards):
-    folder = root / run_id / "05_grpo"
-    folder.mkdir(parents=True)
-    rows = [{"step": step, "reward": reward, "box": None if step == 1 else 0.5}
-            for step, reward in enumerate(rewards, 1)]
-    (folder / "metrics.json").write_text(json.dumps({"curves": rows}))
-    (folder / "run.json").write_text('{"seconds": 1.0}')
-
-
-def test_curves_are_those_of_finished_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    for number in range(7):
-        write_curves(tmp_path, f"run{number}", [number, number + 2])
-    runs = [f"run{number}" for number in range(7)]
-    curves = compare.load_curves(runs, ["reward", "box"])
-    assert list(curves) == runs and curves["run3"][1]["reward"] == 5
-    with pytest.raises(ValueError, match="no curve is called 'rewards'; there are step, reward"):
-        compare.load_curves(runs, ["rewards"])
-    with pytest.raises(ValueError, match="a recorded run, which holds no curves"):
-        compare.load_curves(["kept/a.json"], ["reward"])
-    with pytest.raises(FileNotFoundError, match="05_grpo of run 'none'"):
-        compare.load_curves(["none"], ["reward"])
-
-
-def test_models_that_answer_all_questions_alike_are_no_branch():
-    def rows(score):
-        return [{"group": "b", "figure": "vs a", "is_same": True, "value": 0},
-                {"group": "b", "figure": "grpo", "value": score}]
-
-    (note,) = compare._sameness_notes(rows(0.0), "a", "grpo")
-    assert note == ("The GRPO models of a, b answer every question alike, wrong or correct, so "
-                    "these questions do not compare them.")
-    (note,) = compare._sameness_notes(rows(40.0), "a", "grpo")
-    assert note.endswith("where a branch has a model of its source.")
-    differing = [{"group": "b", "figure": "vs a", "is_same": False, "value": 0}]
-    assert compare._sameness_notes(differing, "a", "grpo") == []

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from command_line import run_mig_kit
 from PIL import Image
 from rollout_server import RolloutServer
+from teacher_server import TeacherServer, completion
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.cli import cli
@@ -276,6 +277,81 @@ def test_a_server_gives_the_same_replies(own_task, random_policy, random_folder,
     assert texts[0] == texts[1] and len(server.bodies) == 3
 
 
+ANSWER = f"<answer>{format_answer(1, (11, 33, 333, 667))}</answer>"
+REFUSALS = {(): {"temperature", "top_p", "max_tokens", "n"},
+            ("n",): {"temperature", "top_p", "max_tokens"},
+            ("temperature", "max_tokens"): {"max_completion_tokens"}}
+
+
+@pytest.fixture
+def serve():
+    """Call it with messages, by turns, and the fields that it refuses, for a server of OpenAI's
+    form that lists a model of no family of the kit's; gives its words for `mig-kit eval`.
+    """
+    servers = []
+
+    def start(*messages, refused=(), name="vision:7b"):
+        def plan(nth, body):
+            if names := [name for name in refused if name in body]:
+                return 400, {"error": {"message": f"Unsupported parameter: '{names[0]}'"}}
+            answer = completion()
+            answer["choices"][0]["message"] = messages[len(server.bodies) % len(messages)]
+            return 200, answer
+
+        server = TeacherServer(plan, ["another", name])
+        servers.append(server)
+        return server, ("--model", name, "--server", server.url, "--concurrency", "1")
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def ask_own(task, out, *words):
+    return run_mig_kit("eval", "--suite", "own", "--file", str(task.file), "--out", str(out),
+                       *words)
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_a_model_of_any_family_answers_through_its_server(refused, serve, own_task, tmp_path):
+    messages = [{"reasoning_content": "Look.", "content": ANSWER},
+                {"content": f"So.</think>{ANSWER}"}, {"content": f"<think>So.</think>{ANSWER}"}]
+    server, words = serve(*messages, refused=refused)
+    result = ask_own(own_task, tmp_path / "out", *words, "--coordinates", "normalized_1000")
+    assert result.returncode == 0, result.stderr
+    own = read_scores(tmp_path / "out")["strict"]["own"]
+    assert own["score"] == 100
+    assert [part["format"] for part in own["tasks"].values()] == [100]
+    fields = set(server.bodies[-1]) - {"model", "messages"}
+    assert fields == REFUSALS[refused]
+    assert ("refuses temperature" in result.stdout) == ("temperature" in refused)
+    assert ask_own(own_task, tmp_path / "out", *words, "--coordinates",
+                   "absolute").stderr.count("another coordinates") == 1
+
+
+def test_a_folder_of_another_family_is_asked_as_the_server_names_it(serve, own_task, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "unheard_of"}')
+    _, words = serve({"content": "In image 1: [3, 5, 70, 50]"}, name=str(folder))
+    result = ask_own(own_task, tmp_path / "out", *words, "--coordinates", "absolute")
+    assert result.returncode == 0 and "through its server alone" in result.stderr
+    scores = read_scores(tmp_path / "out")
+    assert list(scores["free_text"]) == ["own"]
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    ((), "only the server knows the model vision:7b; say with --coordinates"),
+    (("--coordinates", "absolute", "--model", "vison:7b"),
+     "serves the model vison:7b, but only another, vision:7b; use one of these names"),
+    (("--coordinates", "absolute", "--adapter", "."), "have the server load it")])
+def test_what_a_servers_model_cannot_be_asked_with(words, sentence, serve, own_task, tmp_path):
+    _, known = serve({"content": ANSWER})
+    result = ask_own(own_task, tmp_path / "out", *known, *words)
+    assert result.returncode == 1 and sentence in result.stderr
+    assert result.stderr.count("\n") <= 2
+
+
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"images": None}, "line 4: 'images' is missing"),
     ({"question": "Where? " * 5000, "id": "long"},  # which more tokens for replies would not mend
@@ -354,7 +430,7 @@ THREE = [(1, (1, 2, 30, 40)), (2, (5, 6, 70, 80)), (2, (9, 10, 90, 95))]
     'Image 1:\n```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]\n```\nImage 2:\n```json\n'
     '[{"bbox_2d": [5, 6, 70, 80]}, {"bbox_2d": [9, 10, 90, 95]}]\n```',
     '{"image 1": [1, 2, 30, 40], "image 2": [[5, 6, 70, 80], [9, 10, 90, 95]]}',
-    '[{"image": 1, "box": {"x1": 1, "y1": 2, "x2": 30, "y2": 40}}, '
+    '[{"image": 1, "box": [[1, 2], [30, 40]]}, '
     '{"image": [2], "boxes": [[5, 6, 70, 80], [[9, 10], [90, 95]]]}]',
     "<think>[3, 3, 4, 4] in image 9?</think> first image (1,2),(30,40); second image "
     "(5,6),(70,80), (9,10),(90,95)"])

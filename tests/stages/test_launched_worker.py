@@ -118,7 +118,8 @@ def test_two_nodes_train_as_one_process_does(launch, alone, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "changes", "update"), [
-    ("02_sft", {}, 4), ("05_grpo", {"max_steps": 9, "rewards": ["format"]}, 6)])
+    pytest.param("02_sft", {}, 4, marks=pytest.mark.nightly),
+    ("05_grpo", {"max_steps": 9, "rewards": ["format"]}, 6)])
 def test_killed_in_the_second_pass_and_started_again_it_trains_as_if_undisturbed(
         stage, changes, update, launch, alone, tmp_path, random_folder):
     """A pass has 3 updates in 02 and 5 in 05."""

@@ -26,7 +26,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     policy.model.save_pretrained(adapter)
     merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
                                four_bit=True)
-    merged = merge.merge_in_memory(random_folder, adapter, float32)
+    merged = merge.merge_for_comparison(random_folder, adapter, float32)
     models.save_model(merged, policy.processor, tmp_path / "in memory", random_folder)
     for file in sorted((tmp_path / "in memory").iterdir()):
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name

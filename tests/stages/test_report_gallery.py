@@ -1,12 +1,9 @@
 """The gallery: nothing that a model wrote runs in the page; what became of a reply."""
 
 import json
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 
-import pytest
+from bs4 import BeautifulSoup
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.engine.reward_loading import score_functions
@@ -21,18 +18,18 @@ BOX_FORMAT = BoxFormat()
 SCORES = score_functions(REWARDS, BOX_FORMAT)
 
 
-def test_model_text_is_escaped():
-    sample = make_sample("diff", "val", 0)
-    hostile = (
-        "<think><script>alert(1)</script></think><answer><img src=x onerror=alert(2)></answer>"
-    )
-    card = report_gallery.sample_card(sample, {"<b>sys</b>": hostile}, BOX_FORMAT, SCORES)
-    page = report.render_page("<script>title</script>", [("<i>h</i>", card)])
-    assert (
-        "<script" not in page
-        and "onerror" not in page.replace("onerror=alert(2)&gt;", "")
-        and "<b>sys" not in page
-    )
+def test_nothing_that_a_model_or_a_data_set_wrote_can_run():
+    hostile = ("<script>alert(1)</script><img src=x onerror=alert(2)></style></title>"
+               "<a href='javascript:alert(3)'>")
+    sample = replace(make_sample("diff", "val", 0), question=hostile, id=f"{hostile}/../x.png",
+                     task=hostile, options=(hostile, "b"))
+    reply = f"<think>{hostile}</think><answer>{hostile}</answer>"
+    cards = gallery_html([(hostile, sample)], {hostile: {sample.id: reply}}, BOX_FORMAT, SCORES)
+    page = report.render_page(f"mine {hostile}", [(hostile, cards)], hostile)
+    soup = BeautifulSoup(page, "html.parser")
+    assert not soup.find_all(["script", "a"]) and soup.title.text == f"mine {hostile}"
+    names = {name for tag in soup.find_all() for name in tag.attrs}
+    assert not [name for name in names if name.startswith("on") or name == "href"]
 
 
 def test_a_card_shows_the_rewards_that_training_counts():
@@ -69,15 +66,6 @@ def test_choose_covers_the_outcomes():
         "correct, then wrong": samples[2].id,
         "wrong both times": samples[3].id,
     }
-
-
-def test_a_gallery_of_one_task_has_several_of_it():
-    samples = [make_sample("diff", "val", i) for i in range(6)]
-    wrong = {sample.id: "" for sample in samples}
-    assert len(pick_gallery(samples, wrong, wrong, BOX_FORMAT, 4)) == 4
-    mixed = [*samples, make_sample("region", "val", 0)]
-    wrong = {sample.id: "" for sample in mixed}
-    assert len(pick_gallery(mixed, wrong, wrong, BOX_FORMAT, 2)) == 2
 
 
 def test_outcomes_by_hand():
@@ -164,68 +152,3 @@ def test_replies_are_read_by_system_and_sample(tmp_path):
     assert list(replies) == ["base", "grpo"]
     assert replies["base"][samples[0].id] == f"base {samples[0].task}"
     assert report_gallery.load_greedy_replies(tmp_path, "mmiu", [], ("base",)) == {}
-
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-OWN = "document.title='owned'"
-HOSTILE = (
-    f'<script>{OWN}</script><img src=x onerror="{OWN}"><svg onload="{OWN}"></style></title>'
-    f"<script>{OWN}</script>"
-    f'<a href="javascript:{OWN}">&lt;script&gt;'
-)
-
-
-class Running(HTMLParser):
-    """Collects what a page could run, and its title."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.found, self.title, self.inside = [], "", False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.inside = tag == "title"
-        self.found += [tag] * (tag == "script")
-        self.found += [
-            f"{k}={v}"
-            for k, v in attrs
-            if k.startswith("on") or (v or "").startswith("javascript:")
-        ]
-
-    def handle_data(self, data):
-        self.title += data * self.inside
-        self.inside = False
-
-
-def in_chromium(page, folder):
-    """The page as Chromium has it two seconds after opening it."""
-    (folder / "page.html").write_text(page)
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=2000",
-        f"--user-data-dir={folder}/profile",
-    ]
-    command = [CHROMIUM, *flags, "--dump-dom", f"file://{folder}/page.html"]
-    return Running(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-def test_a_browser_runs_nothing_of_what_a_model_or_a_data_set_wrote(tmp_path):
-    bare = in_chromium(f"<title>mine</title><p>{HOSTILE}</p>", tmp_path)
-    assert bare.title == "owned" and bare.found, "unescaped it would run"
-    sample = replace(
-        make_sample("diff", "val", 0),
-        question=HOSTILE,
-        id=f"{HOSTILE}/../x.png",
-        task=HOSTILE,
-        options=(HOSTILE, "b"),
-    )
-    reply = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
-    text = gallery_html([(HOSTILE, sample)], {HOSTILE: {sample.id: reply}}, BOX_FORMAT, SCORES)
-    shown = in_chromium(report.render_page(f"mine {HOSTILE}", [(HOSTILE, text)]), tmp_path)
-    assert shown.title.startswith("mine ") and shown.found == []

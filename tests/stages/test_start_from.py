@@ -10,7 +10,6 @@ from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import merging, models, qlora, sample_prompts, training
-from mig_kit.pipeline import run_facts, store
 from mig_kit.sample import write_samples
 from mig_kit.shared_prefix import decoding, generation
 from mig_kit.shared_prefix import trainer as trainer_module
@@ -129,14 +128,3 @@ def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_fo
     trainer._draw_completions(trainer._prompts_of(numbers[0]), 4)
     assert in_train_mode == [(False, {True})]
     assert all(torch.equal(layer.weight.data, packed) for layer, packed in zip(layers, before))
-
-
-def test_another_model_in_the_same_folder_is_another_start(tmp_path, monkeypatch):
-    for module in (store, run_facts):
-        monkeypatch.setattr(module, "require_record", lambda *_: {"outputs": {}, "params": {
-            name: "" for name in store.RUN_PARAMS}})
-    (tmp_path / "config.json").write_text("{}")
-    params = {"start_from": str(tmp_path)}
-    key = store.stage_key("05_grpo", "any", params)
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    assert store.stage_key("05_grpo", "any", params) != key

@@ -1,0 +1,40 @@
+"""Small files of own data, and what `mig-kit data` says of them."""
+
+import json
+
+from click.testing import CliRunner
+
+from mig_kit.data import own_data
+from mig_kit.data.commands import data
+
+GOOD = {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2,
+        "box": [10, 20, 60, 90], "coordinates": "pixels"}
+CHOICE = {"images": ["a.png"], "question": "What is it?", "options": ["a cup", "a dog"],
+          "letter": "B"}
+
+
+def changed(row=GOOD, **keys):
+    """The row with these values; ... takes a key out."""
+    return {key: value for key, value in {**row, **keys}.items() if value is not ...}
+
+
+def write_lines(folder, *rows, name="data.jsonl"):
+    """A file with a row a line; bytes are lines as they are."""
+    path = folder / name
+    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n"
+                              for row in rows))
+    return path
+
+
+def problems_of(root, row):
+    """What is said of a line, "" if it is correct."""
+    ((_, problems),) = own_data.check_file(write_lines(root, row), root)
+    return "; ".join(problems)
+
+
+def call(*words):
+    """(exit code, everything that a command of `mig-kit data` says)."""
+    result = CliRunner().invoke(data, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, ValueError | SystemExit)
+    is_error = isinstance(result.exception, ValueError)
+    return result.exit_code, result.output + str(result.exception) * is_error
