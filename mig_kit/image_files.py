@@ -106,10 +106,12 @@ def read_orientation(image: Image.Image) -> int:
     return value if type(value) is int and value in TURNS else 1
 
 
-def read_size(path: Path, takes_frames: bool = True) -> tuple[int, int]:
+def read_size(path: Path, takes_frames: bool = True,
+              takes_any_depth: bool = False) -> tuple[int, int]:
     """(width, height) of the upright picture, pixels, from the header alone.
 
-    takes_frames: whether a film's first frame will do. BadImage if the file is missing or no image,
+    takes_frames: whether a film's first frame will do. takes_any_depth: for those who need no
+    pixels. BadImage if the file is missing or no image,
     if the image is over MAX_PIXELS, too long, grey of more than 8 bits or a turned TIFF, and for a
     film unless takes_frames.
     """
@@ -133,7 +135,7 @@ def read_size(path: Path, takes_frames: bool = True) -> tuple[int, int]:
             (is_film, "several frames", "holds several frames, and it is not said which one a box "
              "is in; save that one as PNG or JPEG"),
             # more than eight bits would be cut, not scaled
-            (is_deep, "deep image",
+            (is_deep and not takes_any_depth, "deep image",
              "is grey of more than 8 bits a pixel; scale it to 8 and save it as PNG or JPEG"),
             # Pillow turns some TIFF files by itself, and not others
             (turn in TURNS and is_tiff, "turned image",

@@ -141,3 +141,10 @@ def test_what_is_transparent_is_white(tmp_path, mode, black, clear):
     opened = open_rgb(tmp_path / "a.png")
     assert opened.mode == "RGB"
     assert (opened.getpixel((5, 5)), opened.getpixel((35, 5))) == ((0, 0, 0), (255, 255, 255))
+
+
+def test_whoever_needs_a_size_alone_takes_any_depth(tmp_path):
+    Image.new("I;16", (30, 40)).save(tmp_path / "deep.png")
+    assert read_size(tmp_path / "deep.png", takes_any_depth=True) == (30, 40)
+    with pytest.raises(BadImage, match="more than 8 bits"):
+        read_size(tmp_path / "deep.png")

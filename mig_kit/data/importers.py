@@ -95,6 +95,8 @@ def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
     require(form in ("swift", "llava", "verl") or not (coordinates or rules.is_padded),
             f"the format {form} says what its boxes are measured in; leave --coordinates and "
             "--padded out")
+    require(form not in ("own", "mgrounding") or not rules.several,
+            f"the format {form} says which boxes are meant; leave --several out")
     require(rules.instances is None or form == "refcoco",
             "--instances is for the format refcoco; leave it out")
     require(not rules.is_padded or coordinates == Coordinates.NORMALIZED_1,

@@ -112,7 +112,8 @@ def _without_reference(turn: Turn, asked: str, image_count: int, subset: str) ->
         names = find_names(asked[:asked.index("<|box_start|>")], image_count)
         _require(names[-1].numbers == {1} if names else image_count == 1,
                  "reference box not said to be in the first image")
-        answers = [answer for answer in answers if answer != (1, reference)]
+        repeated = [(1, reference), *([(None, reference)] if image_count == 1 else [])]
+        answers = [answer for answer in answers if answer not in repeated]
     _require(bool(answers), "answer given in the question")
     return replace(turn, answers=answers)
 

@@ -85,7 +85,7 @@ def iter_checked_lines(path: Path, root: Path, decodes: bool = False) -> Iterato
         names = read_columns(path)
         layout = next((form for key, form in IMPORTER_OF_KEY.items() if key in names), "own")
         raise ValueError(f"{path} is a parquet table; mig-kit data import {layout} {path} --out "
-                           "OUT writes it and the images in it as own data")
+                         "OUT writes it and the images in it as own data")
     find_all, hashes = file_asks_for_all(path), set()
     for number, record, problem in iter_entries(path):
         data, sizes = {} if problem else simplify_line(record), []
@@ -139,7 +139,7 @@ def require_correct_lines(path: Path, root: Path) -> int:
 def _line_error(path: Path, line: Line) -> ValueError:
     word = entry_word(path)
     return ValueError(f"{path} {word} {line.number}: {line.problems[0]} "
-                        f"(mig-kit data check {path} lists every {word})")
+                      f"(mig-kit data check {path} lists every {word})")
 
 
 def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[Sample]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import click
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import suggest_word
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
 
@@ -47,9 +48,10 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
     folder = models.resolve_model(absolute_folder(model))
     if server and read_model_type(folder) not in FAMILIES:
         if coordinates is None:
-            raise ValueError(f"only the server knows the model {model}; say with --coordinates how "
-                             "it writes boxes: normalized_1000, or absolute for pixels of the "
-                             "image that is sent")
+            hint = suggest_word(model, list_runs())
+            raise ValueError(f"only the server knows the model {model}{hint and f' ({hint})'}; say "
+                             "with --coordinates how it writes boxes: normalized_1000, or "
+                             "absolute for pixels of the image that is sent")
         box_format = BoxFormat(**options)
         click.echo(f"{model} is asked through its server alone, with {box_format.description}: "
                    "its prompts are not compared with the kit's", err=True)
@@ -69,11 +71,11 @@ def model_options(command):
     options = [
         click.option("--model", required=True,
                      help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny, or a "
-                          "folder or hub name of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL; with "
-                          "--server also another model's name there."),
+                          "folder or hub name of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5; "
+                          "with --server also another model's name there."),
         click.option("--coordinates", type=click.Choice(["absolute", "normalized_1000"]),
                      help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
-                          "(Qwen2-VL, Qwen3-VL); the model's own if left out."),
+                          "(the other families); the model's own if left out."),
         click.option("--min-pixels", type=click.IntRange(3136),
                      help="Smaller images are enlarged to so many pixels; the model's own if left "
                           "out."),

@@ -5,7 +5,6 @@ loads here, the shipped tiny base like the 7B, and so do Qwen2-VL, Qwen3-VL and 
 boxes in 0 to 1000. Only safetensors are read, and no code that a model folder carries is ever run.
 """
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,9 +271,10 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
     names = list_adapted_modules(model)
     outside = [name for name in names if "language_model" not in name]
     targets = model.peft_config["default"].target_modules
-    if not isinstance(targets, str):
-        targets = LORA_TARGETS["all"]
-    expected = sum(re.fullmatch(targets, name) is not None for name, _ in model.named_modules())
+    key = next((key for key, pattern in LORA_TARGETS.items() if pattern == targets), "all")
+    # told by the modules' names, not by the pattern that PEFT has applied
+    expected = sum("language_model." in name and name.rpartition(".")[2] in ADAPTED_PROJECTIONS[key]
+                   for name, _ in model.named_modules())
     if outside:
         raise ValueError(f"LoRA landed outside the language model ({outside[0]}); "
                          "use models.LORA_TARGETS")

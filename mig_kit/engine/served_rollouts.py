@@ -6,7 +6,7 @@ and TRL weights the loss by their ratio to the learner's own.
 
 Servers have been seen that load an adapter and answer without it, and others that kept old weights.
 Neither is an error to them, and the loss goes on. So a canary, an adapter that no model can
-overlook, is tried first, and a ratio that stays far from 1 ends the training.
+overlook, is tried first, and log-probabilities that stay apart end the training.
 """
 
 import shutil
@@ -32,13 +32,14 @@ from mig_kit.shared_prefix.generation import SamplingOptions
 from mig_kit.shared_prefix.prompt_cache import Prompt
 
 SERVED_ADAPTERS = "served"  # folder of the adapters that servers load, beside the checkpoints
-RATIO = "sampling/importance_sampling_ratio/mean"  # TRL's name
+DIFFERENCE = "sampling/sampling_logp_difference/mean"  # TRL's name
 SAMPLING_CURVES = {
-    RATIO: "ratio", "sampling/staleness": "staleness", "sampling/adapter_version": "adapter"}
-# Within it lies the mean of RATIO that a sound server has: 0.985 to 1.023 over a training in
-# float32; rounding to 16 bits moves single replies both ways. A server with old weights writes what
-# the learner would not write any more, so that its mean falls towards 0.
-RATIO_BAND = (0.5, 2.0)
+    "sampling/importance_sampling_ratio/mean": "ratio", "sampling/staleness": "staleness",
+    "sampling/adapter_version": "adapter"}
+# Nats a token, so that learner and server are apart by a ratio of 0.86 to 1.16. vLLM in bfloat16
+# beside a learner in float32 had 0.006 to 0.017. The ratio of whole replies would not do: it leaves
+# any band when replies are long.
+MAX_DIFFERENCE = 0.15
 CANARY_STD = 0.5  # of B; with A as it is drawn, an adapted layer's change exceeds its output
 LEAST_CHANGE = 0.05  # nats by which the canary must move the first token
 
@@ -190,25 +191,26 @@ class ServedRollouts:
 
 
 class StopIfServerIsStale(TrainerCallback):
-    """Ends a training whose mean ratio of learner to server was outside of RATIO_BAND in the last
-    `patience` updates that drew replies; checkpoints stay.
+    """Ends a training whose log-probabilities were more than MAX_DIFFERENCE from the server's, in
+    the mean, in the last `patience` updates that drew replies; checkpoints stay.
     """
 
     def __init__(self, patience: int = 3):
-        self.ratios: deque[float] = deque(maxlen=patience)
+        self.differences: deque[float] = deque(maxlen=patience)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Raise RuntimeError with one sentence, or do nothing."""
-        if not logs or RATIO not in logs:  # learns again from the same replies, or no correction
+        # without it, an update learns again from the same replies, or nothing is corrected
+        if not logs or DIFFERENCE not in logs:
             return
-        self.ratios.append(logs[RATIO])
-        low, high = RATIO_BAND
-        if len(self.ratios) < self.ratios.maxlen or any(low <= r <= high for r in self.ratios):
+        self.differences.append(logs[DIFFERENCE])
+        is_full = len(self.differences) == self.differences.maxlen
+        if not is_full or min(self.differences) <= MAX_DIFFERENCE:
             return
-        listed = ", ".join(f"{ratio:.2g}" for ratio in self.ratios)
+        listed = ", ".join(f"{difference:.2g}" for difference in self.differences)
         raise RuntimeError(
-            f"the mean ratio of the learner's to the server's probability of a reply was {listed} "
-            f"in the last updates, outside of {low:g} to {high:g}: the server draws with other "
+            f"the learner's and the server's log-probabilities of a token were {listed} nats apart "
+            f"in the last updates, more than {MAX_DIFFERENCE:g}: the server draws with other "
             "weights, or tells other log-probabilities (vLLM needs --logprobs-mode "
             "processed_logprobs); start it again, then the stage, which goes on from its last "
             "checkpoint")

@@ -57,7 +57,7 @@ def page_hash(page: Path) -> str:
 
 
 def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
-    """Write a page NN.md per stage with its pictures beside it, and question.png above.
+    """Write a page NN.md per stage with its pictures beside it, and question.png, above LESSONS.
 
     Each notebook is taken from the first of the runs that has finished it. One that none has keeps
     its page if that is of the present notebook, else it gets a page without outputs. Returns by
@@ -77,7 +77,7 @@ def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
             continue
         origins[stage] = f"run '{run_id}'" if run_id else "no outputs: no run has it"
         files[number] = _make_page(stage, run_id, notebook)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number, by_name in files.items():
         for path in folder.glob(f"{number}[._]*"):
             path.unlink()
@@ -86,7 +86,8 @@ def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
     for run_id in run_ids:
         picture = store.stage_folder("07_report", run_id) / "question.png"
         if picture.is_file():
-            (folder.parent / picture.name).write_bytes(shrink_picture(picture.read_bytes()))
+            place = folder.parent if folder == LESSONS else folder
+            (place / picture.name).write_bytes(shrink_picture(picture.read_bytes()))
             break
     return origins
 
@@ -234,10 +235,12 @@ def html_tables(html: str) -> str:
 
 
 def _markdown_table(table) -> str:
-    head, *body = [[clean_text(" ".join(cell.get_text().split()))
-                    for cell in row.find_all(["th", "td"])] for row in table.find_all("tr")]
-    if not any(map(any, (head, *body))):
+    rows = [[clean_text(" ".join(cell.get_text().split())) for cell in row.find_all(["th", "td"])
+             for _ in range(int(cell.get("colspan", 1)))] for row in table.find_all("tr")]
+    if not any(map(any, rows)):
         return ""
+    width = max(map(len, rows))
+    head, *body = [row + [""] * (width - len(row)) for row in rows]
     if not head[0] and [row[0] for row in body] == [str(n) for n in range(len(body))]:
         head, *body = (row[1:] for row in (head, *body))
     rows = [head, *body[:MAX_ROWS]]

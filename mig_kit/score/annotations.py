@@ -352,7 +352,7 @@ def read_image_sizes(names: Iterable[str],
             missing.append(name)
             continue
         try:
-            sizes[name] = read_size(path)
+            sizes[name] = read_size(path, takes_any_depth=True)
         except BadImage:
             broken.append(name)
     for problem, failed in (("images are missing", missing),

@@ -23,6 +23,7 @@ _ORDINAL = (rf"(?:\b(?:{'|'.join(ORDINALS)})\b|(?<!\d)\d{{1,3}}[ -]?(?:st|nd|rd|
 # no picture frame, and no region picture, which MIG-Bench calls the crops of an image
 _NOUN = (r"(?<![a-z])(?<!picture )(?<!photo )(?<!region )(?:(?:image|img|picture|pic|photo"
          r"|photograph|frame)s?(?![a-z]| frames?\b)|[\u56fe\u5716\u7167\u753b][\u7247\u50cf]?)")
+_SINGULAR = "(?:image|img|picture|pic|photo|photograph|frame)"
 _JOIN = (r"['\"`*]?\s?\(?(?:[,/&+|~\u2013\u548c\u6216\u3001-]|\b(?:and|or|plus|to|through|versus"
          r"|vs)\b){1,2}\s?(?:\(|in |the ){0,3}")
 _SIGNS = r"[\s:#=*_`'\">}.\u00b0-]{0,8}"
@@ -50,14 +51,14 @@ _NAME = re.compile("|".join((
     rf"{_listed(_ORDINAL)}{_FILL}(?:{_NOUN}|\bone\b(?! from| in| of))",
     rf"\b(?:in|of|on|to) the {_ORDINAL}(?=\s?(?:[^\w\s]|at\b|is\b|\Z))",
     rf"\u7b2c\s?(?:\d{{1,3}}|[{_CHINESE}])[\u5f20\u5f35\u5e45]",
-    r"(?<!to )(?<!from )\b(?:last|final) (?=(?:image|picture|photo|frame)\b(?! but))")))
+    rf"(?<!to )(?<!from )\b(?:last|final) (?={_SINGULAR}\b(?! but))")))
 _ONE_NUMBER = re.compile(rf"{_ORDINAL}|{_DIGITS}|{_WORD}|last|final")
 # unlike "First, BOX", which counts boxes
 _BEFORE_BOX = re.compile(rf"(?<![\w-])({_ORDINAL})\s?[:-]\s?[\[(]{{0,2}}{BOX}")
 # another image than the one with the number
 _RELATIVE = re.compile(
-    r"(?<!no )\b(?:an)?other (?:image|picture|photo|frame|one)\b"
-    r"|\b(?:last|final|previous|preceding|next|remaining) (?:image|picture|photo|frame|one)\b"
+    rf"(?<!no )\b(?:an)?other (?:{_SINGULAR}|one)\b"
+    rf"|\b(?:last|final|previous|preceding|next|remaining) (?:{_SINGULAR}|one)\b"
     rf"|\b(?:latter|former)\b|\b(?:first|last) (?:{_WORD}) {_NOUN}|\b(?:to|from) (?:the )?last\b"
     rf"|{_NOUN} (?:before|after|following|next to|from the|to the)\b"
     rf"|\b(?:or|and) (?:in )?(?:another|the other|others|the {_ORDINAL})|\betc\b"
@@ -72,13 +73,13 @@ _VAGUE = re.compile(
 
 # Denied, doubted or taken back.
 _DENIES = re.compile(
-    r"n't\b|[?\u2260]|!=|[\u4e0d\u6ca1\u6c92\u65e0\u7121\u672a\u9519\u731c]|\u53ef\u80fd|\u4e5f\u8bb8|\u5927\u6982"
-    r"|\u6216\u8bb8|\u5982\u679c|\u5047\u8bbe|\u66f4\u6b63|\u64a4\u56de"
+    r"n't\b|[?\u2260]|!=|[\u4e0d\u6ca1\u6c92\u65e0\u7121\u672a\u9519\u731c]|\u53ef\u80fd"
+    r"|\u4e5f\u8bb8|\u5927\u6982|\u6216\u8bb8|\u5982\u679c|\u5047\u8bbe|\u66f4\u6b63|\u64a4\u56de"
     r"|\bno\b(?!\.?\s?\d)|\b(?:not|never|none|neither|nor|cannot|nothing|nobody|nowhere|elsewhere"
     r"|nope|nil|absen(?:t|ce)|lack(?:s|ing)?|gone|hardly|unable|impossible|invisible|unseen|except"
-    r"|unlike|either|maybe|perhaps|likely|might|may|could|unsure|unclear|unknown|unlikely|apparently"
-    r"|chance|if|whether|unless|example|placeholder|dummy|errors?|false|invalid|oops|sorry|wait"
-    r"|hmm|nevermind|nonexistent|non.existent)\b"
+    r"|unlike|either|maybe|perhaps|likely|might|may|could|unsure|unclear|unknown|unlikely"
+    r"|apparently|chance|if|whether|unless|example|placeholder|dummy|errors?|false|invalid|oops"
+    r"|sorry|wait|somewhere|hmm|nevermind|nonexistent|non.existent)\b"
     r"|\b(?:exclud|reject|fail|doubt|guess|random|arbitrar|tentativ|speculat|suppos|assum|hypothe"
     r"|(?:im)?probab|potential|possib|presum|conceivab|arguab|plausib|questionab|uncertain|hesitat"
     r"|suspect|seem|refus|declin|pretend|wrong|incorrect|mistak|erroneous|inaccura|correction"
@@ -87,9 +88,9 @@ _DENIES = re.compile(
     r"|(?:or )?rather|instead of|(?:anywhere|all|any|every image) but|used to be|(?:hard|difficult)"
     r" to|(?:would|should) have|had (?:it|there|been)|were it|forget (?:that|it)"
     r"|(?:take|scratch|strike) (?:that|it|this)|made (?:that |it )?up|on (?:second|reflection)"
-    r"|hold on|try again|my mind|i think|i believe|i'd say|i would say|as far as|appears to be"
-    r"|it looks like|looks (?:like it|empty)|or so|let's say|for instance|low confidence"
-    r"|confidence[\"': ]*low|without it)\b")
+    r"|hold on|try again|my mind|my bad|in my opinion|i think|i believe|i'd say|i would say"
+    r"|as far as|appears to be|it looks like|looks (?:like it|empty)|or so|let's say|for instance"
+    r"|low confidence|confidence[\"': ]*low|without it)\b")
 _AFFIRMED = re.compile(r"\bnot only\b|\bno other\b|\b(?:no|without a?) ?doubt\b|\u4e0d\u540c")
 
 # The name of an object may hold any word: {"label": "man without hat"}.
@@ -101,6 +102,9 @@ _KEY = re.compile(
     r"(?:in[\s_-]?)?((?:image|img|picture|photo|frame)s?(?:[\s_-]?(?:ids?|idx|index|number|num|no"
     r"|name))?|(?<=target))[\"']?\s?[:=]\s?"
     r"(\[[^\[\]]{0,80}\]|\"[^\"]{0,400}\"|'[^']{0,400}'|[^,{}\[\]\"'\n]{1,40})", re.IGNORECASE)
+_LETTERS = re.compile(r"[^\W\d_]+")
+_BESIDE_NUMBERS = frozenset("image images img picture pictures photo photos photograph frame "
+                            "frames the number no and or jpg jpeg png \u56fe \u56fe\u7247".split())
 
 
 class Name(NamedTuple):
@@ -142,7 +146,7 @@ def find_images_of_boxes(text: str) -> list[set[int]]:
     """
     names, numbers_by_box, start = find_names(text), [], 0
     places = [name.start for name in names]
-    for sentence in re.split(r"(?<=[.!?])(?=\s|\Z)|(?<=[;\n\u3002])", text):
+    for sentence in re.split(r"(?<=[.!?])(?<![Nn]o\.)(?=\s|\Z)|(?<=[;\n\u3002])", text):
         end = start + len(sentence)
         boxes = [place for place in range(start, end) if text[place] == BOX]
         first, behind = bisect_left(places, start), bisect_left(places, end)
@@ -171,6 +175,8 @@ def find_key_numbers(text: str) -> set[int]:
         numbers = {_to_number(word) for word in _ONE_NUMBER.findall(value)} - {0}
         if re.search(r"\b(?:both|all|each|every|any)\b", value):
             numbers = {UNCLEAR}
+        elif not _BESIDE_NUMBERS.issuperset(_LETTERS.findall(_ONE_NUMBER.sub(" ", value))):
+            continue  # a number in "kitchen 2.jpg" is part of a file's name
         by_rank[bool(target or not key)] |= numbers
     return by_rank[True] or by_rank[False]
 
@@ -191,6 +197,6 @@ def find_image_numbers(text: str, count: int = 0) -> set[int]:
     if not names:
         numbers |= {_to_number(word) for word in _BEFORE_BOX.findall(text)}
     if count:
-        text = re.sub(r"(?<!to )(?<!from )\b(?:last|final) (?=image|picture|photo|frame)", "", text)
+        text = re.sub(rf"(?<!to )(?<!from )\b(?:last|final) (?={_SINGULAR}\b)", "", text)
     is_unclear = _RELATIVE.search(text) or not numbers and _VAGUE.search(text)
     return numbers | ({UNCLEAR} if is_unclear else set())

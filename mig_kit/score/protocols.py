@@ -3,10 +3,9 @@
 `official` repeats what each benchmark's own script does with a reply, quirks included, so that
 numbers compare with published ones; each function names its source. `strict` asks for what the
 question asks for: the last <answer>, one box in it, the correct image, the stated coordinates. One
-deviation: where BLINK's and MMIU's authors ask
-another model which option a free text means, `official` here reads the text alone, options named
-by their words included. The authors' rules are in `official.py` and, of MC-Bench and OdinW,
-in `coco.py`.
+deviation: where BLINK's and MMIU's authors ask another model which option a free text means,
+`official` here reads the text alone, options named by their words included. The authors' rules are
+in `official.py` and, of MC-Bench and OdinW, in `coco.py`.
 """
 
 import math

@@ -9,6 +9,7 @@ loggers/evaluation_tracker.py; open-compass/VLMEvalKit, inference.py; zeyofu/BLI
 eval/saved_outputs.
 """
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -74,31 +75,49 @@ def _require_file(path: Path) -> None:
 
 
 def _read_table(path: Path) -> list[dict]:
-    """The rows of a table by the names of its columns, without BLINK's pictures, which no score
-    needs; an empty cell of text is "".
+    """The rows of a table by the names of its columns, without columns of image bytes, which no
+    score needs; an empty cell of text is "".
     """
     import pandas as pd
     import pyarrow.parquet
 
     try:
         if path.suffix == ".parquet":
-            names = pyarrow.parquet.ParquetFile(path).schema_arrow.names
-            columns = [name for name in names if not re.fullmatch(r"image_\d+", name)]
-            return pyarrow.parquet.read_table(path, columns=columns).to_pylist()
-        if path.suffix == ".xlsx":
-            table = pd.read_excel(path, engine="openpyxl", keep_default_na=False)
-        else:
-            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str,
-                                keep_default_na=False)
-        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names
-            raise ValueError("its rows have more cells than its first line")
+            file = pyarrow.parquet.ParquetFile(path)
+            columns = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
+            return file.read(columns).to_pylist()
+        if path.suffix in (".tsv", ".csv"):
+            return _read_text_table(path)
+        table = pd.read_excel(path, engine="openpyxl", keep_default_na=False)
     except ImportError as error:
         raise ValueError(f"{path} is an Excel table, which needs openpyxl; run pip install "
                          "openpyxl, or save the table as .tsv") from error
     except Exception as error:  # of parquet, zip, XML and text alike
-        raise ValueError(f"{path} is no readable table ({str(error).splitlines()[0]}); save or "
-                         "download it again") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no readable table ({reason}); save or download it "
+                         "again") from error
     return table.astype(object).to_dict("records")
+
+
+def _read_text_table(path: Path) -> list[dict]:
+    """The rows of a table of text; pandas would read a row that was cut as empty cells."""
+    csv.field_size_limit(MAX_LINE)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader, records = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","), []
+        for record in reader:
+            if None in record or None in record.values():
+                raise ValueError(f"line {reader.line_num} has another number of cells than the "
+                                 "first")
+            records.append(record)
+    return records
+
+
+def _holds_bytes(kind) -> bool:
+    """Whether a column of this pyarrow type holds bytes, alone or in what it is made of."""
+    import pyarrow
+
+    fields = (kind.field(place).type for place in range(kind.num_fields))
+    return pyarrow.types.is_binary(kind) or any(map(_holds_bytes, fields))
 
 
 def _read_numbered(path: Path) -> list[tuple[int, object]]:

@@ -6,9 +6,11 @@ keys such as x1, or bare numbers. `parse_strict_answer` wants one box in the las
 is read; none raises.
 """
 
+import json
 import math
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mig_kit.boxes import Box
@@ -20,7 +22,12 @@ from mig_kit.score.image_names import (
     find_key_numbers,
     is_no_answer,
 )
-from mig_kit.score.official import last_answer_block, parse_revised_mig_bench_box, shown_text
+from mig_kit.score.official import (
+    FENCE,
+    last_answer_block,
+    parse_revised_mig_bench_box,
+    shown_text,
+)
 
 AMBIGUOUS = "ambiguous: several images, or one without its number"
 DENIED = "denied, in doubt or taken back"
@@ -114,11 +121,16 @@ def parse_named_boxes(reply: str) -> list[NamedBox]:
     """The (image, box) of every box in a reply, in its order; image: a number from 1, or None where
     the text leaves it open.
 
-    Only the last <answer> is read, or, without one, the text after </think>. A box is in the image
-    that its sentence, or its object in JSON, or a text before it, names for it.
+    Only the last <answer> is read, or, without one, the text after </think>. JSON whose keys name
+    images is read as JSON; else a box is in the image that its sentence, or one before it, names
+    for it.
     """
     block = last_answer_block(reply)
-    text = _plain_text(shown_text(reply) if block is None else block)
+    text = shown_text(reply) if block is None else block
+    named = _read_json(text)
+    if any(image is not None for image, _ in named):
+        return named
+    text = _plain_text(text)
     written = _find_boxes(text)
     images = find_images_of_boxes(_mark_boxes(text, written))
     return [(_only(numbers), box.box) for numbers, box in zip(images, written, strict=True)]
@@ -189,3 +201,38 @@ def _mark_boxes(text: str, written: list[_WrittenBox]) -> str:
         parts += [text[end:box.start], BOX]
         end = box.end
     return "".join([*parts, text[end:]])
+
+
+def _read_json(text: str) -> list[NamedBox]:
+    """The boxes of a text that is JSON, objects with commas between, or has one fenced block; []
+    for any other.
+    """
+    fenced = FENCE.findall(text)
+    for candidate in (*(fenced if len(fenced) == 1 else ()), text, f"[{text}]"):
+        try:
+            return list(_walk(json.loads(candidate), None))
+        except (ValueError, RecursionError):
+            continue
+    return []
+
+
+def _walk(value: object, image: int | None) -> Iterator[NamedBox]:
+    """The boxes in a value of JSON; image: that of the objects around it."""
+    if isinstance(value, list):
+        numbers = value
+        if len(value) == 2 and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            numbers = [*value[0], *value[1]]
+        if len(numbers) == 4 and all(type(number) in (int, float) for number in numbers):
+            yield image, tuple(map(float, numbers))
+        else:
+            for item in value:
+                yield from _walk(item, image)
+    elif isinstance(value, dict):
+        nested = {key: item for key, item in value.items()
+                  if isinstance(item, dict) or isinstance(item, list) and len(item) > 1}
+        flat = json.dumps({key: item for key, item in value.items() if key not in nested})
+        if numbers_named := find_key_numbers(flat):
+            image = _only(numbers_named)
+        yield from ((image, box.box) for box in _find_boxes(flat))
+        for key, item in nested.items():
+            yield from _walk(item, _only(find_image_numbers(key)) or image)

@@ -27,7 +27,7 @@ def pad_to_multiple(tokens: int) -> int:
 
 def pad_rows(rows: list[torch.Tensor], length: int, fill: int = 0,
              on_left: bool = False) -> torch.Tensor:
-    """Tensors (..., tokens) as one (rows, ..., length), padded on the right."""
+    """Tensors (..., tokens) as one (rows, ..., length), padded on the right, or on the left."""
     missing = [length - row.shape[-1] for row in rows]
     return torch.stack([pad(row, (count, 0) if on_left else (0, count), value=fill)
                         for row, count in zip(rows, missing)])

@@ -184,7 +184,7 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
         "peft_config": _new_adapter(policy, params),
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
-                      # draw a few replies before the first update, too
+                      # these also draw a few replies before the first update
                       *_rollout_callbacks(policy, samples, folder, params, scores)]}
     if not params.share_prefix:
         return _with_float32_adapter(ResumableGRPOTrainer(**common), hardware)

@@ -34,8 +34,8 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
     They are written to FILE_OF_SET in `folder` as they are read, real images to its images/ as
     they are; what an earlier, killed run completed is read from there. The questions of the set
     cot hold the replies that came with them. Relative paths start at the project's folder. A
-    damaged image's question is left out and counted. ValueError for a set that stays empty,
-    ValueError for a wrong line, before anything is written.
+    damaged image's question is left out and counted. ValueError for a set that stays empty or
+    for a wrong line, before anything is written.
     """
     report_file = folder / REPORT_FILE
     files = [report_file, *(folder / file for file in FILE_OF_SET.values())]

@@ -133,6 +133,13 @@ def test_ten_failures_in_a_row_stop_the_run(serve, tmp_path, answer, attempts, s
     assert server.total == (10 if answer[0] == 429 else 20)
 
 
+def test_retry_after_is_waited_for(serve, tmp_path):
+    server = serve(lambda nth, body: (429, b"", [("Retry-After", "1")]) if server.total == 1
+                   else (200, completion()))
+    request_traces(server, tmp_path / "c", make_samples(1), concurrency=1)
+    assert server.total == 3 and server.times[1] - server.times[0] >= 1
+
+
 def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):
     is_broken = [True]
     server = serve(lambda nth, body: (500, b"") if is_broken[0] else (200, completion()))

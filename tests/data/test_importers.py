@@ -313,6 +313,7 @@ def test_sizes_that_the_file_states_are_those_of_the_upright_images(root):
     ("refcoco", "refs(unc).p", {}, "save what is in it as JSON"),
     ("swift", "out.jsonl", {}, "name another file"),
     ("coco", "coco.json", {"coordinates": "pixels"}, "the format coco says what its boxes are"),
+    ("mgrounding", "in.json", {"several": "all"}, "leave --several out"),
     ("coco", "coco.json", {"instances": "coco.json"}, "--instances is for the format refcoco")])
 def test_rules_that_do_not_go_together(root, form, path, rules, sentence):
     for name in ("out.jsonl", path):

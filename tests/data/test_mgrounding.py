@@ -111,6 +111,11 @@ def test_what_is_left_out_and_why(asked, answer, reason):
     assert not questions and len(reasons) == 1 and reason in str(reasons)
 
 
+def test_an_answer_that_repeats_the_box_of_a_question_about_one_image_teaches_nothing():
+    questions, reasons = read(make_record((f"What is at {BOX_TEXT}?", BOX_TEXT), image_count=1))
+    assert not questions and "answer given in the question" in str(reasons)
+
+
 @pytest.mark.parametrize("record", [
     {}, {"images": [1], "conversations": []},
     {"images": ["a"], "conversations": [{"from": "human"}]},

@@ -30,6 +30,14 @@ def test_the_matrix_is_the_first_adapted_one(targets, part, shape, float32):
     assert weight.shape == shape and torch.equal(weight, loaded)
 
 
+def test_the_matrix_is_of_no_layer_that_is_never_loaded(tmp_path):
+    ones = torch.ones(2, 2)
+    save_file({"mtp.layers.0.self_attn.q_proj.weight": ones * 9,
+               "model.language_model.layers.0.linear_attn.in_proj_qkv.weight": ones},
+              tmp_path / "model.safetensors")
+    assert torch.equal(lesson_parts.read_projection(tmp_path, "all"), ones)
+
+
 def test_the_adapter_of_the_matrix_is_alpha_over_r_times_b_a(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "x"}')

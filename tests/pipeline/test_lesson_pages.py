@@ -100,7 +100,7 @@ def test_pages_of_a_run_are_of_its_notebook_and_outlive_it(project):
     assert lesson_pages.write_lessons(["mine"], folder) == {
         "05_grpo": "its page as it was: no run has it", "06_evaluate": "run 'mine'"}
     assert (folder / "05.md").read_text() == page
-    assert Image.open(project / "question.png").size == (900, 450)
+    assert Image.open(folder / "question.png").size == (900, 450)
     notebook = small_notebook(is_executed=False)
     for cell, origin in ((0, "its page as it was: no run has it"), (2, none)):
         notebook.cells[cell].source += " # why"  # words do not count, code does
@@ -153,8 +153,11 @@ def test_other_outputs_are_tables_or_text_that_says_something():
     rows = "".join(f"<tr><td>r{number}</td></tr>" for number in range(25))
     table = show(text_html=f"<table><tr><th>name</th></tr>{rows}</table>")
     assert table.count("\n| r") == 20 and table.endswith("The first 20 of 25 rows.")
+    spread = show(text_html="<table><tr><th colspan=2>a</th></tr><tr><td>1</td></tr></table>")
+    assert spread == "| a | a |\n| --- | --- |\n| 1 |  |"
     for nothing in (HTML.replace("<div>", "<div><progress value=1></progress>"), "<p>no table</p>",
-                    "<table><tr><th></th></tr></table>"):
+                    "<table><tr><th></th></tr></table>", "<table></table>",
+                    "<table><tr></tr></table>"):
         assert show(text_html=nothing) == ""
     for nothing in ("<Figure size 620x240 with 2 Axes>", "[<matplotlib.lines.Line2D at 0x7f>]",
                     "Text(0.5, 1.0, 'a')"):

@@ -52,6 +52,7 @@ PLAIN = (
     "{b} -> image {n}", "Image {n} (the {o} one): {b}", "Answer: {n}-th image {b}",
     "the image numbered {n}: {b}", "Without a doubt, image {n}: {b}", "{o} of six images: {b}")
 NO_ANSWER = (  # of the image that the question asks for, with its perfect box
+    "Somewhere in image {n}: {b}", "My bad, image {n}: {b}", "In my opinion image {n}: {b}",
     "It is not found in image {n}. {b}", "It isn't in image {n}: {b}", "No match in image {n} {b}",
     "There is none in image {n}: {b}", "Image {n} lacks it: {b}", "Missing from image {n}. {b}",
     "Anywhere but image {n}: {b}", "It cannot be in image {n}, {b}", "Unlike image {n}: {b}",
@@ -85,7 +86,8 @@ NO_ANSWER = (  # of the image that the question asks for, with its perfect box
     "dummy: image {n} {b}", "I decline to answer; image {n} {b}",
     "It is probable that image {n}: {b}")
 AMBIGUOUS = (
-    "Images {n} and {m} both show it at {b}.", "Images 1-4: {b}", "image {n}/{m}: {b}",
+    "Images {n} and {m} both show it at {b}.", "the other img: {b}", "the next pic: {b}",
+    "the {o} and the {p}: {b}", "Images 1-4: {b}", "image {n}/{m}: {b}",
     "images {n}, {m}: {b}", "image {n} or {m}: {b}", "image {n} or image {m}: {b}",
     "image {n}, or in the {p} image: {b}", "the {o} and {p} images: {b}", "both images: {b}",
     "the first two images: {b}", "It is in all images at {b}.", "in one of the images: {b}",

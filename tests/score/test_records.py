@@ -154,8 +154,9 @@ def test_bad_logs_are_one_sentence(benchmark, records, sentence):
 
 
 @pytest.mark.parametrize("name,content,sentence", [
-    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "more cells than its first line"),
-    ("a.csv", b"index,prediction\n0,A\n1,A,B\n", "Expected 2 fields in line 3, saw 3"),
+    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "line 2 has another number of cells"),
+    ("a.tsv", b"index\tprediction\n0\tA\n1\n", "line 3 has another number of cells"),
+    ("a.csv", b"index,prediction\n0,A\n1,A,B\n", "line 3 has another number of cells"),
     ("a.csv", b"index,prediction\n\xff,A\n", "utf-8"),
     ("a.csv", b"index,prediction\n", "is empty"),
     ("a.json", b'{"val": [1]}', "entry 1 of"),

@@ -79,7 +79,8 @@ UNCLEAR = image_names.UNCLEAR
     ({1, 3}, ("the first and third image",)), ({4}, ("the last image",)),
     (set(), ("in the image (100,200)", "image [100, 200, 300, 400]", "pilgrimage 2",
              "picture frame 2", "the second picture frame", "the 2nd region picture",
-             '{"image_size": [640, 480]}', "between the two images", "in no other image")),
+             '{"image_size": [640, 480]}', '{"image": "kitchen 2.jpg"}',
+             '{"image": "street-1-b.png"}', "between the two images", "in no other image")),
     ({UNCLEAR}, ("the second to last image", "of all images", '{"image": "both"}',
                  "the left image", "image B"))])
 def test_names_of_images(images, texts):
