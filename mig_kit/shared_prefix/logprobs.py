@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
+from mig_kit.shared_prefix import attention
 from mig_kit.shared_prefix.linear_attention import has_linear_attention, make_cache
 from mig_kit.shared_prefix.prefixes import additive_mask, embed_with_images, pad_prompts, pad_rows
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
@@ -63,6 +64,8 @@ def packed_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: 
     embeds = language.embed_tokens(packed.ids)
     is_image = (packed.ids == image_token_id) & (packed.part == 0)
     inputs = embed_with_images(embeds, is_image, prompts)
+    if language.config._attn_implementation == attention.NAME:
+        inputs["packed_parts"] = packed.part
     output = language(**inputs, attention_mask=additive_mask(packed.is_allowed(), embeds.dtype),
                       position_ids=packed.positions, use_cache=False)
     states = output.last_hidden_state[packed.state_rows, packed.state_columns]

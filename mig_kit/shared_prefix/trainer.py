@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from mig_kit.shared_prefix.attention import NAME, replace_attention
 from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_in_rounds
 from mig_kit.shared_prefix.logprobs import completion_logps, packed_logps
@@ -74,6 +75,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             return
         # bfloat16 products over float32 weights
         self.autocasts = self.args.bf16 and unwrap_peft(self.model).dtype == torch.float32
+        # the model's own attention, and that of shared passes
+        self.attention = unwrap_peft(self.model).config._attn_implementation
+        has_slow_masks = (self.attention == "sdpa" and self.args.device.type == "cpu"
+                          and self.args.gradient_checkpointing)  # one layer's scores at a time
+        self.fast_attention = NAME if has_slow_masks else self.attention
         self.cache = self._make_cache()
         self.unsupported_sampling = self._find_sampling_obstacle()
         if self.unsupported_sampling and not self.use_vllm:
@@ -156,6 +162,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self.is_checked = True
             self.unshared = self._compare_with_stock(output)
             if self.unshared:
+                replace_attention(self.model, self.fast_attention, self.attention)
                 warnings.warn(f"prompts are not shared: {self.unshared}", stacklevel=2)
                 for log in (self._metrics["train"], *self._logs.values()):
                     log.clear()
@@ -231,11 +238,13 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         token_types = inputs.pop("mm_token_type_ids", torch.zeros_like(inputs["input_ids"]))
         prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
         with _without_dropout(self.model):
+            replace_attention(self.model, self.fast_attention, self.attention)
             stock, _, _ = super()._get_per_token_logps_and_entropies(
                 self.model, torch.cat([prompt_ids, ids[rows]], 1),
                 torch.cat([prompt_mask, mask[rows]], 1), ids.shape[1],
                 mm_token_type_ids=pad(token_types, (0, ids.shape[1])),
                 num_images=[len(source.images)] * 2, **inputs)
+            replace_attention(self.model, self.attention, self.fast_attention)
             own = self._logps(self.model, numbers, ids, mask)[0][rows]
         difference = (own - stock).abs()[mask[rows].bool()]
         if not len(difference):  # both are masked, as too long
@@ -324,7 +333,13 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def training_step(self, model, inputs, num_items_in_batch):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.unshared:
+            return super().training_step(model, inputs, num_items_in_batch)
+        replace_attention(model, self.attention, self.fast_attention)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            replace_attention(model, self.fast_attention, self.attention)
         processes = self.accelerator.num_processes
         if self.unshared or not self.accelerator.sync_gradients:
             return loss

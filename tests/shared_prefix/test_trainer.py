@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine.processors import load_processor
-from mig_kit.shared_prefix import logprobs
+from mig_kit.shared_prefix import attention, logprobs
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
@@ -146,7 +146,7 @@ def test_a_training_ends_and_logs_as_stock_trls(make_pair, settings):
     stock, own = make_pair(**settings)
     for trainer in (stock, own):
         trainer.train()
-    assert not own.unshared
+    assert not own.unshared and own.model.config._attn_implementation == "sdpa"
     for expected, row in zip(logged(stock), logged(own), strict=True):
         assert row.keys() == expected.keys()
         assert row == pytest.approx(expected, rel=2e-4, abs=2e-5, nan_ok=True)
@@ -317,9 +317,14 @@ def test_what_cannot_be_shared_is_left_to_stock_trl(make_pair):
 
 
 @pytest.mark.slow
-def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch):
-    """What a model does whose state runs on through the neighbour's reply."""
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, by_parts):
+    """What a model does whose state runs on through the neighbour's reply: with a mask, as on a
+    GPU, and with the attention that replaces sdpa on a CPU.
+    """
     _, own = make_pair(max_steps=1, gradient_checkpointing=True)
+    if not by_parts:
+        own.fast_attention = own.attention
     allowed = logprobs._PackedRows.is_allowed
 
     def leak(rows):
@@ -327,6 +332,8 @@ def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeyp
         return allowed(rows) | ((order[:, None] >= order) & (rows.part >= 0)[:, None])
 
     monkeypatch.setattr(logprobs._PackedRows, "is_allowed", leak)
+    monkeypatch.setattr(attention, "_attend_by_parts", lambda parts, module, *states:
+                        attention.attention(module, *states[:3], None, states[3])[0])
     check_that_sharing_ends(own)
 
 
