@@ -1,8 +1,12 @@
 """The shared-prefix trainer as any user of TRL has it: a stock data set, a stock config."""
 
+import os
 import re
+from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from peft import LoraConfig
 from PIL import Image as Pictures
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_generation
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine.processors import load_processor
@@ -296,6 +301,77 @@ def test_another_sampling_is_transformers_own(random_folder, processor, tmp_path
             peft_config=LoraConfig(r=4, target_modules=r".*language_model.*q_proj"))
     trainer.train()
     assert trainer.state.global_step == 1 and not trainer.unshared
+
+
+class VLLMDouble:
+    """The engine that TRL makes in colocate mode: it puts as many image tokens as an image needs in
+    the place of the next one that it is given, and tells the model's log-probabilities.
+    """
+
+    def __init__(self, processor, model, **_):
+        self.processor = processor
+        self.weights = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+        self.llm_engine = self.model_executor = self.driver_worker = self.model_runner = self
+        self.model = self
+        self.asked = []
+
+    def load_weights(self, weights):
+        assert not self.weights.load_state_dict(dict(weights), strict=False).unexpected_keys
+
+    def reset_prefix_cache(self):
+        pass
+
+    def expand(self, ids, grid):
+        sizes = iter((grid.prod(1) // self.processor.image_processor.merge_size**2).tolist())
+        token = self.processor.image_token_id
+        return [value for given in ids
+                for value in [given] * (next(sizes, 1) if given == token else 1)]
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling_params, use_tqdm):
+        self.asked += prompts
+        return [self.reply(row["prompt_token_ids"], row["multi_modal_data"]["image"], completion)
+                for row, completion in zip(prompts, draw_completions(len(prompts)))]
+
+    def reply(self, ids, images, completion):
+        pixels = self.processor.image_processor(images, return_tensors="pt")
+        ids = self.expand(ids, pixels["image_grid_thw"])
+        row = torch.tensor([ids + completion])
+        types = torch.tensor(self.processor.create_mm_token_type_ids(row))
+        logits = self.weights(input_ids=row, mm_token_type_ids=types, **pixels).logits[0]
+        logps = logits[len(ids) - 1:-1].log_softmax(-1)
+        told = [{token: SimpleNamespace(logprob=values[token].item(), rank=1)}
+                for token, values in zip(completion, logps)]
+        return SimpleNamespace(prompt_token_ids=ids, outputs=[
+            SimpleNamespace(token_ids=completion, logprobs=told)])
+
+
+@pytest.mark.slow
+def test_vllm_is_given_one_image_token_for_each_image(random_folder, processor, tmp_path,
+                                                      monkeypatch):
+    """TRL itself gives it all of them, and it makes more of them (TRL's issue 6294)."""
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_generation, "LLM", partial(VLLMDouble, processor), raising=False)
+    monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
+    config = GRPOConfig(
+        str(tmp_path), num_generations=4, per_device_train_batch_size=8, use_cpu=True, bf16=False,
+        max_completion_length=6, report_to="none", max_steps=3, logging_steps=1, use_vllm=True,
+        vllm_mode="colocate", learning_rate=1e-2)
+    with patch.dict(os.environ):  # TRL sets variables of a launcher
+        trainer = SharedPrefixGRPOTrainer(
+            model=str(random_folder), reward_funcs=letters, args=config,
+            processing_class=processor, train_dataset=make_table(counts=(1, 3, 2, 2)),
+            peft_config=LoraConfig(r=4, target_modules=r".*language_model.*q_proj"))
+        trainer.train()
+    asked = trainer.vllm_generation.llm.asked
+    assert len(asked) == 24 and not trainer.unshared
+    for row in asked:
+        images = row["multi_modal_data"]["image"]
+        count = len(images) if isinstance(images, list) else 1
+        assert row["prompt_token_ids"].count(processor.image_token_id) == count
+    for row in logged(trainer):
+        for kind in ("min", "mean", "max"):
+            assert row[f"sampling/importance_sampling_ratio/{kind}"] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(("settings", "reason"), [
