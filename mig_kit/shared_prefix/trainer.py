@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from trl import GRPOTrainer
@@ -30,6 +31,14 @@ from mig_kit.shared_prefix.prompt_cache import (
     pixel_digest,
     unwrap_peft,
 )
+from mig_kit.shared_prefix.rows import (
+    IMAGES,
+    RowsOnce,
+    list_images,
+    merge_image_tokens,
+    move_images,
+    restore_images,
+)
 
 # whose passes are known to be shareable
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
@@ -37,7 +46,6 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qw
 # of 16 to 32 is rounded to a multiple of 1/8: random models of the 3B's and the 7B's shape differ
 # by 0.02 to 0.06 in the mean. A lost image or a wrong mask moves single tokens by whole units.
 MAX_DIFFERENCE_FLOAT32, MEAN_DIFFERENCE_16_BITS = 1e-4, 0.15
-IMAGES = "images of the row"  # column that takes a row's images past TRL's processor
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
@@ -60,8 +68,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     TRL 1.16's methods that are overridden: `_generate_and_score_completions` (takes the images out
     of the rows), `_calculate_rewards` (gives them back), `_tokenize_prompts` (a row's prompt
     becomes a number, in place of its token ids), `_generate_single_turn`,
-    `_get_per_token_logps_and_entropies` (reads prompts by that number), `_prepare_inputs` (keeps
-    groups together) and `training_step` (averages gradients, because shared passes go around DDP).
+    `_get_per_token_logps_and_entropies` (reads prompts by that number), `_get_dataloader` (decodes
+    a row's images once), `_prepare_inputs` (keeps groups together) and `training_step` (puts faster
+    attention in sdpa's place, and averages gradients, because shared passes go around DDP).
     """
 
     def __init__(self, *args, micro_completions: int = 0, **kwargs):
@@ -154,10 +163,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         if self.model.training:
             self.sources = {}
-        rows = [_move_images(row) for row in inputs]
+        rows = [move_images(row) for row in inputs]
         output = super()._generate_and_score_completions(rows)
         if self.log_multimodal and any(IMAGES in row for row in rows):
-            self._logs["images"].extend(gather_object([_images_of(row) for row in inputs]))
+            self._logs["images"].extend(gather_object([list_images(row) for row in inputs]))
         if not self.is_checked and self.model.training:
             self.is_checked = True
             self.unshared = self._compare_with_stock(output)
@@ -170,8 +179,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return output
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rows = [{name: value for name, value in row.items() if name != IMAGES}
-                | row.get(IMAGES, {}) for row in inputs]
+        rows = list(map(restore_images, inputs))
         return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
 
     def _tokenize_prompts(self, prompts: list):
@@ -199,7 +207,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             ids, images, fields = super()._tokenize_prompts(multimodal_fields["prompts"])
             # vLLM puts as many tokens as an image needs in the place of each one that it is given
             if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
-                ids = [_merge_runs(row, self.processing_class.image_token_id) for row in ids]
+                ids = [merge_image_tokens(row, self.processing_class.image_token_id) for row in ids]
             return super()._generate_single_turn(ids, images, fields, num_generations)
         prompts = self._prompts_of(numbers[::num_generations])
         return self._draw_completions(prompts, num_generations), None
@@ -311,6 +319,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return tuple(torch.zeros(ids.shape, device=ids.device).index_copy(0, kept, value)
                      for value in values)
 
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if isinstance(dataset, Dataset):
+            dataset = RowsOnce(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
@@ -352,32 +365,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= processes
         return loss
-
-
-def _move_images(row: dict) -> dict:
-    """A row whose prompt holds its images, and whose column of images is IMAGES.
-
-    TRL hands the images of the columns that it knows to the processor, once for every completion.
-    """
-    columns = {name: row[name] for name in ("images", "image") if name in row}
-    if not columns or not is_conversational(row):  # TRL refuses images beside a text
-        return row
-    others = {name: value for name, value in row.items() if name not in columns}
-    prompt = prepare_multimodal_messages(row["prompt"], images=_images_of(row))
-    return others | {"prompt": prompt, IMAGES: columns}
-
-
-def _images_of(row: dict) -> list:
-    """The images of a row as TRL reads them."""
-    if "images" in row:
-        return list(row["images"] or ())
-    return [row["image"]] if row.get("image") is not None else []
-
-
-def _merge_runs(ids: list[int], token: int) -> list[int]:
-    """The ids with one `token` in the place of each run of it."""
-    return [value for place, value in enumerate(ids)
-            if value != token or not place or ids[place - 1] != token]
 
 
 @contextmanager

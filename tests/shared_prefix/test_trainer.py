@@ -211,6 +211,17 @@ def test_every_loss_has_stock_trls_value_and_gradient(scored_pair, loss_type):
             parameter.data.copy_(value)
 
 
+def test_an_image_is_decoded_once_for_all_completions(make_pair):
+    _, own = make_pair()
+    batch = next(iter(own.get_train_dataloader()))
+    texts = [row["prompt"][-1]["content"] for row in batch]
+    assert len(batch) == 16 and [texts.count(text) for text in texts] == [4] * 16
+    for row, text in zip(batch, texts):
+        first = batch[texts.index(text)]
+        assert row["images"][0] is first["images"][0] and row["prompt"] == first["prompt"]
+        assert row is first or row["prompt"][0] is not first["prompt"][0]
+
+
 def test_no_loss_of_trl_is_missing():
     listed = GRPOConfig.__doc__.partition("loss_type (")[2].partition("mask_truncated")[0]
     assert set(re.findall(r'- `"(\w+)"`', listed)) == set(LOSSES)

@@ -1,0 +1,60 @@
+"""Rows of a data set as TRL takes them, whose images are decoded once and prepared by the kit."""
+
+from copy import deepcopy
+
+from datasets import Dataset
+from trl.data_utils import is_conversational, prepare_multimodal_messages
+
+IMAGE_COLUMNS = ("images", "image")
+IMAGES = "images of the row"  # column that takes a row's images past TRL's processor
+
+
+class RowsOnce:
+    """A data set that decodes a row once, and not for every completion of it.
+
+    The rows of the last batch stay: TRL asks for them again while it learns from them.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.rows = dataset, {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The rows at `indices`; equal ones share their images and nothing else."""
+        self.rows = {index: self.rows[index] if index in self.rows else self.dataset[index]
+                     for index in set(indices)}
+        return [{name: value if name in IMAGE_COLUMNS else deepcopy(value)
+                 for name, value in self.rows[index].items()} for index in indices]
+
+
+def move_images(row: dict) -> dict:
+    """A row whose prompt holds its images, and whose column of images is IMAGES.
+
+    TRL hands the images of the columns that it knows to the processor, once for every completion.
+    """
+    columns = {name: row[name] for name in IMAGE_COLUMNS if name in row}
+    if not columns or not is_conversational(row):  # TRL refuses images beside a text
+        return row
+    others = {name: value for name, value in row.items() if name not in columns}
+    prompt = prepare_multimodal_messages(row["prompt"], images=list_images(row))
+    return others | {"prompt": prompt, IMAGES: columns}
+
+
+def restore_images(row: dict) -> dict:
+    """A row of `move_images` with its columns of images, as rewards take them."""
+    return {name: value for name, value in row.items() if name != IMAGES} | row.get(IMAGES, {})
+
+
+def list_images(row: dict) -> list:
+    """The images of a row as TRL reads them."""
+    if "images" in row:
+        return list(row["images"] or ())
+    return [row["image"]] if row.get("image") is not None else []
+
+
+def merge_image_tokens(ids: list[int], token: int) -> list[int]:
+    """The ids with one image token, `token`, in the place of each run of it."""
+    return [value for place, value in enumerate(ids)
+            if value != token or not place or ids[place - 1] != token]
