@@ -1,4 +1,5 @@
-"""The command line, in this process or as a process of its own, and what it leaves.
+"""The command line, in this process or as a process of its own, its notebooks in kernels or in this
+process, and what it leaves.
 
 In a module, because tests in folders with a conftest of their own cannot import from this one's.
 """
@@ -7,14 +8,22 @@ import logging
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
+import nbformat
+import papermill
 from click.testing import CliRunner
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib import pyplot as plt
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from mig_kit.cli import cli, main
+from mig_kit.pipeline import store
 
 CLI = [sys.executable, "-c", "from mig_kit.cli import main; main()"]
 
@@ -33,6 +42,31 @@ def run_mig_kit(*words: str, **environment: str) -> subprocess.CompletedProcess:
         stderr.write(f"{code}\n")
         code = 1
     return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
+
+
+@contextmanager
+def notebooks_in_this_process():
+    """While it lasts, `mig-kit run` executes notebooks here, which has imported what they import;
+    a kernel takes ten seconds for that. That kernels work is what the smoke run shows.
+    """
+    with patch.object(papermill, "execute_notebook", _execute_here):
+        yield
+
+
+def _execute_here(path, output, params, cwd, **_):
+    notebook = parameterize_notebook(load_notebook_node(str(path)), params, kernel_name="python3",
+                                     language="python")
+    shell = InteractiveShell.instance(user_module=ModuleType("__main__"))
+    try:
+        with chdir(cwd):
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    shell.run_cell(cell.source, store_history=True).raise_error()
+    finally:
+        InteractiveShell.clear_instance()
+        plt.close("all")
+        store.unlock_run(Path(output).parent)
+    nbformat.write(notebook, output)
 
 
 def error_of(*words: str) -> str:

@@ -6,7 +6,7 @@ import json
 
 import own_questions
 import pytest
-from command_line import run_mig_kit
+from command_line import notebooks_in_this_process, run_mig_kit
 from PIL import Image
 
 from mig_kit.pipeline.run_folders import RECIPE
@@ -21,12 +21,12 @@ NO_DRAWN_SUITES = [word for suite in ("mig", "ood", "blink", "mmiu")
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A folder with own.jsonl: 60 questions, half of them with a reply; all.jsonl, these and 42 for
+    """A folder with own.jsonl: 40 questions, half of them with a reply; all.jsonl, these and 30 for
     none, one or several boxes with a reply each; and a MIG-Bench file of three questions.
     """
     folder = tmp_path_factory.mktemp("questions")
-    lines = own_questions.write_questions(folder, 60, replies=0.5).read_text()
-    boxes = own_questions.write_questions(folder / "boxes", 42, replies=1.0, find_all=True)
+    lines = own_questions.write_questions(folder, 40, replies=0.5).read_text()
+    boxes = own_questions.write_questions(folder / "boxes", 30, replies=1.0, find_all=True)
     for line in map(json.loads, boxes.read_text().splitlines()):
         names = [f"boxes/{name}" for name in line["images"]]
         lines += json.dumps(line | {"id": f"boxes-{line['id']}", "images": names}) + "\n"
@@ -44,7 +44,8 @@ def run_here(questions, tmp_path, monkeypatch):
     monkeypatch.chdir(questions)
 
     def run(*words) -> str:
-        result = run_mig_kit(*words, MIG_KIT_RUNS=str(tmp_path))
+        with notebooks_in_this_process():
+            result = run_mig_kit(*words, MIG_KIT_RUNS=str(tmp_path))
         assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
         return result.stdout + result.stderr
 

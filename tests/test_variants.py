@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from command_line import describe_files, run_mig_kit
+from command_line import describe_files, notebooks_in_this_process, run_mig_kit
 
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import RECIPE
@@ -45,7 +45,8 @@ def shared_runs(smoke_runs, make_once):
         shutil.copytree(smoke_runs / "smoke", root / "smoke")
         before = describe_files(root / "smoke", "*/**/*")
         (root / "my_rewards.py").write_text(CENTER)
-        result = run_mig_kit(*FROM_SMOKE, *variant_options(root), MIG_KIT_RUNS=str(root))
+        with notebooks_in_this_process():
+            result = run_mig_kit(*FROM_SMOKE, *variant_options(root), MIG_KIT_RUNS=str(root))
         assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
         assert "center " in result.stdout, "its mean is printed while it trains"
         assert describe_files(root / "smoke", "*/**/*") == before, "a variant changed its source"

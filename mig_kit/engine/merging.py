@@ -10,7 +10,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
@@ -105,6 +104,8 @@ def read_lora(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, floa
     FileNotFoundError where the folder holds no adapter; ValueError for another kind than plain
     LoRA.
     """
+    from peft import LoraConfig  # takes seconds to import, and 01 needs none of it
+
     path = Path(adapter) / "adapter_model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter; run the stage that trains it")

@@ -22,6 +22,9 @@ from mig_kit.sample import Sample
 Score = Callable[[str, Sample], float | None]  # a reward of a reply, as 05 counts it
 MOST_TRIED = 1000  # questions that a reward without a value is tried on
 FOLDER = "rewards"  # of a stage's folder, with copies of the files that its rewards are from
+RL_NEEDS = ("RL makes likelier what a model sometimes gets right; let it learn from traces first "
+            "(teacher own or endpoint in 01), or start from the folder of a model that answers "
+            "some of these questions (start_from of 05, with min_pass_rate 0 in 04)")
 
 
 def copy_reward_files(references: Sequence[str], folder: Path) -> None:

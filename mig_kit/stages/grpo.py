@@ -43,9 +43,9 @@ from mig_kit.engine.models import (
 from mig_kit.engine.one_group import keep_global_state
 from mig_kit.engine.processors import describe_other_format
 from mig_kit.engine.qlora import load_adapter_policy
-from mig_kit.engine.recipe_trainer import RecipeTrainer, ResumableGRPOTrainer
+from mig_kit.engine.recipe_trainer import KeepRollouts, RecipeTrainer, ResumableGRPOTrainer
 from mig_kit.engine.reward_loading import Score, load_rewards, score_functions
-from mig_kit.engine.rollout_log import KeepRollouts, draw_first_rollouts
+from mig_kit.engine.rollout_log import draw_first_rollouts
 from mig_kit.engine.served_rollouts import (
     SAMPLING_CURVES,
     SERVED_ADAPTERS,

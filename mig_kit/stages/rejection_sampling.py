@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.engine.reward_loading import RL_NEEDS
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
-from mig_kit.stages.sanity_checks import RL_NEEDS
 from mig_kit.world.teacher import recognize_detail
 
 

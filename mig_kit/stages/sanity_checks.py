@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import Policy
 from mig_kit.engine.reply_files import draw_replies
-from mig_kit.engine.reward_loading import compute_reward
+from mig_kit.engine.reward_loading import RL_NEEDS, compute_reward
 from mig_kit.engine.sample_prompts import reply_logps
 from mig_kit.image_files import image_digests
 from mig_kit.rewards import Reward, is_correct
@@ -25,9 +25,6 @@ from mig_kit.sample import Sample
 
 PAIRS_AT_ONCE = 16
 FIRST_PROMPTS = 16  # that are answered before the first update where no pass rate is known
-RL_NEEDS = ("RL makes likelier what a model sometimes gets right; let it learn from traces first "
-            "(teacher own or endpoint in 01), or start from the folder of a model that answers "
-            "some of these questions (start_from of 05, with min_pass_rate 0 in 04)")
 
 
 def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,

@@ -1,9 +1,7 @@
 """Which prompts are kept, and which of them is shown; the training itself: stages/test_grpo.py."""
 
-import json
-
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import rollout_log
+from mig_kit.engine import recipe_trainer, rollout_log
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
 
@@ -11,8 +9,8 @@ BOX_FORMAT = BoxFormat()
 
 
 def test_prompts_are_spread_over_the_table():
-    assert rollout_log.pick_prompts(100) == [0, 25, 50, 75]
-    assert rollout_log.pick_prompts(3) == [0, 1, 2]
+    assert recipe_trainer.pick_prompts(100) == [0, 25, 50, 75]
+    assert recipe_trainer.pick_prompts(3) == [0, 1, 2]
 
 
 def test_the_first_prompt_with_a_box_is_shown(tmp_path, monkeypatch):
@@ -21,8 +19,7 @@ def test_the_first_prompt_with_a_box_is_shown(tmp_path, monkeypatch):
     assert rollout_log.draw_first_rollouts(tmp_path, BOX_FORMAT, samples) is None
     rows = [{"step": step, "prompt": prompt, "reply": "", "reward": 0.0, "correct": False,
              "image": None, "box": None} for step in (0, 2) for prompt in (0, 1, 2)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / rollout_log.ROLLOUTS).write_text(text)
+    rollout_log.write_rollouts(tmp_path, rows)
     assert rollout_log.load_rollouts(tmp_path) == rows
     drawn = []
     monkeypatch.setattr(rollout_log.pictures, "draw_rollouts", lambda *given: drawn.append(given))
