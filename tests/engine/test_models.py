@@ -51,11 +51,6 @@ def test_right_padding_is_refused(processor, samples):
         processor.tokenizer.padding_side = "left"
 
 
-def test_lora_lands_on_the_language_model_only(random_model):
-    model = get_peft_model(random_model, training.lora_config(4))
-    assert len(models.check_adapters(model)) == 14
-
-
 @pytest.mark.parametrize(("lora_targets", "names"), [
     ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}), ("gate_up", {"gate_proj", "up_proj"})])
 def test_lora_lands_on_what_is_asked_for(lora_targets, names, random_model):

@@ -1,6 +1,7 @@
 """Metrics by hand."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -75,6 +76,7 @@ def test_without_the_form_that_was_asked_for_nothing_is_correct():
     assert evaluate.score_reply("There is nothing.", sample, BOX_FORMAT)["correct"] == 0
 
 
+@cache
 def sample_without_target():
     return next(sample for sample in make_suite("ood_grounding", "test", 100, 14)
                 if not sample.targets)

@@ -185,9 +185,9 @@ def test_a_parameter_that_the_kit_sets_itself_is_refused(tmp_path, random_policy
         grpo.grpo_trainer(random_policy, samples, tmp_path, params)
 
 
-# every pair of settings that meets somewhere in the trainer
+# what the recipe adds to the trainer: updates in parts, 4-bit weights, families with a cache each;
+# losses, a reference and checkpointed layers: shared_prefix/test_losses.py and test_trainer.py
 LOSS_CASES = [
-    {}, {"beta": 0.1, "gradient_checkpointing": True},
     {"loss_type": "grpo", "beta": 0.1, "micro_replies": 4},
     {"loss_type": "dr_grpo", "micro_replies": 4, "gradient_checkpointing": True},
     {"beta": 0.1, "micro_replies": 4, "family": "qwen2_vl"},
