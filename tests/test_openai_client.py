@@ -1,17 +1,13 @@
 """Addresses, keys and the client of OpenAI-compatible servers."""
 
-import http.server
 import threading
 import time
-from contextlib import closing
 
 import pytest
 
 from mig_kit.openai_client import (
     ADDRESS,
     KEY_VARIABLE,
-    Connection,
-    RequestFailed,
     first_line,
     iter_results,
     parse_server,
@@ -52,32 +48,6 @@ def test_what_a_server_said_is_short_and_without_the_key():
     assert len(first_line("x" * 999)) == 300
     assert redact("key sk-1 is wrong", "sk-1") == "key *** is wrong"
     assert redact("no key", "") == "no key"
-
-
-def test_the_client_follows_no_redirect_and_takes_no_other_key(monkeypatch):
-    headers = []
-
-    class Redirect(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            headers.append({name.lower(): value for name, value in self.headers.items()})
-            self.send_response(302)
-            self.send_header("Location", "/v1/elsewhere")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *words):
-            pass
-
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-environment")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirect)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    for key in ("", "sk-1"):
-        connection = Connection(f"http://127.0.0.1:{server.server_port}/v1", key, 10)
-        with pytest.raises(RequestFailed, match="HTTP 302"), closing(connection):
-            connection.list_models()
-    server.shutdown()
-    server.server_close()
-    assert [sent.get("authorization") for sent in headers] == [None, "Bearer sk-1"]
 
 
 def test_results_come_from_several_threads_and_items_are_read_as_needed():
