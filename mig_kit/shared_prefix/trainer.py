@@ -84,10 +84,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             return
         # bfloat16 products over float32 weights
         self.autocasts = self.args.bf16 and unwrap_peft(self.model).dtype == torch.float32
-        # the model's own attention, and that of shared passes
+        # The model's own attention, and that of shared passes: on a CPU sdpa is slow where it takes
+        # a mask. What replaces it keeps its scores, so layers must be checkpointed.
         self.attention = unwrap_peft(self.model).config._attn_implementation
         has_slow_masks = (self.attention == "sdpa" and self.args.device.type == "cpu"
-                          and self.args.gradient_checkpointing)  # one layer's scores at a time
+                          and self.args.gradient_checkpointing)
         self.fast_attention = NAME if has_slow_masks else self.attention
         self.cache = self._make_cache()
         self.unsupported_sampling = self._find_sampling_obstacle()
@@ -223,7 +224,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         model = accelerator.unwrap_model(self.model)
         was_training = model.training
         sampling = SamplingOptions(self.temperature, self.top_p, length,
-                            **self.args.generation_kwargs or {})
+                                   **self.args.generation_kwargs or {})
         train_mode_for_4bit_layers(model.eval())
         rollouts = generate_in_rounds(model, self.processing_class, prompts, group, sampling,
                                       uniforms, self.autocasts)

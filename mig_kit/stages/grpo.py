@@ -239,7 +239,7 @@ def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
     describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
                        weights=params.reward_weights)
     sampling = SamplingOptions(params.temperature, getattr(params, "top_p", 1.0),
-                        params.max_completion_length)
+                               params.max_completion_length)
     return [KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, sampling, describe), live]
 
 
