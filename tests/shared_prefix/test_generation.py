@@ -21,7 +21,7 @@ from mig_kit.shared_prefix.generation import (
     sample_tokens,
 )
 from mig_kit.shared_prefix.linear_attention import has_linear_attention
-from mig_kit.shared_prefix.logprobs import completion_logps, packed_logps
+from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prompt_cache import Prompt
 
 ABSOLUTE = BoxFormat()
@@ -181,10 +181,8 @@ def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compute_logps", "variant"), [
-    (completion_logps, ""), (completion_logps, "long"), (packed_logps, ""),
-    (packed_logps, "checkpointed")])
-def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, compute_logps, variant):
+@pytest.mark.parametrize("variant", ["", "long", "checkpointed"])
+def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, variant):
     model, processor, box_format = family
     language = model.model.language_model
     torch.manual_seed(0)
@@ -198,7 +196,7 @@ def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, compute_l
     prompt_index, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
     ids = torch.randint(20, 600, (5, 9))
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
-    logps, entropies = compute_logps(model, prompts, prompt_index, ids, mask,
+    logps, entropies = completion_logps(model, prompts, prompt_index, ids, mask,
                                      processor.image_token_id)
     weights = torch.randn(5, 9) * mask
     model.zero_grad()

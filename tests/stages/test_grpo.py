@@ -434,14 +434,14 @@ def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypa
 def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, make_trainer, monkeypatch):
     trainer = make_trainer(tmp_path, beta=0.1, gradient_accumulation_steps=4, max_steps=1,
                            gradient_checkpointing=True)
-    stock, rows_with_gradient, rows_without = trainer_module.packed_logps, [], []
+    stock, rows_with_gradient, rows_without = trainer_module.completion_logps, [], []
 
     def record_rows(*arguments):
         rows = rows_with_gradient if torch.is_grad_enabled() else rows_without
         rows.append(len(arguments[3]))
         return stock(*arguments)
 
-    monkeypatch.setattr(trainer_module, "packed_logps", record_rows)
+    monkeypatch.setattr(trainer_module, "completion_logps", record_rows)
     trainer.is_checked = True
     trainer.train()
     assert rows_without == [8] * 4 == rows_with_gradient

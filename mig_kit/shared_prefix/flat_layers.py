@@ -1,0 +1,390 @@
+"""A language model's layers over the tokens of all rows, one behind the other, on a CPU.
+
+transformers pads rows to the longest one, and every LoRA adapter, activation and norm writes its
+intermediate results to memory several times. Here no token is padding, layers with the same input
+are one product, backward passes are written out, and the last layer computes only the states that
+are asked for. Outputs and gradients are those of transformers and PEFT, but for rounding.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 192  # tokens of a prompt whose scores are computed at a time
+
+
+class Group(NamedTuple):
+    """A prompt's tokens, and those of its completions right behind it; lengths in tokens.
+
+    A completion attends to the prompt and to itself.
+    """
+
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt and all completions."""
+        return self.prompt + sum(self.completions)
+
+
+def can_read_flat(model) -> bool:
+    """Do the layers of this model consist of what `read_flat` computes, on a CPU?
+
+    Weights must be frozen, or LoRA adapters of the plain kind without dropout, one to a layer.
+    """
+    layers = model.model.language_model.layers
+    names = {name.rpartition(".")[2] for name, _ in layers[0].named_modules()}
+    trained = [name for name, weight in layers.named_parameters() if weight.requires_grad]
+    adapted = [layer for layer in layers.modules() if "lora_A" in dict(layer.named_children())]
+    return (model.device.type == "cpu" and {"q_proj", "gate_proj"} <= names
+            and not {"experts", "linear_attn"} & names
+            and all(".lora_A." in name or ".lora_B." in name for name in trained)
+            and not any(isinstance(module, torch.nn.Dropout) and module.p
+                        for module in layers.modules())
+            and not any(len(layer.active_adapters) > 1 or layer.lora_variant
+                        or any(layer.lora_bias.values()) for layer in adapted))
+
+
+def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.Tensor,
+              groups: Sequence[Group], deepstack: Sequence[torch.Tensor] = (),
+              is_image: torch.Tensor | None = None) -> torch.Tensor:
+    """embeds (tokens, hidden) -> normed states (asked for, hidden): in each group those of the
+    prompt's last token and of all completions' tokens, in sequence.
+
+    positions: (3, tokens). groups: of all tokens, in sequence. deepstack: what is added behind the
+    first layers, each (image tokens, hidden), where is_image (tokens,) is true.
+    """
+    cosines, sines = (angles[0] for angles in language.rotary_emb(embeds, positions[:, None]))
+    asked_for = torch.cat([torch.arange(first + group.prompt - 1, first + group.tokens)
+                           for first, group in _places(groups)])
+    hidden, last = embeds, len(language.layers) - 1
+    is_checkpointed = language.training and language.layers[0].gradient_checkpointing
+    for index, layer in enumerate(language.layers):
+        chosen = asked_for if index == last and len(deepstack) <= last else None
+        arguments = layer, hidden, cosines, sines, groups, chosen
+        if is_checkpointed and torch.is_grad_enabled():
+            hidden = checkpoint(_run_layer, *arguments, use_reentrant=False)
+        else:
+            hidden = _run_layer(*arguments)
+        if index < len(deepstack):
+            hidden = hidden + torch.zeros_like(hidden).masked_scatter(
+                is_image[:, None], deepstack[index].to(hidden.dtype))
+    hidden = hidden if len(hidden) == len(asked_for) else hidden[asked_for]
+    return _norm(language.norm, hidden)
+
+
+def _places(groups: Sequence[Group]) -> Iterator[tuple[int, Group]]:
+    """Each group and the index of its first token."""
+    first = 0
+    for group in groups:
+        yield first, group
+        first += group.tokens
+
+
+def _run_layer(layer: torch.nn.Module, hidden: torch.Tensor, cosines: torch.Tensor,
+               sines: torch.Tensor, groups: Sequence[Group],
+               chosen: torch.Tensor | None) -> torch.Tensor:
+    """A decoder layer: (tokens, hidden) -> (tokens, hidden), or only the tokens `chosen`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = _norm(layer.input_layernorm, hidden)
+    if chosen is None:
+        q, k, v = _project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+    else:
+        k, v = _project(normed, attention.k_proj, attention.v_proj)
+        few, = _project(normed[chosen], attention.q_proj)
+        q = few.new_zeros(len(normed), few.shape[1]).index_copy(0, chosen, few)
+    q, k, v = (heads.unflatten(1, (-1, attention.head_dim)) for heads in (q, k, v))
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = _Rotation.apply(q, cosines, sines), _Rotation.apply(k, cosines, sines)
+    mixed = _Attention.apply(q, k, v, attention.scaling, groups, chosen is not None)
+    if chosen is not None:
+        hidden, mixed = hidden[chosen], mixed[chosen]
+    hidden = hidden + _project(mixed, attention.o_proj)[0]
+    normed = _norm(layer.post_attention_layernorm, hidden)
+    gated = _GatedSilu.apply(*_project(normed, mlp.gate_proj, mlp.up_proj))
+    return hidden + _project(gated, mlp.down_proj)[0]
+
+
+def _norm(module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    return _RMSNorm.apply(hidden, module.weight, module.variance_epsilon)
+
+
+def _project(inputs: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """(tokens, inputs) -> each layer's outputs (tokens, outputs)."""
+    is_cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if is_cast else inputs.dtype
+    adapters = [_adapter_of(layer) for layer in layers]
+    down = [a.to(dtype) for a, _, _ in adapters if a is not None]
+    up = [b.to(dtype) for _, b, _ in adapters if b is not None]
+    scales = [scale for *_, scale in adapters]
+    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    with torch.autocast("cpu", enabled=False):
+        return _Projection.apply(inputs.to(dtype), bases, scales,
+                                 torch.cat(down) if down else None, *up)
+
+
+def _adapter_of(layer: torch.nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    """(lora_A, lora_B, scale) of the adapter that is in use; None, None, 0 without one."""
+    if "lora_A" not in dict(layer.named_children()) or layer.disable_adapters or layer.merged:
+        return None, None, 0.0
+    name, = layer.active_adapters
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+def _plain_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The frozen weight of a layer, (outputs, inputs); a 4-bit one is dequantised."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight.data.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight.data, state).to(dtype)
+
+
+class _Projection(torch.autograd.Function):
+    """Frozen layers with the same input, and their adapters: x W^T + bias + scale * x A^T B^T.
+
+    down: the adapters' A, one below the other; up: their B. A layer whose scale is 0 has none.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, bases, scales, down, *up):
+        inner = None if down is None else inputs @ down.T
+        ctx.save_for_backward(inputs, inner, down, *up)
+        ctx.bases, ctx.scales = bases, scales
+        low, b = _inner_parts(inner, up), iter(up)
+        outputs = []
+        for base, scale in zip(bases, scales):
+            weight = _plain_weight(base, inputs.dtype)
+            result = (inputs @ weight.T if base.bias is None else
+                      torch.addmm(base.bias.data.to(inputs.dtype), inputs, weight.T))
+            if scale:
+                result.addmm_(next(low), next(b).T, alpha=scale)
+            outputs.append(result)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        inputs, inner, down, *up = ctx.saved_tensors
+        grad_inputs, grad_inner, grad_up = None, [], []
+        low, b = _inner_parts(inner, up), iter(up)
+        for base, scale, grad in zip(ctx.bases, ctx.scales, grads):
+            if ctx.needs_input_grad[0]:
+                weight = _plain_weight(base, inputs.dtype)
+                grad_inputs = (grad @ weight if grad_inputs is None
+                               else grad_inputs.addmm_(grad, weight))
+            if scale:
+                grad_up.append((grad.T @ next(low)).mul_(scale))
+                grad_inner.append((grad @ next(b)).mul_(scale))
+        if down is None:
+            return grad_inputs, None, None, None
+        grad_inner = grad_inner[0] if len(grad_inner) == 1 else torch.cat(grad_inner, 1)
+        if grad_inputs is not None:
+            grad_inputs.addmm_(grad_inner, down)
+        return grad_inputs, None, None, grad_inner.T @ inputs, *grad_up
+
+
+def _inner_parts(inner: torch.Tensor | None, up: Sequence[torch.Tensor]) -> Iterator:
+    return iter(()) if inner is None else iter(inner.split([b.shape[1] for b in up], 1))
+
+
+class _RMSNorm(torch.autograd.Function):
+    """hidden / root of its mean square * weight, in float32 as transformers computes it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, epsilon):
+        wide = hidden.float()
+        inverse = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt_()
+        ctx.save_for_backward(hidden, weight, inverse)
+        return weight * (wide * inverse).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, inverse = ctx.saved_tensors
+        normed = hidden.float() * inverse
+        scaled = grad.float() * weight.float()
+        projected = (scaled * normed).mean(-1, keepdim=True)
+        return (scaled.addcmul_(normed, projected, value=-1).mul_(inverse).to(hidden.dtype),
+                None, None)
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
+
+
+class _Rotation(torch.autograd.Function):
+    """Turn heads (tokens, heads, width) by their positions' angles.
+
+    cosines, sines: (tokens, width), whose halves are equal.
+    """
+
+    @staticmethod
+    def forward(ctx, heads, cosines, sines):
+        ctx.save_for_backward(cosines, sines)
+        return _turn(heads, cosines, sines, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _turn(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
+          sign: int) -> torch.Tensor:
+    half = heads.shape[2] // 2
+    cosines, sines = (angles[:, None].to(heads.dtype) for angles in (cosines, sines))
+    sines = torch.cat([-sines[..., :half], sines[..., half:]], -1)
+    return (heads * cosines).addcmul_(heads.roll(half, -1), sines, value=sign)
+
+
+class _Attention(torch.autograd.Function):
+    """q (tokens, heads, width); k, v (tokens, kv_heads, width) -> mixed values (tokens, heads *
+    width).
+
+    only_asked_for: of a prompt's tokens the last alone is computed; the others stay undefined.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, groups, only_asked_for):
+        tokens, heads, width = q.shape
+        # heads that share keys lie side by side: (kv_heads, shared, tokens, width)
+        q = (q * scale).unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).contiguous()
+        k, v = (values.transpose(0, 1).contiguous() for values in (k, v))
+        mixed = torch.empty_like(q)
+        parts = list(_parts(groups, only_asked_for))
+        ctx.save_for_backward(q, k, v, *[part.forward(q, k, v, mixed) for part in parts])
+        ctx.parts, ctx.scale = parts, scale
+        return mixed.permute(2, 0, 1, 3).reshape(tokens, -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        grad = grad.view(q.shape[2], *q.shape[:2], -1).permute(1, 2, 0, 3).contiguous()
+        grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for part, weights in zip(ctx.parts, kept):
+            part.backward(q, k, v, weights, grad, *grads)
+        grad_q, grad_k, grad_v = grads
+        grad_q = grad_q.mul_(ctx.scale).flatten(0, 1).transpose(0, 1)
+        return grad_q, grad_k.transpose(0, 1), grad_v.transpose(0, 1), None, None, None
+
+
+def _parts(groups: Sequence[Group], only_asked_for: bool) -> Iterator:
+    """What attends together: blocks of a prompt, and a prompt's completions.
+
+    A single completion simply goes on where its prompt ends.
+    """
+    for first, group in _places(groups):
+        is_single = len(group.completions) == 1
+        prompt_end = first + group.prompt
+        end = first + group.tokens if is_single else prompt_end
+        start = prompt_end - 1 if only_asked_for else first
+        for row in range(start, end, BLOCK):
+            yield _Block(slice(row, min(row + BLOCK, end)), slice(first, min(row + BLOCK, end)))
+        if not is_single:
+            yield _Completions(slice(first, prompt_end), group.completions)
+
+
+class _Block(NamedTuple):
+    """Tokens of a prompt, `rows`, which attend to those before them, `past`, themselves included.
+    """
+
+    rows: slice
+    past: slice
+
+    def forward(self, q, k, v, mixed):
+        queries = q[:, :, self.rows]
+        scores = queries.flatten(1, 2) @ k[:, self.past].transpose(1, 2)
+        size = queries.shape[2]
+        scores.view(*queries.shape[:3], -1)[..., -size:] += _future(size, q.dtype)
+        weights = scores.softmax(-1)
+        mixed[:, :, self.rows] = (weights @ v[:, self.past]).view(queries.shape)
+        return weights
+
+    def backward(self, q, k, v, weights, grad, grad_q, grad_k, grad_v):
+        queries, grad = q[:, :, self.rows], grad[:, :, self.rows].flatten(1, 2)
+        grad_v[:, self.past] += weights.transpose(1, 2) @ grad
+        grad_scores = torch._softmax_backward_data(
+            grad @ v[:, self.past].transpose(1, 2), weights, -1, weights.dtype)
+        grad_q[:, :, self.rows] = (grad_scores @ k[:, self.past]).view(queries.shape)
+        grad_k[:, self.past] += grad_scores.transpose(1, 2) @ queries.flatten(1, 2)
+
+
+class _Completions(NamedTuple):
+    """The completions of a prompt, which attend to it, and each to itself."""
+
+    prompt: slice
+    lengths: tuple[int, ...]
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(completions, tokens of the longest): each token's index, and whether it is one."""
+        lengths = torch.tensor(self.lengths)
+        order = torch.arange(max(self.lengths))
+        is_token = order < lengths[:, None]
+        starts = self.prompt.stop + lengths.cumsum(0) - lengths
+        last = self.prompt.stop + sum(self.lengths) - 1
+        return (starts[:, None] + order).clamp(max=last), is_token
+
+    def forward(self, q, k, v, mixed):
+        places, is_token = self.places()
+        queries, keys, values = q[:, :, places], k[:, places], v[:, places]
+        kv_heads, shared, n, longest, width = queries.shape
+        prompt_keys, prompt_values = k[:, self.prompt], v[:, self.prompt]
+        to_prompt = queries.flatten(1, 3) @ prompt_keys.transpose(1, 2)
+        # (kv_heads, n, shared * longest, width)
+        by_row = queries.transpose(1, 2).flatten(2, 3)
+        to_own = (by_row @ keys.transpose(2, 3)).unflatten(2, (shared, longest)).transpose(1, 2)
+        to_own = to_own + _future(longest, q.dtype)
+        scores = torch.cat([to_prompt.unflatten(1, (shared, n, longest)), to_own], -1)
+        weights = scores.softmax(-1)
+        prompt_weights, own_weights = weights.split([prompt_keys.shape[1], longest], -1)
+        result = (prompt_weights.flatten(1, 3) @ prompt_values).view(queries.shape)
+        own = own_weights.transpose(1, 2).flatten(2, 3) @ values
+        result += own.unflatten(2, (shared, longest)).transpose(1, 2)
+        mixed[:, :, places[is_token]] = result[:, :, is_token]
+        return weights
+
+    def backward(self, q, k, v, weights, grad, grad_q, grad_k, grad_v):
+        places, is_token = self.places()
+        queries, keys, values = q[:, :, places], k[:, places], v[:, places]
+        grad = grad[:, :, places] * is_token[..., None]
+        kv_heads, shared, n, longest, width = queries.shape
+        prompt_keys, prompt_values = k[:, self.prompt], v[:, self.prompt]
+        prompt_weights, own_weights = weights.split([prompt_keys.shape[1], longest], -1)
+        grad_flat, grad_by_row = grad.flatten(1, 3), grad.transpose(1, 2).flatten(2, 3)
+        by_row = queries.transpose(1, 2).flatten(2, 3)
+        own_weights = own_weights.transpose(1, 2).flatten(2, 3)
+        grad_v[:, self.prompt] += prompt_weights.flatten(1, 3).transpose(1, 2) @ grad_flat
+        own_grad_v = own_weights.transpose(2, 3) @ grad_by_row
+        from_prompt = (grad_flat @ prompt_values.transpose(1, 2)).unflatten(1, (shared, n, longest))
+        from_own = (grad_by_row @ values.transpose(2, 3)).unflatten(2, (shared, longest))
+        grad_scores = torch._softmax_backward_data(
+            torch.cat([from_prompt, from_own.transpose(1, 2)], -1), weights, -1, weights.dtype)
+        to_prompt, to_own = grad_scores.split([prompt_keys.shape[1], longest], -1)
+        to_prompt, to_own = to_prompt.flatten(1, 3), to_own.transpose(1, 2).flatten(2, 3)
+        result = (to_prompt @ prompt_keys).view(queries.shape)
+        result += (to_own @ keys).unflatten(2, (shared, longest)).transpose(1, 2)
+        grad_q[:, :, places[is_token]] = result[:, :, is_token]
+        grad_k[:, self.prompt] += to_prompt.transpose(1, 2) @ queries.flatten(1, 3)
+        own_grad_k = to_own.transpose(2, 3) @ by_row
+        grad_k[:, places[is_token]] = own_grad_k[:, is_token]
+        grad_v[:, places[is_token]] = own_grad_v[:, is_token]
+
+
+def _future(tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """(tokens, tokens), added to scores: nothing at a token and those before it."""
+    lowest = torch.finfo(dtype).min / 2
+    return torch.full((tokens, tokens), lowest, dtype=dtype).triu_(1)
