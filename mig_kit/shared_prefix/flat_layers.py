@@ -316,11 +316,11 @@ class _Block(NamedTuple):
 
     def backward(self, q, k, v, weights, grad, grad_q, grad_k, grad_v):
         queries, grad = q[:, :, self.rows], grad[:, :, self.rows].flatten(1, 2)
-        grad_v[:, self.past] += weights.transpose(1, 2) @ grad
+        grad_v[:, self.past] += _transposed_product(weights, grad)
         grad_scores = torch._softmax_backward_data(
             grad @ v[:, self.past].transpose(1, 2), weights, -1, weights.dtype)
         grad_q[:, :, self.rows] = (grad_scores @ k[:, self.past]).view(queries.shape)
-        grad_k[:, self.past] += grad_scores.transpose(1, 2) @ queries.flatten(1, 2)
+        grad_k[:, self.past] += _transposed_product(grad_scores, queries.flatten(1, 2))
 
 
 class _Completions(NamedTuple):
@@ -367,8 +367,8 @@ class _Completions(NamedTuple):
         grad_flat, grad_by_row = grad.flatten(1, 3), grad.transpose(1, 2).flatten(2, 3)
         by_row = queries.transpose(1, 2).flatten(2, 3)
         own_weights = own_weights.transpose(1, 2).flatten(2, 3)
-        grad_v[:, self.prompt] += prompt_weights.flatten(1, 3).transpose(1, 2) @ grad_flat
-        own_grad_v = own_weights.transpose(2, 3) @ grad_by_row
+        grad_v[:, self.prompt] += _transposed_product(prompt_weights.flatten(1, 3), grad_flat)
+        own_grad_v = _transposed_product(own_weights, grad_by_row)
         from_prompt = (grad_flat @ prompt_values.transpose(1, 2)).unflatten(1, (shared, n, longest))
         from_own = (grad_by_row @ values.transpose(2, 3)).unflatten(2, (shared, longest))
         grad_scores = torch._softmax_backward_data(
@@ -378,10 +378,17 @@ class _Completions(NamedTuple):
         result = (to_prompt @ prompt_keys).view(queries.shape)
         result += (to_own @ keys).unflatten(2, (shared, longest)).transpose(1, 2)
         grad_q[:, :, places[is_token]] = result[:, :, is_token]
-        grad_k[:, self.prompt] += to_prompt.transpose(1, 2) @ queries.flatten(1, 3)
-        own_grad_k = to_own.transpose(2, 3) @ by_row
+        grad_k[:, self.prompt] += _transposed_product(to_prompt, queries.flatten(1, 3))
+        own_grad_k = _transposed_product(to_own, by_row)
         grad_k[:, places[is_token]] = own_grad_k[:, is_token]
         grad_v[:, places[is_token]] = own_grad_v[:, is_token]
+
+
+def _transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left^T @ right, (..., past, width), for a left (..., rows, past) and a right (..., rows,
+    width). A product copies what it transposes, and the right is smaller.
+    """
+    return (right.transpose(-1, -2) @ left).transpose(-1, -2)
 
 
 def _future(tokens: int, dtype: torch.dtype) -> torch.Tensor:
