@@ -64,8 +64,11 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
         return read_flat(language, inputs["inputs_embeds"][0], packed.positions[:, 0],
                          packed.groups, inputs.get("deepstack_visual_embeds", ()), is_image[0]
                          )[packed.state_columns]
-    output = language(**inputs, attention_mask=additive_mask(packed.is_allowed(), embeds.dtype),
-                      position_ids=packed.positions, use_cache=False)
+    # with one completion to each prompt, the past is all that a token may see
+    is_causal = all(len(group.completions) == 1 for group in packed.groups)
+    is_allowed = None if is_causal else additive_mask(packed.is_allowed(), embeds.dtype)
+    output = language(**inputs, attention_mask=is_allowed, position_ids=packed.positions,
+                      use_cache=False)
     return output.last_hidden_state[packed.state_rows, packed.state_columns]
 
 

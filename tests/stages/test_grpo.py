@@ -13,11 +13,12 @@ from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou, to_model_box
 from mig_kit.engine import models, recipe_trainer, reward_loading, rollout_log, training
-from mig_kit.engine.sample_prompts import SampleCache
+from mig_kit.engine.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.shared_prefix import generation
 from mig_kit.shared_prefix import trainer as trainer_module
+from mig_kit.shared_prefix.prompt_cache import PromptCache
 from mig_kit.stages import grpo
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
@@ -470,9 +471,13 @@ def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
 
 def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
     cache = SampleCache(random_model, processor, BOX_FORMAT)
+    source = prompt_source(processor, BOX_FORMAT, samples[0])
+    text = source.render().replace("<|image_pad|>", "", 1)
+    with pytest.raises(ValueError, match="image tokens but the images give"):
+        PromptCache.get(cache, [replace(source, render=lambda: text)])
     no_image = [{"role": "user", "content": "no image here"}]
     monkeypatch.setattr("mig_kit.engine.processors.chat_messages", lambda *_: no_image)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="has 0 places for its 2 images"):
         cache.get(samples[:2])
 
 
