@@ -107,12 +107,14 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
     The parts that an update is computed in are then padded little. Which rows an update learns from
     is as random as without the sorting. lengths: of the rows; size: rows of an update; fillers: how
-    many of the last rows are to come last in every pass.
+    many of the last rows are to come last in every pass. batch, processes: rows of a batch, and
+    processes that take batches in turn; those that are computed side by side get like lengths.
     """
 
-    def __init__(self, lengths: list[int], size: int, seed: int, fillers: int = 0):
+    def __init__(self, lengths: list[int], size: int, seed: int, fillers: int = 0, batch: int = 1,
+                 processes: int = 1):
         self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
-        self.fillers = fillers
+        self.fillers, self.batch, self.processes = fillers, batch, processes
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -125,7 +127,12 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         rows = len(self.lengths) - self.fillers
         for update in torch.randperm(rows, generator=generator).split(self.size):
-            yield from sorted(update.tolist(), key=lambda row: self.lengths[row])
+            in_order = sorted(update.tolist(), key=lambda row: self.lengths[row])
+            side_by_side = self.batch * self.processes
+            for start in range(0, len(in_order), side_by_side):
+                together = in_order[start:start + side_by_side]
+                for process in range(self.processes):
+                    yield from together[process::self.processes]
         yield from range(rows, len(self.lengths))
 
 
@@ -209,7 +216,8 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         if args.world_size == 1:
             return LengthGroupedSampler(rows["length"][:], size, args.data_seed)
         fillers = len(rows) - len(rows.table)
-        return LengthGroupedSampler(rows.lengths, size, args.data_seed, fillers)
+        return LengthGroupedSampler(rows.lengths, size, args.data_seed, fillers,
+                                    args.per_device_train_batch_size, args.world_size)
 
 
 def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str], folder: Path,

@@ -196,6 +196,16 @@ def test_like_lengths_are_together_within_an_update_only():
     assert [set(first[:10]), set(first[10:20])] == [set(shuffled[:10]), set(shuffled[10:20])]
 
 
+def test_processes_get_like_lengths_side_by_side():
+    lengths = list(range(20))
+    rows = list(sft.LengthGroupedSampler(lengths, 8, seed=3, batch=2, processes=2))
+    alone = list(sft.LengthGroupedSampler(lengths, 8, seed=3))
+    for start in (0, 8):
+        a, b, c, d, e, f, g, h = alone[start:start + 8]
+        assert rows[start:start + 8] == [a, c, b, d, e, g, f, h]
+    assert sorted(rows) == lengths
+
+
 def test_rows_are_filled_up_for_several_processes_with_rows_that_teach_nothing(
         tmp_path, make_trainer, rows):
     table = sft.sft_table(*rows, BOX_FORMAT).select(range(18))
