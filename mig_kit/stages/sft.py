@@ -177,7 +177,8 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         """The mean over num_items_in_batch tokens, those of all parts of the update."""
         mask = inputs["labels"] != -100
         rows = mask.any(1)
-        if not rows.any():
+        if not rows.any():  # of several processes one has fillers alone
+            self._log_figures(torch.zeros(0, 1), torch.zeros(0), 0)
             return torch.zeros((), device=mask.device, requires_grad=True)
         ids, mask = inputs["labels"][rows].clamp(min=0), mask[rows]
         prompts = self.cache.get([self.samples[row] for row in inputs["row"][rows].tolist()])
@@ -194,10 +195,16 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         return loss
 
     def _log_figures(self, logits: torch.Tensor, targets: torch.Tensor, prompt_tokens: int) -> None:
-        logged, logps = self._metrics["train"], logits.log_softmax(-1)
-        logged["entropy"].append(-(logps.exp() * logps).sum(-1).mean().item())
-        logged["mean_token_accuracy"].append((logits.argmax(-1) == targets).float().mean().item())
-        self._total_train_tokens += prompt_tokens + len(targets)
+        """Entropy and share of right tokens, of all processes together."""
+        logps = logits.log_softmax(-1)
+        sums = torch.stack([-(logps.exp() * logps).sum(), (logits.argmax(-1) == targets).sum(),
+                            torch.tensor(len(targets)), torch.tensor(prompt_tokens)])
+        sums = self.accelerator.gather(sums.to(self.accelerator.device)[None]).sum(0).tolist()
+        entropy, n_correct, n_targets, prompt_tokens = sums
+        logged = self._metrics["train"]
+        logged["entropy"].append(entropy / max(1, n_targets))
+        logged["mean_token_accuracy"].append(n_correct / max(1, n_targets))
+        self._total_train_tokens += int(prompt_tokens + n_targets)
         logged["num_tokens"] = [self._total_train_tokens]
 
     def training_step(self, *args, **kwargs):
