@@ -218,7 +218,7 @@ def group_grounding(rng: random.Random, world: World) -> SampleSpec:
     """Three to five images; find the named object, which only one of them shows."""
     scenes, k, name = make_scenes_with_holder(rng, world, 3, 5)
     question = rng.choice([f"Find the {name}.", f"Which image shows the {name}? Find it.",
-                           f"One image has a {name}. Where is it?"])
+                           f"One image shows the {name}. Where is it?"])
     return SampleSpec(scenes, question, [(k, name)], f"{name}: image {k}.",
                       list_image_notes(scenes))
 
@@ -298,6 +298,15 @@ def correspondence(rng: random.Random, world: World) -> SampleSpec:
 TASKS: dict[str, TaskFunction] = {task.__name__: task for task in (
     diff, view_diff, common_object, object_tracking, multi_view, region, refer_grounding,
     group_grounding, reasoning, correspondence)}
+
+PAIR_TASKS = ("diff", "view_diff", "refer_grounding", "reasoning", "correspondence")
+
+
+def add_bystanders(rng: random.Random, spec: SampleSpec, world: World) -> SampleSpec:
+    """The spec with one or two images behind its own, which the question does not ask about."""
+    extra = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
+             for _ in range(rng.randint(1, 2))]
+    return replace(spec, scenes=[*spec.scenes, *extra])
 
 
 def owning_split(spec: SampleSpec) -> str:
