@@ -7,7 +7,7 @@ Only the questions of MIG-Bench are asked in a training split too.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -240,6 +240,9 @@ def _draw_unseen(split: str, index: int, seed: int) -> SampleSpec:
     return make_spec(TASKS[name], f"unseen/{name}", split, index, seed, world)
 
 
+WORLDS = (World(),)
+# Candidates for RL: in every second one, objects are too small for most boxes to be right.
+CANDIDATE_WORLDS = (World(), World(sides=(5, 12)))
 FIND_ALL_DRAWS = _seen(FIND_ALL, "find_all/")
 # The names of suites and tasks stand in the ids of samples and in the seeds that they are drawn
 # with. A drawn world is no benchmark, so the titles say "(drawn)".
@@ -296,44 +299,48 @@ def _iter_tasks(suite: str, tasks: Mapping[str, Draw], split: str, per_task: int
             for task, draw in tasks.items() for index in range(per_task))
 
 
-def iter_free_form(split: str, per_task: int, seed: int = 0,
-                   boxes: int | None = None) -> Iterator[Sample]:
+def iter_free_form(split: str, per_task: int, seed: int = 0, boxes: int | None = None,
+                   worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
     """General questions beside the ten tasks, as MGrounding-630k has them: `per_task` of a kind,
     drawn as they are asked for.
 
-    boxes: how many of each kind in BOX_FORMS; None for `per_task`.
+    boxes: how many of each kind in BOX_FORMS; None for `per_task`. worlds: drawn from in turn.
     """
     for task, task_function in FREE_FORM.items():
         count = boxes if boxes is not None and task in BOX_FORMS else per_task
         for index in range(count):
-            spec = make_spec(task_function, task, split, index, seed, World())
+            spec = make_spec(task_function, task, split, index, seed, worlds[index % len(worlds)])
             yield render_sample(spec, "free_form", task, split, index)
 
 
 def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: int,
-                      boxes: int | None = None, find_all_per_task: int = 0) -> Iterator[Sample]:
+                      boxes: int | None = None, find_all_per_task: int = 0,
+                      worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
     """What the stages train on, drawn as they are asked for: the ten tasks, general questions and
     questions for all boxes.
 
     boxes: how many general questions of each kind that asks for a box; None for
-    `free_form_per_task`.
+    `free_form_per_task`. worlds: what the tasks and general questions are drawn from, in turn.
     """
-    yield from iter_task_samples(split, per_task, seed)
-    yield from iter_free_form(split, free_form_per_task, seed, boxes)
+    yield from iter_task_samples(split, per_task, seed, worlds)
+    yield from iter_free_form(split, free_form_per_task, seed, boxes, worlds)
     # not through SUITES: a suite more would make stage 01 stale
     yield from _iter_tasks("find_all", FIND_ALL_DRAWS, split, find_all_per_task, seed)
 
 
-def iter_task_samples(split: str, per_task: int, seed: int) -> Iterator[Sample]:
-    """`per_task` samples of each of the ten tasks, drawn as they are asked for.
+def iter_task_samples(split: str, per_task: int, seed: int,
+                      worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
+    """`per_task` samples of each of the ten tasks, drawn as they are asked for, from `worlds` in
+    turn.
 
     A third of the questions about images 1 and 2 has one or two images more, which it does not ask
     about: otherwise the number of images alone would nearly tell the task.
     """
     for task, task_function in TASKS.items():
         for index in range(per_task):
-            spec = make_spec(task_function, task, split, index, seed, World())
+            world = worlds[index % len(worlds)]
+            spec = make_spec(task_function, task, split, index, seed, world)
             if task in PAIR_TASKS and index % 3 == 2:
                 rng = random.Random(f"{seed}/bystanders/{task}/{split}/{index}")
-                spec = add_bystanders(rng, spec, World())
+                spec = add_bystanders(rng, spec, world)
             yield render_sample(spec, "mig_bench", task, split, index)
