@@ -251,16 +251,16 @@ SUITES = {
     "ood_grounding": Suite(
         "out of domain (drawn)",
         _seen({"lisa": lisa_like, "revos": revos_like, "mc_bench": mc_bench_like})
-        | {"unseen": _draw_unseen}, "ood_per_task", 100),
+        | {"unseen": _draw_unseen}, "ood_per_task", 200),
     "blink": Suite(
         "BLINK-like (drawn)",
         _seen({"counting": count_colour, "jigsaw": jigsaw,
                "visual_correspondence": visual_correspondence, "relations": relations}),
-        "blink_per_task", 60),
+        "blink_per_task", 200),
     "mmiu": Suite(
         "MMIU-like (drawn)",
         _seen({"order": frame_order, "retrieval": retrieval, "change": find_change}),
-        "mmiu_per_task", 80),
+        "mmiu_per_task", 260),
     "find_all": Suite("none, one or several (drawn)", FIND_ALL_DRAWS,
                       "find_all_per_task", 0)}
 OUT_OF_DOMAIN = "ood_grounding"
