@@ -3,7 +3,7 @@
 With them the model keeps answering with a letter where it is asked to choose, and keeps reading the
 question: the number of images alone nearly tells the ten tasks apart. No suite asks one of them
 word for word, but some are near: "choosing" to questions about changes and shapes, "pointing" to
-the image pairs, "telling" to the single images, "tallying" to counting.
+the image pairs, "telling" to the single images, "tallying" to counting, "checking" to relations.
 
 Questions for all boxes (FIND_ALL) are asked where a parameter says how many:
 `train_find_all_per_task` of 01, `find_all_per_task` of 06. Their three kinds share questions and
@@ -121,15 +121,39 @@ def locate_described(rng: random.Random, world: World) -> SampleSpec:
                       [list_image_note(k, scenes[k - 1])])
 
 
-def count_objects(rng: random.Random, world: World) -> SampleSpec:
-    """How many objects are in image k."""
-    scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
+def check_named(rng: random.Random, world: World) -> SampleSpec:
+    """Whether image k shows the named object; half of the time it does."""
+    appearances = world.pick_appearances(rng, 7)
+    scenes = [world.arrange_scene(rng, rng.sample(appearances, rng.randint(2, 4)))
               for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
-    total = len(scenes[k - 1].objects)
+    is_shown = rng.random() < 0.5
+    visible = scenes[k - 1].names()
+    name = rng.choice([name for name in map(object_name, appearances)
+                       if (name in visible) == is_shown])
+    finding = f"{name}: {'yes' if is_shown else 'no'}."
+    return SampleSpec(scenes, f"Is the {name} in image {k}?", [], finding,
+                      [list_image_note(k, scenes[k - 1])], options=("yes", "no"),
+                      letter="A" if is_shown else "B")
+
+
+def count_objects(rng: random.Random, world: World) -> SampleSpec:
+    """How many objects, or objects of a shape, are in image k."""
+    k = rng.randint(1, rng.randint(1, 3))
+    by_shape, wanted = rng.random() < 0.5, rng.randint(1, 2)
+    while True:
+        scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
+                  for _ in range(rng.randint(k, 3))]
+        shapes = [obj.shape for obj in scenes[k - 1].objects]
+        shape = rng.choice(shapes)
+        if not by_shape or shapes.count(shape) == wanted:
+            break
+    word, total = "things", len(shapes)
+    if by_shape:
+        word, total = f"{shape}{'es' if shape.endswith('s') else 's'}", shapes.count(shape)
     wrong = rng.sample([str(count) for count in range(1, 5) if count != total], 2)
     options, letter = shuffle_options(rng, str(total), wrong)
-    return SampleSpec(scenes, f"How many things are in image {k}?", [], f"things: {total}.",
+    return SampleSpec(scenes, f"How many {word} are in image {k}?", [], f"{word}: {total}.",
                       [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
 
 
@@ -157,7 +181,7 @@ def find_named(rng: random.Random, world: World, fewest: int, most: int) -> Samp
 FREE_FORM: dict[str, TaskFunction] = {
     "naming": name_object, "showing": find_image, "sharing": common_to_all,
     "choosing": task_as_choice, "pointing": locate_named, "telling": locate_described,
-    "tallying": count_objects}
+    "tallying": count_objects, "checking": check_named}
 BOX_FORMS = ("pointing", "telling")  # the kinds whose answer is a box
 FIND_ALL: dict[str, TaskFunction] = {
     "in_none": partial(find_named, fewest=0, most=0),
