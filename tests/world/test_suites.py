@@ -7,7 +7,7 @@ import pytest
 from mig_kit.prompts import LETTERS
 from mig_kit.world import suites
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
-from mig_kit.world.tasks import TASKS
+from mig_kit.world.tasks import PAIR_TASKS, TASKS
 
 
 def assert_sound(sample):
@@ -37,7 +37,7 @@ def test_an_unknown_suite_is_one_sentence():
 
 
 def test_the_training_mix_counts_boxes_apart():
-    samples = suites.iter_training_mix("rl", 2, 3, 0, 1)
+    samples = list(suites.iter_training_mix("rl", 2, 3, 0, 1))
     counts = Counter(sample.task for sample in samples)
     expected = {task: 2 for task in TASKS} | {
         kind: 1 if kind in BOX_FORMS else 3 for kind in FREE_FORM}
@@ -45,3 +45,28 @@ def test_the_training_mix_counts_boxes_apart():
     for sample in samples:
         assert_sound(sample)
         assert bool(sample.options) == (sample.task in set(FREE_FORM) - {*BOX_FORMS})
+
+
+def test_the_number_of_images_does_not_tell_the_task():
+    """A third of the pairs a stage trains on has images that nobody asks about; no test has."""
+    trained = [sample for sample in suites.iter_task_samples("cot", 12, 0)
+               if sample.task in PAIR_TASKS]
+    assert Counter(len(sample.images) > 2 for sample in trained) == {False: 40, True: 20}
+    for sample in trained:
+        assert len(sample.images) <= 4
+        assert sample.targets[0].image == 2
+        assert not any(f"image {number}" in " ".join(sample.notes) for number in (3, 4))
+    tested = suites.make_suite("mig_bench", "test", 6)
+    assert all(len(sample.images) == 2 for sample in tested if sample.task in PAIR_TASKS)
+
+
+def test_objects_of_every_second_candidate_are_small():
+    drawn = suites.iter_training_mix("rl", 4, 2, 0, worlds=suites.CANDIDATE_WORLDS)
+    sides = {True: [], False: []}
+    for sample in drawn:
+        # refer_grounding shows its object large, region asks for a cut-out
+        if sample.targets and sample.task not in ("region", "multi_view", "view_diff"):
+            x1, y1, x2, y2 = sample.targets[0].box
+            is_small = int(sample.id.rpartition("/")[2]) % 2 == 1
+            sides[is_small].append(max(x2 - x1, y2 - y1))
+    assert max(sides[True]) <= 13 and min(sides[False]) >= 13
