@@ -27,23 +27,18 @@ ROWS_AT_ONCE = 8  # rows whose scores are in memory at a time where no gradient 
 def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
               value: torch.Tensor, attention_mask: torch.Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
-              query_columns: torch.Tensor | None = None,
               **kwargs) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """query (rows, heads, tokens, width); key, value (rows, kv_heads, past, width) -> (mixed
     values (rows, tokens, heads, width), weights or None).
 
     attention_mask: (rows, 1, tokens, past), bool (True: is attended to) or added to the scores;
     None: every token attends to all, in a causal module to itself and those before it.
-    query_columns: (rows, slots), for a causal module without a mask: only these tokens are
-    computed, the others are 0.
 
     transformers hands keyword arguments to all layers alike, so a module that differs from others
     says so by an attribute. With `keep_weights` true it also gets its weights (rows, heads, tokens,
     past). With `in_blocks` true a causal module without a mask leaves out most scores of the
     future, however short the rows; its weights are then as in `_attend_in_blocks`.
     """
-    if query_columns is not None:
-        return _attend_from(query_columns, module, query, key, value, scaling), None
     tokens, width, past = query.shape[2], query.shape[3], key.shape[2]
     keep_weights = getattr(module, "keep_weights", False)
     in_blocks = getattr(module, "in_blocks", False)
@@ -81,18 +76,6 @@ def _product_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype that products of this tensor are computed in."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-
-
-def _attend_from(columns: torch.Tensor, module: torch.nn.Module, query: torch.Tensor,
-                 key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """Causal attention of the tokens at `columns` (rows, slots) alone; 0 for all others."""
-    rows, heads, tokens, width = query.shape
-    chosen = query.gather(2, columns[:, None, :, None].expand(-1, heads, -1, width))
-    is_past = torch.arange(tokens, device=key.device) <= columns[..., None]  # rows, slots, tokens
-    mixed, _ = sdpa_attention_forward(module, chosen, key, value, is_past[:, None],
-                                      scaling=scaling)
-    index = columns[..., None, None].expand(-1, -1, heads, width)
-    return mixed.new_zeros(rows, tokens, heads, width).scatter(1, index, mixed)
 
 
 def _attend_few_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,

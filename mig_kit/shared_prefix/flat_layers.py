@@ -34,7 +34,8 @@ class Group(NamedTuple):
 def can_read_flat(model) -> bool:
     """Do the layers of this model consist of what `read_flat` computes, on a CPU?
 
-    Weights must be frozen, or LoRA adapters of the plain kind without dropout, one to a layer.
+    Where gradients are wanted, weights must be frozen, or LoRA adapters of the plain kind without
+    dropout, one to a layer.
     """
     layers = model.model.language_model.layers
     names = {name.rpartition(".")[2] for name, _ in layers[0].named_modules()}
@@ -42,8 +43,9 @@ def can_read_flat(model) -> bool:
     adapted = [layer for layer in layers.modules() if "lora_A" in dict(layer.named_children())]
     return (model.device.type == "cpu" and {"q_proj", "gate_proj"} <= names
             and not {"experts", "linear_attn"} & names
-            and all(".lora_A." in name or ".lora_B." in name for name in trained)
-            and not any(isinstance(module, torch.nn.Dropout) and module.p
+            and not (torch.is_grad_enabled() and any(
+                ".lora_A." not in name and ".lora_B." not in name for name in trained))
+            and not any(isinstance(module, torch.nn.Dropout) and module.p and module.training
                         for module in layers.modules())
             and not any(len(layer.active_adapters) > 1 or layer.lora_variant
                         or any(layer.lora_bias.values()) for layer in adapted))
@@ -51,12 +53,14 @@ def can_read_flat(model) -> bool:
 
 def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.Tensor,
               groups: Sequence[Group], deepstack: Sequence[torch.Tensor] = (),
-              is_image: torch.Tensor | None = None) -> torch.Tensor:
+              is_image: torch.Tensor | None = None,
+              keys_and_values: list | None = None) -> torch.Tensor:
     """embeds (tokens, hidden) -> normed states (asked for, hidden): in each group those of the
     prompt's last token and of all completions' tokens, in sequence.
 
     positions: (3, tokens). groups: of all tokens, in sequence. deepstack: what is added behind the
-    first layers, each (image tokens, hidden), where is_image (tokens,) is true.
+    first layers, each (image tokens, hidden), where is_image (tokens,) is true. keys_and_values:
+    gets those of each layer, (tokens, kv_heads, width) each.
     """
     cosines, sines = (angles[0] for angles in language.rotary_emb(embeds, positions[:, None]))
     asked_for = torch.cat([torch.arange(first + group.prompt - 1, first + group.tokens)
@@ -65,7 +69,7 @@ def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.
     is_checkpointed = language.training and language.layers[0].gradient_checkpointing
     for index, layer in enumerate(language.layers):
         chosen = asked_for if index == last and len(deepstack) <= last else None
-        arguments = layer, hidden, cosines, sines, groups, chosen
+        arguments = layer, hidden, cosines, sines, groups, chosen, keys_and_values
         if is_checkpointed and torch.is_grad_enabled():
             hidden = checkpoint(_run_layer, *arguments, use_reentrant=False)
         else:
@@ -86,8 +90,8 @@ def _places(groups: Sequence[Group]) -> Iterator[tuple[int, Group]]:
 
 
 def _run_layer(layer: torch.nn.Module, hidden: torch.Tensor, cosines: torch.Tensor,
-               sines: torch.Tensor, groups: Sequence[Group],
-               chosen: torch.Tensor | None) -> torch.Tensor:
+               sines: torch.Tensor, groups: Sequence[Group], chosen: torch.Tensor | None,
+               keys_and_values: list | None) -> torch.Tensor:
     """A decoder layer: (tokens, hidden) -> (tokens, hidden), or only the tokens `chosen`."""
     attention, mlp = layer.self_attn, layer.mlp
     normed = _norm(layer.input_layernorm, hidden)
@@ -101,6 +105,8 @@ def _run_layer(layer: torch.nn.Module, hidden: torch.Tensor, cosines: torch.Tens
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = _Rotation.apply(q, cosines, sines), _Rotation.apply(k, cosines, sines)
+    if keys_and_values is not None:
+        keys_and_values.append((k, v))
     mixed = _Attention.apply(q, k, v, attention.scaling, groups, chosen is not None)
     if chosen is not None:
         hidden, mixed = hidden[chosen], mixed[chosen]
@@ -265,8 +271,12 @@ class _Attention(torch.autograd.Function):
         q = (q * scale).unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).contiguous()
         k, v = (values.transpose(0, 1).contiguous() for values in (k, v))
         mixed = torch.empty_like(q)
-        parts = list(_parts(groups, only_asked_for))
-        ctx.save_for_backward(q, k, v, *[part.forward(q, k, v, mixed) for part in parts])
+        parts, kept = list(_parts(groups, only_asked_for)), []
+        for part in parts:
+            weights = part.forward(q, k, v, mixed)
+            if any(ctx.needs_input_grad):
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
         ctx.parts, ctx.scale = parts, scale
         return mixed.permute(2, 0, 1, 3).reshape(tokens, -1)
 
@@ -294,7 +304,7 @@ def _parts(groups: Sequence[Group], only_asked_for: bool) -> Iterator:
         start = prompt_end - 1 if only_asked_for else first
         for row in range(start, end, BLOCK):
             yield _Block(slice(row, min(row + BLOCK, end)), slice(first, min(row + BLOCK, end)))
-        if not is_single:
+        if group.completions and not is_single:
             yield _Completions(slice(first, prompt_end), group.completions)
 
 

@@ -230,20 +230,6 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_one():
         assert 0 < (ours - exact).norm() < 1.2 * (plain - exact).norm()
 
 
-def test_only_the_tokens_at_query_columns_are_computed():
-    torch.manual_seed(0)
-    module = make_module()
-    inputs = random_inputs(2, (4, 2), (9, 9))
-    full, _ = attention.attention(module, *inputs, None, scaling=0.4)
-    columns = torch.tensor([[8], [3]])
-    output, weights = attention.attention(module, *inputs, None, scaling=0.4,
-                                          query_columns=columns)
-    row = torch.arange(2)
-    assert weights is None and largest_gap(output[row, [8, 3]], full[row, [8, 3]]) < 1e-6
-    output[row, [8, 3]] = 0
-    assert not output.any()
-
-
 def test_the_first_layer_of_the_tower_is_its_convolution():
     torch.manual_seed(0)
     convolution = torch.nn.Conv3d(3, 16, (2, 14, 14), stride=(2, 14, 14))
