@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 BLOCK = 192  # tokens of a prompt whose scores are computed at a time
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 class Group(NamedTuple):
@@ -34,21 +35,43 @@ class Group(NamedTuple):
 def can_read_flat(model) -> bool:
     """Do the layers of this model consist of what `read_flat` computes, on a CPU?
 
-    Where gradients are wanted, weights must be frozen, or LoRA adapters of the plain kind without
-    dropout, one to a layer.
+    Projections must be plain, 4-bit or adapted by LoRA of the plain kind; where gradients are
+    wanted, nothing behind the embeddings but LoRA adapters may be trained.
     """
-    layers = model.model.language_model.layers
-    names = {name.rpartition(".")[2] for name, _ in layers[0].named_modules()}
-    trained = [name for name, weight in layers.named_parameters() if weight.requires_grad]
-    adapted = [layer for layer in layers.modules() if "lora_A" in dict(layer.named_children())]
-    return (model.device.type == "cpu" and {"q_proj", "gate_proj"} <= names
-            and not {"experts", "linear_attn"} & names
-            and not (torch.is_grad_enabled() and any(
-                ".lora_A." not in name and ".lora_B." not in name for name in trained))
-            and not any(isinstance(module, torch.nn.Dropout) and module.p and module.training
-                        for module in layers.modules())
-            and not any(len(layer.active_adapters) > 1 or layer.lora_variant
-                        or any(layer.lora_bias.values()) for layer in adapted))
+    language = model.model.language_model
+    config, layer = language.config, language.layers[0]
+    if (model.device.type != "cpu" or not hasattr(getattr(layer, "self_attn", None), "q_proj")
+            or not hasattr(getattr(layer, "mlp", None), "gate_proj")):
+        return False
+    if (config.hidden_act != "silu" or language.training and config.attention_dropout
+            or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
+        return False
+    trained = [name for name, weight in language.named_parameters() if weight.requires_grad
+               and not name.startswith("embed_tokens.")]
+    if torch.is_grad_enabled() and any(
+            ".lora_A." not in name and ".lora_B." not in name for name in trained):
+        return False
+    return all(_is_plain(getattr(part, name)) for layer in language.layers
+               for part, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP))
+               for name in names)
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    """Is this a layer, 4-bit or not, with one LoRA adapter in use or none?"""
+    if "lora_A" in dict(layer.named_children()):
+        in_use = [name for name in layer.active_adapters if name in layer.lora_A]
+        if (not type(layer).__module__.startswith("peft.tuners.lora.") or layer.merged
+                or len(in_use) > 1 or layer.lora_variant or any(layer.lora_bias.values())
+                or any(isinstance(module, torch.nn.Dropout) and module.p and module.training
+                       for module in layer.lora_dropout.values())):
+            return False
+        layer = layer.base_layer
+    kind = type(layer)
+    if kind is torch.nn.Linear:
+        return True
+    # by name, because bitsandbytes may not be installed; in eval mode it repacks weights in place
+    return (kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes")
+            and not getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
 
 
 def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.Tensor,
@@ -104,10 +127,11 @@ def _run_layer(layer: torch.nn.Module, hidden: torch.Tensor, cosines: torch.Tens
     q, k, v = (heads.unflatten(1, (-1, attention.head_dim)) for heads in (q, k, v))
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = _Rotation.apply(q, cosines, sines), _Rotation.apply(k, cosines, sines)
+    q, k = (_Rotation.apply(heads, cosines, sines, v.dtype) for heads in (q, k))
     if keys_and_values is not None:
         keys_and_values.append((k, v))
-    mixed = _Attention.apply(q, k, v, attention.scaling, groups, chosen is not None)
+    with torch.autocast("cpu", enabled=False):
+        mixed = _Attention.apply(q, k, v, attention.scaling, groups, chosen is not None)
     if chosen is not None:
         hidden, mixed = hidden[chosen], mixed[chosen]
     hidden = hidden + _project(mixed, attention.o_proj)[0]
@@ -125,21 +149,23 @@ def _project(inputs: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tens
     is_cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if is_cast else inputs.dtype
     adapters = [_adapter_of(layer) for layer in layers]
-    down = [a.to(dtype) for a, _, _ in adapters if a is not None]
-    up = [b.to(dtype) for _, b, _ in adapters if b is not None]
-    scales = [scale for *_, scale in adapters]
+    down = [adapter[0].to(dtype) for adapter in adapters if adapter]
+    up = [adapter[1].to(dtype) for adapter in adapters if adapter]
+    scales = [adapter[2] if adapter else None for adapter in adapters]
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
     with torch.autocast("cpu", enabled=False):
         return _Projection.apply(inputs.to(dtype), bases, scales,
                                  torch.cat(down) if down else None, *up)
 
 
-def _adapter_of(layer: torch.nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    """(lora_A, lora_B, scale) of the adapter that is in use; None, None, 0 without one."""
-    if "lora_A" not in dict(layer.named_children()) or layer.disable_adapters or layer.merged:
-        return None, None, 0.0
-    name, = layer.active_adapters
-    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+def _adapter_of(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, float] | tuple[()]:
+    """(lora_A, lora_B, scale) of the adapter that is in use; () without one."""
+    if "lora_A" not in dict(layer.named_children()) or layer.disable_adapters:
+        return ()
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    return ()
 
 
 def _plain_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -155,7 +181,7 @@ def _plain_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 class _Projection(torch.autograd.Function):
     """Frozen layers with the same input, and their adapters: x W^T + bias + scale * x A^T B^T.
 
-    down: the adapters' A, one below the other; up: their B. A layer whose scale is 0 has none.
+    down: the adapters' A, one below the other; up: their B. A layer whose scale is None has none.
     """
 
     @staticmethod
@@ -169,7 +195,7 @@ class _Projection(torch.autograd.Function):
             weight = _plain_weight(base, inputs.dtype)
             result = (inputs @ weight.T if base.bias is None else
                       torch.addmm(base.bias.data.to(inputs.dtype), inputs, weight.T))
-            if scale:
+            if scale is not None:
                 result.addmm_(next(low), next(b).T, alpha=scale)
             outputs.append(result)
         return tuple(outputs)
@@ -184,7 +210,7 @@ class _Projection(torch.autograd.Function):
                 weight = _plain_weight(base, inputs.dtype)
                 grad_inputs = (grad @ weight if grad_inputs is None
                                else grad_inputs.addmm_(grad, weight))
-            if scale:
+            if scale is not None:
                 grad_up.append((grad.T @ next(low)).mul_(scale))
                 grad_inner.append((grad @ next(b)).mul_(scale))
         if down is None:
@@ -234,27 +260,27 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """Turn heads (tokens, heads, width) by their positions' angles.
+    """Turn heads (tokens, heads, width) by their positions' angles, and cast them to `dtype`.
 
-    cosines, sines: (tokens, width), whose halves are equal.
+    cosines, sines: (tokens, width), whose halves are equal; the product has their dtype.
     """
 
     @staticmethod
-    def forward(ctx, heads, cosines, sines):
+    def forward(ctx, heads, cosines, sines, dtype):
         ctx.save_for_backward(cosines, sines)
-        return _turn(heads, cosines, sines, 1)
+        ctx.dtype = heads.dtype
+        return _turn(heads, cosines, sines, 1).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return _turn(grad, *ctx.saved_tensors, -1), None, None
+        return _turn(grad, *ctx.saved_tensors, -1).to(ctx.dtype), None, None, None
 
 
 def _turn(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
           sign: int) -> torch.Tensor:
-    half = heads.shape[2] // 2
-    cosines, sines = (angles[:, None].to(heads.dtype) for angles in (cosines, sines))
-    sines = torch.cat([-sines[..., :half], sines[..., half:]], -1)
-    return (heads * cosines).addcmul_(heads.roll(half, -1), sines, value=sign)
+    half, heads = heads.shape[2] // 2, heads.to(cosines.dtype)
+    sines = torch.cat([-sines[:, :half], sines[:, half:]], -1)
+    return (heads * cosines[:, None]).addcmul_(heads.roll(half, -1), sines[:, None], value=sign)
 
 
 class _Attention(torch.autograd.Function):

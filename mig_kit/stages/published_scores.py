@@ -26,7 +26,8 @@ def compare_with_readme(run_id: str) -> str:
     (run,), (published,) = groups["run"], groups["readme"]
     differences = [
         f"{suite_title(suite)} {system} {ours:.1f} (README: {theirs:.1f})"
-        for system, by_suite in published.correct.items() for suite in by_suite
+        for system, by_suite in published.correct.items() if system in run.correct
+        for suite in by_suite
         for ours, theirs in [(_score(run, system, suite), _score(published, system, suite))]
         if f"{ours:.1f}" != f"{theirs:.1f}"]
     if not differences:

@@ -48,10 +48,13 @@ def shuffled_rows(count: int, seed: int, max_samples: int = 0) -> list[int]:
 
 
 def sft_row(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
-    """Prompt, completion and images, as TRL reads them."""
+    """Prompt and completion as messages, and images, as TRL reads them."""
+    return _messages(sample, reply, box_format) | {"images": list(sample.images)}
+
+
+def _messages(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
     completion = [{"role": "assistant", "content": [{"type": "text", "text": reply}]}]
-    return {"prompt": chat_messages(sample, box_format), "completion": completion,
-            "images": list(sample.images)}
+    return {"prompt": chat_messages(sample, box_format), "completion": completion}
 
 
 def sft_table(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat) -> Dataset:
@@ -167,8 +170,8 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
     def _completion(self, row: int) -> torch.Tensor:
         """Token ids of a reply as its chat template writes it behind the prompt."""
         if row not in self.completions:
-            texts = sft_row(self.samples[row], self.replies[row], self.cache.box_format)
-            text = apply_chat_template(texts, self.processing_class)["completion"]
+            messages = _messages(self.samples[row], self.replies[row], self.cache.box_format)
+            text = apply_chat_template(messages, self.processing_class)["completion"]
             ids = self.cache.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             self.completions[row] = torch.tensor(ids)
         return self.completions[row]
@@ -197,8 +200,9 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
     def _log_figures(self, logits: torch.Tensor, targets: torch.Tensor, prompt_tokens: int) -> None:
         """Entropy and share of right tokens, of all processes together."""
         logps = logits.log_softmax(-1)
-        sums = torch.stack([-(logps.exp() * logps).sum(), (logits.argmax(-1) == targets).sum(),
-                            torch.tensor(len(targets)), torch.tensor(prompt_tokens)])
+        counts = logps.new_tensor([len(targets), prompt_tokens])
+        sums = torch.cat([torch.stack([-(logps.exp() * logps).sum(),
+                                       (logits.argmax(-1) == targets).sum()]), counts])
         sums = self.accelerator.gather(sums.to(self.accelerator.device)[None]).sum(0).tolist()
         entropy, n_correct, n_targets, prompt_tokens = sums
         logged = self._metrics["train"]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 from mig_kit.prompts import LETTERS
-from mig_kit.world.scenes import object_name
+from mig_kit.world.scenes import SHAPES, object_name, plural
 from mig_kit.world.specs import (
     SampleSpec,
     TaskFunction,
@@ -139,18 +139,17 @@ def check_named(rng: random.Random, world: World) -> SampleSpec:
 
 def count_objects(rng: random.Random, world: World) -> SampleSpec:
     """How many objects, or objects of a shape, are in image k."""
-    k = rng.randint(1, rng.randint(1, 3))
-    by_shape, wanted = rng.random() < 0.5, rng.randint(1, 2)
-    while True:
-        scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
-                  for _ in range(rng.randint(k, 3))]
-        shapes = [obj.shape for obj in scenes[k - 1].objects]
-        shape = rng.choice(shapes)
-        if not by_shape or shapes.count(shape) == wanted:
-            break
-    word, total = "things", len(shapes)
-    if by_shape:
-        word, total = f"{shape}{'es' if shape.endswith('s') else 's'}", shapes.count(shape)
+    scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
+              for _ in range(rng.randint(1, 3))]
+    k = rng.randint(1, len(scenes))
+    word, total = "things", len(scenes[k - 1].objects)
+    if rng.random() < 0.5:
+        shape, total = rng.choice(SHAPES), rng.randint(1, 4)
+        drawn = world.pick_appearances(rng, 40)
+        alike = [appearance for appearance in drawn if appearance.shape == shape][:total]
+        others = [appearance for appearance in drawn if appearance.shape != shape]
+        scenes[k - 1] = world.arrange_scene(rng, alike + others[:rng.randint(0, 4 - total)])
+        word, total = plural(shape), len(alike)
     wrong = rng.sample([str(count) for count in range(1, 5) if count != total], 2)
     options, letter = shuffle_options(rng, str(total), wrong)
     return SampleSpec(scenes, f"How many {word} are in image {k}?", [], f"{word}: {total}.",

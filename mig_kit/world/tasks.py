@@ -79,8 +79,8 @@ def view_diff(rng: random.Random, world: World) -> SampleSpec:
 
 
 def common_object(rng: random.Random, world: World) -> SampleSpec:
-    """One object is in every image; find it in image k."""
-    count = rng.randint(3, 5)
+    """One object is in every one of two to five images; find it in image k."""
+    count = rng.randint(2, 5)
     shared, *others = world.pick_appearances(rng, 2 + count)
     while True:
         chosen = [[shared, *rng.sample(others, rng.randint(1, 2))] for _ in range(count)]
@@ -215,8 +215,8 @@ def make_scenes_with_holder(rng: random.Random, world: World, fewest: int,
 
 
 def group_grounding(rng: random.Random, world: World) -> SampleSpec:
-    """Three to five images; find the named object, which only one of them shows."""
-    scenes, k, name = make_scenes_with_holder(rng, world, 3, 5)
+    """Two to five images; find the named object, which only one of them shows."""
+    scenes, k, name = make_scenes_with_holder(rng, world, 2, 5)
     question = rng.choice([f"Find the {name}.", f"Which image shows the {name}? Find it.",
                            f"One image shows the {name}. Where is it?"])
     return SampleSpec(scenes, question, [(k, name)], f"{name}: image {k}.",
