@@ -1,7 +1,7 @@
 """Log-probabilities of completions whose prompts are read once, with gradients.
 
-In a GRPO update one pass over a prompt serves all its completions. LoRA and 4-bit layers are the
-model's own modules and work unchanged.
+In a GRPO update one pass over a prompt serves all its completions. On a CPU `flat_layers` computes
+what LoRA and 4-bit layers would; elsewhere these are the model's own modules.
 """
 
 from collections.abc import Sequence

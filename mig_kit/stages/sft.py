@@ -143,7 +143,7 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
     """TRL's trainer over samples and their replies, in which every token of an update weighs the
     same. Loss and logged figures are TRL's.
 
-    A prompt is encoded once and an image goes through the frozen vision tower once per run; only
+    A prompt is encoded once and an image goes through the frozen vision tower once; only
     the states that a reply's token follows reach the head.
 
     cache: of prompts; samples, replies: what the numbers in the column `row` stand for.

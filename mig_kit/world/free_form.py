@@ -1,7 +1,7 @@
 """General questions beside the ten tasks, as MGrounding-630k has them; trained on, in no suite.
 
 With them the model keeps answering with a letter where it is asked to choose, and keeps reading the
-question: the number of images alone nearly tells the ten tasks apart. No suite asks one of them
+question, for they are about as many images as the ten tasks. No suite asks one of them
 word for word, but some are near: "choosing" to questions about changes and shapes, "pointing" to
 the image pairs, "telling" to the single images, "tallying" to counting, "checking" to relations.
 

@@ -1,7 +1,8 @@
 """The ten MIG-Bench tasks over drawn scenes (Migician, arXiv 2501.05767).
 
 The function of a task carries the task's official key. `make_sample(task, split, index, seed)`
-draws any sample alone. A split owns the samples whose content hashes to it, so two splits cannot
+draws any sample alone, as test suites have it; `suites.iter_task_samples` adds what only training
+has. A split owns the samples whose content hashes to it, so two splits cannot
 hold the same sample, whatever the seeds.
 """
 
