@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models
 from mig_kit.engine.sample_prompts import SampleCache
-from mig_kit.shared_prefix import flat_layers, logprobs
+from mig_kit.shared_prefix import flat_layers, logprobs, prefixes
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 # one completion, several, none but the end; a prompt longer than a block
@@ -63,6 +63,33 @@ def test_values_and_gradients_are_those_of_padded_rows(adapted, samples, monkeyp
         assert gap < 1e-5, (name, gap)
 
 
+@pytest.mark.slow
+def test_in_bfloat16_products_it_is_as_near_to_float32(adapted, samples, monkeypatch):
+    exact = values_and_gradients(adapted, samples)
+    with torch.autocast("cpu", torch.bfloat16):
+        flat = values_and_gradients(adapted, samples)
+        monkeypatch.setattr(logprobs, "can_read_flat", lambda model: False)
+        padded = values_and_gradients(adapted, samples)
+    for part in (lambda values: values[0][0],
+                 lambda values: torch.cat([gradient.flatten() for gradient in values[1].values()])):
+        errors = [(part(values) - part(exact)).norm() for values in (flat, padded)]
+        assert 0 < errors[0] < 1.3 * errors[1]
+
+
+def test_adapters_out_of_use_do_not_count(adapted, samples, monkeypatch):
+    model, processor = adapted
+    prompts = SampleCache(model, processor, BoxFormat(coordinates="normalized_1000")).get(samples)
+    batch = prefixes.pad_prompts(unwrap_peft(model), prompts, processor.image_token_id)
+    with torch.no_grad():
+        with_adapter = batch.prefill(unwrap_peft(model))[0]
+        with model.disable_adapter():
+            assert flat_layers.can_read_flat(unwrap_peft(model))
+            flat = batch.prefill(unwrap_peft(model))[0]
+            monkeypatch.setattr(prefixes, "can_read_flat", lambda model: False)
+            padded = batch.prefill(unwrap_peft(model))[0]
+    assert (flat - padded).abs().max() < 1e-5 < (flat - with_adapter).abs().max()
+
+
 @pytest.mark.parametrize("change", [
     {"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"},
     {"modules_to_save": ["input_layernorm"]}])
@@ -70,3 +97,15 @@ def test_what_it_does_not_compute_is_left_to_the_models_own_layers(random_model,
     model = get_peft_model(random_model.requires_grad_(False), LoraConfig(
         r=2, target_modules=["q_proj", "v_proj"], **change))
     assert not flat_layers.can_read_flat(unwrap_peft(model))
+
+
+def test_other_layers_are_left_to_the_model(random_model):
+    language = random_model.requires_grad_(False).model.language_model
+    assert flat_layers.can_read_flat(random_model)
+    language.norm.weight.requires_grad_(True)
+    assert not flat_layers.can_read_flat(random_model)
+    with torch.no_grad():
+        assert flat_layers.can_read_flat(random_model)
+        tuned = get_peft_model(random_model, IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+        assert not flat_layers.can_read_flat(unwrap_peft(tuned))
