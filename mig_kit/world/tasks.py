@@ -7,6 +7,7 @@ hold the same sample, whatever the seeds.
 """
 
 import random
+import re
 import zlib
 from dataclasses import replace
 
@@ -304,10 +305,27 @@ PAIR_TASKS = ("diff", "view_diff", "refer_grounding", "reasoning", "corresponden
 
 
 def add_bystanders(rng: random.Random, spec: SampleSpec, world: World) -> SampleSpec:
-    """The spec with one or two images behind its own, which the question does not ask about."""
-    extra = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
-             for _ in range(rng.randint(1, 2))]
-    return replace(spec, scenes=[*spec.scenes, *extra])
+    """A question about images 1 and 2, with one or two images more that it does not ask about.
+
+    Its own images keep their order among them. It stays as it is unless it names them both.
+    """
+    if not all(re.search(rf"image {number}\b", spec.question, re.I) for number in (1, 2)):
+        return spec
+    count = rng.randint(3, 4)
+    first, second = sorted(rng.sample(range(1, count + 1), 2))
+    if spec.reference:  # whose box is one of image 1
+        first = 1
+    scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
+              for _ in range(count)]
+    scenes[first - 1], scenes[second - 1] = spec.scenes
+    numbers = {"1": first, "2": second}
+
+    def renumber(text: str) -> str:
+        return re.sub(r"(?<=mage )[12]\b", lambda match: str(numbers[match[0]]), text)
+
+    return replace(spec, scenes=scenes, question=renumber(spec.question),
+                   answers=[(second, name) for _, name in spec.answers],
+                   notes=[renumber(note) for note in spec.notes])
 
 
 def owning_split(spec: SampleSpec) -> str:
