@@ -187,7 +187,8 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         prompts = self.cache.get([self.samples[row] for row in inputs["row"][rows].tolist()])
         model = unwrap_peft(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
-            states = completion_states(model, prompts, torch.arange(len(prompts)), ids, mask,
+            prompt_index = torch.arange(len(prompts), device=ids.device)
+            states = completion_states(model, prompts, prompt_index, ids, mask,
                                        self.processing_class.image_token_id)
             logits = model.lm_head(states).float()
         loss = cross_entropy(logits, ids[mask], reduction="sum")
