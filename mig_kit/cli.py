@@ -90,7 +90,6 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
     """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
     from mig_kit.pipeline.execute import run_plans
     from mig_kit.pipeline.plan import parse_seeds, plan_runs
-    from mig_kit.stages.published_scores import compare_with_readme
 
     plans = plan_runs([stage_name(text) for text in stages], profile, run_id, source,
                       parse_seeds(seeds) if seeds else [], overrides)
@@ -99,8 +98,11 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
         if "07_report" in plan.params:
             report = store.runs_root() / plan.run_id / "07_report" / "report.html"
             click.echo(f"report: {report}")
-        if "06_evaluate" in plan.params and (line := compare_with_readme(plan.run_id)):
-            click.echo(line)
+        if "06_evaluate" in plan.params:
+            from mig_kit.stages.published_scores import compare_with_readme  # imports torch
+
+            if line := compare_with_readme(plan.run_id):
+                click.echo(line)
 
 
 @cli.command()
