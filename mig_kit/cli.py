@@ -99,7 +99,7 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
             report = store.runs_root() / plan.run_id / "07_report" / "report.html"
             click.echo(f"report: {report}")
         if "06_evaluate" in plan.params:
-            from mig_kit.stages.published_scores import compare_with_readme  # imports torch
+            from mig_kit.stages.evaluated_runs import compare_with_readme  # imports torch
 
             if line := compare_with_readme(plan.run_id):
                 click.echo(line)

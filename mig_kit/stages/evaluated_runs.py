@@ -22,12 +22,13 @@ from mig_kit.pipeline.run_facts import changed_params, model_digest
 from mig_kit.pipeline.run_folders import RECIPE, format_run_command
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
-from mig_kit.world.suites import SUITES
+from mig_kit.world.suites import SUITES, suite_title
 
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", *(suite.size_param for suite in SUITES.values()), "min_pixels",
                  "max_pixels", "coordinates")
 SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: of the control run
+README_RECORD = "notebooks/guide/ablations/default.json"  # the run whose scores the README prints
 
 
 @dataclass(frozen=True)
@@ -263,3 +264,36 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
 
 def _repeat(values: list) -> bool:
     return len(set(values)) < len(values)
+
+
+def compare_with_readme(run_id: str) -> str:
+    """One line: "scores: as in the README", or which differ, by how much, and why that can be.
+
+    "" for a run with other parameters than the README's, or without a finished 06.
+    """
+    record = store.load_record("06_evaluate", run_id)
+    if (not (PROJECT_ROOT / README_RECORD).is_file() or not record
+            or changed_params(run_id, RECIPE[1:7])):
+        return ""
+    try:
+        _, groups = load_groups({"run": [run_id], "readme": [README_RECORD]})
+    except (FileNotFoundError, ValueError) as error:
+        return f"scores: not compared with the README's: {error}"
+    (run,), (published,) = groups["run"], groups["readme"]
+    scores = [(system, suite, _score(run, system, suite), _score(published, system, suite))
+              for system, by_suite in published.correct.items() if system in run.correct
+              for suite in by_suite]
+    differences = [f"{suite_title(suite)} {system} {ours} (README: {theirs})"
+                   for system, suite, ours, theirs in scores if ours != theirs]
+    if not differences:
+        return "scores: as in the README"
+    reason = "another version of a library or of the code"
+    if run.machine != published.machine:
+        reason = (f"here: {run.machine}; README: {published.machine}. Each kind of CPU and number "
+                  "of cores rounds sums otherwise and makes another model")
+    return f"scores: not as in the README: {', '.join(differences)} ({reason})"
+
+
+def _score(run: EvaluatedRun, system: str, suite: str) -> str:
+    bits = run.correct[system][suite]
+    return f"{100 * bits.count('1') / len(bits):.1f}"

@@ -5,21 +5,21 @@ from dataclasses import replace
 import pytest
 
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.stages import published_scores
+from mig_kit.stages import evaluated_runs
 from mig_kit.stages.evaluated_runs import read_recorded
 
 
 @pytest.fixture
 def published(monkeypatch):
-    monkeypatch.setattr(published_scores.store, "load_record", lambda *_: {"params": {}})
-    monkeypatch.setattr(published_scores, "changed_params", lambda *_: {})
-    return read_recorded(str(PROJECT_ROOT / published_scores.RECORD))
+    monkeypatch.setattr(evaluated_runs.store, "load_record", lambda *_: {"params": {}})
+    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {})
+    return read_recorded(str(PROJECT_ROOT / evaluated_runs.README_RECORD))
 
 
 def line_for(run, published, monkeypatch):
-    monkeypatch.setattr(published_scores, "load_groups",
+    monkeypatch.setattr(evaluated_runs, "load_groups",
                         lambda groups: ({}, {"run": [run], "readme": [published]}))
-    return published_scores.compare_with_readme("default")
+    return evaluated_runs.compare_with_readme("default")
 
 
 def test_equal_scores(published, monkeypatch):
@@ -40,6 +40,15 @@ def test_other_scores_are_named_with_a_reason(machine, reason, published, monkey
     assert reason in line and "BLINK" not in line
 
 
+def test_why_scores_cannot_be_compared_is_said(published, monkeypatch):
+    def refuse(groups):
+        raise ValueError("the runs answered other questions")
+
+    monkeypatch.setattr(evaluated_runs, "load_groups", refuse)
+    assert evaluated_runs.compare_with_readme("default") == (
+        "scores: not compared with the README's: the runs answered other questions")
+
+
 def test_another_recipe_is_not_compared(published, monkeypatch):
-    monkeypatch.setattr(published_scores, "changed_params", lambda *_: {"05_grpo": {"beta": 1}})
+    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {"05_grpo": {"beta": 1}})
     assert line_for(published, published, monkeypatch) == ""
