@@ -35,8 +35,9 @@ class Group(NamedTuple):
 def can_read_flat(model) -> bool:
     """Do the layers of this model consist of what `read_flat` computes, on a CPU?
 
-    Projections must be plain, 4-bit or adapted by LoRA of the plain kind; where gradients are
-    wanted, nothing behind the embeddings but LoRA adapters may be trained.
+    Projections must be plain, 4-bit or adapted by LoRA of the plain kind, whose products have the
+    model's dtype; where gradients are wanted, nothing behind the embeddings but LoRA adapters may
+    be trained.
     """
     language = model.model.language_model
     config, layer = language.config, language.layers[0]
@@ -51,17 +52,24 @@ def can_read_flat(model) -> bool:
     if torch.is_grad_enabled() and any(
             ".lora_A." not in name and ".lora_B." not in name for name in trained):
         return False
-    return all(_is_plain(getattr(part, name)) for layer in language.layers
+    # PEFT computes an adapter in its own dtype, which TRL makes bfloat16 on a 4-bit base
+    dtype = None if torch.is_autocast_enabled("cpu") else language.embed_tokens.weight.dtype
+    return all(_is_plain(getattr(part, name), dtype) for layer in language.layers
                for part, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP))
                for name in names)
 
 
-def _is_plain(layer: torch.nn.Module) -> bool:
-    """Is this a layer, 4-bit or not, with one LoRA adapter in use or none?"""
+def _is_plain(layer: torch.nn.Module, dtype: torch.dtype | None) -> bool:
+    """Is this a layer, 4-bit or not, with one LoRA adapter in use or none?
+
+    dtype: which the adapter must have; None for any.
+    """
     if "lora_A" in dict(layer.named_children()):
-        in_use = [name for name in layer.active_adapters if name in layer.lora_A]
+        in_use = [layer.lora_A[name].weight.dtype for name in layer.active_adapters
+                  if name in layer.lora_A]
         if (not type(layer).__module__.startswith("peft.tuners.lora.") or layer.merged
-                or len(in_use) > 1 or layer.lora_variant or any(layer.lora_bias.values())
+                or len(in_use) > 1 or dtype and {*in_use} - {dtype}
+                or layer.lora_variant or any(layer.lora_bias.values())
                 or any(isinstance(module, torch.nn.Dropout) and module.p and module.training
                        for module in layer.lora_dropout.values())):
             return False

@@ -99,6 +99,19 @@ def test_what_it_does_not_compute_is_left_to_the_models_own_layers(random_model,
     assert not flat_layers.can_read_flat(unwrap_peft(model))
 
 
+def test_an_adapter_computed_in_another_dtype_is_left_to_peft(random_model):
+    """TRL makes adapters bfloat16 on a 4-bit base."""
+    model = get_peft_model(random_model.requires_grad_(False),
+                           LoraConfig(r=2, target_modules=["q_proj"]))
+    assert flat_layers.can_read_flat(unwrap_peft(model))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.bfloat16()
+    assert not flat_layers.can_read_flat(unwrap_peft(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flat_layers.can_read_flat(unwrap_peft(model))
+
+
 def test_other_layers_are_left_to_the_model(random_model):
     language = random_model.requires_grad_(False).model.language_model
     assert flat_layers.can_read_flat(random_model)
