@@ -1,9 +1,9 @@
 """General questions beside the ten tasks, as MGrounding-630k has them; trained on, in no suite.
 
 With them the model keeps answering with a letter where it is asked to choose, and keeps reading the
-question, for they are about as many images as the ten tasks. No suite asks one of them
+question: the number of images alone nearly tells the ten tasks apart. No suite asks one of them
 word for word, but some are near: "choosing" to questions about changes and shapes, "pointing" to
-the image pairs, "telling" to the single images, "tallying" to counting, "checking" to relations.
+the image pairs, "telling" to the single images, "tallying" to counting.
 
 Questions for all boxes (FIND_ALL) are asked where a parameter says how many:
 `train_find_all_per_task` of 01, `find_all_per_task` of 06. Their three kinds share questions and
@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 from mig_kit.prompts import LETTERS
-from mig_kit.world.scenes import SHAPES, object_name, plural
+from mig_kit.world.scenes import object_name
 from mig_kit.world.specs import (
     SampleSpec,
     TaskFunction,
@@ -121,38 +121,15 @@ def locate_described(rng: random.Random, world: World) -> SampleSpec:
                       [list_image_note(k, scenes[k - 1])])
 
 
-def check_named(rng: random.Random, world: World) -> SampleSpec:
-    """Whether image k shows the named object; half of the time it does."""
-    appearances = world.pick_appearances(rng, 7)
-    scenes = [world.arrange_scene(rng, rng.sample(appearances, rng.randint(2, 4)))
-              for _ in range(rng.randint(1, 3))]
-    k = rng.randint(1, len(scenes))
-    is_shown = rng.random() < 0.5
-    visible = scenes[k - 1].names()
-    name = rng.choice([name for name in map(object_name, appearances)
-                       if (name in visible) == is_shown])
-    finding = f"{name}: {'yes' if is_shown else 'no'}."
-    return SampleSpec(scenes, f"Is the {name} in image {k}?", [], finding,
-                      [list_image_note(k, scenes[k - 1])], options=("yes", "no"),
-                      letter="A" if is_shown else "B")
-
-
 def count_objects(rng: random.Random, world: World) -> SampleSpec:
-    """How many objects, or objects of a shape, are in image k."""
+    """How many objects are in image k."""
     scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
               for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
-    word, total = "things", len(scenes[k - 1].objects)
-    if rng.random() < 0.5:
-        shape, total = rng.choice(SHAPES), rng.randint(1, 4)
-        drawn = world.pick_appearances(rng, 40)
-        alike = [appearance for appearance in drawn if appearance.shape == shape][:total]
-        others = [appearance for appearance in drawn if appearance.shape != shape]
-        scenes[k - 1] = world.arrange_scene(rng, alike + others[:rng.randint(0, 4 - total)])
-        word, total = plural(shape), len(alike)
+    total = len(scenes[k - 1].objects)
     wrong = rng.sample([str(count) for count in range(1, 5) if count != total], 2)
     options, letter = shuffle_options(rng, str(total), wrong)
-    return SampleSpec(scenes, f"How many {word} are in image {k}?", [], f"{word}: {total}.",
+    return SampleSpec(scenes, f"How many things are in image {k}?", [], f"things: {total}.",
                       [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
 
 
@@ -180,7 +157,7 @@ def find_named(rng: random.Random, world: World, fewest: int, most: int) -> Samp
 FREE_FORM: dict[str, TaskFunction] = {
     "naming": name_object, "showing": find_image, "sharing": common_to_all,
     "choosing": task_as_choice, "pointing": locate_named, "telling": locate_described,
-    "tallying": count_objects, "checking": check_named}
+    "tallying": count_objects}
 BOX_FORMS = ("pointing", "telling")  # the kinds whose answer is a box
 FIND_ALL: dict[str, TaskFunction] = {
     "in_none": partial(find_named, fewest=0, most=0),

@@ -54,11 +54,6 @@ def object_name(appearance: Appearance) -> str:
     return f"{prefix}{appearance.colour} {appearance.shape}"
 
 
-def plural(shape: str) -> str:
-    """What questions call several objects of a shape: "stars", "crosses"."""
-    return f"{shape}{'es' if shape.endswith('s') else 's'}"
-
-
 @dataclass(frozen=True)
 class Object:
     """One shape. box: xyxy, pixels of the scene, the tight bounding box of what is drawn."""

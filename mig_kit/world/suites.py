@@ -17,10 +17,9 @@ from mig_kit.world.free_form import BOX_FORMS, FIND_ALL, FREE_FORM
 from mig_kit.world.scenes import Appearance, Scene, crop_scene, object_name, random_size
 from mig_kit.world.specs import SampleSpec, TaskFunction, World, shuffle_options
 from mig_kit.world.tasks import (
-    PAIR_TASKS,
     TASKS,
-    add_bystanders,
     find_extreme,
+    make_sample,
     make_spec,
     moving_frames,
     pick_match_and_others,
@@ -332,15 +331,6 @@ def iter_task_samples(split: str, per_task: int, seed: int,
                       worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
     """`per_task` samples of each of the ten tasks, drawn as they are asked for, from `worlds` in
     turn.
-
-    A third of the questions about images 1 and 2 has one or two images more, which it does not ask
-    about: otherwise the number of images alone would nearly tell the task.
     """
-    for task, task_function in TASKS.items():
-        for index in range(per_task):
-            world = worlds[index % len(worlds)]
-            spec = make_spec(task_function, task, split, index, seed, world)
-            if task in PAIR_TASKS and index % 3 == 2:
-                rng = random.Random(f"{seed}/bystanders/{task}/{split}/{index}")
-                spec = add_bystanders(rng, spec, world)
-            yield render_sample(spec, "mig_bench", task, split, index)
+    return (make_sample(task, split, index, seed, worlds[index % len(worlds)])
+            for task in TASKS for index in range(per_task))

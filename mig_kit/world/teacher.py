@@ -11,13 +11,12 @@ import random
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, to_model_box
 from mig_kit.prompts import LETTERS, format_answer, format_answers, format_box
 from mig_kit.sample import Sample, Trace
-from mig_kit.world.scenes import CELL, SHAPES, plural
+from mig_kit.world.scenes import CELL
 
 # The first words of a finding -> the method that leads to it. Samples read back from a file hold
 # the finding as text only. A finding that starts with a name ("red star: image 2") has none here.
 METHOD = {"new": "Compare.", "in all": "List.", "the same": "Track.", "the part": "Search.",
-          "same colour": "Associate.", "same shape": "Associate.", "things": "List.",
-          **{plural(shape): "List." for shape in SHAPES}}
+          "same colour": "Associate.", "same shape": "Associate.", "things": "List."}
 DEFAULT_METHOD = "Find."
 DETAILS = ("evidence", "finding", "method")
 ERRORS = ("wrong object", "wrong image", "sloppy box", "leaked answer", "broken format")

@@ -59,7 +59,7 @@ def test_only_the_target_of_diff_differs(index):
 def test_only_the_common_object_is_in_all_images(index):
     sample = make_sample("common_object", "val", index)
     common = set.intersection(*(set(names_in_note(note)) for note in sample.notes))
-    assert 2 <= len(sample.images) == len(sample.notes) <= 5
+    assert 3 <= len(sample.images) == len(sample.notes) <= 5
     assert sample.finding == f"in all: {common.pop()}." and not common
 
 
