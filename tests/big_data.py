@@ -97,9 +97,9 @@ def read_all(own_file: Path, out: Path) -> None:
     decodes["04"] = count[0] - decodes["01"]
     samples, texts = read_samples(out / "cot.parquet"), read_replies(out / "cot.parquet")
     sanity_checks.check_box_coordinates(samples, texts, box_format)
-    table = sft.sft_rows(samples, texts, box_format)
+    sft.sft_table(samples, texts, box_format)
     decodes["02, lengths"] = count[0] - decodes["01"] - decodes["04"]
-    rows = [table[row] for row in range(4)]
+    rows = [sft.sft_row(samples[row], texts[row], box_format) for row in range(4)]
     assert all(image.size == SIZE or image.size for row in rows for image in row["images"])
     print(json.dumps({
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "decodes": decodes,

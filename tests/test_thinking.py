@@ -80,9 +80,9 @@ def taught(make_once, folders, questions, traces, float32):
     def fill(folder):
         shutil.copytree(folders("rewrites"), folder, dirs_exist_ok=True)
         policy = models.load_policy(folder, float32, BOX_FORMAT)
-        table = sft.sft_rows(questions, traces, BOX_FORMAT)
+        rows = [sft.sft_row(*row, BOX_FORMAT) for row in zip(questions, traces)]
         batch = DataCollatorForVisionLanguageModeling(
-            policy.processor, completion_only_loss=True)([table[0], table[1]])
+            policy.processor, completion_only_loss=True)(rows)
         optimizer = torch.optim.AdamW(policy.model.model.language_model.parameters(), lr=2e-3)
         with torch.enable_grad():
             for _ in range(120):
@@ -103,7 +103,7 @@ def test_sft_goes_on_where_the_prompt_ends(name, folders):
     sample = make_sample("diff", "val", 3)
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     for reply in (REPLY, REPLY.partition("</think>")[2]):
-        batch = collate([sft.sft_rows([sample], [reply], BOX_FORMAT)[0]])
+        batch = collate([sft.sft_row(sample, reply, BOX_FORMAT)])
         has_loss = batch["labels"][0] != -100
         prompt_ids = processor(text=[render_prompt(processor, sample, BOX_FORMAT)],
                                images=list(sample.images))["input_ids"][0]
@@ -119,7 +119,7 @@ def test_sft_goes_on_where_the_prompt_ends(name, folders):
 def test_what_a_template_writes_itself_is_learnt_to_the_token(folders):
     processor = load_processor(folders("rewrites"), BOX_FORMAT)
     sample = make_sample("diff", "val", 3)
-    row = sft.sft_rows([sample], [REPLY], BOX_FORMAT)[0]
+    row = sft.sft_row(sample, REPLY, BOX_FORMAT)
     batch = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([row])
     messages = chat_messages(sample, BOX_FORMAT) + row["completion"]
     text = processor.apply_chat_template(messages, tokenize=False)

@@ -323,23 +323,3 @@ def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
                 f"{seen[0]}x{seen[1]} px, but boxes are computed for "
                 f"{computed[0]}x{computed[1]} px (min_pixels {box_format.min_pixels}, max_pixels "
                 f"{box_format.max_pixels})")
-
-
-def check_tokens(processor: StillImageProcessor, batch: dict) -> None:
-    """Raise ValueError unless the batch's image tokens equal its image features and the tokenizer
-    pads prompts on the left.
-
-    TRL drops all images of a batch whose counts disagree and goes on training blind; this check
-    comes first.
-    """
-    if processor.tokenizer.padding_side != "left":
-        raise ValueError("the tokenizer pads on the right; "
-                         "set processor.tokenizer.padding_side = 'left'")
-    tokens = int((batch["input_ids"] == processor.image_token_id).sum())
-    grid = batch.get("image_grid_thw")
-    patches = 0 if grid is None else int(grid.prod(-1).sum())
-    features = patches // processor.image_processor.merge_size**2
-    if tokens != features:
-        raise ValueError(
-            f"the prompt holds {tokens} image tokens but the images give {features} features; "
-            "the images of a sample and its placeholders disagree, or tokens were cut")

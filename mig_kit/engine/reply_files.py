@@ -17,7 +17,7 @@ from mig_kit.engine.server import Question, ServedModel, serve_model
 from mig_kit.engine.stored_replies import StoredReplies, load_replies
 from mig_kit.image_files import LazyImages
 from mig_kit.sample import Sample
-from mig_kit.shared_prefix.decoding import fuse_decoding_weights
+from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for_4bit_layers
 from mig_kit.shared_prefix.generation import (
     SamplingOptions,
     draw_uniforms,
@@ -65,7 +65,7 @@ def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperat
     prompts = make_cache(policy).get(samples)
     uniforms = draw_uniforms(0, len(samples), count, max_new_tokens) if temperature else None
     rollouts = generate_in_rounds(
-        policy.model.eval(), policy.processor, prompts, count,
+        train_mode_for_4bit_layers(policy.model.eval()), policy.processor, prompts, count,
         SamplingOptions(temperature, max_new_tokens=max_new_tokens), uniforms,
         policy.hardware.autocast)
     return [policy.processor.batch_decode(rollout, skip_special_tokens=True)

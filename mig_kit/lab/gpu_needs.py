@@ -197,7 +197,7 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
         if load.replies > 1:
             activations += load.prompts * group_tokens**2 * 2  # the mask of who sees whom
         else:
-            logit_tokens = group_tokens  # SFT's loss reads the logits of all tokens at once
+            logit_tokens = load.prompts * own_tokens  # SFT's loss reads them at once
     rest = shape.total - shape.linear_weights
     weights = shape.linear_weights * NF4_BYTES + rest * 4 if four_bit else shape.total * 2
     adapter = lora_r * shape.sum_projections(add)

@@ -86,7 +86,7 @@ def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
     for run_id in run_ids:
         picture = store.stage_folder("07_report", run_id) / "question.png"
         if picture.is_file():
-            place = folder.parent if folder == LESSONS else folder
+            place = folder.parent if folder.resolve() == LESSONS.resolve() else folder
             (place / picture.name).write_bytes(shrink_picture(picture.read_bytes()))
             break
     return origins

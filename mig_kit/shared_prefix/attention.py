@@ -11,8 +11,7 @@ mostly because `prefixes` reads shared prompts once.
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -28,27 +27,18 @@ ROWS_AT_ONCE = 8  # rows whose scores are in memory at a time where no gradient 
 def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
               value: torch.Tensor, attention_mask: torch.Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
-              query_columns: torch.Tensor | None = None, packed_parts: torch.Tensor | None = None,
               **kwargs) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """query (rows, heads, tokens, width); key, value (rows, kv_heads, past, width) -> (mixed
     values (rows, tokens, heads, width), weights or None).
 
     attention_mask: (rows, 1, tokens, past), bool (True: is attended to) or added to the scores;
     None: every token attends to all, in a causal module to itself and those before it.
-    query_columns: (rows, slots), for a causal module without a mask: only these tokens are
-    computed, the others are 0.
-    packed_parts: (rows, tokens), 0 for a row's prompt, then 1, 2, ... for its completions, -1 for
-    padding; a token attends to its past in the prompt and in its own part, as the mask says.
 
     transformers hands keyword arguments to all layers alike, so a module that differs from others
     says so by an attribute. With `keep_weights` true it also gets its weights (rows, heads, tokens,
     past). With `in_blocks` true a causal module without a mask leaves out most scores of the
     future, however short the rows; its weights are then as in `_attend_in_blocks`.
     """
-    if query_columns is not None:
-        return _attend_from(query_columns, module, query, key, value, scaling), None
-    if packed_parts is not None and dropout == 0:
-        return _attend_by_parts(packed_parts, module, query, key, value, scaling), None
     tokens, width, past = query.shape[2], query.shape[3], key.shape[2]
     keep_weights = getattr(module, "keep_weights", False)
     in_blocks = getattr(module, "in_blocks", False)
@@ -86,44 +76,6 @@ def _product_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype that products of this tensor are computed in."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-
-
-def _attend_from(columns: torch.Tensor, module: torch.nn.Module, query: torch.Tensor,
-                 key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """Causal attention of the tokens at `columns` (rows, slots) alone; 0 for all others."""
-    rows, heads, tokens, width = query.shape
-    chosen = query.gather(2, columns[:, None, :, None].expand(-1, heads, -1, width))
-    is_past = torch.arange(tokens, device=key.device) <= columns[..., None]  # rows, slots, tokens
-    mixed, _ = sdpa_attention_forward(module, chosen, key, value, is_past[:, None],
-                                      scaling=scaling)
-    index = columns[..., None, None].expand(-1, -1, heads, width)
-    return mixed.new_zeros(rows, tokens, heads, width).scatter(1, index, mixed)
-
-
-def _attend_by_parts(parts: torch.Tensor, module: torch.nn.Module, query: torch.Tensor,
-                     key: torch.Tensor, value: torch.Tensor,
-                     scaling: float | None) -> torch.Tensor:
-    """Attention of prompts to themselves, then of all completions of a prompt, each a row of its
-    own behind it: no score of two completions is computed. 0 where padding is.
-    """
-    mixed_rows = []
-    for row, part in enumerate(parts):
-        lengths = part[part >= 0].bincount().tolist()
-        prompt, longest = lengths[0], max(lengths[1:])
-        states = [tensor[row:row + 1, :, :prompt] for tensor in (query, key, value)]
-        mixed = [attention(module, *states, None, scaling)[0][0]]
-        # (completions, heads, longest, width)
-        own = [pad_sequence(tensor[row, :, prompt:sum(lengths)].transpose(0, 1).split(lengths[1:]),
-                            batch_first=True).transpose(1, 2) for tensor in (query, key, value)]
-        keys, values = (torch.cat([shared.expand(len(behind), -1, -1, -1), behind], 2)
-                        for shared, behind in zip(states[1:], own[1:]))
-        is_past = torch.ones(longest, prompt + longest, dtype=torch.bool, device=query.device)
-        mixed_own = attention(module, own[0], keys, values, is_past.tril(prompt)[None, None],
-                              scaling)[0]
-        mixed += [states[:length] for states, length in zip(mixed_own, lengths[1:])]
-        padding = query.new_zeros(len(part) - sum(lengths), *query.shape[1::2])
-        mixed_rows.append(torch.cat([*mixed, padding]))
-    return torch.stack(mixed_rows)
 
 
 def _attend_few_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
@@ -229,13 +181,6 @@ def attend_packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
     bounds = cu_seq_lens_q.to(torch.int32)
     mixed = varlen_attn(*packed, bounds, bounds, max_length_q, max_length_q, scale=scaling)
     return mixed[None], None
-
-
-def replace_attention(model: torch.nn.Module, old: str, new: str) -> None:
-    """Let those parts of a model that use the attention `old` use `new`; names of transformers."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == old:
-            module.config._attn_implementation = {"": new}  # and not the parts inside
 
 
 AttentionInterface.register(NAME, attention)

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn.functional import linear, softmax
+from torch.nn.functional import linear, pad, softmax
 from transformers import Cache
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextAttention
 
 from mig_kit.shared_prefix.linear_attention import has_linear_attention
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes
+
+ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU
 
 # layers with the same input -> their weights as one (all outputs, inputs), and bias (all outputs,)
 FusedWeights = dict[tuple[torch.nn.Module, ...], tuple[torch.Tensor, torch.Tensor | None]]
@@ -57,20 +59,23 @@ class Decoder:
         self.suffix_length = 0 if suffixes is None else int(suffixes.length.max())
 
         # Two caches: a prefix is the same for all its rows, so its keys stay where they are and are
-        # read once per step for all rows in one product, while each row's own keys grow in place in
-        # memory that is there from the start (a concatenated cache would copy itself each step).
+        # read once per step for all rows in one product, while each row's own keys grow in place (a
+        # concatenated cache would copy itself each step). A product on a CPU copies what is no
+        # whole tensor, so there they grow by ROW_BLOCK, and `bias` hides what is not written yet.
         # of each layer: keys and values (prefixes, kv_heads, prefix tokens, width)
         self.prefix_cache = [
             tuple(tensor[:, :, :prefix_length].to(self.dtype).contiguous()
                   for tensor in (layer.keys, layer.values))
             for layer in cache.layers]
         # of each layer: (keys or values, prefixes, kv_heads, rows, suffix and new tokens, width)
-        row_shape = (2, n_prefixes, self.kv_heads, rows_per_prefix, self.suffix_length + capacity,
+        self.grows = device.type == "cpu"
+        at_first = min(ROW_BLOCK, capacity) if self.grows else capacity
+        row_shape = (2, n_prefixes, self.kv_heads, rows_per_prefix, self.suffix_length + at_first,
                      self.width)
         self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device)
                           for _ in cache.layers]
 
-        new_tokens = prefixes.mask.new_ones(n_prefixes, capacity)
+        new_tokens = prefixes.mask.new_zeros(n_prefixes, capacity + ROW_BLOCK)
         is_padding = torch.cat([prefixes.mask, new_tokens], 1)[:, None] == 0
         next_position = prefixes.next_position[:, None]
         if suffixes is not None:
@@ -78,7 +83,8 @@ class Decoder:
             next_position = suffixes.next_position.repeat_interleave(rows_per_slot, 1)
             self._copy_suffixes(cache, suffixes, prefix_length)
             is_padding = self._insert_suffix_padding(is_padding, suffixes, prefix_length)
-        # added to scores: (prefixes, 1, 1 or rows * heads_per_key, all tokens)
+        # added to scores: (prefixes, 1, 1 or rows * heads_per_key, all tokens); of a new token
+        # only once it is drawn
         zeros = torch.zeros(is_padding.shape, device=device)
         self.bias = zeros.masked_fill_(is_padding, -1e30)[:, None]
         self._prepare_angles(next_position, capacity, prefixes.inputs["inputs_embeds"])
@@ -133,6 +139,10 @@ class Decoder:
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (rows,) -> logits (rows, vocabulary) of the next token."""
         hidden = self.language.embed_tokens(tokens)
+        place = self.suffix_length + self.step
+        self.bias[..., self.prefix_cache[0][0].shape[2] + place] = 0
+        if place == self.row_cache[0].shape[-2]:
+            self.row_cache = [pad(cache, (0, 0, 0, ROW_BLOCK)) for cache in self.row_cache]
         cosines = self._angles_of_step(self.cosines, of_values=1)
         sines = self._angles_of_step(self.sines, of_values=0)
         for index, layer in enumerate(self.language.layers):
@@ -189,7 +199,8 @@ class Decoder:
         row_cache = self.row_cache[index]
         new = heads[:, :, self.heads:].unflatten(2, (2, self.kv_heads))
         row_cache[..., past - 1, :] = new.permute(2, 0, 3, 1, 4)
-        row_keys, row_values = row_cache[..., :past, :]
+        size = row_cache.shape[-2] if self.grows else past
+        row_keys, row_values = row_cache[..., :size, :]
 
         # (prefixes, kv_heads, rows * heads_per_key, width)
         queries = heads[:, :, :self.heads].unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
@@ -201,7 +212,7 @@ class Decoder:
         prefix_scores = multiply(queries, prefix_keys)
         row_scores = multiply(queries_by_row, row_keys).flatten(2, 3)
         scores = torch.cat([prefix_scores, row_scores], -1)
-        bias = self.bias[..., :prefix_length + past]
+        bias = self.bias[..., :prefix_length + size]
         weights = softmax(torch.add(bias, scores, alpha=self.scale), -1).to(self.dtype)
 
         prefix_weights = weights[..., :prefix_length]

@@ -1,7 +1,7 @@
 """Log-probabilities of completions whose prompts are read once, with gradients.
 
-In a GRPO update one pass over a prompt serves all its completions. LoRA and 4-bit layers are the
-model's own modules and work unchanged.
+In a GRPO update one pass over a prompt serves all its completions. On a CPU `flat_layers` computes
+what LoRA and 4-bit layers would; elsewhere these are the model's own modules.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from mig_kit.shared_prefix import attention
+from mig_kit.shared_prefix.flat_layers import Group, can_read_flat, read_flat
 from mig_kit.shared_prefix.linear_attention import has_linear_attention, make_cache
 from mig_kit.shared_prefix.prefixes import additive_mask, embed_with_images, pad_prompts, pad_rows
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
@@ -25,56 +25,11 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
                      temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of every completion token, (rows, tokens) each; 0 for padding.
 
-    prompt_index: (rows,) the prompt of each row; ids, mask: (rows, tokens), padded on the right.
-    Two passes: one over the prompts, which keeps its graph, so that gradients flow into them; one
-    over the completions, on the prompts' keys and values.
+    Arguments as of `completion_states`. With checkpointed layers the head is computed HEAD_TOKENS
+    tokens at a time, too.
     """
     model = unwrap_peft(model)
-    if has_linear_attention(model):
-        return _layered_logps(model, prompts, prompt_index, ids, mask, image_token_id, temperature)
-    batch = pad_prompts(model, prompts, image_token_id)
-    last_hidden, cache = batch.prefill(model)
-    cache.batch_select_indices(prompt_index)
-    steps = torch.arange(ids.shape[1], device=ids.device)
-    positions = batch.next_position[prompt_index][:, None] + steps
-    output = model.model.language_model(
-        input_ids=ids, attention_mask=torch.cat([batch.mask[prompt_index], mask], 1),
-        position_ids=positions[None].expand(3, -1, -1), past_key_values=cache, use_cache=True)
-    # the state before a token is what its probability is computed from
-    states = torch.cat([last_hidden[prompt_index][:, None], output.last_hidden_state[:, :-1]], 1)
-    is_token = mask.bool()
-    logps, entropies = _token_logps(model, states[is_token], ids[is_token], temperature)
-    return _unpack_rows(logps, mask), _unpack_rows(entropies, mask)
-
-
-def packed_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
-                 mask: torch.Tensor, image_token_id: int,
-                 temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `completion_logps` gives, in one pass without a cache: layers can be checkpointed.
-
-    That needs far less memory. A row is a prompt with all its completions behind it; a completion's
-    token attends to the prompt and to its own past. With checkpointed layers the head is computed
-    HEAD_TOKENS tokens at a time, too.
-    """
-    model = unwrap_peft(model)
-    if has_linear_attention(model):  # a state would run on through the neighbour's tokens
-        return _layered_logps(model, prompts, prompt_index, ids, mask, image_token_id, temperature)
-    language = model.model.language_model
-    packed = _pack_completions(prompts, prompt_index, ids, mask)
-    embeds = language.embed_tokens(packed.ids)
-    is_image = (packed.ids == image_token_id) & (packed.part == 0)
-    inputs = embed_with_images(embeds, is_image, prompts)
-    if language.config._attn_implementation == attention.NAME:
-        inputs["packed_parts"] = packed.part
-    output = language(**inputs, attention_mask=additive_mask(packed.is_allowed(), embeds.dtype),
-                      position_ids=packed.positions, use_cache=False)
-    states = output.last_hidden_state[packed.state_rows, packed.state_columns]
-    return _score_states(model, states, ids, mask, temperature)
-
-
-def _score_states(model, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
-                  temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `completion_logps` gives, from the states before the tokens under the mask."""
+    states = completion_states(model, prompts, prompt_index, ids, mask, image_token_id)
     targets = ids[mask.bool()]
     if model.is_activation_checkpointing:
         pieces = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
@@ -85,10 +40,41 @@ def _score_states(model, states: torch.Tensor, ids: torch.Tensor, mask: torch.Te
     return _unpack_rows(logps, mask), _unpack_rows(entropies, mask)
 
 
-def _layered_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
-                   mask: torch.Tensor, image_token_id: int,
-                   temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `completion_logps` gives, for a model with linear attention.
+def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
+                      mask: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """The states from which the completions' tokens are predicted, (tokens under the mask, hidden).
+
+    prompt_index: (rows,) the prompt of each row; ids, mask: (rows, tokens), padded on the right.
+    Each prompt has a row at least. It is read with all its completions behind it, in one pass
+    without a cache, so that layers can be checkpointed; a completion's token attends to the prompt
+    and to its own past. On a CPU `read_flat` does that.
+    """
+    model = unwrap_peft(model)
+    if has_linear_attention(model):  # a state would run on through the neighbour's tokens
+        return _layered_states(model, prompts, prompt_index, ids, mask, image_token_id)
+    language = model.model.language_model
+    packed = _pack_completions(prompts, prompt_index, ids, mask)
+    is_flat = can_read_flat(model)
+    if is_flat:
+        packed = packed.flatten()
+    embeds = language.embed_tokens(packed.ids)
+    is_image = (packed.ids == image_token_id) & (packed.part == 0)
+    inputs = embed_with_images(embeds, is_image, prompts)
+    if is_flat:
+        return read_flat(language, inputs["inputs_embeds"][0], packed.positions[:, 0],
+                         packed.groups, inputs.get("deepstack_visual_embeds", ()), is_image[0]
+                         )[packed.state_columns]
+    # with one completion to each prompt, the past is all that a token may see
+    is_causal = all(len(group.completions) == 1 for group in packed.groups)
+    is_allowed = None if is_causal else additive_mask(packed.is_allowed(), embeds.dtype)
+    output = language(**inputs, attention_mask=is_allowed, position_ids=packed.positions,
+                      use_cache=False)
+    return output.last_hidden_state[packed.state_rows, packed.state_columns]
+
+
+def _layered_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
+                    mask: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """What `completion_states` gives, for a model with linear attention.
 
     Each layer reads the prompts, and then the completions on what it keeps of them. So its cache
     lives inside the layer, which can be checkpointed as a whole.
@@ -116,7 +102,7 @@ def _layered_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids
                   if model.is_activation_checkpointing else read(*states))
     prompt_states, own_states = language.norm(states[0][:, -1]), language.norm(states[1])
     before = torch.cat([prompt_states[prompt_index][:, None], own_states[:, :-1]], 1)
-    return _score_states(model, before[mask.bool()], ids, mask, temperature)
+    return before[mask.bool()]
 
 
 def _read_layer(language, layer, prompt_index: torch.Tensor, angles: list, masks: Sequence,
@@ -144,7 +130,7 @@ class _PackedRows:
 
     ids: (prompts, tokens); part: (prompts, tokens) 0 for the prompt, 1, 2, ... for its completions,
     -1 for padding; positions: (3, prompts, tokens). state_rows, state_columns: (completion tokens,)
-    where the state before each token is, in the order of the completions.
+    where the state before each token is, in the order of the completions. groups: of the prompts.
     """
 
     ids: torch.Tensor
@@ -152,6 +138,7 @@ class _PackedRows:
     positions: torch.Tensor
     state_rows: torch.Tensor
     state_columns: torch.Tensor
+    groups: list[Group]
 
     def is_allowed(self) -> torch.Tensor:
         """(prompts, tokens, past): does a token attend to another? Padding sees only itself."""
@@ -162,13 +149,23 @@ class _PackedRows:
         is_itself = order[:, None] == order
         return is_past & (key_part >= 0) & is_prompt_or_own | is_itself
 
+    def flatten(self) -> "_PackedRows":
+        """All tokens but padding as one row; state_columns then count those of `read_flat`."""
+        is_token = self.part >= 0
+        asked_for = torch.tensor([1 + sum(group.completions) for group in self.groups])
+        prompts = torch.tensor([group.prompt for group in self.groups])
+        first = asked_for.cumsum(0) - asked_for - prompts + 1
+        return _PackedRows(self.ids[is_token][None], self.part[is_token][None],
+                           self.positions[:, is_token][:, None], torch.zeros_like(self.state_rows),
+                           self.state_columns + first[self.state_rows], self.groups)
+
 
 def _pack_completions(prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
                       mask: torch.Tensor) -> _PackedRows:
-    """Arguments as of `completion_logps`; the result is on the device of `ids`."""
+    """Arguments as of `completion_states`; the result is on the device of `ids`."""
     lengths = mask.sum(1).tolist()
     completions = [row[:length] for row, length in zip(ids.cpu(), lengths)]
-    packed_ids, packed_part, packed_positions = [], [], []
+    packed_ids, packed_part, packed_positions, groups = [], [], [], []
     state_places: list[list[tuple[int, int]]] = [[] for _ in completions]  # row and column
     for row, prompt in enumerate(prompts):
         members = (prompt_index == row).nonzero()[:, 0].tolist()
@@ -188,13 +185,15 @@ def _pack_completions(prompts: list[Prompt], prompt_index: torch.Tensor, ids: to
         packed_ids.append(torch.cat(row_ids))
         packed_part.append(torch.cat(row_part))
         packed_positions.append(torch.cat(row_positions, 1))
+        groups.append(Group(len(prompt.ids), tuple(lengths[member] for member in members)))
     longest = max(map(len, packed_ids))
     device = ids.device
     all_places = [place for places in state_places for place in places]
     state_rows, state_columns = torch.tensor(all_places, device=device).T
     return _PackedRows(
         pad_rows(packed_ids, longest).to(device), pad_rows(packed_part, longest, -1).to(device),
-        pad_rows(packed_positions, longest).transpose(0, 1).to(device), state_rows, state_columns)
+        pad_rows(packed_positions, longest).transpose(0, 1).to(device), state_rows, state_columns,
+        groups)
 
 
 def _token_logps(model, states: torch.Tensor, targets: torch.Tensor,

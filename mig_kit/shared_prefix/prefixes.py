@@ -4,14 +4,13 @@ MIG-Bench's 4,295 questions are about 1,974 lists of images. The kit reads the i
 all the questions about them in one pass: each sees the images' keys and values and its own tokens.
 """
 
-from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
-from mig_kit.shared_prefix import attention
+from mig_kit.shared_prefix.flat_layers import Group, can_read_flat, read_flat
 from mig_kit.shared_prefix.linear_attention import has_linear_attention, make_cache
 from mig_kit.shared_prefix.prompt_cache import Prompt
 
@@ -73,58 +72,36 @@ class PaddedPrompts:
     next_position: torch.Tensor
 
     def prefill(self, model) -> tuple[torch.Tensor, Cache]:
-        """States at the last tokens (prompts, hidden), and the cache.
-
-        Of long prompts the last layer computes nothing but these states and its keys and values: a
-        fifth less work in the tiny model, 1/36 in the 3B. Only the kit's own attention can do that.
-        """
+        """States at the last tokens (prompts, hidden), and the cache."""
         language = model.model.language_model
+        if can_read_flat(model):
+            return self._prefill_flat(language)
         arguments = self.inputs | {"position_ids": self.positions, "use_cache": True}
         if has_linear_attention(model):
             output = language(**arguments, attention_mask=self.mask,
                               past_key_values=make_cache(language))
             return output.last_hidden_state[:, -1], output.past_key_values
-        is_long = self.mask.shape[1] >= attention.LONG_WITHOUT_GRADIENT
-        uses_kit_attention = language.config._attn_implementation == attention.NAME
-        # Qwen3-VL adds deepstack features to what a layer returns, which must have all tokens.
-        if is_long and uses_kit_attention and "deepstack_visual_embeds" not in self.inputs:
-            reader = _with_short_last_layer(language, self.last_column[:, None])
-            output = reader(**arguments)
-            return output.last_hidden_state[:, 0], output.past_key_values
         output = language(**arguments)
         row = torch.arange(len(self.last_column), device=self.last_column.device)
         return output.last_hidden_state[row, self.last_column], output.past_key_values
 
-
-class _ShortLastLayer(torch.nn.Module):
-    """A decoder layer that returns only the states at `columns`: (rows, slots, hidden).
-
-    columns: (rows, slots). The keys and values that it adds to the cache are those of all tokens.
-    """
-
-    def __init__(self, layer: torch.nn.Module, columns: torch.Tensor):
-        super().__init__()
-        self.layer, self.columns = layer, columns
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """hidden_states: (rows, tokens, hidden); kwargs: what the model hands to its layers."""
-        layer = self.layer
-        normed = layer.input_layernorm(hidden_states)
-        mixed, _ = layer.self_attn(hidden_states=normed, query_columns=self.columns, **kwargs)
-        index = self.columns[..., None].expand(-1, -1, hidden_states.shape[2])
-        hidden = (hidden_states + mixed).gather(1, index)
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def _with_short_last_layer(language: torch.nn.Module, columns: torch.Tensor) -> torch.nn.Module:
-    """A language model with the same weights whose last layer is a `_ShortLastLayer`."""
-    *layers, last = language.layers
-    reader = copy(language)
-    # A shallow copy shares its dict of modules with the original, which another thread may be
-    # using; it gets one of its own.
-    reader._modules = dict(language._modules)
-    reader.layers = torch.nn.ModuleList([*layers, _ShortLastLayer(last, columns)])
-    return reader
+    def _prefill_flat(self, language: torch.nn.Module) -> tuple[torch.Tensor, Cache]:
+        """`prefill` on a CPU, where no padding is read."""
+        is_token = self.mask.bool()
+        is_image = self.inputs.get("visual_pos_masks")
+        keys_and_values: list[tuple[torch.Tensor, torch.Tensor]] = []
+        states = read_flat(
+            language, self.inputs["inputs_embeds"][is_token], self.positions[:, is_token],
+            [Group(tokens, ()) for tokens in self.mask.sum(1).tolist()],
+            self.inputs.get("deepstack_visual_embeds", ()),
+            None if is_image is None else is_image[is_token], keys_and_values)
+        cache = DynamicCache()
+        for index, parts in enumerate(keys_and_values):
+            padded = [part.new_zeros(*is_token.shape, *part.shape[1:]) for part in parts]
+            for rows, part in zip(padded, parts):
+                rows[is_token] = part
+            cache.update(*(rows.transpose(1, 2) for rows in padded), index)
+        return states, cache
 
 
 def pad_prompts(model, prompts: list[Prompt], image_token_id: int) -> PaddedPrompts:

@@ -19,10 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from mig_kit.shared_prefix.attention import NAME, replace_attention
 from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_in_rounds
-from mig_kit.shared_prefix.logprobs import completion_logps, packed_logps
+from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import (
     Prompt,
@@ -69,8 +68,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     of the rows), `_calculate_rewards` (gives them back), `_tokenize_prompts` (a row's prompt
     becomes a number, in place of its token ids), `_generate_single_turn`,
     `_get_per_token_logps_and_entropies` (reads prompts by that number), `_get_dataloader` (decodes
-    a row's images once), `_prepare_inputs` (keeps groups together) and `training_step` (puts faster
-    attention in sdpa's place, and averages gradients, because shared passes go around DDP).
+    a row's images once), `_prepare_inputs` (keeps groups together) and `training_step` (averages
+    gradients, because shared passes go around DDP).
     """
 
     def __init__(self, *args, micro_completions: int = 0, **kwargs):
@@ -84,12 +83,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             return
         # bfloat16 products over float32 weights
         self.autocasts = self.args.bf16 and unwrap_peft(self.model).dtype == torch.float32
-        # The model's own attention, and that of shared passes: on a CPU sdpa is slow where it takes
-        # a mask. What replaces it keeps its scores, so layers must be checkpointed.
-        self.attention = unwrap_peft(self.model).config._attn_implementation
-        has_slow_masks = (self.attention == "sdpa" and self.args.device.type == "cpu"
-                          and self.args.gradient_checkpointing)
-        self.fast_attention = NAME if has_slow_masks else self.attention
         self.cache = self._make_cache()
         self.unsupported_sampling = self._find_sampling_obstacle()
         if self.unsupported_sampling and not self.use_vllm:
@@ -172,7 +165,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self.is_checked = True
             self.unshared = self._compare_with_stock(output)
             if self.unshared:
-                replace_attention(self.model, self.fast_attention, self.attention)
                 warnings.warn(f"prompts are not shared: {self.unshared}", stacklevel=2)
                 for log in (self._metrics["train"], *self._logs.values()):
                     log.clear()
@@ -247,13 +239,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         token_types = inputs.pop("mm_token_type_ids", torch.zeros_like(inputs["input_ids"]))
         prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
         with _without_dropout(self.model):
-            replace_attention(self.model, self.fast_attention, self.attention)
             stock, _, _ = super()._get_per_token_logps_and_entropies(
                 self.model, torch.cat([prompt_ids, ids[rows]], 1),
                 torch.cat([prompt_mask, mask[rows]], 1), ids.shape[1],
                 mm_token_type_ids=pad(token_types, (0, ids.shape[1])),
                 num_images=[len(source.images)] * 2, **inputs)
-            replace_attention(self.model, self.attention, self.fast_attention)
             own = self._logps(self.model, numbers, ids, mask)[0][rows]
         difference = (own - stock).abs()[mask[rows].bool()]
         if not len(difference):  # both are masked, as too long
@@ -291,7 +281,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         prompt_index = torch.tensor(order, device=prompt_index.device).argsort()[prompt_index]
         at_once = max(1, (self.micro_completions or self.args.per_device_train_batch_size)
                       // self.num_generations)
-        compute = packed_logps if self.args.gradient_checkpointing else completion_logps
         logps, entropies = torch.zeros(2, *ids.shape, device=ids.device)
         for start in range(0, len(prompts), at_once):
             part = ((prompt_index >= start) & (prompt_index < start + at_once)).nonzero()[:, 0]
@@ -303,9 +292,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             is_last = start + at_once >= len(prompts)
             with self.accelerator.autocast():
                 if is_last or not torch.is_grad_enabled():
-                    values = compute(*arguments)
+                    values = completion_logps(*arguments)
                 else:
-                    values = checkpoint(compute, *arguments, use_reentrant=False)
+                    values = checkpoint(completion_logps, *arguments, use_reentrant=False)
             padding = (0, ids.shape[1] - length)
             logps, entropies = (total.index_copy(0, part, pad(value, padding))
                                 for total, value in zip((logps, entropies), values))
@@ -347,25 +336,25 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def training_step(self, model, inputs, num_items_in_batch):
-        if self.unshared:
-            return super().training_step(model, inputs, num_items_in_batch)
-        replace_attention(model, self.attention, self.fast_attention)
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            replace_attention(model, self.fast_attention, self.attention)
-        processes = self.accelerator.num_processes
-        if self.unshared or not self.accelerator.sync_gradients:
-            return loss
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:  # no completion was read: stock TRL has a gradient of 0
-                parameter.grad = torch.zeros_like(parameter)
-            if processes > 1:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= processes
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.unshared and self.accelerator.sync_gradients:
+            average_gradients(model, self.accelerator.num_processes)
         return loss
+
+
+def average_gradients(model: torch.nn.Module, processes: int) -> None:
+    """Give every trained parameter its mean gradient over all processes, as DDP would.
+
+    A process that has read no completion has none, and counts 0.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if processes > 1:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= processes
 
 
 @contextmanager

@@ -5,8 +5,7 @@ SFTTrainer). The paper publishes neither rank nor rates; rank and alpha of the f
 VLM-R1's, those of the tiny profile are ours.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -15,13 +14,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import apply_chat_template
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import Hardware, Policy, check_adapters, choose_hardware
-from mig_kit.engine.processors import check_image_grids, check_tokens, describe_other_format
+from mig_kit.engine.processors import describe_other_format
 from mig_kit.engine.qlora import load_four_bit_policy
+from mig_kit.engine.sample_prompts import SampleCache, make_cache
 from mig_kit.engine.training import (
     KeepAdapterDtype,
     LiveCurves,
@@ -34,8 +35,10 @@ from mig_kit.engine.training import (
 )
 from mig_kit.prompts import chat_messages, cut_reasoning
 from mig_kit.sample import Sample, TableRows, read_replies, read_samples
-from mig_kit.shared_prefix.prefixes import pad_to_multiple
+from mig_kit.shared_prefix.logprobs import completion_states
+from mig_kit.shared_prefix.prefixes import pad_rows
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
+from mig_kit.shared_prefix.trainer import average_gradients
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
 
@@ -44,35 +47,26 @@ def shuffled_rows(count: int, seed: int, max_samples: int = 0) -> list[int]:
     return np.random.default_rng(seed).permutation(count)[:max_samples or count].tolist()
 
 
-def sft_rows(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat) -> Dataset:
-    """A table of prompt, completion and images as TRL reads it; a row per sample.
+def sft_row(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
+    """Prompt and completion as messages, and images, as TRL reads them."""
+    return _messages(sample, reply, box_format) | {"images": list(sample.images)}
 
-    A row is made, and its images are decoded, when it is looked at; the table itself holds `length`
-    alone, about how many tokens the row has with images as large as the model sees them
-    (`row_lengths`).
+
+def _messages(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
+    completion = [{"role": "assistant", "content": [{"type": "text", "text": reply}]}]
+    return {"prompt": chat_messages(sample, box_format), "completion": completion}
+
+
+def sft_table(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat) -> Dataset:
+    """A row per sample: its number, and `length`, about how many tokens it has with images as large
+    as the model sees them. No image is decoded.
     """
     lengths = []
     for sample, reply in zip(samples, replies, strict=True):
         areas = (min(width * height, box_format.max_pixels) for width, height in sample.sizes)
         image_tokens = sum(areas) // 784
         lengths.append(image_tokens + (len(sample.question) + len(reply)) // 3)
-    table = Dataset.from_dict({"row": range(len(lengths)), "length": lengths})
-    return table.with_transform(partial(_make_rows, samples, replies, box_format))
-
-
-def _make_rows(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
-               columns: dict[str, list]) -> dict[str, list]:
-    chosen = [(samples[row], replies[row]) for row in columns["row"]]
-    return {
-        "prompt": [chat_messages(sample, box_format) for sample, _ in chosen],
-        "completion": [[{"role": "assistant", "content": [{"type": "text", "text": reply}]}]
-                       for _, reply in chosen],
-        "images": [list(sample.images) for sample, _ in chosen]}
-
-
-def row_lengths(table: Dataset) -> list[int]:
-    """The lengths of the rows of `sft_rows`; makes none of them."""
-    return table.with_format(None)["length"][:]
+    return Dataset.from_dict({"row": range(len(lengths)), "length": lengths})
 
 
 def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat,
@@ -96,7 +90,7 @@ class FilledRows(torch.utils.data.Dataset):
     """
 
     def __init__(self, table: Dataset, multiple: int):
-        self.table, self.lengths = table, row_lengths(table)
+        self.table, self.lengths = table, table["length"][:]
         missing = -len(table) % multiple
         self.shortest = min(range(len(table)), key=self.lengths.__getitem__)
         self.lengths += [self.lengths[self.shortest]] * missing
@@ -116,12 +110,14 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
     The parts that an update is computed in are then padded little. Which rows an update learns from
     is as random as without the sorting. lengths: of the rows; size: rows of an update; fillers: how
-    many of the last rows are to come last in every pass.
+    many of the last rows are to come last in every pass. batch, processes: rows of a batch, and
+    processes that take batches in turn; those that are computed side by side get like lengths.
     """
 
-    def __init__(self, lengths: list[int], size: int, seed: int, fillers: int = 0):
+    def __init__(self, lengths: list[int], size: int, seed: int, fillers: int = 0, batch: int = 1,
+                 processes: int = 1):
         self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
-        self.fillers = fillers
+        self.fillers, self.batch, self.processes = fillers, batch, processes
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -134,41 +130,94 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         rows = len(self.lengths) - self.fillers
         for update in torch.randperm(rows, generator=generator).split(self.size):
-            yield from sorted(update.tolist(), key=lambda row: self.lengths[row])
+            in_order = sorted(update.tolist(), key=lambda row: self.lengths[row])
+            side_by_side = self.batch * self.processes
+            for start in range(0, len(in_order), side_by_side):
+                together = in_order[start:start + side_by_side]
+                for process in range(self.processes):
+                    yield from together[process::self.processes]
         yield from range(rows, len(self.lengths))
 
 
 class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
-    """TRL's trainer, in which every token of an update weighs the same.
+    """TRL's trainer over samples and their replies, in which every token of an update weighs the
+    same. Loss and logged figures are TRL's.
 
-    The model's class says that it cannot be told the number of tokens of the whole update, but it
-    can; without it the mean of each part would weigh the same, and tokens of short rows more. Only
-    states that a token with loss follows reach the head, which TRL computes for the whole prompt.
-    The mask of these states is kept on the trainer during `compute_loss`, because TRL calls the
-    model itself and a forward hook is the only place between the layers and the head.
+    A prompt is encoded once and an image goes through the frozen vision tower once; only
+    the states that a reply's token follows reach the head.
+
+    cache: of prompts; samples, replies: what the numbers in the column `row` stand for.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs, self._is_scored = True, None
-        unwrap_peft(self.model).model.register_forward_hook(self._keep_scored_states)
+    def __init__(self, *args, cache: SampleCache, samples: Sequence[Sample],
+                 replies: Sequence[str], **kwargs):
+        self.cache, self.samples, self.replies = cache, samples, replies
+        self.completions: dict[int, torch.Tensor] = {}  # token ids by row
+        super().__init__(*args, data_collator=self.collate, **kwargs)
+        # the model's class says that it cannot be told the number of tokens of the whole update;
+        # without it the mean of each part would weigh the same, and tokens of short rows more
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """As TRL's; labels: (rows, tokens), -100 where no loss is."""
-        labels = inputs["labels"][:, 1:]
-        self._is_scored = labels != -100
-        scored_labels = labels[self._is_scored][None]
-        try:
-            return super().compute_loss(
-                model, {**inputs, "shift_labels": scored_labels}, *args, **kwargs)
-        finally:
-            self._is_scored = None
+    def collate(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """row: (rows,); labels: (rows, tokens) of the completions, -100 where no loss is. Rows
+        marked `is_filler` have none.
+        """
+        completions = [self._completion(example["row"]) for example in examples]
+        labels = pad_rows(completions, max(map(len, completions)), -100)
+        labels[[bool(example.get("is_filler")) for example in examples]] = -100
+        return {"row": torch.tensor([example["row"] for example in examples]), "labels": labels}
 
-    def _keep_scored_states(self, module, inputs, output):
-        """(rows, tokens, width) -> (1, tokens with loss, width), in a pass of `compute_loss`."""
-        if self._is_scored is not None:
-            output.last_hidden_state = output.last_hidden_state[:, :-1][self._is_scored][None]
-        return output
+    def _completion(self, row: int) -> torch.Tensor:
+        """Token ids of a reply as its chat template writes it behind the prompt."""
+        if row not in self.completions:
+            messages = _messages(self.samples[row], self.replies[row], self.cache.box_format)
+            text = apply_chat_template(messages, self.processing_class)["completion"]
+            ids = self.cache.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            self.completions[row] = torch.tensor(ids)
+        return self.completions[row]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over num_items_in_batch tokens, those of all parts of the update."""
+        mask = inputs["labels"] != -100
+        rows = mask.any(1)
+        if not rows.any():  # of several processes one has fillers alone
+            self._log_figures(torch.zeros(0, 1), torch.zeros(0), 0)
+            return torch.zeros((), device=mask.device, requires_grad=True)
+        ids, mask = inputs["labels"][rows].clamp(min=0), mask[rows]
+        prompts = self.cache.get([self.samples[row] for row in inputs["row"][rows].tolist()])
+        model = unwrap_peft(self.accelerator.unwrap_model(model))
+        with self.accelerator.autocast():
+            prompt_index = torch.arange(len(prompts), device=ids.device)
+            states = completion_states(model, prompts, prompt_index, ids, mask,
+                                       self.processing_class.image_token_id)
+            logits = model.lm_head(states).float()
+        loss = cross_entropy(logits, ids[mask], reduction="sum")
+        loss = loss / (num_items_in_batch or len(logits))
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        self._log_figures(logits.detach(), ids[mask], sum(len(prompt.ids) for prompt in prompts))
+        return loss
+
+    def _log_figures(self, logits: torch.Tensor, targets: torch.Tensor, prompt_tokens: int) -> None:
+        """Entropy and share of right tokens, of all processes together."""
+        logps = logits.log_softmax(-1)
+        counts = logps.new_tensor([len(targets), prompt_tokens])
+        sums = torch.cat([torch.stack([-(logps.exp() * logps).sum(),
+                                       (logits.argmax(-1) == targets).sum()]), counts])
+        sums = self.accelerator.gather(sums.to(self.accelerator.device)[None]).sum(0).tolist()
+        entropy, n_correct, n_targets, prompt_tokens = sums
+        logged = self._metrics["train"]
+        logged["entropy"].append(entropy / max(1, n_targets))
+        logged["mean_token_accuracy"].append(n_correct / max(1, n_targets))
+        self._total_train_tokens += int(prompt_tokens + n_targets)
+        logged["num_tokens"] = [self._total_train_tokens]
+
+    def training_step(self, *args, **kwargs):
+        """As TRL's. The passes go around DDP, so that gradients are averaged here."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            average_gradients(self.model, self.accelerator.num_processes)
+        return loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         args = self.args
@@ -177,63 +226,36 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         size, rows = args.per_device_train_batch_size * batches, self.train_dataset
         if args.world_size == 1:
-            return LengthGroupedSampler(row_lengths(rows), size, args.data_seed)
+            return LengthGroupedSampler(rows["length"][:], size, args.data_seed)
         fillers = len(rows) - len(rows.table)
-        return LengthGroupedSampler(rows.lengths, size, args.data_seed, fillers)
+        return LengthGroupedSampler(rows.lengths, size, args.data_seed, fillers,
+                                    args.per_device_train_batch_size, args.world_size)
 
 
-def pad_collated_rows(collate: Callable, pad_token: int) -> Callable:
-    """TRL's collator with rows padded on the right to few different lengths (`pad_to_multiple`).
-
-    TRL's own `pad_to_multiple_of` does not work for prompts with images. Rows marked `is_filler`
-    carry no loss.
-    """
-    values = {"input_ids": pad_token, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
-
-    def collate_and_pad(examples: list[dict]) -> dict:
-        is_filler = torch.tensor([example.pop("is_filler", False) for example in examples])
-        batch = collate(examples)
-        batch["labels"][is_filler] = -100
-        length = batch["input_ids"].shape[1]
-        missing = pad_to_multiple(length) - length
-        padded = {name: pad(batch[name], (0, missing), value=value)
-                  for name, value in values.items()}
-        return {**batch, **padded}
-
-    return collate_and_pad
-
-
-def sft_trainer(policy: Policy, table: Dataset, folder: Path,
-                params: SimpleNamespace) -> SFTTrainer:
-    """TRL's trainer on the rows of `table`.
+def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str], folder: Path,
+                params: SimpleNamespace) -> CompletionLossTrainer:
+    """TRL's trainer on the samples and their replies.
 
     params: the stage's; those that SFTConfig has are passed on. Before anything is trained, the
-    first batch's image tokens are compared with its image features, and the sizes at which its
+    first samples' image tokens are compared with their image features, and the sizes at which their
     images are seen with those that boxes are computed for; ValueError if they disagree.
     """
     defaults = {"gradient_checkpointing": policy.hardware.device == "cuda"}
     arguments = trainer_arguments(SFTConfig, params, policy.hardware, folder, max_length=None,
-                                  completion_only_loss=True, remove_unused_columns=False)
-    # completion_only_loss: TRL's collator labels the prompt's tokens -100, which carry no loss
+                                  completion_only_loss=True, remove_unused_columns=False,
+                                  dataset_kwargs={"skip_prepare_dataset": True})
     config = SFTConfig(**defaults | arguments)
     use_one_device(config)
     callbacks = [ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns(),
                  LiveCurves(loss_curve, ("loss", "token_accuracy"))]
+    table, cache = sft_table(samples, replies, policy.box_format), make_cache(policy)
+    cache.get(samples[:4])
     trainer = CompletionLossTrainer(
-        model=policy.model, args=config, train_dataset=table, callbacks=callbacks,
-        processing_class=policy.processor)
+        model=policy.model, args=config, train_dataset=table, callbacks=callbacks, cache=cache,
+        samples=samples, replies=replies, processing_class=policy.processor)
     if config.world_size > 1:
         multiple = config.world_size * config.per_device_train_batch_size
         trainer.train_dataset = FilledRows(table, multiple)
-    pad_token = policy.processor.tokenizer.pad_token_id
-    trainer.data_collator = pad_collated_rows(trainer.data_collator, pad_token)
-    rows = [table[i] for i in range(min(4, len(table)))]
-    batch = trainer.data_collator(rows)
-    check_tokens(policy.processor, batch)
-    sizes = [image.size for row in rows for image in row["images"]]
-    check_image_grids(policy.processor, policy.box_format, batch.get("image_grid_thw"), sizes)
-    if int((batch["labels"] != -100).sum()) == 0:
-        raise ValueError("no token of the first batch carries loss; the completion column is empty")
     return trainer
 
 
@@ -260,11 +282,11 @@ def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None
     and the run's.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
-    table = sft_rows(*read_traces(traces, params), box_format)
+    samples, replies = read_traces(traces, params)
     lora = lora_config(params.lora_r, params.lora_dropout, params.lora_targets)
     hardware = choose_hardware(params.dtype, params.device)
     policy = load_qlora_policy(base, hardware, box_format, lora, params.seed)
-    trainer = sft_trainer(policy, table, folder, params)
+    trainer = sft_trainer(policy, samples, replies, folder, params)
     if trainer.is_world_process_zero():
         policy.model.print_trainable_parameters()
         if difference := describe_other_format(base, box_format):

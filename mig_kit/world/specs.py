@@ -15,11 +15,13 @@ from mig_kit.world.scenes import SIDES, Appearance, Scene, arrange_objects, rand
 
 @dataclass(frozen=True)
 class World:
-    """What a suite draws from: seen or unseen (colour, shape) pairs, plain or textured backgrounds.
+    """What a suite draws from: seen or unseen (colour, shape) pairs, plain or textured backgrounds,
+    and the shortest and longest side of an object, pixels.
     """
 
     unseen: bool = False
     textured: bool = False
+    sides: tuple[float, float] = SIDES
 
     def pick_appearances(self, rng: random.Random, count: int) -> list[Appearance]:
         """`count` different appearances."""
@@ -27,9 +29,9 @@ class World:
 
     def arrange_scene(self, rng: random.Random, appearances: list[Appearance],
                       size: tuple[int, int] | None = None,
-                      sides: tuple[float, float] = SIDES) -> Scene:
+                      sides: tuple[float, float] | None = None) -> Scene:
         """A scene with one object per appearance; size and sides: see `scenes.arrange_objects`."""
-        return arrange_objects(rng, appearances, size, self.textured, sides)
+        return arrange_objects(rng, appearances, size, self.textured, sides or self.sides)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Only the questions of MIG-Bench are asked in a training split too.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -239,6 +239,9 @@ def _draw_unseen(split: str, index: int, seed: int) -> SampleSpec:
     return make_spec(TASKS[name], f"unseen/{name}", split, index, seed, world)
 
 
+WORLDS = (World(),)
+# Candidates for RL: in every second one, objects are too small for most boxes to be right.
+CANDIDATE_WORLDS = (World(), World(sides=(5, 12)))
 FIND_ALL_DRAWS = _seen(FIND_ALL, "find_all/")
 # The names of suites and tasks stand in the ids of samples and in the seeds that they are drawn
 # with. A drawn world is no benchmark, so the titles say "(drawn)".
@@ -247,16 +250,16 @@ SUITES = {
     "ood_grounding": Suite(
         "out of domain (drawn)",
         _seen({"lisa": lisa_like, "revos": revos_like, "mc_bench": mc_bench_like})
-        | {"unseen": _draw_unseen}, "ood_per_task", 100),
+        | {"unseen": _draw_unseen}, "ood_per_task", 200),
     "blink": Suite(
         "BLINK-like (drawn)",
         _seen({"counting": count_colour, "jigsaw": jigsaw,
                "visual_correspondence": visual_correspondence, "relations": relations}),
-        "blink_per_task", 60),
+        "blink_per_task", 200),
     "mmiu": Suite(
         "MMIU-like (drawn)",
         _seen({"order": frame_order, "retrieval": retrieval, "change": find_change}),
-        "mmiu_per_task", 80),
+        "mmiu_per_task", 260),
     "find_all": Suite("none, one or several (drawn)", FIND_ALL_DRAWS,
                       "find_all_per_task", 0)}
 OUT_OF_DOMAIN = "ood_grounding"
@@ -295,34 +298,39 @@ def _iter_tasks(suite: str, tasks: Mapping[str, Draw], split: str, per_task: int
             for task, draw in tasks.items() for index in range(per_task))
 
 
-def iter_free_form(split: str, per_task: int, seed: int = 0,
-                   boxes: int | None = None) -> Iterator[Sample]:
+def iter_free_form(split: str, per_task: int, seed: int = 0, boxes: int | None = None,
+                   worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
     """General questions beside the ten tasks, as MGrounding-630k has them: `per_task` of a kind,
     drawn as they are asked for.
 
-    boxes: how many of each kind in BOX_FORMS; None for `per_task`.
+    boxes: how many of each kind in BOX_FORMS; None for `per_task`. worlds: drawn from in turn.
     """
     for task, task_function in FREE_FORM.items():
         count = boxes if boxes is not None and task in BOX_FORMS else per_task
         for index in range(count):
-            spec = make_spec(task_function, task, split, index, seed, World())
+            spec = make_spec(task_function, task, split, index, seed, worlds[index % len(worlds)])
             yield render_sample(spec, "free_form", task, split, index)
 
 
 def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: int,
-                      boxes: int | None = None, find_all_per_task: int = 0) -> Iterator[Sample]:
+                      boxes: int | None = None, find_all_per_task: int = 0,
+                      worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
     """What the stages train on, drawn as they are asked for: the ten tasks, general questions and
     questions for all boxes.
 
     boxes: how many general questions of each kind that asks for a box; None for
-    `free_form_per_task`.
+    `free_form_per_task`. worlds: what the tasks and general questions are drawn from, in turn.
     """
-    yield from iter_task_samples(split, per_task, seed)
-    yield from iter_free_form(split, free_form_per_task, seed, boxes)
+    yield from iter_task_samples(split, per_task, seed, worlds)
+    yield from iter_free_form(split, free_form_per_task, seed, boxes, worlds)
     # not through SUITES: a suite more would make stage 01 stale
     yield from _iter_tasks("find_all", FIND_ALL_DRAWS, split, find_all_per_task, seed)
 
 
-def iter_task_samples(split: str, per_task: int, seed: int) -> Iterator[Sample]:
-    """`per_task` samples of each of the ten tasks, drawn as they are asked for."""
-    return (make_sample(task, split, i, seed) for task in TASKS for i in range(per_task))
+def iter_task_samples(split: str, per_task: int, seed: int,
+                      worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
+    """`per_task` samples of each of the ten tasks, drawn as they are asked for, from `worlds` in
+    turn.
+    """
+    return (make_sample(task, split, index, seed, worlds[index % len(worlds)])
+            for task in TASKS for index in range(per_task))

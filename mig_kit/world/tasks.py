@@ -218,7 +218,7 @@ def group_grounding(rng: random.Random, world: World) -> SampleSpec:
     """Three to five images; find the named object, which only one of them shows."""
     scenes, k, name = make_scenes_with_holder(rng, world, 3, 5)
     question = rng.choice([f"Find the {name}.", f"Which image shows the {name}? Find it.",
-                           f"One image has a {name}. Where is it?"])
+                           f"One image shows the {name}. Where is it?"])
     return SampleSpec(scenes, question, [(k, name)], f"{name}: image {k}.",
                       list_image_notes(scenes))
 
@@ -337,12 +337,13 @@ def render_sample(spec: SampleSpec, suite: str, task: str, split: str, index: in
         notes=tuple(spec.notes), finding=spec.finding, find_all=spec.find_all)
 
 
-def make_sample(task: str, split: str, index: int, seed: int = 0) -> Sample:
+def make_sample(task: str, split: str, index: int, seed: int = 0,
+                world: World | None = None) -> Sample:
     """Sample number `index` of a task and split, drawn from (seed, split, index) alone.
 
     ValueError for an unknown task or split.
     """
     if task not in TASKS:
         raise ValueError(f"no task '{task}'; the tasks are {', '.join(TASKS)}")
-    spec = make_spec(TASKS[task], task, split, index, seed, World())
+    spec = make_spec(TASKS[task], task, split, index, seed, world or World())
     return render_sample(spec, "mig_bench", task, split, index)

@@ -19,7 +19,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat, smart_resize
-from mig_kit.engine import models, processors, training
+from mig_kit.engine import models, training
 from mig_kit.lab import gpu_needs, vocabulary
 from mig_kit.prompts import chat_messages, format_answer, format_box, parse_reply
 from mig_kit.sample import Sample
@@ -156,7 +156,6 @@ def test_real_prompts_hold_a_token_per_feature(real_processor, count):
     messages = chat_messages(sample, BoxFormat())
     text = real_processor.apply_chat_template(messages, add_generation_prompt=True)
     batch = real_processor(text=[text], images=[list(images)], return_tensors="pt")
-    processors.check_tokens(real_processor, batch)
     assert text.startswith("<|im_start|>system") and text.endswith("<|im_start|>assistant\n")
     seen = [smart_resize(*size) for size in sizes]
     image_tokens = int((batch["input_ids"] == 151655).sum())

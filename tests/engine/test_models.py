@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.engine import models, processors, training
+from mig_kit.engine import models, training
 from mig_kit.engine.model_folders import load_config
 from mig_kit.pipeline.params import stage_parameters
 from mig_kit.prompts import chat_messages
@@ -24,31 +24,6 @@ def make_batch(processor, samples):
              for sample in samples]
     images = [list(sample.images) for sample in samples]
     return processor(text=texts, images=images, padding=True, return_tensors="pt")
-
-
-def test_tokens_and_features_agree_for_mixed_batches(processor, samples):
-    processors.check_tokens(processor, make_batch(processor, samples))
-
-
-def test_a_batch_that_lost_an_image_fails_loudly(processor, samples):
-    batch = make_batch(processor, samples)
-    batch["image_grid_thw"] = batch["image_grid_thw"][:-1]
-    with pytest.raises(ValueError, match="image tokens"):
-        processors.check_tokens(processor, batch)
-    batch = make_batch(processor, samples)
-    batch["input_ids"] = batch["input_ids"][:, :-60]
-    with pytest.raises(ValueError, match="image tokens|cut"):
-        processors.check_tokens(processor, {**batch, "input_ids": batch["input_ids"][:, 80:]})
-
-
-def test_right_padding_is_refused(processor, samples):
-    batch = make_batch(processor, samples[:2])
-    processor.tokenizer.padding_side = "right"
-    try:
-        with pytest.raises(ValueError, match="padding_side"):
-            processors.check_tokens(processor, batch)
-    finally:
-        processor.tokenizer.padding_side = "left"
 
 
 @pytest.mark.parametrize(("lora_targets", "names"), [
@@ -222,8 +197,6 @@ def test_relatives_load_in_normalized_coordinates_only(family, projections, rela
     with pytest.raises(ValueError, match="set the parameter coordinates to normalized_1000"):
         models.load_processor(folder, box_format=BoxFormat())
     processor = models.load_processor(folder, NORMALIZED)
-    batch = make_batch(processor, samples)
-    processors.check_tokens(processor, batch)
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     assert side == (28 if family == "qwen2_vl" else 32)
     model = models.load_model(folder, float32, four_bit=True)

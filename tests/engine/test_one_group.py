@@ -16,7 +16,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, one_group
 from mig_kit.pipeline.dependencies import notebook_cells
 from mig_kit.pipeline.params import profile_params
-from mig_kit.shared_prefix import prompt_cache
+from mig_kit.shared_prefix import flat_layers, prompt_cache
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -73,17 +73,18 @@ def vary(trainer, batch):
     return logps, old, ref, torch.randn(len(mask), generator=generator)
 
 
-def test_its_layers_are_checkpointed_as_in_the_training(make_lesson):
+def test_its_layers_are_checkpointed_as_in_the_training(make_lesson, monkeypatch):
     """Else the graph of a whole group is kept: 10 GiB more for a 3B with two photos a prompt."""
     trainer, _, batch = make_lesson(gradient_checkpointing=True, dtype="float32")
     plain, _, _ = make_lesson(dtype="float32")
-    layer = prompt_cache.unwrap_peft(trainer.model).model.language_model.layers[0]
-    passes = []
-    layer.self_attn.register_forward_hook(lambda *_: passes.append(1))
+    layers = prompt_cache.unwrap_peft(trainer.model).model.language_model.layers
+    run_layer, passes = flat_layers._run_layer, []
+    monkeypatch.setattr(flat_layers, "_run_layer",
+                        lambda *arguments: passes.append(1) or run_layer(*arguments))
     logps = one_group.token_logps(trainer, batch)
-    assert len(passes) == 1
+    assert len(passes) == len(layers)
     logps.sum().backward()
-    assert len(passes) == 2, "the layer is computed again in the backward pass"
+    assert len(passes) == 2 * len(layers), "layers are computed again in the backward pass"
     torch.testing.assert_close(logps, one_group.token_logps(plain, batch), atol=1e-5, rtol=0)
 
 

@@ -118,14 +118,13 @@ def test_sft_sees_that_size(published, family, float32, sample, tmp_path):
     box_format = format_of(family)
     lora = training.lora_config(4)
     policy = sft.load_qlora_policy(published[family], float32, box_format, lora, 0)
-    table = sft.sft_rows([sample], ["<think></think>"], box_format)
     params = SimpleNamespace(
         seed=0, num_train_epochs=1, per_device_train_batch_size=1, gradient_accumulation_steps=1,
         learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0, save_steps=100,
         report_to="none")
-    trainer = sft.sft_trainer(policy, table, tmp_path, params)
-    batch = trainer.data_collator([table[0]])
-    assert sizes_of(batch["image_grid_thw"], family) == SEEN[FACTORS[family]]
+    trainer = sft.sft_trainer(policy, [sample], ["<think></think>"], tmp_path, params)
+    grids = torch.stack([image.grid for image in trainer.cache.images.values()])
+    assert sizes_of(grids, family) == SEEN[FACTORS[family]]
 
 
 @pytest.mark.slow

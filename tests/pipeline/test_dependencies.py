@@ -130,7 +130,7 @@ def change_cell(project, stage, old, new):
 
 @pytest.mark.parametrize(("number", "old", "new", "stages"), [
     ("02", "\n\nstage, p =", "\n# why\nstage, p =", ""),
-    ("02", "lora_r: int = 32", "lora_r: int = 16", ""),
+    ("02", "lora_r: int = 83", "lora_r: int = 16", ""),
     ("02", "samples[:64]", "samples[:32]", ""),  # of a cell tagged lesson
     ("05", "smooth=10", "smooth=9", ""),  # of a cell tagged picture
     ("05", "training_curves(state", "training_curves(the_state", "05")])

@@ -91,9 +91,10 @@ def test_a_stage_that_needs_no_other_runs_under_any_profile(root, monkeypatch):
 
 def test_recorded_runs_of_a_comparison_are_looked_for_where_the_command_is_given(monkeypatch):
     monkeypatch.chdir(PROJECT_ROOT / "notebooks" / "guide")
-    words = (("groups", "[a=default, 'b=seed1,ablations/default.json', ablations/seed1.json]"),)
-    groups = ["a=default", "b=seed1,notebooks/guide/ablations/default.json",
-              "notebooks/guide/ablations/seed1.json"]
+    words = (("groups", "[a=default, 'b=seed1,ablations/0.2/default.json', "
+                        "ablations/0.2/seed1.json]"),)
+    groups = ["a=default", "b=seed1,notebooks/guide/ablations/0.2/default.json",
+              "notebooks/guide/ablations/0.2/seed1.json"]
     assert plan.parse_overrides(words, ["09_compare"]) == {"groups": groups}
     assert read_recorded(groups[-1]).data_seed == 1, "a parameter's path is of the project"
 

@@ -152,7 +152,8 @@ def test_an_adapter_goes_on_as_02_made_it(root):
     leave_record(root, "01_synthesize")
     leave_record(root, "02_sft", lora_r=8)
     words = ("05", "-p", "start_from", "adapter")
-    assert "adapter_of_02 is [8, 'all'], but RL goes on with that adapter; set" in refuse(*words)
+    sentence = refuse(*words)
+    assert "adapter_of_02 is [8, 'attention'], but RL goes on with that adapter; set" in sentence
     assert "needs 03_merge" in refuse(*words, "-p", "lora_r", "8")
 
 

@@ -230,40 +230,6 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_one():
         assert 0 < (ours - exact).norm() < 1.2 * (plain - exact).norm()
 
 
-def test_only_the_tokens_at_query_columns_are_computed():
-    torch.manual_seed(0)
-    module = make_module()
-    inputs = random_inputs(2, (4, 2), (9, 9))
-    full, _ = attention.attention(module, *inputs, None, scaling=0.4)
-    columns = torch.tensor([[8], [3]])
-    output, weights = attention.attention(module, *inputs, None, scaling=0.4,
-                                          query_columns=columns)
-    row = torch.arange(2)
-    assert weights is None and largest_gap(output[row, [8, 3]], full[row, [8, 3]]) < 1e-6
-    output[row, [8, 3]] = 0
-    assert not output.any()
-
-
-@pytest.mark.parametrize("with_gradient", [True, False])
-def test_completions_behind_their_prompt_see_it_and_themselves(with_gradient):
-    torch.manual_seed(0)
-    module, parts = make_module(), torch.tensor([[0] * 5 + [1] * 3 + [2] + [3] * 2 + [-1],
-                                                 [0] * 9 + [1, 1, 2]])
-    inputs = random_inputs(2, (4, 2), (12, 12), requires_grad=with_gradient)
-    column = torch.arange(12)
-    is_shared = (parts[:, None] == 0) | (parts[:, None] == parts[:, :, None])
-    mask = (is_shared & (column[:, None] >= column))[:, None]
-    results = []
-    for function, options in ((eager_attention_forward, {"dropout": 0.0}),
-                              (attention.attention, {"packed_parts": parts})):
-        output, _ = function(module, *inputs, additive(mask), scaling=0.4, **options)
-        output = output * (parts >= 0)[..., None, None]
-        gradients = torch.autograd.grad(output.square().sum(), inputs) if with_gradient else ()
-        results.append((output, *gradients))
-    for plain, ours in zip(*results):
-        assert plain.any() and largest_gap(plain, ours) < 1e-5
-
-
 def test_the_first_layer_of_the_tower_is_its_convolution():
     torch.manual_seed(0)
     convolution = torch.nn.Conv3d(3, 16, (2, 14, 14), stride=(2, 14, 14))

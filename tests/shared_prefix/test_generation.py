@@ -21,7 +21,7 @@ from mig_kit.shared_prefix.generation import (
     sample_tokens,
 )
 from mig_kit.shared_prefix.linear_attention import has_linear_attention
-from mig_kit.shared_prefix.logprobs import completion_logps, packed_logps
+from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prompt_cache import Prompt
 
 ABSOLUTE = BoxFormat()
@@ -84,14 +84,13 @@ def test_questions_about_the_same_images_read_them_once(family, samples, monkeyp
     asked_samples = [replace(samples[i], id=f"{text}{i}", question=text, reference=None)
                      for i, text in questions]
     prompts = make_prompts(model, processor, asked_samples, box_format)
-    shapes_read, stock = [], model.model.language_model.forward
+    shapes_read, stock = [], prefixes.PaddedPrompts.prefill
 
-    def watched(*args, **kwargs):
-        if "inputs_embeds" in kwargs:
-            shapes_read.append(kwargs["inputs_embeds"].shape[:2])
-        return stock(*args, **kwargs)
+    def watched(batch, model):
+        shapes_read.append(batch.mask.shape)
+        return stock(batch, model)
 
-    monkeypatch.setattr(model.model.language_model, "forward", watched)
+    monkeypatch.setattr(prefixes.PaddedPrompts, "prefill", watched)
     rollouts = generate_rollouts(model, processor, prompts, 2, SamplingOptions(0.0,
                                                                                max_new_tokens=16))
     monkeypatch.undo()
@@ -99,7 +98,7 @@ def test_questions_about_the_same_images_read_them_once(family, samples, monkeyp
     if has_linear_attention(model):
         assert rows_read == [6], "two questions cannot go on from one state in one row"
     else:
-        assert rows_read == [3, 3], "three lists of images, and what is asked about each"
+        assert rows_read == [3], "three lists of images"
         longest_prefix = max(prompt.prefix_length for prompt in prompts)
         assert shapes_read[0][1] == prefixes.pad_to_multiple(longest_prefix)
     for sample, rollout in zip(asked_samples, rollouts):
@@ -181,24 +180,21 @@ def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compute_logps", "variant"), [
-    (completion_logps, ""), (completion_logps, "long"), (packed_logps, ""),
-    (packed_logps, "checkpointed")])
-def test_logps_and_gradients_equal_stock(family, samples, monkeypatch, compute_logps, variant):
+@pytest.mark.parametrize("variant", ["", "attention", "checkpointed"])
+def test_logps_and_gradients_equal_stock(family, samples, variant):
     model, processor, box_format = family
     language = model.model.language_model
     torch.manual_seed(0)
     if variant == "checkpointed":
         model.train()
         model.activation_checkpointing_enable({"use_reentrant": False})
-    if variant == "long":
+    if variant == "attention":
         model.set_attn_implementation(attention.NAME)
-        monkeypatch.setattr(attention, "LONG_WITHOUT_GRADIENT", 1)
     prompts = make_prompts(model, processor, samples[:4], box_format)
     prompt_index, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
     ids = torch.randint(20, 600, (5, 9))
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
-    logps, entropies = compute_logps(model, prompts, prompt_index, ids, mask,
+    logps, entropies = completion_logps(model, prompts, prompt_index, ids, mask,
                                      processor.image_token_id)
     weights = torch.randn(5, 9) * mask
     model.zero_grad()
@@ -439,30 +435,23 @@ def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, process
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"], indirect=True)
-def test_of_long_prompts_the_last_layer_reads_only_the_last_token(family, samples, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"], indirect=True)
+def test_prompts_without_padding_are_read_as_padded_ones(family, samples, monkeypatch):
     model, processor, box_format = family
     prompts = make_prompts(model, processor, samples[:4], box_format)
-    model.set_attn_implementation(attention.NAME)
-    language = model.model.language_model
     batch = prefixes.pad_prompts(model, prompts, processor.image_token_id)
-    last_layer = language.layers[-1]
-    shapes, stock = [], last_layer.mlp.forward
-
-    def watched(hidden):
-        shapes.append(hidden.shape[:2])
-        return stock(hidden)
-
     with torch.inference_mode():
+        assert prefixes.can_read_flat(model)
         states, cache = batch.prefill(model)
-        monkeypatch.setattr(attention, "LONG_WITHOUT_GRADIENT", 64)
-        monkeypatch.setattr(last_layer.mlp, "forward", watched)
-        short_states, short_cache = batch.prefill(model)
-    assert shapes == [(4, 1)], "a token of each"
-    assert torch.allclose(states, short_states, atol=1e-5 * states.abs().max())
-    for ours, full in zip(short_cache.layers, cache.layers):
-        assert torch.equal(ours.keys, full.keys) and torch.equal(ours.values, full.values)
-    assert language.layers[-1] is last_layer, "the model itself is left as it was"
+        monkeypatch.setattr(prefixes, "can_read_flat", lambda model: False)
+        padded_states, padded_cache = batch.prefill(model)
+    assert torch.allclose(states, padded_states, atol=1e-5 * states.abs().max())
+    is_token = batch.mask.bool()
+    for ours, padded in zip(cache.layers, padded_cache.layers):
+        for name in ("keys", "values"):
+            flat, stock = (getattr(layer, name).transpose(1, 2)[is_token]
+                           for layer in (ours, padded))
+            assert torch.allclose(flat, stock, atol=1e-5 * stock.abs().max())
 
 
 def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch):

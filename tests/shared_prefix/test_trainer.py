@@ -19,7 +19,7 @@ from trl.generation import vllm_generation
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine.processors import load_processor
-from mig_kit.shared_prefix import attention, logprobs
+from mig_kit.shared_prefix import logprobs
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
@@ -404,23 +404,25 @@ def test_what_cannot_be_shared_is_left_to_stock_trl(make_pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by_parts", [False, True])
-def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, by_parts):
-    """What a model does whose state runs on through the neighbour's reply: with a mask, as on a
-    GPU, and with the attention that replaces sdpa on a CPU.
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, is_flat):
+    """What a model does whose state runs on through the neighbour's reply: in padded rows, as on a
+    GPU, and in rows one behind the other, as on a CPU.
     """
     _, own = make_pair(max_steps=1, gradient_checkpointing=True)
-    if not by_parts:
-        own.fast_attention = own.attention
-    allowed = logprobs._PackedRows.is_allowed
+    allowed, read_flat = logprobs._PackedRows.is_allowed, logprobs.read_flat
 
     def leak(rows):
         order = torch.arange(rows.ids.shape[1])
         return allowed(rows) | ((order[:, None] >= order) & (rows.part >= 0)[:, None])
 
+    def leak_flat(language, embeds, positions, groups, *others):
+        merged = [group._replace(completions=(sum(group.completions),)) for group in groups]
+        return read_flat(language, embeds, positions, merged, *others)
+
+    monkeypatch.setattr(logprobs, "can_read_flat", lambda model: is_flat)
     monkeypatch.setattr(logprobs._PackedRows, "is_allowed", leak)
-    monkeypatch.setattr(attention, "_attend_by_parts", lambda parts, module, *states:
-                        attention.attention(module, *states[:3], None, states[3])[0])
+    monkeypatch.setattr(logprobs, "read_flat", leak_flat)
     check_that_sharing_ends(own)
 
 

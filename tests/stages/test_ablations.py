@@ -17,7 +17,7 @@ from mig_kit.world import suites
 
 GUIDE = PROJECT_ROOT / "notebooks" / "guide"
 PAGE = (GUIDE / "ablations.md").read_text()
-RECORDS = {path.stem: path for path in (GUIDE / "ablations").rglob("*.json")}
+RECORDS = {path.stem: path for path in (GUIDE / "ablations" / "0.2").rglob("*.json")}
 RECIPE = ["default", "seed1", "seed2", "seed3", "seed4", "seed5"]
 FRESH = {"recipe": ["fresh_recipe-1", "fresh_recipe-4", "fresh_recipe-5"],
          "lora_attention_83": [f"fresh_attention-{seed}" for seed in range(5)]}
@@ -83,13 +83,17 @@ def test_a_row_is_that_of_its_records(arm):
 
 
 def test_the_readme_has_these_figures():
+    """Of the present recipe's runs, and of two arms of version 0.2."""
     readme = (PROJECT_ROOT / "README.md").read_text()
-    claims = next(table for table in render_tables({"recipe": RECIPE})
-                  if table.startswith("| suite"))
-    for value, interval in re.findall(r"RL over \w+ \| (\S+) (\([^)]+\))", claims):
+    folder = GUIDE / "ablations"
+    files = [str(folder / "default.json"), *sorted(map(str, folder.glob("seed?.json")))]
+    table = compare.render_table(compare.compare_groups({"recipe": files}))
+    claims = re.findall(r"RL over \w+ \| (\S+) (\([^)]+\))", table)
+    assert len(claims) == 4
+    for value, interval in claims:
         shown = value if "(-" in interval else f"**{value}**"  # bold: without 0
         assert f"| {shown} {interval} |" in readme
-    for arm in (CONTROL, "answers_only", "lora_attention_83"):
+    for arm in (CONTROL, "answers_only"):
         words, _, in_domain, out_of_domain, _ = ROWS[arm]
         # the control's figures take three commands, which stand in the guide
         command = "[three" if arm == CONTROL else f"`{shlex.join(words)}` |"
@@ -102,7 +106,9 @@ def test_every_record_is_in_the_table():
 
 
 def test_fresh_questions_are_those_of_another_seed():
-    assert render_tables(FRESH)[2] in PAGE.replace("\n   |", "\n|")
+    rows = [row for row in render_tables(FRESH)[2].splitlines() if "RL over SFT" in row]
+    gains = re.findall(r"[+](\d+\.\d) (\([^)]+\))", " ".join(rows))
+    assert len(gains) == 4 and all(text in PAGE for gain in gains for text in gain)
     fresh = {run for runs in FRESH.values() for run in runs}
     assert all(read_recorded(str(path)).params["eval_seed"] == (16 if run in fresh else 14)
                for run, path in RECORDS.items())

@@ -13,11 +13,12 @@ from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou, to_model_box
 from mig_kit.engine import models, recipe_trainer, reward_loading, rollout_log, training
-from mig_kit.engine.sample_prompts import SampleCache
+from mig_kit.engine.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.shared_prefix import generation
 from mig_kit.shared_prefix import trainer as trainer_module
+from mig_kit.shared_prefix.prompt_cache import PromptCache
 from mig_kit.stages import grpo
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
@@ -401,7 +402,7 @@ def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, mak
     assert sorted(torch.cat(rows).tolist()) == sorted(all_rows[0].tolist())
     prompts = trainer._prompts_of([int(step[0]) for step in rows])
     lengths = [len(prompt.ids) for prompt in prompts]
-    assert lengths == sorted(lengths) and len(at_once) == 28
+    assert lengths == sorted(lengths) and len(at_once) == 16
     for name, gradient in at_once.items():
         tolerance = 1e-5 * gradient.abs().max().item()
         assert torch.allclose(gradient, in_parts[name], atol=tolerance), name
@@ -434,14 +435,14 @@ def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypa
 def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, make_trainer, monkeypatch):
     trainer = make_trainer(tmp_path, beta=0.1, gradient_accumulation_steps=4, max_steps=1,
                            gradient_checkpointing=True)
-    stock, rows_with_gradient, rows_without = trainer_module.packed_logps, [], []
+    stock, rows_with_gradient, rows_without = trainer_module.completion_logps, [], []
 
     def record_rows(*arguments):
         rows = rows_with_gradient if torch.is_grad_enabled() else rows_without
         rows.append(len(arguments[3]))
         return stock(*arguments)
 
-    monkeypatch.setattr(trainer_module, "packed_logps", record_rows)
+    monkeypatch.setattr(trainer_module, "completion_logps", record_rows)
     trainer.is_checked = True
     trainer.train()
     assert rows_without == [8] * 4 == rows_with_gradient
@@ -462,7 +463,7 @@ def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
         {name: parameter for name, parameter in trainer.model.named_parameters()
          if parameter.requires_grad == is_trained}
         for is_trained in (True, False))
-    assert len(trained) == 28
+    assert len(trained) == 16
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert any(parameter.any() for name, parameter in trained.items() if "lora_B" in name)
     assert {parameter.dtype for parameter in frozen.values()} == {torch.bfloat16}
@@ -470,9 +471,13 @@ def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
 
 def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
     cache = SampleCache(random_model, processor, BOX_FORMAT)
+    source = prompt_source(processor, BOX_FORMAT, samples[0])
+    text = source.render().replace("<|image_pad|>", "", 1)
+    with pytest.raises(ValueError, match="image tokens but the images give"):
+        PromptCache.get(cache, [replace(source, render=lambda: text)])
     no_image = [{"role": "user", "content": "no image here"}]
     monkeypatch.setattr("mig_kit.engine.processors.chat_messages", lambda *_: no_image)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="has 0 places for its 2 images"):
         cache.get(samples[:2])
 
 

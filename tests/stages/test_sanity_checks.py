@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_stops_the_trainer(tmp_path, random_folder
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     params = stage_params("02_sft", num_train_epochs=2.0, per_device_train_batch_size=10,
                           gradient_accumulation_steps=1, warmup_steps=1)
-    trainer = sft.sft_trainer(policy, sft.sft_rows(*lesson, BOX_FORMAT), tmp_path, params)
+    trainer = sft.sft_trainer(policy, *lesson, tmp_path, params)
     adapter = next(parameter for name, parameter in policy.model.named_parameters()
                    if "lora_A" in name)
     adapter.data.fill_(math.nan)

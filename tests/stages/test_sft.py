@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import processors, training
+from mig_kit.engine import training
+from mig_kit.image_files import image_digests
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Trace, write_samples
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
@@ -26,10 +28,15 @@ def rows_of_all_tasks(box_format):
 
 
 @pytest.fixture
-def table():
-    """Twenty rows, two of every task."""
-    samples, replies = rows_of_all_tasks(BOX_FORMAT)
-    return sft.sft_rows(samples, replies, BOX_FORMAT)
+def rows():
+    """Twenty samples, two of every task, and their replies."""
+    return rows_of_all_tasks(BOX_FORMAT)
+
+
+def collate_as_trl(policy, samples, replies):
+    """The padded batch that TRL itself would make of the rows."""
+    collate = DataCollatorForVisionLanguageModeling(policy.processor, completion_only_loss=True)
+    return collate([sft.sft_row(*row, BOX_FORMAT) for row in zip(samples, replies)])
 
 
 @pytest.fixture
@@ -42,13 +49,13 @@ def load_policy(random_folder, float32):
 
 
 @pytest.fixture
-def make_trainer(load_policy, table, stage_params):
-    """Call it with a folder and changed parameters for a trainer on `table`."""
+def make_trainer(load_policy, rows, stage_params):
+    """Call it with a folder and changed parameters for a trainer on `rows`."""
     def make(folder, policy=None, **changes):
         settings = {"num_train_epochs": 1.0, "per_device_train_batch_size": 4,
                     "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "warmup_steps": 1}
         params = stage_params("02_sft", **(settings | changes))
-        return sft.sft_trainer(policy or load_policy(), table, folder, params)
+        return sft.sft_trainer(policy or load_policy(), *rows, folder, params)
 
     return make
 
@@ -66,7 +73,7 @@ def test_loss_falls_and_only_the_adapter_moves(tmp_path, relatives, random_folde
                          box_format=box_format)
     params = stage_params("02_sft", num_train_epochs=6.0, per_device_train_batch_size=10,
                           gradient_accumulation_steps=1, learning_rate=2e-2, warmup_steps=1)
-    trainer = sft.sft_trainer(policy, sft.sft_rows(samples, replies, box_format), tmp_path, params)
+    trainer = sft.sft_trainer(policy, samples, replies, tmp_path, params)
     before = {name: parameter.detach().clone()
               for name, parameter in trainer.model.named_parameters() if "visual" in name}
     training.train_or_resume(trainer, tmp_path)
@@ -80,57 +87,49 @@ def test_loss_falls_and_only_the_adapter_moves(tmp_path, relatives, random_folde
     assert adapter.lora_alpha == 2 * adapter.r
 
 
-def test_rows_are_rounded_and_teach_the_same(tmp_path, make_trainer, table):
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_loss_figures_and_gradients_are_trls(tmp_path, make_trainer, rows, checkpointed):
     trainer = make_trainer(tmp_path)
-    lengths = {trainer.data_collator([table[i] for i in rows])["input_ids"].shape[1]
-               for rows in ((0, 1), (5, 9, 13))}
-    assert {length % 32 for length in lengths} == {0}
-    batch = trainer.data_collator([table[i] for i in range(4)])
-    longest = int(batch["attention_mask"].sum(1).max())
-    assert longest % 32
-    per_token = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
-    cut = {name: value[:, :longest] if name in per_token else value
-           for name, value in batch.items()}
-    with torch.no_grad():
-        padded_loss, loss = (trainer.model(**rows).loss.item() for rows in (batch, cut))
-    assert padded_loss == pytest.approx(loss, abs=1e-6)
-
-
-def test_only_states_with_loss_reach_the_head_and_teach_the_same(tmp_path, make_trainer, table):
-    trainer = make_trainer(tmp_path)
-    model = trainer.model
+    model, policy = trainer.model, trainer.cache
     for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.1)
-    batch, shapes = trainer.data_collator([table[i] for i in (0, 7, 12, 19)]), []
-    unwrap_peft(model).model.register_forward_hook(
-        lambda module, inputs, output: shapes.append(tuple(output.last_hidden_state.shape[:2])))
+    if checkpointed:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    chosen = [0, 7, 12, 19]
+    stock_batch = collate_as_trl(policy, *([part[row] for row in chosen] for part in rows))
+    own_batch = trainer.collate([trainer.train_dataset[row] for row in chosen])
 
-    def loss_and_gradients(compute_loss):
+    def loss_and_gradients(compute_loss, batch):
         model.zero_grad()
         logged = trainer._metrics["train"]
         logged.clear()
+        trainer._total_train_tokens = 0
         loss = compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(100))
         loss.backward()
-        figures = {name: logged[name][0] for name in ("entropy", "mean_token_accuracy")}
+        figures = {name: logged[name][0]
+                   for name in ("entropy", "mean_token_accuracy", "num_tokens")}
         gradients = {name: parameter.grad.clone()
                      for name, parameter in model.named_parameters() if parameter.requires_grad}
         return loss.item(), figures, gradients
 
-    loss, figures, gradients = loss_and_gradients(trainer.compute_loss)
+    loss, figures, gradients = loss_and_gradients(trainer.compute_loss, own_batch)
     stock = super(sft.CompletionLossTrainer, trainer).compute_loss
-    stock_loss, stock_figures, stock_gradients = loss_and_gradients(stock)
-    n_scored = int((batch["labels"] != -100).sum())
-    assert shapes == [(1, n_scored), tuple(batch["input_ids"].shape)]
+    stock_loss, stock_figures, stock_gradients = loss_and_gradients(stock, stock_batch)
     assert loss == pytest.approx(stock_loss, rel=1e-5)
-    assert figures == pytest.approx(stock_figures, rel=1e-4)
+    assert figures == pytest.approx(stock_figures, rel=1e-5)
+    assert len(gradients) == 28
     for name, gradient in gradients.items():
-        expected = stock_gradients[name].float()
-        assert (gradient.float() - expected).norm() <= 1e-2 * expected.norm(), name
+        expected = stock_gradients[name]
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
 
 
-def test_a_step_with_checkpoints_builds_no_graph_in_the_frozen_tower(tmp_path, make_trainer,
-                                                                   load_policy, table):
+@pytest.mark.slow
+def test_a_step_with_checkpoints_builds_no_graph_in_the_frozen_tower(load_policy, rows):
     """What lets checkpointed layers be trained makes the tower's patches require a gradient."""
     policy, graphs = load_policy(), []
     policy.model.enable_input_require_grads()
@@ -139,10 +138,22 @@ def test_a_step_with_checkpoints_builds_no_graph_in_the_frozen_tower(tmp_path, m
         lambda *arguments: graphs.append(arguments[-1].requires_grad))
     tower.register_forward_hook(
         lambda *arguments: graphs.append(arguments[-1].pooler_output.requires_grad))
-    trainer = make_trainer(tmp_path, policy)
-    graphs.clear()
-    loss = trainer.compute_loss(policy.model, trainer.data_collator([table[0]]))
+    loss = policy.model(**collate_as_trl(policy, rows[0][:1], rows[1][:1])).loss
     assert graphs == [True, False] and loss.requires_grad
+
+
+@pytest.mark.slow
+def test_an_image_goes_through_the_tower_once_and_a_prompt_is_encoded_once(tmp_path, make_trainer,
+                                                                          rows):
+    trainer = make_trainer(tmp_path, num_train_epochs=3.0, per_device_train_batch_size=5)
+    seen = []
+    unwrap_peft(trainer.model).model.visual.register_forward_pre_hook(
+        lambda module, arguments, given: seen.append(len(given["grid_thw"])), with_kwargs=True)
+    trainer.train()
+    digests = {digest for sample in rows[0] for digest in image_digests(sample.images)}
+    checked_before = {digest for sample in rows[0][:4] for digest in image_digests(sample.images)}
+    assert sum(seen) == len(digests - checked_before) > 20
+    assert len(trainer.cache.texts) == len(trainer.completions) == len(rows[0])
 
 
 def test_between_bf16_products_the_language_model_stays_in_bf16(load_policy, float32):
@@ -185,17 +196,32 @@ def test_like_lengths_are_together_within_an_update_only():
     assert [set(first[:10]), set(first[10:20])] == [set(shuffled[:10]), set(shuffled[10:20])]
 
 
+def test_processes_get_like_lengths_side_by_side():
+    lengths = list(range(20))
+    rows = list(sft.LengthGroupedSampler(lengths, 8, seed=3, batch=2, processes=2))
+    alone = list(sft.LengthGroupedSampler(lengths, 8, seed=3))
+    for start in (0, 8):
+        a, b, c, d, e, f, g, h = alone[start:start + 8]
+        assert rows[start:start + 8] == [a, c, b, d, e, g, f, h]
+    assert sorted(rows) == lengths
+
+
 def test_rows_are_filled_up_for_several_processes_with_rows_that_teach_nothing(
-        tmp_path, make_trainer, table):
-    rows = sft.FilledRows(table.select(range(18)), 8)
-    assert len(rows) == 24 and rows[17] == table[17]
-    shortest = min(range(18), key=sft.row_lengths(table).__getitem__)
-    assert rows[18] == rows[23] == {**table[shortest], "is_filler": True}
-    sampler = sft.LengthGroupedSampler(rows.lengths, 8, seed=3, fillers=6)
-    one_process = sft.LengthGroupedSampler(sft.row_lengths(table)[:18], 8, seed=3)
+        tmp_path, make_trainer, rows):
+    table = sft.sft_table(*rows, BOX_FORMAT).select(range(18))
+    filled = sft.FilledRows(table, 8)
+    assert len(filled) == 24 and filled[17] == table[17]
+    shortest = min(range(18), key=table["length"][:].__getitem__)
+    assert filled[18] == filled[23] == {**table[shortest], "is_filler": True}
+    sampler = sft.LengthGroupedSampler(filled.lengths, 8, seed=3, fillers=6)
+    one_process = sft.LengthGroupedSampler(table["length"][:], 8, seed=3)
     assert len(sampler) == 24 and list(sampler) == [*one_process, *range(18, 24)]
-    batch = make_trainer(tmp_path).data_collator([rows[0], rows[18]])
+    trainer = make_trainer(tmp_path)
+    batch = trainer.collate([filled[0], filled[18]])
     assert (batch["labels"][0] != -100).any() and (batch["labels"][1] == -100).all()
+    losses = [trainer.compute_loss(trainer.model, trainer.collate(parts))
+              for parts in ([filled[0]], [filled[0], filled[18]], [filled[18]])]
+    assert losses[0] == losses[1] > 0 == losses[2] and losses[2].requires_grad
 
 
 @pytest.mark.slow
@@ -239,11 +265,9 @@ def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, make_trainer
         assert torch.equal(parameter, expected[name]), name
 
 
-def test_loss_is_on_the_reply_only(tmp_path, make_trainer, table, processor):
-    batch = make_trainer(tmp_path).data_collator([table[0]])
-    scored = processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
-    assert scored.strip() == table[0]["completion"][0]["content"][0]["text"] + "<|im_end|>"
-    processors.check_tokens(processor, batch)
+def test_loss_is_on_the_reply_only(tmp_path, make_trainer, rows, processor):
+    batch = make_trainer(tmp_path).collate([{"row": 0}])
+    assert processor.tokenizer.decode(batch["labels"][0]) == rows[1][0] + "<|im_end|>\n"
 
 
 def test_learning_warning_by_hand():

@@ -37,7 +37,7 @@ def test_an_unknown_suite_is_one_sentence():
 
 
 def test_the_training_mix_counts_boxes_apart():
-    samples = suites.iter_training_mix("rl", 2, 3, 0, 1)
+    samples = list(suites.iter_training_mix("rl", 2, 3, 0, 1))
     counts = Counter(sample.task for sample in samples)
     expected = {task: 2 for task in TASKS} | {
         kind: 1 if kind in BOX_FORMS else 3 for kind in FREE_FORM}
@@ -45,3 +45,15 @@ def test_the_training_mix_counts_boxes_apart():
     for sample in samples:
         assert_sound(sample)
         assert bool(sample.options) == (sample.task in set(FREE_FORM) - {*BOX_FORMS})
+
+
+def test_objects_of_every_second_candidate_are_small():
+    drawn = suites.iter_training_mix("rl", 4, 2, 0, worlds=suites.CANDIDATE_WORLDS)
+    sides = {True: [], False: []}
+    for sample in drawn:
+        # refer_grounding shows its object large, region asks for a cut-out
+        if sample.targets and sample.task not in ("region", "multi_view", "view_diff"):
+            x1, y1, x2, y2 = sample.targets[0].box
+            is_small = int(sample.id.rpartition("/")[2]) % 2 == 1
+            sides[is_small].append(max(x2 - x1, y2 - y1))
+    assert max(sides[True]) <= 13 and min(sides[False]) >= 13
