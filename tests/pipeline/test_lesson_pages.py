@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -101,6 +102,11 @@ def test_pages_of_a_run_are_of_its_notebook_and_outlive_it(project):
         "05_grpo": "its page as it was: no run has it", "06_evaluate": "run 'mine'"}
     assert (folder / "05.md").read_text() == page
     assert Image.open(folder / "question.png").size == (900, 450)
+    with pytest.MonkeyPatch.context() as patch:  # as the command line names the guide's own folder
+        patch.setattr(lesson_pages, "LESSONS", folder)
+        patch.chdir(folder.parent)
+        lesson_pages.write_lessons(["mine"], Path(folder.name))
+    assert (folder.parent / "question.png").is_file()
     notebook = small_notebook(is_executed=False)
     for cell, origin in ((0, "its page as it was: no run has it"), (2, none)):
         notebook.cells[cell].source += " # why"  # words do not count, code does
