@@ -15,7 +15,6 @@ from transformers import (
     BitsAndBytesConfig,
     Qwen2_5_VLConfig,
 )
-from transformers.utils import is_flash_attn_2_available
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import apply_umask, model_folder
@@ -149,17 +148,14 @@ def resolve_model(model: str) -> str | Path:
     return folder if folder.is_dir() else model
 
 
-def choose_attention(hardware: Hardware) -> str | dict[str, str]:
-    """What transformers gets as attn_implementation.
+def pack_windows(tower: torch.nn.Module, hardware: Hardware) -> None:
+    """Let a vision tower attend to all of its windows in one call, on a GPU in bfloat16.
 
-    On a GPU in bfloat16, the vision tower attends to its windows in one call: by flash attention
-    where it is installed, else by PyTorch's own. sdpa would attend to each of thousands of windows
-    in a call of its own. Not yet tried on a GPU.
+    sdpa attends to each of thousands of windows in a call of its own. Set after loading, because
+    transformers then asks the hub for a kernel of any name with "flash" in it.
     """
-    if hardware.device != "cuda" or hardware.dtype != torch.bfloat16:
-        return hardware.attention
-    tower = "flash_attention_2" if is_flash_attn_2_available() else attention.PACKED_NAME
-    return {"": hardware.attention, "vision_config": tower}
+    if hardware.device == "cuda" and hardware.dtype == torch.bfloat16:
+        tower.config._attn_implementation = attention.PACKED_NAME
 
 
 def run_tower_without_graph(model: VisionLanguageModel) -> None:
@@ -225,10 +221,11 @@ def load_model(model: str | Path, hardware: Hardware,
         model,
         config=config,
         dtype=hardware.dtype,
-        attn_implementation=choose_attention(hardware),
+        attn_implementation=hardware.attention,
         quantization_config=quantization,
         device_map=hardware.device,
         use_safetensors=True)
+    pack_windows(weights.model.visual, hardware)
     patch_embed = weights.model.visual.patch_embed
     patch_embed.proj = PatchProduct(patch_embed.proj)
     weights.eval()

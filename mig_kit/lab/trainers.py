@@ -88,6 +88,8 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)
     trainer.create_optimizer()
+    if hardware.device == "cuda":  # as the full profiles train: stock TRL needs it to fit
+        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return Side(trainer, samples, load, is_kit)

@@ -43,10 +43,28 @@ def test_packed_windows_are_seen_as_one_by_one(family, published, float32, sampl
     with torch.no_grad():
         expected = tower(*inputs).pooler_output
         assert not calls
-        tower.config._attn_implementation = attention.PACKED_NAME
+        tower = load_as_on_a_gpu(published[family], monkeypatch).model.visual.float()
         assert torch.allclose(tower(*inputs).pooler_output, expected, atol=1e-5)
     assert len(calls) == len(tower.blocks) and calls[-1] == len(samples[0].images)
     assert (calls[0] > calls[-1]) == (family == "qwen2_5_vl"), "it has windows in its first layer"
+
+
+def load_as_on_a_gpu(folder, monkeypatch):
+    """The model as `load_model` loads it for a GPU, on the CPU and from the folder's float32."""
+    family = models.FAMILIES[models.load_config(folder).model_type]
+    load = family.from_pretrained
+    monkeypatch.setattr(family, "from_pretrained", lambda *words, **options: load(
+        *words, **options | {"device_map": "cpu", "dtype": torch.float32}))
+    return models.load_model(folder, models.Hardware("cuda", torch.bfloat16, False, "sdpa", "GPU"))
+
+
+def test_windows_are_packed_on_a_gpu_in_bfloat16_alone():
+    gpu = models.Hardware("cuda", torch.bfloat16, False, "sdpa", "a GPU")
+    others = replace(gpu, dtype=torch.float32), replace(gpu, device="cpu")
+    for hardware, name in ((gpu, attention.PACKED_NAME), *((other, "sdpa") for other in others)):
+        tower = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+        models.pack_windows(tower, hardware)
+        assert tower.config._attn_implementation == name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
@@ -57,15 +75,6 @@ def test_the_gpus_kernel_computes_windows_one_by_one():
     expected = window_by_window(*(tensor[0].transpose(0, 1).float() for tensor in inputs), bounds,
                                 scale=80**-0.5)
     assert torch.allclose(mixed[0].float(), expected, atol=2e-2)
-
-
-def test_the_tower_gets_packed_windows_on_a_gpu(monkeypatch):
-    gpu = models.Hardware("cuda", torch.bfloat16, False, "sdpa", "a GPU")
-    for is_installed, name in ((True, "flash_attention_2"), (False, attention.PACKED_NAME)):
-        monkeypatch.setattr(models, "is_flash_attn_2_available", lambda found=is_installed: found)
-        assert models.choose_attention(gpu) == {"": "sdpa", "vision_config": name}
-    for other in (replace(gpu, dtype=torch.float32), replace(gpu, device="cpu")):
-        assert models.choose_attention(other) == "sdpa"
 
 
 CAUSAL = torch.ones(7, 12).tril(5).bool()[None, None].expand(2, 1, 7, 12)
