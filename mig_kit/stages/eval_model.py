@@ -47,7 +47,7 @@ from mig_kit.stages.report_gallery import gallery_html
 from mig_kit.stats import paired_gap_by_list
 from mig_kit.world.suites import OWN, SUITES, suite_title
 
-DRAWN_SIZES = {"eval_seed": 52, **{suite.size_param: suite.default
+DRAWN_SIZES = {"eval_seed": 53, **{suite.size_param: suite.default
                                    for suite in SUITES.values()}}  # as notebook 06
 # what a model is asked with, where neither its run's 06 nor the caller says otherwise
 DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "dtype": "auto"}

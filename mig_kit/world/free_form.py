@@ -3,7 +3,9 @@
 With them the model keeps answering with a letter where it is asked to choose, and keeps reading the
 question: the number of images alone nearly tells the ten tasks apart. No suite asks one of them
 word for word, but some are near: "choosing" to questions about changes and shapes, "pointing" to
-the image pairs, "telling" to the single images, "tallying" to counting.
+the image pairs, "telling" to the single images, "excepting" to a film's new object, "tallying" to
+counting. A choice has two or three options, and an image's letter is not its number, or a model
+that has seen nothing else answers C where only A and B are offered.
 
 Questions for all boxes (FIND_ALL) are asked where a parameter says how many:
 `train_find_all_per_task` of 01, `find_all_per_task` of 06. Their three kinds share questions and
@@ -52,10 +54,7 @@ def find_image(rng: random.Random, world: World) -> SampleSpec:
 
 
 def _pick_images(rng: random.Random, k: int, count: int) -> tuple[tuple[str, ...], str]:
-    """Two or more of `count` images in order, image k among them, and its letter.
-
-    An image's letter is its place among the options, so that no letter stands for an image.
-    """
+    """Two or more of `count` images in order, image k among them, and its letter."""
     others = [number for number in range(1, count + 1) if number != k]
     numbers = sorted([k, *rng.sample(others, rng.randint(1, len(others)))])
     return tuple(f"image {number}" for number in numbers), LETTERS[numbers.index(k)]
@@ -128,16 +127,35 @@ def locate_described(rng: random.Random, world: World) -> SampleSpec:
                       [list_image_note(k, scenes[k - 1])])
 
 
+def locate_exception(rng: random.Random, world: World) -> SampleSpec:
+    """A box of the only object of image k that no other of two to four images shows."""
+    count = rng.choice((2, 3, 3, 4, 4))
+    k = rng.randint(1, count)
+    wanted, *others = world.pick_appearances(rng, rng.randint(4, 5))
+    shared = others[:rng.randint(1, 2)]
+    scenes = []
+    for number in range(1, count + 1):
+        shown = [*shared, *rng.sample(others[len(shared):], rng.randint(0, 1))]
+        scenes.append(world.arrange_scene(rng, [wanted, *shared] if number == k else shown))
+    name = object_name(wanted)
+    question = rng.choice([f"Which thing is in image {k} only?",
+                           f"What does image {k} show that no other image shows?"])
+    return SampleSpec(scenes, question, [(k, name)], f"new: {name}.", list_image_notes(scenes))
+
+
 def count_objects(rng: random.Random, world: World) -> SampleSpec:
-    """How many objects are in image k."""
+    """How many objects, or how many striped ones, are in image k."""
     scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
               for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
-    total = len(scenes[k - 1].objects)
-    wrong = rng.sample([str(count) for count in range(1, 5) if count != total],
-                       rng.randint(1, 2))
+    objects = scenes[k - 1].objects
+    question, word, total = rng.choice([
+        (f"How many things are in image {k}?", "things", len(objects)),
+        (f"How many things of image {k} are striped?", "striped",
+         sum(obj.appearance.pattern == "striped" for obj in objects))])
+    wrong = rng.sample([str(count) for count in range(5) if count != total], rng.randint(1, 2))
     options, letter = shuffle_options(rng, str(total), wrong)
-    return SampleSpec(scenes, f"How many things are in image {k}?", [], f"things: {total}.",
+    return SampleSpec(scenes, question, [], f"{word}: {total}.",
                       [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
 
 
@@ -165,8 +183,8 @@ def find_named(rng: random.Random, world: World, fewest: int, most: int) -> Samp
 FREE_FORM: dict[str, TaskFunction] = {
     "naming": name_object, "showing": find_image, "sharing": common_to_all,
     "choosing": task_as_choice, "pointing": locate_named, "telling": locate_described,
-    "tallying": count_objects}
-BOX_FORMS = ("pointing", "telling")  # the kinds whose answer is a box
+    "excepting": locate_exception, "tallying": count_objects}
+BOX_FORMS = ("pointing", "telling", "excepting")  # the kinds whose answer is a box
 FIND_ALL: dict[str, TaskFunction] = {
     "in_none": partial(find_named, fewest=0, most=0),
     "in_one": partial(find_named, fewest=1, most=1),
