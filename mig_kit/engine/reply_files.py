@@ -14,7 +14,7 @@ from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.parallel import map_in_threads
 from mig_kit.engine.sample_prompts import SampleCache, make_cache
 from mig_kit.engine.server import Question, ServedModel, serve_model
-from mig_kit.engine.stored_replies import StoredReplies, load_replies
+from mig_kit.engine.stored_replies import load_replies
 from mig_kit.image_files import LazyImages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for_4bit_layers
@@ -75,7 +75,7 @@ def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperat
 def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path: Path, *,
                    replies: int, temperature: float, max_new_tokens: int, seed: int,
                    batch_size: int = BATCH_SIZE, workers: int = 0, label: str = "rollouts",
-                   cache: SampleCache | None = None) -> StoredReplies:
+                   cache: SampleCache | None = None) -> dict[str, list[str]]:
     """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
 
     Batches that are whole in the file are not drawn again. Each batch has its own seed, and batches
@@ -132,12 +132,12 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
             if number % 8 == 7:
                 release_memory()
     stored = load_replies(path)
-    return StoredReplies(path, {name: stored.places[name] for name in ids})
+    return {name: stored[name] for name in ids}
 
 
 def _served_replies(served: ServedModel, samples: Sequence[Sample], path: Path,
                     is_stored: set[str], replies: int, sampling: SamplingOptions,
-                    label: str) -> StoredReplies:
+                    label: str) -> dict[str, list[str]]:
     """As `sample_replies`, from servers. is_stored: ids that the file holds already."""
     ids = [sample.id for sample in samples]
     questions = (Question(samples[index], replies) for index, name in enumerate(ids)
@@ -150,7 +150,7 @@ def _served_replies(served: ServedModel, samples: Sequence[Sample], path: Path,
             file.flush()
             os.fsync(file.fileno())
     stored = load_replies(path)
-    return StoredReplies(path, {name: stored.places[name] for name in ids})
+    return {name: stored[name] for name in ids}
 
 
 def _cut_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

@@ -12,7 +12,6 @@ from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.reply_files import open_policy, sample_replies
 from mig_kit.engine.sample_prompts import SampleCache, make_cache, reply_logps
 from mig_kit.engine.server import ServedModel
-from mig_kit.engine.stored_replies import RepliesInOrder
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.prompt_cache import MAX_BYTES
 
@@ -26,8 +25,8 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
 
     models: system -> model folder. samples, drawn_samples: by suite. folder: where replies are
     stored, and resumed from. Gives system -> suite -> {"greedy": [reply], "drawn": [[reply]]}, in
-    the order of `samples`, each read when it is looked at; a sample without drawn replies has [].
-    With `params.server` each system is served in its turn.
+    the order of `samples`; a sample without drawn replies has []. With `params.server` each system
+    is served in its turn.
     """
     caches: dict[str, SampleCache] = {}
     replies: dict[str, dict] = {}
@@ -65,9 +64,8 @@ def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str,
 
         greedy = ask("greedy", suite_samples, 1, 0.0)
         drawn = ask("drawn", drawn_samples[suite], params.replies, 1.0) if params.replies else {}
-        ids = [sample.id for sample in suite_samples]
-        answers[suite] = {"greedy": RepliesInOrder(greedy, ids, is_single=True),
-                          "drawn": RepliesInOrder(drawn, ids)}
+        answers[suite] = {"greedy": [greedy[sample.id][0] for sample in suite_samples],
+                          "drawn": [drawn.get(sample.id, []) for sample in suite_samples]}
     return answers
 
 

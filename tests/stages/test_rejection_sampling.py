@@ -61,18 +61,6 @@ def test_a_cut_line_is_dropped_and_the_rest_kept(tmp_path):
     assert path.read_text().count("\n") == 1
 
 
-def test_replies_in_order_are_read_when_they_are_looked_at(tmp_path):
-    path = tmp_path / "replies.jsonl"
-    path.write_text('{"id": "a", "replies": ["1", "2"]}\n{"id": "b", "replies": ["3"]}\n')
-    stored = stored_replies.load_replies(path)
-    drawn = stored_replies.RepliesInOrder(stored, ["b", "c", "a"])
-    assert list(drawn) == [["3"], [], ["1", "2"]] and drawn[-1] == ["1", "2"]
-    greedy = stored_replies.RepliesInOrder(stored, ["b", "a", "b"], is_single=True)
-    assert list(greedy) == ["3", "1", "3"] and list(greedy[1:]) == ["1", "3"] and len(greedy) == 3
-    path.write_text(path.read_text().replace("3", "4"))
-    assert greedy[0] == "4", "nothing is kept"
-
-
 def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_policy, samples):
     path, cut_path = tmp_path / "replies.jsonl", tmp_path / "cut.jsonl"
     replies = reply_files.sample_replies(random_policy, samples, path, **OPTIONS)
