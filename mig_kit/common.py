@@ -77,11 +77,8 @@ def suggest_word(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
 
 def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_json(facts) -> str:
