@@ -1,8 +1,8 @@
 """Where a stage of a run lies: in the run's own folder or, for a branch, in the run that it starts
 from; and who writes a run.
 
-A branch has a branch.json, {"from": source, "stages": {stage: key}}: these stages are the source's,
-by reference. A source may be a branch itself.
+A branch has a branch.json, {"from": source, "stages": [stage]}: these stages are the source's, by
+reference. A source may be a branch itself.
 """
 
 import errno
@@ -84,7 +84,9 @@ def load_branch(run_id: str) -> dict:
         return {}
     try:
         branch = json.loads(path.read_text())
-        is_broken = not isinstance(branch["stages"], dict) or not validate_run_id(branch["from"])
+        # version 0.2 had a key beside each stage
+        is_broken = not (isinstance(branch["stages"], dict | list)
+                         and validate_run_id(branch["from"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_broken = True
     if is_broken:
@@ -169,23 +171,6 @@ def read_record(path: Path) -> dict | None:
     if not isinstance(record, dict) or not record:
         raise ValueError(f"{path} is broken; delete it, and the stage counts as not finished")
     return record
-
-
-def record_branch(run_id: str, source: str, stages: list[str]) -> dict:
-    """Write which stages of the run are the source's, each with the key that it has now."""
-    records = {stage: load_record(stage, source) or {} for stage in stages}
-    branch = {"from": source,
-              "stages": {stage: record.get("key", "") for stage, record in records.items()}}
-    path = runs_root() / run_id / BRANCH_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, branch)
-    return branch
-
-
-def refresh_branch(run_id: str) -> dict:
-    """The run's branch.json, with the keys that the source's stages have now; {} if it has none."""
-    branch = load_branch(run_id)
-    return record_branch(run_id, branch["from"], list(branch["stages"])) if branch else {}
 
 
 def require_record(stage: str, run_id: str, by: str) -> dict:
@@ -295,6 +280,6 @@ def start_branch(source: str, run_id: str, *stages: str) -> None:
     lock_run(folder)
     try:  # another process may have made it a branch, or given it stages of its own
         if inherited := check_branch(source, run_id, list(stages)):
-            record_branch(run_id, source, inherited)
+            write_json(folder / BRANCH_FILE, {"from": source, "stages": inherited})
     finally:
         unlock_run(folder)

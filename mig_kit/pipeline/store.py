@@ -51,7 +51,6 @@ from mig_kit.pipeline.run_folders import (
     load_branch,
     load_record,
     lock_run,
-    refresh_branch,
     require_own_stage,
     require_record,
     runs_root,
@@ -321,7 +320,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     inputs = {name: require_record(name, run_id, stage)["outputs"]
               for name in input_stages(stage, run_id, params)}
     key = key_of_facts(facts)
-    branch = refresh_branch(run_id) if inputs else {}
+    branch = load_branch(run_id) if inputs else {}
     for sentence in attempts.set_others_aside(stage, run_id, key, facts):
         print(sentence)
     folder, marker = attempts.open_attempt(stage, run_id, key, facts)
