@@ -207,9 +207,9 @@ def complete_params(values: dict, stage: str) -> dict:
     settings = values.get(GROUP, {}) if stage in CONFIGS else {}
     values = settings | {name: value for name, value in values.items() if name != GROUP}
     for name, value in values.items():
-        if name not in defaults and not is_trl_setting(name, stage):
+        if name not in defaults and name not in trl_defaults(stage):
             raise KeyError(unknown_parameter_message(name, stage, defaults))
-        default = defaults[name] if name in defaults else find_trl_default(name, stage)
+        default = defaults[name] if name in defaults else trl_defaults(stage)[name]
         params[name] = merge_mappings(default, _typed(name, value, stage, default))
         check_value(name, params[name], stage)
     return params
@@ -272,25 +272,16 @@ def _to_number(value):
         return value
 
 
-def find_trl_default(name: str, stage: str):
-    """TRL's own default of a setting of the stage's config class.
-
-    KeyError where the stage trains nothing, or its class has no such setting.
-    """
-    return _class_defaults(CONFIGS[stage])[name]
-
-
-def is_trl_setting(name: str, stage: str) -> bool:
-    """Whether the config class of a training stage has a setting of this name."""
-    return stage in CONFIGS and name in _class_defaults(CONFIGS[stage])
-
-
 @cache
-def _class_defaults(config_class: str) -> dict:
+def trl_defaults(stage: str) -> dict:
+    """TRL's own defaults of all settings of the stage's config class; {} where nothing is trained.
+    """
+    if stage not in CONFIGS:
+        return {}
     import trl  # seconds, which a command with known parameters alone need not wait for
 
     defaults = {}
-    for setting in fields(getattr(trl, config_class)):
+    for setting in fields(getattr(trl, CONFIGS[stage])):
         is_made = setting.default is MISSING and setting.default_factory is not MISSING
         defaults[setting.name] = setting.default_factory() if is_made else setting.default
     return defaults

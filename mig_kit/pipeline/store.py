@@ -32,8 +32,8 @@ from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
     NAMES_OF_RUNS,
     RUN_PARAMS,
-    is_trl_setting,
     stage_parameters,
+    trl_defaults,
 )
 from mig_kit.pipeline.run_facts import (
     describe_control,
@@ -190,7 +190,7 @@ def recorded_params(stage: str, record: dict) -> dict:
     known, recorded = stage_parameters(stage), record["params"]
     params = {name: recorded.get(name, parameter.default) for name, parameter in known.items()}
     return params | {name: value for name, value in recorded.items()
-                     if name not in (*known, *RUN_PARAMS) and is_trl_setting(name, stage)}
+                     if name not in (*known, *RUN_PARAMS) and name in trl_defaults(stage)}
 
 
 def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bool = False) -> None:

@@ -137,7 +137,7 @@ def test_a_cell_may_hold_any_setting_of_trl(monkeypatch):
 def test_the_settings_that_the_kit_knows_have_the_defaults_of_trl():
     for stage, settings in params.SETTINGS.items():
         for name, default in settings.items():
-            assert default == (params.find_trl_default(name, stage) or 0), name
+            assert default == (params.trl_defaults(stage)[name] or 0), name
 
 
 def test_hostile_parameter_files(tmp_path):
