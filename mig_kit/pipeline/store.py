@@ -312,7 +312,10 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     is_branch = bool(STAGES[stage]) and not run.exists() and (runs_root() / DEFAULT_RUN).is_dir()
     check_run({stage: params}, DEFAULT_RUN if is_branch else run_id)
     if is_branch:
-        _start_branch(stage, run_id)
+        start_branch(DEFAULT_RUN, run_id, stage)
+        earlier = load_branch(run_id)["stages"]
+        print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
+              f"'{DEFAULT_RUN}'")
     stage_facts(stage, run_id, params)  # raises before anything is written
     require_intact_inputs(stage, run_id, params, is_thorough=True)
     lock_run(run, stage)
@@ -330,14 +333,6 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     return begun, SimpleNamespace(**begun.params)
 
 
-def _start_branch(stage: str, run_id: str) -> None:
-    """Let a new run take the stages before this one from DEFAULT_RUN."""
-    start_branch(DEFAULT_RUN, run_id, stage)
-    earlier = list(load_branch(run_id)["stages"])
-    print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
-          f"'{DEFAULT_RUN}'")
-
-
 def _require_own_notebook() -> None:
     """RuntimeError where a notebook of another copy of the kit runs with this one."""
     here = Path.cwd()
@@ -350,16 +345,10 @@ def _require_own_notebook() -> None:
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
-    names = set()
-    for cell in cells:
-        if not cell.lower().startswith("# parameters"):
-            continue
-        for node in ast.parse(cell).body:
-            if isinstance(node, ast.Assign):
-                names |= {target.id for target in node.targets}
-            elif isinstance(node, ast.AnnAssign):
-                names.add(node.target.id)
-    return names
+    nodes = (node for cell in cells if cell.lower().startswith("# parameters")
+             for node in ast.walk(ast.parse(cell)))
+    return {node.id for node in nodes
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _print_stage(stage: Stage) -> None:
