@@ -47,24 +47,14 @@ def _size_and_time(path: Path) -> str:
 
 
 def hash_named_files(params: dict) -> dict[str, str]:
-    """SHA-256 of the files that `data` and parameters ending in "_file" name, where they are there,
-    and under "images" of the images that these ask about.
+    """{"data", "images"}: SHA-256 of 01's own data and of the images that it asks about; {} without
+    such data.
     """
-    named = {name: PROJECT_ROOT / value for name, value in params.items()
-             if value and (name == "data" or name.endswith("_file"))}
-    files = {name: file_sha256(path) for name, path in named.items() if path.is_file()}
-    images = image_fingerprint(params)
-    return files | ({"images": images} if images else {})
-
-
-def image_fingerprint(params: dict) -> str:
-    """`hash_images` of what 01's own data asks about; "" without such data."""
-    data = params.get("data", "scenes")
-    if data == "scenes" or not (PROJECT_ROOT / data).is_file():
-        return ""
-    path = PROJECT_ROOT / data
+    path = PROJECT_ROOT / params.get("data", "scenes")
+    if path == PROJECT_ROOT / "scenes" or not path.is_file():
+        return {}
     root = PROJECT_ROOT / params["image_root"] if params["image_root"] else path.parent
-    return hash_images(iter_own_images(path, root), root)
+    return {"data": file_sha256(path), "images": hash_images(iter_own_images(path, root), root)}
 
 
 def iter_own_images(file: Path, root: Path, limit: int = 0) -> Iterator[tuple[str, Path]]:

@@ -151,7 +151,7 @@ def locate_paths(name: str, value: object) -> object:
         return re.sub(path, lambda match: relative_to_project(match[0]), value)
     is_model = name in MODEL_PARAMS and value not in MODEL_WORDS and Path(value).is_dir()
     is_data = name == "data" and value != "scenes"
-    is_path = name.endswith("_file") or name == "image_root" or is_data or is_model
+    is_path = name == "image_root" or is_data or is_model
     return relative_to_project(value) if is_path else value
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mig_kit.common import write_json
-from mig_kit.pipeline import fingerprints, reuse, run_folders
+from mig_kit.pipeline import reuse, run_folders
 from mig_kit.pipeline.joint_rules import validate_params
 
 FILES = [f"{system}_{rest}.jsonl" for system in ("base", "sft", "sft_long")
@@ -18,7 +18,6 @@ GREEDY = {name for name in FILES if not name.endswith("_drawn.jsonl")}
 def root(tmp_path, monkeypatch):
     """A folder of runs, "a" and its branch "b", and of model folders."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(fingerprints, "image_fingerprint", lambda params: "")  # no questions here
     for system in ("base", "sft", "sft_long"):
         (tmp_path / system).mkdir()
         (tmp_path / system / "model.safetensors").write_text(system)
