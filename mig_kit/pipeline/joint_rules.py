@@ -14,6 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import yaml
 
@@ -309,23 +310,17 @@ def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
     """How many prompts 04 has kept or, if it will run, can keep at most; None where it is not known
     yet, or the file that says it is damaged: `store` names that.
     """
-    try:
-        return _count_prompts(planned, run_id)
-    except (OSError, ValueError):
-        return None
+    with suppress(OSError, ValueError):
+        if CURATION not in planned:
+            path = stage_folder(CURATION, run_id) / "metrics.json"
+            return json.loads(path.read_text()).get("kept")
+        if RUN_PARAMS_STAGE not in planned:
+            from pyarrow.parquet import read_table  # a moment, which most commands need not wait
 
-
-def _count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
-    if CURATION not in planned:
-        path = stage_folder(CURATION, run_id) / "metrics.json"
-        return json.loads(path.read_text()).get("kept") if path.is_file() else None
-    path = stage_folder(RUN_PARAMS_STAGE, run_id) / "rl.parquet"
-    if RUN_PARAMS_STAGE in planned or not path.is_file():
-        return None
-    from pyarrow.parquet import read_table  # a moment, which most commands need not wait for
-
-    counts = Counter(read_table(path, columns=["task"])["task"].to_pylist())
-    return sum(min(count, planned[CURATION]["per_task"]) for count in counts.values())
+            path = stage_folder(RUN_PARAMS_STAGE, run_id) / "rl.parquet"
+            counts = Counter(read_table(path, columns=["task"])["task"].to_pylist())
+            return sum(min(count, planned[CURATION]["per_task"]) for count in counts.values())
+    return None
 
 
 def leave_out(params: dict[str, dict], run_id: str, is_every_stage: bool) -> dict[str, dict]:
