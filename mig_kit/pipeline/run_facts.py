@@ -137,15 +137,11 @@ def git_revision() -> str:
     """The commit of the project, with "+" if the tree has changes; "" outside a clone."""
     if not IS_CLONE:
         return ""
-    try:
-        head, status = (subprocess.run(["git", "-C", str(PROJECT_ROOT), *arguments],
-                                       capture_output=True, text=True, timeout=20)
-                        for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]))
-    except (OSError, subprocess.SubprocessError):  # no git, or a slow one
-        return ""
-    if head.returncode:
-        return ""
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+    with suppress(OSError, subprocess.SubprocessError):  # no git, or a slow one
+        return subprocess.run(
+            ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"],
+            cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
+    return ""
 
 
 def package_versions() -> dict[str, str]:
