@@ -100,19 +100,13 @@ def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"device is '{device}'; use auto, cuda or cpu")
     settle_vector_math()
-    if device == "cuda":
-        require_gpu()
-    if device != "cpu" and torch.cuda.is_available():
-        return _choose_on_gpu(dtype)
-    return _choose_on_cpu(dtype)
-
-
-def require_gpu() -> None:
-    """RuntimeError with one sentence where PyTorch sees no GPU."""
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             f"PyTorch {torch.__version__} sees no GPU, and device is 'cuda'; check the driver with "
             "nvidia-smi, or set device to cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        return _choose_on_gpu(dtype)
+    return _choose_on_cpu(dtype)
 
 
 def _choose_on_gpu(dtype: str) -> Hardware:
@@ -255,17 +249,12 @@ def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
     return Policy(load_model(folder, hardware, four_bit), processor, hardware, box_format)
 
 
-def list_adapted_modules(model: torch.nn.Module) -> list[str]:
-    """Full names of the modules that carry a LoRA adapter."""
-    return sorted(name for name, module in model.named_modules()
-                  if "lora_A" in dict(module.named_children()))
-
-
 def check_adapters(model: torch.nn.Module) -> list[str]:
-    """The adapted modules; raises ValueError if one lies outside the language model or one of its
-    adapter's LORA_TARGETS was missed.
+    """Full names of the modules that carry a LoRA adapter; raises ValueError if one lies outside
+    the language model or one of its adapter's LORA_TARGETS was missed.
     """
-    names = list_adapted_modules(model)
+    names = sorted(name for name, module in model.named_modules()
+                   if "lora_A" in dict(module.named_children()))
     outside = [name for name in names if "language_model" not in name]
     targets = model.peft_config["default"].target_modules
     key = next((key for key, pattern in LORA_TARGETS.items() if pattern == targets), "all")

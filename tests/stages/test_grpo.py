@@ -263,7 +263,7 @@ def check_gradients_equal(stock_model, model):
         {name: parameter.grad for name, parameter in owner.named_parameters()
          if parameter.requires_grad}
         for owner in (stock_model, model))
-    assert len(gradients) == 2 * len(models.list_adapted_modules(model))
+    assert len(gradients) == 2 * len(models.check_adapters(model))
     assert gradients.keys() == stock_gradients.keys()
     flat_stock, flat = (torch.cat([gradient.flatten() for gradient in values.values()])
                         for values in (stock_gradients, gradients))
