@@ -58,8 +58,16 @@ def hash_named_files(params: dict) -> dict[str, str]:
 
 
 def iter_own_images(file: Path, root: Path, limit: int = 0) -> Iterator[tuple[str, Path]]:
-    """(name, path) of all that may be an image in the first `limit` lines of own data (0: all)."""
-    return ((name, root / name.removeprefix("file://")) for name in _texts(file, limit))
+    """(name, path) of all that may be an image in the first `limit` lines of own data (0: all),
+    which is every text there.
+    """
+    is_by_line = file.suffix == ".jsonl"  # else a list, which has no lines to count
+    lines = islice(iter_lines(file), limit or None) if is_by_line else [(1, file.read_bytes())]
+    for _, line in lines:
+        for text in JSON_STRING.finditer(line or b""):
+            with suppress(ValueError):  # stage 01 refuses the line
+                name = json.loads(text.group())
+                yield name, root / name.removeprefix("file://")
 
 
 def hash_images(named_paths: Iterable[tuple[str, Path]], root: Path) -> str:
@@ -72,18 +80,6 @@ def hash_images(named_paths: Iterable[tuple[str, Path]], root: Path) -> str:
     sizes = (int(fact.split()[0]) for fact in facts.values())
     digests = facts if sum(sizes) > LARGE_SET else _hash_files(root, images, facts)
     return digest_json(digests)
-
-
-def _texts(file: Path, limit: int) -> Iterator[str]:
-    """Every text in a file of own data, for any may name an image."""
-    is_by_line = file.suffix == ".jsonl"  # else a list, which has no lines to count
-    lines = islice(iter_lines(file), limit or None) if is_by_line else [(1, file.read_bytes())]
-    for _, line in lines:
-        for text in JSON_STRING.finditer(line or b""):
-            try:
-                yield json.loads(text.group())
-            except ValueError:  # stage 01 refuses the line
-                continue
 
 
 def _hash_files(root: Path, images: dict[str, Path], facts: dict[str, str]) -> dict[str, str]:

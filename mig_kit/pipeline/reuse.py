@@ -6,6 +6,7 @@ model, the parameters and the code alone, so that drawing them again would give 
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from mig_kit.common import digest_json, write_atomically, write_json
@@ -44,7 +45,7 @@ def take_replies(stage: Stage, models: dict[str, str | Path], hardware: str,
             system, kind = name.split()
             is_wanted = kind == "greedy" or stage.params["replies"]
             if is_wanted and name not in taken and source_keys.get(name) == key:
-                _copy_replies(source, folder, tuple(f"{system}_{suite}_" for suite in suites), kind)
+                _copy_replies(source, folder, [f"{system}_{suite}_{kind}" for suite in suites])
                 taken[name] = run_id
     return taken
 
@@ -65,9 +66,7 @@ def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str
                         hardware, code, questions])
 
 
-def _copy_replies(source: Path, target: Path, prefixes: tuple[str, ...], kind: str) -> None:
-    for path in sorted(source.glob("*.jsonl")):
-        is_drawn = path.name.endswith("_drawn.jsonl")
-        if path.name.startswith(prefixes) and is_drawn == (kind == "drawn"):
-            write_atomically(target / path.name,
-                             lambda temporary, path=path: shutil.copyfile(path, temporary))
+def _copy_replies(source: Path, target: Path, names: list[str]) -> None:
+    for path in (source / f"{name}.jsonl" for name in names):
+        if path.is_file():
+            write_atomically(target / path.name, partial(shutil.copyfile, path))
