@@ -79,11 +79,8 @@ def trainer_loss(trainer: RecipeTrainer, batch: dict[str, torch.Tensor],
     advantages: (replies,). old_logps, ref_logps: (replies, tokens), of the model that drew the
     replies (None: of this model, as it is) and of the reference, which a beta needs.
     """
-    inputs = batch | {"advantages": advantages}
-    if old_logps is not None:
-        inputs["old_per_token_logps"] = old_logps
-    if ref_logps is not None:
-        inputs["ref_per_token_logps"] = ref_logps
+    inputs = batch | {"advantages": advantages, "old_per_token_logps": old_logps,
+                      "ref_per_token_logps": ref_logps}
     trainer.loss_type, trainer.beta = loss_type, beta
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
     trainer.model.train()

@@ -9,7 +9,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 
@@ -140,19 +140,17 @@ def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
     does not have: "none", the "format" reward, or "all" of them.
     """
     penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
-    return {name: _score_function(name, reward, box_format,
-                                  name in penalised[hallucinated_image_penalty])
+    return {name: partial(_score, name, reward, box_format,
+                          name in penalised[hallucinated_image_penalty])
             for name, reward in rewards.items()}
 
 
-def _score_function(name: str, reward: Reward, box_format: BoxFormat, is_penalised: bool) -> Score:
-    def score(reply: str, sample: Sample) -> float | None:
-        value = compute_reward(name, reward, reply, sample, box_format)
-        if value is None:
-            return None
-        return 0.0 if is_penalised and not cites_only_existing_images(reply, sample) else value
-
-    return score
+def _score(name: str, reward: Reward, box_format: BoxFormat, is_penalised: bool, reply: str,
+           sample: Sample) -> float | None:
+    value = compute_reward(name, reward, reply, sample, box_format)
+    if value is None:
+        return None
+    return 0.0 if is_penalised and not cites_only_existing_images(reply, sample) else value
 
 
 def correct_reply(sample: Sample, box_format: BoxFormat) -> str:
