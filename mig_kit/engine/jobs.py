@@ -51,7 +51,9 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
     if launch is None and count_processes() > 1:
         raise ValueError(f"WORLD_SIZE is {count_processes()} in the environment, and this process "
                          "trains alone; unset it, or name what starts the others in launcher")
-    inputs = {name: _portable_path(path) for name, path in inputs.items()}
+    # other processes have other folders; a hub name stays as it is
+    inputs = {name: str(Path(path).resolve() if Path(path).exists() else path)
+              for name, path in inputs.items()}
     job = {"stage": stage, "params": vars(params), "inputs": inputs}
     write_json(path, job)
     if launch is None:
@@ -78,11 +80,6 @@ def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
                                 "first, and see that the folder is on a disk that all nodes share")
     job = json.loads(path.read_text())
     return job["stage"], SimpleNamespace(**job["params"]), job["inputs"]
-
-
-def _portable_path(path: str | Path) -> str:
-    """An absolute path, because other processes have other folders; a hub name as it is."""
-    return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
 def plan_launch(launcher: str) -> Launch | None:

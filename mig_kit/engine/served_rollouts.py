@@ -179,15 +179,14 @@ class ServedRollouts:
                     server.connection.post("/unload_lora_adapter", {"lora_name": before})
             except RequestFailed as failure:
                 if failure.status:
-                    raise RuntimeError(self._refusal(server.url, name, failure)) from None
+                    raise RuntimeError(
+                        f"the server {server.url} does not take the adapter {name} ({failure}); "
+                        "vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, "
+                        f"--enable-lora, --max-lora-rank {self.params.lora_r} or more and this "
+                        "machine's disk") from None
                 server.is_alive = False
                 print(f"the server {server.url} is left out: it does not load {name}",
                       flush=True)
-
-    def _refusal(self, url: str, name: str, failure: RequestFailed) -> str:
-        return (f"the server {url} does not take the adapter {name} ({failure}); vLLM needs "
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, --enable-lora, "
-                f"--max-lora-rank {self.params.lora_r} or more and this machine's disk")
 
 
 class StopIfServerIsStale(TrainerCallback):

@@ -117,8 +117,10 @@ class ServedModel:
                 time.sleep(RETRY_DELAY * attempts)
                 continue
             finally:
-                self._count(server, under_way=-1)
-            self._count(server, answers=1)
+                with self.count_lock:
+                    server.under_way -= 1
+            with self.count_lock:
+                server.answers += 1
             answer = answer if isinstance(answer, dict) else {}
             self._check(server, answer, question, with_logps)
             try:
@@ -126,11 +128,6 @@ class ServedModel:
             except ValueError as error:
                 raise RuntimeError(f"the server {server.url} gave {error}") from error
         return replies
-
-    def _count(self, server: Server, under_way: int = 0, answers: int = 0) -> None:
-        with self.count_lock:
-            server.under_way += under_way
-            server.answers += answers
 
     def _pick(self) -> Server:
         """The living server with the fewest requests under way, which now has one more;

@@ -6,7 +6,7 @@ those that are missing from the model's generation_config.json. The ids of the s
 to equal the kit's own. There is no seed: served replies cannot be drawn again to the bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 
 from PIL import Image
@@ -49,9 +49,8 @@ class PromptEncoder:
     processor: StillImageProcessor | None
     box_format: BoxFormat
     end_tokens: list[int]
-
-    def __post_init__(self):
-        self.tokenizer_lock = Lock()  # a tokenizer serves one thread at a time
+    # a tokenizer serves one thread at a time
+    tokenizer_lock: Lock = field(default_factory=Lock, repr=False)
 
     def messages(self, sample: Sample) -> list[dict]:
         """The sample's prompt in OpenAI's form, its images as PNG at the size the model sees."""
@@ -82,11 +81,6 @@ class PromptEncoder:
             inputs = self.processor(text=[text], images=list(sample.images) or None)
         return list(inputs["input_ids"][0])
 
-    def decode(self, ids: list[int]) -> str:
-        """Token ids as the text that the kit's own loop gives."""
-        with self.tokenizer_lock:
-            return self.processor.batch_decode([ids], skip_special_tokens=True)[0]
-
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
         """The fields of a request that say how to draw; logps: of processed logits."""
         if self.processor is None:
@@ -114,7 +108,11 @@ class PromptEncoder:
 
     def _parse_choice(self, choice: dict, with_logps: bool) -> ServedReply:
         ids = choice.get("token_ids") if self.processor else None
-        text = self.decode(ids) if ids else self._join_message(choice["message"])
+        if ids:  # the text that the kit's own loop gives
+            with self.tokenizer_lock:
+                text = self.processor.batch_decode([ids], skip_special_tokens=True)[0]
+        else:
+            text = self._join_message(choice["message"])
         if not isinstance(text, str):
             raise ValueError("an answer without a text")
         if not with_logps:
@@ -126,7 +124,6 @@ class PromptEncoder:
         if len(logps) != len(ids):
             raise ValueError(f"{len(ids)} tokens with {len(logps)} log-probabilities")
         return ServedReply(text, ids, logps)
-
 
     def _join_message(self, message: dict) -> str | None:
         """The reply whole: a server with a reasoning parser tells the reasoning apart, and one

@@ -39,7 +39,8 @@ def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Har
     So a parameter of SFTConfig or GRPOConfig acts as soon as a notebook's parameters cell has it.
     folder: the stage's; its name and the run's name label a tracker's curves. own: what the stage
     sets itself. Processes that train together share the steps of an update, which learns from as
-    many rows as with one. ValueError where a parameter would be overwritten.
+    many rows as with one. ValueError where a parameter would be overwritten, or the steps cannot be
+    shared evenly.
     """
     is_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
     own |= tracker_arguments(params.report_to, folder) | {
@@ -50,22 +51,17 @@ def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Har
     passed_on = {name: value for name, value in vars(params).items() if name in names}
     if overwritten := sorted(passed_on.keys() & own.keys()):
         raise ValueError(f"the kit sets {overwritten[0]} itself; take it out of the parameters")
-    steps = share_steps(params.gradient_accumulation_steps, count_processes())
-    return passed_on | own | {"gradient_accumulation_steps": steps}
+    steps, processes = params.gradient_accumulation_steps, count_processes()
+    if steps % processes:
+        raise ValueError(
+            f"{processes} processes cannot share {steps} steps of an update evenly; set "
+            "gradient_accumulation_steps to a multiple of the launcher's processes")
+    return passed_on | own | {"gradient_accumulation_steps": steps // processes}
 
 
 def count_processes() -> int:
     """Processes that train together with this one, itself included, as their launcher says."""
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def share_steps(steps: int, processes: int) -> int:
-    """Steps of an update that each process makes; ValueError where they cannot be shared evenly."""
-    if steps % processes:
-        raise ValueError(
-            f"{processes} processes cannot share {steps} steps of an update evenly; set "
-            "gradient_accumulation_steps to a multiple of the launcher's processes")
-    return steps // processes
 
 
 def tracker_arguments(report_to: str, folder: Path) -> dict:

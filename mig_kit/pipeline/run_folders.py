@@ -148,16 +148,10 @@ def load_record(stage: str, run_id: str) -> dict | None:
     """The run.json of a finished stage, or None; ValueError with a remedy if that file is broken.
     """
     folder = stage_folder(stage, run_id)
-    if not folder.exists():
-        _finish_renaming(folder)
+    finished = folder.parent.glob(f"{folder.name}.new-*/run.json")
+    if not folder.exists() and (record := next(finished, None)):
+        record.parent.rename(folder)  # a kill came between the two renames that give it its place
     return read_record(folder / "run.json")
-
-
-def _finish_renaming(folder: Path) -> None:
-    """Give a finished attempt its place, where a kill came between the two renames that do it."""
-    for record in folder.parent.glob(f"{folder.name}.new-*/run.json"):
-        record.parent.rename(folder)
-        return
 
 
 def read_record(path: Path) -> dict | None:
@@ -230,7 +224,7 @@ def find_writer(run: Path) -> str:
 
 def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
     """The stages that a branch of `source` takes from it: all of the recipe's before `stages` that
-    the source has, which is without 02 and 03 where it has no cold start.
+    the source has, which is without 00, of the machine, and 02 and 03 where it has no cold start.
 
     [] where the run is that branch already. ValueError or FileNotFoundError with one sentence where
     it cannot be one.
@@ -246,8 +240,12 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
             raise ValueError(f"run '{run_id}' starts from '{branch['from']}' already, not from "
                              f"'{source}'; use another --run-id")
         return []
-    inherited = [stage for stage in _stages_before(stages)
-                 if stage not in COLD_START or has_cold_start(source)]
+    first = min((stage for stage in stages if stage in RECIPE[1:]), default="")
+    if first <= "02":
+        raise ValueError("--from gives the stages before those that you run, so name stages from "
+                         "02 to 07, such as: mig-kit run 05 06 07 --from default --run-id NAME")
+    inherited = [stage for stage in RECIPE[1:] if stage < first
+                 and (stage not in COLD_START or has_cold_start(source))]
     if own := [stage for stage in RECIPE[1:] if (runs_root() / run_id / stage).is_dir()]:
         raise ValueError(f"run '{run_id}' has its own {own[0]}, so it is no branch; use another "
                          "--run-id")
@@ -257,15 +255,6 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
                 f"run '{source}' has no finished {stage} to start from; run: "
                 f"{format_run_command(stage, source)}")
     return inherited
-
-
-def _stages_before(stages: list[str]) -> list[str]:
-    """The recipe's stages before the first of `stages`, without 00, which is of the machine."""
-    first = min((stage for stage in stages if stage in RECIPE[1:]), default="")
-    if first <= "02":
-        raise ValueError("--from gives the stages before those that you run, so name stages from "
-                         "02 to 07, such as: mig-kit run 05 06 07 --from default --run-id NAME")
-    return [stage for stage in RECIPE[1:] if stage < first]
 
 
 def start_branch(source: str, run_id: str, *stages: str) -> None:
