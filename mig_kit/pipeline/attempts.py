@@ -77,10 +77,10 @@ def set_others_aside(stage: str, run_id: str, key: str, facts: dict) -> list[str
             shutil.rmtree(folder)
             continue
         differences = describe_differences(read_marker(folder).get("facts", {}), facts)
-        differences = f"what differs is {differences}" if differences else "it is as now"
         sentences.append(
             f"warning: an attempt that was stopped after {seconds / 60:.0f} min stays in {folder}: "
-            f"{differences}; to go on with it change that back, or delete it if it is of no use")
+            f"what differs is {differences}; to go on with it change that back, or delete it if it "
+            "is of no use")
     return sentences
 
 
