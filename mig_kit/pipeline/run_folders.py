@@ -84,7 +84,7 @@ def load_branch(run_id: str) -> dict:
         return {}
     try:
         branch = json.loads(path.read_text())
-        # version 0.2 had a key beside each stage
+        # a mapping: earlier runs have a key beside each stage
         is_broken = not (isinstance(branch["stages"], dict | list)
                          and validate_run_id(branch["from"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -184,7 +184,7 @@ def test_a_broken_branch_file_is_one_sentence(root, text):
         store.load_record("05_grpo", "b")
 
 
-def test_a_branch_file_of_version_0_2_is_read(root):
+def test_a_branch_file_with_keys_is_read(root):
     stages = dict.fromkeys(RECIPE[1:5], "key")
     (root / "b").mkdir()
     write_json(root / "b" / "branch.json", {"from": "a", "stages": stages})
