@@ -11,7 +11,6 @@ there in every answer: a small base cannot learn to write tokens that it has nev
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -198,13 +197,9 @@ def _read_box(data: object) -> tuple[int | None, Box | None]:
         return None, None
     if not isinstance(box, list) or len(box) != 4:
         return image, None
-    if not all(type(value) in (int, float) and _is_coordinate(value) for value in box):
+    if not all(type(value) in (int, float) and -LARGEST < value < LARGEST for value in box):
         return image, None
     return image, tuple(float(value) for value in box)
-
-
-def _is_coordinate(value: float) -> bool:
-    return -LARGEST < value < LARGEST and math.isfinite(value)
 
 
 def cut_reasoning(reply: str) -> str:

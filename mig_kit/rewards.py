@@ -113,17 +113,6 @@ def names_letter(reply: str, sample: Sample) -> bool:
     return bool(sample.letter) and parse_reply(reply).letter == sample.letter
 
 
-def success_score(reply: str, sample: Sample, box_format: BoxFormat) -> float:
-    """How well the reply answers, 0..1: its IoU; for multiple choice whether its letter is correct;
-    where nothing in the images answers, whether it says so.
-    """
-    if sample.options:
-        return float(names_letter(reply, sample))
-    if not sample.targets and not sample.find_all:
-        return float(parse_reply(reply).names_none)
-    return reply_iou(reply, sample, box_format)
-
-
 def format_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """1 if the whole reply is well formed; else 0.25 for each tag that occurs exactly once, at most
     0.75. 0 for a "none" where all boxes are asked for and there is one.
@@ -183,5 +172,8 @@ def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: flo
     the correct letter; where nothing in the images answers, whether it says so; where all boxes are
     asked for, whether it finds each with that IoU and names no other.
     """
-    measure = weakest_iou if sample.find_all else success_score
-    return measure(reply, sample, box_format) >= threshold
+    if sample.options:
+        return names_letter(reply, sample)
+    if not sample.targets and not sample.find_all:
+        return parse_reply(reply).names_none
+    return weakest_iou(reply, sample, box_format) >= threshold

@@ -135,7 +135,7 @@ def test_one_box_for_one_target_earns_what_it_always_did(box, targets):
     today = replace(sample, find_all=False)
     for name in rewards.REWARDS:
         assert score(name, reply_with(box), sample) == score(name, reply_with(box), today), name
-    for function in (rewards.reply_iou, rewards.is_correct, rewards.success_score):
+    for function in (rewards.reply_iou, rewards.is_correct):
         arguments = (reply_with(box), sample, BOX_FORMAT)
         assert function(*arguments) == function(reply_with(box), today, BOX_FORMAT)
 
