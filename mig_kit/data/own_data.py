@@ -21,8 +21,7 @@
                  (those of 01's parameters, not of the line); for the teacher "own" of stage 01
 
 Where one line of a file has "targets" or "image": null, all its questions ask for all boxes (see
-prompts.py): if only those did, the prompt would tell how many boxes there are. A number may be
-written as text or as 2.0.
+prompts.py): if only those did, the prompt would tell how many boxes there are.
 """
 
 from collections.abc import Callable, Iterator
