@@ -3,10 +3,10 @@ answer it.
 """
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -24,8 +24,8 @@ from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 # A table is read and written in groups of rows, so that its length does not matter.
 ROWS_PER_GROUP = 64
 BYTES_PER_GROUP = 2**22  # of embedded images
-CACHED_BYTES = 2**26  # of a table's groups that are kept in memory
-
+CACHED_GROUPS = 32  # of a table, that are kept in memory
+REMEDY = "delete it and run its stage again with --force"
 
 SAMPLE_FEATURES = Features({
     "id": Value("string"), "suite": Value("string"), "task": Value("string"),
@@ -211,8 +211,8 @@ class TableRows(Sequence):
     """Rows of a parquet file of this kit, read when they are looked at.
 
     convert: from a row, a dict of `columns` (None: of all), and the file's folder to an item. rows:
-    which rows of the file, in order; None: all. Only the groups of rows that were read last are in
-    memory, CACHED_BYTES of them. FileNotFoundError, and ValueError with a remedy if the file is
+    which rows of the file, in order; None: all. Only the CACHED_GROUPS groups of rows that were
+    read last are in memory. FileNotFoundError, and ValueError with a remedy if the file is
     cut, no parquet, or no table of samples.
     """
 
@@ -221,7 +221,7 @@ class TableRows(Sequence):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; run the stage that writes it")
         self.path, self.convert, self.columns = path, convert, columns
-        with _table_errors(path):
+        with name_broken_table(path, REMEDY):
             self.file = pyarrow.parquet.ParquetFile(path)
         metadata = self.file.metadata
         if "sizes" not in self.file.schema_arrow.names:
@@ -229,8 +229,7 @@ class TableRows(Sequence):
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self.ends = np.cumsum(counts, dtype=np.int64)
         self.rows = range(metadata.num_rows) if rows is None else rows
-        self.groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
-        self.cached_bytes = 0
+        self.read_group = lru_cache(CACHED_GROUPS)(self._read_group)
         self.lock = Lock()
 
     def __reduce__(self):
@@ -256,26 +255,21 @@ class TableRows(Sequence):
         group = int(np.searchsorted(self.ends, row, side="right"))
         start = int(self.ends[group - 1]) if group else 0
         with self.lock:
-            if group not in self.groups:
-                with _table_errors(self.path):
-                    self.groups[group] = self.file.read_row_group(group, self.columns)
-                self.cached_bytes += self.groups[group].nbytes
-                while self.cached_bytes > CACHED_BYTES and len(self.groups) > 1:
-                    _, dropped = self.groups.popitem(last=False)
-                    self.cached_bytes -= dropped.nbytes
-            self.groups.move_to_end(group)
-            table = self.groups[group]
+            table = self.read_group(group)
         return table.slice(row - start, 1).to_pylist()[0]
+
+    def _read_group(self, group: int) -> pyarrow.Table:
+        with name_broken_table(self.path, REMEDY):
+            return self.file.read_row_group(group, self.columns)
 
 
 @contextmanager
-def _table_errors(path: Path) -> Iterator[None]:
-    """Turns what a cut or foreign file raises into one sentence."""
+def name_broken_table(path: Path, remedy: str) -> Iterator[None]:
+    """Turns what a cut or foreign file raises into one sentence, which ends with the remedy."""
     try:
         yield
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is cut or no parquet file; delete it and run its stage again "
-                         "with --force") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is cut or no parquet file; {remedy}") from error
 
 
 def read_samples(path: Path) -> TableRows:

@@ -6,15 +6,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ijson
-import pyarrow
 import pyarrow.parquet
 
 from mig_kit.common import MAX_LINE, iter_lines
+from mig_kit.sample import name_broken_table
 
 MAX_JSON_DEPTH = 32
 MAX_NAMES = 5  # of what is left out, per reason
@@ -181,26 +180,12 @@ def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:
         yield number + 1, None, str(error)
 
 
-def read_columns(path: Path) -> list[str]:
-    """The names of a parquet table's columns."""
-    with _table_errors(path):
-        return pyarrow.parquet.ParquetFile(path).schema_arrow.names
-
-
 def _iter_rows(path: Path) -> Iterator[dict]:
     """The rows of a parquet table, without their empty cells."""
-    with _table_errors(path):
+    with name_broken_table(path, "download it again"):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
             for row in batch.to_pylist():
                 yield {key: value for key, value in row.items() if value is not None}
-
-
-@contextmanager
-def _table_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is cut or no parquet table; download it again") from error
 
 
 def iter_records(path: Path, prefix: str = "item",
