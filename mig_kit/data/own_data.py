@@ -32,7 +32,6 @@ from pathlib import Path
 from mig_kit.boxes import Box, Coordinates, rescale_box
 from mig_kit.common import iter_lines, progress_bar
 from mig_kit.data.line_checks import (
-    IMPORTER_OF_KEY,
     LIMITS,
     asks_for_all,
     box_places,
@@ -42,7 +41,7 @@ from mig_kit.data.line_checks import (
     read_sizes_below,
     simplify_line,
 )
-from mig_kit.data.records import entry_word, iter_entries, read_columns
+from mig_kit.data.records import entry_word, iter_entries
 from mig_kit.image_files import BadImage, EncodedImage, LazyImages, resolve_under_root
 from mig_kit.sample import Sample, Target
 
@@ -81,10 +80,8 @@ def iter_checked_lines(path: Path, root: Path, decodes: bool = False) -> Iterato
     """
     word, read_sizes = entry_word(path), read_sizes_below(root, decodes)
     if word == "row":
-        names = read_columns(path)
-        layout = next((form for key, form in IMPORTER_OF_KEY.items() if key in names), "own")
-        raise ValueError(f"{path} is a parquet table; mig-kit data import {layout} {path} --out "
-                         "OUT writes it and the images in it as own data")
+        raise ValueError(f"{path} is a parquet table; mig-kit data import FORMAT {path} --out OUT "
+                         "writes it and the images in it as own data")
     find_all, hashes = file_asks_for_all(path), set()
     for number, record, problem in iter_entries(path):
         data, sizes = {} if problem else simplify_line(record), []

@@ -18,19 +18,6 @@ from mig_kit.sample import name_broken_table
 MAX_JSON_DEPTH = 32
 MAX_NAMES = 5  # of what is left out, per reason
 BYTE_ORDER_MARK, PARQUET = b"\xef\xbb\xbf", b"PAR1"
-# (how such a file may begin, how its name may end, what it is and the way in)
-OTHER_FILES = (
-    ((b"\x1f\x8b",), (".gz",), "is compressed by gzip; unpack it first: gunzip -k FILE"),
-    ((b"BZh9", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!", b"PK\x03\x04"),
-     (".tar", ".xls"), "is compressed, an archive or an Excel table; unpack it, or save the table "
-     "with one JSON object a line"),
-    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), (".p", ".pkl", ".pickle", ".pt"),
-     "is a pickle, which can hold code, and the kit opens none; save what is in it as JSON"),
-    ((b"ARROW1", b"\xff\xff\xff\xff"), (".arrow", ".feather"), "is an Arrow file; save it as "
-     "parquet (of datasets: load_from_disk(FOLDER).to_parquet(FILE)), and import that"),
-    ((b"<?xml", b"<!DOC", b"<anno", b"\x89PNG", b"\xff\xd8\xff", b"\xff\xfe", b"\xfe\xff"),
-     (".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml"), "is no JSON in UTF-8; save it with one "
-     "JSON object a line (of a table: pandas' to_json(..., orient='records', lines=True))"))
 
 
 class Problem(ValueError):
@@ -147,13 +134,12 @@ def _read_opening(path: Path) -> bytes:
 
 
 def require_records(path: Path) -> None:
-    """ValueError, with the way in, unless a file is JSON or a parquet table, as far as its first
-    bytes and the end of its name say.
-    """
+    """ValueError, with the way in, unless a file begins as JSON or a parquet table does."""
     opening = _read_opening(path)
-    for beginnings, endings, sentence in OTHER_FILES:
-        if opening.startswith(beginnings) or path.suffix.lower() in endings:
-            raise ValueError(f"{path} {sentence.replace('FILE', str(path))}")
+    if opening and not opening.startswith((PARQUET, b"{", b"[")):
+        raise ValueError(f"{path} is neither JSON in UTF-8 nor parquet; unpack an archive, save "
+                         "what is in a table, an Arrow file or a pickle with one JSON object a "
+                         "line (pandas: to_json(..., orient='records', lines=True))")
 
 
 def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:

@@ -224,23 +224,19 @@ def make_zip():
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name, content, sentence", [
-    ("a.jsonl.gz", gzip.compress(b"{}"), "is compressed by gzip; unpack it first: gunzip -k"),
-    ("a.bz2", b"BZh91AY", "is compressed, an archive or an Excel table; unpack it"),
-    ("a.xlsx", make_zip(), "or save the table with one JSON object a line"),
-    ("a.pkl", pickle.dumps(GOOD), "is a pickle, which can hold code, and the kit opens none"),
-    ("a.arrow", b"\xff\xff\xff\xff", "is an Arrow file; save it as parquet"),
-    ("a.csv", b"images,question\n", "is no JSON in UTF-8; save it with one JSON object a line"),
-    ("a.tsv", b"images\tquestion\n", "orient='records', lines=True"),
-    ("a.json", json.dumps([GOOD]).encode("utf-16"), "is no JSON in UTF-8"),
-    ("a.json", image_bytes(), "is no JSON in UTF-8")],
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl.gz", gzip.compress(b"{}")), ("a.xlsx", make_zip()), ("a.pkl", pickle.dumps(GOOD)),
+    ("a.arrow", b"\xff\xff\xff\xff"), ("a.csv", b"images,question\n"),
+    ("a.json", json.dumps([GOOD]).encode("utf-16")), ("a.json", image_bytes()),
+    ("a.json", b"\0")],
     ids=lambda value: "bytes" if isinstance(value, bytes) else None)  # they hold the time
-def test_other_files_say_what_they_are(root, name, content, sentence):
+def test_other_files_are_refused_with_the_way_in(root, name, content):
     path = write(root, content, name)
     for words in (("check",), ("preview", "--out", root / "p.html"),
                   ("import", "swift", "--out", root / "p.jsonl")):
         code, text = call(*words, path)
-        assert code == 1 and f"{name} is " in text and sentence in text and text.count("\n") <= 1
+        assert code == 1 and f"{name} is neither JSON in UTF-8 nor parquet; unpack" in text
+        assert text.count("\n") <= 1
 
 
 ASKED, ANSWER = "Find the cup of image 1.", '{"image": 2, "box": [10, 20, 60, 90]}'

@@ -198,6 +198,7 @@ def test_all_mistakes_of_a_line_and_ids_there_twice(root):
 def test_a_line_of_any_length_takes_bounded_memory(root, tmp_path):
     path = tmp_path / "long.jsonl"
     with path.open("wb") as file:
+        file.write(b"{")
         for _ in range(64):
             file.write(b"x" * (1 << 20))
         file.write(b"\n" + json.dumps(GOOD).encode())
