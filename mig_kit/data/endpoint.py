@@ -12,13 +12,10 @@ the `concurrency` calls under way.
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.data.teacher_prompt import KINDS, teacher_messages, teacher_prompt
@@ -113,7 +110,8 @@ def read_log(path: Path) -> dict[str, dict]:
 def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
     """Make the calls that the log `path` does not hold; finished calls by key, as in the log.
 
-    calls: read as they are needed, `concurrency` at a time. An entry has the "reply", or "failed"
+    calls: read as they are needed, `concurrency` at a time. path: in the run's folder, whose lock
+    keeps other processes out. An entry has the "reply", or "failed"
     if the server refused this very request; a refusal is written only once a reply shows that the
     endpoint works. A call that fails for other reasons in all its attempts gets no entry and is
     made again the next time. RuntimeError when going on makes no sense: a refused key, an unknown
@@ -121,15 +119,7 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
     """
     connection = Connection(endpoint.url, read_api_key(), endpoint.timeout)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(path.name + ".lock"), fallback_to_soft=False)
-    with path.open("ab") as file, closing(connection), ExitStack() as stack:
-        try:
-            stack.enter_context(lock.acquire(timeout=0))
-        except Timeout:
-            raise RuntimeError(f"{path} is in use by another run; wait for it or give this run "
-                               "another run_id") from None
-        except OSError:  # a disk without locks, of which the run's own lock has told
-            pass
+    with path.open("ab") as file, closing(connection):
         log, unwritten = read_log(path), []
         requested: set[str] = set()
 
@@ -140,9 +130,7 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
                     yield call
 
         def work(call: Call) -> tuple[Call, dict, bool]:
-            start = time.monotonic()
-            entry, is_final = _make_call(endpoint, connection, call)
-            return call, {**entry, "seconds": round(time.monotonic() - start, 3)}, is_final
+            return call, *_make_call(endpoint, connection, call)
 
         results = iter_results(work, iter_new_calls(), endpoint.concurrency)
         has_replied, failures_in_a_row = False, 0
