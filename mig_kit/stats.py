@@ -75,11 +75,6 @@ def to_percent(value: float) -> float:
     return round(100 * float(value), 10) + 0.0
 
 
-def percent_interval(groups: list[np.ndarray]) -> list[float]:
-    """bootstrap_interval in percent."""
-    return [to_percent(bound) for bound in bootstrap_interval(groups)]
-
-
 def sum_by_list(values: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """((k,) sum of the values, (k,) number of questions) of each of the k lists of images.
 
@@ -168,13 +163,21 @@ def average_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]],
     return [float(max(low, lows.min())), float(min(high, highs.max()))]
 
 
-def percent_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+def percent_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]],
+                             interval: Callable = share_interval_by_list) -> list[float]:
     """95 % interval in percent of the mean of the tasks' shares; groups: (values, lists) of each.
 
     The bootstrap over questions; over lists of images where questions share them or all outcomes of
-    each task are the same, which the bootstrap would take for certain.
+    each task are the same, which the bootstrap would take for certain. interval: of one task, over
+    its lists.
     """
-    return _percent_interval(groups, share_interval_by_list)
+    all_lists = np.concatenate([lists for _, lists in groups])
+    is_varied = any(values.min() < values.max() for values, _ in groups)
+    if is_varied and len(np.unique(all_lists)) == len(all_lists):
+        bounds = bootstrap_interval([values for values, _ in groups])
+    else:
+        bounds = average_interval_by_list(groups, interval)
+    return [to_percent(bound) for bound in bounds]
 
 
 def paired_gap_by_list(groups: list[tuple[np.ndarray, np.ndarray]]) -> dict:
@@ -182,16 +185,7 @@ def paired_gap_by_list(groups: list[tuple[np.ndarray, np.ndarray]]) -> dict:
     `percent_interval_by_list`; groups: ((n,) differences, (n,) lists) of each task.
     """
     return {"value": to_percent(macro_mean([gaps for gaps, _ in groups])),
-            "ci95": _percent_interval(groups, gap_interval_by_list)}
-
-
-def _percent_interval(groups: list[tuple[np.ndarray, np.ndarray]],
-                      interval: Callable[[np.ndarray, np.ndarray], list[float]]) -> list[float]:
-    all_lists = np.concatenate([lists for _, lists in groups])
-    is_varied = any(values.min() < values.max() for values, _ in groups)
-    if is_varied and len(np.unique(all_lists)) == len(all_lists):
-        return percent_interval([values for values, _ in groups])
-    return [to_percent(bound) for bound in average_interval_by_list(groups, interval)]
+            "ci95": percent_interval_by_list(groups, gap_interval_by_list)}
 
 
 def _shared_list_factor(groups: list[tuple[np.ndarray, np.ndarray]]) -> float:
