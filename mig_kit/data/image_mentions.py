@@ -72,12 +72,12 @@ def numbers_of_boxes(text: str, spans: list[tuple[int, int]], image_count: int) 
     if not any(numbers_in_gaps):
         return []
     if any(numbers and COMPARES.search(gap) for gap, numbers in zip(gaps, numbers_in_gaps)):
-        raise Problem(UNCLEAR, UNCLEAR)
+        raise Problem(UNCLEAR)
     before, *after = numbers_in_gaps
     if not before and all(len(numbers) == 1 for numbers in after):
         return [numbers[0] for numbers in after]
     if len(before) != 1:
-        raise Problem(UNCLEAR, UNCLEAR)
+        raise Problem(UNCLEAR)
     result = list(before)
     for gap, numbers in zip(gaps[1:-1], after[:-1]):
         if len(numbers) == 1:
@@ -85,5 +85,5 @@ def numbers_of_boxes(text: str, spans: list[tuple[int, int]], image_count: int) 
         elif not numbers and SAME_IMAGE.fullmatch(gap):
             result.append(result[-1])
         else:
-            raise Problem(UNCLEAR, UNCLEAR)
+            raise Problem(UNCLEAR)
     return result

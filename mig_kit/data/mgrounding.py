@@ -26,7 +26,7 @@ from mig_kit.data.conversations import (
     read_turns,
     turn_lines,
 )
-from mig_kit.data.records import Problem
+from mig_kit.data.records import Problem, require
 from mig_kit.image_files import BadImage, is_regular_file, resolve_under_root
 from mig_kit.score.image_names import find_names
 
@@ -72,8 +72,8 @@ def record_lines(record: dict) -> list[dict | Problem]:
     whole record is left out.
     """
     images = record.get("images")
-    _require(isinstance(images, list) and bool(images)
-             and all(isinstance(name, str) and name for name in images), "record shape")
+    require(isinstance(images, list) and bool(images)
+            and all(isinstance(name, str) and name for name in images), "record shape")
     texts = read_turns(record, [])
     check_image_tags([text for turn in texts for text in turn], len(images))
     parts = images[0].split("/")
@@ -83,21 +83,16 @@ def record_lines(record: dict) -> list[dict | Problem]:
     lines: list[dict | Problem] = []
     for asked, answered in texts:
         try:
-            _require(all(len(BOX.findall(text)) == text.count("<|box_start|>")
-                         == text.count("<|box_end|>") for text in (asked, answered)),
-                     "box text cannot be read")
+            require(all(len(BOX.findall(text)) == text.count("<|box_start|>")
+                        == text.count("<|box_end|>") for text in (asked, answered)),
+                    "box text cannot be read")
             turn = read_turn(asked, answered, len(images), Coordinates.NORMALIZED_1000, 0)
             turn = _without_reference(turn, asked, len(images), subset)
             lines += [line | ({"task": subset} if subset else {})
                       for line in turn_lines(turn, images, "any")]
         except Problem as problem:
-            lines.append(Problem(str(problem), str(problem).partition(";")[0]))
+            lines.append(problem)
     return lines
-
-
-def _require(condition: bool, reason: str) -> None:
-    if not condition:
-        raise Problem(reason, reason)
 
 
 def _without_reference(turn: Turn, asked: str, image_count: int, subset: str) -> Turn:
@@ -105,16 +100,16 @@ def _without_reference(turn: Turn, asked: str, image_count: int, subset: str) ->
     video names no image, its boxes are those of the frames.
     """
     answers = turn.answers
-    _require(bool(answers), "no box in the answer")
+    require(bool(answers), "no box in the answer")
     if subset == TRACKING and len(answers) == image_count and answers[0][0] is None:
         answers = [(number, box) for number, (_, box) in enumerate(answers, 1)]
     for _, reference in turn.references:
         names = find_names(asked[:asked.index("<|box_start|>")], image_count)
-        _require(names[-1].numbers == {1} if names else image_count == 1,
-                 "reference box not said to be in the first image")
+        require(names[-1].numbers == {1} if names else image_count == 1,
+                "reference box not said to be in the first image")
         repeated = [(1, reference), *([(None, reference)] if image_count == 1 else [])]
         answers = [answer for answer in answers if answer not in repeated]
-    _require(bool(answers), "answer given in the question")
+    require(bool(answers), "answer given in the question")
     return replace(turn, answers=answers)
 
 
@@ -122,7 +117,7 @@ def _require_time_order(images: list[str], turns: list[tuple[str, str]]) -> None
     """Problem unless the frames' numbers, if they have any, rise, and no question speaks of another
     order.
     """
-    _require(not SHUFFLED.search(" ".join(asked for asked, _ in turns)), "shuffled video")
+    require(not SHUFFLED.search(" ".join(asked for asked, _ in turns)), "shuffled video")
     matches = [FRAME_NUMBER.search(image) for image in images]
     times = [int(match.group(1)) for match in matches if match]
-    _require(len(times) < len(images) or times == sorted(times), "frames out of time order")
+    require(len(times) < len(images) or times == sorted(times), "frames out of time order")

@@ -21,11 +21,12 @@ BYTE_ORDER_MARK, PARQUET = b"\xef\xbb\xbf", b"PAR1"
 
 
 class Problem(ValueError):
-    """Why a record cannot be used, in one sentence with the remedy; reason: its kind, to count."""
+    """Why a record cannot be used, in one sentence: what is wrong, and after ";" the remedy."""
 
-    def __init__(self, sentence: str, reason: str = "problem"):
-        super().__init__(sentence)
-        self.reason = reason
+    @property
+    def reason(self) -> str:
+        """What is wrong, to count."""
+        return str(self).partition(";")[0]
 
 
 @dataclass
