@@ -1,6 +1,5 @@
 """What is wrong with a line of own data: its keys, texts, options, boxes and image files."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mig_kit.boxes import Coordinates
+from mig_kit.common import suggest_word
 from mig_kit.image_files import (
     BadImage,
     check_decodes,
@@ -95,9 +95,8 @@ def _key_problems(data: dict) -> list[str]:
                 for key in (REQUIRED_FOR_CHOICE if is_choice(data) else REQUIRED)
                 if key not in data and not is_optional.get(key)]
     for key in (key for key in data if key not in KNOWN):
-        near = difflib.get_close_matches(key[:40], KNOWN, 1, 0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        problems.append(f"unknown key {key[:40]!r}{hint}")
+        hint = suggest_word(key[:40], KNOWN, 0.5)
+        problems.append("; ".join(filter(None, (f"unknown key {key[:40]!r}", hint))))
     if is_choice(data):
         problems += [f"'{key}' does not go with 'options'; take one of them out"
                      for key in ("image", "box", "boxes", "targets") if key in data]

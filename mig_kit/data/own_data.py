@@ -29,10 +29,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from mig_kit.boxes import Box, Coordinates, rescale_box
+from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.common import iter_lines, progress_bar
 from mig_kit.data.line_checks import (
-    LIMITS,
     asks_for_all,
     box_places,
     find_file_problems,
@@ -113,15 +112,17 @@ def file_asks_for_all(path: Path) -> bool:
                                for _, record, _ in iter_entries(path))
 
 
-def iter_usable_lines(path: Path, root: Path) -> Iterator[Line]:
-    """Every line; ValueError at the first that is wrong.
+def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True) -> Iterator[Line]:
+    """Every line; ValueError at the first that is wrong. Reads no pixels.
 
-    Reads no pixels. A line whose only fault is a damaged image file is not wrong, and has no
+    takes_damaged: whether a line whose only fault is a damaged image file is given, too; it has no
     sample.
     """
     for line in iter_checked_lines(path, root):
-        if line.problems and not line.is_damaged:
-            raise _line_error(path, line)
+        if line.problems and not (takes_damaged and line.is_damaged):
+            word = entry_word(path)
+            raise ValueError(f"{path} {word} {line.number}: {line.problems[0]} "
+                             f"(mig-kit data check {path} lists every {word})")
         yield line
 
 
@@ -132,20 +133,12 @@ def require_correct_lines(path: Path, root: Path) -> int:
                                        total=n_lines))
 
 
-def _line_error(path: Path, line: Line) -> ValueError:
-    word = entry_word(path)
-    return ValueError(f"{path} {word} {line.number}: {line.problems[0]} "
-                      f"(mig-kit data check {path} lists every {word})")
-
-
 def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[Sample]:
     """The samples of the first `limit` lines (None: of all); an image is decoded when it is looked
     at. ValueError at a wrong line, and for a damaged image, too: nothing is skipped.
     """
-    for line in islice(iter_usable_lines(path, root), limit):
-        if line.problems:
-            raise _line_error(path, line)
-        yield line.sample
+    lines = iter_usable_lines(path, root, takes_damaged=False)
+    return (line.sample for line in islice(lines, limit))
 
 
 def _make_sample(data: dict, root: Path, sizes: list[tuple[int, int]],
@@ -153,16 +146,11 @@ def _make_sample(data: dict, root: Path, sizes: list[tuple[int, int]],
     images = LazyImages(tuple(EncodedImage(resolve_under_root(root, name), size)
                               for name, size in zip(data["images"], sizes)))
     coordinates = Coordinates(data.get("coordinates", Coordinates.PIXELS))
-    targets = [Target(image, _to_pixels(holder[key], coordinates, sizes[image - 1]))
-               for _, image, holder, key in box_places(data)]
+    targets = [Target(image, rescale_box(
+        holder[key], coordinate_size(size, coordinates, BoxFormat()), size))
+        for _, image, holder, key in box_places(data) for size in [sizes[image - 1]]]
     reference = targets.pop().box if "reference" in data else None
     return Sample(data["id"], "own", data.get("task", "own"), "train",
                   images, data["question"], tuple(targets), reference,
                   tuple(data.get("options", ())), data.get("letter", ""),
                   find_all=find_all and not is_choice(data))
-
-
-def _to_pixels(box: list, coordinates: Coordinates, size: tuple[int, int]) -> Box:
-    limit = LIMITS[coordinates]
-    source = size if coordinates == Coordinates.PIXELS else (limit, limit)
-    return rescale_box(tuple(float(value) for value in box), source, size)

@@ -11,7 +11,7 @@ from command_line import run_mig_kit
 from data_files import write_lines
 from PIL import Image
 
-from mig_kit.data import importers, own_data
+from mig_kit.data import importers, line_checks, own_data
 from mig_kit.data.commands import import_command
 from mig_kit.data.records import ImportRules
 
@@ -400,7 +400,7 @@ def test_fuzzed_coco_files(root):
 def test_the_command(root, tmp_path):
     choices = {option.name: option.type for option in import_command.params}
     assert tuple(choices["form"].choices) == importers.FORMATS
-    assert set(choices["coordinates"].choices) == set(own_data.LIMITS)
+    assert set(choices["coordinates"].choices) == set(line_checks.LIMITS)
     path = write(root, SWIFT, b"{", SWIFT)
     result = run_mig_kit("data", "import", "swift", str(path), "--out", str(tmp_path / "own.jsonl"))
     assert result.returncode == 0 and "line 2: the line is no JSON object" in result.stdout

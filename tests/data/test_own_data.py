@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mig_kit.data import own_data
+from mig_kit.data import line_checks, own_data
 from mig_kit.data.preview import write_preview
 
 
@@ -220,7 +220,7 @@ ROWS = st.fixed_dictionaries(
     {"images": st.lists(PATHS, min_size=1, max_size=3) | VALUES,
      "question": st.sampled_from(["Find it.", "As {ref}?"]) | VALUES,
      "image": st.integers(0, 3) | st.none() | VALUES,
-     "coordinates": st.sampled_from([*own_data.LIMITS, "0-1000", "absolute"]) | VALUES},
+     "coordinates": st.sampled_from([*line_checks.LIMITS, "0-1000", "absolute"]) | VALUES},
     optional={"options": st.lists(st.text(max_size=5), max_size=9) | VALUES,
               "letter": st.sampled_from("ABCI") | VALUES, "reply": VALUES,
               "box": BOXES, "boxes": st.lists(BOXES, max_size=3) | VALUES, "reference": BOXES,
