@@ -3,22 +3,9 @@
     {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2,
      "box": [10, 20, 60, 90], "coordinates": "pixels"}          (on one line)
 
-    images       paths below the image root, in prompt order; data sets' {"path": ...} is read, too
-    question     text; "{ref}" where the reference box goes, if there is one
-    image        number of the target image, from 1; or null: nothing in the images answers
-    box          [x1, y1, x2, y2] in the target image; or
-    boxes        a list of boxes, any of which is a correct answer
-    targets      in place of these three: [{"image": 1, "box": [...]}, ...], which must all be found
-    coordinates  of all boxes of the line: pixels (of the original image, upright),
-                 normalized_1000 (0 to 1000 of its width and height) or normalized_1 (0 to 1)
-    options      for multiple choice, in place of image, box and coordinates: 2 to 8 texts, and
-    letter       the letter of the correct one, "A" for the first
-    reference    optional: a box in the first image, with coordinates
-    id           optional text, used once in the file
-    task         optional text, which chooses the teacher's cue (CUE_OF_TASK in teacher_prompt.py)
-    reply        optional text: the line's own reasoning and answer, as the model is to write them,
-                 <think>...</think><answer>...</answer> with boxes in the run's own coordinates
-                 (those of 01's parameters, not of the line); for the teacher "own" of stage 01
+The guide, notebooks/guide/own_data.md, says what the keys are. It does not name `id`, optional text
+that is used once in the file, and that `task` chooses the teacher's cue (CUE_OF_TASK in
+teacher_prompt.py).
 
 Where one line of a file has "targets" or "image": null, all its questions ask for all boxes (see
 prompts.py): if only those did, the prompt would tell how many boxes there are.
