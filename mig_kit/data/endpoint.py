@@ -58,8 +58,6 @@ class Endpoint:
             raise ValueError("endpoint_url must be like http://localhost:8000/v1, with no name, "
                              "key or query in it, and endpoint_model must be named; a key goes "
                              f"into the environment variable {KEY_VARIABLE}")
-        if self.concurrency < 1 or self.attempts < 1:
-            raise ValueError("concurrency and attempts must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -246,9 +246,9 @@ def test_a_broken_log_is_named(serve, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"url": "http://name:key@a/v1"}, {"url": "http://a:b/v1"}, {"url": "http://a/v1\n"},
-    {"model": ""}, {"concurrency": 0}, {"attempts": 0}])
+    {"model": ""}])
 def test_settings_that_cannot_be(changes):
-    with pytest.raises(ValueError, match="endpoint_url|at least 1"):
+    with pytest.raises(ValueError, match="endpoint_url"):
         endpoint.Endpoint(**{"url": "http://a/v1", "model": "m", **changes})
 
 
