@@ -111,16 +111,14 @@ def reveals_answer(thinking: str, sample: Sample, box_format: BoxFormat) -> bool
                    for a, b in zip(four, four[1:])):
             continue
         box = tuple(float(number.group()) for number in four)
-        if any(iou(box, form) >= 0.5 for target in sample.targets
-               for form in _target_in_all_coordinates(target, sample, box_format)):
-            return True
+        for target in sample.targets:
+            size = sample.sizes[target.image - 1]
+            forms = (target.box, to_model_box(target.box, size, box_format),
+                     rescale_box(target.box, size, (1000, 1000)),
+                     rescale_box(target.box, size, (1, 1)))
+            if any(iou(box, form) >= 0.5 for form in forms):
+                return True
     return False
-
-
-def _target_in_all_coordinates(target, sample: Sample, box_format: BoxFormat) -> tuple:
-    size = sample.sizes[target.image - 1]
-    return (target.box, to_model_box(target.box, size, box_format),
-            rescale_box(target.box, size, (1000, 1000)), rescale_box(target.box, size, (1, 1)))
 
 
 def reasoning_helps(direct_iou: float, reasoned_iou: float) -> bool:
