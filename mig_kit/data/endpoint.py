@@ -86,22 +86,18 @@ def read_log(path: Path) -> dict[str, dict]:
     """Finished calls by key; none if there is no file. A last line that a kill has cut is dropped
     from the file; ValueError if another line is broken.
     """
+    content = path.read_bytes() if path.is_file() else b""
+    *lines, cut = content.split(b"\n")
+    if cut:
+        os.truncate(path, len(content) - len(cut))
     entries: dict[str, dict] = {}
-    place = 0
-    if not path.is_file():
-        return entries
-    with path.open("r+b") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(place)
-                break
-            try:
-                entry = json.loads(line)
-                entries[entry["key"]] = entry
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} line {number} is broken; delete that line, and its call "
-                                 "is made again") from error
-            place += len(line)
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            entries[entry["key"]] = entry
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} line {number} is broken; delete that line, and its call is "
+                             "made again") from error
     return entries
 
 
@@ -227,13 +223,9 @@ def summarize_usage(path: Path) -> dict:
     "without_counts": calls for which the server told no token counts. Failed attempts are not in
     the counts of tokens.
     """
-    usage = dict.fromkeys(("calls", "failed", "attempts", "prompt_tokens", "completion_tokens",
-                           "without_counts"), 0)
-    for entry in read_log(path).values():
-        usage["calls"] += 1
-        usage["failed"] += "failed" in entry
-        usage["attempts"] += entry.get("attempts", 1)
-        for name in ("prompt_tokens", "completion_tokens"):
-            usage[name] += entry.get(name) or 0
-        usage["without_counts"] += "reply" in entry and entry.get("prompt_tokens") is None
-    return usage
+    entries = read_log(path).values()
+    return {"calls": len(entries), "failed": sum("failed" in entry for entry in entries),
+            **{name: sum(entry.get(name) or 0 for entry in entries)
+               for name in ("attempts", "prompt_tokens", "completion_tokens")},
+            "without_counts": sum("reply" in entry and entry["prompt_tokens"] is None
+                                  for entry in entries)}
