@@ -75,22 +75,16 @@ def to_percent(value: float) -> float:
     return round(100 * float(value), 10) + 0.0
 
 
-def sum_by_list(values: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """((k,) sum of the values, (k,) number of questions) of each of the k lists of images.
+def _list_errors(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
+    """(k,) what each list of images adds to the error of the mean, with the leverage correction CR2
+    (Bell and McCaffrey 2002); the sum of the squares is the mean's variance. Needs two lists.
 
     values, lists: (n,) of the questions; lists: a number of the images that a question shows.
     Questions about the same images stand or fall together, so the lists are the sample, not the
     questions (Miller, arXiv 2411.00640).
     """
     _, places = np.unique(lists, return_inverse=True)
-    return np.bincount(places, weights=values), np.bincount(places)
-
-
-def _list_errors(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
-    """(k,) what each list adds to the error of the mean, with the leverage correction CR2 (Bell and
-    McCaffrey 2002); the sum of the squares is the mean's variance. Needs two lists.
-    """
-    sums, counts = sum_by_list(values, lists)
+    sums, counts = np.bincount(places, weights=values), np.bincount(places)
     residuals = (sums - values.mean() * counts) / len(values)
     return residuals / np.sqrt(1 - counts / len(values))
 
@@ -104,7 +98,7 @@ def _list_quantile(lists: np.ndarray) -> float:
 
 def _lists_of_variance(lists: np.ndarray) -> float:
     """How many lists of equal size would tell the variance as well as these, if all answers of a
-    list were the same (Satterthwaite 1946); lists: see sum_by_list.
+    list were the same (Satterthwaite 1946); lists: see _list_errors.
     """
     squares = np.unique(lists, return_counts=True)[1].astype(float) ** 2
     return float(squares.sum() ** 2 / np.sum(squares ** 2))
@@ -115,7 +109,7 @@ def share_interval_by_list(values: np.ndarray, lists: np.ndarray) -> list[float]
 
     Wilson's interval for as many independent questions as have the variance that the lists show;
     where all or none is correct, Clopper and Pearson's exact one over the lists. [0, 1] for one
-    list of mixed outcomes, which says nothing about others. values, lists: see sum_by_list.
+    list of mixed outcomes, which says nothing about others. values, lists: see _list_errors.
     """
     mean, total, lists_count = float(values.mean()), len(values), len(np.unique(lists))
     if values.min() == values.max() and mean in (0, 1):
@@ -135,7 +129,7 @@ def gap_interval_by_list(gaps: np.ndarray, lists: np.ndarray) -> list[float]:
 
     Student's t over the lists. Where the differences do not vary, those of other lists may: the
     bounds are then those of the largest share of lists, and the largest difference, that the sample
-    leaves possible. gaps, lists: see sum_by_list.
+    leaves possible. gaps, lists: see _list_errors.
     """
     mean, lists_count = float(gaps.mean()), len(np.unique(lists))
     variance = float(np.sum(_list_errors(gaps, lists) ** 2)) if lists_count > 1 else 0.0
@@ -214,7 +208,7 @@ def joint_interval(groups: list[np.ndarray], lists: list[np.ndarray] | None = No
     """{"value", "low", "high", "over"} of a score of several runs on the same samples.
 
     groups: (runs, samples) values of each task. lists: of each task, where samples share images;
-    see sum_by_list. value: the mean over tasks of the mean over runs and samples. low, high: its
+    see _list_errors. value: the mean over tasks of the mean over runs and samples. low, high: its
     95 % interval over samples and, with several runs, over "seeds and samples": the half widths of
     the two t intervals, of the sampled tasks and of the runs' scores, added in quadrature; NaN for
     samples of one list of images, which say nothing about others. It covers the truth in 95 % of
