@@ -180,7 +180,9 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
     columns = {name: np.array([score[name] for score in scores])
                for name in ("iou", "correct", "format", "image")}
     columns["lists"] = number_image_lists(samples)
-    drawn_samples, drawn_values = _drawn_correctness(samples, drawn, box_format)
+    drawn_samples = [sample for sample, some in zip(samples, drawn) if some]
+    drawn_values = np.array([[reply_is_correct(reply, sample, box_format) for reply in some]
+                             for sample, some in zip(drawn_samples, filter(None, drawn))])
     drawn_correct = split_by_task(drawn_samples, drawn_values)
     tasks = {}
     for task, rows in split_by_task(samples, np.arange(len(samples))).items():
@@ -236,15 +238,11 @@ def _reaches_half(box: Box, target: Box) -> float:
     return float(iou(box, target) >= 0.5)
 
 
-def _drawn_correctness(samples: list[Sample], drawn: list[list[str]],
-                       box_format: BoxFormat) -> tuple[list[Sample], np.ndarray]:
-    """The samples that have drawn replies, and (samples, replies), 1 for each correct one."""
-    drawn_samples, correct = [], []
-    for sample, replies in zip(samples, drawn):
-        if replies:
-            drawn_samples.append(sample)
-            correct.append([reply_is_correct(reply, sample, box_format) for reply in replies])
-    return drawn_samples, np.array(correct)
+def _share_correct(samples: list[Sample], replies: list[list[str]],
+                   box_format: BoxFormat) -> np.ndarray:
+    """(samples,) share of each sample's replies that is correct; NaN for a sample without any."""
+    return np.array([np.mean([reply_is_correct(reply, sample, box_format) for reply in some])
+                     if some else np.nan for sample, some in zip(samples, replies)])
 
 
 def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
@@ -287,24 +285,17 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
 
     Samples without drawn replies of either system are left out of the latter two.
     """
-    gaps = np.array([reply_is_correct(a, sample, box_format)
-                     - reply_is_correct(b, sample, box_format)
-                     for a, b, sample in zip(after, before, samples)])
+    gaps, drawn_gaps = (
+        _share_correct(samples, a, box_format) - _share_correct(samples, b, box_format)
+        for a, b in (([[reply] for reply in after], [[reply] for reply in before]),
+                     (after_drawn, before_drawn)))
     difference = {**paired_gap_by_list(_group_with_lists(samples, gaps)), "sampled": None}
-    drawn_samples, drawn_gaps = [], []
-    for sample, a, b in zip(samples, after_drawn, before_drawn):
-        if a and b:
-            drawn_samples.append(sample)
-            drawn_gaps.append(_share_correct(a, sample, box_format)
-                              - _share_correct(b, sample, box_format))
-    if drawn_samples:
-        gap = paired_gap_by_list(_group_with_lists(drawn_samples, np.array(drawn_gaps)))
+    rows = np.flatnonzero(~np.isnan(drawn_gaps))
+    if len(rows):
+        drawn_samples = [samples[row] for row in rows]
+        gap = paired_gap_by_list(_group_with_lists(drawn_samples, drawn_gaps[rows]))
         difference |= {"sampled": gap["value"], "sampled_ci95": gap["ci95"]}
     return difference
-
-
-def _share_correct(replies: list[str], sample: Sample, box_format: BoxFormat) -> float:
-    return float(np.mean([reply_is_correct(reply, sample, box_format) for reply in replies]))
 
 
 def summarize_systems(samples: dict[str, list[Sample]], replies: dict,
