@@ -63,11 +63,10 @@ def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Tra
     rows = zip(samples, traces, reasons, strict=True)
     with SampleWriter(path, with_traces=True) as writer:
         for sample, trace, reason in progress_bar(rows, "filter", total=len(traces)):
-            outcomes.append((reason, Trace("", trace.detail, trace.error)))
+            outcomes.append((reason, trace.detail, trace.error))
             if not reason:
                 writer.write(sample, trace)
-        reasons, light_traces = zip(*outcomes) if outcomes else ((), ())
-        counts = count_drops(list(reasons), list(light_traces))
+        counts = count_drops(outcomes)
         if outcomes and not counts["kept"]:  # raised before the file takes the place of another
             raise ValueError(_describe_drops(counts["dropped"]))
     return counts
@@ -81,18 +80,19 @@ def _describe_drops(dropped: dict[str, int]) -> str:
     return f"the filter dropped every reply ({reasons}); look at one of them{hint}"
 
 
-def count_drops(reasons: list[str], traces: list[Trace]) -> dict:
+def count_drops(outcomes: list[tuple[str, str, str]]) -> dict:
     """How many traces were kept and dropped per reason, and what became of the teacher's errors.
 
-    reasons: of `filters.drop_reason`, "" for a kept trace.
+    outcomes: (reason of `filters.drop_reason`, "" for a kept one; detail; error) of each trace.
     """
-    names = [*DROP_REASONS, *sorted(set(reasons) - set(DROP_REASONS) - {""})]
-    kept = [trace for trace, reason in zip(traces, reasons, strict=True) if not reason]
-    return {"total": len(reasons), "kept": len(kept),
-            "dropped": {name: reasons.count(name) for name in names},
-            "errors": dict(Counter(trace.error for trace in traces if trace.error)),
-            "errors_kept": dict(Counter(trace.error for trace in kept if trace.error)),
-            "details_kept": dict(Counter(trace.detail for trace in kept))}
+    reasons = Counter(reason for reason, _, _ in outcomes)
+    names = [*DROP_REASONS, *sorted(reasons.keys() - {*DROP_REASONS, ""})]
+    kept = [(detail, error) for reason, detail, error in outcomes if not reason]
+    return {"total": len(outcomes), "kept": len(kept),
+            "dropped": {name: reasons[name] for name in names},
+            "errors": dict(Counter(error for _, _, error in outcomes if error)),
+            "errors_kept": dict(Counter(error for _, error in kept if error)),
+            "details_kept": dict(Counter(detail for detail, _ in kept))}
 
 
 def data_card(seed: int, counts: dict, sizes: dict[str, int], coordinates: str,

@@ -47,7 +47,8 @@ def test_the_teacher_errs_at_its_rate_and_the_filter_notices():
             assert reason, trace
     of_flawless = [reason for trace, reason in zip(traces, reasons) if not trace.error]
     assert of_flawless.count("") / len(of_flawless) > 0.97
-    counts = synthesize.count_drops(reasons, traces)
+    outcomes = [(reason, trace.detail, trace.error) for reason, trace in zip(reasons, traces)]
+    counts = synthesize.count_drops(outcomes)
     assert counts["kept"] + sum(counts["dropped"].values()) == len(samples) == counts["total"]
 
 
