@@ -26,7 +26,7 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
@@ -173,7 +173,10 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         gradient_checkpointing_kwargs={"use_reentrant": False},
         generation_kwargs={"min_new_tokens": min_new_tokens},
         **{"pad_to_multiple_of": PAD_MULTIPLE} if params.share_prefix else {})
-    arguments |= _multi_step_arguments(params)
+    # a training that goes on draws new replies: checkpoints come after all updates of a batch
+    iterations = params.num_iterations
+    arguments |= {"epsilon_high": params.epsilon_high or None,
+                  "save_steps": -(-params.save_steps // iterations) * iterations}
     config = GRPOConfig(**arguments)
     use_one_device(config)
     scores = score_functions(rewards, policy.box_format, params.hallucinated_image_penalty)
@@ -182,7 +185,8 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "model": policy.model, "args": config, "processing_class": policy.processor,
         "reward_funcs": reward_functions(scores, samples),
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
-        "peft_config": _new_adapter(policy, params),
+        "peft_config": (None if isinstance(policy.model, PeftModel)  # it brings its adapter along
+                        else lora_config(params.lora_r, lora_targets=params.lora_targets)),
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
                       # these also draw a few replies before the first update
                       *_rollout_callbacks(policy, samples, folder, params, scores)]}
@@ -241,24 +245,6 @@ def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
     sampling = SamplingOptions(params.temperature, getattr(params, "top_p", 1.0),
                                params.max_completion_length)
     return [KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, sampling, describe), live]
-
-
-def _multi_step_arguments(params: SimpleNamespace) -> dict:
-    """GRPOConfig's form of the parameters of learning several times from the same replies.
-
-    Checkpoints come when all updates of a batch of replies are done: a training that goes on draws
-    new replies.
-    """
-    iterations = params.num_iterations
-    return {"epsilon_high": params.epsilon_high or None,
-            "save_steps": -(-params.save_steps // iterations) * iterations}
-
-
-def _new_adapter(policy: Policy, params: SimpleNamespace) -> LoraConfig | None:
-    """None for a policy that brings its adapter along."""
-    if isinstance(policy.model, PeftModel):
-        return None
-    return lora_config(params.lora_r, lora_targets=params.lora_targets)
 
 
 def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[str, str | Path]:

@@ -41,18 +41,15 @@ def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> P
 
 def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
                     method: str = DEQUANTISED) -> VisionLanguageModel:
-    """The merged model in memory, by one of MERGE_METHODS; the first is the right one.
+    """The merged model in memory, by PEFT: DEQUANTISED, the right method, or FOUR_BIT.
 
-    The stage itself writes that one with `write_merged_model`, tensor by tensor. A fresh base is
-    loaded every time.
+    The stage itself writes the right one with `write_merged_model`, tensor by tensor. A fresh base
+    is loaded every time.
     """
     if method == FOUR_BIT:
         trained = load_trained_model(base, adapter, hardware)
         return train_mode_for_4bit_layers(trained.merge_and_unload(safe_merge=True))
-    if method == DEQUANTISED:
-        model = load_model(base, hardware, four_bit=True).dequantize(dtype=hardware.dtype)
-    else:
-        model = load_model(base, hardware)
+    model = load_model(base, hardware, four_bit=True).dequantize(dtype=hardware.dtype)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 

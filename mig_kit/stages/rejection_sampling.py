@@ -20,11 +20,11 @@ from mig_kit.sample import Sample
 from mig_kit.world.teacher import recognize_detail
 
 
-def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]], box_format: BoxFormat,
-               threshold: float = 0.5) -> np.ndarray:
+def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]],
+               box_format: BoxFormat) -> np.ndarray:
     """Share of correct replies per sample, (samples,) float in 0..1."""
     return np.array([
-        np.mean([is_correct(reply, sample, box_format, threshold) for reply in replies[sample.id]])
+        np.mean([is_correct(reply, sample, box_format) for reply in replies[sample.id]])
         for sample in samples])
 
 
