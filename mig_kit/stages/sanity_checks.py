@@ -23,7 +23,6 @@ from mig_kit.image_files import image_digests
 from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample
 
-PAIRS_AT_ONCE = 16
 FIRST_PROMPTS = 16  # that are answered before the first update where no pass rate is known
 
 
@@ -58,9 +57,9 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
     if len(pairs) < fewest_pairs:
         return {"pairs": len(pairs), "gap": None, "error": None}
     texts = [reply for _, _, reply in pairs]
-    own, others = (_logps_by_token(policy, [pair[side] for pair in pairs], texts)
-                   for side in (0, 1))
-    gaps = _sum_by_reply(own - others, policy.processor.tokenize_replies(texts))
+    own, others = (reply_logps(policy.model, policy.processor, [pair[side] for pair in pairs],
+                               texts, policy.box_format).double() for side in (0, 1))
+    gaps = _sum_by_reply((own - others).numpy(), policy.processor.tokenize_replies(texts))
     gap, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
     if gap < 2 * error or gap <= 0:
         raise ValueError(
@@ -88,15 +87,6 @@ def _pair_with_other_images(samples: list[Sample],
                 name = f"{sample.id} with other images"
                 pairs.append((sample, replace(sample, id=name, images=other.images), reply))
     return pairs
-
-
-def _logps_by_token(policy: Policy, samples: list[Sample], replies: list[str]) -> np.ndarray:
-    parts = [slice(start, start + PAIRS_AT_ONCE)
-             for start in range(0, len(samples), PAIRS_AT_ONCE)]
-    return np.concatenate([
-        reply_logps(policy.model, policy.processor, samples[part], replies[part],
-                    policy.box_format).double()
-        for part in parts])
 
 
 def _sum_by_reply(values: np.ndarray, replies: list[list[int]]) -> list[float]:
