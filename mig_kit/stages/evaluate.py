@@ -10,7 +10,6 @@ stratified), or by lists of images where samples share them; differences are pai
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -128,12 +127,8 @@ def first_per_task(samples: Sequence[Sample], per_task: int) -> Sequence[Sample]
     """The first `per_task` samples of every task, in order; all for 0."""
     if not per_task:
         return samples
-    counts: Counter = Counter()
-    rows = []
-    for row, sample in enumerate(samples):
-        counts[sample.task] += 1
-        if counts[sample.task] <= per_task:
-            rows.append(row)
+    by_task = split_by_task(samples, np.arange(len(samples)))
+    rows = sorted(row for rows in by_task.values() for row in rows[:per_task].tolist())
     if isinstance(samples, TableRows):
         return samples.select(rows)
     return [samples[row] for row in rows]

@@ -59,7 +59,10 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
     texts = [reply for _, _, reply in pairs]
     own, others = (reply_logps(policy.model, policy.processor, [pair[side] for pair in pairs],
                                texts, policy.box_format).double() for side in (0, 1))
-    gaps = _sum_by_reply((own - others).numpy(), policy.processor.tokenize_replies(texts))
+    # the gaps of all replies' tokens, each with its end token, cut into replies
+    lengths = [len(tokens) + 1 for tokens in policy.processor.tokenize_replies(texts)]
+    by_reply = np.split((own - others).numpy(), np.cumsum(lengths)[:-1])
+    gaps = [values.sum() for values in by_reply]
     gap, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
     if gap < 2 * error or gap <= 0:
         raise ValueError(
@@ -87,16 +90,6 @@ def _pair_with_other_images(samples: list[Sample],
                 name = f"{sample.id} with other images"
                 pairs.append((sample, replace(sample, id=name, images=other.images), reply))
     return pairs
-
-
-def _sum_by_reply(values: np.ndarray, replies: list[list[int]]) -> list[float]:
-    """values: of the tokens of all replies; replies: their tokens without the end token."""
-    sums, end = [], 0
-    for reply in replies:
-        start = end
-        end += len(reply) + 1
-        sums.append(values[start:end].sum())
-    return sums
 
 
 def nothing_earned_warning(policy: Policy, samples: Sequence[Sample], rewards: dict[str, Reward],

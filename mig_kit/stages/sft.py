@@ -42,11 +42,6 @@ from mig_kit.shared_prefix.trainer import average_gradients
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
 
-def shuffled_rows(count: int, seed: int, max_samples: int = 0) -> list[int]:
-    """Which of `count` rows to learn from, in random order: `max_samples` at most, 0 for all."""
-    return np.random.default_rng(seed).permutation(count)[:max_samples or count].tolist()
-
-
 def sft_row(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
     """Prompt and completion as messages, and images, as TRL reads them."""
     return _messages(sample, reply, box_format) | {"images": list(sample.images)}
@@ -267,7 +262,8 @@ def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows,
     samples, replies = read_samples(Path(traces)), read_replies(Path(traces))
     if not params.reasoning:
         replies = TableRows(Path(traces), _answer_from_row, ("reply",))
-    rows = shuffled_rows(len(samples), params.seed, params.max_samples)
+    rows = np.random.default_rng(params.seed).permutation(len(samples)).tolist()
+    rows = rows[:params.max_samples or None]  # 0: all
     return samples.select(rows), replies.select(rows)
 
 

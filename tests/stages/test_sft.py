@@ -177,9 +177,15 @@ def test_answers_alone_are_learned_without_reasoning(tmp_path, stage_params):
         assert is_correct(answer, sample, BOX_FORMAT), "an answer alone still counts"
 
 
-def test_rows_to_learn_from_are_shuffled_as_datasets_does():
-    table = Dataset.from_dict({"row": range(40)}).shuffle(seed=3)
-    assert sft.shuffled_rows(40, 3) == table["row"][:] and len(sft.shuffled_rows(40, 3, 7)) == 7
+def test_rows_to_learn_from_are_shuffled_as_datasets_does(tmp_path, stage_params):
+    samples, replies = rows_of_all_tasks(BOX_FORMAT)
+    write_samples(tmp_path / "cot.parquet", samples, [Trace(reply, "", "") for reply in replies])
+    ids = [sample.id for sample in samples]
+    shuffled = Dataset.from_dict({"id": ids}).shuffle(seed=3)["id"][:]
+    for most, expected in ((0, shuffled), (7, shuffled[:7])):
+        rows, _ = sft.read_traces(tmp_path / "cot.parquet",
+                                  stage_params("02_sft", seed=3, max_samples=most))
+        assert [sample.id for sample in rows] == expected
 
 
 def test_like_lengths_are_together_within_an_update_only():
