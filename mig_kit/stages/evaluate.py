@@ -175,9 +175,10 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
     columns = {name: np.array([score[name] for score in scores])
                for name in ("iou", "correct", "format", "image")}
     columns["lists"] = number_image_lists(samples)
-    drawn_samples = [sample for sample, some in zip(samples, drawn) if some]
+    with_drawn = [(sample, some) for sample, some in zip(samples, drawn) if some]
+    drawn_samples = [sample for sample, _ in with_drawn]
     drawn_values = np.array([[reply_is_correct(reply, sample, box_format) for reply in some]
-                             for sample, some in zip(drawn_samples, filter(None, drawn))])
+                             for sample, some in with_drawn])
     drawn_correct = split_by_task(drawn_samples, drawn_values)
     tasks = {}
     for task, rows in split_by_task(samples, np.arange(len(samples))).items():
