@@ -63,12 +63,10 @@ def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
         others = [number for number in range(1, len(sample.images) + 1) if number != image]
         image = rng.choice(others or [image + 1])
     size = sample.sizes[min(image, len(sample.sizes)) - 1]
-    box = _misplace_box(to_model_box(target_box, size, box_format), rng, error, jitter,
-                        _pixel_of(size, box_format))
+    box = _misplace_box(target_box, size, rng, box_format, error, jitter)
     if error == "leaked answer":
         thought = f"{thought} {format_box(box)}"
-    answer = format_answer(image, box)
-    return _write_reply(rng, thought, answer, detail, error)
+    return _write_reply(rng, thought, format_answer(image, box), detail, error)
 
 
 def _write_reply(rng: random.Random, thought: str, answer: str, detail: str, error: str) -> Trace:
@@ -88,9 +86,8 @@ def _write_list_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
     For a "wrong image" it leaves out the first box, which may be the only one. Where there is no
     box, an error about objects, images or boxes invents one, and nothing can be leaked.
     """
-    boxes = [(image, _misplace_box(to_model_box(box, size, box_format), rng, error, jitter,
-                                   _pixel_of(size, box_format)))
-             for image, box in sample.targets for size in [sample.sizes[image - 1]]]
+    boxes = [(image, _misplace_box(box, sample.sizes[image - 1], rng, box_format, error, jitter))
+             for image, box in sample.targets]
     if not boxes and error == "leaked answer":
         error = ""
     elif not boxes and error and error != "broken format":
@@ -113,12 +110,12 @@ def _pixel_of(size: tuple[int, int], box_format: BoxFormat) -> tuple[float, floa
     return width / seen_width, height / seen_height
 
 
-def _misplace_box(box: Box, rng: random.Random, error: str, jitter: float,
-                  pixel: tuple[float, float]) -> Box:
-    """The box with jittered edges; one cell away, down right or up left, for a "wrong object".
-
-    jitter: in pixels, whose size `_pixel_of` gives.
+def _misplace_box(box: Box, size: tuple[int, int], rng: random.Random, box_format: BoxFormat,
+                  error: str, jitter: float) -> Box:
+    """The box, of an image of `size`, in the model's coordinates and with jittered edges; one cell
+    away, down right or up left, for a "wrong object". jitter: see `write_trace`.
     """
+    box, pixel = to_model_box(box, size, box_format), _pixel_of(size, box_format)
     if error == "wrong object":
         shift = rng.choice((-1, 1)) * CELL
         box = tuple(max(0.0, value + shift * step) for value, step in zip(box, pixel * 2))
@@ -137,6 +134,4 @@ def _write_choice_trace(sample: Sample, rng: random.Random, detail: str, error: 
         letter = rng.choice([other for other in letters if other != sample.letter])
     if error == "leaked answer":
         thought = f"{letter}. {thought}"
-    if error == "broken format":
-        return Trace(f"{thought} <answer>{letter}</answer>", detail, error)
-    return Trace(f"<think>{thought}</think><answer>{letter}</answer>", detail, error)
+    return _write_reply(rng, thought, letter, detail, error)
