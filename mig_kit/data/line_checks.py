@@ -25,6 +25,8 @@ REQUIRED = ("images", "question", "image", "coordinates")
 REQUIRED_FOR_CHOICE = ("images", "question", "options", "letter")
 KNOWN = (*REQUIRED, "box", "boxes", "targets", "reference", "id", "task", "reply", "options",
          "letter")
+NUMERIC = ("image", "box", "boxes", "targets", "reference")
+NUMBER = re.compile(r" ?[-+]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:e[-+]?[0-9])? ?")
 ADDRESS = re.compile("(?!file:)[a-z0-9]{2,5}://")
 # a key of another project's layout -> the importer that reads it
 IMPORTER_OF_KEY = {"objects": "swift", "query": "swift", "messages": "llava",
@@ -46,16 +48,26 @@ BOX_TAG = re.compile(r"</?(?:bbox|box|ref|ref-object|object|obj|region|point|loc
 
 
 def simplify_line(data: dict) -> dict:
-    """The line with 2 in place of "image": 2.0, as pandas writes it, and the paths of data sets'
-    {"path": ...}.
+    """The line with numbers in place of text and of 2.0, and the paths of data sets' {"path": ...}.
     """
-    simple, number = dict(data), data.get("image")
-    if isinstance(number, float) and number % 1 == 0:
-        simple["image"] = int(number)
+    simple = {key: _to_numbers(value) if key in NUMERIC else value for key, value in data.items()}
     if isinstance(data.get("images"), list):
         simple["images"] = [image["path"] if isinstance(image, dict) and image.get("path")
                             and not image.get("bytes") else image for image in data["images"]]
     return simple
+
+
+def _to_numbers(value: object, depth: int = 3) -> object:
+    """The value with its text of numbers as numbers, whole ones as int."""
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and value % 1 == 0 and abs(value) < 1e9:
+        return int(value)
+    if isinstance(value, list) and depth:
+        return [_to_numbers(part, depth - 1) for part in value]
+    if isinstance(value, dict) and depth:
+        return {key: _to_numbers(part, depth - 1) for key, part in value.items()}
+    return value
 
 
 def is_choice(data: dict) -> bool:

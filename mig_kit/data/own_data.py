@@ -8,7 +8,8 @@ that is used once in the file, and that `task` chooses the teacher's cue (CUE_OF
 teacher_prompt.py).
 
 Where one line of a file has "targets" or "image": null, all its questions ask for all boxes (see
-prompts.py): if only those did, the prompt would tell how many boxes there are.
+prompts.py): if only those did, the prompt would tell how many boxes there are. A number may be
+written as text or as 2.0.
 """
 
 from collections.abc import Callable, Iterator
