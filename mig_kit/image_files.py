@@ -9,13 +9,14 @@ pixels here are those of the upright picture, as people and annotation tools see
 """
 
 import base64
+import errno
 import hashlib
 import io
 import os
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -61,7 +62,7 @@ def resolve_under_root(root: Path, name: str) -> Path:
         raise BadImage("outside root", f"{name!r} is no path below the image root; write it "
                                        "relative to the root, with / and without '..'")
     try:
-        path, base = (root / name).resolve(), root.resolve()
+        path, base = _resolve(root / name), root.resolve()
         is_inside = path.is_relative_to(base) and path != base
     except (OSError, RuntimeError, ValueError):  # a loop of links, too long, a lone surrogate
         is_inside = False
@@ -69,6 +70,18 @@ def resolve_under_root(root: Path, name: str) -> Path:
         raise BadImage("outside root", f"{name!r} is not below the image root {root}; copy it "
                                        "there, or give the folder that holds all images as root")
     return path
+
+
+def _resolve(path: Path) -> Path:
+    """The path without links, whether it exists or not; an error for a loop of links, which Python
+    3.13 leaves as it is unless it is strict.
+    """
+    try:
+        return path.resolve(strict=True)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+        return path.resolve()
 
 
 def is_regular_file(path: Path) -> bool:
@@ -233,11 +246,11 @@ class EncodedImage:
         return hashlib.sha256(self.read_bytes()).digest()
 
 
-@dataclass(frozen=True)
 class LazyImages(Sequence):
     """The images of a sample, each decoded when it is looked at and not kept."""
 
-    encoded: tuple[EncodedImage, ...]
+    def __init__(self, encoded: Iterable[EncodedImage]):
+        self.encoded = tuple(encoded)
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -246,6 +259,12 @@ class LazyImages(Sequence):
         if isinstance(index, slice):
             return LazyImages(self.encoded[index])
         return self.encoded[index].open()
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, LazyImages) and self.encoded == other.encoded
+
+    def __hash__(self) -> int:
+        return hash(self.encoded)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

@@ -136,7 +136,7 @@ def sample_from_row(row: dict, folder: Path) -> Sample:
     images = zip(row["images"], row["sizes"], strict=True)
     return Sample(
         id=row["id"], suite=row["suite"], task=row["task"], split=row["split"],
-        images=LazyImages(tuple(_image_from_row(image, size, folder) for image, size in images)),
+        images=LazyImages(_image_from_row(image, size, folder) for image, size in images),
         question=row["question"],
         targets=tuple(Target(int(image), tuple(box)) for image, box in targets),
         reference=tuple(row["reference"]) if row["reference"] else None,

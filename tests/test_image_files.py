@@ -21,22 +21,17 @@ from mig_kit.world.tasks import make_sample
 
 
 @pytest.mark.parametrize("name", [
-    "/etc/passwd", "../a.png", "a/../../b.png", "", ".", "a\0b", "link/x.png", "a\\b",
-    "\ud800.png"])
+    "/etc/passwd", "../a.png", "a/../../b.png", "", ".", "a\0b", "link/x.png", "loop/x.png",
+    "a\\b", "\ud800.png"])
 def test_paths_stay_below_the_root(name, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "outside").mkdir()
     os.symlink(tmp_path / "outside", root / "link")
+    os.symlink(root / "loop", root / "loop")
     with pytest.raises(BadImage) as error:
         resolve_under_root(root, name)
     assert error.value.reason == "outside root"
-
-
-def test_a_loop_of_links_is_no_image(tmp_path):
-    os.symlink(tmp_path / "loop", tmp_path / "loop")
-    with pytest.raises(BadImage):
-        read_size(resolve_under_root(tmp_path, "loop/x.png"))
 
 
 def test_near_duplicates_finds_copies_and_nothing_else(tmp_path):

@@ -95,8 +95,7 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
                 continue
             sample = line.sample
             try:
-                images = LazyImages(tuple(store.add(image.content)
-                                          for image in sample.images.encoded))
+                images = LazyImages([store.add(image.content) for image in sample.images.encoded])
             except BadImage as error:
                 report.add(error.reason, f"{sample.id}: {error}")
                 continue
