@@ -9,8 +9,8 @@ in `official.py` and, of MC-Bench and OdinW, in `coco.py`.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,7 +203,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         metrics = ref_l4_metrics(values) if benchmark.name == "ref_l4" else {
             **{f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)},
             "mean_iou": values}
-        notes = annotation_problems(items, protocol == "strict")
+        notes = annotation_problems(replace(benchmark, items=tuple(items)), protocol == "strict")
     return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
                   tuple(item.index for item in items), dict(problems), aggregates, notes,
                   tuple(map(_list_of_images, items)), remarks)
@@ -319,16 +319,32 @@ def _coordinate_remarks(benchmark: Benchmark, records: list[dict], scored: Score
                  for measure, other in averages.items() if other > average + MUCH)
 
 
-def annotation_problems(items: Sequence[BenchmarkItem], is_strict: bool) -> dict[str, list[str]]:
+def annotation_problems(benchmark: Benchmark, is_strict: bool) -> dict[str, list[str]]:
     """Kind of problem -> names of the items that have it; kinds that no item has are left out.
 
-    No box can match an inverted or empty answer. Under `strict` also items whose target image the
-    annotations do not say, so that it cannot be checked.
+    No box can match an inverted or empty answer; an answer may leave the image; MIG-Bench asks some
+    questions twice. Under `strict` also items whose target image the annotations do not say, so
+    that it cannot be checked.
     """
-    with_box = [item for item in items if item.box]
-    by_kind = {
-        "no box can match": [item.name for item in with_box
-                             if item.box[0] >= item.box[2] or item.box[1] >= item.box[3]],
-        "target image unknown, not checked": [item.name for item in with_box
-                                              if is_strict and item.target is None]}
+    by_kind: dict[str, list[str]] = {kind: [] for kind in (
+        "no box can match", "answer leaves the image", "given twice",
+        "target image unknown, not checked")}
+    for item in benchmark.items:
+        if not item.box:
+            continue
+        x1, y1, x2, y2 = item.box
+        if x1 >= x2 or y1 >= y2:
+            by_kind["no box can match"].append(item.name)
+        limit = COORDINATE_LIMITS.get(item.coordinates)
+        width, height = (limit, limit) if limit else item.size or (math.inf, math.inf)
+        margin = 0 if limit else 1  # pixel: annotation tools round
+        if max(x1 - width, x2 - width, y1 - height, y2 - height, -min(item.box)) > margin:
+            by_kind["answer leaves the image"].append(item.name)
+        if is_strict and item.target is None:
+            by_kind["target image unknown, not checked"].append(item.name)
+    names_by_question = defaultdict(list)
+    for item in benchmark.items if benchmark.name == "mig_bench" else ():
+        names_by_question[item.task, item.images, item.question, item.box].append(item.name)
+    by_kind["given twice"] = [" = ".join(names) for names in names_by_question.values()
+                              if len(names) > 1]
     return {kind: names for kind, names in by_kind.items() if names}

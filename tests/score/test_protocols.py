@@ -8,6 +8,7 @@ from mig_bench_records import (
     mig_records,
     needs_data,
     prediction_lines,
+    save_image,
 )
 
 from mig_kit.boxes import BoxFormat, Coordinates, smart_resize
@@ -209,7 +210,13 @@ def test_images_are_confined_and_missing_ones_listed(tmp_path):
         annotations.add_image_sizes(benchmark.items[:1], tmp_path)
 
 
-def test_an_annotation_without_four_numbers_is_refused():
+def test_pixel_annotations_that_leave_the_image_are_listed(tmp_path):
+    save_image(tmp_path / "a.png", (100, 50))
+    boxes = ([0, 0, 100.4, 50], [0, 0, 5000, 50], [-3, 0, 10, 10])
+    benchmark = annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [box]}
+                                       for box in boxes])
+    scored = score_predictions(benchmark, prediction_lines([""] * 3), images=str(tmp_path))
+    assert scored.notes["answer leaves the image"] == ["1", "2"]
     with pytest.raises(ValueError, match="has no box of four numbers"):
         annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [0, 0, 5, 5]}])
 
