@@ -38,7 +38,7 @@ def name_object(rng: random.Random, world: World) -> SampleSpec:
     visible = scenes[k - 1].names()
     correct = rng.choice(visible)
     absent = [name for name in map(object_name, reversed(appearances)) if name not in visible]
-    options, letter = shuffle_options(rng, correct, absent[:2])
+    options, letter = shuffle_options(rng, correct, absent[:rng.randint(1, 2)])
     return SampleSpec(scenes, f"What is in image {k}?", [], f"the same: {correct}.",
                       [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
 
@@ -46,20 +46,27 @@ def name_object(rng: random.Random, world: World) -> SampleSpec:
 def find_image(rng: random.Random, world: World) -> SampleSpec:
     """Which image shows the named object."""
     scenes, k, name = make_scenes_with_holder(rng, world, 2, 4)
+    options, letter = _pick_images(rng, k, len(scenes))
     return SampleSpec(scenes, f"Which image shows the {name}?", [], f"{name}: image {k}.",
-                      list_image_notes(scenes), options=_image_options(len(scenes)),
-                      letter=LETTERS[k - 1])
+                      list_image_notes(scenes), options=options, letter=letter)
 
 
-def _image_options(count: int) -> tuple[str, ...]:
-    return tuple(f"image {number}" for number in range(1, count + 1))
+def _pick_images(rng: random.Random, k: int, count: int) -> tuple[tuple[str, ...], str]:
+    """Two or more of `count` images in order, image k among them, and its letter.
+
+    An image's letter is its place among the options, so that no letter stands for an image.
+    """
+    others = [number for number in range(1, count + 1) if number != k]
+    numbers = sorted([k, *rng.sample(others, rng.randint(1, len(others)))])
+    return tuple(f"image {number}" for number in numbers), LETTERS[numbers.index(k)]
 
 
 def common_to_all(rng: random.Random, world: World) -> SampleSpec:
     """Which object is in every image."""
     shared, *others = world.pick_appearances(rng, 5)
     scenes = [world.arrange_scene(rng, [shared, others[i]]) for i in range(rng.randint(2, 3))]
-    options, letter = shuffle_options(rng, object_name(shared), list(map(object_name, others[:2])))
+    wrong = [object_name(other) for other in others[:rng.randint(1, 2)]]
+    options, letter = shuffle_options(rng, object_name(shared), wrong)
     return SampleSpec(scenes, "Which thing is in every image?", [],
                       f"in all: {object_name(shared)}.", list_image_notes(scenes),
                       options=options, letter=letter)
@@ -74,10 +81,10 @@ def task_as_choice(rng: random.Random, world: World) -> SampleSpec:
     spec = TASKS[task](rng, world)
     (k, correct), = spec.answers
     if task == "group_grounding":
-        options, letter = _image_options(len(spec.scenes)), LETTERS[k - 1]
+        options, letter = _pick_images(rng, k, len(spec.scenes))
     else:
         wrong = [name for name in spec.scenes[k - 1].names() if name != correct]
-        wrong = rng.sample(wrong, min(2, len(wrong)))
+        wrong = rng.sample(wrong, min(rng.randint(1, 2), len(wrong)))
         options, letter = shuffle_options(rng, correct, wrong)
     return replace(spec, answers=[], box=None, options=options, letter=letter)
 
@@ -127,7 +134,8 @@ def count_objects(rng: random.Random, world: World) -> SampleSpec:
               for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
     total = len(scenes[k - 1].objects)
-    wrong = rng.sample([str(count) for count in range(1, 5) if count != total], 2)
+    wrong = rng.sample([str(count) for count in range(1, 5) if count != total],
+                       rng.randint(1, 2))
     options, letter = shuffle_options(rng, str(total), wrong)
     return SampleSpec(scenes, f"How many things are in image {k}?", [], f"things: {total}.",
                       [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
