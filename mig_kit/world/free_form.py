@@ -128,6 +128,22 @@ def locate_described(rng: random.Random, world: World) -> SampleSpec:
                       [list_image_note(k, scenes[k - 1])])
 
 
+def locate_exception(rng: random.Random, world: World) -> SampleSpec:
+    """A box of the only object of image k that no other of two to four images shows."""
+    count = rng.choice((2, 3, 3, 4, 4))
+    k = rng.randint(1, count)
+    wanted, *others = world.pick_appearances(rng, rng.randint(4, 5))
+    shared = others[:rng.randint(1, 2)]
+    scenes = []
+    for number in range(1, count + 1):
+        shown = [*shared, *rng.sample(others[len(shared):], rng.randint(0, 1))]
+        scenes.append(world.arrange_scene(rng, [wanted, *shared] if number == k else shown))
+    name = object_name(wanted)
+    question = rng.choice([f"Which thing is in image {k} only?",
+                           f"What does image {k} show that no other image shows?"])
+    return SampleSpec(scenes, question, [(k, name)], f"new: {name}.", list_image_notes(scenes))
+
+
 def count_objects(rng: random.Random, world: World) -> SampleSpec:
     """How many objects are in image k."""
     scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
@@ -165,8 +181,8 @@ def find_named(rng: random.Random, world: World, fewest: int, most: int) -> Samp
 FREE_FORM: dict[str, TaskFunction] = {
     "naming": name_object, "showing": find_image, "sharing": common_to_all,
     "choosing": task_as_choice, "pointing": locate_named, "telling": locate_described,
-    "tallying": count_objects}
-BOX_FORMS = ("pointing", "telling")  # the kinds whose answer is a box
+    "excepting": locate_exception, "tallying": count_objects}
+BOX_FORMS = ("pointing", "telling", "excepting")  # the kinds whose answer is a box
 FIND_ALL: dict[str, TaskFunction] = {
     "in_none": partial(find_named, fewest=0, most=0),
     "in_one": partial(find_named, fewest=1, most=1),
