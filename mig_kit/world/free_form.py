@@ -145,15 +145,18 @@ def locate_exception(rng: random.Random, world: World) -> SampleSpec:
 
 
 def count_objects(rng: random.Random, world: World) -> SampleSpec:
-    """How many objects are in image k."""
+    """How many objects, or how many striped ones, are in image k."""
     scenes = [world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(1, 4)))
               for _ in range(rng.randint(1, 3))]
     k = rng.randint(1, len(scenes))
-    total = len(scenes[k - 1].objects)
-    wrong = rng.sample([str(count) for count in range(1, 5) if count != total],
-                       rng.randint(1, 2))
+    objects = scenes[k - 1].objects
+    question, word, total = rng.choice([
+        (f"How many things are in image {k}?", "things", len(objects)),
+        (f"How many things of image {k} are striped?", "striped",
+         sum(obj.appearance.pattern == "striped" for obj in objects))])
+    wrong = rng.sample([str(count) for count in range(5) if count != total], rng.randint(1, 2))
     options, letter = shuffle_options(rng, str(total), wrong)
-    return SampleSpec(scenes, f"How many things are in image {k}?", [], f"things: {total}.",
+    return SampleSpec(scenes, question, [], f"{word}: {total}.",
                       [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
 
 
