@@ -145,8 +145,8 @@ def resolve_model(model: str) -> str | Path:
 def pack_windows(tower: torch.nn.Module, hardware: Hardware) -> None:
     """Let a vision tower attend to all of its windows in one call, on a GPU in bfloat16.
 
-    sdpa attends to each of thousands of windows in a call of its own. Set after loading, because
-    transformers then asks the hub for a kernel of any name with "flash" in it.
+    sdpa attends to each of thousands of windows in a call of its own. Set after loading, for
+    while it loads, transformers asks the hub for a kernel of any name with "flash" in it.
     """
     if hardware.device == "cuda" and hardware.dtype == torch.bfloat16:
         tower.config._attn_implementation = attention.PACKED_NAME

@@ -4,8 +4,8 @@ With them the model keeps answering with a letter where it is asked to choose, a
 question: the number of images alone nearly tells the ten tasks apart. No suite asks one of them
 word for word, but some are near: "choosing" to questions about changes and shapes, "pointing" to
 the image pairs, "telling" to the single images, "excepting" to a film's new object, "tallying" to
-counting. A choice has two or three options, and an image's letter is not its number, or a model
-that has seen nothing else answers C where only A and B are offered.
+counting. Some choices have two options only, and an image's letter need not be its number, or a
+model that has seen nothing else answers C where only A and B are offered.
 
 Questions for all boxes (FIND_ALL) are asked where a parameter says how many:
 `train_find_all_per_task` of 01, `find_all_per_task` of 06. Their three kinds share questions and
