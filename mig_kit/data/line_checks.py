@@ -88,9 +88,16 @@ def find_problems(data: dict) -> list[str]:
 
 
 def _layout_problems(data: dict) -> list[str]:
-    return [f"the key '{key}' is of another project's layout; mig-kit data import {importer} FILE "
-            "--out OUT writes it as own data" for key, importer in IMPORTER_OF_KEY.items()
-            if key in data and "question" not in data][:1]
+    if "question" in data:
+        return []
+    for key, importer in IMPORTER_OF_KEY.items():
+        if key in data:
+            return [f"the key '{key}' is of another project's layout; mig-kit data import "
+                    f"{importer} FILE --out OUT writes it as own data"]
+    return [f"a list of questions under the key {key[:40]!r}; save that list as the file"
+            for key, value in data.items()
+            if isinstance(value, list) and value and isinstance(value[0], dict)
+            and key not in KNOWN][:1]
 
 
 def _key_problems(data: dict) -> list[str]:

@@ -55,7 +55,7 @@ def test_lists_are_read(root, content):
 
 @pytest.mark.parametrize("content, sentence", [
     (json.dumps(GOOD, indent=2), "holds one JSON object over several lines; save its questions as"),
-    (json.dumps({"data": [GOOD]}), "'question' is missing; 'image' is missing; "),
+    (json.dumps({"data": [GOOD]}), "a list of questions under the key 'data'; save that list as"),
     (json.dumps([[GOOD]]), "record 1: the record is no JSON object; write one {...} per record"),
     (json.dumps([GOOD])[:-1], "is cut or no JSON"),
     (json.dumps([GOOD, 3]), "record 2: the record is no JSON object"),
