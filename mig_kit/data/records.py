@@ -138,9 +138,9 @@ def require_records(path: Path) -> None:
     """ValueError, with the way in, unless a file begins as JSON or a parquet table does."""
     opening = _read_opening(path)
     if opening and not opening.startswith((PARQUET, b"{", b"[")):
-        raise ValueError(f"{path} is neither JSON in UTF-8 nor parquet; unpack an archive, save "
-                         "what is in a table, an Arrow file or a pickle with one JSON object a "
-                         "line (pandas: to_json(..., orient='records', lines=True))")
+        raise ValueError(f"{path} is neither JSON in UTF-8 nor parquet; unpack it, or save its "
+                         "records as JSON, one object a line (pandas: to_json(..., "
+                         "orient='records', lines=True)); the kit opens no pickle")
 
 
 def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:

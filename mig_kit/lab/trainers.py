@@ -88,7 +88,7 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)
     trainer.create_optimizer()
-    if hardware.device == "cuda":  # as the full profiles train: stock TRL needs it to fit
+    if hardware.device == "cuda":  # or stock TRL keeps every layer of every reply
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
