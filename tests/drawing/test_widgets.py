@@ -30,7 +30,6 @@ def test_a_still_picture_where_nobody_moves_controls():
     question = make_question()
     replies = {"SFT": {"a": "nothing"}, "GRPO": {"a": ANSWER}}
     for picture in (widgets.explore_box(question, FORMAT),
-                    widgets.step_through(question, [ANSWER, "nothing"], FORMAT, ["good", "bad"]),
                     widgets.browse_gallery([("fixed", question)], replies, FORMAT)):
         assert isinstance(picture, Image.Image) and picture.width <= 900
 
@@ -57,26 +56,20 @@ def test_a_box_that_is_moved_says_what_it_earns(live, monkeypatch):
                      "IoU 0.33: not correct, image reward 1.00, box reward 0.33",
                      "IoU 0.00: not correct, image reward 0.00, box reward 0.00"]
     assert (across.max, down.max) == (84, 84)
-    rewards = {"mine": lambda reply, sample, box_format: 0.25}
-    widgets.explore_box(make_question(), FORMAT, rewards)
-    assert lines[-1] == "IoU 1.00: correct, mine reward 0.25"
 
 
-def test_replies_and_a_gallery_page_by_page(live):
+def test_a_gallery_page_by_page(live):
     gallery = [("fixed", make_question("a")), ("fixed", make_question("b", "region")),
                ("lost", make_question("c"))]
     replies = {"SFT": dict.fromkeys("abc", "nothing"), "GRPO": dict.fromkeys("abc", ANSWER)}
-    for explorer, names in (
-            (widgets.step_through(make_question(), [ANSWER, "nothing"], FORMAT, ["good", "bad"]),
-             ("reply 1, good", "reply 2, bad")),
-            (widgets.browse_gallery(gallery, replies, FORMAT),
-             ("1. diff: fixed", "2. region: fixed", "3. diff: lost"))):
-        (pages,), first = explorer.kwargs_widgets, explorer.result.tobytes()
-        assert pages.options == names
-        pages.value = names[1]
-        assert explorer.result.tobytes() != first
-        pages.value = names[0]
-        assert explorer.result.tobytes() == first
+    explorer = widgets.browse_gallery(gallery, replies, FORMAT)
+    names = ("1. diff: fixed", "2. region: fixed", "3. diff: lost")
+    (pages,), first = explorer.kwargs_widgets, explorer.result.tobytes()
+    assert pages.options == names
+    pages.value = names[1]
+    assert explorer.result.tobytes() != first
+    pages.value = names[0]
+    assert explorer.result.tobytes() == first
 
 
 @pytest.mark.parametrize("wanted", [0.1, 0.5, 0.9, 1.0])
@@ -88,7 +81,7 @@ def test_a_box_is_moved_to_the_iou_that_is_asked_for(wanted):
 def test_boxes_from_one_half_on_are_blue():
     sample = make_sample("region", "val", 0)
     blue, orange = (
-        [(np.asarray(widgets._draw_shifted(sample, wanted, FORMAT, {}))
+        [(np.asarray(widgets._draw_shifted(sample, wanted, FORMAT))
           == ImageColor.getrgb(colour)).all(-1).any() for wanted in (0.3, 0.45, 0.55, 0.9)]
         for colour in (palette.CORRECT, palette.PREDICTED))
     assert blue == [False, False, True, True] and orange == [True, True, False, False]
@@ -98,9 +91,5 @@ def test_what_cannot_be_explored():
     question = make_question()
     with pytest.raises(ValueError, match="has no target"):
         widgets.explore_box(Sample("a", "s", "t", "val", question.images, "?"), FORMAT)
-    with pytest.raises(ValueError, match="2 replies and 1 captions"):
-        widgets.step_through(question, ["a", "b"], FORMAT, ["one"])
-    with pytest.raises(ValueError, match="at least one reply"):
-        widgets.step_through(question, [], FORMAT)
     with pytest.raises(ValueError, match="gallery is empty"):
         widgets.browse_gallery([], {}, FORMAT)
