@@ -11,6 +11,7 @@ from functools import cache
 from itertools import groupby
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
@@ -208,28 +209,19 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
     replies: system -> reply. height: of the images, pixels.
     """
     height = _fit_height(sample, height)
-    question = format_question(sample, box_format, with_instruction=False)
     rows = []
     for system, reply in replies.items():
         is_right = is_correct(reply, sample, box_format)
-        rows.append((draw_sample(sample, reply, box_format, height),
-                     f"{system} ({'correct' if is_right else 'wrong'}): {reply}",
-                     STYLES[is_right][0]))
+        rows.append((draw_sample(sample, reply, box_format, height), STYLES[is_right][0],
+                     f"{system} ({'correct' if is_right else 'wrong'}): {reply}"))
     width = max(520, *(sheet.width for sheet, _, _ in rows))
-    texts = [textwrap.fill(text, width // 8) for _, text, _ in rows]
-    heights = [sheet.height + 20 * (text.count("\n") + 1) + 18
-               for (sheet, _, _), text in zip(rows, texts)]
-    title = textwrap.fill(question, width // 9)
-    top = 22 * (title.count("\n") + 1) + 18
-    page = Image.new("RGB", (width + 16, top + sum(heights)), "white")
-    pen = ImageDraw.Draw(page)
-    pen.multiline_text((12, 10), title, fill=INK, font=text_font(17, title))
-    for (sheet, _, colour), text, row_height in zip(rows, texts, heights):
-        page.paste(sheet, (8, top))
-        pen.multiline_text((16, top + sheet.height), text, fill=INK, font=text_font(15, text))
-        pen.rectangle((0, top, 5, top + row_height - 12), fill=colour)
-        top += row_height
-    return page
+    question = format_question(sample, box_format, with_instruction=False)
+    parts = [draw_text(question, width + 16, 17)]
+    for sheet, colour, text in rows:
+        row = stack([sheet, draw_text(text, width, 15)])
+        bar = Image.new("RGB", (6, row.height), colour)
+        parts.append(stack([bar, row], across=True, gap=2))
+    return stack(parts, gap=10)
 
 
 def draw_text(text: str, width: int, size: int = 14, colour: str = INK) -> Image.Image:
@@ -261,30 +253,23 @@ def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat, heigh
     """The replies to one question over the updates of a training: per update the images with the
     boxes of all replies, in the colours of `draw_group`, and the first reply.
 
-    rows: {step, reply, reward, correct, image, box} each, of a question for all boxes with "boxes",
-    (image, box) pairs, in place of the last two. steps: how many updates are shown at most, the
-    first and the last among them.
+    rows: {step, reply, reward, correct, boxes} each; boxes: (image number, box) pairs. steps: how
+    many updates are shown at most, the first and the last among them.
     """
     by_step: dict[int, list[dict]] = {}
     for row in rows:
         by_step.setdefault(row["step"], []).append(row)
-    picked = [list(by_step)[index] for index in _spread_indices(len(by_step), steps)]
+    spread = np.linspace(0, len(by_step) - 1, min(steps, len(by_step))).round().astype(int)
+    picked = [list(by_step)[index] for index in spread]
     parts = [part for step in picked for part in _draw_step(sample, step, by_step[step], height)]
     question = format_question(sample, box_format, with_instruction=False)
     return stack([draw_text(question, max(part.width for part in parts), 16), *parts])
 
 
-def _spread_indices(count: int, most: int) -> list[int]:
-    """At most `most` of the indices below `count`, evenly spread from the first to the last."""
-    if count <= most:
-        return list(range(count))
-    return [round(number * (count - 1) / (most - 1)) for number in range(most)]
-
-
 def _draw_step(sample: Sample, step: int, rows: list[dict], height: int) -> list[Image.Image]:
     """A line about the replies of one update, the images with their boxes, and the first reply."""
     strokes = [(image, tuple(box), *STYLES[row["correct"]]) for row in rows
-               for image, box in row.get("boxes") or [(row.get("image"), row.get("box"))] if box]
+               for image, box in row["boxes"]]
     sheet = draw_boxes(sample, strokes, _fit_height(sample, height))
     n_correct = sum(row["correct"] for row in rows)
     reward = sum(row["reward"] for row in rows) / len(rows)
@@ -302,19 +287,13 @@ def merge_runs(tokens: Sequence[str], values: Sequence[float]) -> tuple[list[str
     return texts, [value for _, value, _ in merged]
 
 
-def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str = "",
-                  low: float | None = None, high: float | None = None) -> Image.Image:
+def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str,
+                  high: float = 1) -> Image.Image:
     """The tokens one after the other below a title, each on a ground that is the darker the larger
     its value, such as its log-probability, or whether it carries loss.
 
-    values: one a token; low, high: those that are white and darkest, by default the smallest and
-    the largest. ValueError where there is not one value for each token.
+    values: one a token, white up to 0 and darkest from `high` on.
     """
-    if len(tokens) != len(values):
-        raise ValueError(f"there are {len(tokens)} tokens and {len(values)} values; give one value "
-                         "for each token")
-    low = min(values, default=0.0) if low is None else low
-    high = max(values, default=0.0) if high is None else high
     font, places, x, y = ImageFont.load_default(15), [], 8, 0
     for token in tokens:
         shown = token.replace("\n", "\\n")
@@ -325,9 +304,9 @@ def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str = "
         x += width
     page = Image.new("RGB", (TOKENS_WIDTH, y + TOKENS_LINE + 4), "white")
     pen = ImageDraw.Draw(page)
-    for value, (x, y, width, shown) in zip(values, places):
-        share = min(1.0, max(0.0, (float(value) - low) / ((high - low) or 1.0)))
+    for value, (x, y, width, shown) in zip(values, places, strict=True):
+        share = min(1.0, max(0.0, value / high))
         ground = matplotlib.colormaps["Blues"](0.6 * share)  # black stays readable on it
         pen.rectangle((x, y, x + width - 2, y + TOKENS_LINE - 5), matplotlib.colors.to_hex(ground))
         pen.text((x + 1, y + 1), shown, fill="#000000", font=font)
-    return stack([draw_text(title, TOKENS_WIDTH, 16), page]) if title else page
+    return stack([draw_text(title, TOKENS_WIDTH, 16), page])

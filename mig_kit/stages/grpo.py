@@ -61,12 +61,7 @@ from mig_kit.engine.training import (
     trainer_arguments,
     use_one_device,
 )
-from mig_kit.prompts import (
-    chat_messages,
-    parse_reply,
-    reply_box_in_original,
-    reply_boxes_in_original,
-)
+from mig_kit.prompts import chat_messages, reply_boxes_in_original
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.shared_prefix.generation import SamplingOptions
@@ -115,21 +110,16 @@ def detail_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str
 
 def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: dict[str, Score],
                    weights: dict[str, float]) -> dict:
-    """What is kept of a rollout: its rewards, their weighted sum, whether it is correct, its box.
+    """What is kept of a rollout: its rewards, their weighted sum, whether it is correct, its boxes.
 
-    box: in pixels of the original of image number `image`; None without one. Of a question for all
-    boxes it has "boxes", (image, box) pairs, in place of "image" and "box".
+    boxes: (image number, box in pixels of the original) pairs.
     """
     rewards = {name: score(reply, sample) for name, score in scores.items()}
     total = sum(weights.get(name, 1.0) * value for name, value in rewards.items()
                 if value is not None)
-    if sample.find_all:
-        boxes = {"boxes": reply_boxes_in_original(sample, reply, box_format)}
-    else:
-        answer = parse_reply(reply)
-        boxes = {"image": answer.image, "box": reply_box_in_original(sample, answer, box_format)}
     return {"reply": reply, "reward": total, "rewards": rewards,
-            "correct": is_correct(reply, sample, box_format), **boxes,
+            "correct": is_correct(reply, sample, box_format),
+            "boxes": reply_boxes_in_original(sample, reply, box_format),
             "detail": recognize_detail(reply) if sample.notes else ""}
 
 

@@ -14,7 +14,7 @@ BOX_FORMAT = BoxFormat()
 
 def make_row(sample, step, correct, box=None):
     return {"step": step, "reply": "<think>Compare.</think>" * 40, "reward": 1.0,
-            "correct": correct, "image": sample.targets[0].image, "box": box}
+            "correct": correct, "boxes": [(sample.targets[0].image, box)] if box else []}
 
 
 def has_colour(picture, colour):
@@ -67,7 +67,8 @@ def test_runs_of_a_token_are_written_once():
 
 
 def test_tokens_are_the_darker_the_larger_their_value_and_out_of_range_is_cut():
-    page = np.asarray(pictures.colour_tokens(["W"] * 5, [-1, 0, 1, 2, 9], low=0, high=2))
+    picture = pictures.colour_tokens(["W"] * 5, [-1, 0, 1, 2, 9], "t", high=2)
+    page = np.asarray(picture)[-pictures.TOKENS_LINE - 4:]
     step = round(pictures.ImageFont.load_default(15).getlength("W")) + 3
     grounds = page[1, 9:9 + 5 * step:step].astype(int).sum(1)
     assert grounds[0] == grounds[1] > grounds[2] > grounds[3] == grounds[4]

@@ -18,7 +18,7 @@ def test_the_first_prompt_with_a_box_is_shown(tmp_path, monkeypatch):
                make_sample("diff", "val", 1)]
     assert rollout_log.draw_first_rollouts(tmp_path, BOX_FORMAT, samples) is None
     rows = [{"step": step, "prompt": prompt, "reply": "", "reward": 0.0, "correct": False,
-             "image": None, "box": None} for step in (0, 2) for prompt in (0, 1, 2)]
+             "boxes": []} for step in (0, 2) for prompt in (0, 1, 2)]
     rollout_log.write_rollouts(tmp_path, rows)
     assert rollout_log.load_rollouts(tmp_path) == rows
     drawn = []

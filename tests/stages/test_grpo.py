@@ -123,9 +123,10 @@ def test_what_is_kept_of_a_rollout():
     scores = reward_loading.score_functions(rewards, BOX_FORMAT)
     row = grpo.describe_reply(reply, sample, BOX_FORMAT, scores, {"box": 2.0})
     assert row["reward"] == 2 * row["rewards"]["box"] > 1.8 and row["rewards"]["choice"] is None
-    assert row["correct"] and row["image"] == sample.targets[0].image and row["detail"] == "method"
-    assert iou(row["box"], sample.targets[0].box) > 0.9
-    assert grpo.describe_reply("", sample, BOX_FORMAT, scores, {})["box"] is None
+    assert row["correct"] and row["detail"] == "method"
+    (image, box), = row["boxes"]
+    assert image == sample.targets[0].image and iou(box, sample.targets[0].box) > 0.9
+    assert grpo.describe_reply("", sample, BOX_FORMAT, scores, {})["boxes"] == []
 
 
 @pytest.mark.slow
