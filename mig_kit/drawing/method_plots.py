@@ -38,34 +38,28 @@ MEAN_LINE = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
 def draw_pipeline(stage: str) -> plt.Figure:
     """A strip of all stages with the present one filled, and under each arrow what is handed on.
 
-    stage: its number, or its name as "02_sft". 08, 09 and 90 stand beside the recipe, dashed; 90
-    comes before it. KeyError for another.
+    stage: its number, or its name as "02_sft". 08, 09 and 90 stand beside the recipe, dashed.
     """
     number = stage[:2]
-    names = {key: name for key, (name, _) in STAGES.items()}
-    if number in BESIDE:
-        beside = {number: BESIDE[number]}
-        names = beside | names if number == "90" else names | beside
-    elif number not in names:
-        raise KeyError(f"no stage '{stage}'; use one of {', '.join((*STAGES, *BESIDE))}")
+    beside = {number: (BESIDE[number], "")} if number in BESIDE else {}
+    stages = STAGES | beside
     figure, axes = plt.subplots(figsize=(9.2, 1.15))
-    for place, (key, name) in enumerate(names.items()):
+    for place, (key, (name, handed_on)) in enumerate(stages.items()):
         is_present = key == number
         axes.add_patch(FancyBboxPatch(
             (place + 0.14, 0.42), 0.72, 0.76, boxstyle="round,pad=0,rounding_size=0.08",
             facecolor=CORRECT if is_present else "white", edgecolor=MUTED,
-            linestyle="--" if key in BESIDE else "-"))
+            linestyle="--" if key in beside else "-"))
         axes.text(place + 0.5, 0.8, f"{key}\n{name}", ha="center", va="center", fontsize=8,
                   color="white" if is_present else INK,
                   fontweight="bold" if is_present else "normal")
-        handed_on = STAGES.get(key, ("", ""))[1]
         if handed_on:
             axes.annotate("", (place + 1.14, 0.8), (place + 0.86, 0.8),
                           arrowprops={"arrowstyle": "->", "color": INK, "shrinkA": 0,
                                       "shrinkB": 0})
             axes.text(place + 1, 0.28, handed_on, ha="center", va="center", fontsize=8,
                       color=INK)
-    axes.set(xlim=(0, len(names)), ylim=(0.1, 1.25))
+    axes.set(xlim=(0, len(stages)), ylim=(0.1, 1.25))
     axes.axis("off")
     plt.close(figure)
     return figure
@@ -113,15 +107,13 @@ def plot_learning_signal(group: int, low: float, high: float) -> plt.Figure:
     """
     p = np.linspace(0, 1, 201)
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7), layout="constrained")
-    left.plot(p, p * (1 - p), color=INK, linewidth=2)
-    left.set_title("Variance of the reward", loc="left", fontsize=10)
-    left.set(xlabel="p", ylabel="p (1 - p)")
-    right.plot(p, 1 - p**group - (1 - p) ** group, color=INK, linewidth=2)
-    right.set_title(f"Chance that {group} replies differ", loc="left", fontsize=10)
-    right.set(xlabel="p", ylabel="chance")
-    for axes in (left, right):
+    for axes, title, values in ((left, "Variance of the reward, p (1 - p)", p * (1 - p)),
+                                (right, f"Chance that {group} replies differ",
+                                 1 - p**group - (1 - p) ** group)):
+        axes.plot(p, values, color=INK, linewidth=2)
+        axes.set_title(title, loc="left", fontsize=10)
         axes.axvspan(low, high, color=CORRECT, alpha=0.15, linewidth=0)
-        axes.set(xlim=(0, 1), ylim=(0, None))
+        axes.set(xlabel="p", xlim=(0, 1), ylim=(0, None))
     set_title(figure, "Prompts that are never or always answered teach nothing (blue: kept)")
     plt.close(figure)
     return figure
@@ -130,7 +122,7 @@ def plot_learning_signal(group: int, low: float, high: float) -> plt.Figure:
 def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, low: float,
                     high: float) -> plt.Figure:
     """A row per task, a column per number of correct replies: the share of the task's prompts in
-    percent. Lines are the bounds; on the right, the share of prompts between them.
+    percent. Blue lines are the bounds between which a prompt is kept.
 
     tasks, rates: of each prompt; group: replies to a prompt; low, high: the pass rates kept.
     """
@@ -138,24 +130,18 @@ def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, lo
     table = pd.crosstab(pd.Series(list(tasks)), counts).reindex(
         columns=range(group + 1), fill_value=0)
     shares = 100 * table.div(table.sum(axis=1), axis=0)
-    is_kept = [low <= count / group <= high for count in table.columns]
-    kept = shares.loc[:, is_kept].sum(axis=1)
     order = (table @ np.arange(group + 1) / table.sum(axis=1)).sort_values().index
     names = [f"{name} ({table.loc[name].sum()})" for name in order]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.3),
                                 layout="constrained")
-    labels = shares.loc[order].map(lambda share: f"{share:.0f}" if share else "")
-    sns.heatmap(shares.loc[order], annot=labels, fmt="", cmap="Greys", vmin=0, vmax=100,
-                cbar=False, yticklabels=names, annot_kws={"fontsize": 8}, linewidths=0.5, ax=axes)
-    edges = [place for place in range(group + 2)
-             if (place > 0 and is_kept[place - 1]) != (place <= group and is_kept[place])]
-    for edge in edges:
+    sns.heatmap(shares.loc[order], mask=shares.loc[order] == 0, annot=True, fmt=".0f",
+                cmap="Greys", vmin=0, vmax=100, cbar=False, yticklabels=names,
+                annot_kws={"fontsize": 8}, linewidths=0.5, ax=axes)
+    kept = [count for count in table.columns if low <= count / group <= high]
+    for edge in (kept[0], kept[-1] + 1) if kept else ():
         axes.axvline(edge, color=CORRECT, linewidth=3, clip_on=False)
-    for row, name in enumerate(order):
-        axes.text(group + 1.2, row + 0.5, f"{kept[name]:.0f} %", va="center", fontsize=8, color=INK)
-    axes.text(group + 1.2, -0.35, "within", fontsize=8, color=INK)
     axes.set_title(f"Pass rates, % of prompts (blue: {low:g} to {high:g} is kept)",
-                   loc="left", fontsize=11, pad=20)
+                   loc="left", fontsize=11)
     axes.set(xlabel=f"correct replies of {group}", ylabel="")
     axes.tick_params(axis="both", labelsize=8, rotation=0)
     plt.close(figure)
@@ -191,10 +177,7 @@ def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Fig
     """
     figure, axis = plt.subplots(figsize=(6.4, 3), layout="constrained")
     _draw_signed_bars(axis, change, advantages)
-    for number, value in enumerate(change, 1):
-        above = value >= 0
-        axis.annotate(f"{value:+.1f}", (number, value), (0, 2 if above else -3), ha="center",
-                      va="bottom" if above else "top", textcoords="offset points", fontsize=8)
+    axis.bar_label(axis.containers[0], fmt="{:+.1f}", fontsize=8, padding=2)
     axis.margins(y=0.15)
     _label(axis, "Change of each reply's log-probability by one update",
            "change (nats)", range(1, len(change) + 1))
@@ -257,18 +240,17 @@ def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
 
 
 def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.Figure:
-    """How often the resamples of a bootstrap have which score, with the bounds that keep 95 %.
+    """How often the resamples of a bootstrap have which score, and the interval that holds 95 %.
 
     means: (resamples,) of the score, 0..1. interval: [low, high], 0..1.
     """
     figure, axes = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
     values, counts = np.unique(np.round(100 * means, 1), return_counts=True)
-    inside = (values >= 100 * interval[0] - 0.05) & (values <= 100 * interval[1] + 0.05)
     width = 0.8 * (np.diff(values).min() if len(values) > 1 else 1)
-    axes.bar(values[inside], counts[inside], width, color=CORRECT, label="within the 95 %")
-    axes.bar(values[~inside], counts[~inside], width, color=PREDICTED, hatch="//",
-             edgecolor="white", label="cut off, 2.5 % on either side")
-    axes.axvline(100 * means.mean(), color=INK, linewidth=1.5, linestyle="--", label="mean")
+    axes.bar(values, counts, width, color="#BBBBBB", label="resamples")
+    axes.axvspan(*(100 * np.array(interval)), color=CORRECT, alpha=0.15, zorder=0,
+                 label="95 % interval")
+    axes.axvline(100 * means.mean(), label="mean", **MEAN_LINE)
     axes.set(xlabel="score of a resample, percent", ylabel="resamples")
     axes.set_title(title, loc="left", fontsize=11)
     figure.legend(frameon=False, ncols=3, fontsize=9, loc="outside lower center")

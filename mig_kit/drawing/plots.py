@@ -60,7 +60,7 @@ def _add_legend(figure: plt.Figure, axes: Axes, columns: int) -> None:
 def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> plt.Figure:
     """A line per `by`, on it a marker per system with its 95 % interval, from 0 to 100 percent.
 
-    rows: {by, "system", value, "ci95", "n" (optional)}, percent. Systems differ in marker and
+    rows: {by, "system", value, "ci95", "n"}, percent. Systems differ in marker and
     height as well as in colour.
     """
     table = pd.DataFrame(rows)
@@ -77,9 +77,8 @@ def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> 
         axes.plot(part[value], heights, SYSTEM_MARKERS.get(system, "v"), color=colour,
                   markersize=6, markeredgecolor=INK, markeredgewidth=0.6,
                   label=SYSTEM_LABELS.get(system, system))
-    counts = table.groupby(by)["n"].first() if "n" in table else {}
-    labels = [f"{name}, n = {counts[name]}" if name in counts else name for name in names]
-    axes.set_yticks(range(len(names)), labels)
+    counts = table.groupby(by)["n"].first()
+    axes.set_yticks(range(len(names)), [f"{name}, n = {counts[name]}" for name in names])
     axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(-2, 102),
              xlabel="correct, percent, with 95 % interval over questions")
     axes.hlines([place + 0.5 for place in range(len(names) - 1)], -2, 102, color="#DDDDDD",
@@ -177,14 +176,12 @@ def plot_stacked(counts: dict[str, dict[str, int]], title: str, unit: str = "cou
     table = table.loc[:, table.any()]
     sums = table.sum(axis=1)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.34 * len(table) + 1.5), layout="constrained")
-    left = pd.Series(0.0, index=table.index)
-    for name, colour in piece_colours(table.columns).items():
-        pieces = table[name]
-        bars = axes.barh(range(len(table)), pieces, left=left, color=colour, height=0.75,
-                         edgecolor="white", linewidth=1.2, label=name)
-        labels = [f"{piece:.0f}" if piece > 0.05 * sums.max() else "" for piece in pieces]
+    colours = piece_colours(table.columns)
+    table.plot.barh(stacked=True, color=colours, width=0.75, edgecolor="white", linewidth=1.2,
+                    legend=False, ax=axes)
+    for bars, (name, colour) in zip(axes.containers, colours.items()):
+        labels = [f"{piece:.0f}" if piece > 0.05 * sums.max() else "" for piece in table[name]]
         axes.bar_label(bars, labels, label_type="center", fontsize=8, color=text_colour(colour))
-        left = left + pieces
     words = [SYSTEM_LABELS.get(name, name) for name in table.index]
     axes.set_yticks(range(len(table)), [f"{word}, n = {total:.0f}"
                                         for word, total in zip(words, sums)])
