@@ -1,4 +1,4 @@
-"""Charts for notebooks and report: scores with intervals, bars, curves, shares. Titles say what is
+"""Charts for notebooks and report: scores with intervals, bars, curves. Titles say what is
 shown, axes the unit; every name has its one colour (`palette`).
 """
 
@@ -254,26 +254,4 @@ def plot_speedup(rows: list[dict], title: str):
     _add_legend(figure, first, 2)
     first.get_legend().remove()
     set_title(figure, title)
-    return figure
-
-
-def plot_shares(rows: list[dict], names: list[str], title: str, smooth: int = 10,
-                x: str = "step") -> plt.Figure:
-    """Shares that add up to 1, stacked over x, as running means over `smooth`; the legend has the
-    means of the first and the last rows. Rows without shares are left out.
-    """
-    table = pd.DataFrame(rows).dropna(subset=names)
-    means = table[names].astype(float).rolling(smooth, min_periods=1).mean() * 100
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
-    span = min(smooth, max(1, len(table) // 2))
-    first, last = (100 * part[names].astype(float).mean()
-                   for part in (table.head(span), table.tail(span)))
-    labels = [f"{name} {first[name]:.0f} to {last[name]:.0f} %" for name in names]
-    axis.stackplot(table[x], *(means[name] for name in names), labels=labels,
-                   colors=list(piece_colours(names).values()), edgecolor="white")
-    axis.legend(frameon=False, reverse=True, loc="upper center", bbox_to_anchor=(0.5, -0.22),
-                ncols=len(names), fontsize=9)
-    axis.set(ylim=(0, 100), xlim=(table[x].min(), table[x].max()),
-             xlabel="update" if x == "step" else x, ylabel="replies, percent")
-    set_title(axis, title)
     return figure
