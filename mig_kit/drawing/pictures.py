@@ -115,8 +115,8 @@ def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat,
     return draw_boxes(sample, strokes, _fit_height(sample, height), numbers)
 
 
-def draw_boxes(sample: Sample, strokes: list[Stroke], height: int, letters: list[tuple] = (),
-               is_numbered: bool = True) -> Image.Image:
+def draw_boxes(sample: Sample, strokes: list[Stroke], height: int,
+               letters: list[tuple] = ()) -> Image.Image:
     """The images with targets, reference and the boxes `strokes`, each below its number; height: of
     an image, pixels.
 
@@ -142,7 +142,7 @@ def draw_boxes(sample: Sample, strokes: list[Stroke], height: int, letters: list
                 _draw_letter(pen, tuple(value * scale for value in box), size, colour, letter,
                              corner)
         tiles.append(tile)
-    return _frame_in_row(tiles, is_numbered)
+    return _frame_in_row(tiles)
 
 
 def _draw_solid(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
@@ -162,14 +162,13 @@ def _draw_letter(pen: ImageDraw.ImageDraw, box: Box, size: tuple[int, int], colo
              font=ImageFont.load_default(12))
 
 
-def _frame_in_row(tiles: list[Image.Image], is_numbered: bool) -> Image.Image:
+def _frame_in_row(tiles: list[Image.Image]) -> Image.Image:
     """The tiles side by side, each in a frame."""
     width = sum(tile.width for tile in tiles) + GAP * (len(tiles) + 1)
     sheet = Image.new("RGB", (width, tiles[0].height + HEAD + GAP), "white")
     pen, x = ImageDraw.Draw(sheet), GAP
     for number, tile in enumerate(tiles, 1):
-        title = f"Image {number}" if is_numbered else ""
-        pen.text((x, 3), title, fill=INK, font=ImageFont.load_default(14))
+        pen.text((x, 3), f"Image {number}", fill=INK, font=ImageFont.load_default(14))
         sheet.paste(tile, (x, HEAD))
         pen.rectangle((x - 1, HEAD - 1, x + tile.width, HEAD + tile.height), outline=FRAME)
         x += tile.width + GAP

@@ -105,29 +105,24 @@ def _score_lines(reply: str, sample: Sample, box_format: BoxFormat) -> list[str]
 
 
 def shift_to_iou(box: Box, wanted: float) -> Box:
-    """The box moved to the right until its IoU with where it was is `wanted`, 0..1.
+    """The box moved to the left until its IoU with where it was is `wanted`, 0..1.
 
     Moved by a share s of its width it overlaps itself in 1 - s of 1 + s, so s is
     (1 - IoU) / (1 + IoU).
     """
     x1, y1, x2, y2 = box
     shift = (x2 - x1) * (1 - wanted) / (1 + wanted)
-    return x1 + shift, y1, x2 + shift, y2
+    return x1 - shift, y1, x2 - shift, y2
 
 
 def _draw_shifted(sample: Sample, overlap: float, box_format: BoxFormat) -> Image.Image:
-    """The neighbourhood of the target with the target's box shifted to an IoU, and its scores."""
-    number, (x1, y1, x2, y2) = sample.targets[0]
-    moved = shift_to_iou((x1, y1, x2, y2), overlap)
-    reply = _reply_of(sample, number, moved, box_format)
-    width, tall = x2 - x1, y2 - y1
-    left, top = round(x1 - 0.3 * width), round(y1 - 0.3 * tall)
-    cut_out = Image.new("RGB", (round(2.2 * width), round(1.6 * tall)), "white")
-    cut_out.paste(sample.images[number - 1].convert("RGB"), (-left, -top))
-    target, shifted = ((a - left, b - top, c - left, d - top)
-                       for a, b, c, d in ((x1, y1, x2, y2), moved))
-    alone = replace(sample, images=(cut_out,), targets=(Target(1, target),), reference=None)
-    style = STYLES[is_correct(reply, sample, box_format)]
-    tile = draw_boxes(alone, [(1, shifted, *style)], 110, is_numbered=False)
-    lines = _score_lines(reply, sample, box_format)
-    return stack([tile, draw_text("\n".join(lines), tile.width, 12)])
+    """The image of the target with the target's box shifted to an IoU, and its scores."""
+    number, box = sample.targets[0]
+    alone = replace(sample, images=sample.images[number - 1:number], targets=(Target(1, box),),
+                    reference=None)
+    shifted = shift_to_iou(box, overlap)
+    reply = _reply_of(alone, 1, shifted, box_format)
+    style = STYLES[is_correct(reply, alone, box_format)]
+    picture = draw_boxes(alone, [(1, shifted, *style)], 160)
+    lines = _score_lines(reply, alone, box_format)
+    return stack([picture, draw_text("\n".join(lines), picture.width, 12)])
