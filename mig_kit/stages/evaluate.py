@@ -314,3 +314,15 @@ def compare_systems(samples: dict[str, list[Sample]], replies: dict,
                 replies[after][suite]["drawn"], replies[before][suite]["drawn"], box_format)
             for suite in samples}
     return deltas
+
+
+def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                      box_format: BoxFormat) -> Sample:
+    """The first sample that some systems answer correctly and some do not, else the first of all;
+    replies: per system by sample id.
+    """
+    for sample in samples:
+        outcomes = {is_correct(by_id[sample.id], sample, box_format) for by_id in replies.values()}
+        if len(outcomes) == 2:
+            return sample
+    return samples[0]

@@ -18,7 +18,7 @@ from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
-from mig_kit.stages.report_gallery import SYSTEM_NAMES, image_tag, macros
+from mig_kit.stages.report_gallery import image_tag, macros
 from mig_kit.stats import bootstrap_interval, group_by_task, paired_gap_by_list
 from mig_kit.world.specs import count_listed_objects
 from mig_kit.world.suites import OWN, suite_title, task_title
@@ -94,7 +94,7 @@ def held_out_rows(systems: dict) -> list[dict]:
 
     systems: of stage 06's metrics.
     """
-    return [{"system": SYSTEM_NAMES.get(system, system), "questions": result["n"],
+    return [{"system": SYSTEM_LABELS[system], "questions": result["n"],
              "correct": result["score"], "95 %": result["ci95"], "right image": result["image"],
              "well formed": result["format"], "at temperature 1": result["sampled"]}
             for system, by_suite in systems.items() for suite, result in by_suite.items()
@@ -115,13 +115,13 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
     for task, indices in group_by_task([sample.task for sample in samples],
                                        np.arange(len(samples))).items():
         row = {"suite": task_title(task)}
-        row |= {name: f"{100 * correct[system][indices].mean():.1f}"
-                for system, name in SYSTEM_NAMES.items() if system in correct}
+        row |= {SYSTEM_LABELS[system]: f"{100 * values[indices].mean():.1f}"
+                for system, values in correct.items()}
         for after, before in DIFFERENCES:
             if {after, before} <= correct.keys():
                 gaps = correct[after][indices] - correct[before][indices]
                 gap = paired_gap_by_list([(gaps, indices)])  # no two share their images
-                row[f"{SYSTEM_NAMES[after]} over {SYSTEM_NAMES[before]}"] = gap_text(gap)
+                row[f"{SYSTEM_LABELS[after]} over {SYSTEM_LABELS[before]}"] = gap_text(gap)
         rows.append(row)
     return rows
 
@@ -138,7 +138,7 @@ def pass_at_k_rows(systems: dict) -> list[dict]:
     """Rows {suite, system, samples, pass@1, ...} of GRPO and what it began with, in percent; []
     where 06 drew no replies. systems: of stage 06's metrics.
     """
-    return [{"suite": suite_title(suite), "system": SYSTEM_NAMES[system],
+    return [{"suite": suite_title(suite), "system": SYSTEM_LABELS[system],
              "samples": result["n_sampled"],
              **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
             for suite in systems["grpo"] for system in ("sft", "start", "grpo") if system in systems

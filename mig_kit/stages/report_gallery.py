@@ -21,7 +21,7 @@ from mig_kit.sample import Sample
 from mig_kit.world.objects import is_drawn, is_on_target, list_object_boxes
 from mig_kit.world.suites import suite_title, task_title
 
-SYSTEM_NAMES = {name: SYSTEM_LABELS[name] for name in ("base", "sft", "start", "grpo")}
+SYSTEMS = ("base", "sft", "start", "grpo")
 RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
 OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option", "no answer",
             "wrong number of boxes", "wrongly none", "box where none is")
@@ -39,11 +39,11 @@ macros = _templates.get_template("report.html.jinja").module
 
 def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
                         systems: Iterable[str]) -> dict[str, dict[str, str]]:
-    """System -> sample id -> its greedy reply, of those SYSTEM_NAMES that are in `systems`; {}
+    """System -> sample id -> its greedy reply, of those SYSTEMS that are in `systems`; {}
     without samples. folder: "replies" of 06.
     """
     replies = {}
-    for system in [name for name in SYSTEM_NAMES if samples and name in systems]:
+    for system in [name for name in SYSTEMS if samples and name in systems]:
         stored = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
         replies[system] = {sample.id: stored[sample.id][0] for sample in samples}
     return replies
@@ -160,18 +160,6 @@ def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems:
             replies.setdefault(system, {}).update(
                 {sample.id: by_id[sample.id] for _, sample in picked})
     return gallery, replies
-
-
-def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
-                      box_format: BoxFormat) -> Sample:
-    """The first sample that some systems answer correctly and some do not, else the first of all;
-    replies: per system by sample id.
-    """
-    for sample in samples:
-        outcomes = {is_correct(by_id[sample.id], sample, box_format) for by_id in replies.values()}
-        if len(outcomes) == 2:
-            return sample
-    return samples[0]
 
 
 def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],

@@ -172,6 +172,15 @@ def test_own_data_is_scored_by_question_and_drawn_suites_by_task(tmp_path, monke
     assert gap["value"] == 75 and gap["ci95"][0] < 75 < gap["ci95"][1]
 
 
+def test_a_disagreement_is_found():
+    samples = [make_sample("diff", "val", i) for i in range(3)]
+    right = {sample.id: reply_to(sample) for sample in samples}
+    other = right | {samples[1].id: "?"}
+    replies = {"sft": other, "grpo": right}
+    assert evaluate.find_disagreement(samples, replies, BOX_FORMAT).id == samples[1].id
+    assert evaluate.find_disagreement(samples, {"sft": right}, BOX_FORMAT) is samples[0]
+
+
 def test_which_samples_are_scored(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     folder = tmp_path / "a" / "01_synthesize"

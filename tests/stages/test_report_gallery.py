@@ -118,15 +118,6 @@ def test_the_gallery_shows_every_task_of_a_suite():
     assert [kind for kind, _ in gallery].count("wrong both times") == 2
 
 
-def test_a_disagreement_is_found():
-    samples = [make_sample("diff", "val", i) for i in range(3)]
-    right = {sample.id: reply_for(sample) for sample in samples}
-    other = right | {samples[1].id: "?"}
-    replies = {"sft": other, "grpo": right}
-    assert report_gallery.find_disagreement(samples, replies, BOX_FORMAT).id == samples[1].id
-    assert report_gallery.find_disagreement(samples, {"sft": right}, BOX_FORMAT) is samples[0]
-
-
 def test_the_gallery_is_filtered_without_a_script():
     samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
     replies = {"sft": {s.id: "?" for s in samples}}
