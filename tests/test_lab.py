@@ -37,7 +37,7 @@ ERRORS = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
 KERNEL_NAME = ".jp-NotebookPanel-toolbar .jp-Toolbar-kernelName:not(:has-text('No Kernel'))"
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
 EXPLORER = ".widget-interact"
-EXPLORERS = re.compile(r"widgets\.(?:explore_box|step_through|browse_gallery)\(")
+EXPLORERS = re.compile(r"widgets\.(?:explore_box|browse_gallery)\(")
 def prepare(stage, run_id, path):
     """Write a notebook with smoke parameters put in, nothing run yet."""
     compared = {"groups": [f"recipe={run_id}"]} if stage == "09_compare" else {}
