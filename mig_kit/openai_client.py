@@ -8,6 +8,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from urllib.parse import urlsplit
 
 KEY_VARIABLE = "MIG_KIT_API_KEY"
@@ -54,41 +55,27 @@ def iter_results(work: Callable, items: Iterable, threads: int) -> Iterator:
     it, nor after the caller stops.
     """
     results: queue.SimpleQueue = queue.SimpleQueue()
-    shared, lock, is_over, end = iter(items), threading.Lock(), threading.Event(), object()
-    # what the caller has not dealt with counts as under way, so that a kill loses no more of it
-    free, running = threading.Semaphore(threads), threads
 
-    def run() -> None:
+    def run(item: object) -> None:
         try:
-            while True:
-                free.acquire()
-                if is_over.is_set():
-                    break
-                with lock:
-                    item = next(shared, end)
-                if item is end:
-                    break
-                results.put((work(item), None))
-            results.put((end, None))
+            results.put((work(item), None))
         except BaseException as error:
-            results.put((end, error))
+            results.put((None, error))
 
-    try:
-        for _ in range(threads):
-            threading.Thread(target=run, daemon=True).start()
-        while running:
-            result, error = results.get()
-            if error is not None:
-                raise error
-            if result is end:
-                running -= 1
-                free.release()
-            else:
-                yield result
-                free.release()
-    finally:
-        is_over.set()
-        free.release(threads)
+    todo, under_way = iter(items), 0
+    while True:
+        # only when the caller has dealt with the last result, so that a kill loses no more of them
+        for item in islice(todo, threads - under_way):
+            # a pool's threads would be waited for at the end, a silent server's for minutes
+            threading.Thread(target=run, args=(item,), daemon=True).start()
+            under_way += 1
+        if not under_way:
+            return
+        result, error = results.get()
+        under_way -= 1
+        if error is not None:
+            raise error
+        yield result
 
 
 def parse_server(server: str) -> list[str]:
