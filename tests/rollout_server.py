@@ -110,7 +110,7 @@ class RolloutServer:
         for ids in group:
             row, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
             logps, _ = completion_logps(base, [prompt], torch.tensor([0]), row, mask,
-                                        processor.image_token_id, body["temperature"] or 1.0)
+                                        body["temperature"] or 1.0)
             choices.append({
                 "message": {"content": processor.tokenizer.decode(ids, skip_special_tokens=True)},
                 "token_ids": ids, "finish_reason": "stop",

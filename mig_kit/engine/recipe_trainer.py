@@ -19,7 +19,7 @@ from mig_kit.engine.sample_prompts import make_cache, prompt_source
 from mig_kit.engine.served_rollouts import ServedRollouts
 from mig_kit.engine.training import EpochRepeatSampler, KeepAdapterDtype
 from mig_kit.sample import Sample
-from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
+from mig_kit.shared_prefix.decoding import evaluation_mode
 from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
@@ -171,12 +171,10 @@ class KeepRollouts(TrainerCallback):
 
     def _keep(self, step: int, model) -> None:
         model = extract_model_from_parallel(model)
-        was_training = model.training
-        train_mode_for_4bit_layers(model.eval())
-        rollouts = generate_rollouts(
-            model, self.policy.processor, self.cache.get(list(self.samples.values())), REPLIES,
-            self.sampling, self.uniforms, self.policy.hardware.autocast)
-        model.train(was_training)
+        with evaluation_mode(model):
+            rollouts = generate_rollouts(
+                model, self.policy.processor, self.cache.get(list(self.samples.values())), REPLIES,
+                self.sampling, self.uniforms, self.policy.hardware.autocast)
         decode = self.policy.processor.batch_decode
         rows = [row for row in load_rollouts(self.folder) if row["step"] < step]
         for (index, sample), completions in zip(self.samples.items(), rollouts):

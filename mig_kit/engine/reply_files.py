@@ -21,7 +21,7 @@ from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for
 from mig_kit.shared_prefix.generation import (
     SamplingOptions,
     draw_uniforms,
-    generate_in_rounds,
+    generate_rollouts,
     max_kv_bytes,
 )
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
@@ -64,7 +64,7 @@ def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperat
     """`count` replies to every sample, the same ones each time; no random state is used."""
     prompts = make_cache(policy).get(samples)
     uniforms = draw_uniforms(0, len(samples), count, max_new_tokens) if temperature else None
-    rollouts = generate_in_rounds(
+    rollouts = generate_rollouts(
         train_mode_for_4bit_layers(policy.model.eval()), policy.processor, prompts, count,
         SamplingOptions(temperature, max_new_tokens=max_new_tokens), uniforms,
         policy.hardware.autocast)
@@ -97,7 +97,7 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
         sampling = SamplingOptions(temperature, max_new_tokens=max_new_tokens)
         return _served_replies(policy, samples, path, is_stored, replies, sampling, label)
     workers = workers or (CPU_WORKERS if policy.hardware.device == "cpu" else 1)
-    cache = cache or make_cache(policy, limit=batch_size)
+    cache = cache or make_cache(policy)
     ids = [sample.id for sample in samples]
     batches = list(enumerate(_cut_batches(samples, batch_size)))
     todo = [(number, batch) for number, batch in batches
@@ -111,7 +111,7 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
         with one_at_a_time:
             prompts = cache.get([samples[index] for index in batch])
         uniforms = draw_uniforms(seed * 1_000_003 + number, len(batch), replies, max_new_tokens)
-        return generate_in_rounds(policy.model, policy.processor, prompts, replies, sampling,
+        return generate_rollouts(policy.model, policy.processor, prompts, replies, sampling,
                                   uniforms, policy.hardware.autocast, fused_weights, max_bytes)
 
     weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)

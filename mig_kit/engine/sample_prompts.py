@@ -73,5 +73,5 @@ def _reply_logps(model, processor: StillImageProcessor, samples: list[Sample], r
     ids = pad_rows(completions, longest).to(device)
     mask = pad_rows([torch.ones_like(row) for row in completions], longest).to(device)
     prompt_index = torch.arange(len(samples), device=device)
-    logps, _ = completion_logps(model, prompts, prompt_index, ids, mask, processor.image_token_id)
+    logps, _ = completion_logps(model, prompts, prompt_index, ids, mask)
     return logps[mask.bool()].float().cpu()

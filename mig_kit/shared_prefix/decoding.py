@@ -228,8 +228,6 @@ class StateDecoder:
     row, whose cache holds the row's prompt once more for each row.
     """
 
-    suffix_length = 0
-
     def __init__(self, model, cache: Cache, prompts: PaddedPrompts, rows_per_prefix: int):
         self.language, self.head = model.model.language_model, model.lm_head
         self.cache, self.rows_per_prefix = cache, rows_per_prefix
@@ -395,3 +393,14 @@ def train_mode_for_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
         if kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes"):
             module.train()
     return model
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Have the model in eval mode while it lasts, but for its 4-bit layers."""
+    was_training = model.training
+    train_mode_for_4bit_layers(model.eval())
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -87,17 +87,14 @@ def max_kv_bytes(device: torch.device) -> int:
 
 
 def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int,
-                          max_bytes: int | None = None, reading_bytes: int = 0,
-                          row_bytes: int = 0) -> int:
-    """How many of `count` prompts to draw completions to at once, so that max_bytes hold them
-    (None: KV_BYTES).
+                          max_bytes: int, reading_bytes: int = 0, row_bytes: int = 0) -> int:
+    """How many of `count` prompts to draw completions to at once, so that max_bytes hold them.
 
     The rounds are of about the same size. longest: tokens of the longest prompt; tokens: of the
     longest completion; token_bytes: of one token's keys and values. reading_bytes: what reading a
     prompt takes per token besides, while twice max_bytes are free; 0 where that does not matter.
     row_bytes: what a completion takes besides its tokens' keys and values.
     """
-    max_bytes = max_bytes or KV_BYTES
     bytes_per_prompt = (longest + group * tokens) * token_bytes + group * row_bytes
     most = max_bytes // bytes_per_prompt
     if reading_bytes:
@@ -144,12 +141,13 @@ def end_token_ids(generation_config, processor) -> list[int]:
 @torch.no_grad()
 def generate_rollouts(model, processor, prompts: list[Prompt], group: int,
                       sampling: SamplingOptions, uniforms: torch.Tensor | None = None,
-                      autocast: bool = False,
-                      fused_weights: FusedWeights | None = None) -> list[list[list[int]]]:
+                      autocast: bool = False, fused_weights: FusedWeights | None = None,
+                      max_bytes: int | None = None) -> list[list[list[int]]]:
     """`group` completions to each prompt: token ids up to and including the end token.
 
     A completion without one has sampling.max_new_tokens tokens. Prompts that begin with the same
-    images share these images' keys and values (`group_by_prefix`).
+    images share these images' keys and values (`group_by_prefix`). So many prompts are read at a
+    time that max_bytes hold their keys and values (None: `max_kv_bytes`).
 
     uniforms: of `draw_uniforms`; None: new ones. fused_weights: of `fuse_decoding_weights`, where
     the caller has folded the model's adapters, as it must if several threads use the model.
@@ -159,48 +157,44 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int,
     if uniforms is None and sampling.temperature:
         seed = int(torch.randint(2**62, ()))
         uniforms = draw_uniforms(seed, len(prompts), group, sampling.max_new_tokens)
-    weights = (fuse_decoding_weights(model, autocast) if fused_weights is None
-               else nullcontext(fused_weights))
-    with weights as fused_weights, torch.inference_mode(), \
-            torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        decoder, hidden, prompt_of_row = _prefill_prompts(
-            model, processor, prompts, group, sampling.max_new_tokens, fused_weights)
-        logits = model.lm_head(hidden)[prompt_of_row.clamp(min=0).to(device)]
-        if sampling.temperature:
-            number_in_group = torch.arange(group).repeat(len(prompt_of_row) // group)
-            uniforms = uniforms[prompt_of_row.clamp(min=0), number_in_group].to(device)
-        is_empty = (prompt_of_row < 0).to(device)
-        completions = _decode(decoder, logits, is_empty, sampling, uniforms,
-                              end_token_ids(model.generation_config, processor),
-                              forbidden_token_ids(processor))
-    rollouts: list[list[list[int]]] = [[] for _ in prompts]
-    for completion, prompt in zip(completions, prompt_of_row.tolist()):
-        if prompt >= 0:
-            rollouts[prompt].append(completion)
-    return rollouts
-
-
-def generate_in_rounds(model, processor, prompts: list[Prompt], group: int,
-                       sampling: SamplingOptions, uniforms: torch.Tensor | None = None,
-                       autocast: bool = False,
-                       fused_weights: FusedWeights | None = None,
-                       max_bytes: int | None = None) -> list[list[list[int]]]:
-    """`generate_rollouts`, so many prompts at a time that max_bytes hold their keys and values
-    (None: `max_kv_bytes`).
-    """
-    longest = max(len(prompt.ids) for prompt in prompts)
-    device, token_bytes = unwrap_peft(model).device, kv_bytes_per_token(model)
+    longest, token_bytes = max(len(prompt.ids) for prompt in prompts), kv_bytes_per_token(model)
     at_once = count_prompts_at_once(
         len(prompts), longest, group, sampling.max_new_tokens, token_bytes,
         max_bytes or max_kv_bytes(device),
         reading_bytes_per_token(model) if device.type == "cuda" else 0,
         longest * token_bytes + state_bytes(model) if has_linear_attention(model) else 0)
+    weights = (fuse_decoding_weights(model, autocast) if fused_weights is None
+               else nullcontext(fused_weights))
     rollouts = []
-    for start in range(0, len(prompts), at_once):
-        part = slice(start, start + at_once)
-        rollouts += generate_rollouts(model, processor, prompts[part], group, sampling,
-                                      None if uniforms is None else uniforms[part], autocast,
-                                      fused_weights)
+    with weights as fused_weights, torch.inference_mode(), \
+            torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
+            rollouts += _generate_round(model, processor, prompts[part], group, sampling,
+                                        None if uniforms is None else uniforms[part],
+                                        fused_weights)
+    return rollouts
+
+
+def _generate_round(model, processor, prompts: list[Prompt], group: int, sampling: SamplingOptions,
+                    uniforms: torch.Tensor | None,
+                    fused_weights: FusedWeights) -> list[list[list[int]]]:
+    """`generate_rollouts` of prompts that are read together; uniforms: None at temperature 0."""
+    decoder, hidden, prompt_of_row = _prefill_prompts(model, prompts, group,
+                                                      sampling.max_new_tokens, fused_weights)
+    device = hidden.device
+    logits = model.lm_head(hidden)[prompt_of_row.clamp(min=0).to(device)]
+    if sampling.temperature:
+        number_in_group = torch.arange(group).repeat(len(prompt_of_row) // group)
+        uniforms = uniforms[prompt_of_row.clamp(min=0), number_in_group].to(device)
+    is_empty = (prompt_of_row < 0).to(device)
+    completions = _decode(decoder, logits, is_empty, sampling, uniforms,
+                          end_token_ids(model.generation_config, processor),
+                          forbidden_token_ids(processor))
+    rollouts: list[list[list[int]]] = [[] for _ in prompts]
+    for completion, prompt in zip(completions, prompt_of_row.tolist()):
+        if prompt >= 0:
+            rollouts[prompt].append(completion)
     return rollouts
 
 
@@ -210,7 +204,7 @@ def forbidden_token_ids(processor) -> list[int]:
 
 
 def _prefill_prompts(
-        model, processor, prompts: list[Prompt], group: int, capacity: int,
+        model, prompts: list[Prompt], group: int, capacity: int,
         fused_weights: FusedWeights) -> tuple[Decoder | StateDecoder, torch.Tensor, torch.Tensor]:
     """Read the prompts, those with the same images together.
 
@@ -219,18 +213,18 @@ def _prefill_prompts(
     rows as the one with the most prompts; a row without a prompt has -1.
     """
     if has_linear_attention(model):  # states of prefixes cannot be read on prompt by prompt
-        batch = pad_prompts(model, prompts, processor.image_token_id)
+        batch = pad_prompts(model, prompts)
         hidden, cache = batch.prefill(model)
         prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group)
         return StateDecoder(model, cache, batch, group), hidden, prompt_of_row
     groups = group_by_prefix(prompts)
     if len(groups) == len(prompts):
-        batch = pad_prompts(model, prompts, processor.image_token_id)
+        batch = pad_prompts(model, prompts)
         hidden, cache = batch.prefill(model)
         prompt_index, suffixes = torch.arange(len(prompts))[:, None], None
     else:
         prefixes = [prompts[indices[0]].cut_to_prefix() for indices in groups]
-        batch = pad_prompts(model, prefixes, processor.image_token_id)
+        batch = pad_prompts(model, prefixes)
         _, cache = batch.prefill(model)
         suffixes = prefill_suffixes(model, prompts, groups, batch, cache)
         hidden, prompt_index = suffixes.hidden, suffixes.prompt_index

@@ -21,7 +21,7 @@ HEAD_TOKENS = 1024  # tokens whose logits are in memory at a time where layers a
 
 
 def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
-                     mask: torch.Tensor, image_token_id: int,
+                     mask: torch.Tensor,
                      temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of every completion token, (rows, tokens) each; 0 for padding.
 
@@ -29,7 +29,7 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
     tokens at a time, too.
     """
     model = unwrap_peft(model)
-    states = completion_states(model, prompts, prompt_index, ids, mask, image_token_id)
+    states = completion_states(model, prompts, prompt_index, ids, mask)
     targets = ids[mask.bool()]
     if model.is_activation_checkpointing:
         pieces = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
@@ -41,7 +41,7 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
 
 
 def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
-                      mask: torch.Tensor, image_token_id: int) -> torch.Tensor:
+                      mask: torch.Tensor) -> torch.Tensor:
     """The states from which the completions' tokens are predicted, (tokens under the mask, hidden).
 
     prompt_index: (rows,) the prompt of each row; ids, mask: (rows, tokens), padded on the right.
@@ -51,14 +51,14 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
     """
     model = unwrap_peft(model)
     if has_linear_attention(model):  # a state would run on through the neighbour's tokens
-        return _layered_states(model, prompts, prompt_index, ids, mask, image_token_id)
+        return _layered_states(model, prompts, prompt_index, ids, mask)
     language = model.model.language_model
     packed = _pack_completions(prompts, prompt_index, ids, mask)
     is_flat = can_read_flat(model)
     if is_flat:
         packed = packed.flatten()
     embeds = language.embed_tokens(packed.ids)
-    is_image = (packed.ids == image_token_id) & (packed.part == 0)
+    is_image = (packed.ids == model.config.image_token_id) & (packed.part == 0)
     inputs = embed_with_images(embeds, is_image, prompts)
     if is_flat:
         return read_flat(language, inputs["inputs_embeds"][0], packed.positions[:, 0],
@@ -73,14 +73,14 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
 
 
 def _layered_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
-                    mask: torch.Tensor, image_token_id: int) -> torch.Tensor:
+                    mask: torch.Tensor) -> torch.Tensor:
     """What `completion_states` gives, for a model with linear attention.
 
     Each layer reads the prompts, and then the completions on what it keeps of them. So its cache
     lives inside the layer, which can be checkpointed as a whole.
     """
     language = model.model.language_model
-    batch = pad_prompts(model, prompts, image_token_id)
+    batch = pad_prompts(model, prompts)
     steps = torch.arange(ids.shape[1], device=ids.device)
     positions = batch.next_position[prompt_index][:, None] + steps
     states = batch.inputs["inputs_embeds"], language.embed_tokens(ids)

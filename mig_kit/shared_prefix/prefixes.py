@@ -61,14 +61,12 @@ class PaddedPrompts:
     Attention alone reads it without a mask, at half the cost of reading it with one.
 
     inputs: of `embed_with_images`; mask: (prompts, tokens), 0 where padding is; positions: (3,
-    prompts, tokens); last_column: (prompts,) index of a prompt's last token; next_position:
-    (prompts,) position of the token that follows it.
+    prompts, tokens); next_position: (prompts,) position of the token that follows a prompt.
     """
 
     inputs: dict
     mask: torch.Tensor
     positions: torch.Tensor
-    last_column: torch.Tensor
     next_position: torch.Tensor
 
     def prefill(self, model) -> tuple[torch.Tensor, Cache]:
@@ -82,8 +80,8 @@ class PaddedPrompts:
                               past_key_values=make_cache(language))
             return output.last_hidden_state[:, -1], output.past_key_values
         output = language(**arguments)
-        row = torch.arange(len(self.last_column), device=self.last_column.device)
-        return output.last_hidden_state[row, self.last_column], output.past_key_values
+        row = torch.arange(len(self.mask), device=self.mask.device)
+        return output.last_hidden_state[row, self.mask.sum(1) - 1], output.past_key_values
 
     def _prefill_flat(self, language: torch.nn.Module) -> tuple[torch.Tensor, Cache]:
         """`prefill` on a CPU, where no padding is read."""
@@ -104,7 +102,7 @@ class PaddedPrompts:
         return states, cache
 
 
-def pad_prompts(model, prompts: list[Prompt], image_token_id: int) -> PaddedPrompts:
+def pad_prompts(model, prompts: list[Prompt]) -> PaddedPrompts:
     """Prompts as a batch; several are padded to a multiple of PAD_MULTIPLE tokens."""
     device = model.device
     longest = max(len(prompt.ids) for prompt in prompts)
@@ -115,12 +113,11 @@ def pad_prompts(model, prompts: list[Prompt], image_token_id: int) -> PaddedProm
     mask = pad_rows([torch.ones_like(prompt.ids) for prompt in prompts], longest, on_left=on_left)
     positions = pad_rows([prompt.positions for prompt in prompts], longest, on_left=on_left)
     positions = positions.transpose(0, 1)
-    last_column = torch.tensor([longest if on_left else len(prompt.ids) for prompt in prompts]) - 1
     next_position = torch.tensor([prompt.next_position for prompt in prompts])
     embeds = model.model.language_model.embed_tokens(ids.to(device))
-    is_image = ((ids == image_token_id) & mask.bool()).to(device)
+    is_image = ((ids == model.config.image_token_id) & mask.bool()).to(device)
     return PaddedPrompts(embed_with_images(embeds, is_image, prompts), mask.to(device),
-                         positions.to(device), last_column.to(device), next_position.to(device))
+                         positions.to(device), next_position.to(device))
 
 
 def group_by_prefix(prompts: list[Prompt]) -> list[list[int]]:

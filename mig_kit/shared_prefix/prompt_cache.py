@@ -7,7 +7,7 @@ questions, replies, passes and epochs, and every distinct image goes through the
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -56,10 +56,10 @@ class PromptSource:
 class Prompt:
     """A prompt, ready for the model.
 
-    ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), or None without
-    images. Qwen3-VL feeds further features to its first layers; its features are (image tokens, (1
-    + layers) * hidden). image_digests: of its images, in order. prefix_length: tokens up to and
-    including the last image token.
+    ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), None without images
+    and where the cache keeps the prompt. Qwen3-VL feeds further features to its first layers; its
+    features are (image tokens, (1 + layers) * hidden). image_digests: of its images, in order.
+    prefix_length: tokens up to and including the last image token.
     """
 
     ids: torch.Tensor
@@ -78,20 +78,6 @@ class Prompt:
         length = self.prefix_length
         return Prompt(self.ids[:length], self.positions[:, :length], self.features,
                       self.image_digests, length)
-
-
-class EncodedText(NamedTuple):
-    """A prompt without features; the fields are those of Prompt."""
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    image_digests: tuple[bytes, ...]
-    prefix_length: int
-
-    @property
-    def nbytes(self) -> int:
-        """Of its tensors."""
-        return self.ids.nbytes + self.positions.nbytes
 
 
 class ImageFeatures(NamedTuple):
@@ -114,9 +100,9 @@ def tower_digest(model) -> bytes:
 class PromptCache:
     """Prompts by key and features by image; the least recently used are dropped first.
 
-    limit: prompts kept. max_bytes: of features kept, in the host's memory; max_text_bytes: of the
-    prompts' tokens. What a call of `get` asks for is kept until it returns, but of its images
-    PIXELS_AT_ONCE pixels are decoded at a time.
+    max_bytes: of features kept, in the host's memory; max_text_bytes: of the prompts' tokens. What
+    a call of `get` asks for is kept until it returns, but of its images PIXELS_AT_ONCE pixels are
+    decoded at a time.
 
     Large images go through the tower PATCHES_AT_ONCE patches at a time. autocast: compute images of
     LARGE_IMAGE_PATCHES or more in bfloat16. Smaller ones are computed in the tower's own dtype, all
@@ -127,26 +113,19 @@ class PromptCache:
     raise where the processor resizes them otherwise than the caller computes.
     """
 
-    def __init__(self, model, processor, limit: int = 4096, max_bytes: int = MAX_BYTES,
-                 max_text_bytes: int = 2**28, autocast: bool = False,
+    def __init__(self, model, processor, max_bytes: int = MAX_BYTES, max_text_bytes: int = 2**28,
+                 autocast: bool = False,
                  check_grids: Callable[[torch.Tensor | None, list], None] | None = None):
         self.model, self.processor, self.check_grids = unwrap_peft(model), processor, check_grids
-        self.limit, self.max_bytes, self.autocast = limit, max_bytes, autocast
-        self.max_text_bytes, self.text_bytes = max_text_bytes, 0
-        self.texts: OrderedDict[Hashable, EncodedText] = OrderedDict()  # by the source's key
+        self.max_bytes, self.max_text_bytes, self.autocast = max_bytes, max_text_bytes, autocast
+        self.texts: OrderedDict[Hashable, Prompt] = OrderedDict()  # by the source's key
         self.images: OrderedDict[bytes, ImageFeatures] = OrderedDict()  # by digest
-        self.bytes_held = 0  # by the features
         self.released_tower = b""  # digest of the tower of the model that was released
 
     def clear(self) -> None:
         """Drop all prompts and features."""
         self.texts.clear()
-        self.text_bytes = 0
-        self._clear_features()
-
-    def _clear_features(self) -> None:
         self.images.clear()
-        self.bytes_held = 0
 
     def release(self) -> None:
         """Let go of the model, so that two need not be in memory at a time; see `serve`."""
@@ -161,7 +140,7 @@ class PromptCache:
         self.release()
         self.model = unwrap_peft(model)
         if tower_digest(self.model) != self.released_tower:
-            self._clear_features()
+            self.images.clear()
 
     @torch.no_grad()
     def get(self, sources: Sequence[PromptSource]) -> list[Prompt]:
@@ -176,7 +155,9 @@ class PromptCache:
         self._compute_features(sources, [self.texts[source.key].image_digests
                                          for source in sources])
         prompts = [self._assemble(source.key) for source in sources]
-        self._drop_least_recent()
+        _drop_least_recent(self.texts, self.max_text_bytes,
+                           lambda text: text.ids.nbytes + text.positions.nbytes)
+        _drop_least_recent(self.images, self.max_bytes, lambda image: image.features.nbytes)
         return prompts
 
     def _assemble(self, key: Hashable) -> Prompt:
@@ -187,16 +168,7 @@ class PromptCache:
             self.images.move_to_end(digest)
         features = [self.images[digest].features for digest in text.image_digests]
         on_device = torch.cat(features).to(self.model.device) if features else None
-        return Prompt(text.ids, text.positions, on_device, text.image_digests, text.prefix_length)
-
-    def _drop_least_recent(self) -> None:
-        """Keep to the limits."""
-        while len(self.texts) > self.limit or self.text_bytes > self.max_text_bytes:
-            _, text = self.texts.popitem(last=False)
-            self.text_bytes -= text.nbytes
-        while self.bytes_held > self.max_bytes and self.images:
-            _, dropped = self.images.popitem(last=False)
-            self.bytes_held -= dropped.features.nbytes
+        return replace(text, features=on_device)
 
     def _compute_features(self, sources: Sequence[PromptSource],
                           digests: list[tuple[bytes, ...]]) -> None:
@@ -233,9 +205,7 @@ class PromptCache:
             n_tokens = [n_patches[i] // merged for i in batch.indices]
             for i, part in zip(batch.indices, features.split(n_tokens)):
                 # a slice would keep the features of its whole batch in memory
-                kept = part.to("cpu", copy=True)
-                self.images[digests[i]] = ImageFeatures(kept, grids[i])
-                self.bytes_held += kept.nbytes
+                self.images[digests[i]] = ImageFeatures(part.to("cpu", copy=True), grids[i])
 
     def _run_tower(self, patches: list[torch.Tensor], grids: torch.Tensor,
                    in_bfloat16: bool) -> torch.Tensor:
@@ -277,10 +247,8 @@ class PromptCache:
         for row, (source, own_ids) in enumerate(zip(sources, encoded)):
             image_columns = (own_ids == processor.image_token_id).nonzero()
             prefix_length = int(image_columns[-1]) + 1 if len(image_columns) else 0
-            text = EncodedText(own_ids, positions[:, row][:, mask[row].bool()], digests[row],
-                               prefix_length)
-            self.texts[source.key] = text
-            self.text_bytes += text.nbytes
+            self.texts[source.key] = Prompt(own_ids, positions[:, row][:, mask[row].bool()], None,
+                                            digests[row], prefix_length)
 
     def _require_features(self, encoded: list[torch.Tensor], grid: torch.Tensor | None) -> None:
         """Raise ValueError unless the texts hold as many image tokens as there are features."""
@@ -291,6 +259,14 @@ class PromptCache:
             raise ValueError(
                 f"the prompts hold {n_tokens} image tokens but the images give {n_features} "
                 "features; give every image of a prompt one place in its text")
+
+
+def _drop_least_recent(kept: OrderedDict, max_bytes: int, count: Callable[..., int]) -> None:
+    """Drop what is first in `kept` until the rest has max_bytes at most; count: bytes of a value.
+    """
+    held = sum(map(count, kept.values()))
+    while held > max_bytes:
+        held -= count(kept.popitem(last=False)[1])
 
 
 class _ImageBatch(NamedTuple):

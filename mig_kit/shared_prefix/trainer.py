@@ -9,7 +9,6 @@ log-probabilities are computed, and an image goes through the frozen vision towe
 
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 
 import torch
 from accelerate.utils import gather_object
@@ -19,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
-from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_in_rounds
+from mig_kit.shared_prefix.decoding import evaluation_mode
+from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
 from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import (
@@ -214,13 +213,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         first = accelerator.process_index * len(prompts)
         uniforms = uniforms[first:first + len(prompts)]
         model = accelerator.unwrap_model(self.model)
-        was_training = model.training
         sampling = SamplingOptions(self.temperature, self.top_p, length,
                                    **self.args.generation_kwargs or {})
-        train_mode_for_4bit_layers(model.eval())
-        rollouts = generate_in_rounds(model, self.processing_class, prompts, group, sampling,
-                                      uniforms, self.autocasts)
-        model.train(was_training)
+        with evaluation_mode(model):
+            rollouts = generate_rollouts(model, self.processing_class, prompts, group, sampling,
+                                         uniforms, self.autocasts)
         return [completion for rollout in rollouts for completion in rollout]
 
     @torch.no_grad()
@@ -238,7 +235,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                                        return_tensors="pt").to(ids.device)
         token_types = inputs.pop("mm_token_type_ids", torch.zeros_like(inputs["input_ids"]))
         prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        with _without_dropout(self.model):
+        with evaluation_mode(self.model):  # without dropout
             stock, _, _ = super()._get_per_token_logps_and_entropies(
                 self.model, torch.cat([prompt_ids, ids[rows]], 1),
                 torch.cat([prompt_mask, mask[rows]], 1), ids.shape[1],
@@ -287,7 +284,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             length = min(ids.shape[1], pad_to_multiple(int(mask[part].sum(1).max())))
             arguments = (self.accelerator.unwrap_model(model), prompts[start:start + at_once],
                          prompt_index[part] - start, ids[part, :length], mask[part, :length],
-                         self.processing_class.image_token_id, self.temperature)
+                         self.temperature)
             # the last part's backward pass comes first: its graph is in memory anyway
             is_last = start + at_once >= len(prompts)
             with self.accelerator.autocast():
@@ -355,17 +352,3 @@ def average_gradients(model: torch.nn.Module, processes: int) -> None:
         if processes > 1:
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= processes
-
-
-@contextmanager
-def _without_dropout(model):
-    """No dropout, while everything else stays in the mode that it is in."""
-    active = [module for module in model.modules()
-              if isinstance(module, torch.nn.Dropout) and module.training]
-    try:
-        for module in active:
-            module.training = False
-        yield
-    finally:
-        for module in active:
-            module.training = True

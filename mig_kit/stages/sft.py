@@ -183,8 +183,7 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         model = unwrap_peft(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
             prompt_index = torch.arange(len(prompts), device=ids.device)
-            states = completion_states(model, prompts, prompt_index, ids, mask,
-                                       self.processing_class.image_token_id)
+            states = completion_states(model, prompts, prompt_index, ids, mask)
             logits = model.lm_head(states).float()
         loss = cross_entropy(logits, ids[mask], reduction="sum")
         loss = loss / (num_items_in_batch or len(logits))

@@ -35,7 +35,7 @@ def values_and_gradients(adapted, samples):
     ids = torch.randint(20, 600, (len(LENGTHS), max(LENGTHS)))
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
     values = logprobs.completion_logps(model, cache.get(samples[:4]), torch.tensor(PROMPT_INDEX),
-                                       ids, mask, processor.image_token_id)
+                                       ids, mask)
     model.zero_grad()
     (values[0] * torch.randn(mask.shape)).sum().backward()
     return values, {name: weight.grad.clone() for name, weight in model.named_parameters()
@@ -79,7 +79,7 @@ def test_in_bfloat16_products_it_is_as_near_to_float32(adapted, samples, monkeyp
 def test_adapters_out_of_use_do_not_count(adapted, samples, monkeypatch):
     model, processor = adapted
     prompts = SampleCache(model, processor, BoxFormat(coordinates="normalized_1000")).get(samples)
-    batch = prefixes.pad_prompts(unwrap_peft(model), prompts, processor.image_token_id)
+    batch = prefixes.pad_prompts(unwrap_peft(model), prompts)
     with torch.no_grad():
         with_adapter = batch.prefill(unwrap_peft(model))[0]
         with model.disable_adapter():

@@ -134,7 +134,7 @@ def test_keys_and_values_are_in_memory_once(random_model, processor, samples, mo
     prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 4))
     weights = decoding.fuse_decoding_weights(random_model, False)
     with weights as fused_weights, torch.inference_mode():
-        decoder = generation._prefill_prompts(random_model, processor, prompts, 2, 4,
+        decoder = generation._prefill_prompts(random_model, prompts, 2, 4,
                                            fused_weights)[0]
     assert len(caches) == 1 and caches[0]() is None
     layers = [weakref.ref(keys) for keys, _ in decoder.prefix_cache]
@@ -194,8 +194,7 @@ def test_logps_and_gradients_equal_stock(family, samples, variant):
     prompt_index, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
     ids = torch.randint(20, 600, (5, 9))
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
-    logps, entropies = completion_logps(model, prompts, prompt_index, ids, mask,
-                                     processor.image_token_id)
+    logps, entropies = completion_logps(model, prompts, prompt_index, ids, mask)
     weights = torch.randn(5, 9) * mask
     model.zero_grad()
     (logps * weights).sum().backward()
@@ -291,7 +290,7 @@ def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, sampl
 
 
 def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples):
-    cache = SampleCache(random_model, processor, ABSOLUTE, limit=3)
+    cache = SampleCache(random_model, processor, ABSOLUTE)
     images_seen, stock = [], random_model.model.visual.forward
 
     def watched(pixels, grid_thw, **kwargs):
@@ -304,8 +303,10 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
     distinct = {pixel_digest(image) for sample in samples[:3] for image in sample.images}
     assert images_seen == [len(distinct)], "every image is seen once"
     assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
-    cache.get(samples[3:5])
-    assert len(cache.texts) == 3
+    cache.max_text_bytes = sum(text.ids.nbytes + text.positions.nbytes for text in again)
+    cache.get(samples[:1])
+    kept = [text.ids for text in cache.texts.values()]
+    assert all(map(torch.equal, kept, [again[1].ids, first[0].ids])) and len(kept) == 2
 
 
 def test_another_model_is_served_what_the_same_tower_saw(random_model, random_folder, float32,
@@ -320,18 +321,17 @@ def test_another_model_is_served_what_the_same_tower_saw(random_model, random_fo
     same_tower = models.load_model(random_folder, float32)
     same_tower.model.language_model.norm.weight.data += 1
     cache.serve(same_tower)
-    assert cache.bytes_held > 0
+    assert cache.images
     assert cache.model is same_tower and all(equal_features())
-    assert cache.bytes_held > 0
     cache.release()
     assert cache.model is None
     cache.serve(random_model)
     assert cache.model is random_model
-    assert cache.bytes_held > 0, "the same tower again, though it was released"
+    assert cache.images, "the same tower again, though it was released"
     other_tower = models.load_model(random_folder, float32)
     other_tower.model.visual.merger.mlp[2].bias.data += 1
     cache.serve(other_tower)
-    assert cache.bytes_held == 0
+    assert not cache.images
     assert not any(equal_features())
 
 
@@ -378,8 +378,7 @@ def test_features_stay_within_max_bytes(random_model, processor, samples):
         prompt, = tight.get([sample])
         assert torch.allclose(expected.features, prompt.features, atol=1e-6)
         assert torch.equal(expected.ids, prompt.ids)
-        held = sum(image.features.nbytes for image in tight.images.values())
-        assert held == tight.bytes_held <= 2000
+        assert sum(image.features.nbytes for image in tight.images.values()) <= 2000
 
 
 def test_images_are_prepared_a_few_at_a_time_and_texts_stay_within_their_bytes(
@@ -392,7 +391,7 @@ def test_images_are_prepared_a_few_at_a_time_and_texts_stay_within_their_bytes(
     monkeypatch.setattr(cache, "_add_features",
                         lambda images: counts.append(len(images)) or add(images))
     prompts = cache.get(samples[:4])
-    assert sum(counts) > max(counts) >= 2 and len(cache.texts) == cache.text_bytes == 0
+    assert sum(counts) > max(counts) >= 2 and not cache.texts
     for prompt, other in zip(prompts, expected):
         assert torch.allclose(prompt.features, other.features, atol=1e-6)
         assert torch.equal(prompt.ids, other.ids)
@@ -439,7 +438,7 @@ def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, process
 def test_prompts_without_padding_are_read_as_padded_ones(family, samples, monkeypatch):
     model, processor, box_format = family
     prompts = make_prompts(model, processor, samples[:4], box_format)
-    batch = prefixes.pad_prompts(model, prompts, processor.image_token_id)
+    batch = prefixes.pad_prompts(model, prompts)
     with torch.inference_mode():
         assert prefixes.can_read_flat(model)
         states, cache = batch.prefill(model)
@@ -471,17 +470,17 @@ def test_rounds_draw_what_one_draw_would(random_model, processor, samples, monke
     uniforms = draw_uniforms(0, 4, 2, 6)
     arguments = (random_model, processor, prompts, 2, SamplingOptions(max_new_tokens=6), uniforms)
     at_once = generate_rollouts(*arguments)
-    rounds, stock = [], generation.generate_rollouts
+    rounds, stock = [], generation._generate_round
 
     def record(model, processor, prompts, *more):
         rounds.append(len(prompts))
         return stock(model, processor, prompts, *more)
 
-    monkeypatch.setattr(generation, "generate_rollouts", record)
+    monkeypatch.setattr(generation, "_generate_round", record)
     longest = max(len(prompt.ids) for prompt in prompts)
     of_a_prompt = (longest + 2 * 6) * generation.kv_bytes_per_token(random_model)
-    assert generation.generate_in_rounds(*arguments, max_bytes=2 * of_a_prompt) == at_once
-    assert generation.generate_in_rounds(*arguments) == at_once
+    assert generate_rollouts(*arguments, max_bytes=2 * of_a_prompt) == at_once
+    assert generate_rollouts(*arguments) == at_once
     assert rounds == [2, 2, 4]
 
 
@@ -511,10 +510,9 @@ def test_scores_of_large_keys_are_summed_in_float32(monkeypatch):
     assert (in_float32 - exact).abs().max() < 1e-2 < 1 < (in_bfloat16 - exact).abs().max()
 
 
-def test_rounds_by_hand(random_model, monkeypatch):
-    monkeypatch.setattr(generation, "KV_BYTES", 10_000)
+def test_rounds_by_hand(random_model):
     for token_bytes, at_once in {1: 16, 5: 8, 13: 4, 55: 1, 10**6: 1}.items():
-        assert generation.count_prompts_at_once(16, 100, 8, 10, token_bytes) == at_once
+        assert generation.count_prompts_at_once(16, 100, 8, 10, token_bytes, 10_000) == at_once
     both, layers, head_width, float32_bytes = 2, 2, 32, 4
     expected = both * layers * head_width * float32_bytes
     assert generation.kv_bytes_per_token(random_model) == expected

@@ -121,9 +121,9 @@ def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_fo
 
     def record_modes(model, *arguments):
         in_train_mode.append((model.training, {layer.training for layer in layers}))
-        return generation.generate_in_rounds(model, *arguments)
+        return generation.generate_rollouts(model, *arguments)
 
-    monkeypatch.setattr(trainer_module, "generate_in_rounds", record_modes)
+    monkeypatch.setattr(trainer_module, "generate_rollouts", record_modes)
     numbers, *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]] * 4)
     trainer._draw_completions(trainer._prompts_of(numbers[0]), 4)
     assert in_train_mode == [(False, {True})]
