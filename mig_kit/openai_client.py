@@ -7,6 +7,8 @@ import os
 import queue
 import re
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from urllib.parse import urlsplit
@@ -98,6 +100,22 @@ def is_on_this_machine(url: str) -> bool:
     """Whether the address is one of this machine's own, which no proxy can reach."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def is_ready(url: str) -> bool:
+    """Whether the server at `url` answers /health, or /v1/models where it has no /health."""
+    proxies = {} if is_on_this_machine(url) else None  # None: those that the environment names
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+    for address in (f"{url.removesuffix('/v1')}/health", f"{url}/models"):
+        try:
+            with opener.open(address, timeout=10) as response:
+                return response.status == 200
+        except urllib.error.HTTPError as error:
+            if error.code not in (404, 405):
+                return error.code in (401, 403)  # it answers, and wants a key
+        except OSError:
+            return False
+    return False
 
 
 class RequestFailed(Exception):

@@ -94,7 +94,7 @@ def ask(random_folder, float32, stage_params, tmp_path):
         with reply_files.open_policy(random_folder, "sft", float32, BOX_FORMAT, tmp_path,
                                   params) as policy:
             reply_files.sample_replies(policy, questions, tmp_path / "replies.jsonl", replies=2,
-                                    temperature=1.0, max_new_tokens=4, batch_size=2, seed=0)
+                                    temperature=1.0, max_new_tokens=4, seed=0)
 
     def train(url):
         policy = load_policy(random_folder, float32, BOX_FORMAT)

@@ -13,7 +13,8 @@ from mig_kit.common import progress_bar, release_memory
 from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.parallel import map_in_threads
 from mig_kit.engine.sample_prompts import SampleCache, make_cache
-from mig_kit.engine.server import Question, ServedModel, serve_model
+from mig_kit.engine.server import Question, ServedModel
+from mig_kit.engine.server_process import serve_model
 from mig_kit.engine.stored_replies import load_replies
 from mig_kit.image_files import LazyImages
 from mig_kit.sample import Sample

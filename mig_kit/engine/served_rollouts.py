@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import apply_umask, file_sha256
-from mig_kit.engine.server import Question, ServedModel, Server, serve_model
-from mig_kit.engine.server_requests import ServedReply
+from mig_kit.engine.server import Question, ServedModel, ServedReply, Server
+from mig_kit.engine.server_process import serve_model
 from mig_kit.openai_client import RequestFailed
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions

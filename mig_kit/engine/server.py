@@ -2,48 +2,47 @@
 
 Several servers share the work. One that dies is left out, and its requests are asked again
 elsewhere. Servers do data, tensor and pipeline parallelism on their own.
+
+A server has to draw from the distribution that the kit's own loop draws from. So the request has
+the images at the size that the model sees, and says every sampling parameter: a server would take
+those that are missing from the model's generation_config.json. The ids of the server's prompt have
+to equal the kit's own. There is no seed: served replies cannot be drawn again to the bit.
 """
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from transformers import GenerationConfig
+from PIL import Image
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.engine.model_folders import ServedName, load_config
-from mig_kit.engine.processors import load_processor
-from mig_kit.engine.server_process import ServerProcess, is_ready
-from mig_kit.engine.server_requests import (
-    FIELDS_OF_FORM,
-    PromptEncoder,
-    ServedReply,
-    check_prompt_ids,
-)
+from mig_kit.boxes import BoxFormat, seen_size
+from mig_kit.engine.processors import StillImageProcessor, render_prompt
+from mig_kit.image_files import to_data_url
 from mig_kit.openai_client import (
     KEY_VARIABLE,
     Connection,
     RequestFailed,
+    is_ready,
     iter_results,
-    parse_server,
-    read_api_key,
 )
+from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
-from mig_kit.shared_prefix.generation import SamplingOptions, end_token_ids
+from mig_kit.shared_prefix.generation import SamplingOptions, forbidden_token_ids
 
-TIMEOUT = 900.0  # seconds without a sign of a server
 ATTEMPTS = 5  # of one request at servers that live
 RETRY_DELAY = 0.5  # seconds per attempt made
 CHECKED_PROMPTS = 8  # of every server, whose ids are compared where none are known
 REFUSED_FIELDS = (400, 422)
-LISTED_MODELS = 12  # of a server, in a sentence
 SET_KEY = f"set the environment variable {KEY_VARIABLE}"
-START = "start it first, or take it out of server"
 REMEDIES = {401: SET_KEY, 403: SET_KEY, 404: "end its address in /v1"}  # by status
+FACTOR = 28  # images whose sides absolute boxes count are multiples of it, see boxes.smart_resize
+FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
+# a server that refuses some fields is asked with fewer: all, OpenAI's own, those without `n`; one
+# that holds a model which the kit cannot load, at last with those of OpenAI's reasoning models
+WITHOUT_N = ("model", "messages", "temperature", "top_p", "max_tokens", "logit_bias")
+FIELDS_OF_FORM = ((), (*WITHOUT_N, "n"), WITHOUT_N, ("model", "messages", "max_completion_tokens"))
 
 
 @dataclass
@@ -67,21 +66,38 @@ class Question(NamedTuple):
     prompt_ids: list[int] | None = None
 
 
+@dataclass(frozen=True)
+class ServedReply:
+    """One reply. ids, logps: its tokens with the end token, and their log-probabilities; None where
+    the server does not tell them.
+    """
+
+    text: str
+    ids: list[int] | None = None
+    logps: list[float] | None = None
+
+
 @dataclass
 class ServedModel:
     """A model that servers hold; it takes the place of a Policy where replies are drawn.
 
-    name: what requests call the model. concurrency: requests under way. process: the server that
-    the stage has started, None for others' servers.
+    name: what requests call the model. concurrency: requests under way. processor: None for a model
+    that the kit cannot load; its prompts cannot be compared, and it is asked with OpenAI's fields
+    alone. end_tokens: every token that ends a reply. failure: says why a server that the stage
+    has started ended, "" while it runs and of others' servers.
     """
 
     name: str
     servers: list[Server]
-    encoder: PromptEncoder
     concurrency: int
-    process: ServerProcess | None = None
+    processor: StillImageProcessor | None
+    box_format: BoxFormat
+    end_tokens: list[int]
+    failure: Callable[[], str] = str
     count_lock: Lock = field(default_factory=Lock, repr=False)
     probe_lock: Lock = field(default_factory=Lock, repr=False)
+    # a tokenizer serves one thread at a time
+    tokenizer_lock: Lock = field(default_factory=Lock, repr=False)
 
     def ask(self, questions: Iterable[Question], sampling: SamplingOptions,
             with_logps: bool = False) -> Iterator[tuple[Question, list[ServedReply]]]:
@@ -90,15 +106,13 @@ class ServedModel:
         questions: read as they are needed. Raises RuntimeError with one sentence when a server's
         answer cannot be used, or no server is left.
         """
-        if self.concurrency < 1:
-            raise ValueError(f"concurrency is {self.concurrency}; use 1 or more")
-        fields = self.encoder.sampling_fields(sampling, with_logps)
+        fields = self.sampling_fields(sampling, with_logps)
         return iter_results(lambda question: (question, self._draw(question, fields)), questions,
                             self.concurrency)
 
     def _draw(self, question: Question, fields: dict) -> list[ServedReply]:
         """All replies to a question: servers without `n` give one at a time."""
-        body = {"model": self.name, "messages": self.encoder.messages(question.sample), **fields}
+        body = {"model": self.name, "messages": self.messages(question.sample), **fields}
         replies: list[ServedReply] = []
         attempts = 0
         while len(replies) < question.replies:
@@ -124,7 +138,7 @@ class ServedModel:
             answer = answer if isinstance(answer, dict) else {}
             self._check(server, answer, question, with_logps)
             try:
-                replies += self.encoder.parse_replies(answer, with_logps)[:body["n"]]
+                replies += self.parse_replies(answer, with_logps)[:body["n"]]
             except ValueError as error:
                 raise RuntimeError(f"the server {server.url} gave {error}") from error
         return replies
@@ -139,7 +153,7 @@ class ServedModel:
                 server = min(alive, key=lambda server: server.under_way)
                 server.under_way += 1
                 return server
-        reason = self.process and self.process.failure() or "none answers any more"
+        reason = self.failure() or "none answers any more"
         raise RuntimeError("no server is left; what is finished is kept, start the stage again "
                            f"when a server works: {reason}")
 
@@ -149,7 +163,7 @@ class ServedModel:
         asking again makes no sense.
         """
         is_first = server.form > form or not server.answers
-        last_form = 2 if self.encoder.processor else 3
+        last_form = 2 if self.processor else 3
         if failure.is_temporary:
             self._leave_out_if_dead(server, failure)
         elif failure.status in REFUSED_FIELDS and is_first and form < last_form and not with_logps:
@@ -182,75 +196,111 @@ class ServedModel:
                                f"'{self.name}': its adapter is stale; start it again")
         expected = question.prompt_ids
         if expected is None and server.answers <= CHECKED_PROMPTS:
-            expected = self.encoder.prompt_ids(question.sample)
+            expected = self.prompt_ids(question.sample)
         if expected is not None:
             check_prompt_ids(answer, expected, question.sample.id, server.url)
 
+    def messages(self, sample: Sample) -> list[dict]:
+        """The sample's prompt in OpenAI's form, its images as PNG at the size the model sees."""
+        images = iter(sample.images)
+        messages = chat_messages(sample, self.box_format)
+        for message in messages:
+            message["content"] = [
+                part if part["type"] == "text" else self._image_part(next(images))
+                for part in message["content"]]
+        return messages
 
-def _load_generation_config(model: str | Path) -> GenerationConfig:
-    """The model's, or what its config.json says where it has none."""
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:
-        return GenerationConfig.from_model_config(load_config(model))
+    def _image_part(self, image: Image.Image) -> dict:
+        factor, resample = FACTOR, Image.Resampling.BICUBIC
+        if self.processor:
+            images = self.processor.image_processor
+            factor, resample = images.patch_size * images.merge_size, images.resample
+        image, size = image.convert("RGB"), seen_size(image.size, self.box_format, factor)
+        if image.size != size:
+            image = image.resize(size, resample)
+        return {"type": "image_url", "image_url": {"url": to_data_url(image, compress_level=1)}}
 
+    def prompt_ids(self, sample: Sample) -> list[int] | None:
+        """The kit's own token ids of the sample's prompt; None without a processor."""
+        if self.processor is None:
+            return None
+        text = render_prompt(self.processor, sample, self.box_format)
+        with self.tokenizer_lock:
+            inputs = self.processor(text=[text], images=list(sample.images) or None)
+        return list(inputs["input_ids"][0])
 
-@contextmanager
-def serve_model(server: str, concurrency: int, model: str | Path, system: str,
-                box_format: BoxFormat, log: Path) -> Iterator[ServedModel]:
-    """A model on servers; a server that the stage starts ends with the context.
+    def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
+        """The fields of a request that say how to draw; logps: of processed logits."""
+        if self.processor is None:
+            return {"temperature": sampling.temperature, "top_p": sampling.top_p,
+                    "max_tokens": sampling.max_new_tokens,
+                    "max_completion_tokens": sampling.max_new_tokens}
+        bias = {str(token): FORBIDDEN_BIAS for token in forbidden_token_ids(self.processor)}
+        fields = {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0,
+            "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            "max_tokens": sampling.max_new_tokens, "min_tokens": sampling.min_new_tokens,
+            "stop_token_ids": self.end_tokens, "logit_bias": bias, "skip_special_tokens": True,
+            "return_token_ids": True}
+        return fields | ({"logprobs": True} if with_logps else {})
 
-    server: addresses or a command, see `parse_server`. model: a folder, a hub name or a ServedName.
-    system: a name by which a server may serve the model, beside its folder's. Raises ValueError or
-    RuntimeError before anything is drawn.
-    """
-    key, urls = read_api_key(), parse_server(server)
-    encoder = PromptEncoder(None, box_format, [])
-    if not isinstance(model, ServedName):
-        processor = load_processor(model, box_format)
-        ends = end_token_ids(_load_generation_config(model), processor)
-        encoder = PromptEncoder(processor, box_format, ends)
-    with ExitStack() as stack:
-        process = None
-        if not urls:
-            process = stack.enter_context(closing(ServerProcess(server, model, log)))
-            process.wait_until_ready()
-            urls = [process.url]
-        form = 0 if encoder.processor else 1
-        servers = [Server(url, stack.enter_context(closing(Connection(url, key, TIMEOUT))),
-                          form=form) for url in urls]
-        names = (str(model), str(Path(model).resolve()), system)
-        name = _find_served_name(servers, names, is_own=process is not None)
-        chosen = [server for server in servers if name in server.models]
-        yield ServedModel(name, chosen, encoder, concurrency, process)
+    def parse_replies(self, answer: dict, with_logps: bool) -> list[ServedReply]:
+        """The replies of a chat completion.
 
-
-def _find_served_name(servers: list[Server], names: tuple[str, ...], is_own: bool) -> str:
-    """What the servers call the model; RuntimeError unless one of them serves it under `names`.
-
-    A server that does not answer, as if it has died under another model of the stage, is left out.
-    """
-    failures = []
-    for server in servers:
+        ValueError if this is no complete one, or lacks what with_logps needs.
+        """
         try:
-            server.models = server.connection.list_models()
-        except RequestFailed as failure:
-            failures.append(f"the server {server.url} does not list its models: {failure}; "
-                            f"{REMEDIES.get(failure.status, START)}")
-    served = {model for server in servers for model in server.models}
-    name = next((name for name in names if name in served), None)
-    if is_own:  # it was given the model, under whatever name; some servers list nothing
-        servers[0].models = (name or (served.pop() if len(served) == 1 else names[0]),)
-        return servers[0].models[0]
-    if len(failures) == len(servers):
-        raise RuntimeError(failures[0])
-    for failure in failures:
-        print(f"{failure}; it is left out", flush=True)
-    if name is None:
-        listed = ", ".join(sorted(served)[:LISTED_MODELS]) or "models that it does not list"
-        others = f" and {len(served) - LISTED_MODELS} more" if len(served) > LISTED_MODELS else ""
-        raise RuntimeError(
-            f"no server serves the model {names[0]}, but only {listed}{others}; use one of these "
-            f"names, start a server with this folder, or with --served-model-name {names[-1]} "
-            "where it has another path, or give a command with {model} and {port}")
-    return name
+            return [self._parse_choice(choice, with_logps) for choice in answer["choices"]]
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError("an answer that is no complete chat completion") from error
+
+    def _parse_choice(self, choice: dict, with_logps: bool) -> ServedReply:
+        ids = choice.get("token_ids") if self.processor else None
+        if ids:  # the text that the kit's own loop gives
+            with self.tokenizer_lock:
+                text = self.processor.batch_decode([ids], skip_special_tokens=True)[0]
+        else:
+            text = self._join_message(choice["message"])
+        if not isinstance(text, str):
+            raise ValueError("an answer without a text")
+        if not with_logps:
+            return ServedReply(text, ids)
+        if not ids or not choice.get("logprobs"):
+            raise ValueError("an answer without token ids or log-probabilities; stage 05 needs a "
+                             "server that has return_token_ids and logprobs, such as vLLM")
+        logps = [float(token["logprob"]) for token in choice["logprobs"]["content"]]
+        if len(logps) != len(ids):
+            raise ValueError(f"{len(ids)} tokens with {len(logps)} log-probabilities")
+        return ServedReply(text, ids, logps)
+
+    def _join_message(self, message: dict) -> str | None:
+        """The reply whole: a server with a reasoning parser tells the reasoning apart, and one
+        without it tells only what the model wrote after an opened <think>.
+        """
+        content = message["content"]
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if reasoning:
+            return f"<think>{reasoning}" + (f"</think>{content}" if content else "")
+        if not isinstance(content, str) or content.lstrip().startswith("<think>"):
+            return content
+        if self.processor:
+            return self.processor.opened_tag + content
+        is_opened = "</think>" in content and "<think>" not in content
+        return f"<think>{content}" if is_opened else content
+
+
+def check_prompt_ids(answer: dict, expected: list[int], sample_id: str, url: str) -> None:
+    """Raise RuntimeError unless the server has read the prompt that the kit would have read.
+
+    A server that tells no ids is checked by their number.
+    """
+    served, usage = answer.get("prompt_token_ids"), answer.get("usage") or {}
+    n_served = len(served) if served is not None else usage.get("prompt_tokens")
+    if served == expected or (served is None and n_served in (None, len(expected))):
+        return
+    cause = ("its image settings differ, so serve the model's own folder and set no "
+             "--mm-processor-kwargs" if n_served != len(expected) else
+             "its chat template or tokenizer differs, so serve the model's own folder and set no "
+             "--chat-template")
+    raise RuntimeError(f"the server {url} read other prompt ids than the kit for {sample_id} "
+                       f"({n_served} tokens, the kit has {len(expected)}): {cause}")

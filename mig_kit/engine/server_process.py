@@ -1,4 +1,4 @@
-"""Servers that a stage starts for one model, and ends.
+"""Servers of a model: started for it by a stage and ended, or found where they are.
 
 A server's command is a parameter, with `{model}` and `{port}` in it, such as
 `vllm serve {model} --host 127.0.0.1 --port {port}`.
@@ -10,13 +10,29 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-from mig_kit.openai_client import is_on_this_machine
+from transformers import GenerationConfig
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.engine.model_folders import ServedName, load_config
+from mig_kit.engine.processors import load_processor
+from mig_kit.engine.server import REMEDIES, ServedModel, Server
+from mig_kit.openai_client import (
+    Connection,
+    RequestFailed,
+    is_ready,
+    parse_server,
+    read_api_key,
+)
+from mig_kit.shared_prefix.generation import end_token_ids
 
 START_TIMEOUT = 1800  # seconds until a server answers; a large model is read from a slow disk
+TIMEOUT = 900.0  # seconds without a sign of a server
+LISTED_MODELS = 12  # of a server, in a sentence
+START = "start it first, or take it out of server"
 LOG_TAIL = 8  # last lines of the server's output that an error quotes
 # what torchrun tells its processes; a server among them would take itself for one of those
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE",
@@ -76,23 +92,75 @@ class ServerProcess:
         self.process.wait()
 
 
-def is_ready(url: str) -> bool:
-    """Whether the server at `url` answers /health, or /v1/models where it has no /health."""
-    proxies = {} if is_on_this_machine(url) else None  # None: those that the environment names
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
-    for address in (f"{url.removesuffix('/v1')}/health", f"{url}/models"):
-        try:
-            with opener.open(address, timeout=10) as response:
-                return response.status == 200
-        except urllib.error.HTTPError as error:
-            if error.code not in (404, 405):
-                return error.code in (401, 403)  # it answers, and wants a key
-        except OSError:
-            return False
-    return False
-
-
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def _load_generation_config(model: str | Path) -> GenerationConfig:
+    """The model's, or what its config.json says where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(model))
+
+
+@contextmanager
+def serve_model(server: str, concurrency: int, model: str | Path, system: str,
+                box_format: BoxFormat, log: Path) -> Iterator[ServedModel]:
+    """A model on servers; a server that the stage starts ends with the context.
+
+    server: addresses or a command, see `parse_server`. model: a folder, a hub name or a ServedName.
+    system: a name by which a server may serve the model, beside its folder's. Raises ValueError or
+    RuntimeError before anything is drawn.
+    """
+    key, urls = read_api_key(), parse_server(server)
+    processor, end_tokens = None, []
+    if not isinstance(model, ServedName):
+        processor = load_processor(model, box_format)
+        end_tokens = end_token_ids(_load_generation_config(model), processor)
+    with ExitStack() as stack:
+        failure, is_own = str, not urls
+        if is_own:
+            process = stack.enter_context(closing(ServerProcess(server, model, log)))
+            process.wait_until_ready()
+            urls, failure = [process.url], process.failure
+        form = 0 if processor else 1
+        servers = [Server(url, stack.enter_context(closing(Connection(url, key, TIMEOUT))),
+                          form=form) for url in urls]
+        names = (str(model), str(Path(model).resolve()), system)
+        name = _find_served_name(servers, names, is_own)
+        chosen = [server for server in servers if name in server.models]
+        yield ServedModel(name, chosen, concurrency, processor, box_format, end_tokens, failure)
+
+
+def _find_served_name(servers: list[Server], names: tuple[str, ...], is_own: bool) -> str:
+    """What the servers call the model; RuntimeError unless one of them serves it under `names`.
+
+    A server that does not answer, as if it has died under another model of the stage, is left out.
+    """
+    failures = []
+    for server in servers:
+        try:
+            server.models = server.connection.list_models()
+        except RequestFailed as failure:
+            failures.append(f"the server {server.url} does not list its models: {failure}; "
+                            f"{REMEDIES.get(failure.status, START)}")
+    served = {model for server in servers for model in server.models}
+    name = next((name for name in names if name in served), None)
+    if is_own:  # it was given the model, under whatever name; some servers list nothing
+        servers[0].models = (name or (served.pop() if len(served) == 1 else names[0]),)
+        return servers[0].models[0]
+    if len(failures) == len(servers):
+        raise RuntimeError(failures[0])
+    for failure in failures:
+        print(f"{failure}; it is left out", flush=True)
+    if name is None:
+        listed = ", ".join(sorted(served)[:LISTED_MODELS]) or "models that it does not list"
+        others = f" and {len(served) - LISTED_MODELS} more" if len(served) > LISTED_MODELS else ""
+        raise RuntimeError(
+            f"no server serves the model {names[0]}, but only {listed}{others}; use one of these "
+            f"names, start a server with this folder, or with --served-model-name {names[-1]} "
+            "where it has another path, or give a command with {model} and {port}")
+    return name

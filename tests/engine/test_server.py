@@ -17,9 +17,10 @@ from PIL import Image
 from rollout_server import RolloutServer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, reply_files, server_process, stored_replies
-from mig_kit.engine.server import _load_generation_config, serve_model
-from mig_kit.engine.server_requests import PromptEncoder, check_prompt_ids
+from mig_kit.engine import models, reply_files, stored_replies
+from mig_kit.engine.server import ServedModel, check_prompt_ids
+from mig_kit.engine.server_process import _load_generation_config, serve_model
+from mig_kit.openai_client import is_ready
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -31,7 +32,7 @@ class Handler(h.BaseHTTPRequestHandler):
         self.end_headers()
 h.HTTPServer(('127.0.0.1', int(sys.argv[2])), Handler).serve_forever()
 """
-DRAW = {"replies": 1, "temperature": 0.0, "max_new_tokens": 8, "batch_size": 64, "seed": 0}
+DRAW = {"replies": 1, "temperature": 0.0, "max_new_tokens": 8, "seed": 0}
 
 
 @pytest.fixture
@@ -69,14 +70,14 @@ def test_no_proxy_stands_before_this_machines_own_servers(start_server, question
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = start_server()
-    assert server_process.is_ready(server.url)
+    assert is_ready(server.url)
     assert len(draw(server.url, tmp_path, questions[:1], random_folder, float32)) == 1
 
 
 def test_images_arrive_as_the_model_sees_them(processor):
     sample = make_sample("diff", "val", 0)
-    encoder = PromptEncoder(processor, BoxFormat(max_pixels=28 * 28 * 6), [2])
-    parts = [part for part in encoder.messages(sample)[0]["content"] if "image_url" in part]
+    served = ServedModel("m", [], 1, processor, BoxFormat(max_pixels=28 * 28 * 6), [2])
+    parts = [part for part in served.messages(sample)[0]["content"] if "image_url" in part]
     for part, image in zip(parts, sample.images, strict=True):
         data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
         seen = Image.open(io.BytesIO(data))

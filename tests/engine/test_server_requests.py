@@ -3,14 +3,13 @@
 import pytest
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.server import ServedModel
-from mig_kit.engine.server_requests import PromptEncoder, ServedReply
+from mig_kit.engine.server import ServedModel, ServedReply
 from mig_kit.shared_prefix.generation import SamplingOptions
 
 
 @pytest.fixture
-def encoder(processor):
-    return PromptEncoder(processor, BoxFormat(), [2])
+def served(processor):
+    return ServedModel("m", [], 1, processor, BoxFormat(), [2])
 
 
 def choice(text="", ids=None, logps=None) -> dict:
@@ -18,23 +17,23 @@ def choice(text="", ids=None, logps=None) -> dict:
     return {"message": {"content": text}, "token_ids": ids, "logprobs": content}
 
 
-def test_every_sampling_parameter_is_said(encoder):
-    fields = encoder.sampling_fields(SamplingOptions(0.7, 0.9, 33, 2), with_logps=True)
+def test_every_sampling_parameter_is_said(served):
+    fields = served.sampling_fields(SamplingOptions(0.7, 0.9, 33, 2), with_logps=True)
     expected = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 33, "min_tokens": 2, "top_k": -1,
                 "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [2], "logprobs": True}
     assert {name: fields[name] for name in expected} == expected
     assert fields["logit_bias"] == dict.fromkeys("3456", -100.0), "the vision tokens"
     assert "seed" not in fields, "vLLM's CPU engine dies of it"
-    assert "logprobs" not in encoder.sampling_fields(SamplingOptions(), with_logps=False)
+    assert "logprobs" not in served.sampling_fields(SamplingOptions(), with_logps=False)
 
 
-def test_replies_are_read_from_ids_where_there_are_any(encoder):
-    ids = encoder.processor.tokenizer.encode("Find it.") + [2]
+def test_replies_are_read_from_ids_where_there_are_any(served):
+    ids = served.processor.tokenizer.encode("Find it.") + [2]
     answer = {"choices": [choice("as the server has it", ids), choice("text alone")]}
-    assert encoder.parse_replies(answer, with_logps=False) == [
+    assert served.parse_replies(answer, with_logps=False) == [
         ServedReply("Find it.", ids), ServedReply("text alone")]
     logps = [-0.5] * len(ids)
-    assert encoder.parse_replies({"choices": [choice("", ids, logps)]}, with_logps=True) == [
+    assert served.parse_replies({"choices": [choice("", ids, logps)]}, with_logps=True) == [
         ServedReply("Find it.", ids, logps)]
 
 
@@ -45,12 +44,6 @@ def test_replies_are_read_from_ids_where_there_are_any(encoder):
     ({"choices": [choice(None)]}, False, "without a text"),
     ({"choices": [choice("a")]}, True, "return_token_ids and logprobs, such as vLLM"),
     ({"choices": [choice("a", [7, 2], [-1.0])]}, True, "2 tokens with 1 log-probabilities")])
-def test_other_answers_are_refused(encoder, answer, with_logps, sentence):
+def test_other_answers_are_refused(served, answer, with_logps, sentence):
     with pytest.raises(ValueError, match=sentence):
-        encoder.parse_replies(answer, with_logps)
-
-
-def test_no_concurrency_is_refused(encoder):
-    served = ServedModel("m", [], encoder, 0)
-    with pytest.raises(ValueError, match="concurrency is 0; use 1 or more"):
-        list(served.ask([], SamplingOptions()))
+        served.parse_replies(answer, with_logps)
