@@ -14,9 +14,9 @@ from trl import GRPOTrainer
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.models import Policy
 from mig_kit.engine.processors import check_image_grids
-from mig_kit.engine.rollout_log import load_rollouts, write_rollouts
 from mig_kit.engine.sample_prompts import make_cache, prompt_source
 from mig_kit.engine.served_rollouts import ServedRollouts
+from mig_kit.engine.stored_replies import load_rollouts, write_rollouts
 from mig_kit.engine.training import EpochRepeatSampler, KeepAdapterDtype
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.decoding import evaluation_mode

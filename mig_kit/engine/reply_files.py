@@ -2,16 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 
+import torch
+
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import progress_bar, release_memory
 from mig_kit.engine.models import Hardware, Policy, load_policy
-from mig_kit.engine.parallel import map_in_threads
 from mig_kit.engine.sample_prompts import SampleCache, make_cache
 from mig_kit.engine.server import Question, ServedModel
 from mig_kit.engine.server_process import serve_model
@@ -75,86 +77,103 @@ def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperat
 
 def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path: Path, *,
                    replies: int, temperature: float, max_new_tokens: int, seed: int,
-                   batch_size: int = BATCH_SIZE, workers: int = 0, label: str = "rollouts",
+                   label: str = "rollouts",
                    cache: SampleCache | None = None) -> dict[str, list[str]]:
-    """`replies` replies to every sample, by sample id, appended to `path` batch by batch.
+    """`replies` replies to every sample, by sample id, appended to `path` as they are drawn.
 
-    Batches that are whole in the file are not drawn again. Each batch has its own seed, and batches
-    are cut before anything is skipped, so a resumed run draws what an uninterrupted one would have
-    drawn. Questions about the same images share a batch, which reads these images once. cache:
-    prompts made ready by an earlier call for the same samples and model. A batch is drawn in as
-    many rounds as the free memory asks for, with the same numbers.
-
-    workers: batches under way at a time; 0 for CPU_WORKERS on a CPU and one on a GPU. The replies
-    are the same but where products round by the number of cores, as AMX's in bf16 do: there a few
-    in a hundred differ.
-
-    Servers are asked about each sample on its own, and every reply is stored as it comes; seed,
-    batch_size, cache and workers are the local loop's.
+    What is whole in the file is not drawn again. cache: prompts made ready by an earlier call for
+    the same model. Servers are asked about each sample on its own; seed and cache are the local
+    loop's, which draws batch by batch.
     """
-    is_stored = set(load_replies(path))
+    ids, is_stored = [sample.id for sample in samples], load_replies(path).keys()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(policy, ServedModel):
-        sampling = SamplingOptions(temperature, max_new_tokens=max_new_tokens)
-        return _served_replies(policy, samples, path, is_stored, replies, sampling, label)
-    workers = workers or (CPU_WORKERS if policy.hardware.device == "cpu" else 1)
-    cache = cache or make_cache(policy)
-    ids = [sample.id for sample in samples]
-    batches = list(enumerate(_cut_batches(samples, batch_size)))
-    todo = [(number, batch) for number, batch in batches
-            if not is_stored.issuperset(ids[index] for index in batch)]
-    one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
     sampling = SamplingOptions(temperature, max_new_tokens=max_new_tokens)
+    if isinstance(policy, ServedModel):
+        drawn = _ask_servers(policy, samples, ids, is_stored, replies, sampling)
+    else:
+        drawn = _draw_batches(policy, samples, ids, is_stored, replies, sampling, seed,
+                              cache or make_cache(policy))
+    n_stored = sum(name in is_stored for name in ids)
+    with path.open("a") as file, closing(drawn), \
+            progress_bar(None, label, total=len(ids), initial=n_stored) as bar:
+        for part in drawn:
+            for name, texts in part.items():
+                file.write(json.dumps({"id": name, "replies": texts}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(part))
+    stored = load_replies(path)
+    return {name: stored[name] for name in ids}
+
+
+def _ask_servers(served: ServedModel, samples: Sequence[Sample], ids: list[str],
+                 is_stored: Set[str], replies: int,
+                 sampling: SamplingOptions) -> Iterator[dict[str, list[str]]]:
+    """Replies by id, those to a sample as they come; ids: of the samples."""
+    questions = (Question(samples[index], replies) for index, name in enumerate(ids)
+                 if name not in is_stored)
+    for question, drawn in served.ask(questions, sampling):
+        yield {question.sample.id: [reply.text for reply in drawn]}
+
+
+def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_stored: Set[str],
+                  replies: int, sampling: SamplingOptions, seed: int,
+                  cache: SampleCache) -> Iterator[dict[str, list[str]]]:
+    """Replies by id, batch by batch; ids: of the samples.
+
+    Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run
+    draws what an uninterrupted one would have drawn. Questions about the same images share a batch,
+    which reads these images once. A batch is drawn in as many rounds as the free memory asks for,
+    with the same numbers. The replies are the same with any number of batches under way, but where
+    products round by the number of cores, as AMX's in bf16 do: there a few in a hundred differ.
+    """
+    todo = [(number, batch) for number, batch in enumerate(_cut_batches(samples))
+            if not is_stored >= {ids[index] for index in batch}]
+    one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
+    workers = CPU_WORKERS if policy.hardware.device == "cpu" else 1
     max_bytes = max_kv_bytes(policy.model.device) // workers
 
-    def draw(numbered_batch: tuple[int, list[int]]) -> list[list[list[int]]]:
+    def draw(numbered_batch: tuple[int, list[int]]) -> dict[str, list[str]]:
         number, batch = numbered_batch
         with one_at_a_time:
             prompts = cache.get([samples[index] for index in batch])
-        uniforms = draw_uniforms(seed * 1_000_003 + number, len(batch), replies, max_new_tokens)
-        return generate_rollouts(policy.model, policy.processor, prompts, replies, sampling,
-                                  uniforms, policy.hardware.autocast, fused_weights, max_bytes)
+        uniforms = draw_uniforms(seed * 1_000_003 + number, len(batch), replies,
+                                 sampling.max_new_tokens)
+        rollouts = generate_rollouts(policy.model, policy.processor, prompts, replies, sampling,
+                                     uniforms, policy.hardware.autocast, fused_weights, max_bytes)
+        if number % 8 == 7:
+            release_memory()
+        with one_at_a_time:
+            return {ids[index]: policy.processor.batch_decode(completions, skip_special_tokens=True)
+                    for index, completions in zip(batch, rollouts) if ids[index] not in is_stored}
 
     weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)
-    with path.open("a") as file, weights as fused_weights, \
-            closing(map_in_threads(draw, todo, workers)) as drawn:
-        bar = progress_bar(drawn, label, total=len(batches), initial=len(batches) - len(todo))
-        for rollouts, (number, batch) in zip(bar, todo):
-            for index, completions in zip(batch, rollouts):
-                name = ids[index]
-                if name not in is_stored:
-                    with one_at_a_time:
-                        texts = policy.processor.batch_decode(
-                            completions, skip_special_tokens=True)
-                    file.write(json.dumps({"id": name, "replies": texts}) + "\n")
-                    is_stored.add(name)
-            file.flush()
-            os.fsync(file.fileno())
-            if number % 8 == 7:
-                release_memory()
-    stored = load_replies(path)
-    return {name: stored[name] for name in ids}
+    with weights as fused_weights, closing(map_in_threads(draw, todo, workers)) as drawn:
+        yield from drawn
 
 
-def _served_replies(served: ServedModel, samples: Sequence[Sample], path: Path,
-                    is_stored: set[str], replies: int, sampling: SamplingOptions,
-                    label: str) -> dict[str, list[str]]:
-    """As `sample_replies`, from servers. is_stored: ids that the file holds already."""
-    ids = [sample.id for sample in samples]
-    questions = (Question(samples[index], replies) for index, name in enumerate(ids)
-                 if name not in is_stored)
-    n_stored = sum(name in is_stored for name in ids)
-    with path.open("a") as file, closing(served.ask(questions, sampling)) as answers:
-        for question, drawn in progress_bar(answers, label, total=len(ids), initial=n_stored):
-            line = {"id": question.sample.id, "replies": [reply.text for reply in drawn]}
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    stored = load_replies(path)
-    return {name: stored[name] for name in ids}
+def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterator:
+    """function(part) for every part, in their order, `threads` at a time.
+
+    A step of a small model is hundreds of operations that are too short for all cores of a CPU to
+    share: two of them side by side, on half of the cores each, take less time than one after the
+    other. With one thread, or with a GPU, the calls are made in this thread. The caller sees to it
+    that no call changes what another one reads.
+    """
+    if threads == 1 or torch.cuda.is_available():
+        yield from map(function, parts)
+        return
+    cores = torch.get_num_threads()
+    share = max(1, cores // threads)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,))
+    try:
+        yield from pool.map(function, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)  # part of what a thread sets is set for all
 
 
-def _cut_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+def _cut_batches(samples: Sequence[Sample]) -> list[list[int]]:
     """The indices of samples by number of images, questions about the same images side by side."""
     keys, first_id = [], {}
     for sample in samples:
@@ -163,7 +182,7 @@ def _cut_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
         keys.append((len(sample.images), key, sample.id))
     order = sorted(range(len(keys)),
                    key=lambda index: (keys[index][0], first_id[keys[index][1]], keys[index][2]))
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [order[i:i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
 
 
 def _image_list_key(sample: Sample) -> int | str:

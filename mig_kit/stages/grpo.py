@@ -45,13 +45,13 @@ from mig_kit.engine.processors import describe_other_format
 from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.recipe_trainer import KeepRollouts, RecipeTrainer, ResumableGRPOTrainer
 from mig_kit.engine.reward_loading import Score, load_rewards, score_functions
-from mig_kit.engine.rollout_log import draw_first_rollouts
 from mig_kit.engine.served_rollouts import (
     SAMPLING_CURVES,
     SERVED_ADAPTERS,
     ServedRollouts,
     StopIfServerIsStale,
 )
+from mig_kit.engine.stored_replies import draw_first_rollouts
 from mig_kit.engine.training import (
     LiveCurves,
     ProgressLines,

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +16,7 @@ from teacher_server import TeacherServer, completion
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.cli import cli
-from mig_kit.engine import commands, model_folders, models, systems
-from mig_kit.engine.reply_files import sample_replies
+from mig_kit.engine import commands, model_folders, models, reply_files
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer, format_answers
 from mig_kit.score.run_benchmark import RUNNABLE
@@ -249,8 +247,7 @@ def read_responses(out):
 
 def test_a_killed_call_goes_on(own_task, random_folder, float32, tmp_path, monkeypatch):
     """What it has asked is not asked again; a line that the kill cut is."""
-    sample_one = partial(sample_replies, batch_size=1)
-    monkeypatch.setattr(systems, "sample_replies", sample_one)
+    monkeypatch.setattr(reply_files, "BATCH_SIZE", 1)
     model, out = eval_model.AskedModel(random_folder, BOX_FORMAT), tmp_path / "out"
     eval_model.evaluate_model(model, own_task, float32, out, PARAMS)
     before = read_responses(out)

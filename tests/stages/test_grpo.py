@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou, to_model_box
-from mig_kit.engine import models, recipe_trainer, reward_loading, rollout_log, training
+from mig_kit.engine import models, recipe_trainer, reward_loading, stored_replies, training
 from mig_kit.engine.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS
@@ -139,11 +139,11 @@ def test_rollouts_are_kept_and_change_nothing(tmp_path, make_trainer, monkeypatc
         torch.manual_seed(0)
         trainer.train()
     check_same_training(*trainers)
-    rows = rollout_log.load_rollouts(tmp_path / "1")
+    rows = stored_replies.load_rollouts(tmp_path / "1")
     assert [row["step"] for row in rows] == [step for step in (0, 1, 2) for _ in range(16)]
     assert {row["prompt"] for row in rows} == {0, 6, 13, 20}
     assert all(row["rewards"].keys() == {"format", "image", "box", "choice"} for row in rows)
-    assert {row["step"] for row in rollout_log.load_rollouts(tmp_path / "99")} == {0, 2}
+    assert {row["step"] for row in stored_replies.load_rollouts(tmp_path / "99")} == {0, 2}
     curves = grpo.training_curves(trainers[1].state.log_history)
     assert all(row["method"] + row["finding"] + row["evidence"] == 1 for row in curves)
 
@@ -155,12 +155,12 @@ def test_no_step_is_kept_twice(tmp_path, make_trainer, monkeypatch):
     first = make_trainer(tmp_path, max_steps=3)
     first.add_callback(training.StopAfter(1))
     training.train_or_resume(first, tmp_path)
-    rows = rollout_log.load_rollouts(tmp_path)
+    rows = stored_replies.load_rollouts(tmp_path)
     later = [{**row, "step": 2, "reply": "of a step that was lost"} for row in rows[:16]]
     text = "".join(json.dumps(row) + "\n" for row in rows + later)
-    (tmp_path / rollout_log.ROLLOUTS).write_text(text)
+    (tmp_path / stored_replies.ROLLOUTS).write_text(text)
     training.train_or_resume(make_trainer(tmp_path, max_steps=3), tmp_path)
-    resumed = rollout_log.load_rollouts(tmp_path)
+    resumed = stored_replies.load_rollouts(tmp_path)
     assert [row["step"] for row in resumed] == [step for step in range(4) for _ in range(16)]
     assert resumed[:32] == rows and "lost" not in str(resumed)
 

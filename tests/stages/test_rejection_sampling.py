@@ -17,7 +17,12 @@ from mig_kit.stats import pass_at_k
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
-OPTIONS = {"replies": 2, "temperature": 1.0, "max_new_tokens": 6, "batch_size": 3, "seed": 1}
+OPTIONS = {"replies": 2, "temperature": 1.0, "max_new_tokens": 6, "seed": 1}
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(reply_files, "BATCH_SIZE", 3)
 
 
 @pytest.mark.parametrize("correct,total,k", [(0, 8, 3), (1, 8, 1), (3, 8, 2), (8, 8, 4), (2, 5, 4)])
@@ -72,13 +77,15 @@ def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_policy, sampl
 
 
 @pytest.mark.slow
-def test_batches_side_by_side_give_the_same_replies(tmp_path, random_policy, samples):
+def test_batches_side_by_side_give_the_same_replies(tmp_path, random_policy, samples, monkeypatch):
     policy = replace(random_policy, hardware=replace(random_policy.hardware, autocast=True))
-    options = OPTIONS | {"batch_size": 2}
+    monkeypatch.setattr(reply_files, "BATCH_SIZE", 2)
     alone, parallel = tmp_path / "alone.jsonl", tmp_path / "parallel.jsonl"
-    replies = reply_files.sample_replies(policy, samples, alone, **options)
+    monkeypatch.setattr(reply_files, "CPU_WORKERS", 1)
+    replies = reply_files.sample_replies(policy, samples, alone, **OPTIONS)
+    monkeypatch.setattr(reply_files, "CPU_WORKERS", 2)
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    assert reply_files.sample_replies(policy, samples, parallel, **options, workers=2) == replies
+    assert reply_files.sample_replies(policy, samples, parallel, **OPTIONS) == replies
     assert parallel.read_bytes() == alone.read_bytes()
     after = policy.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -108,15 +115,17 @@ def test_questions_about_the_same_images_are_asked_together(tmp_path, random_pol
     questions = [replace(samples[i], id=f"{turn}/{i}", question="Where?" * (1 + turn))
                  for turn in range(3) for i in range(3)]
     options = OPTIONS | {"replies": 1, "temperature": 0.0}
+    monkeypatch.setattr(reply_files, "BATCH_SIZE", 1)
     alone = reply_files.sample_replies(random_policy, questions, tmp_path / "alone.jsonl",
-                                    **(options | {"batch_size": 1}))
-    batches, generate = [], generation.generate_rollouts
+                                       **options)
+    monkeypatch.setattr(reply_files, "BATCH_SIZE", 3)
+    batches, generate = [], generation._generate_round
 
     def record_prompts(model, processor, prompts, *arguments):
         batches.append(prompts)
         return generate(model, processor, prompts, *arguments)
 
-    monkeypatch.setattr(generation, "generate_rollouts", record_prompts)
+    monkeypatch.setattr(generation, "_generate_round", record_prompts)
     together = reply_files.sample_replies(random_policy, questions, tmp_path / "together.jsonl",
                                        **options)
     assert together == alone

@@ -1,4 +1,4 @@
-"""Threads side by side."""
+"""Batches of replies side by side; the files themselves: stages/test_rejection_sampling.py."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from mig_kit.engine import parallel
+from mig_kit.engine import reply_files
 
 
 def test_threads_share_the_cores_and_keep_the_order():
@@ -21,10 +21,10 @@ def test_threads_share_the_cores_and_keep_the_order():
 
     try:
         torch.set_num_threads(4)
-        in_pairs = list(parallel.map_in_threads(count_cores_in_pairs, range(6), 2))
+        in_pairs = list(reply_files.map_in_threads(count_cores_in_pairs, range(6), 2))
         assert in_pairs == [(part, 2) for part in range(6)]
         assert torch.get_num_threads() == 4
-        assert list(parallel.map_in_threads(count_cores, range(2), 1)) == [(0, 4), (1, 4)]
+        assert list(reply_files.map_in_threads(count_cores, range(2), 1)) == [(0, 4), (1, 4)]
     finally:
         torch.set_num_threads(cores)
 
@@ -39,5 +39,5 @@ def test_an_error_in_a_thread_is_raised_and_ends_the_rest():
         done.append(part)
 
     with pytest.raises(KeyError, match="part 1"):
-        list(parallel.map_in_threads(fail_at_1, range(40), 2))
+        list(reply_files.map_in_threads(fail_at_1, range(40), 2))
     assert len(done) < 39 and torch.get_num_threads() == cores
