@@ -20,10 +20,11 @@ PROMPTS_AT_ONCE = 4  # prompts that `reply_logps` holds in memory
 def prompt_source(processor: StillImageProcessor, box_format: BoxFormat,
                   sample: Sample) -> PromptSource:
     """The sample's prompt, which a `PromptCache` renders when it needs it. Its key is the sample's
-    id, so one cache takes samples of one data set.
+    suite and id, so one cache takes samples of one data set, or of several suites.
     """
-    return PromptSource(sample.id, partial(render_prompt, processor, sample, box_format),
-                        sample.images, sample.sizes, partial(image_digests, sample.images))
+    return PromptSource((sample.suite, sample.id),
+                        partial(render_prompt, processor, sample, box_format), sample.images,
+                        sample.sizes, partial(image_digests, sample.images))
 
 
 class SampleCache(PromptCache):

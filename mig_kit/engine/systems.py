@@ -13,7 +13,6 @@ from mig_kit.engine.reply_files import open_policy, sample_replies
 from mig_kit.engine.sample_prompts import SampleCache, make_cache, reply_logps
 from mig_kit.engine.server import ServedModel
 from mig_kit.sample import Sample
-from mig_kit.shared_prefix.prompt_cache import MAX_BYTES
 
 KL_SAMPLES = 10  # of a suite
 
@@ -28,35 +27,31 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     the order of `samples`; a sample without drawn replies has []. With `params.server` each system
     is served in its turn.
     """
-    caches: dict[str, SampleCache] = {}
+    cache: SampleCache | None = None
     replies: dict[str, dict] = {}
     for system, model in models.items():
-        for cache in caches.values():
+        if cache:
             cache.release()  # so that two models need not be in memory at a time
         release_memory()
         with open_policy(model, system, hardware, box_format, folder.parent, params) as policy:
-            replies[system] = _system_replies(policy, system, caches, samples, drawn_samples,
+            if cache:  # no stage trains the vision tower: all systems see the same
+                cache.serve(policy.model)
+            elif isinstance(policy, Policy):
+                cache = make_cache(policy)
+            replies[system] = _system_replies(policy, system, cache, samples, drawn_samples,
                                               folder, params)
             policy = None  # frees the system before the next
     return replies
 
 
-def _system_replies(policy: Policy | ServedModel, system: str, caches: dict[str, SampleCache],
+def _system_replies(policy: Policy | ServedModel, system: str, cache: SampleCache | None,
                     samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
                     folder: Path, params: SimpleNamespace) -> dict:
-    """One system's part of `suite_replies`; caches: by suite, filled here."""
-    for cache in caches.values():  # no stage trains the vision tower: all systems see the same
-        cache.serve(policy.model)
+    """One system's part of `suite_replies`; cache: of a policy."""
     answers = {}
     for suite, suite_samples in samples.items():
-        cache = None
-        if isinstance(policy, Policy):
-            share = MAX_BYTES // len(samples)  # all suites' caches stay until the last system
-            cache = caches[suite] if suite in caches else make_cache(policy, max_bytes=share)
-            caches[suite] = cache
-
         def ask(kind: str, questions: list[Sample], count: int, temperature: float,
-                cache=cache, name=f"{system}_{suite}") -> dict[str, list[str]]:
+                name=f"{system}_{suite}") -> dict[str, list[str]]:
             return sample_replies(
                 policy, questions, folder / f"{name}_{kind}.jsonl", replies=count,
                 temperature=temperature, max_new_tokens=params.max_new_tokens, seed=params.seed,

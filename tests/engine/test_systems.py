@@ -19,16 +19,16 @@ def test_replies_are_spread_over_the_samples_that_have_drawn_ones(monkeypatch):
     assert systems._spread_replies(samples, drawn) == [("a", "1"), ("d", "4")]
 
 
-def test_caches_of_all_suites_share_one_limit_in_bytes(tmp_path, random_folder, float32,
-                                                        stage_params, monkeypatch):
-    limits = []
-    monkeypatch.setattr(systems, "make_cache", lambda policy, max_bytes: limits.append(max_bytes))
-    monkeypatch.setattr(systems, "sample_replies", lambda *arguments, **more: {})
+def test_all_suites_and_systems_share_one_cache(tmp_path, random_folder, float32, stage_params,
+                                               monkeypatch):
+    caches = []
+    monkeypatch.setattr(systems, "sample_replies",
+                        lambda *arguments, cache, **more: caches.append(cache) or {})
     params = stage_params("06_evaluate", replies=0)
-    suites = {"mig_bench": [], "blink": [], "mmiu": [], "own": []}
-    systems.suite_replies({"base": random_folder}, suites, suites, float32, BOX_FORMAT,
-                          tmp_path / "replies", params)
-    assert limits == [2**29] * 4
+    suites = {"mig_bench": [], "own": []}
+    systems.suite_replies({"base": random_folder, "sft": random_folder}, suites, suites, float32,
+                          BOX_FORMAT, tmp_path / "replies", params)
+    assert len(caches) == 4 and len(set(map(id, caches))) == 1
 
 
 def test_kl_by_hand():
@@ -48,7 +48,7 @@ def test_a_system_that_has_moved_is_away_from_the_base(tmp_path, random_folder, 
         parameter.data += 0.1 * torch.randn_like(parameter) * parameter.std()
     models.save_model(random_policy.model, random_policy.processor, tmp_path / "sft", random_folder)
     samples = {"mig_bench": [make_sample("diff", "test", i) for i in range(6)]}
-    options = {"replies": 1, "temperature": 1.0, "max_new_tokens": 8, "batch_size": 6, "seed": 0}
+    options = {"replies": 1, "temperature": 1.0, "max_new_tokens": 8, "seed": 0}
     drawn = reply_files.sample_replies(random_policy, samples["mig_bench"],
                                        tmp_path / "drawn.jsonl",
                                     **options)
