@@ -6,7 +6,7 @@ its adapter and written. The peak is a shard and a few copies of the largest ten
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from mig_kit.engine.model_folders import (
     find_file,
     load_config,
 )
-from mig_kit.engine.models import FULL_PRECISION_MODULES, Hardware
+from mig_kit.engine.models import ADAPTED_PROJECTIONS, FULL_PRECISION_MODULES, Hardware
 from mig_kit.engine.processors import StillImageProcessor
 
 SHARD_BYTES = 2 * 2**30
@@ -187,3 +187,31 @@ def write_settings(model, base: str | Path, folder: Path, dtype: torch.dtype) ->
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     copy_unchanged_files(base, folder)
+
+
+def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
+    """The weight of the first adapted projection of the language model's first layer, (outputs,
+    inputs) float32.
+
+    lora_targets: a key of ADAPTED_PROJECTIONS.
+    """
+    tensors = locate_tensors(base)
+    name = _first_projection([name.removesuffix(".weight") for name in tensors], lora_targets)
+    return read_tensor(tensors, f"{name}.weight").float()
+
+
+def read_adapter(adapter: Path,
+                 lora_targets: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(A, B, alpha / r * B A) that an adapter has for the matrix of `read_projection`; float32."""
+    modules = read_lora(adapter)
+    a, b, scale = modules[_first_projection(modules, lora_targets)]
+    return a.float(), b.float(), compute_delta(a, b, scale, "cpu")
+
+
+def _first_projection(names: Iterable[str], lora_targets: str) -> str:
+    """The name of the first adapted projection that the language model's first layer has."""
+    # Qwen3.5 has a layer more under mtp, which predicts further tokens and is never loaded
+    in_first_layer = [name for name in names
+                      if "layers.0." in name and not name.startswith("mtp.")]
+    return next(name for projection in ADAPTED_PROJECTIONS[lora_targets]
+                for name in in_first_layer if name.endswith(f".{projection}"))

@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import Policy
-from mig_kit.engine.processors import StillImageProcessor, check_image_grids, render_prompt
+from mig_kit.engine.models import TINY_BASE, Policy, resolve_model
+from mig_kit.engine.processors import (
+    StillImageProcessor,
+    check_image_grids,
+    load_processor,
+    render_prompt,
+)
 from mig_kit.image_files import image_digests
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.logprobs import completion_logps
@@ -76,3 +82,22 @@ def _reply_logps(model, processor: StillImageProcessor, samples: list[Sample], r
     prompt_index = torch.arange(len(samples), device=device)
     logps, _ = completion_logps(model, prompts, prompt_index, ids, mask)
     return logps[mask.bool()].float().cpu()
+
+
+def read_prompt(base_model: str, sample: Sample,
+                box_format: BoxFormat) -> tuple[list[str], list[tuple[int, int]]]:
+    """The sample's prompt as tokens, each as text, in which every image takes its places; and the
+    (width, height) at which each image is seen, pixels.
+
+    base_model: as the parameter of 01. The processor is that of a folder; for a hub name the tiny
+    base's, so that nothing is downloaded.
+    """
+    folder = resolve_model(base_model)
+    processor = load_processor(folder if isinstance(folder, Path) else TINY_BASE, box_format)
+    text = render_prompt(processor, sample, box_format)
+    inputs = processor(text=[text], images=list(sample.images), return_tensors="pt")
+    tokens = [processor.tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist()]
+    patch = processor.image_processor.patch_size
+    sizes = [(columns * patch, rows * patch)
+             for _, rows, columns in inputs["image_grid_thw"].tolist()]
+    return tokens, sizes

@@ -22,8 +22,8 @@ Name = tuple[str, str]  # (module, definition); (module, "") is the module itsel
 PLUMBING = "mig_kit.pipeline"
 # what no result follows from: packages and modules that keep runs, show something or check it
 NOT_PART_OF_A_KEY = (
-    PLUMBING, "mig_kit.drawing", "mig_kit.engine.lesson_parts", "mig_kit.stages.report",
-    "mig_kit.stages.report_gallery", "mig_kit.stages.sanity_checks")
+    PLUMBING, "mig_kit.drawing", "mig_kit.stages.report", "mig_kit.stages.report_gallery",
+    "mig_kit.stages.sanity_checks")
 STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}  # all of that counts but PLUMBING
 # of cells: those that only draw, and mathematics by hand that no later cell uses
 TAGS_OUTSIDE = {"parameters", "picture", "lesson"}

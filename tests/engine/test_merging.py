@@ -89,3 +89,32 @@ def test_tensors_are_found_by_their_index_or_refused(tmp_path):
     assert merging.read_tensor(source, "old name of b", "b").tolist() == [0.0, 0.0]
     with pytest.raises(KeyError, match="the base has no tensor c"):
         merging.read_tensor(source, "c")
+
+
+@pytest.mark.parametrize(("targets", "part", "shape"), [
+    ("all", "self_attn.q_proj", (256, 256)), ("gate_up", "mlp.gate_proj", (704, 256))])
+def test_the_matrix_is_the_first_adapted_one(targets, part, shape, float32):
+    model = models.load_model(models.TINY_BASE, float32)
+    weight = merging.read_projection(models.TINY_BASE, targets)
+    loaded = model.model.language_model.layers[0].get_submodule(part).weight
+    assert weight.shape == shape and torch.equal(weight, loaded)
+
+
+def test_the_matrix_is_of_no_layer_that_is_never_loaded(tmp_path):
+    ones = torch.ones(2, 2)
+    save_file({"mtp.layers.0.self_attn.q_proj.weight": ones * 9,
+               "model.language_model.layers.0.linear_attn.in_proj_qkv.weight": ones},
+              tmp_path / "model.safetensors")
+    assert torch.equal(merging.read_projection(tmp_path, "all"), ones)
+
+
+def test_the_adapter_of_the_matrix_is_alpha_over_r_times_b_a(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "x"}')
+    prefix = "base_model.model.model.language_model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 2.0]])
+    save_file({prefix.format(0, "A"): a, prefix.format(0, "B"): b, prefix.format(1, "A"): a * 9,
+               prefix.format(1, "B"): b * 9}, tmp_path / "adapter_model.safetensors")
+    read_a, read_b, delta = merging.read_adapter(tmp_path, "all")
+    assert torch.equal(read_a, a) and torch.equal(read_b, b)
+    assert delta.tolist() == [[2.0, 4.0]]

@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.engine import models, training
+from mig_kit.boxes import BoxFormat, Coordinates, seen_size
+from mig_kit.engine import models, sample_prompts, training
 from mig_kit.engine.model_folders import load_config
 from mig_kit.pipeline.params import stage_parameters
 from mig_kit.prompts import chat_messages
+from mig_kit.world.tasks import make_sample
 
 NORMALIZED = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
 
@@ -211,3 +212,13 @@ def test_another_kind_of_model_is_refused(tmp_path, random_folder, float32):
     (tmp_path / "model" / "tokenizer.json").unlink()  # which nobody should have to find first
     with pytest.raises(ValueError, match="is a llama; .* --server URL .* mig-kit score"):
         models.load_model(tmp_path / "model", float32)
+
+
+@pytest.mark.parametrize("base_model", ["tiny", "Qwen/Qwen2.5-VL-7B-Instruct"])
+def test_every_image_takes_a_token_for_each_square_of_28_pixels(base_model):
+    sample = make_sample("diff", "val", 0)
+    tokens, sizes = sample_prompts.read_prompt(base_model, sample, BoxFormat())
+    assert sizes == [seen_size(size, BoxFormat()) for size in sample.sizes]
+    n_squares = sum(width * height // 28**2 for width, height in sizes)
+    assert tokens.count("<|image_pad|>") == n_squares > 2
+    assert sample.question in "".join(tokens)
