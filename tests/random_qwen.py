@@ -65,15 +65,13 @@ def write_random_weights(folder: Path) -> None:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    shards = merging.plan_shards(model, torch.bfloat16)
-    index = {}
-    for number, names in enumerate(shards, 1):
-        file = merging.shard_name(number, len(shards))
-        shard = {saved: random_weight(saved, shapes[name]) for saved, name in names.items()}
+    names, shards = merging.plan_shards(model, torch.bfloat16)
+    for file, saved_names in shards.filename_to_tensors.items():
+        shard = {saved: random_weight(saved, shapes[names[saved]]) for saved in saved_names}
         save_file(shard, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        (folder / merging.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    if shards.is_sharded:
+        index = {"metadata": {}, "weight_map": shards.tensor_to_filename}
+        (folder / merging.INDEX).write_text(json.dumps(index))
 
 
 def random_weight(name: str, shape: torch.Size) -> torch.Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
@@ -54,11 +55,11 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     source = locate_tensors(base)
-    shards = plan_shards(model, hardware.dtype, source)
-    total = 0
-    for number, names in enumerate(shards, 1):
+    names, shards = plan_shards(model, hardware.dtype, source)
+    for file, saved_names in shards.filename_to_tensors.items():
         shard = {}
-        for saved_name, name in names.items():
+        for saved_name in saved_names:
+            name = names[saved_name]
             weight = read_tensor(source, saved_name, name).to(hardware.device, hardware.dtype)
             module_name = name.removesuffix(".weight")
             if four_bit and module_name in linear and name.endswith(".weight"):
@@ -67,14 +68,12 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
                 weight = weight + compute_delta(*lora[module_name], hardware.device).to(
                     weight.dtype)
             shard[saved_name] = weight.cpu().contiguous()
-            total += shard[saved_name].nbytes
-        save_file(shard, temporary / shard_name(number, len(shards)), metadata={"format": "pt"})
+        save_file(shard, temporary / file, metadata={"format": "pt"})
         del shard
         release_memory()
-    if len(shards) > 1:
-        files = {saved_name: shard_name(number, len(shards))
-                 for number, names in enumerate(shards, 1) for saved_name in names}
-        write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    if shards.is_sharded:
+        write_json(temporary / INDEX, {"metadata": shards.metadata,
+                                       "weight_map": shards.tensor_to_filename})
     write_settings(model, base, temporary, hardware.dtype)
     processor.save_image_settings(temporary)
     apply_umask(temporary)
@@ -125,31 +124,25 @@ def read_lora(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, floa
 
 
 def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
-                source: Collection[str] = ()) -> list[dict[str, str]]:
-    """Shards of at most SHARD_BYTES, each name in the file -> name in the model.
+                source: Collection[str] = ()) -> tuple[dict[str, str], StateDictSplit]:
+    """(name in a file -> name in the model, the files of at most SHARD_BYTES).
 
     model: its tensors may be on the meta device. A tied head is not in the file. source: names in
     the base's files; experts that are one tensor there stay one.
     """
     is_tied = model.config.tie_word_embeddings
-    shards, size = [{}], 0
+    names, tensors = {}, {}
     for name, tensor in model.state_dict().items():
         if is_tied and name == "lm_head.weight":
             continue
-        saved_names = list(revert_weight_conversion(model, {name: tensor}))
-        if len(saved_names) > 1 and name in source:
-            saved_names = [name]
-        size += tensor.numel() * dtype.itemsize
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = tensor.numel() * dtype.itemsize
-        shards[-1] |= dict.fromkeys(saved_names, name)
-    return shards
-
-
-def shard_name(number: int, shards: int) -> str:
-    """The file of shard `number`, from 1, of so many."""
-    return f"model-{number:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+        tensor = tensor.to("meta", dtype)
+        saved = revert_weight_conversion(model, {name: tensor})
+        if len(saved) > 1 and name in source:
+            saved = {name: tensor}
+        # a view would count as the whole tensor
+        tensors |= {saved_name: part.clone() for saved_name, part in saved.items()}
+        names |= dict.fromkeys(saved, name)
+    return names, split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
 
 
 def locate_tensors(base: str | Path) -> dict[str, Path]:
