@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import apply_umask, model_folder
+from mig_kit.common import apply_umask, model_folder, release_memory
 from mig_kit.engine.model_folders import (
     FAMILIES,
     VisionLanguageModel,
@@ -31,7 +31,7 @@ from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 if TYPE_CHECKING:
-    from peft import PeftModel  # takes seconds to import, and most stages have no adapter
+    from peft import PeftModel  # takes seconds to import, and most stages train no adapter
 
 TINY_BASE = model_folder("tiny")
 TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
@@ -158,18 +158,8 @@ def run_tower_without_graph(model: VisionLanguageModel) -> None:
     Gradient checkpointing makes the patches require a gradient, so that a backward pass would go
     through the whole tower, whose weights take none.
     """
-    before: list[bool] = []
-
-    def enter(*_) -> None:
-        before.append(torch.is_grad_enabled())
-        torch.set_grad_enabled(False)
-
-    def leave(*_) -> None:
-        torch.set_grad_enabled(before.pop())
-
     tower = model.model.visual
-    tower.register_forward_pre_hook(enter)
-    tower.register_forward_hook(leave, always_call=True)
+    tower.forward = torch.no_grad()(tower.forward)
 
 
 class PatchProduct(torch.nn.Module):
@@ -247,6 +237,46 @@ def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
     """
     processor = load_processor(folder, box_format)  # first: it takes no minutes to refuse
     return Policy(load_model(folder, hardware, four_bit), processor, hardware, box_format)
+
+
+def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat) -> Policy:
+    """The frozen 4-bit base, ready to carry an adapter.
+
+    On a CPU that multiplies in bfloat16, what passes between the language model's layers is
+    bfloat16, too: in float32, a quarter of a step goes into conversions. The vision tower, which
+    locates, keeps float32. With hardware.dtype bfloat16 it is bfloat16, too.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    policy = load_policy(base, hardware, box_format, four_bit=True)
+    # whether layers are checkpointed, the trainer's gradient_checkpointing says
+    model = prepare_model_for_kbit_training(policy.model, use_gradient_checkpointing=False)
+    run_tower_without_graph(model)
+    if hardware.autocast or hardware.dtype == torch.bfloat16:
+        for name, parameter in model.named_parameters():
+            keeps_float32 = hardware.autocast and "visual" in name
+            if parameter.dtype == torch.float32 and not keeps_float32:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    policy.model = model
+    release_memory()  # of the copies in float32, gigabytes in a real model
+    return policy
+
+
+def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
+                        box_format: BoxFormat) -> Policy:
+    """The 4-bit base under a saved adapter that goes on being trained, without dropout.
+
+    Raises ValueError as `check_adapters`.
+    """
+    from peft import LoraConfig, PeftModel
+
+    policy = load_four_bit_policy(base, hardware, box_format)
+    config = LoraConfig.from_pretrained(adapter)
+    config.lora_dropout, config.inference_mode = 0.0, False
+    policy.model = train_mode_for_4bit_layers(
+        PeftModel.from_pretrained(policy.model, adapter, is_trainable=True, config=config))
+    check_adapters(policy.model)
+    return policy
 
 
 def check_adapters(model: torch.nn.Module) -> list[str]:

@@ -37,12 +37,12 @@ from mig_kit.engine.models import (
     Policy,
     check_adapters,
     choose_hardware,
+    load_adapter_policy,
     load_policy,
     resolve_model,
 )
 from mig_kit.engine.one_group import keep_global_state
 from mig_kit.engine.processors import describe_other_format
-from mig_kit.engine.qlora import load_adapter_policy
 from mig_kit.engine.recipe_trainer import KeepRollouts, RecipeTrainer, ResumableGRPOTrainer
 from mig_kit.engine.reward_loading import Score, load_rewards, score_functions
 from mig_kit.engine.served_rollouts import (

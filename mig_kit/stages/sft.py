@@ -19,9 +19,14 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import apply_chat_template
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import Hardware, Policy, check_adapters, choose_hardware
+from mig_kit.engine.models import (
+    Hardware,
+    Policy,
+    check_adapters,
+    choose_hardware,
+    load_four_bit_policy,
+)
 from mig_kit.engine.processors import describe_other_format
-from mig_kit.engine.qlora import load_four_bit_policy
 from mig_kit.engine.sample_prompts import SampleCache, make_cache
 from mig_kit.engine.training import (
     KeepAdapterDtype,

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import merging, models, qlora, sample_prompts, training
+from mig_kit.engine import merging, models, sample_prompts, training
 from mig_kit.sample import write_samples
 from mig_kit.shared_prefix import decoding, generation
 from mig_kit.shared_prefix import trainer as trainer_module
@@ -110,7 +110,7 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
 @pytest.mark.slow
 def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_folder, float32,
                                             monkeypatch):
-    policy = qlora.load_adapter_policy(random_folder, adapter, float32, BOX_FORMAT)
+    policy = models.load_adapter_policy(random_folder, adapter, float32, BOX_FORMAT)
     assert policy.model.peft_config["default"].lora_dropout == 0.0
     samples = [make_sample("diff", "rl", i) for i in range(2)]
     trainer = grpo.grpo_trainer(policy, samples, tmp_path, params(start_from="adapter"))
