@@ -139,7 +139,7 @@ def test_log_probabilities_are_of_what_was_generated(folders, float32, questions
     written = written[0, ids["input_ids"].shape[1]:]
     tokenizer = policy.processor.tokenizer
     assert reply == "<think>\n" + tokenizer.decode(written)
-    logps = reply_logps(policy.model, policy.processor, questions[:1], [reply], BOX_FORMAT)
+    logps, = reply_logps(policy.model, policy.processor, questions[:1], [reply], BOX_FORMAT)
     assert len(logps) == len(tokenizer(tokenizer.decode(written))["input_ids"]) + 1
 
 

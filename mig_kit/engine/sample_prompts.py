@@ -51,37 +51,33 @@ class SampleCache(PromptCache):
                             for sample in samples])
 
 
-def make_cache(policy: Policy, **limits) -> SampleCache:
-    """A cache of prompts for the policy; limits: as of `PromptCache`."""
+def make_cache(policy: Policy) -> SampleCache:
+    """A cache of prompts for the policy."""
     return SampleCache(policy.model, policy.processor, policy.box_format,
-                       autocast=policy.hardware.autocast, **limits)
-
-
-def reply_logps(model, processor: StillImageProcessor, samples: list[Sample], replies: list[str],
-                box_format: BoxFormat) -> torch.Tensor:
-    """Log-probability of every token of the replies, one to each sample; (tokens,), float32.
-
-    PROMPTS_AT_ONCE prompts are in memory at a time.
-    """
-    starts = range(0, len(samples), PROMPTS_AT_ONCE)
-    parts = [slice(start, start + PROMPTS_AT_ONCE) for start in starts]
-    return torch.cat([_reply_logps(model, processor, samples[part], replies[part], box_format)
-                      for part in parts])
+                       autocast=policy.hardware.autocast)
 
 
 @torch.no_grad()
-def _reply_logps(model, processor: StillImageProcessor, samples: list[Sample], replies: list[str],
-                 box_format: BoxFormat) -> torch.Tensor:
-    device = unwrap_peft(model).device
-    prompts = SampleCache(model, processor, box_format).get(samples)
-    completions = [torch.tensor([*row, processor.tokenizer.eos_token_id])
-                   for row in processor.tokenize_replies(replies)]
-    longest = max(map(len, completions))
-    ids = pad_rows(completions, longest).to(device)
-    mask = pad_rows([torch.ones_like(row) for row in completions], longest).to(device)
-    prompt_index = torch.arange(len(samples), device=device)
-    logps, _ = completion_logps(model, prompts, prompt_index, ids, mask)
-    return logps[mask.bool()].float().cpu()
+def reply_logps(model, processor: StillImageProcessor, samples: list[Sample], replies: list[str],
+                box_format: BoxFormat) -> list[torch.Tensor]:
+    """Log-probabilities of the tokens of each reply, its end included, (tokens,) float32; one reply
+    to each sample.
+
+    PROMPTS_AT_ONCE prompts are in memory at a time.
+    """
+    device, values = unwrap_peft(model).device, []
+    for start in range(0, len(samples), PROMPTS_AT_ONCE):
+        part = slice(start, start + PROMPTS_AT_ONCE)
+        prompts = SampleCache(model, processor, box_format).get(samples[part])
+        completions = [torch.tensor([*row, processor.tokenizer.eos_token_id])
+                       for row in processor.tokenize_replies(replies[part])]
+        lengths = list(map(len, completions))
+        ids = pad_rows(completions, max(lengths)).to(device)
+        mask = pad_rows([torch.ones_like(row) for row in completions], max(lengths)).to(device)
+        prompt_index = torch.arange(len(prompts), device=device)
+        logps, _ = completion_logps(model, prompts, prompt_index, ids, mask)
+        values += logps[mask.bool()].float().cpu().split(lengths)
+    return values
 
 
 def read_prompt(base_model: str, sample: Sample,

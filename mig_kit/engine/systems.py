@@ -96,12 +96,9 @@ def _spread_replies(samples: list[Sample], drawn: Sequence[list[str]]) -> list[t
 
 
 def _reply_logps(policy: Policy, rows: list[tuple[Sample, str]]) -> list[np.ndarray]:
-    """Log-probabilities of the tokens of each reply, its end included."""
     samples, replies = map(list, zip(*rows))
     logps = reply_logps(policy.model, policy.processor, samples, replies, policy.box_format)
-    encoded = policy.processor.tokenize_replies(replies)
-    ends = np.cumsum([len(tokens) + 1 for tokens in encoded])
-    return np.split(logps.double().numpy(), ends[:-1])
+    return [values.double().numpy() for values in logps]
 
 
 def _summarize_kl(own: list[np.ndarray], base: list[np.ndarray]) -> dict:

@@ -74,7 +74,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
     processor = load_processor(base, box_format)
 
     def read_logps(model) -> torch.Tensor:
-        return reply_logps(model, processor, samples, replies, box_format)
+        return torch.cat(reply_logps(model, processor, samples, replies, box_format))
 
     compared = merged.with_name("compared")  # each method's model in turn; none is left
     trained_logps = read_logps(load_trained_model(base, adapter, hardware))

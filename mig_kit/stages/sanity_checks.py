@@ -58,11 +58,8 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
         return {"pairs": len(pairs), "gap": None, "error": None}
     texts = [reply for _, _, reply in pairs]
     own, others = (reply_logps(policy.model, policy.processor, [pair[side] for pair in pairs],
-                               texts, policy.box_format).double() for side in (0, 1))
-    # the gaps of all replies' tokens, each with its end token, cut into replies
-    lengths = [len(tokens) + 1 for tokens in policy.processor.tokenize_replies(texts)]
-    by_reply = np.split((own - others).numpy(), np.cumsum(lengths)[:-1])
-    gaps = [values.sum() for values in by_reply]
+                               texts, policy.box_format) for side in (0, 1))
+    gaps = [(a.double() - b.double()).numpy().sum() for a, b in zip(own, others)]
     gap, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
     if gap < 2 * error or gap <= 0:
         raise ValueError(

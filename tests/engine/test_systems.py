@@ -59,10 +59,9 @@ def test_a_system_that_has_moved_is_away_from_the_base(tmp_path, random_folder, 
     kl = systems.kl_from_base(folders, samples, replies, float32, BOX_FORMAT)
     assert kl["grpo"]["mig_bench"]["per_token"] == 0 and "base" not in kl
     rows = systems._spread_replies(samples["mig_bench"], replies["sft"]["mig_bench"]["drawn"])
-    own, base = (sample_prompts.reply_logps(models.load_model(folder, float32),
-                                            random_policy.processor,
-                                      [sample for sample, _ in rows], [text for _, text in rows],
-                                      BOX_FORMAT)
+    own, base = (torch.cat(sample_prompts.reply_logps(
+        models.load_model(folder, float32), random_policy.processor,
+        [sample for sample, _ in rows], [text for _, text in rows], BOX_FORMAT))
                  for folder in (tmp_path / "sft", random_folder))
     figures = kl["sft"]["mig_bench"]
     assert figures["per_token"] == pytest.approx((own - base).mean().item(), abs=1e-5)

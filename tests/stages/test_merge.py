@@ -87,9 +87,10 @@ def test_few_prompts_at_a_time_have_the_same_log_probabilities(random_model, pro
                                                                monkeypatch):
     replies = ["<think>Compare.</think>", "<think>Compare the two.</think>", "no"] * 2
     arguments = (random_model, processor, samples[:6], replies, BOX_FORMAT)
-    few_at_a_time = sample_prompts.reply_logps(*arguments)
+    few_at_a_time = torch.cat(sample_prompts.reply_logps(*arguments))
     monkeypatch.setattr(sample_prompts, "PROMPTS_AT_ONCE", 100)
-    assert torch.allclose(few_at_a_time, sample_prompts.reply_logps(*arguments), atol=1e-5)
+    at_once = torch.cat(sample_prompts.reply_logps(*arguments))
+    assert torch.allclose(few_at_a_time, at_once, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -84,7 +84,8 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
 
     def read_logps(model):
         processor = models.load_processor(random_folder, BOX_FORMAT)
-        return sample_prompts.reply_logps(model, processor, samples[:3], replies, BOX_FORMAT)
+        return torch.cat(sample_prompts.reply_logps(model, processor, samples[:3], replies,
+                                                    BOX_FORMAT))
 
     policy = grpo.load_start(float32, BOX_FORMAT, **start)
     trained = [name for name, parameter in policy.model.named_parameters()
