@@ -265,25 +265,28 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _logps(self, model, numbers, ids, mask):
         """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked.
 
-        numbers: (rows,) of the prompts. `micro_completions` completions, or a step's, are in memory
-        at a time: the reference's pass is over the completions of several steps.
+        numbers: (rows,) of the prompts. Only rows with tokens are read. `micro_completions`
+        completions, or a step's, are in memory at a time: the reference's pass is over the
+        completions of several steps.
         """
-        has_tokens = mask.any(1)
-        if not has_tokens.all():
-            return self._logps_of_rows(has_tokens.nonzero()[:, 0], model, numbers, ids, mask)
-        distinct, prompt_index = numbers.unique(return_inverse=True)
+        with_tokens = mask.any(1).nonzero()[:, 0]
+        # a loss needs something to differentiate
+        needs_leaf = torch.is_grad_enabled() and not len(with_tokens)
+        logps, entropies = torch.zeros(2, *ids.shape, device=ids.device,
+                                       requires_grad=needs_leaf).unbind()
+        distinct, prompt_index = numbers[with_tokens].unique(return_inverse=True)
         prompts = self._prompts_of(distinct.tolist())
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
         prompts = [prompts[index] for index in order]  # like lengths together: less padding
         prompt_index = torch.tensor(order, device=prompt_index.device).argsort()[prompt_index]
         at_once = max(1, (self.micro_completions or self.args.per_device_train_batch_size)
                       // self.num_generations)
-        logps, entropies = torch.zeros(2, *ids.shape, device=ids.device)
         for start in range(0, len(prompts), at_once):
-            part = ((prompt_index >= start) & (prompt_index < start + at_once)).nonzero()[:, 0]
-            length = min(ids.shape[1], pad_to_multiple(int(mask[part].sum(1).max())))
+            is_part = (prompt_index >= start) & (prompt_index < start + at_once)
+            rows = with_tokens[is_part]
+            length = min(ids.shape[1], pad_to_multiple(int(mask[rows].sum(1).max())))
             arguments = (self.accelerator.unwrap_model(model), prompts[start:start + at_once],
-                         prompt_index[part] - start, ids[part, :length], mask[part, :length],
+                         prompt_index[is_part] - start, ids[rows, :length], mask[rows, :length],
                          self.temperature)
             # the last part's backward pass comes first: its graph is in memory anyway
             is_last = start + at_once >= len(prompts)
@@ -293,18 +296,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 else:
                     values = checkpoint(completion_logps, *arguments, use_reentrant=False)
             padding = (0, ids.shape[1] - length)
-            logps, entropies = (total.index_copy(0, part, pad(value, padding))
+            logps, entropies = (total.index_copy(0, rows, pad(value, padding))
                                 for total, value in zip((logps, entropies), values))
         return logps, entropies
-
-    def _logps_of_rows(self, kept: torch.Tensor, model, numbers, ids, mask):
-        """As `_logps`, but only the rows `kept` are read; the others have no tokens."""
-        if not len(kept):  # a loss needs something to differentiate
-            return torch.zeros(2, *ids.shape, device=ids.device,
-                               requires_grad=torch.is_grad_enabled()).unbind()
-        values = self._logps(model, numbers[kept], ids[kept], mask[kept])
-        return tuple(torch.zeros(ids.shape, device=ids.device).index_copy(0, kept, value)
-                     for value in values)
 
     def _get_dataloader(self, dataset, *args, **kwargs):
         if isinstance(dataset, Dataset):
