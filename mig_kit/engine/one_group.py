@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from trl.trainer.utils import pad
 
 from mig_kit.engine.recipe_trainer import RecipeTrainer
 
@@ -41,25 +40,14 @@ def keep_global_state() -> Iterator[None]:
 def draw_group(trainer: RecipeTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """(replies, batch): num_generations replies to the trainer's first prompt, and their tokens.
 
-    batch: as the trainer's loss reads it, with prompt_ids (replies, 1), the prompt's number, and
-    completion_ids and completion_mask (replies, tokens), padded on the right.
+    batch: what the trainer makes of an update, as its loss reads it, with prompt_ids (replies, 1),
+    the prompt's number, and completion_ids and completion_mask (replies, tokens), padded on the
+    right.
     """
-    count, device = trainer.num_generations, trainer.accelerator.device
-    prompts = [trainer.train_dataset[0]["prompt"]] * count
-    numbers, images, fields = trainer._tokenize_prompts(prompts)
-    completions, _ = trainer._generate_single_turn(numbers, images, fields, count)
-    ids = [torch.tensor(completion) for completion in completions]
-
-    def pad_right(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-        return pad(rows, value, "right", trainer.pad_to_multiple_of).to(device)
-
-    completion_ids = pad_right(ids, trainer.processing_class.tokenizer.pad_token_id)
-    completion_mask = pad_right([torch.ones_like(row) for row in ids], 0)
-    prompt_ids = torch.tensor(numbers, device=device)
-    batch = {"prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids),
-             "completion_ids": completion_ids, "completion_mask": completion_mask,
-             "num_items_in_batch": completion_mask.sum()}
-    return trainer.processing_class.batch_decode(completions, skip_special_tokens=True), batch
+    rows = [trainer.train_dataset[0] for _ in range(trainer.num_generations)]
+    batch = trainer._generate_and_score_completions(rows)
+    decode = trainer.processing_class.batch_decode
+    return decode(batch["completion_ids"], skip_special_tokens=True), batch
 
 
 def token_logps(trainer: RecipeTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
