@@ -213,8 +213,8 @@ class Stage:
     """A running stage.
 
     attempt: where it writes; params: its validated parameters and those of the whole run; inputs:
-    what the earlier stages had made when it started; branch: of `load_branch`; marker: of
-    `attempts.open_attempt`; control: of `describe_control`.
+    what the earlier stages had made when it started; marker: of `attempts.open_attempt`; control:
+    of `describe_control`.
     """
 
     name: str
@@ -223,7 +223,6 @@ class Stage:
     params: dict
     key: str
     inputs: dict[str, dict[str, str]]
-    branch: dict
     marker: dict
     control: dict = field(default_factory=dict)
     started: float = field(default_factory=time.time)
@@ -272,7 +271,8 @@ class Stage:
         else:
             write_json(self.folder / "run.json", {
                 "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
-                "inputs": self.inputs, "branch": self.branch, "control": self.control,
+                "inputs": self.inputs, "control": self.control,
+                "branch": load_branch(self.run_id) if self.inputs else {},
                 "outputs": outputs,
                 "stats": {name: attempts.file_facts(path) for name, path in files.items()},
                 "summary": summary.replace(str(self.folder), str(self.final_folder)),
@@ -323,12 +323,11 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     inputs = {name: require_record(name, run_id, stage)["outputs"]
               for name in input_stages(stage, run_id, params)}
     key = key_of_facts(facts)
-    branch = load_branch(run_id) if inputs else {}
     for sentence in attempts.set_others_aside(stage, run_id, key, facts):
         print(sentence)
     folder, marker = attempts.open_attempt(stage, run_id, key, facts)
     begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), key, inputs,
-                  branch, marker, describe_control(params.get("control_run", "")))
+                  marker, describe_control(params.get("control_run", "")))
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 
