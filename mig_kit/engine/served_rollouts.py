@@ -191,11 +191,11 @@ class ServedRollouts:
 
 class StopIfServerIsStale(TrainerCallback):
     """Ends a training whose log-probabilities were more than MAX_DIFFERENCE from the server's, in
-    the mean, in the last `patience` updates that drew replies; checkpoints stay.
+    the mean, in the last three updates that drew replies; checkpoints stay.
     """
 
-    def __init__(self, patience: int = 3):
-        self.differences: deque[float] = deque(maxlen=patience)
+    def __init__(self):
+        self.differences: deque[float] = deque(maxlen=3)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Raise RuntimeError with one sentence, or do nothing."""
