@@ -36,12 +36,13 @@ def prompt_source(processor: StillImageProcessor, box_format: BoxFormat,
 class SampleCache(PromptCache):
     """A `PromptCache` that is asked for samples.
 
-    limits: as of `PromptCache`. `get` raises ValueError where the model sees an image at another
+    autocast: as of `PromptCache`. `get` raises ValueError where the model sees an image at another
     size than its boxes are computed for.
     """
 
-    def __init__(self, model, processor: StillImageProcessor, box_format: BoxFormat, **limits):
-        super().__init__(model, processor, **limits,
+    def __init__(self, model, processor: StillImageProcessor, box_format: BoxFormat,
+                 autocast: bool = False):
+        super().__init__(model, processor, autocast,
                          check_grids=partial(check_image_grids, processor, box_format))
         self.box_format = box_format
 

@@ -21,7 +21,8 @@ LARGE_IMAGE_PATCHES = 256
 PATCHES_AT_ONCE = 8192  # of large images in a batch
 SOURCES_AT_ONCE = 64  # whose texts are encoded together
 PIXELS_AT_ONCE = 2**24  # of images that are decoded and prepared together
-MAX_BYTES = 2 * 2**30  # of features that a stage keeps
+# of features and of prompts' tokens that a cache keeps, in the host's memory
+MAX_BYTES, MAX_TEXT_BYTES = 2 * 2**30, 2**28
 DEEPSTACK_MODELS = (Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration)
 
 
@@ -100,9 +101,8 @@ def tower_digest(model) -> bytes:
 class PromptCache:
     """Prompts by key and features by image; the least recently used are dropped first.
 
-    max_bytes: of features kept, in the host's memory; max_text_bytes: of the prompts' tokens. What
-    a call of `get` asks for is kept until it returns, but of its images PIXELS_AT_ONCE pixels are
-    decoded at a time.
+    MAX_BYTES and MAX_TEXT_BYTES are kept. What a call of `get` asks for is kept until it returns,
+    but of its images PIXELS_AT_ONCE pixels are decoded at a time.
 
     Large images go through the tower PATCHES_AT_ONCE patches at a time. autocast: compute images of
     LARGE_IMAGE_PATCHES or more in bfloat16. Smaller ones are computed in the tower's own dtype, all
@@ -113,11 +113,10 @@ class PromptCache:
     raise where the processor resizes them otherwise than the caller computes.
     """
 
-    def __init__(self, model, processor, max_bytes: int = MAX_BYTES, max_text_bytes: int = 2**28,
-                 autocast: bool = False,
+    def __init__(self, model, processor, autocast: bool = False,
                  check_grids: Callable[[torch.Tensor | None, list], None] | None = None):
         self.model, self.processor, self.check_grids = unwrap_peft(model), processor, check_grids
-        self.max_bytes, self.max_text_bytes, self.autocast = max_bytes, max_text_bytes, autocast
+        self.autocast = autocast
         self.texts: OrderedDict[Hashable, Prompt] = OrderedDict()  # by the source's key
         self.images: OrderedDict[bytes, ImageFeatures] = OrderedDict()  # by digest
         self.released_tower = b""  # digest of the tower of the model that was released
@@ -155,9 +154,9 @@ class PromptCache:
         self._compute_features(sources, [self.texts[source.key].image_digests
                                          for source in sources])
         prompts = [self._assemble(source.key) for source in sources]
-        _drop_least_recent(self.texts, self.max_text_bytes,
+        _drop_least_recent(self.texts, MAX_TEXT_BYTES,
                            lambda text: text.ids.nbytes + text.positions.nbytes)
-        _drop_least_recent(self.images, self.max_bytes, lambda image: image.features.nbytes)
+        _drop_least_recent(self.images, MAX_BYTES, lambda image: image.features.nbytes)
         return prompts
 
     def _assemble(self, key: Hashable) -> Prompt:

@@ -289,7 +289,8 @@ def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, sampl
     assert generate(everyone) != generate(everyone), "new numbers where none are given"
 
 
-def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples):
+def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples,
+                                                         monkeypatch):
     cache = SampleCache(random_model, processor, ABSOLUTE)
     images_seen, stock = [], random_model.model.visual.forward
 
@@ -303,7 +304,8 @@ def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor
     distinct = {pixel_digest(image) for sample in samples[:3] for image in sample.images}
     assert images_seen == [len(distinct)], "every image is seen once"
     assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
-    cache.max_text_bytes = sum(text.ids.nbytes + text.positions.nbytes for text in again)
+    n_bytes = sum(text.ids.nbytes + text.positions.nbytes for text in again)
+    monkeypatch.setattr(prompt_cache, "MAX_TEXT_BYTES", n_bytes)
     cache.get(samples[:1])
     kept = [text.ids for text in cache.texts.values()]
     assert all(map(torch.equal, kept, [again[1].ids, first[0].ids])) and len(kept) == 2
@@ -370,11 +372,12 @@ def test_a_question_with_an_image_token_is_one_sentence(random_model, processor,
 
 
 @pytest.mark.slow
-def test_features_stay_within_max_bytes(random_model, processor, samples):
-    roomy = SampleCache(random_model, processor, ABSOLUTE)
-    tight = SampleCache(random_model, processor, ABSOLUTE, max_bytes=2000)
-    for sample in [*samples[:4], *samples[:4]]:
-        expected, = roomy.get([sample])
+def test_features_stay_within_their_bytes(random_model, processor, samples, monkeypatch):
+    roomy, tight = (SampleCache(random_model, processor, ABSOLUTE) for _ in range(2))
+    all_expected = [prompt for sample in [*samples[:4], *samples[:4]]
+                    for prompt in roomy.get([sample])]
+    monkeypatch.setattr(prompt_cache, "MAX_BYTES", 2000)
+    for sample, expected in zip([*samples[:4], *samples[:4]], all_expected):
         prompt, = tight.get([sample])
         assert torch.allclose(expected.features, prompt.features, atol=1e-6)
         assert torch.equal(expected.ids, prompt.ids)
@@ -384,7 +387,8 @@ def test_features_stay_within_max_bytes(random_model, processor, samples):
 def test_images_are_prepared_a_few_at_a_time_and_texts_stay_within_their_bytes(
         random_model, processor, samples, monkeypatch):
     expected = SampleCache(random_model, processor, ABSOLUTE).get(samples[:4])
-    cache = SampleCache(random_model, processor, ABSOLUTE, max_text_bytes=1)
+    cache = SampleCache(random_model, processor, ABSOLUTE)
+    monkeypatch.setattr(prompt_cache, "MAX_TEXT_BYTES", 1)
     largest = max(width * height for sample in samples for width, height in sample.sizes)
     monkeypatch.setattr(prompt_cache, "PIXELS_AT_ONCE", 2 * largest)
     counts, add = [], cache._add_features
