@@ -30,46 +30,47 @@ def list_attempts(stage: str, run_id: str) -> list[Path]:
     return sorted((runs_root() / run_id).glob(f"{stage}.new-*"))
 
 
-def open_attempt(stage: str, run_id: str, key: str, facts: dict) -> tuple[Path, dict]:
+def open_attempt(stage: str, run_id: str, facts: dict) -> tuple[Path, dict]:
     """The folder in which an attempt goes on or begins, and its marker.
 
     What has finished with the same key is linked or copied into a new attempt, so that its cells
-    find all of it done. facts: of `store.stage_facts`. The marker is {"key", "facts", "spent"
-    (seconds of earlier attempts that this one goes on from), "repeats" (all was finished already)}.
+    find all of it done. facts: of `store.stage_facts`. The marker is {"facts", "spent" (seconds of
+    earlier attempts that this one goes on from), "repeats" (all was finished already)}.
     """
+    key = facts["key"]
     folder = attempt_folder(stage, run_id, key)
     marker = read_marker(folder)
     if marker.get("repeats"):  # another kernel's look at what has finished
         shutil.rmtree(folder)
         marker = {}
     if marker:
-        marker |= {"key": key, "facts": facts, "spent": seconds_spent(folder)}
+        marker |= {"facts": facts, "spent": seconds_spent(folder)}
     else:
         shutil.rmtree(folder, ignore_errors=True)  # half of a copy
         final = runs_root() / run_id / stage
         repeats = _copy_finished(final, folder, key)
         replaced = None if repeats else _copy_finished(final.with_name(f"{stage}.before"), folder,
                                                        key)
-        marker = {"key": key, "facts": facts, "repeats": bool(repeats),
+        marker = {"facts": facts, "repeats": bool(repeats),
                   "spent": replaced["seconds"] if replaced else 0.0}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MARKER, marker)
     return folder, marker
 
 
-def begin_anew(stage: str, run_id: str, key: str, facts: dict) -> None:
+def begin_anew(stage: str, run_id: str, facts: dict) -> None:
     """An empty attempt with this key, whatever there was of one, or has finished."""
-    folder = attempt_folder(stage, run_id, key)
+    folder = attempt_folder(stage, run_id, facts["key"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_json(folder / MARKER, {"key": key, "facts": facts, "spent": 0.0, "repeats": False})
+    write_json(folder / MARKER, {"facts": facts, "spent": 0.0, "repeats": False})
 
 
-def set_others_aside(stage: str, run_id: str, key: str, facts: dict) -> list[str]:
+def set_others_aside(stage: str, run_id: str, facts: dict) -> list[str]:
     """A sentence on each attempt with another key that cost minutes: what differs, and how to go on
     with it. Those that cost less are deleted.
     """
-    sentences, new = [], attempt_folder(stage, run_id, key)
+    sentences, new = [], attempt_folder(stage, run_id, facts["key"])
     for folder in list_attempts(stage, run_id):
         if folder == new:
             continue

@@ -74,7 +74,7 @@ def _prepare(stage: str, run_id: str, params: dict, force: bool) -> None:
     run = store.runs_root() / run_id
     store.lock_run(run)
     if force:
-        attempts.begin_anew(stage, run_id, store.key_of_facts(facts), facts)
+        attempts.begin_anew(stage, run_id, facts)
     store.unlock_run(run)
 
 

@@ -81,7 +81,7 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     """All that a stage's results follow from, by kind (KEY_FACTS), and of the code what it is, for
-    sentences.
+    sentences; "key": a hash of it all. A finished stage with another key is stale.
 
     These are its parameters but for EXECUTION_PARAMS and names of runs, the files, model and run
     that they name, what the stages before it made, and the code that it uses.
@@ -103,10 +103,11 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
         files |= {f"group {name}": _member_digest(name) for name in map(str.strip, members)}
     params = {name: value for name, value in params.items()
               if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
-    return {"parameter": params,
-            "file": {name: digest_json(value) for name, value in files.items()},
-            "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
-            **describe_code(stage, _chosen_rewards(stage, run_id, params))}
+    facts = {"parameter": params,
+             "file": {name: digest_json(value) for name, value in files.items()},
+             "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
+             **describe_code(stage, _chosen_rewards(stage, run_id, params))}
+    return {**facts, "key": digest_json([facts[kind] for kind in KEY_FACTS])}
 
 
 def _chosen_rewards(stage: str, run_id: str, params: dict) -> list[str]:
@@ -114,16 +115,6 @@ def _chosen_rewards(stage: str, run_id: str, params: dict) -> list[str]:
     default = {"rewards": stage_parameters("05_grpo")["rewards"].default}
     trained = load_record("05_grpo", run_id) if "05_grpo" in STAGES[stage] else None
     return {**default, **(trained or {}).get("params", {}), **params}["rewards"]
-
-
-def key_of_facts(facts: dict) -> str:
-    """Hash of the KEY_FACTS among `stage_facts`."""
-    return digest_json([facts[kind] for kind in KEY_FACTS])
-
-
-def stage_key(stage: str, run_id: str, params: dict) -> str:
-    """The key of a stage: a finished one with another is stale."""
-    return key_of_facts(stage_facts(stage, run_id, params))
 
 
 def _member_digest(name: str) -> str:
@@ -175,7 +166,7 @@ def describe_staleness(stage: str, run_id: str, params: dict) -> str:
     if record is None:
         return "it has not finished"
     facts, folder = stage_facts(stage, run_id, params), stage_folder(stage, run_id)
-    if record["key"] != key_of_facts(facts):
+    if record["key"] != facts["key"]:
         before = attempts.read_marker(folder).get("facts", {})
         return f"{attempts.describe_differences(before, facts) or 'its key'} has changed"
     require_intact_inputs(stage, run_id, params)
@@ -221,7 +212,6 @@ class Stage:
     run_id: str
     attempt: Path
     params: dict
-    key: str
     inputs: dict[str, dict[str, str]]
     marker: dict
     control: dict = field(default_factory=dict)
@@ -270,8 +260,8 @@ class Stage:
             print(f"{self.name} of run '{self.run_id}' is as it was")
         else:
             write_json(self.folder / "run.json", {
-                "stage": self.name, "run_id": self.run_id, "key": self.key, "params": self.params,
-                "inputs": self.inputs, "control": self.control,
+                "stage": self.name, "run_id": self.run_id, "params": self.params,
+                "key": self.marker["facts"]["key"], "inputs": self.inputs, "control": self.control,
                 "branch": load_branch(self.run_id) if self.inputs else {},
                 "outputs": outputs,
                 "stats": {name: attempts.file_facts(path) for name, path in files.items()},
@@ -322,12 +312,11 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     facts = stage_facts(stage, run_id, params)  # nobody changes them from here on
     inputs = {name: require_record(name, run_id, stage)["outputs"]
               for name in input_stages(stage, run_id, params)}
-    key = key_of_facts(facts)
-    for sentence in attempts.set_others_aside(stage, run_id, key, facts):
+    for sentence in attempts.set_others_aside(stage, run_id, facts):
         print(sentence)
-    folder, marker = attempts.open_attempt(stage, run_id, key, facts)
-    begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), key, inputs,
-                  marker, describe_control(params.get("control_run", "")))
+    folder, marker = attempts.open_attempt(stage, run_id, facts)
+    begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), inputs, marker,
+                  describe_control(params.get("control_run", "")))
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 

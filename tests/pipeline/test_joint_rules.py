@@ -143,7 +143,7 @@ def test_the_file_of_a_reward_is_part_of_what_makes_05_stale(own_file, monkeypat
     monkeypatch.setattr(store, "with_run_params", lambda stage, run_id, params: params)
     monkeypatch.setattr(store, "require_record", lambda *_: {"outputs": {}})
     params = validate_params({"rewards": ["format", f"{own_file}:center"]}, "05_grpo")
-    key = store.stage_key("05_grpo", "run", params)
-    assert store.stage_key("05_grpo", "run", params) == key
+    key = store.stage_facts("05_grpo", "run", params)["key"]
+    assert store.stage_facts("05_grpo", "run", params)["key"] == key
     own_file.write_text(own_file.read_text().replace("1.0", "0.5"))
-    assert store.stage_key("05_grpo", "run", params) != key
+    assert store.stage_facts("05_grpo", "run", params)["key"] != key

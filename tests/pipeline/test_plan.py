@@ -225,12 +225,12 @@ def test_a_runs_name_makes_nothing_stale(root):
     keys = []
     for control in ("renamed", "copied"):
         values = validate_params({"control_run": control}, "06_evaluate")
-        keys.append(store.stage_key("06_evaluate", "copied", values))
+        keys.append(store.stage_facts("06_evaluate", "copied", values)["key"])
     assert keys[0] == keys[1], "the same merged model under another name"
     leave_stage(root, "renamed", "03_merge", "2")
     values = validate_params({"control_run": "renamed"}, "06_evaluate")
-    assert store.stage_key("06_evaluate", "copied", values) not in keys
-    without = store.stage_key("06_evaluate", "copied", validate_params({}, "06_evaluate"))
+    assert store.stage_facts("06_evaluate", "copied", values)["key"] not in keys
+    without = store.stage_facts("06_evaluate", "copied", validate_params({}, "06_evaluate"))["key"]
     assert without not in keys
 
 

@@ -334,12 +334,12 @@ def test_a_disk_without_locks_is_one_line(root, monkeypatch, capsys):
 
 def test_a_comparison_is_stale_where_one_of_its_runs_is_another(root):
     values = params.profile_params("09_compare") | {"groups": ["x=a, b", f"y={root / 'c.json'}"]}
-    keys = {store.stage_key("09_compare", "default", values)}
+    keys = {store.stage_facts("09_compare", "default", values)["key"]}
     for change in (lambda: leave_record(root, "06_evaluate", "a"),
                    lambda: leave_record(root, "06_evaluate", "b", "2"),
                    lambda: (root / "c.json").write_text("{}")):
         change()
-        keys.add(store.stage_key("09_compare", "default", values))
+        keys.add(store.stage_facts("09_compare", "default", values)["key"])
     assert len(keys) == 4
 
 
@@ -348,15 +348,16 @@ def test_parameters_of_the_run_and_what_05_starts_from_make_another_key(root):
         leave_record(root, stage)
     start = {name: params.profile_params("05_grpo") | {"start_from": name}
              for name in ("merged", "adapter")}
-    before = {name: store.stage_key("05_grpo", "a", values) for name, values in start.items()}
+    before = {name: store.stage_facts("05_grpo", "a", values)["key"]
+              for name, values in start.items()}
     leave_record(root, "02_sft", product="2")
     changed = [name for name, values in start.items()
-               if store.stage_key("05_grpo", "a", values) != before[name]]
+               if store.stage_facts("05_grpo", "a", values)["key"] != before[name]]
     assert changed == ["adapter"], "it alone builds on 02"
     keys, values = set(), params.profile_params("02_sft")
     for changes in ({}, {"max_pixels": 50000}, {"coordinates": "normalized_1000"}):
         leave_record(root, "01_synthesize", **changes)
-        keys.add(store.stage_key("02_sft", "a", values))
+        keys.add(store.stage_facts("02_sft", "a", values)["key"])
     assert len(keys) == 3
 
 
@@ -364,9 +365,9 @@ def test_how_a_stage_runs_is_recorded_and_makes_nothing_stale(root):
     leave_record(root, "01_synthesize")
     values = params.profile_params("02_sft")
     launched = {**values, "launcher": "torchrun --nproc-per-node 2", "report_to": "trackio"}
-    key = store.stage_key("02_sft", "a", values)
-    assert store.stage_key("02_sft", "a", launched) == key
-    assert store.stage_key("02_sft", "a", {**values, "lora_r": 1}) != key
+    key = store.stage_facts("02_sft", "a", values)["key"]
+    assert store.stage_facts("02_sft", "a", launched)["key"] == key
+    assert store.stage_facts("02_sft", "a", {**values, "lora_r": 1})["key"] != key
     stage, _ = store.begin_stage("02_sft", {"run_id": "a", "launcher": launched["launcher"]})
     (stage.folder / "job.json").write_text("{}")
     stage.finish({})
@@ -386,15 +387,15 @@ def test_another_model_or_control_run_is_another_stage(root):
         leave_record(root, "03_merge", run_id)
     leave_record(root, "05_grpo")
     values = validate_params({"control_run": "b"}, "06_evaluate")
-    keys = [store.stage_key("06_evaluate", "a", values)]
+    keys = [store.stage_facts("06_evaluate", "a", values)["key"]]
     (model / "model.safetensors").write_bytes(b"two")
-    keys.append(store.stage_key("06_evaluate", "a", values))
+    keys.append(store.stage_facts("06_evaluate", "a", values)["key"])
     leave_record(root, "03_merge", "b", "2")
-    keys.append(store.stage_key("06_evaluate", "a", values))
+    keys.append(store.stage_facts("06_evaluate", "a", values)["key"])
     assert len(set(keys)) == 3
     (root / "b" / "03_merge" / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match="06_evaluate needs 03_merge of run 'b'"):
-        store.stage_key("06_evaluate", "a", values)
+        store.stage_facts("06_evaluate", "a", values)["key"]
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -407,7 +408,7 @@ def test_a_control_run_of_another_model_or_box_format_is_refused(root, name, val
     leave_record(root, "05_grpo")
     values = validate_params({"control_run": "b"}, "06_evaluate")
     with pytest.raises(ValueError, match=f"control_run 'b' has another {name} .* than run 'a'"):
-        store.stage_key("06_evaluate", "a", values)
+        store.stage_facts("06_evaluate", "a", values)["key"]
 
 
 def test_an_input_that_was_made_again_has_a_name(root):
