@@ -117,7 +117,7 @@ def release_memory() -> None:
 
     Under `mig_kit.PROCESS_ENVIRONMENT`, and with rows of many lengths, the heap soon grows to
     several times what is in use. Memory that is given back has to be faulted in again, so a
-    training step pads its rows to few lengths instead (`engine.prefixes.pad_to_multiple`).
+    training step pads its rows to few lengths instead (`shared_prefix.prefixes.pad_to_multiple`).
     """
     torch = sys.modules.get("torch")  # who has not imported it has no CUDA memory
     if torch is not None and torch.cuda.is_initialized():

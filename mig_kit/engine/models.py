@@ -8,7 +8,6 @@ boxes in 0 to 1000. Only safetensors are read, and no code that a model folder c
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
 
 import torch
 from transformers import (
@@ -29,9 +28,6 @@ from mig_kit.engine.processors import StillImageProcessor, load_processor
 from mig_kit.shared_prefix import attention
 from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
-
-if TYPE_CHECKING:
-    from peft import PeftModel  # takes seconds to import, and most stages train no adapter
 
 TINY_BASE = model_folder("tiny")
 TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
@@ -220,11 +216,12 @@ def load_model(model: str | Path, hardware: Hardware,
 class Policy:
     """A model with all that it needs to read prompts and write replies.
 
-    processor: its folder's, with the pixel limits of box_format. hardware: where the model lies and
-    in which numbers it computes. box_format: how it sees images and writes boxes.
+    model: a VisionLanguageModel, or PEFT's around one. processor: its folder's, with the pixel
+    limits of box_format. hardware: where the model lies and in which numbers it computes.
+    box_format: how it sees images and writes boxes.
     """
 
-    model: Union[VisionLanguageModel, "PeftModel"]
+    model: torch.nn.Module
     processor: StillImageProcessor
     hardware: Hardware
     box_format: BoxFormat
