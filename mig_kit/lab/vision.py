@@ -26,14 +26,13 @@ from mig_kit.world.scenes import (
     CELL,
     COLOURS,
     PATTERNS,
+    PLAIN,
     SHAPES,
     SIZES,
     Scene,
-    arrange_objects,
     crop_scene,
     grid_size,
     object_cell,
-    random_appearances,
     render_scene,
 )
 
@@ -81,15 +80,15 @@ def vision_scene(rng: random.Random, size: tuple[int, int]) -> Scene:
     """
     kind = rng.random()
     if kind < 0.12:
-        scene = arrange_objects(rng, random_appearances(rng, rng.randint(1, 4)))
+        scene = PLAIN.arrange_scene(rng, PLAIN.pick_appearances(rng, rng.randint(1, 4)))
         x1, y1, x2, y2 = rng.choice(scene.objects).box
         margin = rng.uniform(1, 6)
         return crop_scene(scene, (x1 - margin, y1 - margin, x2 + margin, y2 + margin), size)
     if kind < 0.25:
-        appearances = random_appearances(rng, rng.randint(1, 2))
-        return arrange_objects(rng, appearances, size, sides=(20, 34))
-    appearances = random_appearances(rng, rng.randint(1, 6))
-    scene = arrange_objects(rng, appearances, size, sides=(11, 27))
+        appearances = PLAIN.pick_appearances(rng, rng.randint(1, 2))
+        return PLAIN.arrange_scene(rng, appearances, size, sides=(20, 34))
+    appearances = PLAIN.pick_appearances(rng, rng.randint(1, 6))
+    scene = PLAIN.arrange_scene(rng, appearances, size, sides=(11, 27))
     return replace(scene, mark=rng.choice(scene.objects).box) if kind < 0.45 else scene
 
 

@@ -17,7 +17,7 @@ from mig_kit.world.lessons import (
     text_turns,
     visual_turns,
 )
-from mig_kit.world.specs import World
+from mig_kit.world.scenes import PLAIN
 from mig_kit.world.tasks import TASKS
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -78,7 +78,7 @@ def build_tokenizer_and_unrelated_text(seed: int = 0) -> tuple[Qwen2TokenizerFas
         corpus += _texts(text_turns(rng, 2))
     for draw_task in TASKS.values():
         for _ in range(200):
-            spec = draw_task(rng, World())
+            spec = draw_task(rng, PLAIN)
             corpus += [spec.question, *spec.notes, spec.finding]
             unrelated_text.append(f"{spec.question} {GROUNDING_INSTRUCTION}")
     return build_tokenizer(corpus), unrelated_text

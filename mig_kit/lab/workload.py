@@ -17,8 +17,7 @@ from mig_kit.common import release_memory
 from mig_kit.engine.models import Hardware
 from mig_kit.engine.processors import StillImageProcessor, render_prompt
 from mig_kit.sample import Sample, Target
-from mig_kit.world.scenes import render_scene
-from mig_kit.world.specs import World
+from mig_kit.world.scenes import PLAIN, render_scene
 
 BOX_FORMAT = BoxFormat(max_pixels=4_000_000)  # no image is made smaller
 STOCK_ATTENTION = "sdpa"  # transformers' default
@@ -53,11 +52,11 @@ def make_questions(load: Workload, count: int, seed: int = 0, alike: int = 1) ->
         return [Sample(f"benchmark/{seed}/{index}", "benchmark", "benchmark", "val", (),
                        f"Is {seed + index} even?", options=("yes", "no"), letter="A")
                 for index in range(count)]
-    rng, world = random.Random(f"benchmark/{seed}"), World()
+    rng = random.Random(f"benchmark/{seed}")
     samples = []
     for index in range(count):
         if index % alike == 0:
-            scenes = [world.arrange_scene(rng, world.pick_appearances(rng, 4),
+            scenes = [PLAIN.arrange_scene(rng, PLAIN.pick_appearances(rng, 4),
                                           (SCENE_SIDE, SCENE_SIDE)) for _ in range(load.images)]
             images = tuple(render_scene(scene).resize((load.side, load.side)) for scene in scenes)
             objects = [obj for scene in scenes for obj in scene.objects]

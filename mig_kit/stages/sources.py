@@ -60,7 +60,7 @@ def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
         "rl": suites.iter_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
                                        p.rl_boxes_per_task, p.train_find_all_per_task,
                                        suites.CANDIDATE_WORLDS),
-        "val": suites.iter_task_samples("val", p.val_per_task, p.seed)}
+        "val": suites.iter_training_mix("val", p.val_per_task, 0, p.seed)}
     with ExitStack() as stack:
         for name, writer in _open_writers(folder, stack).items():
             if name != "cot" or p.teacher != "none":

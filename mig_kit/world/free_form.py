@@ -17,11 +17,10 @@ from dataclasses import replace
 from functools import partial
 
 from mig_kit.prompts import LETTERS
-from mig_kit.world.scenes import object_name
+from mig_kit.world.scenes import World, object_name
 from mig_kit.world.specs import (
     SampleSpec,
     TaskFunction,
-    World,
     list_image_note,
     list_image_notes,
     shuffle_options,

@@ -13,15 +13,14 @@ from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_box
 from mig_kit.world.puzzles import KINDS, Puzzle, make_puzzle
 from mig_kit.world.scenes import (
+    PLAIN,
     Appearance,
     Object,
     Scene,
-    arrange_objects,
     crop_scene,
     grid_size,
     object_cell,
     object_name,
-    random_appearances,
     random_size,
 )
 from mig_kit.world.tasks import EXTREMES, find_extreme
@@ -50,10 +49,10 @@ def album(rng: random.Random, images: int = 6, fewest: int = 5, alike: float = 0
     that only the image number tells them apart.
     """
     if alike and rng.random() < alike:
-        appearances = random_appearances(rng, rng.randint(2, 4))
-        return [arrange_objects(rng, rng.sample(appearances, len(appearances)))
+        appearances = PLAIN.pick_appearances(rng, rng.randint(2, 4))
+        return [PLAIN.arrange_scene(rng, rng.sample(appearances, len(appearances)))
                 for _ in range(images)]
-    appearances = random_appearances(rng, rng.randint(fewest, 8))
+    appearances = PLAIN.pick_appearances(rng, rng.randint(fewest, 8))
     return [_album_scene(rng, appearances) for _ in range(images)]
 
 
@@ -62,15 +61,15 @@ def _album_scene(rng: random.Random, appearances: list[Appearance]) -> Scene:
     kind = rng.random()
     count = len(appearances)
     if kind < 0.12:
-        source = arrange_objects(rng, rng.sample(appearances, min(count, rng.randint(2, 4))))
+        source = PLAIN.arrange_scene(rng, rng.sample(appearances, min(count, rng.randint(2, 4))))
         x1, y1, x2, y2 = rng.choice(source.objects).box
         margin = rng.uniform(0.5, 4)
         window = (x1 - margin, y1 - margin, x2 + margin, y2 + margin)
         return crop_scene(source, window, random_size(rng))
     if kind < 0.24:
-        return arrange_objects(rng, rng.sample(appearances, rng.randint(1, 2)), sides=(20, 34))
+        return PLAIN.arrange_scene(rng, rng.sample(appearances, rng.randint(1, 2)), sides=(20, 34))
     shown = rng.sample(appearances, min(count, rng.randint(2, 5)))
-    scene = arrange_objects(rng, shown, sides=(12, 26))
+    scene = PLAIN.arrange_scene(rng, shown, sides=(12, 26))
     return replace(scene, mark=rng.choice(scene.objects).box) if kind < 0.4 else scene
 
 
@@ -171,7 +170,7 @@ def _choice_turn(rng: random.Random, scene: Scene, number: int) -> Turn:
             return f"{question} {CHOICE_INSTRUCTION}", [(f"<answer>{letter}</answer>", 1.0, None)]
     names = scene.names()
     correct = rng.choice(names)
-    drawn = [object_name(appearance) for appearance in random_appearances(rng, 3)]
+    drawn = [object_name(appearance) for appearance in PLAIN.pick_appearances(rng, 3)]
     wrong = [name for name in drawn if name not in names][:2]
     options = rng.sample([correct, *wrong], len(wrong) + 1)
     listed = " ".join(f"{letter}. {option}" for letter, option in zip("ABC", options))

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from mig_kit.world.scenes import object_name, random_appearances
+from mig_kit.world.scenes import PLAIN, object_name
 from mig_kit.world.tasks import EXTREMES
 
 # Kinds to draw from; one that stands here twice is drawn twice as often.
@@ -41,7 +41,7 @@ class Puzzle:
 
 def make_puzzle(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Puzzle:
     """One puzzle of one of `kinds`."""
-    names = [object_name(appearance) for appearance in random_appearances(rng, 9)]
+    names = [object_name(appearance) for appearance in PLAIN.pick_appearances(rng, 9)]
     kind = rng.choice(kinds)
     if kind in ("new", "gone"):
         return _make_change(rng, names, kind)
@@ -119,7 +119,7 @@ def _make_attribute(rng: random.Random) -> Puzzle:
     """One name, and a list in which one name alone has its colour, or its shape."""
     attribute = rng.randint(0, 1)
     while True:
-        reference, *others = random_appearances(rng, rng.randint(3, 5))
+        reference, *others = PLAIN.pick_appearances(rng, rng.randint(3, 5))
         match, *rest = [other[attribute] == reference[attribute] for other in others]
         if reference[:2] != others[0][:2] and match and not any(rest):
             break

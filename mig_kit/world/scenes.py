@@ -140,50 +140,55 @@ def are_separate(scene: Scene) -> bool:
     return len({object_cell(scene, obj) for obj in scene.objects}) == len(boxes)
 
 
-def random_appearance(rng: random.Random, unseen: bool = False) -> Appearance:
-    """A random appearance; unseen: True draws from UNSEEN_PAIRS only, False from all other pairs.
-    """
-    while True:
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        if ((colour, shape) in UNSEEN_PAIRS) == unseen:
-            return Appearance(colour, shape, "striped" if rng.random() < 0.25 else "plain")
-
-
-def random_appearances(rng: random.Random, count: int, unseen: bool = False) -> list[Appearance]:
-    """`count` different appearances."""
-    appearances: list[Appearance] = []
-    while len(appearances) < count:
-        appearance = random_appearance(rng, unseen)
-        if appearance not in appearances:
-            appearances.append(appearance)
-    return appearances
-
-
 def random_size(rng: random.Random) -> tuple[int, int]:
     """An image size (width, height), mostly 84x84."""
     return rng.choices(SIZES, SIZE_WEIGHTS)[0]
 
 
-def arrange_objects(rng: random.Random, appearances: list[Appearance],
-                    size: tuple[int, int] | None = None, textured: bool = False,
-                    sides: tuple[float, float] = SIDES) -> Scene:
-    """A scene with one object per appearance, each in a cell of its own.
-
-    size: (width, height), None for a random one. sides: limits of the objects' sides. Both in
-    pixels.
+@dataclass(frozen=True)
+class World:
+    """What scenes are drawn from: seen or unseen (colour, shape) pairs, plain or textured
+    backgrounds, and the shortest and longest side of an object, pixels.
     """
-    width, height = size or random_size(rng)
-    columns, rows = grid_size(width, height)
-    all_cells = [(column, row) for column in range(columns) for row in range(rows)]
-    background = rng.choice(BACKGROUNDS)
-    texture = rng.choice(TEXTURES) if textured else None
-    while True:
-        cells = rng.sample(all_cells, len(appearances))
-        objects = tuple(Object(*appearance, _random_box(rng, cell, (width, height), sides))
-                        for appearance, cell in zip(appearances, cells))
-        scene = Scene(width, height, objects, background, texture)
-        if are_separate(scene):
-            return scene
+
+    unseen: bool = False
+    textured: bool = False
+    sides: tuple[float, float] = SIDES
+
+    def pick_appearances(self, rng: random.Random, count: int) -> list[Appearance]:
+        """`count` different appearances, of UNSEEN_PAIRS only or of all other pairs only."""
+        appearances: list[Appearance] = []
+        while len(appearances) < count:
+            pair = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+            if (pair in UNSEEN_PAIRS) == self.unseen:
+                appearance = Appearance(*pair, "striped" if rng.random() < 0.25 else "plain")
+                appearances += [appearance] * (appearance not in appearances)
+        return appearances
+
+    def arrange_scene(self, rng: random.Random, appearances: list[Appearance],
+                      size: tuple[int, int] | None = None,
+                      sides: tuple[float, float] | None = None) -> Scene:
+        """A scene with one object per appearance, each in a cell of its own.
+
+        size: (width, height), None for a random one. sides: limits of the objects' sides, None for
+        the world's. Both in pixels.
+        """
+        width, height = size or random_size(rng)
+        columns, rows = grid_size(width, height)
+        all_cells = [(column, row) for column in range(columns) for row in range(rows)]
+        background = rng.choice(BACKGROUNDS)
+        texture = rng.choice(TEXTURES) if self.textured else None
+        while True:
+            cells = rng.sample(all_cells, len(appearances))
+            objects = tuple(
+                Object(*appearance, _random_box(rng, cell, (width, height), sides or self.sides))
+                for appearance, cell in zip(appearances, cells))
+            scene = Scene(width, height, objects, background, texture)
+            if are_separate(scene):
+                return scene
+
+
+PLAIN = World()
 
 
 def _random_box(rng: random.Random, cell: tuple[int, int], size: tuple[int, int],
@@ -206,12 +211,13 @@ def round_box(box: Box) -> Box:
     return tuple(float(round(value)) for value in box)
 
 
-def change_viewpoint(rng: random.Random, scene: Scene, size: tuple[int, int] | None = None,
-                     tries: int = 40) -> Scene | None:
-    """The scene scaled and shifted, with every object still in the image; None if no try fits."""
-    width, height = size or (scene.width, scene.height)
+def change_viewpoint(rng: random.Random, scene: Scene) -> Scene | None:
+    """The scene scaled and shifted in an image of another size, with every object still in it; None
+    if none of 40 tries fits.
+    """
+    width, height = random_size(rng)
     centre_x, centre_y = scene.width / 2, scene.height / 2
-    for _ in range(tries):
+    for _ in range(40):
         scale = rng.uniform(0.8, 1.15)
         dx, dy = rng.uniform(-16, 16), rng.uniform(-16, 16)
         objects = []

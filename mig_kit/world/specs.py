@@ -1,4 +1,4 @@
-"""A question before it is drawn, what it draws from, and the notes that tell how it is answered.
+"""A question before it is drawn, and the notes that tell how it is answered.
 
 `teacher` writes the notes into its traces. Samples read back from a file hold them as text only, so
 the functions that read a note stand beside those that write it.
@@ -10,28 +10,7 @@ from dataclasses import dataclass
 
 from mig_kit.boxes import Box
 from mig_kit.prompts import LETTERS
-from mig_kit.world.scenes import SIDES, Appearance, Scene, arrange_objects, random_appearances
-
-
-@dataclass(frozen=True)
-class World:
-    """What a suite draws from: seen or unseen (colour, shape) pairs, plain or textured backgrounds,
-    and the shortest and longest side of an object, pixels.
-    """
-
-    unseen: bool = False
-    textured: bool = False
-    sides: tuple[float, float] = SIDES
-
-    def pick_appearances(self, rng: random.Random, count: int) -> list[Appearance]:
-        """`count` different appearances."""
-        return random_appearances(rng, count, self.unseen)
-
-    def arrange_scene(self, rng: random.Random, appearances: list[Appearance],
-                      size: tuple[int, int] | None = None,
-                      sides: tuple[float, float] | None = None) -> Scene:
-        """A scene with one object per appearance; size and sides: see `scenes.arrange_objects`."""
-        return arrange_objects(rng, appearances, size, self.textured, sides or self.sides)
+from mig_kit.world.scenes import Scene, World
 
 
 @dataclass(frozen=True)

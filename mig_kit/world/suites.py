@@ -14,12 +14,19 @@ from functools import partial
 from mig_kit.prompts import LETTERS
 from mig_kit.sample import Sample
 from mig_kit.world.free_form import BOX_FORMS, FIND_ALL, FREE_FORM
-from mig_kit.world.scenes import Appearance, Scene, crop_scene, object_name, random_size
-from mig_kit.world.specs import SampleSpec, TaskFunction, World, shuffle_options
+from mig_kit.world.scenes import (
+    PLAIN,
+    Appearance,
+    Scene,
+    World,
+    crop_scene,
+    object_name,
+    random_size,
+)
+from mig_kit.world.specs import SampleSpec, TaskFunction, shuffle_options
 from mig_kit.world.tasks import (
     TASKS,
     find_extreme,
-    make_sample,
     make_spec,
     moving_frames,
     pick_match_and_others,
@@ -222,13 +229,15 @@ class Suite:
     default: int
 
 
-def _draw_seen(task_function: TaskFunction, key: str, split: str, index: int,
-               seed: int) -> SampleSpec:
-    return make_spec(task_function, key, split, index, seed, World())
+def _draw_in_turn(task_function: TaskFunction, key: str, worlds: Sequence[World], split: str,
+                  index: int, seed: int) -> SampleSpec:
+    return make_spec(task_function, key, split, index, seed, worlds[index % len(worlds)])
 
 
-def _seen(tasks: dict[str, TaskFunction], prefix: str = "") -> dict[str, partial]:
-    return {name: partial(_draw_seen, task_function, f"{prefix}{name}")
+def _draws(tasks: dict[str, TaskFunction], prefix: str = "",
+           worlds: Sequence[World] = (PLAIN,)) -> dict[str, Draw]:
+    """Name -> what draws the samples of a task, from `worlds` in turn."""
+    return {name: partial(_draw_in_turn, task_function, f"{prefix}{name}", worlds)
             for name, task_function in tasks.items()}
 
 
@@ -239,28 +248,26 @@ def _draw_unseen(split: str, index: int, seed: int) -> SampleSpec:
     return make_spec(TASKS[name], f"unseen/{name}", split, index, seed, world)
 
 
-WORLDS = (World(),)
 # Candidates for RL: in every second one, objects are too small for most boxes to be right.
-CANDIDATE_WORLDS = (World(), World(sides=(5, 12)))
-FIND_ALL_DRAWS = _seen(FIND_ALL, "find_all/")
+CANDIDATE_WORLDS = (PLAIN, World(sides=(5, 12)))
 # The names of suites and tasks stand in the ids of samples and in the seeds that they are drawn
 # with. A drawn world is no benchmark, so the titles say "(drawn)".
 SUITES = {
-    "mig_bench": Suite("MIG-Bench-like (drawn)", _seen(TASKS), "mig_per_task", 100),
+    "mig_bench": Suite("MIG-Bench-like (drawn)", _draws(TASKS), "mig_per_task", 100),
     "ood_grounding": Suite(
         "out of domain (drawn)",
-        _seen({"lisa": lisa_like, "revos": revos_like, "mc_bench": mc_bench_like})
+        _draws({"lisa": lisa_like, "revos": revos_like, "mc_bench": mc_bench_like})
         | {"unseen": _draw_unseen}, "ood_per_task", 200),
     "blink": Suite(
         "BLINK-like (drawn)",
-        _seen({"counting": count_colour, "jigsaw": jigsaw,
-               "visual_correspondence": visual_correspondence, "relations": relations}),
+        _draws({"counting": count_colour, "jigsaw": jigsaw,
+                "visual_correspondence": visual_correspondence, "relations": relations}),
         "blink_per_task", 200),
     "mmiu": Suite(
         "MMIU-like (drawn)",
-        _seen({"order": frame_order, "retrieval": retrieval, "change": find_change}),
+        _draws({"order": frame_order, "retrieval": retrieval, "change": find_change}),
         "mmiu_per_task", 260),
-    "find_all": Suite("none, one or several (drawn)", FIND_ALL_DRAWS,
+    "find_all": Suite("none, one or several (drawn)", _draws(FIND_ALL, "find_all/"),
                       "find_all_per_task", 0)}
 OUT_OF_DOMAIN = "ood_grounding"
 OWN = "own"  # the suite of the held-out questions of own data
@@ -299,38 +306,28 @@ def _iter_tasks(suite: str, tasks: Mapping[str, Draw], split: str, per_task: int
 
 
 def iter_free_form(split: str, per_task: int, seed: int = 0, boxes: int | None = None,
-                   worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
+                   worlds: Sequence[World] = (PLAIN,)) -> Iterator[Sample]:
     """General questions beside the ten tasks, as MGrounding-630k has them: `per_task` of a kind,
     drawn as they are asked for.
 
     boxes: how many of each kind in BOX_FORMS; None for `per_task`. worlds: drawn from in turn.
     """
-    for task, task_function in FREE_FORM.items():
-        count = boxes if boxes is not None and task in BOX_FORMS else per_task
-        for index in range(count):
-            spec = make_spec(task_function, task, split, index, seed, worlds[index % len(worlds)])
-            yield render_sample(spec, "free_form", task, split, index)
+    for kind, draw in _draws(FREE_FORM, worlds=worlds).items():
+        count = boxes if boxes is not None and kind in BOX_FORMS else per_task
+        yield from _iter_tasks("free_form", {kind: draw}, split, count, seed)
 
 
 def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: int,
                       boxes: int | None = None, find_all_per_task: int = 0,
-                      worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
+                      worlds: Sequence[World] = (PLAIN,)) -> Iterator[Sample]:
     """What the stages train on, drawn as they are asked for: the ten tasks, general questions and
     questions for all boxes.
 
     boxes: how many general questions of each kind that asks for a box; None for
     `free_form_per_task`. worlds: what the tasks and general questions are drawn from, in turn.
     """
-    yield from iter_task_samples(split, per_task, seed, worlds)
-    yield from iter_free_form(split, free_form_per_task, seed, boxes, worlds)
     # not through SUITES: a suite more would make stage 01 stale
-    yield from _iter_tasks("find_all", FIND_ALL_DRAWS, split, find_all_per_task, seed)
-
-
-def iter_task_samples(split: str, per_task: int, seed: int,
-                      worlds: Sequence[World] = WORLDS) -> Iterator[Sample]:
-    """`per_task` samples of each of the ten tasks, drawn as they are asked for, from `worlds` in
-    turn.
-    """
-    return (make_sample(task, split, index, seed, worlds[index % len(worlds)])
-            for task in TASKS for index in range(per_task))
+    yield from _iter_tasks("mig_bench", _draws(TASKS, worlds=worlds), split, per_task, seed)
+    yield from iter_free_form(split, free_form_per_task, seed, boxes, worlds)
+    yield from _iter_tasks("find_all", _draws(FIND_ALL, "find_all/"), split, find_all_per_task,
+                           seed)

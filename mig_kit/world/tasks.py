@@ -12,16 +12,17 @@ from dataclasses import replace
 from mig_kit.sample import Sample, Target
 from mig_kit.world.scenes import (
     COLOURS,
+    PLAIN,
     SHAPES,
     UNSEEN_PAIRS,
     Appearance,
     Object,
     Scene,
+    World,
     are_separate,
     change_viewpoint,
     crop_scene,
     object_name,
-    random_appearances,
     random_size,
     render_scene,
     round_box,
@@ -29,7 +30,6 @@ from mig_kit.world.scenes import (
 from mig_kit.world.specs import (
     SampleSpec,
     TaskFunction,
-    World,
     list_image_note,
     list_image_notes,
     reference_note,
@@ -71,7 +71,7 @@ def view_diff(rng: random.Random, world: World) -> SampleSpec:
     second = None
     while second is None:
         first = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(3, 4)))
-        second = change_viewpoint(rng, first, random_size(rng))
+        second = change_viewpoint(rng, first)
     return _ask_for_new_object(rng, first, second, world, [
         "The view moved and one thing changed. Find it in image 2.",
         "Image 2 is another view of image 1. Which thing is new in image 2?",
@@ -155,7 +155,7 @@ def multi_view(rng: random.Random, world: World) -> SampleSpec:
     """Two to six views of one place; find the reference of view 1 in view k."""
     while True:
         scene = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
-        views = [change_viewpoint(rng, scene, random_size(rng)) for _ in range(rng.randint(1, 5))]
+        views = [change_viewpoint(rng, scene) for _ in range(rng.randint(1, 5))]
         if all(views):
             break
     target, k = rng.choice(scene.objects), rng.randint(2, len(views) + 1)
@@ -233,11 +233,11 @@ EXTREMES = {
 }
 
 
-def find_extreme(scene: Scene, which: str, margin: float = 5.0) -> Object | None:
-    """The object that is first by one of EXTREMES; None unless it leads by `margin` pixels."""
+def find_extreme(scene: Scene, which: str) -> Object | None:
+    """The object that is first by one of EXTREMES; None unless it leads by 5 pixels."""
     measure = EXTREMES[which]
     ranked = sorted(scene.objects, key=measure, reverse=True)
-    if len(ranked) > 1 and measure(ranked[0]) - measure(ranked[1]) < margin:
+    if len(ranked) > 1 and measure(ranked[0]) - measure(ranked[1]) < 5:
         return None
     return ranked[0]
 
@@ -250,7 +250,7 @@ def pick_match_and_others(rng: random.Random, appearance: Appearance, attribute:
     Every unseen pair has a colour and a shape of its own, so all come from the seen pairs.
     """
     while True:
-        match, *others = random_appearances(rng, count)
+        match, *others = PLAIN.pick_appearances(rng, count)
         is_match = match[attribute] == appearance[attribute] and match[:2] != appearance[:2]
         if is_match and all(other[attribute] != appearance[attribute] for other in others):
             return [match, *others]
@@ -309,7 +309,7 @@ def owning_split(spec: SampleSpec) -> str:
 
 
 def make_spec(task_function: TaskFunction, key: str, split: str, index: int, seed: int,
-              world: World) -> SampleSpec:
+              world: World = PLAIN) -> SampleSpec:
     """The spec that (seed, key, split, index) names: redrawn until the split owns it.
 
     ValueError for an unknown split.
@@ -337,13 +337,12 @@ def render_sample(spec: SampleSpec, suite: str, task: str, split: str, index: in
         notes=tuple(spec.notes), finding=spec.finding, find_all=spec.find_all)
 
 
-def make_sample(task: str, split: str, index: int, seed: int = 0,
-                world: World | None = None) -> Sample:
+def make_sample(task: str, split: str, index: int, seed: int = 0) -> Sample:
     """Sample number `index` of a task and split, drawn from (seed, split, index) alone.
 
     ValueError for an unknown task or split.
     """
     if task not in TASKS:
         raise ValueError(f"no task '{task}'; the tasks are {', '.join(TASKS)}")
-    spec = make_spec(TASKS[task], task, split, index, seed, world or World())
+    spec = make_spec(TASKS[task], task, split, index, seed)
     return render_sample(spec, "mig_bench", task, split, index)

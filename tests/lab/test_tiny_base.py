@@ -13,14 +13,7 @@ from mig_kit.lab import curriculum, lesson_batches, tiny_base, vision, vocabular
 from mig_kit.prompts import parse_reply
 from mig_kit.shared_prefix import attention
 from mig_kit.world import lessons, puzzles
-from mig_kit.world.scenes import (
-    UNSEEN_PAIRS,
-    Object,
-    Scene,
-    arrange_objects,
-    object_cell,
-    random_appearances,
-)
+from mig_kit.world.scenes import PLAIN, UNSEEN_PAIRS, Object, Scene, object_cell
 from mig_kit.world.specs import list_image_note
 
 
@@ -99,8 +92,8 @@ def test_a_film_shows_the_same_things_in_every_picture():
 
 
 def test_visual_answers_are_right():
-    appearances = random_appearances(random.Random(3), 3)
-    scene = arrange_objects(random.Random(3), appearances, (90, 80))
+    appearances = PLAIN.pick_appearances(random.Random(3), 3)
+    scene = PLAIN.arrange_scene(random.Random(3), appearances, (90, 80))
     obj = scene.objects[0]
     _, ((answer, _, place),) = lessons._find_turn(random.Random(0), [scene], 1, obj)
     column, row = object_cell(scene, obj)

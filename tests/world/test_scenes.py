@@ -55,5 +55,5 @@ def test_a_crop_by_hand():
 def test_seen_and_unseen_pairs_do_not_mix():
     rng = random.Random(0)
     for unseen in (False, True):
-        appearances = [scenes.random_appearance(rng, unseen) for _ in range(300)]
+        appearances = scenes.World(unseen).pick_appearances(rng, 10)
         assert all((pair[:2] in scenes.UNSEEN_PAIRS) == unseen for pair in appearances)
