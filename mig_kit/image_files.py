@@ -16,7 +16,7 @@ import os
 import shutil
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -246,11 +246,11 @@ class EncodedImage:
         return hashlib.sha256(self.read_bytes()).digest()
 
 
+@dataclass(frozen=True)
 class LazyImages(Sequence):
     """The images of a sample, each decoded when it is looked at and not kept."""
 
-    def __init__(self, encoded: Iterable[EncodedImage]):
-        self.encoded = tuple(encoded)
+    encoded: tuple[EncodedImage, ...]
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -259,12 +259,6 @@ class LazyImages(Sequence):
         if isinstance(index, slice):
             return LazyImages(self.encoded[index])
         return self.encoded[index].open()
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, LazyImages) and self.encoded == other.encoded
-
-    def __hash__(self) -> int:
-        return hash(self.encoded)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

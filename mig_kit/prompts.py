@@ -219,13 +219,3 @@ def reply_boxes_in_original(sample: Sample, text: str,
         answers = [(reply.image, reply.box)] if reply.box is not None else []
     return [(image, to_original_box(box, sample.sizes[image - 1], box_format))
             for image, box in answers if 1 <= image <= len(sample.images)]
-
-
-def reply_box_in_original(sample: Sample, reply: Reply, box_format: BoxFormat) -> Box | None:
-    """The reply's box in pixels of the original of the image that it names.
-
-    None without a box, or where the sample has no such image.
-    """
-    if reply.box is None or reply.image is None or not 1 <= reply.image <= len(sample.images):
-        return None
-    return to_original_box(reply.box, sample.sizes[reply.image - 1], box_format)

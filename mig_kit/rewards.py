@@ -26,8 +26,8 @@ from collections.abc import Callable
 import numpy as np
 
 from mig_kit.boxes import Box, BoxFormat, iou, matched_sum, to_original_box
-from mig_kit.prompts import is_well_formed, parse_boxes, parse_reply, reply_box_in_original
-from mig_kit.sample import Sample, best_iou
+from mig_kit.prompts import is_well_formed, parse_boxes, parse_reply, reply_boxes_in_original
+from mig_kit.sample import Sample
 
 Reward = Callable[[str, Sample, BoxFormat], float | None]
 PairScore = Callable[[Box, Box], float]  # of a box and a target, pixels of the same image
@@ -69,9 +69,9 @@ def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """
     if sample.find_all:
         return match_score(reply, sample, box_format)
-    answer = parse_reply(reply)
-    box = reply_box_in_original(sample, answer, box_format)
-    return 0.0 if box is None else best_iou(sample, answer.image, box)
+    return max((iou(box, target.box)
+                for image, box in reply_boxes_in_original(sample, reply, box_format)
+                for target in sample.targets if target.image == image), default=0.0)
 
 
 def weakest_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:

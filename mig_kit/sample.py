@@ -18,7 +18,7 @@ import pyarrow.parquet
 from datasets import Features, List, Value
 from PIL import Image
 
-from mig_kit.boxes import Box, iou
+from mig_kit.boxes import Box
 from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 
 # A table is read and written in groups of rows, so that its length does not matter.
@@ -97,14 +97,6 @@ class Trace:
     error: str
 
 
-def best_iou(sample: Sample, image: int, box: Box) -> float:
-    """Highest IoU of a box (xyxy, original pixels of image number `image`) with the targets in that
-    image; else 0.
-    """
-    overlaps = (iou(box, target.box) for target in sample.targets if target.image == image)
-    return max(overlaps, default=0.0)
-
-
 def encode_images(images: Sequence[Image.Image], folder: Path) -> list[dict]:
     """Images as a table in `folder` holds them, in the form of `datasets.Image`.
 
@@ -117,17 +109,12 @@ def encode_images(images: Sequence[Image.Image], folder: Path) -> list[dict]:
 
 
 def sample_to_row(sample: Sample, folder: Path) -> dict:
-    """The sample as a plain row of a table in `folder`."""
-    return {
-        "id": sample.id, "suite": sample.suite, "task": sample.task, "split": sample.split,
-        "images": encode_images(sample.images, folder),
-        "sizes": [list(size) for size in sample.sizes], "question": sample.question,
+    """The sample as a row of a table in `folder`; what the table has no column for is left out."""
+    return vars(sample) | {
+        "images": encode_images(sample.images, folder), "sizes": sample.sizes,
         "target_images": [target.image for target in sample.targets],
-        "target_boxes": [list(target.box) for target in sample.targets],
-        "reference": list(sample.reference) if sample.reference else [],
-        "options": list(sample.options), "letter": sample.letter,
-        "notes": list(sample.notes), "finding": sample.finding, "find_all": sample.find_all,
-    }
+        "target_boxes": [target.box for target in sample.targets],
+        "reference": sample.reference or []}
 
 
 def sample_from_row(row: dict, folder: Path) -> Sample:
@@ -136,7 +123,7 @@ def sample_from_row(row: dict, folder: Path) -> Sample:
     images = zip(row["images"], row["sizes"], strict=True)
     return Sample(
         id=row["id"], suite=row["suite"], task=row["task"], split=row["split"],
-        images=LazyImages(_image_from_row(image, size, folder) for image, size in images),
+        images=LazyImages(tuple(_image_from_row(image, size, folder) for image, size in images)),
         question=row["question"],
         targets=tuple(Target(int(image), tuple(box)) for image, box in targets),
         reference=tuple(row["reference"]) if row["reference"] else None,

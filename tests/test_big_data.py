@@ -216,7 +216,7 @@ def test_a_store_copies_where_links_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     encoded = ImageStore(tmp_path / "images").add(tmp_path / "a.png")
     assert encoded.content.suffix == ".png" and encoded.size == (9, 8)
-    assert LazyImages([encoded])[0].size == (9, 8)
+    assert LazyImages((encoded,))[0].size == (9, 8)
     assert json.loads(json.dumps(encoded.digest().hex())) == encoded.content.stem
 
 

@@ -12,7 +12,7 @@ from mig_kit.prompts import (
     cut_reasoning,
     format_question,
     parse_reply,
-    reply_box_in_original,
+    reply_boxes_in_original,
 )
 from mig_kit.world.tasks import make_sample
 
@@ -89,7 +89,7 @@ def test_messages_announce_every_image_in_order():
 def test_the_replys_box_is_read_in_the_image_that_it_names():
     sample = first_sample("refer_grounding", lambda sizes: sizes[1] == (76, 104))
     answer = '<think></think><answer>{"image": 2, "box": [0,0,84,112]}</answer>'
-    box = reply_box_in_original(sample, parse_reply(answer), BOX_FORMAT)
-    assert [round(value, 6) for value in box] == [0, 0, 76, 104]
-    no_such_image = parse_reply(answer.replace('"image": 2', '"image": 7'))
-    assert reply_box_in_original(sample, no_such_image, BOX_FORMAT) is None
+    (image, box), = reply_boxes_in_original(sample, answer, BOX_FORMAT)
+    assert image == 2 and [round(value, 6) for value in box] == [0, 0, 76, 104]
+    no_such_image = answer.replace('"image": 2', '"image": 7')
+    assert reply_boxes_in_original(sample, no_such_image, BOX_FORMAT) == []

@@ -14,17 +14,16 @@ from mig_kit.pipeline.run_folders import RECIPE
 
 pytestmark = pytest.mark.slow
 CENTER = '''\
-from mig_kit.prompts import parse_reply, reply_box_in_original
+from mig_kit.prompts import reply_boxes_in_original
 
 
 def center(reply, sample, box_format):
     """1 where the middle of the reply's box lies in a target of the image that it names."""
-    answer = parse_reply(reply)
-    box = reply_box_in_original(sample, answer, box_format) or (0, 0, 0, 0)
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    boxes = reply_boxes_in_original(sample, reply, box_format)
     return None if sample.options else float(any(
-        image == answer.image and x1 < x < x2 and y1 < y < y2
-        for image, (x1, y1, x2, y2) in sample.targets))
+        image == number and x1 < (left + right) / 2 < x2 and y1 < (top + bottom) / 2 < y2
+        for image, (left, top, right, bottom) in boxes
+        for number, (x1, y1, x2, y2) in sample.targets))
 '''
 RUN = ("run", "--profile", "smoke", "--run-id", "variant")
 FROM_SMOKE = (*RUN, "05", "06", "07", "--from", "smoke")

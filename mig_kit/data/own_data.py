@@ -131,8 +131,8 @@ def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[S
 
 def _make_sample(data: dict, root: Path, sizes: list[tuple[int, int]],
                  find_all: bool) -> Sample:
-    images = LazyImages(EncodedImage(resolve_under_root(root, name), size)
-                        for name, size in zip(data["images"], sizes))
+    images = LazyImages(tuple(EncodedImage(resolve_under_root(root, name), size)
+                              for name, size in zip(data["images"], sizes)))
     coordinates = Coordinates(data.get("coordinates", Coordinates.PIXELS))
     targets = [Target(image, rescale_box(
         holder[key], coordinate_size(size, coordinates, BoxFormat()), size))

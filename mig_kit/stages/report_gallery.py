@@ -15,7 +15,7 @@ from mig_kit.drawing.palette import PREDICTED, SYSTEM_COLOURS, SYSTEM_LABELS, te
 from mig_kit.drawing.pictures import SYSTEM_MARKS, draw_sample, draw_systems
 from mig_kit.engine.reward_loading import Score
 from mig_kit.engine.stored_replies import load_replies
-from mig_kit.prompts import format_question, parse_boxes, parse_reply, reply_box_in_original
+from mig_kit.prompts import format_question, parse_boxes, parse_reply, reply_boxes_in_original
 from mig_kit.rewards import image_set_iou, is_correct, reply_iou, weakest_iou
 from mig_kit.sample import Sample
 from mig_kit.world.objects import is_drawn, is_on_target, list_object_boxes
@@ -77,7 +77,7 @@ def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat,
     if sample.id not in (objects or {}):
         is_loose = reply_iou(reply, sample, box_format) >= LOOSE_IOU
     else:
-        box = reply_box_in_original(sample, answer, box_format)
+        (_, box), = reply_boxes_in_original(sample, reply, box_format)
         nearest = max(targets, key=lambda target: iou(box, target))
         is_loose = is_on_target(box, nearest, objects[sample.id][answer.image - 1])
     return "loose box" if is_loose else "wrong object"

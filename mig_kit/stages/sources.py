@@ -95,7 +95,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
                 continue
             sample = line.sample
             try:
-                images = LazyImages([store.add(image.content) for image in sample.images.encoded])
+                images = LazyImages(tuple(store.add(image.content)
+                                          for image in sample.images.encoded))
             except BadImage as error:
                 report.add(error.reason, f"{sample.id}: {error}")
                 continue

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.prompts import parse_reply, reply_box_in_original
-from mig_kit.sample import best_iou
+from mig_kit.prompts import parse_reply, reply_boxes_in_original
+from mig_kit.rewards import reply_iou
 from mig_kit.world import teacher
 from mig_kit.world.free_form import FREE_FORM
 from mig_kit.world.suites import iter_free_form
@@ -52,8 +52,7 @@ def test_a_trace_has_the_error_that_it_names(kind, samples_by_kind):
         elif trace.error == "wrong image":
             assert reply.image not in {sample.targets[0].image, None}
         elif not trace.error:
-            box = reply_box_in_original(sample, reply, box_format)
-            assert best_iou(sample, reply.image, box) > 0.5
+            assert reply_iou(trace.text, sample, box_format) > 0.5
 
 
 def test_errors_are_as_large_in_0_to_1000_as_in_pixels(samples_by_kind):
@@ -64,10 +63,10 @@ def test_errors_are_as_large_in_0_to_1000_as_in_pixels(samples_by_kind):
         for box_format in (BoxFormat(), BoxFormat(coordinates="normalized_1000")):
             traces.append(teacher.write_trace(sample, random.Random(seed), box_format,
                                               error_rate=0.7))
-            reply = parse_reply(traces[-1].text)
-            boxes.append(reply_box_in_original(sample, reply, box_format))
+            named = reply_boxes_in_original(sample, traces[-1].text, box_format)
+            boxes.append([box for _, box in named])
         assert traces[0].error == traces[1].error
-        if None not in boxes:
+        if all(boxes):
             errors.add(traces[0].error)
             assert np.abs(np.subtract(*boxes)).max() < 1.5, "but for rounding"
     assert errors >= {"", "wrong object", "sloppy box"}
