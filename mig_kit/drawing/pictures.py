@@ -9,11 +9,12 @@ import textwrap
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mig_kit.boxes import Box, BoxFormat
 from mig_kit.drawing.palette import (
@@ -34,32 +35,39 @@ from mig_kit.sample import Sample
 GAP, HEAD = 10, 22  # between images, and above them; pixels
 MAX_WIDTH = 720  # of a row of images with replies, pixels
 DASHES, SHORT_DASHES, DOTS = (12, 7), (6, 5), (3, 4)  # stroke and space, pixels
+SOLID = (100_000, 0)
 TOKENS_WIDTH, TOKENS_LINE = 760, 26  # of a picture of tokens, and of one of its lines, pixels
 STYLES = {True: (CORRECT, DASHES), False: (PREDICTED, SHORT_DASHES)}  # by whether it is correct
-# The corner that holds a system's letter (share of width and height), and its dashes.
-SYSTEM_MARKS = {"base": ("b", (0, 0), DOTS), "sft": ("S", (1, 0), SHORT_DASHES),
-                "grpo": ("G", (1, 1), DASHES), "sft_long": ("L", (0, 1), SHORT_DASHES),
-                "start": ("R", (0, 1), SHORT_DASHES)}
-
-Stroke = tuple[int, Box, str, tuple[int, int]]  # image number, box in its pixels, colour, dashes
+# The dashes of a system's boxes, its letter and, as `Stroke` has it, the corner that holds it.
+SYSTEM_MARKS = {"base": (DOTS, "b", (0, 0)), "sft": (SHORT_DASHES, "S", (1, 0)),
+                "grpo": (DASHES, "G", (1, 1)), "sft_long": (SHORT_DASHES, "L", (0, 1)),
+                "start": (SHORT_DASHES, "R", (0, 1))}
 
 
-def _draw_dashed(pen: ImageDraw.ImageDraw, box: Box, colour: str, width: int,
-                 dashes: tuple[int, int]) -> None:
-    x1, y1, x2, y2 = box
-    stroke, step = dashes[0], sum(dashes)
+class Stroke(NamedTuple):
+    """A box to draw. image: its number; box: pixels of the original image; letter: stands at the
+    corner, which is a share of width and of height.
+    """
+
+    image: int
+    box: Box
+    colour: str
+    dashes: tuple[int, int]
+    letter: str = ""
+    corner: tuple[float, float] = (0, 0)
+
+
+def _draw_dashed(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]) -> None:
+    """Draw a stroke on an image of `size`; edges far outside, which nobody sees, are moved near."""
+    x1, y1, x2, y2 = (min(max(value, -10), limit + 10)
+                      for value, limit in zip(stroke.box, size * 2))
+    length, step = stroke.dashes[0], sum(stroke.dashes)
     for start in range(int(x1), int(x2), step):
         for y in (y1, y2):
-            pen.line((start, y, min(start + stroke, x2), y), fill=colour, width=width)
+            pen.line((start, y, min(start + length, x2), y), fill=stroke.colour, width=3)
     for start in range(int(y1), int(y2), step):
         for x in (x1, x2):
-            pen.line((x, start, x, min(start + stroke, y2)), fill=colour, width=width)
-
-
-def _cut_to_image(box: Box, size: tuple[int, int], margin: int = 10) -> Box:
-    """The box with edges that lie far outside an image of `size` moved to `margin` pixels from it.
-    """
-    return tuple(min(max(value, -margin), limit + margin) for value, limit in zip(box, size * 2))
+            pen.line((x, start, x, min(start + length, y2)), fill=stroke.colour, width=3)
 
 
 def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = None,
@@ -72,7 +80,7 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
     if reply and box_format is None:
         raise ValueError("a reply's box cannot be drawn without its box_format")
     boxes = reply_boxes_in_original(sample, reply, box_format) if reply else []
-    return draw_boxes(sample, [(image, box, PREDICTED, DASHES) for image, box in boxes], height)
+    return draw_boxes(sample, [Stroke(*named, PREDICTED, DASHES) for named in boxes], height)
 
 
 def _fit_height(sample: Sample, height: int) -> int:
@@ -81,98 +89,69 @@ def _fit_height(sample: Sample, height: int) -> int:
     return min(height, int(room / sum(width / tall for width, tall in sample.sizes)))
 
 
-def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
-                 height: int = 150) -> Image.Image:
+def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat) -> Image.Image:
     """All images of a sample with the boxes of several systems, each in its colour and dashes, with
     its letter (SYSTEM_MARKS) at a corner of its own.
 
     replies: system -> reply; a system without a mark is drawn as PREDICTED, without a letter.
     """
-    strokes, letters = [], []
-    for system, reply in replies.items():
-        colour = SYSTEM_COLOURS.get(system, PREDICTED)
-        letter, corner, dashes = SYSTEM_MARKS.get(system, ("", (0, 0), DASHES))
-        for image, box in reply_boxes_in_original(sample, reply, box_format):
-            strokes.append((image, box, colour, dashes))
-            letters.append((image, box, colour, letter, corner))
-    return draw_boxes(sample, strokes, _fit_height(sample, height), letters)
+    strokes = [Stroke(image, box, SYSTEM_COLOURS.get(system, PREDICTED),
+                      *SYSTEM_MARKS.get(system, (DASHES,)))
+               for system, reply in replies.items()
+               for image, box in reply_boxes_in_original(sample, reply, box_format)]
+    return draw_boxes(sample, strokes, _fit_height(sample, 150))
 
 
-def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat,
-               height: int = 150) -> Image.Image:
+def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) -> Image.Image:
     """All images of a sample with the boxes of all replies to it, each with its number: correct
     ones blue with long dashes, others orange with short ones.
-
-    height: of the images, pixels.
     """
-    strokes, numbers = [], []
+    strokes = []
     for place, reply in enumerate(replies):
-        colour, dashes = STYLES[is_correct(reply, sample, box_format)]
+        style = STYLES[is_correct(reply, sample, box_format)]
         corner = place / max(1, len(replies) - 1), 0  # apart where boxes agree
-        for image, box in reply_boxes_in_original(sample, reply, box_format):
-            strokes.append((image, box, colour, dashes))
-            numbers.append((image, box, colour, str(place + 1), corner))
-    return draw_boxes(sample, strokes, _fit_height(sample, height), numbers)
+        strokes += [Stroke(image, box, *style, str(place + 1), corner)
+                    for image, box in reply_boxes_in_original(sample, reply, box_format)]
+    return draw_boxes(sample, strokes, _fit_height(sample, 150))
 
 
-def draw_boxes(sample: Sample, strokes: list[Stroke], height: int,
-               letters: list[tuple] = ()) -> Image.Image:
-    """The images with targets, reference and the boxes `strokes`, each below its number; height: of
-    an image, pixels.
-
-    letters: (image number, box, colour, letter, corner as shares of width and height).
+def draw_boxes(sample: Sample, strokes: list[Stroke], height: int) -> Image.Image:
+    """The images side by side, each framed below its number, with targets, `strokes` and reference;
+    height: of an image, pixels.
     """
-    tiles = []
+    strokes = [*(Stroke(*target, TARGET, SOLID) for target in sample.targets), *strokes]
+    if sample.reference:
+        strokes.append(Stroke(1, sample.reference, REFERENCE, DOTS))
+    sheets = []
     for number, image in enumerate(sample.images, 1):
         scale = height / image.height
         size = max(1, round(image.width * scale)), height
         tile = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-        pen = ImageDraw.Draw(tile)
-        for target in sample.targets:
-            if target.image == number:
-                _draw_solid(pen, tuple(value * scale for value in target.box), TARGET)
-        boxes = [(box, colour, dashes) for at, box, colour, dashes in strokes if at == number]
-        if number == 1 and sample.reference:
-            boxes.append((sample.reference, REFERENCE, DOTS))
-        for box, colour, dashes in boxes:
-            scaled = _cut_to_image(tuple(value * scale for value in box), size)
-            _draw_dashed(pen, scaled, colour, 3, dashes)
-        for at, box, colour, letter, corner in letters:
-            if at == number and letter:
-                _draw_letter(pen, tuple(value * scale for value in box), size, colour, letter,
-                             corner)
-        tiles.append(tile)
-    return _frame_in_row(tiles)
+        scaled = [stroke._replace(box=tuple(value * scale for value in stroke.box))
+                  for stroke in strokes if stroke.image == number]
+        for stroke in scaled:
+            _draw_dashed(ImageDraw.Draw(tile), stroke, size)
+        for stroke in scaled:
+            _draw_letter(ImageDraw.Draw(tile), stroke, size)
+        framed = ImageOps.expand(tile, 1, FRAME)
+        sheet = ImageOps.expand(framed, (GAP - 2, HEAD - 1, 1, GAP - 1), "white")
+        ImageDraw.Draw(sheet).text((GAP, 3), f"Image {number}", fill=INK,
+                                   font=ImageFont.load_default(14))
+        sheets.append(sheet)
+    return stack(sheets, across=True)
 
 
-def _draw_solid(pen: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
-    if box[2] > box[0] and box[3] > box[1]:
-        pen.rectangle(box, outline=colour, width=3)
-
-
-def _draw_letter(pen: ImageDraw.ImageDraw, box: Box, size: tuple[int, int], colour: str,
-                 letter: str, corner: tuple[float, float], side: int = 15) -> None:
-    """A filled square with a letter, outside the box at one of its corners, or between two, but in
+def _draw_letter(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]) -> None:
+    """The stroke's letter, if it has one, in a filled square outside the box at its corner, but in
     the image.
     """
+    side = 15
     x, y = (min(max(low + share * (high - low) - side * (1 - share), 0), limit - side)
-            for low, high, share, limit in zip(box[:2], box[2:], corner, size))
-    pen.rectangle((x, y, x + side - 1, y + side - 1), fill=colour)
-    pen.text((x + side / 2, y + side / 2), letter, fill=text_colour(colour), anchor="mm",
-             font=ImageFont.load_default(12))
-
-
-def _frame_in_row(tiles: list[Image.Image]) -> Image.Image:
-    """The tiles side by side, each in a frame."""
-    width = sum(tile.width for tile in tiles) + GAP * (len(tiles) + 1)
-    sheet = Image.new("RGB", (width, tiles[0].height + HEAD + GAP), "white")
-    pen, x = ImageDraw.Draw(sheet), GAP
-    for number, tile in enumerate(tiles, 1):
-        pen.text((x, 3), f"Image {number}", fill=INK, font=ImageFont.load_default(14))
-        sheet.paste(tile, (x, HEAD))
-        pen.rectangle((x - 1, HEAD - 1, x + tile.width, HEAD + tile.height), outline=FRAME)
-        x += tile.width + GAP
-    return sheet
+            for low, high, share, limit in zip(stroke.box[:2], stroke.box[2:], stroke.corner, size))
+    if stroke.letter:
+        pen.rectangle((x, y, x + side - 1, y + side - 1), fill=stroke.colour)
+        pen.text((x + side / 2, y + side / 2), stroke.letter, fill=text_colour(stroke.colour),
+                 anchor="mm", font=ImageFont.load_default(12))
 
 
 def text_font(size: int, text: str) -> ImageFont.FreeTypeFont:
@@ -247,29 +226,28 @@ def stack(pictures: Sequence[Image.Image], across: bool = False, gap: int = 0) -
     return sheet
 
 
-def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat, height: int = 110,
-                  steps: int = 6) -> Image.Image:
+def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat) -> Image.Image:
     """The replies to one question over the updates of a training: per update the images with the
-    boxes of all replies, in the colours of `draw_group`, and the first reply.
+    boxes of all replies, in the colours of `draw_group`, and the first reply. At most six updates
+    are shown, the first and the last among them.
 
-    rows: {step, reply, reward, correct, boxes} each; boxes: (image number, box) pairs. steps: how
-    many updates are shown at most, the first and the last among them.
+    rows: {step, reply, reward, correct, boxes} each; boxes: (image number, box) pairs.
     """
     by_step: dict[int, list[dict]] = {}
     for row in rows:
         by_step.setdefault(row["step"], []).append(row)
-    spread = np.linspace(0, len(by_step) - 1, min(steps, len(by_step))).round().astype(int)
+    spread = np.linspace(0, len(by_step) - 1, min(6, len(by_step))).round().astype(int)
     picked = [list(by_step)[index] for index in spread]
-    parts = [part for step in picked for part in _draw_step(sample, step, by_step[step], height)]
+    parts = [part for step in picked for part in _draw_step(sample, step, by_step[step])]
     question = format_question(sample, box_format, with_instruction=False)
     return stack([draw_text(question, max(part.width for part in parts), 16), *parts])
 
 
-def _draw_step(sample: Sample, step: int, rows: list[dict], height: int) -> list[Image.Image]:
+def _draw_step(sample: Sample, step: int, rows: list[dict]) -> list[Image.Image]:
     """A line about the replies of one update, the images with their boxes, and the first reply."""
-    strokes = [(image, tuple(box), *STYLES[row["correct"]]) for row in rows
+    strokes = [Stroke(image, box, *STYLES[row["correct"]]) for row in rows
                for image, box in row["boxes"]]
-    sheet = draw_boxes(sample, strokes, _fit_height(sample, height))
+    sheet = draw_boxes(sample, strokes, _fit_height(sample, 110))
     n_correct = sum(row["correct"] for row in rows)
     reward = sum(row["reward"] for row in rows) / len(rows)
     width = max(sheet.width, 560)

@@ -17,6 +17,7 @@ from PIL import Image
 from mig_kit.boxes import Box, BoxFormat, to_model_box
 from mig_kit.drawing.pictures import (
     STYLES,
+    Stroke,
     draw_boxes,
     draw_replies,
     draw_sample,
@@ -37,13 +38,11 @@ def is_live() -> bool:
     return "ipykernel" in sys.modules and any(name in os.environ for name in LIVE_ENVIRONMENT)
 
 
-def explore_box(sample: Sample, box_format: BoxFormat,
-                height: int = 200) -> Image.Image | ipywidgets.Widget:
+def explore_box(sample: Sample, box_format: BoxFormat) -> Image.Image | ipywidgets.Widget:
     """Move a box with sliders and see its IoU and what the rewards `image` and `box` pay for it.
 
-    sample: of a question with a target. height: of the images, pixels. The still picture shows the
-    target's box shifted to OVERLAPS, blue where it is correct. ValueError for a sample without a
-    target.
+    sample: of a question with a target. The still picture shows the target's box shifted to
+    OVERLAPS, blue where it is correct. ValueError for a sample without a target.
     """
     if not sample.targets:
         raise ValueError(f"sample {sample.id} has no target; take one that has a box")
@@ -55,7 +54,7 @@ def explore_box(sample: Sample, box_format: BoxFormat,
 
     def draw(image: int, across: tuple[int, int], down: tuple[int, int]) -> Image.Image:
         reply = _reply_of(sample, image, (across[0], down[0], across[1], down[1]), box_format)
-        picture = draw_sample(sample, reply, box_format, height)
+        picture = draw_sample(sample, reply, box_format)
         lines = _score_lines(reply, sample, box_format)
         return stack([draw_text(", ".join(lines), picture.width), picture])
 
@@ -67,18 +66,18 @@ def explore_box(sample: Sample, box_format: BoxFormat,
 
 
 def browse_gallery(gallery: Sequence[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                   box_format: BoxFormat, height: int = 110) -> Image.Image | ipywidgets.Widget:
+                   box_format: BoxFormat) -> Image.Image | ipywidgets.Widget:
     """Leaf through (kind, sample) pairs, as `report_gallery.pick_gallery` gives them.
 
-    replies: per system, as it is to be called, by sample id. height: of the images, pixels. The
-    still picture has the first sample of each kind. ValueError for an empty gallery.
+    replies: per system, as it is to be called, by sample id. The still picture has the first sample
+    of each kind. ValueError for an empty gallery.
     """
     if not gallery:
         raise ValueError("the gallery is empty; give at least one sample")
 
     def draw(kind: str, sample: Sample) -> Image.Image:
         of_sample = {system: by_id[sample.id] for system, by_id in replies.items()}
-        page = draw_replies(sample, of_sample, box_format, height)
+        page = draw_replies(sample, of_sample, box_format, 110)
         return stack([draw_text(f"{sample.task}: {kind}", page.width), page])
 
     if not is_live():
@@ -123,6 +122,6 @@ def _draw_shifted(sample: Sample, overlap: float, box_format: BoxFormat) -> Imag
     shifted = shift_to_iou(box, overlap)
     reply = _reply_of(alone, 1, shifted, box_format)
     style = STYLES[is_correct(reply, alone, box_format)]
-    picture = draw_boxes(alone, [(1, shifted, *style)], 160)
+    picture = draw_boxes(alone, [Stroke(1, shifted, *style)], 160)
     lines = _score_lines(reply, alone, box_format)
     return stack([picture, draw_text("\n".join(lines), picture.width, 12)])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 
 from mig_kit.drawing.palette import FRAME, INK
+from mig_kit.drawing.pictures import stack
 from mig_kit.world.puzzles import HARD_KINDS, KINDS, LOOSE_KINDS
 from mig_kit.world.scenes import Scene, grid_size, render_scene
 
@@ -83,9 +84,9 @@ CONCLUDING = Curriculum("concluding", 1e-3, 50, fewest=3, supervises_questions=T
 COURSES = (SEEING, TELLING_APART, COMBINING, CONCLUDING)
 
 
-def draw_cells(scenes: list[Scene], height: int = 210) -> Image.Image:
-    """Scenes side by side, each cut into the cells that become one token; height: pixels."""
-    tiles = []
+def draw_cells(scenes: list[Scene]) -> Image.Image:
+    """Scenes side by side, each cut into the cells that become one token."""
+    tiles, height = [], 210
     for scene in scenes:
         width = round(scene.width * height / scene.height)
         tile = render_scene(scene).resize((width, height), Image.Resampling.LANCZOS)
@@ -96,9 +97,4 @@ def draw_cells(scenes: list[Scene], height: int = 210) -> Image.Image:
             pen.line((0, row * height / rows, width, row * height / rows), fill=FRAME)
         pen.rectangle((0, 0, width - 1, height - 1), outline=INK)
         tiles.append(tile)
-    sheet = Image.new("RGB", (sum(tile.width + 12 for tile in tiles) - 12, height), "white")
-    left = 0
-    for tile in tiles:
-        sheet.paste(tile, (left, 0))
-        left += tile.width + 12
-    return sheet
+    return stack(tiles, across=True, gap=12)

@@ -212,7 +212,7 @@ def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
     facts += [f"{name} {round(value, 2):g}" for name, value in values.items() if value is not None]
     return {
         "system": SYSTEM_LABELS.get(system, system),
-        "letter": SYSTEM_MARKS[system][0] if system in SYSTEM_MARKS else "",
+        "letter": SYSTEM_MARKS[system][1] if system in SYSTEM_MARKS else "",
         "colour": colour, "ink": text_colour(colour),
         "is_correct": is_correct(reply, sample, box_format),
         "outcome": classify_outcome(reply, sample, box_format, objects),

@@ -53,10 +53,10 @@ def test_a_group_shows_every_box_in_its_image_and_colour(task, monkeypatch):
     replies = [f"<think>Find.</think><answer>{format_answer(number, box)}</answer>"
                for number in (image, image, other, 99)]
     monkeypatch.setattr(pictures, "draw_boxes", lambda *arguments: arguments)
-    _, strokes, _, numbers = pictures.draw_group(sample, [*replies, "nothing"], BOX_FORMAT)
+    _, strokes, _ = pictures.draw_group(sample, [*replies, "nothing"], BOX_FORMAT)
     assert [(stroke[0], stroke[2]) for stroke in strokes] == [
         (image, palette.CORRECT), (image, palette.CORRECT), (other, palette.PREDICTED)]
-    assert [number[3] for number in numbers] == ["1", "2", "3"]
+    assert [stroke.letter for stroke in strokes] == ["1", "2", "3"]
 
 
 def test_runs_of_a_token_are_written_once():
