@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -264,10 +264,12 @@ def read_samples(path: Path) -> TableRows:
     return TableRows(path, sample_from_row)
 
 
-def read_replies(path: Path) -> TableRows:
-    """The replies in a parquet file of samples with traces, a Sequence; raises as TableRows."""
-    return TableRows(path, _reply_from_row, ("reply",))
+def read_replies(path: Path, convert: Callable[[str], object] = str) -> TableRows:
+    """What `convert` makes of the replies in a parquet file of samples with traces, a Sequence;
+    raises as TableRows.
+    """
+    return TableRows(path, partial(_convert_reply, convert), ("reply",))
 
 
-def _reply_from_row(row: dict, folder: Path) -> str:
-    return row["reply"]
+def _convert_reply(convert: Callable[[str], object], row: dict, folder: Path) -> object:
+    return convert(row["reply"])

@@ -223,12 +223,9 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         batches = args.gradient_accumulation_steps * args.world_size
         if batches == 1:
             return super()._get_train_sampler(train_dataset)
-        size, rows = args.per_device_train_batch_size * batches, self.train_dataset
-        if args.world_size == 1:
-            return LengthGroupedSampler(rows["length"][:], size, args.data_seed)
-        fillers = len(rows) - len(rows.table)
-        return LengthGroupedSampler(rows.lengths, size, args.data_seed, fillers,
-                                    args.per_device_train_batch_size, args.world_size)
+        batch, rows = args.per_device_train_batch_size, self.train_dataset
+        return LengthGroupedSampler(rows.lengths, batch * batches, args.data_seed,
+                                    len(rows) - len(rows.table), batch, args.world_size)
 
 
 def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str], folder: Path,
@@ -252,9 +249,8 @@ def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str
     trainer = CompletionLossTrainer(
         model=policy.model, args=config, train_dataset=table, callbacks=callbacks, cache=cache,
         samples=samples, replies=replies, processing_class=policy.processor)
-    if config.world_size > 1:
-        multiple = config.world_size * config.per_device_train_batch_size
-        trainer.train_dataset = FilledRows(table, multiple)
+    rows_side_by_side = config.world_size * config.per_device_train_batch_size
+    trainer.train_dataset = FilledRows(table, rows_side_by_side if config.world_size > 1 else 1)
     return trainer
 
 
@@ -263,16 +259,11 @@ def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows,
 
     Without `params.reasoning` a reply is its <answer> block alone.
     """
-    samples, replies = read_samples(Path(traces)), read_replies(Path(traces))
-    if not params.reasoning:
-        replies = TableRows(Path(traces), _answer_from_row, ("reply",))
+    samples = read_samples(Path(traces))
+    replies = read_replies(Path(traces), str if params.reasoning else cut_reasoning)
     rows = np.random.default_rng(params.seed).permutation(len(samples)).tolist()
     rows = rows[:params.max_samples or None]  # 0: all
     return samples.select(rows), replies.select(rows)
-
-
-def _answer_from_row(row: dict, folder: Path) -> str:
-    return cut_reasoning(row["reply"])
 
 
 def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None:

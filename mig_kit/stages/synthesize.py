@@ -8,12 +8,13 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.common import progress_bar
 from mig_kit.filters import DROP_REASONS
-from mig_kit.sample import Sample, SampleWriter, TableRows, Trace
+from mig_kit.sample import Sample, SampleWriter, TableRows, Trace, read_replies
 from mig_kit.world.teacher import write_trace
 
 
@@ -45,11 +46,7 @@ class RuleBasedTraces(Sequence):
 
 def read_own_traces(path: Path) -> TableRows:
     """The replies that came with own data as traces, a Sequence; path: of the set's questions."""
-    return TableRows(path, _own_trace, ("reply",))
-
-
-def _own_trace(row: dict, folder: Path) -> Trace:
-    return Trace(row["reply"], "own", "")
+    return read_replies(path, partial(Trace, detail="own", error=""))
 
 
 def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Trace],

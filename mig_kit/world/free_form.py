@@ -16,11 +16,11 @@ import random
 from dataclasses import replace
 from functools import partial
 
-from mig_kit.prompts import LETTERS
 from mig_kit.world.scenes import World, object_name
 from mig_kit.world.specs import (
     SampleSpec,
     TaskFunction,
+    letter_options,
     list_image_note,
     list_image_notes,
     shuffle_options,
@@ -39,24 +39,23 @@ def name_object(rng: random.Random, world: World) -> SampleSpec:
     visible = scenes[k - 1].names()
     correct = rng.choice(visible)
     absent = [name for name in map(object_name, reversed(appearances)) if name not in visible]
-    options, letter = shuffle_options(rng, correct, absent[:rng.randint(1, 2)])
     return SampleSpec(scenes, f"What is in image {k}?", [], f"the same: {correct}.",
-                      [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
+                      [list_image_note(k, scenes[k - 1])],
+                      **shuffle_options(rng, correct, absent[:rng.randint(1, 2)]))
 
 
 def find_image(rng: random.Random, world: World) -> SampleSpec:
     """Which image shows the named object."""
     scenes, k, name = make_scenes_with_holder(rng, world, 2, 4)
-    options, letter = _pick_images(rng, k, len(scenes))
     return SampleSpec(scenes, f"Which image shows the {name}?", [], f"{name}: image {k}.",
-                      list_image_notes(scenes), options=options, letter=letter)
+                      list_image_notes(scenes), **_pick_images(rng, k, len(scenes)))
 
 
-def _pick_images(rng: random.Random, k: int, count: int) -> tuple[tuple[str, ...], str]:
-    """Two or more of `count` images in order, image k among them, and its letter."""
+def _pick_images(rng: random.Random, k: int, count: int) -> dict:
+    """Two or more of `count` images in order as options, the correct image k among them."""
     others = [number for number in range(1, count + 1) if number != k]
     numbers = sorted([k, *rng.sample(others, rng.randint(1, len(others)))])
-    return tuple(f"image {number}" for number in numbers), LETTERS[numbers.index(k)]
+    return letter_options([f"image {number}" for number in numbers], f"image {k}")
 
 
 def common_to_all(rng: random.Random, world: World) -> SampleSpec:
@@ -64,10 +63,9 @@ def common_to_all(rng: random.Random, world: World) -> SampleSpec:
     shared, *others = world.pick_appearances(rng, 5)
     scenes = [world.arrange_scene(rng, [shared, others[i]]) for i in range(rng.randint(2, 3))]
     wrong = [object_name(other) for other in others[:rng.randint(1, 2)]]
-    options, letter = shuffle_options(rng, object_name(shared), wrong)
     return SampleSpec(scenes, "Which thing is in every image?", [],
                       f"in all: {object_name(shared)}.", list_image_notes(scenes),
-                      options=options, letter=letter)
+                      **shuffle_options(rng, object_name(shared), wrong))
 
 
 def task_as_choice(rng: random.Random, world: World) -> SampleSpec:
@@ -79,12 +77,12 @@ def task_as_choice(rng: random.Random, world: World) -> SampleSpec:
     spec = TASKS[task](rng, world)
     (k, correct), = spec.answers
     if task == "group_grounding":
-        options, letter = _pick_images(rng, k, len(spec.scenes))
+        choice = _pick_images(rng, k, len(spec.scenes))
     else:
         wrong = [name for name in spec.scenes[k - 1].names() if name != correct]
         wrong = rng.sample(wrong, min(rng.randint(1, 2), len(wrong)))
-        options, letter = shuffle_options(rng, correct, wrong)
-    return replace(spec, answers=[], box=None, options=options, letter=letter)
+        choice = shuffle_options(rng, correct, wrong)
+    return replace(spec, answers=[], box=None, **choice)
 
 
 def locate_named(rng: random.Random, world: World) -> SampleSpec:
@@ -153,9 +151,9 @@ def count_objects(rng: random.Random, world: World) -> SampleSpec:
         (f"How many things of image {k} are striped?", "striped",
          sum(obj.appearance.pattern == "striped" for obj in objects))])
     wrong = rng.sample([str(count) for count in range(5) if count != total], rng.randint(1, 2))
-    options, letter = shuffle_options(rng, str(total), wrong)
     return SampleSpec(scenes, question, [], f"{word}: {total}.",
-                      [list_image_note(k, scenes[k - 1])], options=options, letter=letter)
+                      [list_image_note(k, scenes[k - 1])],
+                      **shuffle_options(rng, str(total), wrong))
 
 
 def find_named(rng: random.Random, world: World, fewest: int, most: int) -> SampleSpec:

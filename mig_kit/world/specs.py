@@ -62,8 +62,11 @@ def count_listed_objects(notes: Sequence[str]) -> int:
     return sum(len(names_in_note(note)) for note in notes)
 
 
-def shuffle_options(rng: random.Random, correct: str,
-                    wrong: list[str]) -> tuple[tuple[str, ...], str]:
-    """The options in random order, and the letter of the correct one."""
-    options = rng.sample([correct, *wrong], 1 + len(wrong))
-    return tuple(options), LETTERS[options.index(correct)]
+def shuffle_options(rng: random.Random, correct: str, wrong: list[str]) -> dict:
+    """{"options", "letter"} of a `SampleSpec`, in random order; the letter is the correct one's."""
+    return letter_options(rng.sample([correct, *wrong], 1 + len(wrong)), correct)
+
+
+def letter_options(options: Sequence[str], correct: str) -> dict:
+    """{"options", "letter"} of a `SampleSpec`, in this order."""
+    return {"options": tuple(options), "letter": LETTERS[options.index(correct)]}

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mig_kit.prompts import LETTERS
 from mig_kit.sample import Sample
 from mig_kit.world.free_form import BOX_FORMS, FIND_ALL, FREE_FORM
 from mig_kit.world.scenes import (
@@ -23,7 +22,7 @@ from mig_kit.world.scenes import (
     object_name,
     random_size,
 )
-from mig_kit.world.specs import SampleSpec, TaskFunction, shuffle_options
+from mig_kit.world.specs import SampleSpec, TaskFunction, letter_options, shuffle_options
 from mig_kit.world.tasks import (
     TASKS,
     find_extreme,
@@ -127,9 +126,8 @@ def count_colour(rng: random.Random, world: World) -> SampleSpec:
     scene = world.arrange_scene(rng, appearances)
     total = sum(obj.colour == colour for obj in scene.objects)
     wrong = [str(count) for count in (1, 2, 3) if count != total]
-    options, letter = shuffle_options(rng, str(total), wrong)
-    return SampleSpec([scene], f"How many {colour} things are in image 1?", options=options,
-                      letter=letter)
+    return SampleSpec([scene], f"How many {colour} things are in image 1?",
+                      **shuffle_options(rng, str(total), wrong))
 
 
 def jigsaw(rng: random.Random, world: World) -> SampleSpec:
@@ -145,7 +143,7 @@ def jigsaw(rng: random.Random, world: World) -> SampleSpec:
         pieces.append(crop_scene(source, window, random_size(rng)))
     order = rng.sample([0, 1], 2)
     return SampleSpec([scene, *(pieces[i] for i in order)], "Which image is a part of image 1?",
-                      options=("image 2", "image 3"), letter=LETTERS[order.index(0)])
+                      **letter_options(("image 2", "image 3"), f"image {order.index(0) + 2}"))
 
 
 def visual_correspondence(rng: random.Random, world: World) -> SampleSpec:
@@ -155,11 +153,10 @@ def visual_correspondence(rng: random.Random, world: World) -> SampleSpec:
     distractors = [other for other in world.pick_appearances(rng, 2) if other != reference]
     first = world.arrange_scene(rng, [reference, *distractors])
     correct, *wrong = map(object_name, candidates)
-    options, letter = shuffle_options(rng, correct, wrong)
+    choice = shuffle_options(rng, correct, wrong)
     second = world.arrange_scene(rng, candidates)
     question = "Which thing in image 2 has the same shape as the thing at {ref} in image 1?"
-    return SampleSpec([first, second], question, reference=object_name(reference),
-                      options=options, letter=letter)
+    return SampleSpec([first, second], question, reference=object_name(reference), **choice)
 
 
 def relations(rng: random.Random, world: World) -> SampleSpec:
@@ -168,9 +165,9 @@ def relations(rng: random.Random, world: World) -> SampleSpec:
         scene = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(2, 4)))
         a, b = scene.objects[:2]
         if abs(a.centre[0] - b.centre[0]) > 6:
-            letter = "A" if a.centre[0] < b.centre[0] else "B"
+            is_left = a.centre[0] < b.centre[0]
             return SampleSpec([scene], f"Is the {a.name} left of the {b.name} in image 1?",
-                              options=("yes", "no"), letter=letter)
+                              **letter_options(("yes", "no"), "yes" if is_left else "no"))
 
 
 def frame_order(rng: random.Random, world: World) -> SampleSpec:
@@ -181,10 +178,10 @@ def frame_order(rng: random.Random, world: World) -> SampleSpec:
     correct = " ".join(str(order.index(i) + 1) for i in range(3))
     orders = ("1 2 3", "1 3 2", "2 1 3", "2 3 1", "3 1 2", "3 2 1")
     wrong = rng.sample([other for other in orders if other != correct], 2)
-    options, letter = shuffle_options(rng, correct, wrong)
     question = ("The images are frames of a film. Every image has one new thing. "
                 "Which image is one, two, three?")
-    return SampleSpec([frames[i] for i in order], question, options=options, letter=letter)
+    return SampleSpec([frames[i] for i in order], question,
+                      **shuffle_options(rng, correct, wrong))
 
 
 def retrieval(rng: random.Random, world: World) -> SampleSpec:
@@ -198,7 +195,8 @@ def retrieval(rng: random.Random, world: World) -> SampleSpec:
     order = rng.sample([0, 1, 2], 3)
     return SampleSpec([first, *(candidates[i] for i in order)],
                       "Which image shows the same things as image 1?",
-                      options=("image 2", "image 3", "image 4"), letter=LETTERS[order.index(0)])
+                      **letter_options(("image 2", "image 3", "image 4"),
+                                       f"image {order.index(0) + 2}"))
 
 
 def find_change(rng: random.Random, world: World) -> SampleSpec:
@@ -206,9 +204,8 @@ def find_change(rng: random.Random, world: World) -> SampleSpec:
     first = world.arrange_scene(rng, world.pick_appearances(rng, rng.randint(3, 4)))
     second, name = swap_appearance(rng, first, world)
     unchanged = [other for other in second.names() if other != name]
-    options, letter = shuffle_options(rng, name, rng.sample(unchanged, 2))
-    return SampleSpec([first, second], "Which thing is new in image 2?", options=options,
-                      letter=letter)
+    return SampleSpec([first, second], "Which thing is new in image 2?",
+                      **shuffle_options(rng, name, rng.sample(unchanged, 2)))
 
 
 Draw = Callable[[str, int, int], SampleSpec]  # (split, index, seed) -> the sample of that number

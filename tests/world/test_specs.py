@@ -19,6 +19,7 @@ def test_notes_are_read_as_they_are_written():
 
 def test_the_letter_is_that_of_the_correct_option():
     for seed in range(20):
-        options, letter = specs.shuffle_options(random.Random(seed), "two", ["one", "three"])
+        choice = specs.shuffle_options(random.Random(seed), "two", ["one", "three"])
+        options, letter = choice["options"], choice["letter"]
         assert sorted(options) == ["one", "three", "two"]
         assert options[LETTERS.index(letter)] == "two"
