@@ -204,35 +204,24 @@ def pass_at_k(correct: int, total: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(total - correct + 1, total + 1)))
 
 
-def joint_interval(groups: list[np.ndarray], lists: list[np.ndarray] | None = None) -> dict:
-    """{"value", "low", "high", "over"} of a score of several runs on the same samples.
+def joint_interval(groups: list[np.ndarray], lists: list[np.ndarray] | None = None,
+                   others: list[np.ndarray] | None = None) -> dict:
+    """{"value", "low", "high", "over"} of a score of several runs on the same samples, or of its
+    difference to that of others, paired by sample, not by seed.
 
-    groups: (runs, samples) values of each task. lists: of each task, where samples share images;
-    see _list_errors. value: the mean over tasks of the mean over runs and samples. low, high: its
-    95 % interval over samples and, with several runs, over "seeds and samples": the half widths of
-    the two t intervals, of the sampled tasks and of the runs' scores, added in quadrature; NaN for
-    samples of one list of images, which say nothing about others. It covers the truth in 95 % of
-    cases or more, whatever the share of either, 90 % with few lists of very unequal sizes; a
-    bootstrap over three runs would be too narrow.
+    groups, others: (runs, samples) values of each task, in the same order of samples. lists: of
+    each task, where samples share images; see _list_errors. value: the mean over tasks of the mean
+    over runs and samples. low, high: its 95 % interval over samples and, with several runs, over
+    "seeds and samples": the half widths of the t intervals, of the sampled tasks and of the runs'
+    scores, added in quadrature; NaN for samples of one list of images, which say nothing about
+    others. A single run beside several is taken to vary as they do. The interval covers the truth
+    in 95 % of cases or more, whatever the share of either, 90 % with few lists of very unequal
+    sizes; a bootstrap over three runs would be too narrow.
     """
-    return _estimate([groups], [values.mean(0) for values in groups], lists)
-
-
-def joint_difference(groups: list[np.ndarray], others: list[np.ndarray],
-                     lists: list[np.ndarray] | None = None) -> dict:
-    """As `joint_interval`, of one set of runs less another's: paired by sample, not by seed.
-
-    groups, others: (runs, samples) values of each task, in the same order of samples. A single run
-    beside several is taken to vary as they do.
-    """
-    effects = [values.mean(0) - other.mean(0)
-               for values, other in zip(groups, others, strict=True)]
-    return _estimate([groups, others], effects, lists)
-
-
-def _estimate(sets: list[list[np.ndarray]], effects: list[np.ndarray],
-              lists: list[np.ndarray] | None) -> dict:
-    """sets: the runs of one or two sides; effects: (samples,) mean over runs, of each task."""
+    sets = [groups] if others is None else [groups, others]
+    effects = [values.mean(0) for values in groups]
+    if others is not None:
+        effects = [effect - other.mean(0) for effect, other in zip(effects, others, strict=True)]
     tasks = len(effects)
     is_one_list = lists is not None and len(np.unique(np.concatenate(lists))) == 1
     lists = lists or [np.arange(len(effect)) for effect in effects]
@@ -240,7 +229,7 @@ def _estimate(sets: list[list[np.ndarray]], effects: list[np.ndarray],
                   for effect, numbers in zip(effects, lists, strict=True)
                   if len(np.unique(numbers)) > 1) / tasks ** 2
     parts = [(samples, max(1, sum(map(_lists_of_variance, lists)) - tasks))]
-    sides = [np.mean([values.mean(1) for values in groups], axis=0) for groups in sets]  # (runs,)
+    sides = [np.mean([values.mean(1) for values in runs], axis=0) for runs in sets]  # (runs,)
     singles = sum(len(scores) == 1 for scores in sides)
     parts += [(scores.var(ddof=1) * (1 / len(scores) + singles), len(scores) - 1)
               for scores in sides if len(scores) > 1]
@@ -256,7 +245,7 @@ def probability_of_improvement(groups: list[np.ndarray], others: list[np.ndarray
     """The chance that a run scores higher than one of the others on a task, ties counted half.
 
     Mean over tasks and over all pairs of runs (rliable, arXiv 2108.13264). groups, others: as of
-    `joint_difference`.
+    `joint_interval`.
     """
     chances = []
     for values, other in zip(groups, others, strict=True):

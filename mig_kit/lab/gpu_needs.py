@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import add, mul
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig
@@ -94,20 +93,10 @@ SHAPES = {
         128)}
 
 
-class Profile(NamedTuple):
-    """The parameters of the stages that decide what a GPU needs."""
-
-    synthesize: SimpleNamespace
-    sft: SimpleNamespace
-    sampling: SimpleNamespace
-    grpo: SimpleNamespace
-    evaluate: SimpleNamespace
-
-
-def read_profile(profile: str) -> Profile:
-    """The parameters of a profile, a folder of params/."""
-    return Profile(*(SimpleNamespace(**profile_params(stage, profile))
-                     for stage in ("01_synthesize", *ADVICE)))
+def read_profile(profile: str) -> dict[str, SimpleNamespace]:
+    """Stage -> its parameters in a profile, a folder of params/."""
+    return {stage: SimpleNamespace(**profile_params(stage, profile))
+            for stage in ("01_synthesize", *ADVICE)}
 
 
 def predict(profile: str) -> dict[str, list]:
@@ -116,7 +105,8 @@ def predict(profile: str) -> dict[str, list]:
     Both are empty where the profile's model is neither in SHAPES nor a folder, as is "tiny".
     """
     params = read_profile(profile)
-    shape = find_shape(params.synthesize.base_model)
+    first = params["01_synthesize"]
+    shape = find_shape(first.base_model)
     if shape is None:
         return {"advice": [], "memory": []}
     advice = []
@@ -124,7 +114,8 @@ def predict(profile: str) -> dict[str, list]:
         pixels = fitting_pixels(shape, params, gigabytes)
         verdict = f"all stages fit, up to max_pixels {pixels}" if pixels else "not all stages fit"
         advice.append(f"{gigabytes} GB: {verdict} ({IMAGES} images a prompt)")
-    return {"advice": advice, "memory": memory_table(predict_memory(shape, params))}
+    needs = predict_memory(shape, params, first.max_pixels)
+    return {"advice": advice, "memory": memory_table(needs)}
 
 
 def find_shape(model: str) -> Shape | None:
@@ -221,14 +212,15 @@ def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
             "prefill": prompt_tokens * (4 * shape.hidden + 3 * shape.inner) * 2 / GIB}
 
 
-def predict_memory(shape: Shape, params: Profile) -> dict[str, dict[str, float]]:
-    """Stage -> parts in GiB.
+def predict_memory(shape: Shape, params: dict[str, SimpleNamespace],
+                   max_pixels: int) -> dict[str, dict[str, float]]:
+    """Stage -> parts in GiB; params: of `read_profile`; max_pixels: of an image.
 
     Replies are drawn to as many prompts at a time as memory holds; the parts are those of one. 05
     draws replies, then learns from them: its parts are those of the phase that needs more.
     """
-    _, sft, sampling, grpo, evaluate = params
-    prompt = TEXT_TOKENS + count_image_tokens(shape, params)
+    _, sft, sampling, grpo, evaluate = params.values()
+    prompt = TEXT_TOKENS + IMAGES * max_pixels // shape.token_side**2
     sft_load = Load(prompt, sft.per_device_train_batch_size, 1, TRACE_TOKENS)
     group, reply = grpo.num_generations, grpo.max_completion_length
     in_graph = max(1, (grpo.micro_replies or grpo.per_device_train_batch_size) // group)
@@ -245,11 +237,6 @@ def predict_memory(shape: Shape, params: Profile) -> dict[str, dict[str, float]]
         "06_evaluate": decoding_memory(shape, evaluate_load)}
 
 
-def count_image_tokens(shape: Shape, params: Profile) -> int:
-    """Image tokens of a prompt."""
-    return IMAGES * params.synthesize.max_pixels // shape.token_side**2
-
-
 def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
     """Rows {stage, GiB, largest part, one column per card: "fits" or what to lower}."""
     rows = []
@@ -263,14 +250,13 @@ def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def fitting_pixels(shape: Shape, params: Profile, gigabytes: int) -> int:
+def fitting_pixels(shape: Shape, params: dict[str, SimpleNamespace], gigabytes: int) -> int:
     """The largest max_pixels, in steps of 16 image tokens, with which every stage fits a card; 0 if
     none does.
     """
     area = shape.token_side**2
-    for tokens in range(params.synthesize.max_pixels // area, 0, -16):
-        synthesize = SimpleNamespace(**vars(params.synthesize) | {"max_pixels": tokens * area})
-        rows = memory_table(predict_memory(shape, params._replace(synthesize=synthesize)))
+    for tokens in range(params["01_synthesize"].max_pixels // area, 0, -16):
+        rows = memory_table(predict_memory(shape, params, tokens * area))
         if all(row[f"{gigabytes} GB"] == "fits" for row in rows):
             return tokens * area
     return 0

@@ -57,7 +57,7 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
         raise ValueError(f"{len(without_options)} multiple-choice items of {annotations} have no 2 "
                          f"to 8 options that can be read (first: {', '.join(without_options[:3])});"
                          ' write BLINK\'s as a list, "choices", and MMIU\'s as "A: ... B: ..."')
-    images = dict(iter_image_paths(name, annotations, root, limit))
+    images = dict(iter_image_paths(benchmark, root))
     missing = [image for image, path in images.items() if not image_files.is_regular_file(path)]
     if missing:
         raise ValueError(f"{len(missing)} of {len(images)} images are missing below {root} (first: "
@@ -79,16 +79,12 @@ def _first_per_task(benchmark: Benchmark, limit: int) -> Benchmark:
     return replace(benchmark, items=tuple(items), complete=False)
 
 
-def iter_image_paths(name: str, annotations: str | Path, root: str | Path,
-                     limit: int) -> Iterator[tuple[str, Path]]:
-    """Every image of a benchmark's items, and the file that it stands for; limit: as above."""
-    for image in _image_names(_first_per_task(READERS[name](read_records(annotations)), limit)):
+def iter_image_paths(benchmark: Benchmark, root: str | Path) -> Iterator[tuple[str, Path]]:
+    """Every image of a benchmark's items once, in the order of the file, and the file that it
+    stands for.
+    """
+    for image in dict.fromkeys(name for item in benchmark.items for name in item.images):
         yield image, resolve_image_path(root, image)
-
-
-def _image_names(benchmark: Benchmark) -> list[str]:
-    """Every image once, in the order of the file."""
-    return list(dict.fromkeys(name for item in benchmark.items for name in item.images))
 
 
 def sample_id(benchmark: str, item: BenchmarkItem) -> str:
@@ -101,8 +97,7 @@ def image_sizes(benchmark: Benchmark, root: str | Path) -> dict[str, list[tuple[
 
     Raises BadImage for a file that is no image.
     """
-    sizes = {name: image_files.read_size(resolve_image_path(root, name))
-             for name in _image_names(benchmark)}
+    sizes = {name: image_files.read_size(path) for name, path in iter_image_paths(benchmark, root)}
     return {sample_id(benchmark.name, item): [sizes[name] for name in item.images]
             for item in benchmark.items}
 

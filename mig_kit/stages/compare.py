@@ -25,7 +25,6 @@ from mig_kit.stages.evaluated_runs import (
 )
 from mig_kit.stages.report import CLAIMS
 from mig_kit.stats import (
-    joint_difference,
     joint_interval,
     paired_gap_by_list,
     percent_interval_by_list,
@@ -109,7 +108,7 @@ def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
         rows = np.arange(len(suite_samples))
         groups = evaluate.split_for_score(suite_samples, rows)
         lists = None
-        if suite in (OWN,):
+        if suite == OWN:
             numbers = evaluate.number_image_lists(suite_samples)
             lists = [numbers[group] for group in groups]
         scopes[suite] = _Scope(suite, groups, lists)
@@ -200,7 +199,7 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
         gaps = [a - b for a, b in zip(paired, partners)]
         estimate, by_run = _estimate_gap(gaps, scope.lists), _by_run(gaps)
     else:
-        estimate = _limit(joint_difference(values, other_values, scope.lists), -100, 100)
+        estimate = _limit(joint_interval(values, scope.lists, other_values), -100, 100)
         gaps = [a[:, None] - b for a, b in zip(values, other_values)]  # of any two runs
         by_run = []
     return {"group": name, "suite": suite, "figure": f"vs {other_name}", **estimate,

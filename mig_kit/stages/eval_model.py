@@ -83,9 +83,8 @@ class Task:
         facts["file"] = file_sha256(self.file)
         if self.file.suffix == ".parquet":  # which names its images by their SHA-256
             return facts
-        arguments = (self.file, self.root, self.limit)
-        images = (iter_own_images(*arguments) if self.suite == "own"
-                  else run_benchmark.iter_image_paths(self.suite, *arguments))
+        images = (iter_own_images(self.file, self.root, self.limit) if self.suite == "own"
+                  else run_benchmark.iter_image_paths(questions[0], self.root))
         return facts | {"images": hash_images(images, self.root)}
 
 

@@ -1,7 +1,5 @@
 """The prediction of GPU memory: parts by hand, and what a layer keeps as measured."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -117,12 +115,10 @@ def test_the_table_says_what_to_lower(profile):
         assert fits == sorted(fits), "a larger GPU holds what a smaller one holds"
         assert set(verdicts) <= {"fits", gpu_needs.ADVICE[stage]}
     params = gpu_needs.read_profile(profile)
-    shape = gpu_needs.find_shape(params.synthesize.base_model)
+    shape = gpu_needs.find_shape(params["01_synthesize"].base_model)
     pixels = gpu_needs.fitting_pixels(shape, params, 141)
     assert f"141 GB: all stages fit, up to max_pixels {pixels}" in needs["advice"][-1]
-    changed = params._replace(
-        synthesize=SimpleNamespace(**vars(params.synthesize) | {"max_pixels": pixels}))
-    table = gpu_needs.memory_table(gpu_needs.predict_memory(shape, changed))
+    table = gpu_needs.memory_table(gpu_needs.predict_memory(shape, params, pixels))
     assert all(row["141 GB"] == "fits" for row in table)
 
 

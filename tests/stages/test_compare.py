@@ -25,7 +25,7 @@ from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.prompts import format_answer
 from mig_kit.stages import compare, evaluate, evaluated_runs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
-from mig_kit.stats import joint_difference, joint_interval, probability_of_improvement
+from mig_kit.stats import joint_interval, probability_of_improvement
 from mig_kit.world import suites
 
 PER_TASK = 4
@@ -176,8 +176,8 @@ def test_questions_about_the_same_images_count_once():
     assert joint_interval([twice], [lists]) == pytest.approx(alone)
     by_question = joint_interval([twice])
     assert by_question["high"] - by_question["low"] < 0.95 * (alone["high"] - alone["low"])
-    assert joint_difference([twice[:2]], [twice[2:]], [lists]) == pytest.approx(
-        joint_difference([values[:2]], [values[2:]]))
+    assert joint_interval([twice[:2]], [lists], [twice[2:]]) == pytest.approx(
+        joint_interval([values[:2]], others=[values[2:]]))
     assert np.isnan(joint_interval([twice], [np.zeros(80, int)])["low"]), "nothing about others"
 
 
@@ -204,7 +204,7 @@ def test_other_seeds_are_compared_by_sample_alone(sizes):
         difficulty = rng.normal(0, 1, 80)
         first, second = ([rng.normal(difficulty + rng.normal(0, 0.5, (n, 1)), 1, (n, 80))]
                          for n in sizes)
-        estimate = joint_difference(first, second)
+        estimate = joint_interval(first, others=second)
         hits += estimate["low"] <= 0 <= estimate["high"]
     assert hits / trials >= 0.94, hits / trials
 
