@@ -15,7 +15,7 @@ from matplotlib.patches import FancyBboxPatch
 from scipy.stats import t as student_t
 
 from mig_kit.drawing.palette import CORRECT, INK, MUTED, PREDICTED, SIDE_COLOURS
-from mig_kit.drawing.plots import WIDTH, set_title
+from mig_kit.drawing.plots import LEGEND, WIDTH, set_title
 
 # number -> (name, what it hands on)
 STAGES = {
@@ -234,7 +234,7 @@ def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
         axis.invert_yaxis()
         axis.grid(False)
     kit.set_xlabel("tokens of a row")
-    figure.legend(frameon=False, ncols=2, fontsize=9, loc="outside lower center")
+    figure.legend(ncols=2, **LEGEND)
     plt.close(figure)
     return figure
 
@@ -253,7 +253,7 @@ def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.
     axes.axvline(100 * means.mean(), label="mean", **MEAN_LINE)
     axes.set(xlabel="score of a resample, percent", ylabel="resamples")
     axes.set_title(title, loc="left", fontsize=11)
-    figure.legend(frameon=False, ncols=3, fontsize=9, loc="outside lower center")
+    figure.legend(ncols=3, **LEGEND)
     plt.close(figure)
     return figure
 
@@ -274,6 +274,6 @@ def plot_seed_widths(seeds: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 10)) -> plt.Fig
     axes.set(xlabel="seeds", ylabel="half width, standard deviations",
              ylim=(0, 1.12 * student.max()), xticks=counts)
     axes.set_title("What is left open after so many seeds", loc="left", fontsize=11)
-    figure.legend(frameon=False, ncols=2, fontsize=9, loc="outside lower center")
+    figure.legend(ncols=2, **LEGEND)
     plt.close(figure)
     return figure

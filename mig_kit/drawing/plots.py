@@ -31,6 +31,8 @@ CURVE_NAMES = {
     "text_right": "correct on text, share", "looking": "attention on the object, share"}
 WIDTH = 6.6  # inches of a figure: 700 px, at which its text is as large as a page's
 PANELS = 3  # side by side
+# below the axes, where it touches nothing
+LEGEND = {"frameon": False, "loc": "outside lower center", "fontsize": 9}
 
 
 def set_style() -> None:
@@ -48,13 +50,6 @@ def set_title(target: plt.Figure | Axes, title: str) -> None:
         target.suptitle(title, fontsize=11, x=0.01, ha="left")
     else:
         target.set_title(textwrap.fill(title, 80), loc="left", fontsize=11)
-
-
-def _add_legend(figure: plt.Figure, axes: Axes, columns: int) -> None:
-    """Below the axes, where it touches nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=columns, loc="outside lower center",
-                  fontsize=9)
 
 
 def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> plt.Figure:
@@ -85,7 +80,7 @@ def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> 
                 linewidth=0.8)
     axes.grid(False, axis="y")
     set_title(axes, title)
-    _add_legend(figure, axes, len(systems))
+    figure.legend(ncols=len(systems), **LEGEND)
     return figure
 
 
@@ -126,7 +121,7 @@ def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = No
                     ha="right" if crowded else "center")
     axes.grid(False, axis="x")
     if hue:
-        _add_legend(figure, axes, len(hues))
+        figure.legend(ncols=len(hues), **LEGEND)
     return figure
 
 
@@ -189,7 +184,7 @@ def plot_stacked(counts: dict[str, dict[str, int]], title: str, unit: str = "cou
     axes.grid(False, axis="y")
     axes.set(xlabel=unit, xlim=(0, sums.max() * 1.01))
     set_title(axes, title)
-    _add_legend(figure, axes, min(4, len(table.columns)))
+    figure.legend(ncols=min(4, len(table.columns)), **LEGEND)
     return figure
 
 
@@ -251,7 +246,7 @@ def plot_speedup(rows: list[dict], title: str):
         axis.set(xlabel=label, ylabel="times as fast", xticks=sorted(part[x].unique()))
     first = axes.flat[0]
     first.set_ylim(0, 1.08 * max(1, table["ratio"].max()))  # of all panels, which share it
-    _add_legend(figure, first, 2)
+    figure.legend(ncols=2, **LEGEND)
     first.get_legend().remove()
     set_title(figure, title)
     return figure
