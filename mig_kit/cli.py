@@ -262,7 +262,7 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
         result = benchmark.run_headline(models.resolve_model(absolute_folder(model)), hardware,
                                         workload, folder / "headline", repeats)
         if hardware.device == "cpu":
-            wide = utilisation.save_random_model(folder / "wide", hidden=2048, layers=2)
+            wide = utilisation.save_random_model(folder / "wide", hidden=2048)
             result["utilisation"] = utilisation.measure_utilisation(
                 wide, hardware, workload, folder / "utilisation", repeats)
     click.echo(benchmark.headline_text(result, workload))

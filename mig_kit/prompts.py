@@ -65,17 +65,22 @@ def format_answers(answers: Iterable[tuple[int, Box]]) -> str:
     return ", ".join(format_answer(image, box) for image, box in answers) or NO_BOX
 
 
-def correct_answer(sample: Sample, box_format: BoxFormat) -> str:
-    """The inside of <answer> that answers a sample correctly: a letter, one box, all boxes, or that
-    there is none.
+def correct_answers(sample: Sample, box_format: BoxFormat) -> list[str]:
+    """Every inside of <answer> that answers a sample correctly: a letter, the box of each target,
+    all boxes at once, or that there is none.
     """
     if sample.options:
-        return sample.letter
+        return [sample.letter]
     answers = [(image, to_model_box(box, sample.sizes[image - 1], box_format))
                for image, box in sample.targets]
     if sample.find_all:
-        return format_answers(answers)
-    return format_answer(*answers[0]) if answers else "none"
+        return [format_answers(answers)]
+    return [format_answer(*answer) for answer in answers] or ["none"]
+
+
+def correct_answer(sample: Sample, box_format: BoxFormat) -> str:
+    """The first of `correct_answers`."""
+    return correct_answers(sample, box_format)[0]
 
 
 def format_question(sample: Sample, box_format: BoxFormat, with_instruction: bool = True) -> str:

@@ -10,14 +10,13 @@ student's pixels.
 
 from PIL import Image
 
-from mig_kit.boxes import BoxFormat, seen_size, to_model_box
+from mig_kit.boxes import BoxFormat, seen_size
 from mig_kit.image_files import to_data_url
 from mig_kit.prompts import (
     ALL_INSTRUCTION,
     CHOICE_INSTRUCTION,
     GROUNDING_INSTRUCTION,
-    correct_answer,
-    format_answer,
+    correct_answers,
     format_question,
     image_label,
 )
@@ -67,12 +66,7 @@ def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
             return question.removesuffix(ALL_INSTRUCTION) + DIRECT_INSTRUCTION + more
         question = question.removesuffix(CHOICE_INSTRUCTION).removesuffix(GROUNDING_INSTRUCTION)
         return question + (DIRECT_CHOICE_INSTRUCTION if sample.options else DIRECT_INSTRUCTION)
-    answers = [format_answer(target.image,
-                             to_model_box(target.box, sample.sizes[target.image - 1], box_format))
-               for target in sample.targets]
-    truth = sample.letter or " or ".join(answers)
-    if sample.find_all:
-        truth = correct_answer(sample, box_format)
+    truth = " or ".join(correct_answers(sample, box_format))
     cue = CUES[CUE_OF_TASK.get(sample.task, "search")]
     rules = RULES.format(coordinates=COORDINATES_IN_RULES[box_format.coordinates])
     return (f"You are an expert at reading several images together. {cue}\n\n"

@@ -258,11 +258,11 @@ def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.
     return figure
 
 
-def plot_seed_widths(seeds: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 10)) -> plt.Figure:
+def plot_seed_widths() -> plt.Figure:
     """Half the width of a 95 % interval over seeds, in standard deviations of a seed's score, by
     the number of seeds: Student's t, and the normal value that few seeds make too narrow.
     """
-    counts = np.array(seeds)
+    counts = np.array([2, 3, 4, 5, 6, 8, 10])
     student = student_t.ppf(0.975, counts - 1) / np.sqrt(counts)
     figure, axes = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
     axes.plot(counts, student, "o-", color=CORRECT, label="Student's t: honest")

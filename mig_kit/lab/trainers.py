@@ -74,16 +74,16 @@ def make_sides(model: str | Path, hardware: Hardware, load: Workload,
     return tuple(make_side(model, hardware, load, folder, is_kit) for is_kit in (False, True))
 
 
-def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Path, is_kit: bool,
-              seed: int = 0) -> Side:
+def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
+              is_kit: bool) -> Side:
     """A trainer of `load`, with an adapter that does something; scratch files go below `folder`."""
     processor = load_processor(model, BOX_FORMAT)
-    samples = fill_prompts(make_questions(load, load.prompts, seed), processor, load)
+    samples = fill_prompts(make_questions(load, load.prompts), processor, load)
     weights = load_model(model, hardware) if is_kit else load_stock_model(model, hardware)
     policy = Policy(weights, processor, hardware, BOX_FORMAT)
-    torch.manual_seed(seed)
-    trainer = _make_trainer(policy, samples, folder / str(is_kit), load, is_kit, seed)
-    torch.manual_seed(seed + 1)
+    torch.manual_seed(0)
+    trainer = _make_trainer(policy, samples, folder / str(is_kit), load, is_kit)
+    torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)
@@ -96,13 +96,13 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
 
 
 def _make_trainer(policy: Policy, samples: list[Sample], folder: Path, load: Workload,
-                  share_prefix: bool, seed: int) -> GRPOTrainer:
+                  share_prefix: bool) -> GRPOTrainer:
     params = SimpleNamespace(**profile_params("05_grpo") | {
         "share_prefix": share_prefix, "num_generations": load.group,
         "per_device_train_batch_size": load.prompts * load.group,
         "gradient_accumulation_steps": 1, "max_completion_length": load.tokens, "max_steps": 1,
         "learning_rate": 1e-4, "warmup_steps": 1, "scale_rewards": "group", "save_steps": 100,
-        "seed": seed})
+        "seed": 0})
     return grpo_trainer(policy, samples, folder, params, min_new_tokens=load.tokens)
 
 

@@ -20,15 +20,15 @@ from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 MATRIX_SIZES = ((2048, 1024, 1024), (2048, 1024, 2816), (4096, 1024, 4096))  # rows, inputs, outputs
 
 
-def save_random_model(folder: Path, hidden: int, layers: int = 2, seed: int = 0) -> Path:
+def save_random_model(folder: Path, hidden: int) -> Path:
     """Write a random Qwen2.5-VL to `folder`, with the tiny base's tokenizer; the folder.
 
-    Its layers are shaped like the 3B's, which they equal at hidden 2048: heads 128 wide, one pair
+    Its two layers are shaped like the 3B's, which they equal at hidden 2048: heads 128 wide, a pair
     of keys and values to eight of them, an MLP 5.375 times as wide. hidden: a multiple of 128.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     processor = load_processor(TINY_BASE, BoxFormat())
-    config = tiny_config(len(processor.tokenizer), hidden=hidden, layers=layers)
+    config = tiny_config(len(processor.tokenizer), hidden=hidden, layers=2)
     text = config.text_config
     text.num_attention_heads, text.intermediate_size = hidden // 128, hidden * 43 // 8
     text.num_key_value_heads = max(1, text.num_attention_heads // 8)
@@ -67,8 +67,8 @@ def minimal_flops(model, prompt: int, replies: int, tokens: int) -> float:
     return linear + head + 3 * 4 * config.hidden_size * pairs
 
 
-def matrix_rate(hardware: Hardware, rounds: int = 5) -> float:
-    """FLOP/s of matrix products in the dtype in use: the best of MATRIX_SIZES and of `rounds`."""
+def matrix_rate(hardware: Hardware) -> float:
+    """FLOP/s of matrix products in the dtype in use: the best of MATRIX_SIZES and of five."""
     in_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
     dtype = torch.bfloat16 if in_bfloat16 else torch.float32
     best = 0.0
@@ -80,7 +80,7 @@ def matrix_rate(hardware: Hardware, rounds: int = 5) -> float:
             return torch.nn.functional.linear(a, b)
 
         multiply()
-        seconds = min(time_call(multiply, hardware) for _ in range(rounds))
+        seconds = min(time_call(multiply, hardware) for _ in range(5))
         best = max(best, 2 * rows * inputs * outputs / seconds)
     return best
 

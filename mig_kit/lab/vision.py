@@ -62,15 +62,15 @@ class DetectionHeads(nn.Module):
         return self.out(features).split(self.sizes, -1)
 
 
-def codes(width: int = TINY_HIDDEN) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """An orthonormal code per fact that a token can state, (codes, width), and the groups' sizes.
+def codes() -> tuple[torch.Tensor, tuple[int, ...]]:
+    """An orthonormal code per fact that a token can state, (codes, hidden), and the groups' sizes.
 
     The groups are CLASS_SIZES and DIGIT_SIZES. The language model starts with the words' embeddings
     on the codes of shape, colour and pattern, so that the token of a red star looks like the words
     "red star" with its digits beside them.
     """
     sizes = (*CLASS_SIZES, *DIGIT_SIZES)
-    noise = torch.randn(width, sum(sizes), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(TINY_HIDDEN, sum(sizes), generator=torch.Generator().manual_seed(0))
     return torch.linalg.qr(noise).Q.T.contiguous(), sizes
 
 

@@ -41,11 +41,10 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def build_tokenizer(corpus: list[str], vocab_size: int = 640) -> Qwen2TokenizerFast:
+def build_tokenizer(corpus: list[str]) -> Qwen2TokenizerFast:
     """A byte-level BPE with Qwen2.5's splitting rule (every digit is a token) and special tokens.
 
-    The fixed pieces of an answer are single tokens. A small corpus may give fewer than `vocab_size`
-    tokens.
+    The fixed pieces of an answer are single tokens. A small corpus may give fewer than 640 tokens.
     """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence([
@@ -53,7 +52,7 @@ def build_tokenizer(corpus: list[str], vocab_size: int = 640) -> Qwen2TokenizerF
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIAL, *ANSWER_PIECES], show_progress=False,
+        vocab_size=640, special_tokens=[*SPECIAL, *ANSWER_PIECES], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.train_from_iterator(corpus, trainer)
     raw.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in ANSWER_PIECES])

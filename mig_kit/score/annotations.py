@@ -28,7 +28,8 @@ LISA_VERSIONS = {200: "val", 779: "test"}
 REF_L4_VERSIONS = {7231: "val", 38110: "test", 45341: "all"}
 BLINK_VAL_ITEMS = 1901
 MMIU_TASKS = 60  # names in the authors' file, of the 52 tasks that the paper counts
-# benchmark -> how many items its paper counts; MMIU: arXiv 2408.02718, MC-Bench: 2410.12332
+# benchmark -> how many items its paper counts, of which another number may be a part or another
+# release; MMIU: arXiv 2408.02718, MC-Bench: 2410.12332
 PAPER_COUNTS = {"mmiu": 11698, "mc_bench": 2000}
 MMIU_OPTIONS = "ABCDEFGH"  # where an item's own options cannot be read
 LARGEST = 1e9  # a coordinate or score beyond it is none
@@ -288,15 +289,8 @@ def read_mmiu(records: list[dict]) -> Benchmark:
         raise ValueError("no item of the MMIU annotations has an output, the correct letter; give "
                          "the file that has them")
     has_all_tasks = len({item.task for item in items}) == MMIU_TASKS
-    is_complete = has_all_tasks and has_paper_count("mmiu", len(records))
+    is_complete = has_all_tasks and (len(records) == PAPER_COUNTS["mmiu"] or None)
     return Benchmark("mmiu", "", tuple(items), is_complete, tuple(left_out))
-
-
-def has_paper_count(benchmark: str, count: int) -> bool | None:
-    """True for as many items as the benchmark's paper counts; None for another number, which may be
-    a part or another release.
-    """
-    return True if count == PAPER_COUNTS[benchmark] else None
 
 
 def _split_options(text: str) -> tuple[str, ...]:
@@ -375,7 +369,7 @@ def add_image_sizes(items: tuple[BenchmarkItem, ...],
             for item in items]
 
 
-def count_and_list(names: list[str], count: int = 10) -> str:
-    """How many names there are and the first of them, as "12 (a, b, ...)"."""
-    ellipsis = ", ..." if len(names) > count else ""
-    return f"{len(names)} ({', '.join(names[:count])}{ellipsis})"
+def count_and_list(names: list[str]) -> str:
+    """How many names there are and the first ten of them, as "12 (a, b, ...)"."""
+    ellipsis = ", ..." if len(names) > 10 else ""
+    return f"{len(names)} ({', '.join(names[:10])}{ellipsis})"

@@ -20,11 +20,11 @@ from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, iou, res
 from mig_kit.image_files import is_regular_file
 from mig_kit.score import coco
 from mig_kit.score.annotations import (
+    PAPER_COUNTS,
     READERS,
     Benchmark,
     BenchmarkItem,
     add_image_sizes,
-    has_paper_count,
     read_image_sizes,
     resolve_image_path,
 )
@@ -279,7 +279,7 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
         if name == "odinw":
             return header, coco.score_odinw(truth, detections, source)
         scored = coco.score_mc_bench(truth, detections, source)
-        return header | {"complete": has_paper_count(name, len(scored.tasks))}, scored
+        return header | {"complete": len(scored.tasks) == PAPER_COUNTS[name] or None}, scored
     benchmark = (read_own if name == "own" else READERS[name])(read_records(annotations))
     records = read_records(predictions)
 

@@ -54,9 +54,9 @@ def time_reference_step(hardware: Hardware, rounds: int = 7) -> float:
     return median(seconds)
 
 
-def measure_others(seconds: float = 1.0) -> float:
-    """Percent of this machine's cores that other programs take, while this one waits."""
-    return psutil.cpu_percent(seconds)
+def measure_others() -> float:
+    """Percent of this machine's cores that other programs take, while this one waits a second."""
+    return psutil.cpu_percent(1.0)
 
 
 def predict_minutes(seconds: float) -> list[dict]:
