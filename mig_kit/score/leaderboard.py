@@ -90,20 +90,14 @@ PUBLISHED = {
 }
 
 
-def published_rows(benchmark: str, version: str,
-                   protocol: str = "official") -> tuple[PublishedRow, ...]:
-    """The rows known for a benchmark and version; none for another protocol than the authors'."""
-    return PUBLISHED.get((benchmark, version), ()) if protocol == "official" else ()
-
-
 def score_markdown(result: dict) -> str:
     """A result of `mig-kit score` as a Markdown table, and the notes below it.
 
     Published numbers stand in the last columns, those of unknown version or metric below.
     """
     rows = ()
-    if result["complete"] is not False:
-        rows = published_rows(result["benchmark"], result["version"], result["protocol"])
+    if result["complete"] is not False and result["protocol"] == "official":
+        rows = PUBLISHED.get((result["benchmark"], result["version"]), ())
     published = [row for row in rows if not row.doubt]
     headline, *others = [name for name in result["avg"] if name != "ci95"]
     has_interval = "ci95" in result["avg"]

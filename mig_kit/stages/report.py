@@ -5,7 +5,7 @@ do; the page holds no script.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -62,25 +62,25 @@ def claim_rows(metrics: dict) -> list[dict]:
 
 def score_rows(systems: dict, figure: str = "score") -> list[dict]:
     """Rows {system, suite -> percent}; systems: of stage 06's metrics. figure: or "sampled"."""
-    return [{"system": SYSTEM_LABELS[system],
-             **{suite_title(suite): result[figure] for suite, result in suites.items()}}
-            for system, suites in systems.items()]
+    return _rows_by_suite("system", systems, lambda result: result[figure])
 
 
 def kl_rows(kl: dict) -> list[dict]:
     """Rows {system, suite -> nats per token}; kl: of `engine.systems.kl_from_base`."""
-    return [{"system": SYSTEM_LABELS[system],
-             **{suite_title(suite): round(figures["per_token"], 3)
-                for suite, figures in by_suite.items()}}
-            for system, by_suite in kl.items()]
+    return _rows_by_suite("system", kl, lambda figures: round(figures["per_token"], 3))
 
 
 def difference_rows(deltas: dict) -> list[dict]:
     """A row per pair of systems, a column per suite, of `gap_text`; deltas: of stage 06's metrics.
     """
-    return [{"compared": " over ".join(SYSTEM_LABELS.get(name, name) for name in pair.split("-")),
-             **{suite_title(suite): gap_text(gap) for suite, gap in by_suite.items()}}
-            for pair, by_suite in deltas.items()]
+    return _rows_by_suite("compared", deltas, gap_text)
+
+
+def _rows_by_suite(head: str, results: dict, cell: Callable[[dict], object]) -> list[dict]:
+    """Rows {head: the system, or "after over before"; suite -> cell of its result}."""
+    return [{head: " over ".join(SYSTEM_LABELS.get(part, part) for part in name.split("-")),
+             **{suite_title(suite): cell(result) for suite, result in by_suite.items()}}
+            for name, by_suite in results.items()]
 
 
 def own_data_rows(deltas: dict) -> list[dict]:

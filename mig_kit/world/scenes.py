@@ -9,6 +9,7 @@ parameters can tell them apart in an image of 3x3 tokens.
 import math
 import random
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw
@@ -107,10 +108,7 @@ class Scene:
 
     def find(self, name: str) -> Object:
         """The object of that name; KeyError if there is none."""
-        for obj in self.objects:
-            if obj.name == name:
-                return obj
-        raise KeyError(name)
+        return {obj.name: obj for obj in self.objects}[name]
 
 
 def grid_size(width: float, height: float) -> tuple[int, int]:
@@ -133,10 +131,9 @@ def are_separate(scene: Scene) -> bool:
     boxes = [obj.box for obj in scene.objects]
     if any(x1 < 0 or y1 < 0 or x2 > scene.width or y2 > scene.height for x1, y1, x2, y2 in boxes):
         return False
-    for i, a in enumerate(boxes):
-        for b in boxes[:i]:
-            if a[0] < b[2] + 1 and b[0] < a[2] + 1 and a[1] < b[3] + 1 and b[1] < a[3] + 1:
-                return False
+    if any(a[0] < b[2] + 1 and b[0] < a[2] + 1 and a[1] < b[3] + 1 and b[1] < a[3] + 1
+           for a, b in combinations(boxes, 2)):
+        return False
     return len({object_cell(scene, obj) for obj in scene.objects}) == len(boxes)
 
 
@@ -248,29 +245,21 @@ def crop_scene(scene: Scene, box: Box, size: tuple[int, int]) -> Scene:
 
 
 def _star_corners() -> list[tuple[float, float]]:
-    """Ten corners about the origin, in turn 1 and 0.42 away from it."""
-    corners = []
-    for i in range(10):
-        angle, radius = math.pi * i / 5, 1 if i % 2 == 0 else 0.42
-        corners.append((math.sin(angle) * radius, -math.cos(angle) * radius))
-    return corners
+    """Ten corners, in turn 1 and 0.42 away from the middle, scaled to the unit square."""
+    spokes = [(math.pi * i / 5, 1 if i % 2 == 0 else 0.42) for i in range(10)]
+    xs = [math.sin(angle) * radius for angle, radius in spokes]
+    ys = [-math.cos(angle) * radius for angle, radius in spokes]
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    return [((x - min(xs)) / width, (y - min(ys)) / height) for x, y in zip(xs, ys)]
 
 
-def _fit_unit_square(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The polygon, scaled to touch all four sides of the unit square."""
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    top, bottom = min(y for _, y in points), max(y for _, y in points)
-    return [((x - left) / (right - left), (y - top) / (bottom - top)) for x, y in points]
-
-
-POLYGONS: dict[str, list[tuple[float, float]]] = {
+OUTLINES: dict[str, list[tuple[float, float]]] = {  # in the unit square
     "triangle": [(0.5, 0), (1, 1), (0, 1)],
     "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
     "cross": [(.33, 0), (.67, 0), (.67, .33), (1, .33), (1, .67), (.67, .67),
               (.67, 1), (.33, 1), (.33, .67), (0, .67), (0, .33), (.33, .33)],
     "star": _star_corners(),
 }
-OUTLINES = {shape: _fit_unit_square(points) for shape, points in POLYGONS.items()}
 
 
 def _paint_shape(pen: ImageDraw.ImageDraw, shape: str, box: Box, fill) -> None:
