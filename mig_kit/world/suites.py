@@ -226,23 +226,18 @@ class Suite:
     default: int
 
 
-def _draw_in_turn(task_function: TaskFunction, key: str, worlds: Sequence[World], split: str,
-                  index: int, seed: int) -> SampleSpec:
-    return make_spec(task_function, key, split, index, seed, worlds[index % len(worlds)])
-
-
 def _draws(tasks: dict[str, TaskFunction], prefix: str = "",
            worlds: Sequence[World] = (PLAIN,)) -> dict[str, Draw]:
     """Name -> what draws the samples of a task, from `worlds` in turn."""
-    return {name: partial(_draw_in_turn, task_function, f"{prefix}{name}", worlds)
+    return {name: partial(make_spec, task_function, f"{prefix}{name}", worlds=worlds)
             for name, task_function in tasks.items()}
 
 
 def _draw_unseen(split: str, index: int, seed: int) -> SampleSpec:
     """The ten tasks in turn, on unseen objects and textured backgrounds."""
     name = list(TASKS)[index % len(TASKS)]
-    world = World(unseen=True, textured=True)
-    return make_spec(TASKS[name], f"unseen/{name}", split, index, seed, world)
+    worlds = [World(unseen=True, textured=True)]
+    return make_spec(TASKS[name], f"unseen/{name}", split, index, seed, worlds)
 
 
 # Candidates for RL: in every second one, objects are too small for most boxes to be right.

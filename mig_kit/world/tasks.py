@@ -7,6 +7,7 @@ hold the same sample, whatever the seeds.
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mig_kit.sample import Sample, Target
@@ -309,8 +310,9 @@ def owning_split(spec: SampleSpec) -> str:
 
 
 def make_spec(task_function: TaskFunction, key: str, split: str, index: int, seed: int,
-              world: World = PLAIN) -> SampleSpec:
-    """The spec that (seed, key, split, index) names: redrawn until the split owns it.
+              worlds: Sequence[World] = (PLAIN,)) -> SampleSpec:
+    """The spec that (seed, key, split, index) names: redrawn until the split owns it. Indices draw
+    from `worlds` in turn.
 
     ValueError for an unknown split.
     """
@@ -318,7 +320,7 @@ def make_spec(task_function: TaskFunction, key: str, split: str, index: int, see
         raise ValueError(f"no split '{split}'; the splits are {', '.join(SPLITS)}")
     rng = random.Random(f"{seed}/{key}/{split}/{index}")
     while True:
-        spec = task_function(rng, world)
+        spec = task_function(rng, worlds[index % len(worlds)])
         if owning_split(spec) == split:
             return spec
 
