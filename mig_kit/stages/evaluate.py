@@ -184,7 +184,9 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
     for task, rows in split_by_task(samples, np.arange(len(samples))).items():
         tasks[task] = _summarize_task({name: values[rows] for name, values in columns.items()})
         if task in drawn_correct:
-            tasks[task] |= _summarize_drawn(drawn_correct[task])
+            correct = drawn_correct[task]
+            tasks[task] |= {"sampled": to_percent(correct.mean()),
+                            f"pass@{correct.shape[1]}": to_percent((correct.sum(1) > 0).mean())}
     groups = list(zip(split_for_score(samples, columns["correct"]),
                       split_for_score(samples, columns["lists"])))
     summary = {"n": len(samples), "score": to_percent(macro_mean([part for part, _ in groups])),
@@ -251,12 +253,6 @@ def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
             "ci95": percent_interval_by_list([(columns["correct"], columns["lists"])]),
             "format": to_percent(columns["format"].mean()),
             "image": to_percent(columns["image"].mean())}
-
-
-def _summarize_drawn(correct: np.ndarray) -> dict[str, float]:
-    """Mean, and share of samples with a correct reply, of (samples, replies) 0 or 1; in percent."""
-    return {"sampled": to_percent(correct.mean()),
-            f"pass@{correct.shape[1]}": to_percent((correct.sum(1) > 0).mean())}
 
 
 def _sampled_averages(groups: list[np.ndarray]) -> dict:

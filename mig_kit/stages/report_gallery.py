@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 from markupsafe import Markup
 from matplotlib import pyplot as plt
 
@@ -121,25 +122,20 @@ def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[
     At most `per_kind` samples of each of KINDS, each of another task where there are so many, and
     tasks first that are not shown yet.
     """
-    kinds: dict[str, str] = {}
-    for sample in samples:
-        was, now = (is_correct(replies[sample.id], sample, box_format)
-                    for replies in (before, after))
-        kinds[sample.id] = KINDS[was, now]
-    of_one_task = -(-per_kind // max(1, len({sample.task for sample in samples})))
+    outcomes = [tuple(is_correct(replies[sample.id], sample, box_format)
+                      for replies in (before, after)) for sample in samples]
+    table = pd.DataFrame({"kind": [KINDS[outcome] for outcome in outcomes],
+                          "task": [sample.task for sample in samples]})
+    of_one_task = -(-per_kind // max(1, table["task"].nunique()))
     gallery = []
     shown: Counter = Counter()
     for kind in KINDS.values():
-        of_kind = [sample for sample in samples if kinds[sample.id] == kind]
-        places: Counter = Counter()  # of a sample among those of its kind and task
-        ranked = []
-        for sample in of_kind:
-            if places[sample.task] < of_one_task:
-                ranked.append((places[sample.task], shown[sample.task], sample))
-            places[sample.task] += 1
-        picked = [row[2] for row in sorted(ranked, key=lambda row: row[:2])[:per_kind]]
-        shown.update(sample.task for sample in picked)
-        gallery += [(kind, sample) for sample in picked]
+        part = table[table["kind"] == kind]
+        part = part.assign(place=part.groupby("task").cumcount(), shown=part["task"].map(shown))
+        ranked = part[part["place"] < of_one_task].sort_values(["place", "shown"], kind="stable")
+        picked = ranked[:per_kind]
+        shown.update(picked["task"])
+        gallery += [(kind, samples[row]) for row in picked.index]
     return gallery
 
 

@@ -47,12 +47,6 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
     return sets, report_file.read_text()
 
 
-def source_paths(p: SimpleNamespace) -> tuple[Path, Path]:
-    """The annotation file and the folder of its images."""
-    path = PROJECT_ROOT / p.data
-    return path, PROJECT_ROOT / p.image_root if p.image_root else path.parent
-
-
 def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
     samples = {
         "cot": suites.iter_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed,
@@ -81,7 +75,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     if p.teacher == "none":
         shares = [0.0, shares[0] + shares[1], shares[2]]
     images_of_set: dict[str, set[int]] = {name: set() for name in SET_NAMES}
-    path, root = source_paths(p)
+    path = PROJECT_ROOT / p.data
+    root = PROJECT_ROOT / p.image_root if p.image_root else path.parent
     n_lines = own_data.require_correct_lines(path, root)
     with ExitStack() as stack:
         store = ImageStore(folder / IMAGE_FOLDER)
