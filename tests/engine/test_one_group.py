@@ -1,5 +1,5 @@
-"""The lesson of notebook 05: its own loss against the trainer's and stock TRL's on the same
-replies, and a training that does not notice it.
+"""The lesson of notebook 05: its own loss against the trainer's on the same replies, which is stock
+TRL's (shared_prefix/test_losses.py), and a training that does not notice it.
 """
 
 import math
@@ -15,7 +15,6 @@ from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, one_group
 from mig_kit.pipeline.dependencies import notebook_cells
-from mig_kit.pipeline.params import profile_params
 from mig_kit.shared_prefix import flat_layers, prompt_cache
 from mig_kit.stages import grpo
 from mig_kit.world.tasks import TASKS, make_sample
@@ -139,32 +138,6 @@ def test_the_notebooks_loss_is_the_trainers(make_lesson, loss_type, beta):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_notebooks_loss_is_stock_trls(make_lesson, make_params, random_folder, float32,
-                                          tmp_path, monkeypatch, loss_type):
-    """Stock TRL draws the same tokens and reads prompt and completion in one pass of its own."""
-    trainer, _, batch = make_lesson()
-    policy = models.load_policy(random_folder, float32, BOX_FORMAT)
-    stock = grpo.grpo_trainer(policy, trainer.samples, tmp_path / "stock",
-                              make_params(share_prefix=False, loss_type=loss_type))
-    ids = batch["completion_ids"]
-    completions = [row[:length].tolist() for row, length in zip(ids, LENGTHS)]
-    monkeypatch.setattr(stock, "_generate_single_turn", lambda *_: (completions, None))
-    stock.model.train()
-    stock.current_gradient_accumulation_steps = 1
-    stock_batch = stock._generate_and_score_completions([stock.train_dataset[0]] * 8)
-    _, old, _, advantages = vary(trainer, batch)
-    width = stock_batch["completion_ids"].shape[1]
-    stock_batch |= {"advantages": advantages, "old_per_token_logps": old[:, :width]}
-    function = notebook_function("grpo_loss", {
-        "p": SimpleNamespace(epsilon=0.2, epsilon_high=0.0), "torch": torch})
-    weights = weigh_tokens(batch["completion_mask"], loss_type, 8)
-    own = function(one_group.token_logps(trainer, batch), old, old, advantages, weights)
-    expected = stock._compute_loss(stock.model, stock_batch)
-    assert abs(own.item() - expected.item()) <= 1e-6 and abs(expected.item()) > 1e-3
-
-
-@pytest.mark.slow
 def test_one_update_makes_good_replies_likelier(make_lesson):
     trainer, _, batch = make_lesson()
     logps, _, _, advantages = vary(trainer, batch)
@@ -229,8 +202,3 @@ def test_a_training_does_not_notice_the_lesson(make_lesson, make_params, random_
     plain, after_lesson = adapters
     assert any(weight.any() for name, weight in plain.items() if "lora_B" in name)
     assert all(torch.equal(weight, after_lesson[name]) for name, weight in plain.items())
-
-
-def test_the_weights_are_those_of_the_parameters():
-    """What the notebook reads of `p` for its loss is a parameter of the stage."""
-    assert {"epsilon", "epsilon_high", "max_completion_length"} <= profile_params("05_grpo").keys()

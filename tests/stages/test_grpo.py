@@ -1,4 +1,6 @@
-"""Stage 05 on a random model: advantages by hand, and the shared prefix against stock TRL."""
+"""Stage 05 on a random model: advantages by hand, what is kept, and trainings that go on; its loss
+against stock TRL's: shared_prefix/test_losses.py.
+"""
 
 import json
 import math
@@ -16,7 +18,6 @@ from mig_kit.engine import models, recipe_trainer, reward_loading, stored_replie
 from mig_kit.engine.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS
-from mig_kit.shared_prefix import generation
 from mig_kit.shared_prefix import trainer as trainer_module
 from mig_kit.shared_prefix.prompt_cache import PromptCache
 from mig_kit.stages import grpo
@@ -34,28 +35,15 @@ SETTINGS = {
 @pytest.fixture
 def make_trainer(random_folder, float32, stage_params):
     """Call it with a folder and changed parameters for a trainer on a random model."""
-    def make(folder, model=random_folder, hardware=float32, box_format=BOX_FORMAT, four_bit=False,
-             **changes):
+    def make(folder, hardware=float32, **changes):
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
         samples += list(iter_free_form("rl", 1))[:7]  # 27 in all: no pass ends with a step
-        policy = models.load_policy(model, hardware, box_format, four_bit)
+        policy = models.load_policy(random_folder, hardware, BOX_FORMAT)
         torch.manual_seed(0)
         params = stage_params("05_grpo", **(SETTINGS | changes))
         return grpo.grpo_trainer(policy, samples, folder, params)
 
     return make
-
-
-def shake(trainer):
-    """Make the adapter lively, so that it differs from the reference, and float32, because TRL
-    makes it bfloat16 on a 4-bit model.
-    """
-    torch.manual_seed(1)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.05)
 
 
 def as_completions(*replies):
@@ -187,107 +175,6 @@ def test_a_parameter_that_the_kit_sets_itself_is_refused(tmp_path, random_policy
         grpo.grpo_trainer(random_policy, samples, tmp_path, params)
 
 
-# what the recipe adds to the trainer: updates in parts, 4-bit weights, families with a cache each;
-# losses, a reference and checkpointed layers: shared_prefix/test_losses.py and test_trainer.py
-LOSS_CASES = [
-    {"loss_type": "grpo", "beta": 0.1, "micro_replies": 4},
-    {"loss_type": "dr_grpo", "micro_replies": 4, "gradient_checkpointing": True},
-    {"beta": 0.1, "micro_replies": 4, "family": "qwen2_vl"},
-    {"beta": 0.1, "four_bit": True, "family": "qwen3_vl"},
-    {"beta": 0.1, "four_bit": True, "family": "qwen3_5"},
-    {"micro_replies": 4, "gradient_checkpointing": True, "family": "qwen3_5"},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", LOSS_CASES, ids=str)
-def test_loss_and_gradients_equal_stock_trl(tmp_path, relatives, make_trainer, case):
-    """The same completions through TRL's own loss, once with stock log-probabilities, once with
-    shared prefixes.
-    """
-    case = dict(case)
-    shared = {name: case.pop(name) for name in ("beta", "four_bit", "loss_type") if name in case}
-    shared |= of_family(case.pop("family", ""), relatives)
-    stock = make_trainer(tmp_path / "stock", share_prefix=False, **shared)
-    sharing = make_trainer(tmp_path / "sharing", **case, **shared)
-    for trainer in (stock, sharing):
-        shake(trainer)
-        trainer.model.train()
-        trainer.current_gradient_accumulation_steps = 1
-    rows = [stock.train_dataset[i] for i in (0, 7) for _ in range(4)]
-    batch = stock._generate_and_score_completions(rows)
-    batch["advantages"] = torch.linspace(-1, 1, 8)
-    vary_lengths(batch)
-    stock_loss = stock._compute_loss(stock.model, batch)
-    stock_loss.backward()
-    own_rows = [sharing.train_dataset[i] for i in (0, 7) for _ in range(4)]
-    numbers, _, _ = sharing._tokenize_prompts([row["prompt"] for row in own_rows])
-    loss = sharing._compute_loss(sharing.model,
-                                 without_prompts(sharing, batch, torch.tensor(numbers)))
-    loss.backward()
-    assert loss.item() == pytest.approx(stock_loss.item(), abs=1e-5)
-    check_gradients_equal(stock.model, sharing.model)
-
-
-def of_family(family, relatives):
-    """What `make_trainer` gets for a model of this family, "" for the default."""
-    box_format = BoxFormat(coordinates="normalized_1000")
-    return {"model": relatives[family], "box_format": box_format} if family else {}
-
-
-def vary_lengths(batch):
-    """Cut completions to different lengths, or the three losses would hardly differ."""
-    mask = batch["completion_mask"]
-    for row, length in enumerate((8, 3, 5, 8, 2, 8, 4, 7)):
-        mask[row, length:] = 0
-    batch["num_items_in_batch"] = mask.sum()
-
-
-def without_prompts(trainer, batch, numbers):
-    """A stock batch as the sharing trainer makes it: numbers in place of prompts, and the
-    reference's log-probabilities of its own, which must equal stock's.
-    """
-    ids, mask = batch["completion_ids"], batch["completion_mask"]
-    inputs = {**batch, "prompt_ids": numbers, "prompt_mask": torch.ones_like(numbers)}
-    if trainer.beta:
-        with torch.no_grad(), trainer.model.disable_adapter():
-            reference = trainer._logps(trainer.model, numbers[:, 0], ids, mask)[0]
-        is_token = mask.bool()
-        stock_reference = batch["ref_per_token_logps"]
-        assert torch.allclose(reference[is_token], stock_reference[is_token], atol=1e-5)
-        inputs["ref_per_token_logps"] = reference
-    return inputs
-
-
-def check_gradients_equal(stock_model, model):
-    stock_gradients, gradients = (
-        {name: parameter.grad for name, parameter in owner.named_parameters()
-         if parameter.requires_grad}
-        for owner in (stock_model, model))
-    assert len(gradients) == 2 * len(models.check_adapters(model))
-    assert gradients.keys() == stock_gradients.keys()
-    flat_stock, flat = (torch.cat([gradient.flatten() for gradient in values.values()])
-                        for values in (stock_gradients, gradients))
-    assert flat_stock.any() and (flat_stock - flat).norm() < 1e-5 * flat_stock.norm()
-    for name, gradient in gradients.items():
-        expected = stock_gradients[name]
-        gap = (gradient - expected).norm() / expected.norm().clamp(min=1e-7)
-        assert gap < 1e-4, (name, gap)
-
-
-@pytest.mark.slow
-def test_a_family_with_states_resumes(tmp_path, relatives, make_trainer):
-    settings = {"max_steps": 3, "save_steps": 2, **of_family("qwen3_5", relatives)}
-    uninterrupted = make_trainer(tmp_path / "uninterrupted", **settings)
-    uninterrupted.train()
-    first = make_trainer(tmp_path / "cut", **settings)
-    first.add_callback(training.StopAfter(2))
-    first.train()
-    resumed = make_trainer(tmp_path / "cut", **settings)
-    training.train_or_resume(resumed, tmp_path / "cut")
-    check_same_training(uninterrupted, resumed)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("share_prefix", [
     True, pytest.param(False, marks=pytest.mark.nightly)])  # stock TRL, twenty seconds
@@ -407,23 +294,6 @@ def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, mak
     for name, gradient in at_once.items():
         tolerance = 1e-5 * gradient.abs().max().item()
         assert torch.allclose(gradient, in_parts[name], atol=tolerance), name
-
-
-@pytest.mark.slow
-def test_replies_drawn_in_rounds_are_the_same(tmp_path, make_trainer, monkeypatch):
-    """As good as greedy, four prompts at once and, with no memory for keys and values, one after
-    another.
-    """
-    outputs = []
-    for name, max_bytes in (("at once", generation.KV_BYTES), ("in rounds", 1)):
-        monkeypatch.setattr(generation, "KV_BYTES", max_bytes)
-        trainer = make_trainer(tmp_path / name, temperature=1e-4, per_device_train_batch_size=16)
-        trainer.current_gradient_accumulation_steps = 1
-        rows = [trainer.train_dataset[i] for i in (0, 7, 3, 11) for _ in range(4)]
-        outputs.append(trainer._generate_and_score_completions(rows))
-    at_once, in_rounds = outputs
-    assert all(torch.equal(at_once[name], in_rounds[name])
-               for name in ("completion_ids", "completion_mask", "prompt_ids"))
 
 
 def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypatch):
