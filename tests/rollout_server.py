@@ -4,11 +4,10 @@ and adapters that are loaded at run time.
 
 import base64
 import io
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from local_server import IS_JSON, LocalServer
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from PIL import Image
 
@@ -19,7 +18,7 @@ from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, gen
 from mig_kit.shared_prefix.logprobs import completion_logps
 
 
-class RolloutServer:
+class RolloutServer(LocalServer):
     """change(body, answer): what a test does to an answer; None: drop the connection. fault:
     "ignores adapters" and answers without, or "keeps weights" of the first update's adapter.
 
@@ -31,35 +30,14 @@ class RolloutServer:
         self.policy, self.name, self.change, self.lock = policy, name, change, threading.Lock()
         self.fault = fault
         self.loaded, self.unloaded, self.adapters, self.bodies = [], [], set(), []
-        server = self
+        super().__init__(self.respond)
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *words):
-                pass
-
-            def do_GET(self):
-                self.answer({"data": [{"id": name} for name in (server.name, *server.adapters)]})
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server.lock:
-                    self.answer(getattr(server, self.path.rsplit("/", 1)[1].replace(
-                        "completions", "complete"))(body))
-
-            def answer(self, answer):
-                if answer is None:
-                    return self.connection.close()
-                data = json.dumps(answer).encode()
-                self.send_response(400 if "error" in answer else 200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+    def respond(self, path, headers, body):
+        if body is None:
+            return 200, {"data": [{"id": name} for name in (self.name, *self.adapters)]}, IS_JSON
+        with self.lock:
+            answer = getattr(self, path.rsplit("/", 1)[1].replace("completions", "complete"))(body)
+        return answer and (400 if "error" in answer else 200, answer, IS_JSON)
 
     def load_lora_adapter(self, body):
         if body["lora_name"] in self.adapters:
@@ -117,7 +95,3 @@ class RolloutServer:
                 "logprobs": {"content": [{"logprob": value} for value in logps[0].tolist()]}})
         return self.change(body, {"model": body["model"], "choices": choices,
                                   "prompt_token_ids": prompt.ids.tolist()})
-
-    def stop(self):
-        self.http.shutdown()
-        self.http.server_close()

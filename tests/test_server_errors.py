@@ -1,14 +1,12 @@
 """What a notebook shows when a server fails, in every stage that asks one: dead, 401 and 404."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.ultratb import AutoFormattedTB
+from local_server import IS_JSON, LocalServer
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.data import endpoint
@@ -22,46 +20,23 @@ SMALL = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accum
          "max_steps": 1, "max_completion_length": 4, "lora_r": 4}
 
 
-class FaultyServer:
+def faulty_server(status: int, lists_models: bool = True) -> LocalServer:
     """Lists the model "sft" and answers requests for replies, or every request, with a status."""
+    def respond(path, headers, body):
+        if lists_models if body is None else path.endswith("_lora_adapter"):
+            return 200, {"data": [{"id": "sft"}]}, IS_JSON
+        return status, {"error": {"message": "no"}}, IS_JSON
 
-    def __init__(self, status: int, lists_models: bool = True):
-        def answer(handler, is_sound: bool, data: dict) -> None:
-            data = json.dumps(data if is_sound else {"error": {"message": "no"}}).encode()
-            handler.send_response(200 if is_sound else status)
-            handler.send_header("Content-Type", "application/json")
-            handler.send_header("Content-Length", str(len(data)))
-            handler.end_headers()
-            handler.wfile.write(data)
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *words):
-                pass
-
-            def do_GET(self):
-                answer(self, lists_models, {"data": [{"id": "sft"}]})
-
-            def do_POST(self):
-                self.rfile.read(int(self.headers["Content-Length"]))
-                answer(self, self.path.endswith("_lora_adapter"), {})
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self):
-        self.http.shutdown()
-        self.http.server_close()
+    return LocalServer(respond)
 
 
 @pytest.fixture
 def serve():
-    """Call it for a FaultyServer."""
+    """Call it for a faulty server."""
     servers = []
 
     def start(*options):
-        servers.append(FaultyServer(*options))
+        servers.append(faulty_server(*options))
         return servers[-1]
 
     yield start
