@@ -6,6 +6,7 @@ from PIL import ImageColor
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.drawing import palette, pictures
+from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.prompts import format_answer
 from mig_kit.world.tasks import make_sample
 
@@ -34,10 +35,7 @@ def test_rollouts_show_every_box_in_the_colour_of_its_reply():
 
 def test_every_system_has_its_box_letter_and_colour():
     sample = make_sample("diff", "val", 0)
-    image, box = sample.targets[0]
-    answer = format_answer(image, to_model_box(box, sample.sizes[image - 1], BOX_FORMAT))
-    reply = f"<think></think><answer>{answer}</answer>"
-    replies = dict.fromkeys(("base", "sft", "grpo"), reply)
+    replies = dict.fromkeys(("base", "sft", "grpo"), correct_reply(sample, BOX_FORMAT))
     picture = pictures.draw_systems(sample, replies, BOX_FORMAT)
     assert all(has_colour(picture, palette.SYSTEM_COLOURS[system]) for system in replies)
     alone = pictures.draw_systems(sample, {"sft": replies["sft"]}, BOX_FORMAT)

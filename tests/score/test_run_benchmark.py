@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from benchmark_files import CUP, DIFFERENCE, MARKED, RECORDS, SIZES, write_benchmarks
 from mig_bench_records import MIG_FILE, needs_data, save_image
 from PIL import Image
 
 from mig_kit import image_files
 from mig_kit.boxes import BoxFormat, seen_size, to_model_box
+from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.prompts import format_answer, format_question
 from mig_kit.rewards import is_correct
 from mig_kit.score import annotations, protocols
@@ -27,28 +29,6 @@ from mig_kit.score.run_benchmark import (
 )
 
 BOX_FORMAT = BoxFormat()
-SIZES = {"a.png": (400, 200), "b.png": (150, 333), "c.png": (90, 90)}
-CUP = {"task": "group_grounding", "images": ["c.png", "b.png", "a.png"],
-       "answer": [0.5, 0.5, 1.0, 1.0], "additional_info": "It is in the third image.",
-       "question": "Find <|object_ref_start|>a cup<|object_ref_end|>."}
-MARKED = {"task": "multi_view", "images": ["a.png", "b.png", "c.png"],
-          "answer": [0.1, 0.2, 0.5, 0.6],
-          "question": "The object marked (<|box_start|>(250,500),(500,1000)<|box_end|>). "
-                      "Locate this object in the 2th image. "}
-DIFFERENCE = {"task": "diff", "images": ["a.png", "b.png"], "answer": [0.0, 0.0, 0.5, 0.5],
-              "question": "Give me their difference."}
-RECORDS = {
-    "mig_bench": [MARKED, DIFFERENCE, CUP],
-    "lisa": [{"image_path": "b.png", "instruction": "What can be eaten?",
-              "boxes": [[15, 30, 75, 200]]}],
-    "ref_l4": [{"id": 7, "caption": "a cup", "bbox": [40, 20, 200, 100], "file_name": "a.png"}],
-    "mmiu": [{"task": "order", "question": "Which is first?", "context": "Two frames.",
-              "options": "A: one B: the other", "input_image_path": ["a.png", "c.png"],
-              "output": "B"}],
-    "blink": [{"idx": "val_Counting_1", "task": "Counting", "question": "How many?",
-               "choices": ["1", "3"], "answer": "(A)", "images": ["c.png"]}],
-    "revos": [{"video_id": "video", "frames": [0, 2, 4], "question": "Who runs?",
-               "bbox_list": [[0, 0, 9, 9], [0, 0, 9, 9], [14, 8, 70, 40]]}]}
 
 
 def write_records(root, name, records):
@@ -58,12 +38,7 @@ def write_records(root, name, records):
 @pytest.fixture
 def root(tmp_path):
     """A folder of images and annotation files."""
-    for name, size in SIZES.items():
-        save_image(tmp_path / name, size)
-    for place in range(5):
-        save_image(tmp_path / "video" / f"{place:03}.jpg", (100 + 10 * place, 80))
-    for name, records in RECORDS.items():
-        write_records(tmp_path, name, records)
+    write_benchmarks(tmp_path)
     return tmp_path
 
 
@@ -88,22 +63,13 @@ def score(benchmark, replies, root):
     return averages
 
 
-def correct_reply(sample):
-    """What a model that knows everything says, in its own coordinates."""
-    if sample.options:
-        return f"<think>x</think><answer>{sample.letter}</answer>"
-    target = sample.targets[0]
-    box = to_model_box(target.box, sample.sizes[target.image - 1], BOX_FORMAT)
-    return f"<think>x</think><answer>{format_answer(target.image, box)}</answer>"
-
-
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_correct_replies_score_everything_under_both_protocols(root, name):
     benchmark = read(root, name)
     sizes = image_sizes(benchmark, root)
     samples = [sample for batch in iter_batches(benchmark, root, 2) for sample in batch]
     assert [sample.sizes for sample in samples] == [sizes[sample.id] for sample in samples]
-    correct = {sample.id: correct_reply(sample) for sample in samples}
+    correct = {sample.id: correct_reply(sample, BOX_FORMAT) for sample in samples}
     assert all(is_correct(correct[sample.id], sample, box_format=BOX_FORMAT)
                for sample in samples), "the kit's own rule agrees"
     assert score(benchmark, correct, root) == [100, 100]

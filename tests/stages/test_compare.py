@@ -16,13 +16,13 @@ import pytest
 from click.testing import CliRunner
 from command_line import run_mig_kit
 
-from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.boxes import BoxFormat
 from mig_kit.cli import cli
 from mig_kit.common import write_json
 from mig_kit.drawing import plots
+from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.pipeline.joint_rules import parse_groups
 from mig_kit.pipeline.run_facts import describe_control
-from mig_kit.prompts import format_answer
 from mig_kit.stages import compare, evaluate, evaluated_runs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import joint_interval, probability_of_improvement
@@ -41,16 +41,6 @@ def make_run(name, data_seed, seed, correct):
     return EvaluatedRun(name, data_seed, seed, correct, 0, 0, "", "", {})
 
 
-def right(sample) -> str:
-    if sample.options:
-        return f"<think></think><answer>{sample.letter}</answer>"
-    if not sample.targets:
-        return "<think></think><answer>none</answer>"
-    image, box = sample.targets[0]
-    model_box = to_model_box(box, sample.sizes[image - 1], BoxFormat())
-    return f"<think></think><answer>{format_answer(image, model_box)}</answer>"
-
-
 def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
     """A run whose systems are right with probability `skill`; gives (system, suite) -> values.
     seed: of 05; data_seed: of 01, the same by default.
@@ -62,8 +52,10 @@ def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
     for suite, system in itertools.product(SUITES, skill):
         samples = draw_suite(suite, "test", PER_TASK, PARAMS["eval_seed"])
         values = [rng.random() < skill[system] for _ in samples]
-        lines = [json.dumps({"id": sample.id, "replies": [right(sample) if value else "no"]})
-                 for sample, value in zip(samples, values)]
+        replies = [correct_reply(sample, BoxFormat()) if value else "no"
+                   for sample, value in zip(samples, values)]
+        lines = [json.dumps({"id": sample.id, "replies": [reply]})
+                 for sample, reply in zip(samples, replies)]
         path = folder / "replies" / f"{system}_{suite}_greedy.jsonl"
         path.write_text("\n".join(lines) + "\n")
         correct[system, suite] = [(sample.task, int(value))

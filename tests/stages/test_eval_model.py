@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from benchmark_files import RECORDS, write_benchmarks
 from click.testing import CliRunner
 from command_line import run_mig_kit
 from PIL import Image
@@ -130,37 +131,23 @@ def test_differences_on_a_real_benchmark_are_over_lists_of_images():
 @pytest.mark.parametrize("suite", ["own", *RUNNABLE])
 def test_files_of_questions(suite, random_folder, float32, tmp_path):
     """A random model knows nothing: what is tested is that every file is asked and written."""
-    Image.new("RGB", (90, 60), "white").save(tmp_path / "a.png")
-    (tmp_path / "video").mkdir()
-    for place in range(3):
-        Image.new("RGB", (90, 60), "white").save(tmp_path / "video" / f"{place:03}.jpg")
-    record = {
-        "own": {"id": "x", "images": ["a.png"], "question": "Where?", "coordinates": "pixels",
-                "targets": [{"image": 1, "box": [10, 10, 60, 50]}]},
-        "mig_bench": {"task": "diff", "images": ["a.png", "a.png"], "answer": [0, 0, 0.5, 0.5],
-                      "question": "Give me their difference."},
-        "lisa": {"image_path": "a.png", "instruction": "What?", "boxes": [[15, 30, 75, 50]]},
-        "revos": {"video_id": "video", "frames": [0, 1, 2], "question": "Who?",
-                  "bbox_list": [[0, 0, 9, 9], [0, 0, 9, 9], [14, 8, 70, 40]]},
-        "ref_l4": {"id": 7, "caption": "a cup", "bbox": [10, 20, 30, 10], "file_name": "a.png"},
-        "blink": {"idx": "val_Counting_1", "task": "Counting", "question": "How many?",
-                  "choices": ["1", "3"], "answer": "(A)", "images": ["a.png"]},
-        "mmiu": {"task": "order", "question": "Which is first?", "context": "Two.",
-                 "options": "A: one B: the other", "input_image_path": ["a.png", "a.png"],
-                 "output": "B"}}[suite]
-    file = tmp_path / "data.jsonl"
-    file.write_text(json.dumps(record) + "\n" if suite == "own" else json.dumps([record]))
+    write_benchmarks(tmp_path)
+    own = {"id": "x", "images": ["a.png"], "question": "Where?", "coordinates": "pixels",
+           "targets": [{"image": 1, "box": [10, 10, 60, 50]}]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(own) + "\n")
+    file = tmp_path / ("own.jsonl" if suite == "own" else f"{suite}.json")
     task = eval_model.Task(suite, file, tmp_path)
     result = eval_model.evaluate_model(eval_model.AskedModel(random_folder, BOX_FORMAT), task,
                                        float32, tmp_path / "out", PARAMS)
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 1 and "response" in json.loads(lines[0])
+    assert len(lines) == len(RECORDS.get(suite, [own]))
+    assert all("response" in json.loads(line) for line in lines)
     protocols = ["strict", "free_text"] if suite == "own" else ["official", "strict"]
     assert list(result["scores"]) == list(result["items"]) == protocols
     rows = eval_model.score_rows({"a": result})
     assert list(dict.fromkeys(row["protocol"] for row in rows)) == protocols
     assert all(" (drawn)" not in row["percent, greedy"] for row in rows)
-    assert "data.jsonl" not in (tmp_path / "out" / "gallery.html").read_text()
+    assert file.name not in (tmp_path / "out" / "gallery.html").read_text()
 
 
 @pytest.fixture

@@ -1,24 +1,13 @@
 """Stage 07: the tables show what was measured, and the page says what to look at."""
 
-from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.boxes import BoxFormat
 from mig_kit.drawing import plots
-from mig_kit.prompts import format_answer
+from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.stages import report
 from mig_kit.world.suites import SUITES, make_suite
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
-
-
-def right(sample):
-    if not sample.targets:
-        return "<think></think><answer>none</answer>"
-    image, box = sample.targets[0]
-    return f"<think></think><answer>{format_answer(image, box_of(sample, image, box))}</answer>"
-
-
-def box_of(sample, image, box):
-    return to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
 
 
 def test_out_of_domain_by_hand():
@@ -27,7 +16,7 @@ def test_out_of_domain_by_hand():
                if sample.task in ("lisa", "unseen")]
     lisa = [sample.id for sample in samples if sample.task == "lisa"]
     correct = {"base": lisa, "sft": [], "grpo": lisa[:1]}
-    replies = {system: {sample.id: right(sample) if sample.id in ids else "?"
+    replies = {system: {sample.id: correct_reply(sample, BOX_FORMAT) if sample.id in ids else "?"
                         for sample in samples} for system, ids in correct.items()}
     first, second = report.out_of_domain_rows(samples, replies, BOX_FORMAT)
     assert first["suite"] == "LISA-like (drawn)"
