@@ -30,26 +30,20 @@ def test_bench_starts_again_on_the_heap_that_stages_have():
     assert result.returncode == 2
 
 
-ENDPOINT_WITH_A_KEY = ("-p", "teacher", "endpoint", "-p", "endpoint_url", "http://a:b@c/v1",
-                       "-p", "endpoint_model", "m")
-
-
 @pytest.mark.parametrize("words,sentence", [
     (("run", "05", "-p", "num_generation", "4"), "did you mean 'num_generations'"),
-    (("run", "05", "-p", "num_generations", "many"), "must be an int, 2 or more"),
-    (("run", "05", "-p", "scale_rewards", "nope"), "one of batch, group, none"),
+    (("run", "05", "-p", "zzz", "4"), "05_grpo has no parameter 'zzz'; its parameters are"),
+    (("run", "02", "-p", "epochs", "1"), "did you mean 'num_train_epochs'?"),
+    (("run", "02", "-p", "min_pixels", "1"), "'min_pixels' is set once per run, in 01_synthesize"),
     (("run", "-p", "learning_rat", "1"), "did you mean 'learning_rate'"),
     (("run", "01", "-p", "data_shares", "[0.4,1.0"), "-p data_shares '[0.4,1.0' is no value"),
     (("run", "01", "-p", "run_id", "b"), "use --run-id"),
     (("run", "01", "--run-id", "a/b"), "run_id is 'a/b'; use letters"),
-    (("run", "01", "--run-id", "my run"), "use letters, digits, '-', '_' and, inside, '.'"),
     (("run", "05", "-p", "lr=2e-4"), "did you mean 'learning_rate'? Write -p learning_rate 2"),
     (("run", "05", "-p", "beta=0.1", "-p", "seed", "1"), "is one word; write -p beta 0.1"),
-    (("run", "01", *ENDPOINT_WITH_A_KEY), "endpoint_url must be like"),
     (("run", "99"), "no stage '99'"),
     (("run", "05", "--run-id", "none-such"), "05_grpo needs 01_synthesize of run 'none-such'"),
     (("run", "--profile", "huge"), "the profiles are"),
-    (("status", "none-such"), "no run 'none-such'"),
     (("bench", "--prompt", "100"), "a prompt of 100 tokens is too short: 6 images of 392 px"),
     (("bench", "--reply", "1"), "1 is not in the range x>=2"),
 ])
@@ -94,16 +88,11 @@ def test_params_prints_values_help_and_what_a_profile_changes():
     assert "loss_type: dapo  # " in result.output
 
 
-def test_ground_names_a_broken_image_and_a_model_that_is_nowhere(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_ground_names_a_broken_image(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
-    make_sample("refer_grounding", "val", 0).images[0].save(tmp_path / "b.png")
-    for model, name, sentence in ((tmp_path, "a.png", "no readable image"),
-                                  ("tinny", "b.png", "there is no run and no folder 'tinny'; did "
-                                                     "you mean 'tiny'?")):
-        result = CliRunner().invoke(cli, ["ground", "--model", str(model), "--image",
-                                          str(tmp_path / name), "Where?"])
-        assert result.exit_code and sentence in str(result.exception)
+    result = CliRunner().invoke(cli, ["ground", "--model", str(tmp_path), "--image",
+                                      str(tmp_path / "a.png"), "Where?"])
+    assert result.exit_code and "no readable image" in str(result.exception)
 
 
 @pytest.mark.slow

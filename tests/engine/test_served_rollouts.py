@@ -165,13 +165,6 @@ def test_a_stale_adapter_is_refused(make_served):
         trainer.train()
 
 
-def test_other_prompt_ids_are_refused(make_served):
-    trainer, _ = make_served(lambda body, answer: {
-        **answer, "prompt_token_ids": answer["prompt_token_ids"][:-1]})
-    with pytest.raises(RuntimeError, match="read other prompt ids than the kit"):
-        trainer.train()
-
-
 def test_a_server_that_ignores_adapters_is_noticed_before_the_first_update(make_served):
     trainer, server = make_served(fault="ignores adapters")
     with pytest.raises(RuntimeError, match="takes adapters and ignores them: one with large"):

@@ -24,16 +24,6 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (("05", "-p", "zzz", "4"), "05_grpo has no parameter 'zzz'; its parameters are beta, concurre"),
-    (("02", "-p", "epochs", "1"), "did you mean 'num_train_epochs'?"),
-    (("02", "-p", "min_pixels", "1"), "'min_pixels' is set once per run, in 01_synthesize"),
-])
-def test_an_unknown_parameter_names_the_remedy(root, words, sentence):
-    assert sentence in error_of("run", *words)
-    assert not root.exists()
-
-
 def test_a_single_digit_names_a_stage(root):
     assert error_of("run", "5").startswith("05_grpo needs 01_synthesize of run 'default'")
     assert [cli_module.stage_name(text) for text in ("5", "05", "grpo", "05_grpo", "90")] == [
