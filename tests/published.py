@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine import models
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -97,6 +98,13 @@ GENERATION = {"bos_token_id": 0, "pad_token_id": 0, "do_sample": True, "eos_toke
 VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size": 16,
          "temporal_patch_size": 2, "merge_size": 2, **HALVES,
          "processor_class": "Qwen3VLProcessor", "video_processor_type": "Qwen3VLVideoProcessor"}
+
+
+def format_of(family: str) -> BoxFormat:
+    """The box format of a family, whose boxes are pixels or in 0 to 1000."""
+    if family == "qwen2_5_vl":
+        return BoxFormat()
+    return BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
 
 
 def write(path, values: dict) -> None:

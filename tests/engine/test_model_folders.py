@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from published import RELATIVES
+from published import RELATIVES, format_of
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.boxes import BoxFormat
 from mig_kit.engine import model_folders, models, training
 from mig_kit.lab.tiny_base import save_base
 from mig_kit.prompts import chat_messages
@@ -44,39 +44,36 @@ STUBS = {
 OPEN = """
 import json, sys
 from transformers import AutoProcessor
-for folder in sys.argv[1:]:
-    processor = AutoProcessor.from_pretrained(folder)
+for line in sys.stdin:
+    processor = AutoProcessor.from_pretrained(line.strip())
     images = getattr(processor, "image_processor", None)
     patches = images and images.get_number_of_image_patches(768, 1024)
-    print(json.dumps([type(processor).__name__, type(images).__name__, patches]))
+    print(json.dumps([type(processor).__name__, type(images).__name__, patches]), flush=True)
 """
 
 
-def format_of(family: str) -> BoxFormat:
-    if family == "qwen2_5_vl":
-        return BoxFormat()
-    return BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
-
-
 @pytest.fixture(scope="module")
-def stubs(tmp_path_factory) -> Path | None:
-    """A folder with a torchvision that only imports; None where there is a real one."""
-    if importlib.util.find_spec("torchvision"):
-        return None
-    root = tmp_path_factory.mktemp("stubs")
-    for name, text in STUBS.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
+def open_with_auto_processor(tmp_path_factory):
+    """Call it with folders for [class, class of its image processor, patches of a 1024x768 image]
+    of each, in a process of its own, with a torchvision that only imports where there is none.
+    """
+    environment = dict(os.environ)
+    if not importlib.util.find_spec("torchvision"):
+        root = tmp_path_factory.mktemp("stubs")
+        for name, text in STUBS.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        environment["PYTHONPATH"] = str(root)
 
+    def open_folders(folders):
+        for folder in folders:
+            process.stdin.write(f"{folder}\n")
+            process.stdin.flush()
+            yield json.loads(next(line for line in process.stdout if line.startswith("[")))
 
-def open_with_auto_processor(folders: list[Path], stubs: Path | None) -> list[list]:
-    """[class, class of its image processor, patches of a 1024x768 image] of every folder."""
-    environment = {**os.environ, **({"PYTHONPATH": str(stubs)} if stubs else {})}
-    result = subprocess.run([sys.executable, "-c", OPEN, *map(str, folders)], env=environment,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    with subprocess.Popen([sys.executable, "-c", OPEN], env=environment, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield lambda folders: list(open_folders(folders))
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +134,18 @@ def test_a_saved_model_is_the_same_model_to_stock_transformers(saved, published,
     assert difference.abs().max() < 1e-5
 
 
-def test_auto_processor_opens_every_folder_of_the_kit(saved, published, random_folder, stubs):
+def test_auto_processor_opens_every_folder_of_the_kit(saved, random_folder,
+                                                      open_with_auto_processor):
     folders = [*saved.values(), models.TINY_BASE, random_folder]
     families = [*saved, "qwen2_5_vl", "qwen2_5_vl"]
-    opened = open_with_auto_processor(folders, stubs)
+    opened = open_with_auto_processor(folders)
     patches = {True: 38 * 52, False: 34 * 44}
     assert opened == [[STOCK[family], "Qwen2VLImageProcessor", patches[family.startswith("qwen2")]]
                       for family in families]
 
 
-def test_a_folder_that_names_another_class_is_mended_by_saving(saved, float32, tmp_path, stubs):
+def test_a_folder_that_names_another_class_is_mended_by_saving(saved, float32, tmp_path,
+                                                               open_with_auto_processor):
     """A base that was saved by a class of someone's own still gives a folder that opens."""
     policy = models.load_policy(saved["qwen2_5_vl"], float32, BoxFormat())
     base, again = tmp_path / "base", tmp_path / "again"
@@ -159,12 +158,12 @@ def test_a_folder_that_names_another_class_is_mended_by_saving(saved, float32, t
     policy = models.load_policy(base, float32, BoxFormat())
     models.save_model(policy.model, policy.processor, again, base)
     assert_names_the_stock_classes(again, "qwen2_5_vl")
-    assert [row[0] for row in open_with_auto_processor([base, again], stubs)] == [
+    assert [row[0] for row in open_with_auto_processor([base, again])] == [
         "Qwen2Tokenizer", "Qwen2_5_VLProcessor"]
 
 
 def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model, processor,
-                                                    tmp_path, stubs):
+                                                    tmp_path, open_with_auto_processor):
     model = get_peft_model(random_model, training.lora_config(4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -172,7 +171,7 @@ def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model,
     model.save_pretrained(tmp_path)
     processor.save_pretrained(str(tmp_path))
     assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
-    assert open_with_auto_processor([tmp_path], stubs)[0][0] == "Qwen2_5_VLProcessor"
+    assert open_with_auto_processor([tmp_path])[0][0] == "Qwen2_5_VLProcessor"
     stock = AutoModelForImageTextToText.from_pretrained(random_folder, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(stock, tmp_path)
     ids = torch.arange(20, 40)[None]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from published import format_of
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit import rewards
@@ -30,12 +31,6 @@ FAMILIES = sorted(models.FAMILIES)
 FACTORS = dict.fromkeys(FAMILIES, 32) | {"qwen2_5_vl": 28, "qwen2_vl": 28}
 # by hand: limits 3,136 and 401,408 px, sides multiples of 28 or of 32
 SEEN = {28: [(728, 532), (756, 504), (196, 140)], 32: [(704, 544), (768, 512), (192, 160)]}
-
-
-def format_of(family: str) -> BoxFormat:
-    if family == "qwen2_5_vl":
-        return BoxFormat()
-    return BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from published import format_of
 from torch.nn.functional import pad
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
@@ -34,8 +35,7 @@ def test_packed_windows_are_seen_as_one_by_one(family, published, float32, sampl
         return window_by_window(*arguments, **options)
 
     monkeypatch.setattr(attention, "varlen_attn", attend)
-    coordinates = "absolute" if family == "qwen2_5_vl" else "normalized_1000"
-    processor = models.load_processor(published[family], BoxFormat(coordinates=coordinates))
+    processor = models.load_processor(published[family], format_of(family))
     images = processor.image_processor([image.resize((252, 168)) for image in samples[0].images],
                                        return_tensors="pt")
     inputs = images["pixel_values"], images["image_grid_thw"]

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import get_peft_model
+from published import format_of
 
-from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, training
 from mig_kit.engine.sample_prompts import SampleCache
 from mig_kit.image_files import pixel_digest
@@ -33,9 +34,7 @@ END = 2
 def family(request, random_folder, relatives, float32):
     """(model, processor, box_format) of every family that the kit loads."""
     folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
-    coordinates = (Coordinates.ABSOLUTE if request.param == "qwen2_5_vl"
-                   else Coordinates.NORMALIZED_1000)
-    box_format = BoxFormat(coordinates=coordinates)
+    box_format = format_of(request.param)
     model = models.load_model(folder, float32)
     return model, models.load_processor(folder, box_format), box_format
 
