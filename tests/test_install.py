@@ -122,8 +122,8 @@ def test_a_missing_extra_is_named(tmp_path):
 
 
 def make_venv(folder):
-    """A venv that sees the packages of this one, after its own; its Python."""
-    venv.create(folder, with_pip=True)
+    """A venv that sees the packages of this one, pip among them, after its own; its Python."""
+    venv.create(folder)
     packages = folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     (packages / "shared.pth").write_text(os.path.dirname(os.path.dirname(nbformat.__file__)))
     return folder / "bin" / "python"
