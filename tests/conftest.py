@@ -13,9 +13,8 @@ import torch
 from command_line import run_mig_kit
 from filelock import FileLock
 from nbformat.v4 import new_code_cell
-from published import DELTA_NET, EXPERTS
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from published import format_of
+from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 from try_blocks import read_blocks
 
 from mig_kit.boxes import BoxFormat
@@ -150,43 +149,21 @@ def smoke_runs(make_once):
 
 
 @pytest.fixture(scope="session")
-def relatives(make_once, processor):
-    """Folders with random models of the families that write boxes in 0 to 1000, by model_type."""
-    tower = {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
-             "out_hidden_size": 64, "num_position_embeddings": 64}
-    deepstack = tower | {"deepstack_visual_indexes": [0, 1]}
-    towers = {
-        "qwen2_vl": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 2},
-        "qwen3_vl": deepstack, "qwen3_vl_moe": deepstack, "qwen3_5": tower, "qwen3_5_moe": tower}
-    head = {"head_dim": 32}
-    more = {"qwen2_vl": {}, "qwen3_vl": head, "qwen3_vl_moe": head | EXPERTS,
-            "qwen3_5": head | DELTA_NET, "qwen3_5_moe": head | DELTA_NET | EXPERTS}
-    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3,
-              "vision_end_token_id": 4, "tie_word_embeddings": True}
-
+def relatives(make_once, published, float32):
+    """The random models of `published`, livelier and as transformers saves them, by model_type."""
     def save(root):
-        text_config = models.tiny_config(640, hidden=64, layers=2).text_config.to_dict()
-        shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads", "num_key_value_heads", "rope_parameters", "bos_token_id",
-                  "eos_token_id", "pad_token_id")
-        for family, tower in towers.items():
-            language = {name: text_config[name] for name in shared} | more[family]
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(family, text_config=language, vision_config=tower,
-                                          **tokens)
-            model = models.FAMILIES[family](config)
-            for parameter in model.parameters():
+        for family, base in published.items():
+            policy = models.load_policy(base, float32, format_of(family))
+            for parameter in policy.model.parameters():
                 if parameter.ndim > 1:
                     parameter.data *= 4
-            folder = root / family
-            model.save_pretrained(folder)
-            processor.tokenizer.save_pretrained(folder)
-            patch_size = 14 if family == "qwen2_vl" else 16
-            Qwen2VLImageProcessorPil(patch_size=patch_size).save_pretrained(folder)
-            (folder / "chat_template.jinja").write_text(processor.chat_template)
+            policy.model.generation_config = GenerationConfig(
+                bos_token_id=0, eos_token_id=2, pad_token_id=0)
+            policy.model.save_pretrained(root / family)
+            policy.processor.save_pretrained(root / family)
 
     root = make_once("relatives", save)
-    return {family: root / family for family in towers}
+    return {family: root / family for family in published}
 
 
 @pytest.fixture
