@@ -29,13 +29,19 @@ pytest_plugins = ["published"]  # folders laid out as the families are published
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests of the smoke run last; where several processes share the tests, but one, which
-    makes it while another process runs the others: else that process would wait for it.
+    """Put the tests of the smoke run last. Where several processes share the tests, the first of
+    them, which gets the first part, begins with these and the second with the slow ones: nobody
+    waits for another's smoke run, and what is left for the end is quick.
     """
     of_smoke = [item for item in items if "smoke_runs" in item.fixturenames]
     others = [item for item in items if item not in of_smoke]
-    first = 1 if "PYTEST_XDIST_WORKER" in os.environ else 0
-    items[:] = [*of_smoke[:first], *others, *of_smoke[first:]]
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        items[:] = others + of_smoke
+        return
+    slow = [item for item in others if item.get_closest_marker("slow")]
+    quick = [item for item in others if item not in slow]
+    start = max(0, len(items) // 2 - len(of_smoke))
+    items[:] = of_smoke + quick[:start] + slow + quick[start:]
 
 
 @pytest.fixture(scope="session")
