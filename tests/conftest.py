@@ -12,8 +12,6 @@ import pytest
 import torch
 from command_line import run_mig_kit
 from filelock import FileLock
-from forked_kernels import serve_kernels
-from jupyter_client.kernelspec import KernelSpec
 from nbformat.v4 import new_code_cell
 from published import format_of
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
@@ -128,18 +126,11 @@ def random_folder(make_once, processor):
 
 
 @pytest.fixture(scope="session")
-def forked_kernel():
-    """A kernel that need not import the large libraries."""
-    with serve_kernels() as command:
-        yield KernelSpec(argv=command, display_name="Python 3", language="python")
-
-
-@pytest.fixture(scope="session")
-def smoke_runs(make_once, request):
+def smoke_runs(make_once):
     """A folder of runs with a smoke run, "smoke", 08, 09 and 90 too, through the command line.
 
     Behind its own cells each notebook runs what it tells its reader to try. Jupyter knows a kernel
-    python3 that is another's: the kit's own runs 00 all the same, the others run in forked ones.
+    python3 that is another's: the kit's own runs the notebooks all the same.
     """
     def run(root):
         kernel = root.with_name("jupyter") / "kernels" / "python3" / "kernel.json"
@@ -156,10 +147,7 @@ def smoke_runs(make_once, request):
         environment = {"MIG_KIT_RUNS": str(root), "JUPYTER_PATH": str(root.with_name("jupyter"))}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(execute, "NOTEBOOKS", notebooks)
-            for stages in (("00",), (), ("08", "09", "90")):
-                if not stages:
-                    patch.setattr(execute.ThisPython, "kernel_spec",
-                                  request.getfixturevalue("forked_kernel"))
+            for stages in ((), ("08", "09", "90")):
                 result = run_mig_kit("run", *stages, *words, **environment)
                 assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
 

@@ -57,7 +57,7 @@ def test_a_second_run_repeats_nothing(runs):
     assert result.stdout.count("up to date") == len(RECIPE) and "report:" in result.stdout
 
 
-def test_nbval_runs_an_executed_notebook_again_and_nothing_changes(runs, tmp_path, forked_kernel):
+def test_nbval_runs_an_executed_notebook_again_and_nothing_changes(runs, tmp_path):
     """As papermill left it, parameters injected: its cells' asserts hold, and what has finished
     stays as it is.
     """
@@ -65,11 +65,7 @@ def test_nbval_runs_an_executed_notebook_again_and_nothing_changes(runs, tmp_pat
     path = shutil.copy(runs / "smoke" / "05_grpo" / "05_grpo.ipynb", tmp_path / "again.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-x", "-p", "no:cacheprovider",
                "--nbval-cell-timeout=600", str(path)]
-    kernel = tmp_path / "kernels" / "python3" / "kernel.json"
-    kernel.parent.mkdir(parents=True)
-    kernel.write_text(forked_kernel.to_json())
-    environment = {"MIG_KIT_RUNS": str(runs), "JUPYTER_PATH": str(tmp_path)}
-    result = subprocess.run(command, env={**os.environ, **environment},
+    result = subprocess.run(command, env={**os.environ, "MIG_KIT_RUNS": str(runs)},
                             capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert describe_files(runs / "smoke", "*/**/*") == before, "changed, or an attempt was left"
