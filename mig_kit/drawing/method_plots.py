@@ -137,6 +137,7 @@ def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, lo
     sns.heatmap(shares.loc[order], mask=shares.loc[order] == 0, annot=True, fmt=".0f",
                 cmap="Greys", vmin=0, vmax=100, cbar=False, yticklabels=names,
                 annot_kws={"fontsize": 8}, linewidths=0.5, ax=axes)
+    axes.grid(False)  # which empty cells would show
     kept = [count for count in table.columns if low <= count / group <= high]
     for edge in (kept[0], kept[-1] + 1) if kept else ():
         axes.axvline(edge, color=CORRECT, linewidth=3, clip_on=False)

@@ -112,7 +112,7 @@ def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) ->
         corner = place / max(1, len(replies) - 1), 0  # apart where boxes agree
         strokes += [Stroke(image, box, *style, str(place + 1), corner)
                     for image, box in reply_boxes_in_original(sample, reply, box_format)]
-    return draw_boxes(sample, strokes, _fit_height(sample, 150))
+    return draw_boxes(sample, strokes, _fit_height(sample, 300))
 
 
 def draw_boxes(sample: Sample, strokes: list[Stroke], height: int) -> Image.Image:
