@@ -18,7 +18,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from PIL import ExifTags, Image
@@ -250,7 +250,7 @@ class EncodedImage:
 class LazyImages(Sequence):
     """The images of a sample, each decoded when it is looked at and not kept."""
 
-    encoded: tuple[EncodedImage, ...]
+    encoded: tuple[EncodedImage, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.encoded)

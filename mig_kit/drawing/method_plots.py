@@ -38,11 +38,12 @@ MEAN_LINE = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
 def draw_pipeline(stage: str) -> plt.Figure:
     """A strip of all stages with the present one filled, and under each arrow what is handed on.
 
-    stage: its number, or its name as "02_sft". 08, 09 and 90 stand beside the recipe, dashed.
+    stage: its number, or its name as "02_sft". 08, 09 and 90 stand beside the recipe, dashed; 90
+    comes before it.
     """
     number = stage[:2]
     beside = {number: (BESIDE[number], "")} if number in BESIDE else {}
-    stages = STAGES | beside
+    stages = beside | STAGES if number == "90" else STAGES | beside
     figure, axes = plt.subplots(figsize=(9.2, 1.15))
     for place, (key, (name, handed_on)) in enumerate(stages.items()):
         is_present = key == number

@@ -246,7 +246,7 @@ def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat) -> Im
 def _draw_step(sample: Sample, step: int, rows: list[dict]) -> list[Image.Image]:
     """A line about the replies of one update, the images with their boxes, and the first reply."""
     strokes = [Stroke(image, box, *STYLES[row["correct"]]) for row in rows
-               for image, box in row["boxes"]]
+               for image, box in row.get("boxes", [])]  # version 0.2 kept them otherwise
     sheet = draw_boxes(sample, strokes, _fit_height(sample, 110))
     n_correct = sum(row["correct"] for row in rows)
     reward = sum(row["reward"] for row in rows) / len(rows)

@@ -1,7 +1,8 @@
 """Merge an adapter into a model's weights file by file: no whole model is ever in memory.
 
 Each tensor is read from the base, quantised and dequantised where training saw it so, changed by
-its adapter and written. The peak is a shard and a few copies of the largest tensor.
+its adapter and written. The peak is a shard and a few copies of the largest tensor. Notebooks 02
+and 03 look at one weight and its adapter.
 """
 
 import json
@@ -103,7 +104,7 @@ def read_lora(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, floa
     FileNotFoundError where the folder holds no adapter; ValueError for another kind than plain
     LoRA.
     """
-    from peft import LoraConfig  # takes seconds to import, and 01 needs none of it
+    from peft import LoraConfig  # takes seconds to import
 
     path = Path(adapter) / "adapter_model.safetensors"
     if not path.is_file():

@@ -40,9 +40,8 @@ def keep_global_state() -> Iterator[None]:
 def draw_group(trainer: RecipeTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """(replies, batch): num_generations replies to the trainer's first prompt, and their tokens.
 
-    batch: what the trainer makes of an update, as its loss reads it, with prompt_ids (replies, 1),
-    the prompt's number, and completion_ids and completion_mask (replies, tokens), padded on the
-    right.
+    batch: what the trainer's loss takes: prompt_ids (replies, 1), the prompt's number,
+    completion_ids and completion_mask (replies, tokens), padded on the right, and more.
     """
     rows = [trainer.train_dataset[0] for _ in range(trainer.num_generations)]
     batch = trainer._generate_and_score_completions(rows)

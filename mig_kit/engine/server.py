@@ -230,7 +230,9 @@ class ServedModel:
         return list(inputs["input_ids"][0])
 
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
-        """The fields of a request that say how to draw; logps: of processed logits."""
+        """The fields of a request that say how to draw; with_logps: ask for log-probabilities, of
+        processed logits.
+        """
         if self.processor is None:
             return {"temperature": sampling.temperature, "top_p": sampling.top_p,
                     "max_tokens": sampling.max_new_tokens,

@@ -80,8 +80,8 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 
 
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
-    """All that a stage's results follow from, by kind (KEY_FACTS), and of the code what it is, for
-    sentences; "key": a hash of it all. A finished stage with another key is stale.
+    """All that a stage's results follow from, by kind (KEY_FACTS), what its code is made of, for
+    sentences, and "key", a hash of the KEY_FACTS. A finished stage with another key is stale.
 
     These are its parameters but for EXECUTION_PARAMS and names of runs, the files, model and run
     that they name, what the stages before it made, and the code that it uses.

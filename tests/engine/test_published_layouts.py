@@ -20,9 +20,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
 from mig_kit.cli import cli
-from mig_kit.engine import models, processors, sample_prompts, training
+from mig_kit.engine import models, processors, reply_files, sample_prompts, training
 from mig_kit.sample import Sample, Target
-from mig_kit.shared_prefix import generation
 from mig_kit.stages import evaluate, grpo, sft
 
 SIZES = [(1024, 768), (3000, 2000), (200, 150)]
@@ -178,7 +177,7 @@ def ground(family, photo_files, tmp_path, monkeypatch):
         assert iou(tuple(map(float, box)), BOXES[1]) > 0.985
         return result.output
 
-    monkeypatch.setattr(generation, "generate_rollouts", answer)
+    monkeypatch.setattr(reply_files, "generate_rollouts", answer)
     return call
 
 
