@@ -36,6 +36,18 @@ SHARED = {"dtype": "float32", "lora_r": 4, "save_steps": 1,
           "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "learning_rate": 1e-3}
 
 
+class StopAfter(TrainerCallback):
+    """Saves and stops after `steps` updates, as a tidy kill would; the next start resumes."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask the trainer to save and stop."""
+        if state.global_step >= self.steps:
+            control.should_save = control.should_training_stop = True
+
+
 def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> TrainerState:
     """Train the random model in `folder`, with `launcher` or in this process."""
     box_format = BoxFormat()

@@ -258,15 +258,3 @@ class LiveCurves(TrainerCallback):
         """Make room for the finished curves."""
         for handle in self.handles:
             handle.update(HTML(""))
-
-
-class StopAfter(TrainerCallback):
-    """Saves and stops after `steps` updates, as a tidy kill would; the next start resumes."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Ask the trainer to save and stop."""
-        if state.global_step >= self.steps:
-            control.should_save = control.should_training_stop = True

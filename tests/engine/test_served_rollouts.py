@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launched import StopAfter
 from rollout_server import RolloutServer
 from trl import GRPOConfig
 
@@ -78,7 +79,7 @@ def test_adapters_move_and_ratios_are_one(make_served):
 
 def test_a_server_that_outlives_a_killed_stage_keeps_its_adapter(make_served, tmp_path):
     trainer, server = make_served()
-    trainer.add_callback(training.StopAfter(2))
+    trainer.add_callback(StopAfter(2))
     training.train_or_resume(trainer, tmp_path)
     killed, _ = make_served(server=server)
     draw = killed.served.draw

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launched import StopAfter
 from trl import GRPOConfig
 
 from mig_kit import rewards
@@ -366,7 +367,7 @@ def test_a_training_that_goes_on_draws_the_same_replies(make_trainer):
     uninterrupted = make_trainer(**changes)
     uninterrupted.train()
     cut = make_trainer(**changes)
-    cut.add_callback(training.StopAfter(2))
+    cut.add_callback(StopAfter(2))
     cut.train()
     resumed = make_trainer(**changes)
     resumed.args.output_dir = cut.args.output_dir

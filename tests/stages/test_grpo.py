@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
+from launched import StopAfter
 from torch.utils.data import DataLoader
 from trl.trainer.utils import RepeatSampler
 
@@ -141,7 +142,7 @@ def test_no_step_is_kept_twice(tmp_path, make_trainer, monkeypatch):
     """Killed after the rollouts of step 2, but before its checkpoint."""
     monkeypatch.setattr(grpo, "ROLLOUT_STEPS", 1)
     first = make_trainer(tmp_path, max_steps=3)
-    first.add_callback(training.StopAfter(1))
+    first.add_callback(StopAfter(1))
     training.train_or_resume(first, tmp_path)
     rows = stored_replies.load_rollouts(tmp_path)
     later = [{**row, "step": 2, "reply": "of a step that was lost"} for row in rows[:16]]
@@ -185,7 +186,7 @@ def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, make_trainer
 
     def train(name, folder, steps):
         trainer = make_trainer(tmp_path / folder, **settings)
-        trainer.add_callback(training.StopAfter(steps))
+        trainer.add_callback(StopAfter(steps))
         record_prompts(trainer, drawn.setdefault(name, []))
         training.train_or_resume(trainer, tmp_path / folder)
         return trainer

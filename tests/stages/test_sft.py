@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from launched import StopAfter
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mig_kit import filters
@@ -258,7 +259,7 @@ def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, make_trainer
     uninterrupted = make_trainer(tmp_path / "uninterrupted", **settings)
     training.train_or_resume(uninterrupted, tmp_path / "uninterrupted")
     first = make_trainer(tmp_path / "cut", **settings)
-    first.add_callback(training.StopAfter(3))
+    first.add_callback(StopAfter(3))
     first.train()
     resumed = make_trainer(tmp_path / "cut", **settings)
     taken, step = [], resumed.training_step
