@@ -69,7 +69,7 @@ def conversation_lines(record: dict, rules: ImportRules) -> list[dict]:
     check_image_tags([text for pair in texts for text in pair], len(images))
     objects = record.get("objects")
     turns = (_swift_turns(texts, objects, rules, len(images)) if objects is not None
-             else _text_turns(texts, rules, len(images)))
+             else _text_turns(texts, rules))
     turns = [turn for turn in turns if turn.answers]
     require(bool(turns), "no answer holds a box; a question of own data needs one, or the keys "
                          "options and letter")
@@ -205,25 +205,23 @@ def _fill_placeholders(text: str, refs: list, boxes: list, box_word: str) -> tup
     return PLACEHOLDER.sub(fill, text), own_boxes
 
 
-def _text_turns(texts: list[tuple[str, str]], rules: ImportRules,
-                image_count: int) -> list[Turn]:
+def _text_turns(texts: list[tuple[str, str]], rules: ImportRules) -> list[Turn]:
     turns, tags = [], 0
     for asked, answered in texts:
-        turns.append(read_turn(asked, answered, image_count, rules.coordinates, tags))
+        turns.append(read_turn(asked, answered, rules.coordinates, tags))
         tags += (asked + answered).count("<image>")
     require(not any(turn.answers for turn in turns) or bool(rules.coordinates),
             "the file does not say what its boxes are measured in; give --coordinates")
     return turns
 
 
-def read_turn(asked: str, answered: str, image_count: int, coordinates: str,
-              earlier_tags: int) -> Turn:
+def read_turn(asked: str, answered: str, coordinates: str, earlier_tags: int) -> Turn:
     """The turn of a question and its answer, whose boxes stand in the texts; Problem where it is
     unclear which images an answer's boxes are in.
     """
     references = [(None, box_numbers(match)) for match in BOX.finditer(asked)]
     matches = list(BOX.finditer(answered))
-    numbers = numbers_of_boxes(answered, [match.span() for match in matches], image_count)
+    numbers = numbers_of_boxes(answered, [match.span() for match in matches])
     answers = list(zip(numbers or [None] * len(matches), map(box_numbers, matches), strict=True))
     return Turn(BOX.sub("{ref}", asked), references, answers, coordinates, earlier_tags)
 
@@ -253,7 +251,7 @@ def turn_lines(turn: Turn, images: list[str], several: str) -> list[dict]:
     question = clean_question(turn.question, len(images), turn.earlier_tags)
     numbers = [number for number, _ in turn.answers]
     if None in numbers:
-        asked = asked_numbers(question, len(images)) - ({1} if turn.references else set())
+        asked = asked_numbers(question) - ({1} if turn.references else set())
         asked = {1} if len(images) == 1 else asked
         require(set(numbers) == {None} and len(asked) == 1,
                 f"it is not said which of the {len(images)} images the box is in; name it in the "

@@ -31,22 +31,22 @@ OTHER_IMAGE = re.compile(
     r"(?:image|picture|photo|frame)s?\b", re.IGNORECASE)
 
 
-def answered_numbers(text: str, image_count: int) -> set[int]:
+def answered_numbers(text: str) -> set[int]:
     """The numbers of the images that an answer says a box is in: not of the image "of", "from" or
     "marked in" which something is, unless it says where in that image ("at the left of image 2").
     """
-    return {number for name in find_names(text, image_count)
+    return {number for name in find_names(text)
             if _is_no_description(text[:name.start]) for number in name.numbers}
 
 
-def asked_numbers(text: str, image_count: int) -> set[int]:
+def asked_numbers(text: str) -> set[int]:
     """Those that a question asks about, "in image 2" or, at its start, "Image 2:"; none where it
     compares or speaks of other images, too.
     """
     if COMPARES.search(text) or OTHER_IMAGE.search(text):
         return set()
     numbers: set[int] = set()
-    for name in find_names(text, image_count):
+    for name in find_names(text):
         before, after = text[:name.start], text[name.end:]
         is_heading = not before.strip() and after.lstrip().startswith((":", ","))
         is_place = PLACE.search(before) or AREA.search(before)
@@ -59,7 +59,7 @@ def _is_no_description(before: str) -> bool:
     return not DESCRIBES.search(before) or bool(AREA.search(before))
 
 
-def numbers_of_boxes(text: str, spans: list[tuple[int, int]], image_count: int) -> list[int]:
+def numbers_of_boxes(text: str, spans: list[tuple[int, int]]) -> list[int]:
     """The image number of every box, said before the boxes or after them; none if the answer names
     no image. Raises Problem where it is not clear.
 
@@ -68,7 +68,7 @@ def numbers_of_boxes(text: str, spans: list[tuple[int, int]], image_count: int) 
     starts = [0, *(end for _, end in spans)]
     ends = [*(start for start, _ in spans), len(text)]
     gaps = [text[start:end] for start, end in zip(starts, ends)]
-    numbers_in_gaps = [sorted(answered_numbers(gap, image_count)) for gap in gaps]
+    numbers_in_gaps = [sorted(answered_numbers(gap)) for gap in gaps]
     if not any(numbers_in_gaps):
         return []
     if any(numbers and COMPARES.search(gap) for gap, numbers in zip(gaps, numbers_in_gaps)):

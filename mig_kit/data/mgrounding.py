@@ -86,7 +86,7 @@ def record_lines(record: dict) -> list[dict | Problem]:
             require(all(len(BOX.findall(text)) == text.count("<|box_start|>")
                         == text.count("<|box_end|>") for text in (asked, answered)),
                     "box text cannot be read")
-            turn = read_turn(asked, answered, len(images), Coordinates.NORMALIZED_1000, 0)
+            turn = read_turn(asked, answered, Coordinates.NORMALIZED_1000, 0)
             turn = _without_reference(turn, asked, len(images), subset)
             lines += [line | ({"task": subset} if subset else {})
                       for line in turn_lines(turn, images, "any")]
@@ -104,7 +104,7 @@ def _without_reference(turn: Turn, asked: str, image_count: int, subset: str) ->
     if subset == TRACKING and len(answers) == image_count and answers[0][0] is None:
         answers = [(number, box) for number, (_, box) in enumerate(answers, 1)]
     for _, reference in turn.references:
-        names = find_names(asked[:asked.index("<|box_start|>")], image_count)
+        names = find_names(asked[:asked.index("<|box_start|>")])
         require(names[-1].numbers == {1} if names else image_count == 1,
                 "reference box not said to be in the first image")
         repeated = [(1, reference), *([(None, reference)] if image_count == 1 else [])]

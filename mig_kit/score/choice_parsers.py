@@ -10,9 +10,10 @@ from collections.abc import Callable
 from string import ascii_uppercase
 
 from mig_kit.score.annotations import BenchmarkItem
-from mig_kit.score.image_names import NUMBER_WORDS, ORDINALS
+from mig_kit.score.image_names import ORDINALS
 from mig_kit.score.official import last_answer_block
 
+NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # What the letters of BLINK's tasks stand for where it is the same in every question.
 _LATTER_TWO = ("the second image", "the third image")
 BLINK_CHOICES = {

@@ -91,7 +91,7 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
     """
     if item.box is None:
         return 0.0, NO_BOX_ANNOTATED
-    answer = parse_strict_answer(response, item.target is not None, len(item.images))
+    answer = parse_strict_answer(response, item.target is not None)
     if answer.box is None:
         return 0.0, answer.problem
     problem = image_problem(item, answer.image)

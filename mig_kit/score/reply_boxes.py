@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from mig_kit.boxes import Box
 from mig_kit.score.image_names import (
     BOX,
-    UNCLEAR,
     find_image_numbers,
     find_images_of_boxes,
     find_key_numbers,
-    is_no_answer,
 )
 from mig_kit.score.official import (
     FENCE,
@@ -29,8 +27,7 @@ from mig_kit.score.official import (
     shown_text,
 )
 
-AMBIGUOUS = "ambiguous: several images, or one without its number"
-DENIED = "denied, in doubt or taken back"
+AMBIGUOUS = "ambiguous: several images"
 _MOST_BOXES = 8  # the same box written more often is no answer
 _PLAIN = str.maketrans({"\u3001": ",", "\u3010": "[", "\u3011": "]", "\u2212": "-", "\u2019": "'",
                         "\u2018": "'", "\u201c": '"', "\u201d": '"', BOX: " "})
@@ -72,27 +69,23 @@ class _WrittenBox:
     box: Box
 
 
-def parse_strict_answer(text: str, one_image: bool = True, count: int = 0) -> StrictAnswer:
-    """The one box of the last <answer> block, and the image it is said to be in.
+def parse_strict_answer(text: str, one_image: bool = True) -> StrictAnswer:
+    """The one box of the last <answer> block, and the one image that it names; see image_names.
 
-    Several boxes count as none, unless all are the same; so does a denial, a doubt or a
-    retraction, and so do several images, unless one_image is False: then the answer names none of
-    them. count: of the images. Which image: see image_names.
+    Several boxes count as none, unless all are the same; so do several images, unless one_image is
+    False: then the answer names none of them.
     """
     block = last_answer_block(text)
     if block is None:
         return StrictAnswer(None, None, "no <answer> block")
     block = _plain_text(block)
     written = _find_boxes(block)
-    marked = _mark_boxes(block, written[:_MOST_BOXES])
-    images = find_image_numbers(marked, count)
-    image = _only(images - {UNCLEAR}) if UNCLEAR not in images else None
+    images = find_image_numbers(_mark_boxes(block, written[:_MOST_BOXES]))
+    image = _only(images)
     boxes = {box.box for box in written}
     if len(boxes) != 1 or len(written) > _MOST_BOXES:
         return StrictAnswer(image, None, "several boxes" if boxes else "no box")
-    if is_no_answer(marked):
-        return StrictAnswer(image, None, DENIED)
-    if images and image is None and one_image:
+    if len(images) > 1 and one_image:
         return StrictAnswer(None, None, AMBIGUOUS)
     x1, y1, x2, y2 = box = boxes.pop()
     if not all(map(math.isfinite, box)) or x1 >= x2 or y1 >= y2:
@@ -137,8 +130,8 @@ def parse_named_boxes(reply: str) -> list[NamedBox]:
 
 
 def _only(numbers: set[int]) -> int | None:
-    """The one number of a set of image numbers; None for several, and for one that is unclear."""
-    return next(iter(numbers)) if len(numbers) == 1 and UNCLEAR not in numbers else None
+    """The one number of a set of image numbers; None for several."""
+    return next(iter(numbers)) if len(numbers) == 1 else None
 
 
 def _plain_text(text: str) -> str:

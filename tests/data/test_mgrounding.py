@@ -69,7 +69,6 @@ def test_several_turns_with_ordinals_and_reference_tags():
 @pytest.mark.parametrize("answer,expected", [
     (f"in the 2nd picture {BOX_TEXT}", [[2]]),
     (f"Image-3: {BOX_TEXT}", [[3]]),
-    (f"{BOX_TEXT} in the last image", [[3]]),
     (f"{BOX_TEXT} in the first image and {format_box(5, 6, 7, 8)} in the second image",
      [[1], [2]]),
     (f"first image: {BOX_TEXT}, third image: {format_box(5, 6, 7, 8)}", [[1], [3]]),

@@ -1,21 +1,17 @@
 """Which box and image is read from free text: the strict protocol's answers, and all boxes."""
 
-import functools
 import math
 import os
+import time
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mig_bench_oracle import oracle_boxes
-from mig_bench_records import MIG_FILE, mig_records
-from mig_bench_wordings import AMBIGUOUS, NO_ANSWER, PLAIN, word_reply
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.prompts import format_answer
-from mig_kit.score import annotations, choice_parsers, image_names, official, protocols, reply_boxes
-from mig_kit.score.records import read_records
+from mig_kit.score import annotations, choice_parsers, official, protocols, reply_boxes
+from mig_kit.score.image_names import find_image_numbers
 from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes, parse_strict_answer
 
 THOUSAND = Coordinates.NORMALIZED_1000
@@ -33,7 +29,6 @@ def read_answer(text):
     ("<answer>[10, 20, 30, 40], that is (10,20),(30,40)</answer>", None, BOX, ""),
     ("<answer>[10, 20, 30, 40] (1,2),(3,4)</answer>", None, None, "several boxes"),
     ("<answer>image 1 or image 2: [10, 20, 30, 40]</answer>", None, None, reply_boxes.AMBIGUOUS),
-    ("<answer>image 2: [10, 20, 30, 40]. No, wrong.</answer>", 2, None, reply_boxes.DENIED),
     ("<answer>[30, 20, 10, 40]</answer>", None, None, "not a box: needs x1 < x2 and y1 < y2"),
     ("<answer>none</answer>", None, None, "no box"),
     *((text, None, None, "no <answer> block") for text in (
@@ -66,35 +61,30 @@ def test_what_is_no_box(text):
     assert read_answer(text).box is None
 
 
-UNCLEAR = image_names.UNCLEAR
-
-
 @pytest.mark.parametrize("images,texts", [
-    ({2}, ('{"target_image": 2, "bbox": \u25a0}', "image=2", "image (2)", "Image **2**", "img 2",
-           "2nd picture", "image no. 2", '"image_idx": 2', "image two", "the second one",
-           '{"image": [2]}', '{"target": 2}', '{"image": "second"}', '{"image": "Image-2"}',
-           "{image_id: '2'}", '{"reference_image": 1, "target_image": 2}',
-           '{"image": 1, "target": 2}', "image 2, as of all images")),
-    ({1, 2}, ('{"image": [1, 2]}', "images 1 and 2", "images one and two", "image 1 (or 2)")),
-    ({1, 3}, ("the first and third image",)), ({4}, ("the last image",)),
-    (set(), ("in the image (100,200)", "image [100, 200, 300, 400]", "pilgrimage 2",
-             "picture frame 2", "the second picture frame", "the 2nd region picture",
-             '{"image_size": [640, 480]}', '{"image": "kitchen 2.jpg"}',
-             '{"image": "street-1-b.png"}', "between the two images", "in no other image")),
-    ({UNCLEAR}, ("the second to last image", "of all images", '{"image": "both"}',
-                 "the left image", "image B"))])
-def test_names_of_images(images, texts):
+    ({2}, ("image 2", "Image-2", "image_2", "img 2", "image2", "Image #2", "Image (2)", "photo 2",
+           "**Image 2**", "<image 2>", "image no. 2", "image=2", "Image 2 of 6", "image_2.jpg",
+           "the second image", "2nd picture", "2nd-image", "\u56fe2", "\u7b2c\u4e8c\u5f20\u56fe",
+           '{"image": 2, "box": \u25a0}', '{"image": "Image-2"}', '{"target_image": "second"}',
+           "{'img_idx': '2'}", "{image: 2, box: \u25a0}", '{"image_2": \u25a0}', '{"image": [2]}',
+           '[{"bbox_2d": \u25a0, "label": "the dog in image 2"}]',
+           '{"image": 2, "reason": "not in image 1"}', '{"reference_image": 1, "target_image": 2}',
+           "It is not in image 2.", "Maybe image 2?", "Image 2: the first dog from the left")),
+    ({1, 2}, ("image 1 and image 2", "images 1 and 2", "image 1 (or 2)", "image 1/2", "images 1-2",
+              "the first or the second image", "In image 1, the dog of image 2",
+              "I compared image 1 with image 2; it is in the latter.", "\u56fe1\u548c\u56fe2",
+              '{"image": [1, 2]}', '{"image": "1 or 2"}', '{"image": 1} or {"image": 2}',
+              '{"image": 1}, or in image 2', '{"image_1": \u25a0, "image_2": \u25a0}')),
+    (set(), ("the other image", "the last image", "both images", "6 images", "the first dog",
+             "pilgrimage 2", "image 2.5", "image 2024", "image 50%", '{"image_size": [640, 480]}',
+             '{"image": "kitchen 2.jpg"}', '{"image": null}', "in the image \u25a0"))])
+def test_the_images_that_an_answer_names(images, texts):
     for text in texts:
-        assert image_names.find_image_numbers(text, count=4) == images, text
-
-
-@pytest.mark.parametrize("text,image", [
-    ("second: \u25a0", 2), ("the second - \u25a0", 2), ("3rd - (\u25a0)", 3),
-    ("image 2, the first \u25a0", 2), ("the first dog is at \u25a0", None), ("first \u25a0", None),
-    ("First, \u25a0.", None)])
-def test_an_ordinal_before_the_box_names_its_image_where_nothing_else_does(text, image):
-    answer = read_answer(text.replace("\u25a0", "[10, 20, 30, 40]"))
-    assert answer.box == BOX and answer.image == image
+        assert find_image_numbers(text) == images, text
+        if "\u25a0" not in text:
+            answer = read_answer(f"{text} <box>10,20,30,40</box>")
+            assert answer.image == (2 if images == {2} else None), text
+            assert answer.problem == ("" if len(images) < 2 else reply_boxes.AMBIGUOUS), text
 
 
 def test_a_difference_may_be_said_to_be_in_both_images():
@@ -131,54 +121,16 @@ def test_reasoning_whose_tag_the_template_opens_is_no_answer(reply, image, box):
     assert parse_named_box(reply) == (image, box)
 
 
-# Perfect boxes in natural wordings.
-
-def strict_average(items, reply_to):
-    """Acc@0.5 in percent, averaged over tasks, of a reply (None: left out) to every item."""
-    by_task = {}
-    for item in items:
-        reply = reply_to(item, [round(1000 * v) for v in item.box])
-        if reply is not None:
-            value, _ = protocols.strict_iou(item, reply, THOUSAND, BoxFormat())
-            by_task.setdefault(item.task, []).append(value >= 0.5)
-    return 100 * np.mean([np.mean(values) for values in by_task.values()])
-
-
-@functools.cache
-def read_items():
-    """Some questions of MIG-Bench's file, else made ones; none has an inverted answer."""
-    records = read_records(MIG_FILE) if MIG_FILE.is_file() else mig_records()
-    items = annotations.read_mig_bench(records).items[::80 if MIG_FILE.is_file() else 1]
-    return [item for item in items if item.box[0] < item.box[2] and item.box[1] < item.box[3]]
-
-
-def answer_with(wording, is_correct=True):
-    """A function of an item and its box: the reply in this wording of its image or of another."""
-    def reply_to(item, box):
-        image = item.target or 2
-        other = image % len(item.images) + 1
-        pair = (image, other) if is_correct else (other, image)
-        return word_reply(wording, *pair, box) if is_correct or item.target else None
-
-    return reply_to
-
-
-def test_a_perfect_box_in_one_image_counts_in_99_of_100_wordings_and_in_another_never():
-    shares = {wording: strict_average(read_items(), answer_with(wording)) for wording in PLAIN}
-    assert np.mean([share >= 99 for share in shares.values()]) >= 0.99, [
-        wording for wording, share in shares.items() if share < 99]
-    assert not [wording for wording in PLAIN
-                if strict_average(read_items(), answer_with(wording, is_correct=False))]
-
-
-@pytest.mark.parametrize("problem,wordings", [
-    (reply_boxes.DENIED, NO_ANSWER), (reply_boxes.AMBIGUOUS, AMBIGUOUS)])
-def test_a_denial_a_doubt_a_retraction_and_several_images_score_nothing(problem, wordings):
-    items = [item for item in read_items() if item.target]
-    for wording in wordings:
-        assert strict_average(items, answer_with(wording)) == 0, wording
-        reply = answer_with(wording)(items[0], (100, 200, 300, 400))
-        assert parse_strict_answer(reply).problem == problem, wording
+@pytest.mark.parametrize("piece", [
+    "image ", "image 1,", "images 1 and ", "first, ", "1st or the ", '"image": [1, ', "image_(",
+    '{"image": ', "[1, 2, 3, 4] ", "image 1 (1,2),(3,4). ", "x1=1 ", "<box>", "1 ", ". "])
+def test_no_text_takes_long(piece):
+    text, start = piece * (200_000 // len(piece)), time.process_time()
+    for reply in (text, f"<answer>{text}</answer>"):
+        parse_strict_answer(reply)
+        parse_named_box(reply)
+        parse_named_boxes(reply)
+    assert time.process_time() - start < 10
 
 
 # The parsers on anything at all.
@@ -212,8 +164,6 @@ def test_every_text_is_read_and_has_a_score(text):
         assert x1 < x2 and y1 < y2 and all(map(math.isfinite, strict.box))
     for choices in ((), ("yes", "no"), ("the first image", "A is closer", "4", "4 (")):
         assert choice_parsers.parse_choice_letter(text, "ABCD", choices) in ("", *"ABCD")
-    assert all(number >= UNCLEAR for number in image_names.find_image_numbers(text))
-    assert len(oracle_boxes(text)) == len(official._matches(text))
     normalized, box = item_in(Coordinates.NORMALIZED_1, (0.1, 0.2, 0.3, 0.4)), (1, 2, 300, 400)
     for coordinates in (THOUSAND, Coordinates.NORMALIZED_1):
         assert 0 <= protocols.strict_iou(normalized, text, coordinates, BoxFormat())[0] <= 1
