@@ -5,7 +5,7 @@ Percent, Acc@0.5 unless a row says otherwise.
 
 from dataclasses import dataclass
 
-from mig_kit.score.annotations import MIG_BENCH_TASKS, PAPER_COUNTS, count_and_list
+from mig_kit.score.annotations import MIG_BENCH_TASKS, PAPER_COUNTS
 
 MEANT_SHARE = 0.1  # of replies with boxes in other coordinates, above which all may be meant so
 
@@ -170,8 +170,6 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
                      "both with --images.")
     if is_usual("within 0 to 1"):
         notes.append("For boxes in 0 to 1 say --coordinates normalized_1.")
-    notes += [f"Annotations, {kind}: {count_and_list(names)}."
-              for kind, names in result["notes"].items()]
     return notes + (_comparison_notes(result) if "compare" in result else [])
 
 

@@ -9,7 +9,7 @@ in `official.py` and, of MC-Bench and OdinW, in `coco.py`.
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ PROTOCOLS = {**dict.fromkeys(READERS, ("official", "strict")),
              **dict.fromkeys(("mc_bench", "odinw"), ("official",)), "own": ("free_text", "strict")}
 # The headline of these is the unweighted mean over tasks; elsewhere every item counts the same.
 MACRO = ("mig_bench", "blink", "mmiu")
-COORDINATE_LIMITS = {Coordinates.NORMALIZED_1: 1, Coordinates.NORMALIZED_1000: 1000}
+NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
 
 BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4", "own")
@@ -166,7 +166,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                          "text say --coordinates absolute or pixels, or use --protocol strict")
     lines = align_predictions(benchmark.items, predictions, field, source, allow_missing,
                               benchmark.left_out)
-    notes, aggregates, remarks = {}, {}, ()
+    aggregates, remarks = {}, ()
     if field == "response" and not is_choice:
         remarks = _box_order_remarks(lines, protocol, box_order)
         lines = [line and line | {"response": reorder_boxes(line["response"], box_order)}
@@ -203,9 +203,8 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         metrics = ref_l4_metrics(values) if benchmark.name == "ref_l4" else {
             **{f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)},
             "mean_iou": values}
-        notes = annotation_problems(replace(benchmark, items=tuple(items)), protocol == "strict")
     return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
-                  tuple(item.index for item in items), dict(problems), aggregates, notes,
+                  tuple(item.index for item in items), dict(problems), aggregates,
                   tuple(map(_list_of_images, items)), remarks)
 
 
@@ -232,7 +231,7 @@ def _list_of_images(item: BenchmarkItem) -> tuple[str, ...]:
 
 def _needs_conversion(first: Coordinates, second: Coordinates) -> bool:
     """Whether it takes a size to convert; between 0..1 and 0..1000 it does not."""
-    return first != second and not {first, second} <= set(COORDINATE_LIMITS)
+    return first != second and not {first, second} <= NORMALIZED
 
 
 def _box_order_remarks(lines: list[dict | None], protocol: str,
@@ -317,34 +316,3 @@ def _coordinate_remarks(benchmark: Benchmark, records: list[dict], scored: Score
     return tuple(f"Read as {measure.description}, the boxes would score {100 * other:.2f} instead "
                  f"of {100 * average:.2f}: if they are, say --coordinates {measure}."
                  for measure, other in averages.items() if other > average + MUCH)
-
-
-def annotation_problems(benchmark: Benchmark, is_strict: bool) -> dict[str, list[str]]:
-    """Kind of problem -> names of the items that have it; kinds that no item has are left out.
-
-    No box can match an inverted or empty answer; an answer may leave the image; MIG-Bench asks some
-    questions twice. Under `strict` also items whose target image the annotations do not say, so
-    that it cannot be checked.
-    """
-    by_kind: dict[str, list[str]] = {kind: [] for kind in (
-        "no box can match", "answer leaves the image", "given twice",
-        "target image unknown, not checked")}
-    for item in benchmark.items:
-        if not item.box:
-            continue
-        x1, y1, x2, y2 = item.box
-        if x1 >= x2 or y1 >= y2:
-            by_kind["no box can match"].append(item.name)
-        limit = COORDINATE_LIMITS.get(item.coordinates)
-        width, height = (limit, limit) if limit else item.size or (math.inf, math.inf)
-        margin = 0 if limit else 1  # pixel: annotation tools round
-        if max(x1 - width, x2 - width, y1 - height, y2 - height, -min(item.box)) > margin:
-            by_kind["answer leaves the image"].append(item.name)
-        if is_strict and item.target is None:
-            by_kind["target image unknown, not checked"].append(item.name)
-    names_by_question = defaultdict(list)
-    for item in benchmark.items if benchmark.name == "mig_bench" else ():
-        names_by_question[item.task, item.images, item.question, item.box].append(item.name)
-    by_kind["given twice"] = [" = ".join(names) for names in names_by_question.values()
-                              if len(names) > 1]
-    return {kind: names for kind, names in by_kind.items() if names}

@@ -25,9 +25,9 @@ class Scored:
     tasks: (n,) task of each item. metrics: name -> (n,) shares in 0..1, the first is the headline.
     is_macro: whether the average is over tasks. values: (n,) IoU, or 1 for a correct item. indices:
     (n,) places in the annotation file. problems: why replies scored nothing, and how many.
-    aggregates: "avg" or task -> metric -> percent, for what is no mean over items (AP). notes:
-    annotation defects. lists: (n,) what each item's images are, the same for items that show the
-    same ones; empty where no two items do. remarks: sentences on what the protocol did.
+    aggregates: "avg" or task -> metric -> percent, for what is no mean over items (AP). lists: (n,)
+    what each item's images are, the same for items that show the same ones; empty where no two
+    items do. remarks: sentences on what the protocol did.
     """
 
     tasks: tuple[str, ...]
@@ -37,7 +37,6 @@ class Scored:
     indices: tuple[int, ...] = ()
     problems: dict[str, int] = field(default_factory=dict)
     aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
-    notes: dict[str, list] = field(default_factory=dict)
     lists: tuple[Hashable, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -66,7 +65,7 @@ def _percent(value: float) -> float:
 
 
 def summarize(scored: Scored) -> dict:
-    """{"n", "lists", "tasks", "avg", "problems", "notes", "remarks"}, in percent, not rounded.
+    """{"n", "lists", "tasks", "avg", "problems", "remarks"}, in percent, not rounded.
 
     tasks: task -> {"n", "lists", metrics, "ci95"}; avg: {metrics, "ci95"}. lists: how many lists of
     images the questions are about. ci95: 95 % interval of the first metric; see
@@ -92,7 +91,7 @@ def summarize(scored: Scored) -> dict:
         average["ci95"] = [_percent(bound) for bound in interval]
     average |= scored.aggregates.get("avg", {})
     return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,
-            "problems": scored.problems, "notes": scored.notes, "remarks": list(scored.remarks)}
+            "problems": scored.problems, "remarks": list(scored.remarks)}
 
 
 def paired_difference(first: Scored, second: Scored) -> dict:

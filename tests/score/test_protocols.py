@@ -8,7 +8,6 @@ from mig_bench_records import (
     mig_records,
     needs_data,
     prediction_lines,
-    save_image,
 )
 
 from mig_kit.boxes import BoxFormat, Coordinates, smart_resize
@@ -23,7 +22,7 @@ THOUSAND = Coordinates.NORMALIZED_1000
 LINES = prediction_lines(REPLIES)
 RESULT = {"benchmark": "mig_bench", "version": "", "protocol": "official", "complete": True,
           "n": 10, "lists": 10, "tasks": {}, "avg": {"acc": 50.123456, "ci95": [40, 60]},
-          "problems": {}, "notes": {}, "remarks": []}
+          "problems": {}, "remarks": []}
 
 
 def score_predictions(benchmark, predictions, *rules, source="P", **settings):
@@ -137,7 +136,6 @@ def test_mig_bench_summary_by_hand(benchmark):
     assert [values["mean_iou"] for values in tasks.values()] == [75, 50, 80, 12.5]
     assert result["avg"]["acc@0.5"] == 75 and result["avg"]["acc@0.7"] == 37.5
     assert result["avg"]["mean_iou"] == pytest.approx(54.375, abs=1e-12)
-    assert result["notes"]["no box can match"] == ["5"]
     low, high = result["avg"]["ci95"]
     assert low < 75 < high <= 100 and result["lists"] == 2
     assert set(tasks["diff"]) == {"n", "lists", "acc@0.3", "acc@0.5", "acc@0.7", "mean_iou", "ci95"}
@@ -208,15 +206,6 @@ def test_images_are_confined_and_missing_ones_listed(tmp_path):
     (tmp_path / "0.jpg").write_bytes(b"not an image")
     with pytest.raises(ValueError, match="1 files are no readable images below"):
         annotations.add_image_sizes(benchmark.items[:1], tmp_path)
-
-
-def test_pixel_annotations_that_leave_the_image_are_listed(tmp_path):
-    save_image(tmp_path / "a.png", (100, 50))
-    boxes = ([0, 0, 100.4, 50], [0, 0, 5000, 50], [-3, 0, 10, 10])
-    benchmark = annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [box]}
-                                       for box in boxes])
-    scored = score_predictions(benchmark, prediction_lines([""] * 3), images=str(tmp_path))
-    assert scored.notes["answer leaves the image"] == ["1", "2"]
     with pytest.raises(ValueError, match="has no box of four numbers"):
         annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [0, 0, 5, 5]}])
 
