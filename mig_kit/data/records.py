@@ -93,16 +93,8 @@ def read_json(line: bytes | None) -> tuple[object, str]:
     if line is None:
         return None, (f"the line is longer than {MAX_LINE} bytes; put one question on a line, and "
                       "images into files of their own")
-    repeated: list[str] = []
-
-    def collect(pairs: list[tuple[str, object]]) -> dict:
-        counts = Counter(key for key, _ in pairs)
-        repeated.extend(key for key, count in counts.items() if count > 1)
-        return dict(pairs)
-
     try:
-        record = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: name,
-                            object_pairs_hook=collect)
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: name)
     except UnicodeDecodeError:
         return None, "the line is not UTF-8; save the file as UTF-8"
     except (ValueError, RecursionError) as error:
@@ -111,15 +103,13 @@ def read_json(line: bytes | None) -> tuple[object, str]:
         is_syntax = isinstance(error, json.JSONDecodeError)
         reason = f"character {error.colno}: {error.msg}" if is_syntax else str(error)[:60]
         return None, f"the line is no JSON object ({reason}); write one {{...}} per line"
-    return record, _record_problem(record, repeated, "line")
+    return record, _record_problem(record, "line")
 
 
-def _record_problem(record: object, repeated: list[str], word: str) -> str:
-    if repeated:
-        return f"the key {repeated[0][:40]!r} is there twice; leave one out"
-    if not isinstance(record, dict):
-        return f"the {word} is no JSON object; write one {{...}} per {word}"
-    return ""
+def _record_problem(record: object, word: str) -> str:
+    if isinstance(record, dict):
+        return ""
+    return f"the {word} is no JSON object; write one {{...}} per {word}"
 
 
 def entry_word(path: Path) -> str:
@@ -157,12 +147,11 @@ def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:
         for number, line in iter_lines(path):
             yield number, *read_json(line)
         return
-    number, repeated = 0, []
+    number = 0
     try:
-        records = _iter_rows(path) if word == "row" else iter_records(path, repeated=repeated)
+        records = _iter_rows(path) if word == "row" else iter_records(path)
         for number, record in enumerate(records, 1):
-            yield number, record, _record_problem(record, repeated, word)
-            repeated.clear()
+            yield number, record, _record_problem(record, word)
     except ValueError as error:
         yield number + 1, None, str(error)
 
@@ -175,26 +164,17 @@ def _iter_rows(path: Path) -> Iterator[dict]:
                 yield {key: value for key, value in row.items() if value is not None}
 
 
-def iter_records(path: Path, prefix: str = "item",
-                 repeated: list[str] | None = None) -> Iterator[object]:
+def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
     """The elements of a JSON list, one in memory at a time.
 
     prefix: ijson's name of the elements, "images.item" for those of a list under the key "images".
-    repeated: where the keys go that an element has twice. ValueError, with the remedy, if the file
-    is broken.
+    ValueError, with the remedy, if the file is broken.
     """
-
-    class Keys(dict):
-        def __setitem__(self, key, value):
-            if key in self and repeated is not None:
-                repeated.append(key)
-            super().__setitem__(key, value)
-
     try:
         with path.open("rb") as file:
             file.seek(3 if file.read(3) == BYTE_ORDER_MARK else 0)
             events = _limit_depth(ijson.basic_parse(file, use_float=True), path)
-            yield from ijson.items(ijson.parse(events), prefix, map_type=Keys)
+            yield from ijson.items(ijson.parse(events), prefix)
     except (ijson.JSONError, UnicodeError) as error:
         reason = str(error)[:80]
         raise ValueError(f"{path} is cut or no JSON ({reason}); save or download it "

@@ -106,19 +106,6 @@ def test_text_that_is_no_number_is_named(root, changes):
                for words in ("from 1", "must be four numbers"))
 
 
-def test_keys_that_are_there_twice_are_named(root):
-    for key in ("images", "x"):
-        line = f'{{"{key}": 1, "{key}": 1, ' + json.dumps(GOOD)[1:]
-        sentence = f"the key '{key}' is there twice; leave one out"
-        assert sentence in problems_of(root, line.encode())
-        path = write(root, f"[{line}, {json.dumps(GOOD)}]".encode())
-        assert [sentence in problems for _, problems in own_data.check_file(path, root)] == [
-            True, False]
-    deeper = json.dumps({"images": ["a.png"], "question": "Find it."})[:-1]
-    assert "twice" in problems_of(root, (deeper + ', "targets": [{"image": 1, "image": 2}]}')
-                                  .encode())
-
-
 @pytest.mark.parametrize("question, stripped", [
     ("<image>\n<image>\nFind it.", "Find it."), ("Find it. <image><image>", "Find it."),
     ("Image 1: <image>\nImage 2: <image>\nFind it.", "Find it."),

