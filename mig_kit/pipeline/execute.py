@@ -12,7 +12,7 @@ from mig_kit.pipeline.failures import failure_sentence
 from mig_kit.pipeline.joint_rules import check_run
 from mig_kit.pipeline.plan import PlannedRun
 from mig_kit.pipeline.run_folders import start_branch
-from mig_kit.pipeline.stage_table import StageTable
+from mig_kit.pipeline.stage_lines import StageLines
 
 
 class ThisPython(AsyncKernelManager):
@@ -51,19 +51,18 @@ def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> Non
     RuntimeError with the notebook's error where a stage fails: what had finished before is as it
     was, and what the attempt left is kept for resuming.
     """
-    remaining = dict(params)
-    with StageTable(list(params)) as table:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[table], force=True)
-        for stage, values in params.items():
-            if not force and store.is_up_to_date(stage, run_id, values):
-                table.set(stage, "up to date")
-            else:
-                _prepare(stage, run_id, values, force)
-                table.set(stage, "running")
-                _execute_notebook(stage, run_id, values, table)
-                table.set(stage, "done", store.require_record(stage, run_id, stage)["summary"])
-            del remaining[stage]
-            check_run(remaining, run_id)
+    remaining, lines = dict(params), StageLines()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[lines], force=True)
+    for stage, values in params.items():
+        if not force and store.is_up_to_date(stage, run_id, values):
+            lines.set(stage, "up to date")
+        else:
+            _prepare(stage, run_id, values, force)
+            lines.set(stage, "running")
+            _execute_notebook(stage, run_id, values, lines)
+            lines.set(stage, "done", store.require_record(stage, run_id, stage)["summary"])
+        del remaining[stage]
+        check_run(remaining, run_id)
 
 
 def _prepare(stage: str, run_id: str, params: dict, force: bool) -> None:
@@ -78,7 +77,7 @@ def _prepare(stage: str, run_id: str, params: dict, force: bool) -> None:
     store.unlock_run(run)
 
 
-def _execute_notebook(stage: str, run_id: str, params: dict, table: StageTable) -> None:
+def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) -> None:
     """Run a stage's notebook in a kernel of this Python, whatever kernels Jupyter knows.
 
     It is written beside the stage's folder, and into it once that has finished.
@@ -94,7 +93,7 @@ def _execute_notebook(stage: str, run_id: str, params: dict, table: StageTable) 
                                    kernel_manager_class=ThisPython,
                                    extra_arguments=["--log-level=ERROR"])
     except PapermillExecutionError as error:
-        table.set(stage, "failed")
+        lines.set(stage, "failed")
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))
         raise RuntimeError(f"{stage} failed: {failure_sentence(error, kept)} "
                            f"(the notebook is {kept})") from None
