@@ -4,8 +4,7 @@
      "box": [10, 20, 60, 90], "coordinates": "pixels"}          (on one line)
 
 The guide, notebooks/guide/own_data.md, says what the keys are. It does not name `id`, optional text
-that is used once in the file, and that `task` chooses the teacher's cue (CUE_OF_TASK in
-teacher_prompt.py).
+that is used once in the file.
 
 Where one line of a file has "targets" or "image": null, all its questions ask for all boxes (see
 prompts.py): if only those did, the prompt would tell how many boxes there are. A number may be

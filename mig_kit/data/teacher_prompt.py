@@ -1,8 +1,8 @@
-"""What a model teacher is asked: edit CUES and RULES to try another prompt.
+"""What a model teacher is asked: edit RULES to try another prompt.
 
 As in MG-Thinker (section 3.2 and appendix B of its paper), the teacher gets the images, the
-question and the verified answer as a check that it must not reveal, with cues that depend on the
-kind of task; the wording is ours. A second prompt asks for a direct answer without that check.
+question and the verified answer as a check that it must not reveal; the wording is ours, and one
+cue serves all tasks. A second prompt asks for a direct answer without that check.
 
 The images are sent as the student sees them, already resized, so the teacher's pixels are the
 student's pixels.
@@ -23,28 +23,11 @@ from mig_kit.prompts import (
 from mig_kit.sample import Sample
 
 KINDS = ("trace", "direct")
-CUES = {
-    "compare": "Go through the images side by side and note what they share and where they differ.",
-    "search": "Note what is characteristic of what is asked for, then look for it in every image "
-              "and rule out what is only alike.",
-    "track": "Follow the thing from image to image: its looks, its place among its neighbours, "
-             "how it moves or turns.",
-    "associate": "Say what idea links the images, in use, meaning or position, then find what "
-                 "fits it.",
-}
-# the drawn tasks, and the subsets of MGrounding-630k
-CUE_OF_TASK = {
-    "diff": "compare", "view_diff": "compare", "common_object": "compare",
-    "region": "search", "refer_grounding": "search", "group_grounding": "search",
-    "object_tracking": "track", "multi_view": "track",
-    "reasoning": "associate", "correspondence": "associate",
-    "Difference": "compare", "Common_Object": "compare",
-    "Region_Locating": "search", "Referring_Grounding": "search", "Group_Grounding": "search",
-    "Object_Tracking": "track", "Free-Form": "associate",
-}
-RULES = ("Inside <think>, reason from what is visible, step by step, and come to the conclusion "
-         "last. Do not write coordinates there, and do not mention that an answer was given to "
-         "you. Boxes are in {coordinates}.")
+RULES = ("Inside <think>, reason from what is visible, step by step: note what is characteristic "
+         "of what is asked for, go through the images one by one, say what they share and where "
+         "they differ, rule out what is only alike, and come to the conclusion last. Do not write "
+         "coordinates there, and do not mention that an answer was given to you. Boxes are in "
+         "{coordinates}.")
 COORDINATES_IN_RULES = {
     "absolute": "pixels of the images as you see them",
     "normalized_1000": "thousandths of an image's width and height",
@@ -67,9 +50,8 @@ def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
         question = question.removesuffix(CHOICE_INSTRUCTION).removesuffix(GROUNDING_INSTRUCTION)
         return question + (DIRECT_CHOICE_INSTRUCTION if sample.options else DIRECT_INSTRUCTION)
     truth = " or ".join(correct_answers(sample, box_format))
-    cue = CUES[CUE_OF_TASK.get(sample.task, "search")]
     rules = RULES.format(coordinates=COORDINATES_IN_RULES[box_format.coordinates])
-    return (f"You are an expert at reading several images together. {cue}\n\n"
+    return ("You are an expert at reading several images together.\n\n"
             f"Question: {question}\n\n{rules}\n\n"
             "Only to check your conclusion, and never to be mentioned: "
             f"the verified answer is {truth}.")

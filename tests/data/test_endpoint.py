@@ -1,7 +1,6 @@
 """The teacher's endpoint against a server that misbehaves: every request is counted."""
 
 import json
-import re
 import signal
 import socket
 import subprocess
@@ -277,8 +276,6 @@ def test_what_is_sent(serve, tmp_path):
 
 
 def test_what_the_teacher_is_asked():
-    prompts = [teacher_prompt(make_sample(task, "cot", 0), "trace", BOX_FORMAT) for task in TASKS]
-    assert len({re.sub("Question.*", "", prompt, flags=re.DOTALL) for prompt in prompts}) == 4
     choice = next(iter_free_form("cot", 1))
     assert f"answer is {choice.letter}." in teacher_prompt(choice, "trace", BOX_FORMAT)
     assert teacher_prompt(choice, "direct", BOX_FORMAT).endswith(DIRECT_CHOICE_INSTRUCTION)
