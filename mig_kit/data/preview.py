@@ -5,10 +5,11 @@ from pathlib import Path
 
 import jinja2
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import write_atomically
 from mig_kit.drawing.pictures import draw_sample
 from mig_kit.image_files import to_data_url
-from mig_kit.prompts import LETTERS
+from mig_kit.prompts import format_question
 from mig_kit.sample import Sample
 
 PREVIEW = """<!doctype html>
@@ -22,9 +23,9 @@ h2 { font-size: 15px; margin: 1.5em 0 0 }
 p { margin: .3em 0 }
 img { max-width: 100% }
 </style>
-{% for name, question, url in rows %}
+{% for name, question, correct, url in rows %}
 <h2>{{ name }}</h2>
-<p>{{ question }}</p>
+<p>{{ question }} (correct: {{ correct }})</p>
 <img alt="" src="{{ url }}">
 {% endfor %}
 """
@@ -40,25 +41,12 @@ def write_preview(samples: Iterator[Sample], out: Path) -> int:
         raise ValueError(f"{out} must end in .html")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out} is in no folder that exists; make {out.parent} first")
-    rows = [(sample.id, _question_text(sample), to_data_url(draw_sample(sample, height=220)))
-            for sample in samples]
+    rows = [(sample.id, format_question(sample, BoxFormat(), with_instruction=False),
+             sample.letter or f"{len(sample.targets)} drawn in green",
+             to_data_url(draw_sample(sample, height=220))) for sample in samples]
     if not rows:
         raise ValueError("there is no question to draw; the file is empty, or has no correct line "
                          "(mig-kit data check lists what is wrong)")
     page = jinja2.Environment(autoescape=True).from_string(PREVIEW).render(rows=rows)
     write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return len(rows)
-
-
-def _question_text(sample: Sample) -> str:
-    """The question on one line, with the options of multiple choice and the correct letter, and of
-    questions for all boxes how many there are.
-    """
-    text = sample.question
-    if sample.find_all:
-        text += f" (correct: all {len(sample.targets)})" if sample.targets else " (correct: none)"
-    if sample.options:
-        options = "; ".join(f"{letter}. {option}"
-                            for letter, option in zip(LETTERS, sample.options))
-        text += f" {options} (correct: {sample.letter})"
-    return " ".join(text.split())

@@ -152,7 +152,7 @@ def test_multiple_choice(root):
     assert referring.reference == (0.0, 0.0, 50.0, 50.0)
     assert write_preview(own_data.iter_samples(path, root), root / "choice.html") == 2
     page = (root / "choice.html").read_text()
-    assert "What is it? A. a cup; B. a dog (correct: B)" in page
+    assert "What is it? A. a cup B. a dog (correct: B)" in page
 
 
 def test_control_tokens_are_found_before_a_run(root, processor):
@@ -266,7 +266,7 @@ def test_preview_draws_boxes_and_escapes_text(root, tmp_path):
     assert write_preview(own_data.iter_samples(path, root), page) == 2
     text = page.read_text()
     assert "<script>" not in text and "<h2>&lt;b&gt;</h2>" in text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Find it" in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Find\nit (correct: 1 drawn" in text
     assert text.count('<img alt="" src="data:image/png;base64,') == 2
     assert "default-src 'none'; img-src data:" in text
     with pytest.raises(ValueError, match="must end in .html"):
