@@ -11,12 +11,11 @@ from pathlib import Path
 import click
 
 from mig_kit import LATE
-from mig_kit.common import suggest_word, write_json
+from mig_kit.common import write_json
 from mig_kit.data.commands import data
 from mig_kit.engine.commands import absolute_folder, eval_command, ground
 from mig_kit.pipeline import store
 from mig_kit.pipeline.failures import describe_os_error
-from mig_kit.pipeline.params import stage_parameters
 from mig_kit.pipeline.run_folders import require_runs
 from mig_kit.score.commands import score_command
 
@@ -58,23 +57,7 @@ def stage_name(text: str) -> str:
     raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(store.STAGES)}")
 
 
-class RunCommand(click.Command):
-    """`mig-kit run`, which names the right form of `-p name=value` before click counts words."""
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """As click's; UsageError for a parameter with an equals sign."""
-        for option, word in zip(args, args[1:]):
-            name, is_joined, value = word.partition("=")
-            if option == "-p" and is_joined:
-                names = {name for stage in store.STAGES for name in stage_parameters(stage)}
-                near = suggest_word(name, names)
-                hint = f"{near} Write" if near and name not in names else "write"
-                name = near.split("'")[1] if near else name
-                raise click.UsageError(f"-p {word} is one word; {hint} -p {name} {value}")
-        return super().parse_args(context, args)
-
-
-@cli.command(cls=RunCommand)
+@cli.command()
 @click.argument("stages", nargs=-1)
 @click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
 @click.option("--run-id", default="default", show_default=True, help="Folder under runs/.")
