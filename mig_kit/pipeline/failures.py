@@ -1,6 +1,5 @@
 """Why a command failed, in one sentence that says what helps."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -14,27 +13,14 @@ def failure_sentence(error: Exception, notebook: Path) -> str:
     """What went wrong in a cell: "ValueError: message", never without a message.
 
     error: papermill's PapermillExecutionError. notebook: the executed one.
-    Where the cell has no error among its outputs, what it printed says it.
     """
     sentence = f"{error.ename}: {error.evalue}"
     if not error.evalue.strip():
         plain = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
         lines = re.findall(r"^-+> *\d+ +(.+)$", plain, re.M)  # the line that failed, of each frame
-        sentence = (f"{error.ename} at: {lines[-1]}" if lines else _printed_error(error, notebook))
+        sentence = (f"{error.ename} at: {lines[-1]}" if lines else
+                    f"cell {error.exec_count} ended without a word; look at it")
     return describe_disk(sentence, notebook.parent) or sentence
-
-
-def _printed_error(error: Exception, notebook: Path) -> str:
-    """The message of a traceback that Python printed in place of the notebook, or the last line."""
-    cells = json.loads(notebook.read_text())["cells"]
-    outputs = cells[error.cell_index + 2].get("outputs", [])  # papermill has put two cells before
-    text = "".join("".join(output["text"]) for output in outputs if output.get("name") == "stderr")
-    text = re.sub(r"^ *[|+]-* ?", "", text, flags=re.M)  # the frame around a group of errors
-    _, frame, below = text.rpartition('File "')
-    lines = [line for line in below.splitlines()[bool(frame):]
-             if line.strip(" -") and not line.startswith("  ")]
-    message = "\n".join(lines if frame else lines[-1:])
-    return message or f"cell {error.exec_count} ended without a word; look at it"
 
 
 def describe_os_error(error: OSError) -> str:
