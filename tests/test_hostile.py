@@ -2,7 +2,6 @@
 run.
 """
 
-import ast
 import json
 import pickle
 import shutil
@@ -17,7 +16,6 @@ import pytest
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PACKAGE
 from mig_kit.data import own_data
 from mig_kit.engine import models
 from mig_kit.image_files import BadImage, open_rgb
@@ -115,42 +113,6 @@ def test_code_and_pickles_in_a_model_folder_are_not_run(tmp_path, random_folder,
     with pytest.raises(Exception, match="(?i)header|safetensor"):
         models.load_model(folder, float32)
     assert not marker.exists()
-
-
-def dangers(source):
-    """What in the code unpacks archives, unpickles, evaluates text or trusts a model's own code."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if is_dangerous_module(alias.name))
-        elif isinstance(node, ast.ImportFrom) and is_dangerous_module(node.module or ""):
-            yield node.module
-        elif isinstance(node, ast.Name) and node.id in ("eval", "exec"):
-            yield node.id
-        elif isinstance(node, ast.Attribute) and node.attr == "unpack_archive":
-            yield node.attr
-        elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            if getattr(node.value, "value", True):
-                yield node.arg
-
-
-def is_dangerous_module(name):
-    return name.split(".")[0] in {"pickle", "zipfile", "tarfile", "joblib", "dill"}
-
-
-def test_the_kit_unpacks_no_archive_and_unpickles_nothing():
-    """So there is no zip slip: who downloads a data set unpacks it; and no call trusts a model's
-    own code.
-    """
-    harmful = ("import tarfile\nfrom zipfile import ZipFile\neval('1')\nload(trust_remote_code=x)\n"
-               "shutil.unpack_archive('a')")
-    assert len(list(dangers(harmful))) == 5
-    modules = list(PACKAGE.rglob("*.py"))
-    assert len(modules) > 50
-    # runs a file that its user names: no more
-    reward_loading = PACKAGE / "engine" / "reward_loading.py"
-    assert list(dangers(reward_loading.read_text())) == ["exec"]
-    for path in modules:
-        assert path == reward_loading or not list(dangers(path.read_text())), path
 
 
 def test_a_predictions_line_of_a_hundred_megabytes_takes_bounded_memory(tmp_path, traced_memory):
