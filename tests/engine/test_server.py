@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from local_server import IS_JSON, LocalServer
 from PIL import Image
 from rollout_server import RolloutServer
 
@@ -173,6 +174,25 @@ def test_another_model_is_refused(start_server, questions, tmp_path, random_fold
     server = start_server(name="other")
     with pytest.raises(RuntimeError, match="no server serves the model .* but only other"):
         draw(server.url, tmp_path, questions, random_folder, float32)
+
+
+@pytest.mark.parametrize(("status", "lists_models", "sentence"), [
+    (401, True, "answered HTTP 401: no; set the environment variable MIG_KIT_API_KEY"),
+    (404, True, "answered HTTP 404: no; it does not serve 'sft'"),
+    (401, False, "does not list its models: HTTP 401: no; set the environment variable MIG_KIT_"),
+    (404, False, "does not list its models: HTTP 404: no; end its address in /v1")])
+def test_a_refusal_says_what_helps(questions, tmp_path, random_folder, float32, status,
+                                   lists_models, sentence):
+    def respond(path, headers, body):
+        if body is None and lists_models:
+            return 200, {"data": [{"id": "sft"}]}, IS_JSON
+        return status, {"error": {"message": "no"}}, IS_JSON
+
+    server = LocalServer(respond)
+    with pytest.raises(RuntimeError) as error:
+        draw(server.url, tmp_path, questions[:1], random_folder, float32)
+    server.stop()
+    assert str(error.value).startswith(f"the server {server.url} {sentence}")
 
 
 def test_a_command_that_ends_is_quoted(random_folder, tmp_path):
