@@ -2,10 +2,8 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -57,10 +55,6 @@ def request_traces(server, path, samples, **changes):
     return tuple(map(list, replies))
 
 
-def read_log(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
     server = serve(lambda nth, body: (200, completion(question_text(body))))
     path, samples = tmp_path / "calls.jsonl", make_samples(6)
@@ -79,19 +73,6 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
     assert server.total == 24  # another model's replies are other replies
 
 
-@pytest.mark.parametrize("first", [
-    (500, {"error": "x"}), (408, b""), (429, {"error": "slow"}, [("Retry-After", "0")]),
-    (200, completion(), (), 30), (200, completion(), (), 0, 5.0),
-    (502, b"<html>", [("Content-Encoding", "gzip")])], ids=map(str, range(6)))
-def test_what_passes_is_tried_once_more(serve, tmp_path, first):
-    server = serve(lambda nth, body: first if nth == 1 else (200, completion()))
-    path = tmp_path / "calls.jsonl"
-    timeout = 2.0 if first[-1] == 5.0 else 60.0
-    traces, direct = request_traces(server, path, make_samples(1), timeout=timeout)
-    assert server.total == 4 and not traces[0].error and direct[0]
-    assert [entry["attempts"] for entry in read_log(path)] == [2, 2]
-
-
 @pytest.mark.parametrize("body", [
     json.dumps(completion()).encode()[:40], b"", {"choices": []}, b"[" * 100_000, b"\xff",
     {"choices": [{"message": {"content": None}}]}])
@@ -103,40 +84,12 @@ def test_an_answer_that_is_no_completion_is_asked_for_again_next_time(serve, tmp
     assert server.total == 3 and not traces[0].error
 
 
-def test_a_cut_connection_is_tried_once_more(tmp_path):
-    listener = socket.create_server(("127.0.0.1", 0))
-    port, connections = listener.getsockname()[1], []
-
-    def drop():
-        for _ in range(3):
-            connection, _ = listener.accept()
-            connections.append(1)
-            connection.close()
-
-    threading.Thread(target=drop, daemon=True).start()
-    teacher = endpoint.Endpoint(f"http://127.0.0.1:{port}/v1", "m", concurrency=1, attempts=3)
-    call = endpoint.make_call(make_samples(1)[0], "trace", teacher, BOX_FORMAT)
-    entries = endpoint.make_calls(teacher, [call], tmp_path / "calls.jsonl")
-    assert entries == {} and len(connections) == 3
-    listener.close()
-
-
-@pytest.mark.parametrize("answer, attempts, sentence", [
-    ((429, b"", [("Retry-After", "7200")]), 6, "HTTP 429"), ((500, b"down"), 2, "HTTP 500: down")])
-def test_ten_failures_in_a_row_stop_the_run(serve, tmp_path, answer, attempts, sentence):
-    """So does a wait of hours, which is not waited for."""
-    server = serve(lambda nth, body: answer)
-    sentence = f"10 calls in a row failed, the last with: {sentence}"
+def test_ten_failures_in_a_row_stop_the_run(serve, tmp_path):
+    server = serve(lambda nth, body: (500, b"down"))
+    sentence = "10 calls in a row failed, the last with: HTTP 500: down"
     with pytest.raises(RuntimeError, match=sentence):
-        request_traces(server, tmp_path / "c", make_samples(30), attempts=attempts, concurrency=1)
-    assert server.total == (10 if answer[0] == 429 else 20)
-
-
-def test_retry_after_is_waited_for(serve, tmp_path):
-    server = serve(lambda nth, body: (429, b"", [("Retry-After", "1")]) if server.total == 1
-                   else (200, completion()))
-    request_traces(server, tmp_path / "c", make_samples(1), concurrency=1)
-    assert server.total == 3 and server.times[1] - server.times[0] >= 1
+        request_traces(server, tmp_path / "c", make_samples(30), attempts=2, concurrency=1)
+    assert server.total == 20
 
 
 def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):

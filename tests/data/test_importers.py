@@ -1,9 +1,7 @@
-"""Importers: every format by hand, every mistake with its place and remedy, and fuzzed files."""
+"""Importers: every format by hand, every mistake with its place and remedy."""
 
 import copy
 import json
-import os
-import random
 
 import pytest
 from click.testing import CliRunner
@@ -14,8 +12,6 @@ from PIL import Image
 from mig_kit.data import importers, line_checks, own_data
 from mig_kit.data.commands import import_command
 from mig_kit.data.records import ImportRules
-
-LINES = int(os.environ.get("MIG_KIT_FUZZ", 1200)) // 4  # fuzzed lines per format
 
 SWIFT = {"messages": [{"role": "system", "content": "You help."},
                       {"role": "user", "content": "<image><image>Find the <ref-object> that is "
@@ -35,9 +31,6 @@ COCO = {"images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 50},
             {"id": 2, "image_id": 2, "category_id": 5, "bbox": [150, 10, 50.5, 30]},
             {"id": 3, "image_id": 2, "category_id": 6, "bbox": [0, 0, 9, 9]},
             {"id": 4, "image_id": 2, "category_id": 6, "bbox": [50, 0, 9, 9]}]}
-MGROUNDING = {"images": ["a.png", "b.png"], "conversations": [
-    {"from": "human", "value": "<image>\n<image>\nFind it."},
-    {"from": "gpt", "value": "In the second image: <|box_start|>(1,2),(300,400)<|box_end|>"}]}
 REF = {"ref_id": 0, "ann_id": 2, "image_id": 2, "split": "train",
        "sentences": [{"sent": "the left cup"}, {"sent": "cup by the door"}]}
 VLM_R1 = {"image": "b.png", "normal_caption": "the lady", "solution": [10.5, 20, 60, 90]}
@@ -331,70 +324,6 @@ def test_broken_files_end_with_a_sentence(root, content):
         lines, sentences = import_all(root, form, root / "broken.json",
                                       "pixels" if form in ("swift", "llava", "verl") else "")
         assert not lines and all(": " in sentence for sentence in sentences)
-
-
-VALUES = ("image 999", "<|box_start|>(7,7),(7,9)<|box_end|>", "shuffled", None, True,
-          0, 1, 2, -1, 5, 1e300, float("nan"), float("inf"), "", "x", "a.png", "b.png",
-          "<image>", "<bbox>", "<ref-object>", "\ud800", "\0", "<|im_start|>", "{ref}", [], {},
-          [[]], [1, 2, 3, 4], [0, 0, 1, 1], "[1,2,30,40]", "(1,2),(3,4)", "human", "gpt", "image 2",
-          "<box>[[1, 2, 3, 4]]</box>", "[" * 50, "9" * 30, {"path": "b.png"}, "/a.png", "../b.png")
-
-
-def mutate(value, rng):
-    """The value with one place in it replaced, repeated or taken out."""
-    if not isinstance(value, dict | list) or not value or rng.random() < 0.2:
-        return rng.choice(VALUES)
-    value = copy.copy(value)
-    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    fate = rng.random()
-    if fate < 0.1:
-        del value[key]
-    elif fate < 0.2 and isinstance(value, list):
-        value.insert(key, value[key])
-    else:
-        value[key] = mutate(value[key], rng)
-    return value
-
-
-def fuzz_line(seeds, rng):
-    record = rng.choice(seeds)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        record = mutate(record, rng)
-    line = json.dumps(record).encode()
-    if rng.random() < 0.1:  # cut, or with a byte changed
-        place = rng.randrange(len(line))
-        line = line[:place] + (b"" if rng.random() < 0.5 else b"\xe9" + line[place + 1:])
-    return line
-
-
-@pytest.mark.parametrize("form, seeds", [("swift", [SWIFT]), ("llava", [LLAVA, SWIFT]),
-                                         ("refcoco", [REF, VLM_R1]), ("mgrounding", [MGROUNDING])])
-def test_fuzzed_lines_become_correct_lines_or_sentences(root, form, seeds):
-    rng = random.Random(form)
-    path = write(root, *seeds, *(fuzz_line(seeds, rng) for _ in range(LINES)))
-    lines, sentences = import_all(root, form, path, "normalized_1" if form == "llava" else "",
-                                  several="" if form == "mgrounding" else "any",
-                                  instances=root / "coco.json" if form == "refcoco" else None)
-    assert lines and all(sentence.startswith("line ") for sentence in sentences)
-
-
-def test_fuzzed_coco_files(root):
-    """Without the few values that end the reading of a whole file, so that the others are read."""
-    rng, n_sentences = random.Random(0), 0
-    for _ in range(20):
-        annotations = [mutate(rng.choice(COCO["annotations"]), rng) for _ in range(LINES // 20)]
-        record = dict(COCO, annotations=annotations)
-        for key in ("images", "categories"):
-            if rng.random() < 0.3:
-                record[key] = mutate(record[key], rng)
-        text = json.dumps(record)
-        for value, other in (("NaN", "null"), ("Infinity", "9"), ("\\ud800", "x"), ("1e+300", "7")):
-            text = text.replace(value, other)
-        (root / "fuzz.json").write_text(text)
-        _, sentences = import_all(root, "coco", root / "fuzz.json", several="any")
-        assert all(": " in sentence for sentence in sentences)
-        n_sentences += len(sentences)
-    assert n_sentences > LINES // 4
 
 
 def test_the_command(root, tmp_path):
