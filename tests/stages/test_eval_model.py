@@ -17,7 +17,7 @@ from teacher_server import TeacherServer, completion
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.cli import cli
-from mig_kit.engine import commands, model_folders, models, reply_files
+from mig_kit.engine import commands, model_folders, models
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer, format_answers
 from mig_kit.score.run_benchmark import RUNNABLE
@@ -225,28 +225,6 @@ def test_a_hub_name_is_told_by_its_commit(tmp_path, monkeypatch):
                         lambda model, name, **_: str(folder / name))
     model = eval_model.AskedModel("Qwen/Qwen2.5-VL-3B-Instruct", BOX_FORMAT)
     assert model.describe()["files"] == {"revision": "0123abc"}
-
-
-def read_responses(out):
-    return [json.loads(line)["response"]
-            for line in (out / "predictions.jsonl").read_text().splitlines()]
-
-
-def test_a_killed_call_goes_on(own_task, random_folder, float32, tmp_path, monkeypatch):
-    """What it has asked is not asked again; a line that the kill cut is."""
-    monkeypatch.setattr(reply_files, "BATCH_SIZE", 1)
-    model, out = eval_model.AskedModel(random_folder, BOX_FORMAT), tmp_path / "out"
-    eval_model.evaluate_model(model, own_task, float32, out, PARAMS)
-    before = read_responses(out)
-    (replies,) = (out / "replies").glob("*.jsonl")
-    first, second, _ = replies.read_text().splitlines(keepends=True)
-    marked = json.dumps(json.loads(first) | {"replies": ["kept"]}) + "\n"
-    replies.write_text(marked + second[:9])
-    (out / "eval.json").unlink()
-    eval_model.evaluate_model(model, own_task, float32, out, PARAMS)
-    responses = read_responses(out)
-    assert responses.count("kept") == 1
-    assert sum(response == first for response, first in zip(responses, before)) == 2
 
 
 def test_a_server_gives_the_same_replies(own_task, random_policy, random_folder, float32, tmp_path):
