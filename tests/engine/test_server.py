@@ -21,7 +21,6 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, reply_files, stored_replies
 from mig_kit.engine.server import ServedModel, check_prompt_ids
 from mig_kit.engine.server_process import _load_generation_config, serve_model
-from mig_kit.openai_client import is_ready
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -71,7 +70,6 @@ def test_no_proxy_stands_before_this_machines_own_servers(start_server, question
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = start_server()
-    assert is_ready(server.url)
     assert len(draw(server.url, tmp_path, questions[:1], random_folder, float32)) == 1
 
 

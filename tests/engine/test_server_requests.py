@@ -37,6 +37,17 @@ def test_replies_are_read_from_ids_where_there_are_any(served):
         ServedReply("Find it.", ids, logps)]
 
 
+@pytest.mark.parametrize(("message", "text"), [
+    ({"content": "so</think>x"}, "<think>\nso</think>x"),
+    ({"content": "<think>so</think>x"}, "<think>so</think>x"),
+    ({"reasoning_content": "so", "content": "x"}, "<think>so</think>x"),
+    ({"reasoning": "so", "content": None}, "<think>so")])
+def test_a_reply_begins_with_what_its_prompt_has_opened(served, monkeypatch, message, text):
+    monkeypatch.setattr(served.processor, "opened_tag", "<think>\n")
+    answer = {"choices": [{"message": message}]}
+    assert served.parse_replies(answer, with_logps=False) == [ServedReply(text)]
+
+
 @pytest.mark.parametrize(("answer", "with_logps", "sentence"), [
     ({}, False, "no complete chat completion"),
     ({"choices": None}, False, "no complete chat completion"),
