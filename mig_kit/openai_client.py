@@ -7,8 +7,6 @@ import os
 import queue
 import re
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from urllib.parse import urlsplit
@@ -18,6 +16,7 @@ KEY_VARIABLE = "MIG_KIT_API_KEY"
 ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?:/[^\s?#]*)?",
                      re.IGNORECASE | re.ASCII)
 TEMPORARY = (408, 409, 429)  # statuses that may pass, like those from 500 on
+NOT_READY = (0, 502, 503, 504)  # no connection, or a server behind this one does not answer yet
 
 
 def read_api_key() -> str:
@@ -102,22 +101,6 @@ def is_on_this_machine(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def is_ready(url: str) -> bool:
-    """Whether the server at `url` answers /health, or /v1/models where it has no /health."""
-    proxies = {} if is_on_this_machine(url) else None  # None: those that the environment names
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
-    for address in (f"{url.removesuffix('/v1')}/health", f"{url}/models"):
-        try:
-            with opener.open(address, timeout=10) as response:
-                return response.status == 200
-        except urllib.error.HTTPError as error:
-            if error.code not in (404, 405):
-                return error.code in (401, 403)  # it answers, and wants a key
-        except OSError:
-            return False
-    return False
-
-
 class RequestFailed(Exception):
     """A request that a server did not answer; its text is one line without the key.
 
@@ -169,12 +152,20 @@ class Connection:
                 extra_headers=self.headers))
         return _read_json(response.content), response.retries_taken + 1
 
-    def list_models(self) -> tuple[str, ...]:
+    def list_models(self, retries: int = 2, timeout: float = 60.0) -> tuple[str, ...]:
         """The names that the server lists: its model's, and its adapters'."""
-        page = _read_json(self._send(2, lambda client: client.get(
-            "/models", cast_to=str, options={"headers": self.headers, "timeout": 60.0})))
+        page = _read_json(self._send(retries, lambda client: client.get(
+            "/models", cast_to=str, options={"headers": self.headers, "timeout": timeout})))
         entries = page.get("data", []) if isinstance(page, dict) else []
         return tuple(str(entry.get("id")) for entry in entries)
+
+    def is_ready(self) -> bool:
+        """Whether the server answers, be it that it lists nothing or wants a key."""
+        try:
+            self.list_models(0, 10.0)
+        except RequestFailed as failure:
+            return failure.status not in NOT_READY
+        return True
 
     def post(self, path: str, body: dict) -> None:
         """Make one request whose answer says nothing."""

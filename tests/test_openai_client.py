@@ -4,10 +4,12 @@ import threading
 import time
 
 import pytest
+from local_server import IS_JSON, LocalServer
 
 from mig_kit.openai_client import (
     ADDRESS,
     KEY_VARIABLE,
+    Connection,
     first_line,
     iter_results,
     parse_server,
@@ -48,6 +50,16 @@ def test_what_a_server_said_is_short_and_without_the_key():
     assert len(first_line("x" * 999)) == 300
     assert redact("key sk-1 is wrong", "sk-1") == "key *** is wrong"
     assert redact("no key", "") == "no key"
+
+
+@pytest.mark.parametrize(("status", "is_ready"), [
+    (200, True), (401, True), (500, True), (503, False)])
+def test_a_server_is_ready_where_it_answers(status, is_ready):
+    server = LocalServer(lambda *request: (status, {"data": []}, IS_JSON))
+    connection = Connection(server.url, "", 10.0)
+    assert connection.is_ready() == is_ready
+    server.stop()
+    assert not connection.is_ready()
 
 
 def test_results_come_from_several_threads_and_items_are_read_as_needed():

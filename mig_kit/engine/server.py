@@ -20,13 +20,7 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, seen_size
 from mig_kit.engine.processors import StillImageProcessor, render_prompt
 from mig_kit.image_files import to_data_url
-from mig_kit.openai_client import (
-    KEY_VARIABLE,
-    Connection,
-    RequestFailed,
-    is_ready,
-    iter_results,
-)
+from mig_kit.openai_client import KEY_VARIABLE, Connection, RequestFailed, iter_results
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, forbidden_token_ids
@@ -181,7 +175,7 @@ class ServedModel:
         """Leave the server out, and say so, unless it answers a probe."""
         with self.probe_lock:
             for wait in (0.2, 1.0, 2.0):
-                if not server.is_alive or is_ready(server.url):
+                if not server.is_alive or server.connection.is_ready():
                     return
                 time.sleep(wait)
             server.is_alive = False

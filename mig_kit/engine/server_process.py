@@ -20,13 +20,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.engine.model_folders import ServedName, load_config
 from mig_kit.engine.processors import load_processor
 from mig_kit.engine.server import REMEDIES, ServedModel, Server
-from mig_kit.openai_client import (
-    Connection,
-    RequestFailed,
-    is_ready,
-    parse_server,
-    read_api_key,
-)
+from mig_kit.openai_client import Connection, RequestFailed, parse_server, read_api_key
 from mig_kit.shared_prefix.generation import end_token_ids
 
 START_TIMEOUT = 1800  # seconds until a server answers; a large model is read from a slow disk
@@ -67,13 +61,14 @@ class ServerProcess:
         does not answer in time.
         """
         deadline = time.monotonic() + timeout
-        while not is_ready(self.url):
-            if failure := self.failure():
-                raise RuntimeError(failure)
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not answer within {timeout:.0f} s; "
-                                   f"{self._last_lines()}")
-            time.sleep(0.5)
+        with closing(Connection(self.url, read_api_key(), TIMEOUT)) as connection:
+            while not connection.is_ready():
+                if failure := self.failure():
+                    raise RuntimeError(failure)
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the server did not answer within {timeout:.0f} s; "
+                                       f"{self._last_lines()}")
+                time.sleep(0.5)
 
     def failure(self) -> str:
         """One sentence if the server has ended, else ""."""
