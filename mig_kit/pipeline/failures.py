@@ -6,7 +6,6 @@ from pathlib import Path
 
 # How Python and the libraries say that a disk is full; the last is torch.save.
 FULL = re.compile(r"\[Errno (?:28|122)\]|\(os error (?:28|122)\)|inline_container\.cc")
-LOCKED = re.compile(r"\[Errno (?:1|13|30)\] [^:]+(?:: '([^']+)')?")
 
 
 def failure_sentence(error: Exception, notebook: Path) -> str:
@@ -25,22 +24,14 @@ def failure_sentence(error: Exception, notebook: Path) -> str:
 
 def describe_os_error(error: OSError) -> str:
     """What went wrong with a file or a disk."""
-    path = Path(error.filename or ".")
-    return describe_disk(str(error), path if path.is_dir() else path.parent) or str(error)
+    return describe_disk(str(error), Path(error.filename or ".")) or str(error)
 
 
-def describe_disk(text: str, folder: Path) -> str:
-    """What helps where an error's text says that a disk is full or may not be written, else "".
-
-    folder: on that disk, where the text names no path.
-    """
-    if FULL.search(text):
-        place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-        free = shutil.disk_usage(place).free / 2**20
-        return (f"the disk of {place} is full, {free:.0f} MB are free; make room and give the same "
-                f"command, which goes on from what is finished ({text})")
-    if match := LOCKED.search(text):
-        return (f"{match[1] or folder} may not be read or written; change its rights, or name "
-                "another folder of runs in the environment variable MIG_KIT_RUNS, and give the "
-                f"same command ({text})")
-    return ""
+def describe_disk(text: str, path: Path) -> str:
+    """What helps where an error's text says that a disk is full, else ""; path: on that disk."""
+    if not FULL.search(text):
+        return ""
+    place = next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free / 2**20
+    return (f"the disk of {place} is full, {free:.0f} MB are free; make room and give the same "
+            f"command, which goes on from what is finished ({text})")

@@ -6,7 +6,6 @@ import pytest
 from IPython.core.ultratb import AutoFormattedTB
 from papermill.exceptions import PapermillExecutionError
 
-from mig_kit.cli import main
 from mig_kit.pipeline.failures import describe_os_error, failure_sentence
 
 
@@ -42,21 +41,10 @@ def test_a_full_disk_says_how_much_is_free_and_that_work_goes_on(tmp_path, error
     assert str(error) in sentence
 
 
-@pytest.mark.parametrize(("number", "words"), [
-    (errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied")])
-def test_a_folder_that_may_not_be_written_says_which_and_what_helps(
-        tmp_path, monkeypatch, capsys, number, words):
-    error = OSError(number, words, f"{tmp_path}/a/run.json")
-    assert fail_in_cell(error, tmp_path).startswith(
-        f"{tmp_path}/a/run.json may not be read or written; change its rights, or name another "
-        "folder of runs in the environment variable MIG_KIT_RUNS")
-    monkeypatch.setattr("mig_kit.cli.cli", lambda **options: (_ for _ in ()).throw(error))
-    with pytest.raises(SystemExit, match="^mig-kit: .*/a/run.json may not be read or written; "):
-        main()
-
-
 def test_other_errors_stay_as_they_are(tmp_path):
     quoted = RuntimeError("the server ended with status 126; its log:\nPermission denied")
     assert fail_in_cell(quoted, tmp_path) == f"RuntimeError: {quoted}"
+    full = OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/a")
+    assert describe_os_error(full).startswith(f"the disk of {tmp_path} is full, ")
     assert describe_os_error(FileNotFoundError("no run 'a'; see status")) == (
         "no run 'a'; see status")
