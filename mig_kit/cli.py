@@ -210,14 +210,12 @@ def record(run_ids: tuple[str, ...], out: Path) -> None:
 
 @cli.command()
 @click.option("--model", default="tiny", show_default=True, help="tiny, or a Qwen2.5-VL folder.")
-@click.option("--images", default=6, show_default=True, type=click.IntRange(0, 8),
+@click.option("--images", default=6, show_default=True, type=click.IntRange(1, 8),
               help="Images of a prompt.")
 @click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960),
               help="Side of an image, pixels.")
 @click.option("--group", default=8, show_default=True, type=click.IntRange(2),
               help="Replies to a prompt, G.")
-@click.option("--prompt", "prompt_tokens", default=0, type=click.IntRange(0),
-              help="Tokens of a prompt, P  [default: what images and question need].")
 @click.option("--reply", "tokens", default=64, show_default=True, type=click.IntRange(2),
               help="Tokens of a reply, R.")
 @click.option("--prompts", default=4, show_default=True, type=click.IntRange(1),

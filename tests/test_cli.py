@@ -43,7 +43,6 @@ def test_bench_starts_again_on_the_heap_that_stages_have():
     (("run", "99"), "no stage '99'"),
     (("run", "05", "--run-id", "none-such"), "05_grpo needs 01_synthesize of run 'none-such'"),
     (("run", "--profile", "huge"), "the profiles are"),
-    (("bench", "--prompt", "100"), "a prompt of 100 tokens is too short: 6 images of 392 px"),
     (("bench", "--reply", "1"), "1 is not in the range x>=2"),
 ])
 def test_bad_input_is_one_sentence(words, sentence, tmp_path, monkeypatch):

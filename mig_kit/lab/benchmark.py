@@ -6,15 +6,15 @@ the vision tower over its images, once per reply, the kit once. Nothing is remem
 repetition to the next: every rollout of the kit encodes its images again.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mig_kit.common import progress_bar, release_memory
+from mig_kit.drawing.method_plots import count_tokens
 from mig_kit.engine.models import Hardware, Policy, load_model
-from mig_kit.engine.processors import load_processor
+from mig_kit.engine.processors import load_processor, render_prompt
 from mig_kit.engine.sample_prompts import make_cache
 from mig_kit.lab.trainers import gradient_error, make_sides, same_batches
 from mig_kit.lab.workload import (
@@ -22,13 +22,10 @@ from mig_kit.lab.workload import (
     STOCK_ATTENTION,
     Workload,
     compare_times,
-    fill_prompts,
     load_stock_model,
     make_questions,
     peak_memory,
-    predict_gain,
 )
-from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
 
@@ -36,45 +33,34 @@ STAGES = ("rollout", "train", "grpo_step", "rejection", "evaluate", "evaluate_al
 ALIKE = 5  # questions about the same images: all of MIG-Bench's 555 with six images are such fives
 
 
-def _stock_generate(policy: Policy, samples: list[Sample], load: Workload, **sampling):
-    """Replies of `load.tokens` tokens by transformers' own processor and `generate`."""
-    processor, hardware = policy.processor, policy.hardware
-    texts = [processor.apply_chat_template(chat_messages(sample, BOX_FORMAT), tokenize=False,
-                                           add_generation_prompt=True) for sample in samples]
-    images = [list(sample.images) for sample in samples] if load.images else None
-    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
-    with torch.no_grad(), torch.autocast(hardware.device, torch.bfloat16,
-                                         enabled=hardware.autocast):
-        return policy.model.generate(**inputs.to(policy.model.device), **sampling,
-                                     min_new_tokens=load.tokens, max_new_tokens=load.tokens)
+def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Workload, group: int,
+                    repeats: int) -> dict:
+    """`group` replies of `load.tokens` tokens to every question, from images on, side by side.
 
-
-def _kit_generate(policy: Policy, samples: list[Sample], load: Workload, group: int,
-                  temperature: float):
-    """The same by the kit, from images to tokens."""
-    sampling = SamplingOptions(temperature, 1.0, load.tokens, load.tokens)
-    return generate_rollouts(policy.model, policy.processor, make_cache(policy).get(samples), group,
-                             sampling, None, policy.hardware.autocast)
-
-
-def rejection_sampling_pair(stock: Policy, kit: Policy, samples: list[Sample],
-                            load: Workload) -> tuple[Callable, Callable]:
-    """(stock, kit): `load.group` sampled replies to every question, all questions in one batch.
-
-    Stock is `generate(num_return_sequences=group)`.
+    Several are sampled, all questions in one batch. One is greedy: stock is asked one question at a
+    time, as MIG-Bench's script does, the kit all in one batch.
     """
-    return (lambda: _stock_generate(stock, samples, load, do_sample=True, top_k=0, top_p=1.0,
-                                    num_return_sequences=load.group),
-            lambda: _kit_generate(kit, samples, load, load.group, temperature=1.0))
+    processor, hardware, is_greedy = stock.processor, stock.hardware, group == 1
+    options = SamplingOptions(float(not is_greedy), 1.0, load.tokens, load.tokens)
+    sampling = {"do_sample": False} if is_greedy else {
+        "do_sample": True, "top_k": 0, "top_p": 1.0, "num_return_sequences": group}
+    batches = [[sample] for sample in samples] if is_greedy else [samples]
 
+    def stock_replies() -> None:
+        for batch in batches:
+            texts = [render_prompt(processor, sample, BOX_FORMAT) for sample in batch]
+            inputs = processor(text=texts, images=[list(sample.images) for sample in batch],
+                               padding=True, return_tensors="pt").to(stock.model.device)
+            with torch.no_grad(), torch.autocast(hardware.device, torch.bfloat16,
+                                                 enabled=hardware.autocast):
+                stock.model.generate(**inputs, **sampling, min_new_tokens=load.tokens,
+                                     max_new_tokens=load.tokens)
 
-def evaluation_pair(stock: Policy, kit: Policy, samples: list[Sample],
-                    load: Workload) -> tuple[Callable, Callable]:
-    """(stock, kit): one greedy reply to every question, one at a time as MIG-Bench's script does,
-    or in one batch.
-    """
-    return (lambda: [_stock_generate(stock, [sample], load, do_sample=False) for sample in samples],
-            lambda: _kit_generate(kit, samples, load, 1, temperature=0.0))
+    def kit_replies() -> None:
+        generate_rollouts(kit.model, processor, make_cache(kit).get(samples), group, options, None,
+                          hardware.autocast)
+
+    return compare_times(stock_replies, kit_replies, repeats, hardware)
 
 
 def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
@@ -143,13 +129,11 @@ def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: 
     processor = load_processor(model, BOX_FORMAT)
     stock = Policy(load_stock_model(model, hardware), processor, hardware, BOX_FORMAT)
     kit = Policy(load_model(model, hardware), processor, hardware, BOX_FORMAT)
-    for name, make_pair, count, alike in (
-            ("rejection", rejection_sampling_pair, load.prompts, 1),
-            ("evaluate", evaluation_pair, 4 * load.prompts, 1),
-            ("evaluate_alike", evaluation_pair, ALIKE * load.prompts, ALIKE)):
-        samples = fill_prompts(make_questions(load, count, alike=alike), processor, load)
-        calls = make_pair(stock, kit, samples, load)
-        result[name] = compare_times(*calls, (repeats + 1) // 2, hardware)
+    for name, group, count, alike in (("rejection", load.group, load.prompts, 1),
+                                      ("evaluate", 1, 4 * load.prompts, 1),
+                                      ("evaluate_alike", 1, ALIKE * load.prompts, ALIKE)):
+        result[name] = compare_replies(stock, kit, make_questions(load, count, alike), load, group,
+                                       (repeats + 1) // 2)
     return result
 
 
@@ -158,11 +142,12 @@ def headline_text(result: dict, load: Workload) -> str:
     there, under "utilisation".
     """
     memory = result["peak_mem_mb"]
+    tokens = count_tokens(result["prompt_tokens"], load.group, load.tokens)
     lines = [f"{load.prompts} prompts with {load.images} images of {load.side} px "
              f"({result['prompt_tokens']} tokens), {load.group} replies of {load.tokens} tokens to "
              f"each; {result['hardware']}",
-             f"formula G(P + R)/(P + GR): {predict_gain(load, result['prompt_tokens']):.1f} times "
-             "fewer tokens to read"]
+             f"formula G(P + R)/(P + GR): {tokens['stock'] / tokens['kit']:.1f} times fewer tokens "
+             "to read"]
     for stage in STAGES:
         times = result[stage]
         lines.append(f"{stage:<14} stock {times['stock_s']:8.3f} s   kit {times['kit_s']:8.3f} s   "

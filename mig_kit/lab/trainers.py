@@ -9,13 +9,7 @@ from trl import GRPOTrainer
 
 from mig_kit.engine.models import Hardware, Policy, load_model
 from mig_kit.engine.processors import load_processor
-from mig_kit.lab.workload import (
-    BOX_FORMAT,
-    Workload,
-    fill_prompts,
-    load_stock_model,
-    make_questions,
-)
+from mig_kit.lab.workload import BOX_FORMAT, Workload, load_stock_model, make_questions
 from mig_kit.pipeline.params import profile_params
 from mig_kit.sample import Sample
 from mig_kit.stages.grpo import grpo_trainer
@@ -78,7 +72,7 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
               is_kit: bool) -> Side:
     """A trainer of `load`, with an adapter that does something; scratch files go below `folder`."""
     processor = load_processor(model, BOX_FORMAT)
-    samples = fill_prompts(make_questions(load, load.prompts), processor, load)
+    samples = make_questions(load, load.prompts)
     weights = load_model(model, hardware) if is_kit else load_stock_model(model, hardware)
     policy = Policy(weights, processor, hardware, BOX_FORMAT)
     torch.manual_seed(0)

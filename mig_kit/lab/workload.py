@@ -5,7 +5,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,14 +15,12 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
 from mig_kit.engine.models import Hardware
-from mig_kit.engine.processors import StillImageProcessor, render_prompt
 from mig_kit.sample import Sample, Target
 from mig_kit.world.scenes import PLAIN, render_scene
 
 BOX_FORMAT = BoxFormat(max_pixels=4_000_000)  # no image is made smaller
 STOCK_ATTENTION = "sdpa"  # transformers' default
 SCENE_SIDE = 84  # pixels
-FILLER = " the"  # one token in the tokenizers of the tiny base and of Qwen
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,7 @@ class Workload:
     """What is measured.
 
     images: of a prompt; group: replies to it; tokens: of a reply; side: of an image, pixels;
-    prompts: of a GRPO step, as many as stage 05 learns from at a time; prompt_tokens: of a prompt,
-    whose question is made longer by as many words as are missing, 0 for a question as it is.
+    prompts: of a GRPO step, as many as stage 05 learns from at a time.
     """
 
     images: int = 6
@@ -39,20 +36,14 @@ class Workload:
     tokens: int = 64
     side: int = 392
     prompts: int = 4
-    prompt_tokens: int = 0
 
 
-def make_questions(load: Workload, count: int, seed: int = 0, alike: int = 1) -> list[Sample]:
-    """`count` questions over `load.images` drawn scenes of `load.side` pixels each, or without
-    images.
+def make_questions(load: Workload, count: int, alike: int = 1) -> list[Sample]:
+    """`count` questions over `load.images` drawn scenes of `load.side` pixels each.
 
     alike: as many questions in sequence are about the same scenes.
     """
-    if not load.images:
-        return [Sample(f"benchmark/{seed}/{index}", "benchmark", "benchmark", "val", (),
-                       f"Is {seed + index} even?", options=("yes", "no"), letter="A")
-                for index in range(count)]
-    rng = random.Random(f"benchmark/{seed}")
+    rng = random.Random("benchmark/0")
     samples = []
     for index in range(count):
         if index % alike == 0:
@@ -62,45 +53,9 @@ def make_questions(load: Workload, count: int, seed: int = 0, alike: int = 1) ->
             objects = [obj for scene in scenes for obj in scene.objects]
         obj = objects[index % alike % len(objects)]
         box = tuple(value * load.side / SCENE_SIDE for value in obj.box)
-        samples.append(Sample(f"benchmark/{seed}/{index}", "benchmark", "benchmark", "val", images,
+        samples.append(Sample(f"benchmark/{index}", "benchmark", "benchmark", "val", images,
                               f"Find the {obj.name}.", (Target(1, box),)))
     return samples
-
-
-def fill_prompts(samples: list[Sample], processor: StillImageProcessor,
-                 load: Workload) -> list[Sample]:
-    """The samples with questions so long that every prompt has `load.prompt_tokens` tokens; the
-    samples as they are if that is 0.
-
-    ValueError if a prompt has more tokens, or its tokenizer reads FILLER as several.
-    """
-    if not load.prompt_tokens:
-        return samples
-    return [_fill_prompt(sample, processor, load) for sample in samples]
-
-
-def _fill_prompt(sample: Sample, processor: StillImageProcessor, load: Workload) -> Sample:
-    def count_tokens(sample: Sample) -> int:
-        text = render_prompt(processor, sample, BOX_FORMAT)
-        return len(processor(text=[text], images=list(sample.images) or None)["input_ids"][0])
-
-    fewest = count_tokens(sample)
-    if fewest > load.prompt_tokens:
-        raise ValueError(
-            f"a prompt of {load.prompt_tokens} tokens is too short: {load.images} images of "
-            f"{load.side} px and a question need {fewest}; take fewer or smaller images "
-            "(--images, --side), or a longer --prompt")
-    sample = replace(sample, question=sample.question + FILLER * (load.prompt_tokens - fewest))
-    if count_tokens(sample) != load.prompt_tokens:
-        raise ValueError(f"this model's tokenizer reads '{FILLER}' as several tokens; leave "
-                         "--prompt out")
-    return sample
-
-
-def predict_gain(load: Workload, prompt_tokens: int) -> float:
-    """G(P + R)/(P + GR): how many times fewer tokens are read if a group shares its prompt."""
-    group, reply = load.group, load.tokens
-    return group * (prompt_tokens + reply) / (prompt_tokens + group * reply)
 
 
 def load_stock_model(model: str | Path, hardware: Hardware) -> PreTrainedModel:
