@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from mig_kit.common import progress_bar
 from mig_kit.lab.vision import image_processor
-from mig_kit.lab.vocabulary import IMAGE_TOKEN, TokenRow, Writer
+from mig_kit.lab.vocabulary import TokenRow, Writer
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
 from mig_kit.world.lessons import (
     Turn,
@@ -24,15 +23,15 @@ from mig_kit.world.lessons import (
 from mig_kit.world.puzzles import KINDS
 from mig_kit.world.scenes import Scene, render_scene
 
-Grid = tuple[int, int]  # rows and columns of merged tokens
-
 
 class SeenImage(NamedTuple):
-    """A scene as the frozen tower saw it. features: (tokens, hidden), bfloat16."""
+    """A scene as the frozen tower saw it. features: (tokens, hidden), bfloat16; grid: (3,), 1 and
+    the rows and columns of its patches, of which four become a token.
+    """
 
     scene: Scene
     features: torch.Tensor
-    grid: Grid
+    grid: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Dialogue:
 
     row: TokenRow
     images: list[SeenImage]
-
-    @property
-    def grids(self) -> list[Grid]:
-        """Those of the images."""
-        return [image.grid for image in self.images]
 
 
 Batch = list[Dialogue]
@@ -60,39 +54,13 @@ def encode_albums(tower, rng: random.Random, albums: int, autocast: bool = True,
     for _ in progress_bar(range(albums), "albums"):
         scenes = album(rng, fewest=fewest, alike=alike)
         inputs = processor([render_scene(scene) for scene in scenes], return_tensors="pt")
-        grid_thw = inputs["image_grid_thw"]
+        grids = inputs["image_grid_thw"]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            features = tower(inputs["pixel_values"], grid_thw=grid_thw).pooler_output
-        grids = [(height // 2, width // 2) for _, height, width in grid_thw.tolist()]
-        parts = features.to(torch.bfloat16).split([height * width for height, width in grids])
+            features = tower(inputs["pixel_values"], grid_thw=grids).pooler_output
+        parts = features.to(torch.bfloat16).split((grids.prod(1) // 4).tolist())
         encoded.append([SeenImage(clip_to_image(scene), part.clone(), grid)
                         for scene, part, grid in zip(scenes, parts, grids)])
     return encoded
-
-
-def position_ids(rows: list[list[int]], grids: list[list[Grid]]) -> torch.Tensor:
-    """Qwen2.5-VL's three position ids per token (3, rows, longest row), rows padded on the right.
-
-    rows: token ids; grids: of each row's images. The rule of transformers' get_rope_index, without
-    its per-token Python loops; a test holds the two together.
-    """
-    longest = pad_to_multiple(max(map(len, rows)))
-    positions = np.zeros((3, len(rows), longest), np.int64)
-    for index, (ids, row_grids) in enumerate(zip(rows, grids)):
-        row = positions[:, index]
-        token = position = 0
-        for height, width in row_grids:
-            first = ids.index(IMAGE_TOKEN, token)
-            row[:, token:first] = np.arange(position, position + first - token)
-            position += first - token
-            end = first + height * width
-            row[0, first:end] = position
-            row[1, first:end] = position + np.repeat(np.arange(height), width)
-            row[2, first:end] = position + np.tile(np.arange(width), height)
-            position += max(height, width)
-            token = end
-        row[:, token:] = np.arange(position, position + longest - token)
-    return torch.from_numpy(positions)
 
 
 def total_weight(batch: Batch) -> float:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import file_sha256, progress_bar, release_memory
+from mig_kit.common import file_sha256, progress_bar, release_memory, write_atomically
 from mig_kit.engine.models import Hardware, PatchProduct, load_policy, tiny_config
 from mig_kit.engine.processors import StillImageProcessor
 from mig_kit.engine.reply_files import greedy_replies
@@ -29,14 +29,13 @@ from mig_kit.lab.lesson_batches import (
     Batch,
     SeenImage,
     encode_albums,
-    position_ids,
     split_by_length,
     text_batch,
     total_weight,
     visual_batch,
 )
 from mig_kit.lab.supervision import AttentionSupervision
-from mig_kit.lab.vision import CHECKPOINT, codes, image_processor, save_checkpoint
+from mig_kit.lab.vision import RESTART, codes, image_processor
 from mig_kit.lab.vocabulary import IMAGE_TOKEN, Writer
 from mig_kit.shared_prefix import attention
 from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
@@ -109,12 +108,13 @@ def language_loss(model, batch: Batch,
 def _embed(model, ids: torch.Tensor, batch: Batch) -> dict:
     """Inputs of the language model: embeddings with the images' features, and positions."""
     embeds = model.model.language_model.embed_tokens(ids)
-    features = [image.features for dialogue in batch for image in dialogue.images]
-    if features:
-        is_image = (ids == IMAGE_TOKEN)[..., None]
-        embeds = embeds.masked_scatter(is_image, torch.cat(features).to(embeds.dtype))
-    positions = position_ids([dialogue.row.ids for dialogue in batch],
-                             [dialogue.grids for dialogue in batch])
+    is_image = ids == IMAGE_TOKEN
+    images, grids = [image for dialogue in batch for image in dialogue.images], None
+    if images:
+        features = torch.cat([image.features for image in images]).to(embeds.dtype)
+        embeds = embeds.masked_scatter(is_image[..., None], features)
+        grids = torch.stack([image.grid for image in images])
+    positions, _ = model.model.get_rope_index(ids, is_image.int(), grids)
     return {"inputs_embeds": embeds, "position_ids": positions}
 
 
@@ -169,33 +169,27 @@ def train_language(model, tokenizer, folder: Path, course: Curriculum, *, steps:
     """One course of lessons; the curve, a row per CURVE_STEPS steps.
 
     rows: dialogues of a batch about four images each (about fewer images there are more), and of
-    text puzzles.
-    unrelated_text: of `build_tokenizer_and_unrelated_text`. Checkpointed to folder/<course>.pt
-    every CHECKPOINT steps; a run that was killed goes on from there.
+    text puzzles. unrelated_text: of `build_tokenizer_and_unrelated_text`. The model is left in
+    folder/<course>.pt, from which a run that was killed later goes on.
     """
+    path = folder / f"{course.name}.pt"
+    if path.is_file():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        return json.loads(saved["curve"])
     torch.manual_seed(seed)
-    writer = Writer(tokenizer)
+    writer, curve, recent = Writer(tokenizer), [], []
     supervision = AttentionSupervision(model, course.supervises_questions)
     parameters = [parameter for name, parameter in model.named_parameters() if "visual" not in name]
     parameters += supervision.parameters()
     optimizers = make_optimizers(model, supervision, course.learning_rate)
     schedules = [_make_schedule(optimizer, course.warmup_steps, steps) for optimizer in optimizers]
-    path, first, curve, recent = folder / f"{course.name}.pt", 0, [], []
-    if path.is_file():
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["model"])
-        supervision.load_state_dict(saved["supervision"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        first, curve = saved["step"], json.loads(saved["curve"])
-        for schedule in schedules * first:
-            schedule.step()
     seen_albums = encode_albums(
-        model.model.visual, random.Random(f"{course.name}/albums/{seed}"),
-        albums if first < steps else 0, autocast, course.fewest, course.alike)
+        model.model.visual, random.Random(f"{course.name}/albums/{seed}"), albums, autocast,
+        course.fewest, course.alike)
     model.train()
-    for step in progress_bar(range(first, steps), course.name, initial=first, total=steps):
-        if step % CHECKPOINT == 0:
+    for step in progress_bar(range(steps), course.name):
+        if step % RESTART == 0:
             rng = random.Random(f"{course.name}/{seed}/{step}")
         visual = _draw_visual(course, step / steps, rows[0], seen_albums, writer, rng)
         puzzles = text_batch(
@@ -211,17 +205,14 @@ def train_language(model, tokenizer, folder: Path, course: Curriculum, *, steps:
         for stepper in (*optimizers, *schedules):
             stepper.step()
         recent.append([*visual_figures, text_loss, text_right])
-        is_last = step == steps - 1
-        if (step + 1) % CURVE_STEPS == 0 or is_last:
+        if (step + 1) % CURVE_STEPS == 0 or step == steps - 1:
             curve.append(_curve_row(step + 1, recent))
             recent = []
             tqdm.write(str(curve[-1]))
             release_memory()
-        if (step + 1) % CHECKPOINT == 0 or is_last:
-            save_checkpoint(path, model=model.state_dict(), supervision=supervision.state_dict(),
-                            step=step + 1, curve=json.dumps(curve),
-                            optimizers=[optimizer.state_dict() for optimizer in optimizers])
     supervision.close()
+    state = {"model": model.state_dict(), "curve": json.dumps(curve)}
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
     return curve
 
 

@@ -1,7 +1,7 @@
 """How the tiny base learnt to see (notebook 90): a vision tower trained with detection heads.
 
-There is one small head per merged token. Learning to locate from the language model's loss alone
-takes many times as long. The heads are thrown away.
+Learning to locate from the language model's loss alone takes many times as long. The heads are
+thrown away.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.common import progress_bar, write_atomically, write_json
+from mig_kit.common import progress_bar, write_json
 from mig_kit.engine.models import TINY_HIDDEN, PatchProduct, tiny_config
 from mig_kit.world.scenes import (
     CELL,
@@ -37,29 +37,10 @@ from mig_kit.world.scenes import (
 )
 
 FEATURE_NORM = 2.0
-# Steps. Every so many the random state starts again, so that a resumed run draws what an
-# uninterrupted one would.
-CHECKPOINT = 200
+RESTART = 200  # steps after which the random state starts again, as when the shipped base was made
 CLASS_SIZES = (2, len(SHAPES), len(COLOURS), len(PATTERNS), 2)  # object?, ..., marked?
 DIGIT_SIZES = (12, 10) * 4  # tens (0 to 11) and units of x1, y1, x2, y2
-
-
-class DetectionHeads(nn.Module):
-    """Per merged token: is an object centred here, its shape, colour and pattern, is it marked, and
-    its box.
-
-    The box is predicted twice, from the cell's centre and from the image's corner: the language
-    model reads whole coordinates off one token, so the token must know where in the image it is.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.sizes = (*CLASS_SIZES, 8)
-        self.out = nn.Linear(width, sum(self.sizes))
-
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """features: (tokens, width) -> one tensor (tokens, size) per head; the last is the box."""
-        return self.out(features).split(self.sizes, -1)
+BOX_SIZE = 8  # two boxes
 
 
 def codes() -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -173,27 +154,20 @@ def digit_loss(groups: tuple[torch.Tensor, ...], batch: VisionBatch) -> torch.Te
     return sum(losses) / len(losses)
 
 
-def save_checkpoint(path: Path, **state) -> None:
-    """Write what a training needs to go on: tensors and plain values."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-class _Phase(NamedTuple):
-    name: str
-    steps: int
-    learning_rate: float
-    spells: bool
-
-
 class _Learner(nn.Module):
-    """The tower with its heads, and the loss of both."""
+    """The tower with a small detection head per merged token, and the loss of both.
+
+    A head says whether an object is centred here, its shape, colour and pattern, whether it is
+    marked, and its box: from the cell's centre, and from the image's corner, because the language
+    model reads whole coordinates off one token, so the token must know where in the image it is.
+    """
 
     def __init__(self):
         super().__init__()
         config = tiny_config(64).vision_config
         self.tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
         self.tower.patch_embed.proj = PatchProduct(self.tower.patch_embed.proj)
-        self.heads = DetectionHeads(TINY_HIDDEN)
+        self.heads = nn.Linear(TINY_HIDDEN, sum(CLASS_SIZES) + BOX_SIZE)
         self.codes, self.group_sizes = codes()
 
     def forward(self, batch: VisionBatch, spells: bool,
@@ -207,7 +181,7 @@ class _Learner(nn.Module):
             features = self.tower(batch.pixel_values, grid_thw=batch.grid_thw).pooler_output
         features = features.float()
         has_object = batch.has_object
-        *groups, box = self.heads(features)
+        *groups, box = self.heads(features).split((*CLASS_SIZES, BOX_SIZE), -1)
         box_loss = nn.functional.smooth_l1_loss(box[has_object], batch.boxes[has_object],
                                                 beta=0.05)
         loss = class_loss(groups, batch) + 8 * box_loss
@@ -229,24 +203,32 @@ def train_vision(folder: Path, steps: Sequence[int], *, batch: int = 64, seed: i
     batches, also in folder/vision.json.
 
     steps: of learning to locate (trained heads), then to spell: every token's features become a sum
-    of `codes`. Checkpointed to folder/vision.pt every CHECKPOINT steps; a run that was killed goes
-    on from there and ends on the same weights.
+    of `codes`. A tower that is there is not trained again.
     """
     path, figures_path = folder / "vision.safetensors", folder / "vision.json"
     if path.is_file() and figures_path.is_file():
         return json.loads(figures_path.read_text())
     torch.manual_seed(seed)
-    learner = _Learner()
-    checkpoint, saved, figures = folder / "vision.pt", {}, {}
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, weights_only=True)
-        learner.load_state_dict(saved["learner"])
-        figures = json.loads(saved["figures"])
-    locate = _Phase("locate", steps[0], 2e-3, spells=False)
-    spell = _Phase("spell", steps[1], 1e-3, spells=True)
-    for phase in (spell,) if saved.get("phase") == "spell" else (locate, spell):
-        features = _train_phase(learner, phase, checkpoint, saved, figures, batch=batch, seed=seed,
-                                autocast=autocast)
+    learner, figures = _Learner(), {}
+    for name, n_steps, learning_rate in zip(("locate", "spell"), steps, (2e-3, 1e-3), strict=True):
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=learning_rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, n_steps,
+                                                       pct_start=0.05)
+        processor, bar = image_processor(), progress_bar(range(n_steps), name)
+        for step in bar:
+            if step % RESTART == 0:
+                rng = random.Random(f"vision/{seed}/{name}/{step}")
+            loss, features, batch_figures = learner(
+                _draw_batch(rng, processor, batch), name == "spell", autocast)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 49 or step == n_steps - 1:
+                figures |= {f"{name}_{figure}": np.round(value.tolist(), 3).tolist()
+                            for figure, value in batch_figures.items()}
+                bar.set_postfix(figures)
     # as long as a word's embedding, so that what the language model adds to a token can show
     with torch.no_grad():
         scale = FEATURE_NORM / features.norm(dim=-1).mean()
@@ -257,52 +239,3 @@ def train_vision(folder: Path, steps: Sequence[int], *, batch: int = 64, seed: i
     save_file(weights, path)
     write_json(figures_path, figures)
     return figures
-
-
-def _train_phase(learner: _Learner, phase: _Phase, checkpoint: Path, saved: dict, figures: dict, *,
-                 batch: int, seed: int, autocast: bool) -> torch.Tensor | None:
-    """Train for the steps of a phase that are left, and add to `figures`; the last features, None
-    if no step was left.
-
-    saved: the checkpoint, which may be of this phase, of another, or {}.
-    """
-    parameters = list(learner.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.learning_rate, phase.steps,
-                                                   pct_start=0.05)
-    processor, first, features = image_processor(), 0, None
-    if saved.get("phase") == phase.name:
-        first = saved["step"]
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-    bar = progress_bar(range(first, phase.steps), phase.name, initial=first, total=phase.steps)
-    for step in bar:
-        if step % CHECKPOINT == 0:
-            rng = random.Random(f"vision/{seed}/{phase.name}/{step}")
-        loss, features, batch_figures = learner(_draw_batch(rng, processor, batch), phase.spells,
-                                                autocast)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        is_last = step == phase.steps - 1
-        if step % 50 == 49 or is_last:
-            figures |= _round_figures(phase, batch_figures)
-            bar.set_postfix(figures)
-        # the tower is written right after the last step of all
-        if (step + 1) % CHECKPOINT == 0 and not (is_last and phase.spells):
-            save_checkpoint(checkpoint, phase=phase.name, step=step + 1,
-                            learner=learner.state_dict(), optimizer=optimizer.state_dict(),
-                            schedule=schedule.state_dict(), figures=json.dumps(figures))
-    return features
-
-
-def _round_figures(phase: _Phase, figures: dict) -> dict:
-    """A batch's figures under the names that the model card gives them."""
-    rounded = {
-        f"{phase.name}_box_error_px": round(figures["box_error_px"].item(), 3),
-        f"{phase.name}_classes": [round(share, 3) for share in figures["classes"].tolist()]}
-    if phase.spells:
-        rounded["digit_nats"] = round(figures["digit_nats"].item(), 3)
-    return rounded
