@@ -17,19 +17,25 @@ from mig_kit.world import suites
 
 GUIDE = PROJECT_ROOT / "notebooks" / "guide"
 PAGE = (GUIDE / "ablations.md").read_text()
-RECORDS = {path.stem: path for path in (GUIDE / "ablations" / "0.2").rglob("*.json")}
-RECIPE = ["default", "seed1", "seed2", "seed3", "seed4", "seed5"]
-FRESH = {"recipe": ["fresh_recipe-1", "fresh_recipe-4", "fresh_recipe-5"],
-         "lora_attention_83": [f"fresh_attention-{seed}" for seed in range(5)]}
+FOLDER = GUIDE / "ablations"
+RECORDS = {path.relative_to(FOLDER).with_suffix("").as_posix(): path
+           for path in FOLDER.rglob("*.json")}
+# the recipe's runs, by version; arms of 0.1 are compared with those of 0.2
+RECIPES = {"0.3": ["default", *(f"seed{seed}" for seed in range(1, 8))],
+           "0.2": ["0.2/default", *(f"0.2/seed{seed}" for seed in range(1, 6))]}
+EVAL_SEEDS = {"0.3": 53, "0.2": 14}
+FRESH = {"recipe": [f"0.2/eval_seed_16/fresh_recipe-{seed}" for seed in (1, 4, 5)],
+         "lora_attention_83": [f"0.2/eval_seed_16/fresh_attention-{seed}" for seed in range(5)]}
 CONTROL = "sft_long"  # its last model is the control SFT model
 # no part of an arm: what it is asked, and lora_alpha, twice lora_r in all of them
 NOT_OF_ARMS = {"seed", "replies", "eval_seed", "ood_per_task", "kl_samples", "lora_alpha"}
 ROW = re.compile(r"^\| (\S+) \| [^`|]*`([^`]+)` \| ([\d, ]+) \| ([^|]+) \| ([^|]+) \| (0\.\d) \|$",
                  re.MULTILINE)
-# arm -> (words of its command, seeds, difference in domain, out of domain, version)
-ROWS = {arm: (shlex.split(words), seeds.split(", "), *cells)
-        for arm, words, seeds, *cells in ROW.findall(PAGE)}
-RUNS = {arm: [f"{arm}-{seed}" for seed in row[1]] for arm, row in ROWS.items()}
+# (arm, version) -> words of its command, seeds, difference in domain, out of domain
+ROWS = {(arm, version): (shlex.split(words), seeds.split(", "), *cells)
+        for arm, words, seeds, *cells, version in ROW.findall(PAGE)}
+RUNS = {(arm, version): [f"{'' if version == '0.3' else '0.2/'}{arm}-{seed}" for seed in row[1]]
+        for (arm, version), row in ROWS.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,23 +53,25 @@ def render_tables(groups, system="grpo"):
     return [block.strip() for block in blocks if block.startswith("| ")]
 
 
-def reference_runs(arm):
-    """The recipe's runs that an arm is compared with: with one run its partner, else all six."""
-    return tuple(RECIPE) if len(RUNS[arm]) > 1 else (RECIPE[int(ROWS[arm][1][0])],)
+def reference_runs(row):
+    """The recipe's runs that an arm is compared with: with one run its partner, else all."""
+    recipe = RECIPES.get(row[1], RECIPES["0.2"])
+    return tuple(recipe) if len(RUNS[row]) > 1 else (recipe[int(ROWS[row][1][0])],)
 
 
 @functools.cache
 def render_differences(reference):
     """The table of differences to these runs of the recipe, of the arms compared with them."""
-    arms = {arm: runs for arm, runs in RUNS.items()
-            if arm != CONTROL and reference_runs(arm) == reference}
+    arms = {row[0]: runs for row, runs in RUNS.items()
+            if row[0] != CONTROL and reference_runs(row) == reference}
     return render_tables({"recipe": list(reference), **arms})[1]
 
 
-def expected_cells(arm):
+def expected_cells(row):
     """Differences in domain and out of domain, from the records."""
-    table = (render_tables({arm: RUNS[arm]}, system=CONTROL)[1] if arm == CONTROL
-             else render_differences(reference_runs(arm)))
+    arm = row[0]
+    table = (render_tables({arm: RUNS[row]}, system=CONTROL)[1] if arm == CONTROL
+             else render_differences(reference_runs(row)))
     cells = re.search(rf"^\| {re.escape(arm)} \| \d \| ([^|]+) \| ([^|]+) \|", table, re.MULTILINE)
     numbers = [re.findall(r"[+-]\d+\.\d", cell) for cell in cells.groups()]
     if arm == CONTROL:  # there the GRPO model over the control
@@ -72,21 +80,20 @@ def expected_cells(arm):
     return ["{} ({} to {})".format(*cell) for cell in numbers]
 
 
-@pytest.mark.parametrize("arm", ROWS)
-def test_a_row_is_that_of_its_records(arm):
-    cells = ROWS[arm][2:4]
-    assert [cell.strip("*") for cell in cells] == expected_cells(arm)
+@pytest.mark.parametrize("row", ROWS, ids="-".join)
+def test_a_row_is_that_of_its_records(row):
+    cells = ROWS[row][2:4]
+    assert [cell.strip("*") for cell in cells] == expected_cells(row)
     for cell in cells:
         low, high = re.findall(r"[+-]\d+\.\d", cell)[1:]
-        is_known = len(RUNS[arm]) > 1 and low[0] == high[0] and {low, high} != {"+0.0"}
+        is_known = len(RUNS[row]) > 1 and low[0] == high[0] and {low, high} != {"+0.0"}
         assert cell.startswith("**") == is_known
 
 
 def test_the_readme_has_these_figures():
-    """Of the present recipe's runs, and of two arms of version 0.2."""
+    """Of the present recipe's runs, and of two arms: the newest version's."""
     readme = (PROJECT_ROOT / "README.md").read_text()
-    folder = GUIDE / "ablations"
-    files = [str(folder / "default.json"), *sorted(map(str, folder.glob("seed?.json")))]
+    files = [str(RECORDS[run]) for run in RECIPES["0.3"]]
     table = compare.render_table(compare.compare_groups({"recipe": files}))
     claims = re.findall(r"RL over \w+ \| (\S+) (\([^)]+\))", table)
     assert len(claims) == 4
@@ -94,14 +101,15 @@ def test_the_readme_has_these_figures():
         shown = value if "(-" in interval else f"**{value}**"  # bold: without 0
         assert f"| {shown} {interval} |" in readme
     for arm in (CONTROL, "answers_only"):
-        words, _, in_domain, out_of_domain, _ = ROWS[arm]
+        row = max(row for row in ROWS if row[0] == arm)
+        words, _, in_domain, out_of_domain = ROWS[row]
         # the control's figures take three commands, which stand in the guide
         command = "[three" if arm == CONTROL else f"`{shlex.join(words)}` |"
         assert f"| {in_domain} | {out_of_domain} | {command}" in readme
 
 
 def test_every_record_is_in_the_table():
-    named = sum([*RUNS.values(), *FRESH.values()], RECIPE)
+    named = sum([*RECIPES.values(), *RUNS.values(), *FRESH.values()], [])
     assert sorted(named) == sorted(RECORDS)
 
 
@@ -110,18 +118,20 @@ def test_fresh_questions_are_those_of_another_seed():
     gains = re.findall(r"[+](\d+\.\d) (\([^)]+\))", " ".join(rows))
     assert len(gains) == 4 and all(text in PAGE for gain in gains for text in gain)
     fresh = {run for runs in FRESH.values() for run in runs}
-    assert all(read_recorded(str(path)).params["eval_seed"] == (16 if run in fresh else 14)
+    assert all(read_recorded(str(path)).params["eval_seed"]
+               == (16 if run in fresh else EVAL_SEEDS["0.2" if "/" in run else "0.3"])
                for run, path in RECORDS.items())
 
 
-@pytest.mark.parametrize("arm", ROWS)
-def test_a_command_sets_what_its_runs_record(arm):
-    words, *_, version = ROWS[arm]
+@pytest.mark.parametrize("row", ROWS, ids="-".join)
+def test_a_command_sets_what_its_runs_record(row):
+    arm, version = row
+    words = ROWS[row][0]
     stages = words[:words.index("-p")]
     values = {name: yaml.safe_load(value) for flag, name, value
               in zip(words, words[1:], words[2:]) if flag == "-p"}
     seed = values.pop("seed", None)
-    for run in RUNS[arm] + (FRESH[arm] if arm in FRESH else []):
+    for run in RUNS[row] + (FRESH[arm] if arm in FRESH else []):
         record = read_recorded(str(RECORDS[run]))
         changed = record.control["changed"] if arm == CONTROL else record.changed
         assert seed is None or record.seed == seed
@@ -130,7 +140,7 @@ def test_a_command_sets_what_its_runs_record(arm):
         first = min((stage[:2] for stage, parameters in changed.items()
                      if parameters.keys() & values.keys()), default="05")
         assert stages[0] == first, "from the first that differs"
-        assert version == ("0.2" if can_be_run(changed) else "0.1")
+        assert (version == "0.1") != can_be_run(changed)
     assert values or arm.startswith("other_draws"), "an arm changes something"
     assert stages[-2:] == (["02", "03"] if arm == CONTROL else ["05", "06"])
 
