@@ -33,7 +33,7 @@ STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "report_gallery": set
                  "launched_worker": {"sft", "grpo"}}
 # compare reads the results of finished ones; eval_model asks and judges as 06 does
 READS_STAGES = {"compare": {"evaluate", "evaluated_runs", "report"},
-                "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate", "report"}}
+                "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate"}}
 # the notebook-less 06 judges real benchmarks, and 06's key holds the images that they name
 READS_SCORING = {"stages.eval_model"}
 MODULE_OF_STAGE = {"08_benchmark": "lab/benchmark", "90_tiny_base": "lab/tiny_base"}

@@ -101,7 +101,7 @@ def model_options(command):
 @click.option("--limit", default=0, type=click.IntRange(0),
               help="Only the first so many questions of every task; of own data, of the file.")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
-              help="Folder for replies, predictions, scores and gallery; goes on where it stopped.")
+              help="Folder for replies, predictions and scores; goes on where it stopped.")
 @click.option("--compare", multiple=True,
               type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="The --out of another model: one table, and the paired difference; repeat.")
@@ -141,7 +141,6 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
                                        SimpleNamespace(**settings, seed=0))
     for text in eval_model.result_tables({str(out): result, **others}):
         click.echo(text)
-    click.echo(f"gallery: {out / 'gallery.html'}")
 
 
 def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Path | None,

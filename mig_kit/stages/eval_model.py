@@ -9,7 +9,7 @@ format alone, as stage 06; "free_text" also finds a box or letter in any text. R
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,6 @@ from mig_kit.prompts import (
     is_well_formed,
     parse_boxes,
 )
-from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
@@ -42,8 +41,6 @@ from mig_kit.score.choice_parsers import parse_choice_letter
 from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes
 from mig_kit.score.result import averaged_groups, number_lists, summarize
 from mig_kit.stages import evaluate
-from mig_kit.stages.report import render_page
-from mig_kit.stages.report_gallery import gallery_html
 from mig_kit.stats import paired_gap_by_list
 from mig_kit.world.suites import OWN, SUITES, suite_title
 
@@ -51,7 +48,6 @@ DRAWN_SIZES = {"eval_seed": 53, **{suite.size_param: suite.default
                                    for suite in SUITES.values()}}  # as notebook 06
 # what a model is asked with, where neither its run's 06 nor the caller says otherwise
 DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "dtype": "auto"}
-SHOWN = {"correct": 6, "wrong": 12}  # cards of the gallery
 BATCH = 512  # questions of a benchmark whose images are open at a time
 MODEL = "model"  # what the one system is called
 BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
@@ -116,8 +112,7 @@ class AskedModel:
 
 def evaluate_model(model: AskedModel, task: Task, hardware: Hardware, out: Path,
                    params: SimpleNamespace) -> dict:
-    """Ask, judge and write to `out`: replies, predictions.jsonl, gallery.html, eval.json, which is
-    also returned.
+    """Ask, judge and write to `out`: replies, predictions.jsonl, eval.json, which is also returned.
 
     A call that was interrupted goes on. ValueError where `out` holds another model's or other
     questions' replies; nothing is written before all questions are known to be usable. params:
@@ -143,13 +138,9 @@ def evaluate_model(model: AskedModel, task: Task, hardware: Hardware, out: Path,
             merging.write_merged_model(model.folder, model.adapter, folder, hardware, processor,
                                        model.four_bit)
     ask = _ask_samples if isinstance(questions, dict) else _ask_benchmark
-    judged, lines, gallery, replies = ask(folder, questions, task, hardware, model.box_format, out,
-                                          params)
+    judged, lines = ask(folder, questions, task, hardware, model.box_format, out, params)
     predictions = "".join(json.dumps(line) + "\n" for line in lines)
-    cards = gallery_html(gallery, {MODEL: replies}, model.box_format, {})
-    page = render_page(f"{model.folder}: {task.suite}", [("Replies, read as free text", cards)])
-    for name, text in (("predictions.jsonl", predictions), ("gallery.html", page)):
-        write_atomically(out / name, lambda file, text=text: file.write_text(text, "utf-8"))
+    write_atomically(out / "predictions.jsonl", lambda file: file.write_text(predictions, "utf-8"))
     result = {"model": str(model.folder), "questions": asked,
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
@@ -160,7 +151,7 @@ def claim_folder(out: Path, settings: dict) -> None:
     """Write what the replies in `out` follow from; ValueError where what is there differs."""
     path = out / "settings.json"
     if not path.is_file():
-        for name in ("predictions.jsonl", "eval.json", "gallery.html"):
+        for name in ("predictions.jsonl", "eval.json"):
             if (out / name).exists():
                 raise ValueError(f"{out / name} is of no mig-kit eval that could go on, and would "
                                  "be overwritten; name another --out")
@@ -231,8 +222,8 @@ def read_freely(reply: str, sample: Sample) -> str:
 
 def _ask_samples(model: str | Path, samples: dict[str, Sequence[Sample]], task: Task,
                  hardware: Hardware, box_format: BoxFormat, out: Path,
-                 params: SimpleNamespace) -> tuple[dict, list, list, dict]:
-    """(scores and items, lines of predictions, gallery, replies by sample id)."""
+                 params: SimpleNamespace) -> tuple[dict, list]:
+    """(scores and items, lines of predictions)."""
     asked = SimpleNamespace(**vars(params) | {"replies": 0})
     answers = systems.suite_replies({MODEL: model}, samples, dict.fromkeys(samples, []), hardware,
                                     box_format, out / "replies", asked)[MODEL]
@@ -253,20 +244,16 @@ def _ask_samples(model: str | Path, samples: dict[str, Sequence[Sample]], task: 
                      evaluate.reply_is_correct(reply, sample, box_format)]
                     for sample, reply in zip(samples[suite], texts, strict=True)]
             for suite, texts in replies.items()}
-    read = {sample.id: (sample, reply) for suite, texts in free.items()
-            for sample, reply in zip(samples[suite], texts, strict=True)}
-    judged["unread"] = sum(not is_well_formed(reply, sample) for sample, reply in read.values())
+    judged["unread"] = sum(not is_well_formed(reply, sample) for suite, texts in free.items()
+                           for sample, reply in zip(samples[suite], texts, strict=True))
     lines = [{"id": sample.id, "response": reply} for suite, texts in strict.items()
              for sample, reply in zip(samples[suite], texts, strict=True)]
-    picked = _pick([(name, sample.task, is_correct(reply, sample, box_format))
-                    for name, (sample, reply) in read.items()])
-    gallery = [(kind, read[name][0]) for name, kind in picked.items()]
-    return judged, lines, gallery, {name: reply for name, (_, reply) in read.items()}
+    return judged, lines
 
 
 def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: Task,
                    hardware: Hardware, box_format: BoxFormat, out: Path,
-                   params: SimpleNamespace) -> tuple[dict, list, list, dict]:
+                   params: SimpleNamespace) -> tuple[dict, list]:
     """As `_ask_samples`; questions: the benchmark and the sizes of its images."""
     benchmark, sizes = questions
     answers = systems.benchmark_replies(
@@ -287,29 +274,10 @@ def _ask_benchmark(model: str | Path, questions: tuple[Benchmark, dict], task: T
             for place, index in enumerate(scored.indices)]}
         judged["lists"] = {task.suite: number_lists(scored).tolist()}
     lines = run_benchmark.prediction_lines(benchmark, answers, sizes, box_format)
-    correct = {name: value for name, _, value in judged["items"]["official"][task.suite]}
-    items = {str(item.index): item for item in benchmark.items}
-    picked = _pick([(name, item.task, correct[name] >= 0.5) for name, item in items.items()])
-    gallery = [(kind, replace(run_benchmark.to_sample(items[name], benchmark.name, task.root),
-                              suite=f"{task.suite} (real)")) for name, kind in picked.items()]
     judged["unread"] = sum(not run_benchmark.names_answer(
         item, answers[run_benchmark.sample_id(benchmark.name, item)][0])
         for item in benchmark.items)
-    return judged, lines, gallery, {sample.id: read_freely(answers[sample.id][0], sample)
-                                    for _, sample in gallery}
-
-
-def _pick(outcomes: list[tuple[str, str, bool]]) -> dict[str, str]:
-    """Id -> "correct" or "wrong" of the questions that the gallery shows, evenly over the tasks;
-    outcomes: (id, task, is it correct).
-    """
-    table = pd.DataFrame(outcomes, columns=["id", "task", "is_correct"])
-    picked = {}
-    for kind, count in SHOWN.items():
-        part = table[table["is_correct"] == (kind == "correct")]
-        order = part.groupby("task").cumcount().sort_values(kind="stable").index[:count]
-        picked |= dict.fromkeys(part.loc[order, "id"], kind)
-    return picked
+    return judged, lines
 
 
 def read_result(folder: Path) -> dict:
@@ -338,7 +306,7 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
     count = sum(map(len, next(iter(first["items"].values())).values()))
     if first["unread"] > 0.1 * count:
         texts.append(f"{first['unread']} of {count} replies name no box or letter that can be read;"
-                     " look at the gallery, and if they are cut, raise --max-new-tokens "
+                     " look at predictions.jsonl, and if they are cut, raise --max-new-tokens "
                      f"({first['max_new_tokens']})\n")
     return texts
 

@@ -147,7 +147,6 @@ def test_files_of_questions(suite, random_folder, float32, tmp_path):
     rows = eval_model.score_rows({"a": result})
     assert list(dict.fromkeys(row["protocol"] for row in rows)) == protocols
     assert all(" (drawn)" not in row["percent, greedy"] for row in rows)
-    assert file.name not in (tmp_path / "out" / "gallery.html").read_text()
 
 
 @pytest.fixture
