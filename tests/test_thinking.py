@@ -15,6 +15,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.engine import models, reply_files, reward_loading
 from mig_kit.engine.processors import load_processor, render_prompt
 from mig_kit.engine.sample_prompts import reply_logps
+from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.prompts import NO_BOX, chat_messages, format_answer, parse_reply
 from mig_kit.sample import Sample
 from mig_kit.stages import eval_model, grpo, rejection_sampling, sft
@@ -152,9 +153,9 @@ def test_evaluation_and_rejection_sampling_read_replies_whole(taught, questions,
         "id": "a", "images": ["a.png"], "question": questions[0].question, "image": 1,
         "box": [3, 5, 30, 40], "coordinates": "pixels"}) + "\n")
     result = eval_model.evaluate_model(
-        eval_model.AskedModel(taught, BOX_FORMAT),
+        RunModel(taught, BOX_FORMAT, {}),
         eval_model.Task("own", tmp_path / "own.jsonl", tmp_path), float32, tmp_path / "out",
-        SimpleNamespace(max_new_tokens=64, seed=0, server="", concurrency=1))
+        SimpleNamespace(max_new_tokens=64, seed=0, replies=0, server="", concurrency=1))
     summary = result["scores"]["strict"]["own"]
     assert summary["score"] == 100
     assert [task["format"] for task in summary["tasks"].values()] == [100]

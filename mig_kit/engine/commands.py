@@ -136,9 +136,9 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     sizes = {name: settings.pop(name) for name in eval_model.DRAWN_SIZES}
     hardware = models.choose_hardware(settings.pop("dtype"), device)
     task = eval_model.Task(suite, file, images or (file.parent if file else None), limit, sizes)
-    asked = eval_model.AskedModel(run_model.folder, run_model.box_format, adapter, four_bit)
-    result = eval_model.evaluate_model(asked, task, hardware, out,
-                                       SimpleNamespace(**settings, seed=0))
+    result = eval_model.evaluate_model(run_model, task, hardware, out,
+                                       SimpleNamespace(**settings, seed=0, replies=0),
+                                       adapter, four_bit)
     for text in eval_model.result_tables({str(out): result, **others}):
         click.echo(text)
 
@@ -190,7 +190,7 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
     from mig_kit.engine import models, reply_files
     from mig_kit.prompts import parse_reply, reply_boxes_in_original
     from mig_kit.sample import Sample
-    from mig_kit.stages.eval_model import read_freely
+    from mig_kit.score.own import read_freely
 
     run_model = find_model(model, coordinates, min_pixels, max_pixels)
     box_format = run_model.box_format

@@ -62,13 +62,6 @@ def find_file(model: str | Path, name: str) -> Path | None:
     return Path(path) if path else None
 
 
-def find_revision(model: str | Path) -> str:
-    """The commit of a hub name that loading takes; "" where its files are not in the hub's cache.
-    """
-    path = find_file(model, "config.json")
-    return path.parent.name if path else ""
-
-
 def copy_unchanged_files(base: str | Path, folder: Path) -> None:
     """Copy the files of `base` (a folder or hub name) that training does not change."""
     for name in UNCHANGED_FILES:

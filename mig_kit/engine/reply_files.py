@@ -188,11 +188,10 @@ def _cut_batches(samples: Sequence[Sample]) -> list[list[int]]:
 def _image_list_key(sample: Sample) -> int | str:
     """Tells a list of images from others without decoding them.
 
-    Stored files by their SHA-256, images in memory by themselves, which the samples keep alive; a
-    sample whose images a table holds is alone with them.
+    Files by their path, images in memory by themselves, which the samples keep alive; a sample
+    whose images a table holds is alone with them.
     """
     if not isinstance(sample.images, LazyImages):
         return hash(tuple(map(id, sample.images)))
-    if all(image.sha256 for image in sample.images.encoded):
-        return hash(tuple(image.sha256 for image in sample.images.encoded))
-    return sample.id
+    contents = [image.content for image in sample.images.encoded]
+    return sample.id if bytes in map(type, contents) else hash(tuple(contents))

@@ -1,6 +1,6 @@
 """Replies of several systems to the same samples, one model in memory at a time (stage 06)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,19 +106,3 @@ def _summarize_kl(own: list[np.ndarray], base: list[np.ndarray]) -> dict:
     error = sums.std(ddof=1) / len(sums) ** 0.5 if len(sums) > 1 else None
     return {"per_token": float(sums.sum() / sum(map(len, own))), "per_reply": float(sums.mean()),
             "standard_error": error, "replies": len(sums)}
-
-
-def benchmark_replies(model: str | Path, system: str, batches: Iterable[list[Sample]],
-                      hardware: Hardware, box_format: BoxFormat, path: Path,
-                      params: SimpleNamespace) -> dict[str, list[str]]:
-    """Greedy replies to a real benchmark: sample id -> [reply]; stored in `path`.
-
-    batches: a few samples at a time, whose images are opened when they are asked for.
-    """
-    replies: dict[str, list[str]] = {}
-    with open_policy(model, system, hardware, box_format, path.parents[1], params) as policy:
-        for batch in batches:
-            replies |= sample_replies(
-                policy, batch, path, replies=1, temperature=0.0,
-                max_new_tokens=params.max_new_tokens, seed=params.seed)
-    return replies

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 from mig_kit.common import (
@@ -57,12 +56,10 @@ def hash_named_files(params: dict) -> dict[str, str]:
     return {"data": file_sha256(path), "images": hash_images(iter_own_images(path, root), root)}
 
 
-def iter_own_images(file: Path, root: Path, limit: int = 0) -> Iterator[tuple[str, Path]]:
-    """(name, path) of all that may be an image in the first `limit` lines of own data (0: all),
-    which is every text there.
-    """
+def iter_own_images(file: Path, root: Path) -> Iterator[tuple[str, Path]]:
+    """(name, path) of all that may be an image in own data, which is every text there."""
     is_by_line = file.suffix == ".jsonl"  # else a list, which has no lines to count
-    lines = islice(iter_lines(file), limit or None) if is_by_line else [(1, file.read_bytes())]
+    lines = iter_lines(file) if is_by_line else [(1, file.read_bytes())]
     for _, line in lines:
         for text in JSON_STRING.finditer(line or b""):
             with suppress(ValueError):  # stage 01 refuses the line

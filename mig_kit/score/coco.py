@@ -197,7 +197,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
         images = [image for pair, style in styled_pairs for image in pair if style == task]
         aggregates[task] = {"ap50": _weighted_ap50(coco, detections, images)}
     files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
-    return Scored(tasks, {"accuracy": accuracy}, False, accuracy, tuple(range(len(pairs))),
+    return Scored(tasks, {"accuracy": accuracy}, False, accuracy,
                   aggregates=aggregates, remarks=_id_remarks(annotations),
                   lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 

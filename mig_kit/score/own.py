@@ -1,24 +1,24 @@
 """Own data (see data/own_data.py) as a benchmark: any system's replies to one's own questions,
-judged as `mig-kit eval --suite own` judges the kit's.
+judged as `mig-kit eval --suite own` judges the kit's; and replies in any text as the kit's own.
 """
 
+import json
+import re
 from dataclasses import dataclass
 
-from mig_kit.boxes import (
-    Box,
-    BoxFormat,
-    Coordinates,
-    coordinate_size,
-    iou,
-    matched_sum,
-    rescale_box,
-)
-from mig_kit.prompts import LETTERS, parse_boxes, parse_reply
+from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
+from mig_kit.image_files import EncodedImage, LazyImages
+from mig_kit.prompts import LETTERS, is_well_formed, parse_boxes, parse_reply
+from mig_kit.rewards import image_set_iou, is_correct
+from mig_kit.sample import Sample
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import parse_choice_letter
 from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes
 
-THRESHOLD = 0.5
+# An image of a thousand pixels a side is in 0 to 1000 what it is in pixels, so that nothing is
+# converted: boxes count as they are written.
+AS_WRITTEN = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
+UNIT_IMAGE = EncodedImage(b"", (1000, 1000))
 
 
 @dataclass(frozen=True)
@@ -49,42 +49,56 @@ def read_own(records: list[dict]) -> Benchmark:
     return Benchmark("own", "", tuple(items), None)
 
 
+def read_freely(reply: str, sample: Sample) -> str:
+    """The reply in the kit's answer format where its text names a box or a letter, its text being
+    the reasoning; else as it is.
+
+    A box in a reply that names no image is in the only image there is, else in none. Where all
+    boxes are asked for, one whose image stays open leaves the reply as it is; "none" is read in the
+    kit's format alone.
+    """
+    if is_well_formed(reply, sample) or sample.find_all and parse_boxes(reply) is not None:
+        return reply
+    if sample.options:
+        letters = LETTERS[:len(sample.options)]
+        answer = parse_choice_letter(reply, letters, tuple(sample.options))
+    else:
+        named = parse_named_boxes(reply) if sample.find_all else [parse_named_box(reply)]
+        only_image = 1 if len(sample.images) == 1 else None
+        named = dict.fromkeys((image or only_image, box) for image, box in named)
+        is_open = any(None in pair for pair in named)
+        answer = "" if is_open else ", ".join(json.dumps({"image": image, "box": box})
+                                              for image, box in named)
+    text = re.sub("</?(?:think|answer)>", " ", reply).strip()
+    return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
+
+
 def judge_own(item: OwnItem, reply: str, protocol: str, coordinates: Coordinates,
               box_format: BoxFormat, sizes: dict[str, tuple[int, int]]) -> tuple[float, str]:
-    """(IoU, or 1 for what is correct without one; problem) of a reply.
+    """(1 or 0, problem) of a reply.
 
     protocol: strict reads the kit's answer format alone; free_text also a box or letter from any
     text that names its image. sizes: of the images, where coordinates are converted.
     """
-    is_free, kit = protocol == "free_text", parse_reply(reply)
-    if item.letter:
-        letter = kit.letter or (parse_choice_letter(reply, item.options, item.choices)
-                                if is_free else "")
-        return float(letter == item.letter), "" if letter else "no option chosen"
-    named = parse_boxes(reply) if item.find_all else [(kit.image, kit.box)]
-    if is_free and not item.find_all:
-        named = [parse_named_box(reply)]
-    elif is_free and named is None:
-        named = list(dict.fromkeys(parse_named_boxes(reply))) or None
-    if named is None or any(box is None for _, box in named):
-        return 0.0, "no box found"
-    if is_free and len(item.images) == 1:
-        named = [(image or 1, box) for image, box in named]
-    if any(image is None for image, _ in named):
-        return 0.0, "no image named"
-
-    def overlap(image: int, box: Box, target: tuple[int, Box]) -> float:
-        if image != target[0]:
-            return 0.0
+    def convert(image: int, box: Box) -> Box:
         size = sizes.get(item.images[image - 1], (1, 1))
-        return iou(target[1], rescale_box(box, *(coordinate_size(size, measure, box_format)
-                                                 for measure in (coordinates, item.coordinates))))
+        return rescale_box(box, *(coordinate_size(size, measure, box_format)
+                                  for measure in (item.coordinates, coordinates)))
 
-    overlaps = [[overlap(image, box, target) for target in item.targets] for image, box in named]
-    if not item.find_all:
-        is_wrong = named[0][0] not in {image for image, _ in item.targets}
-        return max(overlaps[0]), "wrong image" if is_wrong else ""
-    if len(named) != len(item.targets) or len(set(named)) != len(named):
-        return 0.0, "another number of boxes than there are"
-    reached = [[value >= THRESHOLD for value in row] for row in overlaps]
-    return float(not named or matched_sum(reached) == len(named)), ""
+    sample = Sample(item.id, "own", item.task, "test",
+                    LazyImages((UNIT_IMAGE,) * len(item.images)), item.question,
+                    tuple((image, convert(image, box)) for image, box in item.targets),
+                    options=item.choices, letter=item.letter, find_all=item.find_all)
+    text = read_freely(reply, sample) if protocol == "free_text" else reply
+    answer, boxes = parse_reply(text), parse_boxes(text)
+    problem = ""
+    if item.letter:
+        problem = "" if answer.letter else "no option chosen"
+    elif (boxes if item.find_all else answer.box) is None:
+        is_free = protocol == "free_text" and parse_named_boxes(reply)
+        problem = "no image named" if is_free else "no box found"
+    elif item.find_all and len(boxes) != len(item.targets):
+        problem = "another number of boxes than there are"
+    elif not item.find_all and not image_set_iou(text, sample):
+        problem = "wrong image"
+    return float(is_correct(text, sample, AS_WRITTEN)), problem

@@ -44,7 +44,7 @@ from mig_kit.score.official import (
     official_iou,
     ref_l4_metrics,
 )
-from mig_kit.score.own import THRESHOLD, judge_own, read_own
+from mig_kit.score.own import judge_own, read_own
 from mig_kit.score.records import align_predictions, read_json, read_records
 from mig_kit.score.reply_boxes import parse_strict_answer
 from mig_kit.score.result import Scored, headline_average
@@ -180,7 +180,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         sizes = read_image_sizes(names, images) if names else {}
         values, problems = judge_all(items, lines, lambda item, reply: judge_own(
             item, reply, protocol, coordinates, box_format, sizes))
-        metrics = {"acc@0.5": (values >= THRESHOLD).astype(float)}
+        metrics = {"acc@0.5": values}
     else:
         if converts:
             lines = _convert_lines(benchmark, lines, coordinates, box_format, images)
@@ -204,8 +204,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
             **{f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)},
             "mean_iou": values}
     return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
-                  tuple(item.index for item in items), dict(problems), aggregates,
-                  tuple(map(_list_of_images, items)), remarks)
+                  dict(problems), aggregates, tuple(map(_list_of_images, items)), remarks)
 
 
 def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: Coordinates,

@@ -23,18 +23,17 @@ class Scored:
     """Predictions, judged.
 
     tasks: (n,) task of each item. metrics: name -> (n,) shares in 0..1, the first is the headline.
-    is_macro: whether the average is over tasks. values: (n,) IoU, or 1 for a correct item. indices:
-    (n,) places in the annotation file. problems: why replies scored nothing, and how many.
-    aggregates: "avg" or task -> metric -> percent, for what is no mean over items (AP). lists: (n,)
-    what each item's images are, the same for items that show the same ones; empty where no two
-    items do. remarks: sentences on what the protocol did.
+    is_macro: whether the average is over tasks. values: (n,) IoU, or 1 for a correct item.
+    problems: why replies scored nothing, and how many. aggregates: "avg" or task -> metric ->
+    percent, for what is no mean over items (AP). lists: (n,) what each item's images are, the same
+    for items that show the same ones; empty where no two items do. remarks: sentences on what the
+    protocol did.
     """
 
     tasks: tuple[str, ...]
     metrics: dict[str, np.ndarray]
     is_macro: bool
     values: np.ndarray
-    indices: tuple[int, ...] = ()
     problems: dict[str, int] = field(default_factory=dict)
     aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
     lists: tuple[Hashable, ...] = ()

@@ -139,13 +139,16 @@ def split_by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.nda
     return group_by_task((sample.task for sample in samples), values)
 
 
-def split_for_score(samples: Sequence[Sample], values: np.ndarray) -> list[np.ndarray]:
-    """values (samples, ...) of each part whose mean counts alike: of every task or, for own data,
-    of all questions, since its tasks are its author's words and may be of one question each.
+def score_parts(samples: Sequence[Sample]) -> list[str]:
+    """(samples,) the part of a score that each is in, of those whose means count alike: its task,
+    or "" of own data, whose tasks are its author's words and may be of one question each.
     """
-    if samples and samples[0].suite == suites.OWN:
-        return [values]
-    return list(split_by_task(samples, values).values())
+    return ["" if sample.suite == suites.OWN else sample.task for sample in samples]
+
+
+def split_for_score(samples: Sequence[Sample], values: np.ndarray) -> list[np.ndarray]:
+    """values (samples, ...) of each of `score_parts`, in order of appearance."""
+    return list(group_by_task(score_parts(samples), values).values())
 
 
 def number_image_lists(samples: Sequence[Sample]) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""`mig-kit score own`: any system's replies to one's own questions."""
+"""`mig-kit score own`: any system's replies to one's own questions, and replies in any text."""
 
+import dataclasses
 
 import pytest
 from click.testing import CliRunner
@@ -9,8 +10,11 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.cli import cli
 from mig_kit.data import own_data
+from mig_kit.prompts import format_answer, parse_boxes
+from mig_kit.rewards import is_correct
 from mig_kit.score import own
-from mig_kit.stages import eval_model, evaluate
+from mig_kit.world.suites import make_suite
+from mig_kit.world.tasks import make_sample
 
 SIZES = {"a.png": (200, 100), "b.png": (400, 300)}
 LINES = [
@@ -24,15 +28,12 @@ ALL = [
         {"image": 1, "box": [0, 0, 100, 50]}, {"image": 2, "box": [40, 30, 200, 150]}]},
     {"images": ["a.png"], "question": "Find all.", "image": None}]
 # in 0 to 1000
-REPLIES = [
-    '<think>t</think><answer>{"image": 2, "box": [100,100,500,500]}</answer>',
-    '<think>t</think><answer>{"image": 1, "box": [100,100,500,500]}</answer>',
-    "In image 2, at [100, 100, 500, 500].", "At [100, 100, 500, 500].", "[500, 500, 1000, 1000]",
-    '<think>t</think><answer>{"image": 1, "box": [500,500,990,1000]}</answer>', "None.", "",
-    "The answer is **B**.", "<think>t</think><answer>B</answer>", "A dog.", "(A)",
-    '<think>t</think><answer>{"image": 1, "box": [0,0,500,500]}, {"image": 2, "box": '
-    "[100,100,500,500]}</answer>", "Image 1: [0,0,500,500]. Image 2: [100,100,500,500].",
-    "Image 1: [0,0,500,500].", '<think>t</think><answer>{"image": 0}</answer>', "There is none."]
+BOX = '{"image": 2, "box": [100,100,500,500]}'
+REPLIES = [f"<think>t</think><answer>{answer}</answer>" for answer in (
+    BOX, BOX.replace("2", "1"), "B", '{"image": 0}',
+    f'{{"image": 1, "box": [0,0,500,500]}}, {BOX}')]
+REPLIES += ["In image 2, at [100, 100, 500, 500].", "[500, 500, 1000, 1000]", "None.", "", "A dog.",
+            "Image 1: [0,0,500,500]. Image 2: [100,100,500,500].", "Image 1: [0,0,500,500]."]
 
 
 @pytest.fixture
@@ -52,17 +53,14 @@ def test_every_reply_is_judged_as_by_eval(folder, lines):
     write_lines(folder / "mine.jsonl", lines)
     samples = list(own_data.iter_samples(folder / "mine.jsonl", folder))
     box_format = BoxFormat(coordinates="normalized_1000")
-    verdicts = []
     for item, sample in zip(own.read_own(lines).items, samples, strict=True):
         assert item.id == sample.id and item.task == sample.task
         for reply in REPLIES:
             for protocol, text in (("strict", reply),
-                                   ("free_text", eval_model.read_freely(reply, sample))):
+                                   ("free_text", own.read_freely(reply, sample))):
                 value, _ = own.judge_own(item, reply, protocol, Coordinates.NORMALIZED_1000,
                                          box_format, SIZES)
-                verdicts.append(value >= own.THRESHOLD)
-                assert verdicts[-1] == evaluate.reply_is_correct(text, sample, box_format), reply
-    assert len(set(verdicts)) == 2
+                assert value == is_correct(text, sample, box_format), reply
 
 
 def test_own_data_is_an_annotation_file(folder):
@@ -83,3 +81,59 @@ def test_a_wrong_line_of_own_data_is_named(folder):
     write_lines(folder / "p.jsonl", [{"index": 0, "response": ""}])
     sentence = str(run_score(folder).exception)
     assert "line 2: unknown key 'imag'; did you mean 'image'? (mig-kit data check " in sentence
+
+
+def test_text_without_the_answer_format_is_read():
+    single = make_sample("refer_grounding", "val", 0)
+    one_image = dataclasses.replace(single, images=single.images[:1])
+    choice = make_suite("blink", "val", 1)[0]
+    reply = "It is in the second image, at [10, 20, 30, 40]."
+    assert parse_boxes(own.read_freely(reply, single)) == [(2, (10, 20, 30, 40))]
+    assert own.read_freely("At [10, 20, 30, 40].", single) == "At [10, 20, 30, 40]."
+    assert parse_boxes(own.read_freely("[1, 2, 30.5, 40]", one_image)) == [(1, (1, 2, 30.5, 40))]
+    assert own.read_freely("The answer is (A).", choice).endswith("<answer>A</answer>")
+    by_words = f"It is {choice.options[1]}."
+    assert own.read_freely(by_words, choice).endswith("<answer>B</answer>")
+    assert own.read_freely("I cannot tell.", single) == "I cannot tell."
+    well_formed = f"<think>x</think><answer>{format_answer(1, (1, 2, 3, 4))}</answer>"
+    assert own.read_freely(well_formed, single) == well_formed
+    several = dataclasses.replace(single, find_all=True)
+    text = own.read_freely("Image 1: [1, 2, 30, 40] and [50, 50, 50, 50].", several)
+    assert len(parse_boxes(text)) == 2, "an empty box is one too many"
+
+
+THREE = [(1, (1, 2, 30, 40)), (2, (5, 6, 70, 80)), (2, (9, 10, 90, 95))]
+
+
+@pytest.mark.parametrize("text", [
+    "In image 1: [1, 2, 30, 40]. In image 2: [5, 6, 70, 80] and [9, 10, 90, 95].",
+    "There are things in image 1 and image 2. Image 1: [1, 2, 30, 40]\nImage 2: [5, 6, 70, 80], "
+    "[9, 10, 90, 95]. In short: image 2 [9, 10, 90, 95].",
+    "The ones at [1, 2, 30, 40] in image 1, [5, 6, 70, 80] in image 2 and [9, 10, 90, 95].",
+    "Image 1 has one: [1, 2, 30, 40]. Image 2 has two. First: [5, 6, 70, 80]. "
+    "Second: [9, 10, 90, 95].",
+    '```json\n[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 70, 80], "image": 2}, '
+    '{"bbox_2d": [9, 10, 90, 95], "image": 2}]\n```',
+    '[\n {\n  "box": [1, 2, 30, 40],\n  "image": 1\n },\n {\n  "boxes": [[5, 6, 70, 80], '
+    '[9, 10, 90, 95]],\n  "image": 2\n }\n]',
+    'Image 1:\n```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]\n```\nImage 2:\n```json\n'
+    '[{"bbox_2d": [5, 6, 70, 80]}, {"bbox_2d": [9, 10, 90, 95]}]\n```',
+    '{"image 1": [1, 2, 30, 40], "image 2": [[5, 6, 70, 80], [9, 10, 90, 95]]}',
+    '[{"image": 1, "box": {"x1": 1, "y1": 2, "x2": 30, "y2": 40}}, '
+    '{"image": [2], "boxes": [[5, 6, 70, 80], [[9, 10], [90, 95]]]}]',
+    "<think>[3, 3, 4, 4] in image 9?</think> first image (1,2),(30,40); second image "
+    "(5,6),(70,80), (9,10),(90,95)"])
+def test_all_boxes_are_read_from_free_text(text):
+    sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
+    assert parse_boxes(own.read_freely(text, sample)) == THREE
+
+
+@pytest.mark.parametrize("text", [
+    "There is none.", "[1, 2, 30, 40]", "At [1, 2, 30, 40] in image 1 or image 2.",
+    "Image 2: [5, 6, 70, 80]. In both image 1 and image 3: [1, 2, 30, 40].",
+    '<answer>{"image": 1, "box": [1, 2, 30, 40]}, {"image": 1, "box": [50, 50, 50, 50]}</answer>',
+    '[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 7, 8], "image": [1, 2]}]'])
+def test_what_is_not_clear_stays_as_it_is(text):
+    """No box may get lost: the others could then be all that are asked for."""
+    sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
+    assert own.read_freely(text, sample) == text

@@ -6,13 +6,15 @@ import json
 from dataclasses import replace
 
 import pytest
-from benchmark_files import CUP, DIFFERENCE, MARKED, RECORDS, SIZES, write_benchmarks
-from mig_bench_records import MIG_FILE, needs_data, save_image
+from benchmark_files import RECORDS, SIZES, write_benchmarks
+from mig_bench_records import MIG_FILE, needs_data
 from PIL import Image
 
 from mig_kit import image_files
 from mig_kit.boxes import BoxFormat, seen_size, to_model_box
+from mig_kit.engine.reply_files import _cut_batches
 from mig_kit.engine.reward_loading import correct_reply
+from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.prompts import format_answer, format_question
 from mig_kit.rewards import is_correct
 from mig_kit.score import annotations, protocols
@@ -21,8 +23,6 @@ from mig_kit.score.result import summarize
 from mig_kit.score.run_benchmark import (
     PROTOCOLS,
     RUNNABLE,
-    image_sizes,
-    iter_batches,
     prediction_lines,
     read_runnable,
     to_sample,
@@ -42,21 +42,17 @@ def root(tmp_path):
     return tmp_path
 
 
-def read(root, name="mig_bench", limit=0):
-    return read_runnable(name, root / f"{name}.json", root, limit)
+def read(root, name="mig_bench", places=slice(None), limit=0):
+    """The benchmark and its samples, only these of its items."""
+    benchmark, samples = read_runnable(name, root / f"{name}.json", root, limit)
+    return replace(benchmark, items=benchmark.items[places], complete=False), samples[places]
 
 
-def take_items(benchmark, places):
-    """The benchmark with only these of its items."""
-    return replace(benchmark, items=benchmark.items[places], complete=False)
-
-
-def score(benchmark, replies, root):
-    """Averages of the headline metric by both protocols, in percent; replies: by sample id."""
+def score(benchmark, samples, replies, root):
+    """Averages of the headline metric by both protocols, in percent."""
     averages = []
     for protocol in PROTOCOLS:
-        lines = prediction_lines(benchmark, {name: [text] for name, text in replies.items()},
-                                 image_sizes(benchmark, root), BOX_FORMAT, protocol == "strict")
+        lines = prediction_lines(benchmark, samples, replies, BOX_FORMAT, protocol == "strict")
         average = summarize(protocols.score_predictions(
             benchmark, lines, "P", BOX_FORMAT, protocol, images=str(root)))["avg"]
         averages.append(round(next(iter(average.values())), 2))
@@ -65,34 +61,31 @@ def score(benchmark, replies, root):
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_correct_replies_score_everything_under_both_protocols(root, name):
-    benchmark = read(root, name)
-    sizes = image_sizes(benchmark, root)
-    samples = [sample for batch in iter_batches(benchmark, root, 2) for sample in batch]
-    assert [sample.sizes for sample in samples] == [sizes[sample.id] for sample in samples]
-    correct = {sample.id: correct_reply(sample, BOX_FORMAT) for sample in samples}
-    assert all(is_correct(correct[sample.id], sample, box_format=BOX_FORMAT)
-               for sample in samples), "the kit's own rule agrees"
-    assert score(benchmark, correct, root) == [100, 100]
-    wrong = dict.fromkeys(correct, "<think>x</think><answer>H</answer>")
-    assert score(benchmark, wrong, root) == [0, 0]
+    benchmark, samples = read(root, name)
+    correct = [correct_reply(sample, BOX_FORMAT) for sample in samples]
+    assert all(is_correct(reply, sample, box_format=BOX_FORMAT)
+               for reply, sample in zip(correct, samples)), "the kit's own rule agrees"
+    assert score(benchmark, samples, correct, root) == [100, 100]
+    wrong = ["<think>x</think><answer>H</answer>"] * len(samples)
+    assert score(benchmark, samples, wrong, root) == [0, 0]
 
 
 def test_reference_boxes_reach_the_model_in_its_own_coordinates(root):
-    benchmark = read(root)
-    sample = to_sample(benchmark.items[0], benchmark.name, root)
+    _, samples = read(root)
+    sample = samples[0]
     assert sample.reference == (100, 100, 200, 200) and sample.targets[0].image == 2
     width, height = seen_size((400, 200), BOX_FORMAT)
     text = format_question(sample, BOX_FORMAT)
     box = [round(width / 4), round(height / 2), round(width / 2), height]
     assert f"[{','.join(map(str, box))}]" in text and "box_start" not in text
-    assert "object_ref" not in to_sample(benchmark.items[2], benchmark.name, root).question
+    assert "object_ref" not in samples[2].question
 
 
 def test_the_correct_box_in_the_wrong_image_passes_only_the_official_rule(root):
     width, height = seen_size(SIZES["b.png"], BOX_FORMAT)
     answer = format_answer(2, (width / 2, height / 2, width, height))
-    replies = {"mig_bench/2": f"<think>x</think><answer>{answer}</answer>"}
-    assert score(take_items(read(root), slice(2, None)), replies, root) == [100, 0]
+    replies = [f"<think>x</think><answer>{answer}</answer>"]
+    assert score(*read(root, places=slice(2, None)), replies, root) == [100, 0]
 
 
 @pytest.mark.parametrize("form,passes", [
@@ -105,27 +98,25 @@ def test_boxes_in_other_forms_are_converted_too(root, form, passes):
     """A base model does not keep to the form that the kit asks for; its pixels must not be read as
     0..1000.
     """
-    benchmark = take_items(read(root), slice(1))
-    sample = to_sample(benchmark.items[0], "mig_bench", root)
+    benchmark, (sample,) = read(root, places=slice(1))
     target = sample.targets[0]
     box = to_model_box(target.box, sample.sizes[target.image - 1], BOX_FORMAT)
     reply = form.format(box=[round(value) for value in box])
-    assert score(benchmark, {"mig_bench/0": reply}, root) == passes
+    assert score(benchmark, [sample], [reply], root) == passes
 
 
 def test_replies_in_0_to_1000_are_not_rewritten_for_the_authors_rule(root):
     """Rounding would change what their script reads."""
-    benchmark = take_items(read(root), slice(0, 1))
+    benchmark, samples = read(root, places=slice(1))
     reply = "<think>[0.1, 0.2, 0.5, 0.6]</think>In image 2: [100.4, 200, 500, 600]"
     for coordinates, is_kept in (("normalized_1000", True), ("absolute", False)):
-        (line,) = prediction_lines(benchmark, {"mig_bench/0": [reply]},
-                                   image_sizes(benchmark, root), BoxFormat(coordinates=coordinates))
+        (line,) = prediction_lines(benchmark, samples, [reply], BoxFormat(coordinates=coordinates))
         assert (line["response"] == reply) == is_kept
 
 
 @pytest.mark.parametrize("name,options", [("mmiu", ("one", "the other")), ("blink", ("1", "3"))])
 def test_multiple_choice_shows_the_texts_of_the_options(root, name, options):
-    sample = to_sample(read(root, name).items[0], name, root)
+    sample = read(root, name)[1][0]
     assert sample.options == options
     assert f"A. {options[0]} B. {options[1]}" in format_question(sample, BOX_FORMAT)
 
@@ -135,10 +126,9 @@ def test_multiple_choice_shows_the_texts_of_the_options(root, name, options):
     ("blink", {"choices": None}, "1 multiple-choice items .* have no 2 to 8 options"),
     ("blink", {"images": None}, "name no images"),
     ("lisa", {"image_path": "../x.png"}, "below the image root"),
-    ("lisa", {"image_path": "x.png"}, r"1 of 1 images are missing .*x\.png"),
-    ("mc_bench", {}, "cannot run 'mc_bench'")])
+    ("lisa", {"image_path": "x.png"}, r"1 of 1 images are missing .*x\.png")])
 def test_what_is_missing_is_said_before_any_model_is_loaded(root, name, change, sentence):
-    write_records(root, name, [RECORDS.get(name, [{}])[0] | change])
+    write_records(root, name, [RECORDS[name][0] | change])
     with pytest.raises(ValueError, match=sentence):
         read(root, name)
 
@@ -162,39 +152,27 @@ def test_whatever_a_reader_of_images_raises_names_the_image(root, monkeypatch, e
         image_files.open_rgb(root / "a.png")
 
 
-def test_questions_about_the_same_images_follow_each_other_and_open_them_once(root, monkeypatch):
-    write_records(root, "mig_bench", [MARKED, DIFFERENCE, MARKED, CUP, DIFFERENCE, MARKED])
-    names, open_rgb = [], image_files.open_rgb
-
-    def open_and_note(path):
-        names.append(path.name)
-        return open_rgb(path)
-
-    monkeypatch.setattr(image_files, "open_rgb", open_and_note)
-    first, second = iter_batches(read(root), root, 4)
-    ids = [sample.id for sample in first + second]
-    assert ids == [f"mig_bench/{index}" for index in (0, 2, 5, 1, 4, 3)]
-    assert names == ["a.png", "b.png", "c.png", "a.png", "b.png", "c.png"], "once a batch"
-    assert first[0].images[0] is first[2].images[0] is first[3].images[0]
+def test_questions_about_the_same_images_are_asked_side_by_side(root):
+    write_records(root, "mig_bench", [*RECORDS["mig_bench"], *RECORDS["mig_bench"]])
+    _, samples = read(root)
+    assert _cut_batches(samples) == [[1, 4, 0, 3, 2, 5]]
 
 
 def test_a_limit_takes_the_first_of_every_task(root):
     write_records(root, "mig_bench", RECORDS["mig_bench"] * 2)
-    tasks = [item.task for item in read(root, limit=1).items]
+    tasks = [sample.task for sample in read(root, limit=1)[1]]
     assert tasks == ["multi_view", "diff", "group_grounding"]
 
 
 @needs_data
-def test_every_official_item_becomes_a_sample(tmp_path):
+def test_every_official_item_becomes_a_sample():
     """Every seventh question of the official file, over one blank image in place of the images
     nobody ships.
     """
-    save_image(tmp_path / "one.png", (560, 420))
-    images = {"one.png": Image.open(tmp_path / "one.png")}
+    image = EncodedImage(b"", (560, 420))
     with_reference = 0
     for item in annotations.read_mig_bench(read_records(MIG_FILE)).items[::7]:
-        item = replace(item, images=("one.png",) * len(item.images))
-        sample = to_sample(item, "mig_bench", tmp_path, images)
+        sample = to_sample(item, "mig_bench", LazyImages((image,) * len(item.images)))
         text = format_question(sample, BOX_FORMAT)
         assert sample.targets and "<|" not in text and "{ref}" not in text
         with_reference += sample.reference is not None
