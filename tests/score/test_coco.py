@@ -37,7 +37,7 @@ def test_mc_bench_by_hand():
     assert result["tasks"]["reasoning"]["accuracy"] == 0  # a box where none is
     assert result["avg"]["accuracy"] == 50 and result["tasks"]["referring"]["ap50"] == 100
     one_group = summarize(coco.score_mc_bench(truth(2), [detections[0], detections[2]], "P"))
-    assert one_group["avg"]["ap50"] == pytest.approx(200 / 3), "two boxes of group 1, one of group 2"
+    assert one_group["avg"]["ap50"] == pytest.approx(200 / 3), "two of the three boxes"
     nothing = summarize(coco.score_mc_bench(truth(), [], "P"))
     assert nothing["avg"]["accuracy"] == 0 and nothing["avg"]["ap50"] == 0
 

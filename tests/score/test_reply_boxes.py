@@ -125,12 +125,11 @@ def test_reasoning_whose_tag_the_template_opens_is_no_answer(reply, image, box):
     "image ", "image 1,", "images 1 and ", "first, ", "1st or the ", '"image": [1, ', "image_(",
     '{"image": ', "[1, 2, 3, 4] ", "image 1 (1,2),(3,4). ", "x1=1 ", "<box>", "1 ", ". "])
 def test_no_text_takes_long(piece):
-    text, start = piece * (200_000 // len(piece)), time.process_time()
-    for reply in (text, f"<answer>{text}</answer>"):
-        parse_strict_answer(reply)
-        parse_named_box(reply)
-        parse_named_boxes(reply)
-    assert time.process_time() - start < 10
+    text, start = piece * (50_000 // len(piece)), time.process_time()
+    parse_strict_answer(f"<answer>{text}</answer>")
+    parse_named_box(text)
+    parse_named_boxes(text)
+    assert time.process_time() - start < 3
 
 
 # The parsers on anything at all.
