@@ -23,7 +23,7 @@ RECORDS = {path.relative_to(FOLDER).with_suffix("").as_posix(): path
 # the recipe's runs, by version; arms of 0.1 are compared with those of 0.2
 RECIPES = {"0.3": ["default", *(f"seed{seed}" for seed in range(1, 8))],
            "0.2": ["0.2/default", *(f"0.2/seed{seed}" for seed in range(1, 6))]}
-EVAL_SEEDS = {"0.3": 53, "0.2": 14}
+XEON = [f"xeon/{name}" for name in ("default", "seed3", "seed4")]  # of 0.3 on another CPU
 FRESH = {"recipe": [f"0.2/eval_seed_16/fresh_recipe-{seed}" for seed in (1, 4, 5)],
          "lora_attention_83": [f"0.2/eval_seed_16/fresh_attention-{seed}" for seed in range(5)]}
 CONTROL = "sft_long"  # its last model is the control SFT model
@@ -90,26 +90,33 @@ def test_a_row_is_that_of_its_records(row):
         assert cell.startswith("**") == is_known
 
 
-def test_the_readme_has_these_figures():
-    """Of the present recipe's runs, and of two arms: the newest version's."""
-    readme = (PROJECT_ROOT / "README.md").read_text()
-    files = [str(RECORDS[run]) for run in RECIPES["0.3"]]
-    table = compare.render_table(compare.compare_groups({"recipe": files}))
-    claims = re.findall(r"RL over \w+ \| (\S+) (\([^)]+\))", table)
+def render_claims(runs):
+    """(value, interval) of the paper's four claims, of records' names."""
+    claims = re.findall(r"RL over \w+ \| (\S+) (\([^)]+\))", render_tables({"recipe": runs})[-1])
     assert len(claims) == 4
-    for value, interval in claims:
+    return claims
+
+
+def test_the_page_of_results_has_those_of_another_cpu():
+    text = " ".join((GUIDE / "results.md").read_text().split())
+    assert all(f"{value} {interval}" in text for value, interval in render_claims(XEON))
+
+
+def test_the_readme_has_these_figures():
+    """Of the present recipe's runs, and of two arms of version 0.2."""
+    readme = (PROJECT_ROOT / "README.md").read_text()
+    for value, interval in render_claims(RECIPES["0.3"]):
         shown = value if "(-" in interval else f"**{value}**"  # bold: without 0
         assert f"| {shown} {interval} |" in readme
     for arm in (CONTROL, "answers_only"):
-        row = max(row for row in ROWS if row[0] == arm)
-        words, _, in_domain, out_of_domain = ROWS[row]
+        words, _, in_domain, out_of_domain = ROWS[arm, "0.2"]
         # the control's figures take three commands, which stand in the guide
         command = "[three" if arm == CONTROL else f"`{shlex.join(words)}` |"
         assert f"| {in_domain} | {out_of_domain} | {command}" in readme
 
 
 def test_every_record_is_in_the_table():
-    named = sum([*RECIPES.values(), *RUNS.values(), *FRESH.values()], [])
+    named = sum([*RECIPES.values(), *RUNS.values(), *FRESH.values()], XEON)
     assert sorted(named) == sorted(RECORDS)
 
 
@@ -119,7 +126,7 @@ def test_fresh_questions_are_those_of_another_seed():
     assert len(gains) == 4 and all(text in PAGE for gain in gains for text in gain)
     fresh = {run for runs in FRESH.values() for run in runs}
     assert all(read_recorded(str(path)).params["eval_seed"]
-               == (16 if run in fresh else EVAL_SEEDS["0.2" if "/" in run else "0.3"])
+               == (16 if run in fresh else 14 if run.startswith("0.2/") else 53)
                for run, path in RECORDS.items())
 
 
