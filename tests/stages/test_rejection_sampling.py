@@ -82,7 +82,10 @@ def test_batches_side_by_side_give_the_same_replies(tmp_path, random_policy, sam
     monkeypatch.setattr(reply_files, "BATCH_SIZE", 2)
     alone, parallel = tmp_path / "alone.jsonl", tmp_path / "parallel.jsonl"
     monkeypatch.setattr(reply_files, "CPU_WORKERS", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each batch has beside another: bf16 products round by threads
     replies = reply_files.sample_replies(policy, samples, alone, **OPTIONS)
+    torch.set_num_threads(threads)
     monkeypatch.setattr(reply_files, "CPU_WORKERS", 2)
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     assert reply_files.sample_replies(policy, samples, parallel, **OPTIONS) == replies
