@@ -226,24 +226,6 @@ def test_logps_and_gradients_equal_stock(family, samples, variant):
         assert gap < (2e-3 if decays else 1e-4), (name, gap)
 
 
-@pytest.mark.slow
-def test_sampled_replies_have_the_models_distribution(random_model, processor, samples):
-    prompts = make_prompts(random_model, processor, samples[:1])
-    rollouts = generate_rollouts(random_model, processor, prompts, 4000,
-                                 SamplingOptions(1.0, max_new_tokens=1), draw_uniforms(0, 1,
-                                                                                       4000, 1))
-    with torch.no_grad():
-        logits = random_model(**stock_inputs(processor, samples[0])).logits[0, -1]
-    logits[NEVER_DRAWN] = -torch.inf
-    probabilities = logits.softmax(-1)
-    first_tokens = torch.tensor([completion[0] for completion in rollouts[0]])
-    frequencies = torch.bincount(first_tokens, minlength=640) / 4000
-    std = (probabilities * (1 - probabilities) / 4000).sqrt()
-    top = probabilities.topk(12).indices
-    assert ((frequencies - probabilities).abs()[top] < 4.5 * std[top]).all()
-    assert frequencies[NEVER_DRAWN].sum() == 0
-
-
 def test_top_p_and_greedy():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(500, 1)
     uniforms = draw_uniforms(0, 1, 500, 1).flatten()
@@ -275,15 +257,17 @@ def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, sampl
     prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 4))
     sampling, uniforms = SamplingOptions(1.0, max_new_tokens=10), draw_uniforms(3, 4, 3, 10)
 
-    def generate(indices, group=3, uniforms=None):
+    def generate(indices, group=3, uniforms=None, **more):
         chosen = [prompts[i] for i in indices]
-        return generate_rollouts(random_model, processor, chosen, group, sampling, uniforms)
+        return generate_rollouts(random_model, processor, chosen, group, sampling, uniforms,
+                                 **more)
 
     everyone = [0, 1, 2, 3]
     expected = generate(everyone, 3, uniforms)
     for order in ([2], [3, 0], [1, 2, 3]):
         assert generate(order, 3, uniforms[order]) == [expected[i] for i in order]
     assert generate([0], 2, uniforms[:1, 1:]) == [expected[0][1:]]
+    assert generate(everyone, 3, uniforms, max_bytes=1) == expected, "a prompt at a time"
     torch.manual_seed(0)
     assert generate(everyone) != generate(everyone), "new numbers where none are given"
 
@@ -466,25 +450,6 @@ def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 16 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12 * 2**30)
     assert generation.max_kv_bytes(gpu) == 32 * 2**30, "what PyTorch keeps for later is free, too"
-
-
-def test_rounds_draw_what_one_draw_would(random_model, processor, samples, monkeypatch):
-    prompts = make_prompts(random_model, processor, samples[:4])
-    uniforms = draw_uniforms(0, 4, 2, 6)
-    arguments = (random_model, processor, prompts, 2, SamplingOptions(max_new_tokens=6), uniforms)
-    at_once = generate_rollouts(*arguments)
-    rounds, stock = [], generation._generate_round
-
-    def record(model, processor, prompts, *more):
-        rounds.append(len(prompts))
-        return stock(model, processor, prompts, *more)
-
-    monkeypatch.setattr(generation, "_generate_round", record)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    of_a_prompt = (longest + 2 * 6) * generation.kv_bytes_per_token(random_model)
-    assert generate_rollouts(*arguments, max_bytes=2 * of_a_prompt) == at_once
-    assert generate_rollouts(*arguments) == at_once
-    assert rounds == [2, 2, 4]
 
 
 def test_a_round_is_so_small_that_its_prompts_can_be_read():
