@@ -50,6 +50,7 @@ MUON = 2.0  # the learning rate of its matrices, as a multiple of all other weig
 IMAGES_WEIGHTS = (3, 6, 4, 3, 2, 2)
 ROWS_FACTORS = (1.5, 1.3, 1.15, 1.0, 0.9, 0.8)
 CURVE_STEPS = 25  # steps to a row of the curve
+CURVES = ("visual_loss", "visual_right", "looking", "text_loss", "text_right")
 
 
 def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -206,7 +207,8 @@ def train_language(model, tokenizer, folder: Path, course: Curriculum, *, steps:
             stepper.step()
         recent.append([*visual_figures, text_loss, text_right])
         if (step + 1) % CURVE_STEPS == 0 or step == steps - 1:
-            curve.append(_curve_row(step + 1, recent))
+            figures = np.mean(recent, 0).round(4).tolist()
+            curve.append({"step": step + 1, **dict(zip(CURVES, figures))})
             recent = []
             tqdm.write(str(curve[-1]))
             release_memory()
@@ -226,11 +228,6 @@ def _draw_visual(course: Curriculum, done: float, visual_rows: int, albums: list
     return visual_batch(albums, writer, rng, rows, images, located=mix.located,
                         name_weight=mix.name_weight, worded=course.worded,
                         surveyed=course.surveyed)
-
-
-def _curve_row(step: int, figures: list[list[float]]) -> dict:
-    names = ("visual_loss", "visual_right", "looking", "text_loss", "text_right")
-    return {"step": step, **dict(zip(names, np.mean(figures, 0).round(4).tolist()))}
 
 
 def save_base(model, tokenizer, folder: Path) -> None:

@@ -76,7 +76,14 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
     weights = load_model(model, hardware) if is_kit else load_stock_model(model, hardware)
     policy = Policy(weights, processor, hardware, BOX_FORMAT)
     torch.manual_seed(0)
-    trainer = _make_trainer(policy, samples, folder / str(is_kit), load, is_kit)
+    params = SimpleNamespace(**profile_params("05_grpo") | {
+        "share_prefix": is_kit, "num_generations": load.group,
+        "per_device_train_batch_size": load.prompts * load.group,
+        "gradient_accumulation_steps": 1, "max_completion_length": load.tokens, "max_steps": 1,
+        "learning_rate": 1e-4, "warmup_steps": 1, "scale_rewards": "group", "save_steps": 100,
+        "seed": 0})
+    trainer = grpo_trainer(policy, samples, folder / str(is_kit), params,
+                           min_new_tokens=load.tokens)
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -87,17 +94,6 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return Side(trainer, samples, load, is_kit)
-
-
-def _make_trainer(policy: Policy, samples: list[Sample], folder: Path, load: Workload,
-                  share_prefix: bool) -> GRPOTrainer:
-    params = SimpleNamespace(**profile_params("05_grpo") | {
-        "share_prefix": share_prefix, "num_generations": load.group,
-        "per_device_train_batch_size": load.prompts * load.group,
-        "gradient_accumulation_steps": 1, "max_completion_length": load.tokens, "max_steps": 1,
-        "learning_rate": 1e-4, "warmup_steps": 1, "scale_rewards": "group", "save_steps": 100,
-        "seed": 0})
-    return grpo_trainer(policy, samples, folder, params, min_new_tokens=load.tokens)
 
 
 def same_batches(stock: Side) -> tuple[dict, dict]:
