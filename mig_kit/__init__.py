@@ -10,10 +10,12 @@ __version__ = "0.3.0"
 # glibc returns freed memory at once and faults it in again for every tensor: 9 % of a step (it
 # heeds these from the start of a process only). A waiting thread of OpenMP turns on its core and
 # keeps it from the one that it waits for: one busy process beside a training made that fourteen
-# times slower. After so few turns it sleeps, and alone it is as fast.
+# times slower. After so few turns it sleeps, and alone it is as fast. oneDNN compiles a kernel for
+# every shape and keeps 1,024 of them: rows have more lengths than that.
 PROCESS_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456", "GOMP_SPINCOUNT": "1000",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
     "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 LATE = PROCESS_ENVIRONMENT.keys() - os.environ.keys()  # not set when this process started
 if "OMP_WAIT_POLICY" in os.environ:  # the user's, which the number of turns would overrule

@@ -1,19 +1,21 @@
 """A language model's layers over the tokens of all rows, one behind the other, on a CPU.
 
 transformers pads rows to the longest one, and every LoRA adapter, activation and norm writes its
-intermediate results to memory several times. Here no token is padding, layers with the same input
-are one product, backward passes are written out, and the last layer computes only the states that
-are asked for. Outputs and gradients are those of transformers and PEFT, but for rounding.
+intermediate results to memory several times. Here layers with the same input are one product,
+backward passes are written out, and the last layer computes only the states that are asked for.
+Outputs and gradients are those of transformers and PEFT, but for rounding. Only the end is padding:
+a kernel is compiled for one shape, which takes longer than to run it, so shapes should come again.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
 BLOCK = 192  # tokens of a prompt whose scores are computed at a time
+STEP = 256  # more tokens are padded to a multiple of it, those asked for to a quarter of it
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
@@ -93,10 +95,16 @@ def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.
     first layers, each (image tokens, hidden), where is_image (tokens,) is true. keys_and_values:
     gets those of each layer, (tokens, kv_heads, width) each.
     """
-    cosines, sines = (angles[0] for angles in language.rotary_emb(embeds, positions[:, None]))
     asked_for = torch.cat([torch.arange(first + group.prompt - 1, first + group.tokens)
                            for first, group in _places(groups)])
-    hidden, last = embeds, len(language.layers) - 1
+    tokens, count, last = len(embeds), len(asked_for), len(language.layers) - 1
+    padding = STEP - tokens % STEP if tokens > STEP else 0
+    if count > STEP:
+        asked_for = pad(asked_for, (0, -count % (STEP // 4)), value=tokens)  # the first such row
+    hidden, positions = pad(embeds, (0, 0, 0, padding)), pad(positions, (0, padding))
+    if is_image is not None:
+        is_image = pad(is_image, (0, padding))
+    cosines, sines = (angles[0] for angles in language.rotary_emb(hidden, positions[:, None]))
     is_checkpointed = language.training and language.layers[0].gradient_checkpointing
     for index, layer in enumerate(language.layers):
         chosen = asked_for if index == last and len(deepstack) <= last else None
@@ -108,8 +116,8 @@ def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.
         if index < len(deepstack):
             hidden = hidden + torch.zeros_like(hidden).masked_scatter(
                 is_image[:, None], deepstack[index].to(hidden.dtype))
-    hidden = hidden if len(hidden) == len(asked_for) else hidden[asked_for]
-    return _norm(language.norm, hidden)
+    hidden = hidden[asked_for] if chosen is None else hidden
+    return _norm(language.norm, hidden[:count])
 
 
 def _places(groups: Sequence[Group]) -> Iterator[tuple[int, Group]]:
@@ -124,36 +132,38 @@ def _run_layer(layer: torch.nn.Module, hidden: torch.Tensor, cosines: torch.Tens
                sines: torch.Tensor, groups: Sequence[Group], chosen: torch.Tensor | None,
                keys_and_values: list | None) -> torch.Tensor:
     """A decoder layer: (tokens, hidden) -> (tokens, hidden), or only the tokens `chosen`."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp, tokens = layer.self_attn, layer.mlp, sum(group.tokens for group in groups)
+    count = tokens if chosen is None else int((chosen < tokens).sum())
     normed = _norm(layer.input_layernorm, hidden)
     if chosen is None:
-        q, k, v = _project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = _project(normed, tokens, attention.q_proj, attention.k_proj, attention.v_proj)
     else:
-        k, v = _project(normed, attention.k_proj, attention.v_proj)
-        few, = _project(normed[chosen], attention.q_proj)
+        k, v = _project(normed, tokens, attention.k_proj, attention.v_proj)
+        few, = _project(normed[chosen], count, attention.q_proj)
         q = few.new_zeros(len(normed), few.shape[1]).index_copy(0, chosen, few)
     q, k, v = (heads.unflatten(1, (-1, attention.head_dim)) for heads in (q, k, v))
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = (_Rotation.apply(heads, cosines, sines, v.dtype) for heads in (q, k))
     if keys_and_values is not None:
-        keys_and_values.append((k, v))
+        keys_and_values.append((k[:tokens], v[:tokens]))
     with torch.autocast("cpu", enabled=False):
         mixed = _Attention.apply(q, k, v, attention.scaling, groups, chosen is not None)
     if chosen is not None:
         hidden, mixed = hidden[chosen], mixed[chosen]
-    hidden = hidden + _project(mixed, attention.o_proj)[0]
+    hidden = hidden + _project(mixed, count, attention.o_proj)[0]
     normed = _norm(layer.post_attention_layernorm, hidden)
-    gated = _GatedSilu.apply(*_project(normed, mlp.gate_proj, mlp.up_proj))
-    return hidden + _project(gated, mlp.down_proj)[0]
+    gated = _GatedSilu.apply(*_project(normed, count, mlp.gate_proj, mlp.up_proj))
+    return hidden + _project(gated, count, mlp.down_proj)[0]
 
 
 def _norm(module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return _RMSNorm.apply(hidden, module.weight, module.variance_epsilon)
 
 
-def _project(inputs: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-    """(tokens, inputs) -> each layer's outputs (tokens, outputs)."""
+def _project(inputs: torch.Tensor, count: int,
+             *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """(tokens, inputs), the first `count` no padding -> each layer's outputs (tokens, outputs)."""
     is_cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if is_cast else inputs.dtype
     adapters = [_adapter_of(layer) for layer in layers]
@@ -162,7 +172,7 @@ def _project(inputs: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tens
     scales = [adapter[2] if adapter else None for adapter in adapters]
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
     with torch.autocast("cpu", enabled=False):
-        return _Projection.apply(inputs.to(dtype), bases, scales,
+        return _Projection.apply(inputs.to(dtype), count, bases, scales,
                                  torch.cat(down) if down else None, *up)
 
 
@@ -190,13 +200,14 @@ class _Projection(torch.autograd.Function):
     """Frozen layers with the same input, and their adapters: x W^T + bias + scale * x A^T B^T.
 
     down: the adapters' A, one below the other; up: their B. A layer whose scale is None has none.
+    Adapters learn from the first `count` tokens alone: padding would change the rounding of sums.
     """
 
     @staticmethod
-    def forward(ctx, inputs, bases, scales, down, *up):
+    def forward(ctx, inputs, count, bases, scales, down, *up):
         inner = None if down is None else inputs @ down.T
         ctx.save_for_backward(inputs, inner, down, *up)
-        ctx.bases, ctx.scales = bases, scales
+        ctx.count, ctx.bases, ctx.scales = count, bases, scales
         low, b = _inner_parts(inner, up), iter(up)
         outputs = []
         for base, scale in zip(bases, scales):
@@ -219,14 +230,15 @@ class _Projection(torch.autograd.Function):
                 grad_inputs = (grad @ weight if grad_inputs is None
                                else grad_inputs.addmm_(grad, weight))
             if scale is not None:
-                grad_up.append((grad.T @ next(low)).mul_(scale))
+                grad_up.append((grad[:ctx.count].T @ next(low)[:ctx.count]).mul_(scale))
                 grad_inner.append((grad @ next(b)).mul_(scale))
         if down is None:
-            return grad_inputs, None, None, None
+            return grad_inputs, None, None, None, None
         grad_inner = grad_inner[0] if len(grad_inner) == 1 else torch.cat(grad_inner, 1)
         if grad_inputs is not None:
             grad_inputs.addmm_(grad_inner, down)
-        return grad_inputs, None, None, grad_inner.T @ inputs, *grad_up
+        grad_down = grad_inner[:ctx.count].T @ inputs[:ctx.count]
+        return grad_inputs, None, None, None, grad_down, *grad_up
 
 
 def _inner_parts(inner: torch.Tensor | None, up: Sequence[torch.Tensor]) -> Iterator:
@@ -304,7 +316,7 @@ class _Attention(torch.autograd.Function):
         # heads that share keys lie side by side: (kv_heads, shared, tokens, width)
         q = (q * scale).unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).contiguous()
         k, v = (values.transpose(0, 1).contiguous() for values in (k, v))
-        mixed = torch.empty_like(q)
+        mixed = torch.zeros_like(q)
         parts, kept = list(_parts(groups, only_asked_for)), []
         for part in parts:
             weights = part.forward(q, k, v, mixed)

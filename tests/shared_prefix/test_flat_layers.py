@@ -76,6 +76,16 @@ def test_in_bfloat16_products_it_is_as_near_to_float32(adapted, samples, monkeyp
         assert 0 < errors[0] < 1.3 * errors[1]
 
 
+@pytest.mark.slow
+def test_padding_changes_no_bit(adapted, samples, monkeypatch):
+    with torch.autocast("cpu", torch.bfloat16):
+        values, gradients = values_and_gradients(adapted, samples)
+        monkeypatch.setattr(flat_layers, "STEP", 4)
+        few_values, few_gradients = values_and_gradients(adapted, samples)
+    assert all(map(torch.equal, values, few_values))
+    assert all(map(torch.equal, gradients.values(), few_gradients.values()))
+
+
 def test_adapters_out_of_use_do_not_count(adapted, samples, monkeypatch):
     model, processor = adapted
     prompts = SampleCache(model, processor, BoxFormat(coordinates="normalized_1000")).get(samples)
