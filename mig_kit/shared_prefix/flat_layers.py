@@ -15,7 +15,7 @@ from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
 BLOCK = 192  # tokens of a prompt whose scores are computed at a time
-STEP = 256  # more tokens are padded to a multiple of it, those asked for to a quarter of it
+STEP = 256  # longer rows are padded to a multiple of it; rows of those asked for, of its quarter
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
