@@ -34,7 +34,7 @@ ALIKE = 5  # questions about the same images: all of MIG-Bench's 555 with six im
 
 
 def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Workload, group: int,
-                    repeats: int) -> dict:
+                    repeats: int, name: str) -> dict:
     """`group` replies of `load.tokens` tokens to every question, from images on, side by side.
 
     Several are sampled, all questions in one batch. One is greedy: stock is asked one question at a
@@ -60,23 +60,26 @@ def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Wor
         generate_rollouts(kit.model, processor, make_cache(kit).get(samples), group, options, None,
                           hardware.autocast)
 
-    return compare_times(stock_replies, kit_replies, repeats, hardware)
+    return compare_times(stock_replies, kit_replies, repeats, hardware, name)
 
 
 def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                      repeats: int, with_step: bool = False) -> dict:
-    """rollout and train of a load, side by side; with_step: also a whole GRPO step and its memory.
+    """rollout and train of a load, side by side.
+
+    with_step: also a whole GRPO step and its memory, and a line as each comparison ends.
     """
+    names = ("rollout", "train") if with_step else ("", "")
     stock, kit = make_sides(model, hardware, load, folder)
     stock_batch, kit_batch = same_batches(stock)
     kit.roll_out()
     result = {
         "prompt_tokens": kit.prompt_tokens,
-        "rollout": compare_times(stock.roll_out, kit.roll_out, repeats, hardware),
+        "rollout": compare_times(stock.roll_out, kit.roll_out, repeats, hardware, names[0]),
         "train": compare_times(lambda: stock.learn(stock_batch), lambda: kit.learn(kit_batch),
-                               repeats, hardware)}
+                               repeats, hardware, names[1])}
     if with_step:
-        result["grpo_step"] = compare_times(stock.step, kit.step, repeats, hardware)
+        result["grpo_step"] = compare_times(stock.step, kit.step, repeats, hardware, "grpo_step")
         result["peak_mem_mb"] = {"stock": peak_memory(stock.step, hardware),
                                  "kit": peak_memory(kit.step, hardware)}
     return result
@@ -113,8 +116,8 @@ def run_sweep(model: str | Path, hardware: Hardware, loads: list[Workload], fold
 
 def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                  repeats: int) -> dict:
-    """All six comparisons at one load, the memory of a whole step, and how far the gradients are
-    apart in float32 (one prompt).
+    """All six comparisons at one load, a line each as they end, the memory of a whole step, and how
+    far the gradients are apart in float32 (one prompt).
 
     Rejection sampling has as many questions as a step; "evaluate" four times as many, about images
     of their own; "evaluate_alike" five times as many, ALIKE about the same images each.
@@ -133,13 +136,13 @@ def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: 
                                       ("evaluate", 1, 4 * load.prompts, 1),
                                       ("evaluate_alike", 1, ALIKE * load.prompts, ALIKE)):
         result[name] = compare_replies(stock, kit, make_questions(load, count, alike), load, group,
-                                       (repeats + 1) // 2)
+                                       (repeats + 1) // 2, name)
     return result
 
 
 def headline_text(result: dict, load: Workload) -> str:
-    """The result of `run_headline` in a few lines, with the share of the matrix rate if it is
-    there, under "utilisation".
+    """What was measured, and what `run_headline` has not printed: memory, gradients, and the share
+    of the matrix rate if it is there, under "utilisation".
     """
     memory = result["peak_mem_mb"]
     tokens = count_tokens(result["prompt_tokens"], load.group, load.tokens)
@@ -147,13 +150,9 @@ def headline_text(result: dict, load: Workload) -> str:
              f"({result['prompt_tokens']} tokens), {load.group} replies of {load.tokens} tokens to "
              f"each; {result['hardware']}",
              f"formula G(P + R)/(P + GR): {tokens['stock'] / tokens['kit']:.1f} times fewer tokens "
-             "to read"]
-    for stage in STAGES:
-        times = result[stage]
-        lines.append(f"{stage:<14} stock {times['stock_s']:8.3f} s   kit {times['kit_s']:8.3f} s   "
-                     f"{times['ratio']:6.1f} times as fast")
-    lines.append(f"memory of a step: stock {memory['stock']:.0f} MiB, kit {memory['kit']:.0f} MiB")
-    lines.append(f"gradients apart by {result['grad_rel_error']:.1e} (relative, float32)")
+             "to read",
+             f"memory of a step: stock {memory['stock']:.0f} MiB, kit {memory['kit']:.0f} MiB",
+             f"gradients apart by {result['grad_rel_error']:.1e} (relative, float32)"]
     if "utilisation" in result:
         used = result["utilisation"]
         lines.append(f"{100 * used['share']:.0f} % of this machine's matrix rate "

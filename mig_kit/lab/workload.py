@@ -83,13 +83,19 @@ def _wait_for_device(hardware: Hardware) -> None:
 
 
 def compare_times(stock: Callable[[], object], kit: Callable[[], object], repeats: int,
-                  hardware: Hardware) -> dict:
-    """Both calls, warmed up, in turns: medians in seconds, their ratio, fastest and slowest."""
+                  hardware: Hardware, name: str = "") -> dict:
+    """Both calls, warmed up, in turns: medians in seconds, their ratio, fastest and slowest.
+
+    name: of the comparison, whose line is then printed.
+    """
     stock()
     kit()
     pairs = [(time_call(stock, hardware), time_call(kit, hardware)) for _ in range(repeats)]
     stock_seconds, kit_seconds = zip(*pairs)
     stock_median, kit_median = statistics.median(stock_seconds), statistics.median(kit_seconds)
+    if name:
+        print(f"{name:<14} stock {stock_median:8.3f} s   kit {kit_median:8.3f} s   "
+              f"{stock_median / kit_median:6.1f} times as fast", flush=True)
     return {
         "stock_s": round(stock_median, 4), "kit_s": round(kit_median, 4),
         "ratio": round(stock_median / kit_median, 2),
