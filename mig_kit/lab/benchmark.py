@@ -65,9 +65,8 @@ def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Wor
 
 def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                      repeats: int, with_step: bool = False) -> dict:
-    """rollout and train of a load, side by side.
-
-    with_step: also a whole GRPO step and its memory, and a line as each comparison ends.
+    """rollout and train of a load, side by side; with_step: also a whole GRPO step and its memory,
+    and a printed line for each comparison.
     """
     names = ("rollout", "train") if with_step else ("", "")
     stock, kit = make_sides(model, hardware, load, folder)

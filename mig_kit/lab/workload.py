@@ -84,9 +84,8 @@ def _wait_for_device(hardware: Hardware) -> None:
 
 def compare_times(stock: Callable[[], object], kit: Callable[[], object], repeats: int,
                   hardware: Hardware, name: str = "") -> dict:
-    """Both calls, warmed up, in turns: medians in seconds, their ratio, fastest and slowest.
-
-    name: of the comparison, whose line is then printed.
+    """Both calls, warmed up, in turns: medians in seconds, their ratio, fastest and slowest. They
+    are also printed under a `name`.
     """
     stock()
     kit()

@@ -25,8 +25,8 @@ def test_some_questions_are_about_the_same_images():
 
 
 def test_turns_are_timed(float32, capsys):
-    times = workload.compare_times(lambda: time.sleep(0.03), lambda: time.sleep(0.01), 3, float32,
-                                   "train")
+    calls = lambda: time.sleep(0.03), lambda: time.sleep(0.01)
+    times = workload.compare_times(*calls, 3, float32, "train")
     assert capsys.readouterr().out.startswith("train          stock    0.03")
     assert 1.5 < times["ratio"] < 4 and times["stock_spread"][0] >= 0.03
     assert times["kit_spread"][1] >= times["kit_s"]
