@@ -27,7 +27,7 @@ def test_some_questions_are_about_the_same_images():
 def test_turns_are_timed(float32, capsys):
     calls = lambda: time.sleep(0.03), lambda: time.sleep(0.01)
     times = workload.compare_times(*calls, 3, float32, "train")
-    assert capsys.readouterr().out.startswith("train          stock    0.03")
+    assert capsys.readouterr().out.startswith("train          stock    0.")
     assert 1.5 < times["ratio"] < 4 and times["stock_spread"][0] >= 0.03
     assert times["kit_spread"][1] >= times["kit_s"]
 
