@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from mig_kit import LATE
-from mig_kit.common import write_json
+from mig_kit.common import NOTEBOOKS, write_json
 from mig_kit.data.commands import data
 from mig_kit.engine.commands import absolute_folder, eval_command, ground
 from mig_kit.pipeline import store
@@ -53,6 +53,8 @@ def stage_name(text: str) -> str:
     """A stage from its number or name ("5", "05", "grpo", "05_grpo")."""
     for stage in store.STAGES:
         if text in (stage, stage[3:]) or text.zfill(2) == stage[:2]:
+            if not (NOTEBOOKS / f"{stage}.ipynb").is_file():
+                raise click.UsageError(f"{stage} comes with a clone of the repository alone")
             return stage
     raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(store.STAGES)}")
 

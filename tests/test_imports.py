@@ -36,7 +36,9 @@ READS_STAGES = {"compare": {"evaluate", "evaluated_runs", "report"},
                 "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate"}}
 # the notebook-less 06 judges real benchmarks, and 06's key holds the images that they name
 READS_SCORING = {"stages.eval_model"}
-MODULE_OF_STAGE = {"08_benchmark": "lab/benchmark", "90_tiny_base": "lab/tiny_base"}
+OTHER_HOMES = {  # module and test of a stage that is none of the recipe
+    "08_benchmark": ("mig_kit/lab/benchmark.py", "tests/lab/test_benchmark.py"),
+    "90_tiny_base": ("notebooks/tiny_base/training.py", "tests/test_tiny_base.py")}
 
 
 def module_name(path):
@@ -120,8 +122,7 @@ def test_packages_are_the_wings():
 
 def test_one_number_one_notebook_one_module_one_test():
     for stage in store.STAGES:
-        module = MODULE_OF_STAGE.get(stage, f"stages/{stage[3:]}")
-        wing, _, name = module.partition("/")
-        for path in (f"notebooks/{stage}.ipynb", f"mig_kit/{module}.py",
-                     f"tests/{wing}/test_{name}.py"):
+        module, test = OTHER_HOMES.get(stage, (f"mig_kit/stages/{stage[3:]}.py",
+                                               f"tests/stages/test_{stage[3:]}.py"))
+        for path in (f"notebooks/{stage}.ipynb", module, test):
             assert (PROJECT_ROOT / path).is_file(), path

@@ -143,3 +143,6 @@ def test_a_wheel_works_outside_the_repository(tmp_path, monkeypatch):
     assert "01_synthesize" in run("status", "mine")
     assert "learning_rate" in run("params", "5", "--profile", "qwen2_5_vl_7b")
     assert "own_data.md" in run("data", "check", "--help")
+    process = subprocess.run([python.with_name("mig-kit"), "run", "90"], cwd=work, text=True,
+                             capture_output=True)
+    assert "90_tiny_base comes with a clone of the repository alone" in process.stderr

@@ -19,6 +19,7 @@ from mig_kit.common import NOTEBOOKS, PACKAGE, digest_json, file_sha256
 
 Name = tuple[str, str]  # (module, definition); (module, "") is the module itself
 
+BASE_CODE = "tiny_base"  # what made the tiny base, beside notebook 90
 PLUMBING = "mig_kit.pipeline"
 # what no result follows from: packages and modules that keep runs, show something or check it
 NOT_PART_OF_A_KEY = (
@@ -91,7 +92,9 @@ def _find_definitions(names: Iterable[Name], stage: str,
 
 
 def _module_path(module: str) -> Path:
-    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    root, *parts = module.split(".")
+    folder = NOTEBOOKS / root if root == BASE_CODE else PACKAGE
+    return folder.joinpath(*parts).with_suffix(".py")
 
 
 def _files_beside(module: str) -> list[Path]:
@@ -110,7 +113,9 @@ def _definitions(path: Path) -> dict[str, tuple[str, frozenset[Name]]]:
 @cache
 def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozenset[Name]]]:
     tree = _parse(path.read_text())
-    module = ".".join(("mig_kit", *path.relative_to(PACKAGE).with_suffix("").parts))
+    is_kit = path.is_relative_to(PACKAGE)
+    parts = path.relative_to(PACKAGE if is_kit else NOTEBOOKS).with_suffix("").parts
+    module = ".".join(("mig_kit", *parts) if is_kit else parts)
     statements = [pair for statement in tree.body for pair in _split_choice(statement)]
     defined = {name for names, _ in statements for name in names}
     imported = _imports(tree)
@@ -162,7 +167,8 @@ def _defined_names(statement: ast.stmt) -> list[str]:
 
 
 def _is_kit_import(node: ast.AST) -> bool:
-    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mig_kit"
+    return isinstance(node, ast.ImportFrom) and (
+        (node.module or "").split(".")[0] in ("mig_kit", BASE_CODE))
 
 
 def _imports(tree: ast.AST) -> dict[str, Name]:

@@ -20,9 +20,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mig_kit.boxes import BoxFormat, smart_resize
 from mig_kit.engine import models, training
-from mig_kit.lab import gpu_needs, vocabulary
+from mig_kit.lab import gpu_needs
 from mig_kit.prompts import chat_messages, format_answer, format_box, parse_reply
 from mig_kit.sample import Sample
+from tiny_base import vocabulary
 
 LIMITS = {"shortest_edge": 3136, "longest_edge": 401408}
 TOWER_2_5 = dict(

@@ -18,9 +18,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine import model_folders, models, training
-from mig_kit.lab.tiny_base import save_base
 from mig_kit.prompts import chat_messages
 from mig_kit.world.tasks import make_sample
+from tiny_base.training import save_base
 
 STOCK = dict.fromkeys(("qwen3_vl", *RELATIVES), "Qwen3VLProcessor") | {
     "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}

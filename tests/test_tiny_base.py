@@ -9,12 +9,19 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.engine import models
-from mig_kit.lab import curriculum, lesson_batches, tiny_base, vision, vocabulary
 from mig_kit.prompts import parse_reply
 from mig_kit.shared_prefix import attention
-from mig_kit.world import lessons, puzzles
 from mig_kit.world.scenes import PLAIN, UNSEEN_PAIRS, Object, Scene, object_cell
 from mig_kit.world.specs import list_image_note
+from tiny_base import (
+    curriculum,
+    lesson_batches,
+    lessons,
+    puzzles,
+    training,
+    vision,
+    vocabulary,
+)
 
 
 def draw_album(rng, images):
@@ -120,9 +127,9 @@ def test_short_and_long_dialogues_apart_teach_the_same(random_model, writer):
     def learn(is_split):
         random_model.zero_grad()
         if is_split:
-            figures = tiny_base.add_gradients(random_model, batch, None, False)
+            figures = training.add_gradients(random_model, batch, None, False)
         else:
-            loss, figures = tiny_base.language_loss(random_model, batch, None)
+            loss, figures = training.language_loss(random_model, batch, None)
             loss.backward()
         language = random_model.model.language_model
         return torch.cat([p.grad.flatten() for p in language.parameters()]), float(figures[0])
@@ -182,13 +189,13 @@ def test_a_course_teaches_and_a_run_goes_on_behind_it(processor, tmp_path):
     model = small_model()
     model.model.visual.requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    curve = tiny_base.train_language(model, processor.tokenizer, tmp_path, SHORT_COURSE, steps=2,
+    curve = training.train_language(model, processor.tokenizer, tmp_path, SHORT_COURSE, steps=2,
                                      **SMALL)
     changed = {name.split(".")[1] for name, parameter in model.named_parameters()
                if not torch.equal(parameter, before[name])}
     assert changed == {"language_model"} and curve[-1]["step"] == 2
     fresh = small_model()
-    again = tiny_base.train_language(fresh, processor.tokenizer, tmp_path, SHORT_COURSE, steps=2,
+    again = training.train_language(fresh, processor.tokenizer, tmp_path, SHORT_COURSE, steps=2,
                                      **SMALL)
     weights = fresh.state_dict()
     assert again == curve

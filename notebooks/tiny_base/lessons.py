@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import CHOICE_INSTRUCTION, GROUNDING_INSTRUCTION, format_answer, format_box
-from mig_kit.world.puzzles import KINDS, Puzzle, make_puzzle
 from mig_kit.world.scenes import (
     PLAIN,
     Appearance,
@@ -24,6 +23,7 @@ from mig_kit.world.scenes import (
     random_size,
 )
 from mig_kit.world.tasks import EXTREMES, find_extreme
+from tiny_base.puzzles import KINDS, Puzzle, make_puzzle
 
 
 class Option(str):

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from mig_kit.drawing.palette import FRAME, INK
 from mig_kit.drawing.pictures import stack
-from mig_kit.world.puzzles import HARD_KINDS, KINDS, LOOSE_KINDS
 from mig_kit.world.scenes import Scene, grid_size, render_scene
+from tiny_base.puzzles import HARD_KINDS, KINDS, LOOSE_KINDS
 
 
 class Mix(NamedTuple):

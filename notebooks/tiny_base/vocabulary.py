@@ -9,7 +9,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import Qwen2TokenizerFast
 
 from mig_kit.prompts import GROUNDING_INSTRUCTION, image_label
-from mig_kit.world.lessons import (
+from mig_kit.world.scenes import PLAIN
+from mig_kit.world.tasks import TASKS
+from tiny_base.lessons import (
     Option,
     Turn,
     album,
@@ -17,8 +19,6 @@ from mig_kit.world.lessons import (
     text_turns,
     visual_turns,
 )
-from mig_kit.world.scenes import PLAIN
-from mig_kit.world.tasks import TASKS
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>", "<|box_start|>", "<|box_end|>")

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 
 from mig_kit.common import progress_bar
-from mig_kit.lab.vision import image_processor
-from mig_kit.lab.vocabulary import TokenRow, Writer
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
-from mig_kit.world.lessons import (
+from mig_kit.world.scenes import Scene, render_scene
+from tiny_base.lessons import (
     Turn,
     album,
     clip_to_image,
@@ -20,8 +19,9 @@ from mig_kit.world.lessons import (
     text_turns,
     visual_turns,
 )
-from mig_kit.world.puzzles import KINDS
-from mig_kit.world.scenes import Scene, render_scene
+from tiny_base.puzzles import KINDS
+from tiny_base.vision import image_processor
+from tiny_base.vocabulary import TokenRow, Writer
 
 
 class SeenImage(NamedTuple):

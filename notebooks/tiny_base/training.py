@@ -24,8 +24,13 @@ from mig_kit.common import file_sha256, progress_bar, release_memory, write_atom
 from mig_kit.engine.models import Hardware, PatchProduct, load_policy, tiny_config
 from mig_kit.engine.processors import StillImageProcessor
 from mig_kit.engine.reply_files import greedy_replies
-from mig_kit.lab.curriculum import Curriculum
-from mig_kit.lab.lesson_batches import (
+from mig_kit.shared_prefix import attention
+from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
+from mig_kit.stages.evaluate import summarize_suite
+from mig_kit.world.scenes import COLOURS, SHAPES
+from mig_kit.world.suites import SUITES, make_suite
+from tiny_base.curriculum import Curriculum
+from tiny_base.lesson_batches import (
     Batch,
     SeenImage,
     encode_albums,
@@ -34,14 +39,9 @@ from mig_kit.lab.lesson_batches import (
     total_weight,
     visual_batch,
 )
-from mig_kit.lab.supervision import AttentionSupervision
-from mig_kit.lab.vision import RESTART, codes, image_processor
-from mig_kit.lab.vocabulary import IMAGE_TOKEN, Writer
-from mig_kit.shared_prefix import attention
-from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
-from mig_kit.stages.evaluate import summarize_suite
-from mig_kit.world.scenes import COLOURS, SHAPES
-from mig_kit.world.suites import SUITES, make_suite
+from tiny_base.supervision import AttentionSupervision
+from tiny_base.vision import RESTART, codes, image_processor
+from tiny_base.vocabulary import IMAGE_TOKEN, Writer
 
 VOCABULARY = 640
 MUON = 2.0  # the learning rate of its matrices, as a multiple of all other weights'
