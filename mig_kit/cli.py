@@ -35,8 +35,10 @@ def main() -> None:
         words = "the same command without --force" if "--force" in sys.argv else "the same command"
         sys.exit(f"interrupted; {words} goes on where this one stopped")
     except ModuleNotFoundError as error:
-        sys.exit(f"mig-kit: {error.name} is not installed; what the stages need comes with: "
-                 "pip install 'mig-kit[notebooks]'")
+        extra = "eval" if sys.argv[1:2] in (["score"], ["data"], ["eval"], ["ground"]) else (
+            "notebooks")
+        sys.exit(f"mig-kit: {error.name} is not installed; what this needs comes with: "
+                 f"pip install 'mig-kit[{extra}]'")
     except OSError as error:
         sys.exit(f"mig-kit: {describe_os_error(error)}")
     except (ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:

@@ -11,11 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
-from datasets import Features, List, Value
 from PIL import Image
 
 from mig_kit.boxes import Box
@@ -26,17 +22,6 @@ ROWS_PER_GROUP = 64
 BYTES_PER_GROUP = 2**22  # of embedded images
 CACHED_GROUPS = 32  # of a table, that are kept in memory
 REMEDY = "delete it and run its stage again with --force"
-
-SAMPLE_FEATURES = Features({
-    "id": Value("string"), "suite": Value("string"), "task": Value("string"),
-    "split": Value("string"), "images": List(datasets.Image()),
-    "sizes": List(List(Value("int32"))), "question": Value("string"),
-    "target_images": List(Value("int32")), "target_boxes": List(List(Value("float32"))),
-    "reference": List(Value("float32")), "options": List(Value("string")),
-    "letter": Value("string"), "notes": List(Value("string")), "finding": Value("string"),
-    "find_all": Value("bool")})
-TRACE_FEATURES = Features({**SAMPLE_FEATURES, "reply": Value("string"),
-                           "detail": Value("string"), "error": Value("string")})
 
 
 class Target(NamedTuple):
@@ -97,6 +82,22 @@ class Trace:
     error: str
 
 
+def table_schema(with_traces: bool):
+    """The pyarrow schema of a table of samples, or of samples with their traces.
+
+    datasets and pyarrow are imported late: scoring and checking data need neither.
+    """
+    from datasets import Features, Image, List, Value
+
+    text, number, coordinates = Value("string"), Value("int32"), List(Value("float32"))
+    columns = {"id": text, "suite": text, "task": text, "split": text, "images": List(Image()),
+               "sizes": List(List(number)), "question": text, "target_images": List(number),
+               "target_boxes": List(coordinates), "reference": coordinates, "options": List(text),
+               "letter": text, "notes": List(text), "finding": text, "find_all": Value("bool")}
+    trace = dict.fromkeys(("reply", "detail", "error"), text) if with_traces else {}
+    return Features(columns | trace).arrow_schema
+
+
 def encode_images(images: Sequence[Image.Image], folder: Path) -> list[dict]:
     """Images as a table in `folder` holds them, in the form of `datasets.Image`.
 
@@ -146,9 +147,11 @@ class SampleWriter:
     """
 
     def __init__(self, path: Path, with_traces: bool = False):
+        from pyarrow import parquet
+
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
-        self.schema = (TRACE_FEATURES if with_traces else SAMPLE_FEATURES).arrow_schema
-        self.file = pyarrow.parquet.ParquetWriter(self.temporary, self.schema)
+        self.schema = table_schema(with_traces)
+        self.file = parquet.ParquetWriter(self.temporary, self.schema)
         self.rows: list[dict] = []
         self.n_bytes = self.n_written = 0
 
@@ -164,8 +167,10 @@ class SampleWriter:
             self._write_group()
 
     def _write_group(self) -> None:
+        from pyarrow import Table
+
         if self.rows:
-            self.file.write_table(pyarrow.Table.from_pylist(self.rows, schema=self.schema))
+            self.file.write_table(Table.from_pylist(self.rows, schema=self.schema))
         self.rows, self.n_bytes = [], 0
 
     def close(self) -> None:
@@ -205,11 +210,13 @@ class TableRows(Sequence):
 
     def __init__(self, path: Path, convert: Callable[[dict, Path], object],
                  columns: Sequence[str] | None = None, rows: Sequence[int] | None = None):
+        from pyarrow import parquet
+
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; run the stage that writes it")
         self.path, self.convert, self.columns = path, convert, columns
         with name_broken_table(path, REMEDY):
-            self.file = pyarrow.parquet.ParquetFile(path)
+            self.file = parquet.ParquetFile(path)
         metadata = self.file.metadata
         if "sizes" not in self.file.schema_arrow.names:
             raise ValueError(f"{path} is no table of the kit's samples; run 01_synthesize again")
@@ -245,7 +252,7 @@ class TableRows(Sequence):
             table = self.read_group(group)
         return table.slice(row - start, 1).to_pylist()[0]
 
-    def _read_group(self, group: int) -> pyarrow.Table:
+    def _read_group(self, group: int):
         with name_broken_table(self.path, REMEDY):
             return self.file.read_row_group(group, self.columns)
 
@@ -253,9 +260,11 @@ class TableRows(Sequence):
 @contextmanager
 def name_broken_table(path: Path, remedy: str) -> Iterator[None]:
     """Turns what a cut or foreign file raises into one sentence, which ends with the remedy."""
+    from pyarrow import ArrowException
+
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise ValueError(f"{path} is cut or no parquet file; {remedy}") from error
 
 

@@ -18,10 +18,17 @@ from mig_kit.common import PACKAGE, PROJECT_ROOT
 
 PROJECT = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = [Requirement(text) for text in (*PROJECT["dependencies"], *sum(EXTRAS.values(), []))]
 PYTHONS = ("3.11.7", "3.12.0", "3.13.0", "3.14.0")
-# what the command line of `score`, `data` and `eval` imports
-CORE_MODULES = ("mig_kit.cli", "mig_kit.stages.eval_model", "mig_kit.score.run_benchmark",
-                "mig_kit.data.importers", "mig_kit.data.preview", "mig_kit.pipeline.status")
+# what `score` and `data check` import, and what `eval` does; without which packages
+OF_NOTEBOOKS = ["bitsandbytes", "trl", "papermill", "ipywidgets", "IPython", "nbconvert",
+                "nbformat"]
+MODULES = {
+    ("mig_kit.cli", "mig_kit.score.run_benchmark", "mig_kit.data.importers", "mig_kit.rewards",
+     "mig_kit.data.duplicates", "mig_kit.pipeline.status"): [
+        *OF_NOTEBOOKS, "torch", "transformers", "peft", "datasets", "pandas", "pyarrow",
+        "matplotlib", "seaborn", "openai", "jinja2", "psutil", "safetensors", "huggingface_hub"],
+    ("mig_kit.stages.eval_model", "mig_kit.data.preview"): OF_NOTEBOOKS}
 OF_UNIX = ["pwd", "grp", "fcntl"]
 
 
@@ -38,15 +45,14 @@ def read_lock(python="3.11.7"):
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_lock_is_within_the_ranges(python):
     lock = read_lock(python)
-    for text in (*PROJECT["dependencies"], *EXTRAS["notebooks"], *EXTRAS["test"]):
-        wanted = Requirement(text)
-        assert wanted.specifier.contains(lock[canonicalize_name(wanted.name)]), text
+    for wanted in REQUIREMENTS:
+        if wanted.name != "mig-kit":
+            assert wanted.specifier.contains(lock[canonicalize_name(wanted.name)]), wanted
 
 
 def test_what_overrides_private_methods_is_capped_at_what_is_tested():
     lock = read_lock()
-    for text in (*PROJECT["dependencies"], *EXTRAS["notebooks"]):
-        wanted = Requirement(text)
+    for wanted in REQUIREMENTS:
         if wanted.name in ("trl", "transformers"):
             major, minor, _ = lock[wanted.name].split(".")
             assert not wanted.specifier.contains(f"{major}.{int(minor) + 1}.0")
@@ -60,8 +66,8 @@ def test_every_import_is_declared():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
-    declared = {canonicalize_name(Requirement(text).name)
-                for text in (*PROJECT["dependencies"], *EXTRAS["notebooks"])}
+    tests = {Requirement(text).name for text in EXTRAS["test"]}
+    declared = {canonicalize_name(wanted.name) for wanted in REQUIREMENTS} - tests
     # they come with what is declared, whose types or exceptions these are
     declared |= {"beautifulsoup4", "ipython", "jupyter-client", "markupsafe", "nbformat", "httpx",
                  "pydantic", "tokenizers", "traitlets"}
@@ -73,8 +79,16 @@ def test_every_import_is_declared():
 
 
 def import_without(modules, blocked):
-    """Import modules in a process that lacks others; what it wrote to standard error."""
-    code = (f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
+    """Import modules in a process that lacks others; what it wrote to standard error.
+
+    SciPy looks into sys.modules for torch, so a finder hides that.
+    """
+    code = ("import sys\n"
+            "class Hidden:\n"
+            "    def find_spec(self, name, *_):\n"
+            f"        if name == 'torch' and 'torch' in {blocked!r}: raise ImportError(name)\n"
+            "sys.meta_path.insert(0, Hidden())\n"
+            f"sys.modules.update(dict.fromkeys(set({blocked!r}) - {{'torch'}}))\n"
             + "\n".join(f"import {module}" for module in modules))
     # filelock warns where it finds neither fcntl nor Windows
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
@@ -82,9 +96,9 @@ def import_without(modules, blocked):
 
 
 @pytest.mark.slow
-def test_the_core_imports_no_extra_and_nothing_of_linux_alone():
-    extras = ["bitsandbytes", "trl", "papermill", "ipywidgets", "IPython", "nbconvert", "nbformat"]
-    assert not import_without(CORE_MODULES, [*extras, *OF_UNIX])
+@pytest.mark.parametrize("modules", MODULES)
+def test_what_needs_no_extra_imports_none_and_nothing_of_linux_alone(modules):
+    assert not import_without(modules, [*MODULES[modules], *OF_UNIX])
 
 
 @pytest.mark.slow
@@ -94,14 +108,22 @@ def test_nothing_is_of_linux_alone():
     assert not import_without(modules, OF_UNIX)
 
 
-def test_a_missing_extra_is_named(tmp_path):
-    code = ("import sys; sys.modules['papermill'] = None; sys.argv[1:] = ['run', '00']\n"
-            "from mig_kit.cli import main; main()")
+@pytest.mark.parametrize("code,lacking,sentence", [
+    ("cli", "papermill", "mig-kit: papermill is not installed; what this needs comes with: "
+                         "pip install 'mig-kit[notebooks]'"),
+    ("cli", "jinja2", "mig-kit: jinja2 is not installed; what this needs comes with: "
+                      "pip install 'mig-kit[eval]'"),
+    ("shared_prefix.trainer", "transformers",
+     "ModuleNotFoundError: transformers is not installed; mig_kit.shared_prefix needs: "
+     "pip install 'mig-kit[trainer]'")])
+def test_a_missing_extra_is_named(code, lacking, sentence, tmp_path):
+    words = {"papermill": ["run", "00"], "jinja2": ["data", "preview", "mine.jsonl"]}.get(lacking)
+    (tmp_path / "mine.jsonl").write_text("{}")
+    code = (f"import sys; sys.modules[{lacking!r}] = None; sys.argv[1:] = {words or []!r}\n"
+            f"import mig_kit.{code} as module; {'module.main()' if words else ''}")
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                             env={**os.environ, "MIG_KIT_RUNS": str(tmp_path)})
-    sentence = process.stderr.strip().splitlines()[-1]
-    assert sentence == ("mig-kit: papermill is not installed; what the stages need comes with: "
-                        "pip install 'mig-kit[notebooks]'")
+                             cwd=tmp_path, env={**os.environ, "MIG_KIT_RUNS": str(tmp_path)})
+    assert process.stderr.strip().splitlines()[-1] == sentence
 
 
 def make_venv(folder):
@@ -146,3 +168,27 @@ def test_a_wheel_works_outside_the_repository(tmp_path, monkeypatch):
     process = subprocess.run([python.with_name("mig-kit"), "run", "90"], cwd=work, text=True,
                              capture_output=True)
     assert "90_tiny_base comes with a clone of the repository alone" in process.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("extra,megabytes,absent", [
+    ("", 450, {"torch", "datasets", "jupyterlab", "matplotlib"}),
+    ("[trainer]", 2500, {"jupyterlab", "matplotlib", "openai", "papermill"}),
+    ("[eval]", 2500, {"jupyterlab", "papermill", "trl"})])
+def test_each_extra_in_a_venv_of_its_own(extra, megabytes, absent, tmp_path):
+    venv.create(tmp_path, with_pip=True)
+    pip = [tmp_path / "bin" / "pip", "--quiet", "--disable-pip-version-check", "install"]
+    torch = next(f"{wanted.name}{wanted.specifier}" for wanted in (
+        Requirement(line) for line in (PROJECT_ROOT / "requirements.lock").read_text().splitlines()
+        if line.startswith("torch==")))
+    if extra and subprocess.run([*pip, "--no-deps", f"{torch}+cpu"]).returncode:
+        subprocess.run([*pip, torch], check=True)
+    subprocess.run([*pip, f"{PROJECT_ROOT}{extra}"], check=True)
+    packages = tmp_path / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    sizes = sum(path.stat().st_size for path in packages.rglob("*") if path.is_file())
+    assert sizes < megabytes * 1e6
+    assert not absent & {path.name for path in packages.iterdir()}
+    module = {"": "mig_kit.score.run_benchmark", "[trainer]": "mig_kit.shared_prefix.trainer",
+              "[eval]": "mig_kit.stages.eval_model"}[extra]
+    subprocess.run([tmp_path / "bin" / "python", "-c", f"import {module}"], cwd=tmp_path,
+                   check=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ijson
-import pyarrow.parquet
 
 from mig_kit.common import MAX_LINE, iter_lines
 from mig_kit.sample import name_broken_table
@@ -158,8 +157,10 @@ def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:
 
 def _iter_rows(path: Path) -> Iterator[dict]:
     """The rows of a parquet table, without their empty cells."""
+    from pyarrow import parquet  # of an extra
+
     with name_broken_table(path, "download it again"):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=16):
             for row in batch.to_pylist():
                 yield {key: value for key, value in row.items() if value is not None}
 
