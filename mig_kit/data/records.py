@@ -3,6 +3,7 @@ table. Every other kind of file is refused with what it is and the way in.
 """
 
 import json
+import mmap
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +13,15 @@ from pathlib import Path
 import ijson
 import pyarrow.parquet
 
-from mig_kit.common import MAX_LINE, iter_lines
+from mig_kit.common import LFS_POINTER, MAX_LINE, is_lfs_pointer, iter_lines
 from mig_kit.sample import name_broken_table
 
 MAX_JSON_DEPTH = 32
 MAX_NAMES = 5  # of what is left out, per reason
+# an escape for one half of a character beyond U+FFFF without the other
+HALF_EMOJI = re.compile(
+    rb"\\u[dD](?<!\\\\u[dD])(?:[89abAB]..(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)", re.DOTALL)
 BYTE_ORDER_MARK, PARQUET = b"\xef\xbb\xbf", b"PAR1"
 
 
@@ -127,6 +132,8 @@ def _read_opening(path: Path) -> bytes:
 def require_records(path: Path) -> None:
     """ValueError, with the way in, unless a file begins as JSON or a parquet table does."""
     opening = _read_opening(path)
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} {LFS_POINTER}")
     if opening and not opening.startswith((PARQUET, b"{", b"[")):
         raise ValueError(f"{path} is neither JSON in UTF-8 nor parquet; unpack it, or save its "
                          "records as JSON, one object a line (pandas: to_json(..., "
@@ -170,6 +177,8 @@ def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
     prefix: ijson's name of the elements, "images.item" for those of a list under the key "images".
     ValueError, with the remedy, if the file is broken.
     """
+    if path.stat().st_size:
+        _refuse_half_emoji(path)
     try:
         with path.open("rb") as file:
             file.seek(3 if file.read(3) == BYTE_ORDER_MARK else 0)
@@ -179,6 +188,15 @@ def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
         reason = str(error)[:80]
         raise ValueError(f"{path} is cut or no JSON ({reason}); save or download it "
                          "again") from error
+
+
+def _refuse_half_emoji(path: Path) -> None:
+    """ValueError where the file holds half a surrogate pair, which ijson would read as "?"."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if half := HALF_EMOJI.search(content):
+            before = content[max(0, half.start() - 40):half.start()].decode(errors="replace")
+            raise ValueError(f"{path} holds half an emoji, {half[0].decode(errors='replace')}, after "
+                             f"{before!r}; write the whole character, or take it out")
 
 
 def _limit_depth(events: Iterator, path: Path) -> Iterator:

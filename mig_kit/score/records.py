@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-from mig_kit.common import MAX_LINE, iter_lines
+from mig_kit.common import LFS_POINTER, MAX_LINE, is_lfs_pointer, iter_lines
 from mig_kit.score.annotations import BenchmarkItem, count_and_list
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -72,6 +72,8 @@ def _require_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or "
                                 "written")
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} {LFS_POINTER}")
 
 
 def _read_table(path: Path) -> list[dict]:

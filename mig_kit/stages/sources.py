@@ -93,6 +93,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
                 images = LazyImages(tuple(store.add(image.content)
                                           for image in sample.images.encoded))
             except BadImage as error:
+                if error.reason != "unreadable image":
+                    raise
                 report.add(error.reason, f"{sample.id}: {error}")
                 continue
             report.kept += 1
