@@ -34,17 +34,20 @@ def check(file: Path, root: Path | None, profile: str | None) -> None:
     says what is in one.
     """
     from mig_kit.data import own_data, records
+    from mig_kit.data.remarks import Remarks
 
-    total = wrong = 0
+    total, wrong, remarks = 0, 0, Remarks()
     measure = _prompt_measure(profile) if profile else None
     word = records.entry_word(file)
-    for number, problems in own_data.check_file(file, root or file.parent, measure):
+    for number, problems in own_data.check_file(file, root or file.parent, measure, remarks):
         total += 1
         wrong += bool(problems)
         if problems and wrong <= SHOWN:
             click.echo(f"{word} {number}: {'; '.join(problems)}")
     more = f" (the first {SHOWN} shown)" if wrong > SHOWN else ""
     click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}")
+    for sentence in remarks.sentences():
+        click.echo(f"remark: {sentence}")
     if not total:
         raise ValueError(f"{file} has no {word}; write one JSON object a line, a question each")
     if wrong:
