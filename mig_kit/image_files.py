@@ -89,8 +89,8 @@ def _resolve(path: Path) -> Path:
 
 
 def is_regular_file(path: Path) -> bool:
-    """True for a regular file; a name that the file system cannot hold is no file. OSError where the
-    system does not say, for want of rights or of the disk.
+    """True for a regular file; a name that the file system cannot hold is no file. OSError where
+    the system does not say, for want of rights or of the disk.
     """
     try:
         return path.is_file()

@@ -12,18 +12,19 @@ As read in the projects' own documentation:
 - EasyR1, verl and ms-swift's GRPO: the answer stands beside the conversation, as `answer`,
   `solution` or verl's `reward_model`.
 
-A turn of question and answer becomes a line, or one for every image that its boxes are in. What
-stays unclear is a Problem, never guessed.
+A turn of question and answer becomes a line, or one for every image that its boxes are in; a later
+one that leans on the turns before does not. What stays unclear is a Problem, never guessed.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from itertools import chain
 
 from mig_kit.boxes import Coordinates
-from mig_kit.data.image_mentions import asked_numbers, numbers_of_boxes
-from mig_kit.data.line_checks import IMAGE_TAG
-from mig_kit.data.records import ImportRules, require
+from mig_kit.data.image_mentions import asked_numbers, is_follow_up, numbers_of_boxes
+from mig_kit.data.line_checks import BOXES_ALONE, IMAGE_TAG
+from mig_kit.data.records import ImportRules, Problem, require
 
 MAX_TEXT = 20_000  # characters of a turn
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant", "model")
@@ -39,6 +40,15 @@ BOX = re.compile(
     rf"|\({_NUMBER},{_NUMBER}\)\s{{0,3}},?\s{{0,3}}\({_NUMBER},{_NUMBER}\))"
     r"(?:\s{0,3}\])?(?:<\|box_end\|>|</box>)?")
 TEXT_TAGS = re.compile(r"<\|object_ref_(?:start|end)\|>|</?(?:ref|p)>")
+SPEAKS_OF_BOXES = re.compile(
+    r"box|coordinate|normali[sz]ed|pixel|\b1000\b|\b[xy][ _-]?(?:min|max|1|2|first)\b",
+    re.IGNORECASE)
+# boxes that are not x1, y1, x2, y2: y first, or a corner or centre and a size
+OTHER_ORDER = re.compile(
+    r"\by(?:\s|-)*(?:comes\s+)?first\b|\by[\s_]?(?:min|1|0)[\s,;\"'/]{1,4}x[\s_]?(?:min|1|0)\b"
+    r"|[\[({<]\W{0,2}(?:y|top\W{0,2},\s?left)\W{0,2},|\byxyx\b|\bc?xywh\b|(?<!b)box_2d"
+    r"|cent(?:er|re)[\s_-]x\b|\b(?:c?x|left|x_?\w{1,6})\W{1,4}(?:c?y|top|y_?\w{1,6})\W{1,4}"
+    r"(?:and\s+)?w(?:idth)?\b", re.IGNORECASE)
 PLACEHOLDER = re.compile(r"<ref-object>|<bbox>")
 TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s*"
                            r"<image(?: [0-9]{1,3})?>)+", re.IGNORECASE)
@@ -57,9 +67,9 @@ class Turn:
     earlier_tags: int
 
 
-def conversation_lines(record: dict, rules: ImportRules) -> list[dict]:
-    """A record's questions as lines of own data, without ids, their images as the record has them;
-    raises Problem.
+def conversation_lines(record: dict, rules: ImportRules) -> list[dict | Problem]:
+    """A record's questions as lines of own data, without ids, their images as the record has them,
+    and why turns are left out; Problem where the whole record is.
     """
     images = record.get("images", record.get("image"))
     images = images if isinstance(images, list) else [] if images is None else [images]
@@ -70,10 +80,37 @@ def conversation_lines(record: dict, rules: ImportRules) -> list[dict]:
     objects = record.get("objects")
     turns = (_swift_turns(texts, objects, rules, len(images)) if objects is not None
              else _text_turns(texts, rules))
-    turns = [turn for turn in turns if turn.answers]
-    require(bool(turns), "no answer holds a box; a question of own data needs one, or the keys "
-                         "options and letter")
-    return [line for turn in turns for line in turn_lines(turn, images, rules.several)]
+    require(any(turn.answers for turn in turns), "no answer holds a box; a question of own data "
+                                                 "needs one, or the keys options and letter")
+    rule = _box_rule(record)
+    for text in [rule, *chain(*texts)]:
+        require_usual_order(text)
+    lines: list[dict | Problem] = []
+    for number, turn in enumerate(turns):
+        try:
+            lines += [line | ({"box_rule": rule} if rule else {})
+                      for line in turn_lines(turn, images, rules.several, number > 0)
+                      ] if turn.answers else []
+        except Problem as problem:
+            lines.append(problem)
+    return lines
+
+
+def _box_rule(record: dict) -> str:
+    """What a record's system says of boxes, on one line; "" if nothing."""
+    turns = chain(*(record[key] for key in TALKS if isinstance(record.get(key), list)))
+    texts = [record.get("system"), *(
+        turn.get("content", turn.get("value")) for turn in turns
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) == "system")]
+    text = " ".join(" ".join(str(_content_text(text, [])) for text in texts if text).split())
+    return text if SPEAKS_OF_BOXES.search(text) else ""
+
+
+def require_usual_order(text: str) -> None:
+    """Raise as `require` where a text says that boxes are not written x1, y1, x2, y2."""
+    match = OTHER_ORDER.search(text)
+    require(match is None, "the boxes are not written as x1, y1, x2, y2, which alone is read; "
+                           f"rewrite them, and take {match and match[0]!r} out of the texts")
 
 
 def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
@@ -83,7 +120,7 @@ def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
     messages = next((record[key] for key in TALKS if record.get(key)), None)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    require(isinstance(messages, list) and bool(messages),
+    require(isinstance(messages, list) and bool(messages), BOXES_ALONE if "objects" in record else
             "'messages' or 'conversations' must be a list of turns")
     require(all(isinstance(message, dict) for message in messages),
             "a turn must be an object with its role and text")
@@ -244,11 +281,13 @@ def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
     return {"image": numbers[0], "boxes": boxes}
 
 
-def turn_lines(turn: Turn, images: list[str], several: str) -> list[dict]:
+def turn_lines(turn: Turn, images: list[str], several: str, is_later: bool) -> list[dict]:
     """The turn as lines of own data: one, or, where any box is correct, one for each image that has
-    boxes. several: of `ImportRules`.
+    boxes. several: of `ImportRules`. Problem for a later turn that cannot be read alone.
     """
     question = clean_question(turn.question, len(images), turn.earlier_tags)
+    require(not (is_later and is_follow_up(question, len(images))),
+            f"a later turn leans on the turns before it; write out what {question[:60]!r} asks for")
     numbers = [number for number, _ in turn.answers]
     if None in numbers:
         asked = asked_numbers(question) - ({1} if turn.references else set())

@@ -33,6 +33,10 @@ ADDRESS = re.compile("(?!file:)[a-z0-9]{2,5}://")
 IMPORTER_OF_KEY = {"objects": "swift", "query": "swift", "messages": "llava",
                    "conversations": "llava", "problem": "verl", "prompt": "verl",
                    "annotations": "coco", "sentences": "refcoco", "normal_caption": "refcoco"}
+BOXES_ALONE = (
+    "'objects' without 'messages' holds boxes without a question, as in imagefolder and cppe-5; "
+    "save them as a COCO instances file, with images, annotations and categories, and mig-kit data "
+    "import coco FILE --out OUT asks for each category")
 # <|im_start|>, <|image_pad|> and the like: text that a tokenizer reads as a control token
 CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]{1,40}\|>")
 UNWRITABLE = re.compile("[\ud800-\udfff\0]")
@@ -89,9 +93,12 @@ def find_problems(data: dict) -> list[str]:
 
 
 def _layout_problems(data: dict) -> list[str]:
-    if "question" in data:
+    is_lmms_lab = {"bbox", "answer"} <= data.keys()
+    if "question" in data and not is_lmms_lab:
         return []
-    for key, importer in IMPORTER_OF_KEY.items():
+    if "objects" in data and not {"messages", "query", "conversations", "problem"} & data.keys():
+        return [BOXES_ALONE]
+    for key, importer in [*[("answer", "refcoco")] * is_lmms_lab, *IMPORTER_OF_KEY.items()]:
         if key in data:
             return [f"the key '{key}' is of another project's layout; mig-kit data import "
                     f"{importer} FILE --out OUT writes it as own data"]
@@ -229,8 +236,8 @@ def _box_problem(box: object, coordinates: Coordinates) -> str:
 def _unwritable_problem(name: str, text: object) -> str:
     if isinstance(text, str) and (match := UNWRITABLE.search(text)):
         what = "the character" if match[0] == "\0" else "half an emoji,"
-        return (f"{name} holds {what} \\u{ord(match[0]):04x}, which no file of text can hold; write "
-                "the whole character, or take it out")
+        return (f"{name} holds {what} \\u{ord(match[0]):04x}, which no file of text can hold; "
+                "write the whole character, or take it out")
     return ""
 
 

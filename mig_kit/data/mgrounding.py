@@ -81,7 +81,7 @@ def record_lines(record: dict) -> list[dict | Problem]:
     if subset == TRACKING:
         _require_time_order(images, texts)
     lines: list[dict | Problem] = []
-    for asked, answered in texts:
+    for number, (asked, answered) in enumerate(texts):
         try:
             require(all(len(BOX.findall(text)) == text.count("<|box_start|>")
                         == text.count("<|box_end|>") for text in (asked, answered)),
@@ -89,7 +89,7 @@ def record_lines(record: dict) -> list[dict | Problem]:
             turn = read_turn(asked, answered, Coordinates.NORMALIZED_1000, 0)
             turn = _without_reference(turn, asked, len(images), subset)
             lines += [line | ({"task": subset} if subset else {})
-                      for line in turn_lines(turn, images, "any")]
+                      for line in turn_lines(turn, images, "any", number > 0)]
         except Problem as problem:
             lines.append(problem)
     return lines

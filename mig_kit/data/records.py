@@ -38,14 +38,16 @@ class Problem(ValueError):
 class SkipReport:
     """What was left out of a data set, and why.
 
-    read: records; kept: questions. counts, names: by reason; names holds the first MAX_NAMES. file:
-    where each name is written, too, with its reason before it.
+    read: records; kept: questions. counts, names: by reason; names holds the first MAX_NAMES.
+    remarks: sentences on what is kept. file: where each name is written, too, with its reason
+    before it.
     """
 
     read: int = 0
     kept: int = 0
     counts: Counter = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     file: Path | None = None
 
     def add(self, reason: str, name: str) -> None:
@@ -76,7 +78,8 @@ class ImportRules:
     root: the folder that holds all images. coordinates: of all boxes in texts, "" if the file says
     it. is_padded: boxes are of the image padded to a square. several: what several boxes in an
     answer are: "any" of them is a correct answer, "all" must be found, or "" for not to be used.
-    instances: the COCO file of RefCOCO's annotations.
+    instances: the COCO file of RefCOCO's annotations. split: the one that is taken of a file that
+    has several.
     """
 
     root: Path
@@ -84,6 +87,7 @@ class ImportRules:
     is_padded: bool = False
     several: str = ""
     instances: Path | None = None
+    split: str = "train"
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -186,7 +190,8 @@ def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
             yield from ijson.items(ijson.parse(events), prefix)
     except (ijson.JSONError, UnicodeError) as error:
         reason = str(error)[:80]
-        raise ValueError(f"{path} is cut or no JSON ({reason}); save or download it "
+        which = "" if prefix == "item" else ", or not the one object of a COCO file"
+        raise ValueError(f"{path} is cut or no JSON{which} ({reason}); save or download it "
                          "again") from error
 
 
@@ -195,8 +200,8 @@ def _refuse_half_emoji(path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if half := HALF_EMOJI.search(content):
             before = content[max(0, half.start() - 40):half.start()].decode(errors="replace")
-            raise ValueError(f"{path} holds half an emoji, {half[0].decode(errors='replace')}, after "
-                             f"{before!r}; write the whole character, or take it out")
+            raise ValueError(f"{path} holds half an emoji, {half[0].decode()}, after {before!r}; "
+                             "write the whole character, or take it out")
 
 
 def _limit_depth(events: Iterator, path: Path) -> Iterator:

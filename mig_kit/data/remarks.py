@@ -21,7 +21,7 @@ class Remarks:
     """
 
     def __init__(self) -> None:
-        self.notes: Counter[str] = Counter()  # sentences that a line caused, and how often
+        self.notes: Counter[str] = Counter()  # what is said of so many questions
         self._n_lines = self._n_outside = self._n_conflicts = 0
         self._conflicts: list[str] = []
         self._answers: dict[int, tuple[str, object]] = {}
@@ -73,7 +73,7 @@ class Remarks:
 
     def sentences(self) -> list[str]:
         """The remarks, each with its evidence; none for most files."""
-        remarks = [text.format(count=count) for text, count in self.notes.items()]
+        remarks = [f"{count} questions {text}" for text, count in self.notes.items()]
         if self._n_outside >= max(2, LEAST_OUTSIDE * self._n_lines):
             remarks.append(f"{self._n_outside} of {self._n_lines} questions have boxes outside "
                            "their coordinates, so the other boxes may be measured in something "
