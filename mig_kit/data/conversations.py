@@ -103,7 +103,7 @@ def _box_rule(record: dict) -> str:
         turn.get("content", turn.get("value")) for turn in turns
         if isinstance(turn, dict) and turn.get("role", turn.get("from")) == "system")]
     text = " ".join(" ".join(str(_content_text(text, [])) for text in texts if text).split())
-    return text if SPEAKS_OF_BOXES.search(text) else ""
+    return text if SPEAKS_OF_BOXES.search(text) or OTHER_ORDER.search(text) else ""
 
 
 def require_usual_order(text: str) -> None:
