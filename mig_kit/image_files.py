@@ -77,9 +77,7 @@ def resolve_under_root(root: Path, name: str) -> Path:
 
 
 def _resolve(path: Path) -> Path:
-    """The path without links, whether it exists or not; an error for a loop of links, which Python
-    3.13 leaves as it is unless it is strict.
-    """
+    """The path without links; an error for a loop of links, which Python 3.13 leaves as it is."""
     try:
         return path.resolve(strict=True)
     except OSError as error:
@@ -103,11 +101,7 @@ def is_regular_file(path: Path) -> bool:
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image, a key of TURNS; 1 for upright, and where the EXIF
-    data cannot be read.
-
-    From what stands before the pixels, which are not read.
-    """
+    """The EXIF orientation of an opened image, a key of TURNS; 1 for upright or unreadable EXIF."""
     try:
         # a PNG's own method would decode it, in search of EXIF data after the pixels
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
@@ -153,9 +147,7 @@ def read_size(path: Path, takes_frames: bool = True,
 
 
 def _has_frames(image: Image.Image) -> bool:
-    """Whether an opened image is a film, or pages of one; the preview and the gain map that phones
-    put beside a photo (MPO) are smaller, and no frames.
-    """
+    """Whether it is a film; what phones put beside a photo (MPO) is smaller, and no frame."""
     size = image.size
     if image.format == "MPO":
         for number in range(1, image.n_frames):
@@ -187,9 +179,7 @@ def check_decodes(content: bytes, path: Path) -> None:
 
 @contextmanager
 def _name_fault(path: Path, broken: str) -> Iterator[None]:
-    """BadImage for what reading the file raises; an error of the system, which has a number and
-    Pillow's have none, says nothing of the image. broken: what is said of it otherwise.
-    """
+    """BadImage for what reading raises; an error of the system has a number, Pillow's have none."""
     try:
         yield
     except BadImage:
@@ -313,10 +303,8 @@ class ImageStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: Path) -> EncodedImage:
-        """Store a file, as a hard link where the file system allows it; BadImage unless it decodes.
-
-        A file that an earlier, killed run stored is not stored again, if it still is what it was: a
-        hard link changes with the file that it was made from.
+        """Store a file, as a hard link where possible, unless it is stored; BadImage unless it
+        decodes.
         """
         if str(path) not in self.stored:
             self.stored[str(path)] = self._store(path)

@@ -1,16 +1,10 @@
-"""Conversations of other projects as lines of own data: ms-swift, LLaVA or ShareGPT, OpenAI, verl.
+"""Conversations of other projects as lines of own data, as the projects' documentation has them.
 
-As read in the projects' own documentation:
-
-- ms-swift (docs, "Custom Dataset", grounding): `messages` of roles and content, `images`, and
-  `objects`: `ref` and `bbox` replace <ref-object> and <bbox> in the order of the text; `bbox_type`
-  is "real" (pixels, the default) or "norm1" (0 to 1); `image_id` is the image of each box, from 0.
-- LLaVA and what follows it (Qwen-VL, InternVL, VLM-R1): `conversations` of from and value, or
-  `messages`, with `image` or `images`; boxes stand in the text, and no file says what they are
-  measured in. LLaVA-1.5's own files measure the image padded to a square (haotian-liu/LLaVA#606).
-- OpenAI's messages, and TRL's: a text may be a list of parts, texts and images.
-- EasyR1, verl and ms-swift's GRPO: the answer stands beside the conversation, as `answer`,
-  `solution` or verl's `reward_model`.
+- ms-swift: `messages`, `images` and `objects`, whose `ref` and `bbox` replace <ref-object> and
+  <bbox> in order; `bbox_type` is "real" (pixels, the default) or "norm1"; `image_id` is from 0.
+- LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI, TRL: boxes stand in the text, and no file says what they
+  are measured in. LLaVA-1.5's measure the image padded to a square (haotian-liu/LLaVA#606).
+- EasyR1, verl: the answer stands beside, as `answer`, `solution` or verl's `reward_model`.
 
 A turn of question and answer becomes a line, or one for every image that its boxes are in; a later
 one that leans on the turns before does not. What stays unclear is a Problem, never guessed.
@@ -114,9 +108,7 @@ def require_usual_order(text: str) -> None:
 
 
 def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
-    """(asked, answered) of every turn; texts of the system are left out, and images that stand in
-    the texts are added to `images`.
-    """
+    """(asked, answered) of every turn but the system's; adds images in the texts to `images`."""
     messages = next((record[key] for key in TALKS if record.get(key)), None)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -146,9 +138,7 @@ def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
 
 
 def _content_text(content: object, images: list) -> object:
-    """A turn's text, where it is a list of parts, as OpenAI and TRL write it, with an <image> tag
-    for every image; an image that is named there is added to `images`.
-    """
+    """A turn's text, or its list of parts as one, whose images are tags and added to `images`."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -224,9 +214,7 @@ def _swift_turns(texts: list[tuple[str, str]], objects: object, rules: ImportRul
 
 
 def _fill_placeholders(text: str, refs: list, boxes: list, box_word: str) -> tuple[str, list]:
-    """The text with its <ref-object> replaced, each <bbox> by `box_word`, and its boxes; what is
-    used is taken from the front of `refs` and `boxes`.
-    """
+    """The filled text, each <bbox> being `box_word`, and its boxes; takes from `refs`, `boxes`."""
     own_boxes = []
 
     def fill(match: re.Match) -> str:
@@ -253,8 +241,7 @@ def _text_turns(texts: list[tuple[str, str]], rules: ImportRules) -> list[Turn]:
 
 
 def read_turn(asked: str, answered: str, coordinates: str, earlier_tags: int) -> Turn:
-    """The turn of a question and its answer, whose boxes stand in the texts; Problem where it is
-    unclear which images an answer's boxes are in.
+    """The turn of texts with boxes; Problem where it is unclear which images the answer's are in.
     """
     references = [(None, box_numbers(match)) for match in BOX.finditer(asked)]
     matches = list(BOX.finditer(answered))

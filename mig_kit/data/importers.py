@@ -116,9 +116,7 @@ def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
 
 def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, report: SkipReport,
                   on_problem: Callable[[str], object]) -> Iterator[tuple[str, dict]]:
-    """(place, line) of every question that passes the checks of own data; folder: where images go
-    that are in the file itself.
-    """
+    """(place, line) of every question that passes the checks; folder: for images in the file."""
     sizes = read_sizes_below(rules.root)
     roots = find_image_roots(rules.root) if form == "mgrounding" else []
     ids: set[int] = set()
@@ -160,9 +158,7 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
 
 
 def _image_name(image: object, root: Path, folder: Path) -> str:
-    """The path of an image below the root; one that is in the file itself, as bytes or base64, is
-    written to `folder`.
-    """
+    """The path of an image below the root; bytes or base64 are written to `folder`."""
     content = image.get("bytes") if isinstance(image, dict) else None
     if isinstance(image, dict) and not content:
         image = image.get("path") or image.get("url")
@@ -341,11 +337,9 @@ def _by_id(path: Path, prefix: str) -> dict[int | str, dict]:
 
 
 def _corners(annotation: dict) -> list[float]:
-    """[x1, y1, x2, y2] of COCO's [x, y, width, height], cut at 0 where it is no more than MARGIN
-    below.
-    """
-    box, attributes = annotation.get("bbox"), annotation.get("attributes")
-    for record in (annotation, attributes if isinstance(attributes, dict) else {}):
+    """[x1, y1, x2, y2] of COCO's [x, y, width, height], cut at 0 where at most MARGIN below."""
+    box = annotation.get("bbox")
+    for record in (annotation, *(part for part in annotation.values() if isinstance(part, dict))):
         for angle in (_to_angle(record.get(key)) for key in TURNS):
             require(angle % 360 == 0, "the box is turned, and a question has an upright one; write "
                                       f"the upright box around it (it is turned by {angle:g})")

@@ -176,10 +176,9 @@ def _iter_rows(path: Path) -> Iterator[dict]:
 
 
 def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
-    """The elements of a JSON list, one in memory at a time.
+    """The elements of a JSON list, one in memory at a time; ValueError if the file is broken.
 
-    prefix: ijson's name of the elements, "images.item" for those of a list under the key "images".
-    ValueError, with the remedy, if the file is broken.
+    prefix: ijson's name of them, "images.item" for those of the list under the key "images".
     """
     if path.stat().st_size:
         _refuse_half_emoji(path)
@@ -205,10 +204,7 @@ def _refuse_half_emoji(path: Path) -> None:
 
 
 def _limit_depth(events: Iterator, path: Path) -> Iterator:
-    """The JSON events; ValueError where they nest over MAX_JSON_DEPTH.
-
-    The names that ijson gives nested values grow with their depth, and memory with its square.
-    """
+    """The JSON events; ValueError over MAX_JSON_DEPTH, with whose square ijson's memory grows."""
     depth = 0
     for event in events:
         depth += event[0].startswith("start") - event[0].startswith("end_")

@@ -3,6 +3,7 @@ than stated, and questions with two answers. Both are said with the evidence, an
 """
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -15,10 +16,7 @@ SHOWN = 3  # pairs of lines, of those that contradict each other
 
 
 class Remarks:
-    """Collects, line by line, what `sentences` says of the file.
-
-    In memory: a hash for each box, and for each question a hash and its answer.
-    """
+    """Collects what `sentences` says; in memory: a hash of each box and question, each answer."""
 
     def __init__(self) -> None:
         self.notes: Counter[str] = Counter()  # what is said of so many questions
@@ -26,15 +24,12 @@ class Remarks:
         self._conflicts: list[str] = []
         self._answers: dict[int, tuple[str, object]] = {}
         self._boxes: set[int] = set()
-        # of `pixels` and `normalized_1000`: the images by size, the logarithm of the chance
-        self._images = defaultdict(dict)
-        self._chance = Counter()
+        # by coordinates: the sizes of the images, the logarithm of the chance
+        self._images, self._chance = defaultdict(dict), Counter()
 
     def add(self, place: str, data: dict, sizes: Sequence[tuple[int, int]],
             problems: list[str]) -> None:
-        """Take one line in. place: its name. sizes, problems: of `find_file_problems` and
-        `find_problems`.
-        """
+        """Take one line in. place: its name. sizes, problems: of `find_file_problems`."""
         self._n_lines += 1
         self._n_outside += any("outside '" in problem or " leaves image " in problem
                                for problem in problems)
@@ -50,9 +45,7 @@ class Remarks:
         self._compare(place, data, pixels)
 
     def _weigh(self, coordinates: str, image: str, size: tuple[int, int], box: list) -> None:
-        """Add the chance that a box which ends anywhere in the image would fit the other of pixels
-        and 0 to 1000, too.
-        """
+        """Add the chance that a box which ends anywhere in its image fits the other frame, too."""
         if hash((image, *box)) in self._boxes or coordinates == Coordinates.NORMALIZED_1:
             return
         self._boxes.add(hash((image, *box)))
@@ -64,7 +57,8 @@ class Remarks:
     def _compare(self, place: str, data: dict, boxes: list[tuple[int, tuple]]) -> None:
         reference = boxes.pop() if "reference" in data else None
         question = " ".join(data["question"].split()).casefold()
-        key = hash((*data["images"], question, reference, *data.get("options", ())))
+        images = map(os.path.normpath, data["images"])
+        key = hash((*images, question, reference, *data.get("options", ())))
         answer = data["letter"] if is_choice(data) else (boxes, "boxes" in data)
         first, other = self._answers.setdefault(key, (place, answer))
         if not _agree(answer, other):
@@ -73,7 +67,7 @@ class Remarks:
 
     def sentences(self) -> list[str]:
         """The remarks, each with its evidence; none for most files."""
-        remarks = [f"{count} questions {text}" for text, count in self.notes.items()]
+        remarks = [f"{count} questions {text}" for text, count in self.notes.most_common(SHOWN)]
         if self._n_outside >= max(2, LEAST_OUTSIDE * self._n_lines):
             remarks.append(f"{self._n_outside} of {self._n_lines} questions have boxes outside "
                            "their coordinates, so the other boxes may be measured in something "
