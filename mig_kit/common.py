@@ -21,7 +21,6 @@ PROJECT_ROOT = PACKAGE.parent if IS_CLONE else Path(
 NOTEBOOKS, PROFILES = ((PACKAGE.parent if IS_CLONE else PACKAGE) / name
                        for name in ("notebooks", "params"))
 MAX_LINE = 1 << 20
-LFS_POINTER = "is a Git LFS pointer, not the file itself; run git lfs pull"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -80,12 +79,6 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a readable file only stands for the one that Git LFS has."""
-    with path.open("rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def digest_json(facts) -> str:

@@ -23,13 +23,12 @@ from pathlib import Path, PurePosixPath
 
 from PIL import ExifTags, Image
 
-from mig_kit.common import LFS_POINTER, is_lfs_pointer
-
 IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
 IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 2**26  # of an image, some 67 million: decoded and copied it takes 400 MB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by MAX_PIXELS
 MAX_ASPECT_RATIO = 200
+LFS_POINTER = "is a Git LFS pointer, not the file itself; run git lfs pull"
 CUT = "is cut or broken; copy it again"
 # EXIF orientation -> what turns the stored pixels upright
 TURNS = {
@@ -84,6 +83,12 @@ def _resolve(path: Path) -> Path:
         if error.errno == errno.ELOOP:
             raise
         return path.resolve()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a readable file only stands for the one that Git LFS has."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def is_regular_file(path: Path) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 import ijson
 import pyarrow.parquet
 
-from mig_kit.common import LFS_POINTER, MAX_LINE, is_lfs_pointer, iter_lines
+from mig_kit.common import MAX_LINE, iter_lines
+from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
 from mig_kit.sample import name_broken_table
 
 MAX_JSON_DEPTH = 32

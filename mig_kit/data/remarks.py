@@ -39,8 +39,8 @@ class Remarks:
         pixels = []
         for _, number, holder, key in box_places(data):
             size, box = sizes[number - 1], holder[key]
-            whole = coordinate_size(size, Coordinates(coordinates), BoxFormat())
-            pixels.append((number, rescale_box(box, whole, size)))
+            frame_size = coordinate_size(size, Coordinates(coordinates), BoxFormat())
+            pixels.append((number, rescale_box(box, frame_size, size)))
             self._weigh(coordinates, data["images"][number - 1], size, box)
         self._compare(place, data, pixels)
 
@@ -51,8 +51,9 @@ class Remarks:
         self._boxes.add(hash((image, *box)))
         self._images[coordinates][image] = size
         for side, end in zip(size, box[2:]):
-            whole, other = (side, 1000) if coordinates == Coordinates.PIXELS else (1000, side)
-            self._chance[coordinates] += math.log(min(1, other / whole)) if end <= other else 1e9
+            limits = (side, 1000) if coordinates == Coordinates.PIXELS else (1000, side)
+            fits = end <= limits[1]
+            self._chance[coordinates] += math.log(min(1, limits[1] / limits[0])) if fits else 1e9
 
     def _compare(self, place: str, data: dict, boxes: list[tuple[int, tuple]]) -> None:
         reference = boxes.pop() if "reference" in data else None

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from mig_kit.common import LFS_POINTER, is_lfs_pointer
+from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
 
 # model_type of config.json -> class of the model
 FAMILIES = {

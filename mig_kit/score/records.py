@@ -14,7 +14,8 @@ import json
 import re
 from pathlib import Path
 
-from mig_kit.common import LFS_POINTER, MAX_LINE, is_lfs_pointer, iter_lines
+from mig_kit.common import MAX_LINE, iter_lines
+from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
 from mig_kit.score.annotations import BenchmarkItem, count_and_list
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
