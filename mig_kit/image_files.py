@@ -28,6 +28,8 @@ IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 2**26  # of an image, some 67 million: decoded and copied it takes 400 MB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by MAX_PIXELS
 MAX_ASPECT_RATIO = 200
+LFS_POINTER = "is a Git LFS pointer, not the file itself; run git lfs pull"
+CUT = "is cut or broken; copy it again"
 # EXIF orientation -> what turns the stored pixels upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -42,8 +44,9 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
 class BadImage(ValueError):
     """An image that cannot be used.
 
-    reason: "outside root", "missing image", "unreadable image", "image shape", "deep image",
-    "several frames", "turned image" or "changed image".
+    reason: "outside root", "missing image", "unreadable image", "Git LFS pointer", "closed file"
+    (the system refuses to read it), "image shape", "deep image", "several frames", "turned image"
+    or "changed image".
     """
 
     def __init__(self, reason: str, sentence: str):
@@ -73,9 +76,7 @@ def resolve_under_root(root: Path, name: str) -> Path:
 
 
 def _resolve(path: Path) -> Path:
-    """The path without links, whether it exists or not; an error for a loop of links, which Python
-    3.13 leaves as it is unless it is strict.
-    """
+    """The path without links; an error for a loop of links, which Python 3.13 leaves as it is."""
     try:
         return path.resolve(strict=True)
     except OSError as error:
@@ -84,20 +85,28 @@ def _resolve(path: Path) -> Path:
         return path.resolve()
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a readable file only stands for the one that Git LFS has."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
 def is_regular_file(path: Path) -> bool:
-    """True for a readable regular file; a name the file system cannot hold is no file."""
+    """True for a regular file; a name that the file system cannot hold is no file. OSError where
+    the system does not say, for want of rights or of the disk.
+    """
     try:
         return path.is_file()
-    except (OSError, ValueError):
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
         return False
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image, a key of TURNS; 1 for upright, and where the EXIF
-    data cannot be read.
-
-    From what stands before the pixels, which are not read.
-    """
+    """The EXIF orientation of an opened image, a key of TURNS; 1 for upright or unreadable EXIF."""
     try:
         # a PNG's own method would decode it, in search of EXIF data after the pixels
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
@@ -111,22 +120,19 @@ def read_size(path: Path, takes_frames: bool = True,
     """(width, height) of the upright picture, pixels, from the header alone.
 
     takes_frames: whether a film's first frame will do. takes_any_depth: for those who need no
-    pixels. BadImage if the file is missing or no image,
-    if the image is over MAX_PIXELS, too long, grey of more than 8 bits or a turned TIFF, and for a
-    film unless takes_frames.
+    pixels. BadImage if the file is missing, closed to us or no image, if the image is over
+    MAX_PIXELS, too long, grey of more than 8 bits or a turned TIFF, and for a film unless
+    takes_frames.
     """
-    if not is_regular_file(path):
-        raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
-                                        "root, or correct its path")
-    try:
+    with _name_fault(path, "is no readable image: give a PNG or JPEG file"):
+        if not is_regular_file(path):
+            raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
+                                            "root, or correct its path")
         with Image.open(path) as image:
             width, height = image.size
             turn, is_tiff = read_orientation(image), image.format == "TIFF"
             is_deep = image.mode.startswith("I") or image.mode == "F"
             is_film = not takes_frames and _has_frames(image)
-    except DECODE_ERRORS as error:
-        raise BadImage("unreadable image", f"{path.name!r} is no readable image: give a PNG or "
-                                           "JPEG file") from error
     is_too_long = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
     for is_wrong, reason, sentence in (
             (width * height > MAX_PIXELS or is_too_long, "image shape",
@@ -146,9 +152,7 @@ def read_size(path: Path, takes_frames: bool = True,
 
 
 def _has_frames(image: Image.Image) -> bool:
-    """Whether an opened image is a film, or pages of one; the preview and the gain map that phones
-    put beside a photo (MPO) are smaller, and no frames.
-    """
+    """Whether it is a film; what phones put beside a photo (MPO) is smaller, and no frame."""
     size = image.size
     if image.format == "MPO":
         for number in range(1, image.n_frames):
@@ -162,22 +166,37 @@ def _has_frames(image: Image.Image) -> bool:
 def open_rgb(path: Path) -> Image.Image:
     """The upright picture, decoded, RGB; raises as `read_size`."""
     read_size(path)
-    with _cut_or_broken(path.name), Image.open(path) as image:
+    with _name_fault(path, CUT), Image.open(path) as image:
         return _decode_upright(image)
 
 
-def check_decodes(content: bytes, name: str) -> None:
-    """BadImage unless all pixels of an image file's bytes can be read."""
-    with _cut_or_broken(name), Image.open(io.BytesIO(content)) as image:
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an image file; BadImage if the system refuses them."""
+    with _name_fault(path, CUT):
+        return path.read_bytes()
+
+
+def check_decodes(content: bytes, path: Path) -> None:
+    """BadImage unless all pixels of an image file's bytes can be read. path: of the file."""
+    with _name_fault(path, CUT), Image.open(io.BytesIO(content)) as image:
         image.load()
 
 
 @contextmanager
-def _cut_or_broken(name: str) -> Iterator[None]:
+def _name_fault(path: Path, broken: str) -> Iterator[None]:
+    """BadImage for what reading raises; an error of the system has a number, Pillow's have none."""
     try:
         yield
+    except BadImage:
+        raise
     except DECODE_ERRORS as error:
-        raise BadImage("unreadable image", f"{name!r} is cut or broken; copy it again") from error
+        if isinstance(error, OSError) and error.errno:
+            raise BadImage("closed file", f"{path.name!r} cannot be read: {error.strerror}; the "
+                                          "image may be good: mend its rights, the disk or the "
+                                          "limit, and start again") from error
+        if is_lfs_pointer(path):
+            raise BadImage("Git LFS pointer", f"{path.name!r} {LFS_POINTER}") from error
+        raise BadImage("unreadable image", f"{path.name!r} {broken}") from error
 
 
 def _decode_upright(image: Image.Image) -> Image.Image:
@@ -232,7 +251,7 @@ class EncodedImage:
         again = "run 01_synthesize again with --force"
         try:
             content = self.content.read_bytes()
-        except OSError as error:
+        except FileNotFoundError as error:
             raise BadImage("missing image", f"{self.content} is missing; {again}") from error
         if self.sha256 and hashlib.sha256(content).hexdigest() != self.sha256:
             raise BadImage("changed image", f"{self.content} is not the image that was stored: its "
@@ -289,10 +308,8 @@ class ImageStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: Path) -> EncodedImage:
-        """Store a file, as a hard link where the file system allows it; BadImage unless it decodes.
-
-        A file that an earlier, killed run stored is not stored again, if it still is what it was: a
-        hard link changes with the file that it was made from.
+        """Store a file, as a hard link where possible, unless it is stored; BadImage unless it
+        decodes.
         """
         if str(path) not in self.stored:
             self.stored[str(path)] = self._store(path)
@@ -305,14 +322,14 @@ class ImageStore:
 
     def _store(self, path: Path) -> tuple[str, tuple[int, int]]:
         size = read_size(path)
-        content = path.read_bytes()
+        content = read_image_file(path)
         sha256 = hashlib.sha256(content).hexdigest()
         with Image.open(io.BytesIO(content)) as image:
             target = self.folder / f"{sha256}.{image.format.lower()}"
         is_stored = target.is_file() and (
             target.samefile(path) or hashlib.sha256(target.read_bytes()).hexdigest() == sha256)
         if not is_stored:
-            check_decodes(content, path.name)
+            check_decodes(content, path)
             link_or_copy(path, target)
         return target.name, size
 

@@ -1,5 +1,6 @@
 """Image paths stay below their root; near duplicates are found."""
 
+import errno
 import os
 
 import numpy as np
@@ -7,16 +8,19 @@ import pytest
 from PIL import Image, ImageOps
 
 from mig_kit.data.duplicates import find_near_duplicates, hash_images
-from mig_kit.data.records import SkipReport
+from mig_kit.data.records import SkipReport, iter_entries
+from mig_kit.engine.model_folders import check_model_folder
 from mig_kit.image_files import (
     BadImage,
     EncodedImage,
     is_regular_file,
     open_rgb,
+    read_image_file,
     read_orientation,
     read_size,
     resolve_under_root,
 )
+from mig_kit.score.records import read_records
 from mig_kit.world.tasks import make_sample
 
 
@@ -76,6 +80,33 @@ def test_a_size_is_read_from_the_header_and_what_is_no_image_is_refused(tmp_path
             read_size(tmp_path / name)
         assert error.value.reason == reason
     assert is_regular_file(tmp_path / "a.png") and not is_regular_file(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("opener", ["builtins.open", "io.open", "pathlib.Path.stat"])
+def test_what_the_system_refuses_is_no_bad_image(tmp_path, monkeypatch, opener, number):
+    Image.new("L", (30, 20)).save(tmp_path / "a.png")
+
+    def refuse(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(opener, refuse)
+    with pytest.raises(BadImage) as error:
+        open_rgb(tmp_path / "a.png") if opener != "io.open" else read_image_file(tmp_path / "a.png")
+    monkeypatch.undo()
+    assert error.value.reason == "closed file" and os.strerror(number) in str(error.value)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+    for name in ("a.png", "a.jsonl", "model/model.safetensors", "model/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(pointer)
+    for read in (lambda: read_size(tmp_path / "a.png"), lambda: read_records(tmp_path / "a.jsonl"),
+                 lambda: list(iter_entries(tmp_path / "a.jsonl")),
+                 lambda: check_model_folder(tmp_path / "model")):
+        with pytest.raises(ValueError, match="is a Git LFS pointer.*run git lfs pull"):
+            read()
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])

@@ -34,17 +34,20 @@ def check(file: Path, root: Path | None, profile: str | None) -> None:
     says what is in one.
     """
     from mig_kit.data import own_data, records
+    from mig_kit.data.remarks import Remarks
 
-    total = wrong = 0
+    total, wrong, remarks = 0, 0, Remarks()
     measure = _prompt_measure(profile) if profile else None
     word = records.entry_word(file)
-    for number, problems in own_data.check_file(file, root or file.parent, measure):
+    for number, problems in own_data.check_file(file, root or file.parent, measure, remarks):
         total += 1
         wrong += bool(problems)
         if problems and wrong <= SHOWN:
             click.echo(f"{word} {number}: {'; '.join(problems)}")
     more = f" (the first {SHOWN} shown)" if wrong > SHOWN else ""
     click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}")
+    for sentence in remarks.sentences():
+        click.echo(f"remark: {sentence}")
     if not total:
         raise ValueError(f"{file} has no {word}; write one JSON object a line, a question each")
     if wrong:
@@ -107,10 +110,12 @@ def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
 @click.option("--several", type=click.Choice(["any", "all"]),
               help="Of several boxes in an answer any is correct, or all must be found; without "
                    "it, such answers are left out.")
+@click.option("--split", default="train", show_default=True,
+              help="What is taken of a file whose records name their splits.")
 @click.option("--instances", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="refcoco: the instances.json of the refs.")
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
-                   padded: bool, several: str | None, instances: Path | None) -> None:
+                   padded: bool, several: str | None, split: str, instances: Path | None) -> None:
     """Write FILE, a data set of another project, as own data, and say what is left out, and why.
 
     swift: ms-swift. llava: LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI. verl: EasyR1, verl. coco.
@@ -125,19 +130,24 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
 
     def print_problem(sentence: str) -> None:
         nonlocal problems
+        if "which --split" in sentence:  # the summary counts those
+            return
         problems += 1
         if problems <= SHOWN:
             click.echo(sentence.encode("utf-8", "backslashreplace").decode())
 
     report = importers.import_file(form, file, out, records.ImportRules(
-        root, coordinates or "", padded, several or "", instances), print_problem)
+        root, coordinates or "", padded, several or "", instances, split), print_problem)
     more = f" (the first {SHOWN} shown)" if problems > SHOWN else ""
     written = f"{report.kept} written to {out}" if report.kept else "nothing written"
     if report.kept and root.resolve() != out.parent.resolve():
         written += f" (image root: {root})"
-    click.echo(f"{report.read} questions read, {written}, {problems} left out{more}")
-    if form == "mgrounding":
+    n_left_out = report.counts.total()
+    click.echo(f"{report.read} questions read, {written}, {n_left_out} left out{more}")
+    if min(len(report.counts), problems) < n_left_out:
         click.echo(report.summarize())
+    for sentence in report.remarks:
+        click.echo(f"remark: {sentence}")
     if not report.kept:
         raise click.exceptions.Exit(1)
 

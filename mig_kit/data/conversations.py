@@ -1,29 +1,24 @@
-"""Conversations of other projects as lines of own data: ms-swift, LLaVA or ShareGPT, OpenAI, verl.
+"""Conversations of other projects as lines of own data, as the projects' documentation has them.
 
-As read in the projects' own documentation:
+- ms-swift: `messages`, `images` and `objects`, whose `ref` and `bbox` replace <ref-object> and
+  <bbox> in order; `bbox_type` is "real" (pixels, the default) or "norm1"; `image_id` is from 0.
+- LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI, TRL: boxes stand in the text, and no file says what they
+  are measured in. LLaVA-1.5's measure the image padded to a square (haotian-liu/LLaVA#606).
+- EasyR1, verl: the answer stands beside, as `answer`, `solution` or verl's `reward_model`.
 
-- ms-swift (docs, "Custom Dataset", grounding): `messages` of roles and content, `images`, and
-  `objects`: `ref` and `bbox` replace <ref-object> and <bbox> in the order of the text; `bbox_type`
-  is "real" (pixels, the default) or "norm1" (0 to 1); `image_id` is the image of each box, from 0.
-- LLaVA and what follows it (Qwen-VL, InternVL, VLM-R1): `conversations` of from and value, or
-  `messages`, with `image` or `images`; boxes stand in the text, and no file says what they are
-  measured in. LLaVA-1.5's own files measure the image padded to a square (haotian-liu/LLaVA#606).
-- OpenAI's messages, and TRL's: a text may be a list of parts, texts and images.
-- EasyR1, verl and ms-swift's GRPO: the answer stands beside the conversation, as `answer`,
-  `solution` or verl's `reward_model`.
-
-A turn of question and answer becomes a line, or one for every image that its boxes are in. What
-stays unclear is a Problem, never guessed.
+A turn of question and answer becomes a line, or one for every image that its boxes are in; a later
+one that leans on the turns before does not. What stays unclear is a Problem, never guessed.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from itertools import chain
 
 from mig_kit.boxes import Coordinates
-from mig_kit.data.image_mentions import asked_numbers, numbers_of_boxes
-from mig_kit.data.line_checks import IMAGE_TAG
-from mig_kit.data.records import ImportRules, require
+from mig_kit.data.image_mentions import asked_numbers, is_follow_up, numbers_of_boxes
+from mig_kit.data.line_checks import BOXES_ALONE, IMAGE_TAG
+from mig_kit.data.records import ImportRules, Problem, require
 
 MAX_TEXT = 20_000  # characters of a turn
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant", "model")
@@ -39,6 +34,15 @@ BOX = re.compile(
     rf"|\({_NUMBER},{_NUMBER}\)\s{{0,3}},?\s{{0,3}}\({_NUMBER},{_NUMBER}\))"
     r"(?:\s{0,3}\])?(?:<\|box_end\|>|</box>)?")
 TEXT_TAGS = re.compile(r"<\|object_ref_(?:start|end)\|>|</?(?:ref|p)>")
+SPEAKS_OF_BOXES = re.compile(
+    r"box|coordinate|normali[sz]ed|pixel|\b1000\b|\b[xy][ _-]?(?:min|max|1|2|first)\b",
+    re.IGNORECASE)
+# boxes that are not x1, y1, x2, y2: y first, or a corner or centre and a size
+OTHER_ORDER = re.compile(
+    r"\by(?:\s|-)*(?:comes\s+)?first\b|\by[\s_]?(?:min|1|0)[\s,;\"'/]{1,4}x[\s_]?(?:min|1|0)\b"
+    r"|[\[({<]\W{0,2}(?:y|top\W{0,2},\s?left)\W{0,2},|\byxyx\b|\bc?xywh\b|(?<!b)box_2d"
+    r"|cent(?:er|re)[\s_-]x\b|\b(?:c?x|left|x_?\w{1,6})\W{1,4}(?:c?y|top|y_?\w{1,6})\W{1,4}"
+    r"(?:and\s+)?w(?:idth)?\b", re.IGNORECASE)
 PLACEHOLDER = re.compile(r"<ref-object>|<bbox>")
 TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s*"
                            r"<image(?: [0-9]{1,3})?>)+", re.IGNORECASE)
@@ -57,9 +61,9 @@ class Turn:
     earlier_tags: int
 
 
-def conversation_lines(record: dict, rules: ImportRules) -> list[dict]:
-    """A record's questions as lines of own data, without ids, their images as the record has them;
-    raises Problem.
+def conversation_lines(record: dict, rules: ImportRules) -> list[dict | Problem]:
+    """A record's questions as lines of own data, without ids, their images as the record has them,
+    and why turns are left out; Problem where the whole record is.
     """
     images = record.get("images", record.get("image"))
     images = images if isinstance(images, list) else [] if images is None else [images]
@@ -70,20 +74,45 @@ def conversation_lines(record: dict, rules: ImportRules) -> list[dict]:
     objects = record.get("objects")
     turns = (_swift_turns(texts, objects, rules, len(images)) if objects is not None
              else _text_turns(texts, rules))
-    turns = [turn for turn in turns if turn.answers]
-    require(bool(turns), "no answer holds a box; a question of own data needs one, or the keys "
-                         "options and letter")
-    return [line for turn in turns for line in turn_lines(turn, images, rules.several)]
+    require(any(turn.answers for turn in turns), "no answer holds a box; a question of own data "
+                                                 "needs one, or the keys options and letter")
+    rule = _box_rule(record)
+    for text in [rule, *chain(*texts)]:
+        require_usual_order(text)
+    lines: list[dict | Problem] = []
+    for number, turn in enumerate(turns):
+        try:
+            lines += [line | ({"box_rule": rule} if rule else {})
+                      for line in turn_lines(turn, images, rules.several, number > 0)
+                      ] if turn.answers else []
+        except Problem as problem:
+            lines.append(problem)
+    return lines
+
+
+def _box_rule(record: dict) -> str:
+    """What a record's system says of boxes, on one line; "" if nothing."""
+    turns = chain(*(record[key] for key in TALKS if isinstance(record.get(key), list)))
+    texts = [record.get("system"), *(
+        turn.get("content", turn.get("value")) for turn in turns
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) == "system")]
+    text = " ".join(" ".join(str(_content_text(text, [])) for text in texts if text).split())
+    return text if SPEAKS_OF_BOXES.search(text) or OTHER_ORDER.search(text) else ""
+
+
+def require_usual_order(text: str) -> None:
+    """Raise as `require` where a text says that boxes are not written x1, y1, x2, y2."""
+    match = OTHER_ORDER.search(text)
+    require(match is None, "the boxes are not written as x1, y1, x2, y2, which alone is read; "
+                           f"rewrite them, and take {match and match[0]!r} out of the texts")
 
 
 def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
-    """(asked, answered) of every turn; texts of the system are left out, and images that stand in
-    the texts are added to `images`.
-    """
+    """(asked, answered) of every turn but the system's; adds images in the texts to `images`."""
     messages = next((record[key] for key in TALKS if record.get(key)), None)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    require(isinstance(messages, list) and bool(messages),
+    require(isinstance(messages, list) and bool(messages), BOXES_ALONE if "objects" in record else
             "'messages' or 'conversations' must be a list of turns")
     require(all(isinstance(message, dict) for message in messages),
             "a turn must be an object with its role and text")
@@ -109,9 +138,7 @@ def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
 
 
 def _content_text(content: object, images: list) -> object:
-    """A turn's text, where it is a list of parts, as OpenAI and TRL write it, with an <image> tag
-    for every image; an image that is named there is added to `images`.
-    """
+    """A turn's text, or its list of parts as one, whose images are tags and added to `images`."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -187,9 +214,7 @@ def _swift_turns(texts: list[tuple[str, str]], objects: object, rules: ImportRul
 
 
 def _fill_placeholders(text: str, refs: list, boxes: list, box_word: str) -> tuple[str, list]:
-    """The text with its <ref-object> replaced, each <bbox> by `box_word`, and its boxes; what is
-    used is taken from the front of `refs` and `boxes`.
-    """
+    """The filled text, each <bbox> being `box_word`, and its boxes; takes from `refs`, `boxes`."""
     own_boxes = []
 
     def fill(match: re.Match) -> str:
@@ -216,8 +241,7 @@ def _text_turns(texts: list[tuple[str, str]], rules: ImportRules) -> list[Turn]:
 
 
 def read_turn(asked: str, answered: str, coordinates: str, earlier_tags: int) -> Turn:
-    """The turn of a question and its answer, whose boxes stand in the texts; Problem where it is
-    unclear which images an answer's boxes are in.
+    """The turn of texts with boxes; Problem where it is unclear which images the answer's are in.
     """
     references = [(None, box_numbers(match)) for match in BOX.finditer(asked)]
     matches = list(BOX.finditer(answered))
@@ -244,11 +268,13 @@ def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
     return {"image": numbers[0], "boxes": boxes}
 
 
-def turn_lines(turn: Turn, images: list[str], several: str) -> list[dict]:
+def turn_lines(turn: Turn, images: list[str], several: str, is_later: bool) -> list[dict]:
     """The turn as lines of own data: one, or, where any box is correct, one for each image that has
-    boxes. several: of `ImportRules`.
+    boxes. several: of `ImportRules`. Problem for a later turn that cannot be read alone.
     """
     question = clean_question(turn.question, len(images), turn.earlier_tags)
+    require(not (is_later and is_follow_up(question, len(images))),
+            f"a later turn leans on the turns before it; write out what {question[:60]!r} asks for")
     numbers = [number for number, _ in turn.answers]
     if None in numbers:
         asked = asked_numbers(question) - ({1} if turn.references else set())

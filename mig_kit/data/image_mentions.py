@@ -29,6 +29,29 @@ PLACE = re.compile(r"\b(?:in|on|within|inside)\s+(?:the\s+)?$", re.IGNORECASE)
 OTHER_IMAGE = re.compile(
     r"\b(?:other|another|remaining|both|each|every|all)(?:\s+\w+)?\s+"
     r"(?:image|picture|photo|frame)s?\b", re.IGNORECASE)
+# words that point back at what was said before; the second kind may mean a word before them
+POINTS_BACK = re.compile(
+    r"\b(?:it|they|them|he|him|she|this|these|those|another|else|previous|earlier|former|latter"
+    r"|(?<!each )others?(?! than)|remaining|(?<!number )ones?(?! of))\b"
+    r"|[它他她另]|那(?!么)|这(?!张|幅|些|组|两)", re.IGNORECASE)
+MAY_POINT_BACK = re.compile(r"\b(?:that|its|his|her|their|same)\b", re.IGNORECASE)
+# "this sentence describes", "in these images": nothing that was said before
+POINTS_AHEAD = re.compile(
+    r"\bthis (?:sentence|phrase|expression|description|text|caption|statement|query|video)\b"
+    r"|\b(?:these|this (?:set|group|series|sequence|pair) of) (?:\w+ )?"
+    r"(?:image|picture|photo|frame)s\b", re.IGNORECASE)
+ONE_IMAGE = re.compile(r"\bthis (?:image|picture|photo|frame)\b", re.IGNORECASE)
+# words that name nothing to be found
+WITHOUT_CONTENT = re.compile(
+    r"(?:\W|_|[0-9])+|\b(?:an?|the|and|or|but|so|then|now|also|too|again|please|ok|okay|yes|no|not"
+    r"|here|there|where|what|which|who|whose|how|why|when|about|exactly|precisely|is|are|was|were|be"
+    r"|am|do|does|did|has|have|can|could|will|would|should|may|must|to|of|in|on|at|for|from|by|with"
+    r"|as|into|out|i|you|we|me|us|my|your|our|s|sure|just|only|more|thing|things|find|locate|detect"
+    r"|ground|box|boxes|bbox|bounding|point|mark|draw|show|give|tell|see|look|provide|return|output"
+    r"|identify|highlight|answer|question|try|repeat|next|write|coordinates?|location|position"
+    r"|region|area|place|format|images?|pictures?|photos?|frames?|objects?|items?|targets?|first"
+    r"|second|third|fourth|fifth|last|left|right|top|bottom|middle|cent(?:er|re)|side)\b",
+    re.IGNORECASE)
 
 
 def answered_numbers(text: str) -> set[int]:
@@ -53,6 +76,18 @@ def asked_numbers(text: str) -> set[int]:
         if is_heading or (is_place and _is_no_description(before)):
             numbers |= name.numbers
     return numbers
+
+
+def is_follow_up(question: str, image_count: int) -> bool:
+    """Whether a later question of a conversation cannot be read alone: it points back ("Where is
+    it?", "And in the other image?"), or names nothing to be found ("Give me its box.").
+    """
+    text = POINTS_AHEAD.sub(" ", question)
+    text = ONE_IMAGE.sub(" ", text) if image_count == 1 else text
+    if find_names(text):  # it is said which images the others are
+        text = OTHER_IMAGE.sub(" ", text)
+    before = MAY_POINT_BACK.split(text, maxsplit=1)[0]
+    return bool(POINTS_BACK.search(text)) or not WITHOUT_CONTENT.sub("", before)
 
 
 def _is_no_description(before: str) -> bool:

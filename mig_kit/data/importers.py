@@ -6,8 +6,9 @@
     verl        EasyR1, verl: a problem or prompt, and an answer that holds a box
     coco        a COCO instances file: a question per image and category; where images have a
                 `caption` (MDETR's RefCOCO files), that is what is asked for
-    refcoco     RefCOCO's refs as JSON, with the COCO file of their annotations (`instances`); or
-                VLM-R1's list of image, normal_caption and solution
+    refcoco     RefCOCO's refs as JSON, with the COCO file of their annotations (`instances`);
+                VLM-R1's list of image, normal_caption and solution; or lmms-lab/RefCOCO, whose
+                rows have an image, a bbox and phrases as `answer`
     mgrounding  MGrounding-630k as it is published (mgrounding.py)
 
 A file is a JSON list, has one JSON object a line, or is a parquet table. The result is own data:
@@ -18,6 +19,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -51,10 +53,15 @@ from mig_kit.data.records import (
     require,
     require_records,
 )
+from mig_kit.data.remarks import Remarks
 from mig_kit.image_files import DECODE_ERRORS, BadImage
 
 FORMATS = ("own", "swift", "llava", "verl", "coco", "refcoco", "mgrounding")
 MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
+SYSTEM_REMARK = ("have a system turn that says how boxes are written ({!r}); it is left out, and "
+                 "they are read as x1, y1, x2, y2 in {}")
+OTHER_SPLIT = "of the split {0!r}, which --split {0} takes"
+TURNS = ("rotation", "rotate", "angle", "theta")  # a box's, of CVAT, Label Studio and others
 ASKS_FOR_CATEGORY, ASKS_FOR_PHRASE = "Find the {}.", "Find this: {}."
 
 
@@ -97,6 +104,9 @@ def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
             "--padded out")
     require(form not in ("own", "mgrounding") or not rules.several,
             f"the format {form} says which boxes are meant; leave --several out")
+    require(form != "coco" or entry_word(path) != "row",
+            "the format coco is one JSON object with images, annotations and categories, and no "
+            "parquet table; save it as that")
     require(rules.instances is None or form == "refcoco",
             "--instances is for the format refcoco; leave it out")
     require(not rules.is_padded or coordinates == Coordinates.NORMALIZED_1,
@@ -106,19 +116,18 @@ def _check_rules(form: str, path: Path, rules: ImportRules) -> None:
 
 def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, report: SkipReport,
                   on_problem: Callable[[str], object]) -> Iterator[tuple[str, dict]]:
-    """(place, line) of every question that passes the checks of own data; folder: where images go
-    that are in the file itself.
-    """
+    """(place, line) of every question that passes the checks; folder: for images in the file."""
     sizes = read_sizes_below(rules.root)
     roots = find_image_roots(rules.root) if form == "mgrounding" else []
     ids: set[int] = set()
+    remarks = Remarks()
     for place, result in _iter_lines_of(form, path, rules):
         report.read += 1
         try:
             if isinstance(result, Problem):
                 raise result
             line = locate_images(result, rules.root, roots) if roots else simplify_line(result)
-            stated = line.pop("stated_size", None)
+            stated, box_rule = line.pop("stated_size", None), line.pop("box_rule", "")
             if isinstance(line.get("images"), list):
                 line["images"] = [_image_name(image, rules.root, folder)
                                   for image in line["images"]]
@@ -131,7 +140,10 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
             if not problems and form in ("coco", "refcoco"):
                 _compare_sizes(stated, sizes(line["images"][0]))
                 _move_boxes(line, sizes, _trim_box)
-            problems = problems or find_file_problems(line, sizes)[1]
+            image_sizes = []
+            if not problems:
+                image_sizes, problems = find_file_problems(line, sizes)
+            remarks.add(place, line, image_sizes, problems)
             require(not problems, "; ".join(problems))
         except (Problem, BadImage) as problem:
             report.add(problem.reason, place)
@@ -139,13 +151,14 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
             continue
         report.kept += 1
         ids.add(name)
+        if box_rule:
+            remarks.notes[SYSTEM_REMARK.format(box_rule[:120], line.get("coordinates"))] += 1
         yield place, line
+    report.remarks += remarks.sentences()
 
 
 def _image_name(image: object, root: Path, folder: Path) -> str:
-    """The path of an image below the root; one that is in the file itself, as bytes or base64, is
-    written to `folder`.
-    """
+    """The path of an image below the root; bytes or base64 are written to `folder`."""
     content = image.get("bytes") if isinstance(image, dict) else None
     if isinstance(image, dict) and not content:
         image = image.get("path") or image.get("url")
@@ -222,6 +235,7 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
         place = f"{word} {number}"
         try:
             require(not problem, problem)
+            wrong_split = _wrong_split(rules.split, record, record.get("extra_info"))
             if form == "refcoco":
                 lines = _refcoco_lines(record, annotations)
             elif form == "mgrounding":
@@ -234,13 +248,21 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
             yield place, error
             continue
         for turn, line in enumerate(lines, 1):
-            yield place if len(lines) == 1 else f"{place} turn {turn}", line
+            yield place if len(lines) == 1 else f"{place} turn {turn}", wrong_split or line
+
+
+def _wrong_split(split: str, *records: object) -> Problem | None:
+    """Why a question whose records name another split than this is left out; None if it is not."""
+    names = [record["split"] for record in records
+             if isinstance(record, dict) and isinstance(record.get("split"), str)]
+    names = [name for name in names if name.strip().casefold() not in (split.casefold(), "")]
+    return Problem(OTHER_SPLIT.format(names[0][:40])) if names else None
 
 
 def _clean_line(record: dict) -> dict:
     """The line of own data as it is, but for tags in its question and options."""
     images, question, options = (record.get(key) for key in ("images", "question", "options"))
-    line = dict(record)
+    line = {key: value for key, value in record.items() if key != "split"}
     if isinstance(question, str):
         line["question"] = clean_question(question, len(images) if isinstance(images, list) else 0)
     if isinstance(options, list):
@@ -250,7 +272,7 @@ def _clean_line(record: dict) -> dict:
 
 
 def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Problem]]:
-    """A question per image and category, or per image with a caption."""
+    """A question per image and name of a category, or per image and caption."""
     groups: dict[tuple, list[dict]] = {}
     place = path.name
     try:
@@ -266,8 +288,12 @@ def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Pro
                         "'image_id' and 'category_id' must be ids")
                 require(image_id in images, f"its image {image_id!r} is not in 'images'; use the "
                                             "file that lists it")
-                key = image_id, None if images[image_id].get("caption") else category_id
-                groups.setdefault(key, []).append(record)
+                image = images[image_id]
+                name = image.get("caption") or categories.get(category_id, {}).get("name")
+                require(isinstance(name, str), f"category {category_id!r} has no name; add it to "
+                                               "'categories'")
+                key = str(image.get("file_name", image_id)), " ".join(name.split()).casefold()
+                groups.setdefault(key, []).append((record, name))
             except Problem as error:
                 yield place[:200], error
         require(place != path.name, "there is no list 'annotations' with something in it; give a "
@@ -275,21 +301,21 @@ def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Pro
     except ValueError as error:  # the file is broken
         yield path.name, Problem(str(error))
         return
-    for (image_id, category_id), annotations in groups.items():
-        image, boxes = images[image_id], []
+    for annotations in groups.values():
+        first, name = annotations[0]
+        image, boxes = images[first["image_id"]], []
+        wrong_split = _wrong_split(rules.split, image, first)
         try:
-            for annotation in annotations:
+            for annotation, _ in annotations:
                 place = f"annotation {annotation['id']!r}"
                 require(not annotation.get("iscrowd"),
                         "a crowd has no single box; leave annotations with iscrowd out")
-                boxes.append(_corners(annotation.get("bbox")))
-            place = f"annotation {annotations[0]['id']!r}"
-            phrase = image.get("caption")
-            name = phrase or categories.get(category_id, {}).get("name")
-            require(isinstance(name, str), f"category {category_id!r} has no name; add it to "
-                                           "'categories'")
-            line = _ask_for(name, ASKS_FOR_PHRASE if phrase else ASKS_FOR_CATEGORY, image)
-            yield place, line | target_keys([1] * len(boxes), boxes, rules.several)
+                box = _corners(annotation)
+                boxes += [box] * (box not in boxes)
+            place = f"annotation {first['id']!r}"
+            line = _ask_for(name, ASKS_FOR_PHRASE if image.get("caption") else ASKS_FOR_CATEGORY,
+                            image)
+            yield place, wrong_split or line | target_keys([1] * len(boxes), boxes, rules.several)
         except Problem as error:
             yield place, error
 
@@ -298,7 +324,8 @@ def _ask_for(name: str, question: str, image: dict) -> dict:
     """A line without its boxes; image: its record, with the path and perhaps the size."""
     sides = image.get("width"), image.get("height")
     is_stated = all(type(side) in (int, float) and side > 0 and side % 1 == 0 for side in sides)
-    return {"images": [image.get("file_name")], "coordinates": str(Coordinates.PIXELS),
+    return {"images": [image.get("image") or image.get("file_name")],
+            "coordinates": str(Coordinates.PIXELS),
             "question": question.format(name),
             "stated_size": (int(sides[0]), int(sides[1])) if is_stated else None}
 
@@ -309,10 +336,13 @@ def _by_id(path: Path, prefix: str) -> dict[int | str, dict]:
             if isinstance(record, dict) and type(record.get("id")) in (int, str)}
 
 
-def _corners(box: object) -> list[float]:
-    """[x1, y1, x2, y2] of COCO's [x, y, width, height], cut at 0 where it is no more than MARGIN
-    below.
-    """
+def _corners(annotation: dict) -> list[float]:
+    """[x1, y1, x2, y2] of COCO's [x, y, width, height], cut at 0 where at most MARGIN below."""
+    box = annotation.get("bbox")
+    for record in (annotation, *(part for part in annotation.values() if isinstance(part, dict))):
+        for angle in (_to_angle(record.get(key)) for key in TURNS):
+            require(angle % 360 == 0, "the box is turned, and a question has an upright one; write "
+                                      f"the upright box around it (it is turned by {angle:g})")
     require(isinstance(box, list) and len(box) == 4
             and all(type(value) in (int, float) and abs(value) < 1e7 for value in box),
             "'bbox' must be four numbers [x, y, width, height]")
@@ -322,19 +352,28 @@ def _corners(box: object) -> list[float]:
     return [left, top, x + width, y + height]
 
 
-def _read_boxes(rules: ImportRules) -> dict[int | str, tuple[dict, list]]:
-    """Annotation id -> (its image's record, xywh) of the file `instances`; {} without one."""
+def _to_angle(value: object) -> float:
+    """The number, also as text, or 0 for what is none."""
+    value = simplify_line({"box": value})["box"]
+    return value if type(value) in (int, float) and math.isfinite(value) else 0
+
+
+def _read_boxes(rules: ImportRules) -> dict[int | str, tuple[dict, dict]]:
+    """Annotation id -> (its image's record, itself) of the file `instances`; {} without one."""
     if rules.instances is None:
         return {}
     images = _by_id(rules.instances, "images.item")
-    return {name: (images.get(record.get("image_id"), {}), record.get("bbox"))
+    return {name: (images.get(record.get("image_id"), {}), record)
             for name, record in _by_id(rules.instances, "annotations.item").items()
             if type(record.get("image_id")) in (int, str)}
 
 
 def _refcoco_lines(record: dict, annotations: dict) -> list[dict]:
-    """A question per phrase of a ref, or the one of a record of VLM-R1."""
-    if "solution" in record:
+    """A question per phrase of a ref or of a row of lmms-lab, or the one of a record of VLM-R1."""
+    if "bbox" in record:
+        phrases, box, image = record.get("answer"), _corners(record), record
+        require(isinstance(phrases, list) and bool(phrases), "'answer' must be a list of phrases")
+    elif "solution" in record:
         phrases, box = [record.get("normal_caption")], record["solution"]
         image = {**record, "file_name": record.get("image")}
     else:
@@ -345,8 +384,8 @@ def _refcoco_lines(record: dict, annotations: dict) -> list[dict]:
         require(type(ann_id) in (int, str) and ann_id in annotations,
                 f"annotation {str(ann_id)[:40]!r} is not there; give --instances with the "
                 "instances.json of these refs")
-        image, box = annotations[ann_id]
-        box = _corners(box)
+        image, annotation = annotations[ann_id]
+        box = _corners(annotation)
     require(all(isinstance(phrase, str) for phrase in phrases), "a phrase must be a text")
     return [{**_ask_for(phrase, ASKS_FOR_PHRASE, image), "image": 1, "box": box}
             for phrase in phrases]

@@ -11,6 +11,7 @@ from mig_kit.common import suggest_word
 from mig_kit.image_files import (
     BadImage,
     check_decodes,
+    read_image_file,
     read_size,
     resolve_under_root,
 )
@@ -32,6 +33,10 @@ ADDRESS = re.compile("(?!file:)[a-z0-9]{2,5}://")
 IMPORTER_OF_KEY = {"objects": "swift", "query": "swift", "messages": "llava",
                    "conversations": "llava", "problem": "verl", "prompt": "verl",
                    "annotations": "coco", "sentences": "refcoco", "normal_caption": "refcoco"}
+BOXES_ALONE = (
+    "'objects' without 'messages' holds boxes without a question, as in imagefolder and cppe-5; "
+    "save them as a COCO instances file, with images, annotations and categories, and mig-kit data "
+    "import coco FILE --out OUT asks for each category")
 # <|im_start|>, <|image_pad|> and the like: text that a tokenizer reads as a control token
 CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]{1,40}\|>")
 UNWRITABLE = re.compile("[\ud800-\udfff\0]")
@@ -88,9 +93,12 @@ def find_problems(data: dict) -> list[str]:
 
 
 def _layout_problems(data: dict) -> list[str]:
-    if "question" in data:
+    is_lmms_lab = {"bbox", "answer"} <= data.keys()
+    if "question" in data and not is_lmms_lab:
         return []
-    for key, importer in IMPORTER_OF_KEY.items():
+    if "objects" in data and not {"messages", "query", "conversations", "problem"} & data.keys():
+        return [BOXES_ALONE]
+    for key, importer in [*[("answer", "refcoco")] * is_lmms_lab, *IMPORTER_OF_KEY.items()]:
         if key in data:
             return [f"the key '{key}' is of another project's layout; mig-kit data import "
                     f"{importer} FILE --out OUT writes it as own data"]
@@ -133,7 +141,8 @@ def _value_problems(data: dict) -> list[str]:
                         "add the one that is missing")
     for key in ("id", "task"):
         text = data.get(key, "-")
-        if not isinstance(text, str) or not text or not text.isprintable():
+        problems.append(_unwritable_problem(f"'{key}'", text))
+        if not problems[-1] and not (isinstance(text, str) and text and text.isprintable()):
             problems.append(f"'{key}' must be printable text")
     problems.append(text_problem("'reply'", data.get("reply", "-"), may_hold_tags=True))
     if is_choice(data):
@@ -162,6 +171,8 @@ def _images_problem(images: object) -> str:
                 "such images as files")
     if not is_list or not all(isinstance(path, str) and path for path in images):
         return f"'images' must be a list of 1 to {MAX_IMAGES} paths"
+    if problem := _unwritable_problem("the path of an image", "".join(images)):
+        return problem
     if any(ADDRESS.match(image) for image in images):
         return "an image is an address; download it, and give the path of the file"
     return ""
@@ -222,13 +233,23 @@ def _box_problem(box: object, coordinates: Coordinates) -> str:
     return ""
 
 
+def _unwritable_problem(name: str, text: object) -> str:
+    if isinstance(text, str) and (match := UNWRITABLE.search(text)):
+        what = "the character" if match[0] == "\0" else "half an emoji,"
+        return (f"{name} holds {what} \\u{ord(match[0]):04x}, which no file of text can hold; "
+                "write the whole character, or take it out")
+    return ""
+
+
 def text_problem(name: str, text: object, may_hold_tags: bool = False) -> str:
     """A sentence on a text that cannot stand in a prompt or reply; "" if it can.
 
     name: what the sentence calls it. may_hold_tags: whether it is the writer's matter what stands
     in pointed brackets, as in a reply.
     """
-    if not isinstance(text, str) or not text.strip() or UNWRITABLE.search(text):
+    if problem := _unwritable_problem(name, text):
+        return problem
+    if not isinstance(text, str) or not text.strip():
         return f"{name} must be text"
     if token := CONTROL_TOKEN.search(text):
         return (f"{name} holds {token.group()}, which the model reads as a control token and not "
@@ -290,7 +311,7 @@ def read_sizes_below(root: Path, decodes: bool = False
             path = resolve_under_root(root, name)
             size = read_size(path, takes_frames)
             if decodes:
-                check_decodes(path.read_bytes(), path.name)
+                check_decodes(read_image_file(path), path)
         except BadImage as error:
             return error.with_traceback(None)
         return size

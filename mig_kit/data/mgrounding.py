@@ -1,16 +1,9 @@
 """MGrounding-630k as published (Migician, arXiv 2501.05767) as lines of own data, nothing guessed.
 
-Established from the authors' README and from a public converter of the data set:
-
-- one JSON array of records, and archives of images that unpack below a nested home/ folder
-- `images` as "./MGrounding-630k/<Subset>/..."
-- `conversations` of several human/gpt turns, the first with an <image> tag per image
-- boxes as <|box_start|>(x1,y1),(x2,y2)<|box_end|> in 0 to 1000 of the image they are in
-- answers that name the image by an ordinal ("It's in the third image.")
-- tracking answers of one box per frame of the video
-
-Not established, because no tracking record could be read: how a shuffled video says so. What may be
-one is left out, and counted, like all that stays unclear.
+From the authors' README and a public converter: one JSON array; archives that unpack below a nested
+home/; `images` as "./MGrounding-630k/<Subset>/..."; conversations with an <image> tag per image in
+the first turn; boxes in 0 to 1000 of their image; images named by an ordinal; tracking answers of
+one box per frame. No tracking record could be read, so what may be a shuffled video is left out.
 """
 
 import re
@@ -81,7 +74,7 @@ def record_lines(record: dict) -> list[dict | Problem]:
     if subset == TRACKING:
         _require_time_order(images, texts)
     lines: list[dict | Problem] = []
-    for asked, answered in texts:
+    for number, (asked, answered) in enumerate(texts):
         try:
             require(all(len(BOX.findall(text)) == text.count("<|box_start|>")
                         == text.count("<|box_end|>") for text in (asked, answered)),
@@ -89,16 +82,14 @@ def record_lines(record: dict) -> list[dict | Problem]:
             turn = read_turn(asked, answered, Coordinates.NORMALIZED_1000, 0)
             turn = _without_reference(turn, asked, len(images), subset)
             lines += [line | ({"task": subset} if subset else {})
-                      for line in turn_lines(turn, images, "any")]
+                      for line in turn_lines(turn, images, "any", number > 0)]
         except Problem as problem:
             lines.append(problem)
     return lines
 
 
 def _without_reference(turn: Turn, asked: str, image_count: int, subset: str) -> Turn:
-    """The turn without an answer that repeats the box of the question; where an answer about a
-    video names no image, its boxes are those of the frames.
-    """
+    """The turn without an answer that repeats the question's box; a video's boxes are by frame."""
     answers = turn.answers
     require(bool(answers), "no box in the answer")
     if subset == TRACKING and len(answers) == image_count and answers[0][0] is None:
@@ -114,9 +105,7 @@ def _without_reference(turn: Turn, asked: str, image_count: int, subset: str) ->
 
 
 def _require_time_order(images: list[str], turns: list[tuple[str, str]]) -> None:
-    """Problem unless the frames' numbers, if they have any, rise, and no question speaks of another
-    order.
-    """
+    """Problem unless the frames' numbers rise, and no question speaks of another order."""
     require(not SHUFFLED.search(" ".join(asked for asked, _ in turns)), "shuffled video")
     matches = [FRAME_NUMBER.search(image) for image in images]
     times = [int(match.group(1)) for match in matches if match]

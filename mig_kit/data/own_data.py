@@ -28,6 +28,7 @@ from mig_kit.data.line_checks import (
     simplify_line,
 )
 from mig_kit.data.records import entry_word, iter_entries
+from mig_kit.data.remarks import Remarks
 from mig_kit.image_files import BadImage, EncodedImage, LazyImages, resolve_under_root
 from mig_kit.sample import Sample, Target
 
@@ -47,22 +48,23 @@ class Line:
     is_damaged: bool = False
 
 
-def check_file(path: Path, root: Path, measure: Callable[[Sample], str] | None = None
-               ) -> Iterator[tuple[int, list[str]]]:
+def check_file(path: Path, root: Path, measure: Callable[[Sample], str] | None = None,
+               remarks: Remarks | None = None) -> Iterator[tuple[int, list[str]]]:
     """(line number, what is wrong with it) of every line; an empty list for a correct line.
 
     Reads the pixels of every image once. In memory: one line, one image, a hash per id, to find an
     id that is used twice, and the sizes of MAX_SIZES images. measure: gives a sentence on a sample
-    that is too long for a model, or "".
+    that is too long for a model, or "". remarks: takes in every line.
     """
-    for line in iter_checked_lines(path, root, decodes=True):
+    for line in iter_checked_lines(path, root, True, remarks):
         problem = measure(line.sample) if measure and line.sample else ""
         yield line.number, [*line.problems, problem] if problem else line.problems
 
 
-def iter_checked_lines(path: Path, root: Path, decodes: bool = False) -> Iterator[Line]:
+def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
+                       remarks: Remarks | None = None) -> Iterator[Line]:
     """Every line of the file; ValueError for a file that holds no JSON. decodes: of
-    `read_sizes_below`.
+    `read_sizes_below`. remarks: takes in every line.
     """
     word, read_sizes = entry_word(path), read_sizes_below(root, decodes)
     if word == "row":
@@ -82,6 +84,8 @@ def iter_checked_lines(path: Path, root: Path, decodes: bool = False) -> Iterato
             if hash(name) in hashes:
                 problems = [*problems, f"id {name[:40]!r} is there twice"]
             hashes.add(hash(name))
+        if remarks:
+            remarks.add(f"{word} {number}", data, sizes, problems)
         if problems:
             n_damaged = sum(isinstance(size, BadImage) and size.reason == "unreadable image"
                             for size in sizes)
@@ -99,13 +103,14 @@ def file_asks_for_all(path: Path) -> bool:
                                for _, record, _ in iter_entries(path))
 
 
-def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True) -> Iterator[Line]:
+def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True,
+                      remarks: Remarks | None = None) -> Iterator[Line]:
     """Every line; ValueError at the first that is wrong. Reads no pixels.
 
     takes_damaged: whether a line whose only fault is a damaged image file is given, too; it has no
-    sample.
+    sample. remarks: takes in every line.
     """
-    for line in iter_checked_lines(path, root):
+    for line in iter_checked_lines(path, root, remarks=remarks):
         if line.problems and not (takes_damaged and line.is_damaged):
             word = entry_word(path)
             raise ValueError(f"{path} {word} {line.number}: {line.problems[0]} "
@@ -113,11 +118,11 @@ def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True) -> Ite
         yield line
 
 
-def require_correct_lines(path: Path, root: Path) -> int:
+def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None) -> int:
     """How many lines `iter_usable_lines` gives, and raises as it does; shows a bar."""
     n_lines = sum(1 for _ in iter_lines(path)) if entry_word(path) == "line" else None
-    return sum(1 for _ in progress_bar(iter_usable_lines(path, root), "check lines",
-                                       total=n_lines))
+    lines = iter_usable_lines(path, root, remarks=remarks)
+    return sum(1 for _ in progress_bar(lines, "check lines", total=n_lines))
 
 
 def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[Sample]:

@@ -3,6 +3,7 @@ table. Every other kind of file is refused with what it is and the way in.
 """
 
 import json
+import mmap
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,10 +13,15 @@ from pathlib import Path
 import ijson
 
 from mig_kit.common import MAX_LINE, iter_lines
+from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
 from mig_kit.sample import name_broken_table
 
 MAX_JSON_DEPTH = 32
 MAX_NAMES = 5  # of what is left out, per reason
+# an escape for one half of a character beyond U+FFFF without the other
+HALF_EMOJI = re.compile(
+    rb"\\u[dD](?<!\\\\u[dD])(?:[89abAB]..(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)", re.DOTALL)
 BYTE_ORDER_MARK, PARQUET = b"\xef\xbb\xbf", b"PAR1"
 
 
@@ -32,14 +38,16 @@ class Problem(ValueError):
 class SkipReport:
     """What was left out of a data set, and why.
 
-    read: records; kept: questions. counts, names: by reason; names holds the first MAX_NAMES. file:
-    where each name is written, too, with its reason before it.
+    read: records; kept: questions. counts, names: by reason; names holds the first MAX_NAMES.
+    remarks: sentences on what is kept. file: where each name is written, too, with its reason
+    before it.
     """
 
     read: int = 0
     kept: int = 0
     counts: Counter = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     file: Path | None = None
 
     def add(self, reason: str, name: str) -> None:
@@ -70,7 +78,8 @@ class ImportRules:
     root: the folder that holds all images. coordinates: of all boxes in texts, "" if the file says
     it. is_padded: boxes are of the image padded to a square. several: what several boxes in an
     answer are: "any" of them is a correct answer, "all" must be found, or "" for not to be used.
-    instances: the COCO file of RefCOCO's annotations.
+    instances: the COCO file of RefCOCO's annotations. split: the one that is taken of a file that
+    has several.
     """
 
     root: Path
@@ -78,6 +87,7 @@ class ImportRules:
     is_padded: bool = False
     several: str = ""
     instances: Path | None = None
+    split: str = "train"
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -126,6 +136,8 @@ def _read_opening(path: Path) -> bytes:
 def require_records(path: Path) -> None:
     """ValueError, with the way in, unless a file begins as JSON or a parquet table does."""
     opening = _read_opening(path)
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} {LFS_POINTER}")
     if opening and not opening.startswith((PARQUET, b"{", b"[")):
         raise ValueError(f"{path} is neither JSON in UTF-8 nor parquet; unpack it, or save its "
                          "records as JSON, one object a line (pandas: to_json(..., "
@@ -166,11 +178,12 @@ def _iter_rows(path: Path) -> Iterator[dict]:
 
 
 def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
-    """The elements of a JSON list, one in memory at a time.
+    """The elements of a JSON list, one in memory at a time; ValueError if the file is broken.
 
-    prefix: ijson's name of the elements, "images.item" for those of a list under the key "images".
-    ValueError, with the remedy, if the file is broken.
+    prefix: ijson's name of them, "images.item" for those of the list under the key "images".
     """
+    if path.stat().st_size:
+        _refuse_half_emoji(path)
     try:
         with path.open("rb") as file:
             file.seek(3 if file.read(3) == BYTE_ORDER_MARK else 0)
@@ -178,15 +191,22 @@ def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
             yield from ijson.items(ijson.parse(events), prefix)
     except (ijson.JSONError, UnicodeError) as error:
         reason = str(error)[:80]
-        raise ValueError(f"{path} is cut or no JSON ({reason}); save or download it "
+        which = "" if prefix == "item" else ", or not the one object of a COCO file"
+        raise ValueError(f"{path} is cut or no JSON{which} ({reason}); save or download it "
                          "again") from error
 
 
-def _limit_depth(events: Iterator, path: Path) -> Iterator:
-    """The JSON events; ValueError where they nest over MAX_JSON_DEPTH.
+def _refuse_half_emoji(path: Path) -> None:
+    """ValueError where the file holds half a surrogate pair, which ijson would read as "?"."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if half := HALF_EMOJI.search(content):
+            before = content[max(0, half.start() - 40):half.start()].decode(errors="replace")
+            raise ValueError(f"{path} holds half an emoji, {half[0].decode()}, after {before!r}; "
+                             "write the whole character, or take it out")
 
-    The names that ijson gives nested values grow with their depth, and memory with its square.
-    """
+
+def _limit_depth(events: Iterator, path: Path) -> Iterator:
+    """The JSON events; ValueError over MAX_JSON_DEPTH, with whose square ijson's memory grows."""
     depth = 0
     for event in events:
         depth += event[0].startswith("start") - event[0].startswith("end_")

@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
+
 # model_type of config.json -> class of the model
 FAMILIES = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -89,6 +91,9 @@ def check_model_folder(model: str | Path) -> None:
             raise FileNotFoundError(f"no model folder at {model}; run the stage that makes it, or "
                                     "give a hub name")
         return
+    for file in path.glob("*.*"):
+        if file.is_file() and is_lfs_pointer(file):
+            raise ValueError(f"{file} {LFS_POINTER}")
     names = {entry.name for entry in path.iterdir()}
     if "adapter_config.json" in names and "config.json" not in names:
         config = json.loads((path / "adapter_config.json").read_text())

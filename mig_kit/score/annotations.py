@@ -347,7 +347,9 @@ def read_image_sizes(names: Iterable[str],
             continue
         try:
             sizes[name] = read_size(path, takes_any_depth=True)
-        except BadImage:
+        except BadImage as error:
+            if error.reason in ("closed file", "Git LFS pointer"):
+                raise
             broken.append(name)
     for problem, failed in (("images are missing", missing),
                             ("files are no readable images", broken)):

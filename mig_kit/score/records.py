@@ -2,11 +2,11 @@
 answer one item.
 
 The kit's own line is {"index" or "id", "response"}. Told by their fields and read as well:
-lmms-eval's samples (`doc_id`, `resps`), VLMEvalKit's tables (`index`, `prediction`) and BLINK's
-released outputs (`idx`, `full_prediction`). What is broken is refused with a sentence that names
-the file and the line. Sources of the formats: EvolvingLMMs-Lab/lmms-eval, evaluator.py and
-loggers/evaluation_tracker.py; open-compass/VLMEvalKit, inference.py; zeyofu/BLINK_Benchmark,
-eval/saved_outputs.
+lmms-eval's samples (`doc_id`, `resps`), VLMEvalKit's tables (`index`, `prediction`), BLINK's
+released outputs (`idx`, `full_prediction`) and OpenAI's batch outputs (`custom_id`). What is broken
+is refused with a sentence that names the file and the line. Sources: EvolvingLMMs-Lab/lmms-eval,
+evaluator.py and loggers/evaluation_tracker.py; open-compass/VLMEvalKit, inference.py;
+zeyofu/BLINK_Benchmark, eval/saved_outputs.
 """
 
 import csv
@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from mig_kit.common import MAX_LINE, iter_lines
+from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
 from mig_kit.score.annotations import BenchmarkItem, count_and_list
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -72,6 +73,8 @@ def _require_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or "
                                 "written")
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} {LFS_POINTER}")
 
 
 def _read_table(path: Path) -> list[dict]:
@@ -187,6 +190,8 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
+    records = [_read_batch_line(record, by_id, f"prediction {number} of {source}", field)
+               if "custom_id" in record else record for number, record in enumerate(records, 1)]
     first = _first_place(records, [item.index for item in items], left_out, source)
     lines: dict[int, dict] = {}
     doubled, unknown = [], []
@@ -224,6 +229,31 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
         raise ValueError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "
                          f"{len(items)} items{hint}")
     return [lines.get(item.index) for item in items]
+
+
+def _read_batch_line(record: dict, by_id: dict[str, BenchmarkItem], where: str,
+                     field: str) -> dict:
+    """A line of OpenAI's batch output as a prediction; `custom_id` is the item's index or id. A
+    reply that was filtered or refused is empty; a server may tell its reasoning apart.
+    """
+    name, answer = str(record["custom_id"]), record.get("response")
+    body = answer.get("body") if isinstance(answer, dict) else None
+    choices = body.get("choices") if isinstance(body, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        errors = [part.get("error") for part in (record, body) if isinstance(part, dict)]
+        cause = next(filter(None, errors), "no choices")
+        raise ValueError(f"{where}, {name!r}, holds no reply ({str(cause)[:80]}); ask it again, or "
+                         "take the line out and pass --allow-missing")
+    reply, reasoning = message.get("content"), message.get("reasoning_content",
+                                                           message.get("reasoning"))
+    if isinstance(reply, list):
+        reply = "".join(str(part.get("text", "")) for part in reply)
+    reply = reply or ""
+    if reasoning:
+        reply = f"<think>{reasoning}" + (f"</think>{reply}" if reply else "")
+    return {"id" if name in by_id else "index": name, field: reply}
 
 
 def _read_names(record: dict, by_id: dict[str, BenchmarkItem],

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from mig_kit.common import PROJECT_ROOT, progress_bar, write_atomically
 from mig_kit.data import own_data
 from mig_kit.data.records import SkipReport
+from mig_kit.data.remarks import Remarks
 from mig_kit.image_files import (
     IMAGE_FOLDER,
     IMAGE_MANIFEST,
@@ -77,7 +78,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     images_of_set: dict[str, set[int]] = {name: set() for name in SET_NAMES}
     path = PROJECT_ROOT / p.data
     root = PROJECT_ROOT / p.image_root if p.image_root else path.parent
-    n_lines = own_data.require_correct_lines(path, root)
+    remarks = Remarks()
+    n_lines = own_data.require_correct_lines(path, root, remarks)
     with ExitStack() as stack:
         store = ImageStore(folder / IMAGE_FOLDER)
         writers = _open_writers(folder, stack)
@@ -93,6 +95,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
                 images = LazyImages(tuple(store.add(image.content)
                                           for image in sample.images.encoded))
             except BadImage as error:
+                if error.reason != "unreadable image":
+                    raise
                 report.add(error.reason, f"{sample.id}: {error}")
                 continue
             report.kept += 1
@@ -110,7 +114,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     names = f"all of them by name: {NAMES_FILE}\n" if report.counts else ""
     return (f"{report.summarize()}\n{names}{counts['cot'] + counts['rl']} questions to train, "
             f"{describe_held_out(counts['val'], p)}\n{n_shared} of the "
-            f"{len(images_of_set['val'])} held-out images are also in training\n")
+            f"{len(images_of_set['val'])} held-out images are also in training\n"
+            + "".join(f"remark: {sentence}\n" for sentence in remarks.sentences()))
 
 
 def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:

@@ -3,10 +3,11 @@
 import copy
 import json
 
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
 from command_line import run_mig_kit
-from data_files import write_lines
+from data_files import call, write_lines
 from PIL import Image
 
 from mig_kit.data import importers, line_checks, own_data
@@ -213,6 +214,14 @@ def test_refcoco(root):
         "Find this: the left cup.", "Find this: cup by the door.", "Find this: the lady."]
     assert lines[1]["images"] == ["b.png"] and lines[1]["box"] == [150, 10, 200, 40]
     assert lines[2]["box"] == [10.5, 20, 60, 90]
+    row = {"question_id": "7", "question": "Describe the area.", "answer": ["cup", "left cup"],
+           "bbox": [10, 20, 30, 40], "segmentation": [1.0], "iscrowd": 0, "file_name": "x_7.jpg",
+           "image": {"bytes": (root / "b.png").read_bytes(), "path": None}}
+    path = root / "val.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    lines, _ = import_all(root, "refcoco", path)
+    assert [(line["question"], line["box"]) for line in lines] == [
+        ("Find this: cup.", [10, 20, 40, 60]), ("Find this: left cup.", [10, 20, 40, 60])]
 
 
 WRONG = [
@@ -298,6 +307,89 @@ def test_sizes_that_the_file_states_are_those_of_the_upright_images(root):
         assert line["box"] == [0, 0, 29.4, 3], "cut at every side"
     lines, (sentence,) = import_coco((50, 100), [1, 2, 30, 4], [0, 0, 1e300, 5])
     assert not lines and sentence.startswith("annotation 1: 'bbox'"), "not the first of its image"
+
+
+ROTATED = {"rotation": 45.0}
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"attributes": ROTATED}, "turned by 45"), ({"attributes": {"rotation": "-30"}}, "by -30"),
+    (ROTATED, "turned by 45"), ({"angle": 0.5}, "turned by 0.5"),
+    ({"attributes": {"rotation": 0.0, "angle": "front"}}, "")])
+def test_a_turned_box_is_not_written_upright(root, changes, sentence):
+    annotation = {**COCO["annotations"][0], **changes}
+    (root / "in.json").write_text(json.dumps(changed(COCO, "annotations", to=[annotation])))
+    for form, path in (("coco", root / "in.json"), ("refcoco", write(root, {**REF, "ann_id": 1}))):
+        instances = root / "in.json" if form == "refcoco" else None
+        lines, sentences = import_all(root, form, path, instances=instances)
+        assert bool(sentence) != bool(lines) and sentence in "".join(sentences)
+
+
+def test_one_question_has_one_answer(root):
+    """Categories of one name, and an image that is listed twice, are one question."""
+    for key, value in (("categories", [{"id": 5, "name": "cup"}, {"id": 6, "name": "Cup "}]),
+                       ("images", [{"id": 1, "file_name": "b.png"}, COCO["images"][1]])):
+        (root / "in.json").write_text(json.dumps(changed(COCO, key, to=value)))
+        lines, sentences = import_all(root, "coco", root / "in.json")
+        questions = [(line["images"][0], line["question"].lower()) for line in lines]
+        assert len(set(questions)) == len(questions) and "has" in "".join(sentences)
+        lines, _ = import_all(root, "coco", root / "in.json", several="any")
+        assert max(len(line.get("boxes", [])) for line in lines) == 3 - (key == "images")
+
+
+def test_one_split_is_taken(root, tmp_path):
+    refs = [changed(REF, "split", to=split) for split in ("train", "val", "testA", "Train", None)]
+    talks = [{**LLAVA, "id": split, "split": split} for split in ("train", "test")]
+    verl = [{"images": ["b.png"], "problem": "<image>Find it.", "answer": "[1, 2, 30, 40]",
+             "extra_info": {"split": split}} for split in ("train", "val")]
+    coco = changed(changed(COCO, "annotations", to=COCO["annotations"][:2]), "images", to=[
+        {**image, "split": split} for image, split in zip(COCO["images"], ("train", "val"))])
+    for form, rows, n, kept, more in (
+            ("refcoco", refs, 10, 6, ["--instances", root / "coco.json"]),
+            ("coco", [coco], 2, 1, []), ("verl", verl, 2, 1, ["--coordinates", "pixels"]),
+            ("llava", talks, 2, 1, ["--coordinates", "normalized_1"])):
+        words = (form, write(root, *rows), "--out", tmp_path / "o.jsonl", *more)
+        code, text = call("import", *words)
+        assert f"{n} questions read, {kept} written" in text and f"{n - kept} left out" in text
+        assert "  of the split '" in text and "takes: " in text
+        code, text = call("import", *words, "--split", "val")
+        assert (code == 0) == (form != "llava") and "split 'train', which --split train" in text
+
+
+@pytest.mark.parametrize("question, is_kept", [
+    ("And in the other image?", False), ("Where is it in image 2?", False), ("Is it here?", False),
+    ("Where is that?", False), ("Find the same one again.", False), ("Give me its box.", False),
+    ("Please provide the bounding box coordinates.", False), ("What about image 2?", False),
+    ("Where else?", False), ("Find another cup.", False), ("它在哪里?", False),
+    ("Find the red cup in image 2.", True), ("And the dog?", True), ("狗在哪里?", True),
+    ("Now find the cat in the second picture.", True), ("The man with his dog", True),
+    ("Provide the coordinate of the region this sentence describes: left cup", True),
+    ("Which dog in image 2 is like the cup of the other image?", True)])
+def test_a_later_turn_that_leans_on_history_is_left_out(root, question, is_kept):
+    turns = of_two_images("Find the cup in image 1.", "In image 1: [1, 2, 9, 9]")["messages"]
+    turns += of_two_images(question, "In image 2: [5, 6, 30, 40]")["messages"]
+    record = {"images": ["a.png", "b.png"], "messages": turns}
+    lines, sentences = import_all(root, "llava", write(root, record), "pixels")
+    assert len(lines) == 1 + is_kept and lines[0]["question"] == "Find the cup in image 1."
+    assert is_kept or "a later turn leans on the turns before it" in sentences[0]
+
+
+@pytest.mark.parametrize("text, is_refused", [
+    ("Boxes are y first.", True), ("Answer with [ymin, xmin, ymax, xmax].", True),
+    ("Write each box as (x, y, w, h)", True), ("Give box_2d.", True),
+    ("Use yxyx.", True), ("(top, left, bottom, right)", True),
+    ("Boxes are [x1, y1, x2, y2] in 0 to 1000.", False),
+    ("Give (x1, y1), (x2, y2): top-left, bottom-right corner in pixels, of width and height.",
+     False)])
+def test_what_a_system_turn_says_of_boxes_is_not_lost(root, text, is_refused):
+    turns = [{"from": "system", "value": text}, *LLAVA["conversations"]]
+    path = write(root, changed(LLAVA, "conversations", to=turns),
+                 {**LLAVA, "id": 8, "system": text})
+    code, said = call("import", "llava", path, "--coordinates", "normalized_1",
+                      "--out", root / "o.jsonl")
+    words = ("the boxes are not written as x1, y1, x2, y2" if is_refused else "remark: 2 questions "
+             f"have a system turn that says how boxes are written ('{text[:20]}")
+    assert words in said and code == is_refused
 
 
 @pytest.mark.parametrize("form, path, rules, sentence", [

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import pickle
+import random
 import time
 import zipfile
 from contextlib import suppress
@@ -59,6 +60,7 @@ def test_lists_are_read(root, content):
     (json.dumps([[GOOD]]), "record 1: the record is no JSON object; write one {...} per record"),
     (json.dumps([GOOD])[:-1], "is cut or no JSON"),
     (json.dumps([GOOD, 3]), "record 2: the record is no JSON object"),
+    ('[{"question": "a \\ud83d"}]', "holds half an emoji, \\ud83d, after"),
     ("[]", "has no record; write one JSON object a line"),
     ("", "has no line; write one JSON object a line"),
     (str(GOOD), "is no JSON object (character 2"),
@@ -316,6 +318,40 @@ def test_layouts_of_others_are_named_and_imported(root, form, record):
     assert line["box"] == [10, 20, 60, 90] and call("check", out)[0] == 0
 
 
+@pytest.mark.parametrize("row, sentence", [
+    ({**GOOD, "box": [100, 20, 160, 90]}, "(line 1 and line 2)"),
+    ({**GOOD, "question": "find the  cup of image 1."}, ""),
+    ({**GOOD, "image": 1, "box": [10, 20, 60, 40]}, "line 1 and"),
+    ({**GOOD, "box": [12, 20, 60, 90]}, ""), ({**GOOD, "images": ["b.png", "b.png"]}, ""),
+    ({**GOOD, "box": [50, 200, 300, 900], "coordinates": "normalized_1000"}, ""),
+    ({**GOOD, "boxes": [[10, 20, 60, 90], [1, 1, 5, 5]], "box": ...}, "")])
+def test_questions_with_two_answers_get_a_remark(root, row, sentence):
+    row = {key: value for key, value in row.items() if value is not ...}
+    code, text = call("check", write_lines(root, GOOD, row))
+    assert code == 0 and ("no reply is correct for both" in text) == bool(sentence), text
+    assert sentence in text
+
+
+@pytest.mark.parametrize("size, stated, whole, evidence", [
+    ((2000, 1500), "pixels", (1000, 1000), "no box reaches beyond 1000 though all 24 images"),
+    ((900, 1600), "pixels", (1000, 1000), "have boxes outside their coordinates, so the other"),
+    ((640, 480), "normalized_1000", (640, 480), "as pixels though all 24 images are 640"),
+    ((2000, 1500), "pixels", (2000, 1500), ""), ((640, 480), "normalized_1000", (1000, 1000), ""),
+    ((640, 480), "pixels", (640, 480), ""), ((640, 480), "normalized_1", (1, 1), "")])
+def test_a_whole_file_in_another_frame_gets_a_remark(tmp_path, size, stated, whole, evidence):
+    rng, rows = random.Random(1), []
+    for number in range(24):
+        Image.new("L", size).save(tmp_path / f"{number}.png")
+        left, top = rng.uniform(0, 0.7), rng.uniform(0, 0.7)
+        box = [left * whole[0], top * whole[1], (left + 0.3) * whole[0], (top + 0.3) * whole[1]]
+        rows.append({"images": [f"{number}.png"], "question": "Find it.", "image": 1, "box": box,
+                     "coordinates": stated})
+    path = write_lines(tmp_path, *rows)
+    for words in (("check", path), ("import", "own", path, "--out", tmp_path / "out.jsonl")):
+        text = call(*words)[1]
+        assert evidence in text and ("remark: " in text) == bool(evidence), text
+
+
 VERL = {"images": ["a.png"], "problem": "<image>Find it.", "answer": "[1, 2, 30, 40]"}
 
 
@@ -333,6 +369,8 @@ def test_layouts_of_others_that_are_wrong_are_named(root, form, record, sentence
 
 @pytest.mark.parametrize("keys", [
     {"images": ["a.png"], "annotations": [], "categories": []}, {"sentences": [], "ann_id": 1},
+    {"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [0]}},
+    {"question": "x", "answer": ["a cup"], "bbox": [1, 2, 3, 4]},
     {"image": "a.png", "normal_caption": "x", "solution": [1, 2, 3, 4]}])
 def test_other_layouts_name_their_importer(root, keys):
     assert "mig-kit data import" in problems_of(root, keys)

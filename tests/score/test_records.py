@@ -137,6 +137,19 @@ def test_folders_of_parquet_by_subtask(tmp_path):
                                                           ("val_Jigsaw_1", "A")]
 
 
+def batch_line(name, reply=None, **keys):
+    message = {"content": reply, "reasoning_content": keys.pop("thought", None)}
+    return {"id": f"batch_req_{name}", "custom_id": name, "error": None,
+            "response": {"status_code": 200, "body": {"choices": [{"message": message}]}}, **keys}
+
+
+def test_openais_batch_outputs_in_any_order(benchmark):
+    lines = align_predictions(benchmark.items, [
+        batch_line("2", None), batch_line("1", "B", thought="hm"),
+        batch_line("0", [{"type": "text", "text": "A"}])], "response", "p")
+    assert [line["response"] for line in lines] == ["A", "<think>hm</think>B", ""]
+
+
 @pytest.mark.parametrize("records,sentence", [
     ([lmms_record(1, "(A)", target="(A)")], "counts other questions"),
     ([{"index": 0, "prediction": "A", "answer": "B"}], "counts other questions"),
@@ -147,6 +160,9 @@ def test_folders_of_parquet_by_subtask(tmp_path):
     ([{"doc_id": 7, "resps": ["A"]}], "unknown to the annotations: 1"),
     ([{"idx": "val_Jigsaw_1", "full_prediction": 3}], "is no text"),
     ([{"index": {}, "prediction": "A"}], 'no "index" or "id"'),
+    ([batch_line("0", response=None, error={"code": "expired"})], "expired.*ask it again"),
+    ([batch_line("0", response={"body": {"choices": [3]}})], "holds no reply .no choices"),
+    ([batch_line("request-1", "A")], "unknown to the annotations: 1 .request-1"),
     ([lmms_record(0, "A"), lmms_record(0, "B")], "given more than once")])
 def test_bad_logs_are_one_sentence(benchmark, records, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -10,6 +10,7 @@ import pytest
 from command_line import run_mig_kit
 from teacher_server import TeacherServer, completion, question_text
 
+from mig_kit.image_files import BadImage
 from mig_kit.sample import read_samples
 from mig_kit.stages import sources
 from mig_kit.world import suites
@@ -106,10 +107,21 @@ def test_images_that_are_in_training_too_are_counted(params, own_file, tmp_path)
     rows = list(map(json.loads, own_file.read_text().splitlines()))
     for row in rows:
         row["images"].append("0_1.png")
+    rows.append({**rows[0], "box": [0, 0, 9, 9]})
     own_file.write_text("\n".join(map(json.dumps, rows)))
     p = params(data=str(own_file), teacher="none")
     _, text = sources.load_training_sets(p, tmp_path / "out")
     assert "\n1 of the" in text
+    assert "\nremark: 1 questions are asked of the same images before, with another" in text
+
+
+def test_a_file_that_the_system_refuses_ends_the_stage(params, own_file, tmp_path, monkeypatch):
+    def refuse(path):
+        raise BadImage("closed file", f"{path.name} cannot be read: Stale file handle")
+
+    monkeypatch.setattr("mig_kit.image_files.read_image_file", refuse)
+    with pytest.raises(BadImage, match="Stale file handle"):
+        sources.load_training_sets(params(data=str(own_file)), tmp_path / "out")
 
 
 def test_a_set_that_stays_empty_is_one_sentence(params, own_file, tmp_path):
