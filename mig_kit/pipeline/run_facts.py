@@ -18,7 +18,7 @@ from mig_kit.pipeline.params import (
     NAMES_OF_RUNS,
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
-    profile_params,
+    shipped_params,
     stage_parameters,
 )
 from mig_kit.pipeline.run_folders import (
@@ -45,13 +45,13 @@ def run_params(run_id: str, needed_by: str) -> dict:
 
 
 def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
-    """Stage -> its parameters that differ from the tiny profile's, for those of `stages` that have
+    """Stage -> its parameters that differ from the shipped ones, for those of `stages` that have
     finished; parameters that only say how a stage ran, and where, or name a run are left out.
     """
     changed = {}
     for stage in stages:
         params = (load_record(stage, run_id) or {}).get("params", {})
-        defaults = profile_params(stage)
+        defaults = shipped_params(stage)
         values = {name: value for name, value in params.items()
                   if name in defaults and value != defaults[name]
                   and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
