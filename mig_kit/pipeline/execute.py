@@ -1,7 +1,10 @@
 """Run stages as notebooks, through papermill: what is up to date is skipped."""
 
 import logging
+import os
+import shlex
 import sys
+import time
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -10,8 +13,17 @@ from mig_kit.common import NOTEBOOKS
 from mig_kit.pipeline import attempts, store
 from mig_kit.pipeline.failures import failure_sentence
 from mig_kit.pipeline.joint_rules import check_run
+from mig_kit.pipeline.params import (
+    CONFIGS,
+    EXECUTION_PARAMS,
+    GROUP,
+    NAMES_OF_RUNS,
+    describe_edits,
+    list_profiles,
+    profile_params,
+)
 from mig_kit.pipeline.plan import PlannedRun
-from mig_kit.pipeline.run_folders import start_branch
+from mig_kit.pipeline.run_folders import format_run_command, load_branch, start_branch
 from mig_kit.pipeline.stage_lines import StageLines
 
 
@@ -29,7 +41,13 @@ class ThisPython(AsyncKernelManager):
 
 
 def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
-    """Run one plan after the other; with several, say after each how long the others will take."""
+    """Run one plan after the other; with several, say after each how long the others will take.
+
+    First says what finished stages are replaced; raises as `describe_replaced`.
+    """
+    for line in [line for plan in plans for line in describe_replaced(plan, force)]:
+        print(line, flush=True)
+    os.environ[attempts.COMMAND] = f"{time.time():.3f}"
     for number, plan in enumerate(plans, 1):
         if len(plans) > 1:
             print(f"run '{plan.run_id}', {number} of {len(plans)}", flush=True)
@@ -42,6 +60,83 @@ def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
             left = (len(plans) - number) * seconds / number / 60
             print(f"{len(plans) - number} of {len(plans)} runs to go, about {left:.0f} min left",
                   flush=True)
+
+
+def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
+    """Lines on the finished stages that a plan replaces, why, and what keeps them; and on values
+    that someone has edited in the notebooks.
+
+    ValueError without `force` where a stage would read a stale one, or finished stages have the
+    parameters of another profile.
+    """
+    run_id, params = plan.run_id, plan.params
+    stale = store.find_stale(run_id, params)
+    finished = {stage for stage in params if store.load_record(stage, run_id)}
+    due = {stage for stage in params if force or stage in stale or stage not in finished}
+    origin = run_id if load_branch(run_id) or not plan.source else plan.source
+    if not force:
+        _refuse_stale_inputs({stage: params[stage] for stage in params if stage in due}, origin)
+    lines = [f"{stage}: edited in notebooks/{stage}.ipynb: {edits}" for stage in params
+             if stage in due and (edits := describe_edits(stage, params[stage]))]
+    replaced = [stage for stage in params if stage in finished & due]
+    if not replaced:
+        return lines
+    reasons = [f"{stage} ({stale[stage][1]})" for stage in replaced
+               if stale.get(stage, ("", ""))[0] == stage]
+    others = [stage for stage in replaced if stale.get(stage, ("", ""))[0] != stage]
+    others += [stage for stage in store.STAGES if stage not in params
+               and stale.get(stage, ("", ""))[0] in replaced]
+    text = f"run '{run_id}' has finished {', '.join(reasons or others)}"
+    if not force and (other := _find_other_profile(plan, replaced)):
+        raise ValueError(f"{text} with profile {other}, and --profile {plan.profile} would replace "
+                         "that; leave --run-id out, or name another, for a run beside it, or add "
+                         "--force to replace it")
+    also = f"; {', '.join(stage[:2] for stage in others)} build on that" if reasons and others else ""
+    return [*lines, f"{text}: this is run again and replaced{also}. What is replaced is kept: "
+            f"mig-kit restore {run_id} puts it back. For a run beside it: "
+            f"{_branch_command(plan, replaced[0])}"]
+
+
+def _refuse_stale_inputs(params: dict[str, dict], origin: str) -> None:
+    """ValueError where a stage would read a stale one that does not run before it."""
+    for stage, values in params.items():
+        for name, why in store.find_stale_inputs(stage, origin, values).items():
+            if name not in params:
+                owner = store.find_owner(name, origin) if name in store.STAGES else origin
+                raise ValueError(
+                    f"{stage} would build on {name} of run '{owner}', which is stale: {why}; run "
+                    f"it and what follows again: {format_run_command(name, owner)}; or add "
+                    "--force, and what comes of it is marked in run.json, status and tables")
+
+
+def _find_other_profile(plan: PlannedRun, stages: list[str]) -> str:
+    """The profile whose parameters finished stages have, up to the fewest `-p`; "" where it is the
+    plan's.
+    """
+    left_out = {*EXECUTION_PARAMS, *NAMES_OF_RUNS}
+    distances = dict.fromkeys(list_profiles(), 0)
+    for stage in stages:
+        recorded = store.load_record(stage, plan.run_id)["params"]
+        for profile in distances:
+            values = profile_params(stage, profile) | {"profile": profile}
+            distances[profile] += sum(values[name] != recorded[name]
+                                      for name in recorded.keys() & values.keys() - left_out)
+    nearest = min(distances, key=distances.get)
+    return nearest if distances[nearest] < distances[plan.profile] else ""
+
+
+def _branch_command(plan: PlannedRun, first: str) -> str:
+    """The command that makes what a plan makes, from the stage `first` on, as a branch."""
+    is_branch = first >= "02" and first < "08"
+    stages = [stage for stage in plan.params if stage >= first] if is_branch else list(plan.params)
+    numbers = [] if plan.params.keys() >= set(store.RECIPE) and not is_branch else [
+        stage[:2] for stage in stages]
+    options = ["-p " + shlex.join(pair) for pair in plan.overrides if any(
+        pair[0] in plan.params[stage] or (pair[0] == GROUP and stage in CONFIGS)
+        for stage in stages)]
+    profile = [] if plan.profile == "tiny" else ["--profile", plan.profile]
+    source = ["--from", plan.run_id] if is_branch else []
+    return " ".join(["mig-kit run", *numbers, *source, "--run-id NAME", *profile, *options])
 
 
 def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> None:

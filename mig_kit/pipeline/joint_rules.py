@@ -371,8 +371,9 @@ def _check_reference(text: str) -> str:
                          "file.py:function")
     path, function = split_function_name(text)
     if not path.is_file():
-        raise FileNotFoundError(f"rewards names {path}, which does not exist; give its path from "
-                                "the project's folder, or an absolute one")
+        near = suggest_word(path.name, [file.name for file in path.parent.glob("*.py")], 0.5)
+        raise FileNotFoundError(f"rewards names {path}, which does not exist; "
+                                f"{near or 'give its path from the project, or an absolute one'}")
     if function in NAMES_OF_CURVES:
         raise ValueError(f"the curves of 05 have a '{function}' of their own; rename the function "
                          f"in {path}")

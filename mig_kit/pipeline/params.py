@@ -138,13 +138,14 @@ def stage_parameters(stage: str) -> dict[str, Parameter]:
                 if "parameters" in cell["metadata"].get("tags", ()))
     source, shipped, parameters = "".join(cell["source"]), _shipped_values(PROFILES)[stage], {}
     try:
-        values = [(node.lineno, getattr(node, "target", None) or node.targets[0],
-                   ast.literal_eval(node.value))
-                  for node in ast.parse(source).body if isinstance(node, ast.Assign | ast.AnnAssign)]
+        nodes = [node for node in ast.parse(source).body
+                 if isinstance(node, ast.AnnAssign | ast.Assign)]
+        values = [ast.literal_eval(node.value) for node in nodes]
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"the parameters cell of notebooks/{stage}.ipynb cannot be read ({error}); "
-                         "write a line NAME: TYPE = VALUE each, without calculating") from None
-    for number, target, value in values:
+        raise ValueError(f"the parameters cell of notebooks/{stage}.ipynb cannot be read ({error})"
+                         "; write a line NAME: TYPE = VALUE each, without calculating") from None
+    for node, value in zip(nodes, values):
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
         if target.id == GROUP:
             known = SETTINGS[stage] | shipped
             known = (trl_defaults(stage) if value.keys() - known.keys() else {}) | known
@@ -153,7 +154,7 @@ def stage_parameters(stage: str) -> dict[str, Parameter]:
                                            HELP.get(name, f"of {CONFIGS[stage]}"), setting)
                            for name, setting in settings.items()}
         else:
-            text = source.splitlines()[number - 1].partition("  # ")[2]
+            text = source.splitlines()[node.lineno - 1].partition("  # ")[2]
             parameters[target.id] = Parameter(shipped.get(target.id, value), text, value)
     return parameters
 
