@@ -23,7 +23,7 @@ from mig_kit.pipeline.params import (
     profile_params,
 )
 from mig_kit.pipeline.plan import PlannedRun
-from mig_kit.pipeline.run_folders import format_run_command, load_branch, start_branch
+from mig_kit.pipeline.run_folders import load_branch, start_branch
 from mig_kit.pipeline.stage_lines import StageLines
 
 
@@ -81,20 +81,18 @@ def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
     replaced = [stage for stage in params if stage in finished & due]
     if not replaced:
         return lines
-    reasons = [f"{stage} ({stale[stage][1]})" for stage in replaced
-               if stale.get(stage, ("", ""))[0] == stage]
-    others = [stage for stage in replaced if stale.get(stage, ("", ""))[0] != stage]
-    others += [stage for stage in store.STAGES if stage not in params
-               and stale.get(stage, ("", ""))[0] in replaced]
-    text = f"run '{run_id}' has finished {', '.join(reasons or others)}"
+    causes = {stage: stale.get(stage, (stage, "--force")) for stage in replaced}
+    names = [f"{stage} ({why})" for stage, (cause, why) in causes.items() if cause == stage]
+    others = [stage for stage, (cause, _) in stale.items() if cause != stage
+              and (stage in replaced or cause in replaced)]
     if not force and (other := _find_other_profile(plan, replaced)):
-        raise ValueError(f"{text} with profile {other}, and --profile {plan.profile} would replace "
-                         "that; leave --run-id out, or name another, for a run beside it, or add "
-                         "--force to replace it")
-    also = f"; {', '.join(stage[:2] for stage in others)} build on that" if reasons and others else ""
-    return [*lines, f"{text}: this is run again and replaced{also}. What is replaced is kept: "
-            f"mig-kit restore {run_id} puts it back. For a run beside it: "
-            f"{_branch_command(plan, replaced[0])}"]
+        raise ValueError(f"--profile {plan.profile} would replace {', '.join(replaced)} of run "
+                         f"'{run_id}', which are of profile {other}; leave --run-id out or name "
+                         "another for a run beside it, or add --force to replace them")
+    also = f", and {', '.join(stage[:2] for stage in others)}, which build on it" if others else ""
+    return [*lines, f"this replaces finished stages of run '{run_id}': "
+            f"{', '.join(names or replaced)}{also}. What is there is kept, and mig-kit restore "
+            f"{run_id} puts it back; for a run beside it: {_branch_command(plan, replaced[0])}"]
 
 
 def _refuse_stale_inputs(params: dict[str, dict], origin: str) -> None:
@@ -102,11 +100,15 @@ def _refuse_stale_inputs(params: dict[str, dict], origin: str) -> None:
     for stage, values in params.items():
         for name, why in store.find_stale_inputs(stage, origin, values).items():
             if name not in params:
-                owner = store.find_owner(name, origin) if name in store.STAGES else origin
+                stale = [other for other in store.find_stale(origin) if other < stage
+                         and other not in params and other != "00_preflight"]
+                owner = store.find_owner(stale[0], origin) if stale else origin
+                numbers = " ".join(other[:2] for other in stale)
                 raise ValueError(
-                    f"{stage} would build on {name} of run '{owner}', which is stale: {why}; run "
-                    f"it and what follows again: {format_run_command(name, owner)}; or add "
-                    "--force, and what comes of it is marked in run.json, status and tables")
+                    f"{stage} would build on a stale {name} of run '{owner}': {why}; run again "
+                    f"what is stale (mig-kit run {numbers} --run-id {owner}, with the --profile "
+                    "and every -p of that run), or add --force: what comes of it is then marked "
+                    "in run.json, status and tables")
 
 
 def _find_other_profile(plan: PlannedRun, stages: list[str]) -> str:
@@ -127,10 +129,10 @@ def _find_other_profile(plan: PlannedRun, stages: list[str]) -> str:
 
 def _branch_command(plan: PlannedRun, first: str) -> str:
     """The command that makes what a plan makes, from the stage `first` on, as a branch."""
-    is_branch = first >= "02" and first < "08"
-    stages = [stage for stage in plan.params if stage >= first] if is_branch else list(plan.params)
-    numbers = [] if plan.params.keys() >= set(store.RECIPE) and not is_branch else [
-        stage[:2] for stage in stages]
+    is_branch = "02" <= first < "08"
+    stages = [stage for stage in plan.params if stage >= first or not is_branch]
+    is_whole = plan.params.keys() >= set(store.RECIPE) and not is_branch
+    numbers = [] if is_whole else [stage[:2] for stage in stages]
     options = ["-p " + shlex.join(pair) for pair in plan.overrides if any(
         pair[0] in plan.params[stage] or (pair[0] == GROUP and stage in CONFIGS)
         for stage in stages)]

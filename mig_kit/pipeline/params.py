@@ -3,8 +3,8 @@
 The `parameters` cell of a stage's notebook holds its parameters: type, default and one line of help
 each. The defaults are the tiny profile; params/<profile>/<stage>.yaml holds only what another
 profile changes. Whoever edits a cell changes what later commands take; params/shipped.yaml, a copy
-of the cells, lets them name that. RUN_PARAMS are set once, in stage 01, and every later stage of the run takes them
-from there. What holds between parameters is in `joint_rules`.
+of the cells, lets them name that. RUN_PARAMS are set once, in stage 01, and every later stage of
+the run takes them from there. What holds between parameters is in `joint_rules`.
 
 The parameter `trl` of 02 and 05 is a mapping from names of SFTConfig or GRPOConfig to values. Each
 of its entries counts as a parameter of its own: a profile's file, `-p num_iterations 2` and the

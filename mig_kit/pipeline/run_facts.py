@@ -92,12 +92,14 @@ def model_digest(run_id: str) -> str:
 @dataclass(frozen=True)
 class RunModel:
     """folder: of the model, or a base's hub name. evaluation: parameters of the run's 06, {} where
-    that has not run.
+    that has not run. stage, run_id: what made it, "" for another model.
     """
 
     folder: Path | str
     box_format: BoxFormat
     evaluation: dict
+    stage: str = ""
+    run_id: str = ""
 
 
 def find_run_model(text: str) -> RunModel | None:
@@ -123,14 +125,14 @@ def find_run_model(text: str) -> RunModel | None:
     params = run_params(run_id, "a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     evaluated = load_record("06_evaluate", run_id) or {"params": {}}
+    stage, _, name = MODELS[system or "grpo"].partition("/")
     if system == "base":
         folder = model_folder(params["base_model"])
         folder = folder if folder.is_dir() else params["base_model"]
     else:
-        stage, _, name = MODELS[system or "grpo"].partition("/")
         require_record(stage, run_id, f"the model {text}")
         folder = stage_folder(stage, run_id) / name
-    return RunModel(folder, box_format, evaluated["params"])
+    return RunModel(folder, box_format, evaluated["params"], stage, run_id)
 
 
 def git_revision() -> str:
