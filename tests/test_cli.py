@@ -73,9 +73,9 @@ def test_status_shows_stages_and_scores(tmp_path, monkeypatch):
     (tmp_path / "run" / "06_evaluate" / "metrics.json").write_text(json.dumps({"systems": systems}))
     output = CliRunner().invoke(cli, ["status", "--why"], catch_exceptions=False).output
     lines = {line.split()[0]: line for line in output.splitlines()}
-    assert "done in 1.5 min" in lines["05_grpo"] and lines["02_sft"].split() == ["02_sft", "-"]
+    assert "made in 1.5 min" in lines["05_grpo"] and lines["02_sft"].split() == ["02_sft", "-"]
     assert "base 1.0, sft 40.0, grpo 55.5" in output
-    assert lines["07_report"].endswith("done in 0.1 min, stale")
+    assert lines["07_report"].endswith("stale, made in 0.1 min")
     assert "    it is stale: 07_report needs 01_synthesize of run 'run', which has not" in output
 
 

@@ -97,12 +97,18 @@ def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
 
 def _refuse_stale_inputs(params: dict[str, dict], origin: str) -> None:
     """ValueError where a stage would read a stale one that does not run before it."""
+    known_stale = store.find_stale(origin)
     for stage, values in params.items():
-        for name, why in store.find_stale_inputs(stage, origin, values).items():
+        if "01_synthesize" not in params:  # which decides whether there is a cold start
+            for name in store.input_stages(stage, origin, values):
+                if name not in params:
+                    store.require_record(name, origin, stage)
+        for name, why in store.find_stale_inputs(stage, origin, values, known_stale).items():
             if name not in params:
-                stale = [other for other in store.find_stale(origin) if other < stage
-                         and other not in params and other != "00_preflight"]
-                owner = store.find_owner(stale[0], origin) if stale else origin
+                stale = [other for other in known_stale if "00_preflight" < other < stage
+                         and other not in params] or ["03_merge"]
+                is_own = name in known_stale
+                owner = store.find_owner(name, origin) if is_own else values["control_run"]
                 numbers = " ".join(other[:2] for other in stale)
                 raise ValueError(
                     f"{stage} would build on a stale {name} of run '{owner}': {why}; run again "

@@ -200,9 +200,14 @@ def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str,
     return stale
 
 
-def find_stale_inputs(stage: str, run_id: str, params: dict) -> dict[str, str]:
-    """Stale stage -> why, of those that a stage would read; of its control run, too."""
-    stale, control = find_stale(run_id), params.get("control_run")
+def find_stale_inputs(stage: str, run_id: str, params: dict,
+                      stale: dict[str, tuple[str, str]] | None = None) -> dict[str, str]:
+    """Stale stage -> why, of those that a stage would read; of its control run, too.
+
+    stale: of `find_stale`, if it is known.
+    """
+    stale = find_stale(run_id) if stale is None else stale
+    control = params.get("control_run")
     causes = dict(stale[name] for name in input_stages(stage, run_id, params) if name in stale)
     if control and (cause := find_stale(control).get("03_merge")):
         causes[f"{cause[0]} of run '{control}'"] = cause[1]
@@ -220,9 +225,11 @@ def stale_notes(stage: str, run_id: str) -> list[str]:
 
 
 def list_marks(stages: Sequence[str], run_id: str) -> list[str]:
-    """A sentence on each of these stages that was made from a stale one."""
-    return [f"{stage} of run '{run_id}' was made from a stale {name}: {why}" for stage in stages
-            for name, why in (load_record(stage, run_id) or {}).get("stale_inputs", {}).items()]
+    """A sentence on each of these stages that was made from stale ones."""
+    marks = {stage: (load_record(stage, run_id) or {}).get("stale_inputs") for stage in stages}
+    return [f"{stage} of run '{run_id}' was made from stale stages: "
+            f"{', '.join(f'{name} ({why})' for name, why in causes.items())}"
+            for stage, causes in marks.items() if causes]
 
 
 def recorded_params(stage: str, record: dict) -> dict:

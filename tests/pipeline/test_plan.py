@@ -43,6 +43,8 @@ def leave_stage(root, run_id, stage, product="1"):
     write_json(folder / "metrics.json", {"product": product})
     (folder / "x").write_text(product)
     write_json(folder / "run.json", record)
+    record["key"] = store.stage_facts(stage, run_id, record["params"])["key"]
+    write_json(folder / "run.json", record)
 
 
 def finish_stage(run_id, stage, product):
@@ -172,7 +174,7 @@ def test_a_source_that_is_gone_is_one_sentence(root):
     sentence = error_of("run", "05", "--run-id", "b")
     assert "run 'b' starts from run 'a', which is not in " in sentence and "bring it" in sentence
     lines = CliRunner().invoke(cli, ["status", "b"]).output.splitlines()
-    assert lines[1] == "  01 to 04 of a; run 'a' is gone" and "done in 0.0 min" in lines[2]
+    assert lines[1] == "  01 to 04 of a; run 'a' is gone" and "stale, made in 0.0 min" in lines[2]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"from": "a"}', '{"from": "../a", "stages": {}}',
