@@ -38,6 +38,9 @@ def test_bench_starts_again_on_the_heap_that_stages_have():
     (("run", "-p", "learning_rat", "1"), "did you mean 'learning_rate'"),
     (("run", "01", "-p", "data_shares", "[0.4,1.0"), "-p data_shares '[0.4,1.0' is no value"),
     (("run", "01", "-p", "run_id", "b"), "use --run-id"),
+    (("run", "05", "-p", "trl", "{foo:1}"), 'YAML wants a space after the colon, as "{foo: 1}"'),
+    (("run", "05", "-p", "reward_weights", "{box:2}"), 'after the colon, as "{box: 2}"'),
+    (("run", "05", "-p", "rewards", "[format, mig_kit/reward.py:f]"), "mean 'rewards.py'?"),
     (("run", "01", "--run-id", "a/b"), "run_id is 'a/b'; use letters"),
     (("run", "05", "-p", "beta=0.1"), "Option '-p' requires 2 arguments"),
     (("run", "99"), "no stage '99'"),
@@ -60,6 +63,11 @@ def test_a_sentence_is_all_that_a_process_says(tmp_path):
     result = run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert f"{path} is broken; delete it" in result.stderr
+
+
+def test_status_without_a_run_says_what_to_type(tmp_path):
+    result = run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
+    assert f"no run in {tmp_path} yet; mig-kit run makes one" in result.stdout
 
 
 def test_status_shows_stages_and_scores(tmp_path, monkeypatch):

@@ -99,8 +99,8 @@ def _refuse_stale_inputs(params: dict[str, dict], origin: str) -> None:
     """ValueError where a stage would read a stale one that does not run before it."""
     known_stale = store.find_stale(origin)
     for stage, values in params.items():
-        if "01_synthesize" not in params:  # which decides whether there is a cold start
-            for name in store.input_stages(stage, origin, values):
+        if store.STAGES[stage] and "01_synthesize" not in params:
+            for name in ("01_synthesize", *store.input_stages(stage, origin, values)):
                 if name not in params:
                     store.require_record(name, origin, stage)
         for name, why in store.find_stale_inputs(stage, origin, values, known_stale).items():

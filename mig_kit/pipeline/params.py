@@ -170,13 +170,16 @@ def shipped_params(stage: str) -> dict:
     return {name: parameter.default for name, parameter in stage_parameters(stage).items()}
 
 
-def describe_edits(stage: str, values: dict) -> str:
+def describe_edits(stage: str, values: dict, is_cell: bool = False) -> str:
     """Those of `values` that someone has edited in the notebook, as "max_steps 10 (shipped: 125)";
     "" where there is none. An edit that a profile or `-p` overrides is left out.
+
+    is_cell: the values are those of a running cell, which may not be saved yet.
     """
-    return ", ".join(f"{name} {parameter.value!r} (shipped: {parameter.default!r})"
-                     for name, parameter in stage_parameters(stage).items() if name != "run_id"
-                     and parameter.default != parameter.value == values.get(name))
+    return ", ".join(f"{name} {values[name]!r} (shipped: {parameter.default!r})"
+                     for name, parameter in stage_parameters(stage).items()
+                     if name in values and name != "run_id" and parameter.default != values[name]
+                     and (is_cell or parameter.value == values[name]))
 
 
 def list_profiles() -> list[str]:

@@ -53,7 +53,8 @@ def start_run(root, profile, **changes):
     ("qwen2_5_vl_3b", "qwen2_5_vl_7b"), ("qwen2_5_vl_3b", "tiny"), ("tiny", "qwen2_5_vl_7b")])
 def test_going_on_with_another_profile_is_refused(root, first, then):
     start_run(root, first)
-    sentence = error_of("run", "05", "--profile", then, "--run-id", "default", "-p", "device", "cpu")
+    words = ("--run-id", "default", "-p", "device", "cpu")
+    sentence = error_of("run", "05", "--profile", then, *words)
     model = params.profile_params(params.RUN_PARAMS_STAGE, first)["base_model"]
     other = params.profile_params(params.RUN_PARAMS_STAGE, then)["base_model"]
     assert f"run 'default' has the base_model {model}, and profile '{then}' {other}" in sentence
