@@ -194,7 +194,7 @@ def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) 
         papermill.execute_notebook(NOTEBOOKS / f"{stage}.ipynb", output, params,
                                    progress_bar=False, log_output=True, cwd=str(NOTEBOOKS),
                                    kernel_manager_class=ThisPython,
-                                   extra_arguments=["--log-level=ERROR"])
+                                   extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as error:
         lines.set(stage, "failed")
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))
