@@ -409,8 +409,9 @@ def _list_warnings(stage: str, run_id: str, params: dict, facts: dict,
             f"what differs is {differences}. What it replaces is kept, and mig-kit restore "
             f"{run_id} {stage[:2]} puts it back; for a run of your own give run_id a new name"
             f"{branch}"))
-    is_by_hand = not any(cell.startswith("# Parameters") for cell in names.get("In", ()))
-    if is_by_hand and (edits := describe_edits(stage, params, is_cell=True)):
+    cells = names.get("In", ())
+    is_by_hand = not any(cell.startswith("# Parameters") for cell in cells)  # as papermill adds
+    if cells and is_by_hand and (edits := describe_edits(stage, params, is_cell=True)):
         warnings.append(f"The parameters cell differs from the shipped one: {edits}; once saved, "
                         "these are the defaults of mig-kit run, too")
     return warnings
