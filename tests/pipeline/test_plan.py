@@ -342,8 +342,8 @@ def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels
     facts = store.describe_code
 
     def changed_04(stage, rewards):
-        found = facts(stage, rewards)
-        return {**found, "code": "2"} if stage == "04_rejection_sampling" else found
+        code = facts(stage, rewards)
+        return {**code, "code": "2"} if stage == "04_rejection_sampling" else code
 
     monkeypatch.setattr(store, "describe_code", changed_04)
     lines = {line.split()[0]: line for line in invoke("status", "a").splitlines()}
