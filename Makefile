@@ -4,7 +4,6 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PROFILE ?= tiny
-RUN_ID ?= default
 # glibc hands freed memory back at once and faults it in again for every tensor; see mig_kit/__init__.py
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
@@ -13,10 +12,12 @@ export MALLOC_TOP_PAD_ := 268435456
 # another checkout on PYTHONPATH would be imported instead of this one
 unexport PYTHONPATH
 
+NEXT := "ready; next: make run, make lab or source $(BIN)/activate, which puts mig-kit on the path"
+
 .PHONY: run test nightly lint lab setup clean
 
 run: setup
-	$(BIN)/mig-kit run --profile $(PROFILE) --run-id $(RUN_ID)
+	$(BIN)/mig-kit run --profile $(PROFILE) $(if $(RUN_ID),--run-id $(RUN_ID))
 
 # in two processes; a thread that waited actively would keep the other process from its core
 test: setup
@@ -32,9 +33,10 @@ lint: setup
 
 lab: export GOMP_SPINCOUNT := 1000
 lab: setup
-	$(BIN)/jupyter lab notebooks $(if $(PORT),--no-browser --port $(PORT) --ServerApp.port_retries=0)
+	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(if $(PORT),--no-browser --port $(PORT) --ServerApp.port_retries=0)
 
 setup: $(VENV)/done
+	@$(if $(filter setup,$(MAKECMDGOALS)),echo $(NEXT))
 
 $(VENV)/done: pyproject.toml requirements.lock .ci/install.sh
 	sh .ci/install.sh $(VENV) $(PYTHON)

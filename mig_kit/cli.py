@@ -11,12 +11,18 @@ from pathlib import Path
 import click
 
 from mig_kit import LATE
-from mig_kit.common import NOTEBOOKS, write_json
+from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.data.commands import data
 from mig_kit.engine.commands import absolute_folder, eval_command, ground
-from mig_kit.pipeline import store
+from mig_kit.pipeline import attempts, store
 from mig_kit.pipeline.failures import describe_os_error
-from mig_kit.pipeline.run_folders import require_runs
+from mig_kit.pipeline.params import describe_edits, profile_params
+from mig_kit.pipeline.run_folders import (
+    list_runs,
+    remove_run,
+    require_no_branches,
+    require_runs,
+)
 from mig_kit.score.commands import score_command
 
 
@@ -32,6 +38,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        if sys.argv[1:2] == ["rm"]:
+            sys.exit("nothing removed; --yes removes without asking")
         words = "the same command without --force" if "--force" in sys.argv else "the same command"
         sys.exit(f"interrupted; {words} goes on where this one stopped")
     except ModuleNotFoundError as error:
@@ -64,22 +72,32 @@ def stage_name(text: str) -> str:
 @cli.command()
 @click.argument("stages", nargs=-1)
 @click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
-@click.option("--run-id", default="default", show_default=True, help="Folder under runs/.")
+@click.option("--run-id", default="",
+              help="Folder under runs/; default with the profile tiny, else the profile's name.")
 @click.option("--from", "source", default="", metavar="RUN",
               help="Take the stages before STAGES from this run, by reference.")
 @click.option("--seeds", default="", metavar="0,1,2",
               help="Run once per seed; {seed} in --run-id, --from and -p stands for its number.")
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
               help="Set a parameter in every stage that has it.")
-@click.option("--force", is_flag=True, help="Run even what is up to date.")
+@click.option("--force", is_flag=True, help="Run even what is up to date, another profile's run, "
+                                            "and what builds on a stale stage.")
 def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: str, overrides,
         force: bool) -> None:
     """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
     from mig_kit.pipeline.execute import run_plans
     from mig_kit.pipeline.plan import parse_seeds, plan_runs
 
+    run_id = run_id or (store.DEFAULT_RUN if profile == "tiny" else profile)
     plans = plan_runs([stage_name(text) for text in stages], profile, run_id, source,
                       parse_seeds(seeds) if seeds else [], overrides)
+    for plan in plans:
+        p = plan.params.get("01_synthesize", {"data": "scenes"})
+        if p["data"] != "scenes" and not store.is_up_to_date("01_synthesize", plan.run_id, p):
+            from mig_kit.data.own_data import require_correct_lines  # a moment
+
+            path = PROJECT_ROOT / p["data"]
+            require_correct_lines(path, PROJECT_ROOT / (p["image_root"] or path.parent))
     run_plans(plans, force)
     for plan in plans:
         if "07_report" in plan.params:
@@ -114,7 +132,40 @@ def status(run_id: str | None, verify: bool, why: bool) -> None:
             click.echo("  " * depth + line)
         if verify and not damaged:
             click.echo("  every file is what its stage wrote")
+    if not run_id and not list_runs():
+        click.echo(f"no run in {store.runs_root()} yet; mig-kit run makes one, all stages in some "
+                   "20 minutes, and mig-kit run --profile smoke tries them in a few")
+    for stage in store.RECIPE:
+        if edits := describe_edits(stage, profile_params(stage)):
+            click.echo(f"edited in notebooks/{stage}.ipynb: {edits}")
     sys.exit(int(is_damaged))
+
+
+@cli.command()
+@click.argument("run_id")
+@click.argument("stage", required=False)
+def restore(run_id: str, stage: str | None) -> None:
+    """Bring back what the last command replaced in RUN_ID, or what STAGE replaced; the same command
+    undoes it.
+    """
+    for name in attempts.restore(run_id, stage_name(stage) if stage else ""):
+        record = store.require_record(name, run_id, name)
+        click.echo(f"{name}: that of {record['started'].replace('T', ' ')[:16]} UTC is back; "
+                   f"{record.get('summary') or 'no summary'}")
+
+
+@cli.command()
+@click.argument("run_id")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(run_id: str, yes: bool) -> None:
+    """Delete the run RUN_ID with all its stages, unless branches start from it."""
+    require_no_branches(run_id)
+    folder = store.runs_root() / run_id
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+    if not yes and not click.confirm(f"delete {folder}, {size:.0f} MB?"):
+        return click.echo("nothing removed")
+    remove_run(run_id)
+    click.echo(f"removed: run '{run_id}'")
 
 
 @cli.command("params")
@@ -130,12 +181,13 @@ def params_command(stage: str, profile: str) -> None:
 @cli.command()
 @click.argument("run_a")
 @click.argument("run_b")
-def diff(run_a: str, run_b: str) -> None:
-    """What differs between two runs: parameters, inputs, versions, machine and metrics."""
+@click.option("--all", "with_metrics", is_flag=True, help="All metrics, not the scores alone.")
+def diff(run_a: str, run_b: str, with_metrics: bool) -> None:
+    """What differs between two runs: parameters, inputs, versions, machine and scores."""
     from mig_kit.pipeline import status
 
     rows = status.list_differences(run_a, run_b)
-    click.echo("\n".join(status.format_differences(rows, run_a, run_b)))
+    click.echo("\n".join(status.format_differences(rows, run_a, run_b, with_metrics)))
 
 
 @cli.command("lessons")

@@ -38,6 +38,9 @@ def test_bench_starts_again_on_the_heap_that_stages_have():
     (("run", "-p", "learning_rat", "1"), "did you mean 'learning_rate'"),
     (("run", "01", "-p", "data_shares", "[0.4,1.0"), "-p data_shares '[0.4,1.0' is no value"),
     (("run", "01", "-p", "run_id", "b"), "use --run-id"),
+    (("run", "05", "-p", "trl", "{foo:1}"), 'YAML wants a space after the colon, as "{foo: 1}"'),
+    (("run", "05", "-p", "reward_weights", "{box:2}"), 'after the colon, as "{box: 2}"'),
+    (("run", "05", "-p", "rewards", "[format, mig_kit/reward.py:f]"), "mean 'rewards.py'?"),
     (("run", "01", "--run-id", "a/b"), "run_id is 'a/b'; use letters"),
     (("run", "05", "-p", "beta=0.1"), "Option '-p' requires 2 arguments"),
     (("run", "99"), "no stage '99'"),
@@ -62,6 +65,11 @@ def test_a_sentence_is_all_that_a_process_says(tmp_path):
     assert f"{path} is broken; delete it" in result.stderr
 
 
+def test_status_without_a_run_says_what_to_type(tmp_path):
+    result = run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
+    assert f"no run in {tmp_path} yet; mig-kit run makes one" in result.stdout
+
+
 def test_status_shows_stages_and_scores(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     for stage, seconds in (("05_grpo", 90.0), ("06_evaluate", 90.0), ("07_report", 6.0)):
@@ -73,9 +81,9 @@ def test_status_shows_stages_and_scores(tmp_path, monkeypatch):
     (tmp_path / "run" / "06_evaluate" / "metrics.json").write_text(json.dumps({"systems": systems}))
     output = CliRunner().invoke(cli, ["status", "--why"], catch_exceptions=False).output
     lines = {line.split()[0]: line for line in output.splitlines()}
-    assert "done in 1.5 min" in lines["05_grpo"] and lines["02_sft"].split() == ["02_sft", "-"]
+    assert "made in 1.5 min" in lines["05_grpo"] and lines["02_sft"].split() == ["02_sft", "-"]
     assert "base 1.0, sft 40.0, grpo 55.5" in output
-    assert lines["07_report"].endswith("done in 0.1 min, stale")
+    assert lines["07_report"].endswith("stale, made in 0.1 min")
     assert "    it is stale: 07_report needs 01_synthesize of run 'run', which has not" in output
 
 

@@ -1,9 +1,14 @@
 """`mig-kit data`: check, look at, import and compare training data; nothing here loads a model."""
 
+import json
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
 import click
+
+from mig_kit.boxes import MODEL_COORDINATES, BoxFormat
+from mig_kit.pipeline.params import profile_params
 
 SHOWN = 100  # problems that a command prints
 
@@ -27,7 +32,9 @@ def file_arguments(command):
 @file_arguments
 @click.option("--profile", help="Also find prompts that are too long for this profile's base "
                                 "model, whose tokenizer is loaded: tiny, or a folder of params/.")
-def check(file: Path, root: Path | None, profile: str | None) -> None:
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write the correct lines here.")
+def check(file: Path, root: Path | None, profile: str | None, out: Path | None) -> None:
     """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
 
     FILE has a JSON object a line, or holds a list of them. The guide, notebooks/guide/own_data.md,
@@ -36,16 +43,32 @@ def check(file: Path, root: Path | None, profile: str | None) -> None:
     from mig_kit.data import own_data, records
     from mig_kit.data.remarks import Remarks
 
-    total, wrong, remarks = 0, 0, Remarks()
-    measure = _prompt_measure(profile) if profile else None
-    word = records.entry_word(file)
-    for number, problems in own_data.check_file(file, root or file.parent, measure, remarks):
-        total += 1
-        wrong += bool(problems)
-        if problems and wrong <= SHOWN:
-            click.echo(f"{word} {number}: {'; '.join(problems)}")
+    if out and out.resolve() == file.resolve():
+        raise ValueError(f"--out {out} is FILE itself; name another file")
+    total, wrong, word, remarks = 0, 0, records.entry_word(file), Remarks()
+    measure, formats = _prompt_measure(profile), _box_formats(profile)
+    lines, is_held = [], root is None  # held: as long as no image was found, --root may be missing
+    checked = zip(own_data.check_file(file, root or file.parent, measure, formats, remarks),
+                  records.iter_entries(file))
+    with out.open("w") if out else nullcontext() as correct:
+        for (number, problems), (_, record, _) in checked:
+            total += 1
+            wrong += bool(problems)
+            is_held &= any("image root" in problem for problem in problems)
+            if problems and wrong <= SHOWN:
+                lines.append(f"{word} {number}: {'; '.join(problems)}")
+            if not is_held:
+                click.echo("\n".join(lines), nl=bool(lines))
+                lines = []
+            if correct and not problems:
+                correct.write(json.dumps(record) + "\n")
+    if lines:
+        click.echo(f"no image was found below {file.absolute().parent}; name the folder of the "
+                   f"images with --root ({lines[0]})")
     more = f" (the first {SHOWN} shown)" if wrong > SHOWN else ""
-    click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}")
+    click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}"
+               + (f"; the correct ones are in {out} (image root: {root or file.parent})" if out
+                  else ""))
     for sentence in remarks.sentences():
         click.echo(f"remark: {sentence}")
     if not total:
@@ -54,15 +77,23 @@ def check(file: Path, root: Path | None, profile: str | None) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _prompt_measure(profile: str):
-    """What says that a sample's prompt is too long for the base model of a profile."""
-    from mig_kit.boxes import BoxFormat
+def _prompt_measure(profile: str | None):
+    """What says that a sample's prompt is too long for the base model of a profile; None without.
+    """
+    if not profile:
+        return None
     from mig_kit.engine import models, processors
-    from mig_kit.pipeline.params import profile_params
 
+    model = profile_params("01_synthesize", profile)["base_model"]
+    return processors.prompt_measure(models.resolve_model(model), *_box_formats(profile))
+
+
+def _box_formats(profile: str | None) -> list[BoxFormat]:
+    """How a profile's model writes boxes; without a profile, all ways."""
+    if not profile:
+        return [BoxFormat(coordinates=coordinates) for coordinates in MODEL_COORDINATES]
     params = profile_params("01_synthesize", profile)
-    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    return processors.prompt_measure(models.resolve_model(params["base_model"]), box_format)
+    return [BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])]
 
 
 @data.command()

@@ -134,7 +134,8 @@ def _value_problems(data: dict) -> list[str]:
     question = data["question"]
     problems = [_images_problem(data["images"])]
     if not is_choice(data) and not asks_for_all(data):
-        problems.append(_number_problem(data["image"], data["images"]))
+        hint = "; null says that no image shows it" if data["image"] == 0 else ""
+        problems.append(_number_problem(data["image"], data["images"]) + hint)
     problems.append(text_problem("'question'", question))
     if not problems[-1] and ("{ref}" in question) != ("reference" in data):
         problems.append("'{ref}' in the question and 'reference' go together; "
@@ -220,7 +221,9 @@ def _box_problem(box: object, coordinates: Coordinates) -> str:
     """What is wrong with the box, as the end of a sentence; "" if nothing."""
     if not isinstance(box, list) or len(box) != 4 or not all(
             type(value) in (int, float) and abs(value) < 1e9 for value in box):
-        return "must be four numbers [x1, y1, x2, y2]"
+        has_text = isinstance(box, str) or (
+            isinstance(box, list) and any(isinstance(value, str) for value in box))
+        return f"must be four numbers [x1, y1, x2, y2]{', not text in quotes' * has_text}"
     width, height = box[2] - box[0], box[3] - box[1]
     if width <= 0 or height <= 0:
         return (f"is {box}: x2 must be greater than x1 and y2 than y1 "

@@ -11,7 +11,7 @@ prompts.py): if only those did, the prompt would tell how many boxes there are. 
 written as text or as 2.0.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from mig_kit.data.line_checks import (
 )
 from mig_kit.data.records import entry_word, iter_entries
 from mig_kit.data.remarks import Remarks
+from mig_kit.filters import drop_reason
 from mig_kit.image_files import BadImage, EncodedImage, LazyImages, resolve_under_root
 from mig_kit.sample import Sample, Target
 
@@ -48,17 +49,32 @@ class Line:
     is_damaged: bool = False
 
 
+# of `filters.drop_reason` -> what is wrong with a reply
+WRONG_REPLIES = {
+    "format": "it must end in <answer>{\"image\": 2, \"box\": [x1, y1, x2, y2]}</answer>, numbers "
+              "without quotes, for multiple choice <answer>A</answer>, after <think>...</think>",
+    "choice": "its letter is another one", "image": "it names another image",
+    "box": "its box is not on the target; boxes in it are in the model's coordinates, which "
+           "--profile names", "leak": "its reasoning gives the answer away"}
+
+
 def check_file(path: Path, root: Path, measure: Callable[[Sample], str] | None = None,
-               remarks: Remarks | None = None) -> Iterator[tuple[int, list[str]]]:
+               formats: Sequence[BoxFormat] = (), remarks: Remarks | None = None
+               ) -> Iterator[tuple[int, list[str]]]:
     """(line number, what is wrong with it) of every line; an empty list for a correct line.
 
     Reads the pixels of every image once. In memory: one line, one image, a hash per id, to find an
     id that is used twice, and the sizes of MAX_SIZES images. measure: gives a sentence on a sample
-    that is too long for a model, or "". remarks: takes in every line.
+    that is too long for a model, or "". formats: a line's own reply must pass 01's filter in one of
+    them. remarks: takes in every line.
     """
     for line in iter_checked_lines(path, root, True, remarks):
-        problem = measure(line.sample) if measure and line.sample else ""
-        yield line.number, [*line.problems, problem] if problem else line.problems
+        problems = [measure(line.sample)] if measure and line.sample else []
+        reasons = [drop_reason(line.reply, line.sample, box_format)
+                   for box_format in formats if line.reply]
+        if reasons and all(reasons):
+            problems.append(f"01 would drop its 'reply': {WRONG_REPLIES[reasons[0]]}")
+        yield line.number, [*line.problems, *filter(None, problems)]
 
 
 def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
@@ -119,10 +135,21 @@ def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True,
 
 
 def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None) -> int:
-    """How many lines `iter_usable_lines` gives, and raises as it does; shows a bar."""
-    n_lines = sum(1 for _ in iter_lines(path)) if entry_word(path) == "line" else None
-    lines = iter_usable_lines(path, root, remarks=remarks)
-    return sum(1 for _ in progress_bar(lines, "check lines", total=n_lines))
+    """How many lines there are; shows a bar. ValueError with the first wrong one and their number;
+    a damaged image file is left to stage 01.
+    """
+    word, first, n_wrong, n_lines = entry_word(path), "", 0, 0
+    total = sum(1 for _ in iter_lines(path)) if word == "line" else None
+    lines = iter_checked_lines(path, root, remarks=remarks)
+    for line in progress_bar(lines, "check lines", total=total, delay=2):
+        n_lines += 1
+        if line.problems and not line.is_damaged:
+            n_wrong += 1
+            first = first or f"{word} {line.number}: {line.problems[0]}"
+    if n_wrong or not n_lines:
+        raise ValueError(f"{path} has {n_wrong} wrong of {n_lines} {word}s; {first} (mig-kit "
+                         f"data check {path} --root {root} lists them, --out FILE writes the rest)")
+    return n_lines
 
 
 def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[Sample]:

@@ -10,6 +10,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import suggest_word
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
+from mig_kit.pipeline.store import stale_notes
 
 
 def absolute_folder(model: str) -> str:
@@ -44,6 +45,8 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
             if value != (own := getattr(run_model.box_format, name)):
                 raise ValueError(f"the run's model has the {name} {own}; leave "
                                  f"--{name.replace('_', '-')} out, or name the model's folder")
+        notes = stale_notes(run_model.stage, run_model.run_id) if run_model.stage else []
+        click.echo("\n".join(f"warning: {note}" for note in notes), nl=bool(notes), err=True)
         return run_model
     folder = models.resolve_model(absolute_folder(model))
     if server and read_model_type(folder) not in FAMILIES:

@@ -200,10 +200,13 @@ class ProgressLines(TrainerCallback):
         self.names, self.printed_step = names, 0
         self.ends: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)  # of steps: number, time
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock: the first step, too, tells how long the others take."""
+        self.printed_step = state.global_step
+        self.ends.append((state.global_step, time.monotonic()))
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print the step, the named figures and the minutes left."""
-        if not self.ends:
-            self.printed_step = state.global_step - 1
         self.ends.append((state.global_step, time.monotonic()))
         is_due = state.global_step - self.printed_step >= max(1, state.max_steps // 20)
         is_update = bool(logs) and "loss" in logs and self.names[0] in logs

@@ -13,8 +13,17 @@ from pathlib import Path
 
 from mig_kit.common import file_sha256, write_json
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
-from mig_kit.pipeline.run_folders import read_record, runs_root
+from mig_kit.pipeline.run_folders import (
+    STAGES,
+    lock_run,
+    read_record,
+    require_own_stage,
+    require_runs,
+    runs_root,
+    unlock_run,
+)
 
+COMMAND = "MIG_KIT_COMMAND"  # in the environment of a stage: the command that runs it
 MARKER = "started.json"
 NOT_PRODUCTS = ("metrics.json", MARKER)  # they hold times and names of runs
 WORTH_KEEPING = 60.0  # seconds; an attempt of less is no loss
@@ -95,6 +104,43 @@ def promote(folder: Path, final: Path) -> None:
         folder.rename(final)
 
 
+def restore(run_id: str, stage: str = "") -> list[str]:
+    """Exchange what a stage of a run holds and what that replaced, so that a second call undoes the
+    first; gives the stages. Without `stage` all that the last command replaced.
+
+    FileNotFoundError where nothing is kept, RuntimeError where another process writes the run.
+    """
+    require_runs(run_id)
+    require_own_stage(stage, run_id)
+    run, last = runs_root() / run_id, {}  # last: the later of a stage's two records
+    lock_run(run)
+    for name in [stage] if stage else STAGES:
+        if before := read_record(run / f"{name}.before" / "run.json"):
+            last[name] = max(before, read_record(run / name / "run.json") or before, key=_start)
+    if not last:
+        raise FileNotFoundError(f"run '{run_id}' keeps nothing that {stage or 'a stage'} replaced; "
+                                f"mig-kit status {run_id} shows what it has")
+    command = _command(max(last.values(), key=_start))
+    chosen = [name for name, record in last.items() if _command(record) == command]
+    for name in chosen:
+        before, final, aside = (run / f"{name}{suffix}" for suffix in (".before", "", ".new-swap"))
+        if final.exists():
+            final.rename(aside)  # which `load_record` brings back after a kill
+        before.rename(final)
+        if aside.exists():
+            aside.rename(before)
+    unlock_run(run)
+    return chosen
+
+
+def _start(record: dict) -> str:
+    return record["started"]
+
+
+def _command(record: dict) -> str:
+    return record.get("command", record["started"])
+
+
 def read_marker(folder: Path) -> dict:
     """The marker of the attempt that a folder holds; {} where there is none, or a broken one."""
     try:
@@ -165,14 +211,14 @@ def file_facts(path: Path) -> list[int]:
 
 
 def describe_differences(before: dict, now: dict) -> str:
-    """What differs between the facts of two attempts, as "the parameter x (1, now 2)"; three things
+    """What differs between the facts of two attempts, as "the parameter x (1 -> 2)"; three things
     at most by name, "" where nothing is known to differ.
     """
     differences = []
     for kind in ("parameter", "file", "input"):
         old, new = before.get(kind, {}), now[kind]
         for name in sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
-            change = f" ({old.get(name)}, now {new.get(name)})" if kind == "parameter" else ""
+            change = f" ({old.get(name)} -> {new.get(name)})" if kind == "parameter" else ""
             differences.append(f"the {kind} {name}{change}")
     if before.get("code") != now["code"]:
         differences += _describe_code_differences(before, now) or ["the code"]

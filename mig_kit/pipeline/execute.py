@@ -1,7 +1,10 @@
 """Run stages as notebooks, through papermill: what is up to date is skipped."""
 
 import logging
+import os
+import shlex
 import sys
+import time
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -10,8 +13,17 @@ from mig_kit.common import NOTEBOOKS
 from mig_kit.pipeline import attempts, store
 from mig_kit.pipeline.failures import failure_sentence
 from mig_kit.pipeline.joint_rules import check_run
+from mig_kit.pipeline.params import (
+    CONFIGS,
+    EXECUTION_PARAMS,
+    GROUP,
+    NAMES_OF_RUNS,
+    describe_edits,
+    list_profiles,
+    profile_params,
+)
 from mig_kit.pipeline.plan import PlannedRun
-from mig_kit.pipeline.run_folders import start_branch
+from mig_kit.pipeline.run_folders import load_branch, start_branch
 from mig_kit.pipeline.stage_lines import StageLines
 
 
@@ -29,7 +41,13 @@ class ThisPython(AsyncKernelManager):
 
 
 def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
-    """Run one plan after the other; with several, say after each how long the others will take."""
+    """Run one plan after the other; with several, say after each how long the others will take.
+
+    First says what finished stages are replaced; raises as `describe_replaced`.
+    """
+    for line in [line for plan in plans for line in describe_replaced(plan, force)]:
+        print(line, flush=True)
+    os.environ[attempts.COMMAND] = f"{time.time():.3f}"
     for number, plan in enumerate(plans, 1):
         if len(plans) > 1:
             print(f"run '{plan.run_id}', {number} of {len(plans)}", flush=True)
@@ -42,6 +60,91 @@ def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
             left = (len(plans) - number) * seconds / number / 60
             print(f"{len(plans) - number} of {len(plans)} runs to go, about {left:.0f} min left",
                   flush=True)
+
+
+def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
+    """Lines on the finished stages that a plan replaces, why, and what keeps them; and on values
+    that someone has edited in the notebooks.
+
+    ValueError without `force` where a stage would read a stale one, or finished stages have the
+    parameters of another profile.
+    """
+    run_id, params = plan.run_id, plan.params
+    stale = store.find_stale(run_id, params)
+    finished = {stage for stage in params if store.load_record(stage, run_id)}
+    due = {stage for stage in params if force or stage in stale or stage not in finished}
+    origin = run_id if load_branch(run_id) or not plan.source else plan.source
+    if not force:
+        _refuse_stale_inputs({stage: params[stage] for stage in params if stage in due}, origin)
+    lines = [f"{stage}: edited in notebooks/{stage}.ipynb: {edits}" for stage in params
+             if stage in due and (edits := describe_edits(stage, params[stage]))]
+    replaced = [stage for stage in params if stage in finished & due]
+    if not replaced:
+        return lines
+    causes = {stage: stale.get(stage, (stage, "--force")) for stage in replaced}
+    names = [f"{stage} ({why})" for stage, (cause, why) in causes.items() if cause == stage]
+    others = [stage for stage, (cause, _) in stale.items() if cause != stage
+              and (stage in replaced or cause in replaced)]
+    if not force and (other := _find_other_profile(plan, replaced)):
+        raise ValueError(f"--profile {plan.profile} would replace {', '.join(replaced)} of run "
+                         f"'{run_id}', which are of profile {other}; leave --run-id out or name "
+                         "another for a run beside it, or add --force to replace them")
+    also = f", and {', '.join(stage[:2] for stage in others)}, which build on it" if others else ""
+    return [*lines, f"this replaces finished stages of run '{run_id}': "
+            f"{', '.join(names or replaced)}{also}. What is there is kept, and mig-kit restore "
+            f"{run_id} puts it back; for a run beside it: {_branch_command(plan, replaced[0])}"]
+
+
+def _refuse_stale_inputs(params: dict[str, dict], origin: str) -> None:
+    """ValueError where a stage would read a stale one that does not run before it."""
+    known_stale = store.find_stale(origin)
+    for stage, values in params.items():
+        if store.STAGES[stage] and "01_synthesize" not in params:
+            for name in ("01_synthesize", *store.input_stages(stage, origin, values)):
+                if name not in params:
+                    store.require_record(name, origin, stage)
+        for name, why in store.find_stale_inputs(stage, origin, values, known_stale).items():
+            if name not in params:
+                stale = [other for other in known_stale if "00_preflight" < other < stage
+                         and other not in params] or ["03_merge"]
+                is_own = name in known_stale
+                owner = store.find_owner(name, origin) if is_own else values["control_run"]
+                numbers = " ".join(other[:2] for other in stale)
+                raise ValueError(
+                    f"{stage} would build on a stale {name} of run '{owner}': {why}; run again "
+                    f"what is stale (mig-kit run {numbers} --run-id {owner}, with the --profile "
+                    "and every -p of that run), or add --force: what comes of it is then marked "
+                    "in run.json, status and tables")
+
+
+def _find_other_profile(plan: PlannedRun, stages: list[str]) -> str:
+    """The profile whose parameters finished stages have, up to the fewest `-p`; "" where it is the
+    plan's.
+    """
+    left_out = {*EXECUTION_PARAMS, *NAMES_OF_RUNS}
+    distances = dict.fromkeys(list_profiles(), 0)
+    for stage in stages:
+        recorded = store.load_record(stage, plan.run_id)["params"]
+        for profile in distances:
+            values = profile_params(stage, profile) | {"profile": profile}
+            distances[profile] += sum(values[name] != recorded[name]
+                                      for name in recorded.keys() & values.keys() - left_out)
+    nearest = min(distances, key=distances.get)
+    return nearest if distances[nearest] < distances[plan.profile] else ""
+
+
+def _branch_command(plan: PlannedRun, first: str) -> str:
+    """The command that makes what a plan makes, from the stage `first` on, as a branch."""
+    is_branch = "02" <= first < "08"
+    stages = [stage for stage in plan.params if stage >= first or not is_branch]
+    is_whole = plan.params.keys() >= set(store.RECIPE) and not is_branch
+    numbers = [] if is_whole else [stage[:2] for stage in stages]
+    options = ["-p " + shlex.join(pair) for pair in plan.overrides if any(
+        pair[0] in plan.params[stage] or (pair[0] == GROUP and stage in CONFIGS)
+        for stage in stages)]
+    profile = [] if plan.profile == "tiny" else ["--profile", plan.profile]
+    source = ["--from", plan.run_id] if is_branch else []
+    return " ".join(["mig-kit run", *numbers, *source, "--run-id NAME", *profile, *options])
 
 
 def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> None:
@@ -91,7 +194,7 @@ def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) 
         papermill.execute_notebook(NOTEBOOKS / f"{stage}.ipynb", output, params,
                                    progress_bar=False, log_output=True, cwd=str(NOTEBOOKS),
                                    kernel_manager_class=ThisPython,
-                                   extra_arguments=["--log-level=ERROR"])
+                                   extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as error:
         lines.set(stage, "failed")
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))

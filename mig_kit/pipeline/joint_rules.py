@@ -33,6 +33,7 @@ from mig_kit.pipeline.params import (
     complete_params,
     describe_values,
     profile_params,
+    shipped_params,
     stage_parameters,
 )
 from mig_kit.pipeline.run_folders import (
@@ -235,7 +236,9 @@ def params_text(stage: str, profile: str = "tiny") -> str:
     for name, parameter in parameters.items():
         value = yaml.safe_dump([values[name]], default_flow_style=True, sort_keys=False,
                                width=1000).strip()[1:-1]
-        difference = "" if values[name] == parameter.default else f" (tiny: {parameter.default})"
+        is_edited = parameter.default != parameter.value == values[name]
+        word = "edited in the notebook; shipped" if is_edited else "tiny"
+        difference = "" if values[name] == parameter.default else f" ({word}: {parameter.default})"
         lines += [f"{name}: {value}  # {parameter.help}{difference}",
                   f"    # {describe_values(name, type(parameter.default))}"]
     return "\n".join([*lines, *describe_joint_rules(parameters)])
@@ -261,7 +264,7 @@ def validate_params(values: dict, stage: str) -> dict:
     """`complete_params`; ValueError or FileNotFoundError, too, for parameters that cannot act
     together.
     """
-    params, defaults = complete_params(values, stage), complete_params({}, stage)
+    params, defaults = complete_params(values, stage), shipped_params(stage)
     if "rewards" in params:
         check_reward_params(params, defaults["reward_weights"])
     check_joint_rules(params, defaults, stage)
@@ -278,7 +281,7 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
     builds_on_run = any("02" <= stage < "08" for stage in planned)
     facts = list_facts(planned, run_id) if builds_on_run else {}
     for stage, params in planned.items():
-        check_joint_rules(params, complete_params({}, stage), stage, **facts)
+        check_joint_rules(params, shipped_params(stage), stage, **facts)
         groups = parse_groups(params["groups"]) if "groups" in params else {}
         control = [params["control_run"]] if params.get("control_run") else []
         require_runs(*control, *(name for members in groups.values() for name in members))
@@ -368,8 +371,9 @@ def _check_reference(text: str) -> str:
                          "file.py:function")
     path, function = split_function_name(text)
     if not path.is_file():
-        raise FileNotFoundError(f"rewards names {path}, which does not exist; give its path from "
-                                "the project's folder, or an absolute one")
+        near = suggest_word(path.name, [file.name for file in path.parent.glob("*.py")], 0.5)
+        raise FileNotFoundError(f"rewards names {path}, which does not exist; "
+                                f"{near or 'give its path from the project, or an absolute one'}")
     if function in NAMES_OF_CURVES:
         raise ValueError(f"the curves of 05 have a '{function}' of their own; rename the function "
                          f"in {path}")

@@ -2,16 +2,17 @@
 
 The `parameters` cell of a stage's notebook holds its parameters: type, default and one line of help
 each. The defaults are the tiny profile; params/<profile>/<stage>.yaml holds only what another
-profile changes. RUN_PARAMS are set once, in stage 01, and every later stage of the run takes them
-from there. What holds between parameters is in `joint_rules`.
+profile changes. Whoever edits a cell changes what later commands take; params/shipped.yaml, a copy
+of the cells, lets them name that. RUN_PARAMS are set once, in stage 01, and every later stage of
+the run takes them from there. What holds between parameters is in `joint_rules`.
 
 The parameter `trl` of 02 and 05 is a mapping from names of SFTConfig or GRPOConfig to values. Each
 of its entries counts as a parameter of its own: a profile's file, `-p num_iterations 2` and the
 rules name it directly. A setting that stands neither in that mapping nor in SETTINGS has TRL's
 default; a stage gets it with `-p trl "{top_p: 0.9}"`.
 
-A new parameter needs its line in the `parameters` cell, its row in RULES, a joint rule where it can
-be idle, and new lesson pages (`mig-kit lessons`).
+A new parameter needs its line in the `parameters` cell and in shipped.yaml, its row in RULES, a
+joint rule where it can be idle, and new lesson pages (`mig-kit lessons`).
 """
 
 import ast
@@ -120,10 +121,13 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a stage: its default and its line of help."""
+    """A parameter of a stage: its shipped default, its line of help and its value in the notebook,
+    where someone may have edited it.
+    """
 
     default: str | int | float | bool | list | dict
     help: str
+    value: str | int | float | bool | list | dict = ""
 
 
 def stage_parameters(stage: str) -> dict[str, Parameter]:
@@ -132,20 +136,50 @@ def stage_parameters(stage: str) -> dict[str, Parameter]:
     """
     cell = next(cell for cell in notebook_cells(stage)
                 if "parameters" in cell["metadata"].get("tags", ()))
-    source = "".join(cell["source"])
-    lines = source.splitlines()
-    parameters = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign):
-            name, default = node.target.id, ast.literal_eval(node.value)
-            if name == GROUP:
-                settings = {**default, **SETTINGS[stage], **default}  # the cell's first
-                parameters |= {setting: Parameter(value, HELP.get(setting, f"of {CONFIGS[stage]}"))
-                               for setting, value in settings.items()}
-            else:
-                text = lines[node.lineno - 1].partition("  # ")[2]
-                parameters[name] = Parameter(default, text)
+    source, shipped, parameters = "".join(cell["source"]), _shipped_values(PROFILES)[stage], {}
+    try:
+        nodes = [node for node in ast.parse(source).body
+                 if isinstance(node, ast.AnnAssign | ast.Assign)]
+        values = [ast.literal_eval(node.value) for node in nodes]
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the parameters cell of notebooks/{stage}.ipynb cannot be read ({error})"
+                         "; write a line NAME: TYPE = VALUE each, without calculating") from None
+    for node, value in zip(nodes, values):
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        if target.id == GROUP:
+            known = SETTINGS[stage] | shipped
+            known = (trl_defaults(stage) if value.keys() - known.keys() else {}) | known
+            settings = {**value, **SETTINGS[stage], **value}  # the cell's first
+            parameters |= {name: Parameter(known.get(name, setting),
+                                           HELP.get(name, f"of {CONFIGS[stage]}"), setting)
+                           for name, setting in settings.items()}
+        else:
+            text = source.splitlines()[node.lineno - 1].partition("  # ")[2]
+            parameters[target.id] = Parameter(shipped.get(target.id, value), text, value)
     return parameters
+
+
+@cache
+def _shipped_values(folder: Path) -> dict[str, dict]:
+    """Stage -> what its parameters cell is shipped with, which tells edited values from others."""
+    return yaml.safe_load((folder / "shipped.yaml").read_text())
+
+
+def shipped_params(stage: str) -> dict:
+    """The parameters of a stage as they are shipped, whatever its notebook has now."""
+    return {name: parameter.default for name, parameter in stage_parameters(stage).items()}
+
+
+def describe_edits(stage: str, values: dict, is_cell: bool = False) -> str:
+    """Those of `values` that someone has edited in the notebook, as "max_steps 10 (shipped: 125)";
+    "" where there is none. An edit that a profile or `-p` overrides is left out.
+
+    is_cell: the values are those of a running cell, which may not be saved yet.
+    """
+    return ", ".join(f"{name} {values[name]!r} (shipped: {parameter.default!r})"
+                     for name, parameter in stage_parameters(stage).items()
+                     if name in values and name != "run_id" and parameter.default != values[name]
+                     and (is_cell or parameter.value == values[name]))
 
 
 def list_profiles() -> list[str]:
@@ -202,15 +236,17 @@ def complete_params(values: dict, stage: str) -> dict:
     range and an unknown word; each names the fix. A number that YAML reads as a word (1e-5, without
     a point) counts as a number where one is due. Of a mapping, what is not set keeps its default.
     """
-    defaults = {name: parameter.default for name, parameter in stage_parameters(stage).items()}
-    params = dict(defaults)
+    parameters = stage_parameters(stage)
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    params = {name: parameter.value for name, parameter in parameters.items()}
     settings = values.get(GROUP, {}) if stage in CONFIGS else {}
     values = settings | {name: value for name, value in values.items() if name != GROUP}
+    values = {name: value for name, value in params.items() if value != defaults[name]} | values
     for name, value in values.items():
         if name not in defaults and name not in trl_defaults(stage):
             raise KeyError(unknown_parameter_message(name, stage, defaults))
         default = defaults[name] if name in defaults else trl_defaults(stage)[name]
-        params[name] = merge_mappings(default, _typed(name, value, stage, default))
+        params[name] = merge_mappings(params.get(name), _typed(name, value, stage, default))
         check_value(name, params[name], stage)
     return params
 

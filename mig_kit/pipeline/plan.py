@@ -46,11 +46,15 @@ MODEL_WORDS = ("tiny", "merged", "base", "adapter")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Stages to run, each with its parameters. source: the run that this one starts from, or ""."""
+    """Stages to run, each with its parameters. source: the run that this one starts from, or "";
+    overrides: of `-p`, by name and text.
+    """
 
     run_id: str
     source: str
     params: dict[str, dict]
+    profile: str = "tiny"
+    overrides: tuple[tuple[str, str], ...] = ()
 
 
 def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: list[int],
@@ -94,7 +98,7 @@ def _plan_run(names: list[str], profile: str, run_id: str, source: str,
         if suggest_word(source or run_id, list_runs()):
             require_runs(source or run_id)
         _check_run_params(source or run_id, profile)
-    return PlannedRun(run_id, source, params)
+    return PlannedRun(run_id, source, params, profile, overrides)
 
 
 def _drop_finished(params: dict[str, dict], run_id: str) -> dict[str, dict]:
@@ -131,6 +135,10 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
         if name == GROUP and not isinstance(value, dict):
             raise ValueError(f"-p {GROUP} {text!r} is no mapping; write it as "
                              "\"{num_iterations: 2}\"")
+        if isinstance(value, dict) and (key := next((key for key, number in value.items() if
+                                                     number is None and ":" in str(key)), "")):
+            raise ValueError(f"-p {name} {text!r} has no value for '{key}'; YAML wants a space "
+                             f"after the colon, as \"{{{key.replace(':', ': ')}}}\"")
         overrides[name] = locate_paths(name, value)
     return overrides
 

@@ -18,7 +18,7 @@ from mig_kit.pipeline.params import (
     NAMES_OF_RUNS,
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
-    profile_params,
+    shipped_params,
     stage_parameters,
 )
 from mig_kit.pipeline.run_folders import (
@@ -45,13 +45,13 @@ def run_params(run_id: str, needed_by: str) -> dict:
 
 
 def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
-    """Stage -> its parameters that differ from the tiny profile's, for those of `stages` that have
+    """Stage -> its parameters that differ from the shipped ones, for those of `stages` that have
     finished; parameters that only say how a stage ran, and where, or name a run are left out.
     """
     changed = {}
     for stage in stages:
         params = (load_record(stage, run_id) or {}).get("params", {})
-        defaults = profile_params(stage)
+        defaults = shipped_params(stage)
         values = {name: value for name, value in params.items()
                   if name in defaults and value != defaults[name]
                   and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
@@ -92,12 +92,14 @@ def model_digest(run_id: str) -> str:
 @dataclass(frozen=True)
 class RunModel:
     """folder: of the model, or a base's hub name. evaluation: parameters of the run's 06, {} where
-    that has not run.
+    that has not run. stage, run_id: what made it, "" for another model.
     """
 
     folder: Path | str
     box_format: BoxFormat
     evaluation: dict
+    stage: str = ""
+    run_id: str = ""
 
 
 def find_run_model(text: str) -> RunModel | None:
@@ -123,14 +125,14 @@ def find_run_model(text: str) -> RunModel | None:
     params = run_params(run_id, "a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     evaluated = load_record("06_evaluate", run_id) or {"params": {}}
+    stage, _, name = MODELS[system or "grpo"].partition("/")
     if system == "base":
         folder = model_folder(params["base_model"])
         folder = folder if folder.is_dir() else params["base_model"]
     else:
-        stage, _, name = MODELS[system or "grpo"].partition("/")
         require_record(stage, run_id, f"the model {text}")
         folder = stage_folder(stage, run_id) / name
-    return RunModel(folder, box_format, evaluated["params"])
+    return RunModel(folder, box_format, evaluated["params"], stage, run_id)
 
 
 def git_revision() -> str:

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -207,6 +208,22 @@ def unlock_run(run: Path) -> None:
     """Let others write the run again."""
     if run in _LOCKS:
         _LOCKS.pop(run).release(force=True)
+
+
+def remove_run(run_id: str) -> None:
+    """Delete a run that nobody writes; ValueError where branches start from it."""
+    require_no_branches(run_id)
+    lock_run(runs_root() / run_id)
+    shutil.rmtree(runs_root() / run_id)
+    unlock_run(runs_root() / run_id)
+
+
+def require_no_branches(run_id: str) -> None:
+    """ValueError, with their names, where runs start from this one."""
+    require_runs(validate_run_id(run_id))
+    if branches := sorted(name for name in list_runs() if load_branch(name).get("from") == run_id):
+        raise ValueError(f"run '{run_id}' stays: {', '.join(branches)} start from it; remove these "
+                         f"first, as mig-kit rm {branches[0]}")
 
 
 def find_writer(run: Path) -> str:

@@ -2,6 +2,8 @@
 differs between two of them.
 """
 
+import re
+
 from mig_kit.pipeline import store
 from mig_kit.pipeline.attempts import (
     NOT_PRODUCTS,
@@ -20,6 +22,7 @@ from mig_kit.pipeline.run_folders import (
 )
 from mig_kit.world.suites import suite_title
 
+SCORE = re.compile(r"metric systems\..*\.score$")  # of 06: a system's on a suite
 WIDEST = 44  # characters of a column of differences; a longer word moves the rest of its line
 MANY = 40  # a mapping with more entries holds one value per sample, so it is no metric
 
@@ -41,22 +44,24 @@ def run_lines(run_id: str, with_reasons: bool = False) -> list[str]:
     A branch has one line for the stages of the run that it starts from. with_reasons: below each
     stale stage a line that says why.
     """
-    branch = load_branch(run_id)
-    lines = [f"  {_inherited_state(run_id, branch)}"] if branch else []
+    branch, stale = load_branch(run_id), store.find_stale(run_id)
+    lines = [f"  {_inherited_state(run_id, branch, stale)}"] if branch else []
     for stage in store.STAGES:
-        state = _stage_state(stage, run_id)
+        state = _stage_state(stage, run_id, stale.get(stage, ("", ""))[0])
         is_unused = state == "-" and stage not in RECIPE[1:]
         if stage not in branch.get("stages", ()) and not (branch and is_unused):
-            stale = _describe_staleness(stage, run_id)
-            lines.append(f"  {stage:<24}{state}{', stale' if stale else ''}")
-            lines += [f"    it is stale: {stale}"] if stale and with_reasons else []
+            cause, reason = stale.get(stage, ("", ""))
+            lines.append(f"  {stage:<24}{state}")
+            lines += [f"    it is stale: {reason}"] if cause == stage and with_reasons else []
     folder = store.runs_root() / run_id / "06_evaluate"
     if (folder / "run.json").is_file():
-        lines += _score_lines(store.read_metrics(folder)["systems"])
-    return [run_id, *lines]
+        mark = " (stale)" if "06_evaluate" in stale else ""
+        lines += _score_lines(store.read_metrics(folder)["systems"], mark)
+    own = [stage for stage in RECIPE if stage not in branch.get("stages", ())]
+    return [run_id, *lines, *(f"  {mark}" for mark in store.list_marks(own, run_id))]
 
 
-def _inherited_state(run_id: str, branch: dict) -> str:
+def _inherited_state(run_id: str, branch: dict, stale: dict) -> str:
     """Which stages are the source's, and whether one of them is stale there."""
     stages, source = list(branch["stages"]), branch["from"]
     numbers = " to ".join(dict.fromkeys((stages[0][:2], stages[-1][:2])))
@@ -65,11 +70,12 @@ def _inherited_state(run_id: str, branch: dict) -> str:
         return f"{text}; run '{last}' is gone"
     if unfinished := [stage for stage in stages if store.load_record(stage, source) is None]:
         return f"{text}; {unfinished[0]} is not finished"
-    stale = [stage for stage in stages if _describe_staleness(stage, source)]
-    return f"{text}; {stale[0]} is stale" if stale else text
+    first = next((stage for stage in stages if stage in stale), "")
+    return f"{text}; {first} is stale" if first else text
 
 
-def _stage_state(stage: str, run_id: str) -> str:
+def _stage_state(stage: str, run_id: str, cause: str) -> str:
+    """cause: the stage that makes this one stale, "" where it is not."""
     run = store.runs_root() / run_id
     record = load_record(stage, run_id) if (run / stage).is_dir() else None
     attempts = list_attempts(stage, run_id)
@@ -77,22 +83,14 @@ def _stage_state(stage: str, run_id: str) -> str:
     if record is None:
         return (f"running ({process})" if written == stage else "not finished" if attempts
                 else "-")
-    state = f"done in {record['seconds'] / 60:.1f} min"
+    word = f"stale through {cause[:2]}, made" if cause not in ("", stage) else (
+        "stale, made" if cause else "done")
+    state = f"{word} in {record['seconds'] / 60:.1f} min"
     if written == stage:
         state += f", open in {process}"
     elif any(seconds_spent(folder) for folder in attempts):
         state += ", another attempt was stopped"
     return state
-
-
-def _describe_staleness(stage: str, run_id: str) -> str:
-    """Why `mig-kit run` would make a finished stage again with its own parameters, or ""."""
-    record = load_record(stage, run_id)
-    try:
-        return record and store.describe_staleness(stage, run_id,
-                                                   store.recorded_params(stage, record))
-    except (FileNotFoundError, ValueError) as error:  # what it was made from is gone or damaged
-        return str(error)
 
 
 def damaged_files(run_id: str) -> list[str]:
@@ -109,12 +107,12 @@ def damaged_files(run_id: str) -> list[str]:
     return lines
 
 
-def _score_lines(systems: dict) -> list[str]:
+def _score_lines(systems: dict, mark: str) -> list[str]:
     lines = []
     for suite in systems["grpo"]:
         scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
                            for system, by_suite in systems.items())
-        lines.append(f"  {suite_title(suite):<24}{scores}")
+        lines.append(f"  {suite_title(suite):<24}{scores}{mark}")
     return lines
 
 
@@ -134,16 +132,33 @@ def list_differences(first: str, second: str) -> list[dict]:
     return rows
 
 
-def format_differences(rows: list[dict], first: str, second: str) -> list[str]:
-    """Lines of the rows of `list_differences` in columns, under a header with the runs' names."""
+def format_differences(rows: list[dict], first: str, second: str,
+                       with_metrics: bool = False) -> list[str]:
+    """Lines of the rows of `list_differences` in columns, under a header with the runs' names; the
+    scores last. with_metrics: also the other metrics, which are only counted otherwise.
+    """
     if not rows:
         return ["no difference"]
-    table = [["stage", "name", first, second],
-             *([" ".join(str(value).split()) for value in row.values()] for row in rows)]
+    scores = [row for row in rows if SCORE.match(row["name"])]
+    metrics = [row for row in rows if row["name"].startswith("metric") and row not in scores]
+    causes = [row for row in rows if row not in scores and row not in metrics]
+    shown = [*causes, *(metrics if with_metrics else []), *scores]
+    table = [["stage", "name", first, second], *map(_shown_values, shown)]
     widths = [min(WIDEST, max(map(len, column))) for column in zip(*table)]
     lines = ["  ".join(f"{word:<{width}}" for word, width in zip(row, widths)).rstrip()
              for row in table]
-    return [*lines, f"{len(rows)} differences"]
+    more = f", {len(metrics)} of them other metrics (--all)" if len(shown) < len(rows) else ""
+    return [*lines, f"{len(rows)} differences{more}"]
+
+
+def _shown_values(row: dict) -> list[str]:
+    """The row's words; numbers to four digits, or to as many as tell the two apart."""
+    values = [row["a"], row["b"]]
+    if all(type(value) in (int, float) for value in values):
+        digits = next((digits for digits in range(4, 17)
+                       if f"{values[0]:.{digits}g}" != f"{values[1]:.{digits}g}"), 17)
+        values = [f"{value:.{digits}g}" for value in values]
+    return [" ".join(str(value).split()) for value in (row["stage"], row["name"], *values)]
 
 
 def _comparable_facts(stage: str, run_id: str) -> dict:

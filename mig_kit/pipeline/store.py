@@ -6,10 +6,13 @@ what has finished stays as it was. In a branch, earlier stages are those of anot
 """
 
 import ast
+import html
 import json
+import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +35,7 @@ from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
     NAMES_OF_RUNS,
     RUN_PARAMS,
+    describe_edits,
     stage_parameters,
     trl_defaults,
 )
@@ -44,6 +48,7 @@ from mig_kit.pipeline.run_facts import (
 )
 from mig_kit.pipeline.run_folders import (
     COLD_START,
+    RECIPE,
     STAGES,
     find_owner,
     format_run_command,
@@ -174,6 +179,59 @@ def describe_staleness(stage: str, run_id: str, params: dict) -> str:
     return f"{damaged} is gone or damaged" if damaged else ""
 
 
+def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str, tuple[str, str]]:
+    """Finished stage -> (the first stage that makes it stale, why that one is), for all stages of a
+    run and of its source that `describe_staleness` calls stale or that build on a stale one.
+
+    planned: parameters of stages; the others count with those that they finished with.
+    """
+    stale: dict[str, tuple[str, str]] = {}
+    for stage in STAGES:
+        try:
+            if record := load_record(stage, run_id):
+                values = (planned or {}).get(stage) or recorded_params(stage, record)
+                reason = describe_staleness(stage, run_id, values)
+                inputs = input_stages(stage, run_id, values)
+                causes = [(stage, reason)] if reason else [
+                    stale[name] for name in inputs if name in stale]
+                stale |= {stage: causes[0]} if causes else {}
+        except (FileNotFoundError, ValueError) as error:  # what it was made from is gone or damaged
+            stale[stage] = (stage, str(error))
+    return stale
+
+
+def find_stale_inputs(stage: str, run_id: str, params: dict,
+                      stale: dict[str, tuple[str, str]] | None = None) -> dict[str, str]:
+    """Stale stage -> why, of those that a stage would read; of its control run, too.
+
+    stale: of `find_stale`, if it is known.
+    """
+    stale = find_stale(run_id) if stale is None else stale
+    control = params.get("control_run")
+    causes = dict(stale[name] for name in input_stages(stage, run_id, params) if name in stale)
+    if control and (cause := find_stale(control).get("03_merge")):
+        causes[f"{cause[0]} of run '{control}'"] = cause[1]
+    return causes
+
+
+def stale_notes(stage: str, run_id: str) -> list[str]:
+    """Sentences on a stage of a run whose results are not those of the code and parameters of now:
+    it is stale, or it or an earlier one was made from a stale one.
+    """
+    cause, reason = find_stale(run_id).get(stage, ("", ""))
+    through = f" through {cause}" if cause != stage else ""
+    notes = [f"{stage} of run '{run_id}' is stale{through}: {reason}"] if reason else []
+    return notes + list_marks(RECIPE[:RECIPE.index(stage) + 1], run_id)
+
+
+def list_marks(stages: Sequence[str], run_id: str) -> list[str]:
+    """A sentence on each of these stages that was made from stale ones."""
+    marks = {stage: (load_record(stage, run_id) or {}).get("stale_inputs") for stage in stages}
+    return [f"{stage} of run '{run_id}' was made from stale stages: "
+            f"{', '.join(f'{name} ({why})' for name, why in causes.items())}"
+            for stage, causes in marks.items() if causes]
+
+
 def recorded_params(stage: str, record: dict) -> dict:
     """The parameters that a finished stage had, further settings of TRL included; one that is new
     has its default, and one that is gone is left out.
@@ -204,8 +262,8 @@ class Stage:
     """A running stage.
 
     attempt: where it writes; params: its validated parameters and those of the whole run; inputs:
-    what the earlier stages had made when it started; marker: of `attempts.open_attempt`; control:
-    of `describe_control`.
+    what the earlier stages had made when it started; marker: of `attempts.open_attempt`;
+    stale_inputs: of `find_stale_inputs`; control: of `describe_control`.
     """
 
     name: str
@@ -214,6 +272,7 @@ class Stage:
     params: dict
     inputs: dict[str, dict[str, str]]
     marker: dict
+    stale_inputs: dict[str, str] = field(default_factory=dict)
     control: dict = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
@@ -259,6 +318,7 @@ class Stage:
             shutil.rmtree(self.folder)
             print(f"{self.name} of run '{self.run_id}' is as it was")
         else:
+            started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
             write_json(self.folder / "run.json", {
                 "stage": self.name, "run_id": self.run_id, "params": self.params,
                 "key": self.marker["facts"]["key"], "inputs": self.inputs, "control": self.control,
@@ -267,7 +327,8 @@ class Stage:
                 "stats": {name: attempts.file_facts(path) for name, path in files.items()},
                 "summary": summary.replace(str(self.folder), str(self.final_folder)),
                 "versions": package_versions(), "machine": describe_cpu(), "git": git_revision(),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+                "started": started, "command": os.environ.get(attempts.COMMAND, started),
+                "stale_inputs": self.stale_inputs,
                 "seconds": round(self.marker["spent"] + time.monotonic() - self.clock, 1),
                 **facts})
             attempts.promote(self.folder, self.final_folder)
@@ -312,13 +373,48 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     facts = stage_facts(stage, run_id, params)  # nobody changes them from here on
     inputs = {name: require_record(name, run_id, stage)["outputs"]
               for name in input_stages(stage, run_id, params)}
+    from IPython.display import display  # where only scores are computed it is not installed
+
+    stale_inputs = find_stale_inputs(stage, run_id, params)
+    for sentence in _list_warnings(stage, run_id, params, facts, stale_inputs, names):
+        display(Warned(sentence))
     for sentence in attempts.set_others_aside(stage, run_id, facts):
         print(sentence)
     folder, marker = attempts.open_attempt(stage, run_id, facts)
     begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), inputs, marker,
-                  describe_control(params.get("control_run", "")))
+                  stale_inputs, describe_control(params.get("control_run", "")))
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
+
+
+class Warned(str):
+    """A sentence that a notebook shows in bold and red."""
+
+    def _repr_html_(self) -> str:
+        return f'<b style="color: #b00020">{html.escape(self)}</b>'
+
+
+def _list_warnings(stage: str, run_id: str, params: dict, facts: dict,
+                   stale_inputs: dict[str, str], names: dict) -> list[str]:
+    """What someone who runs the setup cell has to know before anything is replaced."""
+    record, folder = load_record(stage, run_id), stage_folder(stage, run_id)
+    warnings = [f"{name} is stale, and this stage would build on it ({why}); run it again first, "
+                "or what comes of it is marked" for name, why in stale_inputs.items()]
+    if record and record["key"] != facts["key"]:
+        before = attempts.read_marker(folder).get("facts", {})
+        differences = attempts.describe_differences(before, facts) or "its key"
+        branch = f", which then starts from run '{DEFAULT_RUN}'" if STAGES[stage] else ""
+        warnings.insert(0, (
+            f"Finishing this replaces {stage} of run '{run_id}' ({_describe_finished(record)}); "
+            f"what differs is {differences}. What it replaces is kept, and mig-kit restore "
+            f"{run_id} {stage[:2]} puts it back; for a run of your own give run_id a new name"
+            f"{branch}"))
+    cells = names.get("In", ())
+    is_by_hand = not any(cell.startswith("# Parameters") for cell in cells)  # as papermill adds
+    if cells and is_by_hand and (edits := describe_edits(stage, params, is_cell=True)):
+        warnings.append(f"The parameters cell differs from the shipped one: {edits}; once saved, "
+                        "these are the defaults of mig-kit run, too")
+    return warnings
 
 
 def _require_own_notebook() -> None:
@@ -348,11 +444,7 @@ def _print_stage(stage: Stage) -> None:
     if stage.marker["repeats"]:
         print(f"it has finished ({_describe_finished(record)}): the cells show what is there, and "
               "train nothing again")
-    elif record:
-        print(f"finishing it replaces {stage.name} of run '{stage.run_id}' "
-              f"({_describe_finished(record)}); for a run of your own give run_id a new name"
-              + (f", which then starts from run '{DEFAULT_RUN}'" if STAGES[stage.name] else ""))
-    elif stage.marker["spent"]:
+    elif not record and stage.marker["spent"]:
         print(f"it goes on where it was stopped after {stage.marker['spent'] / 60:.1f} min")
 
 

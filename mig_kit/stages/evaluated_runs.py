@@ -37,7 +37,8 @@ class EvaluatedRun:
     system and suite, a "1" for each sample that is answered correctly, else a "0"; tokens: of a
     reply in 05's last ten updates; minutes: of stages 02 to 05; params: SAMPLE_PARAMS of 06;
     start_from: what 05 trained, as its parameter says it; control: of `run_facts.describe_control`;
-    questions: of `evaluate.digest_questions`; changed: of `run_facts.changed_params`.
+    questions: of `evaluate.digest_questions`; changed: of `run_facts.changed_params`; stale: of
+    `store.stale_notes`.
     """
 
     run_id: str
@@ -53,6 +54,7 @@ class EvaluatedRun:
     control: dict = field(default_factory=dict)
     questions: dict[str, str] = field(default_factory=dict)
     changed: dict[str, dict] = field(default_factory=dict)
+    stale: list[str] = field(default_factory=list)
 
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
@@ -142,7 +144,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         record.get("git", ""), record.get("machine", ""),
         {name: params.get(name, 0) for name in SAMPLE_PARAMS},
         trained.get("start_from", "merged"), control, record.get("questions", {}),
-        changed_params(run_id, RECIPE[1:7]))
+        changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id))
 
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
@@ -257,6 +259,7 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
         "pairs of runs have the same seed. A seed makes a pair if exactly one run of each group "
         "has it: {}.": [name for name in alone if name not in single]}
     notes = [text.replace("{}", ", ".join(names)) for text, names in groups.items() if names]
+    notes += [f"{note}." for members in runs.values() for run in members for note in run.stale]
     if len({run.git for members in runs.values() for run in members}) > 1:
         notes.append("The runs were evaluated at different commits.")
     return notes

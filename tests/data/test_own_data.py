@@ -99,7 +99,9 @@ def test_none_one_or_several_boxes(root):
     (changed(reply="a\0"), "'reply' holds the character \\u0000"),
     (changed(id="\ude00"), "'id' holds half an emoji"),
     (changed(images=["a.png", "\ud83d.png"]), "the path of an image holds half an emoji"),
-    (changed(image=0), "from 1"),
+    (changed(image=0), "from 1; null says that no image shows it"),
+    (changed(box="[1, 2, 3, 4]"), "four numbers [x1, y1, x2, y2], not text in quotes"),
+    (changed(box=["one", 2, 3, 4]), "four numbers [x1, y1, x2, y2], not text in quotes"),
     (changed(image=3), "there are 2 images"),
     (changed(image="2.5"), "from 1"),
     (changed(box=[1, 2, 3]), "four numbers"),
@@ -301,3 +303,32 @@ def test_the_commands(root, tmp_path):
     assert "left out, unreadable image: 1 (z.jpg)" in text
     code, text = call("duplicates", tmp_path / "train", tmp_path / "none")
     assert code == 1 and "no image that can be read below" in text
+
+
+REPLY = '<think>It is left of the dog.</think><answer>{"image": %s, "box": %s}</answer>'
+
+
+def test_check_reads_replies_and_writes_the_correct_lines(root):
+    replies = {REPLY % (2, "[10, 20, 60, 90]"): "", REPLY % (2, "[50, 200, 300, 900]"): "",
+               REPLY % (2, '["10", "20", "60", "90"]'): "numbers without quotes",
+               REPLY % (1, "[10, 20, 60, 90]"): "it names another image",
+               REPLY % (2, "[160, 20, 199, 90]"): "its box is not on the target",
+               "On the left.": "it must end in <answer>"}
+    path, out = write_lines(root, *[changed(reply=reply) for reply in replies]), root / "good.jsonl"
+    code, text = call("check", path, "--out", out)
+    assert code == 1 and "6 lines, 2 correct, 4 wrong; the correct ones are in" in text
+    for number, sentence in enumerate(replies.values(), 1):
+        assert f"line {number}: " not in text if not sentence else sentence in text
+    assert call("check", out)[0] == 0 and len(out.read_text().splitlines()) == 2
+    assert "is FILE itself" in call("check", path, "--out", path)[1]
+
+
+def test_a_missing_root_is_one_sentence_and_a_run_counts_the_wrong_lines(root, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    path = write_lines(folder, *[GOOD] * 30)
+    code, text = call("check", path)
+    assert code == 1 and text.count("is not there") == 2 and "with --root (line 1: " in text
+    path = write_lines(root, GOOD, changed(image=0), GOOD, changed(box=[1, 2]))
+    with pytest.raises(ValueError, match="has 2 wrong of 4 lines; line 2: 'image' must be"):
+        own_data.require_correct_lines(path, root)

@@ -53,7 +53,8 @@ def start_run(root, profile, **changes):
     ("qwen2_5_vl_3b", "qwen2_5_vl_7b"), ("qwen2_5_vl_3b", "tiny"), ("tiny", "qwen2_5_vl_7b")])
 def test_going_on_with_another_profile_is_refused(root, first, then):
     start_run(root, first)
-    sentence = error_of("run", "05", "--profile", then, "-p", "device", "cpu")
+    words = ("--run-id", "default", "-p", "device", "cpu")
+    sentence = error_of("run", "05", "--profile", then, *words)
     model = params.profile_params(params.RUN_PARAMS_STAGE, first)["base_model"]
     other = params.profile_params(params.RUN_PARAMS_STAGE, then)["base_model"]
     assert f"run 'default' has the base_model {model}, and profile '{then}' {other}" in sentence
@@ -65,7 +66,8 @@ def test_going_on_with_another_profile_is_refused(root, first, then):
     ("tiny", {"max_pixels": 99999})])
 def test_going_on_with_the_same_profile_is_not_refused(root, profile, changes):
     start_run(root, profile, **changes)
-    sentence = error_of("run", "05", "--profile", profile, "-p", "device", "cpu")
+    sentence = error_of("run", "05", "--profile", profile, "--run-id", "default", "-p", "device",
+                        "cpu")
     assert sentence.startswith("05_grpo needs 03_merge")
 
 

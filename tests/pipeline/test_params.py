@@ -16,6 +16,11 @@ def test_every_parameter_has_a_default_and_a_line_of_help(stage):
     parameters = params.stage_parameters(stage)
     assert parameters["run_id"].default == "default"
     assert all(parameter.help for parameter in parameters.values())
+    shipped = params._shipped_values(params.PROFILES)[stage]
+    settings = params.SETTINGS.get(stage, {}).keys() - shipped.keys()
+    assert shipped.keys() == parameters.keys() - settings, "params/shipped.yaml"
+    for name, parameter in parameters.items():
+        assert repr(parameter.default) == repr(parameter.value), f"{name} in params/shipped.yaml"
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert params.profile_params(stage) == defaults == validate_params({}, stage)
 
@@ -130,8 +135,32 @@ def test_a_cell_may_hold_any_setting_of_trl(monkeypatch):
             "source": 'trl: dict = {"top_p": 0.9, "num_iterations": 2}  # of GRPOConfig'}
     monkeypatch.setattr(params, "notebook_cells", lambda stage: [cell])
     parameters = params.stage_parameters("05_grpo")
-    assert parameters["top_p"] == params.Parameter(0.9, "of GRPOConfig")
-    assert (parameters["num_iterations"].default, parameters["epsilon"].default) == (2, 0.2)
+    assert parameters["top_p"] == params.Parameter(1.0, "of GRPOConfig", 0.9)
+    assert (parameters["num_iterations"].value, parameters["epsilon"].value) == (2, 0.2)
+
+
+@pytest.mark.parametrize(("line", "sentence"), [
+    ("max_steps: int = 10  # updates", "max_steps 10 (shipped: 125)"),
+    ("max_steps = 10", "max_steps 10 (shipped: 125)"), ("max_steps: int = 125", ""),
+    ('reward_weights: dict = {"box": 2.0}',
+     "reward_weights {'box': 2.0} (shipped: {'format': 0.2, 'image': 0.3, 'box': 1.0, 'choice': "
+     "1.3})"),
+    ('trl: dict = {"warmup_steps": 5, "top_p": 0.9}', "top_p 0.9 (shipped: 1.0)"),
+    ('max_steps: int = "10"', "05_grpo: parameter 'max_steps' is '10', a str; it must be an int"),
+    ("max_steps: int = 0", "it must be an int, 1 or more"),
+    ("max_steps: int = 5 * 2", "the parameters cell of notebooks/05_grpo.ipynb cannot be read"),
+    ("max_steps: int = ", "the parameters cell of notebooks/05_grpo.ipynb cannot be read")])
+def test_an_edited_cell_is_named_and_checked(monkeypatch, line, sentence):
+    cell = {"metadata": {"tags": ["parameters"]}, "source": f"# parameters\n{line}"}
+    monkeypatch.setattr(params, "notebook_cells", lambda stage: [cell])
+    if "(shipped" in sentence or not sentence:
+        values = params.profile_params("05_grpo")
+        assert params.describe_edits("05_grpo", values) == sentence
+        assert params.describe_edits("05_grpo", dict.fromkeys(values, "of -p")) == ""
+        return
+    with pytest.raises((TypeError, ValueError)) as error:
+        params.profile_params("05_grpo")
+    assert sentence in str(error.value)
 
 
 def test_the_settings_that_the_kit_knows_have_the_defaults_of_trl():

@@ -43,6 +43,9 @@ def leave_stage(root, run_id, stage, product="1"):
     write_json(folder / "metrics.json", {"product": product})
     (folder / "x").write_text(product)
     write_json(folder / "run.json", record)
+    if (root / run_id / "01_synthesize").is_dir():
+        record["key"] = store.stage_facts(stage, run_id, record["params"])["key"]
+        write_json(folder / "run.json", record)
 
 
 def finish_stage(run_id, stage, product):
@@ -172,7 +175,7 @@ def test_a_source_that_is_gone_is_one_sentence(root):
     sentence = error_of("run", "05", "--run-id", "b")
     assert "run 'b' starts from run 'a', which is not in " in sentence and "bring it" in sentence
     lines = CliRunner().invoke(cli, ["status", "b"]).output.splitlines()
-    assert lines[1] == "  01 to 04 of a; run 'a' is gone" and "done in 0.0 min" in lines[2]
+    assert lines[1] == "  01 to 04 of a; run 'a' is gone" and "stale, made in 0.0 min" in lines[2]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"from": "a"}', '{"from": "../a", "stages": {}}',
@@ -208,9 +211,8 @@ def test_the_tree_of_runs(root):
     leave_stage(root, "aa", "01_synthesize")
     assert status.run_tree() == [("a", 0), ("b", 1), ("z", 1), ("c", 2), ("aa", 0)]
     output = CliRunner().invoke(cli, ["status"]).output
-    stale = "; 01_synthesize is stale\n"  # its key is none
-    assert f"\n  z\n    01 to 04 of a{stale}    05_grpo " in output
-    assert f"\n    c\n      01 to 05 of z{stale}      06_evaluate             -\n" in output
+    assert "\n  z\n    01 to 04 of a\n    05_grpo " in output
+    assert "\n    c\n      01 to 05 of z\n      06_evaluate             -\n" in output
     assert output.count("03_merge") == 2, "of a and aa alone"
 
 
@@ -274,3 +276,100 @@ def test_a_seed_stands_in_source_and_values_too(root):
     with pytest.raises(FileNotFoundError, match="no run 's2'"):
         plan.plan_runs(["05_grpo"], "smoke", "g-{seed}", "s{seed}", [0, 1, 2], ())
     assert sorted(path.name for path in root.iterdir()) == ["a", "s0", "s1"]
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Instead of notebooks, stages whose product is one of their parameters."""
+    def execute_notebook(stage, run_id, values, lines):
+        begun, p = store.begin_stage(stage, {**values, "In": ["# Parameters"]})
+        (begun.folder / "x").write_text(str(getattr(p, "max_steps", "x")))
+        begun.finish({"systems": {"grpo": {}}})
+
+    monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
+
+
+def invoke(*words):
+    """What a command prints; it must not be refused."""
+    return CliRunner().invoke(cli, list(words), catch_exceptions=False).output
+
+
+def test_a_command_says_what_it_replaces_and_restore_brings_it_back(root, no_kernels):
+    assert "replaces" not in invoke("run", "05", "06", "--run-id", "a")
+    before = describe_files(root / "a" / "05_grpo"), describe_files(root / "a" / "06_evaluate")
+    output = invoke("run", "05", "06", "--run-id", "a", "-p", "max_steps", "60")
+    assert output.startswith(
+        "this replaces finished stages of run 'a': 05_grpo (the parameter max_steps (125 -> 60) "
+        "has changed), and 06, which build on it. What is there is kept, and mig-kit restore a "
+        "puts it back; for a run beside it: mig-kit run 05 06 --from a --run-id NAME -p max_steps "
+        "60\n05_grpo: running")
+    after = describe_files(root / "a" / "05_grpo"), describe_files(root / "a" / "06_evaluate")
+    for expected in (before, after):
+        assert "05_grpo: that of 20" in invoke("restore", "a")
+        assert (describe_files(root / "a" / "05_grpo"),
+                describe_files(root / "a" / "06_evaluate")) == expected
+    invoke("restore", "a", "6")
+    assert describe_files(root / "a" / "06_evaluate") == before[1]
+    assert describe_files(root / "a" / "05_grpo") == after[0]
+    assert "keeps nothing that 03_merge replaced" in error_of("restore", "a", "03")
+    assert "no run 'aa'" in error_of("restore", "aa")
+
+
+def test_restore_takes_back_the_last_command_alone(root, no_kernels):
+    for words in (["05", "06"], ["05", "06", "-p", "seed", "1"], ["06", "-p", "seed", "2"]):
+        invoke("run", *words, "--run-id", "a")
+    for _ in "12":
+        assert invoke("restore", "a").splitlines()[0].startswith("06_evaluate: ")
+    assert store.load_record("06_evaluate", "a")["params"]["seed"] == 2
+    assert store.load_record("05_grpo", "a")["params"]["seed"] == 1
+
+
+def test_another_profile_has_a_run_of_its_own(root, no_kernels):
+    leave_stage(root, "smoke", "01_synthesize")
+    invoke("run", "02", "--profile", "smoke")
+    assert (root / "smoke" / "02_sft").is_dir() and not (root / "default").exists()
+    invoke("run", "05", "--run-id", "a", "-p", "max_steps", "9")
+    before = describe_files(root / "a")
+    sentence = error_of("run", "05", "--run-id", "a", "--profile", "smoke")
+    assert "--profile smoke would replace 05_grpo of run 'a', which are of profile tiny" in sentence
+    assert describe_files(root / "a") == before
+    output = invoke("run", "05", "--run-id", "a", "--profile", "smoke", "--force")
+    assert "replaces finished stages of run 'a': 05_grpo (the parameter grad" in output
+
+
+def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels, monkeypatch):
+    invoke("run", "05", "06", "--run-id", "a")
+    facts = store.describe_code
+
+    def changed_04(stage, rewards):
+        code = facts(stage, rewards)
+        return {**code, "code": "2"} if stage == "04_rejection_sampling" else code
+
+    monkeypatch.setattr(store, "describe_code", changed_04)
+    lines = {line.split()[0]: line for line in invoke("status", "a").splitlines()}
+    assert "stale, made in" in lines["04_rejection_sampling"]
+    assert "stale through 04, made in" in lines["05_grpo"] and "through 04" in lines["06_evaluate"]
+    assert "done" in lines["03_merge"]
+    words = ["run", "05", "--from", "a", "--run-id", "b"]
+    sentence = error_of(*words)
+    assert "05_grpo would build on a stale 04_rejection_sampling of run 'a': the " in sentence
+    assert "has changed; run again what is stale (mig-kit run 04 --run-id a, with" in sentence
+    assert not (root / "b").exists()
+    assert "would build on" in error_of("run", "05", "--run-id", "a", "-p", "max_steps", "7")
+    invoke(*words, "--force")
+    mark = "05_grpo of run 'b' was made from stale stages: 04_rejection_sampling (the "
+    assert mark in invoke("status", "b")
+    assert mark in " ".join(store.stale_notes("05_grpo", "b"))
+    monkeypatch.setattr(store, "describe_code", facts)
+    assert mark in " ".join(store.stale_notes("06_evaluate", "b")), "the mark stays"
+
+
+def test_rm_asks_and_keeps_what_branches_start_from(root):
+    run_folders.start_branch("a", "b", "05_grpo")
+    assert "run 'a' stays: b start from it" in error_of("rm", "a", "--yes")
+    assert "no run 'c'" in error_of("rm", "c", "--yes")
+    assert "run_id is '../a'" in error_of("rm", "../a", "--yes")
+    assert "nothing removed" in CliRunner().invoke(cli, ["rm", "b"], input="n\n").output
+    assert (root / "b").is_dir()
+    assert "removed: run 'b'" in CliRunner().invoke(cli, ["rm", "b"], input="y\n").output
+    assert not (root / "b").exists() and (root / "a").is_dir()

@@ -31,19 +31,26 @@ def test_only_what_differs_is_named(two_runs):
         "parameter seed": (0, 1), "metric loss.last": (41.5, 43.0),
         "input 01_synthesize/cot.parquet": ("00000000", "11111111")}
     result = CliRunner().invoke(cli, ["diff", "a", "b"])
-    assert result.exit_code == 0 and result.output.endswith("3 differences\n")
+    assert result.exit_code == 0 and (
+        result.output.endswith("3 differences, 1 of them other metrics (--all)\n"))
+    result = CliRunner().invoke(cli, ["diff", "a", "b", "--all"])
+    assert "metric loss.last                 41.5" in result.output
     assert "no difference" in CliRunner().invoke(cli, ["diff", "a", "a"]).output
 
 
 def test_columns_stand_apart_under_the_runs_names(tmp_path):
-    rows = [{"stage": "06_evaluate", "name": f"metric {'x' * 60}.acc@0.5", "a": 44.0,
-             "b": 46.0},
+    rows = [{"stage": "06_evaluate", "name": f"metric systems.{'x' * 60}.mig_bench.score",
+             "a": 44.123456, "b": 46.0},
+            {"stage": "06_evaluate", "name": "metric n", "a": 1.00001234, "b": 1.00002},
             {"stage": "02_sft", "name": "parameter server", "a": "", "b": "a\nb"}]
-    lines = status.format_differences(rows, "first_run", "second_run")
+    lines = status.format_differences(rows, "first_run", "second_run", with_metrics=True)
     assert lines[0].split() == ["stage", "name", "first_run", "second_run"]
-    assert lines[1].split() == ["06_evaluate", *rows[0]["name"].split(), "44.0", "46.0"]
-    assert lines[2].endswith("a b") and lines[2].index("a b") == lines[0].index("second_run")
-    assert lines[3] == "2 differences"
+    assert lines[1].endswith("a b") and lines[1].index("a b") == lines[0].index("second_run")
+    assert lines[2].split()[-2:] == ["1.00001", "1.00002"], "as many digits as differ"
+    assert lines[3].split() == ["06_evaluate", *rows[0]["name"].split(), "44.12", "46"], "last"
+    assert lines[4] == "3 differences"
+    assert status.format_differences(rows, "a", "b")[-1] == (
+        "3 differences, 1 of them other metrics (--all)")
     assert status.format_differences([], "a", "b") == ["no difference"]
 
 

@@ -39,10 +39,13 @@ def leave_record(root, stage, run_id="a", product="1", **values):
     """What a finished stage leaves for those after it."""
     folder = make_folder(root, stage, run_id)
     (folder / "x").write_text(product)
-    write_json(folder / "run.json",
-               {"params": validate_params(values, stage), "key": "k", "summary": product,
-                "seconds": 1.0, "started": "2026-01-02T03:04:05Z",
-                "outputs": {"x": file_sha256(folder / "x")}})
+    record = {"params": validate_params(values, stage), "key": "k", "summary": product,
+              "seconds": 1.0, "started": "2026-01-02T03:04:05Z",
+              "outputs": {"x": file_sha256(folder / "x")}}
+    write_json(folder / "run.json", record)
+    if stage < "02":
+        record["key"] = store.stage_facts(stage, run_id, record["params"])["key"]
+        write_json(folder / "run.json", record)
 
 
 def make_folder(root, stage, run_id="a"):
@@ -103,7 +106,7 @@ def test_a_stopped_attempt_with_another_key_stays_and_the_sentence_says_how_to_g
     other = begin(memory_gib=2.0)
     line, = (line for line in capsys.readouterr().out.splitlines() if "stays in" in line)
     assert line == (f"warning: an attempt that was stopped after 60 min stays in {first}: "
-                           "what differs is the parameter memory_gib (1.0, now 2.0); to go on "
+                           "what differs is the parameter memory_gib (1.0 -> 2.0); to go on "
                            "with it change that back, or delete it if it is of no use")
     assert (first / "half.txt").is_file() and other.folder != first
 
@@ -114,7 +117,7 @@ def test_a_stopped_attempt_with_another_key_stays_and_the_sentence_says_how_to_g
     ("definition", {"mig_kit.a.f": "2"}, "the definition f of mig_kit.a"),
     ("definition", {}, "the definition f of mig_kit.a"),
     ("definition", {"mig_kit.b.f": "1"}, "the code"),  # only moved; the rest is not known
-    ("parameter", {"seed": 2}, "the parameter seed (1, now 2)"),
+    ("parameter", {"seed": 2}, "the parameter seed (1 -> 2)"),
     ("input", {"03_merge": "2"}, "the input 03_merge")])
 def test_what_differs_has_a_name(kind, values, words):
     old = {"cell": ["x = 1", "plot(smooth=10)"], "definition": {"mig_kit.a.f": "1"},
@@ -135,13 +138,13 @@ def test_status_and_run_mean_the_same_by_stale_and_say_why(root, monkeypatch):
     changed = {**code, "code": "2", "definition": {**code["definition"], name: "2"}}
     monkeypatch.setattr(store, "describe_code", lambda *_: changed)
     assert CliRunner().invoke(cli, words).output.splitlines()[1:3] == [
-        "  00_preflight            done in 0.0 min, stale", "    it is stale: the definition "
+        "  00_preflight            stale, made in 0.0 min", "    it is stale: the definition "
         "describe_machine of mig_kit.stages.preflight has changed"]
     assert not store.is_up_to_date("00_preflight", "a", values)
     begin(memory_gib=1.0).finish({})
     assert "stale" not in CliRunner().invoke(cli, words).output
     assert store.describe_staleness("00_preflight", "a", {**values, "memory_gib": 2.0}) == (
-        "the parameter memory_gib (1.0, now 2.0) has changed")
+        "the parameter memory_gib (1.0 -> 2.0) has changed")
 
 
 def test_what_was_finished_is_valid_until_another_has_finished_and_kept_after_that(root, capsys):
@@ -151,7 +154,7 @@ def test_what_was_finished_is_valid_until_another_has_finished_and_kept_after_th
     stage.finish({"n": 1}, summary="one")
     files = describe_files(stage.final_folder)
     other = begin(memory_gib=2.0)
-    assert "finishing it replaces 00_preflight of run 'a' (one; started 20" in (
+    assert "Finishing this replaces 00_preflight of run 'a' (one; started 20" in (
         capsys.readouterr().out)
     assert not (other.folder / "out.txt").exists()
     assert describe_files(root / "a" / "00_preflight") == files

@@ -327,3 +327,9 @@ def test_the_time_left_follows_the_last_steps(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert "step 10/100: loss 0.500; 90.0 min left" in printed
     assert printed[-1] == "step 40/100: loss 0.500; 1.0 min left"
+    short = training.ProgressLines(("loss",))
+    short.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    now += 60.0
+    short.on_log(None, SimpleNamespace(global_step=1, max_steps=3, is_world_process_zero=True),
+                 None, logs={"loss": 0.5})
+    assert capsys.readouterr().out == "step 1/3: loss 0.500; 2.0 min left\n", "after one step"
