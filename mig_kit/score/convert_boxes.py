@@ -116,7 +116,7 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
     A box that is outside by one unit of the model's, as rounding makes it, is cut to the image.
     target: None where no image has to be named.
     """
-    answer = parse_strict_answer(wrap_native_json(reply), target is not None)
+    answer = parse_strict_answer(wrap_native_json(reply), target is not None, len(sizes))
     image, box = answer.image, answer.box
     if box is None:
         return reply

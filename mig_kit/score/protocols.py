@@ -91,7 +91,7 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
     """
     if item.box is None:
         return 0.0, NO_BOX_ANNOTATED
-    answer = parse_strict_answer(response, item.target is not None)
+    answer = parse_strict_answer(response, item.target is not None, len(item.images))
     if answer.box is None:
         return 0.0, answer.problem
     problem = image_problem(item, answer.image)
@@ -103,13 +103,14 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
         image_size = coordinate_size(item.size, coordinates, box_format)
     if coordinates != Coordinates.NORMALIZED_1 and 0 <= min(answer.box) <= max(answer.box) <= 1:
         return 0.0, WITHIN_ONE
-    box = _cut_to_image(answer.box, image_size, ROUNDING.get(coordinates, 1))
+    is_same = coordinates == item.coordinates
+    target_size = image_size if is_same else coordinate_size(item.size, item.coordinates, box_format)
+    annotated = item.box if is_same else rescale_box(item.box, target_size, image_size)
+    size = tuple(map(max, image_size, annotated[2:]))  # two annotated boxes reach outside
+    box = _cut_to_image(answer.box, size, ROUNDING.get(coordinates, 1))
     if box is None:
         return 0.0, "outside the image"
-    if coordinates == item.coordinates:
-        return iou(item.box, box), ""
-    target_size = coordinate_size(item.size, item.coordinates, box_format)
-    return iou(item.box, rescale_box(box, image_size, target_size)), ""
+    return iou(item.box, box if is_same else rescale_box(box, image_size, target_size)), ""
 
 
 def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box | None:
