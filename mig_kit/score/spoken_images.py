@@ -53,7 +53,9 @@ _BARE = re.compile(r"(?:([^\W\d_]{1,20})[ _-])?(?<![a-z])(?:image|img|picture|ph
                    r"|in the (?:source|target|original)\b|([^\W_]{1,20})))?")
 _SEVERAL = re.compile(
     rf"\b(?:all|both|each|every|any|either)(?: (?:of|the|these|those|single|\w{{1,12}}(?= {_NOUN}s))){{0,4}}"
-    rf" {_NOUN}|(?<![a-z])(?:image|img|picture|photo)s(?![a-z])"
+    rf" {_NOUN}|\b(?:in|for|(?:{'|'.join(_WORDS)}|some) of)"
+    r"(?: (?:the|these|those|given|input|\w{1,12}(?= (?:image|picture|photo)s))){0,3}"
+    rf" (?:image|img|picture|photo)s(?![a-z])|(?:image|img|picture|photo)s\W{{0,9}}{BOX}"
     rf"|^\W{{0,9}}(?:both|all|each|every)(?: one| of \w{{1,12}})?\W{{0,9}}{BOX}")
 _OTHER = re.compile(
     rf"\b(?:other|another|next|previous|following|preceding|opposite|neither|no) {_NOUN}(?<!s)\b"
