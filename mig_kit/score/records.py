@@ -18,8 +18,16 @@ from mig_kit.common import MAX_LINE, iter_lines
 from mig_kit.score.annotations import BenchmarkItem, count_and_list
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+COMPRESSED = "compressed; unpack it, and give the file that it holds"
+FORMATS = {  # how files start that are no text in UTF-8
+    b"\x1f\x8b": COMPRESSED, b"BZh": COMPRESSED, b"\xfd7zXZ": COMPRESSED,
+    b"\x28\xb5\x2f\xfd": COMPRESSED, b"PK\x03\x04": COMPRESSED, b"7z\xbc\xaf": COMPRESSED,
+    b"%PDF": "a PDF document; save its text as JSON lines",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8", b"\xfe\xff": "text in UTF-16; save it as UTF-8"}
 TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".json")
+REPLY_KEYS = ("answer", "output", "text", "reply", "generated_text", "completion", "content",
+              "model_output", "model_answer", "responses", "predicted_answer", "pred", "outputs")
 WRAPPERS = ("val", "logs")  # of BLINK's released outputs, of lmms-eval's older logs
 
 
@@ -69,9 +77,18 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 def _require_file(path: Path) -> None:
+    """FileNotFoundError for no file, ValueError for one whose first bytes are of another format."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or "
                                 "written")
+    with path.open("rb") as file:
+        opening = file.read(8)
+    formats = {} if path.suffix in (".parquet", ".xlsx") else FORMATS
+    for start, advice in formats.items():
+        if opening.startswith(start):
+            raise ValueError(f"{path} is {advice}")
+    if b"\0" in opening and path.suffix not in (".parquet", ".xlsx"):
+        raise ValueError(f"{path} is no text in UTF-8, perhaps UTF-16; save it as UTF-8")
 
 
 def _read_table(path: Path) -> list[dict]:
@@ -296,8 +313,10 @@ def _read_prediction(record: dict, field: str, where: str):
         if isinstance(thinking, str) and thinking:
             reply = f"<think>{thinking}</think>{reply}"
     elif field not in record:
-        raise ValueError(f'{where} has no "{field}"; a line looks like {{"index": 0, "{field}": '
-                         "...}")
+        near = [name for name in REPLY_KEYS if isinstance(record.get(name), (str, list))]
+        hint = f', but "{near[0]}", which is to be called "{field}"' if near else ""
+        raise ValueError(f'{where} has no "{field}"{hint}; a line looks like {{"index": 0, '
+                         f'"{field}": ...}}')
     if field == "response" and not isinstance(reply, str):
         raise ValueError(f'"response" of {where} is no text; write "" where the model said nothing')
     return reply
