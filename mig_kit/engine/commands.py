@@ -118,8 +118,8 @@ def model_options(command):
 @click.option("--device", default="auto", show_default=True, help="auto, cuda or cpu.")
 def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
                  images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
-                 items: Path | None, coordinates: str | None, min_pixels: int | None, max_pixels: int | None,
-                 device: str, **params) -> None:
+                 items: Path | None, coordinates: str | None, min_pixels: int | None,
+                 max_pixels: int | None, device: str, **params) -> None:
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     _check_words(suite, file, images, adapter, four_bit)
     if items and (not items.parent.is_dir() or items.exists() and items in (

@@ -42,8 +42,8 @@ from mig_kit.common import write_json, write_json_lines
               help="Write a line a question here: its value, the image and the box that were read, "
                    "and why nothing was; with --compare also wins and losses.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
-                  compare_coordinates: str | None, out: str | None, items: str | None, min_pixels: int,
-                  max_pixels: int, **rules) -> None:
+                  compare_coordinates: str | None, out: str | None, items: str | None,
+                  min_pixels: int, max_pixels: int, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """

@@ -176,7 +176,7 @@ def ref_l4_ious(answers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
                 source: str) -> tuple[np.ndarray, list[str]]:
-    """((n,) IoU, a problem or "" each) of the "pred_bbox" of each line; None counts 0 and as missing.
+    """((n,) IoU, a problem or "" each) of each line's "pred_bbox"; None counts 0 and as missing.
 
     source: the predictions' name, for errors. Raises ValueError for a malformed line.
     """

@@ -20,7 +20,8 @@ from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes
 # converted: boxes count as they are written.
 AS_WRITTEN = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
 _NONE = re.compile(
-    r"(?!.*\b(?:but|except|only|than)\b)\W*(?:(?:so|(?:the )?answer(?: is)?|there (?:is|are)|i (?:see|find))"
+    r"(?!.*\b(?:but|except|only|than)\b)\W*(?:(?:so|(?:the )?answer(?: is)?|there (?:is|are)"
+    r"|i (?:see|find))"
     r"\b\W*)?(?:none|nothing|neither|null|n/a|not (?:present|found|visible|there)"
     r"|no (?:such|image|picture|object|box|match|one)\w*)\b[^\d.\[\]{}]{0,80}\W*",
     re.IGNORECASE | re.DOTALL)

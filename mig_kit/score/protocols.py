@@ -106,7 +106,8 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
     if coordinates != Coordinates.NORMALIZED_1 and 0 <= min(answer.box) <= max(answer.box) <= 1:
         return 0.0, WITHIN_ONE
     is_same = coordinates == item.coordinates
-    target_size = image_size if is_same else coordinate_size(item.size, item.coordinates, box_format)
+    target_size = image_size if is_same else coordinate_size(item.size, item.coordinates,
+                                                             box_format)
     annotated = item.box if is_same else rescale_box(item.box, target_size, image_size)
     size = tuple(map(max, image_size, annotated[2:]))  # two annotated boxes reach outside
     box = _cut_to_image(answer.box, size, ROUNDING.get(coordinates, 1))
@@ -128,8 +129,9 @@ def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box 
 
 def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
               judge: Judge) -> tuple[np.ndarray, list[str]]:
-    """((n,) values, a problem or "" each) of each line's "response"; None counts 0 and as missing, as does an
-    empty reply, and a cell cut by a spreadsheet is counted apart where nothing is read from it.
+    """((n,) values, a problem or "" each) of each line's "response"; None counts 0 and as missing,
+    as does an empty reply, and a cell cut by a spreadsheet is counted apart where nothing is read
+    from it.
     """
     def judge_line(item: BenchmarkItem, line: dict | None) -> tuple[float, str]:
         if line is None or not line["response"].strip():

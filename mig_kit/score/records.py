@@ -23,7 +23,7 @@ FORMATS = {  # how files start that are no text in UTF-8
     b"\x1f\x8b": COMPRESSED, b"BZh": COMPRESSED, b"\xfd7zXZ": COMPRESSED,
     b"\x28\xb5\x2f\xfd": COMPRESSED, b"PK\x03\x04": COMPRESSED, b"7z\xbc\xaf": COMPRESSED,
     b"%PDF": "a PDF document; save its text as JSON lines",
-    b"\xff\xfe": "text in UTF-16; save it as UTF-8", b"\xfe\xff": "text in UTF-16; save it as UTF-8"}
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "text in UTF-16; save it as UTF-8")}
 TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".json")
 REPLY_KEYS = ("answer", "output", "text", "reply", "generated_text", "completion", "content",

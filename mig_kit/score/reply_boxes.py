@@ -33,8 +33,8 @@ _MOST_BOXES = 8  # the same box written more often is no answer
 _PLAIN = str.maketrans({"\u3001": ",", "\u3010": "[", "\u3011": "]", "\u2212": "-", "\u2019": "'",
                         "\u2018": "'", "\u201c": '"', "\u201d": '"', BOX: " "})
 _TAG = re.compile(r"<\|?(/?)(\w{1,20})\|?>")
-_TABLE = re.compile(r"^[ \t]*\|(.+)\|[ \t]*\n[ \t]*\|[ \t:|-]+\|[ \t]*\n((?:[ \t]*\|.+\|[ \t]*$\n?)+)",
-                    re.MULTILINE)
+_TABLE = re.compile(r"^[ \t]*\|(.+)\|[ \t]*\n[ \t]*\|[ \t:|-]+\|[ \t]*\n"
+                    r"((?:[ \t]*\|.+\|[ \t]*$\n?)+)", re.MULTILINE)
 _LATEX = re.compile(r"\\[a-zA-Z]+|\$")
 
 NUMBER = r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w|\.\d)"

@@ -1,8 +1,8 @@
 """The image that a strict answer speaks of, in any wording. Every box of the text is BOX.
 
-Wordings that say a number ("image three", "the third one", "the last", "3:") become "image 3", which
-`image_names` reads. Whatever else speaks of an image gives NOT_READ, so that it cannot pass for an
-answer that names none. Letters ("image C") are not read.
+Wordings that say a number ("image three", "the third one", "the last", "3:") become "image 3",
+which `image_names` reads. Whatever else speaks of an image gives NOT_READ, so that it cannot pass
+for an answer that names none. Letters ("image C") are not read.
 """
 
 import re
@@ -29,8 +29,10 @@ _CHINESE_PLACE = re.compile(
     rf"(?:(?P<last>最后一?)|(?P<back>倒数)?第?(?P<count>(?<=第){_COUNT}))(?:[张張幅帧副]\s?"
     r"(?:[图圖][片像]?|照片)?|个?\s?(?:[图圖][片像]?|照片)|个?(?=\W|$))"
     rf"|[图圖][片像]?\s?(?P<number>{_COUNT})")
-_ALONE = rf"(?:(?:in|the|no|nr|number)\b\.?)?[^\w-]{{0,9}}(-?\d{{1,3}}|(?:{'|'.join(_WORDS)})\b)(?!\.\d)"
-_HEADING = re.compile(rf"^(?:[^\w{BOX}-]|- )*{_ALONE}\W{{0,9}}{BOX}|{BOX}[^\w-]{{0,9}}{_ALONE}\W{{0,9}}$")
+_ALONE = (rf"(?:(?:in|the|no|nr|number)\b\.?)?[^\w-]{{0,9}}(-?\d{{1,3}}"
+          rf"|(?:{'|'.join(_WORDS)})\b)(?!\.\d)")
+_HEADING = re.compile(rf"^(?:[^\w{BOX}-]|- )*{_ALONE}\W{{0,9}}{BOX}"
+                      rf"|{BOX}[^\w-]{{0,9}}{_ALONE}\W{{0,9}}$")
 _KEY = re.compile(
     r"[\"'](?:(?:target|answer|selected|chosen|which|in|final|predicted|correct|result|output)"
     r"[ _-]?)?(?:image|img|picture|pic|photo|frame|fig(?:ure)?)s?"
@@ -52,7 +54,8 @@ _BARE = re.compile(r"(?:([^\W\d_]{1,20})[ _-])?(?<![a-z])(?:image|img|picture|ph
                    r"(?:[ _-]*(?:(?:a|i|an) (?!(?:shows|contains|has|is)\b)(?=\w)"
                    r"|in the (?:source|target|original)\b|([^\W_]{1,20})))?")
 _SEVERAL = re.compile(
-    rf"\b(?:all|both|each|every|any|either)(?: (?:of|the|these|those|single|\w{{1,12}}(?= {_NOUN}s))){{0,4}}"
+    rf"\b(?:all|both|each|every|any|either)(?: (?:of|the|these|those|single"
+    rf"|\w{{1,12}}(?= {_NOUN}s))){{0,4}}"
     rf" {_NOUN}|\b(?:in|for|(?:{'|'.join(_WORDS)}|some) of)"
     r"(?: (?:the|these|those|given|input|\w{1,12}(?= (?:image|picture|photo)s))){0,3}"
     rf" (?:image|img|picture|photo)s(?![a-z])|(?:image|img|picture|photo)s\W{{0,9}}{BOX}"
@@ -60,15 +63,20 @@ _SEVERAL = re.compile(
 _OTHER = re.compile(
     rf"\b(?:other|another|next|previous|following|preceding|opposite|neither|no) {_NOUN}(?<!s)\b"
     rf"|\bnone of\b[\w ]{{1,20}}{_NOUN}|{_NOUN}[ \d]{{0,5}} from (?:the )?(?:end|last|back|right)"
-    rf"|\b(?:other|another|latter|former)(?: ones?)?\b(?=\W{{0,9}}$|\W{{0,9}}{BOX})|\blast but\b|第|另|其[他它]")
+    rf"|\b(?:other|another|latter|former)(?: ones?)?\b(?=\W{{0,9}}$|\W{{0,9}}{BOX})|\blast but\b"
+    rf"|第|另|其[他它]")
 _PLURAL = re.compile(r"(?:image|img|picture|photo|frame)s")
 _UNCLEAR = re.compile(
-    rf"^\W{{0,9}}(?:(?:option|choice|letter) )?(?:[a-h]|[ivx]{{1,4}})\W{{0,9}}{BOX}|{BOX}\W{{0,9}}[a-h]\W{{0,9}}$"
-    rf"|\b(?:other|latter|former|both|neither|none)(?: ones?| of \w{{1,12}})?\b(?=\W{{0,9}}$|\W{{0,9}}{BOX})"
-    r"|^\W{0,9}(?:(?:in|on) )?(?:the )?(?:far )?(?:left|right|top|bottom|upper|lower|middle|cent(?:er|re)"
+    rf"^\W{{0,9}}(?:(?:option|choice|letter) )?(?:[a-h]|[ivx]{{1,4}})\W{{0,9}}{BOX}"
+    rf"|{BOX}\W{{0,9}}[a-h]\W{{0,9}}$"
+    rf"|\b(?:other|latter|former|both|neither|none)(?: ones?| of \w{{1,12}})?\b(?=\W{{0,9}}$"
+    rf"|\W{{0,9}}{BOX})"
+    r"|^\W{0,9}(?:(?:in|on) )?(?:the )?(?:far )?(?:left|right|top|bottom|upper|lower|middle"
+    r"|cent(?:er|re)"
     rf")(?:most)?(?: ones?)?\W{{0,9}}{BOX}|{_ORDINAL}(?= (?:of|in|from|to|with|on|at|by)\b)"
     r"|(?:^|[\n{,;|])[\s\"'*]{0,9}(?:image|img|picture|photo)[\s\"'*]{0,9}[:=][\s\"'*]{0,9}[^\W_]"
-    r"|[\"']\s?:\s?[\"']?-?\d{1,3}[\"']?\s?[,}\]\n]|^\W{0,9}(?:it is )?(?:in )?the one (?:on|at|to)\b"
+    r"|[\"']\s?:\s?[\"']?-?\d{1,3}[\"']?\s?[,}\]\n]|^\W{0,9}(?:it is )?(?:in )?the one (?:on|at"
+    r"|to)\b"
     r"|(?:image|img|picture|photo)[\"'*:= ]{0,3}\?|[图圖张張幅帧枚番]|照片")
 _LONE_NUMBER = re.compile(r"(?<![\w.])-?\d{1,3}(?![\w%]|\.\d)")
 
@@ -136,14 +144,18 @@ def _write_numbers(text: str, count: int) -> str:
     text = _CHINESE_PLACE.sub(write_chinese, text)
     text = _NUMBERED.sub("image", _SYNONYM.sub(r"image\1", text))
     word = rf"({'|'.join(_WORDS)})\b(?! (?:can|may|could|of the)\b)"
-    for pattern in (rf"({_NOUN}{_LABEL}){word}", rf"(\d[ ,/&+-]{{1,3}}(?:(?:and|or|{_JOINS}) )?){word}"):
+    for pattern in (rf"({_NOUN}{_LABEL}){word}", rf"(\d[ ,/&+-]{{1,3}}(?:(?:and|or"
+                    rf"|{_JOINS}) )?){word}"):
         text = re.sub(pattern, lambda match: f"{match[1]}{number_of(match[2])}", text)
     text = _PLACE.sub(write_place, text)
-    text = re.sub(rf"({_NOUN}[\"'`*_#:=(\[{{< ]{{0,5}}[\"'`*_#:=(\[{{< ])-(?=\d)", r"\g<1>0 : ", text)
+    text = re.sub(rf"({_NOUN}[\"'`*_#:=(\[{{< ]{{1,6}})-(?=\d)", r"\g<1>0 : ", text)
     text = re.sub(rf"({_NOUN}{_LABEL}\d+)\.0+(?!\d)", r"\1", text)
-    text = re.sub(rf"({_NOUN})[\"'*]* (?:is|was)[ :\"'*]+(?:(?:number|no\.?) )?(?=\d|image)", r"\1 ", text)
-    text = re.sub(rf"(?<![\d/])(\d{{1,3}})\s?(?:/|(?:out )?of)\s?(?:the )?{count}(?![\d/.])", r"\1 ",
+    text = re.sub(rf"({_NOUN})[\"'*]* (?:is|was)[ :\"'*]+(?:(?:number|no\.?) )?(?=\d"
+                  rf"|image)", r"\1 ", text)
+    text = re.sub(rf"(?<![\d/])(\d{{1,3}})\s?(?:/"
+                  rf"|(?:out )?of)\s?(?:the )?{count}(?![\d/.])", r"\1 ",
                   text)
-    text = re.sub(rf"(\d)\s*(?:\b(?:{_JOINS})\b|[;|至到与及]|\.\.+|…)\s*(?:the )?(?=(?:{_NOUN}{_LABEL})?\d)",
+    text = re.sub(rf"(\d)\s*(?:\b(?:{_JOINS})\b|[;|至到与及]|\.\.+"
+                  rf"|…)\s*(?:the )?(?=(?:{_NOUN}{_LABEL})?\d)",
                   r"\1 and ", text)
     return _HEADING.sub(write_heading, text)

