@@ -39,6 +39,12 @@ def write_json(path: Path, data) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
+def write_json_lines(path: Path, records: Iterable[dict]) -> None:
+    """Write each record as a line of JSON, atomically."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
 def apply_umask(folder: Path) -> None:
     """Give a folder's *.safetensors the rights of any new file; safetensors lets nobody else read
     them.

@@ -15,7 +15,7 @@ from string import ascii_uppercase
 
 from mig_kit.boxes import Box, Coordinates
 from mig_kit.image_files import BadImage, is_regular_file, read_size, resolve_under_root
-from mig_kit.score.image_names import ORDINALS
+from mig_kit.score.image_names import ORDINALS, find_names
 
 MIG_BENCH_TASKS = {
     "diff": 528, "view_diff": 94, "common_object": 816, "object_tracking": 550, "multi_view": 288,
@@ -195,7 +195,8 @@ def read_revos(records: list[dict]) -> Benchmark:
         question = _get_field(record, "question", str, index, "ReVOS-grounding")
         images = tuple(f"{video}#{place}" for place in frames)
         items.append(BenchmarkItem(index, "", "revos", question, images, box,
-                                   Coordinates.PIXELS, target=3))
+                                   Coordinates.PIXELS, target=3,
+                                   image_stated=bool(find_names(question))))
     return Benchmark("revos", "", tuple(items), None)
 
 

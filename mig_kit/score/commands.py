@@ -1,11 +1,11 @@
 """`mig-kit score`: predictions from files, as a table and as JSON."""
 
-import json
 from pathlib import Path
 
 import click
 
 from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.common import write_json, write_json_lines
 
 
 @click.command("score")
@@ -38,9 +38,12 @@ from mig_kit.boxes import BoxFormat, Coordinates
               help="The same, its upper limit.")
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
+@click.option("--items", type=click.Path(),
+              help="Write a line a question here: its value, the image and the box that were read, "
+                   "and why nothing was; with --compare also wins and losses.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
-                  compare_coordinates: str | None, out: str | None, min_pixels: int,
-                  max_pixels: int, **rules) -> None:
+                  compare_coordinates: str | None, out: str | None, items: str | None,
+                  min_pixels: int, max_pixels: int, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
@@ -52,14 +55,14 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     if compare_coordinates and not compare:
         raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
                          "or leave it out")
-    if out:
-        target = Path(out).resolve()
-        if target.is_dir() or not target.parent.is_dir():
-            raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
-        if any(Path(other).resolve() in (target, *target.parents)
-               for other in filter(None, (annotations, predictions, compare))):
-            raise ValueError(f"{out} is given twice, or lies in a folder that is read, and would "
-                             "be overwritten; write to a file elsewhere")
+    for written, also in ((out, items), (items, None)):
+        target = Path(written or ".").resolve()
+        if written and (target.is_dir() or not target.parent.is_dir()):
+            raise ValueError(f"{written} cannot be written; name a file in a folder that exists")
+        if written and any(Path(other).resolve() in (target, *target.parents) for other in filter(
+                None, (annotations, predictions, compare, also))):
+            raise ValueError(f"{written} is given twice, or lies in a folder that is read, and "
+                             "would be overwritten; write to a file elsewhere")
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     if name == "own":
         for number, line in enumerate(read_records(annotations), 1):
@@ -68,6 +71,7 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
                                  f"{annotations} lists every line)")
     header, scored = protocols.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
+    other = None
     if compare:
         rules["coordinates"] = compare_coordinates or rules["coordinates"]
         _, other = protocols.score_files(name, annotations, compare, box_format, **rules)
@@ -76,6 +80,11 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
             "predictions": Path(compare).name,
             **{part: summary[part] for part in ("tasks", "avg", "problems")},
             "difference": paired_difference(scored, other)}
+        result["remarks"] += [f"{Path(compare).name}: {remark}" for remark in other.remarks
+                              if remark not in scored.remarks]
+    if items:
+        rows = protocols.item_rows(scored, name, header["protocol"], other)
+        write_json_lines(Path(items), rows)
     click.echo(leaderboard.score_markdown(result))
     if out:
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(Path(out), result)

@@ -29,7 +29,8 @@ BOX_ORDERS: dict[str, Callable[..., tuple]] = {
     "xyxy": lambda x1, y1, x2, y2: (x1, y1, x2, y2),
     "yxyx": lambda y1, x1, y2, x2: (x1, y1, x2, y2),
     "xywh": lambda x, y, width, height: (x, y, f"{float(x) + float(width):g}",
-                                         f"{float(y) + float(height):g}")}
+                                         f"{float(y) + float(height):g}"),
+    "percent": lambda *values: [f"{10 * float(value):.0f}" for value in values]}
 _ROUNDING = 1  # pixels that a box of the model may reach outside, as rounding makes it
 
 
@@ -92,10 +93,11 @@ def reorder_boxes(reply: str, order: str | None) -> str:
         *filter(None, match.groups()))), reply)
 
 
-def largest_coordinate(replies: list[str]) -> float:
-    """The largest number in any box of the replies; 0 without a box."""
-    return max((float(number) for reply in replies for match in _BOX.finditer(reply)
-                for number in filter(None, match.groups())), default=0.0)
+def largest_coordinate(reply: str) -> float:
+    """The largest number in any box of the reply; 0 without a box."""
+    return max((float(number) for match in _BOX.finditer(reply)
+                for number in filter(None, match.groups())), default=0.0) or max(
+                    parse_named_box(reply)[1] or (0.0,))
 
 
 def _replace_numbers(match: re.Match, values: Iterable[object]) -> str:
@@ -116,7 +118,7 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
     A box that is outside by one unit of the model's, as rounding makes it, is cut to the image.
     target: None where no image has to be named.
     """
-    answer = parse_strict_answer(wrap_native_json(reply), target is not None)
+    answer = parse_strict_answer(wrap_native_json(reply), target is not None, len(sizes))
     image, box = answer.image, answer.box
     if box is None:
         return reply

@@ -7,7 +7,8 @@ All parsers take any string; none raises. Rules of our own are in `reply_boxes.p
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
@@ -129,6 +130,13 @@ def script_iou(answer: Box, box: Box | None, added: float = 0.0) -> float:
     return 0.0 if math.isnan(value) else value
 
 
+def read_official_box(item: BenchmarkItem) -> Callable[[str], Box | None]:
+    """The authors' parser for the item, told by what its answer is measured in."""
+    return {Coordinates.PIXELS: parse_normalized_pair,
+            Coordinates.NORMALIZED_1: parse_mig_bench_box,
+            Coordinates.NORMALIZED_1000: parse_revised_mig_bench_box}[item.coordinates]
+
+
 def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
     """(IoU, problem or "") of one free-text reply by the benchmark's own script.
 
@@ -140,12 +148,12 @@ def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
     if item.coordinates == Coordinates.PIXELS:
         width, height = item.size
         x1, y1, x2, y2 = item.box
-        read_box, limit = parse_normalized_pair, 1
+        read_box, limit = read_official_box(item), 1
         box = read_box(response)
         value = script_iou((x1 / width, y1 / height, x2 / width, y2 / height), box, 1e-6)
     else:
-        read_box, limit = ((parse_mig_bench_box, 1) if item.coordinates == Coordinates.NORMALIZED_1
-                           else (parse_revised_mig_bench_box, 1000))
+        read_box = read_official_box(item)
+        limit = 1 if item.coordinates == Coordinates.NORMALIZED_1 else 1000
         box = read_box(response)
         value = script_iou(item.box, box)
     if box is None:
@@ -167,8 +175,8 @@ def ref_l4_ious(answers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
-                source: str) -> tuple[np.ndarray, Counter]:
-    """((n,) IoU, problems) of the "pred_bbox" of each line; None counts 0 and as missing.
+                source: str) -> tuple[np.ndarray, list[str]]:
+    """((n,) IoU, a problem or "" each) of each line's "pred_bbox"; None counts 0 and as missing.
 
     source: the predictions' name, for errors. Raises ValueError for a malformed line.
     """
@@ -184,8 +192,8 @@ def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
         x, y, third, fourth = box
         boxes.append([x, y, x + third, y + fourth] if written_as == "xywh" else box)
     values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))
-    problems = Counter("missing" if line is None else "no box found"
-                       for line, box in zip(lines, boxes) if not any(box))
+    problems = ["" if any(box) else "missing" if line is None else "no box found"
+                for line, box in zip(lines, boxes)]
     return values, problems
 
 

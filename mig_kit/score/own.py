@@ -8,16 +8,23 @@ from dataclasses import dataclass
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.image_files import EncodedImage, LazyImages
-from mig_kit.prompts import LETTERS, is_well_formed, parse_boxes, parse_reply
+from mig_kit.prompts import LETTERS, NO_BOX, is_well_formed, parse_boxes, parse_reply
 from mig_kit.rewards import image_set_iou, is_correct
 from mig_kit.sample import Sample
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import parse_choice_letter
+from mig_kit.score.official import last_answer_block, shown_text
 from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes
 
 # An image of a thousand pixels a side is in 0 to 1000 what it is in pixels, so that nothing is
 # converted: boxes count as they are written.
 AS_WRITTEN = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
+_NONE = re.compile(
+    r"(?!.*\b(?:but|except|only|than)\b)\W*(?:(?:so|(?:the )?answer(?: is)?|there (?:is|are)"
+    r"|i (?:see|find))"
+    r"\b\W*)?(?:none|nothing|neither|null|n/a|not (?:present|found|visible|there)"
+    r"|no (?:such|image|picture|object|box|match|one)\w*)\b[^\d.\[\]{}]{0,80}\W*",
+    re.IGNORECASE | re.DOTALL)
 UNIT_IMAGE = EncodedImage(b"", (1000, 1000))
 
 
@@ -54,8 +61,8 @@ def read_freely(reply: str, sample: Sample) -> str:
     the reasoning; else as it is.
 
     A box in a reply that names no image is in the only image there is, else in none. Where all
-    boxes are asked for, one whose image stays open leaves the reply as it is; "none" is read in the
-    kit's format alone.
+    boxes are asked for, one whose image stays open leaves the reply as it is, and a reply of one
+    sentence may say that there is none.
     """
     if is_well_formed(reply, sample) or sample.find_all and parse_boxes(reply) is not None:
         return reply
@@ -63,12 +70,16 @@ def read_freely(reply: str, sample: Sample) -> str:
         letters = LETTERS[:len(sample.options)]
         answer = parse_choice_letter(reply, letters, tuple(sample.options))
     else:
-        named = parse_named_boxes(reply) if sample.find_all else [parse_named_box(reply)]
+        named = (parse_named_boxes(reply) if sample.find_all
+                 else [parse_named_box(reply, len(sample.images))])
         only_image = 1 if len(sample.images) == 1 else None
         named = dict.fromkeys((image or only_image, box) for image, box in named)
         is_open = any(None in pair for pair in named)
         answer = "" if is_open else ", ".join(json.dumps({"image": image, "box": box})
                                               for image, box in named)
+        if sample.find_all and not named and _NONE.fullmatch(
+                last_answer_block(reply) or shown_text(reply)):
+            answer = NO_BOX
     text = re.sub("</?(?:think|answer)>", " ", reply).strip()
     return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
 

@@ -42,11 +42,12 @@ from mig_kit.score.official import (
     class_averages,
     judge_boxes,
     official_iou,
+    read_official_box,
     ref_l4_metrics,
 )
 from mig_kit.score.own import judge_own, read_own
 from mig_kit.score.records import align_predictions, read_json, read_records
-from mig_kit.score.reply_boxes import parse_strict_answer
+from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes, parse_strict_answer
 from mig_kit.score.result import Scored, headline_average
 
 CHOICE_BENCHMARKS = ("blink", "mmiu")
@@ -59,6 +60,7 @@ ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is 
 
 BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4", "own")
 POOR, MUCH = 0.5, 0.1  # an average that other coordinates might explain, and a gain that is said
+NEARLY_ALL = 0.95  # of the replies, by which the others are judged
 SMALL, FEW = 900, 10  # a largest coordinate that 0..1000 hardly has, of how many replies
 CELL_LIMIT = 32767  # characters that a spreadsheet's cell can hold
 CUT = f"cut at {CELL_LIMIT:,} characters, as a spreadsheet does"
@@ -91,7 +93,7 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
     """
     if item.box is None:
         return 0.0, NO_BOX_ANNOTATED
-    answer = parse_strict_answer(response, item.target is not None)
+    answer = parse_strict_answer(response, item.target is not None, len(item.images))
     if answer.box is None:
         return 0.0, answer.problem
     problem = image_problem(item, answer.image)
@@ -103,13 +105,15 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
         image_size = coordinate_size(item.size, coordinates, box_format)
     if coordinates != Coordinates.NORMALIZED_1 and 0 <= min(answer.box) <= max(answer.box) <= 1:
         return 0.0, WITHIN_ONE
-    box = _cut_to_image(answer.box, image_size, ROUNDING.get(coordinates, 1))
+    is_same = coordinates == item.coordinates
+    target_size = image_size if is_same else coordinate_size(item.size, item.coordinates,
+                                                             box_format)
+    annotated = item.box if is_same else rescale_box(item.box, target_size, image_size)
+    size = tuple(map(max, image_size, annotated[2:]))  # two annotated boxes reach outside
+    box = _cut_to_image(answer.box, size, ROUNDING.get(coordinates, 1))
     if box is None:
         return 0.0, "outside the image"
-    if coordinates == item.coordinates:
-        return iou(item.box, box), ""
-    target_size = coordinate_size(item.size, item.coordinates, box_format)
-    return iou(item.box, rescale_box(box, image_size, target_size)), ""
+    return iou(item.box, box if is_same else rescale_box(box, image_size, target_size)), ""
 
 
 def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box | None:
@@ -124,9 +128,10 @@ def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box 
 
 
 def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
-              judge: Judge) -> tuple[np.ndarray, Counter]:
-    """((n,) values, problems) of each line's "response"; None counts 0 and as missing, as does an
-    empty reply, and a cell cut by a spreadsheet is counted apart where nothing is read from it.
+              judge: Judge) -> tuple[np.ndarray, list[str]]:
+    """((n,) values, a problem or "" each) of each line's "response"; None counts 0 and as missing,
+    as does an empty reply, and a cell cut by a spreadsheet is counted apart where nothing is read
+    from it.
     """
     def judge_line(item: BenchmarkItem, line: dict | None) -> tuple[float, str]:
         if line is None or not line["response"].strip():
@@ -136,8 +141,7 @@ def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
         return value, CUT if is_cut else problem
 
     judged = [judge_line(item, line) for item, line in zip(items, lines, strict=True)]
-    values = np.array([value for value, _ in judged])
-    return values, Counter(problem for _, problem in judged if problem)
+    return np.array([value for value, _ in judged]), [problem for _, problem in judged]
 
 
 def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str,
@@ -204,7 +208,46 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
             **{f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)},
             "mean_iou": values}
     return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
-                  dict(problems), aggregates, tuple(map(_list_of_images, items)), remarks)
+                  dict(Counter(filter(None, problems))), aggregates,
+                  tuple(map(_list_of_images, items)), remarks,
+                  tuple(zip(items, lines, problems, strict=True)))
+
+
+def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = None) -> list[dict]:
+    """What became of each question, for `--items`: {"index", "id", "task", "value", "image",
+    "box", "problem"}, of multiple choice "letter", the correct one, in place of image and box.
+
+    value: its IoU, or 1 for a correct reply. image, box: as read from the reply (None: not read;
+    the authors' rules read no image). problem: why it scored nothing. other: a second model's, adds
+    "other" (its value) and "result": win, loss or tie by the first metric. Raises ValueError for
+    benchmarks that take COCO results.
+    """
+    if not scored.judged:
+        raise ValueError(f"--items needs one reply a question; {name} takes lists of boxes")
+    rows = []
+    for (item, line, problem), value in zip(scored.judged, scored.values):
+        row = {"index": item.index, "id": item.id, "task": item.task, "value": float(value)}
+        reply = line and line.get("response")
+        if item.letter:
+            row |= {"letter": item.letter}
+        elif reply is None:
+            row |= {"image": None, "box": line and line["pred_bbox"]}
+        elif name == "own":
+            named = parse_named_boxes(reply)
+            image, box = named[0] if len(named) == 1 else parse_named_box(reply, len(item.images))
+            row |= {"image": image, "box": [box for _, box in named] if item.find_all else box}
+        elif protocol == "strict":
+            answer = parse_strict_answer(wrap_native_json(reply), item.target is not None,
+                                         len(item.images))
+            row |= {"image": answer.image, "box": answer.box}
+        else:
+            row |= {"image": None, "box": read_official_box(item)(reply)}
+        rows.append(row | {"problem": problem})
+    if other:
+        metric, values = next(iter(scored.metrics.items()))
+        for row, value, gap in zip(rows, other.values, values - other.metrics[metric]):
+            row |= {"other": float(value), "result": ("tie", "win", "loss")[int(np.sign(gap))]}
+    return rows
 
 
 def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: Coordinates,
@@ -281,37 +324,58 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
     benchmark = (read_own if name == "own" else READERS[name])(read_records(annotations))
     records = read_records(predictions)
 
-    def score_in(measure: Coordinates) -> Scored:
+    def score_in(measure: Coordinates, order: str | None = box_order) -> Scored:
         return score_predictions(benchmark, records, source, box_format, protocol, measure, images,
-                                 allow_missing, box_order)
+                                 allow_missing, order)
 
     scored = score_in(measure)
     if name in BOX_BENCHMARKS and not is_converted and "pred_bbox" not in records[0]:
-        remarks = scored.remarks + _coordinate_remarks(benchmark, records, scored, score_in, images)
+        remarks = scored.remarks + _coordinate_remarks(benchmark, records, scored, score_in, images,
+                                                       box_order)
         scored = replace(scored, remarks=remarks)
     is_complete = False if "missing" in scored.problems else benchmark.complete
     return header | {"version": benchmark.version, "complete": is_complete}, scored
 
 
 def _coordinate_remarks(benchmark: Benchmark, records: list[dict], scored: Scored,
-                        score_in: Callable[[Coordinates], Scored],
-                        images: str | None) -> tuple[str, ...]:
-    """What a poor score would be in pixels, where the sizes of the images are at hand, or that they
-    would tell. Nothing is scored otherwise than asked for.
+                        score_in: Callable[..., Scored], images: str | None,
+                        box_order: str | None) -> tuple[str, ...]:
+    """What other coordinates or another order of the numbers would score, as far as the sizes of
+    the images are at hand, or that they would tell. Nothing is scored otherwise than asked for.
     """
     average = headline_average(scored)
+    extents = sorted(filter(None, map(largest_coordinate, (
+        str(record.get("response")) for record in records))))
+    largest = extents[-1] if extents else 0
+    limit = next((limit for limit in (1, 100) if extents
+                  and extents[int(NEARLY_ALL * (len(extents) - 1))] <= limit), 0)
+    within = f"{'' if largest <= limit else 'nearly '}all boxes lie within 0 to {limit}"
+    names = {name for item in benchmark.items if item.size is None for name in item.images}
+    has_sizes = not names or images is not None and all(
+        is_regular_file(resolve_image_path(images, name)) for name in names)
+    guesses = []  # (what is said before the two scores, after them, coordinates, order)
+    if limit == 1:
+        return tuple(f"{within}: --coordinates normalized_1 would score {100 * other:.2f} instead "
+                     f"of {100 * average:.2f}." for other in [headline_average(
+                         score_in(Coordinates.NORMALIZED_1))] if other > average)
     if average >= POOR:
         return ()
-    names = {name for item in benchmark.items if item.size is None for name in item.images}
-    if images is None and names:
-        largest = largest_coordinate([str(record.get("response")) for record in records])
-        return (f"No box reaches beyond {largest:.0f}: if these are pixels of small pictures, add "
-                "--images FOLDER to see what they would score as pixels.",) if (
-                    1 < largest <= SMALL and len(records) >= FEW) else ()
-    if not all(is_regular_file(resolve_image_path(images, name)) for name in names):
-        return ()
-    averages = {measure: headline_average(score_in(measure))
-                for measure in (Coordinates.PIXELS, Coordinates.ABSOLUTE)}
-    return tuple(f"Read as {measure.description}, the boxes would score {100 * other:.2f} instead "
-                 f"of {100 * average:.2f}: if they are, say --coordinates {measure}."
-                 for measure, other in averages.items() if other > average + MUCH)
+    if limit == 100 and box_order is None:
+        guesses += [(f"Read as percent ({within})", "multiply them by 10",
+                     Coordinates.NORMALIZED_1000, "percent")]
+    if box_order is None:
+        guesses += [(f"Read as {order}", f"say --box-order {order}", Coordinates.NORMALIZED_1000,
+                     order) for order in ("yxyx", "xywh")]
+    if has_sizes:
+        guesses += [(f"Read as {measure.description}", f"say --coordinates {measure}", measure,
+                     box_order) for measure in (Coordinates.PIXELS, Coordinates.ABSOLUTE)]
+    remarks = []
+    for before, after, measure, order in guesses:
+        other = headline_average(score_in(measure, order))
+        if other > average + MUCH:
+            remarks.append(f"{before}, the boxes would score {100 * other:.2f} instead of "
+                           f"{100 * average:.2f}: if they are, {after}.")
+    if not remarks and images is None and names and 1 < largest <= SMALL and len(records) >= FEW:
+        remarks.append(f"No box reaches beyond {largest:.0f}: if these are pixels of small "
+                       "pictures, add --images FOLDER to see what they would score as pixels.")
+    return tuple(remarks)

@@ -19,8 +19,16 @@ from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
 from mig_kit.score.annotations import BenchmarkItem, count_and_list
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+COMPRESSED = "compressed; unpack it, and give the file that it holds"
+FORMATS = {  # how files start that are no text in UTF-8
+    b"\x1f\x8b": COMPRESSED, b"BZh": COMPRESSED, b"\xfd7zXZ": COMPRESSED,
+    b"\x28\xb5\x2f\xfd": COMPRESSED, b"PK\x03\x04": COMPRESSED, b"7z\xbc\xaf": COMPRESSED,
+    b"%PDF": "a PDF document; save its text as JSON lines",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "text in UTF-16; save it as UTF-8")}
 TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".json")
+REPLY_KEYS = ("answer", "output", "text", "reply", "generated_text", "completion", "content",
+              "model_output", "model_answer", "responses", "predicted_answer", "pred", "outputs")
 WRAPPERS = ("val", "logs")  # of BLINK's released outputs, of lmms-eval's older logs
 
 
@@ -70,36 +78,48 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 def _require_file(path: Path) -> None:
+    """FileNotFoundError for no file, ValueError for one whose first bytes are of another format."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give the path of the file that was downloaded or "
                                 "written")
     if is_lfs_pointer(path):
         raise ValueError(f"{path} {LFS_POINTER}")
+    with path.open("rb") as file:
+        opening = file.read(8)
+    formats = {} if path.suffix in (".parquet", ".xlsx") else FORMATS
+    for start, advice in formats.items():
+        if opening.startswith(start):
+            raise ValueError(f"{path} is {advice}")
+    if b"\0" in opening and path.suffix not in (".parquet", ".xlsx"):
+        raise ValueError(f"{path} is no text in UTF-8, perhaps UTF-16; save it as UTF-8")
 
 
 def _read_table(path: Path) -> list[dict]:
     """The rows of a table by the names of its columns, without columns of image bytes, which no
     score needs; an empty cell of text is "".
     """
-    import pandas as pd
-    import pyarrow.parquet
-
     try:
         if path.suffix == ".parquet":
-            file = pyarrow.parquet.ParquetFile(path)
+            from pyarrow import parquet
+
+            file = parquet.ParquetFile(path)
             columns = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
             return file.read(columns).to_pylist()
         if path.suffix in (".tsv", ".csv"):
             return _read_text_table(path)
-        table = pd.read_excel(path, engine="openpyxl", keep_default_na=False)
+        import openpyxl  # a moment
+
+        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
+        names, *rows = sheet.iter_rows(values_only=True)
     except ImportError as error:
-        raise ValueError(f"{path} is an Excel table, which needs openpyxl; run pip install "
-                         "openpyxl, or save the table as .tsv") from error
+        raise ValueError(f"{path} needs {error.name} to be read; run pip install "
+                         f"{error.name}") from error
     except Exception as error:  # of parquet, zip, XML and text alike
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is no readable table ({reason}); save or download it "
                          "again") from error
-    return table.astype(object).to_dict("records")
+    return [{name: "" if value is None else value for name, value in zip(names, row)}
+            for row in rows if any(value is not None for value in row)]
 
 
 def _read_text_table(path: Path) -> list[dict]:
@@ -326,8 +346,10 @@ def _read_prediction(record: dict, field: str, where: str):
         if isinstance(thinking, str) and thinking:
             reply = f"<think>{thinking}</think>{reply}"
     elif field not in record:
-        raise ValueError(f'{where} has no "{field}"; a line looks like {{"index": 0, "{field}": '
-                         "...}")
+        near = [name for name in REPLY_KEYS if isinstance(record.get(name), (str, list))]
+        hint = f', but "{near[0]}", which is to be called "{field}"' if near else ""
+        raise ValueError(f'{where} has no "{field}"{hint}; a line looks like {{"index": 0, '
+                         f'"{field}": ...}}')
     if field == "response" and not isinstance(reply, str):
         raise ValueError(f'"response" of {where} is no text; write "" where the model said nothing')
     return reply

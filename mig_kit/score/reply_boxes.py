@@ -10,7 +10,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mig_kit.boxes import Box
@@ -26,12 +26,15 @@ from mig_kit.score.official import (
     parse_revised_mig_bench_box,
     shown_text,
 )
+from mig_kit.score.spoken_images import NOT_READ, find_spoken_images
 
-AMBIGUOUS = "ambiguous: several images"
+AMBIGUOUS, IMAGE_NOT_READ = "ambiguous: several images", "image not read"
 _MOST_BOXES = 8  # the same box written more often is no answer
 _PLAIN = str.maketrans({"\u3001": ",", "\u3010": "[", "\u3011": "]", "\u2212": "-", "\u2019": "'",
                         "\u2018": "'", "\u201c": '"', "\u201d": '"', BOX: " "})
 _TAG = re.compile(r"<\|?(/?)(\w{1,20})\|?>")
+_TABLE = re.compile(r"^[ \t]*\|(.+)\|[ \t]*\n[ \t]*\|[ \t:|-]+\|[ \t]*\n"
+                    r"((?:[ \t]*\|.+\|[ \t]*$\n?)+)", re.MULTILINE)
 _LATEX = re.compile(r"\\[a-zA-Z]+|\$")
 
 NUMBER = r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w|\.\d)"
@@ -69,22 +72,33 @@ class _WrittenBox:
     box: Box
 
 
-def parse_strict_answer(text: str, one_image: bool = True) -> StrictAnswer:
-    """The one box of the last <answer> block, and the one image that it names; see image_names.
+def parse_strict_answer(text: str, one_image: bool = True, count: int = 0) -> StrictAnswer:
+    """The one box of the last <answer> block, and the one image that it speaks of; see
+    spoken_images.
 
     Several boxes count as none, unless all are the same; so do several images, unless one_image is
-    False: then the answer names none of them.
+    False: then the answer names none of them. count: of the question's images, 0 if unknown.
     """
+    return _read_answer(text, one_image, lambda marked: find_spoken_images(marked, count))
+
+
+def _read_answer(text: str, one_image: bool,
+                 find_images: Callable[[str], set[int]]) -> StrictAnswer:
     block = last_answer_block(text)
     if block is None:
         return StrictAnswer(None, None, "no <answer> block")
     block = _plain_text(block)
+    is_strict = find_images != find_image_numbers
+    if is_strict:
+        block = _TABLE.sub(_write_out_rows, block)
     written = _find_boxes(block)
-    images = find_image_numbers(_mark_boxes(block, written[:_MOST_BOXES]))
-    image = _only(images)
+    images = find_images(_mark_boxes(block, written[:_MOST_BOXES]))
+    image = _only(images) or None
     boxes = {box.box for box in written}
     if len(boxes) != 1 or len(written) > _MOST_BOXES:
         return StrictAnswer(image, None, "several boxes" if boxes else "no box")
+    if NOT_READ in images and is_strict:
+        return StrictAnswer(None, None, IMAGE_NOT_READ)
     if len(images) > 1 and one_image:
         return StrictAnswer(None, None, AMBIGUOUS)
     x1, y1, x2, y2 = box = boxes.pop()
@@ -93,12 +107,15 @@ def parse_strict_answer(text: str, one_image: bool = True) -> StrictAnswer:
     return StrictAnswer(image, box)
 
 
-def parse_named_box(reply: str) -> tuple[int | None, Box | None]:
+def parse_named_box(reply: str, count: int | None = None) -> tuple[int | None, Box | None]:
     """(image, box) that a reply names, as written, in its last <answer> or else anywhere; of
     several boxes the first that the authors' rule reads.
+
+    count: of the question's images; None reads only plain names of images, for the authors' rules.
     """
     if last_answer_block(reply) is not None:
-        answer = parse_strict_answer(reply)
+        answer = (_read_answer(reply, True, find_image_numbers) if count is None
+                  else parse_strict_answer(reply, count=count))
         return answer.image, answer.box or parse_revised_mig_bench_box(reply)
     shown = shown_text(reply).strip() or reply  # chat templates may open <think>
     text = _plain_text(shown)
@@ -144,6 +161,13 @@ def _plain_text(text: str) -> str:
 
     text = unicodedata.normalize("NFKC", text).translate(_PLAIN)
     return _TAG.sub(convert, _LATEX.sub(" ", text))
+
+
+def _write_out_rows(table: re.Match) -> str:
+    """A Markdown table as "image: 1, x1: 10, ..." for each row."""
+    names, *rows = ([cell.strip() for cell in row.strip(" \t|").split("|")]
+                    for row in (table[1], *table[2].splitlines()))
+    return "\n".join(", ".join(map(": ".join, zip(names, row))) for row in rows)
 
 
 def _find_boxes(text: str) -> list[_WrittenBox]:

@@ -27,7 +27,7 @@ class Scored:
     problems: why replies scored nothing, and how many. aggregates: "avg" or task -> metric ->
     percent, for what is no mean over items (AP). lists: (n,) what each item's images are, the same
     for items that show the same ones; empty where no two items do. remarks: sentences on what the
-    protocol did.
+    protocol did. judged: (item, line as it was read or None, problem) of each; empty for AP.
     """
 
     tasks: tuple[str, ...]
@@ -38,6 +38,7 @@ class Scored:
     aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
     lists: tuple[Hashable, ...] = ()
     remarks: tuple[str, ...] = ()
+    judged: tuple[tuple, ...] = ()
 
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import digest_json, write_atomically, write_json
+from mig_kit.common import digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
 from mig_kit.engine import merging, models, systems
 from mig_kit.engine.model_folders import ServedName, find_file
@@ -25,11 +25,13 @@ from mig_kit.engine.models import Hardware
 from mig_kit.engine.processors import prompt_measure
 from mig_kit.pipeline.fingerprints import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.prompts import format_question, is_well_formed
+from mig_kit.prompts import format_question, is_well_formed, parse_reply
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
 from mig_kit.score.own import read_freely
+from mig_kit.score.records import read_records
+from mig_kit.score.reply_boxes import parse_named_box
 from mig_kit.score.result import number_lists, summarize
 from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, paired_gap_by_list
@@ -95,8 +97,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
                                     out / "replies", params)[MODEL]
     judged, lines = (judge_benchmark(benchmark, samples, replies, task.root, box_format)
                      if benchmark else judge_suites(samples, replies, box_format))
-    predictions = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(out / "predictions.jsonl", lambda file: file.write_text(predictions, "utf-8"))
+    write_json_lines(out / "predictions.jsonl", lines)
     result = {"model": str(model.folder), "questions": questions,
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
@@ -209,6 +210,32 @@ def read_result(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no eval.json; finish that mig-kit eval first")
     return json.loads(path.read_text())
+
+
+def item_rows(out: Path, others: Mapping[str, dict]) -> list[dict]:
+    """What became of each question of a finished evaluation, for `--items`: {"suite", "id", "task",
+    each protocol's value, "image", "box" and "letter" as read (None: not read), "problem"}.
+
+    others: name -> a compared result, adds PROTOCOL " against NAME": win, loss or tie.
+    """
+    result, rows = read_result(out), []
+    replies = (record["response"] for record in read_records(out / "predictions.jsonl"))
+    for suite, columns in result["items"].items():
+        rules = list(result["scores"])
+        for place, (name, part) in enumerate(zip(columns["id"], columns["part"])):
+            reply = next(replies)
+            image, box = parse_named_box(reply, 0)
+            letter = parse_reply(reply).letter or None
+            row = {"suite": suite, "id": name, "task": part, **{
+                protocol: float(columns[protocol][place]) for protocol in rules},
+                "image": image, "box": box, "letter": letter, "problem": "" if box or letter else
+                "no box or letter is read" if reply.strip() else "empty"}
+            for other, compared in others.items():
+                for protocol in rules:
+                    gap = row[protocol] - compared["items"][suite][protocol][place]
+                    row[f"{protocol} against {other}"] = ("tie", "win", "loss")[int(np.sign(gap))]
+            rows.append(row)
+    return rows
 
 
 def result_tables(results: Mapping[str, dict]) -> list[str]:

@@ -102,6 +102,15 @@ def test_text_without_the_answer_format_is_read():
     assert len(parse_boxes(text)) == 2, "an empty box is one too many"
 
 
+@pytest.mark.parametrize("text", [
+    "None of the images shows it.", "<answer>none</answer>", "There is none.",
+    "No image contains it",
+    "<think>image 1: [1, 2, 3, 4]?</think><answer>None.</answer>", "Neither image has one."])
+def test_none_may_be_said_in_words(text):
+    sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
+    assert parse_boxes(own.read_freely(text, sample)) == []
+
+
 THREE = [(1, (1, 2, 30, 40)), (2, (5, 6, 70, 80)), (2, (9, 10, 90, 95))]
 
 
@@ -129,7 +138,8 @@ def test_all_boxes_are_read_from_free_text(text):
 
 
 @pytest.mark.parametrize("text", [
-    "There is none.", "[1, 2, 30, 40]", "At [1, 2, 30, 40] in image 1 or image 2.",
+    "None but the second.", "Nothing in image 1. Image 2 has one.", "[1, 2, 30, 40]",
+    "At [1, 2, 30, 40] in image 1 or image 2.",
     "Image 2: [5, 6, 70, 80]. In both image 1 and image 3: [1, 2, 30, 40].",
     '<answer>{"image": 1, "box": [1, 2, 30, 40]}, {"image": 1, "box": [50, 50, 50, 50]}</answer>',
     '[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 7, 8], "image": [1, 2]}]'])

@@ -173,7 +173,7 @@ def test_paired_difference(benchmark):
     ([*LINES, {"index": 99, "response": ""}], "unknown to the annotations: 1 (99)"),
     ([{"response": ""}], 'no "index" or "id"'),
     ([{"index": True, "response": ""}], 'no "index" or "id"'),
-    ([{"index": 0, "answer": ""}], 'no "response"'),
+    ([{"index": 0, "answer": ""}], 'no "response", but "answer"'),
     ([{"index": 0, "response": 3}], '"response" of prediction 1'),
     ([{**line, "index": line["index"] + 0.5} for line in LINES], 'no "index" or "id"')])
 def test_predictions_must_fit(benchmark, lines, sentence):

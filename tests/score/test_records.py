@@ -178,6 +178,9 @@ def test_bad_logs_are_one_sentence(benchmark, records, sentence):
     ("a.json", b'{"val": [1]}', "entry 1 of"),
     ("a.json", b'{"val": [', "is no JSON"),
     ("a.json", b'{"val": []}', "is empty"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08", "is compressed; unpack it"), ("a.jsonl", b"%PDF-1.7", "PDF"),
+    ("a.csv", "index".encode("utf-16"), "UTF-16; save it as UTF-8"),
+    ("a.jsonl", '{"index"'.encode("utf-16-le"), "save it as UTF-8"),
     ("a.json", b'{"a": 1}\n{"b', "line 2 of"),
     ("a.parquet", b"PAR1", "no readable table"), ("a.xlsx", b"PK", "no readable table")])
 def test_broken_files_are_one_sentence(tmp_path, name, content, sentence):

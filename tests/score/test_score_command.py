@@ -68,6 +68,40 @@ def test_letters_by_the_kits_rule_are_called_so(files):
     assert 'count an empty choice as correct and leave out "GPT error".' in output
 
 
+def test_items_say_what_became_of_each_question(files):
+    """A reply that reads well, one without a box; the second model's are the other way round."""
+    (files / "two.json").write_text(json.dumps(mig_records()[:1] * 2))
+    replies = ["<answer>image two: [100, 100, 500, 500]</answer>",
+               "<answer>Image C: [1, 2, 3, 4]</answer>"]
+    for name, texts in (("a", replies), ("b", replies[::-1])):
+        write_lines(files / f"{name}.jsonl", prediction_lines(texts))
+    words = ("mig_bench", "--compare", str(files / "b.jsonl"), "--items")
+    assert not run_score(files, *words, str(files / "i.jsonl"), "--protocol", "strict",
+                         annotations="two.json").exception
+    read, unread = map(json.loads, (files / "i.jsonl").read_text().splitlines())
+    assert read == {"index": 0, "id": "", "task": "common_object", "value": 1.0, "image": 2,
+                    "box": [100, 100, 500, 500], "problem": "", "other": 0.0, "result": "win"}
+    assert (unread["box"], unread["problem"], unread["result"]) == (None, "image not read", "loss")
+    refused = run_score(files, *words, str(files / "a.jsonl"), annotations="two.json")
+    assert "is given twice" in str(refused.exception)
+
+
+@pytest.mark.parametrize("protocol", ["official", "strict"])
+@pytest.mark.parametrize("scale,order,sentence", [
+    (0.001, (0, 1, 2, 3), "all boxes lie within 0 to 1: --coordinates normalized_1 would score"),
+    (0.1, (0, 1, 2, 3), "Read as percent (all boxes lie within 0 to 100), the boxes would"),
+    (1, (1, 0, 3, 2), "Read as yxyx, the boxes would score 100.00 instead of 0.00")])
+def test_other_units_and_orders_are_said_to_be_worth_more(files, protocol, scale, order, sentence):
+    record = mig_records()[4] | {"answer": [.1, .6, .3, .9]}
+    (files / "one.json").write_text(json.dumps([record] * 3))
+    box = [round(scale * (100, 600, 300, 900)[place], 1 + (scale < .1)) for place in order]
+    if scale >= 0.1:
+        box = list(map(round, box))
+    write_lines(files / "a.jsonl", prediction_lines([f"<answer>{box}</answer>"] * 3))
+    output = run_score(files, "mig_bench", "--protocol", protocol, annotations="one.json").output
+    assert (sentence in output) != (scale < .1 and protocol == "official")
+
+
 def test_what_the_compared_file_lacks_is_said(files):
     (files / "part.jsonl").write_text(json.dumps(prediction_lines(REPLIES)[0]) + "\n")
     part = run_score(files, "mig-bench", "--compare", str(files / "part.jsonl"), "--allow-missing")
