@@ -75,7 +75,10 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         result["compare"] = {
             "predictions": Path(compare).name,
             **{part: summary[part] for part in ("tasks", "avg", "problems")},
-            "difference": paired_difference(scored, other)}
+            "difference": paired_difference(
+                scored, other, summary == summarize(scored)
+                and read_records(predictions, may_be_empty=True) == read_records(
+                    compare, may_be_empty=True))}
     click.echo(leaderboard.score_markdown(result))
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")

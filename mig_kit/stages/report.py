@@ -19,7 +19,7 @@ from mig_kit.pipeline.joint_rules import NEEDS_SFT
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.stages.report_gallery import image_tag, macros
-from mig_kit.stats import bootstrap_interval, group_by_task, paired_gap_by_list
+from mig_kit.stats import group_by_task, paired_gap_by_list, share_interval_by_list
 from mig_kit.world.specs import count_listed_objects
 from mig_kit.world.suites import OWN, suite_title, task_title
 
@@ -236,7 +236,8 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
     parts = table.groupby(pd.qcut(table["objects"], bins, duplicates="drop"), observed=True)
     return [{"objects": f"{part['objects'].min()} to {part['objects'].max()}, n = {len(part)}",
              "pass rate": part["rate"].mean(),
-             "ci95": bootstrap_interval([part["rate"].to_numpy()])} for _, part in parts]
+             "ci95": share_interval_by_list([(part["rate"].to_numpy(), np.arange(len(part)))])}
+            for _, part in parts]
 
 
 def score_bars(systems: dict) -> list[dict]:
