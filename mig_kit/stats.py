@@ -141,8 +141,9 @@ def share_interval_by_list(groups: Groups) -> list[float]:
 def gap_interval_by_list(groups: Groups) -> list[float]:
     """95 % interval [low, high] of the unweighted mean of the tasks' differences (-1..1).
 
-    Student's t over the lists; where almost nothing differs, no narrower than where four lists do,
-    for others may. [-1, 1] for one list. groups: (differences, lists) of each task.
+    Student's t over the lists; where almost nothing differs, as if four questions did (one in five
+    of few), or as many lists if nothing varies, for others may. [-1, 1] for one list. groups:
+    (differences, lists) of each task.
     """
     all_lists = np.concatenate([lists for _, lists in groups])
     if len(np.unique(all_lists)) == 1:
@@ -150,7 +151,9 @@ def gap_interval_by_list(groups: Groups) -> list[float]:
     mean = macro_mean([values for values, _ in groups])
     variance = sum(float(np.sum(_list_errors(values, lists) ** 2)) for values, lists in groups
                    if len(np.unique(lists)) > 1)
-    least = 4 * sum(1 / len(np.unique(lists)) for _, lists in groups) ** 2 / len(groups) ** 2
+    units = [lists if variance else np.unique(lists) for _, lists in groups]
+    size = len(groups) ** 2 / sum(1 / len(part) for part in units)
+    least = min(4, size / 5) * (len(groups) / size) ** 2
     degrees = sum(_count_effective_lists(lists) for _, lists in groups) - len(groups)
     error = max(variance, least) ** 0.5 * _shared_list_factor(groups) / len(groups)
     half = float(student_t.ppf(0.975, max(1, degrees))) * error

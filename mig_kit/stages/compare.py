@@ -58,9 +58,8 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     figure: a system's score ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the
     system's score less that of the group NAME. improvement: of "vs NAME" alone, the probability
     that a run scores higher than one of NAME on a task (rliable, arXiv 2108.13264), None with one
-    run a side. by_run: the
-    value of each run, or of each pair of runs; [] where the difference is of no pairs. is_same: of
-    a difference, whether both sides answer the same questions correctly. runs: {group, run,
+    run a side. by_run: the value of each run, or of each pair of runs; [] where the difference is
+    of no pairs. is_same: of a difference, whether both sides answer the same questions correctly. runs: {group, run,
     data_seed, seed, tokens, minutes, control_minutes, git, machine}. notes: sentences on what the
     intervals do not cover.
     """
