@@ -141,9 +141,10 @@ def share_interval_by_list(groups: Groups) -> list[float]:
 def gap_interval_by_list(groups: Groups) -> list[float]:
     """95 % interval [low, high] of the unweighted mean of the tasks' differences (-1..1).
 
-    Student's t over the lists; where almost nothing differs, as if four questions did (one in five
-    of few), or as many lists if nothing varies, for others may. [-1, 1] for one list. groups:
-    (differences, lists) of each task.
+    Student's t over the lists, where almost nothing differs as if four questions did (one in five
+    of few). Where the differences do not vary, those of other lists may: the bounds are then those
+    of the largest share of lists, and the largest difference, that the sample leaves possible.
+    [-1, 1] for one list. groups: (differences, lists) of each task.
     """
     all_lists = np.concatenate([lists for _, lists in groups])
     if len(np.unique(all_lists)) == 1:
@@ -151,8 +152,10 @@ def gap_interval_by_list(groups: Groups) -> list[float]:
     mean = macro_mean([values for values, _ in groups])
     variance = sum(float(np.sum(_list_errors(values, lists) ** 2)) for values, lists in groups
                    if len(np.unique(lists)) > 1)
-    units = [lists if variance else np.unique(lists) for _, lists in groups]
-    size = len(groups) ** 2 / sum(1 / len(part) for part in units)
+    if not variance:
+        unseen = share_interval(0, len(np.unique(all_lists)))[1]
+        return [mean - unseen * (mean + 1), mean + unseen * (1 - mean)]
+    size = len(groups) ** 2 / sum(1 / len(values) for values, _ in groups)
     least = min(4, size / 5) * (len(groups) / size) ** 2
     degrees = sum(_count_effective_lists(lists) for _, lists in groups) - len(groups)
     error = max(variance, least) ** 0.5 * _shared_list_factor(groups) / len(groups)

@@ -54,10 +54,14 @@ def test_gap_interval_by_hand():
     gaps, lists = np.tile([1.0, 0, 0, 1], 3), np.arange(12)
     half = student_t.ppf(0.975, 11) * np.std(gaps, ddof=1) / 12 ** 0.5
     assert gap_of(gaps, lists) == pytest.approx([0.5 - half, 0.5 + half])
-    least = student_t.ppf(0.975, 199) * 2 / 200  # four of the 200 might have differed
+    unseen = 1 - 0.025 ** (1 / 200)
     tasks = [(np.zeros(20), np.arange(20) + 20 * task) for task in range(10)]
-    assert gap_of(np.zeros(200), np.arange(200)) == pytest.approx([-least, least])
-    assert gap_interval_by_list(tasks)[1] == pytest.approx(least, rel=0.01)
+    assert gap_of(np.zeros(200), np.arange(200)) == pytest.approx([-unseen, unseen])
+    assert gap_interval_by_list(tasks) == pytest.approx([-unseen, unseen])
+    assert gap_of(np.ones(4), np.arange(4)) == pytest.approx([1 - 2 * (1 - 0.025 ** 0.25), 1])
+    once = np.r_[1.0, np.zeros(199)]  # as if four of the 200 differed
+    half = student_t.ppf(0.975, 199) * 2 / 200
+    assert gap_of(once, np.arange(200)) == pytest.approx([0.005 - half, 0.005 + half])
     assert gap_of(np.zeros(4), np.zeros(4)) == [-1, 1]
 
 
@@ -159,4 +163,4 @@ def test_equal_replies_differ_by_exactly_0(tmp_path):
         return CliRunner().invoke(score_command, [str(word) for word in words]).output
 
     assert "+0.00 points (+0.00 to +0.00), paired" in compare_with("b.jsonl")
-    assert "+0.00 points (-20.93 to +20.93), paired" in compare_with("c.jsonl")
+    assert "+0.00 points (-16.84 to +16.84), paired" in compare_with("c.jsonl")
