@@ -132,10 +132,10 @@ def share_interval_by_list(groups: Groups) -> list[float]:
     sizes = mean * (1 - mean) * (len(groups) / _shared_list_factor(groups)) ** 2 / variances
     chances = _weigh_correlations(groups) if count < len(all_lists) else CORRELATIONS < 0.01
 
-    def chance_below(bound: float) -> float:
-        return float(chances @ betainc(sizes * mean + 0.5, sizes * (1 - mean) + 0.5, bound))
+    def excess(bound: float, tail: float) -> float:
+        return float(chances @ betainc(sizes * mean + 0.5, sizes * (1 - mean) + 0.5, bound)) - tail
 
-    return [brentq(lambda bound: chance_below(bound) - tail, 0, 1) for tail in (0.025, 0.975)]
+    return [brentq(excess, 0, 1, tail) for tail in (0.025, 0.975)]
 
 
 def gap_interval_by_list(groups: Groups) -> list[float]:

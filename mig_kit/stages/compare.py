@@ -59,9 +59,9 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     system's score less that of the group NAME. improvement: of "vs NAME" alone, the probability
     that a run scores higher than one of NAME on a task (rliable, arXiv 2108.13264), None with one
     run a side. by_run: the value of each run, or of each pair of runs; [] where the difference is
-    of no pairs. is_same: of a difference, whether both sides answer the same questions correctly. runs: {group, run,
-    data_seed, seed, tokens, minutes, control_minutes, git, machine}. notes: sentences on what the
-    intervals do not cover.
+    of no pairs. is_same: of a difference, whether both sides answer the same questions correctly.
+    runs: {group, run, data_seed, seed, tokens, minutes, control_minutes, git, machine}. notes:
+    sentences on what the intervals are and do not cover.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:

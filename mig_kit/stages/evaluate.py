@@ -4,8 +4,8 @@ A reply is correct if its one box reaches IoU 0.5 in the correct image; naming s
 as naming none. A question for all boxes is answered correctly by as many boxes as there are
 targets, each with IoU 0.5, or by saying that there is none; `summarize_boxes` counts box by box. A
 suite's score is the unweighted mean over its tasks (MIG-Bench's AVG), that of own data the mean
-over its questions. Intervals: `stats.share_interval_by_list` and, of differences, which are paired by
-sample, `stats.gap_interval_by_list`.
+over its questions. Intervals: `stats.share_interval_by_list` and, of differences, which are paired
+by sample, `stats.gap_interval_by_list`.
 """
 
 import hashlib

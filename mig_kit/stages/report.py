@@ -363,13 +363,11 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None]
     held_out = (captioned(html_table(held_out_rows(systems)), "held_out")
                 + captioned(html_table(own_data_rows(metrics["deltas"])), "gains"))
     claims = captioned(html_table(claim_rows(metrics)), "claims")
-    sections = [("What differs from the default profile" if not tables["changed"] or "default"
-                 in tables["changed"][0] else "What differs from the run that this one branches off",
-                 html_table(tables["changed"])),
-                ("Your data: the held-out part", held_out),
-                ("The paper's claims and this run (points)", claims)]
     return [
-        *sections,
+        ("What differs from the default profile, or from the run that this one stands on",
+         html_table(tables["changed"])),
+        ("Your data: the held-out part", held_out),
+        ("The paper's claims and this run (points)", claims),
         (f"Scores on {drawn}, greedy (percent)",
          html_table(score_rows(systems)) + images("suites")),
         ("Out of domain, by suite (drawn)",

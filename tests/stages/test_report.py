@@ -23,7 +23,7 @@ def test_out_of_domain_by_hand():
     assert (first["base"], first["SFT"], first["GRPO"]) == ("100.0", "0.0", "25.0")
     assert first["SFT over base"] == "-100.0 (-100.0 to +20.5)", "four are few"
     assert first["GRPO over SFT"] == "+25.0 (-54.6 to +100.0)"
-    assert first["GRPO over base"].startswith("▼ -75.0 (-100 to ")
+    assert first["GRPO over base"] == "-75.0 (-100.0 to +4.6)"
     assert second["suite"] == "unseen things (drawn)"
     assert second["GRPO over base"] == "+0.0 (-60.2 to +60.2)", "none of four differs, so few may"
 
@@ -120,7 +120,8 @@ def test_headline_rows():
         }
     }
     rows = report.claim_rows(metrics)
-    assert [row["paper (real benchmark, 7B)"] for row in rows] == ["+9.04", "+4.98", "+3.10", "+2.40"]
+    papers = [row["paper (real benchmark, 7B)"] for row in rows]
+    assert papers == ["+9.04", "+4.98", "+3.10", "+2.40"]
     from_base = report.claim_rows(metrics | {"start_from": "base"})
     assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"
     assert rows[0]["suite"] == "MIG-Bench-like (drawn)"
@@ -162,3 +163,24 @@ def test_rewards_are_a_table():
     assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0
     text = report.html_table(rows)
     assert "&lt;b&gt;.py:center" in text and "<td>14.50</td>" in text
+
+
+def test_what_came_out_and_what_differs_from_the_source(monkeypatch):
+    gap = {"value": -5.0, "ci95": [-12.04, 2.0]}
+    metrics = {"systems": evaluated_systems(), "deltas": {"grpo-sft": {"mig_bench": gap}}}
+    assert report.describe_outcome(metrics) == (
+        "MIG-Bench-like (drawn), percent correct: base 50.0 → SFT 50.0 → GRPO 50.0; RL over SFT: "
+        "-5.0 (-12.0 to +2.0) points, 95 % interval over questions.")
+    monkeypatch.setattr(report, "load_record", lambda stage, run: {"params": {"learning_rate": 2}})
+    assert report.changed_rows("sharp", RECORDS) == [
+        {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
+
+
+def test_own_data_shows_no_claim_of_the_paper_and_no_sft_where_there_is_none():
+    gap = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": None}
+    deltas = {"grpo-base": {"own": gap, "blink": gap}}
+    assert report.claim_rows({"deltas": deltas}) == []
+    for name in report.macros.captions:
+        assert "SFT" not in report._caption(name, False) and report._caption(name, True)
+    assert "nan" not in report.html_table(report.stage_rows(RECORDS))
+    assert "nan" not in report.html_table([{"stage": "a", "run": "x"}, {"stage": "together"}])
