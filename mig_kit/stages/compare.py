@@ -32,6 +32,8 @@ from mig_kit.stats import (
 )
 from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
+METHOD = ("Intervals: Student's t over samples, over runs too where a group has several; of one "
+          "run's score Jeffreys' over samples.")
 FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},  # system -> of runs, and as headings
          "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
 
@@ -289,7 +291,7 @@ def render_table(result: dict, form: str = "md") -> str:
         return table.to_csv(index=False)
     parts = [f"% {title}\n{frame.to_latex(index=False, escape=True)}" if form == "latex" else
              f"{title}\n\n{_markdown(frame)}\n" for title, frame in table_frames(result).items()]
-    notes = [f"% {note}" if form == "latex" else note for note in result["notes"]]
+    notes = [f"% {note}" if form == "latex" else note for note in (METHOD, *result["notes"])]
     return "\n".join([*parts, *notes]).strip()
 
 

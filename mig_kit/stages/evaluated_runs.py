@@ -256,9 +256,7 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
         f"Compared with {reference} by sample alone, which widens the interval: fewer than two "
         "pairs of runs have the same seed. A seed makes a pair if exactly one run of each group "
         "has it: {}.": [name for name in alone if name not in single]}
-    notes = ["Intervals: Student's t over samples, over runs too where a group has several; of one "
-             "run's score Jeffreys' over samples."]
-    notes += [text.replace("{}", ", ".join(names)) for text, names in groups.items() if names]
+    notes = [text.replace("{}", ", ".join(names)) for text, names in groups.items() if names]
     if len({run.git for members in runs.values() for run in members}) > 1:
         notes.append("The runs were evaluated at different commits.")
     return notes
