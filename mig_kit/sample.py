@@ -282,3 +282,18 @@ def read_replies(path: Path, convert: Callable[[str], object] = str) -> TableRow
 
 def _convert_reply(convert: Callable[[str], object], row: dict, folder: Path) -> object:
     return convert(row["reply"])
+
+
+def question_kind(sample: Sample) -> str:
+    """What a question asks for: "a letter", "a box", "all boxes", or "none" where there is none."""
+    boxes = "all boxes" if sample.find_all else "a box"
+    return "a letter" if sample.options else boxes if sample.targets else "none"
+
+
+def unsolved_kinds(samples: Sequence[Sample], rates: np.ndarray) -> list[str]:
+    """Which of `question_kind` have questions, and no pass rate above 0; rates: (samples,)."""
+    highest: dict[str, float] = {}
+    for sample, rate in zip(samples, rates, strict=True):
+        kind = question_kind(sample)
+        highest[kind] = max(rate, highest.get(kind, 0))
+    return [kind for kind, rate in highest.items() if not rate]

@@ -3,13 +3,18 @@ every score of the kit.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import betainc, betaln, logsumexp, softmax
 from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
-RESAMPLES = 2000
+# of two outcomes within a list of images, as `share_interval_by_list` considers them
+CORRELATIONS = np.r_[1e-6, (np.arange(16) + 0.5) / 16]
+
+Groups = list[tuple[np.ndarray, np.ndarray]]  # (values, lists of images), (n,) each, of each task
 
 
 def group_by_task(tasks: Iterable[str], values: np.ndarray) -> dict[str, np.ndarray]:
@@ -23,33 +28,18 @@ def group_by_task(tasks: Iterable[str], values: np.ndarray) -> dict[str, np.ndar
     return {task: values[task_rows] for task, task_rows in rows.items()}
 
 
-def bootstrap_interval(groups: list[np.ndarray], seed: int = 0,
-                       resamples: int = RESAMPLES) -> list[float]:
-    """95 % interval [low, high] of the unweighted mean of the groups' means; groups: (n,) float
-    each.
-
-    Percentile bootstrap, stratified: every group is drawn again within itself.
-    """
-    rng = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for values in groups:
-        # Not all resamples at a time: a benchmark of 45,000 items would need gigabytes.
-        rows = max(1, 4_000_000 // len(values))
-        for start in range(0, resamples, rows):
-            part = means[start:start + rows]
-            draws = rng.integers(0, len(values), (len(part), len(values)))
-            part += values[draws].mean(1) / len(groups)
-    return [float(v) for v in np.percentile(means, [2.5, 97.5])]
-
-
-def ratio_interval(parts: np.ndarray, totals: np.ndarray, seed: int = 0,
-                   resamples: int = RESAMPLES) -> list[float]:
+def ratio_interval(parts: np.ndarray, totals: np.ndarray, resamples: int = 2000) -> list[float]:
     """95 % interval [low, high] of sum(parts) / sum(totals); both (n,) float, drawn in pairs.
 
-    Percentile bootstrap over the n cases; a resample whose totals are all 0 counts as 0.
+    Percentile bootstrap over the n cases; where all have the same ratio, which others need not,
+    that of `share_interval_by_list`. A resample whose totals are all 0 counts as 0.
     """
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(parts), (resamples, len(parts)))
+    filled = totals > 0
+    if len(set(parts[filled] / totals[filled])) < 2:
+        ratios = parts[filled] / totals[filled]
+        return (share_interval_by_list([(ratios, np.arange(len(ratios)))]) if len(ratios)
+                else share_interval(0, 0))
+    draws = np.random.default_rng(0).integers(0, len(parts), (resamples, len(parts)))
     sums = totals[draws].sum(1)
     ratios = np.divide(parts[draws].sum(1), sums, out=np.zeros(resamples), where=sums != 0)
     return [float(value) for value in np.percentile(ratios, [2.5, 97.5])]
@@ -89,11 +79,11 @@ def _list_errors(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
     return residuals / np.sqrt(1 - counts / len(values))
 
 
-def _list_quantile(lists: np.ndarray) -> float:
-    """97.5 % point of Student's t; degrees of freedom: the effective number of lists less one."""
-    counts = np.unique(lists, return_counts=True)[1]
-    effective = len(lists) ** 2 / np.sum(counts ** 2)
-    return float(student_t.ppf(0.975, max(1, effective - 1)))
+def _count_effective_lists(lists: np.ndarray) -> float:
+    """How many lists of equal size would hold as many questions together; lists: see
+    _list_errors.
+    """
+    return len(lists) ** 2 / np.sum(np.unique(lists, return_counts=True)[1].astype(float) ** 2)
 
 
 def _lists_of_variance(lists: np.ndarray) -> float:
@@ -104,85 +94,85 @@ def _lists_of_variance(lists: np.ndarray) -> float:
     return float(squares.sum() ** 2 / np.sum(squares ** 2))
 
 
-def share_interval_by_list(values: np.ndarray, lists: np.ndarray) -> list[float]:
-    """95 % interval [low, high] of the mean of shares (0..1) of questions that share images.
-
-    Wilson's interval for as many independent questions as have the variance that the lists show;
-    where all or none is correct, Clopper and Pearson's exact one over the lists. [0, 1] for one
-    list of mixed outcomes, which says nothing about others. values, lists: see _list_errors.
-    """
-    mean, total, lists_count = float(values.mean()), len(values), len(np.unique(lists))
-    if values.min() == values.max() and mean in (0, 1):
-        return share_interval(int(mean) * lists_count, lists_count)
-    if lists_count == 1:
-        return [0.0, 1.0]
-    variance = float(np.sum(_list_errors(values, lists) ** 2))
-    size = min(total, mean * (1 - mean) / variance) if variance > 0 else total
-    shrinkage = _list_quantile(lists) ** 2 / size
-    center = (mean + shrinkage / 2) / (1 + shrinkage)
-    half = (shrinkage * mean * (1 - mean) + shrinkage ** 2 / 4) ** 0.5 / (1 + shrinkage)
-    return [max(0.0, center - half), min(1.0, center + half)]
+def _weigh_correlations(groups: Groups) -> np.ndarray:
+    """(17,) how likely each of CORRELATIONS is after these outcomes, beta-binomial in the lists."""
+    spreads = (1 / CORRELATIONS - 1)[:, None]
+    logs = np.log(np.where(CORRELATIONS < 0.01, 0.2, 0.05))  # independent: one chance in five
+    means = (np.arange(40)[:, None, None] + 0.5) / 40
+    for values, lists in groups:
+        _, places = np.unique(lists, return_inverse=True)
+        counts = np.c_[np.bincount(places, weights=values), np.bincount(places)]
+        (correct, total), repeats = (part.T for part in
+                                     np.unique(counts, axis=0, return_counts=True))
+        first, second = means * spreads, (1 - means) * spreads
+        each = betaln(first + correct, second + total - correct) - betaln(first, second)
+        logs += logsumexp(each @ repeats, axis=0)
+    return softmax(logs)
 
 
-def gap_interval_by_list(gaps: np.ndarray, lists: np.ndarray) -> list[float]:
-    """95 % interval [low, high] of the mean of differences (-1..1) of questions that share images.
+def share_interval_by_list(groups: Groups) -> list[float]:
+    """95 % interval [low, high] of the unweighted mean of the tasks' shares of correct answers.
 
-    Student's t over the lists. Where the differences do not vary, those of other lists may: the
-    bounds are then those of the largest share of lists, and the largest difference, that the sample
-    leaves possible. gaps, lists: see _list_errors.
-    """
-    mean, lists_count = float(gaps.mean()), len(np.unique(lists))
-    variance = float(np.sum(_list_errors(gaps, lists) ** 2)) if lists_count > 1 else 0.0
-    if variance > 0:
-        half = _list_quantile(lists) * variance ** 0.5
-        return [max(-1.0, mean - half), min(1.0, mean + half)]
-    unseen = share_interval(0, lists_count)[1]
-    return [mean - unseen * (mean + 1), mean + unseen * (1 - mean)]
-
-
-def average_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]],
-                             interval: Callable[[np.ndarray, np.ndarray], list[float]]
-                             ) -> list[float]:
-    """95 % interval [low, high] of the unweighted mean of the tasks' means.
-
-    groups: (values, lists) of each task; interval: of one task, by which the distances to its
-    bounds are known; they add up in squares (Zou and Donner 2008), and more where tasks share
-    lists.
-    """
-    means = np.array([values.mean() for values, _ in groups])
-    lows, highs = np.array([interval(*group) for group in groups]).T
-    factor = _shared_list_factor(groups) / len(groups)
-    low = means.mean() - factor * np.sum((means - lows) ** 2) ** 0.5
-    high = means.mean() + factor * np.sum((highs - means) ** 2) ** 0.5
-    return [float(max(low, lows.min())), float(min(high, highs.max()))]
-
-
-def percent_interval_by_list(groups: list[tuple[np.ndarray, np.ndarray]],
-                             interval: Callable = share_interval_by_list) -> list[float]:
-    """95 % interval in percent of the mean of the tasks' shares; groups: (values, lists) of each.
-
-    The bootstrap over questions; over lists of images where questions share them or all outcomes of
-    each task are the same, which the bootstrap would take for certain. interval: of one task, over
-    its lists.
+    Jeffreys' interval for as many independent answers as have the mean's variance, averaged over
+    how much outcomes may correlate within a list of images; where all or none is correct, Clopper
+    and Pearson's exact one over the lists. [0, 1] for one list of mixed outcomes, which says
+    nothing about others. groups: (values in 0..1, lists) of each task; lists: see _list_errors.
     """
     all_lists = np.concatenate([lists for _, lists in groups])
-    is_varied = any(values.min() < values.max() for values, _ in groups)
-    if is_varied and len(np.unique(all_lists)) == len(all_lists):
-        bounds = bootstrap_interval([values for values, _ in groups])
-    else:
-        bounds = average_interval_by_list(groups, interval)
-    return [to_percent(bound) for bound in bounds]
+    mean, count = macro_mean([values for values, _ in groups]), len(np.unique(all_lists))
+    if mean in (0, 1):
+        return share_interval(int(mean) * count, count)
+    if count == 1:
+        return [0.0, 1.0]
+    variances = np.zeros(len(CORRELATIONS))
+    for values, lists in groups:
+        share = (values.sum() + mean) / (len(values) + 1)  # a small task may have all correct
+        size = len(values) / (1 + (len(values) / _count_effective_lists(lists) - 1) * CORRELATIONS)
+        variances += share * (1 - share) / size
+    sizes = mean * (1 - mean) * (len(groups) / _shared_list_factor(groups)) ** 2 / variances
+    chances = _weigh_correlations(groups) if count < len(all_lists) else CORRELATIONS < 0.01
+
+    def excess(bound: float, tail: float) -> float:
+        return float(chances @ betainc(sizes * mean + 0.5, sizes * (1 - mean) + 0.5, bound)) - tail
+
+    return [brentq(excess, 0, 1, tail) for tail in (0.025, 0.975)]
 
 
-def paired_gap_by_list(groups: list[tuple[np.ndarray, np.ndarray]]) -> dict:
-    """{"value", "ci95"} in points of paired differences, with the interval of
-    `percent_interval_by_list`; groups: ((n,) differences, (n,) lists) of each task.
+def gap_interval_by_list(groups: Groups) -> list[float]:
+    """95 % interval [low, high] of the unweighted mean of the tasks' differences (-1..1).
+
+    Student's t over the lists, where almost nothing differs as if four questions did (one in five
+    of few). Where the differences do not vary, those of other lists may: the bounds are then those
+    of the largest share of lists, and the largest difference, that the sample leaves possible.
+    [-1, 1] for one list. groups: (differences, lists) of each task.
     """
+    all_lists = np.concatenate([lists for _, lists in groups])
+    if len(np.unique(all_lists)) == 1:
+        return [-1.0, 1.0]
+    mean = macro_mean([values for values, _ in groups])
+    variance = sum(float(np.sum(_list_errors(values, lists) ** 2)) for values, lists in groups
+                   if len(np.unique(lists)) > 1)
+    if not variance:
+        unseen = share_interval(0, len(np.unique(all_lists)))[1]
+        return [mean - unseen * (mean + 1), mean + unseen * (1 - mean)]
+    size = len(groups) ** 2 / sum(1 / len(values) for values, _ in groups)
+    least = min(4, size / 5) * (len(groups) / size) ** 2
+    degrees = sum(_count_effective_lists(lists) for _, lists in groups) - len(groups)
+    error = max(variance, least) ** 0.5 * _shared_list_factor(groups) / len(groups)
+    half = float(student_t.ppf(0.975, max(1, degrees))) * error
+    return [max(-1.0, mean - half), min(1.0, mean + half)]
+
+
+def paired_gap_by_list(groups: Groups, is_same: bool = False) -> dict:
+    """{"value", "ci95"} in points of paired differences; groups: as of `gap_interval_by_list`.
+    is_same: whether the replies are the same, whose difference is 0 without doubt.
+    """
+    interval = [0.0, 0.0] if is_same else gap_interval_by_list(groups)
     return {"value": to_percent(macro_mean([gaps for gaps, _ in groups])),
-            "ci95": percent_interval_by_list(groups, gap_interval_by_list)}
+            "ci95": [to_percent(bound) for bound in interval]}
 
 
-def _shared_list_factor(groups: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def _shared_list_factor(groups: Groups) -> float:
     """By how much lists that several tasks share widen the average's standard error; else 1."""
     errors: dict = defaultdict(list)
     for values, lists in groups:

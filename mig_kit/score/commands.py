@@ -79,7 +79,10 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         result["compare"] = {
             "predictions": Path(compare).name,
             **{part: summary[part] for part in ("tasks", "avg", "problems")},
-            "difference": paired_difference(scored, other)}
+            "difference": paired_difference(
+                scored, other, summary == summarize(scored)
+                and read_records(predictions, may_be_empty=True) == read_records(
+                    compare, may_be_empty=True))}
         result["remarks"] += [f"{Path(compare).name}: {remark}" for remark in other.remarks
                               if remark not in scored.remarks]
     if items:

@@ -152,6 +152,9 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
     if result["lists"] < result["n"]:
         notes.append(f"The questions are about {result['lists']} lists of images; intervals are "
                      "over the lists, for questions about the same images stand or fall together.")
+    if "ci95" in result["avg"]:
+        notes.append("Intervals are Jeffreys', exact where all or none is correct; of differences "
+                     "Student's t.")
     notes += result["remarks"]
     if judges_letters:
         notes.append("Letters are read from the text alone; the authors ask another model where "

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mig_kit.stats import (
-    average_interval_by_list,
     gap_interval_by_list,
     group_by_task,
     macro_mean,
@@ -69,7 +68,7 @@ def summarize(scored: Scored) -> dict:
 
     tasks: task -> {"n", "lists", metrics, "ci95"}; avg: {metrics, "ci95"}. lists: how many lists of
     images the questions are about. ci95: 95 % interval of the first metric; see
-    stats.share_interval_by_list and average_interval_by_list.
+    stats.share_interval_by_list.
     """
     headline = next(iter(scored.metrics.values()), None)
     lists = number_lists(scored)
@@ -79,33 +78,33 @@ def summarize(scored: Scored) -> dict:
         tasks[task] |= {name: _percent(values[places].mean())
                         for name, values in scored.metrics.items()}
         if headline is not None:
-            interval = share_interval_by_list(headline[places], lists[places])
+            interval = share_interval_by_list([(headline[places], lists[places])])
             tasks[task]["ci95"] = [_percent(bound) for bound in interval]
         tasks[task] |= scored.aggregates.get(task, {})
     groups = averaged_groups(scored)
     average = {name: _percent(macro_mean([values[places] for places in groups]))
                for name, values in scored.metrics.items()}
     if headline is not None:
-        interval = average_interval_by_list([(headline[places], lists[places])
-                                             for places in groups], share_interval_by_list)
+        interval = share_interval_by_list([(headline[places], lists[places])
+                                           for places in groups])
         average["ci95"] = [_percent(bound) for bound in interval]
     average |= scored.aggregates.get("avg", {})
     return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,
             "problems": scored.problems, "remarks": list(scored.remarks)}
 
 
-def paired_difference(first: Scored, second: Scored) -> dict:
+def paired_difference(first: Scored, second: Scored, is_same: bool = False) -> dict:
     """Paired difference first - second of every metric, in points: {metric: {"value", "ci95"}}.
 
-    Not rounded; intervals over lists of images, see stats.gap_interval_by_list. Metrics that are
-    not means over items (AP) have a value and no interval.
+    Not rounded; intervals over lists of images, see stats.gap_interval_by_list, of the same replies
+    (is_same) from 0 to 0. Metrics that are not means over items (AP) have a value and no interval.
     """
     lists = number_lists(first)
     differences = {}
     for name, values in first.metrics.items():
         gaps = np.subtract(values, second.metrics[name], dtype=float)
         groups = [(gaps[places], lists[places]) for places in averaged_groups(first)]
-        interval = average_interval_by_list(groups, gap_interval_by_list)
+        interval = [0.0, 0.0] if is_same else gap_interval_by_list(groups)
         differences[name] = {"value": _percent(macro_mean([part for part, _ in groups])),
                              "ci95": [_percent(bound) for bound in interval]}
     for name, value in first.aggregates.get("avg", {}).items():

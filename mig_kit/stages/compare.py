@@ -25,14 +25,15 @@ from mig_kit.stages.evaluated_runs import (
 )
 from mig_kit.stages.report import CLAIMS
 from mig_kit.stats import (
+    gap_interval_by_list,
     joint_interval,
-    paired_gap_by_list,
-    percent_interval_by_list,
     probability_of_improvement,
-    share_interval,
+    share_interval_by_list,
 )
 from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
+METHOD = ("Intervals: Student's t over samples, over runs too where a group has several; of one "
+          "run's score Jeffreys' over samples.")
 FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},  # system -> of runs, and as headings
          "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
 
@@ -58,11 +59,11 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
     unrounded, in percent or points. suite: of SUITES, or "ood_grounding/lisa" and so on.
     figure: a system's score ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the
     system's score less that of the group NAME. improvement: of "vs NAME" alone, the probability
-    that a run scores higher than one of NAME on a task (rliable, arXiv 2108.13264). by_run: the
-    value of each run, or of each pair of runs; [] where the difference is of no pairs. is_same: of
-    a difference, whether both sides answer the same questions correctly. runs: {group, run,
-    data_seed, seed, tokens, minutes, control_minutes, git, machine}. notes: sentences on what the
-    intervals do not cover.
+    that a run scores higher than one of NAME on a task (rliable, arXiv 2108.13264), None with one
+    run a side. by_run: the value of each run, or of each pair of runs; [] where the difference is
+    of no pairs. is_same: of a difference, whether both sides answer the same questions correctly.
+    runs: {group, run, data_seed, seed, tokens, minutes, control_minutes, git, machine}. notes:
+    sentences on what the intervals are and do not cover.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:
@@ -128,15 +129,14 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
                 scope: _Scope) -> list[dict]:
     by_system = {system: _values(runs, system, scope) for system in SYSTEMS
                  if all(system in run.correct for run in runs)}
-    estimates = {system: _bound(joint_interval(values, scope.lists), values, scope.lists)
-                 for system, values in by_system.items()}
+    estimates = {system: _estimate(values, scope.lists) for system, values in by_system.items()}
     from_sft = all(run.start_from in NEEDS_SFT for run in runs)
     for after, before in evaluate.list_pairs(by_system):
         if (after, before) == ("grpo", "sft") and not from_sft:  # RL knew nothing of the SFT model
             continue
         figure = f"{after}-{before}"
         by_system[figure] = [a - b for a, b in zip(by_system[after], by_system[before])]
-        estimates[figure] = _estimate_gap(by_system[figure], scope.lists)
+        estimates[figure] = _estimate(by_system[figure], scope.lists, is_gap=True)
     return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
              "improvement": None, "by_run": _by_run(by_system[figure]),
              "is_same": figure not in SYSTEMS and not np.any(np.hstack(by_system[figure]))}
@@ -148,23 +148,24 @@ def _by_run(values: list[np.ndarray]) -> list[float]:
     return np.mean([task.mean(1) for task in values], axis=0).tolist()
 
 
-def _estimate_gap(gaps: list[np.ndarray], lists: list[np.ndarray] | None) -> dict:
-    """`joint_interval` of differences, points, within -100 to 100. gaps: (runs, samples) of each
-    task; where the samples of each task agree, other samples need not.
+def _estimate(values: list[np.ndarray], lists: list[np.ndarray] | None,
+              is_gap: bool = False) -> dict:
+    """`joint_interval` of scores or, with is_gap, of differences, within their range; of a single
+    run, and where the samples of each task agree, which others need not, as 06 has it.
+
+    values: (runs, samples) of each task, percent or points.
     """
-    estimate = joint_interval(gaps, lists)
-    if estimate["low"] == estimate["high"] and np.any(np.hstack(gaps)):
-        low, high = paired_gap_by_list(_task_means(gaps, lists))["ci95"]
-        return estimate | {"low": low, "high": high}
-    return _limit(estimate, -100, 100)
-
-
-def _task_means(values: list[np.ndarray],
-                lists: list[np.ndarray] | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """((samples,) share, mean over the runs, lists of images) of each task; values: percent."""
+    estimate = joint_interval(values, lists)
+    answers = np.concatenate([part.ravel() for part in values])
+    if np.isnan(estimate["low"]) and (is_gap or answers.min() < answers.max()):
+        return estimate  # one list of images
+    if len(values[0]) > 1 and estimate["low"] < estimate["high"]:
+        return _limit(estimate, -100 if is_gap else 0, 100)
     first = np.cumsum([0, *(part.shape[1] for part in values)])
     lists = lists or [start + np.arange(part.shape[1]) for start, part in zip(first, values)]
-    return [(part.mean(0) / 100, numbers) for part, numbers in zip(values, lists)]
+    groups = [(part.mean(0) / 100, numbers) for part, numbers in zip(values, lists)]
+    low, high = (gap_interval_by_list if is_gap else share_interval_by_list)(groups)
+    return estimate | {"low": 100 * low, "high": 100 * high}
 
 
 def _limit(estimate: dict, low: float, high: float) -> dict:
@@ -172,32 +173,18 @@ def _limit(estimate: dict, low: float, high: float) -> dict:
     return estimate | {name: float(np.clip(estimate[name], low, high)) for name in ("low", "high")}
 
 
-def _bound(estimate: dict, values: list[np.ndarray], lists: list[np.ndarray] | None) -> dict:
-    """The estimate of a score with its interval within 0 to 100 percent; where all answers are
-    right, or all wrong, the exact one (Clopper and Pearson).
-    """
-    answers = np.concatenate([part.ravel() for part in values])
-    if answers.min() < answers.max():
-        if estimate["low"] == estimate["high"]:  # each task's samples agree; others need not
-            low, high = percent_interval_by_list(_task_means(values, lists))
-            return estimate | {"low": low, "high": high}
-        return _limit(estimate, 0, 100)
-    total = (sum(part.shape[1] for part in values) if lists is None
-             else len(np.unique(np.concatenate(lists))))
-    low, high = share_interval(total if answers[0] else 0, total)
-    return estimate | {"low": 100 * low, "high": 100 * high}
-
-
 def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
                     reference: tuple[str, list[EvaluatedRun]], suite: str, scope: _Scope) -> dict:
     (name, runs), (other_name, others) = group, reference
     values, other_values = (_values(members, system, scope) for members in (runs, others))
-    improvement = probability_of_improvement(values, other_values)
+    improvement = None  # of one run a side it says 1.00 for an unsure gain
+    if len(runs) > 1 or len(others) > 1:
+        improvement = probability_of_improvement(values, other_values)
     pairs = pair_runs(runs, others)
     if pairs:
         paired, partners = (_values(list(members), system, scope) for members in zip(*pairs))
         gaps = [a - b for a, b in zip(paired, partners)]
-        estimate, by_run = _estimate_gap(gaps, scope.lists), _by_run(gaps)
+        estimate, by_run = _estimate(gaps, scope.lists, is_gap=True), _by_run(gaps)
     else:
         estimate = _limit(joint_interval(values, scope.lists, other_values), -100, 100)
         gaps = [a[:, None] - b for a, b in zip(values, other_values)]  # of any two runs
@@ -222,8 +209,10 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
     differences = [row for row in rows if row["figure"].startswith("vs ")]
     if differences:
         figure = differences[0]["figure"]
-        frames[f"Difference to {result['reference']}, points (95 %; probability of improvement)"] \
-            = _wide_frame(rows, figure)
+        chance = "; probability of improvement" * any(row["improvement"] is not None
+                                                      for row in differences)
+        frames[f"Difference to {result['reference']}, points (95 %{chance})"] = _wide_frame(
+            rows, figure)
     if system == "sft_long":  # what the control run is for
         frames["GRPO over control SFT, points (95 %)"] = _wide_frame(rows, "grpo-sft_long")
     claims = _claims_frame(rows)
@@ -302,7 +291,7 @@ def render_table(result: dict, form: str = "md") -> str:
         return table.to_csv(index=False)
     parts = [f"% {title}\n{frame.to_latex(index=False, escape=True)}" if form == "latex" else
              f"{title}\n\n{_markdown(frame)}\n" for title, frame in table_frames(result).items()]
-    notes = [f"% {note}" if form == "latex" else note for note in result["notes"]]
+    notes = [f"% {note}" if form == "latex" else note for note in (METHOD, *result["notes"])]
     return "\n".join([*parts, *notes]).strip()
 
 

@@ -4,8 +4,8 @@ A reply is correct if its one box reaches IoU 0.5 in the correct image; naming s
 as naming none. A question for all boxes is answered correctly by as many boxes as there are
 targets, each with IoU 0.5, or by saying that there is none; `summarize_boxes` counts box by box. A
 suite's score is the unweighted mean over its tasks (MIG-Bench's AVG), that of own data the mean
-over its questions. Intervals: percentile bootstrap over the samples of each task (2,000 resamples,
-stratified), or by lists of images where samples share them; differences are paired by sample.
+over its questions. Intervals: `stats.share_interval_by_list` and, of differences, which are paired
+by sample, `stats.gap_interval_by_list`.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from mig_kit.stats import (
     macro_mean,
     paired_gap_by_list,
     pass_at_k,
-    percent_interval_by_list,
     ratio_interval,
     share_interval,
+    share_interval_by_list,
     to_percent,
 )
 from mig_kit.world import suites
@@ -193,7 +193,7 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
     groups = list(zip(split_for_score(samples, columns["correct"]),
                       split_for_score(samples, columns["lists"])))
     summary = {"n": len(samples), "score": to_percent(macro_mean([part for part, _ in groups])),
-               "ci95": percent_interval_by_list(groups), "sampled": None,
+               "ci95": _percents(share_interval_by_list(groups)), "sampled": None,
                "n_sampled": len(drawn_samples), "tasks": tasks}
     if drawn_samples:
         summary |= _sampled_averages(split_for_score(drawn_samples, drawn_values))
@@ -227,12 +227,16 @@ def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFo
     summary = {"n": len(counts), "n_none": len(rejected[True])}
     for name, (part, total) in ratios.items():
         summary[name] = to_percent(part.sum() / total.sum()) if total.any() else None
-    summary["f1_ci95"] = [to_percent(bound) for bound in ratio_interval(*ratios["f1"])]
+    summary["f1_ci95"] = _percents(ratio_interval(*ratios["f1"]))
     for name, outcomes in (("rejection", rejected[True]), ("wrong_rejection", rejected[False])):
-        interval = [to_percent(bound) for bound in share_interval(sum(outcomes), len(outcomes))]
+        interval = _percents(share_interval(sum(outcomes), len(outcomes)))
         summary[name] = to_percent(np.mean(outcomes)) if outcomes else None
         summary[f"{name}_ci95"] = interval if outcomes else None
     return summary
+
+
+def _percents(interval: list[float]) -> list[float]:
+    return [to_percent(bound) for bound in interval]
 
 
 def _reaches_half(box: Box, target: Box) -> float:
@@ -253,7 +257,7 @@ def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
     overlap = columns["iou"]
     accuracies = {f"acc@{t}": to_percent((overlap >= t).mean()) for t in (0.3, 0.5, 0.7)}
     return {"n": len(overlap), **accuracies, "mean_iou": to_percent(overlap.mean()),
-            "ci95": percent_interval_by_list([(columns["correct"], columns["lists"])]),
+            "ci95": _percents(share_interval_by_list([(columns["correct"], columns["lists"])])),
             "format": to_percent(columns["format"].mean()),
             "image": to_percent(columns["image"].mean())}
 
@@ -284,11 +288,13 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
         _share_correct(samples, a, box_format) - _share_correct(samples, b, box_format)
         for a, b in (([[reply] for reply in after], [[reply] for reply in before]),
                      (after_drawn, before_drawn)))
-    difference = {**paired_gap_by_list(_group_with_lists(samples, gaps)), "sampled": None}
+    difference = {**paired_gap_by_list(_group_with_lists(samples, gaps), after == before),
+                  "sampled": None}
     rows = np.flatnonzero(~np.isnan(drawn_gaps))
     if len(rows):
         drawn_samples = [samples[row] for row in rows]
-        gap = paired_gap_by_list(_group_with_lists(drawn_samples, drawn_gaps[rows]))
+        gap = paired_gap_by_list(_group_with_lists(drawn_samples, drawn_gaps[rows]),
+                                 after_drawn == before_drawn)
         difference |= {"sampled": gap["value"], "sampled_ci95": gap["ci95"]}
     return difference
 

@@ -16,7 +16,7 @@ import numpy as np
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.reward_loading import RL_NEEDS
 from mig_kit.rewards import is_correct
-from mig_kit.sample import Sample
+from mig_kit.sample import Sample, question_kind, unsolved_kinds
 from mig_kit.world.teacher import recognize_detail
 
 
@@ -32,18 +32,24 @@ def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
                        box_format: BoxFormat) -> list[dict]:
     """How often replies are correct by how much their reasoning says.
 
-    Rows {asked, detail, n, correct}: asked is "a box", "all boxes" or "a letter", correct a share
-    in 0..1.
+    Rows {asked, detail, n, correct}: asked is of `question_kind`, correct a share in 0..1.
     """
     outcomes = defaultdict(list)
     for sample in samples:
-        boxes = "all boxes" if sample.find_all else "a box"
-        asked = "a letter" if sample.options else boxes
+        asked = question_kind(sample)
         for reply in replies[sample.id]:
             correct = is_correct(reply, sample, box_format)
             outcomes[asked, recognize_detail(reply)].append(correct)
     return [{"asked": asked, "detail": detail, "n": len(values), "correct": float(np.mean(values))}
             for (asked, detail), values in sorted(outcomes.items())]
+
+
+def unsolved_warning(samples: Sequence[Sample], rates: np.ndarray) -> str:
+    """A sentence on the kinds of question, such as those for a box, that no reply answers, or "";
+    rates: of the candidates, 0..1.
+    """
+    kinds = " and ".join(unsolved_kinds(samples, rates))
+    return kinds and f"no reply to the questions for {kinds} is correct: {RL_NEEDS}"
 
 
 def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:

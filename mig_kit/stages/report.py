@@ -4,6 +4,7 @@ The templates in report.html.jinja escape every text that a model or a data set 
 do; the page holds no script.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -16,10 +17,12 @@ from PIL.Image import Image
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
+from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS, profile_params
+from mig_kit.pipeline.store import load_record
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.stages.report_gallery import image_tag, macros
-from mig_kit.stats import bootstrap_interval, group_by_task, paired_gap_by_list
+from mig_kit.stats import group_by_task, paired_gap_by_list, share_interval_by_list
 from mig_kit.world.specs import count_listed_objects
 from mig_kit.world.suites import OWN, suite_title, task_title
 
@@ -42,10 +45,12 @@ def suite_rows(samples: dict[str, Sequence[Sample]]) -> list[dict]:
 
 
 def claim_rows(metrics: dict) -> list[dict]:
-    """Rows with this run's difference beside the paper's, in points, rounded to two decimals. A
-    claim on a suite or model that the run does not have is left out, and that of RL over SFT where
-    RL started elsewhere. metrics: of stage 06.
+    """Rows with this run's difference beside the paper's, in points. A claim on a suite or model
+    that the run does not have is left out, that of RL over SFT where RL started elsewhere, and all
+    of a run on own data. metrics: of stage 06.
     """
+    if any(OWN in by_suite for by_suite in metrics["deltas"].values()):
+        return []
     from_sft = metrics.get("start_from", "merged") in NEEDS_SFT
     rows = []
     for suite, comparison, delta, paper in CLAIMS:
@@ -53,10 +58,9 @@ def claim_rows(metrics: dict) -> list[dict]:
             continue
         difference = metrics["deltas"][delta][suite]
         rows.append({"suite": suite_title(suite), "compared": comparison,
-                     "this run": round(difference["value"], 2),
-                     "95 %": np.round(difference["ci95"], 2).tolist(),
-                     "at temperature 1": difference["sampled"] and round(difference["sampled"], 2),
-                     "paper (real benchmark, 7B)": paper})
+                     "this run (95 %)": gap_text(difference),
+                     "at temperature 1": _signed(difference["sampled"]),
+                     "paper (real benchmark, 7B)": f"{paper:+.2f}"})
     return rows
 
 
@@ -127,11 +131,48 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
 
 
 def gap_text(gap: dict) -> str:
-    """"+1.0 (-2 to +4)" of {"value", "ci95"}, with ▲ or ▼ before it if the interval leaves out 0.
-    """
+    """"+1.0 (-2.1 to +4.1)" of {"value", "ci95"}, after ▲ or ▼ if the interval leaves out 0."""
     low, high = gap["ci95"]
     mark = "▲ " if low > 0 else "▼ " if high < 0 else ""
-    return f"{mark}{gap['value']:+.1f} ({low:+.0f} to {high:+.0f})"
+    return f"{mark}{_signed(gap['value'])} ({_signed(low)} to {_signed(high)})"
+
+
+def _signed(points: float | None) -> str | None:
+    return None if points is None else f"{round(points, 1) + 0.0:+.1f}"  # never -0.0
+
+
+def describe_outcome(metrics: dict) -> str:
+    """One sentence on the first suite: every model's score, and what RL added to what it began
+    with; metrics: of stage 06.
+    """
+    systems, deltas = metrics["systems"], metrics["deltas"]
+    suite = next(iter(systems["grpo"]))
+    scores = " → ".join(f"{SYSTEM_LABELS[name]} {systems[name][suite]['score']:.1f}"
+                        for name in ("base", "sft", "start", "grpo") if name in systems)
+    pair = ("grpo-sft" if metrics.get("start_from", "merged") in NEEDS_SFT else
+            "grpo-start" if "start" in systems else "grpo-base")
+    gap = deltas.get(pair, {}).get(suite)
+    added = gap and f"; {pair.replace('grpo-', 'RL over ').replace('sft', 'SFT')}: {gap_text(gap)}"
+    return (f"{suite_title(suite)}, percent correct: {scores}{added or ''} points, 95 % interval "
+            "over questions.")
+
+
+def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
+    """Rows {stage, parameter, this run, "run SOURCE" or "default"} of what differs from the run
+    that a branch stands on, else from the tiny profile; records: stage -> run.json.
+    """
+    source = next((record["run_id"] for record in records.values()
+                   if record["run_id"] != run_id), "")
+    rows = []
+    for stage, record in records.items():
+        others = (load_record(stage, source) or {}).get("params") if source else None
+        others = others or profile_params(stage)
+        rows += [{"stage": stage, "parameter": name, "this run": str(value),
+                  f"run {source}" if source else "default": str(others[name])}
+                 for name, value in record["params"].items()
+                 if name in others and value != others[name]
+                 and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)]
+    return rows
 
 
 def pass_at_k_rows(systems: dict) -> list[dict]:
@@ -236,7 +277,8 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
     parts = table.groupby(pd.qcut(table["objects"], bins, duplicates="drop"), observed=True)
     return [{"objects": f"{part['objects'].min()} to {part['objects'].max()}, n = {len(part)}",
              "pass rate": part["rate"].mean(),
-             "ci95": bootstrap_interval([part["rate"].to_numpy()])} for _, part in parts]
+             "ci95": share_interval_by_list([(part["rate"].to_numpy(), np.arange(len(part)))])}
+            for _, part in parts]
 
 
 def score_bars(systems: dict) -> list[dict]:
@@ -270,25 +312,24 @@ def html_table(rows: list[dict]) -> Markup:
 
 def _cell_text(value) -> str:
     if isinstance(value, list | tuple):
-        sign = "+" if min(value) < 0 else ""
-        return f"{value[0]:{sign}.1f} to {value[1]:{sign}.1f}"
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return "" if value is None or value != value else str(value)
+        return f"{value[0]:.1f} to {value[1]:.1f}"
+    if value is None or value != value:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def render_page(title: str, sections: list[tuple[str, Markup]], facts: str = "") -> str:
+def render_page(title: str, sections: list[tuple[str, Markup]], facts: str = "",
+                outcome: str = "") -> str:
     """The whole page. sections: (heading, HTML) pairs; a section without content is left out.
-    facts: a line below the title.
+    facts, outcome: lines below the title.
     """
-    return str(macros.page(title, sections, facts)) + "\n"
+    return str(macros.page(title, sections, facts, outcome)) + "\n"
 
 
-def _captioned(content: Markup, name: str) -> Markup:
-    """A table or a figure with what to look at in it below; "" stays "". name: of a caption in the
-    template.
-    """
-    return macros.captioned(content, name) if content else Markup("")
+def _caption(name: str, has_sft: bool) -> str:
+    """A caption of the template, without its sentences on SFT where the run has none."""
+    sentences = re.split(r"(?<=\.) ", macros.captions[name])
+    return " ".join(text for text in sentences if has_sft or "SFT" not in text)
 
 
 def _alternative_text(picture: plt.Figure | Image) -> str:
@@ -304,36 +345,42 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None]
 
     metrics: of stage 06. figures: "suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
     "dropped", "difficulty", "shares", "rollouts"; None for one that cannot be drawn. tables: rows
-    of "ood", "rewards" and "stages".
+    of "changed", "ood", "rewards" and "stages".
     """
+    systems = metrics["systems"]
+    has_sft = "sft" in systems
+
+    def captioned(content: Markup, name: str) -> Markup:
+        return (macros.captioned(content, _caption(name, has_sft)) if content else Markup(""))
+
     def images(*names: str) -> Markup:
         return Markup("").join(
-            _captioned(image_tag(figures[name], _alternative_text(figures[name])), name)
+            captioned(image_tag(figures[name], _alternative_text(figures[name])), name)
             for name in names if figures[name])
 
-    systems = metrics["systems"]
     main_suite = next(iter(systems["grpo"]))
     drawn = "suites" if main_suite == OWN else "drawn suites"
-    held_out = (_captioned(html_table(held_out_rows(systems)), "held_out")
-                + _captioned(html_table(own_data_rows(metrics["deltas"])), "gains"))
-    claims = _captioned(html_table(claim_rows(metrics)), "claims")
-    sections = [("Your data: the held-out part", held_out),
-                ("The paper's claims and this run (points)", claims)]
+    held_out = (captioned(html_table(held_out_rows(systems)), "held_out")
+                + captioned(html_table(own_data_rows(metrics["deltas"])), "gains"))
+    claims = captioned(html_table(claim_rows(metrics)), "claims")
     return [
-        *sections,
+        ("What differs from the default profile, or from the run that this one stands on",
+         html_table(tables["changed"])),
+        ("Your data: the held-out part", held_out),
+        ("The paper's claims and this run (points)", claims),
         (f"Scores on {drawn}, greedy (percent)",
          html_table(score_rows(systems)) + images("suites")),
         ("Out of domain, by suite (drawn)",
-         images("ood") + _captioned(html_table(tables["ood"]), "ood_rows")),
+         images("ood") + captioned(html_table(tables["ood"]), "ood_rows")),
         (f"Scores on {drawn}, mean of replies at temperature 1 (percent)",
-         _captioned(html_table(score_rows(systems, "sampled")), "sampled")
-         + _captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
+         captioned(html_table(score_rows(systems, "sampled")), "sampled")
+         + captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
         ("None, one or several boxes (greedy, percent)",
-         _captioned(html_table(box_rows(systems)), "boxes")),
+         captioned(html_table(box_rows(systems)), "boxes")),
         (f"{suite_title(main_suite)}, per task", images("tasks", "outcomes")),
         ("Training", images("loss", "grpo") + html_table(tables["rewards"])),
         ("What the replies become while RL trains",
          images("shares", "rollouts")),
         ("Data", images("flow", "dropped", "difficulty")),
         ("How this run was made", html_table(tables["stages"])),
-        ("Gallery", macros.note("gallery") + gallery if gallery else gallery)]
+        ("Gallery", macros.folded(_caption("gallery", has_sft), gallery) if gallery else gallery)]

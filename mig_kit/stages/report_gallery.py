@@ -29,7 +29,7 @@ OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option
 LOOSE_IOU = 0.1  # from here on a box of own data, whose objects are not known, counts as loose
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
-FILTERS = {"suite": "suite", "task": "task", "kind": "SFT, then GRPO", "outcome": "GRPO"}
+FILTERS = {"suite": "suite", "task": "task", "kind": "before, then after RL", "outcome": "GRPO"}
 
 Objects = Mapping[str, Sequence[Sequence[Box]]]  # sample id -> the boxes of its objects, per image
 

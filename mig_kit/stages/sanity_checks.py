@@ -21,7 +21,7 @@ from mig_kit.engine.reward_loading import RL_NEEDS, compute_reward
 from mig_kit.engine.sample_prompts import reply_logps
 from mig_kit.image_files import image_digests
 from mig_kit.rewards import Reward, is_correct
-from mig_kit.sample import Sample
+from mig_kit.sample import Sample, question_kind, unsolved_kinds
 
 FIRST_PROMPTS = 16  # that are answered before the first update where no pass rate is known
 
@@ -89,13 +89,22 @@ def _pair_with_other_images(samples: list[Sample],
     return pairs
 
 
-def nothing_earned_warning(policy: Policy, samples: Sequence[Sample], rewards: dict[str, Reward],
-                           params: SimpleNamespace) -> str:
-    """One sentence if no first reply earns any of the rewards beside format, else "".
+def nothing_earned_warnings(policy: Policy, samples: Sequence[Sample], rates: dict[str, float],
+                            rewards: dict[str, Reward], params: SimpleNamespace) -> list[str]:
+    """A sentence per kind of question whose first replies earn none of the rewards beside format.
 
-    policy: what RL starts from; params: of 05. A group is drawn for each of FIRST_PROMPTS samples.
+    policy: what RL starts from; rates: pass rates of 04 by sample id; params: of 05. A group is
+    drawn for each of FIRST_PROMPTS samples of every kind that 04 has seen no correct reply to.
     """
-    prompts = samples[:FIRST_PROMPTS]
+    kinds = unsolved_kinds(samples, np.array([rates.get(sample.id, 0) for sample in samples]))
+    warnings = (_nothing_earned(policy, [sample for sample in samples if question_kind(sample)
+                                         == kind][:FIRST_PROMPTS], rewards, params)
+                for kind in kinds)
+    return [warning for warning in warnings if warning]
+
+
+def _nothing_earned(policy: Policy, prompts: list[Sample], rewards: dict[str, Reward],
+                    params: SimpleNamespace) -> str:
     groups = draw_replies(policy, prompts, params.num_generations, params.temperature,
                           params.max_completion_length)
     earned = {name: {compute_reward(name, reward, reply, sample, policy.box_format)
@@ -105,15 +114,16 @@ def nothing_earned_warning(policy: Policy, samples: Sequence[Sample], rewards: d
     if not names or any(earned[name] != {0.0} for name in names):
         return ""
     return (f"none of the first {params.num_generations * len(prompts)} replies, to {len(prompts)} "
-            f"prompts, earned anything for {', '.join(names)}: {RL_NEEDS}")
+            f"prompts for {question_kind(prompts[0])}, earned anything for {', '.join(names)}: "
+            f"{RL_NEEDS}")
 
 
 class StopIfNothingLearns(TrainerCallback):
     """Stops a training whose logged figures say that nothing can be learnt.
 
     At any step: a loss or gradient that is not finite. If it holds in all of the first `patience`
-    steps: no reward beside that for the format, no box reward though images are correct, no group
-    with a spread.
+    steps: no reward for letters, or none for anything else beside the format, no box reward though
+    images are correct, no group with a spread.
     """
 
     def __init__(self, patience: int = 8):
@@ -142,9 +152,11 @@ class StopIfNothingLearns(TrainerCallback):
                  if name.startswith("rewards/") and name.endswith("/mean")}
         earned = {short: self._logged(name) for name, short in names.items()
                   if short != "format" and self._logged(name)}
-        if earned and not any(map(any, earned.values())):
-            raise ValueError(f"no reply earned anything for {', '.join(earned)} in all of the "
-                             f"first {self.patience} steps: {RL_NEEDS}")
+        for is_choice in (False, True):  # one kind of question does not speak for another
+            names = [name for name in earned if (name == "choice") == is_choice]
+            if names and not any(any(earned[name]) for name in names):
+                raise ValueError(f"no reply earned anything for {', '.join(names)} in all of the "
+                                 f"first {self.patience} steps: {RL_NEEDS}")
 
     def _stop_without_spread(self) -> None:
         if not all(row["frac_reward_zero_std"] == 1 for row in self.rows):

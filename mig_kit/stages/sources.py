@@ -23,7 +23,6 @@ from mig_kit.world import suites
 SET_NAMES = ("cot", "rl", "val")
 # the file of each set while 01 runs; the questions of cot.parquet await their traces
 FILE_OF_SET = {"cot": "questions.parquet", "rl": "rl.parquet", "val": "val.parquet"}
-SMALL_SET = 'hold out more of a small set, as -p data_shares "[0.4, 0.3, 0.3]"'
 REPORT_FILE = "left_out.txt"
 NAMES_FILE = "left_out_names.txt"  # everything that the report counts, where there is any
 
@@ -127,7 +126,14 @@ def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
     if p.data == "scenes" or n_questions >= 96:
         return text
     points = min(50, round(98 / max(1, n_questions)**0.5))
-    return f"{text}, which tell a score to about {points} points either way: {SMALL_SET}"
+    return f"{text}, which tell a score to about {points} points either way: {_advise_shares(p)}"
+
+
+def _advise_shares(p: SimpleNamespace) -> str:
+    if p.data_shares[2] >= 0.3:
+        return "give more questions"
+    shares = "[0, 0.7, 0.3]" if p.teacher == "none" else "[0.4, 0.3, 0.3]"
+    return f'hold out more of a small set, as -p data_shares "{shares}"'
 
 
 def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipReport) -> None:
@@ -136,7 +142,7 @@ def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipR
     empty = [name for name in needed if not counts.get(name)]
     if empty:
         raise ValueError(f"no question fell to {' and '.join(empty)}, with data_shares "
-                         f"{p.data_shares}; {SMALL_SET}\n{report.summarize()}")
+                         f"{p.data_shares}; {_advise_shares(p)}\n{report.summarize()}")
 
 
 def choose_set(sha256: str, shares: list[float]) -> str:

@@ -1,65 +1,78 @@
 """Intervals over lists of images: by hand, their properties, and how often they cover the truth."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
+from scipy.stats import beta
 from scipy.stats import t as student_t
 
 from mig_kit.score.result import Scored, paired_difference, summarize
-from mig_kit.stats import (
-    average_interval_by_list,
-    gap_interval_by_list,
-    share_interval,
-    share_interval_by_list,
-)
+from mig_kit.stats import gap_interval_by_list, share_interval, share_interval_by_list
+
+
+def share_of(values, lists):
+    return share_interval_by_list([(values, lists)])
+
+
+def gap_of(gaps, lists):
+    return gap_interval_by_list([(gaps, lists)])
 
 
 def test_share_interval_by_hand():
-    """Three lists of two questions: 2, 1 and 0 of them correct."""
-    values, lists = np.array([1, 1, 1, 0, 0, 0.0]), np.array([4, 4, 7, 7, 9, 9])
-    # Sums less the mean: 1, 0, -1; over 6 questions, and 1 - 2/6 for the leverage.
-    variance = (1 + 1) / 36 / (2 / 3)
-    size = 0.25 / variance
-    z = student_t.ppf(0.975, 2)
-    half = z * np.sqrt(0.25 / size + z ** 2 / (4 * size ** 2)) / (1 + z ** 2 / size)
-    assert size == pytest.approx(3)
-    assert share_interval_by_list(values, lists) == pytest.approx([0.5 - half, 0.5 + half])
+    """Of independent questions Jeffreys' interval, of two tasks for as many as tell the mean."""
+    values = np.array([1, 1, 1, 0, 0, 0, 0, 0.0])
+    jeffreys = beta(3.5, 5.5).ppf([0.025, 0.975])
+    assert share_of(values, np.arange(8)) == pytest.approx(jeffreys.tolist(), abs=1e-9)
+    tasks = [(values[:4], np.arange(4)), (values[4:], np.arange(4, 8))]
+    first, second = (3 + 0.375) / 5, 0.375 / 5  # shrunk by one question of the mean
+    size = 4 * 4 * 0.375 * 0.625 / (first * (1 - first) + second * (1 - second))
+    bounds = beta(size * 0.375 + 0.5, size * 0.625 + 0.5).ppf([0.025, 0.975])
+    assert share_interval_by_list(tasks) == pytest.approx(bounds.tolist(), abs=1e-9)
 
 
 def test_all_or_none_correct_gets_the_exact_interval_over_lists():
     lists = np.repeat(np.arange(10), 3)
-    assert share_interval_by_list(np.ones(30), lists) == share_interval(10, 10)
-    assert share_interval_by_list(np.zeros(30), lists)[1] == pytest.approx(1 - 0.025 ** 0.1)
-    assert share_interval_by_list(np.array([1.0, 0.0]), np.zeros(2)) == [0, 1]
+    assert share_of(np.ones(30), lists) == share_interval(10, 10)
+    assert share_of(np.zeros(30), lists)[1] == pytest.approx(1 - 0.025 ** 0.1)
+    assert share_interval_by_list([(np.zeros(2), lists[:2]), (np.zeros(28), lists[2:])]) == \
+        share_interval(0, 10)
+    assert share_of(np.array([1.0, 0.0]), np.zeros(2)) == [0, 1]
 
 
 def test_questions_asked_again_about_the_same_images_tell_nothing_new():
     values = np.random.default_rng(0).integers(0, 2, 60).astype(float)
-    once = share_interval_by_list(values, np.arange(60))
-    five = share_interval_by_list(np.repeat(values, 5), np.repeat(np.arange(60), 5))
-    assert five == pytest.approx(once)
-    as_if_new = share_interval_by_list(np.repeat(values, 5), np.arange(300))
+    once = share_of(values, np.arange(60))
+    five = share_of(np.repeat(values, 5), np.repeat(np.arange(60), 5))
+    assert five == pytest.approx(once, abs=0.005)
+    as_if_new = share_of(np.repeat(values, 5), np.arange(300))
     assert as_if_new[1] - as_if_new[0] < 0.5 * (once[1] - once[0])
 
 
 def test_gap_interval_by_hand():
-    gaps, lists = np.array([1.0, 0, 0, 1]), np.arange(4)
-    half = student_t.ppf(0.975, 3) * np.std(gaps, ddof=1) / 2
-    assert gap_interval_by_list(gaps, lists) == pytest.approx([0.5 - half, min(1, 0.5 + half)])
-    unseen = 1 - 0.025 ** 0.25
-    assert gap_interval_by_list(np.zeros(4), lists) == pytest.approx([-unseen, unseen])
-    assert gap_interval_by_list(np.ones(4), lists) == pytest.approx([1 - 2 * unseen, 1])
+    gaps, lists = np.tile([1.0, 0, 0, 1], 3), np.arange(12)
+    half = student_t.ppf(0.975, 11) * np.std(gaps, ddof=1) / 12 ** 0.5
+    assert gap_of(gaps, lists) == pytest.approx([0.5 - half, 0.5 + half])
+    unseen = 1 - 0.025 ** (1 / 200)
+    tasks = [(np.zeros(20), np.arange(20) + 20 * task) for task in range(10)]
+    assert gap_of(np.zeros(200), np.arange(200)) == pytest.approx([-unseen, unseen])
+    assert gap_interval_by_list(tasks) == pytest.approx([-unseen, unseen])
+    assert gap_of(np.ones(4), np.arange(4)) == pytest.approx([1 - 2 * (1 - 0.025 ** 0.25), 1])
+    once = np.r_[1.0, np.zeros(199)]  # as if four of the 200 differed
+    half = student_t.ppf(0.975, 199) * 2 / 200
+    assert gap_of(once, np.arange(200)) == pytest.approx([0.005 - half, 0.005 + half])
+    assert gap_of(np.zeros(4), np.zeros(4)) == [-1, 1]
 
 
 def test_tasks_about_the_same_images_do_not_narrow_the_average():
     values = np.random.default_rng(1).integers(0, 2, 80).astype(float)
     lists = np.repeat(np.arange(20), 4)
-    alone = share_interval_by_list(values, lists)
-    twice = average_interval_by_list([(values, lists)] * 2, share_interval_by_list)
-    assert twice == pytest.approx(alone)
-    apart = average_interval_by_list([(values, lists), (values, lists + 20)],
-                                     share_interval_by_list)
-    width = (alone[1] - alone[0]) / 2 ** 0.5
-    assert apart[1] - apart[0] == pytest.approx(width, rel=0.05)
+    for interval, rel in ((share_interval_by_list, 0.1), (gap_interval_by_list, 0.15)):
+        widths = [np.diff(interval([(values, lists + shift) for shift in shifts]))[0]
+                  for shifts in ((0,), (0, 0), (0, 20))]
+        assert widths[1] == pytest.approx(widths[0], rel=rel)
+        assert widths[2] == pytest.approx(widths[0] / 2 ** 0.5, rel=rel)
 
 
 def test_scores_take_their_intervals_over_lists_and_are_not_rounded():
@@ -68,7 +81,7 @@ def test_scores_take_their_intervals_over_lists_and_are_not_rounded():
     result = summarize(scored)
     assert result["lists"] == result["tasks"]["a"]["lists"] == 3
     assert result["avg"]["acc"] == pytest.approx(100 * 4 / 7, abs=1e-12)
-    expected = share_interval_by_list(values, np.array([0, 0, 1, 1, 2, 2, 2]))
+    expected = share_of(values, np.array([0, 0, 1, 1, 2, 2, 2]))
     assert result["avg"]["ci95"] == pytest.approx([100 * bound for bound in expected], abs=1e-9)
     other = Scored(("a",) * 7, {"acc": np.zeros(7)}, True, values, lists=scored.lists)
     gap = paired_difference(scored, other)["acc"]
@@ -95,24 +108,59 @@ def test_intervals_cover_the_truth_where_outcomes_in_a_list_correlate():
     """92 to 97 % for every task and for the average, at correlation 0.5; over questions, as if they
     were independent, far less.
     """
-    rng, structure, repeats = np.random.default_rng(5), list_structure(), 200
+    rng, structure, repeats = np.random.default_rng(5), list_structure(), 100
     hits = dict.fromkeys([*structure, "average", "difference", "by question"], 0)
     largest = max(structure, key=lambda task: len(structure[task]) / len(set(structure[task])))
     accuracies = (0.2, 0.5, 0.8)
     for accuracy in accuracies * repeats:
-        groups = []
-        for task, lists in structure.items():
-            values = draw_outcomes(rng, lists, accuracy)
-            low, high = share_interval_by_list(values, lists)
-            hits[task] += low <= accuracy <= high
-            groups.append((values, lists))
-        low, high = average_interval_by_list(groups, share_interval_by_list)
-        hits["average"] += low <= accuracy <= high
-        values, lists = groups[list(structure).index(largest)]
-        low, high = share_interval_by_list(values, np.arange(len(values)))
-        hits["by question"] += low <= accuracy <= high
-        low, high = gap_interval_by_list(values - draw_outcomes(rng, lists, accuracy), lists)
+        groups = {task: (draw_outcomes(rng, lists, accuracy), lists)
+                  for task, lists in structure.items()}
+        values, lists = groups[largest]
+        gaps = values - draw_outcomes(rng, lists, accuracy)
+        intervals = {task: share_of(*group) for task, group in groups.items()}
+        intervals |= {"average": share_interval_by_list(list(groups.values())),
+                      "by question": share_of(values, np.arange(len(values)))}
+        for name, (low, high) in intervals.items():
+            hits[name] += low <= accuracy <= high
+        low, high = gap_of(gaps, lists)
         hits["difference"] += low <= 0 <= high
     coverage = {name: count / repeats / len(accuracies) for name, count in hits.items()}
     assert coverage.pop("by question") < 0.8
-    assert all(0.92 <= share <= 0.97 for share in coverage.values()), coverage
+    assert all(0.92 <= share <= 0.985 for share in coverage.values()), coverage
+
+
+@pytest.mark.parametrize("sizes", [[1] * 20, [40] + [1] * 20, [40] * 5, [1, 2, 4, 8, 16, 32]])
+def test_few_and_uneven_lists(sizes):
+    """At correlations of 0.2 to 0.8, where Student's t covers all with one list of 40 and twenty of
+    1, and nine in ten with five of 40.
+    """
+    rng, lists, hits = np.random.default_rng(7), np.repeat(np.arange(len(sizes)), sizes), []
+    for accuracy, correlation in itertools.product((0.2, 0.5, 0.8) * 40, (0.2, 0.5, 0.8)):
+        low, high = share_of(draw_outcomes(rng, lists, accuracy, correlation), lists)
+        hits.append(low <= accuracy <= high)
+    assert 0.93 <= np.mean(hits) <= 0.985, np.mean(hits)
+
+
+def test_equal_replies_differ_by_exactly_0(tmp_path):
+    """Other replies with the same questions correct do not."""
+    from click.testing import CliRunner
+
+    from mig_kit.score.commands import score_command
+
+    own = [{"id": str(row), "images": [f"{row}.png"], "question": "Where?",
+            "coordinates": "normalized_1000", "image": 1, "box": [0, 0, 500, 500]}
+           for row in range(20)]
+    replies = [{"index": row, "response":
+                f'<think>a</think><answer>{{"image": 1, "box": [0, 0, 500, {500 - row}]}}</answer>'}
+               for row in range(20)]
+    other = [row | {"response": row["response"].replace("[0, 0", "[1, 1")} for row in replies]
+    for name, lines in (("own", own), ("a", replies), ("b", replies), ("c", other)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+    def compare_with(name):
+        words = ["own", "--annotations", tmp_path / "own.jsonl", "--predictions",
+                 tmp_path / "a.jsonl", "--compare", tmp_path / name]
+        return CliRunner().invoke(score_command, [str(word) for word in words]).output
+
+    assert "+0.00 points (+0.00 to +0.00), paired" in compare_with("b.jsonl")
+    assert "+0.00 points (-16.84 to +16.84), paired" in compare_with("c.jsonl")

@@ -102,7 +102,7 @@ def test_a_difference_is_over_lists_of_images():
     results = {name: {"questions": {}, "scores": {"strict": {"lisa": {}}},
                       "items": {"lisa": columns | {"strict": values}}}
                for name, values in (("a", gains), ("b", 0 * gains))}
-    bounds = [f"{100 * bound:.1f}" for bound in gap_interval_by_list(by_list, np.arange(40))]
+    bounds = [f"{100 * bound:.1f}" for bound in gap_interval_by_list([(by_list, np.arange(40))])]
     points = eval_model.difference_rows(results)[0]["points"]
     assert points == f"{100 * gains.mean():.1f} ({' to '.join(bounds)})"
 

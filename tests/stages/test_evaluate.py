@@ -11,7 +11,7 @@ from mig_kit.common import write_json
 from mig_kit.sample import TableRows, read_samples, write_samples
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluate import paired_difference, summarize_suite
-from mig_kit.stats import bootstrap_interval, macro_mean, to_percent
+from mig_kit.stats import macro_mean, to_percent
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample
 
@@ -140,12 +140,6 @@ def test_all_correct_is_not_certain():
     low, high = summary["tasks"]["region"]["ci95"]
     assert low == pytest.approx(100 * 0.025 ** (1 / 20), abs=1e-9), "Clopper and Pearson, 20 of 20"
     assert high == 100
-
-
-def test_a_bootstrap_is_stratified_and_as_wide_as_a_normal_interval():
-    assert bootstrap_interval([np.ones(50), np.zeros(50)]) == [0.5, 0.5]
-    low, high = bootstrap_interval([np.repeat([1.0, 0.0], [30, 70])])
-    assert high - low == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 100) ** 0.5, rel=0.1)
 
 
 def test_macro():

@@ -21,11 +21,11 @@ def test_out_of_domain_by_hand():
     first, second = report.out_of_domain_rows(samples, replies, BOX_FORMAT)
     assert first["suite"] == "LISA-like (drawn)"
     assert (first["base"], first["SFT"], first["GRPO"]) == ("100.0", "0.0", "25.0")
-    assert first["SFT over base"] == "-100.0 (-100 to +20)", "four questions show no certain loss"
-    assert first["GRPO over SFT"] == "+25.0 (+0 to +75)"
-    assert first["GRPO over base"].startswith("▼ -75.0 (-100 to ")
+    assert first["SFT over base"] == "-100.0 (-100.0 to +20.5)", "four are few"
+    assert first["GRPO over SFT"] == "+25.0 (-54.6 to +100.0)"
+    assert first["GRPO over base"] == "-75.0 (-100.0 to +4.6)"
     assert second["suite"] == "unseen things (drawn)"
-    assert second["GRPO over base"] == "+0.0 (-60 to +60)", "none of four differs, so few may"
+    assert second["GRPO over base"] == "+0.0 (-60.2 to +60.2)", "none of four differs, so few may"
 
 
 def evaluated_systems(**more):
@@ -74,7 +74,7 @@ def test_rows_of_suites_and_differences():
          "an example": samples["mmiu"][-1].question}]
     gap = {"value": 2.0, "ci95": [0.5, 4.0]}
     assert report.difference_rows({"grpo-sft": {"mmiu": gap}}) == [
-        {"compared": "GRPO over SFT", "MMIU-like (drawn)": "▲ +2.0 (+0 to +4)"}]
+        {"compared": "GRPO over SFT", "MMIU-like (drawn)": "▲ +2.0 (+0.5 to +4.0)"}]
 
 
 def test_the_page_says_what_to_look_at():
@@ -83,7 +83,7 @@ def test_the_page_says_what_to_look_at():
     figures = dict.fromkeys(("suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
                              "dropped", "difficulty", "shares", "rollouts"))
     tables = {"ood": [{"suite": "LISA-like (drawn)", "base": "<i>"}],
-              "rewards": [], "stages": report.stage_rows(RECORDS)}
+              "rewards": [], "stages": report.stage_rows(RECORDS), "changed": []}
     metrics = {"systems": evaluated_systems(), "deltas": deltas}
     sections = report.report_sections(metrics, figures, report.Markup("cards"), tables)
     text = report.render_page("t", sections)
@@ -106,7 +106,7 @@ def test_the_held_out_part_of_own_data():
         ("base", 60, 40.0), ("GRPO", 60, 62.5)]
     gap = {"value": 22.5, "ci95": [9.0, 35.0]}
     assert report.own_data_rows({"grpo-base": {"own": gap, "mmiu": gap}}) == [
-        {"compared": "GRPO over base", "own data (held out)": "▲ +22.5 (+9 to +35)"}]
+        {"compared": "GRPO over base", "own data (held out)": "▲ +22.5 (+9.0 to +35.0)"}]
     assert report.held_out_rows(evaluated_systems()) == []
     assert report.claim_rows({"deltas": {"grpo-base": {"own": gap}}}) == [], "no drawn suite"
 
@@ -120,13 +120,14 @@ def test_headline_rows():
         }
     }
     rows = report.claim_rows(metrics)
-    assert [row["paper (real benchmark, 7B)"] for row in rows] == [9.04, 4.98, 3.1, 2.4]
+    papers = [row["paper (real benchmark, 7B)"] for row in rows]
+    assert papers == ["+9.04", "+4.98", "+3.10", "+2.40"]
     from_base = report.claim_rows(metrics | {"start_from": "base"})
     assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"
-    assert rows[0]["this run"] == 9.5 and rows[0]["suite"] == "MIG-Bench-like (drawn)"
-    assert "9.50" in report.html_table(rows) and "7.0 to 12.0" in report.html_table(rows)
+    assert rows[0]["suite"] == "MIG-Bench-like (drawn)"
+    assert rows[0]["this run (95 %)"] == "▲ +9.5 (+7.0 to +12.0)"
     bare = report.html_table([{**row, "at temperature 1": None} for row in rows])
-    assert "temperature" not in bare and "9.50" in bare
+    assert "temperature" not in bare and "+9.5" in bare
     empty = report.html_table([{"system": "base", "mig_bench": None}])
     assert "drawn" not in report.render_page("t", [("drawn", empty)]), "nothing drawn, no heading"
 
@@ -162,3 +163,24 @@ def test_rewards_are_a_table():
     assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0
     text = report.html_table(rows)
     assert "&lt;b&gt;.py:center" in text and "<td>14.50</td>" in text
+
+
+def test_what_came_out_and_what_differs_from_the_source(monkeypatch):
+    gap = {"value": -5.0, "ci95": [-12.04, 2.0]}
+    metrics = {"systems": evaluated_systems(), "deltas": {"grpo-sft": {"mig_bench": gap}}}
+    assert report.describe_outcome(metrics) == (
+        "MIG-Bench-like (drawn), percent correct: base 50.0 → SFT 50.0 → GRPO 50.0; RL over SFT: "
+        "-5.0 (-12.0 to +2.0) points, 95 % interval over questions.")
+    monkeypatch.setattr(report, "load_record", lambda stage, run: {"params": {"learning_rate": 2}})
+    assert report.changed_rows("sharp", RECORDS) == [
+        {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
+
+
+def test_own_data_shows_no_claim_of_the_paper_and_no_sft_where_there_is_none():
+    gap = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": None}
+    deltas = {"grpo-base": {"own": gap, "blink": gap}}
+    assert report.claim_rows({"deltas": deltas}) == []
+    for name in report.macros.captions:
+        assert "SFT" not in report._caption(name, False) and report._caption(name, True)
+    assert "nan" not in report.html_table(report.stage_rows(RECORDS))
+    assert "nan" not in report.html_table([{"stage": "a", "run": "x"}, {"stage": "together"}])

@@ -70,6 +70,9 @@ def test_updates_that_learn_again_from_the_same_replies_are_passed_over():
     ({"rewards/box/mean": 0.0, "rewards/image/mean": 0.0},
      "^no reply earned anything for box, image in all of the first 3 steps: RL makes likelier what "
      "a model sometimes gets right; let it learn from traces first .*start_from of 05"),
+    ({"rewards/box/mean": 0.0, "rewards/image/mean": 0.0, "rewards/choice/mean": 0.4},
+     "^no reply earned anything for box, image in"),
+    ({"rewards/choice/mean": 0.0}, "^no reply earned anything for choice in"),
 ])
 def test_planted_figures_stop_it(row, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -133,13 +136,16 @@ def test_a_start_that_earns_nothing_is_said_before_the_first_update(lesson, rand
                                                                     stage_params):
     params = stage_params("05_grpo", num_generations=2, max_completion_length=4)
 
-    def warn(rewards):
-        return sanity_checks.nothing_earned_warning(random_policy, lesson[0], rewards, params)
+    def warn(rewards, rates=None):
+        return "".join(sanity_checks.nothing_earned_warnings(random_policy, lesson[0], rates or {},
+                                                             rewards, params))
 
     four = {name: REWARDS[name] for name in ("format", "image", "box", "choice")}
-    assert warn(four).startswith("none of the first 32 replies, to 16 prompts, earned anything for "
-                                 "image, box: RL makes likelier what a model sometimes gets right;")
+    assert warn(four).startswith(
+        "none of the first 32 replies, to 16 prompts for a box, earned anything for image, box: "
+        "RL makes likelier what a model sometimes gets right;")
     assert warn({"format": REWARDS["format"]}) == ""
+    assert warn(four, {lesson[0][0].id: 0.5}) == "", "04 has seen a correct one of the kind"
     assert warn(four | {"own": lambda reply, sample, box_format: 0.5}) == ""
 
 
