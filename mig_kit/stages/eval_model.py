@@ -20,6 +20,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import digest_json, write_atomically, write_json
 from mig_kit.data import own_data
 from mig_kit.engine import merging, models, systems
+from mig_kit.engine.adapters import describe_adapter
 from mig_kit.engine.model_folders import ServedName, find_file
 from mig_kit.engine.models import Hardware
 from mig_kit.engine.processors import prompt_measure
@@ -78,10 +79,12 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
         for sample in chain(*samples.values()):
             if problem := measure(sample):
                 raise ValueError(f"question {sample.id}: {problem} (--max-pixels)")
+    described = describe_adapter(adapter) | {"four_bit": four_bit} if adapter else None
     questions = evaluate.digest_questions(samples)
     prompts = [format_question(sample, box_format) for sample in chain(*samples.values())]
     claim_folder(out, {
-        "model": str(folder), "model files": _digest_model(folder, adapter, four_bit),
+        "model": str(folder), "adapter": described,
+        "model files": _digest_model(folder, adapter, four_bit),
         **asdict(box_format), "device": "a server" if params.server else hardware.device,
         "dtype": f"{hardware.dtype}, autocast {hardware.autocast}",
         "max_new_tokens": params.max_new_tokens, "questions": digest_json(questions),
@@ -97,7 +100,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
                      if benchmark else judge_suites(samples, replies, box_format))
     predictions = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(out / "predictions.jsonl", lambda file: file.write_text(predictions, "utf-8"))
-    result = {"model": str(model.folder), "questions": questions,
+    result = {"model": str(model.folder), "adapter": described, "questions": questions,
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
