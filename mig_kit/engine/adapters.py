@@ -59,7 +59,7 @@ def load_adapter(folder: Path) -> Adapter:
                                 "save it as adapter_model.safetensors")
     config = PeftConfig.from_pretrained(folder)
     if config.peft_type != "LORA":
-        raise ValueError(f"{folder} is no LoRA but {config.peft_type}; {ELSEWHERE}")
+        raise ValueError(f"{folder} is no LoRA but {config.peft_type.value}; {ELSEWHERE}")
     start = str(config.init_lora_weights).lower()
     if start not in PLAIN + REPEATABLE:
         raise ValueError(f"the initialisation {start} of {folder} took a part out of the base that "

@@ -43,7 +43,7 @@ KINDS = [
     ({"modules_to_save": ["norm"]}, ""),
     ({"modules_to_save": ["lm_head"]}, SHARED.format("lm_head")),
     ({"target_modules": ["embed_tokens"]}, SHARED.format("model.language_model.embed_tokens")),
-    ({"trainable_token_indices": {"embed_tokens": [7]}}, "trainable_tokens_delta, which is neither")]
+    ({"trainable_token_indices": {"embed_tokens": [7]}}, "tokens_delta, which is neither")]
 
 
 @pytest.mark.parametrize(("changes", "refusal"), KINDS, ids=[str(kind) for kind, _ in KINDS])
