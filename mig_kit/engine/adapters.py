@@ -153,8 +153,7 @@ def weights_digest(model: str | Path) -> str:
 
 def record_base(adapter: Path, base: str, four_bit: bool) -> None:
     """Write beside an adapter on which weights it was trained; base: a folder or hub name."""
-    write_json(adapter / RECORD, {"model": base, "weights": weights_digest(base),
-                                  "four_bit": four_bit})
+    write_json(adapter / RECORD, {"weights": weights_digest(base), "four_bit": four_bit})
 
 
 def describe_adapter(adapter: Path) -> dict:
@@ -187,7 +186,7 @@ def check_adapter_base(adapter: Path, base: str | Path, four_bit: bool | None = 
     if not is_known:
         return (f"{adapter} says that its base is {name or 'nothing'}; whether {base} has the same "
                 "weights cannot be known here")
-    if weights_digest(base) != expected:
+    if not expected or weights_digest(base) != expected:
         raise ValueError(f"{adapter} was not trained on the weights of {base}; its base is {name}, "
                          "as it was then: give that model, or a copy of it")
     return remark

@@ -251,6 +251,9 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
     """Score a correct and an empty reply to the first question of each kind; raises as
     `compute_reward`, and ValueError for a reward of a file that has no value for any question.
     """
+    if of_batches := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
+        print(f"warning: {', '.join(of_batches)} judge whole batches, as TRL gives them: the "
+              "replies that are kept, and the report, show the other rewards alone", flush=True)
     kinds = {(bool(sample.options), bool(sample.targets), sample.find_all): sample
              for sample in reversed(samples[:64])}
     for name, reward in rewards.items():

@@ -245,9 +245,6 @@ def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
                        weights=params.reward_weights)
     sampling = SamplingOptions(params.temperature, getattr(params, "top_p", 1.0),
                                params.max_completion_length)
-    if of_batches := [name for name in scores if isinstance(scores[name].reward, BatchReward)]:
-        print(f"{', '.join(of_batches)}: in TRL's form, so of the training's batches alone; the "
-              "replies that are kept, and the report, show the other rewards", flush=True)
     return [KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, sampling, describe), live]
 
 

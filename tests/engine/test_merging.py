@@ -1,13 +1,16 @@
 """Parts of merging by hand, and folders that cannot be merged."""
 
 import json
+import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from published import RELATIVES
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat, Coordinates
@@ -83,6 +86,58 @@ def test_what_is_left_of_a_base_in_4_bit_is_refused(random_folder, random_model,
     with pytest.raises(ValueError, match="what is left in 4 bit cannot be computed again"):
         merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
                                    four_bit=True)
+
+
+@pytest.fixture
+def bases(random_folder, float32, tmp_path):
+    """(the base of an adapter that the kit has saved, another base, the adapter)."""
+    right, other = (shutil.copytree(random_folder, tmp_path / name) for name in ("right", "other"))
+    weights = load_file(other / "model.safetensors")
+    next(tensor for name, tensor in weights.items() if "up_proj" in name).mul_(1.01)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    model = get_peft_model(models.load_model(right, float32), training.lora_config(4))
+    training.save_adapter(SimpleNamespace(model=model, is_world_process_zero=lambda: True),
+                          tmp_path / "run")
+    return right, other, tmp_path / "run" / "adapter"
+
+
+def test_an_adapter_of_the_kit_goes_on_the_weights_that_it_was_trained_on(
+        bases, float32, processor, tmp_path):
+    right, other, adapter = bases
+    assert adapters.check_adapter_base(adapter, right, False) == ""
+    moved = right.rename(tmp_path / "moved")
+    assert adapters.check_adapter_base(adapter, moved, False) == ""
+    assert adapters.check_adapter_base(adapter, moved, True).endswith(
+        "was trained on full weights; leave out --four-bit")
+    for put in (lambda: merging.write_merged_model(other, adapter, tmp_path / "out", float32,
+                                                   processor, False),
+                lambda: models.load_adapter_policy(other, adapter, float32, BoxFormat())):
+        with pytest.raises(ValueError, match="was not trained on the weights of .*other"):
+            put()
+
+
+@pytest.mark.parametrize(("name", "base", "answer"), [
+    ("{right}", "right", ""), ("../../right", "right", ""), ("{right}", "other", "refused"),
+    ("gone", "right", "says that its base is gone; whether .* cannot be known here"),
+    ("/gone/model", "other", "cannot be known"), (None, "right", "its base is nothing; whether"),
+    ("Qwen/A", "right", "cannot be known"), ("Qwen/A", "Qwen/A", ""),
+    ("Qwen/A", "Qwen/B", "refused"), ("cached/right", "right", ""),
+    ("cached/right", "other", "refused")])
+def test_the_base_of_an_adapter_from_elsewhere(bases, name, base, answer, tmp_path, monkeypatch):
+    right, _, adapter = bases
+    monkeypatch.setattr(adapters, "cached_file", lambda hub_name, file, **_: (
+        str(right / file) if hub_name == "cached/right" else None))
+    (adapter / adapters.RECORD).unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = name and name.format(right=right)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    base = tmp_path / base if "/" not in base else base
+    if answer == "refused":
+        with pytest.raises(ValueError, match="was not trained on the weights of"):
+            adapters.check_adapter_base(adapter, base)
+    else:
+        remark = adapters.check_adapter_base(adapter, base)
+        assert re.search(answer, remark) and bool(answer) == bool(remark)
 
 
 @pytest.mark.parametrize("family", RELATIVES)
