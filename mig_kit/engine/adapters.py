@@ -22,7 +22,7 @@ from mig_kit.engine.model_folders import locate_tensors
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
 # initialisations that leave the base as it is, and those whose change of it PEFT computes again
 PLAIN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-REPEATABLE = ("pissa", "olora")
+REPEATABLE = ("pissa", "olora", "kasa")
 ELSEWHERE = ("merge it where it was trained, with PEFT's merge_and_unload, and give the folder of "
              "the merged model")
 
@@ -38,15 +38,9 @@ class Adapter:
     modules: dict[str, dict[str, torch.Tensor]]
     replaced: dict[str, torch.Tensor]
 
-    @property
-    def changes_base(self) -> bool:
-        """Whether training began by taking a part out of the base's weights."""
-        return str(self.config.init_lora_weights).lower() in REPEATABLE or bool(
-            self.config.kasa_config)
 
-
-def load_adapter(folder: Path) -> Adapter:
-    """An adapter as PEFT saves it.
+def load_adapter(folder: Path, four_bit: bool = False) -> Adapter:
+    """An adapter as PEFT saves it; four_bit: whether it was trained on 4-bit weights.
 
     FileNotFoundError where the folder holds none; ValueError for one that is no LoRA, or that
     nobody can merge without what its initialisation saw.
@@ -60,11 +54,11 @@ def load_adapter(folder: Path) -> Adapter:
     config = PeftConfig.from_pretrained(folder)
     if config.peft_type != "LORA":
         raise ValueError(f"{folder} is no LoRA but {config.peft_type.value}; {ELSEWHERE}")
-    start = str(config.init_lora_weights).lower()
-    if start not in PLAIN + REPEATABLE:
+    start = "kasa" if config.kasa_config else str(config.init_lora_weights).lower()
+    if start not in PLAIN + (() if four_bit else REPEATABLE):
+        cause = "in 4 bit" if four_bit else "without its data or random numbers"
         raise ValueError(f"the initialisation {start} of {folder} took a part out of the base that "
-                         "depends on its data or random numbers, and PEFT does not save it; "
-                         f"{ELSEWHERE}")
+                         f"cannot be computed again {cause}; {ELSEWHERE}")
     modules, replaced = {}, {}
     for key, tensor in load_file(path).items():
         name = key.removeprefix("base_model.model.")
@@ -108,16 +102,14 @@ def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str
     from peft import inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    root = parent = torch.nn.Module()  # PEFT's patterns look at full names
-    *path, last = name.split(".")
-    for part in path:
-        parent.add_module(part, parent := torch.nn.Module())
-    parent.add_module(last, layer)
+    root = layer
+    for part in reversed(name.split(".")):  # PEFT's patterns look at full names
+        root, inner = torch.nn.Module(), root
+        root.add_module(part, inner)
     config = copy.copy(adapter.config)
-    config.target_modules = [name]
+    config.target_modules, config.bias = [name], "none"
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save = config.trainable_token_indices = None
-    config.bias, config.lora_dropout = "none", 0.0
     tensors = {f"{name}.{key}": tensor for key, tensor in adapter.modules[name].items()}
     try:
         inject_adapter_in_model(config, root)

@@ -19,7 +19,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mig_kit.common import apply_umask, release_memory, write_json
 from mig_kit.engine.adapters import (
-    ELSEWHERE,
     check_adapter_base,
     check_adapter_fits,
     load_adapter,
@@ -52,12 +51,9 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     config = load_config(base)
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config)
-    lora = load_adapter(adapter)
+    lora = load_adapter(adapter, four_bit)
     check_adapter_fits(lora, model, base)
     check_adapter_base(adapter, base)
-    if four_bit and lora.changes_base:
-        raise ValueError(f"{adapter} took a part out of the base, and what is left in 4 bit cannot "
-                         f"be computed again; {ELSEWHERE}")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -79,14 +79,12 @@ def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
 
 def _has_trls_form(reward: Callable) -> bool:
     """Whether it takes TRL's arguments by name and not the kit's three by place."""
-    signature = inspect.signature(reward)
-    kinds = [parameter.kind for parameter in signature.parameters.values()]
-    by_place = sum(kind in (inspect.Parameter.POSITIONAL_ONLY,
-                            inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
-    takes_rest = inspect.Parameter.VAR_KEYWORD in kinds
-    takes_all = inspect.Parameter.VAR_POSITIONAL in kinds
-    return bool(signature.parameters.keys() & {"prompts", "completions", "completion_ids"}) or (
-        takes_rest and by_place < 3 and not takes_all)
+    parameters = inspect.signature(reward).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
+    kind = inspect.Parameter
+    takes_rest = kind.VAR_KEYWORD in kinds and kind.VAR_POSITIONAL not in kinds
+    return bool(parameters.keys() & {"prompts", "completions", "completion_ids"}) or (
+        takes_rest and len(kinds) < 4)
 
 
 def _import_file(copy: Path, path: Path) -> ModuleType:
@@ -246,8 +244,8 @@ def correct_reply(sample: Sample, box_format: BoxFormat) -> str:
     return f"<think>Search.</think><answer>{correct_answer(sample, box_format)}</answer>"
 
 
-def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
-                box_format: BoxFormat) -> None:
+def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_format: BoxFormat,
+                group: int = 2) -> None:
     """Score a correct and an empty reply to the first question of each kind; raises as
     `compute_reward`, and ValueError for a reward of a file that has no value for any question.
     """
@@ -260,7 +258,8 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
         def has_value(sample: Sample, name=name, reward=reward) -> bool:
             replies = [correct_reply(sample, box_format), ""]
             if isinstance(reward, BatchReward):
-                return _try_batch(Score(name, reward, box_format), replies, sample) != [None, None]
+                score, batch = Score(name, reward, box_format), (replies * group)[:group]
+                return set(_try_batch(score, batch, sample)) != {None}
             return [compute_reward(name, reward, reply, sample, box_format)
                     for reply in replies] != [None, None]
 
@@ -274,7 +273,7 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
 
 
 def _try_batch(score: Score, replies: list[str], sample: Sample) -> list[float | None]:
-    """The values of a batch with two replies to one prompt; their letters stand for tokens."""
+    """The values of a group of replies to one prompt; their letters stand for tokens."""
     from transformers import TrainerState
 
     values = score.judge_batch(

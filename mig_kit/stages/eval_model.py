@@ -83,8 +83,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     questions = evaluate.digest_questions(samples)
     prompts = [format_question(sample, box_format) for sample in chain(*samples.values())]
     claim_folder(out, {
-        "model": str(folder), "adapter": described,
-        "model files": _digest_model(folder, adapter, four_bit),
+        "model": str(folder), "model files": _digest_model(folder), "adapter": described,
         **asdict(box_format), "device": "a server" if params.server else hardware.device,
         "dtype": f"{hardware.dtype}, autocast {hardware.autocast}",
         "max_new_tokens": params.max_new_tokens, "questions": digest_json(questions),
@@ -106,12 +105,10 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     return result
 
 
-def _digest_model(folder: str | Path, adapter: Path | None, four_bit: bool) -> str:
+def _digest_model(folder: str | Path) -> str:
     """Tells a model's files from others: those of a folder, or the commit of a hub name."""
     config = None if isinstance(folder, ServedName) else find_file(folder, "config.json")
-    return digest_json([
-        model_fingerprint(str(folder)) or (config.parent.name if config else ""),
-        model_fingerprint(str(adapter.absolute())) if adapter else {}, four_bit])
+    return digest_json(model_fingerprint(str(folder)) or (config.parent.name if config else ""))
 
 
 def claim_folder(out: Path, settings: dict) -> None:

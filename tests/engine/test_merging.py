@@ -83,7 +83,7 @@ def test_what_is_left_of_a_base_in_4_bit_is_refused(random_folder, random_model,
                                                     processor, tmp_path):
     config = LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights="pissa")
     get_peft_model(random_model, config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="what is left in 4 bit cannot be computed again"):
+    with pytest.raises(ValueError, match="pissa of .* cannot be computed again in 4 bit"):
         merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
                                    four_bit=True)
 

@@ -77,6 +77,9 @@ BATCH = "def center(completions, solution, {}**columns):\n    return "
      "center = get_soft_overlong_punishment(5, 4)\n", [-0.25, -1]),
     ("class Judge:\n    async def __call__(self, prompts, **columns):\n        return [1, 2]\n"
      "center = Judge()\n", [1, 2]),
+    ("import numpy\ndef center(completions, **columns):\n    groups = numpy.reshape("
+     "[len(c[0]['content']) for c in completions], (-1, 2))\n"
+     "    return (groups - groups.mean(1, keepdims=True)).ravel()\n", [-1, 1]),
     ("import torch\ndef center(completions, **columns):\n    return torch.tensor([3., 4.])\n",
      [3, 4]),
     ("def center(**columns):\n    return [len(rows) for rows in columns['images']]\n", None),
