@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from mig_kit.common import file_sha256, write_json
 from mig_kit.engine.model_folders import locate_tensors
 
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
 # initialisations that leave the base as it is, and those whose change of it PEFT computes again
 PLAIN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
@@ -150,8 +151,7 @@ def record_base(adapter: Path, base: str, four_bit: bool) -> None:
 
 def describe_adapter(adapter: Path) -> dict:
     """{"path", "files": SHA-256 by name, "base": its name, "base weights": "" if not recorded}."""
-    files = {name: file_sha256(adapter / name)
-             for name in ("adapter_config.json", "adapter_model.safetensors")}
+    files = {name: file_sha256(adapter / name) for name in FILES}
     return {"path": str(adapter.resolve()), "files": files, "base": _named_base(adapter),
             "base weights": _read_record(adapter).get("weights", "")}
 
@@ -162,9 +162,9 @@ def check_adapter_base(adapter: Path, base: str | Path, four_bit: bool | None = 
 
     ValueError where it was trained on other weights. FileNotFoundError where it is no adapter.
     """
-    if not (adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{adapter} has no adapter_config.json; give the folder that PEFT "
-                                "has saved")
+    for file in FILES:
+        if not (adapter / file).is_file():
+            raise FileNotFoundError(f"{adapter} has no {file}; give the folder that PEFT has saved")
     name, record = _named_base(adapter), _read_record(adapter)
     in_4_bit = record.get("four_bit", four_bit)
     remark = "" if four_bit in (None, in_4_bit) else (
