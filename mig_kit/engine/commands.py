@@ -92,7 +92,7 @@ def model_options(command):
 @click.command("eval")
 @model_options
 @click.option("--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="A LoRA adapter, merged into the model first.")
+              help="A LoRA adapter of that model, merged into it first.")
 @click.option("--four-bit", is_flag=True, help="The adapter was trained on 4-bit weights (QLoRA).")
 @click.option("--suite", default="drawn", show_default=True,
               help="drawn, own, or mig_bench, lisa, revos, ref_l4, blink, mmiu.")
@@ -129,6 +129,7 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
             file, *(out / name for name in ("predictions.jsonl", "eval.json", "settings.json")))):
         raise ValueError(f"{items} cannot be written; name a new file in a folder that exists")
     from mig_kit.engine import models  # seconds, which wrong words need not wait for
+    from mig_kit.engine.adapters import check_adapter_base
     from mig_kit.engine.model_folders import ServedName
     from mig_kit.stages import eval_model
 
@@ -137,6 +138,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     if adapter and isinstance(run_model.folder, ServedName):
         raise ValueError("--adapter is merged into a model that the kit loads; have the server "
                          "load it, and give --model the adapter's name there")
+    if adapter and (remark := check_adapter_base(adapter, run_model.folder, four_bit)):
+        click.echo(f"warning: {remark}", err=True)
     chosen = {name: value for name, value in params.items() if value is not None}
     of_run = {name: value for name, value in run_model.evaluation.items()
               if name in eval_model.DEFAULTS}

@@ -5,7 +5,7 @@ its adapter and written. The peak is a shard and a few copies of the largest ten
 and 03 look at one weight and its adapter.
 """
 
-import json
+import copy
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -13,62 +13,76 @@ from pathlib import Path
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from mig_kit.common import apply_umask, release_memory, write_json
+from mig_kit.engine.adapters import (
+    check_adapter_base,
+    check_adapter_fits,
+    load_adapter,
+    merge_layer,
+)
 from mig_kit.engine.model_folders import (
     FAMILIES,
+    INDEX,
     check_model_folder,
     copy_unchanged_files,
-    find_file,
     load_config,
+    locate_tensors,
 )
 from mig_kit.engine.models import ADAPTED_PROJECTIONS, FULL_PRECISION_MODULES, Hardware
 from mig_kit.engine.processors import StillImageProcessor
 
 SHARD_BYTES = 2 * 2**30
-INDEX = "model.safetensors.index.json"
 
 
 def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
                        processor: StillImageProcessor, four_bit: bool) -> None:
     """Write `base` with the LoRA `adapter` merged in as a model folder, tensor by tensor.
 
-    W + alpha / r * B A, in hardware.dtype; with four_bit, W is the base's weight
-    after NF4 with double quantisation, as `load_model(..., four_bit=True)` computes with it. The
-    files are those of `save_model`. They are written to a folder beside `folder`, which then takes
-    its place. ValueError where the adapter has weights for tensors that the base lacks.
+    As PEFT's merge_and_unload, in hardware.dtype (`merge_layer`); with four_bit, into the base's
+    weights after NF4 with double quantisation, as `load_model(..., four_bit=True)` computes with
+    them. The files are those of `save_model`. They are written to a folder beside `folder`, which
+    then takes its place. ValueError for another model's adapter, or one that cannot be merged.
     """
     check_model_folder(base)
     config = load_config(base)
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config)
-    lora = read_lora(adapter)
-    linear = {name for name, module in model.named_modules()
-              if type(module) is torch.nn.Linear and not name.startswith(
-                  tuple(FULL_PRECISION_MODULES))}
-    if unknown := sorted(lora.keys() - linear):
-        raise ValueError(f"the adapter changes {unknown[0]}, which {base} does not have; give the "
-                         "base that the adapter was trained on")
+    lora = load_adapter(adapter, four_bit)
+    check_adapter_fits(lora, model, base)
+    check_adapter_base(adapter, base)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     source = locate_tensors(base)
     names, shards = plan_shards(model, hardware.dtype, source)
+    quantised = {f"{name}.weight" for name, module in model.named_modules()
+                 if four_bit and type(module) is torch.nn.Linear
+                 and not name.startswith(tuple(FULL_PRECISION_MODULES))}
+
+    def read(saved_name: str, name: str) -> torch.Tensor:
+        tensor = lora.replaced[name] if name in lora.replaced else read_tensor(
+            source, saved_name, name)
+        tensor = tensor.to(hardware.device, hardware.dtype)
+        return round_to_nf4(tensor) if name in quantised else tensor
+
+    def merge(saved_name: str) -> torch.Tensor:
+        name = names[saved_name]
+        layer_name, _, part = name.rpartition(".")
+        is_changed = part == "weight" or lora.config.lora_bias
+        if layer_name not in lora.modules or not is_changed:
+            return read(saved_name, name)
+        layer = copy.deepcopy(model.get_submodule(layer_name))
+        prefix = saved_name.removesuffix(part)  # as the base's files say it
+        layer.load_state_dict({key: read(prefix + key, f"{layer_name}.{key}")
+                               for key in layer.state_dict()}, assign=True)
+        return merge_layer(lora, layer_name, layer)[part]
+
     for file, saved_names in shards.filename_to_tensors.items():
-        shard = {}
-        for saved_name in saved_names:
-            name = names[saved_name]
-            weight = read_tensor(source, saved_name, name).to(hardware.device, hardware.dtype)
-            module_name = name.removesuffix(".weight")
-            if four_bit and module_name in linear and name.endswith(".weight"):
-                weight = round_to_nf4(weight)
-            if module_name in lora and name.endswith(".weight"):
-                weight = weight + compute_delta(*lora[module_name], hardware.device).to(
-                    weight.dtype)
-            shard[saved_name] = weight.cpu().contiguous()
+        shard = {name: merge(name).detach().cpu().contiguous() for name in saved_names}
         save_file(shard, temporary / file, metadata={"format": "pt"})
         del shard
         release_memory()
@@ -92,38 +106,6 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     return dequantize_4bit(packed, state).to(weight.dtype)
 
 
-def compute_delta(a: torch.Tensor, b: torch.Tensor, scale: float,
-                  device: str) -> torch.Tensor:
-    """What the adapter adds, (outputs, inputs). a: (r, inputs); b: (outputs, r)."""
-    return b.to(device, torch.float32) @ a.to(device, torch.float32) * scale
-
-
-def read_lora(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Name of the adapted module -> (A, B, alpha / r).
-
-    FileNotFoundError where the folder holds no adapter; ValueError for another kind than plain
-    LoRA.
-    """
-    from peft import LoraConfig  # takes seconds to import
-
-    path = Path(adapter) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{adapter} holds no adapter; run the stage that trains it")
-    config = LoraConfig.from_pretrained(adapter)
-    if config.use_rslora or config.use_dora or config.rank_pattern or config.alpha_pattern:
-        raise ValueError(f"{adapter} is no plain LoRA; merge it with PEFT's merge_and_unload")
-    weights, modules = load_file(path), {}
-    for name in weights:
-        prefix, matrix = name.removesuffix(".weight").rsplit(".", 1)
-        if matrix not in ("lora_A", "lora_B"):
-            raise ValueError(f"{adapter} holds {name}, which is no LoRA matrix; merge it with "
-                             "PEFT's merge_and_unload")
-        modules[prefix.removeprefix("base_model.model.")] = prefix
-    scale = config.lora_alpha / config.r
-    return {module: (weights[f"{prefix}.lora_A.weight"], weights[f"{prefix}.lora_B.weight"], scale)
-            for module, prefix in modules.items()}
-
-
 def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
                 source: Collection[str] = ()) -> tuple[dict[str, str], StateDictSplit]:
     """(name in a file -> name in the model, the files of at most SHARD_BYTES).
@@ -144,23 +126,6 @@ def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
         tensors |= {saved_name: part.clone() for saved_name, part in saved.items()}
         names |= dict.fromkeys(saved, name)
     return names, split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
-
-
-def locate_tensors(base: str | Path) -> dict[str, Path]:
-    """Name of each tensor of a folder or hub name -> the file that holds it."""
-    index = find_file(base, INDEX)
-    if index is not None:
-        files = json.loads(index.read_text())["weight_map"]
-        paths = {file: find_file(base, file) for file in sorted(set(files.values()))}
-        if lacking := [file for file, path in paths.items() if path is None]:
-            raise FileNotFoundError(f"{base} has no {lacking[0]}, which its index names; copy or "
-                                    "download it again")
-        return {name: paths[file] for name, file in files.items()}
-    path = find_file(base, "model.safetensors")
-    if path is None:
-        raise FileNotFoundError(f"{base} has neither model.safetensors nor {INDEX}; copy one")
-    with safe_open(path, "pt") as file:
-        return dict.fromkeys(file.keys(), path)
 
 
 def read_tensor(source: dict[str, Path], *names: str) -> torch.Tensor:
@@ -196,10 +161,13 @@ def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
 
 def read_adapter(adapter: Path,
                  lora_targets: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(A, B, alpha / r * B A) that an adapter has for the matrix of `read_projection`; float32."""
-    modules = read_lora(adapter)
-    a, b, scale = modules[_first_projection(modules, lora_targets)]
-    return a.float(), b.float(), compute_delta(a, b, scale, "cpu")
+    """(A, B, alpha / r * B A) that a plain adapter has for the matrix of `read_projection`;
+    float32.
+    """
+    lora = load_adapter(adapter)
+    matrices = lora.modules[_first_projection(lora.modules, lora_targets)]
+    a, b = (matrices[f"lora_{letter}.weight"].float() for letter in "AB")
+    return a, b, b @ a * (lora.config.lora_alpha / lora.config.r)
 
 
 def _first_projection(names: Iterable[str], lora_targets: str) -> str:

@@ -43,6 +43,7 @@ UNCHANGED_FILES = (
     "chat_template.json",
     "video_preprocessor_config.json",
 )
+INDEX = "model.safetensors.index.json"
 VisionLanguageModel = PreTrainedModel  # of one of FAMILIES
 # model_type -> name of the class of its processor
 PROCESSORS = dict.fromkeys(FAMILIES, "Qwen3VLProcessor") | {
@@ -62,6 +63,23 @@ def find_file(model: str | Path, name: str) -> Path | None:
     path = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False)
     return Path(path) if path else None
+
+
+def locate_tensors(base: str | Path) -> dict[str, Path]:
+    """Name of each tensor of a folder or hub name -> the file that holds it."""
+    index = find_file(base, INDEX)
+    if index is not None:
+        files = json.loads(index.read_text())["weight_map"]
+        paths = {file: find_file(base, file) for file in sorted(set(files.values()))}
+        if lacking := [file for file, path in paths.items() if path is None]:
+            raise FileNotFoundError(f"{base} has no {lacking[0]}, which its index names; copy or "
+                                    "download it again")
+        return {name: paths[file] for name, file in files.items()}
+    path = find_file(base, "model.safetensors")
+    if path is None:
+        raise FileNotFoundError(f"{base} has neither model.safetensors nor {INDEX}; copy one")
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys(), path)
 
 
 def copy_unchanged_files(base: str | Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import apply_umask, model_folder, release_memory
+from mig_kit.engine.adapters import check_adapter_base
 from mig_kit.engine.model_folders import (
     FAMILIES,
     VisionLanguageModel,
@@ -263,10 +264,11 @@ def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
                         box_format: BoxFormat) -> Policy:
     """The 4-bit base under a saved adapter that goes on being trained, without dropout.
 
-    Raises ValueError as `check_adapters`.
+    Raises ValueError as `check_adapters`, and where the adapter is another base's.
     """
     from peft import LoraConfig, PeftModel
 
+    check_adapter_base(adapter, base)
     policy = load_four_bit_policy(base, hardware, box_format)
     config = LoraConfig.from_pretrained(adapter)
     config.lora_dropout, config.inference_mode = 0.0, False

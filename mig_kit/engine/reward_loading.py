@@ -2,16 +2,22 @@
 trained.
 """
 
+import asyncio
 import inspect
 import math
 import numbers
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+
+import torch
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import split_function_name, write_atomically
@@ -19,7 +25,6 @@ from mig_kit.prompts import chat_messages, correct_answer
 from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
 
-Score = Callable[[str, Sample], float | None]  # a reward of a reply, as 05 counts it
 MOST_TRIED = 1000  # questions that a reward without a value is tried on
 FOLDER = "rewards"  # of a stage's folder, with copies of the files that its rewards are from
 RL_NEEDS = ("RL makes likelier what a model sometimes gets right; let it learn from traces first "
@@ -38,9 +43,22 @@ def copy_reward_files(references: Sequence[str], folder: Path) -> None:
                          lambda temporary, path=path: shutil.copyfile(path, temporary))
 
 
+@dataclass(frozen=True)
+class BatchReward:
+    """A reward in TRL's form: of all replies of a batch, which it may compare.
+
+    So a single reply has no value: called in the kit's form it gives None.
+    """
+
+    function: Callable
+
+    def __call__(self, reply: str, sample: Sample, box_format: BoxFormat) -> None:
+        """None, for one reply is no batch."""
+
+
 def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
-    """name -> function, in the order of `references`: names of the kit's and "file.py:function",
-    which may have the kit's form or TRL's (`_adapt_trl_reward`).
+    """name -> reward, in the order of `references`: names of the kit's and "file.py:function",
+    which may have the kit's form or TRL's, then a BatchReward.
 
     folder: of the stage, which has copies of the files. ValueError, with file and line, where a
     file cannot be imported or has no such function.
@@ -55,32 +73,18 @@ def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
         reward = getattr(module, name, None)
         if not callable(reward):
             raise ValueError(f"{path} has no function '{name}'")
-        is_trls = "completions" in inspect.signature(reward).parameters
-        rewards[name] = _adapt_trl_reward(reward) if is_trls else reward
+        rewards[name] = BatchReward(reward) if _has_trls_form(reward) else reward
     return rewards
 
 
-def _adapt_trl_reward(reward: Callable) -> Reward:
-    """A reward in TRL's form, f(prompts, completions, **columns) -> [number or None], in the kit's.
-
-    It is called with one completion at a time. Columns: question, sizes ((width, height) of each
-    image, pixels), targets ((image number, box) pairs, pixels of the original), options and letter.
-    """
-    @wraps(reward)
-    def adapted(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-        columns = {"question": sample.question, "sizes": list(sample.sizes),
-                   "targets": list(sample.targets), "options": sample.options,
-                   "letter": sample.letter}
-        values = reward(
-            prompts=[chat_messages(sample, box_format)],
-            completions=[[{"role": "assistant", "content": reply}]], trainer_state=None,
-            log_extra=lambda *_: None, log_metric=lambda *_: None,
-            **{name: [value] for name, value in columns.items()})
-        if len(values) != 1:
-            raise ValueError(f"it gave {len(values)} values for one completion")
-        return values[0]
-
-    return adapted
+def _has_trls_form(reward: Callable) -> bool:
+    """Whether it takes TRL's arguments by name and not the kit's three by place."""
+    parameters = inspect.signature(reward).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
+    kind = inspect.Parameter
+    takes_rest = kind.VAR_KEYWORD in kinds and kind.VAR_POSITIONAL not in kinds
+    return bool(parameters.keys() & {"prompts", "completions", "completion_ids"}) or (
+        takes_rest and len(kinds) < 4)
 
 
 def _import_file(copy: Path, path: Path) -> ModuleType:
@@ -104,7 +108,19 @@ def describe_error(error: Exception, file: str) -> str:
     if isinstance(error, SyntaxError) and error.filename == file:
         lines.append(error.lineno)
     place = f"{file}, line {lines[-1]}" if lines else file
-    return f"{place}: {type(error).__name__}: {error}"
+    advice = ("; a file of rewards is copied into the run alone: write what it needs into it, or "
+              "install that as a package" if isinstance(error, ImportError) else "")
+    return f"{place}: {type(error).__name__}: {error}{advice}"
+
+
+@contextmanager
+def _name_errors(name: str, reward: Reward) -> Iterator[None]:
+    """Turn an error in the reward into a ValueError with file and line."""
+    try:
+        yield
+    except Exception as error:
+        place = describe_error(error, _source(reward)[0])
+        raise ValueError(f"the reward '{name}' failed in {place}") from error
 
 
 def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
@@ -112,11 +128,12 @@ def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
     """What the reward gives, a finite number or None; ValueError, with file and line, for anything
     else and for an error in it.
     """
-    try:
+    with _name_errors(name, reward):
         value = reward(reply, sample, box_format)
-    except Exception as error:
-        place = describe_error(error, _source(reward)[0])
-        raise ValueError(f"the reward '{name}' failed in {place}") from error
+    return _check_value(name, reward, value, sample)
+
+
+def _check_value(name: str, reward: Reward, value: object, sample: Sample) -> float | None:
     if value is None:
         return None
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
@@ -127,9 +144,87 @@ def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
 
 def _source(reward: Reward) -> tuple[str, str]:
     """(file, " (file, line n)") of a function; both "" of what is none."""
-    code = getattr(inspect.unwrap(reward), "__code__", None)
+    function = reward.function if isinstance(reward, BatchReward) else reward
+    function = inspect.unwrap(function.func if isinstance(function, partial) else function)
+    code = getattr(function, "__code__", None) or getattr(
+        type(function).__call__, "__code__", None)
     return (code.co_filename, f" ({code.co_filename}, line {code.co_firstlineno})") if code else (
         "", "")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward of `score_functions`, checked and with the penalty; called with a reply and its
+    sample it gives a number or None, as 05 counts it.
+    """
+
+    name: str
+    reward: Reward
+    box_format: BoxFormat
+    is_penalised: bool = False
+
+    def __call__(self, reply: str, sample: Sample) -> float | None:
+        """What the reply earns."""
+        value = compute_reward(self.name, self.reward, reply, sample, self.box_format)
+        return self._penalise(value, reply, sample)
+
+    def judge_batch(self, replies: Sequence[str], samples: Sequence[Sample], **given):
+        """What the replies of a batch earn, of a BatchReward; if that is async, a coroutine of it.
+
+        given: what TRL gives beside prompts and images. Columns are added: question, sizes ((width,
+        height) of each image, pixels), targets ((image number, box) pairs, pixels of the original),
+        options, letter and solution (a correct answer as the model writes it).
+        """
+        arguments = given | _batch_columns(samples, self.box_format)
+        with _name_errors(self.name, self.reward):
+            values = self.reward.function(**arguments)
+        if inspect.isawaitable(values):
+            return self._await_batch(values, replies, samples)
+        return self._check_batch(values, replies, samples)
+
+    async def _await_batch(self, coming, replies, samples) -> list[float | None]:
+        with _name_errors(self.name, self.reward):
+            values = await coming
+        return self._check_batch(values, replies, samples)
+
+    def _check_batch(self, values, replies, samples) -> list[float | None]:
+        with _name_errors(self.name, self.reward):
+            values = [value.item() if isinstance(value, torch.Tensor) else value
+                      for value in values]
+            if len(values) != len(replies):
+                raise ValueError(f"it gave {len(values)} values for {len(replies)} completions")
+        # NaN is TRL's None
+        values = [None if value != value else
+                  _check_value(self.name, self.reward, value, sample)
+                  for value, sample in zip(values, samples)]
+        return list(map(self._penalise, values, replies, samples))
+
+    def _penalise(self, value: float | None, reply: str, sample: Sample) -> float | None:
+        is_lost = value is not None and self.is_penalised and not cites_only_existing_images(
+            reply, sample)
+        return 0.0 if is_lost else value
+
+
+def _batch_columns(samples: Sequence[Sample], box_format: BoxFormat) -> dict[str, list]:
+    """prompts and images as TRL gives them, and the columns of `Score.judge_batch`."""
+    from trl.data_utils import prepare_multimodal_messages  # takes seconds to import
+
+    images = {id(sample): list(sample.images) for sample in samples}  # decoded once
+    return {
+        "prompts": [prepare_multimodal_messages(chat_messages(sample, box_format),
+                                                images=images[id(sample)]) for sample in samples],
+        "images": [images[id(sample)] for sample in samples],
+        "question": [sample.question for sample in samples],
+        "sizes": [list(sample.sizes) for sample in samples],
+        "targets": [list(sample.targets) for sample in samples],
+        "options": [sample.options for sample in samples],
+        "letter": [sample.letter for sample in samples],
+        "solution": [correct_answer(sample, box_format) for sample in samples]}
+
+
+def as_completions(replies: Sequence[str]) -> list[list[dict]]:
+    """Replies in TRL's conversational form."""
+    return [[{"role": "assistant", "content": reply}] for reply in replies]
 
 
 def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
@@ -140,17 +235,8 @@ def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
     does not have: "none", the "format" reward, or "all" of them.
     """
     penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
-    return {name: partial(_score, name, reward, box_format,
-                          name in penalised[hallucinated_image_penalty])
+    return {name: Score(name, reward, box_format, name in penalised[hallucinated_image_penalty])
             for name, reward in rewards.items()}
-
-
-def _score(name: str, reward: Reward, box_format: BoxFormat, is_penalised: bool, reply: str,
-           sample: Sample) -> float | None:
-    value = compute_reward(name, reward, reply, sample, box_format)
-    if value is None:
-        return None
-    return 0.0 if is_penalised and not cites_only_existing_images(reply, sample) else value
 
 
 def correct_reply(sample: Sample, box_format: BoxFormat) -> str:
@@ -158,18 +244,24 @@ def correct_reply(sample: Sample, box_format: BoxFormat) -> str:
     return f"<think>Search.</think><answer>{correct_answer(sample, box_format)}</answer>"
 
 
-def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
-                box_format: BoxFormat) -> None:
+def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_format: BoxFormat,
+                group: int = 2) -> None:
     """Score a correct and an empty reply to the first question of each kind; raises as
     `compute_reward`, and ValueError for a reward of a file that has no value for any question.
     """
+    if of_batches := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
+        print(f"warning: {', '.join(of_batches)} judge whole batches, as TRL gives them: the "
+              "replies that are kept, and the report, show the other rewards alone", flush=True)
     kinds = {(bool(sample.options), bool(sample.targets), sample.find_all): sample
              for sample in reversed(samples[:64])}
     for name, reward in rewards.items():
         def has_value(sample: Sample, name=name, reward=reward) -> bool:
-            values = [compute_reward(name, reward, reply, sample, box_format)
-                      for reply in (correct_reply(sample, box_format), "")]
-            return values != [None, None]
+            replies = [correct_reply(sample, box_format), ""]
+            if isinstance(reward, BatchReward):
+                score, batch = Score(name, reward, box_format), (replies * group)[:group]
+                return set(_try_batch(score, batch, sample)) != {None}
+            return [compute_reward(name, reward, reply, sample, box_format)
+                    for reply in replies] != [None, None]
 
         counts = any([has_value(sample) for sample in kinds.values()])  # tries every kind
         is_own = reward is not REWARDS.get(name)
@@ -178,3 +270,17 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample],
                 f"the reward '{name}'{_source(reward)[1]} gave None for every reply, so nothing "
                 "would learn from it: it may lack a return; return a number, or None only for "
                 "questions that it is not about")
+
+
+def _try_batch(score: Score, replies: list[str], sample: Sample) -> list[float | None]:
+    """The values of a group of replies to one prompt; their letters stand for tokens."""
+    from transformers import TrainerState
+
+    values = score.judge_batch(
+        replies, [sample] * len(replies), completions=as_completions(replies),
+        completion_ids=[[*map(ord, reply), 0] for reply in replies], trainer_state=TrainerState(),
+        log_extra=lambda *_: None, log_metric=lambda *_: None)
+    if not inspect.isawaitable(values):
+        return values
+    with ThreadPoolExecutor(1) as pool:  # a notebook's own thread runs a loop already
+        return pool.submit(asyncio.run, values).result()

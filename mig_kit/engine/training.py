@@ -20,6 +20,7 @@ from trl.trainer.utils import RepeatSampler
 
 from mig_kit.common import apply_umask
 from mig_kit.drawing import plots
+from mig_kit.engine.adapters import record_base
 from mig_kit.engine.models import LORA_TARGETS, Hardware
 
 LORA_SCALE = 2  # lora_alpha / lora_r: by how much an adapter's product is multiplied
@@ -104,18 +105,20 @@ def train_or_resume(trainer, folder: Path) -> None:
 
 
 def save_adapter(trainer, folder: Path) -> None:
-    """Let the first process write the trained adapter to folder/adapter.
+    """Let the first process write the trained adapter to folder/adapter, with what tells its base.
 
     It names a base on this disk as seen from there: what holds both may be moved.
     """
     if not trainer.is_world_process_zero():
         return
     adapter = folder / "adapter"
-    for config in trainer.model.peft_config.values():
-        base = Path(config.base_model_name_or_path)
-        if base.is_absolute():
-            config.base_model_name_or_path = os.path.relpath(base.resolve(), adapter.resolve())
-    trainer.model.save_pretrained(adapter)
+    config, model = trainer.model.peft_config["default"], trainer.model
+    base = config.base_model_name_or_path
+    if os.path.isabs(base):
+        config.base_model_name_or_path = os.path.relpath(
+            Path(base).resolve(), adapter.resolve())
+    model.save_pretrained(adapter)
+    record_base(adapter, base, getattr(model.config, "quantization_config", None) is not None)
     apply_umask(adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's card: empty but for the base's path
 

@@ -7,11 +7,11 @@ in what they make of the ratio are the same. A run without a teacher in 01 has n
 is nothing to fine-tune on, 02 and 03 are left out, and RL starts from the base.
 """
 
-import ast
 import importlib.util
 import inspect
 import json
 import re
+import symtable
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -378,12 +378,14 @@ def _check_reference(text: str) -> str:
         raise ValueError(f"the curves of 05 have a '{function}' of their own; rename the function "
                          f"in {path}")
     try:
-        tree = ast.parse(path.read_text())
+        table = symtable.symtable(path.read_text(), str(path), "exec")
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
         raise ValueError(f"{path}, line {line}: {error.args[0]}; correct it") from None
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    if function not in functions:
+    defined = [symbol for symbol in table.get_symbols()
+               if symbol.is_assigned() or symbol.is_imported()]
+    if function not in [symbol.get_name() for symbol in defined]:
+        functions = [symbol.get_name() for symbol in defined if symbol.is_namespace()]
         raise ValueError(f"{path} has no function '{function}'; it has "
                          f"{', '.join(functions) or 'none'}")
     return function

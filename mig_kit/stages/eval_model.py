@@ -20,6 +20,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
 from mig_kit.engine import merging, models, systems
+from mig_kit.engine.adapters import describe_adapter
 from mig_kit.engine.model_folders import ServedName, find_file
 from mig_kit.engine.models import Hardware
 from mig_kit.engine.processors import prompt_measure
@@ -80,10 +81,11 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
         for sample in chain(*samples.values()):
             if problem := measure(sample):
                 raise ValueError(f"question {sample.id}: {problem} (--max-pixels)")
+    described = describe_adapter(adapter) | {"four_bit": four_bit} if adapter else None
     questions = evaluate.digest_questions(samples)
     prompts = [format_question(sample, box_format) for sample in chain(*samples.values())]
     claim_folder(out, {
-        "model": str(folder), "model files": _digest_model(folder, adapter, four_bit),
+        "model": str(folder), "model files": _digest_model(folder), "adapter": described,
         **asdict(box_format), "device": "a server" if params.server else hardware.device,
         "dtype": f"{hardware.dtype}, autocast {hardware.autocast}",
         "max_new_tokens": params.max_new_tokens, "questions": digest_json(questions),
@@ -98,18 +100,16 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     judged, lines = (judge_benchmark(benchmark, samples, replies, task.root, box_format)
                      if benchmark else judge_suites(samples, replies, box_format))
     write_json_lines(out / "predictions.jsonl", lines)
-    result = {"model": str(model.folder), "questions": questions,
+    result = {"model": str(model.folder), "adapter": described, "questions": questions,
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
 
 
-def _digest_model(folder: str | Path, adapter: Path | None, four_bit: bool) -> str:
+def _digest_model(folder: str | Path) -> str:
     """Tells a model's files from others: those of a folder, or the commit of a hub name."""
     config = None if isinstance(folder, ServedName) else find_file(folder, "config.json")
-    return digest_json([
-        model_fingerprint(str(folder)) or (config.parent.name if config else ""),
-        model_fingerprint(str(adapter.absolute())) if adapter else {}, four_bit])
+    return digest_json(model_fingerprint(str(folder)) or (config.parent.name if config else ""))
 
 
 def claim_folder(out: Path, settings: dict) -> None:

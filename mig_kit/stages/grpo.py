@@ -28,6 +28,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import is_async_callable
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import model_folder
@@ -44,7 +45,7 @@ from mig_kit.engine.models import (
 from mig_kit.engine.one_group import keep_global_state
 from mig_kit.engine.processors import describe_other_format
 from mig_kit.engine.recipe_trainer import KeepRollouts, RecipeTrainer, ResumableGRPOTrainer
-from mig_kit.engine.reward_loading import Score, load_rewards, score_functions
+from mig_kit.engine.reward_loading import BatchReward, Score, load_rewards, score_functions
 from mig_kit.engine.served_rollouts import (
     SAMPLING_CURVES,
     SERVED_ADAPTERS,
@@ -88,16 +89,26 @@ def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> lis
 
 def _trl_reward(name: str, score: Score, samples: Sequence[Sample],
                 logs_details: bool) -> Callable:
-    def score_all(completions, sample, log_metric=None, **_) -> list[float | None]:
+    is_batch = isinstance(score.reward, BatchReward)
+
+    def score_all(completions, sample, log_metric=None, **given) -> list[float | None]:
         replies = [completion[0]["content"] for completion in completions]
         answered = [samples[index] for index in sample]
         if logs_details and log_metric:
             for detail, share in detail_shares(replies, answered).items():
                 log_metric(f"detail/{detail}", share)
+        if is_batch:
+            return score.judge_batch(replies, answered, completions=completions, sample=sample,
+                                     log_metric=log_metric, **given)
         return [score(reply, question) for reply, question in zip(replies, answered)]
 
-    score_all.__name__ = name  # TRL logs a reward under its function's name
-    return score_all
+    async def score_later(**given) -> list[float | None]:
+        return await score_all(**given)
+
+    is_async = is_batch and is_async_callable(score.reward.function)
+    function = score_later if is_async else score_all
+    function.__name__ = name  # TRL logs a reward under its function's name
+    return function
 
 
 def detail_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:

@@ -14,8 +14,8 @@ from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
-from mig_kit.engine.merging import locate_tensors, write_merged_model
-from mig_kit.engine.model_folders import VisionLanguageModel
+from mig_kit.engine.merging import write_merged_model
+from mig_kit.engine.model_folders import VisionLanguageModel, locate_tensors
 from mig_kit.engine.models import Hardware, load_model
 from mig_kit.engine.processors import load_processor
 from mig_kit.engine.sample_prompts import reply_logps

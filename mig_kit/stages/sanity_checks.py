@@ -123,7 +123,7 @@ class StopIfNothingLearns(TrainerCallback):
 
     At any step: a loss or gradient that is not finite. If it holds in all of the first `patience`
     steps: no reward for letters, or none for anything else beside the format, no box reward though
-    images are correct, no group with a spread.
+    images are correct, no group with a spread. A reward that is constant in them is only said.
     """
 
     def __init__(self, patience: int = 8):
@@ -142,14 +142,30 @@ class StopIfNothingLearns(TrainerCallback):
         if "reward" not in logs or is_resumed or len(self.rows) == self.patience:
             return
         self.rows.append(logs)
+        is_last = state.global_step >= state.max_steps
+        if state.is_world_process_zero and (is_last or len(self.rows) == self.patience):
+            self._say_constant_rewards()
         if len(self.rows) == self.patience:
             self._stop_without_task_reward()
             self._stop_without_spread()
             self._stop_without_box_reward()
 
+    def _reward_names(self) -> dict[str, str]:
+        """Name of a logged mean -> its reward."""
+        return {name: name.split("/")[1] for name in sorted(self.rows[0])
+                if name.startswith("rewards/") and name.endswith("/mean")}
+
+    def _say_constant_rewards(self) -> None:
+        for name, short in self._reward_names().items():
+            means = self._logged(name)
+            spreads = self._logged(f"rewards/{short}/std")
+            if spreads and max(spreads) < 1e-6 and max(means) - min(means) < 1e-6:
+                print(f"warning: the reward '{short}' was {means[0]:.3f} for every reply of the "
+                      f"first {len(self.rows)} updates: so far nothing is learnt from it",
+                      flush=True)
+
     def _stop_without_task_reward(self) -> None:
-        names = {name: name.split("/")[1] for name in sorted(self.rows[0])
-                 if name.startswith("rewards/") and name.endswith("/mean")}
+        names = self._reward_names()
         earned = {short: self._logged(name) for name, short in names.items()
                   if short != "format" and self._logged(name)}
         for is_choice in (False, True):  # one kind of question does not speak for another

@@ -1,47 +1,143 @@
 """Parts of merging by hand, and folders that cannot be merged."""
 
 import json
+import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from published import RELATIVES
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.engine import merging, models, training
+from mig_kit.engine import adapters, merging, models, training
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 
-def save_adapter(folder, tensors, **changes):
-    folder.mkdir(exist_ok=True)
-    LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], **changes).save_pretrained(folder)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-def lora_tensors() -> dict[str, torch.Tensor]:
-    prefix = "base_model.model.model.layers.0.q_proj"
-    return {f"{prefix}.lora_A.weight": torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]),
-            f"{prefix}.lora_B.weight": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}
-
-
-def test_an_adapter_adds_alpha_over_r_times_b_a(tmp_path):
-    modules = merging.read_lora(save_adapter(tmp_path / "adapter", lora_tensors()))
-    assert list(modules) == ["model.layers.0.q_proj"]
-    delta = merging.compute_delta(*modules["model.layers.0.q_proj"], "cpu")
-    assert delta.tolist() == [[3.0, 6.0, 9.0], [0.0, 6.0, 0.0]]
-
-
-def test_adapters_that_are_no_plain_lora_are_refused(tmp_path):
+def test_a_folder_without_an_adapter_of_loras_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no adapter; run the stage that trains it"):
-        merging.read_lora(tmp_path)
-    for changes in ({"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 4}}):
-        folder = save_adapter(tmp_path / "adapter", lora_tensors(), **changes)
-        with pytest.raises(ValueError, match="is no plain LoRA"):
-            merging.read_lora(folder)
-    tensors = lora_tensors() | {"base_model.model.lm_head.weight": torch.zeros(2)}
-    with pytest.raises(ValueError, match="lm_head.weight, which is no LoRA matrix"):
-        merging.read_lora(save_adapter(tmp_path / "adapter", tensors))
+        adapters.load_adapter(tmp_path)
+    LoHaConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="is no LoRA but LOHA; merge it where it was trained"):
+        adapters.load_adapter(tmp_path)
+
+
+LANGUAGE = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+SHARED = "the adapter changes {}, but embeddings and head of .* are one tensor"
+# changes to a LoraConfig -> what the refusal says, "" where the merge equals stock PEFT's
+KINDS = [
+    ({}, ""), ({"use_rslora": True}, ""), ({"use_dora": True}, ""), ({"bias": "all"}, ""),
+    ({"lora_bias": True, "target_modules": LANGUAGE[:35] + ")"}, ""),
+    ({"lora_bias": True}, "o_proj of this base .Impossible to merge .* has no bias"),
+    ({"init_lora_weights": "pissa", "use_rslora": True}, ""), ({"init_lora_weights": "olora"}, ""),
+    ({"init_lora_weights": "pissa_niter_4"}, "the initialisation pissa_niter_4 of .* took a part"),
+    ({"init_lora_weights": "orthogonal"}, ""), ({"init_lora_weights": "gaussian"}, ""),
+    ({"init_lora_weights": "mica"}, ""), ({"init_lora_weights": "eva"}, ""),
+    ({"kasa_config": KasaConfig()}, ""),
+    ({"rank_pattern": {"q_proj": 8, "1.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 9}}, ""),
+    ({"target_modules": "all-linear"}, ""),
+    ({"target_modules": ["q_proj", "patch_embed.proj"]}, ""),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}, ""),
+    ({"modules_to_save": ["norm"]}, ""),
+    ({"modules_to_save": ["lm_head"]}, SHARED.format("lm_head")),
+    ({"target_modules": ["embed_tokens"]}, SHARED.format("model.language_model.embed_tokens")),
+    ({"trainable_token_indices": {"embed_tokens": [7]}}, "tokens_delta, which is neither")]
+
+
+@pytest.mark.parametrize(("changes", "refusal"), KINDS, ids=[str(kind) for kind, _ in KINDS])
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_of_lora_is_merged_as_by_peft_or_refused(
+        changes, refusal, random_folder, float32, processor, tmp_path):
+    torch.manual_seed(0)
+    stock = [Qwen2_5_VLForConditionalGeneration.from_pretrained(random_folder) for _ in range(2)]
+    model = get_peft_model(stock[0], LoraConfig(
+        **{"r": 4, "lora_alpha": 12, "target_modules": LANGUAGE, **changes}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = (random_folder, tmp_path / "adapter", tmp_path / "merged", float32, processor)
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
+            merging.write_merged_model(*arguments, four_bit=False)
+        assert not (tmp_path / "merged").exists()
+        return
+    merging.write_merged_model(*arguments, four_bit=False)
+    plain, *others = [
+        [each(input_ids=torch.arange(20, 60)[None]).logits,
+         unwrap_peft(each).model.visual(torch.ones(64, 1176), torch.tensor([[1, 8, 8]]))[1]]
+        for each in (models.load_model(random_folder, float32),
+                     models.load_model(tmp_path / "merged", float32),
+                     PeftModel.from_pretrained(stock[1], tmp_path / "adapter").eval())]
+    for merged, expected in zip(*others):
+        assert torch.allclose(merged, expected, atol=1e-5)
+    assert not torch.allclose(plain[0], others[0][0], atol=1e-2)
+
+
+def test_what_is_left_of_a_base_in_4_bit_is_refused(random_folder, random_model, float32,
+                                                    processor, tmp_path):
+    config = LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights="pissa")
+    get_peft_model(random_model, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pissa of .* cannot be computed again in 4 bit"):
+        merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
+                                   four_bit=True)
+
+
+@pytest.fixture
+def bases(random_folder, float32, tmp_path):
+    """(the base of an adapter that the kit has saved, another base, the adapter)."""
+    right, other = (shutil.copytree(random_folder, tmp_path / name) for name in ("right", "other"))
+    weights = load_file(other / "model.safetensors")
+    next(tensor for name, tensor in weights.items() if "up_proj" in name).mul_(1.01)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    model = get_peft_model(models.load_model(right, float32), training.lora_config(4))
+    training.save_adapter(SimpleNamespace(model=model, is_world_process_zero=lambda: True),
+                          tmp_path / "run")
+    return right, other, tmp_path / "run" / "adapter"
+
+
+def test_an_adapter_of_the_kit_goes_on_the_weights_that_it_was_trained_on(
+        bases, float32, processor, tmp_path):
+    right, other, adapter = bases
+    assert adapters.check_adapter_base(adapter, right, False) == ""
+    moved = right.rename(tmp_path / "moved")
+    assert adapters.check_adapter_base(adapter, moved, False) == ""
+    assert adapters.check_adapter_base(adapter, moved, True).endswith(
+        "was trained on full weights; leave out --four-bit")
+    for put in (lambda: merging.write_merged_model(other, adapter, tmp_path / "out", float32,
+                                                   processor, False),
+                lambda: models.load_adapter_policy(other, adapter, float32, BoxFormat())):
+        with pytest.raises(ValueError, match="was not trained on the weights of .*other"):
+            put()
+
+
+@pytest.mark.parametrize(("name", "base", "answer"), [
+    ("{right}", "right", ""), ("../../right", "right", ""), ("{right}", "other", "refused"),
+    ("gone", "right", "says that its base is gone; whether .* cannot be known here"),
+    ("/gone/model", "other", "cannot be known"), (None, "right", "its base is nothing; whether"),
+    ("Qwen/A", "right", "cannot be known"), ("Qwen/A", "Qwen/A", ""),
+    ("Qwen/A", "Qwen/B", "refused"), ("cached/right", "right", ""),
+    ("cached/right", "other", "refused")])
+def test_the_base_of_an_adapter_from_elsewhere(bases, name, base, answer, tmp_path, monkeypatch):
+    right, _, adapter = bases
+    monkeypatch.setattr(adapters, "cached_file", lambda hub_name, file, **_: (
+        str(right / file) if hub_name == "cached/right" else None))
+    (adapter / adapters.RECORD).unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = name and name.format(right=right)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    base = tmp_path / base if "/" not in base else base
+    if answer == "refused":
+        with pytest.raises(ValueError, match="was not trained on the weights of"):
+            adapters.check_adapter_base(adapter, base)
+    else:
+        remark = adapters.check_adapter_base(adapter, base)
+        assert re.search(answer, remark) and bool(answer) == bool(remark)
 
 
 @pytest.mark.parametrize("family", RELATIVES)

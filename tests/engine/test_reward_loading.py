@@ -1,9 +1,15 @@
 """Rewards in files of users: loaded from the stage's copy, tried, and errors with file and line."""
 
+import asyncio
+import inspect
+
 import pytest
+from transformers import TrainerState
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.reward_loading import (
+    Score,
+    as_completions,
     compute_reward,
     copy_reward_files,
     correct_reply,
@@ -11,6 +17,7 @@ from mig_kit.engine.reward_loading import (
     load_rewards,
     try_rewards,
 )
+from mig_kit.pipeline.joint_rules import check_reward_params
 from mig_kit.rewards import REWARDS, is_correct
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
@@ -57,26 +64,61 @@ def test_dataclasses_and_the_kit_can_be_used(load, samples):
     assert reward(correct_reply(samples[0], BOX_FORMAT), samples[0], BOX_FORMAT) > 0.9
 
 
-def test_a_reward_in_trls_form_is_taken_as_it_is(load, samples):
-    reward, _ = load(
-        "def center(completions, targets, sizes, letter, log_metric=None, **columns):\n"
-        "    log_metric('length', 1)\n"
-        "    texts = [completion[0]['content'] for completion in completions]\n"
-        "    return [len(text) + len(boxes) + len(size) if boxes else None\n"
-        "            for text, boxes, size in zip(texts, targets, sizes)]\n")
-    expected = 4 + len(samples[0].targets) + len(samples[0].images)
-    assert [compute_reward("center", reward, "four", sample, BOX_FORMAT)
-            for sample in samples[:2]] == [expected, None]
+BATCH = "def center(completions, solution, {}**columns):\n    return "
 
 
-def test_an_error_in_trls_form_names_file_and_line(load, samples):
-    reward, file = load("def center(completions, **columns):\n    return [1 / 0]\n")
-    with pytest.raises(ValueError, match=f"{file}, line 2: ZeroDivisionError"):
-        compute_reward("center", reward, "four", samples[0], BOX_FORMAT)
+@pytest.mark.parametrize(("text", "values"), [
+    (BATCH.format("") + "[len(text[0]['content']) for text in completions]\n", [1, 3]),
+    ("def center(completions, **columns):\n    sizes = [len(c[0]['content']) for c in completions]"
+     "\n    return [float(size == min(sizes)) for size in sizes]\n", [1, 0]),
+    ("async def center(prompts, completions, **columns):\n    return [1, float('nan')]\n",
+     [1, None]),
+    ("from trl.rewards import get_soft_overlong_punishment\n"
+     "center = get_soft_overlong_punishment(5, 4)\n", [-0.25, -1]),
+    ("class Judge:\n    async def __call__(self, prompts, **columns):\n        return [1, 2]\n"
+     "center = Judge()\n", [1, 2]),
+    ("import numpy\ndef center(completions, **columns):\n    groups = numpy.reshape("
+     "[len(c[0]['content']) for c in completions], (-1, 2))\n"
+     "    return (groups - groups.mean(1, keepdims=True)).ravel()\n", [-1, 1]),
+    ("import torch\ndef center(completions, **columns):\n    return torch.tensor([3., 4.])\n",
+     [3, 4]),
+    ("def center(**columns):\n    return [len(rows) for rows in columns['images']]\n", None),
+    ("from functools import partial\ndef f(completions, by, **columns):\n    return [by, by]\n"
+     "center = partial(f, by=7)\n", [7, 7]),
+    (BATCH.format("log_metric, trainer_state, ") + "[log_metric('a', trainer_state.max_steps), 2]"
+     "\n", [None, 2])])
+def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):
+    reward, file = load(text)
+    check_reward_params({"rewards": [f"{file}:center"], "reward_weights": {}}, {})
+    try_rewards({"center": reward}, samples, BOX_FORMAT)
+    score = Score("center", reward, BOX_FORMAT)
+    results = score.judge_batch(
+        ["a", "bcd"], samples[:2], completions=as_completions(["a", "bcd"]),
+        completion_ids=[[1, 2], [1] * 6], trainer_state=TrainerState(), log_metric=print)
+    results = asyncio.run(results) if inspect.isawaitable(results) else results
+    assert results == (values or [len(sample.images) for sample in samples[:2]])
+    assert score("a", samples[0]) is None, "a reply alone is no batch"
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("def center(completions, **columns):\n    return [1 / 0]\n", "line 2: ZeroDivisionError"),
+    ("async def center(completions, **columns):\n    return [1 / 0]\n", "line 2: ZeroDivision"),
+    ("def center(completions, **columns):\n    return [1.0]\n", "gave 1 values for 2 completions"),
+    ("def center(completions, **columns):\n    return None\n", "TypeError: 'NoneType'"),
+    ("def center(completions, nowhere, **columns):\n    return 1\n", "argument: 'nowhere'"),
+    ("def center(completions, **columns):\n    return [1e999, 1]\n", "gave inf for sample"),
+    ("def center(completions, **columns):\n    import beside\n", "copied into the run alone")])
+def test_an_error_in_trls_form_is_one_sentence(load, samples, text, sentence):
+    reward, file = load(text)
+    (file.parent / "beside.py").touch()
+    with pytest.raises(ValueError, match=f"reward 'center'.*{file}.*{sentence}") as caught:
+        try_rewards({"center": reward}, samples, BOX_FORMAT)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
     ("import nothing_of_this_name\n" + HEAD + "    return 1\n", "line 1: ModuleNotFoundError"),
+    ("from .beside import x\n" + HEAD + "    return 1\n", "line 1: Import.*into the run alone"),
     ("x = 1\n\n\nx / 0\n" + HEAD + "    return 1\n", "line 4: ZeroDivisionError"),
     (HEAD + "return 1\n", "line 2: IndentationError"),
     ("center = 3\n", "has no function 'center'"),

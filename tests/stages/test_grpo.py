@@ -12,10 +12,13 @@ import pytest
 import torch
 from launched import StopAfter
 from torch.utils.data import DataLoader
+from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou, to_model_box
 from mig_kit.engine import models, recipe_trainer, reward_loading, stored_replies, training
+from mig_kit.engine.reward_loading import as_completions
 from mig_kit.engine.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS
@@ -47,11 +50,6 @@ def make_trainer(random_folder, float32, stage_params):
     return make
 
 
-def as_completions(*replies):
-    """Replies as TRL hands them to a reward."""
-    return [[{"role": "assistant", "content": reply}] for reply in replies]
-
-
 def test_advantages_by_hand():
     reward = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0])
     advantages, group_std = recipe_trainer.group_advantages(reward, 4)
@@ -69,7 +67,7 @@ def test_rewards_apply_where_they_mean_something():
     samples = [make_sample("diff", "rl", 0), next(iter_free_form("rl", 1))]
     reply = f"<think></think><answer>{samples[1].letter}</answer>"
     functions = grpo.reward_functions(reward_loading.score_functions(REWARDS, BOX_FORMAT), samples)
-    scores = {reward.__name__: reward(completions=as_completions(reply, reply), sample=[0, 1])
+    scores = {reward.__name__: reward(completions=as_completions([reply, reply]), sample=[0, 1])
               for reward in functions}
     expected = {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None],
                 "choice": [None, 1.0]}
@@ -83,7 +81,7 @@ def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, image_
     image, box = sample.targets[0]
     model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
     answer = f"<answer>{format_answer(image, model_box)}</answer>"
-    completions = as_completions(*(f"<think>image {n}: a.</think>{answer}" for n in (2, 3)))
+    completions = as_completions([f"<think>image {n}: a.</think>{answer}" for n in (2, 3)])
     scores = reward_loading.score_functions(REWARDS, BOX_FORMAT, penalty)
     functions = grpo.reward_functions(scores, [sample])
     scores = {reward.__name__: reward(completions=completions, sample=[0, 0])
@@ -116,6 +114,54 @@ def test_what_is_kept_of_a_rollout():
     (image, box), = row["boxes"]
     assert image == sample.targets[0].image and iou(box, sample.targets[0].box) > 0.9
     assert grpo.describe_reply("", sample, BOX_FORMAT, scores, {})["boxes"] == []
+
+
+IN_TRLS_FORM = """
+from trl.rewards import get_soft_overlong_punishment
+overlong = get_soft_overlong_punishment(6, 4)
+def shortest(completions, **kwargs):
+    lengths = [len(c[0]["content"]) for c in completions]
+    return [float(n == min(lengths)) for n in lengths]
+async def ids(completions, completion_ids, images, **kwargs):
+    return [len(i) + image[0].width / 7 if len(image) > 2 else None
+            for i, image in zip(completion_ids, images)]
+class Judge:
+    def __call__(self, prompts, completions, trainer_state, log_metric, log_extra, **kwargs):
+        log_metric("judged", len(completions)), log_extra("mine", [1] * len(prompts))
+        return [len(p[0]["content"]) + sum("image" in part for part in p[0]["content"]) / 8
+                + trainer_state.max_steps for p in prompts]
+judge = Judge()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_rewards_in_trls_form_are_those_of_stock_trl(tmp_path, make_trainer, share_prefix):
+    (tmp_path / "mine.py").write_text(IN_TRLS_FORM)
+    names = ["overlong", "shortest", "ids", "judge"]
+    references = [f"{tmp_path / 'mine.py'}:{name}" for name in names]
+    reward_loading.copy_reward_files(references, tmp_path)
+    trainer = make_trainer(tmp_path, rewards=references, max_steps=1, share_prefix=share_prefix)
+    stock, batches = GRPOTrainer._calculate_rewards, []
+
+    def record(self, inputs, prompts, completions, ids):
+        rewards = stock(self, inputs, prompts, completions, ids)
+        batches.append((inputs, completions, ids, rewards))
+        return rewards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_calculate_rewards", record)
+        trainer.train()
+    (inputs, completions, ids, rewards), = batches
+    assert len(rewards) == 8 and trainer.state.log_history[0]["judged"] == 8
+    rows = make_trainer(tmp_path / "stock", share_prefix=False).train_dataset
+    rows = [rows[row["sample"]] for row in inputs]
+    loaded = reward_loading.load_rewards(references, tmp_path)
+    trainer.reward_funcs = [loaded[name].function for name in names]
+    prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
+    expected = stock(trainer, rows, prompts, completions, ids)
+    assert torch.equal(rewards.nan_to_num(-9), expected.nan_to_num(-9))
+    assert expected.nan_to_num(-9).unique().numel() > 5
 
 
 @pytest.mark.slow

@@ -30,10 +30,14 @@ def lesson():
     return samples, [trace.text for trace in traces]
 
 
+def state_at(step, last=99):
+    return SimpleNamespace(global_step=step, max_steps=last, is_world_process_zero=True)
+
+
 def watch(*rows):
     callback = sanity_checks.StopIfNothingLearns(patience=3)
     for step, row in enumerate(rows, 1):
-        callback.on_log(None, SimpleNamespace(global_step=step), None, STEP | row)
+        callback.on_log(None, state_at(step), None, STEP | row)
 
 
 def test_a_sound_training_goes_on():
@@ -48,15 +52,29 @@ def test_a_sound_training_goes_on():
                  "rewards/choice/mean": 0.4}])
 
 
+def test_a_reward_that_is_constant_in_the_first_updates_is_said_once(capsys):
+    rows = [{"rewards/mine/mean": 0.5, "rewards/mine/std": 0.0, "rewards/box/mean": 0.2,
+             "rewards/box/std": 0.1, "rewards/choice/mean": math.nan}] * 5
+    sentence = "warning: the reward 'mine' was 0.500 for every reply of the first {} updates: "
+    watch(*rows)
+    assert capsys.readouterr().out.count("\n") == 1
+    watch(*rows[:2], {"rewards/mine/mean": 0.6, "rewards/mine/std": 0.0}, *rows)
+    assert capsys.readouterr().out == ""
+    callback = sanity_checks.StopIfNothingLearns()  # a training shorter than its patience
+    for step in (1, 2):
+        callback.on_log(None, state_at(step, 2), None, STEP | rows[0])
+    assert capsys.readouterr().out.startswith(sentence.format(2))
+
+
 def test_updates_that_learn_again_from_the_same_replies_are_passed_over():
     again, poor = {"loss": 0.1, "grad_norm": 1.0}, STEP | {"frac_reward_zero_std": 1.0}
     callback = sanity_checks.StopIfNothingLearns(patience=2)
     for step, row in enumerate((poor, again), 1):
-        callback.on_log(None, SimpleNamespace(global_step=step), None, row)
+        callback.on_log(None, state_at(step), None, row)
     with pytest.raises(ValueError, match="all replies to a prompt earned the same"):
-        callback.on_log(None, SimpleNamespace(global_step=3), None, poor)
+        callback.on_log(None, state_at(3), None, poor)
     resumed = sanity_checks.StopIfNothingLearns(patience=1)
-    resumed.on_log(None, SimpleNamespace(global_step=9), None, poor)
+    resumed.on_log(None, state_at(9), None, poor)
 
 
 @pytest.mark.parametrize(("row", "sentence"), [
