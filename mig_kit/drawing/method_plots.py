@@ -58,8 +58,7 @@ def draw_pipeline(stage: str) -> plt.Figure:
             axes.annotate("", (place + 1.14, 0.8), (place + 0.86, 0.8),
                           arrowprops={"arrowstyle": "->", "color": INK, "shrinkA": 0,
                                       "shrinkB": 0})
-            axes.text(place + 1, 0.28, handed_on, ha="center", va="center", fontsize=8,
-                      color=INK)
+            axes.text(place + 1, 0.28, handed_on, ha="center", va="center", fontsize=8, color=INK)
     axes.set(xlim=(0, len(stages)), ylim=(0.1, 1.25))
     axes.axis("off")
     plt.close(figure)
@@ -133,8 +132,7 @@ def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, lo
     shares = 100 * table.div(table.sum(axis=1), axis=0)
     order = (table @ np.arange(group + 1) / table.sum(axis=1)).sort_values().index
     names = [f"{name} ({table.loc[name].sum()})" for name in order]
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.3),
-                                layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.3), layout="constrained")
     sns.heatmap(shares.loc[order], mask=shares.loc[order] == 0, annot=True, fmt=".0f",
                 cmap="Greys", vmin=0, vmax=100, cbar=False, yticklabels=names,
                 annot_kws={"fontsize": 8}, linewidths=0.5, ax=axes)

@@ -12,20 +12,12 @@ from pathlib import Path
 import jinja2
 import torch
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    Qwen2_5_VLProcessor,
-)
+from transformers import AutoTokenizer, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
-from mig_kit.engine.model_folders import (
-    PROCESSORS,
-    check_model_folder,
-    find_file,
-    load_config,
-)
+from mig_kit.engine.model_folders import PROCESSORS, check_model_folder, find_file, load_config
 from mig_kit.prompts import chat_messages, parse_reply
 from mig_kit.sample import Sample
 
@@ -106,8 +98,7 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         if not isinstance(text, str) or conversation[-1]["role"] != "assistant" or is_continued:
             return text
         content = conversation[-1]["content"]
-        reply = content if isinstance(content, str) else "".join(
-            part["text"] for part in content)
+        reply = content if isinstance(content, str) else "".join(part["text"] for part in content)
         asking = kwargs | {"add_generation_prompt": True}
         prompt = super().apply_chat_template(conversation[:-1], *args, **asking)
         if text.startswith(prompt) and parse_reply(reply).thinking in text[len(prompt):]:

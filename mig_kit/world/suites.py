@@ -180,8 +180,7 @@ def frame_order(rng: random.Random, world: World) -> SampleSpec:
     wrong = rng.sample([other for other in orders if other != correct], 2)
     question = ("The images are frames of a film. Every image has one new thing. "
                 "Which image is one, two, three?")
-    return SampleSpec([frames[i] for i in order], question,
-                      **shuffle_options(rng, correct, wrong))
+    return SampleSpec([frames[i] for i in order], question, **shuffle_options(rng, correct, wrong))
 
 
 def retrieval(rng: random.Random, world: World) -> SampleSpec:

@@ -120,8 +120,7 @@ def _misplace_box(box: Box, size: tuple[int, int], rng: random.Random, box_forma
         shift = rng.choice((-1, 1)) * CELL
         box = tuple(max(0.0, value + shift * step) for value, step in zip(box, pixel * 2))
     std = jitter * (5 if error == "sloppy box" else 1)
-    return tuple(max(0.0, value + rng.gauss(0, std) * step)
-                 for value, step in zip(box, pixel * 2))
+    return tuple(max(0.0, value + rng.gauss(0, std) * step) for value, step in zip(box, pixel * 2))
 
 
 def _write_choice_trace(sample: Sample, rng: random.Random, detail: str, error: str,

@@ -182,8 +182,7 @@ class _Learner(nn.Module):
         features = features.float()
         has_object = batch.has_object
         *groups, box = self.heads(features).split((*CLASS_SIZES, BOX_SIZE), -1)
-        box_loss = nn.functional.smooth_l1_loss(box[has_object], batch.boxes[has_object],
-                                                beta=0.05)
+        box_loss = nn.functional.smooth_l1_loss(box[has_object], batch.boxes[has_object], beta=0.05)
         loss = class_loss(groups, batch) + 8 * box_loss
         figures = {"box_error_px": CELL * (box - batch.boxes)[has_object].abs().mean()}
         if spells:

@@ -11,14 +11,7 @@ from transformers import Qwen2TokenizerFast
 from mig_kit.prompts import GROUNDING_INSTRUCTION, image_label
 from mig_kit.world.scenes import PLAIN
 from mig_kit.world.tasks import TASKS
-from tiny_base.lessons import (
-    Option,
-    Turn,
-    album,
-    clip_to_image,
-    text_turns,
-    visual_turns,
-)
+from tiny_base.lessons import Option, Turn, album, clip_to_image, text_turns, visual_turns
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>", "<|box_start|>", "<|box_end|>")
@@ -115,8 +108,7 @@ class Writer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.encode = lru_cache(50_000)(self._encode)  # most pieces come up again and again
-        self.system = self.encode(
-            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
+        self.system = self.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
         self.before_number = {tuple(self.encode(text)) for text in (" image ", '{"image": ')}
         self.number_of_token = {self.encode(str(number))[0]: number for number in range(1, 10)}
 
