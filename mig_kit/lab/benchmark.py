@@ -1,9 +1,7 @@
 """Stage 08: the kit beside stock TRL and transformers in one run.
 
-Both sides have the same weights, the same data and the same number of tokens per reply, and take
-turns. A prompt of several images is long and its replies are short; stock trainers read it, and run
-the vision tower over its images, once per reply, the kit once. Nothing is remembered from one
-repetition to the next: every rollout of the kit encodes its images again.
+Both have the same weights, data and tokens per reply, and take turns. Stock trainers read a prompt
+once per reply, the kit once per group. No rollout reuses the images of another.
 """
 
 from dataclasses import replace
@@ -37,8 +35,8 @@ def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Wor
                     repeats: int, name: str) -> dict:
     """`group` replies of `load.tokens` tokens to every question, from images on, side by side.
 
-    Several are sampled, all questions in one batch. One is greedy: stock is asked one question at a
-    time, as MIG-Bench's script does, the kit all in one batch.
+    One reply is greedy: stock is asked a question at a time, as in MIG-Bench's script, the kit all
+    at once. Several are sampled, for both in one batch.
     """
     processor, hardware, is_greedy = stock.processor, stock.hardware, group == 1
     options = SamplingOptions(float(not is_greedy), 1.0, load.tokens, load.tokens)
@@ -65,8 +63,8 @@ def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Wor
 
 def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                      repeats: int, with_step: bool = False) -> dict:
-    """rollout and train of a load, side by side; with_step: also a whole GRPO step and its memory,
-    and a printed line for each comparison.
+    """rollout and train of a load, side by side; with_step: also a GRPO step and its memory,
+    printed.
     """
     names = ("rollout", "train") if with_step else ("", "")
     stock, kit = make_sides(model, hardware, load, folder)
@@ -85,11 +83,7 @@ def compare_training(model: str | Path, hardware: Hardware, load: Workload, fold
 
 
 def sweep_loads(load: Workload) -> list[Workload]:
-    """`load` with a single prompt, one thing at a time changed; every load once.
-
-    Images and prompts are 1, 2, 4 up to those of the load, and two prompts at least; half and twice
-    as many replies; a quarter and twice as many tokens.
-    """
+    """`load` with a single prompt, and loads that change one of its numbers; each load once."""
     single = replace(load, prompts=1)
     powers = (1, 2, 4, 8)
     groups, lengths = (max(2, load.group // 2), 2 * load.group), (
@@ -140,8 +134,7 @@ def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: 
 
 
 def headline_text(result: dict, load: Workload) -> str:
-    """What was measured, and what `run_headline` has not printed: memory, gradients, and the share
-    of the matrix rate if it is there, under "utilisation".
+    """What was measured, with what `run_headline` has not printed: memory, gradients, utilisation.
     """
     memory = result["peak_mem_mb"]
     tokens = count_tokens(result["prompt_tokens"], load.group, load.tokens)
