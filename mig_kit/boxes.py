@@ -119,7 +119,7 @@ def to_original_box(box: Box, size: tuple[int, int], box_format: BoxFormat) -> B
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes in the same coordinates; 0 if one is inverted or empty.
+    """Intersection over union of two boxes in the same coordinates; 0 for an inverted or empty box.
     """
     area_a, area_b = (max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (a, b))
     if area_a == 0 or area_b == 0:

@@ -85,8 +85,7 @@ def contains_target_box(thinking: str, sample: Sample, box_format: BoxFormat) ->
 
 
 def concludes_up_front(thinking: str) -> bool:
-    """Whether the first sentence already concludes: it names the answer or the image that holds it.
-    """
+    """Whether the first sentence already names the answer or its image, or concludes."""
     first_sentence = re.split(r"(?<=[.!?])\s|\n", thinking.strip(), maxsplit=1)[0]
     return bool(CONCLUDES.search(first_sentence))
 

@@ -57,8 +57,7 @@ def format_answer(image: int, box: Box) -> str:
 
 
 def format_answers(answers: Iterable[tuple[int, Box]]) -> str:
-    """The inside of <answer> to a question for all boxes: (image number, box) pairs in this order.
-    """
+    """The inside of <answer> to a question for all boxes; answers: (image number, box) pairs."""
     return ", ".join(format_answer(image, box) for image, box in answers) or NO_BOX
 
 
@@ -157,8 +156,7 @@ def _is_no_box(item: object) -> bool:
 
 
 def is_well_formed(text: str, sample: Sample) -> bool:
-    """Whether the reply is one <think> and one <answer> block that answers this kind of question.
-    """
+    """Whether the reply is one <think> and one <answer> block with an answer of the asked form."""
     if sample.find_all:
         return _has_two_blocks(text) and parse_boxes(text) is not None
     return parse_reply(text).well_formed
@@ -204,8 +202,9 @@ def cut_reasoning(reply: str) -> str:
 
 def reply_boxes_in_original(sample: Sample, text: str,
                             box_format: BoxFormat) -> list[tuple[int, Box]]:
-    """(image number, box in pixels of that original image) of each box in a reply; boxes in images
-    that the sample does not have are left out.
+    """(image number, box in pixels of that original) of each box in a reply to the sample.
+
+    Boxes in images that the sample does not have are left out.
     """
     if sample.find_all:
         answers = parse_boxes(text) or []

@@ -17,10 +17,9 @@ Hashes = tuple[list[str], np.ndarray]
 
 
 def hash_images(folder: Path, report: SkipReport) -> Hashes:
-    """(sorted names below the folder; (n,) uint64, each image's 64-bit DCT hash, ImageHash's
-    phash).
+    """(sorted names below the folder; (n,) uint64, a 64-bit perceptual hash of each image file).
 
-    The report counts files that cannot be opened.
+    The report counts files that cannot be opened. Hashes are ImageHash's phash.
     """
     names, hashes = [], []
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):

@@ -114,8 +114,7 @@ def plot_learning_signal(group: int, low: float, high: float) -> plt.Figure:
 
 def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, low: float,
                     high: float) -> plt.Figure:
-    """Share of each task's prompts, percent, per number of correct replies; blue bounds what is
-    kept.
+    """A row per task: share of its prompts, percent, by correct replies; blue bounds what is kept.
 
     tasks, rates: of each prompt; group: replies to a prompt; low, high: pass rates that are kept.
     """
@@ -190,15 +189,12 @@ def _label(axis: plt.Axes, title: str, unit: str, numbers: range) -> None:
 
 
 def count_tokens(prompt: int, group: int, reply: int) -> dict[str, int]:
-    """Tokens through the model: "stock" reads the prompt before each of `group` replies, "kit"
-    once.
-    """
+    """Tokens that the model reads: "stock" reads the prompt before every reply, "kit" only once."""
     return {"stock": group * (prompt + reply), "kit": prompt + group * reply}
 
 
 def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
-    """A bar per row of the batch, prompt grey and reply blue, as stock trainers and as the kit read
-    it.
+    """Rows of a batch as bars, prompt grey, reply blue: above as stock trainers, below as the kit.
     """
     tokens = count_tokens(prompt, group, reply)
     figure, axes = plt.subplots(2, 1, sharex=True, layout="constrained", figsize=(

@@ -88,8 +88,9 @@ def _fit_height(sample: Sample, height: int) -> int:
 
 
 def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat) -> Image.Image:
-    """A sample's images with the boxes of several systems (system -> reply), each with its colour,
-    dashes and letter (SYSTEM_MARKS).
+    """A sample's images with each system's boxes in its own colour, dashes and letter.
+
+    replies: system -> reply; one without SYSTEM_MARKS is drawn as PREDICTED.
     """
     strokes = [Stroke(image, box, SYSTEM_COLOURS.get(system, PREDICTED),
                       *SYSTEM_MARKS.get(system, (DASHES,)))

@@ -219,8 +219,7 @@ def plot_groups(rows: list[dict], system: str = "grpo", reference: str = "") -> 
 
 
 def plot_speedup(rows: list[dict], title: str):
-    """Panels over image tokens, replies, reply tokens and prompts; rows: of `benchmark.run_sweep`.
-    """
+    """Panels over prompt tokens, replies, reply tokens and prompts; rows: of `run_sweep`."""
     table = pd.DataFrame(rows)
     usual = {key: table[key].mode()[0] for key in ("images", "group", "tokens", "prompts")}
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5), sharey=True, layout="constrained")

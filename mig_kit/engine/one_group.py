@@ -33,8 +33,7 @@ def keep_global_state() -> Iterator[None]:
 
 
 def draw_group(trainer: RecipeTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """(replies, batch): `num_generations` replies to the trainer's first prompt, and its loss's
-    batch.
+    """(replies, batch): `num_generations` replies to the trainer's first prompt; its loss's input.
 
     batch: prompt_ids (replies, 1), the prompt's number; completion_ids and completion_mask
     (replies, tokens), padded on the right; and more.

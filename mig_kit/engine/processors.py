@@ -48,9 +48,7 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
 
     @cached_property
     def opened_tag(self) -> str:
-        """The "<think>", and what follows it, with which the chat template ends a prompt; "" if
-        none.
-        """
+        """"<think>" and what follows it, if the chat template ends a prompt with it, else ""."""
         messages = [{"role": "user", "content": [{"type": "text", "text": "Where is it?"}]}]
         texts = [_fill_template(self, messages, asks_reply) for asks_reply in (False, True)]
         _, tag, rest = texts[1][len(os.path.commonprefix(texts)):].partition("<think>")
@@ -74,8 +72,7 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """As transformers' method, but a text that ends with a reply starts with the prompt asking
-        for it.
+        """As transformers' method, but text with a reply starts with the prompt that asks for it.
         """
         text = super().apply_chat_template(conversation, *args, **kwargs)
         is_continued = kwargs.get("continue_final_message")
@@ -103,8 +100,7 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         self.save_image_settings(folder)
 
     def save_image_settings(self, folder: Path) -> None:
-        """Write preprocessor_config.json, and name the stock class wherever the folder names one.
-        """
+        """Write preprocessor_config.json; every file of the folder then names the stock class."""
         settings = self.image_processor.to_dict() | {"processor_class": self.stock_class}
         # older releases of transformers read these two, newer ones `size`
         settings["min_pixels"] = settings["size"]["shortest_edge"]
@@ -207,8 +203,7 @@ def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
 
 def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
                        model: str | Path) -> None:
-    """Raise ValueError unless images below, between and above the limits get their computed sizes.
-    """
+    """Raise ValueError unless images below, between and above the limits get the right size."""
     low, high = box_format.min_pixels, box_format.max_pixels
     areas = (low / 2, math.sqrt(low * high), 2 * high)
     sizes = [(math.ceil(math.sqrt(area * 4 / 3)), math.ceil(math.sqrt(area * 3 / 4)))

@@ -55,8 +55,7 @@ def make_cache(policy: Policy) -> SampleCache:
 @torch.no_grad()
 def reply_logps(model, processor: StillImageProcessor, samples: list[Sample], replies: list[str],
                 box_format: BoxFormat) -> list[torch.Tensor]:
-    """Log-probabilities, (tokens,) float32, of each reply with its end; one reply to each sample.
-    """
+    """Log-probabilities of each reply's tokens, its end included: (tokens,) float32 per reply."""
     device, values = unwrap_peft(model).device, []
     for start in range(0, len(samples), PROMPTS_AT_ONCE):
         part = slice(start, start + PROMPTS_AT_ONCE)

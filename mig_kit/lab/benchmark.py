@@ -63,9 +63,7 @@ def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Wor
 
 def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                      repeats: int, with_step: bool = False) -> dict:
-    """rollout and train of a load, side by side; with_step: also a GRPO step and its memory,
-    printed.
-    """
+    """"rollout" and "train" of a load, side by side; with_step: also a GRPO step and its memory."""
     names = ("rollout", "train") if with_step else ("", "")
     stock, kit = make_sides(model, hardware, load, folder)
     stock_batch, kit_batch = same_batches(stock)
@@ -109,11 +107,10 @@ def run_sweep(model: str | Path, hardware: Hardware, loads: list[Workload], fold
 
 def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                  repeats: int) -> dict:
-    """All six comparisons at one load, a line each as they end, the memory of a whole step, and how
-    far the gradients are apart in float32 (one prompt).
+    """All comparisons at one load, a printed line each, and the gradients' difference in float32.
 
-    Rejection sampling has as many questions as a step; "evaluate" four times as many, about images
-    of their own; "evaluate_alike" five times as many, ALIKE about the same images each.
+    "rejection" has as many questions as a step, "evaluate" four times as many; "evaluate_alike" has
+    ALIKE times as many, ALIKE about the same images.
     """
     float32 = replace(hardware, dtype=torch.float32, autocast=False, attention="sdpa")
     error = gradient_error(*make_sides(model, float32, replace(load, prompts=1), folder))
@@ -134,7 +131,7 @@ def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: 
 
 
 def headline_text(result: dict, load: Workload) -> str:
-    """What was measured, with what `run_headline` has not printed: memory, gradients, utilisation.
+    """What was measured, and what `run_headline` has not printed: memory, gradients, utilisation.
     """
     memory = result["peak_mem_mb"]
     tokens = count_tokens(result["prompt_tokens"], load.group, load.tokens)

@@ -35,8 +35,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: widths of its language model, numbers of parameters, side of an image token
-    (pixels).
+    """A model: widths of the language model, parameters, and the side of an image token (pixels).
     """
 
     hidden: int
@@ -45,8 +44,8 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
-    total: int
-    vision: int
+    total: int  # parameters
+    vision: int  # parameters of the vision tower
     head_dim: int = 128
     token_side: int = 28
     linear_layers: int = 0  # of `layers`; the others' q_proj then has a gate as wide as the query
@@ -119,8 +118,7 @@ def predict(profile: str) -> dict[str, list]:
 
 
 def find_shape(model: str) -> Shape | None:
-    """The shape of a known hub name or of a model folder; None for others and mixtures of experts.
-    """
+    """The shape of a known hub name or a model folder; None for others and mixtures of experts."""
     folder = model_folder(model)
     if model in SHAPES or model == "tiny" or not (folder / "config.json").is_file():
         return SHAPES.get(model)
@@ -147,9 +145,7 @@ def count_shape(config) -> Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """In memory at once: `prompts` prompts of `prompt` tokens, `replies` of `tokens` tokens to
-    each.
-    """
+    """What is in memory at once; prompt and tokens are the lengths of a prompt and of a reply."""
 
     prompt: int
     prompts: int = 1
@@ -247,9 +243,7 @@ def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
 
 
 def fitting_pixels(shape: Shape, params: dict[str, SimpleNamespace], gigabytes: int) -> int:
-    """The largest max_pixels, in steps of 16 image tokens, with which all stages fit a card; 0 if
-    none.
-    """
+    """The largest max_pixels, in steps of 16 image tokens, that fits a card in all stages, or 0."""
     area = shape.token_side**2
     for tokens in range(params["01_synthesize"].max_pixels // area, 0, -16):
         rows = memory_table(predict_memory(shape, params, tokens * area))

@@ -94,8 +94,7 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
 
 
 def same_batches(stock: Side) -> tuple[dict, dict]:
-    """The same replies for either trainer's loss: (stock's; the kit's, with samples' numbers as
-    prompts).
+    """The same replies for either loss: (stock's; the kit's, whose prompts are samples' numbers).
     """
     batch = stock.roll_out()
     ids = batch["completion_ids"]

@@ -35,9 +35,7 @@ class Workload:
 
 
 def make_questions(load: Workload, count: int, alike: int = 1) -> list[Sample]:
-    """`count` questions over `load.images` scenes each; `alike` in sequence are about the same
-    ones.
-    """
+    """`count` questions, each `alike` in sequence about the same `load.images` scenes."""
     rng = random.Random("benchmark/0")
     samples = []
     for index in range(count):

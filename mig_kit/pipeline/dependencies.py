@@ -99,8 +99,7 @@ def _files_beside(module: str) -> list[Path]:
 
 
 def _definitions(path: Path) -> dict[str, tuple[str, frozenset[Name]]]:
-    """Name -> (code, references) of a module's top-level definitions; {} if there is no such file.
-    """
+    """Name -> (code, references) of a module's top-level definitions; {} without such a file."""
     return _read_definitions(path, path.stat().st_mtime_ns) if path.is_file() else {}
 
 
@@ -184,8 +183,7 @@ def _resolve(tree: ast.AST, names: dict[str, Name]) -> tuple[ast.AST, set[Name]]
 
 
 class _Resolver(ast.NodeTransformer):
-    """Writes the kit's `module.name` and `alias` as `name`, drops its imports, collects references.
-    """
+    """Writes the kit's `module.name` as `name`, drops imports of the kit, collects references."""
 
     def __init__(self, names: dict[str, Name]):
         self.names = names

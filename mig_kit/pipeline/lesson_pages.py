@@ -55,8 +55,7 @@ def page_hash(page: Path) -> str:
 
 
 def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
-    """Write a page NN.md per stage with its pictures, and question.png; returns stage -> its
-    origin.
+    """Write a page NN.md per stage with its pictures, and question.png; returns each page's origin.
 
     A notebook comes from the first run that finished it. If none did, its page stays if it is of
     the present notebook, else it has no outputs.
@@ -222,7 +221,7 @@ def text_block(text: str) -> str:
 
 
 def html_tables(html: str) -> str:
-    """The tables of an HTML output as markdown, at most MAX_ROWS of each; "" for progress or none.
+    """The tables of an HTML output as markdown, at most MAX_ROWS of each; "" for none or progress.
     """
     soup = BeautifulSoup(html, "html.parser")
     tables = [] if soup.find("progress") else soup.find_all("table")

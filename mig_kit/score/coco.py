@@ -23,8 +23,7 @@ ODINW_THRESHOLDS = {"ap": None, "ap50": 0, "ap75": 5}  # places in COCO's ten Io
 
 
 def load_coco(annotations: dict, name: str) -> COCO:
-    """The annotations as a COCO index; ValueError, with the benchmark's `name`, for a missing part.
-    """
+    """The annotations as a COCO index; ValueError, naming the benchmark, for a missing part."""
     parts = ("images", "annotations", "categories")
     if not isinstance(annotations, dict) or not all(
             isinstance(annotations.get(part), list)
@@ -193,8 +192,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
 
 
 def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
-    """((image id, image id), text style) of every sample; consecutive images without descriptions.
-    """
+    """(image ids, text style) of each pair; without descriptions consecutive images are pairs."""
     descriptions = coco.dataset.get("descriptions") or []
     described = [(tuple(description["images_id"]), str(description.get("text_style", "all")))
                  for description in descriptions if isinstance(description, dict)
@@ -243,8 +241,7 @@ def rename_groups(coco: COCO, predictions: list[dict], pairs: list[tuple]) -> li
 
 
 def _best_permutation(pair: tuple, truth: dict, boxes: dict) -> tuple:
-    """New categories of predicted groups 1, 2, ...; empty if these are more than the true groups.
-    """
+    """New categories of predicted groups 1, 2, ...; empty if they are more than the true ones."""
     groups = list({category for image in pair for category in truth[image]})
     count = len({category for image in pair for category in boxes[image]})
     permutations = itertools.permutations(groups, count)

@@ -189,8 +189,7 @@ def ref_l4_metrics(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def class_averages(items: list[BenchmarkItem], values: np.ndarray) -> dict[str, float]:
-    """{"class_acc@0.5", "class_macc"}: percent, unweighted means over classes; {} without classes.
-    """
+    """Percent, unweighted means over object classes, COCO's as Objects365's; {} without classes."""
     rows = defaultdict(list)
     for row, item in enumerate(items):
         rows[_object_class(item.category)].append(row)

@@ -57,9 +57,7 @@ def measure_others() -> float:
 
 
 def predict_minutes(seconds: float) -> list[dict]:
-    """Rows {stage, minutes, memory_gib} of the tiny profile; seconds: of `time_reference_step`
-    here.
-    """
+    """Rows {stage, minutes, memory_gib} of the tiny profile; seconds: of `time_reference_step`."""
     return [{"stage": stage, "minutes": round(seconds / REFERENCE_SECONDS * minutes, 1),
              "memory_gib": gib} for stage, (minutes, gib) in TINY_COST.items()]
 

@@ -279,9 +279,7 @@ def loss_curve(history: list[dict]) -> list[dict]:
 
 
 def learning_warning(curve: list[dict]) -> str:
-    """A sentence if the loss of a `loss_curve` did not fall from the first to the last fifth, else
-    "".
-    """
+    """A sentence if the loss did not fall from a curve's first to its last fifth, else ""."""
     part = max(1, len(curve) // 5)
     first, last = (fmean(row["loss"] for row in rows) for rows in (curve[:part], curve[-part:]))
     if len(curve) > 1 and last < first:

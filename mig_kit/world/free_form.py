@@ -63,8 +63,7 @@ def common_to_all(rng: random.Random, world: World) -> SampleSpec:
 
 
 def task_as_choice(rng: random.Random, world: World) -> SampleSpec:
-    """A question of the ten tasks with objects to choose from, or with images for group_grounding.
-    """
+    """A question of the ten tasks with options: objects, or images for group_grounding."""
     task = rng.choice(list(TASKS))
     spec = TASKS[task](rng, world)
     (k, correct), = spec.answers

@@ -137,9 +137,7 @@ def random_size(rng: random.Random) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class World:
-    """What scenes are drawn from: seen or unseen (colour, shape) pairs, plain or textured
-    backgrounds.
-    """
+    """What scenes are drawn from: seen or unseen (colour, shape) pairs, and backgrounds."""
 
     unseen: bool = False
     textured: bool = False

@@ -57,7 +57,7 @@ def count_listed_objects(notes: Sequence[str]) -> int:
 
 
 def shuffle_options(rng: random.Random, correct: str, wrong: list[str]) -> dict:
-    """{"options", "letter"} of a `SampleSpec`, options in random order; letter: the correct one's.
+    """{"options", "letter"} of a `SampleSpec`: options in random order, the correct one's letter.
     """
     return letter_options(rng.sample([correct, *wrong], 1 + len(wrong)), correct)
 

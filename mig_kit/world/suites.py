@@ -56,7 +56,7 @@ def lisa_like(rng: random.Random, world: World) -> SampleSpec:
 
 def _ask_for_same_attribute(appearances: list[Appearance],
                             attribute: int) -> tuple[str, list[str]]:
-    """(question for what shares attribute 0, colour, or 1, shape, with the first; correct names).
+    """A question for what shares attribute 0 or 1 (colour, shape) with the first, and its answers.
     """
     first, *others = appearances
     word = Appearance._fields[attribute]
@@ -83,8 +83,7 @@ def revos_like(rng: random.Random, world: World) -> SampleSpec:
 
 
 def _hide_all_but_first(rng: random.Random, frames: list[Scene]) -> list[Scene] | None:
-    """The frames without some objects, so that only the first is in all; None if another is, too.
-    """
+    """The frames, so that only the first object is in all; None if another one is, too."""
     others = range(1, len(frames[0].objects))
     hidden, remaining = set(), []
     for i, frame in enumerate(frames):
@@ -264,8 +263,7 @@ def task_title(task: str) -> str:
 
 
 def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sample]:
-    """`per_task` samples of every task of a suite, by task and index; ValueError if it is unknown.
-    """
+    """`per_task` samples of every task of a suite; ValueError for an unknown suite or split."""
     if suite not in SUITES:
         raise ValueError(f"no suite '{suite}'; the suites are {', '.join(SUITES)}")
     return list(_iter_tasks(suite, SUITES[suite].tasks, split, per_task, seed))

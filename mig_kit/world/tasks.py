@@ -1,5 +1,4 @@
-"""The ten MIG-Bench tasks over drawn scenes (Migician, arXiv 2501.05767), under their official
-keys.
+"""The ten MIG-Bench tasks over drawn scenes (Migician, arXiv 2501.05767), by official key.
 
 A split owns the samples whose content hashes to it, so no two splits share one.
 """
@@ -108,8 +107,7 @@ def _change_one_attribute(rng: random.Random, appearance: Appearance, world: Wor
 
 
 def moving_frames(rng: random.Random, first: Scene, count: int) -> list[Scene] | None:
-    """A video in which every object moves at its own pace; None if they collide or leave the image.
-    """
+    """A video in which each object keeps its own pace; None if objects collide or leave it."""
     steps = [(rng.uniform(-8, 8), rng.uniform(-8, 8)) for _ in first.objects]
     frames = [first]
     for i in range(1, count):
