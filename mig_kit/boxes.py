@@ -103,24 +103,24 @@ def coordinate_size(size: tuple[int, int], coordinates: Coordinates,
 
 
 def rescale_box(box: Box, source: tuple[int, int], target: tuple[int, int]) -> Box:
-    """The box of an image of size `source` (width, height), on the same image of size `target`."""
+    """Convert a box from an image of size `source` (width, height) to that image at size `target`.
+    """
     sx, sy = target[0] / source[0], target[1] / source[1]
     return box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy
 
 
 def to_model_box(box: Box, size: tuple[int, int], box_format: BoxFormat) -> Box:
-    """A box in pixels of the original image (width, height), in the model's coordinates."""
+    """Convert a box from pixels of the original, of `size`, to the model's coordinates."""
     return rescale_box(box, size, coordinate_size(size, box_format.coordinates, box_format))
 
 
 def to_original_box(box: Box, size: tuple[int, int], box_format: BoxFormat) -> Box:
-    """A box in the model's coordinates, in pixels of the original image (width, height)."""
+    """Convert a box from the model's coordinates to pixels of the original, of `size`."""
     return rescale_box(box, coordinate_size(size, box_format.coordinates, box_format), size)
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes in the same coordinates; 0 for an inverted or empty box.
-    """
+    """Intersection over union of boxes in the same coordinates; 0 if one is inverted or empty."""
     area_a, area_b = (max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (a, b))
     if area_a == 0 or area_b == 0:
         return 0.0

@@ -29,10 +29,10 @@ BRACKETED_BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]
 OPTION_LETTER = re.compile(r"(?:^|\s)\(?[A-H][.)](?:\s|$)")
 
 
-def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> str:
+def drop_reason(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     """"" if the reply may teach, else the first of DROP_REASONS that speaks against it.
 
-    threshold: the lowest IoU of its box with a target. A missing or extra box is "box", too.
+    "box" means an IoU below 0.5 with the target, or a missing or extra box.
     """
     answer = parse_reply(reply)
     has_answer = sample.find_all or (answer.letter if sample.options else answer.box is not None)
@@ -44,7 +44,7 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: fl
         return "leak" if OPTION_LETTER.search(answer.thinking) else ""
     if image_set_iou(reply, sample) < 1:
         return "image"
-    if weakest_iou(reply, sample, box_format) < threshold:
+    if weakest_iou(reply, sample, box_format) < 0.5:
         return "box"
     return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 

@@ -194,8 +194,7 @@ def count_tokens(prompt: int, group: int, reply: int) -> dict[str, int]:
 
 
 def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
-    """Rows of a batch as bars, prompt grey, reply blue: above as stock trainers, below as the kit.
-    """
+    """The rows of a batch as bars of tokens, as stock trainers and as the kit read them."""
     tokens = count_tokens(prompt, group, reply)
     figure, axes = plt.subplots(2, 1, sharex=True, layout="constrained", figsize=(
         WIDTH, 1.6 + 0.2 * group), height_ratios=(group, group + 1))

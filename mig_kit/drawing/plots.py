@@ -185,8 +185,7 @@ def plot_groups(rows: list[dict], system: str = "grpo", reference: str = "") -> 
     """A panel per suite: a point with its interval per group, a line at the reference's score.
 
     Args:
-        rows: {suite, group, is_reference, value, low, high, by_run}, percent; by_run: per run or
-            pair.
+        rows: {suite, group, is_reference, value, low, high, by_run (values per run)}, percent.
         system: whose scores they are.
         reference: group that `rows` are differences to, in points, or "" for scores.
     """

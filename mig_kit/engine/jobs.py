@@ -84,7 +84,7 @@ def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
 
 
 def plan_launch(launcher: str) -> Launch | None:
-    """How to launch a job; None to train in this process.
+    """How to launch a job; None to train in this process, as on a machine with one GPU or core.
 
     Raises: ValueError if the launcher's program is missing, or starts more processes here than
     there are GPUs.

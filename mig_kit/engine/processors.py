@@ -72,8 +72,7 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """As transformers' method, but text with a reply starts with the prompt that asks for it.
-        """
+        """As transformers' method, but text with a reply starts with the prompt asking for it."""
         text = super().apply_chat_template(conversation, *args, **kwargs)
         is_continued = kwargs.get("continue_final_message")
         if not isinstance(text, str) or conversation[-1]["role"] != "assistant" or is_continued:

@@ -131,8 +131,7 @@ def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: 
 
 
 def headline_text(result: dict, load: Workload) -> str:
-    """What was measured, and what `run_headline` has not printed: memory, gradients, utilisation.
-    """
+    """What was measured, with what `run_headline` has not printed: memory, gradients and more."""
     memory = result["peak_mem_mb"]
     tokens = count_tokens(result["prompt_tokens"], load.group, load.tokens)
     lines = [f"{load.prompts} prompts with {load.images} images of {load.side} px "

@@ -35,8 +35,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: widths of the language model, parameters, and the side of an image token (pixels).
-    """
+    """A model's widths, numbers of parameters, and side of an image token (pixels)."""
 
     hidden: int
     inner: int
@@ -99,7 +98,7 @@ def read_profile(profile: str) -> dict[str, SimpleNamespace]:
 
 
 def predict(profile: str) -> dict[str, list]:
-    """Lines of `advice` and rows of `memory_table` ("memory") for a profile.
+    """{"advice", "memory"} of a profile: a line per card, and the rows of `memory_table`.
 
     Both are empty if its model is neither in SHAPES nor a folder, as is "tiny".
     """

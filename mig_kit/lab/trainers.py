@@ -94,8 +94,7 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
 
 
 def same_batches(stock: Side) -> tuple[dict, dict]:
-    """The same replies for either loss: (stock's; the kit's, whose prompts are samples' numbers).
-    """
+    """(stock's, the kit's): the same replies; the kit's prompts are numbers of samples."""
     batch = stock.roll_out()
     ids = batch["completion_ids"]
     numbers = torch.arange(stock.load.prompts, device=ids.device)

@@ -22,8 +22,7 @@ MATRIX_SIZES = ((2048, 1024, 1024), (2048, 1024, 2816), (4096, 1024, 4096))  # r
 def save_random_model(folder: Path, hidden: int) -> Path:
     """Write a random Qwen2.5-VL, with the tiny base's tokenizer, to `folder`; returns it.
 
-    Its two layers are shaped like the 3B's, which they equal at hidden 2048; hidden: a multiple of
-    128.
+    Its two layers are shaped like the 3B's (equal at hidden 2048); hidden: a multiple of 128.
     """
     torch.manual_seed(0)
     processor = load_processor(TINY_BASE, BoxFormat())

@@ -221,8 +221,7 @@ def text_block(text: str) -> str:
 
 
 def html_tables(html: str) -> str:
-    """The tables of an HTML output as markdown, at most MAX_ROWS of each; "" for none or progress.
-    """
+    """The tables of an HTML output as markdown, MAX_ROWS rows each; "" for progress or no table."""
     soup = BeautifulSoup(html, "html.parser")
     tables = [] if soup.find("progress") else soup.find_all("table")
     return "\n\n".join(filter(None, map(_markdown_table, tables)))

@@ -11,8 +11,7 @@ NEWS = re.compile(r"(?:the server https?://\S+ .*is left out|warning: ).*")
 
 
 class StageLines(logging.Handler):
-    """A log handler that prints each stage's start, some progress of its notebook, and its result.
-    """
+    """A log handler that prints a stage's start, some progress of its notebook, and its result."""
 
     def __init__(self):
         super().__init__()

@@ -189,7 +189,7 @@ def ref_l4_metrics(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def class_averages(items: list[BenchmarkItem], values: np.ndarray) -> dict[str, float]:
-    """Percent, unweighted means over object classes, COCO's as Objects365's; {} without classes."""
+    """{"class_acc@0.5", "class_macc"}: unweighted means over classes, percent; {} without any."""
     rows = defaultdict(list)
     for row, item in enumerate(items):
         rows[_object_class(item.category)].append(row)

@@ -77,7 +77,7 @@ def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxForma
 
 
 class FilledRows(torch.utils.data.Dataset):
-    """A table, filled up to a multiple of `multiple` rows with rows without loss.
+    """A table, filled up with rows without loss to a multiple of `multiple` rows.
 
     accelerate would fill up the last processes' batches with rows that then teach twice.
     """
@@ -243,7 +243,9 @@ def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str
 
 
 def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows, TableRows]:
-    """(samples, replies) of a trace file, in the order and number that `params` says."""
+    """(samples, replies) of a trace file, in the order and number that `params` says; replies are
+    their <answer> block alone without `params.reasoning`.
+    """
     samples = read_samples(Path(traces))
     replies = read_replies(Path(traces), str if params.reasoning else cut_reasoning)
     rows = np.random.default_rng(params.seed).permutation(len(samples)).tolist()
@@ -254,8 +256,7 @@ def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows,
 def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None:
     """Train an adapter on the 4-bit base, or resume, and save it; each process of a job calls it.
 
-    folder: the stage's; params: its parameters and the run's; traces: a file of samples and
-    replies.
+    folder: the stage's; params: its and the run's parameters; traces: a parquet file.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     samples, replies = read_traces(traces, params)

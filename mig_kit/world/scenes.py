@@ -158,7 +158,7 @@ class World:
                       sides: tuple[float, float] | None = None) -> Scene:
         """A scene with one object per appearance, each in a cell of its own.
 
-        size: (width, height), None for random; sides: limits of objects, None for the world's;
+        size: (width, height), None for a random one; sides: of objects, None for the world's;
         pixels.
         """
         width, height = size or random_size(rng)

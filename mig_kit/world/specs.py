@@ -57,8 +57,7 @@ def count_listed_objects(notes: Sequence[str]) -> int:
 
 
 def shuffle_options(rng: random.Random, correct: str, wrong: list[str]) -> dict:
-    """{"options", "letter"} of a `SampleSpec`: options in random order, the correct one's letter.
-    """
+    """{"options", "letter"} of a `SampleSpec`: options in random order, and the correct letter."""
     return letter_options(rng.sample([correct, *wrong], 1 + len(wrong)), correct)
 
 

@@ -56,8 +56,7 @@ def lisa_like(rng: random.Random, world: World) -> SampleSpec:
 
 def _ask_for_same_attribute(appearances: list[Appearance],
                             attribute: int) -> tuple[str, list[str]]:
-    """A question for what shares attribute 0 or 1 (colour, shape) with the first, and its answers.
-    """
+    """A question for what shares attribute 0 or 1 (colour, shape) with the first; its answers."""
     first, *others = appearances
     word = Appearance._fields[attribute]
     question = f"Which thing has the same {word} as the {object_name(first)}? Find it."
@@ -251,7 +250,7 @@ TASK_TITLES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
 
 
 def suite_title(suite: str) -> str:
-    """What tables and figures call a suite; another than these is called by its name."""
+    """What tables and figures call a suite: its title if it is drawn or OWN, else its name."""
     if suite == OWN:
         return "own data (held out)"
     return SUITES[suite].title if suite in SUITES else suite

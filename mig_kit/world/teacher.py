@@ -31,7 +31,10 @@ def write_reasoning(sample: Sample, detail: str) -> str:
 
 
 def recognize_detail(reply: str) -> str:
-    """The one of DETAILS at which a reply reasons: by "name: value" statements 0, 1 or more."""
+    """The one of DETAILS at which a reply reasons, by its number of statements ("name: value").
+
+    "method" has no statement, "finding" one, "evidence" several.
+    """
     statements = reply.partition("</think>")[0].count(": ")
     return ("method", "finding", "evidence")[min(statements, 2)]
 
@@ -39,7 +42,7 @@ def recognize_detail(reply: str) -> str:
 def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
                 mix: tuple[float, float, float] = (1, 1, 1), error_rate: float = 0.2,
                 jitter: float = 0.7) -> Trace:
-    """One trace.
+    """Write one trace of a sample, at a random detail and with some errors.
 
     Args:
         mix: weights of DETAILS.
