@@ -1,8 +1,7 @@
-"""Boxes, and what their four numbers are measured in.
+"""Boxes (xyxy), and the coordinates that their numbers are in; all conversions happen here.
 
-A box is xyxy. The kit keeps boxes in pixels of the original image. A model sees every image of a
-prompt resized on its own: Qwen2.5-VL answers in pixels of that resized image, Qwen2-VL and Qwen3-VL
-in 0 to 1000 of the image's width and height. All conversions happen here, per target image.
+The kit keeps boxes in pixels of the original image. A model sees every image resized on its own:
+Qwen2.5-VL answers in pixels of that resized image, Qwen2-VL and Qwen3-VL in 0 to 1000.
 """
 
 import math
@@ -42,9 +41,10 @@ MODEL_COORDINATES = (Coordinates.ABSOLUTE, Coordinates.NORMALIZED_1000)
 class BoxFormat:
     """How a model sees images and writes boxes.
 
-    min_pixels, max_pixels: area limits of the resized image. coordinates: absolute (Qwen2.5-VL) or
-    normalized_1000 (Qwen2-VL, Qwen3-VL). Raises ValueError for other coordinates and for limits
-    that no image can meet.
+    Args:
+        min_pixels, max_pixels: limits of the resized image's area.
+        coordinates: absolute (Qwen2.5-VL) or normalized_1000 (Qwen2-VL, Qwen3-VL).
+    Raises: ValueError for other coordinates and for limits that no image can meet.
     """
 
     min_pixels: int = 3136
@@ -69,11 +69,11 @@ class BoxFormat:
 
 def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: int = 401408,
                  factor: int = 28) -> tuple[int, int]:
-    """Size (width, height) of the image the model sees; both sides are multiples of `factor`
-    pixels. Nothing is resized here: transformers does it, `check_image_grids` compares the sizes.
+    """(width, height) at which the model sees an image, as Qwen-VL's image processors compute it.
 
-    The rule of the Qwen-VL image processors: patch 14 x merge 2 = 28 for Qwen2-VL and Qwen2.5-VL,
-    16 x 2 = 32 for Qwen3-VL. Raises ValueError for an aspect ratio over 200.
+    Args:
+        factor: both sides are multiples of it: 28 pixels, and 32 for Qwen3-VL (patch x merge).
+    Raises: ValueError for an aspect ratio over 200.
     """
     if min(width, height) < 1 or max(width, height) / min(width, height) > 200:
         raise ValueError(f"an image of {width}x{height} px cannot be used: the aspect ratio must "
@@ -89,9 +89,7 @@ def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: in
 
 
 def seen_size(size: tuple[int, int], box_format: BoxFormat, factor: int = 28) -> tuple[int, int]:
-    """(width, height) of the resized image that the model sees for an original of `size`; factor:
-    see smart_resize.
-    """
+    """(width, height) at which the model sees an image of `size`; factor as in `smart_resize`."""
     return smart_resize(*size, box_format.min_pixels, box_format.max_pixels, factor)
 
 
@@ -105,31 +103,24 @@ def coordinate_size(size: tuple[int, int], coordinates: Coordinates,
 
 
 def rescale_box(box: Box, source: tuple[int, int], target: tuple[int, int]) -> Box:
-    """The box moved from an image of size `source` (width, height) to the same image at size
-    `target`.
+    """Convert a box from an image of size `source` (width, height) to that image at size `target`.
     """
     sx, sy = target[0] / source[0], target[1] / source[1]
     return box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy
 
 
 def to_model_box(box: Box, size: tuple[int, int], box_format: BoxFormat) -> Box:
-    """From pixels of the original image of `size` (width, height) to the coordinates in which the
-    model answers.
-    """
+    """Convert a box from pixels of the original, of `size`, to the model's coordinates."""
     return rescale_box(box, size, coordinate_size(size, box_format.coordinates, box_format))
 
 
 def to_original_box(box: Box, size: tuple[int, int], box_format: BoxFormat) -> Box:
-    """From the coordinates in which the model answers to pixels of the original image of `size`
-    (width, height).
-    """
+    """Convert a box from the model's coordinates to pixels of the original, of `size`."""
     return rescale_box(box, coordinate_size(size, box_format.coordinates, box_format), size)
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two xyxy boxes in the same coordinates; 0 for an inverted or empty
-    box.
-    """
+    """Intersection over union of boxes in the same coordinates; 0 if one is inverted or empty."""
     area_a, area_b = (max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (a, b))
     if area_a == 0 or area_b == 0:
         return 0.0
@@ -140,10 +131,10 @@ def iou(a: Box, b: Box) -> float:
 
 
 def matched_sum(scores: Sequence[Sequence[float]]) -> float:
-    """The largest sum of scores over pairs of a row and a column in which no row and no column
-    stands twice (Hungarian matching).
+    """The largest sum of scores over one-to-one pairs of rows and columns (Hungarian matching).
 
-    scores: (n, m) of every pair, n and m at least 1.
+    Args:
+        scores: (n, m) of every pair, n and m at least 1.
     """
     from scipy.optimize import linear_sum_assignment  # half a second, which most commands spare
 

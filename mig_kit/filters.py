@@ -1,10 +1,8 @@
 """Stage 01, the filter: which traces may teach.
 
-Every trace passes `drop_reason`: format, right image, IoU, and no answer given away in the
-reasoning. The traces of a model teacher also pass `drop_reason_of_model_teacher`, which adds the
-criteria of MG-Thinker (its section 3.2): drop traces that conclude up front, that reveal the
-answer, or that gain nothing over a direct answer. MG-Thinker publishes these criteria but not its
-text rules; the patterns here are ours.
+Every trace passes `drop_reason`. A model teacher's traces also pass `drop_reason_of_model_teacher`,
+with the criteria of MG-Thinker (its section 3.2); it publishes no text rules, so the patterns are
+ours.
 """
 
 import re
@@ -31,11 +29,10 @@ BRACKETED_BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]
 OPTION_LETTER = re.compile(r"(?:^|\s)\(?[A-H][.)](?:\s|$)")
 
 
-def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> str:
+def drop_reason(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     """"" if the reply may teach, else the first of DROP_REASONS that speaks against it.
 
-    threshold: the lowest IoU of the reply's box with a target in the image that it names. Where all
-    boxes are asked for, one that is missing or too many is "box", too.
+    "box" means an IoU below 0.5 with the target, or a missing or extra box.
     """
     answer = parse_reply(reply)
     has_answer = sample.find_all or (answer.letter if sample.options else answer.box is not None)
@@ -47,7 +44,7 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat, threshold: fl
         return "leak" if OPTION_LETTER.search(answer.thinking) else ""
     if image_set_iou(reply, sample) < 1:
         return "image"
-    if weakest_iou(reply, sample, box_format) < threshold:
+    if weakest_iou(reply, sample, box_format) < 0.5:
         return "box"
     return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 
@@ -56,10 +53,9 @@ def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
                                  box_format: BoxFormat) -> str:
     """"" if a model teacher's trace may teach, else why not.
 
-    Besides DROP_REASONS: "no reply", "up front", "reveals" or "no gain". trace, direct: the
-    reasoned and the direct reply, of `endpoint.request_traces`. The reasoned IoU is that of the
-    trace's own answer, which the teacher wrote knowing the truth; MG-Thinker does not publish
-    whether it asks once more without it. A sample without a box has no IoU and needs no gain.
+    Args:
+        trace, direct: the reasoned and the direct reply, as `endpoint.request_traces` gives them.
+    Returns: one of DROP_REASONS, "no reply", "up front", "reveals" or "no gain".
     """
     if trace.error:
         return "no reply"
@@ -74,14 +70,14 @@ def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
         return ""
     if not direct:
         return "no reply"
+    # the teacher wrote its reasoned box knowing the truth; MG-Thinker does not say if it asks again
     direct_iou, reasoned_iou = (reply_iou(reply, sample, box_format)
                                 for reply in (direct, trace.text))
     return "" if reasoning_helps(direct_iou, reasoned_iou) else "no gain"
 
 
 def contains_target_box(thinking: str, sample: Sample, box_format: BoxFormat) -> bool:
-    """True if a box in square brackets, in the model's coordinates, meets a target with IoU >= 0.5.
-    """
+    """Whether a bracketed box, in the model's coordinates, meets a target with IoU >= 0.5."""
     boxes = [tuple(map(float, numbers)) for numbers in BRACKETED_BOX.findall(thinking)]
     targets = [to_model_box(target.box, sample.sizes[target.image - 1], box_format)
                for target in sample.targets]
@@ -89,19 +85,14 @@ def contains_target_box(thinking: str, sample: Sample, box_format: BoxFormat) ->
 
 
 def concludes_up_front(thinking: str) -> bool:
-    """True if the first sentence already concludes: it names the answer or the image that holds it.
-    """
+    """Whether the first sentence already names the answer or its image, or concludes."""
     first_sentence = re.split(r"(?<=[.!?])\s|\n", thinking.strip(), maxsplit=1)[0]
     return bool(CONCLUDES.search(first_sentence))
 
 
 def reveals_answer(thinking: str, sample: Sample, box_format: BoxFormat) -> bool:
-    """True if the reasoning mentions that an answer was given, or holds four numbers that meet a
-    target with IoU >= 0.5.
-
-    `contains_target_box` reads whole numbers in square brackets, in the student's coordinates. A
-    model teacher also writes pairs in parentheses, decimals, and boxes in 0 to 1, in 0 to 1000 or
-    in pixels of the original.
+    """Whether the reasoning mentions a given answer, or has four numbers that meet a target (IoU >=
+    0.5) in the model's coordinates, 0 to 1, 0 to 1000 or original pixels.
     """
     if MENTIONS_GIVEN_ANSWER.search(thinking):
         return True
@@ -122,11 +113,8 @@ def reveals_answer(thinking: str, sample: Sample, box_format: BoxFormat) -> bool
 
 
 def reasoning_helps(direct_iou: float, reasoned_iou: float) -> bool:
-    """True if reasoning paid: a correct answer gains 0.1 of IoU, or a wrong one becomes correct or
-    gains 0.2.
-
-    MG-Thinker's rule; correct means IoU >= 0.5, in the right image. It says "10 %" and "20 %", read
-    here as points of IoU.
+    """MG-Thinker's rule: a correct answer (IoU >= 0.5) gains 0.1 of IoU by reasoning; a wrong one
+    becomes correct or gains 0.2.
     """
     gain = reasoned_iou - direct_iou
     if direct_iou >= 0.5:

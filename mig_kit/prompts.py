@@ -1,13 +1,9 @@
 """Prompts and answers: how a sample is put to the model, and how its reply is read.
 
 Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is
-MG-Thinker's: reasoning in <think>, then one JSON object in <answer>, with the image number and the
-box in the coordinates of the model's BoxFormat.
-
-A question for all boxes (`Sample.find_all`) is answered with such an object for every box, a comma
-between two, or with NO_BOX. Its prompt is the same whether it has none, one or several, so that the
-prompt does not give the number away. NO_BOX says "image 0" and not "null", because a digit stands
-there in every answer: a small base cannot learn to write tokens that it has never written.
+MG-Thinker's: reasoning in <think>, then one JSON object in <answer>, whose box is in the
+coordinates of the model's BoxFormat. The answer to a question for all boxes lists an object per
+box, or NO_BOX.
 """
 
 import json
@@ -20,6 +16,8 @@ from mig_kit.sample import Sample
 
 GROUNDING_INSTRUCTION = ('Think in <think></think>, then answer '
                          '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
+# Not "null", so that a digit stands in every answer: a small base cannot learn to write tokens that
+# it has never written. The prompt is the same whether none, one or several boxes are correct.
 NO_BOX = '{"image": 0}'
 ALL_INSTRUCTION = (f"{GROUNDING_INSTRUCTION} Several may fit: list all, with commas between. "
                    f"If none fits, answer {NO_BOX}.")
@@ -32,12 +30,12 @@ MOST_BOXES = 100  # an answer that lists more is no answer
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's reply, read.
+    """A model's reply, read; image, box and letter are empty if it has none.
 
-    box: xyxy in the model's coordinates; image: from 1; None where the reply has none.
-    well_formed: the whole reply is one <think> block followed by one <answer> block that holds one
-    answer. names_none: likewise, but the answer holds neither a number nor a letter to choose, or
-    is NO_BOX.
+    Args:
+        image, box: number of the image, from 1, and xyxy in the model's coordinates.
+        well_formed: it is one <think> and one <answer> block with one answer, and nothing else.
+        names_none: likewise, but the answer holds neither number nor letter, or is NO_BOX.
     """
 
     thinking: str
@@ -54,21 +52,17 @@ def format_box(box: Box) -> str:
 
 
 def format_answer(image: int, box: Box) -> str:
-    """The JSON inside <answer>; box in the model's coordinates of the image with that number."""
+    """The JSON inside <answer>; box: in the model's coordinates of image number `image`."""
     return f'{{"image": {image}, "box": {format_box(box)}}}'
 
 
 def format_answers(answers: Iterable[tuple[int, Box]]) -> str:
-    """The inside of <answer> to a question for all boxes: an object for each (image number, box in
-    the model's coordinates), in this order; NO_BOX for none.
-    """
+    """The inside of <answer> to a question for all boxes; answers: (image number, box) pairs."""
     return ", ".join(format_answer(image, box) for image, box in answers) or NO_BOX
 
 
 def correct_answers(sample: Sample, box_format: BoxFormat) -> list[str]:
-    """Every inside of <answer> that answers a sample correctly: a letter, the box of each target,
-    all boxes at once, or that there is none.
-    """
+    """Every correct inside of <answer>: the letter, each target's box, or all boxes at once."""
     if sample.options:
         return [sample.letter]
     answers = [(image, to_model_box(box, sample.sizes[image - 1], box_format))
@@ -113,10 +107,7 @@ def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
 
 
 def parse_reply(text: str) -> Reply:
-    """Read a reply; never raises.
-
-    An answer that names several boxes, or two <answer> blocks, counts as none.
-    """
+    """Read a reply; never raises. Several boxes, or several <answer> blocks, count as no answer."""
     thinking = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
     answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     image, box, letter = None, None, ""
@@ -132,13 +123,13 @@ def parse_reply(text: str) -> Reply:
 
 
 def parse_boxes(text: str) -> list[tuple[int, Box]] | None:
-    """Every (image number, box in the model's coordinates) that the answer to a question for all
-    boxes lists; never raises.
+    """The (image number, box) pairs that answer a question for all boxes; never raises.
 
-    [] where it says that there is none: NO_BOX, null, [], or an object whose image is null.
-    None where it cannot be read: no or several <answer> blocks, any part that is no such object, or
-    more than MOST_BOXES. A JSON list of objects is read like objects with commas between. An image
-    may be any number, a box may be empty or inverted.
+    Boxes are in the model's coordinates and may be empty or inverted; an image may be any number.
+
+    Returns: [] if the answer says that there is none (NO_BOX, null, [] or an object whose image is
+    null); None if it cannot be read: not one <answer> block, a part that is no such object, or more
+    than MOST_BOXES.
     """
     answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     if len(answers) != 1 or not answers[0].strip():
@@ -165,16 +156,13 @@ def _is_no_box(item: object) -> bool:
 
 
 def is_well_formed(text: str, sample: Sample) -> bool:
-    """Whether the whole reply is one <think> and one <answer> block, and the answer is of the form
-    that the sample asks for; see `Reply.well_formed`.
-    """
+    """Whether the reply is one <think> and one <answer> block with an answer of the asked form."""
     if sample.find_all:
         return _has_two_blocks(text) and parse_boxes(text) is not None
     return parse_reply(text).well_formed
 
 
 def _has_two_blocks(text: str) -> bool:
-    """Whether the text is one <think> and one <answer> block and nothing else."""
     blocks = r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*"
     return (text.count("<think>") == text.count("<answer>") == 1
             and re.fullmatch(blocks, text, re.DOTALL) is not None)
@@ -194,7 +182,7 @@ def _parse_box(answer: str) -> tuple[int | None, Box | None]:
 
 
 def _read_box(data: object) -> tuple[int | None, Box | None]:
-    """The image number and the box of an answer's object, each None where it has none."""
+    """(image number, box) of an answer's object; each None if missing or malformed."""
     if not isinstance(data, dict):
         return None, None
     image, box = data.get("image"), data.get("box")
@@ -214,8 +202,9 @@ def cut_reasoning(reply: str) -> str:
 
 def reply_boxes_in_original(sample: Sample, text: str,
                             box_format: BoxFormat) -> list[tuple[int, Box]]:
-    """The (image number, box in pixels of that image's original) pairs that a reply lists in the
-    form that the sample asks for; boxes in images that the sample does not have are left out.
+    """(image number, box in pixels of that original) of each box in a reply to the sample.
+
+    Boxes in images that the sample does not have are left out.
     """
     if sample.find_all:
         answers = parse_boxes(text) or []

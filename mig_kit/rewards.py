@@ -1,22 +1,8 @@
-"""Rule-based rewards: format, image, box and choice, and other box terms to choose.
+"""Rule-based rewards: format, image, box and choice.
 
-A reward is a function of a reply, its sample and the model's box format; it gives a number, or None
-where it does not apply to the sample. A function of that form in a file of your own is chosen in
-the same way, by the parameter `rewards` of 05: "my_rewards.py:center".
-
-The paper names its rewards but publishes no formula. The form is MG-Thinker's, the nearest
-published one: the format reward counts correctly paired tags, the image reward is 0 or 1 and gates
-the box reward. Our choice: the box reward is the IoU itself from `floor` up (MG-Thinker steps to 1
-at IoU 0.9), because the IoU tells good boxes from better ones.
-
-Of a question for all boxes (`Sample.find_all`) every box term is summed over one-to-one pairs of
-boxes and targets that make the sum largest, and divided by the larger of the two numbers, as
-VisionReasoner does (arXiv 2505.12081): an order earns nothing, and a box too many costs. A correct
-"none" earns RIGHT_NONE in the image term and in every box term; a wrong one earns nothing, not even
-for its format. Both are ours. With the default weights, a third of the questions without a box and
-two images, always saying "none" earns 0.28, naming a random image with a box that misses 0.30; over
-`find_all`'s two or three images the two are level, and with more images "none" earns more: lower
-RIGHT_NONE there.
+A reward is a function of a reply, its sample and the model's box format; it returns a number, or
+None if it does not apply to the sample. Parameter `rewards` of 05 also takes a function from your
+own file: "my_rewards.py:center". The paper publishes no formula; the form is MG-Thinker's.
 """
 
 import re
@@ -32,17 +18,21 @@ from mig_kit.sample import Sample
 Reward = Callable[[str, Sample, BoxFormat], float | None]
 PairScore = Callable[[Box, Box], float]  # of a box and a target, pixels of the same image
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# Ours: what a correct "none" earns in the image term and in every box term; a wrong one earns 0.
+# With the default weights and a third of the questions without a box, always saying "none" to two
+# images earns 0.28, and a random image with a box that misses 0.30. With more images than three
+# "none" earns more than guessing: lower RIGHT_NONE there.
 RIGHT_NONE = 0.5
 
 
 def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairScore = iou,
                 right_none: float = 1.0) -> float:
-    """How well the boxes of a reply meet those of a question for all boxes.
+    """How well a reply's boxes meet the targets of a question for all boxes, 0..1.
 
-    The largest sum of `score` over one-to-one pairs of boxes and targets, divided by the number of
-    boxes or of targets, whichever is larger. A box that repeats another, or lies in another image
-    than its target, scores 0 and counts. Where there is no target: right_none if the
-    reply says so, else 0. An answer that cannot be read scores 0.
+    The largest sum of `score` over one-to-one pairs of boxes and targets, divided by the larger of
+    the two counts, as VisionReasoner does (arXiv 2505.12081). A repeated box, or one in another
+    image than its target, scores 0 and counts. Without targets a reply that says so gets
+    `right_none`. Any other gets 0, as does an answer that cannot be read.
     """
     boxes = parse_boxes(reply)
     if boxes is None:
@@ -55,17 +45,16 @@ def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairSc
 
 def _pair_scores(boxes: list[tuple[int, Box]], sample: Sample, box_format: BoxFormat,
                  score: PairScore = iou) -> np.ndarray:
-    """(boxes, targets) float: the score of every pair, 0 for one in different images."""
+    """(boxes, targets) float: the score of every pair, 0 if they lie in different images."""
     return np.array([
         [score(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
          if image == target.image else 0.0 for target in sample.targets] for image, box in boxes])
 
 
 def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
-    """IoU of the reply's box with the target in the image that the reply names; 0 without a box or
-    in the wrong image; of a question for all boxes `match_score`.
+    """IoU of the reply's box with the target in the image that it names, else 0.
 
-    box_format: says in which coordinates the reply's box is written.
+    For a question for all boxes it is `match_score`. box_format: coordinates of the reply's box.
     """
     if sample.find_all:
         return match_score(reply, sample, box_format)
@@ -75,9 +64,10 @@ def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
 
 
 def weakest_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
-    """The largest IoU that every pair of a box and a target of a question for all boxes can reach
-    at once, each box in its target's image; 0 unless there are as many boxes as targets, and 1 for
-    a right "none". Of a question for one box its `reply_iou`.
+    """The largest IoU that all pairs of boxes and targets can reach at once.
+
+    0 unless a reply has as many boxes as there are targets; 1 for a correct "none". For a question
+    for one box it is `reply_iou`.
     """
     if not sample.find_all:
         return reply_iou(reply, sample, box_format)
@@ -94,9 +84,10 @@ def weakest_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
 
 
 def image_set_iou(reply: str, sample: Sample) -> float:
-    """1 if the reply names an image that holds a target, else 0. Of a question for all boxes how
-    many images the reply names that hold targets, over how many it names or hold targets, and 1 for
-    a right "none".
+    """1 if the reply names an image with a target, else 0.
+
+    For a question for all boxes: images named that hold targets, over images named or holding
+    targets; 1 for a correct "none".
     """
     wanted = {target.image for target in sample.targets}
     if not sample.find_all:
@@ -114,8 +105,9 @@ def names_letter(reply: str, sample: Sample) -> bool:
 
 
 def format_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float:
-    """1 if the whole reply is well formed; else 0.25 for each tag that occurs exactly once, at most
-    0.75. 0 for a "none" where all boxes are asked for and there is one.
+    """1 if the reply is well formed, else 0.25 per tag that occurs exactly once, at most 0.75.
+
+    0 for a "none" to a question for all boxes that has a target.
     """
     if sample.find_all and sample.targets and parse_boxes(reply) == []:
         return 0.0
@@ -124,7 +116,7 @@ def format_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float:
 
 
 def image_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """`image_set_iou`, and RIGHT_NONE for a right "none"; None for multiple choice."""
+    """`image_set_iou`, but RIGHT_NONE for a correct "none"; None for multiple choice."""
     if sample.options:
         return None
     is_none_right = sample.find_all and not sample.targets
@@ -132,17 +124,19 @@ def image_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | N
 
 
 def choice_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """1 if the reply gives the correct letter, else 0; None but for multiple choice."""
+    """1 if the reply gives the correct letter, else 0; None unless it is multiple choice."""
     return float(names_letter(reply, sample)) if sample.options else None
 
 
 def box_reward(reply: str, sample: Sample, box_format: BoxFormat,
                floor: float = 0.1) -> float | None:
-    """`reply_iou`, 0 below `floor`; None for multiple choice. Where all boxes are asked for, that
-    of every pair that `match_score` makes.
+    """`reply_iou`, or 0 below `floor`; None for multiple choice.
+
+    For a question for all boxes it is `match_score` with every pair's IoU cut likewise.
     """
     if sample.options:
         return None
+    # The IoU tells good boxes from better ones; MG-Thinker steps to 1 at IoU 0.9.
     if not sample.find_all:
         return _cut_below(reply_iou(reply, sample, box_format), floor)
     return match_score(reply, sample, box_format,
@@ -160,17 +154,16 @@ REWARDS: dict[str, Reward] = {
 
 
 def cites_only_existing_images(reply: str, sample: Sample) -> bool:
-    """Whether every "image k" in the reasoning is an image of the prompt; models cite images that
-    do not exist.
-    """
+    """Whether every "image k" in the reasoning is an image of the prompt."""
     cited = re.findall(r"\bimage (\d{1,3})\b", parse_reply(reply).thinking, re.IGNORECASE)
     return all(1 <= int(number) <= len(sample.images) for number in cited)
 
 
 def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> bool:
-    """Whether the reply names the right image with IoU >= threshold; for a multiple-choice sample,
-    the correct letter; where nothing in the images answers, whether it says so; where all boxes are
-    asked for, whether it finds each with that IoU and names no other.
+    """Whether a reply is correct, by what its sample asks for.
+
+    A box: the image and IoU >= threshold. A letter: that letter. All boxes: each found with that
+    IoU, and no other. A question without an answer in the images: it says so.
     """
     if sample.options:
         return names_letter(reply, sample)

@@ -17,9 +17,9 @@ Hashes = tuple[list[str], np.ndarray]
 
 
 def hash_images(folder: Path, report: SkipReport) -> Hashes:
-    """Names below the folder, in their order, and a 64-bit DCT hash of each image file, whatever
-    its name ends in: (n,) uint64 (ImageHash's phash, Zauner 2010). What cannot be opened is counted
-    in the report.
+    """(sorted names below the folder; (n,) uint64, a 64-bit perceptual hash of each image file).
+
+    The report counts files that cannot be opened. Hashes are ImageHash's phash.
     """
     names, hashes = [], []
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
@@ -35,9 +35,7 @@ def hash_images(folder: Path, report: SkipReport) -> Hashes:
 
 
 def find_near_duplicates(train: Hashes, held_out: Hashes) -> Iterator[tuple[str, str, int]]:
-    """(training name, evaluation name, distance) of every pair whose hashes differ in at most
-    MOST_BITS of 64 bits; train, held_out: of `hash_images`.
-    """
+    """(training name, evaluation name, distance) of pairs that differ in at most MOST_BITS bits."""
     held_out_names, held_out_hashes = held_out
     for name, value in zip(*train):
         distances = np.bitwise_count(held_out_hashes ^ value)

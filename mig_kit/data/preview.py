@@ -32,10 +32,9 @@ img { max-width: 100% }
 
 
 def write_preview(samples: Iterator[Sample], out: Path) -> int:
-    """Draw the samples' boxes on their images into a self-contained page, whose text is escaped;
-    gives how many were drawn.
+    """Draw the samples' boxes on their images into one escaped page; returns how many were drawn.
 
-    ValueError for a name that does not end in .html, for a missing folder, and without a sample.
+    Raises: ValueError for a name not ending in .html, a missing folder, or no sample.
     """
     if out.suffix.lower() != ".html":
         raise ValueError(f"{out} must end in .html")

@@ -1,11 +1,7 @@
-"""What a model teacher is asked: edit RULES to try another prompt.
+"""What a model teacher is asked; edit RULES to try another prompt.
 
-As in MG-Thinker (section 3.2 and appendix B of its paper), the teacher gets the images, the
-question and the verified answer as a check that it must not reveal; the wording is ours, and one
-cue serves all tasks. A second prompt asks for a direct answer without that check.
-
-The images are sent as the student sees them, already resized, so the teacher's pixels are the
-student's pixels.
+As in MG-Thinker (section 3.2, appendix B), the teacher gets the verified answer as a check that it
+must not reveal; the wording is ours. It sees images resized as the student sees them.
 """
 
 from PIL import Image
@@ -38,10 +34,7 @@ DIRECT_CHOICE_INSTRUCTION = "Do not reason. Reply with nothing but the letter in
 
 
 def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
-    """The text after the images; kind: one of KINDS.
-
-    "direct" has neither the truth nor the request to think.
-    """
+    """The text after the images; kind: "trace", or "direct": no truth, no request to think."""
     question = format_question(sample, box_format)
     if kind == "direct":
         if sample.find_all:
@@ -58,9 +51,7 @@ def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
 
 
 def teacher_messages(sample: Sample, kind: str, box_format: BoxFormat) -> list[dict]:
-    """The chat in OpenAI's form: numbered images with their sizes, as JPEG, resized as the student
-    sees them.
-    """
+    """The chat in OpenAI's form: numbered images with their sizes, as JPEG, then the text."""
     content: list[dict] = []
     for number, image in enumerate(sample.images, 1):
         size = seen_size(image.size, box_format)

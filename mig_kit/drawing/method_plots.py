@@ -1,7 +1,4 @@
-"""Figures that explain the method: where in the pipeline a notebook is, four-bit weights, pass
-rates, one group of replies, a prompt that is read once, a bootstrap, and what seeds leave open.
-
-A figure comes back closed: as a cell's last line it is shown once.
+"""Figures that explain the method. A figure comes back closed: as a cell's last line it shows once.
 """
 
 from collections.abc import Sequence
@@ -36,10 +33,9 @@ MEAN_LINE = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
 
 
 def draw_pipeline(stage: str) -> plt.Figure:
-    """A strip of all stages with the present one filled, and under each arrow what is handed on.
+    """All stages in a strip, the present one filled, and under each arrow what it hands on.
 
-    stage: its number, or its name as "02_sft". 08, 09 and 90 stand beside the recipe, dashed; 90
-    comes before it.
+    stage: number, or name as "02_sft". 08, 09 and 90 stand beside the recipe, dashed.
     """
     number = stage[:2]
     beside = {number: (BESIDE[number], "")} if number in BESIDE else {}
@@ -58,8 +54,7 @@ def draw_pipeline(stage: str) -> plt.Figure:
             axes.annotate("", (place + 1.14, 0.8), (place + 0.86, 0.8),
                           arrowprops={"arrowstyle": "->", "color": INK, "shrinkA": 0,
                                       "shrinkB": 0})
-            axes.text(place + 1, 0.28, handed_on, ha="center", va="center", fontsize=8,
-                      color=INK)
+            axes.text(place + 1, 0.28, handed_on, ha="center", va="center", fontsize=8, color=INK)
     axes.set(xlim=(0, len(stages)), ylim=(0.1, 1.25))
     axes.axis("off")
     plt.close(figure)
@@ -67,7 +62,7 @@ def draw_pipeline(stage: str) -> plt.Figure:
 
 
 def plot_levels(scaled: np.ndarray, levels: Sequence[float]) -> plt.Figure:
-    """Weights over their block's largest, as a histogram, and the values that four bits can hold.
+    """A histogram of weights over their block's largest, and the values that four bits can hold.
 
     scaled: any shape, -1 to 1; levels: the values of the code book.
     """
@@ -83,10 +78,7 @@ def plot_levels(scaled: np.ndarray, levels: Sequence[float]) -> plt.Figure:
 
 
 def plot_matrices(matrices: dict[str, np.ndarray]) -> plt.Figure:
-    """The upper left corner of several matrices of one shape, each on a scale of its own.
-
-    matrices: what each is -> (rows, columns).
-    """
+    """The upper left corner of matrices of one shape, by name, each on a scale of its own."""
     figure, panels = plt.subplots(1, len(matrices), figsize=(WIDTH, 2.9), layout="constrained")
     for axes, (name, matrix) in zip(np.atleast_1d(panels), matrices.items()):
         limit = max(np.abs(matrix[:CORNER, :CORNER]).max(), 1e-12)
@@ -101,10 +93,10 @@ def plot_matrices(matrices: dict[str, np.ndarray]) -> plt.Figure:
 
 
 def plot_learning_signal(group: int, low: float, high: float) -> plt.Figure:
-    """What a group of replies can teach, over the chance p that one reply is correct: the variance
-    of its rewards p (1 - p), and the chance that the replies differ.
+    """The variance p (1 - p) of a group's rewards, and the chance that replies differ, over p.
 
-    group: replies to a prompt; low, high: the pass rates that are kept.
+    p: chance that a reply is correct; group: replies to a prompt; low, high: pass rates that are
+    kept.
     """
     p = np.linspace(0, 1, 201)
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7), layout="constrained")
@@ -122,10 +114,9 @@ def plot_learning_signal(group: int, low: float, high: float) -> plt.Figure:
 
 def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, low: float,
                     high: float) -> plt.Figure:
-    """A row per task, a column per number of correct replies: the share of the task's prompts in
-    percent. Blue lines are the bounds between which a prompt is kept.
+    """A row per task: share of its prompts, percent, by correct replies; blue bounds what is kept.
 
-    tasks, rates: of each prompt; group: replies to a prompt; low, high: the pass rates kept.
+    tasks, rates: of each prompt; group: replies to a prompt; low, high: pass rates that are kept.
     """
     counts = (np.asarray(rates) * group).round().astype(int)
     table = pd.crosstab(pd.Series(list(tasks)), counts).reindex(
@@ -133,8 +124,7 @@ def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, lo
     shares = 100 * table.div(table.sum(axis=1), axis=0)
     order = (table @ np.arange(group + 1) / table.sum(axis=1)).sort_values().index
     names = [f"{name} ({table.loc[name].sum()})" for name in order]
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.3),
-                                layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.27 * len(order) + 1.3), layout="constrained")
     sns.heatmap(shares.loc[order], mask=shares.loc[order] == 0, annot=True, fmt=".0f",
                 cmap="Greys", vmin=0, vmax=100, cbar=False, yticklabels=names,
                 annot_kws={"fontsize": 8}, linewidths=0.5, ax=axes)
@@ -151,11 +141,9 @@ def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, lo
 
 
 def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float]) -> plt.Figure:
-    """Left the weighted rewards of every reply, stacked, with the group's mean; right the
-    advantages.
+    """Left each reply's weighted rewards, stacked, with the group's mean; right its advantage.
 
-    terms: reward's name -> its weighted value for each reply; a reward that does not apply is left
-    out or 0.
+    terms: reward's name -> its weighted value for each reply, 0 if it does not apply.
     """
     numbers = range(1, len(advantages) + 1)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3), layout="constrained")
@@ -173,10 +161,7 @@ def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float])
 
 
 def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Figure:
-    """How much likelier one update has made every reply: the change of its log-probability.
-
-    change: in nats, of the whole reply. Colours are those of the advantages.
-    """
+    """Change of each reply's log-probability by one update, in nats, coloured by advantage."""
     figure, axis = plt.subplots(figsize=(6.4, 3), layout="constrained")
     _draw_signed_bars(axis, change, advantages)
     axis.bar_label(axis.containers[0], fmt="{:+.1f}", fontsize=8, padding=2)
@@ -204,16 +189,12 @@ def _label(axis: plt.Axes, title: str, unit: str, numbers: range) -> None:
 
 
 def count_tokens(prompt: int, group: int, reply: int) -> dict[str, int]:
-    """Tokens that pass through the model for one prompt with `group` replies of `reply` tokens:
-    "stock" reads the prompt before every reply, "kit" once.
-    """
+    """Tokens that the model reads: "stock" reads the prompt before every reply, "kit" only once."""
     return {"stock": group * (prompt + reply), "kit": prompt + group * reply}
 
 
 def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
-    """A bar per row of the batch, as long as its tokens: the prompt in grey, a reply in blue; above
-    as stock trainers read them, below as the kit does.
-    """
+    """The rows of a batch as bars of tokens, as stock trainers and as the kit read them."""
     tokens = count_tokens(prompt, group, reply)
     figure, axes = plt.subplots(2, 1, sharex=True, layout="constrained", figsize=(
         WIDTH, 1.6 + 0.2 * group), height_ratios=(group, group + 1))
@@ -242,9 +223,9 @@ def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
 
 
 def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.Figure:
-    """How often the resamples of a bootstrap have which score, and the interval that holds 95 %.
+    """How often a bootstrap's resamples have which score, and its 95 % interval.
 
-    means: (resamples,) of the score, 0..1. interval: [low, high], 0..1.
+    means: (resamples,) scores, 0..1; interval: [low, high], 0..1.
     """
     figure, axes = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
     values, counts = np.unique(np.round(100 * means, 1), return_counts=True)
@@ -261,9 +242,7 @@ def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.
 
 
 def plot_seed_widths() -> plt.Figure:
-    """Half the width of a 95 % interval over seeds, in standard deviations of a seed's score, by
-    the number of seeds: Student's t, and the normal value that few seeds make too narrow.
-    """
+    """Half the width of a 95 % interval, in standard deviations of a seed's score, by seeds."""
     counts = np.array([2, 3, 4, 5, 6, 8, 10])
     student = student_t.ppf(0.975, counts - 1) / np.sqrt(counts)
     figure, axes = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")

@@ -1,7 +1,7 @@
 """One colour and one label for every name, in all figures, pictures and pages.
 
-The colours are Okabe and Ito's, which colour-blind readers tell apart. In grey, neighbours in a
-figure differ in lightness or are told apart by marker, dashes or a number.
+The colours are Okabe and Ito's, which colour-blind readers tell apart; in grey, neighbours differ
+in lightness, marker, dashes or number.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ OTHER_COLOURS = ("#E69F00", "#56B4E9", PREDICTED, "#F0E442", "#B5679A", "#009E73
 
 
 def piece_colours(names: Iterable[str]) -> dict[str, str]:
-    """Name -> colour: of PIECE_COLOURS, and for other names those of OTHER_COLOURS in order."""
+    """Name -> colour: PIECE_COLOURS has it, or it is the next of OTHER_COLOURS."""
     names = list(dict.fromkeys(names))
     used = {PIECE_COLOURS[name] for name in names if name in PIECE_COLOURS}
     free = [colour for colour in OTHER_COLOURS if colour not in used] or list(OTHER_COLOURS)

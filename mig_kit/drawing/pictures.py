@@ -1,8 +1,6 @@
-"""Boxes on images: a sample, the replies of several systems to it, a group of replies, a training's
-rollouts; and the tokens of a reply in colour.
+"""Boxes on images: a sample, replies to it, a training's rollouts; and a reply's tokens in colour.
 
-Every image stands in a frame of its own, because scenes are often as white as the page. Targets are
-solid, boxes of replies dashed, the reference dotted, so that a print in grey tells them apart.
+Targets are solid, boxes of replies dashed, the reference dotted, to tell them apart in grey.
 """
 
 import textwrap
@@ -45,8 +43,9 @@ SYSTEM_MARKS = {"base": (DOTS, "b", (0, 0)), "sft": (SHORT_DASHES, "S", (1, 0)),
 
 
 class Stroke(NamedTuple):
-    """A box to draw. image: its number; box: pixels of the original image; letter: stands at the
-    corner, which is a share of width and of height.
+    """A box to draw on image number `image`, in its original pixels.
+
+    letter: stands at the corner, which is a (share of width, share of height).
     """
 
     image: int
@@ -72,10 +71,9 @@ def _draw_dashed(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]
 
 def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = None,
                 height: int = 200) -> Image.Image:
-    """All images of a sample side by side, numbered and framed: targets solid green, the reply's
-    boxes dashed orange, reference dotted pink.
+    """All images of a sample side by side: targets green, the reply's boxes orange, reference pink.
 
-    box_format: of the reply; a reply without one is a ValueError. height: of the images, pixels.
+    height: of the images, pixels. Raises ValueError for a reply without a box_format.
     """
     if reply and box_format is None:
         raise ValueError("a reply's box cannot be drawn without its box_format")
@@ -84,16 +82,15 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
 
 
 def _fit_height(sample: Sample, height: int) -> int:
-    """The height, made smaller where the images beside each other would exceed MAX_WIDTH."""
+    """The height, lowered to keep images side by side within MAX_WIDTH."""
     room = MAX_WIDTH - GAP * (len(sample.sizes) + 1)
     return min(height, int(room / sum(width / tall for width, tall in sample.sizes)))
 
 
 def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat) -> Image.Image:
-    """All images of a sample with the boxes of several systems, each in its colour and dashes, with
-    its letter (SYSTEM_MARKS) at a corner of its own.
+    """A sample's images with each system's boxes in its own colour, dashes and letter.
 
-    replies: system -> reply; a system without a mark is drawn as PREDICTED, without a letter.
+    replies: system -> reply; one without SYSTEM_MARKS is drawn as PREDICTED.
     """
     strokes = [Stroke(image, box, SYSTEM_COLOURS.get(system, PREDICTED),
                       *SYSTEM_MARKS.get(system, (DASHES,)))
@@ -103,9 +100,7 @@ def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat)
 
 
 def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) -> Image.Image:
-    """All images of a sample with the boxes of all replies to it, each with its number: correct
-    ones blue with long dashes, others orange with short ones.
-    """
+    """A sample's images with the numbered boxes of all replies: correct blue, others orange."""
     strokes = []
     for place, reply in enumerate(replies):
         style = STYLES[is_correct(reply, sample, box_format)]
@@ -116,9 +111,7 @@ def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) ->
 
 
 def draw_boxes(sample: Sample, strokes: list[Stroke], height: int) -> Image.Image:
-    """The images side by side, each framed below its number, with targets, `strokes` and reference;
-    height: of an image, pixels.
-    """
+    """The numbered images with targets, `strokes` and reference; height: of an image, pixels."""
     strokes = [*(Stroke(*target, TARGET, SOLID) for target in sample.targets), *strokes]
     if sample.reference:
         strokes.append(Stroke(1, sample.reference, REFERENCE, DOTS))
@@ -142,9 +135,7 @@ def draw_boxes(sample: Sample, strokes: list[Stroke], height: int) -> Image.Imag
 
 
 def _draw_letter(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]) -> None:
-    """The stroke's letter, if it has one, in a filled square outside the box at its corner, but in
-    the image.
-    """
+    """The stroke's letter, if any, in a square outside its box but in the image."""
     side = 15
     x, y = (min(max(low + share * (high - low) - side * (1 - share), 0), limit - side)
             for low, high, share, limit in zip(stroke.box[:2], stroke.box[2:], stroke.corner, size))
@@ -155,9 +146,7 @@ def _draw_letter(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]
 
 
 def text_font(size: int, text: str) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, in the size; for a text that is not ASCII DejaVu, which has accents, Greek
-    and Cyrillic, or the font of this machine that has the most of its letters.
-    """
+    """Pillow's font, or DejaVu or this machine's best match for a text that is not ASCII."""
     if text.isascii():
         return ImageFont.load_default(size)
     return ImageFont.truetype(_find_font(frozenset(map(ord, text))), size - 1)
@@ -181,8 +170,7 @@ def _letters_of(file: str) -> frozenset[int]:
 
 def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
                  height: int = 150) -> Image.Image:
-    """The question, and below it per system its reply with its box on the images, a blue bar beside
-    a correct one and an orange bar beside another.
+    """The question, and below it each system's reply and boxes, a bar beside: blue if correct.
 
     replies: system -> reply. height: of the images, pixels.
     """
@@ -227,11 +215,9 @@ def stack(pictures: Sequence[Image.Image], across: bool = False, gap: int = 0) -
 
 
 def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat) -> Image.Image:
-    """The replies to one question over the updates of a training: per update the images with the
-    boxes of all replies, in the colours of `draw_group`, and the first reply. At most six updates
-    are shown, the first and the last among them.
+    """Replies to one question at up to six updates: the boxes of all, and the first reply.
 
-    rows: {step, reply, reward, correct, boxes} each; boxes: (image number, box) pairs.
+    rows: {step, reply, reward, correct, boxes}; boxes: (image number, box) pairs.
     """
     by_step: dict[int, list[dict]] = {}
     for row in rows:
@@ -244,7 +230,6 @@ def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat) -> Im
 
 
 def _draw_step(sample: Sample, step: int, rows: list[dict]) -> list[Image.Image]:
-    """A line about the replies of one update, the images with their boxes, and the first reply."""
     strokes = [Stroke(image, box, *STYLES[row["correct"]]) for row in rows
                for image, box in row.get("boxes", [])]  # version 0.2 kept them otherwise
     sheet = draw_boxes(sample, strokes, _fit_height(sample, 110))
@@ -257,7 +242,7 @@ def _draw_step(sample: Sample, step: int, rows: list[dict]) -> list[Image.Image]
 
 
 def merge_runs(tokens: Sequence[str], values: Sequence[float]) -> tuple[list[str], list[float]]:
-    """Tokens and values with each run of one token of one value written once, as "token x 9"."""
+    """Tokens and values with each run of an equal pair written once, as "token x 9"."""
     merged = [(token, value, len(list(run)))
               for (token, value), run in groupby(zip(tokens, values, strict=True))]
     texts = [f"{token} x {count} " if count > 1 else token for token, _, count in merged]
@@ -266,8 +251,7 @@ def merge_runs(tokens: Sequence[str], values: Sequence[float]) -> tuple[list[str
 
 def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str,
                   high: float = 1) -> Image.Image:
-    """The tokens one after the other below a title, each on a ground that is the darker the larger
-    its value, such as its log-probability, or whether it carries loss.
+    """The tokens below a title, each on a ground that is the darker the larger its value.
 
     values: one a token, white up to 0 and darkest from `high` on.
     """

@@ -1,6 +1,4 @@
-"""Charts for notebooks and report: scores with intervals, bars, curves. Titles say what is
-shown, axes the unit; every name has its one colour (`palette`).
-"""
+"""Charts for notebooks and report; titles say what is shown, axes the unit."""
 
 import textwrap
 
@@ -45,7 +43,7 @@ def set_style() -> None:
 
 
 def set_title(target: plt.Figure | Axes, title: str) -> None:
-    """The title of a figure or of its one panel, wrapped, at the left."""
+    """The wrapped title of a figure or of its one panel, at the left."""
     if isinstance(target, plt.Figure):
         target.suptitle(title, fontsize=11, x=0.01, ha="left")
     else:
@@ -53,10 +51,9 @@ def set_title(target: plt.Figure | Axes, title: str) -> None:
 
 
 def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> plt.Figure:
-    """A line per `by`, on it a marker per system with its 95 % interval, from 0 to 100 percent.
+    """A line per `by`, on it a marker per system with its 95 % interval.
 
-    rows: {by, "system", value, "ci95", "n"}, percent. Systems differ in marker and
-    height as well as in colour.
+    rows: {by, "system", value, "ci95", "n"}, percent. Systems differ in marker and height, too.
     """
     table = pd.DataFrame(rows)
     names, systems = (list(dict.fromkeys(table[column])) for column in (by, "system"))
@@ -86,11 +83,11 @@ def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> 
 
 def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None,
               palette: dict[str, str] | None = None, interval: str | None = None) -> plt.Figure:
-    """A bar per row, grouped by x, a colour per hue; returns the figure.
+    """A bar per row, grouped by x, a colour per hue.
 
-    interval: the key of a [low, high] pair drawn as an error bar, in place of the bar's number.
-    palette: of the hues. Bars without a hue have the colours of their names where one of these is
-    the good end (`piece_colours`), else they are blue.
+    Args:
+        interval: key of a [low, high] pair, drawn as an error bar in place of the number.
+        palette: hue -> colour; else `piece_colours`, or blue if no bar is a good end.
     """
     table = pd.DataFrame(rows)
     names = list(dict.fromkeys(table[x]))
@@ -130,7 +127,7 @@ def _short_number(number: float) -> str:
 
 
 def _make_panels(count: int, height: float, **more) -> tuple[plt.Figure, list[Axes]]:
-    """A figure with `count` panels, at most PANELS beside each other; height: of one, inches."""
+    """A figure with `count` panels, at most PANELS in a row; height: of one, inches."""
     columns = min(PANELS, count)
     lines = -(-count // columns)
     figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
@@ -142,9 +139,7 @@ def _make_panels(count: int, height: float, **more) -> tuple[plt.Figure, list[Ax
 
 
 def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step"):
-    """One small panel per name over x; a faint line for the values, a strong one for their running
-    mean over `smooth`.
-    """
+    """A panel per name over x: a faint line of values, a strong one of their mean over `smooth`."""
     table = pd.DataFrame(rows)
     names = [n for n in names if n in table and table[n].notna().any()]
     figure, panels = _make_panels(len(names), 1.9)
@@ -164,9 +159,7 @@ def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1,
 
 
 def plot_stacked(counts: dict[str, dict[str, int]], title: str, unit: str = "count"):
-    """Horizontal stacked bars: a bar per outer key with its sum, a piece per inner key that counts
-    anything, with its number where there is room.
-    """
+    """Horizontal bars: one per outer key with its sum, a piece per inner key with its number."""
     table = pd.DataFrame(counts).T.fillna(0)
     table = table.loc[:, table.any()]
     sums = table.sum(axis=1)
@@ -191,10 +184,10 @@ def plot_stacked(counts: dict[str, dict[str, int]], title: str, unit: str = "cou
 def plot_groups(rows: list[dict], system: str = "grpo", reference: str = "") -> plt.Figure:
     """A panel per suite: a point with its interval per group, a line at the reference's score.
 
-    rows: {suite, group, is_reference, value, low, high, by_run}, percent; by_run: of each run, or
-    of each pair of runs, drawn as a small mark where there are several. system: whose scores they
-    are. reference: the group that `rows` are differences to, points, with the line at 0; "" for
-    scores.
+    Args:
+        rows: {suite, group, is_reference, value, low, high, by_run (values per run)}, percent.
+        system: whose scores they are.
+        reference: group that `rows` are differences to, in points, or "" for scores.
     """
     table = pd.DataFrame(rows)
     names, groups = (list(dict.fromkeys(table[column])) for column in ("suite", "group"))
@@ -225,9 +218,7 @@ def plot_groups(rows: list[dict], system: str = "grpo", reference: str = "") -> 
 
 
 def plot_speedup(rows: list[dict], title: str):
-    """Four panels over images' tokens, replies, tokens of a reply and prompts; a line per stage.
-    rows: of `benchmark.sweep`.
-    """
+    """Panels over prompt tokens, replies, reply tokens and prompts; rows: of `run_sweep`."""
     table = pd.DataFrame(rows)
     usual = {key: table[key].mode()[0] for key in ("images", "group", "tokens", "prompts")}
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5), sharey=True, layout="constrained")

@@ -1,8 +1,6 @@
 """Pictures that one can move in a live notebook: a box, a gallery.
 
-As the last line of a cell each function shows its controls where a person sits at the notebook, and
-a still picture that says the same everywhere else: in what papermill and nbval execute, and in
-every published copy.
+Where nobody can move them, as in executed copies, they are still pictures that say the same.
 """
 
 import os
@@ -39,10 +37,9 @@ def is_live() -> bool:
 
 
 def explore_box(sample: Sample, box_format: BoxFormat) -> Image.Image | ipywidgets.Widget:
-    """Move a box with sliders and see its IoU and what the rewards `image` and `box` pay for it.
+    """Move a box with sliders and see its IoU and the rewards `image` and `box`.
 
-    sample: of a question with a target. The still picture shows the target's box shifted to
-    OVERLAPS, blue where it is correct. ValueError for a sample without a target.
+    The still picture shows the target shifted to OVERLAPS. Raises ValueError without a target.
     """
     if not sample.targets:
         raise ValueError(f"sample {sample.id} has no target; take one that has a box")
@@ -67,10 +64,9 @@ def explore_box(sample: Sample, box_format: BoxFormat) -> Image.Image | ipywidge
 
 def browse_gallery(gallery: Sequence[tuple[str, Sample]], replies: dict[str, dict[str, str]],
                    box_format: BoxFormat) -> Image.Image | ipywidgets.Widget:
-    """Leaf through (kind, sample) pairs, as `report_gallery.pick_gallery` gives them.
+    """Leaf through (kind, sample) pairs; the still picture has the first sample of each kind.
 
-    replies: per system, as it is to be called, by sample id. The still picture has the first sample
-    of each kind. ValueError for an empty gallery.
+    replies: system -> sample id -> reply. Raises ValueError for an empty gallery.
     """
     if not gallery:
         raise ValueError("the gallery is empty; give at least one sample")
@@ -104,18 +100,15 @@ def _score_lines(reply: str, sample: Sample, box_format: BoxFormat) -> list[str]
 
 
 def shift_to_iou(box: Box, wanted: float) -> Box:
-    """The box moved to the left until its IoU with where it was is `wanted`, 0..1.
-
-    Moved by a share s of its width it overlaps itself in 1 - s of 1 + s, so s is
-    (1 - IoU) / (1 + IoU).
-    """
+    """The box moved to the left until its IoU with where it was is `wanted`, 0..1."""
     x1, y1, x2, y2 = box
+    # moved by a share s of its width it overlaps itself in 1 - s of 1 + s
     shift = (x2 - x1) * (1 - wanted) / (1 + wanted)
     return x1 - shift, y1, x2 - shift, y2
 
 
 def _draw_shifted(sample: Sample, overlap: float, box_format: BoxFormat) -> Image.Image:
-    """The image of the target with the target's box shifted to an IoU, and its scores."""
+    """The target's image with its box shifted to an IoU, and its scores."""
     number, box = sample.targets[0]
     alone = replace(sample, images=sample.images[number - 1:number], targets=(Target(1, box),),
                     reference=None)

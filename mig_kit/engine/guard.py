@@ -1,8 +1,7 @@
-"""Run a command of which nothing outlives its caller.
+"""`python -m mig_kit.engine.guard COMMAND ...` runs COMMAND and returns its exit status.
 
-`python -m mig_kit.engine.guard COMMAND ...` runs COMMAND and ends with its exit status. When its
-own standard input closes, because the caller has closed it or was killed, it ends every process
-that COMMAND has started, in whatever session. So it does when COMMAND ends before them.
+It ends all that COMMAND has started, in whatever session, once COMMAND ends or the guard's standard
+input closes because its caller has closed it or was killed.
 """
 
 import ctypes
@@ -34,9 +33,7 @@ def run_guarded(command: list[str]) -> int:
 
 
 def end_with_parent() -> None:
-    """Have this process ended when its parent ends: a launcher's agent may be killed on a node
-    that has no guard.
-    """
+    """End this process when its parent ends: a launcher may be killed on a node without a guard."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -1,7 +1,7 @@
 """Training jobs of stages 02 and 05: in this process, or in those that a launcher starts.
 
-A launcher is a command prefix, such as `torchrun --standalone --nproc-per-node 8`. What it starts
-finds its job in the stage folder; so does another node that runs the same command.
+A launcher is a command prefix, such as `torchrun --standalone --nproc-per-node 8`. Its processes,
+on any node that runs the command, read the job from the stage folder.
 """
 
 import gc
@@ -34,10 +34,11 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
             **inputs: str | Path) -> TrainerState:
     """Train as `params.launcher` says; returns the state of the finished trainer.
 
-    train(folder, params, **inputs) is the stage's own function, which starts or resumes. The job is
-    written to folder/job.json first. One that has ended, "done" there, is taken from disk. Raises
-    what `plan_launch` and `train` raise; RuntimeError with the error's last lines where a launched
-    process fails.
+    A job that job.json calls "done" is not trained again: its saved state is returned.
+
+    Args:
+        train: the stage's train(folder, params, **inputs), which starts or resumes.
+    Raises: as `plan_launch` and `train`; RuntimeError with its reason if a launched process fails.
     """
     path = folder / JOB_FILE
     is_done = path.is_file() and json.loads(path.read_text()).get("done")
@@ -73,7 +74,7 @@ def _load_state(folder: Path) -> TrainerState:
 
 
 def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
-    """(stage, its parameters, its inputs) of a folder's job; FileNotFoundError if it has none."""
+    """(stage, parameters, inputs) of a folder's job; FileNotFoundError if it has none."""
     path = folder / JOB_FILE
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; the stage's notebook writes it: start that "
@@ -83,17 +84,17 @@ def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
 
 
 def plan_launch(launcher: str) -> Launch | None:
-    """How to launch a job; None for training in this process.
+    """How to launch a job; None to train in this process, as on a machine with one GPU or core.
 
-    Several processes cannot share the only GPU of a machine, and gain nothing on its only core, so
-    that a launcher of one node is not used there. Raises ValueError with the remedy where the
-    launcher's program is missing, or starts more processes on a node than this one has GPUs.
+    Raises: ValueError if the launcher's program is missing, or starts more processes here than
+    there are GPUs.
     """
     if not launcher.strip():
         return None
     launch = parse_launcher(launcher)
     gpus = torch.cuda.device_count()
     devices = gpus or count_cores()
+    # several processes cannot share the only GPU, and gain nothing on the only core
     if devices == 1 and launch.local > 1 and launch.nodes == 1:
         return None
     if gpus and launch.local > gpus:
@@ -110,10 +111,10 @@ def count_cores() -> int:
 
 
 def run_command(command: list[str], local: int = 0) -> None:
-    """Run a launcher's command, printing its output as it comes; end it when this process ends.
+    """Run a launcher's command, print its output as it comes, and end it with this process.
 
-    local: processes that it starts here, which share the cores unless OMP_NUM_THREADS is set.
-    Raises RuntimeError with what the first failing process said where the command fails.
+    local: processes that it starts here; they share the cores unless OMP_NUM_THREADS is set. Raises
+    RuntimeError with what the first failing process said.
     """
     threads = {}
     if local and "OMP_NUM_THREADS" not in os.environ:

@@ -1,6 +1,4 @@
-"""One group of replies to one prompt, to look at: what the trainer draws, the log-probability of
-each token, and the trainer's own loss of it. Nothing is trained, and nothing is written.
-"""
+"""One group of replies to look at: what the trainer draws, log-probabilities, and its own loss."""
 
 import os
 import random
@@ -15,10 +13,7 @@ from mig_kit.engine.recipe_trainer import RecipeTrainer
 
 @contextmanager
 def keep_global_state() -> Iterator[None]:
-    """Put the random states, the environment and PyTorch's deterministic mode back afterwards.
-
-    A trainer sets all of them when it is made; one that only shows something must not.
-    """
+    """Restore random states, environment and deterministic mode, which making a trainer changes."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     environment = dict(os.environ)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -38,10 +33,10 @@ def keep_global_state() -> Iterator[None]:
 
 
 def draw_group(trainer: RecipeTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """(replies, batch): num_generations replies to the trainer's first prompt, and their tokens.
+    """(replies, batch): `num_generations` replies to the trainer's first prompt; its loss's input.
 
-    batch: what the trainer's loss takes: prompt_ids (replies, 1), the prompt's number,
-    completion_ids and completion_mask (replies, tokens), padded on the right, and more.
+    batch: prompt_ids (replies, 1), the prompt's number; completion_ids and completion_mask
+    (replies, tokens), padded on the right; and more.
     """
     rows = [trainer.train_dataset[0] for _ in range(trainer.num_generations)]
     batch = trainer._generate_and_score_completions(rows)
@@ -50,9 +45,8 @@ def draw_group(trainer: RecipeTrainer) -> tuple[list[str], dict[str, torch.Tenso
 
 
 def token_logps(trainer: RecipeTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The log-probability of every token of a batch, (replies, tokens), with gradients; 0 for
-    padding. Detach them where none are needed: under no_grad a bfloat16 product rounds otherwise.
-    """
+    """(replies, tokens) log-probabilities of a batch's tokens, with gradients; 0 for padding."""
+    # to be detached, not computed under no_grad: there a bfloat16 product rounds otherwise
     return trainer._logps(trainer.model, batch["prompt_ids"][:, -1], batch["completion_ids"],
                           batch["completion_mask"])[0]
 
@@ -61,10 +55,12 @@ def trainer_loss(trainer: RecipeTrainer, batch: dict[str, torch.Tensor],
                  advantages: torch.Tensor, old_logps: torch.Tensor | None = None,
                  ref_logps: torch.Tensor | None = None, loss_type: str = "dapo",
                  beta: float = 0.0) -> torch.Tensor:
-    """The loss that the trainer itself computes, TRL's code, of an update of this batch alone.
+    """The loss that the trainer itself, with TRL's code, computes for this batch alone.
 
-    advantages: (replies,). old_logps, ref_logps: (replies, tokens), of the model that drew the
-    replies (None: of this model, as it is) and of the reference, which a beta needs.
+    Args:
+        advantages: (replies,).
+        old_logps: (replies, tokens) of the model that drew the replies; None for this model.
+        ref_logps: (replies, tokens) of the reference; a beta needs it.
     """
     inputs = batch | {"advantages": advantages, "old_per_token_logps": old_logps,
                       "ref_per_token_logps": ref_logps}

@@ -1,6 +1,4 @@
-"""Processors: loading with the run's pixel limits, saving for strangers, and checks of what the
-model sees.
-"""
+"""Processors: load them with the run's pixel limits, save them, check what the model sees."""
 
 import json
 import math
@@ -12,20 +10,12 @@ from pathlib import Path
 import jinja2
 import torch
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    Qwen2_5_VLProcessor,
-)
+from transformers import AutoTokenizer, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
-from mig_kit.engine.model_folders import (
-    PROCESSORS,
-    check_model_folder,
-    find_file,
-    load_config,
-)
+from mig_kit.engine.model_folders import PROCESSORS, check_model_folder, find_file, load_config
 from mig_kit.prompts import chat_messages, parse_reply
 from mig_kit.sample import Sample
 
@@ -34,20 +24,17 @@ MOST_PROBED = 2**22  # pixels of a probe; larger ones take seconds and a gigabyt
 
 
 class StillImageProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without its video part, which needs torchvision.
+    """Qwen2.5-VL's processor for still images, without the video part, which needs torchvision.
 
-    For still images its relatives' processors do the same. Token expansion, chat template and image
-    processing are transformers' own code. `padding_side` is left: the trainers accept a batch that
-    is padded on the right and misplace the image tokens' positions. stock_class: the processor
-    class of the model's family. Every file that this one writes names that class, because nothing
-    outside the kit can load a class of the kit. coordinates: in which the model writes boxes, which
-    its folder keeps in SETTINGS_FILE.
+    Args:
+        stock_class: processor class of the model's family, which all saved files name.
+        coordinates: those in which the model writes boxes; kept in SETTINGS_FILE.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None,
                  stock_class: str = "Qwen2_5_VLProcessor",
                  coordinates: Coordinates | None = None, **kwargs):
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = "left"  # on the right, trainers misplace image tokens' positions
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
@@ -56,58 +43,43 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
 
     @classmethod
     def get_attributes(cls):
-        """The two parts this processor is made of."""
+        """The parts that transformers looks for."""
         return ["image_processor", "tokenizer"]
 
     @cached_property
     def opened_tag(self) -> str:
-        """The "<think>", with what follows it, that the chat template has opened at the end of a
-        prompt, so that the model writes the closing tag alone; "" where it opens none.
-
-        A template that closes the block as well (Qwen3.5 with thinking off) opens none: the reply
-        is what follows, and the kit's instruction asks it for a block of its own.
-        """
+        """"<think>" and what follows it, if the chat template ends a prompt with it, else ""."""
         messages = [{"role": "user", "content": [{"type": "text", "text": "Where is it?"}]}]
         texts = [_fill_template(self, messages, asks_reply) for asks_reply in (False, True)]
         _, tag, rest = texts[1][len(os.path.commonprefix(texts)):].partition("<think>")
+        # Qwen3.5 with thinking off closes the block as well; the reply then writes one of its own
         return "" if "</think>" in rest else tag + rest
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
-        """Completions as replies: what the prompt has opened, then what was generated.
-
-        Takes what the tokenizer's method takes. The kit and TRL read all completions here.
-        """
+        """Completions as replies: the tag that the prompt has opened, then what was generated."""
         return [self.opened_tag + text for text in super().batch_decode(*args, **kwargs)]
 
     def cut_opened(self, reply: str) -> str:
-        """What a model has to write after its prompt for this to be its reply.
-
-        A reply without reasoning first closes what the prompt has opened.
-        """
+        """What a model has to write after its prompt for this to be its reply."""
         if reply.startswith(self.opened_tag):
             return reply.removeprefix(self.opened_tag)
         _, tag, rest = reply.partition("<think>")
-        return rest.lstrip() if tag else f"</think>{reply}"
+        return rest.lstrip() if tag else f"</think>{reply}"  # without reasoning: close the block
 
     def tokenize_replies(self, replies: Sequence[str]) -> list[list[int]]:
-        """The token ids with which a model writes each reply after its prompt, without an end."""
+        """Token ids with which a model writes each reply after its prompt, without an end token."""
         texts = [self.cut_opened(reply) for reply in replies]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """As transformers' method, but a text that ends with a reply starts with the prompt that
-        asks for this reply, and keeps its reasoning.
-
-        Some templates leave the reasoning out, or write a tag that the prompt has written: SFT
-        would then learn what is never to follow the prompt.
-        """
+        """As transformers' method, but text with a reply starts with the prompt asking for it."""
         text = super().apply_chat_template(conversation, *args, **kwargs)
         is_continued = kwargs.get("continue_final_message")
         if not isinstance(text, str) or conversation[-1]["role"] != "assistant" or is_continued:
             return text
         content = conversation[-1]["content"]
-        reply = content if isinstance(content, str) else "".join(
-            part["text"] for part in content)
+        reply = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        # some templates drop the reasoning or repeat the prompt's tag, which SFT would then learn
         asking = kwargs | {"add_generation_prompt": True}
         prompt = super().apply_chat_template(conversation[:-1], *args, **asking)
         if text.startswith(prompt) and parse_reply(reply).thinking in text[len(prompt):]:
@@ -117,10 +89,7 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         return prompt + self.cut_opened(reply) + plain.rpartition("It is there.")[2]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
-        """Write tokenizer, chat template and image settings; the trainers call it at checkpoints.
-
-        Raises ValueError for push_to_hub.
-        """
+        """Write tokenizer, chat template and image settings; ValueError for push_to_hub."""
         if push_to_hub:
             raise ValueError("the trainers send nothing to the Hub; use: hf upload")
         folder = Path(save_directory)
@@ -130,16 +99,13 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
         self.save_image_settings(folder)
 
     def save_image_settings(self, folder: Path) -> None:
-        """Write preprocessor_config.json, and name the stock class wherever the folder names one.
-
-        The pixel limits are written twice: older releases of transformers read min_pixels and
-        max_pixels, newer ones `size`. There is no processor_config.json, which would win over it.
-        """
+        """Write preprocessor_config.json; every file of the folder then names the stock class."""
         settings = self.image_processor.to_dict() | {"processor_class": self.stock_class}
+        # older releases of transformers read these two, newer ones `size`
         settings["min_pixels"] = settings["size"]["shortest_edge"]
         settings["max_pixels"] = settings["size"]["longest_edge"]
         _write_settings(folder / "preprocessor_config.json", settings)
-        (folder / "processor_config.json").unlink(missing_ok=True)
+        (folder / "processor_config.json").unlink(missing_ok=True)  # it would win over this file
         if self.coordinates:
             _write_settings(folder / SETTINGS_FILE, {"coordinates": self.coordinates})
         tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -149,16 +115,15 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
 
 
 def _write_settings(path: Path, values: dict) -> None:
-    """Write a settings file in the form that transformers writes."""
+    """Write a settings file in transformers' form."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProcessor:
-    """The processor of a model folder or hub name; the one place where its pixel limits are set.
+    """The processor of a model folder or hub name; the one place that sets its pixel limits.
 
-    Two places with two limits would resize twice and shift every box. Raises FileNotFoundError with
-    a remedy when the folder has no processor files, and ValueError where the model does not see
-    images or write boxes as `box_format` says.
+    Raises: FileNotFoundError without processor files; ValueError unless the model sees images and
+    writes boxes as `box_format` says.
     """
     check_model_folder(model)
     family = load_config(model).model_type
@@ -170,7 +135,8 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
     except Exception as error:  # what reads tokenizer.json raises nothing narrower
         raise ValueError(f"the tokenizer of {model} cannot be read ({error}); copy tokenizer.json "
                          "and tokenizer_config.json again") from error
-    # By these names, for a `size` would lose against the limits in a published folder's file.
+    # Two limits in two places would resize twice and shift every box. By these names, because a
+    # `size` would lose against the limits in a published folder's file.
     images = Qwen2VLImageProcessorPil.from_pretrained(
         model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
     processor = StillImageProcessor(
@@ -183,10 +149,9 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
 
 
 def read_box_format(model: str | Path) -> BoxFormat:
-    """The limits and coordinates that a model folder or hub name brings along: those of its image
-    settings and of SETTINGS_FILE, which the kit writes, else its family's.
+    """The box format of a model folder or hub name: as the kit saved it, else its family's.
 
-    Raises as `load_config`, and ValueError for settings that cannot be used.
+    Raises: as `load_config`; ValueError for settings that cannot be used.
     """
     is_absolute = load_config(model).model_type == "qwen2_5_vl"
     coordinates = Coordinates.ABSOLUTE if is_absolute else Coordinates.NORMALIZED_1000
@@ -204,7 +169,7 @@ def read_box_format(model: str | Path) -> BoxFormat:
 
 
 def describe_other_format(model: str | Path, box_format: BoxFormat) -> str:
-    """A sentence where the kit saved a model that was trained with another box format; else ""."""
+    """A sentence if the kit saved the model after training it with another box format, else ""."""
     if not (Path(model) / SETTINGS_FILE).is_file():
         return ""
     own = read_box_format(model)
@@ -215,7 +180,7 @@ def describe_other_format(model: str | Path, box_format: BoxFormat) -> str:
 
 
 def load_chat_template(model: str | Path) -> str | None:
-    """The chat template that lies beside the tokenizer of a folder or hub name, or None."""
+    """The chat template beside the tokenizer of a folder or hub name, or None."""
     if path := find_file(model, "chat_template.jinja"):
         return path.read_text()
     if path := find_file(model, "chat_template.json"):
@@ -225,8 +190,7 @@ def load_chat_template(model: str | Path) -> str | None:
 
 def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
                         model: str | Path) -> None:
-    """Raise ValueError unless there is a chat template that gives every image of a prompt a place.
-    """
+    """Raise ValueError unless the chat template gives every image of a prompt a place."""
     remedy = "copy chat_template.jinja or .json from the model that this one was made from"
     if not processor.chat_template:
         raise ValueError(f"{model} has no chat template; {remedy}")
@@ -238,9 +202,7 @@ def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
 
 def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
                        model: str | Path) -> None:
-    """Raise ValueError unless images below, between and above the pixel limits come out at the size
-    that boxes are computed for.
-    """
+    """Raise ValueError unless images below, between and above the limits get the right size."""
     low, high = box_format.min_pixels, box_format.max_pixels
     areas = (low / 2, math.sqrt(low * high), 2 * high)
     sizes = [(math.ceil(math.sqrt(area * 4 / 3)), math.ceil(math.sqrt(area * 3 / 4)))
@@ -266,7 +228,7 @@ def render_prompt(processor: StillImageProcessor, sample: Sample, box_format: Bo
 
 def _fill_template(processor: StillImageProcessor, messages: list[dict],
                    asks_reply: bool = True) -> str:
-    """The messages as text that asks for a reply, or not; ValueError for a template that fails."""
+    """The messages as text; ValueError if the template fails."""
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=asks_reply,
                                              tokenize=False)
@@ -277,8 +239,9 @@ def _fill_template(processor: StillImageProcessor, messages: list[dict],
 
 
 def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample], str]:
-    """A function that gives a sentence on a sample whose prompt is longer than the model reads, ""
-    on any other. It decodes no image; the tokenizer is loaded, and no weights.
+    """A function that says in a sentence if a prompt is longer than the model reads, else "".
+
+    It decodes no image and loads no weights.
     """
     processor = load_processor(model, box_format)
     limit = load_config(model).get_text_config().max_position_embeddings
@@ -300,11 +263,9 @@ def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample
 
 def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
                       grid_thw: torch.Tensor | None, sizes: list[tuple[int, int]]) -> None:
-    """Raise ValueError unless every image of a batch is seen at the size that its boxes are
-    computed for.
+    """Raise ValueError unless the model sees each image at the size for which boxes are computed.
 
-    grid_thw: (images, 3) int, patches of the batch's images; sizes: (width, height) of their
-    originals, in order.
+    grid_thw: (images, 3) int, patches of each image; sizes: (width, height) of the originals.
     """
     grids = [] if grid_thw is None else grid_thw.tolist()
     if len(grids) != len(sizes):

@@ -25,20 +25,14 @@ PROMPTS_AT_ONCE = 4  # prompts that `reply_logps` holds in memory
 
 def prompt_source(processor: StillImageProcessor, box_format: BoxFormat,
                   sample: Sample) -> PromptSource:
-    """The sample's prompt, which a `PromptCache` renders when it needs it. Its key is the sample's
-    suite and id, so one cache takes samples of one data set, or of several suites.
-    """
+    """The sample's prompt, rendered by a `PromptCache` when needed; its key is the suite and id."""
     return PromptSource((sample.suite, sample.id),
                         partial(render_prompt, processor, sample, box_format), sample.images,
                         sample.sizes, partial(image_digests, sample.images))
 
 
 class SampleCache(PromptCache):
-    """A `PromptCache` that is asked for samples.
-
-    autocast: as of `PromptCache`. `get` raises ValueError where the model sees an image at another
-    size than its boxes are computed for.
-    """
+    """A `PromptCache` of samples; `get` raises ValueError if an image is seen at a wrong size."""
 
     def __init__(self, model, processor: StillImageProcessor, box_format: BoxFormat,
                  autocast: bool = False):
@@ -61,11 +55,7 @@ def make_cache(policy: Policy) -> SampleCache:
 @torch.no_grad()
 def reply_logps(model, processor: StillImageProcessor, samples: list[Sample], replies: list[str],
                 box_format: BoxFormat) -> list[torch.Tensor]:
-    """Log-probabilities of the tokens of each reply, its end included, (tokens,) float32; one reply
-    to each sample.
-
-    PROMPTS_AT_ONCE prompts are in memory at a time.
-    """
+    """Log-probabilities of each reply's tokens, its end included: (tokens,) float32 per reply."""
     device, values = unwrap_peft(model).device, []
     for start in range(0, len(samples), PROMPTS_AT_ONCE):
         part = slice(start, start + PROMPTS_AT_ONCE)
@@ -83,11 +73,9 @@ def reply_logps(model, processor: StillImageProcessor, samples: list[Sample], re
 
 def read_prompt(base_model: str, sample: Sample,
                 box_format: BoxFormat) -> tuple[list[str], list[tuple[int, int]]]:
-    """The sample's prompt as tokens, each as text, in which every image takes its places; and the
-    (width, height) at which each image is seen, pixels.
+    """(tokens as text, each image's (width, height) as the model sees it) of a sample's prompt.
 
-    base_model: as the parameter of 01. The processor is that of a folder; for a hub name the tiny
-    base's, so that nothing is downloaded.
+    base_model: as the parameter of 01; a hub name is read with the tiny base's processor.
     """
     folder = resolve_model(base_model)
     processor = load_processor(folder if isinstance(folder, Path) else TINY_BASE, box_format)

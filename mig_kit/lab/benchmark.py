@@ -1,9 +1,7 @@
 """Stage 08: the kit beside stock TRL and transformers in one run.
 
-Both sides have the same weights, the same data and the same number of tokens per reply, and take
-turns. A prompt of several images is long and its replies are short; stock trainers read it, and run
-the vision tower over its images, once per reply, the kit once. Nothing is remembered from one
-repetition to the next: every rollout of the kit encodes its images again.
+Both have the same weights, data and tokens per reply, and take turns. Stock trainers read a prompt
+once per reply, the kit once per group. No rollout reuses the images of another.
 """
 
 from dataclasses import replace
@@ -37,8 +35,8 @@ def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Wor
                     repeats: int, name: str) -> dict:
     """`group` replies of `load.tokens` tokens to every question, from images on, side by side.
 
-    Several are sampled, all questions in one batch. One is greedy: stock is asked one question at a
-    time, as MIG-Bench's script does, the kit all in one batch.
+    One reply is greedy: stock is asked a question at a time, as in MIG-Bench's script, the kit all
+    at once. Several are sampled, for both in one batch.
     """
     processor, hardware, is_greedy = stock.processor, stock.hardware, group == 1
     options = SamplingOptions(float(not is_greedy), 1.0, load.tokens, load.tokens)
@@ -65,9 +63,7 @@ def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Wor
 
 def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                      repeats: int, with_step: bool = False) -> dict:
-    """rollout and train of a load, side by side; with_step: also a whole GRPO step and its memory,
-    and a printed line for each comparison.
-    """
+    """"rollout" and "train" of a load, side by side; with_step: also a GRPO step and its memory."""
     names = ("rollout", "train") if with_step else ("", "")
     stock, kit = make_sides(model, hardware, load, folder)
     stock_batch, kit_batch = same_batches(stock)
@@ -85,11 +81,7 @@ def compare_training(model: str | Path, hardware: Hardware, load: Workload, fold
 
 
 def sweep_loads(load: Workload) -> list[Workload]:
-    """`load` with a single prompt, one thing at a time changed; every load once.
-
-    Images and prompts are 1, 2, 4 up to those of the load, and two prompts at least; half and twice
-    as many replies; a quarter and twice as many tokens.
-    """
+    """`load` with a single prompt, and loads that change one of its numbers; each load once."""
     single = replace(load, prompts=1)
     powers = (1, 2, 4, 8)
     groups, lengths = (max(2, load.group // 2), 2 * load.group), (
@@ -115,11 +107,10 @@ def run_sweep(model: str | Path, hardware: Hardware, loads: list[Workload], fold
 
 def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                  repeats: int) -> dict:
-    """All six comparisons at one load, a line each as they end, the memory of a whole step, and how
-    far the gradients are apart in float32 (one prompt).
+    """All comparisons at one load, a printed line each, and the gradients' difference in float32.
 
-    Rejection sampling has as many questions as a step; "evaluate" four times as many, about images
-    of their own; "evaluate_alike" five times as many, ALIKE about the same images each.
+    "rejection" has as many questions as a step, "evaluate" four times as many; "evaluate_alike" has
+    ALIKE times as many, ALIKE about the same images.
     """
     float32 = replace(hardware, dtype=torch.float32, autocast=False, attention="sdpa")
     error = gradient_error(*make_sides(model, float32, replace(load, prompts=1), folder))
@@ -140,9 +131,7 @@ def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: 
 
 
 def headline_text(result: dict, load: Workload) -> str:
-    """What was measured, and what `run_headline` has not printed: memory, gradients, and the share
-    of the matrix rate if it is there, under "utilisation".
-    """
+    """What was measured, with what `run_headline` has not printed: memory, gradients and more."""
     memory = result["peak_mem_mb"]
     tokens = count_tokens(result["prompt_tokens"], load.group, load.tokens)
     lines = [f"{load.prompts} prompts with {load.images} images of {load.side} px "

@@ -1,8 +1,8 @@
 """What a real run needs of one GPU's memory, stage by stage, before anything is downloaded.
 
-Predicted: it follows from the models' shapes and from what a layer keeps for the backward pass,
-which a test measures. Checked on one H100 for 02 of the 3B alone: 9.0 GiB of tensors, 9.1 here.
-Every prompt holds IMAGES images of the largest size, and every reply is as long as it may be.
+It is predicted from the models' shapes and from what a layer keeps for the backward pass; one H100
+confirmed 02 of the 3B alone (9.0 GiB of tensors predicted, 9.1 measured). Every prompt holds IMAGES
+images of the largest size, and every reply is as long as it may be.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: widths of the language model, parameters of all and of the vision tower, and the
-    side of an image token (px).
-    """
+    """A model's widths, numbers of parameters, and side of an image token (pixels)."""
 
     hidden: int
     inner: int
@@ -45,8 +43,8 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
-    total: int
-    vision: int
+    total: int  # parameters
+    vision: int  # parameters of the vision tower
     head_dim: int = 128
     token_side: int = 28
     linear_layers: int = 0  # of `layers`; the others' q_proj then has a gate as wide as the query
@@ -100,9 +98,9 @@ def read_profile(profile: str) -> dict[str, SimpleNamespace]:
 
 
 def predict(profile: str) -> dict[str, list]:
-    """What a profile needs: lines of `advice`, and the rows of `memory_table`.
+    """{"advice", "memory"} of a profile: a line per card, and the rows of `memory_table`.
 
-    Both are empty where the profile's model is neither in SHAPES nor a folder, as is "tiny".
+    Both are empty if its model is neither in SHAPES nor a folder, as is "tiny".
     """
     params = read_profile(profile)
     first = params["01_synthesize"]
@@ -119,9 +117,7 @@ def predict(profile: str) -> dict[str, list]:
 
 
 def find_shape(model: str) -> Shape | None:
-    """The shape of a known hub name or of a model folder; None for others, and for mixtures of
-    experts: nothing is downloaded.
-    """
+    """The shape of a known hub name or a model folder; None for others and mixtures of experts."""
     folder = model_folder(model)
     if model in SHAPES or model == "tiny" or not (folder / "config.json").is_file():
         return SHAPES.get(model)
@@ -148,9 +144,7 @@ def count_shape(config) -> Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """What is in memory at once: `prompts` prompts of `prompt` tokens, with `replies` replies of
-    `tokens` tokens to each.
-    """
+    """What is in memory at once; prompt and tokens are the lengths of a prompt and of a reply."""
 
     prompt: int
     prompts: int = 1
@@ -159,10 +153,7 @@ class Load:
 
 
 def layer_bytes(shape: Shape, lora_r: int) -> float:
-    """Bytes per token that a layer keeps for its backward pass: bfloat16, LoRA with dropout.
-
-    Of a layer with linear attention, where there are any: it keeps more.
-    """
+    """Bytes per token that a layer keeps for its backward pass: bfloat16, LoRA with dropout."""
     if shape.linear_layers:  # as transformers computes it without flash-linear-attention
         of_state = (70 + shape.state_depth / 16) * shape.value_width + 1314 * shape.value_heads
         return (40 * shape.hidden + 14 * shape.inner + 24 * lora_r + 8 * shape.key_width + of_state
@@ -174,8 +165,9 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
                     four_bit: bool) -> dict[str, float]:
     """GiB of each part of a training step.
 
-    is_checkpointed: only the layers' inputs are kept, and one layer in full. four_bit also makes
-    everything else float32, as peft's prepare_model_for_kbit_training does.
+    Args:
+        is_checkpointed: only layers' inputs are kept, and one layer in full.
+        four_bit: all that is not 4-bit is float32, by peft's prepare_model_for_kbit_training.
     """
     own_tokens = load.replies * load.tokens
     group_tokens = load.prompt + own_tokens  # the prompt is read once
@@ -198,10 +190,9 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
 
 
 def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
-    """GiB of each part of drawing replies; the keys and values of a prompt are there once, with
-    linear attention once for each reply, which has its states, too.
-    """
+    """GiB of each part of drawing replies."""
     prompt_tokens, replies = load.prompts * load.prompt, load.prompts * load.replies
+    # linear attention keeps states, so each reply has its own copy of the prompt's cache
     copies = replies if shape.linear_layers else load.prompts
     tokens = copies * load.prompt + replies * load.tokens
     state_size = shape.value_width * shape.state_depth
@@ -216,8 +207,8 @@ def predict_memory(shape: Shape, params: dict[str, SimpleNamespace],
                    max_pixels: int) -> dict[str, dict[str, float]]:
     """Stage -> parts in GiB; params: of `read_profile`; max_pixels: of an image.
 
-    Replies are drawn to as many prompts at a time as memory holds; the parts are those of one. 05
-    draws replies, then learns from them: its parts are those of the phase that needs more.
+    One prompt at a time gets its replies; memory decides how many fit. 05 has the parts of its
+    larger phase, drawing or learning.
     """
     _, sft, sampling, grpo, evaluate = params.values()
     prompt = TEXT_TOKENS + IMAGES * max_pixels // shape.token_side**2
@@ -251,9 +242,7 @@ def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
 
 
 def fitting_pixels(shape: Shape, params: dict[str, SimpleNamespace], gigabytes: int) -> int:
-    """The largest max_pixels, in steps of 16 image tokens, with which every stage fits a card; 0 if
-    none does.
-    """
+    """The largest max_pixels, in steps of 16 image tokens, that fits a card in all stages, or 0."""
     area = shape.token_side**2
     for tokens in range(params["01_synthesize"].max_pixels // area, 0, -16):
         rows = memory_table(predict_memory(shape, params, tokens * area))

@@ -30,10 +30,7 @@ class Side:
         return len(self.trainer._prompts_of([0])[0].ids)
 
     def roll_out(self) -> dict:
-        """Replies and rewards of a step, and advantages that are not all 0.
-
-        The kit's cache of prompts starts empty.
-        """
+        """Replies and rewards of a step, from an empty cache, and advantages that are not all 0."""
         if self.is_kit:
             self.trainer.cache.clear()
         data = self.trainer.train_dataset
@@ -97,9 +94,7 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
 
 
 def same_batches(stock: Side) -> tuple[dict, dict]:
-    """The same replies as either trainer's loss reads them: (stock's, the kit's, whose rows hold
-    numbers of samples in place of prompts).
-    """
+    """(stock's, the kit's): the same replies; the kit's prompts are numbers of samples."""
     batch = stock.roll_out()
     ids = batch["completion_ids"]
     numbers = torch.arange(stock.load.prompts, device=ids.device)

@@ -1,6 +1,4 @@
-"""How far the kit is from the machine's limit: the share of its matrix rate that training reaches.
-
-Counted is only the work that cannot be left out: every distinct token once.
+"""The share of a machine's matrix rate that training reaches, counting every distinct token once.
 """
 
 import statistics
@@ -22,10 +20,9 @@ MATRIX_SIZES = ((2048, 1024, 1024), (2048, 1024, 2816), (4096, 1024, 4096))  # r
 
 
 def save_random_model(folder: Path, hidden: int) -> Path:
-    """Write a random Qwen2.5-VL to `folder`, with the tiny base's tokenizer; the folder.
+    """Write a random Qwen2.5-VL, with the tiny base's tokenizer, to `folder`; returns it.
 
-    Its two layers are shaped like the 3B's, which they equal at hidden 2048: heads 128 wide, a pair
-    of keys and values to eight of them, an MLP 5.375 times as wide. hidden: a multiple of 128.
+    Its two layers are shaped like the 3B's (equal at hidden 2048); hidden: a multiple of 128.
     """
     torch.manual_seed(0)
     processor = load_processor(TINY_BASE, BoxFormat())
@@ -43,10 +40,8 @@ def save_random_model(folder: Path, hidden: int) -> Path:
 def minimal_flops(model, prompt: int, replies: int, tokens: int) -> float:
     """Floating-point operations that log-probabilities and gradients of a group cannot do without.
 
-    prompt: tokens of the prompt; tokens: of a reply. Every distinct token passes once: forward, the
-    gradient of the activations through frozen weights, and the adapters' own gradient. Every token
-    attends to what stands before it (backward counts twice). The head is for the replies only. In
-    the last layer the prompt has keys and values alone, but for its last token.
+    Every distinct token passes once: forward, gradient of the activations through frozen weights,
+    the adapters' own. prompt: tokens of the prompt; tokens: of a reply.
     """
     language = unwrap_peft(model).model.language_model
     last_layer = f"{len(language.layers) - 1}."
@@ -62,6 +57,7 @@ def minimal_flops(model, prompt: int, replies: int, tokens: int) -> float:
     config = language.config
     own_tokens = replies * tokens
     linear = 2 * (prompt + own_tokens) * weight_passes - 2 * (prompt - 1) * unread_passes
+    # the head is for replies only; a token attends to all before it, and backward counts twice
     head = 2 * 2 * own_tokens * config.hidden_size * config.vocab_size
     prompt_pairs, own_pairs = prompt**2 / 2, replies * (tokens * prompt + tokens**2 / 2)
     pairs = config.num_hidden_layers * (prompt_pairs + own_pairs) - prompt_pairs + prompt
@@ -85,9 +81,7 @@ def matrix_rate(hardware: Hardware) -> float:
 
 def measure_utilisation(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                         repeats: int) -> dict:
-    """The share of the matrix rate that log-probabilities and gradients of one prompt's replies
-    reach, and what it comes from.
-    """
+    """The share of the matrix rate that training on one prompt's replies reaches, and its parts."""
     kit = make_side(model, hardware, replace(load, prompts=1), folder, is_kit=True)
     batch = kit.roll_out()
     weights = kit.trainer.model

@@ -25,24 +25,17 @@ SCENE_SIDE = 84  # pixels
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """What is measured: the size of a GRPO step."""
 
-    images: of a prompt; group: replies to it; tokens: of a reply; side: of an image, pixels;
-    prompts: of a GRPO step, as many as stage 05 learns from at a time.
-    """
-
-    images: int = 6
-    group: int = 8
-    tokens: int = 64
-    side: int = 392
-    prompts: int = 4
+    images: int = 6  # of a prompt
+    group: int = 8  # replies to a prompt
+    tokens: int = 64  # of a reply
+    side: int = 392  # of an image, pixels
+    prompts: int = 4  # of a step, as many as stage 05 learns from at a time
 
 
 def make_questions(load: Workload, count: int, alike: int = 1) -> list[Sample]:
-    """`count` questions over `load.images` drawn scenes of `load.side` pixels each.
-
-    alike: as many questions in sequence are about the same scenes.
-    """
+    """`count` questions, each `alike` in sequence about the same `load.images` scenes."""
     rng = random.Random("benchmark/0")
     samples = []
     for index in range(count):
@@ -59,9 +52,7 @@ def make_questions(load: Workload, count: int, alike: int = 1) -> list[Sample]:
 
 
 def load_stock_model(model: str | Path, hardware: Hardware) -> PreTrainedModel:
-    """The model as transformers itself loads it: its own attention, and its convolution over
-    patches.
-    """
+    """The model as transformers loads it: its own attention, and its convolution over patches."""
     weights = AutoModelForImageTextToText.from_pretrained(
         model, dtype=hardware.dtype, attn_implementation=STOCK_ATTENTION,
         device_map=hardware.device, use_safetensors=True)
@@ -84,8 +75,9 @@ def _wait_for_device(hardware: Hardware) -> None:
 
 def compare_times(stock: Callable[[], object], kit: Callable[[], object], repeats: int,
                   hardware: Hardware, name: str = "") -> dict:
-    """Both calls, warmed up, in turns: medians in seconds, their ratio, fastest and slowest. They
-    are also printed under a `name`.
+    """Both calls, warmed up, in turns: medians in seconds, their ratio, fastest and slowest.
+
+    They are also printed under a `name`.
     """
     stock()
     kit()
@@ -103,7 +95,7 @@ def compare_times(stock: Callable[[], object], kit: Callable[[], object], repeat
 
 
 def peak_memory(call: Callable[[], object], hardware: Hardware) -> float:
-    """MiB that a call needs at its peak beyond what was in use: of the GPU, else of the process."""
+    """MiB at a call's peak beyond what was in use: of the GPU, else of the process."""
     release_memory()
     if hardware.device == "cuda":
         torch.cuda.empty_cache()

@@ -1,11 +1,7 @@
-"""The code that a stage's results follow from: cells of its notebook, the definitions that these
-use, and those that they use in turn.
+"""The code that a stage's results follow from; only a change of it makes the stage stale.
 
-Of a stage's code only a change of these makes it stale: another reward must not repeat fine-tuning.
-`store.describe_staleness` compares them, parameters and inputs. Code counts by its digest alone, so
-that a definition or a module can be moved and renamed. Comments, docstrings and imports of the kit
-do not count, nor do cells that only show something (TAGS_OUTSIDE), nor does what is
-NOT_PART_OF_A_KEY.
+It is the notebook's cells and every definition that these use, so another reward does not repeat
+fine-tuning. Code counts by digest: definitions may move, and docstrings do not count.
 """
 
 import ast
@@ -33,18 +29,17 @@ MODULE_BODY = "<body>"  # what a module does when it is imported, such as regist
 
 
 def notebook_cells(stage: str) -> list[dict]:
-    """The code cells of a stage's notebook; [] where there is none."""
+    """The code cells of a stage's notebook; [] if there is none."""
     path = NOTEBOOKS / f"{stage}.ipynb"
     cells = json.loads(path.read_text())["cells"] if path.is_file() else []
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
 def describe_code(stage: str, rewards: Sequence[str]) -> dict:
-    """{"code", "definition", "cell"} of a stage.
+    """{"code", "definition", "cell"} of a stage; `rewards` names the kit's rewards that it uses.
 
-    code: a digest of all the code that its results follow from. definition ("module.name" ->
-    digest) and cell (texts) say what that is, for sentences on what has changed.
-    rewards: the names of the kit's rewards that the stage uses.
+    code: digest of all code that its results follow from. definition ("module.name" -> digest) and
+    cell (texts) say what that is, for `store.describe_staleness`.
     """
     source = "\n".join("".join(cell["source"]) for cell in notebook_cells(stage))
     imports = _imports(_parse(source))
@@ -74,7 +69,7 @@ def describe_code(stage: str, rewards: Sequence[str]) -> dict:
 
 def _find_definitions(names: Iterable[Name], stage: str,
                       rewards: Sequence[str]) -> dict[Name, tuple[str, frozenset[Name]]]:
-    """(code, references) of the definitions of these names, and of all that they lead to."""
+    """(code, references) of these definitions and of all that they lead to."""
     left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
     todo, used = set(names), {}
     while todo:
@@ -98,15 +93,13 @@ def _module_path(module: str) -> Path:
 
 
 def _files_beside(module: str) -> list[Path]:
-    """The files that lie beside a module under its name, as templates do."""
+    """Files beside a module under its name, such as templates."""
     path = _module_path(module)
     return [file for file in path.parent.glob(f"{path.stem}.*") if file.suffix != ".py"]
 
 
 def _definitions(path: Path) -> dict[str, tuple[str, frozenset[Name]]]:
-    """name -> (its code, what it refers to) of every top-level definition of a module; {} where
-    there is no such file.
-    """
+    """Name -> (code, references) of a module's top-level definitions; {} without such a file."""
     return _read_definitions(path, path.stat().st_mtime_ns) if path.is_file() else {}
 
 
@@ -133,7 +126,7 @@ def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozens
 
 
 def _split_choice(statement: ast.stmt) -> list[tuple[list[str], ast.AST]]:
-    """(the names that it defines, a statement); of CHOSEN instead an entry each, "REWARDS[box]"."""
+    """(names it defines, statement); for CHOSEN one entry per key, "REWARDS[box]"."""
     names = _defined_names(statement)
     if names != [CHOSEN] or not isinstance(statement.value, ast.Dict):
         return [(names, statement)]
@@ -172,7 +165,7 @@ def _is_kit_import(node: ast.AST) -> bool:
 
 
 def _imports(tree: ast.AST) -> dict[str, Name]:
-    """Local name -> what it stands for, of everything imported from the kit anywhere in `tree`."""
+    """Local name -> what it stands for, for all imports from the kit."""
     names = {}
     for node in filter(_is_kit_import, ast.walk(tree)):
         for alias in node.names:
@@ -184,15 +177,13 @@ def _imports(tree: ast.AST) -> dict[str, Name]:
 
 
 def _resolve(tree: ast.AST, names: dict[str, Name]) -> tuple[ast.AST, set[Name]]:
-    """`tree` without what says where the kit's definitions lie, and the names of those it uses."""
+    """`tree` without hints at where the kit's definitions lie, and the names it uses."""
     resolver = _Resolver({**names, **_imports(tree)})
     return resolver.visit(tree), resolver.references
 
 
 class _Resolver(ast.NodeTransformer):
-    """Writes `module.name` and `alias` of the kit as `name`, leaves the kit's imports out, and
-    collects what is used.
-    """
+    """Writes the kit's `module.name` as `name`, drops imports of the kit, collects references."""
 
     def __init__(self, names: dict[str, Name]):
         self.names = names

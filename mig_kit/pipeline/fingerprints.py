@@ -1,8 +1,4 @@
-"""What tells models, files and images from others under the same name.
-
-A file counts by its SHA-256, so that a copy is the same file. Large weights and large sets of
-images, which take minutes to read, count by size and time.
-"""
+"""What tells models, files and images apart: their SHA-256, or size and time for large ones."""
 
 import hashlib
 import json
@@ -31,9 +27,7 @@ JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')  # one without an end takes the
 
 
 def model_fingerprint(model: str) -> dict[str, str]:
-    """What tells a model folder's weights and settings from others; {} for a hub name. Large files
-    by their size and time.
-    """
+    """File name -> digest, of a model folder's weights and settings; {} for a hub name."""
     folder = model_folder(model)
     files = [path for kind in MODEL_FILES for path in folder.glob(kind)]
     return {path.name: (_size_and_time(path) if path.stat().st_size > LARGE_FILE
@@ -46,9 +40,7 @@ def _size_and_time(path: Path) -> str:
 
 
 def hash_named_files(params: dict) -> dict[str, str]:
-    """{"data", "images"}: SHA-256 of 01's own data and of the images that it asks about; {} without
-    such data.
-    """
+    """{"data", "images"}: SHA-256 of 01's own data and of its images; {} without own data."""
     path = PROJECT_ROOT / params.get("data", "scenes")
     if path == PROJECT_ROOT / "scenes" or not path.is_file():
         return {}
@@ -57,7 +49,7 @@ def hash_named_files(params: dict) -> dict[str, str]:
 
 
 def iter_own_images(file: Path, root: Path) -> Iterator[tuple[str, Path]]:
-    """(name, path) of all that may be an image in own data, which is every text there."""
+    """(name, path) of every text in own data, since each may name an image."""
     is_by_line = file.suffix == ".jsonl"  # else a list, which has no lines to count
     lines = iter_lines(file) if is_by_line else [(1, file.read_bytes())]
     for _, line in lines:
@@ -68,10 +60,7 @@ def iter_own_images(file: Path, root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def hash_images(named_paths: Iterable[tuple[str, Path]], root: Path) -> str:
-    """SHA-256 over names and contents of images below `root`.
-
-    A file whose size and time are known is not read again; one that is gone counts as it was.
-    """
+    """SHA-256 over names and contents of images below `root`; known files are not read again."""
     images = dict(named_paths)
     facts = {name: _size_and_time(path) for name, path in images.items() if is_regular_file(path)}
     sizes = (int(fact.split()[0]) for fact in facts.values())
@@ -80,7 +69,7 @@ def hash_images(named_paths: Iterable[tuple[str, Path]], root: Path) -> str:
 
 
 def _hash_files(root: Path, images: dict[str, Path], facts: dict[str, str]) -> dict[str, str]:
-    """Name -> SHA-256 of the images that are there, or were."""
+    """Name -> SHA-256 of images that are there, or were."""
     cache = runs_root() / CACHE.format(hashlib.sha256(str(root).encode()).hexdigest()[:16])
     try:
         known = json.loads(cache.read_text())

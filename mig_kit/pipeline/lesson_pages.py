@@ -1,8 +1,6 @@
-"""Executed notebooks as pages that can be read in a repository's web view: `mig-kit lessons`.
+"""Executed notebooks as pages for a repository's web view: `mig-kit lessons`.
 
-A page is made by nbconvert's markdown exporter. Put before it, `_prepare_cells` folds the
-parameters, keeps of the outputs what a reader needs (text, tables, pictures; no progress, warnings,
-objects or folders of the machine), and turns links between notebooks into links between pages.
+nbconvert's exporter writes them from what `_prepare_cells` keeps: text, tables and pictures.
 """
 
 import base64
@@ -51,18 +49,19 @@ def source_hash(notebook: NotebookNode) -> str:
 
 
 def page_hash(page: Path) -> str:
-    """The hash that a page carries of the notebook that it was made from; "" if it has none."""
+    """The hash that a page carries of its notebook; "" if it has none."""
     match = re.search(r"^<!-- source ([0-9a-f]{64}) -->$", page.read_text(), re.MULTILINE)
     return match[1] if match else ""
 
 
 def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
-    """Write a page NN.md per stage with its pictures beside it, and question.png, above LESSONS.
+    """Write a page NN.md per stage with its pictures, and question.png; returns each page's origin.
 
-    Each notebook is taken from the first of the runs that has finished it. One that none has keeps
-    its page if that is of the present notebook, else it gets a page without outputs. Returns by
-    stage what its page is of. ValueError for a copy of another version of the notebook,
-    FileNotFoundError for runs that have no finished stage; the old pages then stay.
+    A notebook comes from the first run that finished it. If none did, its page stays if it is of
+    the present notebook, else it has no outputs.
+
+    Raises: ValueError for a copy of another version of the notebook, FileNotFoundError if no run
+    has a finished stage; the old pages then stay.
     """
     copies = {stage: _find_copy(stage, run_ids) for stage in store.STAGES}
     if not any(copies.values()):
@@ -97,7 +96,7 @@ def _read_notebook(stage: str) -> NotebookNode:
 
 
 def _find_copy(stage: str, run_ids: list[str]) -> str:
-    """The first of the runs that has finished the stage as a notebook; "" if none has."""
+    """The first run that finished the stage as a notebook; "" if none has."""
     for run_id in run_ids:
         has_notebook = (store.stage_folder(stage, run_id) / f"{stage}.ipynb").is_file()
         if has_notebook and store.load_record(stage, run_id):
@@ -106,7 +105,7 @@ def _find_copy(stage: str, run_ids: list[str]) -> str:
 
 
 def _make_page(stage: str, run_id: str, notebook: NotebookNode) -> dict[str, bytes]:
-    """The page's file and its pictures, by name; notebook: the present one."""
+    """File name -> content of the page and its pictures; notebook: the present one."""
     header = ("No executed copy: the cells without their outputs. To run them: "
               f"`mig-kit run {stage[:2]}`.")
     expected = source_hash(notebook)
@@ -136,8 +135,9 @@ def _describe_run(stage: str, run_id: str) -> str:
 
 
 def render_page(notebook: NotebookNode, number: str) -> tuple[str, dict[str, bytes]]:
-    """The notebook as markdown, and its pictures by name: NN_1.png, NN_2.png, ..., and one of them,
-    the first of the cell tagged "cover" or else the first, smaller as NN_cover.png.
+    """The notebook as markdown, and its pictures by name: NN_1.png, NN_2.png, ...
+
+    NN_cover.png is a smaller copy: of the cell tagged "cover", else of the first picture.
     """
     pictures: dict[str, bytes] = {}
     exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)])
@@ -150,9 +150,7 @@ def render_page(notebook: NotebookNode, number: str) -> tuple[str, dict[str, byt
 
 def _prepare_cells(notebook: NotebookNode, number: str,
                    pictures: dict[str, bytes]) -> NotebookNode:
-    """The cells as the page has them: outputs as markdown, parameters folded, links set; adds to
-    `pictures`.
-    """
+    """Cells as the page shows them: outputs as markdown, links set; adds to `pictures`."""
     heading, covers, cells = "", {}, []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -190,9 +188,7 @@ def _has_tag(cell: NotebookNode, tag: str) -> bool:
 
 
 def page_links(markdown: str) -> str:
-    """Links relative to notebooks/ as links relative to the pages; those to numbered notebooks go
-    to their pages.
-    """
+    """Links relative to notebooks/ as links relative to the pages, numbered notebooks as pages."""
     def resolve(match: re.Match) -> str:
         target, mark, anchor = match[2].partition("#")
         if re.fullmatch(r"\d\d_\w+\.ipynb", target):
@@ -204,8 +200,7 @@ def page_links(markdown: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """The text as a reader elsewhere needs it: without NOISE, and paths of the machine as "…/name".
-    """
+    """The text without NOISE, and with paths of the machine as "…/name"."""
     text = NOISE.sub("", text + "\n")
     text = MACHINE_PATH.sub(lambda match: "…/" + posixpath.basename(match[0].rstrip("/")), text)
     return STAGE_LINE.sub(r"\1", text).strip("\n")
@@ -226,9 +221,7 @@ def text_block(text: str) -> str:
 
 
 def html_tables(html: str) -> str:
-    """The tables of an HTML output as markdown, without their index if it only counts, at most
-    MAX_ROWS of each; "" if it holds none, or shows progress.
-    """
+    """The tables of an HTML output as markdown, MAX_ROWS rows each; "" for progress or no table."""
     soup = BeautifulSoup(html, "html.parser")
     tables = [] if soup.find("progress") else soup.find_all("table")
     return "\n\n".join(filter(None, map(_markdown_table, tables)))
@@ -252,8 +245,7 @@ def _markdown_table(table) -> str:
 
 
 def shrink_picture(data: bytes, max_width: int = MAX_WIDTH) -> bytes:
-    """A picture as a small PNG of at most 256 colours, on white, at most `max_width` pixels wide.
-    """
+    """A picture as a PNG of at most 256 colours, on white, at most `max_width` pixels wide."""
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     sheet = Image.new("RGB", picture.size, "white")
     sheet.paste(picture, mask=picture.getchannel("A"))
@@ -264,7 +256,7 @@ def shrink_picture(data: bytes, max_width: int = MAX_WIDTH) -> bytes:
 
 
 def output_text(output: NotebookNode) -> str:
-    """An output that is no picture, as markdown; "" for what no reader needs."""
+    """An output without a picture, as markdown; "" for what no reader needs."""
     if output["output_type"] == "stream":
         is_shown = output["name"] == "stdout"  # libraries warn on the other one
         return text_block(clean_text(output["text"])) if is_shown else ""
@@ -280,16 +272,14 @@ def output_text(output: NotebookNode) -> str:
 
 
 def alternative_text(output: dict, heading: str) -> str:
-    """What stands for a picture: its own sentence where it has one, else the heading above it."""
+    """What stands for a picture: its own sentence, else the heading above it."""
     text = " ".join(output["data"].get("text/plain", "").split())
     sentence = heading if not text or OBJECT.match(text) else text
     return re.sub(r"[\[\]$`<>|]", "", sentence)
 
 
 def web_formulas(markdown: str) -> str:
-    """Formulas in the form that a web view leaves alone: in backticks, or as a block, where a
-    backslash or an underscore would be read as markdown's.
-    """
+    """Formulas in backticks or blocks if markdown would read their backslashes or underscores."""
     def protect(match: re.Match) -> str:
         formula = match[1]
         return f"$`{formula}`$" if UNSAFE_IN_FORMULA.search(formula) else match[0]
@@ -298,5 +288,4 @@ def web_formulas(markdown: str) -> str:
                     flags=re.DOTALL)
     parts = re.split(r"(?ms)(^```.*?^```)", blocks)
     inline = re.compile(r"(?<![\\$`])\$(?!\$)([^$`\n]+?)(?<!\\)\$(?!\$)")
-    return "".join(part if part.startswith("```") else inline.sub(protect, part)
-                   for part in parts)
+    return "".join(part if part.startswith("```") else inline.sub(protect, part) for part in parts)

@@ -1,7 +1,4 @@
-"""Replies that a branch need not draw: a run that it starts from has drawn them already.
-
-The base and the SFT model of a branch are often those of its source, and replies follow from the
-model, the parameters and the code alone, so that drawing them again would give the same file.
+"""Replies that a branch copies from its source: the same model, parameters and code draw the same.
 """
 
 import json
@@ -23,12 +20,10 @@ MIXED = "mixed"  # instead of a key: two attempts drew them, on different server
 
 def take_replies(stage: Stage, models: dict[str, str | Path], hardware: str,
                  suites: tuple[str, ...]) -> dict[str, str]:
-    """Copy the replies that a source of this run has already; "<system> <kind>" -> that run.
+    """Copy the replies that a source of this run has already; returns "<system> <kind>" -> its run.
 
-    models: system -> model folder; hardware: what draws, in words; a kind is greedy or drawn (at
-    temperature 1). The files replies/<system>_<suite>_*.jsonl of the source's same stage are taken
-    if it has finished, with the same model, files, code and parameters. For greedy replies
-    DRAWN_PARAMS may differ.
+    models: system -> folder; hardware: what draws, in words. The source must have finished this
+    stage with the same models, files, code and parameters; greedy ones may differ in DRAWN_PARAMS.
     """
     folder = stage.folder / "replies"
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,7 @@ NEWS = re.compile(r"(?:the server https?://\S+ .*is left out|warning: ).*")
 
 
 class StageLines(logging.Handler):
-    """A log handler that takes what the notebooks print.
-
-    A stage has a line when it starts, a few lines of progress, and a line with its result.
-    """
+    """A log handler that prints a stage's start, some progress of its notebook, and its result."""
 
     def __init__(self):
         super().__init__()
@@ -22,7 +19,7 @@ class StageLines(logging.Handler):
         self.shown: set[tuple[str, int]] = set()  # fifths of the work that a line has told of
 
     def set(self, name: str, state: str, summary: str = "") -> None:
-        """A stage is "running", "up to date", "done" or "failed" now; summary: its result."""
+        """A stage is now "running", "up to date", "done" or "failed"; summary: its result."""
         if state == "running":
             self.started = time.monotonic()
             self.shown.clear()
@@ -32,7 +29,7 @@ class StageLines(logging.Handler):
         print(f"{name}: {state}{took}{result}", flush=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the lines of a notebook's output that tell of its progress, or are news."""
+        """Print those lines of a notebook's output that tell of progress, or are news."""
         for line in record.getMessage().split("\n"):
             line = line.rsplit("\r", 1)[-1].strip()  # a bar is printed over itself
             if news := NEWS.search(line):
@@ -41,7 +38,7 @@ class StageLines(logging.Handler):
                 print(f"  {line}", flush=True)
 
     def _is_due(self, line: str) -> bool:
-        """Whether a line of progress is the first of its fifth of the work."""
+        """Whether a line of progress is the first in its fifth of the work."""
         if match := STEP.match(line):
             label, share = "step", int(match[1]) / int(match[2])
         elif match := BAR.match(line):

@@ -1,11 +1,7 @@
 """MC-Bench and OdinW: detections scored through pycocotools.
 
-Predictions are COCO results: a list of {"image_id", "category_id", "bbox": [x, y, w, h] pixels,
-"score"}. An image without an entry has no box, which is an answer, so nothing can be missing here.
-
-pycocotools notes the annotation that a detection matches by its id and takes 0 for none: the box of
-an annotation 0, as MC-Bench's file has one, cannot be found, and of annotations with one id only
-the last counts.
+Predictions are COCO results: {"image_id", "category_id", "bbox": [x, y, w, h] pixels, "score"}. An
+image without an entry has no box, which is an answer, so nothing can be missing.
 """
 
 import contextlib
@@ -27,9 +23,7 @@ ODINW_THRESHOLDS = {"ap": None, "ap50": 0, "ap75": 5}  # places in COCO's ten Io
 
 
 def load_coco(annotations: dict, name: str) -> COCO:
-    """The annotations as a COCO index; name: the benchmark's, for errors. Raises ValueError where a
-    part of the COCO format is missing.
-    """
+    """The annotations as a COCO index; ValueError, naming the benchmark, for a missing part."""
     parts = ("images", "annotations", "categories")
     if not isinstance(annotations, dict) or not all(
             isinstance(annotations.get(part), list)
@@ -65,9 +59,9 @@ def _is_among(value, ids: Container) -> bool:
 
 
 def validate_detections(predictions: list[dict], coco: COCO, source: str) -> list[dict]:
-    """The fields of the predictions that count, with the annotations' own ids (3 for "3").
+    """The fields that count of the predictions, with the annotations' own ids (3 for "3").
 
-    Raises ValueError that lists unknown images and categories, or says which entry is malformed.
+    Raises: ValueError that lists unknown images or categories, or names a malformed entry.
     """
     for number, entry in enumerate(predictions, 1):
         if not (is_four_numbers(entry.get("bbox")) and is_number(entry.get("score"))):
@@ -87,7 +81,7 @@ def validate_detections(predictions: list[dict], coco: COCO, source: str) -> lis
 
 
 def load_detections(coco: COCO, predictions: list[dict]) -> COCO:
-    """The predictions as a COCO index on the annotations' images; an empty list is allowed."""
+    """The predictions, maybe none, as a COCO index on the annotations' images."""
     if not predictions:
         return load_coco({**coco.dataset, "annotations": []}, "empty")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -96,10 +90,9 @@ def load_detections(coco: COCO, predictions: list[dict]) -> COCO:
 
 def run_coco_eval(coco: COCO, detections: COCO, images: list | None = None,
                   thresholds: tuple[float, ...] = ()) -> COCOeval:
-    """pycocotools' box evaluation over all areas and at most 100 detections, matched and
-    accumulated.
+    """pycocotools' box evaluation over all areas, with at most 100 detections.
 
-    images: ids to restrict it to. thresholds: of IoU, COCO's ten if empty.
+    images: ids to restrict it to; thresholds: of IoU, COCO's ten if empty.
     """
     evaluation = COCOeval(coco, detections, "bbox")
     evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
@@ -116,9 +109,9 @@ def run_coco_eval(coco: COCO, detections: COCO, images: list | None = None,
 
 def mean_precision(evaluation: COCOeval, category: int,
                    threshold: int | None = None) -> float | None:
-    """AP (0..1) of the category at one of the IoU thresholds; None where it has no truth.
+    """AP (0..1) of a category at a threshold, or over all for None; None if it has no truth.
 
-    category, threshold: places in the evaluation's parameters; threshold None is the mean over all.
+    category, threshold: places in the evaluation's parameters.
     """
     thresholds = slice(None) if threshold is None else threshold
     precision = evaluation.eval["precision"][thresholds, :, category, 0, 0]
@@ -127,10 +120,9 @@ def mean_precision(evaluation: COCOeval, category: int,
 
 
 def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scored:
-    """COCO AP of one OdinW data set; tasks are its categories, their AP, AP50 and AP75 in percent.
+    """COCO AP of one OdinW data set; tasks are its categories, with AP, AP50 and AP75 in percent.
 
-    AP is the mean over IoU 0.5:0.95. The benchmark's figure is the unweighted mean over its data
-    sets (13 or 35), one annotation file each.
+    AP is the mean over IoU 0.5:0.95; the benchmark's is the mean over its 13 or 35 data sets.
     """
     coco = load_coco(annotations, "OdinW")
     detections = load_detections(coco, validate_detections(predictions, coco, source))
@@ -155,7 +147,7 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
 
 
 def _category_names(coco: COCO) -> dict:
-    """Category id -> its name, with the id where several categories have the same one."""
+    """Category id -> name, with the id if several share it."""
     names = {category: str(entry["name"]) for category, entry in coco.cats.items()}
     counts = Counter(names.values())
     return {category: name if counts[name] == 1 else f"{name} (id {category})"
@@ -163,7 +155,7 @@ def _category_names(coco: COCO) -> dict:
 
 
 def _id_remarks(annotations: dict) -> tuple[str, ...]:
-    """What becomes of annotations whose ids pycocotools cannot tell, as a sentence."""
+    """A sentence on annotations whose ids pycocotools confuses."""
     counts = Counter(entry["id"] for entry in annotations["annotations"])
     affected = sum(count if name == 0 else count - 1 for name, count in counts.items())
     return (f"Annotations with id 0 or the id of another: {affected}. As in pycocotools, a "
@@ -175,11 +167,8 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
     """MC-Bench: image-level accuracy per pair, and AP50 weighted by the truth's count per category.
 
     Tasks are the text styles. A pair is correct if for both images "has a box" agrees with the
-    truth. Where a pair's truth has several groups ("group 2"), predicted groups are first renamed
-    to the permutation with the highest mean IoU; as in the authors' script, the renaming of only
-    the last such pair survives, and one renaming can run into the next. A category's count weighs
-    its own AP; the script pairs them in the file's order, which is the same where that is sorted by
-    id. Source: XuYunqiu/MC-Bench, eval_mc_bench.py.
+    truth. Groups are renamed first, see `rename_groups`. Source: XuYunqiu/MC-Bench,
+    eval_mc_bench.py.
     """
     coco = load_coco(annotations, "MC-Bench")
     styled_pairs = _styled_pairs(coco)
@@ -203,10 +192,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
 
 
 def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
-    """((image id, image id), text style) of every sample, from the descriptions.
-
-    Without descriptions, consecutive images are a pair, as in the authors' script.
-    """
+    """(image ids, text style) of each pair; without descriptions consecutive images are pairs."""
     descriptions = coco.dataset.get("descriptions") or []
     described = [(tuple(description["images_id"]), str(description.get("text_style", "all")))
                  for description in descriptions if isinstance(description, dict)
@@ -222,8 +208,9 @@ def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
 
 
 def _weighted_ap50(coco: COCO, detections: COCO, images: list | None) -> float:
-    """AP50 in percent, weighted by the truth's count per category; images: ids, None for all."""
+    """AP50 in percent, weighted by the truth's counts; images: ids, None for all."""
     evaluation = run_coco_eval(coco, detections, images, thresholds=(0.5,))
+    # the script pairs counts and APs in the file's order, the same if that is sorted by id
     counts = [len(coco.getAnnIds(imgIds=images or [], catIds=[category]))
               for category in evaluation.params.catIds]
     values = [mean_precision(evaluation, place, 0) or 0.0 for place in range(len(counts))]
@@ -231,8 +218,9 @@ def _weighted_ap50(coco: COCO, detections: COCO, images: list | None) -> float:
 
 
 def rename_groups(coco: COCO, predictions: list[dict], pairs: list[tuple]) -> list[dict]:
-    """The predictions, with the groups of the last pair that has a "group 2" renamed to their best
-    permutation; see score_mc_bench.
+    """The predictions, whose groups are renamed to the permutation with the highest mean IoU.
+
+    As in the authors' script this happens to the last pair with a "group 2" only.
     """
     categories = coco.getCatIds(catNms=["group 2"])
     images = coco.getImgIds(catIds=categories) if categories else []
@@ -253,7 +241,7 @@ def rename_groups(coco: COCO, predictions: list[dict], pairs: list[tuple]) -> li
 
 
 def _best_permutation(pair: tuple, truth: dict, boxes: dict) -> tuple:
-    """New categories of predicted groups 1, 2, ...; empty if there are more than true groups."""
+    """New categories of predicted groups 1, 2, ...; empty if they are more than the true ones."""
     groups = list({category for image in pair for category in truth[image]})
     count = len({category for image in pair for category in boxes[image]})
     permutations = itertools.permutations(groups, count)
@@ -262,10 +250,7 @@ def _best_permutation(pair: tuple, truth: dict, boxes: dict) -> tuple:
 
 
 def _agreement(pair: tuple, permutation: tuple, truth: dict, boxes: dict) -> float:
-    """Mean IoU of the best one-to-one matches over both images.
-
-    Predicted group k is matched against the true group permutation[k - 1].
-    """
+    """Mean IoU of the best one-to-one matches; predicted group k meets permutation[k - 1]."""
     overlaps = []
     for group, category in enumerate(permutation, 1):
         for image in pair:

@@ -1,8 +1,7 @@
-"""Replies and boxes as the benchmarks' authors judge them, quirks included, so that numbers compare
-with published ones; each function names its source.
+"""Replies and boxes as the benchmarks' authors judge them, quirks included.
 
-All parsers take any string; none raises. Rules of our own are in `reply_boxes.py` (boxes) and
-`choice_parsers.py` (letters).
+Each function names its source. Parsers take any string and never raise. Rules of our own are in
+`reply_boxes.py` and `choice_parsers.py`.
 """
 
 import math
@@ -47,7 +46,7 @@ OBJECTS365_BY_COCO = {
 
 
 def _matches(text: str) -> list[tuple[str, ...]]:
-    """All matches of the first MIG-Bench pattern that matches anything; four digit strings each."""
+    """Digit strings of all matches of the first MIG-Bench pattern that matches."""
     for pattern in MIG_BENCH_PATTERNS:
         if matches := pattern.findall(text):
             return matches
@@ -55,18 +54,16 @@ def _matches(text: str) -> list[tuple[str, ...]]:
 
 
 def parse_mig_bench_box(text: str) -> Box | None:
-    """The box that Migician's script scores, xyxy in 0..1; None where it reads none.
+    """The box that Migician's script scores, xyxy in 0..1; None if it reads none.
 
-    Six patterns over the whole reply, thinking included; the first that matches anything wins, and
-    of its matches the first box counts. A lone match divides every value >= 1 by 1000, several
-    matches every value > 1: a literal 1 differs. Values are not checked: pixels are silently taken
-    for 0..1000. Source: thunlp/Migician, eval/utils.py, extract_bbox.
+    It takes the first box that the first matching pattern finds, in the thinking too. Values are
+    not checked: pixels pass for 0..1000. Source: thunlp/Migician, eval/utils.py, extract_bbox.
     """
     matches = _matches(text)
     if not matches:
         return None
     values = [float(digits) for digits in matches[0]]
-    if len(matches) == 1:
+    if len(matches) == 1:  # only then the script divides a literal 1
         return tuple(v / 1000 if v >= 1 else v for v in values)
     return tuple(v / 1000 if v > 1 else v for v in values)
 
@@ -74,8 +71,8 @@ def parse_mig_bench_box(text: str) -> Box | None:
 def parse_revised_mig_bench_box(text: str) -> Box | None:
     """The box that UniVG-R1's script scores on the revised MIG-Bench, xyxy in 0..1000, or None.
 
-    Migician's patterns, but values must be whole numbers: a reply whose first box has a decimal
-    point scores nothing. Source: AMAP-ML/UniVG-R1, eval/MIG_bench/utils.py, extract_bbox.
+    Migician's patterns, but a first box with a decimal point is none. Source: AMAP-ML/UniVG-R1,
+    eval/MIG_bench/utils.py, extract_bbox.
     """
     matches = _matches(text)
     if not matches or any("." in digits or len(digits) > _MAX_DIGITS for digits in matches[0]):
@@ -86,8 +83,7 @@ def parse_revised_mig_bench_box(text: str) -> Box | None:
 def parse_normalized_pair(text: str) -> Box | None:
     """The first "(x1,y1),(x2,y2)" of whole numbers, divided by 1000; None without one.
 
-    White space is allowed everywhere. Source: AMAP-ML/UniVG-R1, eval/zero_shot (its LISA and ReVOS
-    scripts).
+    Source: AMAP-ML/UniVG-R1, eval/zero_shot (its LISA and ReVOS scripts).
     """
     match = _WHOLE_PAIR.search(text)
     if match is None or any(len(digits) > _MAX_DIGITS for digits in match.groups()):
@@ -101,9 +97,7 @@ def shown_text(text: str) -> str:
 
 
 def last_answer_block(text: str) -> str | None:
-    """The inside of the last closed <answer> block that is no part of a <think> or <tool_call>
-    block; None without one.
-    """
+    """The inside of the last closed <answer> block of `shown_text`; None without one."""
     text = shown_text(text)
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
@@ -111,18 +105,17 @@ def last_answer_block(text: str) -> str | None:
 
 
 def script_iou(answer: Box, box: Box | None, added: float = 0.0) -> float:
-    """IoU as the authors' scripts have it; both xyxy in the same coordinates. 0 for None.
+    """IoU of xyxy boxes in the same coordinates as the authors' scripts have it; 0 for None.
 
-    added: to the union; UniVG-R1's script adds 1e-6. Nothing is clipped or repaired: a box inverted
-    on one side never overlaps, touching is an overlap of 0. Where the script itself divides by zero
-    or has no number (both boxes empty; values over 1e308), this is 0. Sources: thunlp/Migician,
-    eval/utils.py, calculate_iou; AMAP-ML/UniVG-R1, eval/zero_shot (LISA, ReVOS), compute_iou.
+    Nothing is clipped or repaired. Where the script divides by zero or has no number, this is 0.
+    added: to the union, 1e-6 in UniVG-R1's script. Sources: thunlp/Migician, eval/utils.py,
+    calculate_iou; AMAP-ML/UniVG-R1, eval/zero_shot (LISA, ReVOS), compute_iou.
     """
     if box is None:
         return 0.0
     width = min(answer[2], box[2]) - max(answer[0], box[0])
     height = min(answer[3], box[3]) - max(answer[1], box[1])
-    if width < 0 or height < 0:
+    if width < 0 or height < 0:  # touching is an overlap of 0
         return 0.0
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (answer, box)]
     union = areas[0] + areas[1] - width * height + added
@@ -140,8 +133,7 @@ def read_official_box(item: BenchmarkItem) -> Callable[[str], Box | None]:
 def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
     """(IoU, problem or "") of one free-text reply by the benchmark's own script.
 
-    An item whose answer is in pixels needs its size. An item without a box counts 0, as in the
-    authors' script for LISA and ReVOS.
+    An item without a box counts 0, as in the script for LISA and ReVOS; one in pixels needs a size.
     """
     if item.box is None:
         return 0.0, NO_BOX_ANNOTATED
@@ -178,7 +170,7 @@ def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
                 source: str) -> tuple[np.ndarray, list[str]]:
     """((n,) IoU, a problem or "" each) of each line's "pred_bbox"; None counts 0 and as missing.
 
-    source: the predictions' name, for errors. Raises ValueError for a malformed line.
+    Raises: ValueError, with the predictions' name `source`, for a malformed line.
     """
     boxes = []
     for item, line in zip(items, lines, strict=True):
@@ -198,17 +190,14 @@ def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
 
 
 def ref_l4_metrics(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Metric -> (n,) shares of IoU values, which must be over the threshold, not at it."""
+    """Metric -> (n,) shares; an IoU must be over a threshold, not at it."""
     metrics = {f"acc@{t}": (values > t).astype(float) for t in (0.5, 0.75, 0.9)}
     steps = [values > threshold for threshold in THRESHOLDS]
     return metrics | {"macc": np.mean(steps, axis=0), "mean_iou": values.astype(float)}
 
 
 def class_averages(items: list[BenchmarkItem], values: np.ndarray) -> dict[str, float]:
-    """{"class_acc@0.5", "class_macc"} in percent: unweighted means over the classes of objects.
-
-    COCO's classes count as those of Objects365. Empty where the annotations have no class.
-    """
+    """{"class_acc@0.5", "class_macc"}: unweighted means over classes, percent; {} without any."""
     rows = defaultdict(list)
     for row, item in enumerate(items):
         rows[_object_class(item.category)].append(row)
@@ -220,7 +209,7 @@ def class_averages(items: list[BenchmarkItem], values: np.ndarray) -> dict[str, 
 
 
 def _object_class(category: str) -> str:
-    """"refcoco_1", a category of COCO, as "o365_1", one of Objects365; others as they are."""
+    """"refcoco_1", a category of COCO, as "o365_1", of Objects365."""
     dataset, _, number = category.rpartition("_")
     if dataset == "refcoco" and number.isdecimal() and int(number) in OBJECTS365_BY_COCO:
         return f"o365_{OBJECTS365_BY_COCO[int(number)]}"

@@ -1,6 +1,4 @@
 """What a launcher starts in every process: `python -m mig_kit.stages.launched_worker STAGE_FOLDER`.
-
-The folder's job.json, which the stage's notebook has written, says what to train.
 """
 
 import os
@@ -17,7 +15,7 @@ TRAIN = {"02_sft": sft.train, "05_grpo": grpo.train}
 
 
 def train_job(folder: Path) -> None:
-    """Train the job of a stage folder, as one of the processes that the environment names."""
+    """Train the job.json of a stage folder, as the process that the environment names."""
     stage, params, inputs = jobs.read_job(folder)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -29,7 +27,7 @@ def train_job(folder: Path) -> None:
 
 
 def main() -> None:
-    """Train; where that fails, end with the traceback and a line that the notebook looks for."""
+    """Train; on failure print the traceback and a line that the notebook looks for."""
     guard.end_with_parent()
     try:
         train_job(Path(sys.argv[1]))

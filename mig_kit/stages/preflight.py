@@ -34,10 +34,7 @@ def describe_machine() -> dict:
 
 
 def time_reference_step(hardware: Hardware, rounds: int = 7) -> float:
-    """Seconds of a fixed training step, the median of `rounds`: what else runs now slows it, too.
-
-    The step is the shipped base on 16 rows of 200 tokens, forward and backward.
-    """
+    """Median seconds of a fixed training step: the shipped base on 16 rows of 200 tokens."""
     model = load_model(TINY_BASE, hardware)
     ids = torch.arange(16 * 200, device=hardware.device).view(16, 200)
     ids = ids % 500 + 100  # no special tokens
@@ -60,17 +57,14 @@ def measure_others() -> float:
 
 
 def predict_minutes(seconds: float) -> list[dict]:
-    """Rows {stage, minutes, memory_gib} of the tiny profile: the measured cost, scaled to this
-    machine by the `seconds` of `time_reference_step`.
-    """
+    """Rows {stage, minutes, memory_gib} of the tiny profile; seconds: of `time_reference_step`."""
     return [{"stage": stage, "minutes": round(seconds / REFERENCE_SECONDS * minutes, 1),
              "memory_gib": gib} for stage, (minutes, gib) in TINY_COST.items()]
 
 
 def require_resources(machine: dict, memory_gib: float, disk_gib: float,
                       needs_gpu: bool = False) -> None:
-    """RuntimeError, MemoryError or OSError with one sentence when the machine lacks what the
-    profile needs.
+    """Raise RuntimeError, MemoryError or OSError if `machine` lacks what the profile needs.
 
     machine: of `describe_machine`.
     """
@@ -91,8 +85,10 @@ def require_resources(machine: dict, memory_gib: float, disk_gib: float,
 def summary(profile: str, minutes: float, memory: list[dict], others: float = 0.0) -> str:
     """What the run will take, in a few words.
 
-    minutes: of the tiny profile's stages on this machine. memory: rows of `gpu_needs.predict`, []
-    where the profile needs no GPU. others: of `measure_others`.
+    Args:
+        minutes: of the tiny profile's stages on this machine.
+        memory: rows of `gpu_needs.predict`; [] if the profile needs no GPU.
+        others: percent of the cores, of `measure_others`.
     """
     if memory:
         most = max(memory, key=lambda row: row["GiB"])

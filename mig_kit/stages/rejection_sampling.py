@@ -1,10 +1,7 @@
 """Stage 04: rejection sampling with the merged model curates the prompts for RL.
 
-The paper names the step but not the rule. Ours: draw N replies per candidate at temperature 1, call
-a reply correct if it names the right image with IoU >= 0.5, and keep prompts whose pass rate lies
-between min_pass_rate and max_pass_rate, at most the same number of every task. A group without
-spread has no advantage to learn from. A question for all boxes is answered correctly by finding
-each of them and naming no other, and by saying so where there is none.
+The paper names the step but no rule. Ours: draw N replies at temperature 1 and keep prompts whose
+pass rate lies between two bounds, at most the same number of every task.
 """
 
 import random
@@ -30,9 +27,9 @@ def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]],
 
 def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
                        box_format: BoxFormat) -> list[dict]:
-    """How often replies are correct by how much their reasoning says.
+    """How often replies are correct, by how much their reasoning says.
 
-    Rows {asked, detail, n, correct}: asked is of `question_kind`, correct a share in 0..1.
+    Returns: rows {asked (of `question_kind`), detail, n, correct (share, 0..1)}.
     """
     outcomes = defaultdict(list)
     for sample in samples:
@@ -53,7 +50,7 @@ def unsolved_warning(samples: Sequence[Sample], rates: np.ndarray) -> str:
 
 
 def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:
-    """ValueError, with what helps, where no prompt is kept; rates: of the candidates, 0..1."""
+    """ValueError with a remedy if no prompt is kept; rates: of the candidates, 0..1."""
     if len(kept):
         return
     replies = f"to the {len(rates)} candidates"
@@ -69,9 +66,9 @@ def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:
 def select_by_pass_rate(samples: Sequence[Sample], rates: np.ndarray, *, lowest: float,
                         highest: float, per_task: int,
                         seed: int) -> tuple[list[int], dict[str, dict[str, int]]]:
-    """Which samples are kept, and per task how many were kept or dropped, and why.
+    """(indices of kept samples, task -> reason -> count), for lowest <= pass rate <= highest.
 
-    Kept: lowest <= pass rate <= highest, at most `per_task` of every task, drawn at random.
+    At most `per_task` of every task are kept, drawn at random.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
     within = defaultdict(list)

@@ -1,8 +1,7 @@
 """Stage 02: supervised fine-tuning on the cold-start set, with QLoRA.
 
-NF4 weights with double quantisation, LoRA on the language model only, loss on the reply only (TRL's
-SFTTrainer). The paper publishes neither rank nor rates; rank and alpha of the full profiles are
-VLM-R1's, those of the tiny profile are ours.
+NF4 weights with double quantisation, LoRA on the language model only, loss on the reply only. The
+paper publishes no rank or rates: rank and alpha of the full profiles are VLM-R1's.
 """
 
 from collections.abc import Sequence
@@ -58,9 +57,7 @@ def _messages(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
 
 
 def sft_table(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat) -> Dataset:
-    """A row per sample: its number, and `length`, about how many tokens it has with images as large
-    as the model sees them. No image is decoded.
-    """
+    """A row per sample: its number and `length`, about how many tokens it has; decodes no image."""
     lengths = []
     for sample, reply in zip(samples, replies, strict=True):
         areas = (min(width * height, box_format.max_pixels) for width, height in sample.sizes)
@@ -71,10 +68,7 @@ def sft_table(samples: Sequence[Sample], replies: Sequence[str], box_format: Box
 
 def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat,
                       lora: LoraConfig, seed: int) -> Policy:
-    """The 4-bit base with a fresh adapter, ready to train.
-
-    Raises ValueError if the adapter landed outside the language model.
-    """
+    """The 4-bit base with a fresh adapter; ValueError if it landed outside the language model."""
     torch.manual_seed(seed)
     policy = load_four_bit_policy(base, hardware, box_format)
     policy.model = get_peft_model(policy.model, lora)
@@ -83,10 +77,9 @@ def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxForma
 
 
 class FilledRows(torch.utils.data.Dataset):
-    """A table, and behind it rows without loss, up to a multiple of `multiple` rows.
+    """A table, filled up with rows without loss to a multiple of `multiple` rows.
 
-    accelerate deals batches to several processes in turn, and would fill the last ones up with rows
-    that teach twice. With these, each row teaches once per pass, as in one process.
+    accelerate would fill up the last processes' batches with rows that then teach twice.
     """
 
     def __init__(self, table: Dataset, multiple: int):
@@ -99,19 +92,21 @@ class FilledRows(torch.utils.data.Dataset):
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> dict:
-        """The row; one behind the table is the shortest one, marked `is_filler`."""
+        """The row; behind the table the shortest one, marked `is_filler`."""
         if row < len(self.table):
             return self.table[row]
         return {**self.table[self.shortest], "is_filler": True}
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
-    """Rows in random order, those of one update sorted by length.
+    """Rows in random order, but sorted by length within an update, to pad its parts less.
 
-    The parts that an update is computed in are then padded little. Which rows an update learns from
-    is as random as without the sorting. lengths: of the rows; size: rows of an update; fillers: how
-    many of the last rows are to come last in every pass. batch, processes: rows of a batch, and
-    processes that take batches in turn; those that are computed side by side get like lengths.
+    Args:
+        lengths: tokens of each row.
+        size: rows of an update.
+        fillers: number of last rows, which come last in every pass.
+        batch: rows of a batch.
+        processes: number of processes that take batches in turn.
     """
 
     def __init__(self, lengths: list[int], size: int, seed: int, fillers: int = 0, batch: int = 1,
@@ -123,7 +118,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the pass over the rows, from 0; the trainer does, also when it resumes."""
+        """Set the pass over the rows, from 0; the trainer calls it, also when it resumes."""
         self.epoch = epoch
 
     def __iter__(self):
@@ -134,19 +129,16 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
             side_by_side = self.batch * self.processes
             for start in range(0, len(in_order), side_by_side):
                 together = in_order[start:start + side_by_side]
-                for process in range(self.processes):
+                for process in range(self.processes):  # those side by side get similar lengths
                     yield from together[process::self.processes]
         yield from range(rows, len(self.lengths))
 
 
 class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
-    """TRL's trainer over samples and their replies, in which every token of an update weighs the
-    same. Loss and logged figures are TRL's.
+    """TRL's trainer, with its loss and figures, in which every token of an update weighs the same.
 
-    A prompt is encoded once and an image goes through the frozen vision tower once; only
-    the states that a reply's token follows reach the head.
-
-    cache: of prompts; samples, replies: what the numbers in the column `row` stand for.
+    A prompt is encoded once, and only states that a reply's token follows reach the head. Column
+    `row` numbers `samples` and `replies`.
     """
 
     def __init__(self, *args, cache: SampleCache, samples: Sequence[Sample],
@@ -159,16 +151,14 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
 
     def collate(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """row: (rows,); labels: (rows, tokens) of the completions, -100 where no loss is. Rows
-        marked `is_filler` have none.
-        """
+        """row: (rows,); labels: (rows, tokens) of completions, -100 for padding and fillers."""
         completions = [self._completion(example["row"]) for example in examples]
         labels = pad_rows(completions, max(map(len, completions)), -100)
         labels[[bool(example.get("is_filler")) for example in examples]] = -100
         return {"row": torch.tensor([example["row"] for example in examples]), "labels": labels}
 
     def _completion(self, row: int) -> torch.Tensor:
-        """Token ids of a reply as its chat template writes it behind the prompt."""
+        """Token ids of a reply as the chat template writes it after the prompt."""
         if row not in self.completions:
             messages = _messages(self.samples[row], self.replies[row], self.cache.box_format)
             text = apply_chat_template(messages, self.processing_class)["completion"]
@@ -198,7 +188,7 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         return loss
 
     def _log_figures(self, logits: torch.Tensor, targets: torch.Tensor, prompt_tokens: int) -> None:
-        """Entropy and share of right tokens, of all processes together."""
+        """Log entropy and the share of correct tokens over all processes."""
         logps = logits.log_softmax(-1)
         counts = logps.new_tensor([len(targets), prompt_tokens])
         sums = torch.cat([torch.stack([-(logps.exp() * logps).sum(),
@@ -212,7 +202,7 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         logged["num_tokens"] = [self._total_train_tokens]
 
     def training_step(self, *args, **kwargs):
-        """As TRL's. The passes go around DDP, so that gradients are averaged here."""
+        """As TRL's, but gradients are averaged here, because the passes go around DDP."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             average_gradients(self.model, self.accelerator.num_processes)
@@ -230,11 +220,9 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
 
 def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str], folder: Path,
                 params: SimpleNamespace) -> CompletionLossTrainer:
-    """TRL's trainer on the samples and their replies.
+    """TRL's trainer on samples and their replies; SFTConfig takes its fields from `params`.
 
-    params: the stage's; those that SFTConfig has are passed on. Before anything is trained, the
-    first samples' image tokens are compared with their image features, and the sizes at which their
-    images are seen with those that boxes are computed for; ValueError if they disagree.
+    Raises: ValueError if an image's tokens do not match its features, or its size its boxes.
     """
     defaults = {"gradient_checkpointing": policy.hardware.device == "cuda"}
     arguments = trainer_arguments(SFTConfig, params, policy.hardware, folder, max_length=None,
@@ -245,7 +233,7 @@ def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str
     callbacks = [ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns(),
                  LiveCurves(loss_curve, ("loss", "token_accuracy"))]
     table, cache = sft_table(samples, replies, policy.box_format), make_cache(policy)
-    cache.get(samples[:4])
+    cache.get(samples[:4])  # raises before anything is trained
     trainer = CompletionLossTrainer(
         model=policy.model, args=config, train_dataset=table, callbacks=callbacks, cache=cache,
         samples=samples, replies=replies, processing_class=policy.processor)
@@ -255,9 +243,8 @@ def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str
 
 
 def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows, TableRows]:
-    """(samples, replies) of the file `traces`, in the order and number that `params` says.
-
-    Without `params.reasoning` a reply is its <answer> block alone.
+    """(samples, replies) of a trace file, in the order and number that `params` says; replies are
+    their <answer> block alone without `params.reasoning`.
     """
     samples = read_samples(Path(traces))
     replies = read_replies(Path(traces), str if params.reasoning else cut_reasoning)
@@ -267,10 +254,9 @@ def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows,
 
 
 def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None:
-    """Train an adapter on the 4-bit base on the file `traces`, or go on; save it.
+    """Train an adapter on the 4-bit base, or resume, and save it; each process of a job calls it.
 
-    The one job of all processes that train together. folder: the stage's; params: its parameters
-    and the run's.
+    folder: the stage's; params: its and the run's parameters; traces: a parquet file.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     samples, replies = read_traces(traces, params)
@@ -294,11 +280,7 @@ def loss_curve(history: list[dict]) -> list[dict]:
 
 
 def learning_warning(curve: list[dict]) -> str:
-    """One sentence where the mean loss of a run's last fifth is not below that of its first; "" if
-    it is.
-
-    curve: of `loss_curve`. A single update's loss is noise.
-    """
+    """A sentence if the loss did not fall from a curve's first to its last fifth, else ""."""
     part = max(1, len(curve) // 5)
     first, last = (fmean(row["loss"] for row in rows) for rows in (curve[:part], curve[-part:]))
     if len(curve) > 1 and last < first:

@@ -1,15 +1,7 @@
 """General questions beside the ten tasks, as MGrounding-630k has them; trained on, in no suite.
 
-With them the model keeps answering with a letter where it is asked to choose, and keeps reading the
-question: the number of images alone nearly tells the ten tasks apart. No suite asks one of them
-word for word, but some are near: "choosing" to questions about changes and shapes, "pointing" to
-the image pairs, "telling" to the single images, "excepting" to a film's new object, "tallying" to
-counting. Some choices have two options only, and an image's letter need not be its number, or a
-model that has seen nothing else answers C where only A and B are offered.
-
-Questions for all boxes (FIND_ALL) are asked where a parameter says how many:
-`train_find_all_per_task` of 01, `find_all_per_task` of 06. Their three kinds share questions and
-the numbers of images and objects, so that only the images tell how many boxes there are.
+They keep a model reading the question, because the number of images alone nearly tells the ten
+tasks apart. Questions for all boxes (FIND_ALL) are asked if a parameter of 01 or 06 says how many.
 """
 
 import random
@@ -52,7 +44,9 @@ def find_image(rng: random.Random, world: World) -> SampleSpec:
 
 
 def _pick_images(rng: random.Random, k: int, count: int) -> dict:
-    """Two or more of `count` images in order as options, the correct image k among them."""
+    """Two or more of `count` images as options, in order; image k is correct."""
+    # two at times, and a letter need not be its image's number: else a model learns to answer C
+    # where only A and B are offered
     others = [number for number in range(1, count + 1) if number != k]
     numbers = sorted([k, *rng.sample(others, rng.randint(1, len(others)))])
     return letter_options([f"image {number}" for number in numbers], f"image {k}")
@@ -69,10 +63,7 @@ def common_to_all(rng: random.Random, world: World) -> SampleSpec:
 
 
 def task_as_choice(rng: random.Random, world: World) -> SampleSpec:
-    """A question of the ten tasks with objects to choose from.
-
-    Where any image may hold the answer (group_grounding), the options are the images.
-    """
+    """A question of the ten tasks with options: objects, or images for group_grounding."""
     task = rng.choice(list(TASKS))
     spec = TASKS[task](rng, world)
     (k, correct), = spec.answers
@@ -105,7 +96,7 @@ def locate_named(rng: random.Random, world: World) -> SampleSpec:
 
 
 def locate_described(rng: random.Random, world: World) -> SampleSpec:
-    """A box of the only object of a colour or of a shape in one of one to three images."""
+    """A box of an image's only object of a colour or a shape, in one of one to three images."""
     count = rng.choice((1, 1, 1, 1, 2, 3))
     k, attribute = rng.randint(1, count), rng.randint(0, 1)
     while True:
@@ -157,9 +148,7 @@ def count_objects(rng: random.Random, world: World) -> SampleSpec:
 
 
 def find_named(rng: random.Random, world: World, fewest: int, most: int) -> SampleSpec:
-    """Two or three images with two or three objects each; the named one is in `fewest` to `most` of
-    them.
-    """
+    """Two or three images; `fewest` to `most` of them show the named object."""
     count = rng.randint(2, 3)
     wanted, *others = world.pick_appearances(rng, 6)
     holders = sorted(rng.sample(range(1, count + 1), rng.randint(fewest, min(most, count))))
@@ -176,12 +165,15 @@ def find_named(rng: random.Random, world: World, fewest: int, most: int) -> Samp
                       list_image_notes(scenes), find_all=True)
 
 
-# The keys stand in the ids of samples and in the seeds that they are drawn with.
+# The keys stand in the ids of samples and in the seeds that they are drawn with. No suite asks one
+# word for word, but some are near: "choosing" to changes and shapes, "pointing" to image pairs,
+# "telling" to single images, "excepting" to a film's new object, "tallying" to counting.
 FREE_FORM: dict[str, TaskFunction] = {
     "naming": name_object, "showing": find_image, "sharing": common_to_all,
     "choosing": task_as_choice, "pointing": locate_named, "telling": locate_described,
     "excepting": locate_exception, "tallying": count_objects}
 BOX_FORMS = ("pointing", "telling", "excepting")  # the kinds whose answer is a box
+# The three share questions and numbers of images and objects: only the images tell how many boxes.
 FIND_ALL: dict[str, TaskFunction] = {
     "in_none": partial(find_named, fewest=0, most=0),
     "in_one": partial(find_named, fewest=1, most=1),

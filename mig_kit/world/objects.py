@@ -1,7 +1,4 @@
-"""The objects of a drawn sample, so that a loose box is told from a box around another object.
-
-A sample keeps its targets alone; its scenes follow from its id and the seed of its suite.
-"""
+"""The objects of a drawn sample, to tell a loose box from a box around another object."""
 
 from mig_kit.boxes import Box, iou
 from mig_kit.sample import Sample
@@ -16,8 +13,8 @@ def is_drawn(sample: Sample) -> bool:
 def list_object_boxes(sample: Sample, seed: int) -> list[list[Box]]:
     """The boxes of all objects, per image; seed: the one that the sample was drawn with.
 
-    A part of an image that is asked for counts as an object of it. ValueError for a sample that is
-    not drawn, and for another seed.
+    If the question asks for a part of an image, the part counts as an object. Raises ValueError for
+    a sample that is not drawn, and for another seed.
     """
     if not is_drawn(sample):
         raise ValueError(f"{sample.id} is not drawn; only drawn samples know their objects")
@@ -34,6 +31,6 @@ def list_object_boxes(sample: Sample, seed: int) -> list[list[Box]]:
 
 
 def is_on_target(box: Box, target: Box, objects: list[Box]) -> bool:
-    """Whether the box overlaps the target, and no other object more than it (by IoU)."""
+    """Whether the box overlaps the target, and no other object more (by IoU)."""
     overlap = iou(box, target)
     return overlap > 0 and overlap >= max((iou(box, other) for other in objects), default=0.0)

@@ -1,9 +1,6 @@
-"""Scenes of the tiny profile: coloured, patterned shapes with exact boxes.
+"""Scenes of the tiny profile: coloured, patterned shapes with exact boxes, xyxy in pixels.
 
-A scene is data (objects and a background), drawn from a random state alone; `render_scene` turns it
-into pixels. Boxes are xyxy in pixels of the drawn image. A cell is about 28 px wide and high, one
-merged vision token of Qwen2.5-VL. No two objects share a cell, so that a model of a few million
-parameters can tell them apart in an image of 3x3 tokens.
+A scene is data, drawn from a random state alone; `render_scene` turns it into pixels.
 """
 
 import math
@@ -31,7 +28,9 @@ UNSEEN_PAIRS = frozenset({
 })
 BACKGROUNDS = ((255, 255, 255), (236, 236, 230), (225, 234, 245), (245, 232, 225), (228, 242, 228))
 TEXTURES = ("checks", "lines", "grain")
-CELL = 28  # pixels
+# Pixels: about one merged vision token of Qwen2.5-VL. No two objects share a cell, so that a model
+# of a few million parameters can tell them apart in an image of 3x3 tokens.
+CELL = 28
 
 # (width, height) in pixels. The last two are no multiples of 28, so the processor resizes them.
 SIZES = ((84, 84), (84, 112), (112, 84), (90, 80), (76, 104))
@@ -57,7 +56,7 @@ def object_name(appearance: Appearance) -> str:
 
 @dataclass(frozen=True)
 class Object:
-    """One shape. box: xyxy, pixels of the scene, the tight bounding box of what is drawn."""
+    """One shape; box: xyxy, pixels of the scene, tight around what is drawn."""
 
     colour: str
     shape: str
@@ -88,18 +87,14 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a background.
-
-    width, height: pixels. texture: one of TEXTURES, or None. mark: a box that is outlined in the
-    image (the reference of a question), or None.
-    """
+    """Objects on a background; width and height in pixels."""
 
     width: int
     height: int
     objects: tuple[Object, ...]
     background: tuple[int, int, int] = BACKGROUNDS[0]
-    texture: str | None = None
-    mark: Box | None = None
+    texture: str | None = None  # one of TEXTURES
+    mark: Box | None = None  # outlined in the image: the reference of a question
 
     def names(self) -> list[str]:
         """Names in reading order: by row of cells, then from left to right."""
@@ -125,9 +120,7 @@ def object_cell(scene: Scene, obj: Object) -> tuple[int, int]:
 
 
 def are_separate(scene: Scene) -> bool:
-    """True if every box is inside the image, no two overlap or touch, and no cell holds two
-    centres.
-    """
+    """Whether all boxes are in the image, none overlap or touch, and no cell holds two centres."""
     boxes = [obj.box for obj in scene.objects]
     if any(x1 < 0 or y1 < 0 or x2 > scene.width or y2 > scene.height for x1, y1, x2, y2 in boxes):
         return False
@@ -144,13 +137,11 @@ def random_size(rng: random.Random) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class World:
-    """What scenes are drawn from: seen or unseen (colour, shape) pairs, plain or textured
-    backgrounds, and the shortest and longest side of an object, pixels.
-    """
+    """What scenes are drawn from: seen or unseen (colour, shape) pairs, and backgrounds."""
 
     unseen: bool = False
     textured: bool = False
-    sides: tuple[float, float] = SIDES
+    sides: tuple[float, float] = SIDES  # shortest and longest side of an object, pixels
 
     def pick_appearances(self, rng: random.Random, count: int) -> list[Appearance]:
         """`count` different appearances, of UNSEEN_PAIRS only or of all other pairs only."""
@@ -167,8 +158,8 @@ class World:
                       sides: tuple[float, float] | None = None) -> Scene:
         """A scene with one object per appearance, each in a cell of its own.
 
-        size: (width, height), None for a random one. sides: limits of the objects' sides, None for
-        the world's. Both in pixels.
+        size: (width, height), None for a random one; sides: of objects, None for the world's;
+        pixels.
         """
         width, height = size or random_size(rng)
         columns, rows = grid_size(width, height)
@@ -209,9 +200,7 @@ def round_box(box: Box) -> Box:
 
 
 def change_viewpoint(rng: random.Random, scene: Scene) -> Scene | None:
-    """The scene scaled and shifted in an image of another size, with every object still in it; None
-    if none of 40 tries fits.
-    """
+    """The scene scaled and shifted, in an image of another size; None if none of 40 tries fits."""
     width, height = random_size(rng)
     centre_x, centre_y = scene.width / 2, scene.height / 2
     for _ in range(40):
@@ -245,7 +234,7 @@ def crop_scene(scene: Scene, box: Box, size: tuple[int, int]) -> Scene:
 
 
 def _star_corners() -> list[tuple[float, float]]:
-    """Ten corners, in turn 1 and 0.42 away from the middle, scaled to the unit square."""
+    """Ten corners, in turn 1 and 0.42 from the middle, scaled to the unit square."""
     spokes = [(math.pi * i / 5, 1 if i % 2 == 0 else 0.42) for i in range(10)]
     xs = [math.sin(angle) * radius for angle, radius in spokes]
     ys = [-math.cos(angle) * radius for angle, radius in spokes]

@@ -1,7 +1,6 @@
 """A question before it is drawn, and the notes that tell how it is answered.
 
-`teacher` writes the notes into its traces. Samples read back from a file hold them as text only, so
-the functions that read a note stand beside those that write it.
+Samples read from a file hold notes as text, so functions that read notes stand here too.
 """
 
 import random
@@ -15,22 +14,17 @@ from mig_kit.world.scenes import Scene, World
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """A sample before it is drawn.
-
-    answers: (image number, name of the object) pairs. reference: the name of an object in image 1,
-    "" for none. box: the target's box where it is not the object's own. find_all and the rest: see
-    `sample.Sample`.
-    """
+    """A sample before it is drawn; see `sample.Sample` for the fields without a comment."""
 
     scenes: list[Scene]
     question: str
-    answers: Sequence[tuple[int, str]] = ()
+    answers: Sequence[tuple[int, str]] = ()  # (image number, name of the object)
     finding: str = ""
     notes: Sequence[str] = ()
-    reference: str = ""
+    reference: str = ""  # name of an object in image 1
     options: tuple[str, ...] = ()
     letter: str = ""
-    box: Box | None = None
+    box: Box | None = None  # the target's, if it is not the object's own
     find_all: bool = False
 
 
@@ -53,7 +47,7 @@ def reference_note(name: str) -> str:
 
 
 def names_in_note(note: str) -> list[str]:
-    """The names that a note of `list_image_note` lists; any other note counts as one name."""
+    """The names in a note of `list_image_note`; any other note counts as one name."""
     return note.partition(": ")[2].removesuffix(".").split(", ")
 
 
@@ -63,7 +57,7 @@ def count_listed_objects(notes: Sequence[str]) -> int:
 
 
 def shuffle_options(rng: random.Random, correct: str, wrong: list[str]) -> dict:
-    """{"options", "letter"} of a `SampleSpec`, in random order; the letter is the correct one's."""
+    """{"options", "letter"} of a `SampleSpec`: options in random order, and the correct letter."""
     return letter_options(rng.sample([correct, *wrong], 1 + len(wrong)), correct)
 
 

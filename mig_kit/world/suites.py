@@ -1,9 +1,7 @@
 """What is drawn: the suites of the evaluation, and the mix that the stages train on.
 
-Each suite is the tiny world's counterpart of a benchmark that the paper reports: the ten tasks of
-MIG-Bench; out of domain, LISA (implicit queries about one image), ReVOS (video, answered in the
-third frame), MC-Bench (image pairs) and the ten tasks on unseen objects and textures; BLINK; MMIU.
-Only the questions of MIG-Bench are asked in a training split too.
+Each suite is the tiny world's counterpart of a benchmark that the paper reports. Only the questions
+of MIG-Bench are asked in a training split too.
 """
 
 import random
@@ -58,10 +56,7 @@ def lisa_like(rng: random.Random, world: World) -> SampleSpec:
 
 def _ask_for_same_attribute(appearances: list[Appearance],
                             attribute: int) -> tuple[str, list[str]]:
-    """A question for what shares an attribute with the first, and the names that answer it.
-
-    attribute: 0 for colour, 1 for shape.
-    """
+    """A question for what shares attribute 0 or 1 (colour, shape) with the first; its answers."""
     first, *others = appearances
     word = Appearance._fields[attribute]
     question = f"Which thing has the same {word} as the {object_name(first)}? Find it."
@@ -70,9 +65,7 @@ def _ask_for_same_attribute(appearances: list[Appearance],
 
 
 def revos_like(rng: random.Random, world: World) -> SampleSpec:
-    """ReVOS: a video of three or four frames; the object that appears, or the one that stays, is
-    boxed in frame 3.
-    """
+    """ReVOS: a video of three or four frames; find in frame 3 what appears, or what stays."""
     while True:
         appearances = world.pick_appearances(rng, rng.randint(3, 4))
         scene = world.arrange_scene(rng, appearances)
@@ -89,10 +82,7 @@ def revos_like(rng: random.Random, world: World) -> SampleSpec:
 
 
 def _hide_all_but_first(rng: random.Random, frames: list[Scene]) -> list[Scene] | None:
-    """The frames, each without some objects, so that only the first object is in all of them.
-
-    None if some other object is missing from no frame.
-    """
+    """The frames, so that only the first object is in all; None if another one is, too."""
     others = range(1, len(frames[0].objects))
     hidden, remaining = set(), []
     for i, frame in enumerate(frames):
@@ -105,9 +95,7 @@ def _hide_all_but_first(rng: random.Random, frames: list[Scene]) -> list[Scene] 
 
 
 def mc_bench_like(rng: random.Random, world: World) -> SampleSpec:
-    """MC-Bench: an image pair; the named object is in one image, in both, or (one in ten) in
-    neither.
-    """
+    """MC-Bench: an image pair; the named object is in one, in both, or (one in ten) in neither."""
     wanted, *others = world.pick_appearances(rng, 7)
     numbers = rng.choices([(1,), (2,), (1, 2), ()], (25, 25, 40, 10))[0]
     scenes = []
@@ -180,8 +168,7 @@ def frame_order(rng: random.Random, world: World) -> SampleSpec:
     wrong = rng.sample([other for other in orders if other != correct], 2)
     question = ("The images are frames of a film. Every image has one new thing. "
                 "Which image is one, two, three?")
-    return SampleSpec([frames[i] for i in order], question,
-                      **shuffle_options(rng, correct, wrong))
+    return SampleSpec([frames[i] for i in order], question, **shuffle_options(rng, correct, wrong))
 
 
 def retrieval(rng: random.Random, world: World) -> SampleSpec:
@@ -213,22 +200,17 @@ Draw = Callable[[str, int, int], SampleSpec]  # (split, index, seed) -> the samp
 
 @dataclass(frozen=True)
 class Suite:
-    """All that is known of a drawn suite.
+    """All that is known of a drawn suite."""
 
-    title: what tables and figures call it. tasks: name -> what draws its samples. size_param: the
-    parameter of notebook 06 that says how many samples a task has, `default` of them unless it is
-    set; 0 leaves the suite out.
-    """
-
-    title: str
+    title: str  # in tables and figures
     tasks: dict[str, Draw]
-    size_param: str
-    default: int
+    size_param: str  # the parameter of notebook 06: samples per task; 0 leaves the suite out
+    default: int  # its value unless it is set
 
 
 def _draws(tasks: dict[str, TaskFunction], prefix: str = "",
            worlds: Sequence[World] = (PLAIN,)) -> dict[str, Draw]:
-    """Name -> what draws the samples of a task, from `worlds` in turn."""
+    """Name -> what draws a task's samples, from `worlds` in turn."""
     return {name: partial(make_spec, task_function, f"{prefix}{name}", worlds=worlds)
             for name, task_function in tasks.items()}
 
@@ -268,9 +250,7 @@ TASK_TITLES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
 
 
 def suite_title(suite: str) -> str:
-    """What tables and figures call a drawn suite, or the held-out part of own data; another is
-    called by its name.
-    """
+    """What tables and figures call a suite: its title if it is drawn or OWN, else its name."""
     if suite == OWN:
         return "own data (held out)"
     return SUITES[suite].title if suite in SUITES else suite
@@ -282,10 +262,7 @@ def task_title(task: str) -> str:
 
 
 def make_suite(suite: str, split: str, per_task: int, seed: int = 0) -> list[Sample]:
-    """`per_task` samples of every task of a suite, in order of task and index.
-
-    ValueError for an unknown suite or split.
-    """
+    """`per_task` samples of every task of a suite; ValueError for an unknown suite or split."""
     if suite not in SUITES:
         raise ValueError(f"no suite '{suite}'; the suites are {', '.join(SUITES)}")
     return list(_iter_tasks(suite, SUITES[suite].tasks, split, per_task, seed))
@@ -299,8 +276,7 @@ def _iter_tasks(suite: str, tasks: Mapping[str, Draw], split: str, per_task: int
 
 def iter_free_form(split: str, per_task: int, seed: int = 0, boxes: int | None = None,
                    worlds: Sequence[World] = (PLAIN,)) -> Iterator[Sample]:
-    """General questions beside the ten tasks, as MGrounding-630k has them: `per_task` of a kind,
-    drawn as they are asked for.
+    """General questions beside the ten tasks: `per_task` of each kind, drawn as they are asked for.
 
     boxes: how many of each kind in BOX_FORMS; None for `per_task`. worlds: drawn from in turn.
     """
@@ -312,11 +288,10 @@ def iter_free_form(split: str, per_task: int, seed: int = 0, boxes: int | None =
 def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: int,
                       boxes: int | None = None, find_all_per_task: int = 0,
                       worlds: Sequence[World] = (PLAIN,)) -> Iterator[Sample]:
-    """What the stages train on, drawn as they are asked for: the ten tasks, general questions and
-    questions for all boxes.
+    """What the stages train on: the ten tasks, general questions and questions for all boxes.
 
-    boxes: how many general questions of each kind that asks for a box; None for
-    `free_form_per_task`. worlds: what the tasks and general questions are drawn from, in turn.
+    boxes: general questions of each kind that asks for a box; None for `free_form_per_task`.
+    worlds: what tasks and general questions are drawn from, in turn.
     """
     # not through SUITES: a suite more would make stage 01 stale
     yield from _iter_tasks("mig_bench", _draws(TASKS, worlds=worlds), split, per_task, seed)

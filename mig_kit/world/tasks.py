@@ -1,8 +1,6 @@
-"""The ten MIG-Bench tasks over drawn scenes (Migician, arXiv 2501.05767).
+"""The ten MIG-Bench tasks over drawn scenes (Migician, arXiv 2501.05767), by official key.
 
-The function of a task carries the task's official key. `make_sample(task, split, index, seed)`
-draws any sample alone. A split owns the samples whose content hashes to it, so two splits cannot
-hold the same sample, whatever the seeds.
+A split owns the samples whose content hashes to it, so no two splits share one.
 """
 
 import random
@@ -109,10 +107,7 @@ def _change_one_attribute(rng: random.Random, appearance: Appearance, world: Wor
 
 
 def moving_frames(rng: random.Random, first: Scene, count: int) -> list[Scene] | None:
-    """A video of `count` frames in which every object of `first` moves at its own steady pace.
-
-    None if objects would collide or leave the image.
-    """
+    """A video in which each object keeps its own pace; None if objects collide or leave it."""
     steps = [(rng.uniform(-8, 8), rng.uniform(-8, 8)) for _ in first.objects]
     frames = [first]
     for i in range(1, count):
@@ -128,10 +123,7 @@ def moving_frames(rng: random.Random, first: Scene, count: int) -> list[Scene] |
 
 
 def object_tracking(rng: random.Random, world: World) -> SampleSpec:
-    """Six frames, moving objects, look-alike distractors.
-
-    The reference is boxed in the text and in frame 1.
-    """
+    """Six frames, look-alike distractors; the reference is boxed in the text and in frame 1."""
     frames = None
     while frames is None:
         appearance = world.pick_appearances(rng, 1)[0]
@@ -245,12 +237,12 @@ def find_extreme(scene: Scene, which: str) -> Object | None:
 
 def pick_match_and_others(rng: random.Random, appearance: Appearance, attribute: int,
                           count: int) -> list[Appearance]:
-    """`count` appearances; the first, and only the first, shares one attribute with `appearance`.
+    """`count` appearances, of which only the first shares one attribute with `appearance`.
 
     attribute: 0 for colour, 1 for shape. The first differs from `appearance` in the other one.
-    Every unseen pair has a colour and a shape of its own, so all come from the seen pairs.
     """
     while True:
+        # of seen pairs only, because no two unseen ones share a colour or a shape
         match, *others = PLAIN.pick_appearances(rng, count)
         is_match = match[attribute] == appearance[attribute] and match[:2] != appearance[:2]
         if is_match and all(other[attribute] != appearance[attribute] for other in others):
@@ -278,9 +270,7 @@ def reasoning(rng: random.Random, world: World) -> SampleSpec:
 
 
 def correspondence(rng: random.Random, world: World) -> SampleSpec:
-    """The reference of image 1 plays a part (its shape); find what plays it in image 2, in another
-    colour.
-    """
+    """Find what has the shape of image 1's reference in image 2, in another colour."""
     appearances = world.pick_appearances(rng, rng.randint(2, 4))
     first = world.arrange_scene(rng, appearances)
     target = first.objects[0]
@@ -302,19 +292,16 @@ TASKS: dict[str, TaskFunction] = {task.__name__: task for task in (
 
 
 def owning_split(spec: SampleSpec) -> str:
-    """The split that owns a spec, by a hash of its names and boxes; so no two splits share a
-    sample.
-    """
+    """The split that owns a spec, by a hash of its names and boxes."""
     content = repr([[(obj.name, obj.box) for obj in scene.objects] for scene in spec.scenes])
     return SPLITS[zlib.crc32(content.encode()) % len(SPLITS)]
 
 
 def make_spec(task_function: TaskFunction, key: str, split: str, index: int, seed: int,
               worlds: Sequence[World] = (PLAIN,)) -> SampleSpec:
-    """The spec that (seed, key, split, index) names: redrawn until the split owns it. Indices draw
-    from `worlds` in turn.
+    """The spec that (seed, key, split, index) names; indices draw from `worlds` in turn.
 
-    ValueError for an unknown split.
+    It is redrawn until the split owns it. Raises ValueError for an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"no split '{split}'; the splits are {', '.join(SPLITS)}")
@@ -340,10 +327,7 @@ def render_sample(spec: SampleSpec, suite: str, task: str, split: str, index: in
 
 
 def make_sample(task: str, split: str, index: int, seed: int = 0) -> Sample:
-    """Sample number `index` of a task and split, drawn from (seed, split, index) alone.
-
-    ValueError for an unknown task or split.
-    """
+    """Sample number `index` of a task and split; ValueError if either is unknown."""
     if task not in TASKS:
         raise ValueError(f"no task '{task}'; the tasks are {', '.join(TASKS)}")
     spec = make_spec(TASKS[task], task, split, index, seed)

@@ -1,9 +1,7 @@
 """The tiny profile's teacher: writes chain-of-thought traces from the scene graph, with errors.
 
-Like a real teacher it knows more than its student and does not always write down the whole way:
-some traces list the evidence, some give only the finding, some name only the method. RL finds out
-which of them a small student can use. A small student cannot follow the last two; too many of them
-cost it skills that the base had.
+Some traces list the evidence, some give only the finding, some only the method. A small student
+cannot follow the last two: too many cost it skills, and RL finds out which it can use.
 """
 
 import random
@@ -23,7 +21,7 @@ ERRORS = ("wrong object", "wrong image", "sloppy box", "leaked answer", "broken 
 
 
 def write_reasoning(sample: Sample, detail: str) -> str:
-    """The reasoning at one of the levels in DETAILS; all of them begin with the method's name."""
+    """The reasoning at one level of DETAILS; each begins with the method's name."""
     parts = [METHOD.get(sample.finding.partition(":")[0], DEFAULT_METHOD)]
     if detail == "evidence":
         parts += sample.notes
@@ -33,10 +31,9 @@ def write_reasoning(sample: Sample, detail: str) -> str:
 
 
 def recognize_detail(reply: str) -> str:
-    """The one of DETAILS at which a reply reasons, counted by its statements ("name: value").
+    """The one of DETAILS at which a reply reasons, by its number of statements ("name: value").
 
-    "method" has no statement, "finding" one, "evidence" several. It reads what `write_reasoning`
-    and a student of it write.
+    "method" has no statement, "finding" one, "evidence" several.
     """
     statements = reply.partition("</think>")[0].count(": ")
     return ("method", "finding", "evidence")[min(statements, 2)]
@@ -45,11 +42,12 @@ def recognize_detail(reply: str) -> str:
 def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
                 mix: tuple[float, float, float] = (1, 1, 1), error_rate: float = 0.2,
                 jitter: float = 0.7) -> Trace:
-    """One trace.
+    """Write one trace of a sample, at a random detail and with some errors.
 
-    mix: weights of DETAILS. error_rate: share of traces with one of ERRORS. jitter: standard
-    deviation of every box edge, in pixels of the image as the model sees it; a "sloppy box" has
-    five times as much.
+    Args:
+        mix: weights of DETAILS.
+        error_rate: share of traces with one of ERRORS.
+        jitter: standard deviation of box edges, pixels as the model sees them; 5x if "sloppy box".
     """
     detail = rng.choices(DETAILS, mix)[0]
     error = rng.choice(ERRORS) if rng.random() < error_rate else ""
@@ -70,7 +68,7 @@ def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
 
 
 def _write_reply(rng: random.Random, thought: str, answer: str, detail: str, error: str) -> Trace:
-    """The trace with its tags; some of them are missing for a "broken format"."""
+    """The trace with its tags, of which a "broken format" lacks some."""
     if error == "broken format":
         text = rng.choice([f"{thought} <answer>{answer}</answer>",
                            f"<think>{thought}</think>{answer}",
@@ -83,8 +81,7 @@ def _write_list_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
                       detail: str, error: str, thought: str) -> Trace:
     """A trace that answers with all boxes, or that there is none.
 
-    For a "wrong image" it leaves out the first box, which may be the only one. Where there is no
-    box, an error about objects, images or boxes invents one, and nothing can be leaked.
+    A "wrong image" leaves out the first box. Where there is no box, an error invents one.
     """
     boxes = [(image, _misplace_box(box, sample.sizes[image - 1], rng, box_format, error, jitter))
              for image, box in sample.targets]
@@ -112,16 +109,13 @@ def _pixel_of(size: tuple[int, int], box_format: BoxFormat) -> tuple[float, floa
 
 def _misplace_box(box: Box, size: tuple[int, int], rng: random.Random, box_format: BoxFormat,
                   error: str, jitter: float) -> Box:
-    """The box, of an image of `size`, in the model's coordinates and with jittered edges; one cell
-    away, down right or up left, for a "wrong object". jitter: see `write_trace`.
-    """
+    """The box in the model's coordinates with jittered edges, a cell away for a "wrong object"."""
     box, pixel = to_model_box(box, size, box_format), _pixel_of(size, box_format)
     if error == "wrong object":
         shift = rng.choice((-1, 1)) * CELL
         box = tuple(max(0.0, value + shift * step) for value, step in zip(box, pixel * 2))
     std = jitter * (5 if error == "sloppy box" else 1)
-    return tuple(max(0.0, value + rng.gauss(0, std) * step)
-                 for value, step in zip(box, pixel * 2))
+    return tuple(max(0.0, value + rng.gauss(0, std) * step) for value, step in zip(box, pixel * 2))
 
 
 def _write_choice_trace(sample: Sample, rng: random.Random, detail: str, error: str,

@@ -1,6 +1,4 @@
-"""The four courses in which the tiny base's language model learns, and their pictures (notebook
-90).
-"""
+"""The four courses in which the tiny base's language model learns (notebook 90)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from tiny_base.puzzles import HARD_KINDS, KINDS, LOOSE_KINDS
 
 
 class Mix(NamedTuple):
-    """What visual dialogues are drawn at a time; the last two as of `visual_batch`."""
+    """What visual dialogues are drawn at a time; the last two as in `visual_batch`."""
 
     max_images: int
     located: float
@@ -24,29 +22,22 @@ class Mix(NamedTuple):
 
 @dataclass(frozen=True)
 class Curriculum:
-    """A course of lessons.
+    """A course of lessons; fields without a comment are as in `visual_batch` and `text_turns`."""
 
-    name: of its checkpoint and curve. learning_rate: see `make_optimizers`. fewest: appearances
-    that an album draws from, at least. supervises_questions: see `AttentionSupervision`. plan:
-    share of the course that is done -> mix. worded, surveyed: see `visual_batch`.
-    puzzles_have_images: most text puzzles stand behind images. kinds, unfit, lettered: of puzzles,
-    see `text_turns`. alike: see `album`. puzzle_factor: how many times the usual number of puzzles.
-    """
-
-    name: str
+    name: str  # of its checkpoint and curve
     learning_rate: float
     warmup_steps: int
-    fewest: int
+    fewest: int  # appearances that an album draws from, at least
     supervises_questions: bool
-    plan: Callable[[float], Mix]
+    plan: Callable[[float], Mix]  # share of the course that is done -> mix
     worded: float = 0.0
     surveyed: float = 0.0
-    puzzles_have_images: bool = False
+    puzzles_have_images: bool = False  # most text puzzles stand behind images
     kinds: tuple[str, ...] = KINDS
     unfit: float = 0.75
     lettered: float = 0.25
-    alike: float = 0.0
-    puzzle_factor: int = 1
+    alike: float = 0.0  # share of albums whose scenes show the same objects
+    puzzle_factor: int = 1  # how many times the usual number of puzzles
 
 
 def _plan_seeing(done: float) -> Mix:

@@ -25,13 +25,11 @@ from tiny_base.vocabulary import TokenRow, Writer
 
 
 class SeenImage(NamedTuple):
-    """A scene as the frozen tower saw it. features: (tokens, hidden), bfloat16; grid: (3,), 1 and
-    the rows and columns of its patches, of which four become a token.
-    """
+    """A scene as the frozen tower saw it."""
 
     scene: Scene
-    features: torch.Tensor
-    grid: torch.Tensor
+    features: torch.Tensor  # (tokens, hidden), bfloat16
+    grid: torch.Tensor  # (3,): 1, rows and columns of its patches, of which four become a token
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ Batch = list[Dialogue]
 @torch.no_grad()
 def encode_albums(tower, rng: random.Random, albums: int, autocast: bool = True, fewest: int = 5,
                   alike: float = 0.0) -> list[list[SeenImage]]:
-    """Albums of six images with their features; fewest and alike: see `album`."""
+    """Albums of six images with their features; fewest and alike: as in `album`."""
     processor = image_processor()
     encoded = []
     for _ in progress_bar(range(albums), "albums"):
@@ -85,10 +83,11 @@ def visual_batch(albums: list[list[SeenImage]], writer: Writer, rng: random.Rand
                  worded: float = 0.0, surveyed: float = 0.0) -> Batch:
     """`rows` dialogues, each over `images` images of one album.
 
-    located: the share of dialogues that locate every object; the others ask up to six questions.
-    name_weight: how much more a word of a name weighs than a digit of a box, of which there are
-    many more. worded: see `visual_turns`. surveyed: the share that lists all images first, so that
-    the model knows how many there are.
+    Args:
+        located: share of dialogues that locate every object; the others ask up to six questions.
+        name_weight: weight of a word of a name, relative to a digit of a box.
+        worded: as in `visual_turns`.
+        surveyed: share that lists all images first, so that the model knows their number.
     """
     batch = []
     for _ in range(rows):
@@ -115,10 +114,10 @@ def _weigh_names(turns: list[Turn], weight: float) -> list[Turn]:
 def text_batch(writer: Writer, rng: random.Random, rows: int, unrelated_text: Sequence[str],
                albums: Sequence[list[SeenImage]] = (), *, kinds: tuple[str, ...] = KINDS,
                unfit: float = 0.75, lettered: float = 0.25) -> Batch:
-    """`rows` dialogues of two puzzles, half of them with a task's question behind, unanswered.
+    """`rows` dialogues of two puzzles, half of them with an unanswered question of a task behind.
 
-    With albums, three of four stand behind up to five images that have nothing to do with them, as
-    do most of their questions. kinds, unfit and lettered: see `text_turns`.
+    With albums, three of four stand behind up to five unrelated images, as do most task questions.
+    kinds, unfit, lettered: as in `text_turns`.
     """
     batch = []
     for _ in range(rows):

@@ -1,8 +1,7 @@
 """What the tiny base is taught (notebook 90): to see, and to reason over short lists of text.
 
-It is not taught the ten tasks. Visual lessons are many short questions about one image each, over
-an album of one to six images that share their objects' names, so that the image number matters.
-Text lessons are puzzles over lists of names.
+It is not taught the ten tasks. Visual lessons are short questions about one of up to six images
+that share their objects' names; text lessons are puzzles over lists of names.
 """
 
 import random
@@ -45,8 +44,8 @@ VERBS = ("Compare.", "Search.", "Track.", "Associate.", "List.", "Find.")
 def album(rng: random.Random, images: int = 6, fewest: int = 5, alike: float = 0.0) -> list[Scene]:
     """Unrelated scenes whose objects have the same `fewest` to 8 appearances.
 
-    alike: the share of albums whose scenes show the same 2 to 4 objects at other places each, so
-    that only the image number tells them apart.
+    alike: share of albums that show the same 2 to 4 objects at other places in each image, so that
+    only the image number tells them apart.
     """
     if alike and rng.random() < alike:
         appearances = PLAIN.pick_appearances(rng, rng.randint(2, 4))
@@ -182,8 +181,7 @@ def _choice_turn(rng: random.Random, scene: Scene, number: int) -> Turn:
 def locate_turns(rng: random.Random, scenes: list[Scene], count: int = 3) -> list[Turn]:
     """At most `count` images located: every object's name and box, in random order.
 
-    The names carry almost no loss, for their order cannot be known; each box is looked up by the
-    name before it. Lists in reading order would teach a pointer that walks on instead of a look-up.
+    Lists in reading order would teach a pointer that walks on instead of a look-up by name.
     """
     turns = []
     for number in rng.sample(range(1, len(scenes) + 1), min(count, len(scenes))):
@@ -192,6 +190,7 @@ def locate_turns(rng: random.Random, scenes: list[Scene], count: int = 3) -> lis
         for obj in rng.sample(scene.objects, len(scene.objects)):
             name = f"; the {obj.name}" if pieces else f"the {obj.name}"
             box = f" {format_box(model_box(scene, obj))}"
+            # a name's order cannot be known, so it carries almost no loss
             pieces += [(name, 0.03, None), (box, 1.0, object_place(scenes, number, obj))]
         if pieces:
             turns.append((f"Where is each thing in image {number}?", pieces))
@@ -202,9 +201,8 @@ def visual_turns(rng: random.Random, scenes: list[Scene], count: int = 8,
                  worded: float = 0.0) -> list[Turn]:
     """At most `count` questions with answers, each about one image.
 
-    worded: the share of lists and names that are worded as a note ("image 2: red star, blue
-    ring."). No box is asked for or shown twice in a dialogue: the second time it could be copied
-    from the first.
+    No box comes up twice, or it could be copied. worded: share of lists and names that are worded
+    as a note ("image 2: red star, blue ring.").
     """
     turns: list[Turn] = []
     unseen = {(number, obj.name): obj  # objects whose boxes did not come up yet
@@ -256,10 +254,10 @@ def text_turns(rng: random.Random, count: int = 3, kinds: tuple[str, ...] = KIND
                lettered: float = 0.25) -> list[Turn]:
     """`count` puzzles over lists as turns; they are about no image.
 
-    unrelated_text: questions that have nothing to do with the lists. A share `unfit` of the puzzles
-    whose notes are thoughts stands behind one of them, so that the notes and the first words of the
-    finding alone must lead to it; the notes then carry no loss, for they could be about any number
-    of images. lettered: the share of puzzles with options, which are answered with a letter.
+    Args:
+        unrelated_text: questions that have nothing to do with the lists.
+        unfit: share of puzzles behind such a question; their notes alone must lead to the finding.
+        lettered: share of puzzles with options, which are answered with a letter.
     """
     turns = []
     for _ in range(count):

@@ -18,10 +18,11 @@ HARD_KINDS = ("new", "new", "new", "all", "all", "all", "has", "has", "has", "at
 class Puzzle:
     """A question over lists of names.
 
-    notes: the lists, worded as a trace words them. lead and word: the finding up to the word that
-    solves the puzzle ("new:"), and this word. correct: the one of the options that is true; it may
-    be missing from them. looked_up: the listed name that leads to the word, where one look-up is
-    all it takes; else "".
+    Args:
+        notes: the lists, worded as a trace words them.
+        lead, word: the finding up to the word that solves the puzzle ("new:"), and this word.
+        correct: the true option; it may be missing from the options.
+        looked_up: listed name that leads to the word if one look-up is enough, else "".
     """
 
     kind: str

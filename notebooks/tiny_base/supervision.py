@@ -13,14 +13,12 @@ QUESTION_LAYER, QUESTION_HEADS = 1, (1, 5)
 
 
 class AttentionSupervision(nn.Module):
-    """Supervises how the language model looks things up, which otherwise forms only after a long
-    plateau.
+    """Supervises look-ups of the language model, which otherwise form only after a long plateau.
 
-    Always: OBJECT_HEADS attend from the words about an object to that object's token, and
-    NUMBER_HEADS from an image token (or a listed name) to its image's number. `questions`: also
-    QUESTION_HEADS attend from those words to the number in the question, and a linear reader, which
-    is thrown away afterwards, reads the number from the input of OBJECT_LAYER at both ends of the
-    look-up. A query that does not hold the number looks the object up in all images at once.
+    OBJECT_HEADS attend from words about an object to its token, NUMBER_HEADS from an image token or
+    a listed name to its image's number. With `questions`, QUESTION_HEADS attend from those words to
+    the number in the question, and a linear reader, thrown away later, reads the number at both
+    ends: a query without the number looks the object up in all images at once.
     """
 
     def __init__(self, model, questions: bool):
@@ -54,10 +52,9 @@ class AttentionSupervision(nn.Module):
     def forward(self, ids: torch.Tensor, object_token: torch.Tensor,
                 image_number_token: torch.Tensor,
                 question_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of the model's last pass, and the attention from first words to their object.
+        """(loss of the model's last pass, attention from first words to their object).
 
-        Arguments: (rows, tokens) each, as in `TokenRow`. The first words about an object weigh four
-        times as much as later ones: once a digit is written, it gives the object away.
+        All arguments are (rows, tokens), as in `TokenRow`.
         """
         # a token is predicted from the one before it
         object_token, question_token = object_token[:, 1:], question_token[:, 1:]
@@ -66,7 +63,7 @@ class AttentionSupervision(nn.Module):
         to_object = _attention_to(self.attended[OBJECT_LAYER], object_token, OBJECT_HEADS)
         to_number = _attention_to(self.attended[NUMBER_LAYER], image_number_token, NUMBER_HEADS)
         is_first = (object_token != torch.roll(object_token, 1, 1))[object_token >= 0]
-        weight = 1 + 3 * is_first.float()
+        weight = 1 + 3 * is_first.float()  # once a digit is written, it gives the object away
         object_loss = (to_object.log() * weight[:, None]).mean() / weight.mean()
         loss = -0.5 * object_loss - 0.5 * to_number.log().mean()
         first_words = to_object[is_first].mean().detach()
@@ -97,10 +94,9 @@ class AttentionSupervision(nn.Module):
 
 def _attention_to(blocks: list[torch.Tensor], target: torch.Tensor,
                   heads: tuple[int, ...]) -> torch.Tensor:
-    """What `heads` attend from every position with a target to that target: (positions, heads), at
-    least 1e-6.
+    """(positions, heads) attention from each position with a target to it, at least 1e-6.
 
-    blocks: the weights, as `attention` gives them in blocks. target: (rows, tokens), -1 for none.
+    blocks: the weights in blocks, as `attention` gives them. target: (rows, tokens), -1 for none.
     """
     row, position = (target >= 0).nonzero(as_tuple=True)
     target_position = target[row, position]

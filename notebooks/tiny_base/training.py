@@ -1,9 +1,7 @@
 """Notebook 90: how the shipped tiny base model was made.
 
-First the vision tower learns to see (`vision`), then the language model learns on the frozen
-tower's features (`lessons` says what, `curriculum` in which order). The result is a plain
-Qwen2.5-VL in bfloat16 safetensors, which has been taught neither the ten tasks nor how to reason
-about images.
+First the vision tower learns to see (`vision`), then the language model learns on its frozen
+features (`lessons`, in the order of `curriculum`).
 """
 
 import json
@@ -54,11 +52,7 @@ CURVES = ("visual_loss", "visual_right", "looking", "text_loss", "text_right")
 
 
 def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A fresh language model on the trained, frozen tower of folder/vision.safetensors.
-
-    The embeddings of the words for shapes, colours and patterns start on the tower's codes for
-    them.
-    """
+    """A fresh language model on the trained, frozen tower of folder/vision.safetensors."""
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration._from_config(
         tiny_config(VOCABULARY), attn_implementation=attention.NAME)
@@ -66,7 +60,8 @@ def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGene
     tower.patch_embed.proj = PatchProduct(tower.patch_embed.proj)
     tower.load_state_dict(load_file(folder / "vision.safetensors"))
     tower.requires_grad_(False)
-    # the first two codes say whether there is an object; those of patterns begin with "plain"
+    # The words of shapes, colours and patterns start on the tower's codes for them, so that the
+    # token of a red star looks like these words. The first two codes say whether there is an object; those of patterns begin with "plain"
     words = ["", "", *SHAPES, *COLOURS, "", "striped"]
     embeddings = model.model.language_model.embed_tokens.weight
     with torch.no_grad():
@@ -79,10 +74,9 @@ def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGene
 
 def language_loss(model, batch: Batch,
                   supervision: AttentionSupervision | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of a batch, and three figures: nats and share correct of the tokens of weight >= 0.5,
-    and the supervision's.
+    """(weighted mean cross-entropy, plus the supervision's if any; three figures) of a batch.
 
-    The loss is the weighted mean cross-entropy, plus the supervision's if there is one.
+    Figures: nats and share correct of tokens of weight >= 0.5, and the supervision's attention.
     """
     rows = [dialogue.row for dialogue in batch]
     longest = pad_to_multiple(max(len(row.ids) for row in rows))
@@ -121,9 +115,7 @@ def _embed(model, ids: torch.Tensor, batch: Batch) -> dict:
 
 def add_gradients(model, batch: Batch, supervision: AttentionSupervision | None,
                   autocast: bool) -> list[float]:
-    """Add the gradients of a batch, short and long rows apart; the figures of `language_loss`.
-
-    A part counts as much as its tokens weigh.
+    """Add a batch's gradients, short and long rows apart; returns the figures of `language_loss`.
     """
     total, figures = total_weight(batch), torch.zeros(3)
     for part in split_by_length(batch):
@@ -137,11 +129,10 @@ def add_gradients(model, batch: Batch, supervision: AttentionSupervision | None,
 
 def make_optimizers(model, supervision: AttentionSupervision,
                     learning_rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW for all but the matrices of the language model's layers; these get Muon, at MUON times
-    the learning rate.
-
-    With AdamW alone the same lessons take more than twice as many steps.
+    """AdamW; Muon, at MUON times the learning rate, for the matrices of the language model's
+    layers.
     """
+    # with AdamW alone the same lessons take more than twice as many steps
     matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim > 1]
     muon_ids = {id(p) for p in matrices}
     others = [p for p in (*model.parameters(), *supervision.parameters())
@@ -167,11 +158,11 @@ def _make_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: i
 def train_language(model, tokenizer, folder: Path, course: Curriculum, *, steps: int, albums: int,
                    rows: Sequence[int], unrelated_text: Sequence[str] = (), seed: int = 0,
                    autocast: bool = True) -> list[dict]:
-    """One course of lessons; the curve, a row per CURVE_STEPS steps.
+    """Train one course, or load it from folder/<course>.pt; returns the curve, a row per
+    CURVE_STEPS.
 
-    rows: dialogues of a batch about four images each (about fewer images there are more), and of
-    text puzzles. unrelated_text: of `build_tokenizer_and_unrelated_text`. The model is left in
-    folder/<course>.pt, from which a run that was killed later goes on.
+    rows: dialogues of a batch about four images each, of which fewer images have more, and of text
+    puzzles.
     """
     path = folder / f"{course.name}.pt"
     if path.is_file():
@@ -256,8 +247,8 @@ def model_card(folder: Path, params: dict, vision: dict, curves: dict[str, list[
                scores: dict) -> str:
     """The model card in Markdown: data, seeds, command, hash and scores.
 
-    params: the notebook's; vision: of `train_vision`; curves: of `train_language` by course;
-    scores: of `evaluate_base`.
+    params: the notebook's; vision, curves (by course), scores: what the trainings and
+    `evaluate_base` return.
     """
     weights = next(folder.glob("*.safetensors"))
     millions = sum(tensor.numel() for tensor in load_file(weights).values()) / 1e6

@@ -1,7 +1,6 @@
 """How the tiny base learnt to see (notebook 90): a vision tower trained with detection heads.
 
-Learning to locate from the language model's loss alone takes many times as long. The heads are
-thrown away.
+Learning from the language model's loss alone takes many times as long. The heads are thrown away.
 """
 
 import json
@@ -44,11 +43,7 @@ BOX_SIZE = 8  # two boxes
 
 
 def codes() -> tuple[torch.Tensor, tuple[int, ...]]:
-    """An orthonormal code per fact that a token can state, (codes, hidden), and the groups' sizes.
-
-    The groups are CLASS_SIZES and DIGIT_SIZES. The language model starts with the words' embeddings
-    on the codes of shape, colour and pattern, so that the token of a red star looks like the words
-    "red star" with its digits beside them.
+    """(codes, hidden): an orthonormal code per fact that a token can state, and the groups' sizes.
     """
     sizes = (*CLASS_SIZES, *DIGIT_SIZES)
     noise = torch.randn(TINY_HIDDEN, sum(sizes), generator=torch.Generator().manual_seed(0))
@@ -56,9 +51,7 @@ def codes() -> tuple[torch.Tensor, tuple[int, ...]]:
 
 
 def vision_scene(rng: random.Random, size: tuple[int, int]) -> Scene:
-    """A scene to learn seeing from: 1 to 6 objects, some scenes cropped, with large objects or
-    with a marked one.
-    """
+    """A scene of 1 to 6 objects; some are cropped, or have large objects or a marked one."""
     kind = rng.random()
     if kind < 0.12:
         scene = PLAIN.arrange_scene(rng, PLAIN.pick_appearances(rng, rng.randint(1, 4)))
@@ -74,8 +67,7 @@ def vision_scene(rng: random.Random, size: tuple[int, int]) -> Scene:
 
 
 def detection_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Classes (cells, 5) int: object or none, shape, colour, pattern, marked or not; and boxes
-    (cells, 8).
+    """(cells, 5) int, object or none, shape, colour, pattern, marked or not; and (cells, 8) boxes.
 
     Boxes are in cell widths of the resized image, first from the cell's centre, then from the
     image's corner. Rows are in reading order, as the merged tokens are.
@@ -141,8 +133,7 @@ def class_loss(groups: tuple[torch.Tensor, ...], batch: VisionBatch) -> torch.Te
 
 
 def digit_loss(groups: tuple[torch.Tensor, ...], batch: VisionBatch) -> torch.Tensor:
-    """Mean cross-entropy of tens and units of the four coordinates, whole pixels of the resized
-    image.
+    """Mean cross-entropy of tens and units of the four coordinates, pixels of the resized image.
 
     groups: logits (cells, size) per group of `codes`.
     """
@@ -157,9 +148,7 @@ def digit_loss(groups: tuple[torch.Tensor, ...], batch: VisionBatch) -> torch.Te
 class _Learner(nn.Module):
     """The tower with a small detection head per merged token, and the loss of both.
 
-    A head says whether an object is centred here, its shape, colour and pattern, whether it is
-    marked, and its box: from the cell's centre, and from the image's corner, because the language
-    model reads whole coordinates off one token, so the token must know where in the image it is.
+    A head tells the object's class and its box, from the cell's centre and from the image's corner.
     """
 
     def __init__(self):
@@ -172,18 +161,17 @@ class _Learner(nn.Module):
 
     def forward(self, batch: VisionBatch, spells: bool,
                 autocast: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Loss, features (tokens, width) and figures of a batch.
+        """(loss, features (tokens, width), figures) of a batch.
 
-        spells: the features themselves are learned as sums of `codes`, too. Figures: box error in
-        pixels of the resized image, share of correct classes, and the loss of a digit.
+        spells: features are learned as sums of `codes`, too. Figures: box error in pixels of the
+        resized image, share of correct classes, loss of a digit.
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             features = self.tower(batch.pixel_values, grid_thw=batch.grid_thw).pooler_output
         features = features.float()
         has_object = batch.has_object
         *groups, box = self.heads(features).split((*CLASS_SIZES, BOX_SIZE), -1)
-        box_loss = nn.functional.smooth_l1_loss(box[has_object], batch.boxes[has_object],
-                                                beta=0.05)
+        box_loss = nn.functional.smooth_l1_loss(box[has_object], batch.boxes[has_object], beta=0.05)
         loss = class_loss(groups, batch) + 8 * box_loss
         figures = {"box_error_px": CELL * (box - batch.boxes)[has_object].abs().mean()}
         if spells:
@@ -199,11 +187,10 @@ class _Learner(nn.Module):
 
 def train_vision(folder: Path, steps: Sequence[int], *, batch: int = 64, seed: int = 0,
                  autocast: bool = True) -> dict:
-    """Train the tower on fresh scenes and write folder/vision.safetensors; the figures of the last
-    batches, also in folder/vision.json.
+    """Train the tower on fresh scenes, unless folder/vision.safetensors is there; returns figures.
 
-    steps: of learning to locate (trained heads), then to spell: every token's features become a sum
-    of `codes`. A tower that is there is not trained again.
+    steps: of learning to locate, with heads, then to spell: every token's features become a sum of
+    `codes`.
     """
     path, figures_path = folder / "vision.safetensors", folder / "vision.json"
     if path.is_file() and figures_path.is_file():

@@ -11,14 +11,7 @@ from transformers import Qwen2TokenizerFast
 from mig_kit.prompts import GROUNDING_INSTRUCTION, image_label
 from mig_kit.world.scenes import PLAIN
 from mig_kit.world.tasks import TASKS
-from tiny_base.lessons import (
-    Option,
-    Turn,
-    album,
-    clip_to_image,
-    text_turns,
-    visual_turns,
-)
+from tiny_base.lessons import Option, Turn, album, clip_to_image, text_turns, visual_turns
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>", "<|box_start|>", "<|box_end|>")
@@ -42,9 +35,8 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 
 
 def build_tokenizer(corpus: list[str]) -> Qwen2TokenizerFast:
-    """A byte-level BPE with Qwen2.5's splitting rule (every digit is a token) and special tokens.
-
-    The fixed pieces of an answer are single tokens. A small corpus may give fewer than 640 tokens.
+    """A byte-level BPE with Qwen2.5's splitting rule: a digit, and a fixed piece of an answer, is a
+    token.
     """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence([
@@ -62,12 +54,9 @@ def build_tokenizer(corpus: list[str]) -> Qwen2TokenizerFast:
 
 
 def build_tokenizer_and_unrelated_text(seed: int = 0) -> tuple[Qwen2TokenizerFast, list[str]]:
-    """The tokenizer, trained on lessons and on the words of the tasks; the tasks' questions as text
-    that has nothing to do with a lesson.
-
-    Every token that the recipe will use must have been trained in the base: LoRA leaves the tied
-    embedding frozen, and fine-tuning cannot make an untrained token likelier than it began.
-    """
+    """The tokenizer, trained on lessons and on the words of the tasks; and the tasks' questions."""
+    # LoRA leaves the tied embedding frozen, so SFT cannot make a token likelier that the base has
+    # not been trained on: the corpus holds every token that the recipe will use
     rng = random.Random(seed)
     corpus, unrelated_text = [], []
     for _ in range(3000):
@@ -115,8 +104,7 @@ class Writer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.encode = lru_cache(50_000)(self._encode)  # most pieces come up again and again
-        self.system = self.encode(
-            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
+        self.system = self.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
         self.before_number = {tuple(self.encode(text)) for text in (" image ", '{"image": ')}
         self.number_of_token = {self.encode(str(number))[0]: number for number in range(1, 10)}
 
@@ -182,9 +170,7 @@ class Writer:
         return result
 
     def _find_text(self, ids: list[int], start: int, subject: str) -> tuple[int, int]:
-        """Where a text stands from `start` on: its last token, and its list's number or its
-        option's letter.
-        """
+        """(last token of a text from `start` on, its list's number or its option's letter)."""
         words = self.encode(f" {subject}")
         if isinstance(subject, Option):
             first = next(index for index in range(start, len(ids))
