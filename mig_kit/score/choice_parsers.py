@@ -44,7 +44,7 @@ _REWRITES = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), new) for patter
     (r"(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3)(?:\u662f|\u4e3a|\u306f)?", "\nAnswer: "),
     (r"\u6211?\u9009(?:\u62e9)?", "I choose "),
     (r"</?\|?[a-z][a-z_]{1,30}\|?>|(?-i:</?[bis]>)|\[/?INST\]|[\xa0\u200b]", " "),
-    (r"\\[a-z]{2,12}(?=\s?\{)", ""),
+    (r"\\[a-z]{2,12}(?=\s?\{)|\\(?=[()\[\]])", ""),
     (rf"^\s{{0,3}}#{{1,6}}{_ALONE}|(?:[=-]>|[\u21d2\u2192]){_ALONE}", "\nAnswer: "),
     (r"[*_`\"'$\[{(<]{1,8}\s?([A-Z])\s?[.:!]?\s?[*_`\"'$\]})>]{1,8}(?!\w)",
      lambda match: f"({match[1].upper()})"),
@@ -52,19 +52,20 @@ _REWRITES = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), new) for patter
      lambda match: f"{match[1]}({match[2].upper()})"),
     (r"(?<=[\u3040-\u9fff])(?=[A-Z]\b)|(?<=\b[A-Z])(?=[\u3040-\u9fff])", " "),
     (r"[*`]+(?=\S)|(?<=\S)[*`]+", ""),
-    (r"\bright(?= (?:answer|option|choice|one)\b)", "correct"),
-    (r"\A\s*([a-z])(?=\W*\Z)", lambda match: match[1].upper()))]
+    (r"\bright(?= (?:answer|option|choice|one)\b)|(?<=\bis )right(?=[.,!]|\s*$)", "correct"),
+    (r"^[^\w\n]{0,3}([a-z])(?=\W*\Z)", lambda match: match[1].upper()))]
 _LABEL = (r"(?:[Pp]oints?|[Bb]ox(?:es)?|[Oo]ptions?|[Pp]ictures?|[Ii]mages?|[Cc]hoices?"
-          r"|[Cc]ircles?|[Ll]etter|[Aa]nswers?(?: is|:)?)")
+          r"|[Cc]ircles?|[Ll]etter)")
 _VERB = (r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|corresponds|matches|because"
          r"|since|as|for|shows|would|must|with|the|an?|it)")
 # "A" is an article where it begins a sentence and a word follows, but no verb
 _NAMED_OPTION = re.compile(
     r"\(([A-Z])\)"
-    rf"|\b{_LABEL}\s+\"?([A-Z])\b"
+    rf"|\b(?:{_LABEL}|[Aa]nswers?(?: is|:)?)\s+\"?([A-Z])\b"
     rf"|(?<![\w'$\\.])(A)(?=\s+(?:{_VERB}\b|[-([])|\s*[),:;.!?\"|/=\u2192\u2013\u2014\u3002]"
     r"|-\s|\s*\n|\s*$)"
     r"|(?<=[a-z,)\u3040-\u9fff] )(A)(?![\w'-])"
+    r"|(?<![\w'$\\.])(I)(?=\s+is\b|\s*[).:,;\n]|\s*$)"
     r"|(?<![\w'$\\.])([B-HJ-Z])(?![\w'$]|\.\w)")
 _ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
 
@@ -72,7 +73,7 @@ _ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
 # correct", right after "therefore"; or a line that is an option, or ends in ": B" or "is B".
 _SIGN = "[^\\w\u2039\xab]"
 _REST = "[^\u2039\xab.!?\n]"  # of a sentence, without options
-_TURNED = (r"\b(?:not?|none|neither|less|unlikely|between|among|because|since|while|but|if|unlike"
+_TURNED = (r"\b(?:not?|none|neither|less|unlikely|between|among|both|because|since|while|but|if|unlike"
            r"|like|than)\b|n't")
 _GAP = rf"(?:(?!{_TURNED})(?:{_REST}|\.(?=\w))){{0,80}}?"
 _TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
@@ -80,22 +81,22 @@ _LINK = (r"(?:\b(?:is|(?:would|must|should|will|has to|can only) be|seems|remain
          r"|\s[\u2013\u2014-]\s)")
 _OTHER = rf"\s*(?:the )?(?:{_LABEL}\s)?{_OPTION}"
 _ALSO = r"(?:\s*(?:[/&]|,? ?\b(?:and|or|nor)\b)|,)"
-_GOOD = r"(?:correct|right|final|best|most (?:appropriate|suitable|likely|accurate|plausible))"
+_GOOD = r"(?:correct|final|best|most (?:appropriate|suitable|likely|accurate|plausible))"
 _CUE = re.compile(
     r"(?P<noun>(?<![a-z])(?<!to )(?:answer|choice|prediction|conclusion|selection|verdict|decision"
     rf"|response|solution|(?:option|letter)(?={_SIGN}{{0,2}}[:=])|{_GOOD})"
     r"(?![a-z]| (?:choice|option)s))"
     r"|(?P<verb>\b(?:I|we)(?:'d|'ll|'m)?(?: (?:would|will|can|might|am|must|should|thus|therefore"
-    r"|have)){0,3} (?:choose|chosen|select|pick|go(?:ing)? (?:with|for)|say|conclude|lean|suggest"
-    r"|opt for|vote for|settle (?:on|for)|answer|guess)\b"
+    r"|have)){0,3} (?:choose|chosen|select|pick|go(?:ing)? (?:with|for)|say|conclude|suggest"
+    r"|lean(?:ing)?(?: to(?:wards?)?)?|opt for|vote for|settle (?:on|for)|answer|guess)\b"
     r"|\b(?:left with|leav(?:es|ing)(?: us with)?|preference for)\b)"
     r"|(?P<turn>\b(?:therefore|thus|hence|consequently|in conclusion|based on)\b)"
-    r"|(?P<it>\b(?:so|actually|overall|it(?:'s| is| (?:must|has to|can only) be))(?![a-z]))", re.I)
+    r"|(?P<it>\b(?:so|actually|overall|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.I)
 _FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|this|that|the|must|has|to|is|be|option|image|choice|point|box"
            rf"|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]"
            r"|,? (?:because|since|as|for)\b)")
 _AFTER_CUE = {kind: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for kind, pattern in {
-    "noun": rf"(?:{_TO_LINK}{_LINK}{_SIGN}{{0,8}}{_GAP}|{_SIGN}{{0,6}}\n{_SIGN}{{0,6}})"
+    "noun": rf"(?:{_TO_LINK}{_LINK}{_SIGN}{{0,8}}{_GAP}|[\s:*#_-]{{0,6}}\n{_SIGN}{{0,6}})"
             rf"{_OPTION}", "verb": rf"(?:{_GAP}|:{_SIGN}{{0,8}}){_OPTION}",
     "turn": _FILLED, "it": _FILLED}.items()}
 _BEFORE_CUE = re.compile(
@@ -111,13 +112,16 @@ _OR_ANOTHER = re.compile(
     rf"(?:(?:(?!{_TURNED})[^\u2039\xab.,;:!?\n]){{0,40}}?\bor\b|{_ALSO}){_OTHER}"
     rf"(?={_SIGN}*$|\s*[.,!/&)\n\xab]|\s*(?:and|or)\b)", re.MULTILINE)
 _DENIED = re.compile(
-    r"(?:\b(?:not|neither|nor|cannot|rather than|instead of|unlike|except|than|among|between)\b"
+    r"(?i:\b(?:not|neither|nor|cannot|rather than|instead of|unlike|except|than|among|between)\b"
     rf"|n't)(?:\s(?:be|the|just|only|both|either|{_LABEL}))*\s?{_OPTION}"
-    rf"(?:(?:,{_OTHER}){{0,9}}{_ALSO}{_OTHER})?")
+    rf"(?:(?:,{_OTHER}){{0,9}}{_ALSO}{_OTHER})?(?P<but>,? but\b)?")
+_NEXT_LINE = re.compile(rf".*\w.*\n{_SIGN}*{_OPTION}")
+_SAME = re.compile(rf"(\u2039.\u203a)[^\w\n\u2039\xab]{{0,3}}(?:the )?\xab.\xbb"
+                   rf"|\xab.\xbb[^\w\n\u2039\xab]{{0,3}}(\u2039.\u203a)")
 _LINE = re.compile(
     rf"(?:{_SIGN}{{0,9}}|.{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?{_OPTION}(?P<end>{_SIGN}*$"
-    r"|(?(link)(?!)|[\s.):,\u2013\u2014-]{1,4})"
-    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b).{1,80}$)")
+    r"|(?(link)(?!)|[\s.),\u2013\u2014-]{1,4})"
+    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)[^\u2039\xab\n]{1,80}$)")
 _PREFERS = re.compile(
     r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
     r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
@@ -219,9 +223,10 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     for choice in choices:  # "A man runs" where that is an option
         if choice[:2] in ("a ", "A ") and not _NAMED_OPTION.match(choice):
             plain = re.sub(rf"\bA(?={re.escape(choice[1:])})", "a", plain)
-    lettered, marked = (_DENIED.sub("not it", _mark_letters(version, valid))
-                        for version in (plain, mark_options(plain, choices)))
-    marked = re.sub("(\u2039([A-Z])\u203a)\\W{0,3}(?:the )?\xab\\2\xbb", r"\1", marked)
+    lettered, marked = (
+        _DENIED.sub(lambda match: "" if match["but"] else "not it",
+                    _SAME.sub(r"\1\2", _mark_letters(version, valid)))
+        for version in (plain, mark_options(plain, choices)))
     conclusion = _find_conclusion(marked)
     if conclusion is not None:
         return Reading(conclusion, conclusion and CONCLUSION)
@@ -250,23 +255,21 @@ def _mark_letters(text: str, valid: str) -> str:
 
 def _find_conclusion(text: str) -> str | None:
     """The letter of the last explicit conclusion, "" if it refuses or leaves several; else None."""
-    lines = [line for line in re.split(r"\n", text) if re.search("[\\w\u2039\xab]", line)]
-    if letter := _lone_letter(lines[::-1]):
+    lines = [line for line in text.split("\n") if re.search(r"\w", line)] or [""]
+    if letter := _lone_letter(lines[-1], "".join(lines[-2:-1]), -1):
         return letter
     for cue in reversed(list(_CUE.finditer(text))):
         letter = _conclude(text, cue)
         if letter is not None:
             return letter
-    return _lone_letter(lines) or None
+    return _lone_letter(lines[0], "".join(lines[1:2]), 1) or None
 
 
-def _lone_letter(lines: list[str]) -> str:
-    """The option that the first line is, unless it is one of a list of options."""
-    first, *others = (_LINE.match(line) for line in lines or [""])
-    if not first:
-        return ""
-    is_listed = others and others[0] and first["end"].strip()
-    return "" if is_listed and first[2] not in [match[2] for match in others if match] else first[2]
+def _lone_letter(line: str, neighbour: str, step: int) -> str:
+    """The option that a line is, unless its neighbour is the next one of a list."""
+    match, other = _LINE.match(line), _LINE.match(neighbour)
+    is_list = match and other and match["end"].strip() and ord(other[2]) == ord(match[2]) + step
+    return match[2] if match and not is_list else ""
 
 
 def _conclude(text: str, cue: re.Match) -> str | None:
@@ -279,7 +282,9 @@ def _conclude(text: str, cue: re.Match) -> str | None:
     match = _AFTER_CUE[cue.lastgroup].match(rest)
     if not match:
         return "" if cue["noun"] and _REFUSED.match(rest) else None
-    if _SUPPOSED.search(before):
+    following = _NEXT_LINE.match(rest, match.end())
+    is_list = "\n" in match[0] and following and ord(following[1]) == ord(match[1]) + 1
+    if is_list or _SUPPOSED.search(before):
         return None
     other = _OR_ANOTHER.match(rest, match.end())
     return "" if other and other[1] != match[1] else match[1]
