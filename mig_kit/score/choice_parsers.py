@@ -53,7 +53,7 @@ _REWRITES = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), new) for patter
     (r"(?<=[\u3040-\u9fff])(?=[A-Z]\b)|(?<=\b[A-Z])(?=[\u3040-\u9fff])", " "),
     (r"[*`]+(?=\S)|(?<=\S)[*`]+", ""),
     (r"\bright(?= (?:answer|option|choice|one)\b)|(?<=\bis )right(?=[.,!]|\s*$)", "correct"),
-    (r"^[^\w\n]{0,3}([a-z])(?=\W*\Z)", lambda match: match[1].upper()))]
+    (r"^[^\w\n]{0,3}(?-i:[a-z])(?=\W*\Z)", lambda match: match[0].upper()))]
 _LABEL = (r"(?:[Pp]oints?|[Bb]ox(?:es)?|[Oo]ptions?|[Pp]ictures?|[Ii]mages?|[Cc]hoices?"
           r"|[Cc]ircles?|[Ll]etter)")
 _VERB = (r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|corresponds|matches|because"
@@ -62,11 +62,11 @@ _VERB = (r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|correspon
 _NAMED_OPTION = re.compile(
     r"\(([A-Z])\)"
     rf"|\b(?:{_LABEL}|[Aa]nswers?(?: is|:)?)\s+\"?([A-Z])\b"
-    rf"|(?<![\w'$\\.])(A)(?=\s+(?:{_VERB}\b|[-([])|\s*[),:;.!?\"|/=\u2192\u2013\u2014\u3002]"
+    rf"|(?<![\w'$\\.\xab])(A)(?=\s+(?:{_VERB}\b|[-([])|\s*[),:;.!?\"|/=\u2192\u2013\u2014\u3002]"
     r"|-\s|\s*\n|\s*$)"
     r"|(?<=[a-z,)\u3040-\u9fff] )(A)(?![\w'-])"
-    r"|(?<![\w'$\\.])(I)(?=\s+is\b|\s*[).:,;\n]|\s*$)"
-    r"|(?<![\w'$\\.])([B-HJ-Z])(?![\w'$]|\.\w)")
+    r"|(?<![\w'$\\.\xab])(I)(?=\s+(?:is\b|\()|\s*[).:,;\n]|\s*$)"
+    r"|(?<![\w'$\\.\xab])([B-HJ-Z])(?![\w'$]|\.\w)")
 _ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
 
 # An explicit conclusion is a cue with an option in its place: after "the answer is", before "is
