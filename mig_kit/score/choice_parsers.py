@@ -73,7 +73,7 @@ _ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
 # correct", right after "therefore"; or a line that is an option, or ends in ": B" or "is B".
 _SIGN = "[^\\w\u2039\xab]"
 _REST = "[^\u2039\xab.!?\n]"  # of a sentence, without options
-_TURNED = (r"\b(?:not?|none|neither|less|unlikely|between|among|both|because|since|while|but|if|unlike"
+_TURNED = (r"\b(?:not?|cannot|none|neither|less|unlikely|between|among|both|because|since|while|but|if|unlike"
            r"|like|than)\b|n't")
 _GAP = rf"(?:(?!{_TURNED})(?:{_REST}|\.(?=\w))){{0,80}}?"
 _TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
@@ -89,10 +89,10 @@ _CUE = re.compile(
     r"|(?P<verb>\b(?:I|we)(?:'d|'ll|'m)?(?: (?:would|will|can|might|am|must|should|thus|therefore"
     r"|have)){0,3} (?:choose|chosen|select|pick|go(?:ing)? (?:with|for)|say|conclude|suggest"
     r"|lean(?:ing)?(?: to(?:wards?)?)?|opt for|vote for|settle (?:on|for)|answer|guess)\b"
-    r"|\b(?:left with|leav(?:es|ing)(?: us with)?|preference for)\b)"
+    r"|\bpreference for\b)"
     r"|(?P<turn>\b(?:therefore|thus|hence|consequently|in conclusion|based on)\b)"
-    r"|(?P<it>\b(?:so|actually|overall|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.I)
-_FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|this|that|the|must|has|to|is|be|option|image|choice|point|box"
+    r"|(?P<it>\b(?:so|actually|overall|left|leav(?:es|ing)|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.I)
+_FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|us|with|this|that|the|must|has|to|is|be|option|image|choice|point|box"
            rf"|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]"
            r"|,? (?:because|since|as|for)\b)")
 _AFTER_CUE = {kind: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for kind, pattern in {
@@ -119,9 +119,9 @@ _NEXT_LINE = re.compile(rf".*\w.*\n{_SIGN}*{_OPTION}")
 _SAME = re.compile(rf"(\u2039.\u203a)[^\w\n\u2039\xab]{{0,3}}(?:the )?\xab.\xbb"
                    rf"|\xab.\xbb[^\w\n\u2039\xab]{{0,3}}(\u2039.\u203a)")
 _LINE = re.compile(
-    rf"(?:{_SIGN}{{0,9}}|.{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?{_OPTION}(?P<end>{_SIGN}*$"
+    rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?{_OPTION}(?P<end>{_SIGN}*$"
     r"|(?(link)(?!)|[\s.),\u2013\u2014-]{1,4})"
-    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)[^\u2039\xab\n]{1,80}$)")
+    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)(?:[^\u2039\xab\n]|.\2.){1,80}$)")
 _PREFERS = re.compile(
     r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
     r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
@@ -268,8 +268,10 @@ def _find_conclusion(text: str) -> str | None:
 def _lone_letter(line: str, neighbour: str, step: int) -> str:
     """The option that a line is, unless its neighbour is the next one of a list."""
     match, other = _LINE.match(line), _LINE.match(neighbour)
-    is_list = match and other and match["end"].strip() and ord(other[2]) == ord(match[2]) + step
-    return match[2] if match and not is_list else ""
+    if not match or not other or ord(other[2]) != ord(match[2]) + step:
+        return match[2] if match else ""
+    has_words, is_list = (re.search(r"\w", found["end"]) for found in (match, other))
+    return match[2] if is_list and not has_words else ""
 
 
 def _conclude(text: str, cue: re.Match) -> str | None:
@@ -287,7 +289,9 @@ def _conclude(text: str, cue: re.Match) -> str | None:
     if is_list or _SUPPOSED.search(before):
         return None
     other = _OR_ANOTHER.match(rest, match.end())
-    return "" if other and other[1] != match[1] else match[1]
+    if other and other[1] != match[1]:
+        return "" if cue["noun"] else None
+    return match[1]
 
 
 def _refuses_all(text: str) -> bool:
