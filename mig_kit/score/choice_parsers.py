@@ -10,7 +10,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from string import ascii_uppercase
-from typing import NamedTuple
 
 from mig_kit.score.annotations import BenchmarkItem
 from mig_kit.score.image_names import ORDINALS
@@ -77,7 +76,7 @@ _TURNED = (r"\b(?:not?|cannot|none|neither|less|unlikely|between|among|both|beca
            r"|like|than)\b|n't")
 _GAP = rf"(?:(?!{_TURNED})(?:{_REST}|\.(?=\w))){{0,80}}?"
 _TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
-_LINK = (r"(?:\b(?:is|(?:would|must|should|will|has to|can only) be|seems|remains)\b|'s\b|[:=]"
+_LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b|'s\b|[:=]"
          r"|\s[\u2013\u2014-]\s)")
 _OTHER = rf"\s*(?:the )?(?:{_LABEL}\s)?{_OPTION}"
 _ALSO = r"(?:\s*(?:[/&]|,? ?\b(?:and|or|nor)\b)|,)"
@@ -89,7 +88,7 @@ _CUE = re.compile(
     r"|(?P<verb>\b(?:I|we)(?:'d|'ll|'m)?(?: (?:would|will|can|might|am|must|should|thus|therefore"
     r"|have)){0,3} (?:choose|chosen|select|pick|go(?:ing)? (?:with|for)|say|conclude|suggest"
     r"|lean(?:ing)?(?: to(?:wards?)?)?|opt for|vote for|settle (?:on|for)|answer|guess)\b"
-    r"|\bpreference for\b)"
+    r"|\b(?:preference for|I prefer|go(?:ing)? with)\b)"
     r"|(?P<turn>\b(?:therefore|thus|hence|consequently|in conclusion|based on)\b)"
     r"|(?P<it>\b(?:so|actually|overall|left|leav(?:es|ing)|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.I)
 _FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|us|with|this|that|the|must|has|to|is|be|option|image|choice|point|box"
@@ -137,13 +136,6 @@ _CONCLUDES = re.compile(_CUE.pattern.partition("|(?P<it>")[0], re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _COUNTS = {str(number): word for number, word in enumerate(NUMBER_WORDS, 1)}
 _COUNTS |= {word: number for number, word in _COUNTS.items()}
-
-
-class Reading(NamedTuple):
-    """letter: of the option that a text settles on, or "". way: of WAYS; "" without a letter."""
-
-    letter: str
-    way: str
 
 
 def parse_blink_letter(text: str, valid: str) -> str:
@@ -201,7 +193,7 @@ def _other_words(words: str) -> str:
 
 
 def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (),
-                is_blink: bool = False) -> Reading:
+                is_blink: bool = False) -> tuple[str, str]:
     """The option a free text settles on, one letter of `valid`; "" where it names none, several
     without choosing, or refuses them all.
 
@@ -217,30 +209,25 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
         plain = pattern.sub(new, plain)
     for choice, letter in zip(choices, valid):
         if plain.strip(" .\"'\n").lower() == choice.strip(" .\"'\n").lower():
-            return Reading(letter, CONCLUSION)
-    for choice in choices[:1]:  # "A the car" where that is option A
-        plain = re.sub(rf"\bA(?= {re.escape(choice)})", "(A)", plain)
-    for choice in choices:  # "A man runs" where that is an option
-        if choice[:2] in ("a ", "A ") and not _NAMED_OPTION.match(choice):
-            plain = re.sub(rf"\bA(?={re.escape(choice[1:])})", "a", plain)
+            return letter, CONCLUSION
     lettered, marked = (
         _DENIED.sub(lambda match: "" if match["but"] else "not it",
                     _SAME.sub(r"\1\2", _mark_letters(version, valid)))
         for version in (plain, mark_options(plain, choices)))
     conclusion = _find_conclusion(marked)
     if conclusion is not None:
-        return Reading(conclusion, conclusion and CONCLUSION)
+        return conclusion, conclusion and CONCLUSION
     if is_blink and (letter := parse_blink_letter(text, valid)):
-        return Reading(letter, ONLY_ONE)
+        return letter, ONLY_ONE
     if _refuses_all(marked):
-        return Reading("", "")
+        return "", ""
     reading = _read_loosely(lettered)
-    return reading if reading.letter else _read_loosely(marked)
+    return reading if reading[0] else _read_loosely(marked)
 
 
 def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
     """The letter of read_choice."""
-    return read_choice(text, valid, choices).letter
+    return read_choice(text, valid, choices)[0]
 
 
 def _mark_letters(text: str, valid: str) -> str:
@@ -258,6 +245,9 @@ def _find_conclusion(text: str) -> str | None:
     lines = [line for line in text.split("\n") if re.search(r"\w", line)] or [""]
     if letter := _lone_letter(lines[-1], "".join(lines[-2:-1]), -1):
         return letter
+    last_sentence = _SENTENCE_END.split(lines[-1].strip())[-1]
+    if (match := _LINE.match(last_sentence)) and not re.search(r"\w", match["end"]):
+        return match[2]
     for cue in reversed(list(_CUE.finditer(text))):
         letter = _conclude(text, cue)
         if letter is not None:
@@ -303,27 +293,27 @@ def _refuses_all(text: str) -> bool:
     return not any(_PREFERS.search(part) and _names_one_or_two(part) for part in others)
 
 
-def _read_loosely(text: str) -> Reading:
+def _read_loosely(text: str) -> tuple[str, str]:
     """In order: the only option named; the last sentence with a cue of a conclusion; the first
     sentence that prefers one ("A is closer to the camera than B"); the only option of the first or
     last sentence.
     """
     letters = re.findall(_OPTION, text)
     if not letters:
-        return Reading("", "")
+        return "", ""
     if len(set(letters)) == 1:
-        return Reading(letters[0], ONLY_ONE if "\u2039" in text else WORDS)
+        return letters[0], ONLY_ONE if "\u2039" in text else WORDS
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
     concluding = [part for part in sentences if _CONCLUDES.search(part) and _names_one_or_two(part)]
     preferring = [part for part in sentences if _PREFERS.search(part) and _names_one_or_two(part)
                   and not _NEGATES.search(part)]
     for part in concluding[-1:] + preferring[:1]:
-        return Reading(re.search(_OPTION, part)[1], CONCLUSION if concluding else FIRST)
+        return re.search(_OPTION, part)[1], CONCLUSION if concluding else FIRST
     for part in (sentences[0], sentences[-1]):
         letters = re.findall(_OPTION, part)
         if len(set(letters)) == 1 and not _NEGATES.search(part):
-            return Reading(letters[0], FIRST)
-    return Reading("", "")
+            return letters[0], FIRST
+    return "", ""
 
 
 def _names_one_or_two(sentence: str) -> bool:
@@ -336,7 +326,7 @@ def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
     return float(letter == item.letter), "" if letter else "no option chosen"
 
 
-def read_item(item: BenchmarkItem, response: str) -> Reading:
+def read_item(item: BenchmarkItem, response: str) -> tuple[str, str]:
     """How a reply to an item is read; items with an id are BLINK's."""
     choices = BLINK_CHOICES.get(item.task.replace(" ", "_"), ()) if item.id else ()
     return read_choice(response, item.options, item.choices or choices, bool(item.id))
@@ -344,7 +334,7 @@ def read_item(item: BenchmarkItem, response: str) -> Reading:
 
 def read_letter(item: BenchmarkItem, response: str) -> str:
     """The option that a reply's free text settles on, or ""."""
-    return read_item(item, response).letter
+    return read_item(item, response)[0]
 
 
 def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
