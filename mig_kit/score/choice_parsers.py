@@ -60,7 +60,7 @@ _VERB = (r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|correspon
 # "A" is an article where it begins a sentence and a word follows, but no verb
 _NAMED_OPTION = re.compile(
     r"\(([A-Z])\)"
-    rf"|\b(?:{_LABEL}|[Aa]nswers?(?: is|:)?)\s+\"?([A-Z])\b"
+    rf"|\b(?:{_LABEL}|[Aa]nswers?(?: is|:)?)\s+\"?([A-Z])\b(?!(?<=A)\s\xab)"
     rf"|(?<![\w'$\\.\xab])(A)(?=\s+(?:{_VERB}\b|[-([])|\s*[),:;.!?\"|/=\u2192\u2013\u2014\u3002]"
     r"|-\s|\s*\n|\s*$)"
     r"|(?<=[a-z,)\u3040-\u9fff] )(A)(?![\w'-])"
@@ -72,8 +72,8 @@ _ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
 # correct", right after "therefore"; or a line that is an option, or ends in ": B" or "is B".
 _SIGN = "[^\\w\u2039\xab]"
 _REST = "[^\u2039\xab.!?\n]"  # of a sentence, without options
-_TURNED = (r"\b(?:not?|cannot|none|neither|less|unlikely|between|among|both|because|since|while|but|if|unlike"
-           r"|like|than)\b|n't")
+_TURNED = (r"\b(?:not?|cannot|none|neither|less|unlikely|between|among|both|because|since|while"
+           r"|but|if|unlike|like|than)\b|n't")
 _GAP = rf"(?:(?!{_TURNED})(?:{_REST}|\.(?=\w))){{0,80}}?"
 _TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
 _LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b|'s\b|[:=]"
@@ -90,9 +90,10 @@ _CUE = re.compile(
     r"|lean(?:ing)?(?: to(?:wards?)?)?|opt for|vote for|settle (?:on|for)|answer|guess)\b"
     r"|\b(?:preference for|I prefer|go(?:ing)? with)\b)"
     r"|(?P<turn>\b(?:therefore|thus|hence|consequently|in conclusion|based on)\b)"
-    r"|(?P<it>\b(?:so|actually|overall|left|leav(?:es|ing)|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.I)
-_FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|us|with|this|that|the|must|has|to|is|be|option|image|choice|point|box"
-           rf"|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]"
+    r"|(?P<it>\b(?:so|actually|overall|left|leav(?:es|ing)"
+    r"|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.IGNORECASE)
+_FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|us|with|this|that|the|must|has|to|is|be|option|image|choice"
+           rf"|point|box|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]"
            r"|,? (?:because|since|as|for)\b)")
 _AFTER_CUE = {kind: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for kind, pattern in {
     "noun": rf"(?:{_TO_LINK}{_LINK}{_SIGN}{{0,8}}{_GAP}|[\s:*#_-]{{0,6}}\n{_SIGN}{{0,6}})"
@@ -115,11 +116,11 @@ _DENIED = re.compile(
     rf"|n't)(?:\s(?:be|the|just|only|both|either|{_LABEL}))*\s?{_OPTION}"
     rf"(?:(?:,{_OTHER}){{0,9}}{_ALSO}{_OTHER})?(?P<but>,? but\b)?")
 _NEXT_LINE = re.compile(rf".*\w.*\n{_SIGN}*{_OPTION}")
-_SAME = re.compile(rf"(\u2039.\u203a)[^\w\n\u2039\xab]{{0,3}}(?:the )?\xab.\xbb"
-                   rf"|\xab.\xbb[^\w\n\u2039\xab]{{0,3}}(\u2039.\u203a)")
+_SAME = re.compile("(\u2039.\u203a)[^\\w\n\u2039\xab]{0,3}(?:the )?\xab.\xbb"
+                   "|\xab.\xbb[^\\w\n\u2039\xab]{0,3}(\u2039.\u203a)")
 _LINE = re.compile(
-    rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?{_OPTION}(?P<end>{_SIGN}*$"
-    r"|(?(link)(?!)|[\s.),\u2013\u2014-]{1,4})"
+    rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?"
+    rf"{_OPTION}(?P<end>{_SIGN}*$|(?(link)(?!)|[\s.),\u2013\u2014-]{{1,4}})"
     r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)(?:[^\u2039\xab\n]|.\2.){1,80}$)")
 _PREFERS = re.compile(
     r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
@@ -133,6 +134,7 @@ _REFUSES_ALL = re.compile(
     r"|(?:cannot|can't|unable to|not possible to) (?:\w+ly )?(?:determine|assist|help|choose|select"
     r"|identify|provide))\b", re.IGNORECASE)
 _CONCLUDES = re.compile(_CUE.pattern.partition("|(?P<it>")[0], re.IGNORECASE)
+_MOST_CUES = 200  # of conclusions that are looked at, from the last
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _COUNTS = {str(number): word for number, word in enumerate(NUMBER_WORDS, 1)}
 _COUNTS |= {word: number for number, word in _COUNTS.items()}
@@ -154,7 +156,7 @@ def parse_blink_letter(text: str, valid: str) -> str:
 
 
 def mark_options(text: str, choices: tuple[str, ...]) -> str:
-    """The text with every option that its words name as its letter, "\xabB\xbb"; longest words first.
+    """The text with every option that its words name as "\xabB\xbb", longest words first.
 
     "image 3" and "third one" name "the third image" where no option has these words; "four" names
     "4". "yes" and "no" count only where a sentence begins with them, or after "is" or "be".
@@ -194,8 +196,8 @@ def _other_words(words: str) -> str:
 
 def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (),
                 is_blink: bool = False) -> tuple[str, str]:
-    """The option a free text settles on, one letter of `valid`; "" where it names none, several
-    without choosing, or refuses them all.
+    """(letter, way): the option a free text settles on, one letter of `valid`, and which of WAYS
+    told it; ("", "") where it names none, several without choosing, or refuses them all.
 
     Of an <answer> block only the last one is read, else what follows the last </think>. choices:
     what the letters stand for. is_blink: whether BLINK's own rule decides before the kit's where
@@ -207,9 +209,6 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     plain = _FOREIGN.get(plain.strip(), unicodedata.normalize("NFKC", plain).translate(_PLAIN))
     for pattern, new in _REWRITES:
         plain = pattern.sub(new, plain)
-    for choice, letter in zip(choices, valid):
-        if plain.strip(" .\"'\n").lower() == choice.strip(" .\"'\n").lower():
-            return letter, CONCLUSION
     lettered, marked = (
         _DENIED.sub(lambda match: "" if match["but"] else "not it",
                     _SAME.sub(r"\1\2", _mark_letters(version, valid)))
@@ -219,7 +218,9 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
         return conclusion, conclusion and CONCLUSION
     if is_blink and (letter := parse_blink_letter(text, valid)):
         return letter, ONLY_ONE
-    if _refuses_all(marked):
+    refusal = max((match.end() for match in _REFUSES_ALL.finditer(marked)), default=None)
+    if refusal is not None and not any(_PREFERS.search(part) and 1 <= len(_options(part)) <= 2
+                                       for part in _SENTENCE_END.split(marked[refusal:])[1:]):
         return "", ""
     reading = _read_loosely(lettered)
     return reading if reading[0] else _read_loosely(marked)
@@ -233,22 +234,24 @@ def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, 
 def _mark_letters(text: str, valid: str) -> str:
     """The text with every option that its letter names as "\u2039B\u203a"."""
     def mark(match: re.Match) -> str:
-        letter = match[match.lastindex]
-        before, _, after = match[0].rpartition(letter)
+        before, letter, _ = match[0].rpartition(match[match.lastindex])
         return match[0] if letter not in valid else f"{before.strip('(')}\u2039{letter}\u203a"
 
     return _NAMED_OPTION.sub(mark, text)
 
 
+def _options(text: str) -> list[str]:
+    return list(dict.fromkeys(re.findall(_OPTION, text)))
+
+
 def _find_conclusion(text: str) -> str | None:
     """The letter of the last explicit conclusion, "" if it refuses or leaves several; else None."""
     lines = [line for line in text.split("\n") if re.search(r"\w", line)] or [""]
-    if letter := _lone_letter(lines[-1], "".join(lines[-2:-1]), -1):
+    sentence = _LINE.match(_SENTENCE_END.split(lines[-1].strip())[-1])
+    if letter := (_lone_letter(lines[-1], "".join(lines[-2:-1]), -1)
+                  or sentence and not re.search(r"\w", sentence["end"]) and sentence[2]):
         return letter
-    last_sentence = _SENTENCE_END.split(lines[-1].strip())[-1]
-    if (match := _LINE.match(last_sentence)) and not re.search(r"\w", match["end"]):
-        return match[2]
-    for cue in reversed(list(_CUE.finditer(text))):
+    for cue in list(_CUE.finditer(text))[:-1 - _MOST_CUES:-1]:
         letter = _conclude(text, cue)
         if letter is not None:
             return letter
@@ -267,8 +270,7 @@ def _lone_letter(line: str, neighbour: str, step: int) -> str:
 def _conclude(text: str, cue: re.Match) -> str | None:
     """What _find_conclusion says of one cue."""
     before, rest = text[max(0, cue.start() - 200):cue.start()], text[cue.end():cue.end() + 400]
-    match = _BEFORE_CUE.search(before) if cue["noun"] else None
-    if match:
+    if cue["noun"] and (match := _BEFORE_CUE.search(before)):
         prefix = before[:match.start()]
         return None if _SUPPOSED.search(prefix) or _BOTH.search(prefix) else match[1]
     match = _AFTER_CUE[cue.lastgroup].match(rest)
@@ -279,18 +281,9 @@ def _conclude(text: str, cue: re.Match) -> str | None:
     if is_list or _SUPPOSED.search(before):
         return None
     other = _OR_ANOTHER.match(rest, match.end())
-    if other and other[1] != match[1]:
-        return "" if cue["noun"] else None
-    return match[1]
-
-
-def _refuses_all(text: str) -> bool:
-    """Whether the text refuses all options and prefers none of them after that."""
-    refusals = list(_REFUSES_ALL.finditer(text))
-    if not refusals:
-        return False
-    _, *others = _SENTENCE_END.split(text[refusals[-1].end():])
-    return not any(_PREFERS.search(part) and _names_one_or_two(part) for part in others)
+    if not other or other[1] == match[1]:
+        return match[1]
+    return "" if cue["noun"] else None
 
 
 def _read_loosely(text: str) -> tuple[str, str]:
@@ -298,26 +291,26 @@ def _read_loosely(text: str) -> tuple[str, str]:
     sentence that prefers one ("A is closer to the camera than B"); the only option of the first or
     last sentence.
     """
-    letters = re.findall(_OPTION, text)
-    if not letters:
-        return "", ""
-    if len(set(letters)) == 1:
-        return letters[0], ONLY_ONE if "\u2039" in text else WORDS
+    if len(_options(text)) <= 1:
+        return "".join(_options(text)), _options(text) and (
+            ONLY_ONE if "\u2039" in text else WORDS) or ""
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
-    concluding = [part for part in sentences if _CONCLUDES.search(part) and _names_one_or_two(part)]
-    preferring = [part for part in sentences if _PREFERS.search(part) and _names_one_or_two(part)
-                  and not _NEGATES.search(part)]
-    for part in concluding[-1:] + preferring[:1]:
-        return re.search(_OPTION, part)[1], CONCLUSION if concluding else FIRST
-    for part in (sentences[0], sentences[-1]):
-        letters = re.findall(_OPTION, part)
-        if len(set(letters)) == 1 and not _NEGATES.search(part):
-            return letters[0], FIRST
+    few = [part for part in sentences if 1 <= len(_options(part)) <= 2]
+    for part in [part for part in few if _CONCLUDES.search(part)][-1:]:
+        return _options(part)[0], CONCLUSION
+    positive = [part for part in few if not _NEGATES.search(part)]
+    ends = [part for part in positive if part in (sentences[0], sentences[-1])
+            and len(_options(part)) == 1]
+    for part in [part for part in positive if _PREFERS.search(part)] + ends:
+        return _options(part)[0], FIRST
     return "", ""
 
 
-def _names_one_or_two(sentence: str) -> bool:
-    return 1 <= len(set(re.findall(_OPTION, sentence))) <= 2
+def count_ways(items: list[BenchmarkItem], lines: list[dict | None]) -> str:
+    """A sentence: how many letters of the lines' "response" are read in which of WAYS."""
+    counts = Counter(read_item(item, line["response"])[1]
+                     for item, line in zip(items, lines, strict=True) if line)
+    return f"Letters read {', '.join(f'{way}: {counts[way]:,}' for way in WAYS)}."
 
 
 def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
