@@ -1,11 +1,13 @@
 """Letters of multiple-choice questions, read from any model's free text.
 
-Options count by letter ("(B)", "Point B") and by their words ("yes", "the third image"). All
-functions take any string; none raises.
+The last explicit conclusion ("Answer: B", "I choose B", a last line "B") goes before all that the
+text discusses. Options count by letter ("(B)", "Point B") and by their words ("yes", "the third
+image"). All functions take any string; none raises.
 """
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from string import ascii_uppercase
 
@@ -23,32 +25,103 @@ BLINK_CHOICES = {
     "Relative_Reflectance": ("A is darker", "B is darker", "About the same"),
     "Forensic_Detection": ("the first image", "the second image", "the third image",
                            "the fourth image")}
+CONCLUSION, ONLY_ONE, WORDS, FIRST = WAYS = (  # how a letter is read
+    "by a conclusion", "as the only option named", "by an option's words",
+    "by a preference or the first mention")
 
-_LONE_LETTER = re.compile(r"\W*([A-Za-z])\W*")
+# In the working text an option is ‹B› where its letter names it and «B» where its words do.
+_OPTION = "[\u2039\xab]([A-Z])[\u203a\xbb]"
+_PLAIN = str.maketrans("\u3010\u3011\u2018\u2019\u201c\u201d\u300c\u300d\u2039\u203a\xab\xbb",
+                       "[]''\"\"[]    ")
+_FOREIGN = {"\u5de6": "left", "\u53f3": "right", "\u306f\u3044": "yes", "\u662f": "yes",
+            "\u3044\u3044\u3048": "no", "\u5426": "no"}  # Chinese and Japanese
+_ALONE = r"(?=[^\w\n]{0,9}[A-Z][^\w\n]{0,9}$)"
+# Tokens of chat templates, other ways to write "Answer:", letters alone in marks, and emphasis.
+_REWRITES = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), new) for pattern, new in (
+    (r"<\|?(?:im_start|start_header_id|start_of_turn)\|?>\s?(?:assistant|model)?", "\n"),
+    (r"\\boxed|<(?:\|begin_of_box\||answer)>", "\nAnswer: "),
+    (r"(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3)(?:\u662f|\u4e3a|\u306f)?", "\nAnswer: "),
+    (r"\u6211?\u9009(?:\u62e9)?", "I choose "),
+    (r"</?\|?[a-z][a-z_]{1,30}\|?>|(?-i:</?[bis]>)|\[/?INST\]|[\xa0\u200b]", " "),
+    (r"\\[a-z]{2,12}(?=\s?\{)|\\(?=[()\[\]])", ""),
+    (rf"^\s{{0,3}}#{{1,6}}{_ALONE}|(?:[=-]>|[\u21d2\u2192]){_ALONE}", "\nAnswer: "),
+    (r"[*_`\"'$\[{(<]{1,8}\s?([A-Z])\s?[.:!]?\s?[*_`\"'$\]})>]{1,8}(?!\w)",
+     lambda match: f"({match[1].upper()})"),
+    (r"(\b(?:answer|option|choice)\W{1,3}(?:(?:is|would be)\W{1,3})?)([a-z])(?=[.,;!)]|\s*$)",
+     lambda match: f"{match[1]}({match[2].upper()})"),
+    (r"(?<=[\u3040-\u9fff])(?=[A-Z]\b)|(?<=\b[A-Z])(?=[\u3040-\u9fff])", " "),
+    (r"[*`]+(?=\S)|(?<=\S)[*`]+", ""),
+    (r"\bright(?= (?:answer|option|choice|one)\b)|(?<=\bis )right(?=[.,!]|\s*$)", "correct"),
+    (r"^[^\w\n]{0,3}(?-i:[a-z])(?=\W*\Z)", lambda match: match[0].upper()))]
 _LABEL = (r"(?:[Pp]oints?|[Bb]ox(?:es)?|[Oo]ptions?|[Pp]ictures?|[Ii]mages?|[Cc]hoices?"
-          r"|[Cc]ircles?|[Ll]etter|[Aa]nswers?(?: is|:)?)")
+          r"|[Cc]ircles?|[Ll]etter)")
 _VERB = (r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|corresponds|matches|because"
          r"|since|as|for|shows|would|must|with|the|an?|it)")
 # "A" is an article where it begins a sentence and a word follows, but no verb
 _NAMED_OPTION = re.compile(
     r"\(([A-Z])\)"
-    rf"|\b{_LABEL}\s+\"?([A-Z])\b"
-    rf"|(?<![\w'$\\.])A(?=\s+(?:{_VERB}\b|[-([])|\s*[),:;.!?\"|/=\u2192\u2013\u2014\u3002]"
+    rf"|\b(?:{_LABEL}|[Aa]nswers?(?: is|:)?)\s+\"?([A-Z])\b(?!(?<=A)\s\xab)"
+    rf"|(?<![\w'$\\.\xab])(A)(?=\s+(?:{_VERB}\b|[-([])|\s*[),:;.!?\"|/=\u2192\u2013\u2014\u3002]"
     r"|-\s|\s*\n|\s*$)"
-    r"|(?<=[a-z,)\u3040-\u9fff] )A(?![\w'-])"
-    r"|(?<![\w'$\\.])([B-H])(?![\w'$]|\.\w)")
+    r"|(?<=[a-z,)\u3040-\u9fff] )(A)(?![\w'-])"
+    r"|(?<![\w'$\\.\xab])(I)(?=\s+(?:is\b|\()|\s*[).:,;\n]|\s*$)"
+    r"|(?<![\w'$\\.\xab])([B-HJ-Z])(?![\w'$]|\.\w)")
 _ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
-# a letter alone in marks of emphasis, quotes, brackets or LaTeX
-_MARKED = re.compile(r"[*_`\"'$\[{(<]{1,8}\s?([A-Ha-h])\s?[.:!]?\s?[*_`\"'$\]})>]{1,8}(?!\w)")
-_SMALL_LETTER = re.compile(
-    r"(\b(?:answer|option|choice)(?: is| would be|:)?\s+)([a-h])(?=[\s.,!]*$)", re.I | re.M)
-_EMPHASIS = re.compile(r"[*`]+(?=\S)|(?<=\S)[*`]+|</?(?:b|i|strong)>")
-_CONCLUSION = re.compile(
-    r"\u7b54\u6848|\b(?:therefore|thus|hence|in conclusion"
-    r"|based on (?:these|this|the (?:analysis|criteria))|answer(?: is|:)"
-    r"|(?:correct|best|final|right|appropriate) (?:corresponding )?(?:answer|choice|option|point)"
-    r"|(?:I|we)(?:'d| would| will| can| might)? "
-    r"(?:choose|select|pick|go with|say|conclude|lean|suggest))\b", re.IGNORECASE)
+
+# An explicit conclusion is a cue with an option in its place: after "the answer is", before "is
+# correct", right after "therefore"; or a line that is an option, or ends in ": B" or "is B".
+_SIGN = "[^\\w\u2039\xab]"
+_REST = "[^\u2039\xab.!?\n]"  # of a sentence, without options
+_TURNED = (r"\b(?:not?|cannot|none|neither|less|unlikely|between|among|both|because|since|while"
+           r"|but|if|unlike|like|than)\b|n't")
+_GAP = rf"(?:(?!{_TURNED})(?:{_REST}|\.(?=\w))){{0,80}}?"
+_TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
+_LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b|'s\b|[:=]"
+         r"|\s[\u2013\u2014-]\s)")
+_OTHER = rf"\s*(?:the )?(?:{_LABEL}\s)?{_OPTION}"
+_ALSO = r"(?:\s*(?:[/&]|,? ?\b(?:and|or|nor)\b)|,)"
+_GOOD = r"(?:correct|final|best|most (?:appropriate|suitable|likely|accurate|plausible))"
+_CUE = re.compile(
+    r"(?P<noun>(?<![a-z])(?<!to )(?:answer|choice|prediction|conclusion|selection|verdict|decision"
+    rf"|response|solution|(?:option|letter)(?={_SIGN}{{0,2}}[:=])|{_GOOD})"
+    r"(?![a-z]| (?:choice|option)s))"
+    r"|(?P<verb>\b(?:I|we)(?:'d|'ll|'m)?(?: (?:would|will|can|might|am|must|should|thus|therefore"
+    r"|have)){0,3} (?:choose|chosen|select|pick|go(?:ing)? (?:with|for)|say|conclude|suggest"
+    r"|lean(?:ing)?(?: to(?:wards?)?)?|opt for|vote for|settle (?:on|for)|answer|guess)\b"
+    r"|\b(?:preference for|I prefer|go(?:ing)? with)\b)"
+    r"|(?P<turn>\b(?:therefore|thus|hence|consequently|in conclusion|based on)\b)"
+    r"|(?P<it>\b(?:so|actually|overall|left|leav(?:es|ing)"
+    r"|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.IGNORECASE)
+_FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|us|with|this|that|the|must|has|to|is|be|option|image|choice"
+           rf"|point|box|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]"
+           r"|,? (?:because|since|as|for)\b)")
+_AFTER_CUE = {kind: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for kind, pattern in {
+    "noun": rf"(?:{_TO_LINK}{_LINK}{_SIGN}{{0,8}}{_GAP}|[\s:*#_-]{{0,6}}\n{_SIGN}{{0,6}})"
+            rf"{_OPTION}", "verb": rf"(?:{_GAP}|:{_SIGN}{{0,8}}){_OPTION}",
+    "turn": _FILLED, "it": _FILLED}.items()}
+_BEFORE_CUE = re.compile(
+    rf"{_OPTION}(?:(?!{_TURNED}){_REST}){{0,60}}?(?:\b(?:is|be|as|remains|seems|making it|makes it)"
+    r"|'s)(?: to be)?(?: (?:the|my|our|an?|indeed|clearly|thus|therefore|most|likely|probably|only"
+    r"|single|final))* $", re.IGNORECASE)
+_BOTH = re.compile(rf"{_OPTION}{_ALSO} ?(?:the )?(?:{_LABEL} )?$")
+_SUPPOSED = re.compile(r"\b(?:if|whether|suppose|assum\w+|imagine)(?: \w+){0,2}? ?$", re.IGNORECASE)
+_REFUSED = re.compile(
+    rf"{_TO_LINK}(?:{_LINK}|\bcan(?:not|'t)){_SIGN}{{0,8}}(?:\w+ )?(?:none|neither|nothing"
+    r"|impossible|(?:be )?determined|un(?:clear|known)|[A-Z](?=\W{0,3}$))\b", re.I | re.M)
+_OR_ANOTHER = re.compile(
+    rf"(?:(?:(?!{_TURNED})[^\u2039\xab.,;:!?\n]){{0,40}}?\bor\b|{_ALSO}){_OTHER}"
+    rf"(?={_SIGN}*$|\s*[.,!/&)\n\xab]|\s*(?:and|or)\b)", re.MULTILINE)
+_DENIED = re.compile(
+    r"(?i:\b(?:not|neither|nor|cannot|rather than|instead of|unlike|except|than|among|between)\b"
+    rf"|n't)(?:\s(?:be|the|just|only|both|either|{_LABEL}))*\s?{_OPTION}"
+    rf"(?:(?:,{_OTHER}){{0,9}}{_ALSO}{_OTHER})?(?P<but>,? but\b)?")
+_NEXT_LINE = re.compile(rf".*\w.*\n{_SIGN}*{_OPTION}")
+_SAME = re.compile("(\u2039.\u203a)[^\\w\n\u2039\xab]{0,3}(?:the )?\xab.\xbb"
+                   "|\xab.\xbb[^\\w\n\u2039\xab]{0,3}(\u2039.\u203a)")
+_LINE = re.compile(
+    rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?"
+    rf"{_OPTION}(?P<end>{_SIGN}*$|(?(link)(?!)|[\s.),\u2013\u2014-]{{1,4}})"
+    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)(?:[^\u2039\xab\n]|.\2.){1,80}$)")
 _PREFERS = re.compile(
     r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
     r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
@@ -60,28 +133,11 @@ _REFUSES_ALL = re.compile(
     r"|no (?:correct|suitable|valid) (?:answer|choice|option)|neither (?:of|option|image)"
     r"|(?:cannot|can't|unable to|not possible to) (?:\w+ly )?(?:determine|assist|help|choose|select"
     r"|identify|provide))\b", re.IGNORECASE)
-_DENIED_OPTION = re.compile(rf"\b(?:not|isn't) (?:be )?(?:{_LABEL} )?\(?[A-H]\b\)?")
-_MOST_CUES = 20  # last conclusions that are looked at
-_LONGEST = 400  # letters of a sentence before its cue
+_CONCLUDES = re.compile(_CUE.pattern.partition("|(?P<it>")[0], re.IGNORECASE)
+_MOST_CUES = 200  # of conclusions that are looked at, from the last
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-_PLAIN = str.maketrans("\u3010\u3011\u2018\u2019\u201c\u201d\u300c\u300d", "[]''\"\"[]")
 _COUNTS = {str(number): word for number, word in enumerate(NUMBER_WORDS, 1)}
 _COUNTS |= {word: number for number, word in _COUNTS.items()}
-_FOREIGN = {"\u5de6": "left", "\u53f3": "right", "\u306f\u3044": "yes", "\u662f": "yes",
-            "\u3044\u3044\u3048": "no", "\u5426": "no"}  # Chinese and Japanese
-
-
-def find_option_letters(text: str, valid: str = "ABCDEFGH") -> list[str]:
-    """Every naming of an option in order: "(B)", "Point B", "B" by itself.
-
-    An article "A" names no option. valid: the letters that count.
-    """
-    letters = []
-    for match in _NAMED_OPTION.finditer(text):
-        letter = next(filter(None, match.groups()), "A")  # the alternative for A has no group
-        if letter in valid:
-            letters.append(letter)
-    return letters
 
 
 def parse_blink_letter(text: str, valid: str) -> str:
@@ -100,7 +156,7 @@ def parse_blink_letter(text: str, valid: str) -> str:
 
 
 def mark_options(text: str, choices: tuple[str, ...]) -> str:
-    """The text with every option that its words name as its letter, "(B)"; longest words first.
+    """The text with every option that its words name as "\xabB\xbb", longest words first.
 
     "image 3" and "third one" name "the third image" where no option has these words; "four" names
     "4". "yes" and "no" count only where a sentence begins with them, or after "is" or "be".
@@ -108,7 +164,7 @@ def mark_options(text: str, choices: tuple[str, ...]) -> str:
     options = [(letter, _ARTICLE.sub("", words.strip().strip(".")).lower())
                for letter, words in zip(ascii_uppercase, choices)]
     for pattern_of in (_own_words, _other_words):
-        by_pattern = {pattern_of(words): f"({letter})" for letter, words in options}
+        by_pattern = {pattern_of(words): f"\xab{letter}\xbb" for letter, words in options}
         for pattern in sorted(filter(None, by_pattern), key=len, reverse=True):
             text = re.sub(pattern, by_pattern[pattern], text, flags=re.IGNORECASE)
     return text
@@ -138,108 +194,123 @@ def _other_words(words: str) -> str:
             rf"(?:image|picture|photo|one)\b|\b(?:image|picture|photo) ?#?{number}\b")
 
 
-def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
-    """The option a free text settles on, one letter of `valid`, or "" where it names none, several
-    without choosing, or refuses them all.
+def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (),
+                is_blink: bool = False) -> tuple[str, str]:
+    """(letter, way): the option a free text settles on, one letter of `valid`, and which of WAYS
+    told it; ("", "") where it names none, several without choosing, or refuses them all.
 
     Of an <answer> block only the last one is read, else what follows the last </think>. choices:
-    what the letters stand for; where letters settle nothing, options named by their words count.
-    The rules are ours, for where BLINK's and MMIU's authors ask another model.
+    what the letters stand for. is_blink: whether BLINK's own rule decides before the kit's where
+    there is no explicit conclusion. The other rules are ours, for where BLINK's and MMIU's authors
+    ask another model.
     """
     block = last_answer_block(text)
-    text = text.rpartition("</think>")[2] if block is None else block
-    text = re.sub(r"</?s>|[\xa0\u200b]", " ", text).strip()
-    text = mark_letters(_FOREIGN.get(text, text))
-    if lone := _LONE_LETTER.fullmatch(text):
-        letter = lone.group(1).upper()
-        return letter if letter in valid else ""
-    for choice, letter in zip(choices, valid):
-        if text.strip(" .\"'").lower() == choice.strip(" .\"'").lower():
+    plain = text.rpartition("</think>")[2] if block is None else block
+    plain = _FOREIGN.get(plain.strip(), unicodedata.normalize("NFKC", plain).translate(_PLAIN))
+    for pattern, new in _REWRITES:
+        plain = pattern.sub(new, plain)
+    lettered, marked = (
+        _DENIED.sub(lambda match: "" if match["but"] else "not it",
+                    _SAME.sub(r"\1\2", _mark_letters(version, valid)))
+        for version in (plain, mark_options(plain, choices)))
+    conclusion = _find_conclusion(marked)
+    if conclusion is not None:
+        return conclusion, conclusion and CONCLUSION
+    if is_blink and (letter := parse_blink_letter(text, valid)):
+        return letter, ONLY_ONE
+    refusal = max((match.end() for match in _REFUSES_ALL.finditer(marked)), default=None)
+    if refusal is not None and not any(_PREFERS.search(part) and 1 <= len(_options(part)) <= 2
+                                       for part in _SENTENCE_END.split(marked[refusal:])[1:]):
+        return "", ""
+    reading = _read_loosely(lettered)
+    return reading if reading[0] else _read_loosely(marked)
+
+
+def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
+    """The letter of read_choice."""
+    return read_choice(text, valid, choices)[0]
+
+
+def _mark_letters(text: str, valid: str) -> str:
+    """The text with every option that its letter names as "\u2039B\u203a"."""
+    def mark(match: re.Match) -> str:
+        before, letter, _ = match[0].rpartition(match[match.lastindex])
+        return match[0] if letter not in valid else f"{before.strip('(')}\u2039{letter}\u203a"
+
+    return _NAMED_OPTION.sub(mark, text)
+
+
+def _options(text: str) -> list[str]:
+    return list(dict.fromkeys(re.findall(_OPTION, text)))
+
+
+def _find_conclusion(text: str) -> str | None:
+    """The letter of the last explicit conclusion, "" if it refuses or leaves several; else None."""
+    lines = [line for line in text.split("\n") if re.search(r"\w", line)] or [""]
+    sentence = _LINE.match(_SENTENCE_END.split(lines[-1].strip())[-1])
+    if letter := (_lone_letter(lines[-1], "".join(lines[-2:-1]), -1)
+                  or sentence and not re.search(r"\w", sentence["end"]) and sentence[2]):
+        return letter
+    for cue in list(_CUE.finditer(text))[:-1 - _MOST_CUES:-1]:
+        letter = _conclude(text, cue)
+        if letter is not None:
             return letter
-    for choice in choices[:1]:  # "A the car" where that is option A
-        text = re.sub(rf"\bA(?= {re.escape(choice)})", "(A)", text)
-    for choice in choices:  # "A man runs" where that is an option
-        if choice[:2] in ("a ", "A ") and not _NAMED_OPTION.match(choice):
-            text = re.sub(rf"\bA(?={re.escape(choice[1:])})", "a", text)
-    text = _DENIED_OPTION.sub("not it", text)
-    marked = mark_options(text, choices)
-    if _refuses_all(marked, valid):
-        return ""
-    letter = _settled_letter(text, valid)
-    return letter or _settled_letter(marked, valid)
+    return _lone_letter(lines[0], "".join(lines[1:2]), 1) or None
 
 
-def mark_letters(text: str) -> str:
-    """The text with every letter that stands alone in marks of emphasis, quotes, brackets or LaTeX
-    as "(A)", full-width signs as plain ones, and no other emphasis.
+def _lone_letter(line: str, neighbour: str, step: int) -> str:
+    """The option that a line is, unless its neighbour is the next one of a list."""
+    match, other = _LINE.match(line), _LINE.match(neighbour)
+    if not match or not other or ord(other[2]) != ord(match[2]) + step:
+        return match[2] if match else ""
+    has_words, is_list = (re.search(r"\w", found["end"]) for found in (match, other))
+    return match[2] if is_list and not has_words else ""
+
+
+def _conclude(text: str, cue: re.Match) -> str | None:
+    """What _find_conclusion says of one cue."""
+    before, rest = text[max(0, cue.start() - 200):cue.start()], text[cue.end():cue.end() + 400]
+    if cue["noun"] and (match := _BEFORE_CUE.search(before)):
+        prefix = before[:match.start()]
+        return None if _SUPPOSED.search(prefix) or _BOTH.search(prefix) else match[1]
+    match = _AFTER_CUE[cue.lastgroup].match(rest)
+    if not match:
+        return "" if cue["noun"] and _REFUSED.match(rest) else None
+    following = _NEXT_LINE.match(rest, match.end())
+    is_list = "\n" in match[0] and following and ord(following[1]) == ord(match[1]) + 1
+    if is_list or _SUPPOSED.search(before):
+        return None
+    other = _OR_ANOTHER.match(rest, match.end())
+    if not other or other[1] == match[1]:
+        return match[1]
+    return "" if cue["noun"] else None
+
+
+def _read_loosely(text: str) -> tuple[str, str]:
+    """In order: the only option named; the last sentence with a cue of a conclusion; the first
+    sentence that prefers one ("A is closer to the camera than B"); the only option of the first or
+    last sentence.
     """
-    text = unicodedata.normalize("NFKC", text).translate(_PLAIN)
-    text = _MARKED.sub(lambda match: f"({match[1].upper()})", text)
-    text = _SMALL_LETTER.sub(lambda match: f"{match[1]}({match[2].upper()})", text)
-    text = re.sub(r"(?<=[\u3040-\u9fff])(?=[A-H](?![A-Za-z]))", " ", text)
-    text = re.sub(r"(?<![A-Za-z])([A-H])(?=[\u3040-\u9fff])", r"\1 ", text)
-    return _EMPHASIS.sub("", text)
-
-
-def _refuses_all(text: str, valid: str) -> bool:
-    """Whether the text, with options marked, refuses them and chooses none of them after that."""
-    refusals = list(_REFUSES_ALL.finditer(text))
-    if not refusals:
-        return False
-    same_sentence, *others = _SENTENCE_END.split(text[refusals[-1].end():])
-    chosen = [part for part in others if _PREFERS.search(part) or _CONCLUSION.search(part)]
-    if _CONCLUSION.search(same_sentence):
-        chosen.append(same_sentence)
-    return not any(_names_one_or_two(part, valid) for part in chosen)
-
-
-def _settled_letter(text: str, valid: str) -> str:
-    """In order: the only option named; the sentence of the last conclusion ("therefore", "the
-    answer is"); the first sentence that prefers one ("A is closer to the camera than B"); the only
-    option of the first or last sentence.
-    """
-    letters = find_option_letters(text, valid)
-    if not letters:
-        return ""
-    if len(set(letters)) == 1:
-        return letters[0]
+    if len(_options(text)) <= 1:
+        return "".join(_options(text)), _options(text) and (
+            ONLY_ONE if "\u2039" in text else WORDS) or ""
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
-    if sentence := _find_conclusion(text, valid):
-        return _preferred_letter(sentence, valid)
-    for sentence in sentences:
-        is_preference = _PREFERS.search(sentence) and not _NEGATES.search(sentence)
-        if is_preference and _names_one_or_two(sentence, valid):
-            return _preferred_letter(sentence, valid)
-    return _only_letter(sentences[0], valid) or _only_letter(sentences[-1], valid)
+    few = [part for part in sentences if 1 <= len(_options(part)) <= 2]
+    for part in [part for part in few if _CONCLUDES.search(part)][-1:]:
+        return _options(part)[0], CONCLUSION
+    positive = [part for part in few if not _NEGATES.search(part)]
+    ends = [part for part in positive if part in (sentences[0], sentences[-1])
+            and len(_options(part)) == 1]
+    for part in [part for part in positive if _PREFERS.search(part)] + ends:
+        return _options(part)[0], FIRST
+    return "", ""
 
 
-def _only_letter(sentence: str, valid: str) -> str:
-    """The only option that a sentence names and does not deny; else ""."""
-    letters = find_option_letters(sentence, valid)
-    return letters[0] if len(set(letters)) == 1 and not _NEGATES.search(sentence) else ""
-
-
-def _find_conclusion(text: str, valid: str) -> str:
-    """The sentence of the last conclusion that names one or two options; else ""."""
-    for cue in list(_CONCLUSION.finditer(text))[:-1 - _MOST_CUES:-1]:
-        before = _SENTENCE_END.split(text[max(0, cue.start() - _LONGEST):cue.start()])[-1]
-        rest = text[cue.start():]
-        if all(re.search(rf"^\({letter}\)", rest, re.MULTILINE) for letter in valid):
-            continue  # it gives the options again, and chooses none
-        for sentence in _SENTENCE_END.split(before + rest):
-            if _names_one_or_two(sentence, valid):
-                return sentence
-    return ""
-
-
-def _names_one_or_two(sentence: str, valid: str) -> bool:
-    return 1 <= len(set(find_option_letters(sentence, valid))) <= 2
-
-
-def _preferred_letter(sentence: str, valid: str) -> str:
-    """The option a sentence prefers: the first in brackets, else the first."""
-    letters = [letter for letter in re.findall(r"\(([A-H])\)", sentence) if letter in valid]
-    return (letters or find_option_letters(sentence, valid))[0]
+def count_ways(items: list[BenchmarkItem], lines: list[dict | None]) -> str:
+    """A sentence: how many letters of the lines' "response" are read in which of WAYS."""
+    counts = Counter(read_item(item, line["response"])[1]
+                     for item, line in zip(items, lines, strict=True) if line)
+    return f"Letters read {', '.join(f'{way}: {counts[way]:,}' for way in WAYS)}."
 
 
 def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
@@ -248,14 +319,15 @@ def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
     return float(letter == item.letter), "" if letter else "no option chosen"
 
 
-def read_letter(item: BenchmarkItem, response: str) -> str:
-    """The option that a reply's free text settles on, or "".
+def read_item(item: BenchmarkItem, response: str) -> tuple[str, str]:
+    """How a reply to an item is read; items with an id are BLINK's."""
+    choices = BLINK_CHOICES.get(item.task.replace(" ", "_"), ()) if item.id else ()
+    return read_choice(response, item.options, item.choices or choices, bool(item.id))
 
-    BLINK's items, which have an id, are read by their authors' own rule first.
-    """
-    letter = parse_blink_letter(response, item.options) if item.id else ""
-    task_choices = BLINK_CHOICES.get(item.task.replace(" ", "_"), ()) if item.id else ()
-    return letter or parse_choice_letter(response, item.options, item.choices or task_choices)
+
+def read_letter(item: BenchmarkItem, response: str) -> str:
+    """The option that a reply's free text settles on, or ""."""
+    return read_item(item, response)[0]
 
 
 def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:

@@ -28,7 +28,7 @@ from mig_kit.score.annotations import (
     read_image_sizes,
     resolve_image_path,
 )
-from mig_kit.score.choice_parsers import CHOICE_JUDGES
+from mig_kit.score.choice_parsers import CHOICE_JUDGES, count_ways
 from mig_kit.score.convert_boxes import (
     SIZE_KEYS,
     Y_FIRST_KEY,
@@ -178,6 +178,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     if is_choice:
         values, problems = judge_all(items, lines, CHOICE_JUDGES[protocol])
         metrics = {"accuracy": values}
+        remarks = (count_ways(items, lines),) if protocol == "official" else ()
     elif benchmark.name == "own":
         names = [name for item in items if _needs_conversion(item.coordinates, coordinates)
                  for name in item.images if item.targets]

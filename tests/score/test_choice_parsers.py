@@ -1,5 +1,7 @@
 """Which letter is read from free text, by hand and as BLINK's authors read it."""
 
+import itertools
+
 import numpy as np
 import pytest
 from mig_bench_records import BLINK_FILES, needs_data
@@ -7,8 +9,10 @@ from mig_bench_records import BLINK_FILES, needs_data
 from mig_kit.score import annotations
 from mig_kit.score.choice_parsers import (
     BLINK_CHOICES,
+    CONCLUSION,
     parse_blink_letter,
     parse_choice_letter,
+    read_choice,
     read_letter,
 )
 from mig_kit.score.records import read_records
@@ -71,6 +75,42 @@ def test_every_letter_is_read_in_every_form(form):
 def test_an_article_is_no_letter(text):
     assert parse_choice_letter(text) == ""
     assert parse_choice_letter(f"{text} So it is option B.") == "B"
+
+
+CONCLUSIONS = [
+    "Answer: {}", "**Answer:** {}", "**Answer**: ({})", "Answer - {}", "Final answer: {}.",
+    "So, the answer: {}", "The correct answer is {}, because A, C and E do not match.",
+    "answer is option {}", "The correct option is {} (not E)", "I choose {}", "My choice: {}",
+    "I would go with {}", "\\boxed{{{}}}", "$\\boxed{{\\text{{{}}}}}$", "<answer>{}</answer>",
+    "#### {}", "Answer:\n{}", "\u7b54\u6848\uff1a{}", "{}", "({})", "{}.", "**{}**", "{})", "[{}]",
+    '{{"answer": "{}"}}', '```json\n{{"answer": "{}", "why": "E is red."}}\n```', "Therefore, {}.",
+    "Hence ({})", "=> {}", "{} is correct", "{} is the right answer", "it must be {}", "Final: {}",
+    "Option {} is the best match", "Thus the best choice would be ({}) the third car",
+    "<|im_start|>assistant\n{}<|im_end|>", "Answer: {}. E is wrong because C and A are closer.",
+    "Answer: {}\n\nExplanation: Option E is closer. Option A is better.", "Antwort: {}",
+    "Answer: E. Wait, its shape differs. Answer: {}", "The answer is not E but {}."]
+DISCUSSIONS = [
+    "Option {} shows a red car, closer to it.", "({}) matches the style.\n", "{}. red car\n",
+    "**{}**: it could be the answer.\n\n", "If the answer is {}, the car is better."]
+
+
+@pytest.mark.parametrize("form", CONCLUSIONS)
+def test_the_last_conclusion_goes_before_what_is_discussed(form):
+    for options, discussion in itertools.product(itertools.permutations("ABDE", 3), DISCUSSIONS):
+        reasoning = " ".join(map(discussion.format, options))
+        for letter in "ABDH":
+            text = f"{reasoning}\n\n{form.format(letter)}"
+            assert read_choice(text) == (letter, CONCLUSION), text
+
+
+@pytest.mark.parametrize("text,letter", [
+    ("The second image shows a dog.\n\nAnswer: the third image", "B"),
+    ("Both (A) and (B) follow it, but the most appropriate answer is (B).", "B"),
+    ("Therefore, neither the second nor the third image shares its style.", ""),
+    ("(A) is red. The answer is (A) the second image or (B) the third image, depending.", ""),
+    ("(A) is red.\n\nAnswer: none of them", ""), ("(A) is red.\n\nAnswer: E", "")])
+def test_a_conclusion_may_be_in_words_or_refuse(text, letter):
+    assert parse_choice_letter(text, "AB", ("the second image", "the third image")) == letter
 
 
 @pytest.mark.parametrize("text,letter", [
@@ -146,7 +186,7 @@ def test_letters_agree_with_blinks_authors(path):
         authors_letter = record["prediction"][1]
         letter = read_letter(item, record["full_prediction"])
         agrees.append(letter == (authors_letter if authors_letter in item.options else ""))
-        gain = (letter == item.letter) - (authors_letter == item.letter)
+        gain = (letter == item.letter) - (record["prediction"] == record["answer"])
         gains.setdefault(item.task, []).append(gain)
     assert np.mean(agrees) >= AGREEMENT.get(path.stem.removeprefix("val_"), 0.98)
     assert abs(100 * np.mean([np.mean(values) for values in gains.values()])) <= 0.5

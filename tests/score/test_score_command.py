@@ -66,6 +66,7 @@ def test_letters_by_the_kits_rule_are_called_so(files):
     output = run_score(files, "mmiu", annotations="mmiu.json").output
     assert "protocol official (letters by the kit's own rule), 1 items." in output
     assert 'count an empty choice as correct and leave out "GPT error".' in output
+    assert "Letters read by a conclusion: 1, as the only option named: 0, by an option's" in output
 
 
 def test_items_say_what_became_of_each_question(files):
