@@ -1,9 +1,7 @@
 """Prompts and answers: how a sample is put to the model, and how its reply is read.
 
 Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is
-MG-Thinker's: reasoning in <think>, then one JSON object in <answer>, whose box is in the
-coordinates of the model's BoxFormat. The answer to a question for all boxes lists an object per
-box, or NO_BOX.
+MG-Thinker's: reasoning in <think>, then one JSON object in <answer>, or one per box.
 """
 
 import json

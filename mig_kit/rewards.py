@@ -29,10 +29,11 @@ def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairSc
                 right_none: float = 1.0) -> float:
     """How well a reply's boxes meet the targets of a question for all boxes, 0..1.
 
-    The largest sum of `score` over one-to-one pairs of boxes and targets, divided by the larger of
-    the two counts, as VisionReasoner does (arXiv 2505.12081). A repeated box, or one in another
-    image than its target, scores 0 and counts. Without targets a reply that says so gets
-    `right_none`. Any other gets 0, as does an answer that cannot be read.
+    Args:
+        score: of a box and a target; 0 for a box that repeats another or lies in another image.
+        right_none: what a reply that names no box gets if there is no target.
+    Returns: the largest sum of scores over one-to-one pairs, divided by the larger number of boxes
+    or targets, as in VisionReasoner (arXiv 2505.12081); 0 for an answer that cannot be read.
     """
     boxes = parse_boxes(reply)
     if boxes is None:

@@ -16,9 +16,9 @@ class AttentionSupervision(nn.Module):
     """Supervises look-ups of the language model, which otherwise form only after a long plateau.
 
     OBJECT_HEADS attend from words about an object to its token, NUMBER_HEADS from an image token or
-    a listed name to its image's number. With `questions`, QUESTION_HEADS attend from those words to
-    the number in the question, and a linear reader, thrown away later, reads the number at both
-    ends: a query without the number looks the object up in all images at once.
+    a listed name to its number. With `questions`, QUESTION_HEADS attend to the number in the
+    question, and a linear reader, thrown away later, reads that number from the input of
+    OBJECT_LAYER.
     """
 
     def __init__(self, model, questions: bool):

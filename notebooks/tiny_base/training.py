@@ -61,7 +61,8 @@ def assemble(folder: Path, tokenizer, seed: int) -> Qwen2_5_VLForConditionalGene
     tower.load_state_dict(load_file(folder / "vision.safetensors"))
     tower.requires_grad_(False)
     # The words of shapes, colours and patterns start on the tower's codes for them, so that the
-    # token of a red star looks like these words. The first two codes say whether there is an object; those of patterns begin with "plain"
+    # token of a red star looks like "red star". The first two codes say whether there is an object;
+    # those of patterns begin with "plain".
     words = ["", "", *SHAPES, *COLOURS, "", "striped"]
     embeddings = model.model.language_model.embed_tokens.weight
     with torch.no_grad():

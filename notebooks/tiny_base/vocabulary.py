@@ -79,22 +79,17 @@ def _texts(turns: list[Turn]) -> list[str]:
 
 @dataclass
 class TokenRow:
-    """A dialogue as tokens; all lists have an entry per token.
-
-    ids; weights in the loss; and what attention is supervised with, indices in the row or -1:
-
-    - object_token: where what this token is about stands: the image token that holds the object;
-      or the last token of the name in a list, or of an option.
-    - image_number_token: where the number stands that announces this image token's image; for the
-      last token of a listed name its list's number, for that of an option its letter.
-    - question_token: where the number of the image that this token is about was last mentioned, as
-      in "List image 2".
-    """
+    """A dialogue as tokens, an entry each; the last three are indices in the row, -1 for none."""
 
     ids: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # in the loss
+    # what this token is about: the image token that holds the object, or the last token of a listed
+    # name or of an option
     object_token: list[int] = field(default_factory=list)
+    # the number that announces this image token's image; the list's number for the last token of a
+    # listed name, the letter for that of an option
     image_number_token: list[int] = field(default_factory=list)
+    # the last mention of the number of the image that this token is about, as in "List image 2"
     question_token: list[int] = field(default_factory=list)
 
 
