@@ -23,6 +23,7 @@ from mig_kit.engine import merging, models, systems
 from mig_kit.engine.model_folders import ServedName, find_file
 from mig_kit.engine.models import Hardware
 from mig_kit.engine.processors import prompt_measure
+from mig_kit.engine.stored_replies import count_endings, describe_endings
 from mig_kit.pipeline.fingerprints import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.prompts import format_question, is_well_formed
@@ -97,7 +98,8 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
                      if benchmark else judge_suites(samples, replies, box_format))
     predictions = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(out / "predictions.jsonl", lambda file: file.write_text(predictions, "utf-8"))
-    result = {"model": str(model.folder), "questions": questions,
+    files = [systems.reply_file(out / "replies", MODEL, suite, "greedy") for suite in samples]
+    result = {"model": str(model.folder), "questions": questions, "endings": count_endings(*files),
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
@@ -212,8 +214,8 @@ def read_result(folder: Path) -> dict:
 
 
 def result_tables(results: Mapping[str, dict]) -> list[str]:
-    """What a terminal shows of results by name: scores, differences between the first and each
-    other one, and a sentence where a tenth of the first's replies could not be read.
+    """What a terminal shows of results by name: scores, how replies ended, differences between the
+    first and each other one, and a sentence where a tenth of the first's could not be read.
     """
     texts = []
     for rows in filter(None, (score_rows(results), difference_rows(results))):
@@ -239,6 +241,10 @@ def score_rows(results: Mapping[str, dict]) -> list[dict]:
                 for part, text in _suite_cells(suite, summary).items():
                     row = {"percent, greedy": part, "protocol": protocol}
                     rows.setdefault((part, protocol), row)[name] = text
+    endings = {name: describe_endings(result["endings"]) for name, result in results.items()
+               if "endings" in result}
+    if {*endings.values()} - {"-"}:
+        rows["endings", ""] = {"percent, greedy": "replies cut or empty", "protocol": "-"} | endings
     return list(rows.values())
 
 
