@@ -34,6 +34,7 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
         read_model_type,
     )
     from mig_kit.engine.processors import read_box_format
+    from mig_kit.openai_client import parse_server
 
     options = {"coordinates": coordinates, "min_pixels": min_pixels, "max_pixels": max_pixels}
     options = {name: value for name, value in options.items() if value is not None}
@@ -46,7 +47,8 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
                                  f"--{name.replace('_', '-')} out, or name the model's folder")
         return run_model
     folder = models.resolve_model(absolute_folder(model))
-    if server and read_model_type(folder) not in FAMILIES:
+    # a server that runs already has the model, and the hub may be out of reach
+    if server and read_model_type(folder, not parse_server(server)) not in FAMILIES:
         if coordinates is None:
             hint = suggest_word(model, list_runs())
             raise ValueError(f"only the server knows the model {model}{hint and f' ({hint})'}; say "

@@ -54,11 +54,11 @@ class ServedName(str):
     """
 
 
-def find_file(model: str | Path, name: str) -> Path | None:
+def find_file(model: str | Path, name: str, ask_hub: bool = True) -> Path | None:
     """A file of a model folder, or of a hub name (downloaded into its cache); None if it has none.
     """
     path = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
+                       _raise_exceptions_for_connection_errors=False, local_files_only=not ask_hub)
     return Path(path) if path else None
 
 
@@ -69,10 +69,10 @@ def copy_unchanged_files(base: str | Path, folder: Path) -> None:
             shutil.copyfile(path, Path(folder) / name)
 
 
-def read_model_type(model: str | Path) -> str:
+def read_model_type(model: str | Path, ask_hub: bool = True) -> str:
     """The model_type that config.json of a folder or hub name states; "" where there is none."""
     try:
-        path = find_file(model, "config.json")
+        path = find_file(model, "config.json", ask_hub)
         return str(json.loads(path.read_text()).get("model_type", "")) if path else ""
     except (OSError, ValueError, AttributeError):  # no name of the hub, or no configuration
         return ""
