@@ -225,8 +225,9 @@ class Connection:
     def chat(self, body: dict, retries: int = 0) -> tuple[object, int]:
         """The answer to a chat completion, None if it is no JSON, and the attempts that it took.
 
-        A request that the server's filter refuses is answered without a text. body: of it. retries: how often openai's client asks again after a temporary
-        failure, after 0.5 to 8 s or as long as Retry-After says.
+        body: of the request; one that the server's filter refuses is answered without a text.
+        retries: how often openai's client asks again after a temporary failure, after 0.5 to 8 s or
+        as long as Retry-After says.
         """
         fields = {name: value for name, value in body.items() if name not in ("model", "messages")}
         try:
