@@ -135,13 +135,13 @@ def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:
 
 def _find_failure(answer: object) -> str:
     """What a server says that went wrong, in an answer of status 200; "" for a completion."""
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if isinstance(answer, dict) and answer.get("error") and not choices:
+    answer = answer if isinstance(answer, dict) else {}
+    choices = answer.get("choices") if isinstance(answer.get("choices"), list) else []
+    if answer.get("error") and not choices:
         return first_line(json.dumps(answer))
-    reasons = [choice.get("finish_reason") for choice in choices if isinstance(choice, dict)] \
-        if isinstance(choices, list) else []
-    return next((f"a reply that ended with finish_reason {reason}" for reason in reasons
-                 if reason in FAILURES), "")
+    reasons = [choice.get("finish_reason") for choice in choices if isinstance(choice, dict)]
+    return next((f"a reply that ended with {reason}" for reason in reasons if reason in FAILURES),
+                "")
 
 
 def is_on_this_machine(url: str) -> bool:
@@ -164,25 +164,22 @@ def _open_transport(url: str):
     """
     import openai  # seconds, which an address need not wait for
 
-    proxies, is_tls = _name_proxies(url), url.lower().startswith("https")
+    proxies, is_tls, verify = _name_proxies(url), url.lower().startswith("https"), True
     variable = next((name for name in CERTIFICATES if is_tls and os.environ.get(name)), "")
     try:
-        if variable and not os.path.exists(os.environ[variable]):
-            raise FileNotFoundError("there is no such file")
-        verify = ssl.create_default_context(
-            **{CERTIFICATES[variable]: os.environ[variable]}) if variable else True
+        if variable:
+            os.stat(os.environ[variable])
+            verify = ssl.create_default_context(**{CERTIFICATES[variable]: os.environ[variable]})
         return openai.DefaultHttpxClient(follow_redirects=False, trust_env=bool(proxies),
                                          verify=verify)
     except OSError as error:
         raise ValueError(f"the environment variable {variable or 'SSL_CERT_FILE'} names no "
-                         f"certificates that can be read ({error}); correct it or unset "
-                         "it") from None
-    except ImportError:
-        raise ValueError(f"{proxies} in the environment names a SOCKS proxy; run pip install "
-                         "socksio, or set NO_PROXY to the server's host") from None
-    except Exception:  # the client has several types for it, and its text may hold a password
-        raise ValueError(f"{proxies} in the environment names no proxy; write it as "
-                         "http://HOST:PORT, or unset it") from None
+                         f"certificates that can be read ({error}); correct or unset it") from None
+    except Exception as error:  # of several types; the text may hold a password
+        remedy = ("is a SOCKS proxy; run pip install socksio, or set NO_PROXY to the server's host"
+                  if isinstance(error, ImportError) else
+                  "is no proxy; write it as http://HOST:PORT, or unset it")
+        raise ValueError(f"{proxies} in the environment {remedy}") from None
 
 
 class RequestFailed(Exception):

@@ -104,8 +104,8 @@ def test_whoever_stops_early_ends_the_rest_and_errors_come_through():
 
 
 @pytest.mark.parametrize(("name", "value", "sentence"), [
-    ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "ALL_PROXY in the environment names a SOCKS"),
-    ("https_proxy", "x://me:secret@a", "https_proxy in the environment names no proxy; write it"),
+    ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "ALL_PROXY in the environment is a SOCKS"),
+    ("https_proxy", "x://me:secret@a", "https_proxy in the environment is no proxy; write it"),
     ("HTTPS_PROXY", "http://me:secret@127.0.0.1:9", "through the proxy that HTTPS_PROXY in the"),
     ("SSL_CERT_FILE", "none.pem", "SSL_CERT_FILE names no certificates that can be read"),
     ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE names no certificates that can be read")])
@@ -131,7 +131,7 @@ def test_a_filter_answers_and_a_failure_does_not():
     with closing(Connection(server.url, "", 5.0)) as connection:
         ask = [{"model": "m", "messages": [], "seed": number} for number in range(3)]
         assert read_choice(connection.chat(ask[0])[0]["choices"][0]) == ("", "content_filter")
-        for body, word in zip(ask[1:], ("upstream", "finish_reason abort")):
+        for body, word in zip(ask[1:], ("upstream", "ended with abort")):
             with pytest.raises(RequestFailed, match=word) as error:
                 connection.chat(body)
             assert error.value.is_temporary

@@ -120,7 +120,7 @@ def test_headline_rows():
         }
     }
     rows = report.claim_rows(metrics)
-    assert [row["paper (real benchmark, 7B)"] for row in rows] == [9.04, 4.98, 3.1, 2.4]
+    assert [row["paper v2 (real benchmark, 7B)"] for row in rows] == [9.04, 4.98, 3.1, 2.4]
     from_base = report.claim_rows(metrics | {"start_from": "base"})
     assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"
     assert rows[0]["this run"] == 9.5 and rows[0]["suite"] == "MIG-Bench-like (drawn)"
