@@ -217,8 +217,12 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
     """What a terminal shows of results by name: scores, how replies ended, differences between the
     first and each other one, and a sentence where a tenth of the first's could not be read.
     """
+    endings = {name: describe_endings(result["endings"]) for name, result in results.items()
+               if "endings" in result}  # an older kit's result has none
+    ends = [{"percent, greedy": "replies cut or empty"} | endings] * bool(
+        {*endings.values()} - {"-"})
     texts = []
-    for rows in filter(None, (score_rows(results), difference_rows(results))):
+    for rows in filter(None, (score_rows(results) + ends, difference_rows(results))):
         table = pd.DataFrame(rows).fillna("-")
         first = table.columns[0]
         table[first] = table[first].str.ljust(table[first].str.len().max())
@@ -241,10 +245,6 @@ def score_rows(results: Mapping[str, dict]) -> list[dict]:
                 for part, text in _suite_cells(suite, summary).items():
                     row = {"percent, greedy": part, "protocol": protocol}
                     rows.setdefault((part, protocol), row)[name] = text
-    endings = {name: describe_endings(result["endings"]) for name, result in results.items()
-               if "endings" in result}
-    if {*endings.values()} - {"-"}:
-        rows["endings", ""] = {"percent, greedy": "replies cut or empty", "protocol": "-"} | endings
     return list(rows.values())
 
 
