@@ -6,10 +6,12 @@ import json
 import os
 import queue
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass_environment
 
 KEY_VARIABLE = "MIG_KIT_API_KEY"
 # a web address without a name, key, query or fragment in it
@@ -17,6 +19,11 @@ ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?:/[
                      re.IGNORECASE | re.ASCII)
 TEMPORARY = (408, 409, 429)  # statuses that may pass, like those from 500 on
 NOT_READY = (0, 502, 503, 504)  # no connection, or a server behind this one does not answer yet
+BY_PROXY = (*NOT_READY, 403, 407)  # what a proxy says in the place of a server
+CERTIFICATES = {"SSL_CERT_FILE": "cafile", "SSL_CERT_DIR": "capath"}
+FAILURES = ("abort", "error", "insufficient_system_resource")  # finish_reasons of no reply
+FILTERS = ("content_filter", "content_policy_violation", "data_inspection_failed")  # error codes
+FILTERED = {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
 
 
 def read_api_key() -> str:
@@ -95,21 +102,96 @@ def parse_server(server: str) -> list[str]:
     return []
 
 
+def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:
+    """The text and the finish_reason of a choice of a chat completion.
+
+    The reasoning that a server tells apart stands before the answer again. Text that a server
+    leaves out with a reason (filter, refusal, hidden reasoning) is "".
+
+    Args:
+        choice: of the answer's JSON.
+        opened_tag: what the prompt has opened the reply with, which no server repeats.
+
+    Raises:
+        ValueError: it has no text and no reason for that.
+    """
+    message, reason = choice["message"], choice.get("finish_reason") or ""
+    content = message.get("content")
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if not content and message.get("refusal"):
+        reason = "refusal"
+    if content is None and (reason or reasoning):
+        content = ""
+    if not isinstance(content, str) or not isinstance(reason, str):
+        raise ValueError("an answer without a text")
+    if content.lstrip().startswith("<think>"):
+        return content, reason
+    if isinstance(reasoning, str) and reasoning:
+        return f"<think>{reasoning}" + (f"</think>{content}" if content else ""), reason
+    is_opened = "</think>" in content and "<think>" not in content
+    tag = opened_tag or ("<think>" if is_opened else "")
+    return (tag + content if content else ""), reason
+
+
+def _find_failure(answer: object) -> str:
+    """What a server says that went wrong, in an answer of status 200; "" for a completion."""
+    answer = answer if isinstance(answer, dict) else {}
+    choices = answer.get("choices") if isinstance(answer.get("choices"), list) else []
+    if answer.get("error") and not choices:
+        return first_line(json.dumps(answer))
+    reasons = [choice.get("finish_reason") for choice in choices if isinstance(choice, dict)]
+    return next((f"a reply that ended with {reason}" for reason in reasons if reason in FAILURES),
+                "")
+
+
 def is_on_this_machine(url: str) -> bool:
     """Whether the address is one of this machine's own, which no proxy can reach."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def _name_proxies(url: str) -> str:
+    """The environment's variables whose proxies stand before `url`, "" if none does."""
+    if is_on_this_machine(url) or proxy_bypass_environment(urlsplit(url).hostname or ""):
+        return ""
+    names = (f"{urlsplit(url).scheme}_proxy".lower(), "all_proxy")
+    return " and ".join(sorted(name for name, value in os.environ.items()
+                               if value and name.lower() in names))
+
+
+def _open_transport(url: str):
+    """The HTTP client for `url`; ValueError with the environment's variable that stands in the way.
+    """
+    import openai  # seconds, which an address need not wait for
+
+    proxies, is_tls, verify = _name_proxies(url), url.lower().startswith("https"), True
+    variable = next((name for name in CERTIFICATES if is_tls and os.environ.get(name)), "")
+    try:
+        if variable:
+            os.stat(os.environ[variable])
+            verify = ssl.create_default_context(**{CERTIFICATES[variable]: os.environ[variable]})
+        return openai.DefaultHttpxClient(follow_redirects=False, trust_env=bool(proxies),
+                                         verify=verify)
+    except OSError as error:
+        raise ValueError(f"the environment variable {variable or 'SSL_CERT_FILE'} names no "
+                         f"certificates that can be read ({error}); correct or unset it") from None
+    except Exception as error:  # of several types; the text may hold a password
+        remedy = ("is a SOCKS proxy; run pip install socksio, or set NO_PROXY to the server's host"
+                  if isinstance(error, ImportError) else
+                  "is no proxy; write it as http://HOST:PORT, or unset it")
+        raise ValueError(f"{proxies} in the environment {remedy}") from None
+
+
 class RequestFailed(Exception):
     """A request that a server did not answer; its text is one line without the key.
 
-    status: HTTP's, 0 if the connection failed. attempts: how often the request was made.
+    status: HTTP's, 0 if the connection failed. attempts: how often the request was made. code: the
+    server's word for the error.
     """
 
-    def __init__(self, text: str, status: int, attempts: int):
+    def __init__(self, text: str, status: int, attempts: int, code: str = ""):
         super().__init__(text)
-        self.status, self.attempts = status, attempts
+        self.status, self.attempts, self.code = status, attempts, code
 
     @property
     def is_temporary(self) -> bool:
@@ -127,13 +209,11 @@ class Connection:
     def __init__(self, url: str, key: str, timeout: float):
         import openai  # seconds, which an address need not wait for
 
-        transport = openai.DefaultHttpxClient(
-            follow_redirects=False, trust_env=not is_on_this_machine(url))
         # without a key of ours the client would take one of its own from the environment
         self.client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=timeout,
-                                    http_client=transport)
+                                    http_client=_open_transport(url))
         self.headers = {"Authorization": f"Bearer {key}" if key else openai.omit}
-        self.key = key
+        self.url, self.key = url, key
 
     def close(self) -> None:
         """End the client's connections."""
@@ -142,15 +222,24 @@ class Connection:
     def chat(self, body: dict, retries: int = 0) -> tuple[object, int]:
         """The answer to a chat completion, None if it is no JSON, and the attempts that it took.
 
-        body: of the request. retries: how often openai's client asks again after a temporary
-        failure, after 0.5 to 8 s or as long as Retry-After says.
+        body: of the request; one that the server's filter refuses is answered without a text.
+        retries: how often openai's client asks again after a temporary failure, after 0.5 to 8 s or
+        as long as Retry-After says.
         """
         fields = {name: value for name, value in body.items() if name not in ("model", "messages")}
-        response = self._send(
-            retries, lambda client: client.chat.completions.with_raw_response.create(
-                model=body["model"], messages=body["messages"], extra_body=fields,
-                extra_headers=self.headers))
-        return _read_json(response.content), response.retries_taken + 1
+        try:
+            response = self._send(
+                retries, lambda client: client.chat.completions.with_raw_response.create(
+                    model=body["model"], messages=body["messages"], extra_body=fields,
+                    extra_headers=self.headers))
+        except RequestFailed as failure:
+            if failure.code not in FILTERS:
+                raise
+            return FILTERED, failure.attempts
+        answer, attempts = _read_json(response.content), response.retries_taken + 1
+        if failure := _find_failure(answer):
+            raise RequestFailed(redact(failure, self.key), 0, attempts)
+        return answer, attempts
 
     def list_models(self, retries: int = 2, timeout: float = 60.0) -> tuple[str, ...]:
         """The names that the server lists: its model's, and its adapters'."""
@@ -175,13 +264,23 @@ class Connection:
     def _send(self, retries: int, request: Callable):
         import openai
 
+        code = ""
         try:
             return request(self.client.with_options(max_retries=retries))
         except openai.APIStatusError as error:
-            status = error.status_code
+            status, code = error.status_code, str(error.code)
             text = f"HTTP {status}: {redact(first_line(error.response.text), self.key)}"
             attempts = int(error.request.headers["x-stainless-retry-count"]) + 1
         except openai.APIConnectionError as error:
-            text = f"the connection failed ({type(error.__cause__ or error).__name__})"
+            cause = error.__cause__ or error
+            if refused := re.search(r"certificate verify failed: ([^(]+)", str(cause)):
+                raise RuntimeError(
+                    f"the certificate of {self.url} is refused ({refused[1].strip()}); the "
+                    "environment variable SSL_CERT_FILE names the file of the certificates that "
+                    "are trusted") from None
+            text = f"the connection failed ({type(cause).__name__})"
             status, attempts = 0, retries + 1
-        raise RequestFailed(text, status, attempts)
+        if status in BY_PROXY and (proxies := _name_proxies(self.url)):
+            text += (f", through the proxy that {proxies} in the environment names: set NO_PROXY "
+                     "to the server's host where it needs none")
+        raise RequestFailed(text, status, attempts, code)

@@ -2,18 +2,22 @@
 
 import threading
 import time
+from contextlib import closing
 
 import pytest
 from local_server import IS_JSON, LocalServer
 
 from mig_kit.openai_client import (
     ADDRESS,
+    CERTIFICATES,
     KEY_VARIABLE,
     Connection,
+    RequestFailed,
     first_line,
     iter_results,
     parse_server,
     read_api_key,
+    read_choice,
     redact,
 )
 
@@ -97,3 +101,38 @@ def test_whoever_stops_early_ends_the_rest_and_errors_come_through():
     n_done = len(done)
     time.sleep(0.1)
     assert len(done) == n_done < 30
+
+
+@pytest.mark.parametrize(("name", "value", "sentence"), [
+    ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "ALL_PROXY in the environment is a SOCKS"),
+    ("https_proxy", "x://me:secret@a", "https_proxy in the environment is no proxy; write it"),
+    ("HTTPS_PROXY", "http://me:secret@127.0.0.1:9", "through the proxy that HTTPS_PROXY in the"),
+    ("SSL_CERT_FILE", "none.pem", "SSL_CERT_FILE names no certificates that can be read"),
+    ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE names no certificates that can be read")])
+def test_what_stands_between_is_named_by_its_variable(monkeypatch, name, value, sentence):
+    for other in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", *CERTIFICATES):
+        monkeypatch.delenv(other, raising=False)
+        monkeypatch.delenv(other.lower(), raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises((ValueError, RequestFailed), match=sentence) as error:
+        Connection("https://server.invalid/v1", "", 5.0).list_models(0)
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("NO_PROXY", "server.invalid")
+    if "PROXY" in name.upper():
+        with pytest.raises(RequestFailed, match=r"failed \(\w+\)$"):
+            Connection("https://server.invalid/v1", "", 5.0).list_models(0)
+
+
+def test_a_filter_answers_and_a_failure_does_not():
+    answers = [(400, {"error": {"code": "content_filter", "message": "no"}}),
+               (200, {"error": {"message": "upstream"}}),
+               (200, {"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]})]
+    server = LocalServer(lambda path, headers, body: (*answers[body["seed"]], IS_JSON))
+    with closing(Connection(server.url, "", 5.0)) as connection:
+        ask = [{"model": "m", "messages": [], "seed": number} for number in range(3)]
+        assert read_choice(connection.chat(ask[0])[0]["choices"][0]) == ("", "content_filter")
+        for body, word in zip(ask[1:], ("upstream", "ended with abort")):
+            with pytest.raises(RequestFailed, match=word) as error:
+                connection.chat(body)
+            assert error.value.is_temporary
+    server.stop()

@@ -27,6 +27,7 @@ from mig_kit.openai_client import (
     RequestFailed,
     iter_results,
     read_api_key,
+    read_choice,
     redact,
 )
 from mig_kit.sample import Sample, Trace
@@ -141,12 +142,14 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
                 unwritten.clear()
             if number % 100 == 0:
                 print(f"{number} calls finished", flush=True)
-            failures_in_a_row = failures_in_a_row + 1 if "failed" in entry else 0
+            failure = find_failure(entry, endpoint)
+            failures_in_a_row = failures_in_a_row + 1 if failure else 0
             if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
-                raise RuntimeError(
-                    f"{MAX_FAILURES_IN_A_ROW} calls in a row failed, the last with: "
-                    f"{entry['failed']}; finished calls are kept, start again when the endpoint "
-                    "works")
+                remedy = ("start again when the endpoint works" if "failed" in entry else
+                          "raise max_tokens of notebook 01's Endpoint, or name a teacher that "
+                          "answers")
+                raise RuntimeError(f"{MAX_FAILURES_IN_A_ROW} calls in a row failed, the last with: "
+                                   f"{failure}; finished calls are kept, {remedy}")
     return log
 
 
@@ -178,17 +181,25 @@ def parse_completion(data: object) -> dict | None:
     data: the JSON of the answer. None if this is no complete one; never raises.
     """
     try:
-        choice, usage = data["choices"][0], data.get("usage")
-        reply, reason = choice["message"]["content"], choice.get("finish_reason")
-    except (TypeError, KeyError, IndexError, AttributeError):
-        return None
-    if not isinstance(reply, str) or not isinstance(reason, str | None):
+        usage = data.get("usage")
+        reply, reason = read_choice(data["choices"][0])
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError):
         return None
     counts = {name: usage.get(name) if isinstance(usage, dict) else None
               for name in ("prompt_tokens", "completion_tokens")}
     return {"reply": reply, "finish_reason": reason,
             **{name: count if type(count) is int and count >= 0 else None
                for name, count in counts.items()}}
+
+
+def find_failure(entry: dict, endpoint: Endpoint) -> str:
+    """Why an entry of the log is no whole reply, "" for one that is."""
+    reply, reason = entry.get("reply", ""), entry.get("finish_reason")
+    if "failed" in entry or ("</answer>" in reply or reply.strip() and reason != "length"):
+        return entry.get("failed", "")
+    if reason == "length":
+        return f"cut at {endpoint.max_tokens} tokens (finish_reason length)"
+    return f"a reply without a text (finish_reason {reason or 'unknown'})"
 
 
 def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
@@ -213,8 +224,9 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
 
     log = make_calls(endpoint, iter_calls(), path)
     traces, direct = ([log.get(key, NO_REPLY) for key in keys[kind]] for kind in KINDS)
-    return ([Trace(entry.get("reply", ""), "endpoint", entry.get("failed", ""))
-             for entry in traces], [entry.get("reply", "") for entry in direct])
+    return ([Trace(entry.get("reply", ""), "endpoint", find_failure(entry, endpoint))
+             for entry in traces],
+            ["" if find_failure(entry, endpoint) else entry["reply"] for entry in direct])
 
 
 def summarize_usage(path: Path) -> dict:

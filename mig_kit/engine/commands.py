@@ -35,6 +35,7 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
         read_model_type,
     )
     from mig_kit.engine.processors import read_box_format
+    from mig_kit.openai_client import parse_server
 
     options = {"coordinates": coordinates, "min_pixels": min_pixels, "max_pixels": max_pixels}
     options = {name: value for name, value in options.items() if value is not None}
@@ -49,7 +50,8 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
         click.echo("\n".join(f"warning: {note}" for note in notes), nl=bool(notes), err=True)
         return run_model
     folder = models.resolve_model(absolute_folder(model))
-    if server and read_model_type(folder) not in FAMILIES:
+    # a server that runs already has the model, and the hub may be out of reach
+    if server and read_model_type(folder, not parse_server(server)) not in FAMILIES:
         if coordinates is None:
             hint = suggest_word(model, list_runs())
             raise ValueError(f"only the server knows the model {model}{hint and f' ({hint})'}; say "

@@ -57,11 +57,11 @@ class ServedName(str):
     """
 
 
-def find_file(model: str | Path, name: str) -> Path | None:
+def find_file(model: str | Path, name: str, ask_hub: bool = True) -> Path | None:
     """A file of a model folder, or of a hub name (downloaded into its cache); None if it has none.
     """
     path = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
+                       _raise_exceptions_for_connection_errors=False, local_files_only=not ask_hub)
     return Path(path) if path else None
 
 
@@ -89,10 +89,10 @@ def copy_unchanged_files(base: str | Path, folder: Path) -> None:
             shutil.copyfile(path, Path(folder) / name)
 
 
-def read_model_type(model: str | Path) -> str:
+def read_model_type(model: str | Path, ask_hub: bool = True) -> str:
     """The model_type that config.json of a folder or hub name states; "" where there is none."""
     try:
-        path = find_file(model, "config.json")
+        path = find_file(model, "config.json", ask_hub)
         return str(json.loads(path.read_text()).get("model_type", "")) if path else ""
     except (OSError, ValueError, AttributeError):  # no name of the hub, or no configuration
         return ""
@@ -121,7 +121,17 @@ def check_model_folder(model: str | Path) -> None:
                                 f"first (stage 03), or ask: mig-kit eval --model {base} --adapter "
                                 f"{model} (and --four-bit if 4-bit weights were under it)")
     _refuse_other_family(path)
-    if not any(name.endswith(".safetensors") for name in names):
+    has_weights = any(name.endswith(".safetensors") for name in names)
+    is_cut = any((path / ".cache" / "huggingface").rglob("*.incomplete"))
+    index = path / "model.safetensors.index.json"
+    missing = sorted({*json.loads(index.read_text())["weight_map"].values()} - names
+                     if index.is_file() else ())
+    missing += ["*.safetensors"] * (is_cut and not has_weights)
+    missing += [name for name in _missing_settings(names) if is_cut]
+    if missing:
+        raise FileNotFoundError(f"{model} is not complete, {missing[0]} is missing; hf download or "
+                                "copy it again")
+    if not has_weights:
         raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are "
                                 "loaded, so convert them")
     for weights in path.glob("*.safetensors"):
@@ -130,15 +140,19 @@ def check_model_folder(model: str | Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{weights} is cut or broken ({error}); copy it again") from error
+    for name in _missing_settings(names):
+        raise FileNotFoundError(f"{model} has no {name}; copy it from the model that this one was "
+                                "made from")
+
+
+def _missing_settings(names: set[str]) -> list[str]:
+    """The files beside the weights that loading needs and a folder of these names lacks."""
     if "processor_config.json" in names:  # transformers 5 writes the image settings there
-        names.add("preprocessor_config.json")
+        names = names | {"preprocessor_config.json"}
     if {"vocab.json", "merges.txt"} <= names:
-        names.add("tokenizer.json")
-    for name in ("config.json", "tokenizer_config.json", "tokenizer.json",
-                 "preprocessor_config.json"):
-        if name not in names:
-            raise FileNotFoundError(f"{model} has no {name}; copy it from the model that this one "
-                                    "was made from")
+        names = names | {"tokenizer.json"}
+    return [name for name in ("config.json", "tokenizer_config.json", "tokenizer.json",
+                              "preprocessor_config.json") if name not in names]
 
 
 def _refuse_other_family(model: str | Path) -> None:

@@ -198,14 +198,21 @@ def load_model(model: str | Path, hardware: Hardware,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if bf16_products else torch.float32,
             llm_int8_skip_modules=FULL_PRECISION_MODULES)
-    weights = FAMILIES[config.model_type].from_pretrained(
-        model,
-        config=config,
-        dtype=hardware.dtype,
-        attn_implementation=hardware.attention,
-        quantization_config=quantization,
-        device_map=hardware.device,
-        use_safetensors=True)
+    try:
+        weights = FAMILIES[config.model_type].from_pretrained(
+            model,
+            config=config,
+            dtype=hardware.dtype,
+            attn_implementation=hardware.attention,
+            quantization_config=quantization,
+            device_map=hardware.device,
+            use_safetensors=True)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise FileNotFoundError(
+            f"the weights of {model} are not complete on this machine; hf download {model} again "
+            "(weights in another format than safetensors are not loaded)") from error
     pack_windows(weights.model.visual, hardware)
     patch_embed = weights.model.visual.patch_embed
     patch_embed.proj = PatchProduct(patch_embed.proj)

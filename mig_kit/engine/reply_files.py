@@ -1,6 +1,5 @@
 """Draw replies to many samples with one model, into a file that a killed stage resumes from."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -17,19 +16,21 @@ from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.sample_prompts import SampleCache, make_cache
 from mig_kit.engine.server import Question, ServedModel
 from mig_kit.engine.server_process import serve_model
-from mig_kit.engine.stored_replies import load_replies
+from mig_kit.engine.stored_replies import format_row, load_replies
 from mig_kit.image_files import LazyImages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for_4bit_layers
 from mig_kit.shared_prefix.generation import (
     SamplingOptions,
     draw_uniforms,
+    end_token_ids,
     generate_rollouts,
     max_kv_bytes,
 )
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 BATCH_SIZE = 64  # prompts of a batch
+Drawn = tuple[list[str], list[str]]  # replies to a sample, and why each of them ended
 CPU_WORKERS = 2  # batches under way at a time on a CPU, each on its share of the cores
 
 
@@ -97,8 +98,8 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     with path.open("a") as file, closing(drawn), \
             progress_bar(None, label, total=len(ids), initial=n_stored) as bar:
         for part in drawn:
-            for name, texts in part.items():
-                file.write(json.dumps({"id": name, "replies": texts}) + "\n")
+            for name, (texts, reasons) in part.items():
+                file.write(format_row(name, texts, reasons))
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(part))
@@ -108,17 +109,18 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
 
 def _ask_servers(served: ServedModel, samples: Sequence[Sample], ids: list[str],
                  is_stored: Set[str], replies: int,
-                 sampling: SamplingOptions) -> Iterator[dict[str, list[str]]]:
+                 sampling: SamplingOptions) -> Iterator[dict[str, Drawn]]:
     """Replies by id, those to a sample as they come; ids: of the samples."""
     questions = (Question(samples[index], replies) for index, name in enumerate(ids)
                  if name not in is_stored)
     for question, drawn in served.ask(questions, sampling):
-        yield {question.sample.id: [reply.text for reply in drawn]}
+        yield {question.sample.id: ([reply.text for reply in drawn],
+                                    [reply.finish_reason for reply in drawn])}
 
 
 def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_stored: Set[str],
                   replies: int, sampling: SamplingOptions, seed: int,
-                  cache: SampleCache) -> Iterator[dict[str, list[str]]]:
+                  cache: SampleCache) -> Iterator[dict[str, Drawn]]:
     """Replies by id, batch by batch; ids: of the samples.
 
     Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run
@@ -133,7 +135,7 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
     workers = CPU_WORKERS if policy.hardware.device == "cpu" else 1
     max_bytes = max_kv_bytes(policy.model.device) // workers
 
-    def draw(numbered_batch: tuple[int, list[int]]) -> dict[str, list[str]]:
+    def draw(numbered_batch: tuple[int, list[int]]) -> dict[str, Drawn]:
         number, batch = numbered_batch
         with one_at_a_time:
             prompts = cache.get([samples[index] for index in batch])
@@ -144,9 +146,13 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
         if number % 8 == 7:
             release_memory()
         with one_at_a_time:
-            return {ids[index]: policy.processor.batch_decode(completions, skip_special_tokens=True)
-                    for index, completions in zip(batch, rollouts) if ids[index] not in is_stored}
+            return {ids[index]: (
+                policy.processor.batch_decode(completions, skip_special_tokens=True),
+                ["stop" if {*completion[-1:]} & end_tokens else "length"
+                 for completion in completions])
+                for index, completions in zip(batch, rollouts) if ids[index] not in is_stored}
 
+    end_tokens = {*end_token_ids(policy.model.generation_config, policy.processor)}
     weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)
     with weights as fused_weights, closing(map_in_threads(draw, todo, workers)) as drawn:
         yield from drawn

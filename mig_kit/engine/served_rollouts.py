@@ -4,9 +4,10 @@ Once per update the adapter is saved and loaded by the servers under a new name.
 other numbers than the learner, so every reply brings the log-probabilities with which it was drawn,
 and TRL weights the loss by their ratio to the learner's own.
 
-Servers have been seen that load an adapter and answer without it, and others that kept old weights.
-Neither is an error to them, and the loss goes on. So a canary, an adapter that no model can
-overlook, is tried first, and log-probabilities that stay apart end the training.
+Servers have been seen that load an adapter and answer without it, at once or after a pause, and
+others that kept old weights. Neither is an error to them, and the loss goes on. So a canary, an
+adapter that no model can overlook, is tried before every update's, and log-probabilities that stay
+apart end the training.
 """
 
 import shutil
@@ -56,6 +57,7 @@ class ServedRollouts:
         self.model, self.box_format, self.folder, self.params = model, box_format, folder, params
         self.served: ServedModel | None = None
         self.version, self.adapter = 0, ""
+        self.probe: Question | None = None  # what the canary is asked
         self.context = ExitStack()
 
     def draw(self, trainer, samples: list[Sample], prompts: list[Prompt], group: int,
@@ -67,8 +69,8 @@ class ServedRollouts:
         """
         if self.served is None:
             self._open(trainer.accelerator)
-            self._try_canary(trainer, Question(samples[0], 1, prompts[0].ids.tolist()))
         if self.version != trainer.state.global_step + 1:
+            self._try_canary(trainer, Question(samples[0], 1, prompts[0].ids.tolist()))
             self._sync(trainer)
         questions = [Question(sample, group, prompt.ids.tolist())
                      for sample, prompt in zip(samples, prompts)]
@@ -99,6 +101,7 @@ class ServedRollouts:
         self.served = self.context.enter_context(serve_model(
             server, self.params.concurrency, self.model, "sft", self.box_format,
             self.folder / "server_grpo.log"))
+        self.model_name = self.served.name
 
     def _sync(self, trainer) -> None:
         """Have all servers draw with the adapter of this update: step-<update>-<its hash>.
@@ -124,40 +127,47 @@ class ServedRollouts:
     def _try_canary(self, trainer, question: Question) -> None:
         """Raise RuntimeError if an adapter with large weights changes nothing at a server.
 
-        `_sync` unloads the canary with the first adapter that it loads.
+        It takes the place of the last update's, and `_sync` unloads it.
         """
         if not trainer.accelerator.is_main_process:
             return
-        folder = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary"
+        folder, before = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary", self.adapter
+        if self.probe is None:
+            self._save_canary(trainer, folder)
+            self.probe = question
+        self.adapter = f"{folder.name}-{file_sha256(folder / 'adapter_model.safetensors')[:8]}"
+        self._load(self.adapter, folder.resolve(), before)
+        for server in self.served.servers:
+            without, with_canary = (self._first_token(server, name)
+                                    for name in (self.model_name, self.adapter))
+            if not server.is_alive:
+                continue
+            change = abs(with_canary.logps[0] - without.logps[0])
+            if with_canary.ids == without.ids and change < LEAST_CHANGE:
+                remedy = ("it has lost them since the last update; start it again, then the stage, "
+                          "which goes on from its last checkpoint" if self.version else
+                          "its engine has no adapters for this model, so take another version of "
+                          "it, or leave server empty")
+                raise RuntimeError(
+                    f"the server {server.url} takes adapters and ignores them: one with large "
+                    f"weights moved the log-probability of a token by {change:.1g}; {remedy}")
+
+    def _save_canary(self, trainer, folder: Path) -> None:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
         file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(0)
         weights = {name: CANARY_STD * torch.randn(value.shape, generator=generator).to(value.dtype)
                    if "lora_B" in name else value for name, value in load_file(file).items()}
         save_file(weights, file, {"format": "pt"})
         apply_umask(folder)
-        self.adapter = f"{folder.name}-{file_sha256(file)[:8]}"
-        self._load(self.adapter, folder.resolve(), "")
-        for server in self.served.servers:
-            without, with_canary = (self._first_token(server, name, question)
-                                    for name in (self.served.name, self.adapter))
-            if not server.is_alive:
-                continue
-            change = abs(with_canary.logps[0] - without.logps[0])
-            if with_canary.ids == without.ids and change < LEAST_CHANGE:
-                raise RuntimeError(
-                    f"the server {server.url} takes adapters and ignores them: one with large "
-                    f"weights moved the log-probability of a token by {change:.1g}; its engine has "
-                    "no adapters for this model, so take another version of it, or leave server "
-                    "empty")
 
-    def _first_token(self, server: Server, name: str, question: Question) -> ServedReply | None:
+    def _first_token(self, server: Server, name: str) -> ServedReply | None:
         """The likeliest first token of a reply that `server` draws as model `name`; None if it has
         died.
         """
         served = replace(self.served, name=name, servers=[server], concurrency=1)
         sampling = SamplingOptions(temperature=0.0, max_new_tokens=1)
         try:
-            return next(served.ask([question], sampling, with_logps=True))[1][0]
+            return next(served.ask([self.probe], sampling, with_logps=True))[1][0]
         except RuntimeError:
             if server.is_alive:
                 raise

@@ -20,7 +20,13 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, seen_size
 from mig_kit.engine.processors import StillImageProcessor, render_prompt
 from mig_kit.image_files import to_data_url
-from mig_kit.openai_client import KEY_VARIABLE, Connection, RequestFailed, iter_results
+from mig_kit.openai_client import (
+    KEY_VARIABLE,
+    Connection,
+    RequestFailed,
+    iter_results,
+    read_choice,
+)
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, forbidden_token_ids
@@ -63,12 +69,13 @@ class Question(NamedTuple):
 @dataclass(frozen=True)
 class ServedReply:
     """One reply. ids, logps: its tokens with the end token, and their log-probabilities; None where
-    the server does not tell them.
+    the server does not tell them. finish_reason: why it ended, in the server's word.
     """
 
     text: str
     ids: list[int] | None = None
     logps: list[float] | None = None
+    finish_reason: str = ""
 
 
 @dataclass
@@ -252,37 +259,19 @@ class ServedModel:
 
     def _parse_choice(self, choice: dict, with_logps: bool) -> ServedReply:
         ids = choice.get("token_ids") if self.processor else None
+        text, reason = read_choice(choice, self.processor.opened_tag if self.processor else "")
         if ids:  # the text that the kit's own loop gives
             with self.tokenizer_lock:
                 text = self.processor.batch_decode([ids], skip_special_tokens=True)[0]
-        else:
-            text = self._join_message(choice["message"])
-        if not isinstance(text, str):
-            raise ValueError("an answer without a text")
         if not with_logps:
-            return ServedReply(text, ids)
+            return ServedReply(text, ids, finish_reason=reason)
         if not ids or not choice.get("logprobs"):
             raise ValueError("an answer without token ids or log-probabilities; stage 05 needs a "
                              "server that has return_token_ids and logprobs, such as vLLM")
         logps = [float(token["logprob"]) for token in choice["logprobs"]["content"]]
         if len(logps) != len(ids):
             raise ValueError(f"{len(ids)} tokens with {len(logps)} log-probabilities")
-        return ServedReply(text, ids, logps)
-
-    def _join_message(self, message: dict) -> str | None:
-        """The reply whole: a server with a reasoning parser tells the reasoning apart, and one
-        without it tells only what the model wrote after an opened <think>.
-        """
-        content = message["content"]
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        if reasoning:
-            return f"<think>{reasoning}" + (f"</think>{content}" if content else "")
-        if not isinstance(content, str) or content.lstrip().startswith("<think>"):
-            return content
-        if self.processor:
-            return self.processor.opened_tag + content
-        is_opened = "</think>" in content and "<think>" not in content
-        return f"<think>{content}" if is_opened else content
+        return ServedReply(text, ids, logps, reason)
 
 
 def check_prompt_ids(answer: dict, expected: list[int], sample_id: str, url: str) -> None:

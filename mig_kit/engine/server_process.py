@@ -21,6 +21,7 @@ from mig_kit.engine.model_folders import ServedName, load_config
 from mig_kit.engine.processors import load_processor
 from mig_kit.engine.server import REMEDIES, ServedModel, Server
 from mig_kit.openai_client import Connection, RequestFailed, parse_server, read_api_key
+from mig_kit.pipeline.failures import describe_exit
 from mig_kit.shared_prefix.generation import end_token_ids
 
 START_TIMEOUT = 1800  # seconds until a server answers; a large model is read from a slow disk
@@ -75,7 +76,7 @@ class ServerProcess:
         status = self.process.poll()
         if status is None:
             return ""
-        return f"the server's command ended with status {status}; {self._last_lines()}"
+        return f"the server's command {describe_exit(status)}; {self._last_lines()}"
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()[-LOG_TAIL:]

@@ -3,6 +3,7 @@ few fixed prompts over the updates of a training, which `recipe_trainer.KeepRoll
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,40 @@ def load_replies(path: Path) -> dict[str, list[str]]:
     if b"".join(whole) != stored:
         write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(whole)))
     return replies
+
+
+def format_row(sample_id: str, replies: list[str], reasons: list[str]) -> str:
+    """A line of a reply file; reasons: the finish_reason of each reply, which is left out where all
+    have ended by themselves.
+    """
+    others = {"finish_reasons": reasons} if {*reasons} - {"stop", ""} else {}
+    return json.dumps({"id": sample_id, "replies": replies, **others}) + "\n"
+
+
+def count_endings(*paths: Path) -> dict:
+    """How the replies in files of `reply_files.sample_replies` ended.
+
+    Returns:
+        {"replies": how many, "cut": those that the limit of tokens cut, "empty": finish_reason ->
+        how many of the others hold no text}.
+    """
+    counts, empty = Counter(replies=0, cut=0), Counter()
+    for path in filter(Path.is_file, paths):
+        for row in map(json.loads, path.read_text().splitlines()):
+            reasons = row.get("finish_reasons", ["stop"] * len(row["replies"]))
+            for reply, reason in zip(row["replies"], reasons, strict=True):
+                counts.update(replies=1, cut=reason == "length")
+                if reason != "length" and not reply.strip():
+                    empty[reason or "unknown"] += 1
+    return {**counts, "empty": dict(empty)}
+
+
+def describe_endings(endings: dict) -> str:
+    """"3 cut, 2 empty (refusal 2)" of `count_endings`, "-" where none is."""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in endings["empty"].items())
+    parts = [f"{endings['cut']} cut"] * bool(endings["cut"])
+    parts += [f"{sum(endings['empty'].values())} empty ({reasons})"] * bool(reasons)
+    return ", ".join(parts) or "-"
 
 
 def write_rollouts(folder: Path, rows: list[dict]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
+from mig_kit.engine import stored_replies
 from mig_kit.engine.models import Hardware, Policy, load_policy
 from mig_kit.engine.reply_files import open_policy, sample_replies
 from mig_kit.engine.sample_prompts import SampleCache, make_cache, reply_logps
@@ -44,6 +45,18 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     return replies
 
 
+def reply_file(folder: Path, system: str, suite: str, kind: str) -> Path:
+    """Where a system's replies to a suite are stored; kind: greedy, or drawn at temperature 1."""
+    return folder / f"{system}_{suite}_{kind}.jsonl"
+
+
+def count_endings(replies: dict, folder: Path) -> dict:
+    """System -> `stored_replies.count_endings`; replies, folder: of `suite_replies`."""
+    return {system: stored_replies.count_endings(
+        *(reply_file(folder, system, suite, kind) for suite in by_suite
+          for kind in ("greedy", "drawn"))) for system, by_suite in replies.items()}
+
+
 def _system_replies(policy: Policy | ServedModel, system: str, cache: SampleCache | None,
                     samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
                     folder: Path, params: SimpleNamespace) -> dict:
@@ -51,11 +64,11 @@ def _system_replies(policy: Policy | ServedModel, system: str, cache: SampleCach
     answers = {}
     for suite, suite_samples in samples.items():
         def ask(kind: str, questions: list[Sample], count: int, temperature: float,
-                name=f"{system}_{suite}") -> dict[str, list[str]]:
+                suite=suite) -> dict[str, list[str]]:
             return sample_replies(
-                policy, questions, folder / f"{name}_{kind}.jsonl", replies=count,
+                policy, questions, reply_file(folder, system, suite, kind), replies=count,
                 temperature=temperature, max_new_tokens=params.max_new_tokens, seed=params.seed,
-                label=f"{name.replace('_', ' ', 1)} {kind}", cache=cache)
+                label=f"{system} {suite} {kind}", cache=cache)
 
         greedy = ask("greedy", suite_samples, 1, 0.0)
         drawn = ask("drawn", drawn_samples[suite], params.replies, 1.0) if params.replies else {}

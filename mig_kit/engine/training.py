@@ -66,14 +66,18 @@ def count_processes() -> int:
 
 
 def tracker_arguments(report_to: str, folder: Path) -> dict:
-    """The settings that also send a trainer's curves to "trackio" or "wandb"; "none" sends nothing.
+    """The settings that also send a trainer's curves to a tracker; "none" sends nothing.
 
-    Keys come from the tracker's own environment variables.
+    Keys come from the tracker's own environment variables. Files that tensorboard and wandb write
+    lie in the run's folder, unless these variables say otherwise.
     """
     if report_to == "none":
         return {"report_to": "none"}
+    stage, run = folder.stem, folder.parent.resolve()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard" / stage))
+    os.environ.setdefault("WANDB_DIR", str(run))
     return {"report_to": report_to, "project": "mig-kit",
-            "run_name": f"{folder.parent.name}/{folder.stem}",  # without an attempt's .new-KEY
+            "run_name": f"{run.name}/{stage}",  # without an attempt's .new-KEY
             "trackio_static_space_id": False}
 
 

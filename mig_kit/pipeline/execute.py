@@ -11,7 +11,7 @@ from jupyter_client.manager import AsyncKernelManager
 
 from mig_kit.common import NOTEBOOKS
 from mig_kit.pipeline import attempts, store
-from mig_kit.pipeline.failures import failure_sentence
+from mig_kit.pipeline.failures import describe_exit, failure_sentence
 from mig_kit.pipeline.joint_rules import check_run
 from mig_kit.pipeline.params import (
     CONFIGS,
@@ -30,14 +30,26 @@ from mig_kit.pipeline.stage_lines import StageLines
 class ThisPython(AsyncKernelManager):
     """Starts ipykernel with the Python that runs this process, whatever kernel specs lie on
     Jupyter's path: a spec called python3 may be of another environment, with another copy of the
-    kit.
+    kit. Figures are drawn as notebooks show them, whatever backend the environment names.
+
+    exit_status: of the last kernel that ended by itself, None while none has.
     """
+
+    exit_status: int | None = None
 
     @property
     def kernel_spec(self) -> KernelSpec:
         """The only one."""
         return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f",
-                                "{connection_file}"], display_name="Python 3", language="python")
+                                "{connection_file}"], display_name="Python 3", language="python",
+                          env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+
+    async def _async_is_alive(self) -> bool:
+        if self.has_kernel and (status := await self.provisioner.poll()) is not None:
+            ThisPython.exit_status = status
+        return await super()._async_is_alive()
+
+    is_alive = _async_is_alive
 
 
 def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
@@ -186,18 +198,22 @@ def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) 
     It is written beside the stage's folder, and into it once that has finished.
     """
     import papermill  # seconds, which wrong words need not wait for
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     folder = store.runs_root() / run_id / stage
     output = folder.with_name(f"{stage}.running.ipynb")
+    # papermill formats paths with the parameters
+    paths = [str(path).replace("{", "{{").replace("}", "}}")
+             for path in (NOTEBOOKS / f"{stage}.ipynb", output)]
     try:
-        papermill.execute_notebook(NOTEBOOKS / f"{stage}.ipynb", output, params,
-                                   progress_bar=False, log_output=True, cwd=str(NOTEBOOKS),
-                                   kernel_manager_class=ThisPython,
+        papermill.execute_notebook(*paths, params, progress_bar=False, log_output=True,
+                                   cwd=str(NOTEBOOKS), kernel_manager_class=ThisPython,
                                    extra_arguments=["--log-level=CRITICAL"])
-    except PapermillExecutionError as error:
+    except (PapermillExecutionError, DeadKernelError) as error:
         lines.set(stage, "failed")
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))
-        raise RuntimeError(f"{stage} failed: {failure_sentence(error, kept)} "
-                           f"(the notebook is {kept})") from None
+        reason = (f"its kernel {describe_exit(ThisPython.exit_status)}"
+                  if isinstance(error, DeadKernelError) else failure_sentence(error, kept))
+        raise RuntimeError(f"{stage} failed: {reason} (the notebook is {kept})") from None
     output.replace(folder / f"{stage}.ipynb")

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 from pathlib import Path
 
 # How Python and the libraries say that a disk is full; the last is torch.save.
@@ -20,6 +21,16 @@ def failure_sentence(error: Exception, notebook: Path) -> str:
         sentence = (f"{error.ename} at: {lines[-1]}" if lines else
                     f"cell {error.exec_count} ended without a word; look at it")
     return describe_disk(sentence, notebook.parent) or sentence
+
+
+def describe_exit(status: int | None) -> str:
+    """How a process ended; status: of `subprocess`, or 128 + n after signal n, None if unknown."""
+    number = -status if status and status < 0 else (status or 0) - 128
+    if not 0 < number < signal.NSIG:
+        return f"ended with status {'unknown' if status is None else status}"
+    hint = ("; the system ends so what takes too much memory: free some, or ask for more"
+            if number == signal.SIGKILL else "")
+    return f"was ended by signal {number} ({signal.strsignal(number)}){hint}"
 
 
 def describe_os_error(error: OSError) -> str:

@@ -29,8 +29,8 @@ from mig_kit.pipeline.run_folders import (
     stage_folder,
 )
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate",
-            "papermill", "numpy", "pillow")
+PACKAGES = ("mig-kit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
+            "accelerate", "papermill", "numpy", "pillow")
 SFT_STAGES = ("01_synthesize", "02_sft", "03_merge")
 MODELS = {"base": "", "sft": "03_merge/merged", "grpo": "05_grpo/model"}
 
@@ -136,13 +136,21 @@ def find_run_model(text: str) -> RunModel | None:
 
 
 def git_revision() -> str:
-    """The commit of the project, with "+" if the tree has changes; "" outside a clone."""
+    """The commit of the project, with "+" if the tree has changes; "" outside a clone, and with a
+    line that says why where git does not tell it.
+    """
     if not IS_CLONE:
         return ""
-    with suppress(OSError, subprocess.SubprocessError):  # no git, or a slow one
-        return subprocess.run(
-            ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"],
-            cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
+    # named, a clone may be another user's, and a repository around it is not asked
+    command = ["git", "--git-dir", ".git", "--work-tree", ".", "describe", "--always",
+               "--exclude=*", "--abbrev=40", "--dirty=+"]
+    try:
+        result = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True,
+                                timeout=20, check=True)
+        return result.stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:  # no git, no clone, or a slow disk
+        reason = " ".join((getattr(error, "stderr", "") or str(error)).split())
+        print(f"the commit of {PROJECT_ROOT} is not recorded: {reason}", flush=True)
     return ""
 
 

@@ -254,7 +254,7 @@ def _claims_frame(rows: list[dict]) -> pd.DataFrame:
     # a run without a cold start has no SFT model
     lines = [{"suite": suite_title(suite), "compared": comparison,
               **{group: cells.get((suite, delta, group), "-") for group in groups},
-              "paper (real benchmark, 7B)": f"{paper:+.2f}"}
+              "paper v2 (real benchmark, 7B)": f"{paper:+.2f}"}
              for suite, comparison, delta, paper in CLAIMS
              if any((suite, delta, group) in cells for group in groups)]
     return pd.DataFrame(lines)

@@ -24,6 +24,7 @@ from mig_kit.engine.adapters import describe_adapter
 from mig_kit.engine.model_folders import ServedName, find_file
 from mig_kit.engine.models import Hardware
 from mig_kit.engine.processors import prompt_measure
+from mig_kit.engine.stored_replies import count_endings, describe_endings
 from mig_kit.pipeline.fingerprints import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.prompts import format_question, is_well_formed, parse_reply
@@ -100,7 +101,9 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     judged, lines = (judge_benchmark(benchmark, samples, replies, task.root, box_format)
                      if benchmark else judge_suites(samples, replies, box_format))
     write_json_lines(out / "predictions.jsonl", lines)
+    files = [systems.reply_file(out / "replies", MODEL, suite, "greedy") for suite in samples]
     result = {"model": str(model.folder), "adapter": described, "questions": questions,
+              "endings": count_endings(*files),
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
@@ -239,11 +242,15 @@ def item_rows(out: Path, others: Mapping[str, dict]) -> list[dict]:
 
 
 def result_tables(results: Mapping[str, dict]) -> list[str]:
-    """What a terminal shows of results by name: scores, differences between the first and each
-    other one, and a sentence where a tenth of the first's replies could not be read.
+    """What a terminal shows of results by name: scores, how replies ended, differences between the
+    first and each other one, and a sentence where a tenth of the first's could not be read.
     """
+    endings = {name: describe_endings(result["endings"]) for name, result in results.items()
+               if "endings" in result}  # an older kit's result has none
+    ends = [{"percent, greedy": "replies cut or empty"} | endings] * bool(
+        {*endings.values()} - {"-"})
     texts = []
-    for rows in filter(None, (score_rows(results), difference_rows(results))):
+    for rows in filter(None, (score_rows(results) + ends, difference_rows(results))):
         table = pd.DataFrame(rows).fillna("-")
         first = table.columns[0]
         table[first] = table[first].str.ljust(table[first].str.len().max())

@@ -65,13 +65,16 @@ def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Tra
                 writer.write(sample, trace)
         counts = count_drops(outcomes)
         if outcomes and not counts["kept"]:  # raised before the file takes the place of another
-            raise ValueError(_describe_drops(counts["dropped"]))
+            raise ValueError(_describe_drops(counts))
     return counts
 
 
-def _describe_drops(dropped: dict[str, int]) -> str:
-    """A sentence for a filter that kept nothing; dropped: replies by reason."""
-    reasons = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
+def _describe_drops(counts: dict) -> str:
+    """A sentence for a filter that kept nothing; counts: of `count_drops`."""
+    dropped = counts["dropped"]
+    failures = counts["errors"] if dropped.get("no reply") else {}
+    reasons = ", ".join(f"{name} {count}" for name, count in [*dropped.items(), *failures.items()]
+                        if count)
     hint = ("; a box is in the model's coordinates, as coordinates and max_pixels say"
             if dropped["box"] else "")
     return f"the filter dropped every reply ({reasons}); look at one of them{hint}"

@@ -1,5 +1,6 @@
 """Loading, adapters, and the checks that make blind training impossible."""
 
+import json
 import re
 import shutil
 
@@ -99,6 +100,23 @@ def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
     monkeypatch.setattr(models, "load_model", None)
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         models.load_policy(folder, float32, BoxFormat())
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "model-00002-of-00002.safetensors",
+                                     "tokenizer.json"])
+def test_a_download_that_was_cut_is_named(missing, random_folder, tmp_path):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    (folder / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "download" / "a.incomplete").touch()
+    models.check_model_folder(folder)  # another attempt's, of a download that was finished
+    if (folder / missing).is_file():
+        (folder / missing).unlink()
+    else:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(
+            {"weight_map": {"a": "model.safetensors", "b": missing}}))
+    sentence = r"is not complete, \S+ is missing; hf download or copy it again"
+    with pytest.raises(FileNotFoundError, match=sentence):
+        models.check_model_folder(folder)
 
 
 def test_an_adapters_folder_names_the_command_that_asks_it(random_folder, tmp_path):

@@ -70,11 +70,12 @@ def test_adapters_move_and_ratios_are_one(make_served):
     assert [row["adapter"] for row in rows] == [1, 2, 3]
     assert all(row["staleness"] == 0 and abs(row["ratio"] - 1) < 1e-3 for row in rows)
     assert updates(server) == ["1", "2", "3"] and server.loaded[0].startswith("canary-")
+    assert server.loaded[::2] == server.loaded[:1] * 3, "the canary is tried before every update"
     hashes = {name.rpartition("-")[2] for name in server.loaded}
     assert len(hashes) == 4, "an adapter did not change"
-    assert server.unloaded == server.loaded[:3]
+    assert server.unloaded == server.loaded[:5]
     asked = [body["model"] for body in server.bodies]
-    assert [asked.count(name) for name in ("sft", *server.loaded)] == [1, 1, 4, 4, 4]
+    assert [asked.count(name) for name in ("sft", *server.loaded[:2])] == [3, 3, 4]
 
 
 def test_a_server_that_outlives_a_killed_stage_keeps_its_adapter(make_served, tmp_path):
@@ -115,11 +116,11 @@ def test_replies_that_are_learnt_from_twice_are_drawn_once(make_served, tmp_path
     rows = grpo.training_curves(trainer.state.log_history)
     ratios = [row["ratio"] for row in rows]
     assert [row["adapter"] for row in rows] == [1, 3, 5]
-    assert updates(server) == ["1", "3", "5"] and server.unloaded == server.loaded[:3]
+    assert updates(server) == ["1", "3", "5"] and server.unloaded == server.loaded[:5]
     assert ratios == pytest.approx([1.0] * 3, abs=1e-3), "the weights' change is in the other one"
     assert all(row["clip_ratio"] > 0 for row in rows)
     kept = sorted(path.name for path in (tmp_path / "checkpoints" / "served").iterdir())
-    assert kept == ["step-3", "step-5"]
+    assert kept == ["canary", "step-5"]
 
 
 def test_what_servers_drew_with_is_deleted_when_it_has_been_learnt_from(
@@ -171,6 +172,18 @@ def test_a_server_that_ignores_adapters_is_noticed_before_the_first_update(make_
     with pytest.raises(RuntimeError, match="takes adapters and ignores them: one with large"):
         trainer.train()
     assert trainer.state.global_step == 0 and updates(server) == []
+
+
+def test_a_server_that_loses_its_adapters_is_noticed_before_the_next_update(make_served):
+    def lose(body, answer):
+        if len(server.bodies) == 10:  # with the second update's last reply, as by sleeping
+            server.fault = "ignores adapters"
+        return answer
+
+    trainer, server = make_served(lose)
+    with pytest.raises(RuntimeError, match="it has lost them since the last update; start it"):
+        trainer.train()
+    assert trainer.state.global_step == 2 and updates(server) == ["1", "2"]
 
 
 def test_a_server_with_old_weights_ends_the_run_and_a_new_one_goes_on(make_served, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.engine.server import ServedModel, ServedReply
+from mig_kit.openai_client import read_choice
 from mig_kit.shared_prefix.generation import SamplingOptions
 
 
@@ -48,10 +49,20 @@ def test_a_reply_begins_with_what_its_prompt_has_opened(served, monkeypatch, mes
     assert served.parse_replies(answer, with_logps=False) == [ServedReply(text)]
 
 
+@pytest.mark.parametrize(("message", "reason", "expected"), [
+    ({"content": None}, "content_filter", ("", "content_filter")),
+    ({}, "content_filter: PROHIBITED", ("", "content_filter: PROHIBITED")),
+    ({"content": None, "refusal": "No."}, "stop", ("", "refusal")),
+    ({"content": None}, "length", ("", "length")),
+    ({"content": None, "reasoning_content": "so"}, "length", ("<think>so", "length"))])
+def test_a_reply_without_a_text_says_why(message, reason, expected):
+    assert read_choice({"message": message, "finish_reason": reason}) == expected
+
+
 @pytest.mark.parametrize(("answer", "with_logps", "sentence"), [
     ({}, False, "no complete chat completion"),
     ({"choices": None}, False, "no complete chat completion"),
-    ({"choices": [{"message": {}}]}, False, "no complete chat completion"),
+    ({"choices": [{}]}, False, "no complete chat completion"),
     ({"choices": [choice(None)]}, False, "without a text"),
     ({"choices": [choice("a")]}, True, "return_token_ids and logprobs, such as vLLM"),
     ({"choices": [choice("a", [7, 2], [-1.0])]}, True, "2 tokens with 1 log-probabilities")])

@@ -2,6 +2,7 @@
 
 import shutil
 
+import nbformat
 import papermill
 import pytest
 import torch
@@ -124,3 +125,21 @@ def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert CliRunner().invoke(cli, ["run", *words, "--profile", "qwen2_5_vl_7b"]).exit_code == 0
     assert [stage[:2] for stage in started] == [word for word in words if word.isdigit()]
+
+
+def test_a_killed_kernel_is_named_and_leaves_its_figures(tmp_path, monkeypatch):
+    """In a folder with braces, and under another backend than notebooks'."""
+    folder = tmp_path / "{seed} {x}"
+    (folder / "runs" / "a").mkdir(parents=True)
+    cells = ["import os, matplotlib.pyplot as plt", "plt.plot([1, 2]);", "os.kill(os.getpid(), 9)"]
+    nbformat.write(nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
+        metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "3"}}),
+        folder / "00_preflight.ipynb")
+    monkeypatch.setattr(execute, "NOTEBOOKS", folder)
+    monkeypatch.setenv("MIG_KIT_RUNS", str(folder / "runs"))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    with pytest.raises(RuntimeError, match=r"00_preflight failed: its kernel was ended by signal 9 "
+                                           r"\(Killed\); the system ends so what takes too much"):
+        execute._execute_notebook("00_preflight", "a", {"seed": 1}, execute.StageLines())
+    assert '"image/png"' in (folder / "runs" / "a" / "00_preflight.failed.ipynb").read_text()

@@ -6,7 +6,7 @@ import pytest
 from IPython.core.ultratb import AutoFormattedTB
 from papermill.exceptions import PapermillExecutionError
 
-from mig_kit.pipeline.failures import describe_os_error, failure_sentence
+from mig_kit.pipeline.failures import describe_exit, describe_os_error, failure_sentence
 
 
 def fail_in_cell(error: Exception, folder) -> str:
@@ -48,3 +48,12 @@ def test_other_errors_stay_as_they_are(tmp_path):
     assert describe_os_error(full).startswith(f"the disk of {tmp_path} is full, ")
     assert describe_os_error(FileNotFoundError("no run 'a'; see status")) == (
         "no run 'a'; see status")
+
+
+@pytest.mark.parametrize(("status", "sentence"), [
+    (-9, "was ended by signal 9 (Killed); the system ends so what takes too much memory"),
+    (137, "was ended by signal 9 (Killed); the system ends"), (-11, "was ended by signal 11 (Seg"),
+    (3, "ended with status 3"), (None, "ended with status unknown"),
+    (255, "ended with status 255")])
+def test_a_process_that_ended_names_its_signal(status, sentence):
+    assert describe_exit(status).startswith(sentence)

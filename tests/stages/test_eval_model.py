@@ -243,7 +243,8 @@ def serve():
             if names := [name for name in refused if name in body]:
                 return 400, {"error": {"message": f"Unsupported parameter: '{names[0]}'"}}
             answer = completion()
-            answer["choices"][0]["message"] = messages[len(server.bodies) % len(messages)]
+            message, choice = messages[len(server.bodies) % len(messages)], answer["choices"][0]
+            choice.update(message=message, finish_reason=message.get("ends", "stop"))
             return 200, answer
 
         server = TeacherServer(plan, ["another", name])
@@ -275,6 +276,24 @@ def test_a_model_of_any_family_answers_through_its_server(refused, serve, own_ta
     assert ("refuses temperature" in result.stdout) == ("temperature" in refused)
     assert ask_own(own_task, tmp_path / "out", *words, "--coordinates",
                    "absolute").stderr.count("another coordinates") == 1
+
+
+def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(serve, own_task, tmp_path):
+    messages = [{"content": ANSWER}, {"content": None, "ends": "content_filter"},
+                {"content": None, "reasoning": "Look.", "ends": "length"}]
+    _, words = serve(*messages)
+    words = (*words, "--coordinates", "normalized_1000")
+    tables = [ask_own(own_task, tmp_path / "out", *words).stdout.splitlines()]
+    stored = tmp_path / "out" / "replies" / "model_own_greedy.jsonl"
+    whole, result = stored.read_text(), (tmp_path / "out" / "eval.json").read_text()
+    assert json.loads(result)["endings"] == {"replies": 3, "cut": 1, "empty": {"content_filter": 1}}
+    assert any("1 cut, 1 empty (content_filter 1)" in line for line in tables[0])
+    stored.write_text(whole[:-20])  # as a kill leaves it
+    _, words = serve(messages[0])
+    words = (*words, "--coordinates", "normalized_1000")
+    tables.append(ask_own(own_task, tmp_path / "out", *words).stdout.splitlines())
+    assert stored.read_text() == whole and (tmp_path / "out" / "eval.json").read_text() == result
+    assert tables[0][-6:] == tables[1][-6:]
 
 
 def test_a_folder_of_another_family_is_asked_as_the_server_names_it(serve, own_task, tmp_path):

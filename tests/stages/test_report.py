@@ -120,7 +120,7 @@ def test_headline_rows():
         }
     }
     rows = report.claim_rows(metrics)
-    papers = [row["paper (real benchmark, 7B)"] for row in rows]
+    papers = [row["paper v2 (real benchmark, 7B)"] for row in rows]
     assert papers == ["+9.04", "+4.98", "+3.10", "+2.40"]
     from_base = report.claim_rows(metrics | {"start_from": "base"})
     assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"

@@ -1,6 +1,7 @@
 """Stage 02 on a random model."""
 
 import dataclasses
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -311,9 +312,16 @@ def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer):
     assert not args.gradient_checkpointing, "on a CPU, activations fit"
 
 
-def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path):
+def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path, monkeypatch):
+    variables = ("WANDB_DIR", "TENSORBOARD_LOGGING_DIR")
+    for name in variables:
+        monkeypatch.setenv(name, "unset afterwards")
+        monkeypatch.delenv(name)
     assert training.tracker_arguments("none", tmp_path) == {"report_to": "none"}
-    assert training.tracker_arguments("wandb", tmp_path / "02_sft")["report_to"] == "wandb"
+    assert not {*variables} & {*os.environ}
+    assert training.tracker_arguments("wandb", tmp_path / "02_sft.new-1")["report_to"] == "wandb"
+    assert [os.environ[name] for name in variables] == [
+        str(tmp_path), str(tmp_path / "tensorboard" / "02_sft")], "not in the clone"
 
 
 def test_the_time_left_follows_the_last_steps(monkeypatch, capsys):
