@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from string import ascii_uppercase
 
 from mig_kit.score.annotations import BenchmarkItem
@@ -76,8 +77,8 @@ _TURNED = (r"\b(?:not?|cannot|none|neither|less|unlikely|between|among|both|beca
            r"|but|if|unlike|like|than)\b|n't")
 _GAP = rf"(?:(?!{_TURNED})(?:{_REST}|\.(?=\w))){{0,80}}?"
 _TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
-_LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b|'s\b|[:=]"
-         r"|\s[\u2013\u2014-]\s)")
+_LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b"
+         r"|'s\b|[:=]|\s[\u2013\u2014-]\s)")
 _OTHER = rf"\s*(?:the )?(?:{_LABEL}\s)?{_OPTION}"
 _ALSO = r"(?:\s*(?:[/&]|,? ?\b(?:and|or|nor)\b)|,)"
 _GOOD = r"(?:correct|final|best|most (?:appropriate|suitable|likely|accurate|plausible))"
@@ -93,8 +94,8 @@ _CUE = re.compile(
     r"|(?P<it>\b(?:so|actually|overall|left|leav(?:es|ing)"
     r"|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.IGNORECASE)
 _FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|us|with|this|that|the|must|has|to|is|be|option|image|choice"
-           rf"|point|box|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]"
-           r"|,? (?:because|since|as|for)\b)")
+           rf"|point|box|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}"
+           rf"(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]|,? (?:because|since|as|for)\b)")
 _AFTER_CUE = {kind: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for kind, pattern in {
     "noun": rf"(?:{_TO_LINK}{_LINK}{_SIGN}{{0,8}}{_GAP}|[\s:*#_-]{{0,6}}\n{_SIGN}{{0,6}})"
             rf"{_OPTION}", "verb": rf"(?:{_GAP}|:{_SIGN}{{0,8}}){_OPTION}",
@@ -121,7 +122,8 @@ _SAME = re.compile("(\u2039.\u203a)[^\\w\n\u2039\xab]{0,3}(?:the )?\xab.\xbb"
 _LINE = re.compile(
     rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?"
     rf"{_OPTION}(?P<end>{_SIGN}*$|(?(link)(?!)|[\s.),\u2013\u2014-]{{1,4}})"
-    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)(?:[^\u2039\xab\n]|.\2.){1,80}$)")
+    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)"
+    r"(?:[^\u2039\xab\n]|.\2.){1,80}$)")
 _PREFERS = re.compile(
     r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
     r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
@@ -248,23 +250,24 @@ def _find_conclusion(text: str) -> str | None:
     """The letter of the last explicit conclusion, "" if it refuses or leaves several; else None."""
     lines = [line for line in text.split("\n") if re.search(r"\w", line)] or [""]
     sentence = _LINE.match(_SENTENCE_END.split(lines[-1].strip())[-1])
-    if letter := (_lone_letter(lines[-1], "".join(lines[-2:-1]), -1)
+    if letter := (_lone_letter(lines[::-1], -1)
                   or sentence and not re.search(r"\w", sentence["end"]) and sentence[2]):
         return letter
     for cue in list(_CUE.finditer(text))[:-1 - _MOST_CUES:-1]:
         letter = _conclude(text, cue)
         if letter is not None:
             return letter
-    return _lone_letter(lines[0], "".join(lines[1:2]), 1) or None
+    return _lone_letter(lines, 1) or None
 
 
-def _lone_letter(line: str, neighbour: str, step: int) -> str:
-    """The option that a line is, unless its neighbour is the next one of a list."""
-    match, other = _LINE.match(line), _LINE.match(neighbour)
-    if not match or not other or ord(other[2]) != ord(match[2]) + step:
-        return match[2] if match else ""
-    has_words, is_list = (re.search(r"\w", found["end"]) for found in (match, other))
-    return match[2] if is_list and not has_words else ""
+def _lone_letter(lines: list[str], step: int) -> str:
+    """The option that the first line is, unless it ends a list of options, in steps of `step`."""
+    run = list(takewhile(bool, map(_LINE.match, lines)))
+    letters = [match[2] for match in run]
+    if not letters[1:] or ord(letters[1]) != ord(letters[0]) + step or letters[0] in letters[1:]:
+        return "".join(letters[:1])
+    has_words, is_list = (re.search(r"\w", match["end"]) for match in run[:2])
+    return letters[0] if is_list and not has_words else ""
 
 
 def _conclude(text: str, cue: re.Match) -> str | None:
