@@ -124,10 +124,6 @@ _LINE = re.compile(
     rf"{_OPTION}(?P<end>{_SIGN}*$|(?(link)(?!)|[\s.),\u2013\u2014-]{{1,4}})"
     r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)"
     r"(?:[^\u2039\xab\n]|.\2.){1,80}$)")
-_PREFERS = re.compile(
-    r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
-    r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
-    r"|correspond(?:s|ing)?|match(?:es)?|shares)\b", re.IGNORECASE)
 _NEGATES = re.compile(r"\b(?:not|less|none|neither|cannot|nor)\b|n't\b", re.IGNORECASE)
 _REFUSES_ALL = re.compile(
     r"\b(?:none of (?:the|these|those|them)\b(?! other| rest| remaining)"
@@ -220,9 +216,7 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
         return conclusion, conclusion and CONCLUSION
     if is_blink and (letter := parse_blink_letter(text, valid)):
         return letter, ONLY_ONE
-    refusal = max((match.end() for match in _REFUSES_ALL.finditer(marked)), default=None)
-    if refusal is not None and not any(_PREFERS.search(part) and 1 <= len(_options(part)) <= 2
-                                       for part in _SENTENCE_END.split(marked[refusal:])[1:]):
+    if _REFUSES_ALL.search(marked):
         return "", ""
     reading = _read_loosely(lettered)
     return reading if reading[0] else _read_loosely(marked)
@@ -298,14 +292,11 @@ def _read_loosely(text: str) -> tuple[str, str]:
         return "".join(_options(text)), _options(text) and (
             ONLY_ONE if "\u2039" in text else WORDS) or ""
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
-    few = [part for part in sentences if 1 <= len(_options(part)) <= 2]
-    for part in [part for part in few if _CONCLUDES.search(part)][-1:]:
-        return _options(part)[0], CONCLUSION
-    positive = [part for part in few if not _NEGATES.search(part)]
-    ends = [part for part in positive if part in (sentences[0], sentences[-1])
-            and len(_options(part)) == 1]
-    for part in [part for part in positive if _PREFERS.search(part)] + ends:
-        return _options(part)[0], FIRST
+    concluding = [part for part in sentences if _CONCLUDES.search(part)][::-1]
+    for part in (*concluding, sentences[0], sentences[-1]):
+        if 1 <= len(_options(part)) <= (2 if part in concluding else 1) and (
+                part in concluding or not _NEGATES.search(part)):
+            return _options(part)[0], CONCLUSION if part in concluding else FIRST
     return "", ""
 
 
