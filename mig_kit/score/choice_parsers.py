@@ -28,7 +28,7 @@ BLINK_CHOICES = {
                            "the fourth image")}
 CONCLUSION, ONLY_ONE, WORDS, FIRST = WAYS = (  # how a letter is read
     "by a conclusion", "as the only option named", "by an option's words",
-    "by a preference or the first mention")
+    "by the first or last mention")
 
 # In the working text an option is ‹B› where its letter names it and «B» where its words do.
 _OPTION = "[\u2039\xab]([A-Z])[\u203a\xbb]"
@@ -117,7 +117,7 @@ _DENIED = re.compile(
     rf"|n't)(?:\s(?:be|the|just|only|both|either|{_LABEL}))*\s?{_OPTION}"
     rf"(?:(?:,{_OTHER}){{0,9}}{_ALSO}{_OTHER})?(?P<but>,? but\b)?")
 _NEXT_LINE = re.compile(rf".*\w.*\n{_SIGN}*{_OPTION}")
-_SAME = re.compile("(\u2039.\u203a)[^\\w\n\u2039\xab]{0,3}(?:the )?\xab.\xbb"
+_SAME = re.compile("(\u2039.\u203a)[^\\w\n\u2039\xab]{0,3}(?:(?:the|an?) )?\xab.\xbb"
                    "|\xab.\xbb[^\\w\n\u2039\xab]{0,3}(\u2039.\u203a)")
 _LINE = re.compile(
     rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?"
@@ -207,19 +207,13 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     plain = _FOREIGN.get(plain.strip(), unicodedata.normalize("NFKC", plain).translate(_PLAIN))
     for pattern, new in _REWRITES:
         plain = pattern.sub(new, plain)
-    lettered, marked = (
-        _DENIED.sub(lambda match: "" if match["but"] else "not it",
-                    _SAME.sub(r"\1\2", _mark_letters(version, valid)))
-        for version in (plain, mark_options(plain, choices)))
-    conclusion = _find_conclusion(marked)
-    if conclusion is not None:
+    plain = _SAME.sub(r"\1\2", _mark_letters(mark_options(plain, choices), valid))
+    marked = _DENIED.sub(lambda match: "" if match["but"] else "not it", plain)
+    if (conclusion := _find_conclusion(marked)) is not None:
         return conclusion, conclusion and CONCLUSION
     if is_blink and (letter := parse_blink_letter(text, valid)):
         return letter, ONLY_ONE
-    if _REFUSES_ALL.search(marked):
-        return "", ""
-    reading = _read_loosely(lettered)
-    return reading if reading[0] else _read_loosely(marked)
+    return ("", "") if _REFUSES_ALL.search(marked) else _read_loosely(marked)
 
 
 def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
@@ -248,8 +242,7 @@ def _find_conclusion(text: str) -> str | None:
                   or sentence and not re.search(r"\w", sentence["end"]) and sentence[2]):
         return letter
     for cue in list(_CUE.finditer(text))[:-1 - _MOST_CUES:-1]:
-        letter = _conclude(text, cue)
-        if letter is not None:
+        if (letter := _conclude(text, cue)) is not None:
             return letter
     return _lone_letter(lines, 1) or None
 
@@ -284,20 +277,20 @@ def _conclude(text: str, cue: re.Match) -> str | None:
 
 
 def _read_loosely(text: str) -> tuple[str, str]:
-    """In order: the only option named; the last sentence with a cue of a conclusion; the first
-    sentence that prefers one ("A is closer to the camera than B"); the only option of the first or
-    last sentence.
+    """In order: the only option; the last sentence with a cue of a conclusion; the only option of
+    the first or last sentence.
     """
-    if len(_options(text)) <= 1:
-        return "".join(_options(text)), _options(text) and (
-            ONLY_ONE if "\u2039" in text else WORDS) or ""
+    letters = _options(text)
+    if len(letters) <= 1:
+        return "".join(letters), letters and (ONLY_ONE if "\u2039" in text else WORDS) or ""
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
-    concluding = [part for part in sentences if _CONCLUDES.search(part)][::-1]
-    for part in (*concluding, sentences[0], sentences[-1]):
-        if 1 <= len(_options(part)) <= (2 if part in concluding else 1) and (
-                part in concluding or not _NEGATES.search(part)):
-            return _options(part)[0], CONCLUSION if part in concluding else FIRST
-    return "", ""
+    concluding = [part for part in sentences
+                  if _CONCLUDES.search(part) and 1 <= len(_options(part)) <= 2]
+    if concluding:
+        return _options(concluding[-1])[0], CONCLUSION
+    ends = [part for part in (sentences[0], sentences[-1])
+            if len(_options(part)) == 1 and not _NEGATES.search(part)]
+    return (_options(ends[0])[0], FIRST) if ends else ("", "")
 
 
 def count_ways(items: list[BenchmarkItem], lines: list[dict | None]) -> str:
