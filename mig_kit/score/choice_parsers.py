@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from string import ascii_uppercase
 
 from mig_kit.score.annotations import BenchmarkItem
@@ -27,7 +28,7 @@ BLINK_CHOICES = {
                            "the fourth image")}
 CONCLUSION, ONLY_ONE, WORDS, FIRST = WAYS = (  # how a letter is read
     "by a conclusion", "as the only option named", "by an option's words",
-    "by a preference or the first mention")
+    "by the first or last mention")
 
 # In the working text an option is ‹B› where its letter names it and «B» where its words do.
 _OPTION = "[\u2039\xab]([A-Z])[\u203a\xbb]"
@@ -76,8 +77,8 @@ _TURNED = (r"\b(?:not?|cannot|none|neither|less|unlikely|between|among|both|beca
            r"|but|if|unlike|like|than)\b|n't")
 _GAP = rf"(?:(?!{_TURNED})(?:{_REST}|\.(?=\w))){{0,80}}?"
 _TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
-_LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b|'s\b|[:=]"
-         r"|\s[\u2013\u2014-]\s)")
+_LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b"
+         r"|'s\b|[:=]|\s[\u2013\u2014-]\s)")
 _OTHER = rf"\s*(?:the )?(?:{_LABEL}\s)?{_OPTION}"
 _ALSO = r"(?:\s*(?:[/&]|,? ?\b(?:and|or|nor)\b)|,)"
 _GOOD = r"(?:correct|final|best|most (?:appropriate|suitable|likely|accurate|plausible))"
@@ -93,8 +94,8 @@ _CUE = re.compile(
     r"|(?P<it>\b(?:so|actually|overall|left|leav(?:es|ing)"
     r"|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.IGNORECASE)
 _FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|us|with|this|that|the|must|has|to|is|be|option|image|choice"
-           rf"|point|box|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]"
-           r"|,? (?:because|since|as|for)\b)")
+           rf"|point|box|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}"
+           rf"(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]|,? (?:because|since|as|for)\b)")
 _AFTER_CUE = {kind: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for kind, pattern in {
     "noun": rf"(?:{_TO_LINK}{_LINK}{_SIGN}{{0,8}}{_GAP}|[\s:*#_-]{{0,6}}\n{_SIGN}{{0,6}})"
             rf"{_OPTION}", "verb": rf"(?:{_GAP}|:{_SIGN}{{0,8}}){_OPTION}",
@@ -116,16 +117,13 @@ _DENIED = re.compile(
     rf"|n't)(?:\s(?:be|the|just|only|both|either|{_LABEL}))*\s?{_OPTION}"
     rf"(?:(?:,{_OTHER}){{0,9}}{_ALSO}{_OTHER})?(?P<but>,? but\b)?")
 _NEXT_LINE = re.compile(rf".*\w.*\n{_SIGN}*{_OPTION}")
-_SAME = re.compile("(\u2039.\u203a)[^\\w\n\u2039\xab]{0,3}(?:the )?\xab.\xbb"
+_SAME = re.compile("(\u2039.\u203a)[^\\w\n\u2039\xab]{0,3}(?:(?:the|an?) )?\xab.\xbb"
                    "|\xab.\xbb[^\\w\n\u2039\xab]{0,3}(\u2039.\u203a)")
 _LINE = re.compile(
     rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?"
     rf"{_OPTION}(?P<end>{_SIGN}*$|(?(link)(?!)|[\s.),\u2013\u2014-]{{1,4}})"
-    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)(?:[^\u2039\xab\n]|.\2.){1,80}$)")
-_PREFERS = re.compile(
-    r"\b(?:closer|nearer|more accurate(?:ly)?|darker|higher|best|better|stands out"
-    r"|most (?:likely|similar|appropriate)|more (?:likely|similar|consistent)"
-    r"|correspond(?:s|ing)?|match(?:es)?|shares)\b", re.IGNORECASE)
+    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)"
+    r"(?:[^\u2039\xab\n]|.\2.){1,80}$)")
 _NEGATES = re.compile(r"\b(?:not|less|none|neither|cannot|nor)\b|n't\b", re.IGNORECASE)
 _REFUSES_ALL = re.compile(
     r"\b(?:none of (?:the|these|those|them)\b(?! other| rest| remaining)"
@@ -209,21 +207,13 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     plain = _FOREIGN.get(plain.strip(), unicodedata.normalize("NFKC", plain).translate(_PLAIN))
     for pattern, new in _REWRITES:
         plain = pattern.sub(new, plain)
-    lettered, marked = (
-        _DENIED.sub(lambda match: "" if match["but"] else "not it",
-                    _SAME.sub(r"\1\2", _mark_letters(version, valid)))
-        for version in (plain, mark_options(plain, choices)))
-    conclusion = _find_conclusion(marked)
-    if conclusion is not None:
+    plain = _SAME.sub(r"\1\2", _mark_letters(mark_options(plain, choices), valid))
+    marked = _DENIED.sub(lambda match: "" if match["but"] else "not it", plain)
+    if (conclusion := _find_conclusion(marked)) is not None:
         return conclusion, conclusion and CONCLUSION
     if is_blink and (letter := parse_blink_letter(text, valid)):
         return letter, ONLY_ONE
-    refusal = max((match.end() for match in _REFUSES_ALL.finditer(marked)), default=None)
-    if refusal is not None and not any(_PREFERS.search(part) and 1 <= len(_options(part)) <= 2
-                                       for part in _SENTENCE_END.split(marked[refusal:])[1:]):
-        return "", ""
-    reading = _read_loosely(lettered)
-    return reading if reading[0] else _read_loosely(marked)
+    return ("", "") if _REFUSES_ALL.search(marked) else _read_loosely(marked)
 
 
 def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
@@ -248,23 +238,23 @@ def _find_conclusion(text: str) -> str | None:
     """The letter of the last explicit conclusion, "" if it refuses or leaves several; else None."""
     lines = [line for line in text.split("\n") if re.search(r"\w", line)] or [""]
     sentence = _LINE.match(_SENTENCE_END.split(lines[-1].strip())[-1])
-    if letter := (_lone_letter(lines[-1], "".join(lines[-2:-1]), -1)
+    if letter := (_lone_letter(lines[::-1], -1)
                   or sentence and not re.search(r"\w", sentence["end"]) and sentence[2]):
         return letter
     for cue in list(_CUE.finditer(text))[:-1 - _MOST_CUES:-1]:
-        letter = _conclude(text, cue)
-        if letter is not None:
+        if (letter := _conclude(text, cue)) is not None:
             return letter
-    return _lone_letter(lines[0], "".join(lines[1:2]), 1) or None
+    return _lone_letter(lines, 1) or None
 
 
-def _lone_letter(line: str, neighbour: str, step: int) -> str:
-    """The option that a line is, unless its neighbour is the next one of a list."""
-    match, other = _LINE.match(line), _LINE.match(neighbour)
-    if not match or not other or ord(other[2]) != ord(match[2]) + step:
-        return match[2] if match else ""
-    has_words, is_list = (re.search(r"\w", found["end"]) for found in (match, other))
-    return match[2] if is_list and not has_words else ""
+def _lone_letter(lines: list[str], step: int) -> str:
+    """The option that the first line is, unless it ends a list of options, in steps of `step`."""
+    run = list(takewhile(bool, map(_LINE.match, lines)))
+    letters = [match[2] for match in run]
+    if not letters[1:] or ord(letters[1]) != ord(letters[0]) + step or letters[0] in letters[1:]:
+        return "".join(letters[:1])
+    has_words, is_list = (re.search(r"\w", match["end"]) for match in run[:2])
+    return letters[0] if is_list and not has_words else ""
 
 
 def _conclude(text: str, cue: re.Match) -> str | None:
@@ -287,23 +277,20 @@ def _conclude(text: str, cue: re.Match) -> str | None:
 
 
 def _read_loosely(text: str) -> tuple[str, str]:
-    """In order: the only option named; the last sentence with a cue of a conclusion; the first
-    sentence that prefers one ("A is closer to the camera than B"); the only option of the first or
-    last sentence.
+    """In order: the only option; the last sentence with a cue of a conclusion; the only option of
+    the first or last sentence.
     """
-    if len(_options(text)) <= 1:
-        return "".join(_options(text)), _options(text) and (
-            ONLY_ONE if "\u2039" in text else WORDS) or ""
+    letters = _options(text)
+    if len(letters) <= 1:
+        return "".join(letters), letters and (ONLY_ONE if "\u2039" in text else WORDS) or ""
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
-    few = [part for part in sentences if 1 <= len(_options(part)) <= 2]
-    for part in [part for part in few if _CONCLUDES.search(part)][-1:]:
-        return _options(part)[0], CONCLUSION
-    positive = [part for part in few if not _NEGATES.search(part)]
-    ends = [part for part in positive if part in (sentences[0], sentences[-1])
-            and len(_options(part)) == 1]
-    for part in [part for part in positive if _PREFERS.search(part)] + ends:
-        return _options(part)[0], FIRST
-    return "", ""
+    concluding = [part for part in sentences
+                  if _CONCLUDES.search(part) and 1 <= len(_options(part)) <= 2]
+    if concluding:
+        return _options(concluding[-1])[0], CONCLUSION
+    ends = [part for part in (sentences[0], sentences[-1])
+            if len(_options(part)) == 1 and not _NEGATES.search(part)]
+    return (_options(ends[0])[0], FIRST) if ends else ("", "")
 
 
 def count_ways(items: list[BenchmarkItem], lines: list[dict | None]) -> str:
