@@ -115,7 +115,7 @@ def draw_completions(count):
 
 def force_completions(stock, own):
     stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
-    own._draw_completions = lambda prompts, group: draw_completions(len(prompts) * group)
+    own._draw_completions = lambda numbers, group: draw_completions(len(numbers))
 
 
 def logged(trainer):
