@@ -167,8 +167,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                    .named_parameters() if parameter.requires_grad]
         if any(".base_layer" in name or "lora_" in name for name in trained):
             return f'adapters reach the vision tower; set target_modules to r"{LANGUAGE_LAYERS}"'
-        return ("the vision tower is trained; before the trainer is made, freeze it with "
-                "model.model.visual.requires_grad_(False)" if trained else "")
+        return ("the vision tower is trained; freeze it with "
+                "model.model.visual.requires_grad_(False) before the trainer is made"
+                if trained else "")
 
     def _find_sampling_obstacle(self) -> str:
         """A sampling option that the kit's decoder lacks; "" if there is none."""
