@@ -58,8 +58,7 @@ from mig_kit.shared_prefix.rows import (
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 # PEFT's methods that replace layers one by one, so that any order of passes computes the same
 LAYERWISE_PEFT = ("ADALORA", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
-                  "LORA", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA",
-                  "VERA")
+                  "LORA", "MISS", "OFT", "ROAD", "SHIRA", "VBLORA", "VERA")
 # By how much log-probabilities may differ from stock TRL's. In bfloat16 a logit of 16 to 32 is
 # rounded to a multiple of 1/8: random models of the 3B's and the 7B's shape differ by 0.02 to 0.06
 # in the mean. A lost image or a wrong mask moves single tokens by whole units.
@@ -262,8 +261,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             number == first, sources[number].digests() == sources[first].digests()))
         logps, choices = self.accelerator.gather(torch.stack(self._compare_with_stock(
             [first, others[0]]))[None]).amax(0).tolist()
-        in_16_bits = self.args.bf16 or self.args.fp16 or unwrap_peft(self.model).dtype.itemsize == 2
-        limit = MEAN_DIFFERENCE_16_BITS if in_16_bits else MAX_DIFFERENCE_FLOAT32
+        limit = MEAN_DIFFERENCE_16_BITS if self._computes_in_16_bits() else MAX_DIFFERENCE_FLOAT32
         when = "the first batch" if is_first else f"update {step}"
         logger.info("self-check at %s: %.2g in log-probability, %.2g in the decoder's choices, of "
                     "%.2g; %.1f s", when, logps, choices, limit, time.perf_counter() - start)
@@ -272,6 +270,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 self._stop_sharing(f"{what} at {when} are {gap:.2g} from stock TRL's, more than "
                                    f"{limit}; training goes on with stock passes")
                 return
+
+    def _computes_in_16_bits(self) -> bool:
+        return self.args.bf16 or self.args.fp16 or any(  # TRL makes an adapter of 4 bits bfloat16
+            parameter.is_floating_point() and parameter.dtype.itemsize == 2
+            for parameter in self.model.parameters())
 
     @torch.no_grad()
     def _compare_with_stock(self, numbers: list[int]) -> list[torch.Tensor]:
@@ -308,8 +311,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             unwrap_peft(self.model).generation_config, self.processor)
         logits[..., never] = -torch.inf
         below = logits.amax(-1) - logits.gather(2, drawn[..., None])[..., 0]
-        in_16_bits = self.args.bf16 or self.args.fp16 or unwrap_peft(self.model).dtype.itemsize == 2
-        summary = torch.mean if in_16_bits else torch.max
+        summary = torch.mean if self._computes_in_16_bits() else torch.max
         return [summary(gap) for gap in ((own - stock).abs(), below)]
 
     def _stock_inputs(self, numbers: Sequence[int]) -> tuple[list[list[int]], list | None, dict]:
