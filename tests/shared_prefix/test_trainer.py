@@ -69,7 +69,7 @@ def make_table(messages=MESSAGES, counts=COUNTS, column="images"):
               for start, count in zip(first, counts)]
     if column == "image":
         images = [row[0] for row in images]
-    columns = {"prompt": messages, "wanted": ["a", "e", "i", "o"][:len(messages)], column: images}
+    columns = {"prompt": messages, "wanted": [*"aeioaeio"][:len(messages)], column: images}
     kind = Image() if column == "image" else List(Image())
     message = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_dict(columns, features=Features(
@@ -169,7 +169,7 @@ ONE_STEP = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}
     {"peft": False, "beta": 0.04, "loss_type": "grpo", **ONE_STEP},
     {"num_iterations": 2, "max_steps": 4},
     {"gradient_checkpointing": True, "beta": 0.04, **ONE_STEP},
-    {"multi_objective_aggregation": "normalize_then_sum", "steps_per_generation": 4},
+    {"multi_objective_aggregation": "normalize_then_sum"},
     {"scale_rewards": "batch", "mask_truncated_completions": True},
     {"family": "qwen3_5", "beta": 0.04, "gradient_checkpointing": True, **ONE_STEP},
     *({"family": family, "beta": 0.04, "router_aux_loss_coef": 0.0, **ONE_STEP}
@@ -468,6 +468,7 @@ def check_same_gradients(pair, updates):
     steps = []
     for trainer in pair:
         trainer.add_callback(gradients := Gradients())
+        torch.manual_seed(0)  # TRL scatters the completions over the steps
         trainer.train()
         steps.append(gradients.steps)
     assert len(steps[0]) == updates and not pair[1].unshared
@@ -477,12 +478,12 @@ def check_same_gradients(pair, updates):
 
 @pytest.mark.slow
 def test_gradients_are_stock_trls_whatever_the_images_modes(make_pair):
-    images = [[random_image(mode, 3 * row + n) for n in range(2) for mode in MODES[row % 3::3]]
-              for row in range(8)]
-    table = Dataset.from_dict({"prompt": MESSAGES * 2, "wanted": list("aeioaeio"), "images": images},
-                              features=make_table().features)
-    check_same_gradients(make_pair(table=table, max_steps=4, learning_rate=1e-6, num_train_epochs=9,
-                                   per_device_train_batch_size=8, gradient_accumulation_steps=1), 4)
+    rows = [{"prompt": MESSAGES[row % 4], "wanted": "aeio"[row % 4],
+             "images": [random_image(mode, 2 * row + n) for n in range(2)
+                        for mode in MODES[row % 3::3]]} for row in range(20)]
+    table = IterableDataset.from_generator(lambda: iter(rows))
+    settings = {"per_device_train_batch_size": 20, "gradient_accumulation_steps": 1}
+    check_same_gradients(make_pair(table=table, max_steps=4, learning_rate=1e-6, **settings), 4)
 
 
 @pytest.mark.slow
@@ -491,7 +492,8 @@ def test_gradients_are_stock_trls_whatever_the_images_modes(make_pair):
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     {"torch_compile": True, "torch_compile_backend": "eager"}], ids=str)
 def test_an_update_learns_from_the_completions_that_stock_trls_does(make_pair, settings):
-    check_same_gradients(make_pair(learning_rate=1e-6, **settings), 2)
+    table = make_table(MESSAGES * 2, COUNTS * 2)
+    check_same_gradients(make_pair(table=table, learning_rate=1e-6, **settings), 2)
 
 
 def encode(image):
@@ -562,8 +564,8 @@ def test_the_decoder_writes_what_generate_writes(random_folder, processor, varia
             model.generation_config, processor)]] = -torch.inf
         logits = logits[len(prompt.ids) - 1:-1].float()
         below = logits.amax(1) - logits[torch.arange(8), completion]
-        # the model's own choices; in 16 bits near ties may turn
-        assert below.max() <= (1e-4 if dtype == torch.float32 else 0.02 * logits.std() + 0.1)
+        # the model's own choices, as `generate` makes them; in 16 bits near ties may turn
+        assert below.max() <= (1e-4 if dtype == torch.float32 else 0.05)
 
 
 @pytest.mark.slow
@@ -656,7 +658,7 @@ def test_text_alone_needs_only_a_tokenizer_and_a_tower_may_be_noticed_late(make_
 
 
 @pytest.mark.parametrize(("adapter", "reason"), [
-    (LoraConfig(target_modules="all-linear"), "adapters reach the vision tower; set target_modules"),
+    (LoraConfig(target_modules="all-linear"), "adapters reach the vision tower; set target_mod"),
     (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING of PEFT")])
 def test_adapters_that_cannot_be_shared_are_named(random_folder, processor, adapter, reason):
     with pytest.warns(UserWarning, match=f"not shared: {reason}"):
