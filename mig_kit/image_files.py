@@ -293,7 +293,9 @@ def image_digests(images: Sequence[Image.Image]) -> tuple[bytes, ...]:
 
 
 def pixel_digest(image: Image.Image) -> bytes:
-    """A hash of the image's pixels, mode and size."""
+    """A hash of the image's size and colours, which its palette and transparency decide, too."""
+    has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
+    image = image.convert("RGBA" if has_alpha else "RGB")
     key = f"{image.mode} {image.size}".encode()
     return hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest()
 

@@ -97,12 +97,10 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         make_source = partial(prompt_source, self.processing_class, self.box_format)
         return [(number, make_source(self.samples[number])) for number in numbers]
 
-    def _compare_with_stock(self, batch: dict) -> str:
-        difference = super()._compare_with_stock(batch)
-        if difference:  # stock TRL cannot go on: the rows hold no images
-            raise RuntimeError(f"prompts cannot be shared: {difference.partition(';')[0]}; set "
-                               "share_prefix to false")
-        return ""
+    def _stop_sharing(self, reason: str) -> None:
+        # stock TRL cannot go on: the rows hold no images
+        raise RuntimeError(f"prompts cannot be shared: {reason.partition(';')[0]}; set "
+                           "share_prefix to false")
 
     def _calculate_rewards(self, *args):
         self.rewards = super()._calculate_rewards(*args)

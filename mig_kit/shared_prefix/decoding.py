@@ -1,9 +1,10 @@
 """One token at a time for many rows, over keys and values that they share.
 
-Adapters are folded into plain weights where that is exact, for as long as replies are drawn. 4-bit
-layers are the model's own modules and work unchanged.
+Adapters of plain LoRA are folded into the weights for as long as replies are drawn. All other
+layers, 4-bit ones or those of other PEFT methods, are the model's own modules and work unchanged.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from transformers import Cache
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextAttention
 
+from mig_kit.shared_prefix.flat_layers import is_plain_lora
 from mig_kit.shared_prefix.linear_attention import has_linear_attention
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes
 
@@ -280,17 +282,21 @@ def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
 
     Otherwise every step would cast every weight and run every adapter again. Afterwards the weights
     are what they were, bit for bit: the sums lie beside them meanwhile, under autocast in bfloat16.
-    4-bit layers stay as they are, and so do adapters on weights that are kept in
-    bfloat16 (on a GPU), because folding would round a young adapter away.
+    Only plain LoRA is folded. 4-bit layers stay as they are, and so do adapters on weights that are
+    kept in bfloat16 (on a GPU), because folding would round a young adapter away.
 
     Yields the weights of plain layers. Where weights are cast, layers with the same input are
     fused, because they then need no more memory.
     """
-    language = model.model.language_model
-    folded = [module for module in model.modules() if _is_foldable(module)]
+    layers = dict(model.model.language_model.layers.named_modules())
+    folded = [layer for layer in layers.values() if _is_foldable(layer)]
+    uses = Counter(id(layer.base_layer.weight) for layer in folded)
+    folded = [layer for layer in folded if uses[id(layer.base_layer.weight)] == 1]  # not tied
     adapted = {layer.base_layer for layer in folded}
-    plain = [module for name, module in language.named_modules()
-             if type(module) is torch.nn.Linear and ".lora_" not in name]
+    unfolded = {layer.base_layer for layer in layers.values()
+                if "base_layer" in dict(layer.named_children()) and not _is_bare(layer)} - adapted
+    plain = [layer for name, layer in layers.items()
+             if type(layer) is torch.nn.Linear and ".lora_" not in name and layer not in unfolded]
     changed = [layer for layer in plain if autocast or layer in adapted]
     originals = [layer.weight.data for layer in changed]
     try:
@@ -317,10 +323,16 @@ def _fold_adapter(layer: torch.nn.Module, dtype: torch.dtype) -> None:
     layer.base_layer.weight.data = weight.to(dtype)
 
 
-def _is_foldable(module: torch.nn.Module) -> bool:
-    """Is this a float32 layer with an adapter that is in use?"""
-    return (_is_lora(module) and not module.merged and not module.disable_adapters
-            and module.base_layer.weight.dtype == torch.float32)
+def _is_foldable(layer: torch.nn.Module) -> bool:
+    """Is this a float32 layer with a plain adapter that is in use?"""
+    return (is_plain_lora(layer) and type(layer.base_layer) is torch.nn.Linear
+            and not layer.merged and not layer.disable_adapters
+            and layer.base_layer.weight.dtype == torch.float32)
+
+
+def _is_bare(layer: torch.nn.Module) -> bool:
+    """Is this a layer of LoRA's that computes what its base layer does?"""
+    return "lora_A" in dict(layer.named_children()) and layer.merged != layer.disable_adapters
 
 
 def _fuse_model(model, autocast: bool) -> FusedWeights:
@@ -347,7 +359,7 @@ def _fuse_model(model, autocast: bool) -> FusedWeights:
 
 def _fuse_layers(fused_weights: FusedWeights, layers: tuple[torch.nn.Module, ...]) -> None:
     """Add the layers' weights as one, if all layers are plain; theirs become parts of it."""
-    plain = [_unwrap_adapter(layer) for layer in layers]
+    plain = [layer.base_layer if _is_bare(layer) else layer for layer in layers]
     if not all(type(layer) is torch.nn.Linear for layer in plain):
         return
     weight = plain[0].weight.data
@@ -359,24 +371,6 @@ def _fuse_layers(fused_weights: FusedWeights, layers: tuple[torch.nn.Module, ...
     biases = [layer.bias for layer in plain]
     has_bias = all(bias is not None for bias in biases)
     fused_weights[layers] = weight, torch.cat(biases).to(weight.dtype) if has_bias else None
-
-
-def _unwrap_adapter(layer: torch.nn.Module) -> torch.nn.Module:
-    """The layer under an adapter that is folded in or not in use."""
-    if _is_lora(layer) and (layer.merged or layer.disable_adapters):
-        return layer.base_layer
-    return layer
-
-
-def _is_lora(module: torch.nn.Module) -> bool:
-    """Is this a layer of PEFT's with an adapter? PEFT takes seconds to import, so it is asked only
-    where there is one.
-    """
-    if "lora_A" not in dict(module.named_children()):
-        return False
-    from peft.tuners.lora.layer import Linear
-
-    return isinstance(module, Linear)
 
 
 def train_mode_for_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:

@@ -54,6 +54,10 @@ def can_read_flat(model) -> bool:
     if torch.is_grad_enabled() and any(
             ".lora_A." not in name and ".lora_B." not in name for name in trained):
         return False
+    # norms and whole modules may be PEFT's, too
+    if any(type(module).__module__.startswith("peft.") and not is_plain_lora(module)
+           for part in (language.layers, language.norm) for module in part.modules()):
+        return False
     # PEFT computes an adapter in its own dtype, which TRL makes bfloat16 on a 4-bit base
     dtype = None if torch.is_autocast_enabled("cpu") else language.embed_tokens.weight.dtype
     return all(_is_plain(getattr(part, name), dtype) for layer in language.layers
@@ -61,17 +65,24 @@ def can_read_flat(model) -> bool:
                for name in names)
 
 
+def is_plain_lora(layer: torch.nn.Module) -> bool:
+    """Is this a linear layer of PEFT's that adds scale * x A^T B^T of one adapter, or of none?"""
+    kind = type(layer)
+    return (kind.__module__.startswith("peft.tuners.lora.")
+            and kind.__name__ in ("Linear", "Linear4bit")
+            and not layer.lora_variant and not any(layer.lora_bias.values())
+            and sum(name in layer.lora_A for name in layer.active_adapters) <= 1)
+
+
 def _is_plain(layer: torch.nn.Module, dtype: torch.dtype | None) -> bool:
     """Is this a layer, 4-bit or not, with one LoRA adapter in use or none?
 
     dtype: which the adapter must have; None for any.
     """
-    if "lora_A" in dict(layer.named_children()):
-        in_use = [layer.lora_A[name].weight.dtype for name in layer.active_adapters
-                  if name in layer.lora_A]
-        if (not type(layer).__module__.startswith("peft.tuners.lora.") or layer.merged
-                or len(in_use) > 1 or dtype and {*in_use} - {dtype}
-                or layer.lora_variant or any(layer.lora_bias.values())
+    if is_plain_lora(layer):
+        in_use = {layer.lora_A[name].weight.dtype for name in layer.active_adapters
+                  if name in layer.lora_A}
+        if (layer.merged or dtype and in_use - {dtype}
                 or any(isinstance(module, torch.nn.Dropout) and module.p and module.training
                        for module in layer.lora_dropout.values())):
             return False

@@ -10,10 +10,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import pad
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLProcessor,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 # Patches from which an image has the same features to the bit, whatever else is in its batch
 # (tried with 16 to 56 patches a side).
@@ -31,10 +38,38 @@ def unwrap_peft(model):
     return model.base_model.model if "base_model" in dict(model.named_children()) else model
 
 
-def pixel_digest(image: Image.Image) -> bytes:
-    """A hash of an image's pixels, mode and size."""
-    key = f"{image.mode} {image.size}".encode()
-    return hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest()
+class ImagePrompts(Qwen2_5_VLProcessor):
+    """A processor without its video part, which needs torchvision; for still images its relatives'
+    do the same. Made of a tokenizer alone, it is for prompts of text.
+    """
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The parts that `from_pretrained` loads."""
+        return ["image_processor", "tokenizer"]
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor or Qwen2VLImageProcessorPil(), tokenizer,
+                         chat_template=chat_template)
+
+
+def load_image_prompts(model: str, family: str, **options) -> ImagePrompts:
+    """The processor of a model folder or hub name, which is saved as its family's own."""
+    named = type(PROCESSOR_MAPPING_NAMES[family], (ImagePrompts,), {})
+    return named.from_pretrained(model, padding_side="left", truncation_side="left", **options)
+
+
+def describe_image(image, image_processor) -> tuple[bytes, tuple[int, int]]:
+    """(digest, (width, height)) of an image in any form that the processor takes but a path's.
+
+    The digest is of what the processor makes of it before it resizes it: whatever its mode,
+    palette, transparency or type, images with equal digests have equal pixel values.
+    """
+    pixels = image_processor.process_image(image, do_convert_rgb=image_processor.do_convert_rgb)
+    pixels = np.ascontiguousarray(np.moveaxis(np.asarray(pixels), 0, -1))
+    key = f"{pixels.shape} {pixels.dtype}".encode()
+    digest = hashlib.blake2b(pixels, digest_size=16, key=key).digest()
+    return digest, (pixels.shape[1], pixels.shape[0])
 
 
 @dataclass(frozen=True)
@@ -252,8 +287,8 @@ class PromptCache:
     def _require_features(self, encoded: list[torch.Tensor], grid: torch.Tensor | None) -> None:
         """Raise ValueError unless the texts hold as many image tokens as there are features."""
         n_tokens = sum(int((row == self.processor.image_token_id).sum()) for row in encoded)
-        merged = self.processor.image_processor.merge_size**2
-        n_features = 0 if grid is None else int(grid.prod(-1).sum()) // merged
+        n_features = (0 if grid is None else
+                      int(grid.prod(-1).sum()) // self.processor.image_processor.merge_size**2)
         if n_tokens != n_features:
             raise ValueError(
                 f"the prompts hold {n_tokens} image tokens but the images give {n_features} "

@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 
-from datasets import Dataset
+from datasets import Dataset, Image
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 IMAGE_COLUMNS = ("images", "image")
@@ -48,10 +48,16 @@ def restore_images(row: dict) -> dict:
 
 
 def list_images(row: dict) -> list:
-    """The images of a row as TRL reads them."""
-    if "images" in row:
-        return list(row["images"] or ())
-    return [row["image"]] if row.get("image") is not None else []
+    """The images of a row as TRL reads them. Encoded ones, which it refuses, are decoded."""
+    images = row["images"] if "images" in row else [row.get("image")]
+    return [] if images is None else [_decode(image) for image in images if image is not None]
+
+
+def _decode(image):
+    """An image, decoded if it is a file's bytes or what `datasets.Image(decode=False)` gives."""
+    if isinstance(image, bytes):
+        image = {"path": None, "bytes": image}
+    return Image().decode_example(image) if isinstance(image, dict) else image
 
 
 def merge_image_tokens(ids: list[int], token: int) -> list[int]:

@@ -7,26 +7,42 @@ numbers: a prompt and its images are read once per group, when completions are d
 log-probabilities are computed, and an image goes through the frozen vision tower once per run.
 """
 
+import logging
+import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from math import gcd
 
+import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
+from transformers.utils import is_torchvision_available
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
+from trl.trainer.utils import get_config_model_id
 
 from mig_kit.shared_prefix.decoding import evaluation_mode
-from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
+from mig_kit.shared_prefix.generation import (
+    SamplingOptions,
+    draw_uniforms,
+    end_token_ids,
+    forbidden_token_ids,
+    generate_rollouts,
+)
 from mig_kit.shared_prefix.logprobs import completion_logps
-from mig_kit.shared_prefix.prefixes import pad_to_multiple
+from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import (
+    ImagePrompts,
     Prompt,
     PromptCache,
     PromptSource,
-    pixel_digest,
+    describe_image,
+    load_image_prompts,
     unwrap_peft,
 )
 from mig_kit.shared_prefix.rows import (
@@ -40,10 +56,17 @@ from mig_kit.shared_prefix.rows import (
 
 # whose passes are known to be shareable
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-# By how much log-probabilities may differ from stock TRL's at the first batch. In bfloat16 a logit
-# of 16 to 32 is rounded to a multiple of 1/8: random models of the 3B's and the 7B's shape differ
-# by 0.02 to 0.06 in the mean. A lost image or a wrong mask moves single tokens by whole units.
+# PEFT's methods that replace layers one by one, so that any order of passes computes the same
+LAYERWISE_PEFT = ("ADALORA", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
+                  "LORA", "MISS", "OFT", "ROAD", "SHIRA", "VBLORA", "VERA")
+# By how much log-probabilities may differ from stock TRL's. In bfloat16 a logit of 16 to 32 is
+# rounded to a multiple of 1/8: random models of the 3B's and the 7B's shape differ by 0.02 to 0.06
+# in the mean. A lost image or a wrong mask moves single tokens by whole units.
 MAX_DIFFERENCE_FLOAT32, MEAN_DIFFERENCE_16_BITS = 1e-4, 0.15
+CHECKED_TOKENS = 32  # of each completion that the self-check draws
+LANGUAGE_LAYERS = r".*language_model.*(q|k|v|o|gate|up|down)_proj"  # target_modules without tower
+
+logger = logging.getLogger(__name__)
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
@@ -53,12 +76,14 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     Completions are drawn by the kit's decoder, or by vLLM or transformers where the config asks for
     those or for a sampling option that the decoder lacks. What cannot be shared at all (another
     family of models, a trained vision tower, tools) is left to stock TRL, with a warning that says
-    why. At the first batch the log-probabilities of two completions are compared with stock TRL's;
-    if they differ, training goes on without sharing.
+    why. At the first batch, and again two updates later, greedy completions to two prompts are
+    compared with the model's own forward pass, as stock TRL runs it: every token's log-probability,
+    and whether it is the model's choice. If they differ, training goes on without sharing.
 
-    Deviations from TRL: a step holds whole groups of like lengths, where TRL mixes them; `bnpo` and
-    `top_entropy_quantile` look at one step at a time. The decoder never draws vision tokens. Drawn
-    tokens are a function of seed, step and row, so that a resumed training draws the same ones.
+    Deviations from TRL: a step holds groups of like lengths, where TRL mixes the completions of an
+    update; `bnpo` and `top_entropy_quantile` look at one step at a time. The decoder never draws
+    vision tokens. Drawn tokens are a function of seed, step, number of the draw within the step,
+    and row, so that a resumed training draws the same ones.
 
     micro_completions: completions whose graph is kept at a time (0: those of a step); fewer need
     less memory and one more forward pass.
@@ -71,12 +96,25 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     gradients, because shared passes go around DDP).
     """
 
-    def __init__(self, *args, micro_completions: int = 0, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
+                 processing_class=None, *others, micro_completions: int = 0, **kwargs):
+        if processing_class is None and not is_torchvision_available():  # AutoProcessor needs it
+            options = dict(args.model_init_kwargs or {}) if args else {}
+            source = model if isinstance(model, str) else get_config_model_id(model.config)
+            revision = {"revision": options["revision"]} if "revision" in options else {}
+            family = AutoConfig.from_pretrained(source, **revision).model_type
+            if family in FAMILIES:
+                processing_class = load_image_prompts(source, family, **revision)
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
+                         *others, **kwargs)
         self.micro_completions = micro_completions
+        self.processor = (self.processing_class if self._is_vlm
+                          else ImagePrompts(tokenizer=self._tokenizer))
         self.sources: dict[int, PromptSource] = {}  # prompts of the batch under way, by number
-        self.is_checked = False
-        self.unshared = self._find_obstacle(kwargs)
+        self.training_numbers: set[int] = set()  # those that evaluation must not drop
+        self.draws = Counter()  # by global step, and whether it was for training
+        self.is_checked, self.first_check = False, -1  # global step of the first self-check
+        self.unshared = self._find_obstacle() or self._find_trained_tower()
         if self.unshared:
             warnings.warn(f"prompts are not shared: {self.unshared}", stacklevel=2)
             return
@@ -87,18 +125,20 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if self.unsupported_sampling and not self.use_vllm:
             warnings.warn(f"completions are drawn by transformers, prompt by prompt: "
                           f"{self.unsupported_sampling}; updates share prompts", stacklevel=2)
+        if self.args.per_device_train_batch_size % self.num_generations:
+            warnings.warn(f"a step of {self.args.per_device_train_batch_size} completions splits "
+                          "groups, and each part reads its prompt again; set "
+                          "per_device_train_batch_size to a multiple of num_generations, "
+                          f"{self.num_generations}", stacklevel=2)
 
-    def _find_obstacle(self, arguments: dict) -> str:
+    def _find_obstacle(self) -> str:
         """Why no pass can be shared, with a remedy; "" if all can."""
         model = unwrap_peft(self.model)
         family, attention = model.config.model_type, model.config._attn_implementation
-        used = [name for name in ("tools", "environment_factory", "rollout_func")
-                if arguments.get(name)]
+        used = [name for name in ("tools", "environment_factories", "rollout_func")
+                if getattr(self, name)]
         if family not in FAMILIES:
             return f"{family} is none of {', '.join(FAMILIES)}"
-        if any(parameter.requires_grad for parameter in model.model.visual.parameters()):
-            return ("the vision tower is trained; freeze it with "
-                    "model.model.visual.requires_grad_(False)")
         if used:
             return f"{used[0]} adds tokens to completions"
         if "flash" in str(attention):
@@ -111,7 +151,24 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if any(getattr(self._tokenizer, name, None)
                for name in ("response_template", "response_schema")):
             return "the tokenizer parses responses with their prompts"
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return "DeepSpeed and FSDP split the weights that shared passes read; use DDP"
+        if is_peft_model(self.model):
+            config = self.model.active_peft_config
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            if kind not in LAYERWISE_PEFT or getattr(config, "alora_invocation_tokens", None):
+                return f"{kind} of PEFT acts on whole rows, or was not tried; use LoRA"
         return ""
+
+    def _find_trained_tower(self) -> str:
+        """How to freeze the vision tower, if it is trained; else ""."""
+        trained = [name for name, parameter in unwrap_peft(self.model).model.visual
+                   .named_parameters() if parameter.requires_grad]
+        if any(".base_layer" in name or "lora_" in name for name in trained):
+            return f'adapters reach the vision tower; set target_modules to r"{LANGUAGE_LAYERS}"'
+        return ("the vision tower is trained; freeze it with "
+                "model.model.visual.requires_grad_(False) before the trainer is made"
+                if trained else "")
 
     def _find_sampling_obstacle(self) -> str:
         """A sampling option that the kit's decoder lacks; "" if there is none."""
@@ -123,9 +180,14 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                        self.use_transformers_continuous_batching}
         return ", ".join([name for name, is_set in options.items() if is_set] + sorted(extra))
 
+    def _stop_sharing(self, reason: str) -> None:
+        """Go on as stock TRL."""
+        self.unshared = reason
+        warnings.warn(f"prompts are not shared: {reason}", stacklevel=2)
+
     def _make_cache(self) -> PromptCache:
         """The cache of prompts and image features for the whole training."""
-        return PromptCache(self.model, self.processing_class, autocast=self.autocasts)
+        return PromptCache(self.model, self.processor, autocast=self.autocasts)
 
     def _read_prompts(self, prompts: list) -> list[tuple[int, PromptSource]]:
         """For each prompt a number that tells it from the others, and what it is made of.
@@ -138,37 +200,130 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _to_source(self, prompt: list[dict] | str) -> PromptSource:
         if not is_conversational({"prompt": prompt}):
             return PromptSource((prompt, ()), lambda: prompt, (), (), lambda: ())
-        messages = prepare_multimodal_messages(prompt)
-        images = [part["image"] for message in messages for part in message["content"]
-                  if part["type"] == "image"]
+        messages = prepare_multimodal_messages(prompt) if self._is_vlm else prompt
+        images = [part["image"] for message in messages if self._is_vlm
+                  for part in message["content"] if part["type"] == "image"]
         text = self.processing_class.apply_chat_template(
             messages, tools=None, chat_template=self.chat_template, add_generation_prompt=True,
             tokenize=False, **self.chat_template_kwargs)
-        digests = tuple(map(pixel_digest, images))
-        return PromptSource((text, digests), lambda: text, images,
-                            [image.size for image in images], lambda: digests)
+        image_processor = self.processor.image_processor
+        images = image_processor.fetch_images(images)
+        described = [describe_image(image, image_processor) for image in images]
+        digests = tuple(digest for digest, _ in described)
+        return PromptSource((text, digests), lambda: text, images, [size for _, size in described],
+                            lambda: digests)
 
     def _prompts_of(self, numbers: Sequence[int]) -> list[Prompt]:
         return self.cache.get([self.sources[number] for number in numbers])
 
+    def _find_group_starts(self, count: int) -> list[int]:
+        """Of `count` rows of this process, those that begin a group or this process's part of it.
+        """
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        first = self.accelerator.process_index * count
+        return [row for row in range(count) if row == 0 or (first + row) % group == 0]
+
     def _generate_and_score_completions(self, inputs):
+        rows = inputs
+        if not self.unshared:
+            kept = set() if self.model.training else self.training_numbers
+            self.sources = {number: self.sources[number] for number in kept}
+            rows = [move_images(row) for row in inputs]
+            self._check_sharing([row["prompt"] for row in rows])
         if self.unshared:
             return super()._generate_and_score_completions(inputs)
-        if self.model.training:
-            self.sources = {}
-        rows = [move_images(row) for row in inputs]
         output = super()._generate_and_score_completions(rows)
+        if self.model.training:
+            self.training_numbers = set(self.sources)
         if self.log_multimodal and any(IMAGES in row for row in rows):
             self._logs["images"].extend(gather_object([list_images(row) for row in inputs]))
-        if not self.is_checked and self.model.training:
-            self.is_checked = True
-            self.unshared = self._compare_with_stock(output)
-            if self.unshared:
-                warnings.warn(f"prompts are not shared: {self.unshared}", stacklevel=2)
-                for log in (self._metrics["train"], *self._logs.values()):
-                    log.clear()
-                return super()._generate_and_score_completions(inputs)
         return output
+
+    def _check_sharing(self, prompts: list) -> None:
+        """Stop sharing where shared passes are not what stock TRL computes.
+
+        The passes are compared before the first draw, and once two updates have moved the adapter.
+        """
+        trained_tower = self._find_trained_tower()
+        if trained_tower:
+            self._stop_sharing(trained_tower)
+        step, is_first = self.state.global_step, self.first_check < 0
+        if self.unshared or self.is_checked or not is_first and step < self.first_check + 2:
+            return
+        self.is_checked, self.first_check = not is_first, step
+        start = time.perf_counter()
+        sources = dict(self._read_prompts([prompts[row]
+                                           for row in self._find_group_starts(len(prompts))]))
+        self.sources.update(sources)
+        self._prompts_of(list(sources))  # all at once, as the draw would read them
+        first = next(iter(sources))
+        others = sorted(sources, key=lambda number: (
+            number == first, sources[number].digests() == sources[first].digests()))
+        logps, choices = self.accelerator.gather(torch.stack(self._compare_with_stock(
+            [first, others[0]]))[None]).amax(0).tolist()
+        limit = MEAN_DIFFERENCE_16_BITS if self._computes_in_16_bits() else MAX_DIFFERENCE_FLOAT32
+        when = "the first batch" if is_first else f"update {step}"
+        logger.info("self-check at %s: %.2g in log-probability, %.2g in the decoder's choices, of "
+                    "%.2g; %.1f s", when, logps, choices, limit, time.perf_counter() - start)
+        for gap, what in ((logps, "log-probabilities"), (choices, "the decoder's choices")):
+            if not gap <= limit:  # NaN, too
+                self._stop_sharing(f"{what} at {when} are {gap:.2g} from stock TRL's, more than "
+                                   f"{limit}; training goes on with stock passes")
+                return
+
+    def _computes_in_16_bits(self) -> bool:
+        return self.args.bf16 or self.args.fp16 or any(  # TRL makes an adapter of 4 bits bfloat16
+            parameter.is_floating_point() and parameter.dtype.itemsize == 2
+            for parameter in self.model.parameters())
+
+    @torch.no_grad()
+    def _compare_with_stock(self, numbers: list[int]) -> list[torch.Tensor]:
+        """By how much greedy completions to two prompts differ from the model's own forward pass:
+        in log-probability, and in logits below the token that the model would choose.
+
+        In 16 bits the mean over all tokens, else the largest.
+        """
+        prompts, device = self._prompts_of(numbers), self.accelerator.device
+        length = min(self.max_completion_length, CHECKED_TOKENS)
+        sampling = SamplingOptions(0.0, max_new_tokens=length, min_new_tokens=length + 1)
+        ids, images, inputs = self._stock_inputs(numbers)
+        with evaluation_mode(self.model):  # without dropout
+            drawn = torch.tensor([completions[-1] for completions in generate_rollouts(
+                self.accelerator.unwrap_model(self.model), self.processor, prompts, 2, sampling,
+                autocast=self.autocasts)], device=device)
+            # in each group a completion with another one before it, which it must not see
+            rows = torch.stack([drawn.flip(1), drawn], 1).flatten(0, 1)
+            own = self._logps(self.model, torch.tensor(numbers).repeat_interleave(2).to(device),
+                              rows, torch.ones_like(rows))[0][1::2]
+            longest = max(map(len, ids))
+            prompt_ids = pad_rows(list(map(torch.tensor, ids)), longest, on_left=True).to(device)
+            mask = pad_rows([torch.ones(len(row)) for row in ids], longest, on_left=True)
+            types = pad_rows(list(map(torch.tensor, inputs.pop("mm_token_type_ids"))), longest,
+                             on_left=True).to(device)
+            with self.accelerator.autocast():
+                logits = self.model(
+                    input_ids=torch.cat([prompt_ids, drawn], 1),
+                    attention_mask=pad(mask, (0, length), value=1).long().to(device),
+                    mm_token_type_ids=pad(types, (0, length)), use_cache=False,
+                    logits_to_keep=length + 1, **inputs).logits[:, :-1].float()
+        stock = (logits / self.temperature).log_softmax(-1).gather(2, drawn[..., None])[..., 0]
+        never = forbidden_token_ids(self.processor) + end_token_ids(
+            unwrap_peft(self.model).generation_config, self.processor)
+        logits[..., never] = -torch.inf
+        below = logits.amax(-1) - logits.gather(2, drawn[..., None])[..., 0]
+        summary = torch.mean if self._computes_in_16_bits() else torch.max
+        return [summary(gap) for gap in ((own - stock).abs(), below)]
+
+    def _stock_inputs(self, numbers: Sequence[int]) -> tuple[list[list[int]], list | None, dict]:
+        """What TRL's `_tokenize_prompts` makes of these prompts: ids, images and further inputs."""
+        sources = [self.sources[number] for number in numbers]
+        images = [list(source.images) or None for source in sources]
+        flat = [image for row in images if row for image in row]
+        inputs = self.processor(text=[source.render() for source in sources], images=flat or None)
+        inputs = {name: value if name in ("input_ids", "mm_token_type_ids") else torch.tensor(
+            np.array(value), device=self.accelerator.device) for name, value in inputs.items()
+            if name != "attention_mask"}
+        return inputs.pop("input_ids"), images if flat else None, inputs
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rows = list(map(restore_images, inputs))
@@ -177,17 +332,18 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _tokenize_prompts(self, prompts: list):
         if self.unshared:
             return super()._tokenize_prompts(prompts)
-        is_training = self.model.training
-        group = self.num_generations if is_training else self.num_generations_eval
-        sources = self._read_prompts(prompts[::group])
+        starts = self._find_group_starts(len(prompts))
+        sources = self._read_prompts([prompts[row] for row in starts])
         self.sources.update(sources)
-        numbers = [number for number, _ in sources for _ in range(group)]
-        if is_training:  # TRL counts the one number that it is given as the prompt's tokens
+        lengths = np.diff([*starts, len(prompts)])
+        if self.model.training:  # TRL counts the one number that it is given as prompt's tokens
             prompts_read = self._prompts_of([number for number, _ in sources])
-            more = group * sum(len(prompt.ids) - 1 for prompt in prompts_read)
+            more = sum(int(rows) * (len(prompt.ids) - 1)
+                       for rows, prompt in zip(lengths, prompts_read))
             more = self.accelerator.gather(torch.tensor([more], device=self.accelerator.device))
             self.state.num_input_tokens_seen += more.sum().item()
-        return [[number] for number in numbers], None, {"prompts": prompts}
+        numbers = [[number] for (number, _), rows in zip(sources, lengths) for _ in range(rows)]
+        return numbers, None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations,
                               has_tool_images=False):
@@ -196,61 +352,40 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                                                  num_generations, has_tool_images)
         numbers = [number for number, in prompt_ids]
         if self.use_vllm or self.unsupported_sampling:
-            ids, images, fields = super()._tokenize_prompts(multimodal_fields["prompts"])
+            ids, images, fields = self._stock_inputs(numbers)
             # vLLM puts as many tokens as an image needs in the place of each one that it is given
             if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
-                ids = [merge_image_tokens(row, self.processing_class.image_token_id) for row in ids]
+                ids = [merge_image_tokens(row, self.processor.image_token_id) for row in ids]
             return super()._generate_single_turn(ids, images, fields, num_generations)
-        prompts = self._prompts_of(numbers[::num_generations])
-        return self._draw_completions(prompts, num_generations), None
+        return self._draw_completions(numbers, num_generations), None
 
-    def _draw_completions(self, prompts: list[Prompt], group: int) -> list[list[int]]:
-        """Token ids of `group` completions to each of this process's prompts, in sequence."""
-        accelerator, length = self.accelerator, self.max_completion_length
+    def _draw_completions(self, numbers: list[int], group: int) -> list[list[int]]:
+        """Token ids of a completion to each of this process's rows.
+
+        numbers: of the rows' prompts; group: completions to a prompt, over all processes.
+        """
+        accelerator, length, count = self.accelerator, self.max_completion_length, len(numbers)
+        draw = self.state.global_step, self.model.training
+        seed = self.args.seed * 1_000_003 + self.state.global_step
+        # nothing for a step's first draw; a generator on a CPU sees the lowest 32 bits alone
+        seed += (2 * self.draws[draw] + (not self.model.training)) * 2_654_435_761
+        self.draws = Counter({draw: self.draws[draw] + 1})
         # one draw for all processes, so that N of them draw what one would
-        uniforms = draw_uniforms(self.args.seed * 1_000_003 + self.state.global_step,
-                                 len(prompts) * accelerator.num_processes, group, length)
-        first = accelerator.process_index * len(prompts)
-        uniforms = uniforms[first:first + len(prompts)]
+        n_groups = -(-count * accelerator.num_processes // group)
+        uniforms = draw_uniforms(seed, n_groups, group, length).flatten(0, 1)
+        starts = self._find_group_starts(count)
+        ends = [*starts[1:], count]
+        most = max(end - start for start, end in zip(starts, ends))
+        rows = (torch.tensor(starts)[:, None] + torch.arange(most)).clamp(max=count - 1)
         model = accelerator.unwrap_model(self.model)
         sampling = SamplingOptions(self.temperature, self.top_p, length,
                                    **self.args.generation_kwargs or {})
         with evaluation_mode(model):
-            rollouts = generate_rollouts(model, self.processing_class, prompts, group, sampling,
-                                         uniforms, self.autocasts)
-        return [completion for rollout in rollouts for completion in rollout]
-
-    @torch.no_grad()
-    def _compare_with_stock(self, batch: dict) -> str:
-        """"", or by how much two completions of a group differ in log-probability from stock TRL.
-        """
-        numbers = batch["prompt_ids"][:, -1]
-        source = self.sources[int(numbers[0])]
-        group = numbers == numbers[0]
-        numbers, ids, mask = (values[group] for values in (
-            numbers, batch["completion_ids"], batch["completion_mask"]))
-        rows = torch.tensor([0, len(ids) - 1], device=ids.device)
-        images = [list(source.images)] * 2 if len(source.images) else None
-        inputs = self.processing_class(images=images, text=[source.render()] * 2, padding=True,
-                                       return_tensors="pt").to(ids.device)
-        token_types = inputs.pop("mm_token_type_ids", torch.zeros_like(inputs["input_ids"]))
-        prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        with evaluation_mode(self.model):  # without dropout
-            stock, _, _ = super()._get_per_token_logps_and_entropies(
-                self.model, torch.cat([prompt_ids, ids[rows]], 1),
-                torch.cat([prompt_mask, mask[rows]], 1), ids.shape[1],
-                mm_token_type_ids=pad(token_types, (0, ids.shape[1])),
-                num_images=[len(source.images)] * 2, **inputs)
-            own = self._logps(self.model, numbers, ids, mask)[0][rows]
-        difference = (own - stock).abs()[mask[rows].bool()]
-        if not len(difference):  # both are masked, as too long
-            return ""
-        in_16_bits = self.args.bf16 or self.args.fp16 or unwrap_peft(self.model).dtype.itemsize == 2
-        worst = difference.mean() if in_16_bits else difference.max()
-        limit = MEAN_DIFFERENCE_16_BITS if in_16_bits else MAX_DIFFERENCE_FLOAT32
-        return "" if worst <= limit else (
-            f"log-probabilities at the first batch are {worst:.2g} from stock TRL's, more than "
-            f"{limit}; training goes on with stock passes")
+            rollouts = generate_rollouts(
+                model, self.processor, self._prompts_of([numbers[row] for row in starts]), most,
+                sampling, uniforms[accelerator.process_index * count + rows], self.autocasts)
+        return [completion for rollout, start, end in zip(rollouts, starts, ends)
+                for completion in rollout[:end - start]]
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep,
                                            *args, **kwargs):
@@ -285,7 +420,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             is_part = (prompt_index >= start) & (prompt_index < start + at_once)
             rows = with_tokens[is_part]
             length = min(ids.shape[1], pad_to_multiple(int(mask[rows].sum(1).max())))
-            arguments = (self.accelerator.unwrap_model(model), prompts[start:start + at_once],
+            arguments = (self.accelerator.unwrap_model(model, keep_torch_compile=False),
+                         prompts[start:start + at_once],
                          prompt_index[is_part] - start, ids[rows, :length], mask[rows, :length],
                          self.temperature)
             # the last part's backward pass comes first: its graph is in memory anyway
@@ -311,7 +447,14 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         steps = self._buffered_inputs
         if self.unshared or steps is before or len(steps) == 1:
             return inputs
-        # TRL has scattered the completions over the steps of an update
+        # TRL has scattered the completions over the steps, and an update keeps those that it has
+        at_once = gcd(len(steps), self.args.gradient_accumulation_steps)
+        self._buffered_inputs = [step for start in range(0, len(steps), at_once)
+                                 for step in self._gather_groups(steps[start:start + at_once])]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _gather_groups(self, steps: list[dict]) -> list[dict]:
+        """The completions of some steps, those of a prompt together, and prompts of like length."""
         rows = torch.cat([step["prompt_ids"][:, -1] for step in steps])
         distinct = rows.unique().tolist()
         lengths = {number: len(prompt.ids)
@@ -321,10 +464,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         order = torch.tensor(by_length, device=rows.device)
         per_row = {name: torch.cat([step[name] for step in steps])[order].chunk(len(steps))
                    for name, value in steps[0].items() if torch.is_tensor(value) and value.ndim}
-        self._buffered_inputs = [
-            steps[0] | {name: chunks[number] for name, chunks in per_row.items()}
-            for number in range(len(steps))]
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return [steps[0] | {name: chunks[number] for name, chunks in per_row.items()}
+                for number in range(len(steps))]
 
     def training_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -146,7 +146,7 @@ def draw_completions(count):
 def force_completions(stock, sharing):
     """Let both trainers draw what `draw_completions` has."""
     stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
-    sharing._draw_completions = lambda prompts, group: draw_completions(len(prompts) * group)
+    sharing._draw_completions = lambda numbers, group: draw_completions(len(numbers))
 
 
 def adopt(trainer, case, weights):

@@ -1,25 +1,52 @@
 """The shared-prefix trainer as any user of TRL has it: a stock data set, a stock config."""
 
+import json
 import os
+import warnings
+from collections import Counter
+from copy import deepcopy
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
-from peft import LoraConfig
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from peft import (
+    AdaLoraConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from PIL import Image as Pictures
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2_5_VLForConditionalGeneration,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.engine.processors import load_processor
-from mig_kit.shared_prefix import logprobs
+from mig_kit.image_files import pixel_digest
+from mig_kit.shared_prefix import decoding, generation, logprobs, prefixes
+from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
+from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image
+from mig_kit.shared_prefix.rows import move_images
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
 
+ROOT = Path(__file__).parents[2]
 COUNTS = (1, 6, 3, 2)  # images of the rows; stock TRL stops at a row with none beside others
 MESSAGES = [
     [{"role": "user", "content": "count the objects"}],
@@ -42,7 +69,7 @@ def make_table(messages=MESSAGES, counts=COUNTS, column="images"):
               for start, count in zip(first, counts)]
     if column == "image":
         images = [row[0] for row in images]
-    columns = {"prompt": messages, "wanted": ["a", "e", "i", "o"][:len(messages)], column: images}
+    columns = {"prompt": messages, "wanted": [*"aeioaeio"][:len(messages)], column: images}
     kind = Image() if column == "image" else List(Image())
     message = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_dict(columns, features=Features(
@@ -70,11 +97,14 @@ def make_pair(random_folder, relatives, processor, tmp_path_factory):
 
     family: of the model, whose processor is its own then.
     """
-    def make(peft=True, table=None, rewards=(letters, number_of_images), family="", **settings):
+    def make(peft=True, table=None, rewards=(letters, number_of_images), family="",
+             tokenizer=False, **settings):
         trainers, folder = [], tmp_path_factory.mktemp("pair")
         base = relatives[family] if family else random_folder
         own_processor = processor if not family else load_processor(
             base, BoxFormat(coordinates=Coordinates.NORMALIZED_1000))
+        if tokenizer:
+            own_processor = own_processor.tokenizer
         for name, trainer_class in (("stock", GRPOTrainer), ("own", SharedPrefixGRPOTrainer)):
             model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
             if not peft:
@@ -115,7 +145,7 @@ def draw_completions(count):
 
 def force_completions(stock, own):
     stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
-    own._draw_completions = lambda prompts, group: draw_completions(len(prompts) * group)
+    own._draw_completions = lambda numbers, group: draw_completions(len(numbers))
 
 
 def logged(trainer):
@@ -139,7 +169,7 @@ ONE_STEP = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}
     {"peft": False, "beta": 0.04, "loss_type": "grpo", **ONE_STEP},
     {"num_iterations": 2, "max_steps": 4},
     {"gradient_checkpointing": True, "beta": 0.04, **ONE_STEP},
-    {"multi_objective_aggregation": "normalize_then_sum", "steps_per_generation": 4},
+    {"multi_objective_aggregation": "normalize_then_sum"},
     {"scale_rewards": "batch", "mask_truncated_completions": True},
     {"family": "qwen3_5", "beta": 0.04, "gradient_checkpointing": True, **ONE_STEP},
     *({"family": family, "beta": 0.04, "router_aux_loss_coef": 0.0, **ONE_STEP}
@@ -380,3 +410,281 @@ def test_a_state_that_runs_through_the_neighbours_reply_is_noticed(make_pair, mo
     _, own = make_pair(max_steps=1, gradient_checkpointing=True, family="qwen3_5")
     monkeypatch.setattr(logprobs, "has_linear_attention", lambda model: False)
     check_that_sharing_ends(own)
+
+
+MODES = ("1", "L", "LA", "PA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I",
+         "I;16", "F")
+
+
+def random_image(mode, seed):
+    """An image of few values, so that two often have equal bytes; P and L may be transparent."""
+    draw = np.random.default_rng(seed)
+    shape = (56, 84, *[len(Pictures.new(mode, (1, 1)).getbands())])
+    low = draw.integers(0, 3, (2, 3, shape[2]), dtype=np.uint8).repeat(28, 0).repeat(28, 1) * 100
+    if mode in ("I", "F", "I;16"):
+        kind = {"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]
+        image = Pictures.fromarray(low[..., 0].astype(kind))
+    elif mode in ("P", "PA"):
+        image = Pictures.fromarray(low[..., 0] // 100, "L")
+        image.putpalette(draw.integers(0, 2, 12, dtype=np.uint8) * 255)
+        if draw.integers(2) and mode == "P":
+            image.info["transparency"] = int(draw.integers(3))
+        image = image.convert(mode) if mode == "PA" else image
+    elif mode == "1":
+        image = Pictures.fromarray(low[..., 0]).convert("1", dither=Pictures.Dither.NONE)
+    else:
+        image = Pictures.frombytes(mode, (84, 56), low.tobytes())
+    if draw.integers(2):
+        image.getexif()[0x0112] = 6  # which datasets and the processor leave alone in an open image
+    if draw.integers(2) and mode == "L":
+        image.info["transparency"] = 100
+    return image
+
+
+def test_two_images_are_one_only_if_the_processor_sees_the_same(processor):
+    images = [random_image(mode, seed) for mode in MODES for seed in range(12)]
+    images += [np.asarray(image.convert("RGB")) for image in images[::7]]
+    keys = [describe_image(image, processor.image_processor)[0] for image in images]
+    pixels = [processor.image_processor([image], return_tensors="pt")["pixel_values"].numpy()
+              .tobytes() for image in images]
+    assert {MODES[n // 12] for n in range(180)} == {image.mode for image in images[:180]}
+    assert len(set(zip(keys, pixels))) == len(set(keys)) == len(set(pixels)) > 60
+    hall = [pixel_digest(image) for image in images[:180]]
+    assert len(set(zip(hall, pixels))) == len(set(hall))
+
+
+class Gradients(TrainerCallback):
+    """Gradients of every update, as one vector."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()
+                                     if parameter.grad is not None]))
+
+
+def check_same_gradients(pair, updates):
+    steps = []
+    for trainer in pair:
+        trainer.add_callback(gradients := Gradients())
+        torch.manual_seed(0)  # TRL scatters the completions over the steps
+        trainer.train()
+        steps.append(gradients.steps)
+    assert len(steps[0]) == updates and not pair[1].unshared
+    for expected, gradient in zip(*steps, strict=True):
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+def test_gradients_are_stock_trls_whatever_the_images_modes(make_pair):
+    rows = [{"prompt": MESSAGES[row % 4], "wanted": "aeio"[row % 4],
+             "images": [random_image(mode, 2 * row + n) for n in range(2)
+                        for mode in MODES[row % 3::3]]} for row in range(20)]
+    table = IterableDataset.from_generator(lambda: iter(rows))
+    settings = {"per_device_train_batch_size": 20, "gradient_accumulation_steps": 1}
+    check_same_gradients(make_pair(table=table, max_steps=4, learning_rate=1e-6, **settings), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    {"steps_per_generation": 4}, {"steps_per_generation": 4, "gradient_accumulation_steps": 1},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    {"torch_compile": True, "torch_compile_backend": "eager"}], ids=str)
+def test_an_update_learns_from_the_completions_that_stock_trls_does(make_pair, settings):
+    table = make_table(MESSAGES * 2, COUNTS * 2)
+    check_same_gradients(make_pair(table=table, learning_rate=1e-6, **settings), 2)
+
+
+def encode(image):
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["paths", "undecoded", "bytes", "arrays"])
+def test_images_come_in_any_form(make_pair, tmp_path, form):
+    """Stock TRL, which takes no bytes, gets images."""
+    rows = list(make_table())
+    for number, row in enumerate(rows):
+        paths = [tmp_path / f"{number}_{n}.png" for n in range(len(row["images"]))]
+        for image, path in zip(row["images"], paths):
+            image.save(path)
+        row["images"] = {
+            "paths": list(map(str, paths)), "bytes": list(map(encode, row["images"])),
+            "undecoded": [{"path": str(path), "bytes": None} for path in paths],
+            "arrays": list(map(np.asarray, row["images"]))}[form]
+    table = (IterableDataset.from_generator(lambda: iter(rows)) if form == "arrays" else
+             Dataset.from_list(rows) if form != "undecoded" else
+             Dataset.from_list(rows, make_table().cast_column(
+                 "images", List(Image(decode=False))).features))
+    stock, own = make_pair(max_steps=1, table=table)
+    stock.train_dataset = table if form in ("paths", "arrays") else make_table()
+    check_same_gradients((stock, own), 1)
+
+
+VARIANTS = {
+    "plain": LoraConfig(), "rslora": LoraConfig(use_rslora=True), "dora": LoraConfig(use_dora=True),
+    "bias": LoraConfig(lora_bias=True), "rank": LoraConfig(rank_pattern={"q_proj": 2}),
+    "norms": LoraConfig(modules_to_save=["input_layernorm", "norm"]),
+    "head": LoraConfig(modules_to_save=["lm_head"]),
+    "parameter": LoraConfig(target_parameters=["language_model.layers.0.self_attn.q_proj.weight"]),
+    "adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=100),
+    "ia3": IA3Config(feedforward_modules=[]), "loha": LoHaConfig(), "lokr": LoKrConfig(),
+    "oft": OFTConfig(oft_block_size=8, r=0), "vera": VeraConfig(r=4), "hra": HRAConfig(r=4),
+    "layer norms": LNTuningConfig(target_modules=r".*language_model.*norm")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", [*VARIANTS, "two adapters"])
+def test_the_decoder_writes_what_generate_writes(random_folder, processor, variant, dtype):
+    model = AutoModelForImageTextToText.from_pretrained(random_folder, dtype=dtype)
+    config = deepcopy(VARIANTS.get(variant, VARIANTS["plain"]))
+    if not config.target_modules and variant != "parameter":
+        config.target_modules = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    torch.manual_seed(0)
+    model = get_peft_model(model, config)
+    if variant == "two adapters":
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    cache = PromptCache(model, processor)
+    texts = ["count the objects", "what is a circle"]
+    prompts = cache.get([PromptSource(text, lambda text=text: text, (), (), tuple)
+                         for text in texts])
+    own = generate_rollouts(model, processor, prompts, 1, SamplingOptions(0.0, 1.0, 8, 9))
+    for prompt, (completion,) in zip(prompts, own):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt.ids, *completion]])).logits[0]
+        logits[:, [*generation.forbidden_token_ids(processor), *generation.end_token_ids(
+            model.generation_config, processor)]] = -torch.inf
+        logits = logits[len(prompt.ids) - 1:-1].float()
+        below = logits.amax(1) - logits[torch.arange(8), completion]
+        # the model's own choices, as `generate` makes them; in 16 bits near ties may turn
+        assert below.max() <= (1e-4 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.slow
+def test_generations_of_an_update_and_batches_of_an_evaluation_draw_anew(make_pair):
+    table = make_table(MESSAGES[:1] * 4, (1,) * 4)
+    table = Dataset.from_list([table[0]] * 4, table.features)
+    _, own = make_pair(table=table, gradient_accumulation_steps=4, steps_per_generation=1,
+                       per_device_train_batch_size=4, max_steps=1)
+    drawn, held = [], []
+
+    def record(numbers, group):
+        drawn.append(SharedPrefixGRPOTrainer._draw_completions(own, numbers, group))
+        held.append(len(own.sources))
+        return drawn[-1]
+
+    own._draw_completions = record
+    own.args.per_device_eval_batch_size = 4
+    own.evaluate(table)
+    own.train()
+    assert len(drawn) == 8 and len(set(map(str, drawn))) == 8
+    assert max(held) <= 2, "evaluation keeps the images of one batch"
+    uniforms = draw_uniforms(own.args.seed * 1_000_003, 1, 4, 6)
+    first = generate_rollouts(own.model, own.processor, own._prompts_of([0]), 4,
+                              SamplingOptions(1.0, 1.0, 6), uniforms)
+    assert len(first[0]) == 4
+
+
+@pytest.mark.slow
+def test_processes_share_a_group_and_draw_what_one_would(make_pair):
+    _, own = make_pair(per_device_train_batch_size=4)
+    del own._draw_completions
+    rows = [own.train_dataset[row] for row in (0, 1, 2) for _ in range(4)]
+    prompts = [move_images(row)["prompt"] for row in rows]
+    own.model.train()
+
+    def draw(part, process, processes):
+        own.sources, own.draws = {}, Counter()
+        own.accelerator = SimpleNamespace(
+            num_processes=processes, process_index=process, device=torch.device("cpu"),
+            gather=lambda values: values, unwrap_model=lambda model: model)
+        numbers, _, _ = own._tokenize_prompts(prompts[part])
+        return own._draw_completions([number for number, in numbers], 4)
+
+    together = draw(slice(None), 0, 1)
+    assert draw(slice(0, 6), 0, 2) + draw(slice(6, None), 1, 2) == together
+
+
+@pytest.mark.slow
+def test_a_batch_that_stock_trl_takes_over_is_counted_and_paid_once(make_pair):
+    calls = []
+
+    def paid(completions, **columns):
+        calls.append(len(completions))
+        return [float(len(text[0]["content"])) for text in completions]
+
+    stock, own = make_pair(rewards=[paid], max_steps=1, gradient_accumulation_steps=1)
+    own._generate_single_turn = stock._generate_single_turn
+    logps = own._logps
+    own._logps = lambda *arguments: tuple(values + 1 for values in logps(*arguments))
+    stock.train()
+    with pytest.warns(UserWarning, match="log-probabilities at the first batch are 1 from stock"):
+        own.train()
+    assert calls == [8, 8] and logged(own)[0]["num_tokens"] == logged(stock)[0]["num_tokens"]
+
+
+@pytest.mark.slow
+def test_a_decoder_of_another_policy_is_noticed_once_the_adapter_has_moved(make_pair, monkeypatch):
+    """As one that leaves out what a new kind of adapter adds, which is nothing at first."""
+    _, own = make_pair(max_steps=4, gradient_accumulation_steps=1, learning_rate=0.05)
+    for name, parameter in own.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    monkeypatch.setattr(decoding, "_fold_adapter",
+                        lambda layer, dtype: layer.merged_adapters.append("default"))
+    monkeypatch.setattr(prefixes, "can_read_flat", lambda model: False)
+    own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
+    with pytest.warns(UserWarning, match="the decoder's choices at update 2 are"):
+        own.train()
+
+
+@pytest.mark.slow
+def test_text_alone_needs_only_a_tokenizer_and_a_tower_may_be_noticed_late(make_pair):
+    table = make_table().remove_columns("images")
+    pair = make_pair(table=table, rewards=[letters], max_steps=1, tokenizer=True)
+    check_same_gradients(pair, 1)
+    _, own = make_pair(max_steps=1)
+    own.model.base_model.model.model.visual.requires_grad_(True)
+    with pytest.warns(UserWarning, match="not shared: the vision tower is trained; freeze it"):
+        own._check_sharing([])
+
+
+@pytest.mark.parametrize(("adapter", "reason"), [
+    (LoraConfig(target_modules="all-linear"), "adapters reach the vision tower; set target_mod"),
+    (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING of PEFT")])
+def test_adapters_that_cannot_be_shared_are_named(random_folder, processor, adapter, reason):
+    with pytest.warns(UserWarning, match=f"not shared: {reason}"):
+        SharedPrefixGRPOTrainer(
+            model=str(random_folder), reward_funcs=letters, processing_class=processor,
+            train_dataset=make_table(), peft_config=adapter,
+            args=GRPOConfig("out", use_cpu=True, bf16=False, report_to="none"))
+
+
+@pytest.mark.slow
+def test_the_guides_script_runs_as_it_stands(tmp_path, monkeypatch):
+    page = (ROOT / "notebooks/guide/trainer.md").read_text()
+    script = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen").mkdir()
+    Path("Qwen/Qwen2.5-VL-3B-Instruct").symlink_to(ROOT / "mig_kit/tiny_base")
+    rows = []
+    for number in (1, 2):
+        picture(number).save(f"{number}.png")
+        rows.append({"prompt": MESSAGES[0], "images": ["1.png", f"{number}.png"], "image": number})
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("trl.GRPOConfig", partial(
+        GRPOConfig, use_cpu=True, bf16=False, max_steps=1, max_completion_length=4, save_steps=1,
+        report_to="none"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "prompts are not shared")
+        exec(compile(script, "trainer.md", "exec"), {})
+    saved = json.loads(Path("out/checkpoint-1/processor_config.json").read_text())
+    assert saved["processor_class"] == "Qwen2_5_VLProcessor"

@@ -126,6 +126,6 @@ def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_fo
 
     monkeypatch.setattr(trainer_module, "generate_rollouts", record_modes)
     numbers, *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]] * 4)
-    trainer._draw_completions(trainer._prompts_of(numbers[0]), 4)
+    trainer._draw_completions([number for number, in numbers], 4)
     assert in_train_mode == [(False, {True})]
     assert all(torch.equal(layer.weight.data, packed) for layer, packed in zip(layers, before))
