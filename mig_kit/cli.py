@@ -1,8 +1,4 @@
-"""The command line: run stages, and look at runs.
-
-`mig-kit score` is in score/commands.py, `data` in data/commands.py, `eval` and `ground` in
-engine/commands.py.
-"""
+"""The command line; `score`, `data`, `eval` and `ground` are in their folders' commands.py."""
 
 import os
 import sys

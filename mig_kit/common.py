@@ -24,10 +24,7 @@ MAX_LINE = 1 << 20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it.
-
-    So `path` is either old or complete, also when the process is killed.
-    """
+    """Let `write` fill a temporary file, then rename it: `path` is either old or complete."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     temporary.replace(path)
@@ -46,9 +43,7 @@ def write_json_lines(path: Path, records: Iterable[dict]) -> None:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give a folder's *.safetensors the rights of any new file; safetensors lets nobody else read
-    them.
-    """
+    """Give a folder's *.safetensors, which only their owner reads, the rights of any new file."""
     probe = folder / "rights.tmp"
     probe.touch()
     rights = probe.stat().st_mode & 0o777
@@ -58,9 +53,7 @@ def apply_umask(folder: Path) -> None:
 
 
 def model_folder(model: str) -> Path:
-    """Where a model is if it is a folder: "tiny" is the shipped base, relative paths start at the
-    project.
-    """
+    """Where a model is if it is a folder: "tiny" is shipped, others relative to the project."""
     return PACKAGE / "tiny_base" if model == "tiny" else PROJECT_ROOT / model
 
 
@@ -71,9 +64,7 @@ def split_function_name(text: str) -> tuple[Path, str]:
 
 
 def suggest_word(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
-    """"did you mean 'NAME'?" for the nearest of `words`, by its letters, its initials ("lr") or a
-    part of it ("epochs"); "" if none is near.
-    """
+    """"did you mean 'NAME'?" for the word nearest by letters, initials or a part, or ""."""
     words = sorted(words)
     near = difflib.get_close_matches(word, words, 1, cutoff) or [
         name for name in words if word == "".join(part[0] for part in name.split("_") if part)] or [
@@ -93,10 +84,7 @@ def digest_json(facts) -> str:
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line without its end); None for a line over MAX_LINE bytes.
-
-    Never more than MAX_LINE bytes are in memory.
-    """
+    """(line number from 1, line without its end); None for a line over MAX_LINE bytes."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
@@ -110,21 +98,12 @@ def iter_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def progress_bar(steps: Iterable, label: str, **more) -> tqdm:
-    """A bar with the time left, as text on standard output; more: as of tqdm.
-
-    It shows in JupyterLab, under papermill and on a terminal. tqdm's own choice in a notebook is a
-    widget, of which papermill and a terminal show nothing.
-    """
+    """A bar with the time left, as text on standard output; more: as of tqdm."""
     return tqdm(steps, desc=label, file=sys.stdout, mininterval=5, ascii=" =", **more)
 
 
 def release_memory() -> None:
-    """Give memory that glibc and CUDA's allocator keep for later back to the system.
-
-    Under `mig_kit.PROCESS_ENVIRONMENT`, and with rows of many lengths, the heap soon grows to
-    several times what is in use. Memory that is given back has to be faulted in again, so a
-    training step pads its rows to few lengths instead (`shared_prefix.prefixes.pad_to_multiple`).
-    """
+    """Give memory that glibc and CUDA's allocator keep for later back to the system."""
     torch = sys.modules.get("torch")  # who has not imported it has no CUDA memory
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

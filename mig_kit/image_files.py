@@ -1,11 +1,7 @@
-"""Images that annotations name by path: found under one root and nowhere else, decoded when they
-are looked at, and stored once under their SHA-256.
+"""Images that annotations name by path, decoded when looked at, stored once under their SHA-256.
 
-An annotation file comes from somewhere else, so a path in it is not trusted: it must not climb with
-"..", and what it points to must lie under the root after symbolic links are followed.
-
-A photo may be stored on its side, with an EXIF orientation that says how to turn it. All sizes and
-pixels here are those of the upright picture, as people and annotation tools see it.
+A path in an annotation file is not trusted: after symbolic links it must lie under the root. All
+sizes and pixels are of the upright picture, as EXIF's orientation turns it.
 """
 
 import base64
@@ -42,12 +38,7 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
 
 
 class BadImage(ValueError):
-    """An image that cannot be used.
-
-    reason: "outside root", "missing image", "unreadable image", "Git LFS pointer", "closed file"
-    (the system refuses to read it), "image shape", "deep image", "several frames", "turned image"
-    or "changed image".
-    """
+    """An image that cannot be used; reason: a few words, such as "missing image"."""
 
     def __init__(self, reason: str, sentence: str):
         super().__init__(sentence)
@@ -55,10 +46,7 @@ class BadImage(ValueError):
 
 
 def resolve_under_root(root: Path, name: str) -> Path:
-    """The path of `name` under `root`, whether it exists or not.
-
-    BadImage if it is, or leads, anywhere else.
-    """
+    """The path of `name` under `root`, existing or not; BadImage if it is, or leads, elsewhere."""
     name = name.removeprefix("file://")
     parts = PurePosixPath(name).parts
     if not parts or "\0" in name or "\\" in name or ".." in parts:
@@ -92,9 +80,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def is_regular_file(path: Path) -> bool:
-    """True for a regular file; a name that the file system cannot hold is no file. OSError where
-    the system does not say, for want of rights or of the disk.
-    """
+    """True for a regular file; OSError if the system does not say, for want of rights."""
     try:
         return path.is_file()
     except ValueError:
@@ -117,12 +103,10 @@ def read_orientation(image: Image.Image) -> int:
 
 def read_size(path: Path, takes_frames: bool = True,
               takes_any_depth: bool = False) -> tuple[int, int]:
-    """(width, height) of the upright picture, pixels, from the header alone.
+    """(width, height) of the upright picture, pixels, from the header alone; BadImage if unusable.
 
     takes_frames: whether a film's first frame will do. takes_any_depth: for those who need no
-    pixels. BadImage if the file is missing, closed to us or no image, if the image is over
-    MAX_PIXELS, too long, grey of more than 8 bits or a turned TIFF, and for a film unless
-    takes_frames.
+    pixels.
     """
     with _name_fault(path, "is no readable image: give a PNG or JPEG file"):
         if not is_regular_file(path):
@@ -224,21 +208,14 @@ def to_data_url(image: Image.Image, form: str = "PNG", **options) -> str:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image that is decoded when it is opened.
-
-    content: the bytes of a PNG or JPEG file, or the file's path. size: (width, height) of the
-    upright picture, pixels.
-    sha256: of the file if it is a stored one, whose bytes must not have changed, else "".
-    """
+    """An image that is decoded when it is opened."""
 
     content: bytes | Path
     size: tuple[int, int]
     sha256: str = ""
 
     def open(self) -> Image.Image:
-        """The upright picture, decoded, RGB; BadImage for a file that is missing, broken or
-        changed.
-        """
+        """The upright picture as RGB; BadImage for a missing, broken or changed file."""
         if isinstance(self.content, Path) and not self.sha256:
             return open_rgb(self.content)
         with Image.open(io.BytesIO(self.read_bytes())) as image:
@@ -310,9 +287,7 @@ class ImageStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: Path) -> EncodedImage:
-        """Store a file, as a hard link where possible, unless it is stored; BadImage unless it
-        decodes.
-        """
+        """Store a file once, as a hard link if possible; BadImage unless it decodes."""
         if str(path) not in self.stored:
             self.stored[str(path)] = self._store(path)
         name, size = self.stored[str(path)]

@@ -1,6 +1,4 @@
-"""OpenAI-compatible servers: which addresses are taken, where the key is, and the one client that
-asks a teacher's endpoint and servers of a model.
-"""
+"""OpenAI-compatible servers: their addresses, the key, and the one client that asks them."""
 
 import json
 import os
@@ -57,10 +55,9 @@ def _read_json(text: bytes | str) -> object:
 
 
 def iter_results(work: Callable, items: Iterable, threads: int) -> Iterator:
-    """work(item) of every item, as the results come, from so many threads.
+    """work(item) of every item, read as needed, as the results come, from so many threads.
 
-    items: read as they are needed. The first error is raised, and ends all: no item is begun after
-    it, nor after the caller stops.
+    The first error is raised and ends all: no item is begun after it, nor after the caller stops.
     """
     results: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -87,10 +84,7 @@ def iter_results(work: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 def parse_server(server: str) -> list[str]:
-    """The addresses that `server` lists, [] for a command.
-
-    ValueError where it is neither addresses nor a command with {model} and {port}.
-    """
+    """The addresses that `server` lists, [] for a command; ValueError if it is neither."""
     words = server.replace(",", " ").split()
     if words and all(ADDRESS.fullmatch(word) for word in words):
         return [word.rstrip("/") for word in dict.fromkeys(words)]
@@ -103,17 +97,14 @@ def parse_server(server: str) -> list[str]:
 
 
 def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:
-    """The text and the finish_reason of a choice of a chat completion.
+    """Text and finish_reason of a choice of a chat completion's JSON.
 
-    The reasoning that a server tells apart stands before the answer again. Text that a server
-    leaves out with a reason (filter, refusal, hidden reasoning) is "".
+    Reasoning that the server tells apart stands before the answer. Text left out for a reason is
+    "".
 
     Args:
-        choice: of the answer's JSON.
-        opened_tag: what the prompt has opened the reply with, which no server repeats.
-
-    Raises:
-        ValueError: it has no text and no reason for that.
+        opened_tag: what the prompt opened the reply with, which no server repeats.
+    Raises: ValueError if it has no text and no reason for that.
     """
     message, reason = choice["message"], choice.get("finish_reason") or ""
     content = message.get("content")
@@ -160,8 +151,7 @@ def _name_proxies(url: str) -> str:
 
 
 def _open_transport(url: str):
-    """The HTTP client for `url`; ValueError with the environment's variable that stands in the way.
-    """
+    """The HTTP client for `url`; ValueError with a variable of the environment in the way."""
     import openai  # seconds, which an address need not wait for
 
     proxies, is_tls, verify = _name_proxies(url), url.lower().startswith("https"), True
@@ -183,11 +173,7 @@ def _open_transport(url: str):
 
 
 class RequestFailed(Exception):
-    """A request that a server did not answer; its text is one line without the key.
-
-    status: HTTP's, 0 if the connection failed. attempts: how often the request was made. code: the
-    server's word for the error.
-    """
+    """A request that a server did not answer; its text is one line without the key."""
 
     def __init__(self, text: str, status: int, attempts: int, code: str = ""):
         super().__init__(text)
@@ -202,8 +188,8 @@ class RequestFailed(Exception):
 class Connection:
     """A client of the server at `url`, up to and with /v1; its requests raise RequestFailed.
 
-    timeout: seconds without a sign of the server. It follows no redirect, which could lead the
-    images elsewhere, and uses no proxy for this machine's own servers. Threads may share it.
+    timeout: seconds without a sign of the server. Redirects are not followed: they could lead the
+    images elsewhere. Threads may share it.
     """
 
     def __init__(self, url: str, key: str, timeout: float):
@@ -222,9 +208,8 @@ class Connection:
     def chat(self, body: dict, retries: int = 0) -> tuple[object, int]:
         """The answer to a chat completion, None if it is no JSON, and the attempts that it took.
 
-        body: of the request; one that the server's filter refuses is answered without a text.
-        retries: how often openai's client asks again after a temporary failure, after 0.5 to 8 s or
-        as long as Retry-After says.
+        retries: after temporary failures. What the server's filter refuses is an answer without
+        text.
         """
         fields = {name: value for name, value in body.items() if name not in ("model", "messages")}
         try:

@@ -1,6 +1,4 @@
-"""The one record that flows through all stages: a question about several images, and what would
-answer it.
-"""
+"""The record that flows through all stages: a question on several images, and its answers."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,9 +23,7 @@ REMEDY = "delete it and run its stage again with --force"
 
 
 class Target(NamedTuple):
-    """An acceptable answer: the image's number, from 1, and the box in it (xyxy, pixels of that
-    original image).
-    """
+    """An acceptable answer: the image's number, from 1, and the box in it."""
 
     image: int
     box: Box
@@ -35,16 +31,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question.
-
-    images: in prompt order, RGB; of a table, decoded when they are looked at. question: "{ref}"
-    stands for the reference box. targets: the acceptable answers, empty when nothing in the images
-    answers. reference: xyxy pixels of the original first image, or None. options and letter: a
-    multiple-choice question's, else empty.
-    notes and finding: the scene graph's account of the way to the answer, for the tiny profile's
-    teacher. find_all: the targets must all be found, be they none, one or several, and the prompt
-    says so; else any one of them answers.
-    """
+    """One question."""
 
     id: str
     suite: str
@@ -73,9 +60,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trace:
-    """A teacher's reply to a sample. detail: how much its reasoning says; error: the mistake it was
-    given, or "".
-    """
+    """A teacher's reply to a sample."""
 
     text: str
     detail: str
@@ -83,10 +68,7 @@ class Trace:
 
 
 def table_schema(with_traces: bool):
-    """The pyarrow schema of a table of samples, or of samples with their traces.
-
-    datasets and pyarrow are imported late: scoring and checking data need neither.
-    """
+    """The pyarrow schema of a table of samples, or of samples with their traces."""
     from datasets import Features, Image, List, Value
 
     text, number, coordinates = Value("string"), Value("int32"), List(Value("float32"))
@@ -99,10 +81,7 @@ def table_schema(with_traces: bool):
 
 
 def encode_images(images: Sequence[Image.Image], folder: Path) -> list[dict]:
-    """Images as a table in `folder` holds them, in the form of `datasets.Image`.
-
-    A stored file by its path from the folder, any other image as its bytes, drawn ones as PNG.
-    """
+    """Images as `datasets.Image` for a table in `folder`: stored files by path, others as bytes."""
     if not isinstance(images, LazyImages):
         return [{"bytes": encode_image(image), "path": None} for image in images]
     return [{"bytes": None, "path": os.path.relpath(image.content, folder)} if image.sha256 else
@@ -141,9 +120,7 @@ def _image_from_row(image: dict, size: list[int], folder: Path) -> EncodedImage:
 
 
 class SampleWriter:
-    """Writes samples to a parquet file as they come; an old file stays until `close`.
-
-    with_traces: every sample comes with its trace.
+    """Writes samples, or samples with traces, to a parquet file; an old file stays until `close`.
     """
 
     def __init__(self, path: Path, with_traces: bool = False):
@@ -202,10 +179,8 @@ def write_samples(path: Path, samples: Iterable[Sample],
 class TableRows(Sequence):
     """Rows of a parquet file of this kit, read when they are looked at.
 
-    convert: from a row, a dict of `columns` (None: of all), and the file's folder to an item. rows:
-    which rows of the file, in order; None: all. Only the CACHED_GROUPS groups of rows that were
-    read last are in memory. FileNotFoundError, and ValueError with a remedy if the file is
-    cut, no parquet, or no table of samples.
+    convert: from a row (a dict of `columns`) and the file's folder to an item. rows: which, in
+    order; None: all. FileNotFoundError, and ValueError for a cut file or another kind.
     """
 
     def __init__(self, path: Path, convert: Callable[[dict, Path], object],
@@ -274,9 +249,7 @@ def read_samples(path: Path) -> TableRows:
 
 
 def read_replies(path: Path, convert: Callable[[str], object] = str) -> TableRows:
-    """What `convert` makes of the replies in a parquet file of samples with traces, a Sequence;
-    raises as TableRows.
-    """
+    """`convert` of each reply in a parquet file of samples with traces; raises as TableRows."""
     return TableRows(path, partial(_convert_reply, convert), ("reply",))
 
 

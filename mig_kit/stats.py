@@ -1,6 +1,4 @@
-"""Means over tasks with their intervals, over samples and over seeds, and pass@k: the statistics of
-every score of the kit.
-"""
+"""Statistics of every score: means over tasks, intervals over samples and seeds, and pass@k."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,10 +16,7 @@ Groups = list[tuple[np.ndarray, np.ndarray]]  # (values, lists of images), (n,) 
 
 
 def group_by_task(tasks: Iterable[str], values: np.ndarray) -> dict[str, np.ndarray]:
-    """task -> its rows of values (n, ...), tasks in order of appearance.
-
-    tasks: (n,) task of each row.
-    """
+    """task -> its rows of values (n, ...), tasks in order of appearance; tasks: (n,)."""
     rows = defaultdict(list)
     for row, task in enumerate(tasks):
         rows[task].append(row)
@@ -29,10 +24,10 @@ def group_by_task(tasks: Iterable[str], values: np.ndarray) -> dict[str, np.ndar
 
 
 def ratio_interval(parts: np.ndarray, totals: np.ndarray, resamples: int = 2000) -> list[float]:
-    """95 % interval [low, high] of sum(parts) / sum(totals); both (n,) float, drawn in pairs.
+    """95 % interval [low, high] of sum(parts) / sum(totals), (n,) float each.
 
-    Percentile bootstrap over the n cases; where all have the same ratio, which others need not,
-    that of `share_interval_by_list`. A resample whose totals are all 0 counts as 0.
+    Percentile bootstrap over the n cases; if all have the same ratio, `share_interval_by_list`. A
+    resample whose totals are all 0 counts as 0.
     """
     filled = totals > 0
     if len(set(parts[filled] / totals[filled])) < 2:
@@ -46,9 +41,7 @@ def ratio_interval(parts: np.ndarray, totals: np.ndarray, resamples: int = 2000)
 
 
 def share_interval(count: int, total: int) -> list[float]:
-    """Exact 95 % interval [low, high] of a share, count of total (Clopper and Pearson); [0, 1] for
-    a total of 0.
-    """
+    """Exact 95 % interval [low, high] of count / total (Clopper, Pearson); [0, 1] for total 0."""
     if not total:
         return [0.0, 1.0]
     interval = binomtest(int(count), int(total)).proportion_ci(0.95, "exact")
@@ -66,12 +59,10 @@ def to_percent(value: float) -> float:
 
 
 def _list_errors(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
-    """(k,) what each list of images adds to the error of the mean, with the leverage correction CR2
-    (Bell and McCaffrey 2002); the sum of the squares is the mean's variance. Needs two lists.
+    """(k,) what each list of images adds to the mean's error; their sum of squares is its variance.
 
-    values, lists: (n,) of the questions; lists: a number of the images that a question shows.
-    Questions about the same images stand or fall together, so the lists are the sample, not the
-    questions (Miller, arXiv 2411.00640).
+    values, lists: (n,) of the questions; lists: a number for the images that a question shows. With
+    the leverage correction CR2 (Bell and McCaffrey 2002). Needs two lists.
     """
     _, places = np.unique(lists, return_inverse=True)
     sums, counts = np.bincount(places, weights=values), np.bincount(places)
@@ -80,16 +71,12 @@ def _list_errors(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
 
 
 def _count_effective_lists(lists: np.ndarray) -> float:
-    """How many lists of equal size would hold as many questions together; lists: see
-    _list_errors.
-    """
+    """How many lists of equal size would hold as many questions together."""
     return len(lists) ** 2 / np.sum(np.unique(lists, return_counts=True)[1].astype(float) ** 2)
 
 
 def _lists_of_variance(lists: np.ndarray) -> float:
-    """How many lists of equal size would tell the variance as well as these, if all answers of a
-    list were the same (Satterthwaite 1946); lists: see _list_errors.
-    """
+    """How many lists of equal size would tell the variance as well (Satterthwaite 1946)."""
     squares = np.unique(lists, return_counts=True)[1].astype(float) ** 2
     return float(squares.sum() ** 2 / np.sum(squares ** 2))
 
@@ -113,10 +100,9 @@ def _weigh_correlations(groups: Groups) -> np.ndarray:
 def share_interval_by_list(groups: Groups) -> list[float]:
     """95 % interval [low, high] of the unweighted mean of the tasks' shares of correct answers.
 
-    Jeffreys' interval for as many independent answers as have the mean's variance, averaged over
-    how much outcomes may correlate within a list of images; where all or none is correct, Clopper
-    and Pearson's exact one over the lists. [0, 1] for one list of mixed outcomes, which says
-    nothing about others. groups: (values in 0..1, lists) of each task; lists: see _list_errors.
+    Jeffreys' interval for as many independent answers as have the mean's variance; if all or none
+    are correct, Clopper and Pearson's over the lists. [0, 1] for one list of mixed outcomes.
+    groups: (values in 0..1, lists of images) of each task.
     """
     all_lists = np.concatenate([lists for _, lists in groups])
     mean, count = macro_mean([values for values, _ in groups]), len(np.unique(all_lists))
@@ -141,10 +127,9 @@ def share_interval_by_list(groups: Groups) -> list[float]:
 def gap_interval_by_list(groups: Groups) -> list[float]:
     """95 % interval [low, high] of the unweighted mean of the tasks' differences (-1..1).
 
-    Student's t over the lists, where almost nothing differs as if four questions did (one in five
-    of few). Where the differences do not vary, those of other lists may: the bounds are then those
-    of the largest share of lists, and the largest difference, that the sample leaves possible.
-    [-1, 1] for one list. groups: (differences, lists) of each task.
+    Student's t over the lists of images. If the differences do not vary, the largest share of other
+    lists, and the largest difference, that the sample leaves possible. [-1, 1] for one list.
+    groups: (differences, lists) of each task.
     """
     all_lists = np.concatenate([lists for _, lists in groups])
     if len(np.unique(all_lists)) == 1:
@@ -164,8 +149,9 @@ def gap_interval_by_list(groups: Groups) -> list[float]:
 
 
 def paired_gap_by_list(groups: Groups, is_same: bool = False) -> dict:
-    """{"value", "ci95"} in points of paired differences; groups: as of `gap_interval_by_list`.
-    is_same: whether the replies are the same, whose difference is 0 without doubt.
+    """{"value", "ci95"} of paired differences, in points; groups: as of `gap_interval_by_list`.
+
+    is_same: whether the replies are the same, so that the difference is 0 without doubt.
     """
     interval = [0.0, 0.0] if is_same else gap_interval_by_list(groups)
     return {"value": to_percent(macro_mean([gaps for gaps, _ in groups])),
@@ -186,9 +172,7 @@ def _shared_list_factor(groups: Groups) -> float:
 
 
 def pass_at_k(correct: int, total: int, k: int) -> float:
-    """Chance that k of `total` replies, `correct` of them correct, hold a correct one (Chen et al.,
-    arXiv 2107.03374, eq. 1).
-    """
+    """Chance that k of `total` replies hold one of the `correct` (arXiv 2107.03374, eq. 1)."""
     if total - correct < k:
         return 1.0
     return 1.0 - float(np.prod(1.0 - k / np.arange(total - correct + 1, total + 1)))
@@ -196,17 +180,15 @@ def pass_at_k(correct: int, total: int, k: int) -> float:
 
 def joint_interval(groups: list[np.ndarray], lists: list[np.ndarray] | None = None,
                    others: list[np.ndarray] | None = None) -> dict:
-    """{"value", "low", "high", "over"} of a score of several runs on the same samples, or of its
-    difference to that of others, paired by sample, not by seed.
+    """{"value", "low", "high", "over"} of several runs' score, or of its difference to `others`.
 
-    groups, others: (runs, samples) values of each task, in the same order of samples. lists: of
-    each task, where samples share images; see _list_errors. value: the mean over tasks of the mean
-    over runs and samples. low, high: its 95 % interval over samples and, with several runs, over
-    "seeds and samples": the half widths of the t intervals, of the sampled tasks and of the runs'
-    scores, added in quadrature; NaN for samples of one list of images, which say nothing about
-    others. A single run beside several is taken to vary as they do. The interval covers the truth
-    in 95 % of cases or more, whatever the share of either, 90 % with few lists of very unequal
-    sizes; a bootstrap over three runs would be too narrow.
+    low, high: 95 % interval, over samples or "seeds and samples": half widths of the t intervals,
+    added in quadrature. It covers the truth in 95 % of cases or more, in 90 % with few lists of
+    very unequal sizes. NaN for samples of one list. A single run beside several varies as they do.
+
+    Args:
+        groups, others: (runs, samples) values of each task, paired by sample, not by seed.
+        lists: of each task, if samples share images.
     """
     sets = [groups] if others is None else [groups, others]
     effects = [values.mean(0) for values in groups]
@@ -232,10 +214,9 @@ def joint_interval(groups: list[np.ndarray], lists: list[np.ndarray] | None = No
 
 
 def probability_of_improvement(groups: list[np.ndarray], others: list[np.ndarray]) -> float:
-    """The chance that a run scores higher than one of the others on a task, ties counted half.
+    """Chance that a run beats one of the others on a task, ties half (rliable, arXiv 2108.13264).
 
-    Mean over tasks and over all pairs of runs (rliable, arXiv 2108.13264). groups, others: as of
-    `joint_interval`.
+    Mean over tasks and pairs of runs. groups, others: as of `joint_interval`.
     """
     chances = []
     for values, other in zip(groups, others, strict=True):

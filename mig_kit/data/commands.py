@@ -78,8 +78,7 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
 
 
 def _prompt_measure(profile: str | None):
-    """What says that a sample's prompt is too long for the base model of a profile; None without.
-    """
+    """Says whether a sample's prompt is too long for the profile's model; None without one."""
     if not profile:
         return None
     from mig_kit.engine import models, processors

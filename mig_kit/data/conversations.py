@@ -1,13 +1,8 @@
-"""Conversations of other projects as lines of own data, as the projects' documentation has them.
+"""Conversations of other projects as lines of own data, in the forms that their documentation
+states.
 
-- ms-swift: `messages`, `images` and `objects`, whose `ref` and `bbox` replace <ref-object> and
-  <bbox> in order; `bbox_type` is "real" (pixels, the default) or "norm1"; `image_id` is from 0.
-- LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI, TRL: boxes stand in the text, and no file says what they
-  are measured in. LLaVA-1.5's measure the image padded to a square (haotian-liu/LLaVA#606).
-- EasyR1, verl: the answer stands beside, as `answer`, `solution` or verl's `reward_model`.
-
-A turn of question and answer becomes a line, or one for every image that its boxes are in; a later
-one that leans on the turns before does not. What stays unclear is a Problem, never guessed.
+A turn of question and answer becomes a line, or one for every image that its boxes are in. What
+stays unclear, such as a later turn that needs the turns before it, is a Problem, never guessed.
 """
 
 import json
@@ -50,9 +45,7 @@ TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer. references, answers: (image number from 1, or None where the text
-    does not name it, box); earlier_tags: <image> tags in the turns before.
-    """
+    """A question and its answer; earlier_tags: how many <image> tags the turns before hold."""
 
     question: str
     references: list[tuple[int | None, list]]
@@ -62,9 +55,7 @@ class Turn:
 
 
 def conversation_lines(record: dict, rules: ImportRules) -> list[dict | Problem]:
-    """A record's questions as lines of own data, without ids, their images as the record has them,
-    and why turns are left out; Problem where the whole record is.
-    """
+    """A record's turns as lines of own data without ids, or as Problems; may raise Problem."""
     images = record.get("images", record.get("image"))
     images = images if isinstance(images, list) else [] if images is None else [images]
     texts = read_turns(record, images)
@@ -241,8 +232,7 @@ def _text_turns(texts: list[tuple[str, str]], rules: ImportRules) -> list[Turn]:
 
 
 def read_turn(asked: str, answered: str, coordinates: str, earlier_tags: int) -> Turn:
-    """The turn of texts with boxes; Problem where it is unclear which images the answer's are in.
-    """
+    """The turn of these texts; Problem if it is unclear which images the answer's boxes are in."""
     references = [(None, box_numbers(match)) for match in BOX.finditer(asked)]
     matches = list(BOX.finditer(answered))
     numbers = numbers_of_boxes(answered, [match.span() for match in matches])
@@ -269,8 +259,9 @@ def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
 
 
 def turn_lines(turn: Turn, images: list[str], several: str, is_later: bool) -> list[dict]:
-    """The turn as lines of own data: one, or, where any box is correct, one for each image that has
-    boxes. several: of `ImportRules`. Problem for a later turn that cannot be read alone.
+    """The turn as one line of own data or, if any box is correct, one per image that has boxes.
+
+    Raises Problem for a later turn that cannot be read alone.
     """
     question = clean_question(turn.question, len(images), turn.earlier_tags)
     require(not (is_later and is_follow_up(question, len(images))),
@@ -303,8 +294,7 @@ def turn_lines(turn: Turn, images: list[str], several: str, is_later: bool) -> l
 def clean_question(text: str, image_count: int, earlier_tags: int | None = None) -> str:
     """The question without tags; one inside the text becomes "image 2". Raises Problem.
 
-    earlier_tags: how many <image> tags there are in the turns before; None where the question
-    stands alone and must hold one per image.
+    earlier_tags: how many the turns before hold; None if the question must hold one per image.
     """
     text = " ".join(IMAGE_TAG.sub(_plain_tag, TEXT_TAGS.sub("", text)).split())
     tags = (earlier_tags or 0) + text.count("<image>")

@@ -17,9 +17,9 @@ Hashes = tuple[list[str], np.ndarray]
 
 
 def hash_images(folder: Path, report: SkipReport) -> Hashes:
-    """(sorted names below the folder; (n,) uint64, a 64-bit perceptual hash of each image file).
+    """Sorted names below the folder, and (n,) uint64: ImageHash's 64-bit phash of each image.
 
-    The report counts files that cannot be opened. Hashes are ImageHash's phash.
+    The report counts files that cannot be opened.
     """
     names, hashes = [], []
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):

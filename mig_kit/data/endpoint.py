@@ -1,12 +1,8 @@
 """Stage 01 with a model teacher: traces from any OpenAI-compatible endpoint (vLLM, SGLang, hosted).
 
-Each sample costs two calls, a trace and a direct answer (prompts: teacher_prompt.py), which
-`filters.drop_reason_of_model_teacher` compares. openai's client makes them and tries again where
-that may help.
-
-The key is read from the environment variable MIG_KIT_API_KEY when the calls are made and is written
-nowhere. Every finished call is appended to a log at once and never made again; a kill loses at most
-the `concurrency` calls under way.
+Each sample costs two calls, a trace and a direct answer, which
+`filters.drop_reason_of_model_teacher` compares. Finished calls are logged at once and never made
+again. The key comes from the environment variable MIG_KIT_API_KEY and is written nowhere.
 """
 
 import hashlib
@@ -41,9 +37,8 @@ REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
 class Endpoint:
     """Where the teacher is, and how hard to ask it.
 
-    url: up to and with /v1. timeout: seconds without a sign of the server. attempts: of one call;
-    between them openai's client waits 0.5 to 8 s, or as long as Retry-After says. Raises ValueError
-    for an address that holds a key, among others.
+    url: up to and with /v1. timeout: seconds without a sign of the server. attempts: of one call.
+    Raises ValueError for an address that cannot be used, such as one that holds a key.
     """
 
     url: str
@@ -72,9 +67,7 @@ class Call:
 
 
 def make_call(sample: Sample, kind: str, endpoint: Endpoint, box_format: BoxFormat) -> Call:
-    """The call with its key: model, settings, text and images; not the server's address, which may
-    move.
-    """
+    """The call with its key: model, settings, text and images, but not the server's address."""
     settings = [endpoint.model, endpoint.max_tokens, endpoint.temperature, kind,
                 astuple(box_format), teacher_prompt(sample, kind, box_format), sample.sizes]
     digest = hashlib.sha256(json.dumps(settings).encode())
@@ -84,9 +77,7 @@ def make_call(sample: Sample, kind: str, endpoint: Endpoint, box_format: BoxForm
 
 
 def read_log(path: Path) -> dict[str, dict]:
-    """Finished calls by key; none if there is no file. A last line that a kill has cut is dropped
-    from the file; ValueError if another line is broken.
-    """
+    """Finished calls by key. A last line that a kill cut is dropped; ValueError for another one."""
     content = path.read_bytes() if path.is_file() else b""
     *lines, cut = content.split(b"\n")
     if cut:
@@ -103,14 +94,16 @@ def read_log(path: Path) -> dict[str, dict]:
 
 
 def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
-    """Make the calls that the log `path` does not hold; finished calls by key, as in the log.
+    """Make the calls that the log `path` lacks; returns all finished calls by key, as in the log.
 
-    calls: read as they are needed, `concurrency` at a time. path: in the run's folder, whose lock
-    keeps other processes out. An entry has the "reply", or "failed"
-    if the server refused this very request; a refusal is written only once a reply shows that the
-    endpoint works. A call that fails for other reasons in all its attempts gets no entry and is
-    made again the next time. RuntimeError when going on makes no sense: a refused key, an unknown
-    address or model, a redirect, MAX_FAILURES_IN_A_ROW.
+    An entry holds the "reply", or "failed" if the server refused this very request. A call whose
+    attempts all failed for another reason gets no entry and is made again the next time.
+
+    Args:
+        calls: read as they are needed, `concurrency` at a time.
+        path: in the run's folder, whose lock keeps other processes out.
+    Raises: RuntimeError if no call can succeed: a refused key, an unknown address or model, a
+    redirect, or MAX_FAILURES_IN_A_ROW.
     """
     connection = Connection(endpoint.url, read_api_key(), endpoint.timeout)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,9 +147,7 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
 
 
 def _make_call(endpoint: Endpoint, connection: Connection, call: Call) -> tuple[dict, bool]:
-    """The entry for the log, and whether the call is not to be made again another time;
-    RuntimeError if the answer speaks of every call.
-    """
+    """The entry for the log, and whether it is final; RuntimeError if no call can succeed."""
     body = {"model": endpoint.model, "temperature": endpoint.temperature,
             "messages": teacher_messages(call.sample, call.kind, call.box_format),
             "max_tokens": endpoint.max_tokens}
@@ -176,10 +167,7 @@ def _make_call(endpoint: Endpoint, connection: Connection, call: Call) -> tuple[
 
 
 def parse_completion(data: object) -> dict | None:
-    """Reply, finish reason and token counts (None if the server gave none) of a chat completion.
-
-    data: the JSON of the answer. None if this is no complete one; never raises.
-    """
+    """Reply, finish reason and token counts of a completion's JSON; None if it is incomplete."""
     try:
         usage = data.get("usage")
         reply, reason = read_choice(data["choices"][0])
@@ -204,11 +192,11 @@ def find_failure(entry: dict, endpoint: Endpoint) -> str:
 
 def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
                    box_format: BoxFormat) -> tuple[list[Trace], list[str]]:
-    """The teacher's trace and its direct answer for every sample, in order; "" where there is none.
+    """The teacher's trace and its direct answer for every sample, in order; "" if there is none.
 
-    samples: with targets or options, or for all boxes; may be a generator, whose images are held
-    only while they are asked about. path: the log of finished calls. Trace.error is "" or why there
-    is no reply. Raises as `make_calls`, and ValueError for a sample without a target.
+    samples: may be a generator, whose images are held only while they are asked about. path: the
+    log of finished calls. Trace.error: why there is no reply, or "". Raises as `make_calls`, and
+    ValueError for a sample without a target.
     """
     keys: dict[str, list[str]] = {kind: [] for kind in KINDS}
 
@@ -230,11 +218,7 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
 
 
 def summarize_usage(path: Path) -> dict:
-    """What the calls in a log took.
-
-    "without_counts": calls for which the server told no token counts. Failed attempts are not in
-    the counts of tokens.
-    """
+    """What the logged calls took; "without_counts": those whose server told no token counts."""
     entries = read_log(path).values()
     return {"calls": len(entries), "failed": sum("failed" in entry for entry in entries),
             **{name: sum(entry.get(name) or 0 for entry in entries)

@@ -1,7 +1,4 @@
-"""The numbers of the images that questions and answers name in words: "in the third image".
-
-Nothing is guessed: where it is not said which image a box is in, there is no number.
-"""
+"""The image numbers that questions and answers name in words, such as "in the third image"."""
 
 import re
 
@@ -55,17 +52,13 @@ WITHOUT_CONTENT = re.compile(
 
 
 def answered_numbers(text: str) -> set[int]:
-    """The numbers of the images that an answer says a box is in: not of the image "of", "from" or
-    "marked in" which something is, unless it says where in that image ("at the left of image 2").
-    """
+    """The images that an answer says a box is in, not those that its object is "from" or "of"."""
     return {number for name in find_names(text)
             if _is_no_description(text[:name.start]) for number in name.numbers}
 
 
 def asked_numbers(text: str) -> set[int]:
-    """Those that a question asks about, "in image 2" or, at its start, "Image 2:"; none where it
-    compares or speaks of other images, too.
-    """
+    """The images that a question asks about; none if it compares or mentions others, too."""
     if COMPARES.search(text) or OTHER_IMAGE.search(text):
         return set()
     numbers: set[int] = set()
@@ -79,9 +72,7 @@ def asked_numbers(text: str) -> set[int]:
 
 
 def is_follow_up(question: str, image_count: int) -> bool:
-    """Whether a later question of a conversation cannot be read alone: it points back ("Where is
-    it?", "And in the other image?"), or names nothing to be found ("Give me its box.").
-    """
+    """Whether a question needs the one before it ("Where is it?") or names nothing to be found."""
     text = POINTS_AHEAD.sub(" ", question)
     text = ONE_IMAGE.sub(" ", text) if image_count == 1 else text
     if find_names(text):  # it is said which images the others are
@@ -95,10 +86,9 @@ def _is_no_description(before: str) -> bool:
 
 
 def numbers_of_boxes(text: str, spans: list[tuple[int, int]]) -> list[int]:
-    """The image number of every box, said before the boxes or after them; none if the answer names
-    no image. Raises Problem where it is not clear.
+    """The image number of each box (its span in the text); [] if the answer names no image.
 
-    spans: where the boxes stand in the text.
+    Raises Problem if the numbers are unclear.
     """
     starts = [0, *(end for _, end in spans)]
     ends = [*(start for start, _ in spans), len(text)]

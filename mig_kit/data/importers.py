@@ -1,18 +1,7 @@
 """Data sets of other projects as files of own data: `mig-kit data import FORMAT FILE`.
 
-    own         own data whose images are in the file, or whose questions hold tags as <image>
-    swift       ms-swift: messages, images and objects (conversations.py)
-    llava       LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI: conversations with boxes in the text
-    verl        EasyR1, verl: a problem or prompt, and an answer that holds a box
-    coco        a COCO instances file: a question per image and category; where images have a
-                `caption` (MDETR's RefCOCO files), that is what is asked for
-    refcoco     RefCOCO's refs as JSON, with the COCO file of their annotations (`instances`);
-                VLM-R1's list of image, normal_caption and solution; or lmms-lab/RefCOCO, whose
-                rows have an image, a bbox and phrases as `answer`
-    mgrounding  MGrounding-630k as it is published (mgrounding.py)
-
-A file is a JSON list, has one JSON object a line, or is a parquet table. The result is own data:
-the same checks read it. Images stay where they are; those in the file itself become files.
+A file is a JSON list, JSON lines, or a parquet table. The result passes the same checks as own
+data. Images stay in place; those inside the file become files.
 """
 
 import base64
@@ -67,10 +56,10 @@ ASKS_FOR_CATEGORY, ASKS_FOR_PHRASE = "Find the {}.", "Find this: {}."
 
 def import_file(form: str, path: Path, out: Path, rules: ImportRules,
                 on_problem: Callable[[str], object]) -> SkipReport:
-    """Write the questions of `path` that are correct to `out`, as own data; gives the counts.
+    """Write the correct questions of `path` to `out` as own data; returns the counts.
 
-    form: one of FORMATS. on_problem: called, for everything that is left out, with a sentence that
-    has its place and the remedy. ValueError for rules that do not go together.
+    form: one of FORMATS. on_problem: called with a sentence on everything that is left out.
+    ValueError for rules that do not go together.
     """
     for given in filter(None, (path, rules.instances)):
         if out.exists() and out.samefile(given):

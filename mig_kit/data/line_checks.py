@@ -53,8 +53,7 @@ BOX_TAG = re.compile(r"</?(?:bbox|box|ref|ref-object|object|obj|region|point|loc
 
 
 def simplify_line(data: dict) -> dict:
-    """The line with numbers in place of text and of 2.0, and the paths of data sets' {"path": ...}.
-    """
+    """The line with numbers for text and 2.0, and paths for data sets' {"path": ...}."""
     simple = {key: _to_numbers(value) if key in NUMERIC else value for key, value in data.items()}
     if isinstance(data.get("images"), list):
         simple["images"] = [image["path"] if isinstance(image, dict) and image.get("path")
@@ -86,9 +85,7 @@ def asks_for_all(data: dict) -> bool:
 
 
 def find_problems(data: dict) -> list[str]:
-    """What is wrong with a line of `simplify_line` as far as it alone tells; files are not looked
-    at.
-    """
+    """What is wrong with a line of `simplify_line`; its image files are not looked at."""
     return _layout_problems(data) or _key_problems(data) or _value_problems(data)
 
 
@@ -203,9 +200,7 @@ def _targets_problem(targets: object, images: object) -> str:
 
 
 def box_places(data: dict) -> list[tuple[str, int, dict | list, str | int]]:
-    """(words for it, the number of its image, what holds it, its key there) of the line's boxes,
-    the reference last.
-    """
+    """(words, image number, holder, key in the holder) of every box; the reference is last."""
     if asks_for_all(data):
         places = [(f"the box of 'targets' number {number}", target["image"], target, "box")
                   for number, target in enumerate(data.get("targets") or (), 1)]
@@ -247,8 +242,7 @@ def _unwritable_problem(name: str, text: object) -> str:
 def text_problem(name: str, text: object, may_hold_tags: bool = False) -> str:
     """A sentence on a text that cannot stand in a prompt or reply; "" if it can.
 
-    name: what the sentence calls it. may_hold_tags: whether it is the writer's matter what stands
-    in pointed brackets, as in a reply.
+    name: what the sentence calls the text. may_hold_tags: whether <...> is allowed, as in a reply.
     """
     if problem := _unwritable_problem(name, text):
         return problem
@@ -284,10 +278,7 @@ def _choice_problems(options: object, letter: object) -> list[str]:
 
 
 def find_file_problems(data: dict, read_sizes: Callable) -> tuple[list, list[str]]:
-    """The sizes of the images of a line that is correct in itself, and what is wrong with their
-    files: missing, outside the root, unreadable, or smaller than a box. read_sizes: of
-    `read_sizes_below`.
-    """
+    """The images' sizes, and what is wrong with the image files of an otherwise correct line."""
     sizes = [read_sizes(name, takes_frames=is_choice(data)) for name in data["images"]]
     problems = [f"image {number}: {size}" for number, size in enumerate(sizes, 1)
                 if isinstance(size, BadImage)]
@@ -302,11 +293,10 @@ def find_file_problems(data: dict, read_sizes: Callable) -> tuple[list, list[str
 
 def read_sizes_below(root: Path, decodes: bool = False
                      ) -> Callable[..., tuple[int, int] | BadImage]:
-    """A function that gives the (width, height), pixels, of the upright image of a name below the
-    root, or what is wrong with it; the last MAX_SIZES are kept.
+    """A function from a name below the root to its upright (width, height), pixels, or a BadImage.
 
-    decodes: whether an image's pixels are read, too, so that one that is cut short is found. The
-    function's takes_frames: whether the image may be a film, whose first frame is shown.
+    It remembers MAX_SIZES images. decodes: whether it also reads all pixels, so that cut files are
+    found. Its parameter takes_frames: whether the image may be a film, whose first frame counts.
     """
     @lru_cache(MAX_SIZES)
     def read(name: str, takes_frames: bool = False) -> tuple[int, int] | BadImage:

@@ -1,9 +1,7 @@
-"""MGrounding-630k as published (Migician, arXiv 2501.05767) as lines of own data, nothing guessed.
+"""MGrounding-630k (Migician, arXiv 2501.05767) as lines of own data, by its README and a converter.
 
-From the authors' README and a public converter: one JSON array; archives that unpack below a nested
-home/; `images` as "./MGrounding-630k/<Subset>/..."; conversations with an <image> tag per image in
-the first turn; boxes in 0 to 1000 of their image; images named by an ordinal; tracking answers of
-one box per frame. No tracking record could be read, so what may be a shuffled video is left out.
+One JSON array of conversations; boxes are in 0 to 1000 of their image, and ordinals name images. No
+tracking record could be read, so what may be a shuffled video is left out.
 """
 
 import re
@@ -32,19 +30,14 @@ FRAME_NUMBER = re.compile(r"([0-9]{1,12})\.[A-Za-z]+$")
 
 
 def find_image_roots(root: Path) -> list[Path]:
-    """Folders below `root` that stand for ./MGrounding-630k: the folder itself, root, and any below
-    a nested home/.
-    """
+    """The folders that ./MGrounding-630k may mean: `root`, or one below a nested home/."""
     nested = [folder for depth in range(5)
               for folder in sorted(root.glob("home/" + "*/" * depth + NAME))]
     return [root / NAME, root, *(folder for folder in nested if folder.is_dir())]
 
 
 def locate_images(line: dict, root: Path, roots: list[Path]) -> dict:
-    """The line with the paths of its images below `root`.
-
-    roots: of `find_image_roots`. BadImage if a path leads out of `root` or is in none of them.
-    """
+    """The line with image paths below `root`; BadImage if one leaves it or is in no root."""
     names = []
     for name in line["images"]:
         resolve_under_root(root, name)
@@ -60,10 +53,7 @@ def locate_images(line: dict, root: Path, roots: list[Path]) -> dict:
 
 
 def record_lines(record: dict) -> list[dict | Problem]:
-    """A record's questions as lines of own data without ids, with images as written, and why turns
-    are left out; an answer with boxes in several images becomes a line per image. Problem where the
-    whole record is left out.
-    """
+    """A record's turns as lines of own data, one per image of an answer, or as Problems."""
     images = record.get("images")
     require(isinstance(images, list) and bool(images)
             and all(isinstance(name, str) and name for name in images), "record shape")

@@ -1,14 +1,7 @@
 """Your own data: JSON lines or a JSON list, one question each, checked before anyone trains on it.
 
-    {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2,
-     "box": [10, 20, 60, 90], "coordinates": "pixels"}          (on one line)
-
-The guide, notebooks/guide/own_data.md, says what the keys are. It does not name `id`, optional text
-that is used once in the file.
-
-Where one line of a file has "targets" or "image": null, all its questions ask for all boxes (see
-prompts.py): if only those did, the prompt would tell how many boxes there are. A number may be
-written as text or as 2.0.
+notebooks/guide/own_data.md explains the keys. If one line has "targets" or "image": null, every
+question of the file asks for all boxes; else the prompt would tell how many there are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +29,7 @@ from mig_kit.sample import Sample, Target
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a file, checked.
-
-    number: from 1. problems: sentences. sample: None where there are problems. reply: the line's
-    own, or "". is_damaged: whether nothing is wrong but that image files cannot be read.
-    """
+    """A checked line, numbered from 1; sample: None if there are problems."""
 
     number: int
     problems: list[str]
@@ -61,12 +50,12 @@ WRONG_REPLIES = {
 def check_file(path: Path, root: Path, measure: Callable[[Sample], str] | None = None,
                formats: Sequence[BoxFormat] = (), remarks: Remarks | None = None
                ) -> Iterator[tuple[int, list[str]]]:
-    """(line number, what is wrong with it) of every line; an empty list for a correct line.
+    """(line number, problems) of every line; reads the pixels of every image once.
 
-    Reads the pixels of every image once. In memory: one line, one image, a hash per id, to find an
-    id that is used twice, and the sizes of MAX_SIZES images. measure: gives a sentence on a sample
-    that is too long for a model, or "". formats: a line's own reply must pass 01's filter in one of
-    them. remarks: takes in every line.
+    Args:
+        measure: gives a sentence on a sample that is too long for a model, or "".
+        formats: a line's own reply must pass stage 01's filter in one of these formats.
+        remarks: takes in every line.
     """
     for line in iter_checked_lines(path, root, True, remarks):
         problems = [measure(line.sample)] if measure and line.sample else []
@@ -79,9 +68,7 @@ def check_file(path: Path, root: Path, measure: Callable[[Sample], str] | None =
 
 def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
                        remarks: Remarks | None = None) -> Iterator[Line]:
-    """Every line of the file; ValueError for a file that holds no JSON. decodes: of
-    `read_sizes_below`. remarks: takes in every line.
-    """
+    """Every line of the file; ValueError for a file that holds no JSON. See `check_file`."""
     word, read_sizes = entry_word(path), read_sizes_below(root, decodes)
     if word == "row":
         raise ValueError(f"{path} is a parquet table; mig-kit data import FORMAT {path} --out OUT "
@@ -121,10 +108,9 @@ def file_asks_for_all(path: Path) -> bool:
 
 def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True,
                       remarks: Remarks | None = None) -> Iterator[Line]:
-    """Every line; ValueError at the first that is wrong. Reads no pixels.
+    """Every line, without reading pixels; ValueError at the first wrong line.
 
-    takes_damaged: whether a line whose only fault is a damaged image file is given, too; it has no
-    sample. remarks: takes in every line.
+    takes_damaged: whether lines whose only fault is a damaged image are given, without sample.
     """
     for line in iter_checked_lines(path, root, remarks=remarks):
         if line.problems and not (takes_damaged and line.is_damaged):
@@ -135,9 +121,7 @@ def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True,
 
 
 def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None) -> int:
-    """How many lines there are; shows a bar. ValueError with the first wrong one and their number;
-    a damaged image file is left to stage 01.
-    """
+    """The number of lines; ValueError with the first wrong one. Damaged images are left to 01."""
     word, first, n_wrong, n_lines = entry_word(path), "", 0, 0
     total = sum(1 for _ in iter_lines(path)) if word == "line" else None
     lines = iter_checked_lines(path, root, remarks=remarks)
@@ -153,9 +137,7 @@ def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None
 
 
 def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[Sample]:
-    """The samples of the first `limit` lines (None: of all); an image is decoded when it is looked
-    at. ValueError at a wrong line, and for a damaged image, too: nothing is skipped.
-    """
+    """The first `limit` samples (None: all); ValueError at a wrong line or a damaged image."""
     lines = iter_usable_lines(path, root, takes_damaged=False)
     return (line.sample for line in islice(lines, limit))
 

@@ -32,7 +32,7 @@ img { max-width: 100% }
 
 
 def write_preview(samples: Iterator[Sample], out: Path) -> int:
-    """Draw the samples' boxes on their images into one escaped page; returns how many were drawn.
+    """Draw the samples' boxes into one escaped page, and return how many samples were drawn.
 
     Raises: ValueError for a name not ending in .html, a missing folder, or no sample.
     """

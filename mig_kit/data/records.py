@@ -1,6 +1,4 @@
-"""Records of own data and of other projects' data sets: JSON lines, one JSON list or a parquet
-table. Every other kind of file is refused with what it is and the way in.
-"""
+"""Records of a data set: JSON lines, one JSON list or a parquet table; other files are refused."""
 
 import json
 import mmap
@@ -36,11 +34,10 @@ class Problem(ValueError):
 
 @dataclass
 class SkipReport:
-    """What was left out of a data set, and why.
+    """What was left out of a data set, and why; read: records, kept: questions.
 
-    read: records; kept: questions. counts, names: by reason; names holds the first MAX_NAMES.
-    remarks: sentences on what is kept. file: where each name is written, too, with its reason
-    before it.
+    counts, names: by reason (names: the first MAX_NAMES). remarks: on what is kept. file: gets
+    every name with its reason.
     """
 
     read: int = 0
@@ -73,14 +70,7 @@ class SkipReport:
 
 @dataclass(frozen=True)
 class ImportRules:
-    """How a file of another project is read.
-
-    root: the folder that holds all images. coordinates: of all boxes in texts, "" if the file says
-    it. is_padded: boxes are of the image padded to a square. several: what several boxes in an
-    answer are: "any" of them is a correct answer, "all" must be found, or "" for not to be used.
-    instances: the COCO file of RefCOCO's annotations. split: the one that is taken of a file that
-    has several.
-    """
+    """How a file of another project is read; root: the folder that holds all images."""
 
     root: Path
     coordinates: str = ""
@@ -97,8 +87,7 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def read_json(line: bytes | None) -> tuple[object, str]:
-    """What a line of JSON holds, and a sentence where it is none; None for one over MAX_LINE bytes.
-    """
+    """The value on a line, and what is wrong with it; None for a line over MAX_LINE bytes."""
     if line is None:
         return None, (f"the line is longer than {MAX_LINE} bytes; put one question on a line, and "
                       "images into files of their own")
@@ -145,10 +134,7 @@ def require_records(path: Path) -> None:
 
 
 def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:
-    """(number from 1, record, what is wrong with it) of every entry, one in memory at a time.
-
-    ValueError, with the way in, for a file of another kind.
-    """
+    """(number from 1, record, what is wrong with it) of every entry, one in memory at a time."""
     require_records(path)
     word = entry_word(path)
     if re.match(rb'{\s*\n\s*"', _read_opening(path)):
@@ -180,7 +166,7 @@ def _iter_rows(path: Path) -> Iterator[dict]:
 def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
     """The elements of a JSON list, one in memory at a time; ValueError if the file is broken.
 
-    prefix: ijson's name of them, "images.item" for those of the list under the key "images".
+    prefix: ijson's name of the list, such as "images.item" for the list under the key "images".
     """
     if path.stat().st_size:
         _refuse_half_emoji(path)

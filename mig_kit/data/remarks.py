@@ -1,6 +1,4 @@
-"""What a whole file of own data tells and no line alone does: boxes that are in other coordinates
-than stated, and questions with two answers. Both are said with the evidence, and change nothing.
-"""
+"""Remarks on a file of own data: boxes in other coordinates than stated, contradicting answers."""
 
 import math
 import os

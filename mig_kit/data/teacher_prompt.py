@@ -1,7 +1,7 @@
-"""What a model teacher is asked; edit RULES to try another prompt.
+"""What a model teacher is asked; edit RULES to try another prompt. The wording is ours.
 
 As in MG-Thinker (section 3.2, appendix B), the teacher gets the verified answer as a check that it
-must not reveal; the wording is ours. It sees images resized as the student sees them.
+must not reveal.
 """
 
 from PIL import Image

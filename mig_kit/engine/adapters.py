@@ -1,7 +1,7 @@
-"""LoRA adapters in folders: which model they were trained on, and a layer with its adapter merged.
+"""LoRA adapters in folders: the base they were trained on, and a layer merged with its adapter.
 
-PEFT merges each layer, so every kind of LoRA comes out as `merge_and_unload` would give it. What
-PEFT cannot compute again from folder and base is refused.
+PEFT merges each layer, as `merge_and_unload` would. An adapter whose initialisation changed the
+base in a way that PEFT cannot compute again is refused.
 """
 
 import copy
@@ -30,9 +30,7 @@ ELSEWHERE = ("merge it where it was trained, with PEFT's merge_and_unload, and g
 
 @dataclass(frozen=True)
 class Adapter:
-    """config: PEFT's LoraConfig. modules: name of an adapted module -> its tensors, by what follows
-    the name. replaced: name of a tensor of the model -> the one that takes its place.
-    """
+    """A LoRA adapter, read."""
 
     folder: Path
     config: object
@@ -43,8 +41,7 @@ class Adapter:
 def load_adapter(folder: Path, four_bit: bool = False) -> Adapter:
     """An adapter as PEFT saves it; four_bit: whether it was trained on 4-bit weights.
 
-    FileNotFoundError where the folder holds none; ValueError for one that is no LoRA, or that
-    nobody can merge without what its initialisation saw.
+    Raises: FileNotFoundError if the folder holds none, ValueError if it cannot be merged.
     """
     from peft import PeftConfig  # takes seconds to import
 
@@ -72,10 +69,7 @@ def load_adapter(folder: Path, four_bit: bool = False) -> Adapter:
 
 
 def check_adapter_fits(adapter: Adapter, model: torch.nn.Module, base: str | Path) -> None:
-    """Raise ValueError with the reason where the adapter changes what this model lacks, or shares.
-
-    model: the base's class, on the meta device.
-    """
+    """ValueError if the adapter changes what `model` (on the meta device) lacks, or shares."""
     if unknown := sorted(adapter.modules.keys() - dict(model.named_modules())):
         raise ValueError(
             f"the adapter changes {unknown[0]}, which {base} does not have; give the base that the "
@@ -95,10 +89,10 @@ def check_adapter_fits(adapter: Adapter, model: torch.nn.Module, base: str | Pat
 
 
 def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a layer, by their names in it, with its adapter merged in by PEFT.
+    """The parameters of a layer, by their names in it, after PEFT has merged its adapter.
 
-    W + alpha / r * B A in the plain case, where B A is computed in float32. layer: the module
-    `name` with the base's weights, which may be changed. ValueError where PEFT cannot merge it.
+    A plain LoRA gives W + alpha / r * B A, with B A in float32. layer: the module `name` with the
+    base's weights, which may change. ValueError if PEFT cannot merge the adapter.
     """
     from peft import inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -128,9 +122,7 @@ def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str
 
 
 def weights_digest(model: str | Path) -> str:
-    """Tells a model's weights from others, wherever they lie and in whichever files: SHA-256 over
-    the name and the first row of every tensor.
-    """
+    """SHA-256 over name and first row of every tensor: tells a model's weights in any layout."""
     rows = []
     for name, path in locate_tensors(model).items():
         with safe_open(path, "pt") as file:
@@ -157,10 +149,10 @@ def describe_adapter(adapter: Path) -> dict:
 
 
 def check_adapter_base(adapter: Path, base: str | Path, four_bit: bool | None = None) -> str:
-    """One sentence if it cannot be known whether the adapter was trained on the weights of `base`,
-    a folder or hub name, or if four_bit is not as in its training; else "".
+    """"", or one sentence: it is unknown whether the adapter was trained on the weights of `base`
+    (folder or hub name), or four_bit is not as in its training.
 
-    ValueError where it was trained on other weights. FileNotFoundError where it is no adapter.
+    Raises: ValueError for an adapter of other weights, FileNotFoundError for no adapter.
     """
     for file in FILES:
         if not (adapter / file).is_file():

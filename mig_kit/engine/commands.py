@@ -21,11 +21,10 @@ def absolute_folder(model: str) -> str:
 
 def find_model(model: str, coordinates: str | None, min_pixels: int | None,
                max_pixels: int | None, server: str = "") -> RunModel:
-    """What --model names, with the box format that it brings along.
+    """What --model names, with its box format; options change that of a folder or hub name.
 
-    Options change the format of a folder or hub name, and a line says what is used. That of a run's
-    model is not changed. With a server, a name that is of no run and of no model that the kit loads
-    becomes a ServedName; ValueError where --coordinates is then missing.
+    With a server, a name that the kit cannot load becomes a ServedName; ValueError if it has no
+    --coordinates.
     """
     from mig_kit.engine import models
     from mig_kit.engine.model_folders import (

@@ -1,8 +1,6 @@
 """Merge an adapter into a model's weights file by file: no whole model is ever in memory.
 
-Each tensor is read from the base, quantised and dequantised where training saw it so, changed by
-its adapter and written. The peak is a shard and a few copies of the largest tensor. Notebooks 02
-and 03 look at one weight and its adapter.
+Each tensor is read from the base, rounded to NF4 if training saw it so, merged and written.
 """
 
 import copy
@@ -40,12 +38,11 @@ SHARD_BYTES = 2 * 2**30
 
 def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
                        processor: StillImageProcessor, four_bit: bool) -> None:
-    """Write `base` with the LoRA `adapter` merged in as a model folder, tensor by tensor.
+    """Write `base` with the LoRA `adapter` merged in as a model folder, as `save_model` writes one.
 
-    As PEFT's merge_and_unload, in hardware.dtype (`merge_layer`); with four_bit, into the base's
-    weights after NF4 with double quantisation, as `load_model(..., four_bit=True)` computes with
-    them. The files are those of `save_model`. They are written to a folder beside `folder`, which
-    then takes its place. ValueError for another model's adapter, or one that cannot be merged.
+    Merges as PEFT's merge_and_unload in hardware.dtype; four_bit: into the base after NF4 with
+    double quantisation, as `load_model(..., four_bit=True)` computes. The folder is complete or
+    missing. ValueError for another model's adapter, or one that cannot be merged.
     """
     check_model_folder(base)
     config = load_config(base)
@@ -110,8 +107,8 @@ def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
                 source: Collection[str] = ()) -> tuple[dict[str, str], StateDictSplit]:
     """(name in a file -> name in the model, the files of at most SHARD_BYTES).
 
-    model: its tensors may be on the meta device. A tied head is not in the file. source: names in
-    the base's files; experts that are one tensor there stay one.
+    model: may be on the meta device. source: names in the base's files; experts that are one tensor
+    there stay one.
     """
     is_tied = model.config.tie_word_embeddings
     names, tensors = {}, {}
@@ -149,11 +146,7 @@ def write_settings(model, base: str | Path, folder: Path, dtype: torch.dtype) ->
 
 
 def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
-    """The weight of the first adapted projection of the language model's first layer, (outputs,
-    inputs) float32.
-
-    lora_targets: a key of ADAPTED_PROJECTIONS.
-    """
+    """First adapted projection of the language model's first layer, (outputs, inputs) float32."""
     tensors = locate_tensors(base)
     name = _first_projection([name.removesuffix(".weight") for name in tensors], lora_targets)
     return read_tensor(tensors, f"{name}.weight").float()
@@ -161,9 +154,7 @@ def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
 
 def read_adapter(adapter: Path,
                  lora_targets: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(A, B, alpha / r * B A) that a plain adapter has for the matrix of `read_projection`;
-    float32.
-    """
+    """A, B and alpha / r * B A of a plain adapter for the matrix of `read_projection`, float32."""
     lora = load_adapter(adapter)
     matrices = lora.modules[_first_projection(lora.modules, lora_targets)]
     a, b = (matrices[f"lora_{letter}.weight"].float() for letter in "AB")

@@ -51,15 +51,11 @@ PROCESSORS = dict.fromkeys(FAMILIES, "Qwen3VLProcessor") | {
 
 
 class ServedName(str):
-    """What a server calls a model that the kit cannot load: of another family, or on no disk here.
-
-    Where a folder or hub name is taken, it says that no processor is to be read.
-    """
+    """What a server calls a model that the kit cannot load, so that no processor is read."""
 
 
 def find_file(model: str | Path, name: str, ask_hub: bool = True) -> Path | None:
-    """A file of a model folder, or of a hub name (downloaded into its cache); None if it has none.
-    """
+    """A file of a model folder, or of a hub name (downloaded into its cache); None without one."""
     path = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False, local_files_only=not ask_hub)
     return Path(path) if path else None
@@ -99,9 +95,7 @@ def read_model_type(model: str | Path, ask_hub: bool = True) -> str:
 
 
 def check_model_folder(model: str | Path) -> None:
-    """Raise FileNotFoundError with one sentence when a local folder lacks what loading needs,
-    ValueError when it is of none of FAMILIES; hub names pass.
-    """
+    """FileNotFoundError if a local folder lacks files, ValueError if it is of none of FAMILIES."""
     path = Path(model)
     if not path.exists():
         could_be_hub_name = os.sep not in str(model) or str(model).count("/") == 1
@@ -167,8 +161,7 @@ def _refuse_other_family(model: str | Path) -> None:
 def load_config(model: str | Path):
     """The configuration of a folder or hub name.
 
-    ValueError unless its model_type is one of FAMILIES and its weights are full; FileNotFoundError
-    where there is no such folder and the hub gives none.
+    Raises: FileNotFoundError if there is none, ValueError for a quantised one or none of FAMILIES.
     """
     _refuse_other_family(model)
     try:

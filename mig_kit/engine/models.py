@@ -1,8 +1,7 @@
 """Models and processors: loading, checking and saving.
 
-One place decides device, dtype and attention, and says why. Every Qwen2.5-VL folder or hub name
-loads here, the shipped tiny base like the 7B, and so do Qwen2-VL, Qwen3-VL and Qwen3.5, which write
-boxes in 0 to 1000. Only safetensors are read, and no code that a model folder carries is ever run.
+One place decides device, dtype and attention, and says why. Qwen2.5-VL, Qwen2-VL, Qwen3-VL and
+Qwen3.5 load here. Only safetensors are read, and no code of a model folder is ever run.
 """
 
 import warnings
@@ -62,22 +61,12 @@ class Hardware:
 
 
 def settle_vector_math() -> None:
-    """Let MKL choose the code of its vector functions now, on one thread.
-
-    Where two threads make the first call at once, one of them now and then gets a cosine that is
-    correct to four digits only, in that call: on a busy machine 22 of 1,030 fresh processes saw
-    other image features than the rest, none of 1,820 after this.
-    """
+    """Let MKL choose the code of its vector functions now, on one thread."""
     torch.cos(torch.ones(8))
 
 
 def fast_bf16_instructions() -> str:
-    """The instructions of this CPU that multiply bf16 numbers faster than float32, or "".
-
-    They are looked up and not timed: a measured ratio would choose another dtype now and then on a
-    busy machine, and with it other numbers for the same seed. avx512_bf16 counts where the CPU is
-    not Intel's: a Xeon that lacks or hides AMX multiplies bf16 at 0.6 of its float32 rate.
-    """
+    """The instructions of this CPU that multiply bf16 numbers faster than float32, or ""."""
     capabilities = torch.cpu.get_capabilities()
     is_intel = "Intel" in capabilities.get("cpu_name", "")
     fast = ("amx_bf16",) if is_intel else ("amx_bf16", "avx512_bf16")
@@ -87,10 +76,9 @@ def fast_bf16_instructions() -> str:
 def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
-    dtype: "auto", "float32" or "bfloat16"; device: "auto" (a GPU where there is one), "cuda" or
-    "cpu"; ValueError for another. RuntimeError where device is "cuda" and PyTorch sees no GPU. On a
-    CPU the dtype "auto" asks for `fast_bf16_instructions`: with them bf16 products run two to five
-    times faster than float32, without them slower.
+    dtype: "auto", "float32" or "bfloat16"; "auto" is bfloat16 on a CPU with
+    `fast_bf16_instructions`. device: "auto" (a GPU if there is one), "cuda" or "cpu". ValueError
+    for other words, RuntimeError if PyTorch sees no GPU for "cuda".
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
@@ -132,58 +120,42 @@ def _choose_on_cpu(dtype: str) -> Hardware:
 
 
 def resolve_model(model: str) -> str | Path:
-    """"tiny" stands for the base that mig_kit ships, a folder for itself (a relative one starts at
-    the project), anything else is a hub name.
-    """
+    """"tiny" for the shipped base, a folder (relative to the project), or else a hub name."""
     folder = model_folder(model)
     return folder if folder.is_dir() else model
 
 
 def pack_windows(tower: torch.nn.Module, hardware: Hardware) -> None:
-    """Let a vision tower attend to all of its windows in one call, on a GPU in bfloat16.
-
-    sdpa attends to each of thousands of windows in a call of its own. Set after loading, for
-    while it loads, transformers asks the hub for a kernel of any name with "flash" in it.
-    """
+    """Let a vision tower attend to all of its windows in one call, on a GPU in bfloat16."""
     if hardware.device == "cuda" and hardware.dtype == torch.bfloat16:
         tower.config._attn_implementation = attention.PACKED_NAME
 
 
 def run_tower_without_graph(model: VisionLanguageModel) -> None:
-    """Let the frozen vision tower run without autograd from here on.
-
-    Gradient checkpointing makes the patches require a gradient, so that a backward pass would go
-    through the whole tower, whose weights take none.
-    """
+    """Let the frozen vision tower run without autograd from here on."""
     tower = model.model.visual
     tower.forward = torch.no_grad()(tower.forward)
 
 
 class PatchProduct(torch.nn.Module):
-    """The vision tower's first layer as a matrix product over the weights of its convolution.
-
-    The kernel covers a whole patch, so that both compute the same, and a convolution is slower. The
-    parameters keep the convolution's names and shapes: checkpoints stay the same.
-    """
+    """The vision tower's first layer as a matrix product, faster than its equal convolution."""
 
     def __init__(self, convolution: torch.nn.Conv3d):
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """patches: (patches, channels, frames, height, width) of the kernel's size -> (patches,
-        width of the tower).
-        """
+        """(patches, channels, frames, height, width) -> (patches, width of the tower)."""
         weight = self.weight.flatten(1)
         return torch.nn.functional.linear(patches.flatten(1), weight, self.bias)
 
 
 def load_model(model: str | Path, hardware: Hardware,
                four_bit: bool = False) -> VisionLanguageModel:
-    """A model of one of FAMILIES from a folder or hub name, in eval mode, on hardware.device.
+    """A model of FAMILIES from a folder or hub name, in eval mode, on hardware.device.
 
-    four_bit: NF4 with double quantisation; the vision tower and the head stay in hardware.dtype,
-    and so do fused experts, with a warning.
+    four_bit: NF4 with double quantisation; the vision tower, the head and fused experts stay in
+    hardware.dtype.
     """
     check_model_folder(model)
     config, quantization = load_config(model), None
@@ -222,12 +194,7 @@ def load_model(model: str | Path, hardware: Hardware,
 
 @dataclass
 class Policy:
-    """A model with all that it needs to read prompts and write replies.
-
-    model: a VisionLanguageModel, or PEFT's around one. processor: its folder's, with the pixel
-    limits of box_format. hardware: where the model lies and in which numbers it computes.
-    box_format: how it sees images and writes boxes.
-    """
+    """A model with all that it needs to read prompts and write replies."""
 
     model: torch.nn.Module
     processor: StillImageProcessor
@@ -237,20 +204,13 @@ class Policy:
 
 def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
                 four_bit: bool = False) -> Policy:
-    """The model and the processor of a folder or hub name; raises what load_model and
-    load_processor raise.
-    """
+    """Model and processor of a folder or hub name; raises as `load_model` and `load_processor`."""
     processor = load_processor(folder, box_format)  # first: it takes no minutes to refuse
     return Policy(load_model(folder, hardware, four_bit), processor, hardware, box_format)
 
 
 def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat) -> Policy:
-    """The frozen 4-bit base, ready to carry an adapter.
-
-    On a CPU that multiplies in bfloat16, what passes between the language model's layers is
-    bfloat16, too: in float32, a quarter of a step goes into conversions. The vision tower, which
-    locates, keeps float32. With hardware.dtype bfloat16 it is bfloat16, too.
-    """
+    """The frozen 4-bit base, ready to carry an adapter."""
     from peft import prepare_model_for_kbit_training
 
     policy = load_policy(base, hardware, box_format, four_bit=True)
@@ -271,7 +231,7 @@ def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
                         box_format: BoxFormat) -> Policy:
     """The 4-bit base under a saved adapter that goes on being trained, without dropout.
 
-    Raises ValueError as `check_adapters`, and where the adapter is another base's.
+    Raises ValueError as `check_adapters`, and for another base's adapter.
     """
     from peft import LoraConfig, PeftModel
 
@@ -286,9 +246,7 @@ def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
 
 
 def check_adapters(model: torch.nn.Module) -> list[str]:
-    """Full names of the modules that carry a LoRA adapter; raises ValueError if one lies outside
-    the language model or one of its adapter's LORA_TARGETS was missed.
-    """
+    """Full names of the modules that carry a LoRA adapter; ValueError if they are wrong ones."""
     names = sorted(name for name, module in model.named_modules()
                    if "lora_A" in dict(module.named_children()))
     outside = [name for name in names if "language_model" not in name]
@@ -307,11 +265,9 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
 
 
 def save_model(model, processor: StillImageProcessor, folder: Path, base: str | Path) -> None:
-    """Write a model folder that opens like its base: weights, config, image settings, and the files
-    of `base` that training does not change.
+    """Write a model folder that opens like `base`, whose unchanged files it takes over.
 
-    base: the folder or hub name that the model was made from. The image settings hold the pixel
-    limits that the model was trained with.
+    The image settings hold the pixel limits that the model was trained with.
     """
     model = unwrap_peft(model)
     if getattr(model.config, "quantization_config", None) is not None:

@@ -39,9 +39,8 @@ def open_policy(model: str | Path, system: str, hardware: Hardware, box_format: 
                 folder: Path, params: SimpleNamespace) -> Iterator[Policy | ServedModel]:
     """What draws a model's replies: a policy, or with `params.server` servers that hold the model.
 
-    model: a folder or hub name; system: what it is called in the run. A server that this starts
-    writes to folder/server_<system>.log and ends with the context. With servers no weights are
-    loaded here.
+    model: a folder or hub name. system: the model's name in the run. A server that this starts logs
+    to folder/server_<system>.log and ends with the context.
     """
     if not params.server:
         yield load_policy(model, hardware, box_format)
@@ -82,9 +81,8 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
                    cache: SampleCache | None = None) -> dict[str, list[str]]:
     """`replies` replies to every sample, by sample id, appended to `path` as they are drawn.
 
-    What is whole in the file is not drawn again. cache: prompts made ready by an earlier call for
-    the same model. Servers are asked about each sample on its own; seed and cache are the local
-    loop's, which draws batch by batch.
+    What is whole in the file is not drawn again. cache: prepared prompts of the same model. seed
+    and cache do not apply to servers.
     """
     ids, is_stored = [sample.id for sample in samples], load_replies(path).keys()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,14 +119,7 @@ def _ask_servers(served: ServedModel, samples: Sequence[Sample], ids: list[str],
 def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_stored: Set[str],
                   replies: int, sampling: SamplingOptions, seed: int,
                   cache: SampleCache) -> Iterator[dict[str, Drawn]]:
-    """Replies by id, batch by batch; ids: of the samples.
-
-    Each batch has its own seed, and batches are cut before anything is skipped, so a resumed run
-    draws what an uninterrupted one would have drawn. Questions about the same images share a batch,
-    which reads these images once. A batch is drawn in as many rounds as the free memory asks for,
-    with the same numbers. The replies are the same with any number of batches under way, but where
-    products round by the number of cores, as AMX's in bf16 do: there a few in a hundred differ.
-    """
+    """Replies by id, batch by batch, each with its own seed; ids: of the samples."""
     todo = [(number, batch) for number, batch in enumerate(_cut_batches(samples))
             if not is_stored >= {ids[index] for index in batch}]
     one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
@@ -159,12 +150,9 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
 
 
 def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterator:
-    """function(part) for every part, in their order, `threads` at a time.
+    """function(part) for every part, in order, `threads` at a time; 1 stays in this thread.
 
-    A step of a small model is hundreds of operations that are too short for all cores of a CPU to
-    share: two of them side by side, on half of the cores each, take less time than one after the
-    other. With one thread, or with a GPU, the calls are made in this thread. The caller sees to it
-    that no call changes what another one reads.
+    No call may change what another one reads.
     """
     if threads == 1 or torch.cuda.is_available():
         yield from map(function, parts)
@@ -192,11 +180,7 @@ def _cut_batches(samples: Sequence[Sample]) -> list[list[int]]:
 
 
 def _image_list_key(sample: Sample) -> int | str:
-    """Tells a list of images from others without decoding them.
-
-    Files by their path, images in memory by themselves, which the samples keep alive; a sample
-    whose images a table holds is alone with them.
-    """
+    """A key of the sample's images: their paths, or their identities in memory; decodes nothing."""
     if not isinstance(sample.images, LazyImages):
         return hash(tuple(map(id, sample.images)))
     contents = [image.content for image in sample.images.encoded]

@@ -1,6 +1,4 @@
-"""Rewards by name: the kit's own, and functions in files of users, tried before anything is
-trained.
-"""
+"""Rewards by name: the kit's own, and functions in users' files, tried before any training."""
 
 import asyncio
 import inspect
@@ -33,10 +31,7 @@ RL_NEEDS = ("RL makes likelier what a model sometimes gets right; let it learn f
 
 
 def copy_reward_files(references: Sequence[str], folder: Path) -> None:
-    """Copy the files that `references` name into the stage's folder, from where they are loaded.
-
-    So a run documents what it was trained with, and who edits a file meanwhile changes nothing.
-    """
+    """Copy the files of `references` into the stage's folder, from where they are loaded."""
     for path in {split_function_name(text)[0] for text in references if ":" in text}:
         (folder / FOLDER).mkdir(exist_ok=True)
         write_atomically(folder / FOLDER / path.name,
@@ -45,10 +40,7 @@ def copy_reward_files(references: Sequence[str], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class BatchReward:
-    """A reward in TRL's form: of all replies of a batch, which it may compare.
-
-    So a single reply has no value: called in the kit's form it gives None.
-    """
+    """A reward in TRL's form, of all replies of a batch; for a single reply it gives None."""
 
     function: Callable
 
@@ -57,11 +49,10 @@ class BatchReward:
 
 
 def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
-    """name -> reward, in the order of `references`: names of the kit's and "file.py:function",
-    which may have the kit's form or TRL's, then a BatchReward.
+    """Name -> reward, for names of the kit's and "file.py:function", whose copy is in `folder`.
 
-    folder: of the stage, which has copies of the files. ValueError, with file and line, where a
-    file cannot be imported or has no such function.
+    A function has the kit's form, or TRL's and becomes a BatchReward. ValueError, with file and
+    line, for a file that cannot be imported or has no such function.
     """
     rewards = {}
     for text in references:
@@ -100,9 +91,7 @@ def _import_file(copy: Path, path: Path) -> ModuleType:
 
 
 def describe_error(error: Exception, file: str) -> str:
-    """"file, line n: class: message" of an error; n: the last line of the file that it went
-    through.
-    """
+    """"file, line n: class: message" of an error; n: the last line of the file it went through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
@@ -125,9 +114,7 @@ def _name_errors(name: str, reward: Reward) -> Iterator[None]:
 
 def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
                    box_format: BoxFormat) -> float | None:
-    """What the reward gives, a finite number or None; ValueError, with file and line, for anything
-    else and for an error in it.
-    """
+    """The reward, a finite number or None; ValueError with file and line for anything else."""
     with _name_errors(name, reward):
         value = reward(reply, sample, box_format)
     return _check_value(name, reward, value, sample)
@@ -154,9 +141,7 @@ def _source(reward: Reward) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Score:
-    """A reward of `score_functions`, checked and with the penalty; called with a reply and its
-    sample it gives a number or None, as 05 counts it.
-    """
+    """A reward with its checks and penalty: reply and sample -> number or None, as 05 counts it."""
 
     name: str
     reward: Reward
@@ -169,11 +154,11 @@ class Score:
         return self._penalise(value, reply, sample)
 
     def judge_batch(self, replies: Sequence[str], samples: Sequence[Sample], **given):
-        """What the replies of a batch earn, of a BatchReward; if that is async, a coroutine of it.
+        """What a BatchReward gives the replies of a batch; a coroutine of that if it is async.
 
-        given: what TRL gives beside prompts and images. Columns are added: question, sizes ((width,
-        height) of each image, pixels), targets ((image number, box) pairs, pixels of the original),
-        options, letter and solution (a correct answer as the model writes it).
+        given: TRL's arguments beside prompts and images. Columns are added: question, sizes
+        ((width, height), pixels), targets ((image number, box), pixels of the original), options,
+        letter and solution (a correct answer as the model writes it).
         """
         arguments = given | _batch_columns(samples, self.box_format)
         with _name_errors(self.name, self.reward):
@@ -229,10 +214,10 @@ def as_completions(replies: Sequence[str]) -> list[list[dict]]:
 
 def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
                     hallucinated_image_penalty: str = "format") -> dict[str, Score]:
-    """The rewards by name, checked and with the penalty, as functions of reply and sample.
+    """The rewards by name as functions of reply and sample, checked and with the penalty.
 
-    hallucinated_image_penalty: what a reply loses whose reasoning cites an image that the prompt
-    does not have: "none", the "format" reward, or "all" of them.
+    hallucinated_image_penalty: what a reply loses that cites a missing image: "none", the "format"
+    reward, or "all" rewards.
     """
     penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
     return {name: Score(name, reward, box_format, name in penalised[hallucinated_image_penalty])
@@ -246,8 +231,9 @@ def correct_reply(sample: Sample, box_format: BoxFormat) -> str:
 
 def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_format: BoxFormat,
                 group: int = 2) -> None:
-    """Score a correct and an empty reply to the first question of each kind; raises as
-    `compute_reward`, and ValueError for a reward of a file that has no value for any question.
+    """Try the rewards on a correct and an empty reply to the first question of each kind.
+
+    Raises as `compute_reward`, and ValueError for a user's reward that never has a value.
     """
     if of_batches := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
         print(f"warning: {', '.join(of_batches)} judge whole batches, as TRL gives them: the "

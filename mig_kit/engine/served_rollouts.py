@@ -1,13 +1,9 @@
 """Rollouts that servers draw for stage 05, and the correction that they need.
 
-Once per update the adapter is saved and loaded by the servers under a new name. They compute in
-other numbers than the learner, so every reply brings the log-probabilities with which it was drawn,
-and TRL weights the loss by their ratio to the learner's own.
-
-Servers have been seen that load an adapter and answer without it, at once or after a pause, and
-others that kept old weights. Neither is an error to them, and the loss goes on. So a canary, an
-adapter that no model can overlook, is tried before every update's, and log-probabilities that stay
-apart end the training.
+Once per update the servers load the adapter under a new name. They round otherwise than the
+learner, so replies bring their log-probabilities, and TRL weights the loss by the ratio. Servers
+may silently ignore an adapter or keep an old one: a canary, which no model can overlook, is tried
+first, and log-probabilities that stay apart end the training.
 """
 
 import shutil
@@ -46,11 +42,7 @@ LEAST_CHANGE = 0.05  # nats by which the canary must move the first token
 
 
 class ServedRollouts:
-    """Draws a trainer's completions from servers, and keeps their adapter up to date.
-
-    folder: the stage's. model: the folder that servers hold and the adapter belongs to. version:
-    the update, from 1, for which the servers' adapter was saved.
-    """
+    """Draws a trainer's completions from servers, and keeps their adapter up to date."""
 
     def __init__(self, model: str | Path, box_format: BoxFormat, folder: Path,
                  params: SimpleNamespace):
@@ -62,8 +54,7 @@ class ServedRollouts:
 
     def draw(self, trainer, samples: list[Sample], prompts: list[Prompt], group: int,
              sampling: SamplingOptions) -> tuple[list[list[int]], list[list[float]]]:
-        """`group` completions to each prompt, in sequence, with the adapter as it is: token ids,
-        and the log-probability with which each token was drawn.
+        """`group` completions to each prompt, in sequence: token ids and their log-probabilities.
 
         One without an end token is cut. RuntimeError for a stale adapter or other prompt ids.
         """
@@ -104,11 +95,7 @@ class ServedRollouts:
         self.model_name = self.served.name
 
     def _sync(self, trainer) -> None:
-        """Have all servers draw with the adapter of this update: step-<update>-<its hash>.
-
-        A server keeps what it has read of a prompt under the adapter's name. So one that goes on
-        after a kill must not give new weights an old name.
-        """
+        """Have all servers draw with this update's adapter, named step-<update>-<its hash>."""
         version, before, name = trainer.state.global_step + 1, self.adapter, ""
         if trainer.accelerator.is_main_process:
             folder = self.folder / "checkpoints" / SERVED_ADAPTERS
@@ -125,10 +112,7 @@ class ServedRollouts:
         self.served.name, self.version = self.adapter, version
 
     def _try_canary(self, trainer, question: Question) -> None:
-        """Raise RuntimeError if an adapter with large weights changes nothing at a server.
-
-        It takes the place of the last update's, and `_sync` unloads it.
-        """
+        """RuntimeError if an adapter with large weights changes nothing at a server."""
         if not trainer.accelerator.is_main_process:
             return
         folder, before = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary", self.adapter
@@ -161,9 +145,7 @@ class ServedRollouts:
         apply_umask(folder)
 
     def _first_token(self, server: Server, name: str) -> ServedReply | None:
-        """The likeliest first token of a reply that `server` draws as model `name`; None if it has
-        died.
-        """
+        """The likeliest first token of model `name` at `server`; None if the server has died."""
         served = replace(self.served, name=name, servers=[server], concurrency=1)
         sampling = SamplingOptions(temperature=0.0, max_new_tokens=1)
         try:
@@ -174,11 +156,7 @@ class ServedRollouts:
             return None
 
     def _load(self, name: str, path: Path, before: str) -> None:
-        """Load an adapter at every server, and unload the one before.
-
-        A server that outlived a killed stage may hold it already: the name has the weights' hash.
-        One that was started again does not hold the one before.
-        """
+        """Load an adapter at every server, and unload the one before."""
         for server in (server for server in self.served.servers if server.is_alive):
             try:
                 listed = server.connection.list_models()
@@ -200,8 +178,9 @@ class ServedRollouts:
 
 
 class StopIfServerIsStale(TrainerCallback):
-    """Ends a training whose log-probabilities were more than MAX_DIFFERENCE from the server's, in
-    the mean, in the last three updates that drew replies; checkpoints stay.
+    """Ends a training whose log-probabilities are over MAX_DIFFERENCE from the servers'.
+
+    It judges the means of the last three updates that drew replies.
     """
 
     def __init__(self):

@@ -1,12 +1,8 @@
 """Replies of a model that servers hold, for stages 04, 05 and 06.
 
-Several servers share the work. One that dies is left out, and its requests are asked again
-elsewhere. Servers do data, tensor and pipeline parallelism on their own.
-
-A server has to draw from the distribution that the kit's own loop draws from. So the request has
-the images at the size that the model sees, and says every sampling parameter: a server would take
-those that are missing from the model's generation_config.json. The ids of the server's prompt have
-to equal the kit's own. There is no seed: served replies cannot be drawn again to the bit.
+Servers share the work; a dead one's requests are asked again elsewhere. They must draw as the kit's
+own loop: a request holds the images as the model sees them and every sampling parameter, and prompt
+ids are compared. Without a seed, served replies cannot be drawn again to the bit.
 """
 
 import time
@@ -68,9 +64,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class ServedReply:
-    """One reply. ids, logps: its tokens with the end token, and their log-probabilities; None where
-    the server does not tell them. finish_reason: why it ended, in the server's word.
-    """
+    """One reply of a server."""
 
     text: str
     ids: list[int] | None = None
@@ -80,13 +74,7 @@ class ServedReply:
 
 @dataclass
 class ServedModel:
-    """A model that servers hold; it takes the place of a Policy where replies are drawn.
-
-    name: what requests call the model. concurrency: requests under way. processor: None for a model
-    that the kit cannot load; its prompts cannot be compared, and it is asked with OpenAI's fields
-    alone. end_tokens: every token that ends a reply. failure: says why a server that the stage
-    has started ended, "" while it runs and of others' servers.
-    """
+    """A model that servers hold; it takes the place of a Policy where replies are drawn."""
 
     name: str
     servers: list[Server]
@@ -102,10 +90,9 @@ class ServedModel:
 
     def ask(self, questions: Iterable[Question], sampling: SamplingOptions,
             with_logps: bool = False) -> Iterator[tuple[Question, list[ServedReply]]]:
-        """Every question with its replies, as they come.
+        """Every question, read as needed, with its replies, as they come.
 
-        questions: read as they are needed. Raises RuntimeError with one sentence when a server's
-        answer cannot be used, or no server is left.
+        Raises RuntimeError if an answer cannot be used, or no server is left.
         """
         fields = self.sampling_fields(sampling, with_logps)
         return iter_results(lambda question: (question, self._draw(question, fields)), questions,
@@ -145,9 +132,7 @@ class ServedModel:
         return replies
 
     def _pick(self) -> Server:
-        """The living server with the fewest requests under way, which now has one more;
-        RuntimeError if none is left.
-        """
+        """The least busy living server, which now has one more request; RuntimeError if none."""
         with self.count_lock:
             alive = [server for server in self.servers if server.is_alive]
             if alive:
@@ -160,9 +145,7 @@ class ServedModel:
 
     def _handle_failure(self, server: Server, form: int, failure: RequestFailed,
                         with_logps: bool) -> None:
-        """Leave a dead server out, or ask with fewer fields if these are refused; RuntimeError if
-        asking again makes no sense.
-        """
+        """Leave a dead server out, or ask with fewer fields; RuntimeError if neither can help."""
         is_first = server.form > form or not server.answers
         last_form = 2 if self.processor else 3
         if failure.is_temporary:
@@ -231,9 +214,7 @@ class ServedModel:
         return list(inputs["input_ids"][0])
 
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
-        """The fields of a request that say how to draw; with_logps: ask for log-probabilities, of
-        processed logits.
-        """
+        """The fields of a request that say how to draw, with log-probabilities if asked for."""
         if self.processor is None:
             return {"temperature": sampling.temperature, "top_p": sampling.top_p,
                     "max_tokens": sampling.max_new_tokens,
@@ -248,10 +229,7 @@ class ServedModel:
         return fields | ({"logprobs": True} if with_logps else {})
 
     def parse_replies(self, answer: dict, with_logps: bool) -> list[ServedReply]:
-        """The replies of a chat completion.
-
-        ValueError if this is no complete one, or lacks what with_logps needs.
-        """
+        """The replies of a chat completion; ValueError if it is incomplete."""
         try:
             return [self._parse_choice(choice, with_logps) for choice in answer["choices"]]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -275,10 +253,7 @@ class ServedModel:
 
 
 def check_prompt_ids(answer: dict, expected: list[int], sample_id: str, url: str) -> None:
-    """Raise RuntimeError unless the server has read the prompt that the kit would have read.
-
-    A server that tells no ids is checked by their number.
-    """
+    """RuntimeError unless the server has read the kit's prompt, by its ids or their number."""
     served, usage = answer.get("prompt_token_ids"), answer.get("usage") or {}
     n_served = len(served) if served is not None else usage.get("prompt_tokens")
     if served == expected or (served is None and n_served in (None, len(expected))):

@@ -1,7 +1,6 @@
 """Servers of a model: started for it by a stage and ended, or found where they are.
 
-A server's command is a parameter, with `{model}` and `{port}` in it, such as
-`vllm serve {model} --host 127.0.0.1 --port {port}`.
+A command holds `{model}` and `{port}`: `vllm serve {model} --host 127.0.0.1 --port {port}`.
 """
 
 import os
@@ -36,11 +35,9 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE",
 
 
 class ServerProcess:
-    """A server that `command` runs for one model, on a free port of this machine.
+    """A server that `command` starts for one model, on a free port; `guard` ends it with us.
 
-    url: up to and with /v1. Its output goes to the file `log`. When this process ends, in whatever
-    way, the server and all that it has started end, too (`guard`). The start only begins it; see
-    `wait_until_ready`.
+    url: up to and with /v1. log: the file of its output. See `wait_until_ready`.
     """
 
     def __init__(self, command: str, model: str | Path, log: Path):
@@ -58,9 +55,7 @@ class ServerProcess:
                 start_new_session=True)  # else a signal to the stage's group would end the guard
 
     def wait_until_ready(self, timeout: float = START_TIMEOUT) -> None:
-        """Return when the server answers; RuntimeError with its last lines if it ends before, or
-        does not answer in time.
-        """
+        """Return when the server answers; RuntimeError if it ends before, or takes too long."""
         deadline = time.monotonic() + timeout
         with closing(Connection(self.url, read_api_key(), TIMEOUT)) as connection:
             while not connection.is_ready():
@@ -108,8 +103,7 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
     """A model on servers; a server that the stage starts ends with the context.
 
     server: addresses or a command, see `parse_server`. model: a folder, a hub name or a ServedName.
-    system: a name by which a server may serve the model, beside its folder's. Raises ValueError or
-    RuntimeError before anything is drawn.
+    system: another name by which a server may serve it. Raises ValueError or RuntimeError.
     """
     key, urls = read_api_key(), parse_server(server)
     processor, end_tokens = None, []
@@ -132,9 +126,9 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
 
 
 def _find_served_name(servers: list[Server], names: tuple[str, ...], is_own: bool) -> str:
-    """What the servers call the model; RuntimeError unless one of them serves it under `names`.
+    """What the servers call the model; RuntimeError unless one serves it under `names`.
 
-    A server that does not answer, as if it has died under another model of the stage, is left out.
+    A server that does not answer is left out.
     """
     failures = []
     for server in servers:

@@ -1,6 +1,4 @@
-"""Replies in files, which are read without a model: those that `reply_files` draws, and those to a
-few fixed prompts over the updates of a training, which `recipe_trainer.KeepRollouts` keeps.
-"""
+"""Replies in files, read without a model: of `reply_files`, and rollouts of `KeepRollouts`."""
 
 import json
 from collections import Counter
@@ -18,9 +16,7 @@ ROLLOUTS = "rollouts.jsonl"
 
 
 def load_replies(path: Path) -> dict[str, list[str]]:
-    """Replies by sample id from a file of `reply_files.sample_replies`; a line cut by a kill is
-    dropped, also in the file.
-    """
+    """Replies by sample id; a line that a kill has cut is dropped, also from the file."""
     replies, whole = {}, []
     stored = path.read_bytes() if path.is_file() else b""
     for line in stored.splitlines():
@@ -36,9 +32,7 @@ def load_replies(path: Path) -> dict[str, list[str]]:
 
 
 def format_row(sample_id: str, replies: list[str], reasons: list[str]) -> str:
-    """A line of a reply file; reasons: the finish_reason of each reply, which is left out where all
-    have ended by themselves.
-    """
+    """A line of a reply file; reasons: finish_reasons, left out if all replies ended themselves."""
     others = {"finish_reasons": reasons} if {*reasons} - {"stop", ""} else {}
     return json.dumps({"id": sample_id, "replies": replies, **others}) + "\n"
 
@@ -46,9 +40,8 @@ def format_row(sample_id: str, replies: list[str], reasons: list[str]) -> str:
 def count_endings(*paths: Path) -> dict:
     """How the replies in files of `reply_files.sample_replies` ended.
 
-    Returns:
-        {"replies": how many, "cut": those that the limit of tokens cut, "empty": finish_reason ->
-        how many of the others hold no text}.
+    Returns: {"replies", "cut": by the limit of tokens, "empty": finish_reason -> count of the
+    others that hold no text}.
     """
     counts, empty = Counter(replies=0, cut=0), Counter()
     for path in filter(Path.is_file, paths):
@@ -76,7 +69,7 @@ def write_rollouts(folder: Path, rows: list[dict]) -> None:
 
 
 def load_rollouts(folder: Path) -> list[dict]:
-    """The rows that a stage folder holds, in order; [] where none were kept.
+    """The rows that a stage folder holds, in order; [] if none were kept.
 
     A row is a reply: step (updates before it), prompt (the index of its sample) and what
     `KeepRollouts.describe` gives.
@@ -87,9 +80,7 @@ def load_rollouts(folder: Path) -> list[dict]:
 
 def draw_first_rollouts(folder: Path, box_format: BoxFormat,
                         samples: Sequence[Sample]) -> Image | None:
-    """The replies to the first of the prompts that asks for a box, over the updates; None where
-    there are none.
-    """
+    """Picture of the replies to the first prompt that asks for a box, over the updates, or None."""
     rows = load_rollouts(folder)
     prompts = {row["prompt"]: samples[row["prompt"]] for row in rows}
     with_box = [index for index, sample in prompts.items() if sample.targets] or list(prompts)

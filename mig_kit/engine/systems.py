@@ -23,10 +23,9 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
                   box_format: BoxFormat, folder: Path, params: SimpleNamespace) -> dict:
     """Greedy replies to all samples, and `params.replies` at temperature 1 to some of them.
 
-    models: system -> model folder. samples, drawn_samples: by suite. folder: where replies are
-    stored, and resumed from. Gives system -> suite -> {"greedy": [reply], "drawn": [[reply]]}, in
-    the order of `samples`; a sample without drawn replies has []. With `params.server` each system
-    is served in its turn.
+    models: system -> model folder. samples, drawn_samples: by suite. folder: stores the replies.
+    Returns system -> suite -> {"greedy": [reply], "drawn": [[reply]]}, in the order of `samples`; a
+    sample without drawn replies has [].
     """
     cache: SampleCache | None = None
     replies: dict[str, dict] = {}
@@ -79,12 +78,11 @@ def _system_replies(policy: Policy | ServedModel, system: str, cache: SampleCach
 
 def kl_from_base(models: dict[str, str | Path], samples: dict[str, list[Sample]], replies: dict,
                  hardware: Hardware, box_format: BoxFormat) -> dict:
-    """How far every system is from "base", KL(system || base) in nats: system -> suite -> figures.
+    """KL(system || base) in nats: system -> suite -> figures; one model in memory at a time.
 
-    Estimated as log p_system - log p_base of the system's own replies: the first one at temperature
-    1 to KL_SAMPLES samples of a suite, evenly spaced. {"per_token", "per_reply",
-    "standard_error" (of per_reply), "replies"}. replies: of `suite_replies`. One model is in memory
-    at a time.
+    The mean of log p_system - log p_base over the first reply at temperature 1 to KL_SAMPLES
+    samples of a suite. Figures: "per_token", "per_reply", "standard_error" (of per_reply),
+    "replies".
     """
     questions: dict[str, dict[str, list[tuple[Sample, str]]]] = {
         system: {suite: _spread_replies(samples[suite], answers["drawn"])

@@ -35,13 +35,11 @@ def lora_config(lora_r: int, lora_dropout: float = 0.0, lora_targets: str = "all
 
 def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Hardware,
                       folder: Path, **own) -> dict:
-    """What a TRL config is made of: every parameter of the stage that it has, and the kit's own.
+    """A TRL config's arguments: every parameter of the stage that it has, and the kit's own.
 
-    So a parameter of SFTConfig or GRPOConfig acts as soon as a notebook's parameters cell has it.
-    folder: the stage's; its name and the run's name label a tracker's curves. own: what the stage
-    sets itself. Processes that train together share the steps of an update, which learns from as
-    many rows as with one. ValueError where a parameter would be overwritten, or the steps cannot be
-    shared evenly.
+    Processes that train together share the steps of an update, whose number of rows stays equal.
+    folder: the stage's. own: what the stage sets itself. ValueError if a parameter would be
+    overwritten, or if the steps cannot be shared evenly.
     """
     is_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
     own |= tracker_arguments(params.report_to, folder) | {
@@ -68,8 +66,7 @@ def count_processes() -> int:
 def tracker_arguments(report_to: str, folder: Path) -> dict:
     """The settings that also send a trainer's curves to a tracker; "none" sends nothing.
 
-    Keys come from the tracker's own environment variables. Files that tensorboard and wandb write
-    lie in the run's folder, unless these variables say otherwise.
+    Keys come from the tracker's own environment variables.
     """
     if report_to == "none":
         return {"report_to": "none"}
@@ -82,19 +79,13 @@ def tracker_arguments(report_to: str, folder: Path) -> dict:
 
 
 def use_one_device(config) -> None:
-    """Let a process train on its own GPU alone.
-
-    transformers would use all GPUs that it sees, in threads, which TRL refuses.
-    """
+    """Let a process train on its own GPU alone: TRL refuses transformers' use of all in threads."""
     if config.n_gpu > 1:
         config._n_gpu = 1
 
 
 def train_or_resume(trainer, folder: Path) -> None:
-    """Train, from the newest checkpoint under folder/checkpoints if there is one.
-
-    A checkpoint of the last step is only loaded: the trainer itself would take a step too many.
-    """
+    """Train, from the newest checkpoint under folder/checkpoints if there is one."""
     for callback in (NotebookProgressCallback, PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # ProgressLines and LiveCurves say it in fewer lines
     trainer.add_callback(SetSamplerEpoch())
@@ -109,10 +100,7 @@ def train_or_resume(trainer, folder: Path) -> None:
 
 
 def save_adapter(trainer, folder: Path) -> None:
-    """Let the first process write the trained adapter to folder/adapter, with what tells its base.
-
-    It names a base on this disk as seen from there: what holds both may be moved.
-    """
+    """Let the first process write the adapter, and what tells its base, to folder/adapter."""
     if not trainer.is_world_process_zero():
         return
     adapter = folder / "adapter"
@@ -144,11 +132,7 @@ def _is_complete(state: Path) -> bool:
 
 
 class KeepAdapterDtype:
-    """Mixin of a trainer that resumes its adapter in the dtype in which it is trained.
-
-    TRL trains the adapter of a 4-bit model in bfloat16, but PEFT loads it as float32: a run that
-    was killed would go on in other numbers.
-    """
+    """Mixin of a trainer that resumes its adapter in the dtype in which it is trained."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
@@ -158,11 +142,7 @@ class KeepAdapterDtype:
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler of prompts, whose order of a pass is a function of seed and pass.
-
-    A pass has the order that TRL's own draws for it in a training that nobody interrupts. TRL's own
-    begins with the first one again in a training that is resumed in a later pass.
-    """
+    """TRL's sampler of prompts, whose order of a pass is a function of seed and pass."""
 
     epoch = 0
 
@@ -179,11 +159,7 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 class SetSamplerEpoch(TrainerCallback):
-    """Tells the sampler which pass begins.
-
-    transformers does, but not in one process of several that resume in the middle of a pass: its
-    word ends at the batches that accelerate wraps.
-    """
+    """Tells the sampler which pass begins."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Find the sampler below all batches and set its epoch."""
@@ -197,10 +173,9 @@ RECENT = 12  # a machine that was busy an hour ago says nothing of the hour to c
 
 
 class ProgressLines(TrainerCallback):
-    """Prints a line at every twentieth of a training, with the time left by the RECENT last steps.
+    """Prints a line at every twentieth of a training, with the time left by its RECENT steps.
 
-    A terminal shows no notebook widgets. names: of the logged figures that the line holds; a step
-    that does not log the first one is passed over.
+    names: the logged figures on the line; a step that does not log the first one is passed over.
     """
 
     def __init__(self, names: tuple[str, ...]):
@@ -233,11 +208,10 @@ def _short_name(name: str) -> str:
 
 
 class LiveCurves(TrainerCallback):
-    """In a notebook, the curves of the training under way, drawn again every `seconds` at most.
+    """In a notebook, curves of the running training, drawn every `seconds` at most, gone at its
+    end.
 
-    to_rows: from the trainer's log history to rows of the figures named. draw: a picture of the
-    rollouts that were kept so far, or None where there is none. Both go when the training ends; the
-    cells after it show all.
+    to_rows: from the log history to rows of the figures named. draw: a picture of rollouts or None.
     """
 
     def __init__(self, to_rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...],

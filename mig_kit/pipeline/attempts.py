@@ -1,9 +1,8 @@
-"""Attempts at a stage: each is made beside what has finished, and takes its place when it is done.
+"""Attempts at a stage: each is made beside what has finished, and replaces it when it is done.
 
-An attempt lies in runs/<run id>/NN_stage.new-KEY, KEY being the start of the key of all that its
-results follow from. What has finished stays valid under its own name meanwhile, and is kept in
-NN_stage.before until the next one has finished. An attempt that was stopped goes on when the stage
-is started with the same key; with another key it stays where it is.
+An attempt is the folder runs/<run id>/NN_stage.new-KEY; KEY begins the hash of all that its results
+follow from. A stopped attempt goes on when the stage starts with the same key. What a finished
+attempt replaces is kept in NN_stage.before.
 """
 
 import json
@@ -40,11 +39,11 @@ def list_attempts(stage: str, run_id: str) -> list[Path]:
 
 
 def open_attempt(stage: str, run_id: str, facts: dict) -> tuple[Path, dict]:
-    """The folder in which an attempt goes on or begins, and its marker.
+    """The folder in which an attempt goes on or begins, and its marker {"facts", "spent",
+    "repeats"}.
 
-    What has finished with the same key is linked or copied into a new attempt, so that its cells
-    find all of it done. facts: of `store.stage_facts`. The marker is {"facts", "spent" (seconds of
-    earlier attempts that this one goes on from), "repeats" (all was finished already)}.
+    facts: of `store.stage_facts`. spent: seconds of the same attempt before. repeats: whether all
+    was finished already; its files are then linked or copied, so that cells find them.
     """
     key = facts["key"]
     folder = attempt_folder(stage, run_id, key)
@@ -76,9 +75,7 @@ def begin_anew(stage: str, run_id: str, facts: dict) -> None:
 
 
 def set_others_aside(stage: str, run_id: str, facts: dict) -> list[str]:
-    """A sentence on each attempt with another key that cost minutes: what differs, and how to go on
-    with it. Those that cost less are deleted.
-    """
+    """A sentence on each attempt with another key that cost minutes; cheaper ones are deleted."""
     sentences, new = [], attempt_folder(stage, run_id, facts["key"])
     for folder in list_attempts(stage, run_id):
         if folder == new:
@@ -105,10 +102,10 @@ def promote(folder: Path, final: Path) -> None:
 
 
 def restore(run_id: str, stage: str = "") -> list[str]:
-    """Exchange what a stage of a run holds and what that replaced, so that a second call undoes the
-    first; gives the stages. Without `stage` all that the last command replaced.
+    """Swap a stage with what it replaced; a second call undoes that. Returns the stages.
 
-    FileNotFoundError where nothing is kept, RuntimeError where another process writes the run.
+    stage: "" for all that the last command replaced. Raises: FileNotFoundError if nothing is kept,
+    RuntimeError if another process writes the run.
     """
     require_runs(run_id)
     require_own_stage(stage, run_id)
@@ -161,10 +158,7 @@ def seconds_spent(folder: Path) -> float:
 
 
 def _copy_finished(source: Path, folder: Path, key: str) -> dict | None:
-    """Put what has finished with this key into `folder`, and give its run.json; None if there is
-    nothing of that. Weights, checkpoints and stored images, which are never written in place, as
-    hard links where the disk has them.
-    """
+    """Link or copy what finished with this key into `folder`; its run.json, or None."""
     record = read_record(source / "run.json")
     if record is None or record["key"] != key or find_damaged(source, record):
         return None
@@ -184,11 +178,9 @@ def _copy_finished(source: Path, folder: Path, key: str) -> dict | None:
 
 def find_damaged(folder: Path, record: dict, is_thorough: bool = False,
                  hashes_images: bool = False) -> Path | None:
-    """The first file of a finished stage, stored images included, that is gone or not what the
-    stage wrote, or None.
+    """The first file, stored images included, that is gone or not what the stage wrote, or None.
 
-    A file of the same size and time is the same. is_thorough: hash such files, too; hashes_images:
-    also the images, which are named by their SHA-256.
+    is_thorough: also hash files of unchanged size and time. hashes_images: hash images, too.
     """
     outputs, stats = record.get("outputs", {}), record.get("stats", {})
     for name, digest in outputs.items():
@@ -211,9 +203,7 @@ def file_facts(path: Path) -> list[int]:
 
 
 def describe_differences(before: dict, now: dict) -> str:
-    """What differs between the facts of two attempts, as "the parameter x (1 -> 2)"; three things
-    at most by name, "" where nothing is known to differ.
-    """
+    """What differs between two attempts' facts, as "the parameter x (1 -> 2)", at most three."""
     differences = []
     for kind in ("parameter", "file", "input"):
         old, new = before.get(kind, {}), now[kind]

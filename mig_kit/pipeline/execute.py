@@ -28,11 +28,9 @@ from mig_kit.pipeline.stage_lines import StageLines
 
 
 class ThisPython(AsyncKernelManager):
-    """Starts ipykernel with the Python that runs this process, whatever kernel specs lie on
-    Jupyter's path: a spec called python3 may be of another environment, with another copy of the
-    kit. Figures are drawn as notebooks show them, whatever backend the environment names.
+    """Starts ipykernel with this Python, not with a kernel spec of another environment's.
 
-    exit_status: of the last kernel that ended by itself, None while none has.
+    exit_status: of the last kernel that ended by itself, or None.
     """
 
     exit_status: int | None = None
@@ -53,10 +51,7 @@ class ThisPython(AsyncKernelManager):
 
 
 def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
-    """Run one plan after the other; with several, say after each how long the others will take.
-
-    First says what finished stages are replaced; raises as `describe_replaced`.
-    """
+    """Run one plan after the other; with several, say after each how long the others will take."""
     for line in [line for plan in plans for line in describe_replaced(plan, force)]:
         print(line, flush=True)
     os.environ[attempts.COMMAND] = f"{time.time():.3f}"
@@ -75,11 +70,10 @@ def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
 
 
 def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
-    """Lines on the finished stages that a plan replaces, why, and what keeps them; and on values
-    that someone has edited in the notebooks.
+    """Lines on the finished stages that a plan replaces, and on values edited in notebooks.
 
-    ValueError without `force` where a stage would read a stale one, or finished stages have the
-    parameters of another profile.
+    Raises ValueError without `force` if a stage would read a stale one, or if finished stages have
+    the parameters of another profile.
     """
     run_id, params = plan.run_id, plan.params
     stale = store.find_stale(run_id, params)
@@ -130,9 +124,7 @@ def _refuse_stale_inputs(params: dict[str, dict], origin: str) -> None:
 
 
 def _find_other_profile(plan: PlannedRun, stages: list[str]) -> str:
-    """The profile whose parameters finished stages have, up to the fewest `-p`; "" where it is the
-    plan's.
-    """
+    """The profile, other than the plan's, that finished stages fit best; "" for the plan's."""
     left_out = {*EXECUTION_PARAMS, *NAMES_OF_RUNS}
     distances = dict.fromkeys(list_profiles(), 0)
     for stage in stages:
@@ -160,11 +152,9 @@ def _branch_command(plan: PlannedRun, first: str) -> str:
 
 
 def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> None:
-    """Run the stages of `params` in order, each with its parameters.
+    """Run the stages of `params` in order; those that are up to date only with `force`.
 
-    A stage that is up to date is skipped unless `force` is set, with which it starts from nothing.
-    RuntimeError with the notebook's error where a stage fails: what had finished before is as it
-    was, and what the attempt left is kept for resuming.
+    Raises RuntimeError if a stage fails; its attempt is kept for resuming.
     """
     remaining, lines = dict(params), StageLines()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[lines], force=True)
@@ -181,9 +171,7 @@ def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> Non
 
 
 def _prepare(stage: str, run_id: str, params: dict, force: bool) -> None:
-    """Raise, before a kernel starts, where an earlier stage is missing or another process writes
-    the run; with `force` the next attempt starts from nothing.
-    """
+    """Raise if an earlier stage is missing or another process writes the run."""
     facts = store.stage_facts(stage, run_id, params)
     run = store.runs_root() / run_id
     store.lock_run(run)
@@ -193,10 +181,7 @@ def _prepare(stage: str, run_id: str, params: dict, force: bool) -> None:
 
 
 def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) -> None:
-    """Run a stage's notebook in a kernel of this Python, whatever kernels Jupyter knows.
-
-    It is written beside the stage's folder, and into it once that has finished.
-    """
+    """Run a stage's notebook in a kernel of this Python; it goes into the finished folder last."""
     import papermill  # seconds, which wrong words need not wait for
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError

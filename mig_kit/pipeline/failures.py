@@ -10,10 +10,7 @@ FULL = re.compile(r"\[Errno (?:28|122)\]|\(os error (?:28|122)\)|inline_containe
 
 
 def failure_sentence(error: Exception, notebook: Path) -> str:
-    """What went wrong in a cell: "ValueError: message", never without a message.
-
-    error: papermill's PapermillExecutionError. notebook: the executed one.
-    """
+    """What went wrong in a cell, as "ValueError: message"; error: PapermillExecutionError."""
     sentence = f"{error.ename}: {error.evalue}"
     if not error.evalue.strip():
         plain = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))

@@ -1,10 +1,8 @@
-"""The table of rules between parameters, and those of the rewards: what cannot act together, or not
-with what the run's other stages have made, is refused before any kernel starts.
+"""Rules between parameters and for rewards: what cannot act together, or not with what the run's
+other stages have made, is refused before any kernel starts.
 
-With `num_iterations` 1 an update learns once from its replies. The model is then its own old model,
-and the ratio of new to old probabilities is exactly 1: no clip can act, and losses that differ only
-in what they make of the ratio are the same. A run without a teacher in 01 has no cold start: there
-is nothing to fine-tune on, 02 and 03 are left out, and RL starts from the base.
+With `num_iterations` 1 an update learns once from its replies, so the ratio of new to old
+probabilities is exactly 1: no clip acts, and losses that differ in the ratio alone are the same.
 """
 
 import importlib.util
@@ -60,7 +58,7 @@ SFT, CURATION = "02_sft", "04_rejection_sampling"
 def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
     """Name -> runs of words "name=run,run"; a run alone is a group of its own name.
 
-    ValueError where a name or a run occurs twice, or a group has no run.
+    Raises ValueError for a name or run that occurs twice, or a group without runs.
     """
     groups: dict[str, list[str]] = {}
     for word in words:
@@ -228,9 +226,7 @@ def describe_joint_rules(names) -> Iterator[str]:
 
 
 def params_text(stage: str, profile: str = "tiny") -> str:
-    """The parameters of a stage in a profile: lines of "name: value  # help", with what it may be
-    below each, and last what holds between them; a value that differs from tiny says so.
-    """
+    """A stage's parameters in a profile as lines: value, help, range; then the joint rules."""
     values, parameters = profile_params(stage, profile), stage_parameters(stage)
     lines = []
     for name, parameter in parameters.items():
@@ -245,9 +241,7 @@ def params_text(stage: str, profile: str = "tiny") -> str:
 
 
 def check_joint_rules(params: dict, defaults: dict, stage: str, **facts) -> None:
-    """ValueError, a sentence with the remedy, where parameters of a stage cannot act together, or
-    not with what is known of its run; facts: of `list_facts`.
-    """
+    """ValueError if parameters cannot act together, or not with the facts of `list_facts`."""
     changed = {name for name in params if params[name] != defaults.get(name)}
     known = {**params, **facts, "changed": changed}
     for is_broken, text in JOINT_RULES:
@@ -261,9 +255,7 @@ def check_joint_rules(params: dict, defaults: dict, stage: str, **facts) -> None
 
 
 def validate_params(values: dict, stage: str) -> dict:
-    """`complete_params`; ValueError or FileNotFoundError, too, for parameters that cannot act
-    together.
-    """
+    """`complete_params`, and ValueError or FileNotFoundError if they cannot act together."""
     params, defaults = complete_params(values, stage), shipped_params(stage)
     if "rewards" in params:
         check_reward_params(params, defaults["reward_weights"])
@@ -272,11 +264,9 @@ def validate_params(values: dict, stage: str) -> dict:
 
 
 def check_run(planned: dict[str, dict], run_id: str) -> None:
-    """ValueError or FileNotFoundError, a sentence with the remedy, where a planned stage cannot
-    work on what the run's other stages have made or will make, or on other runs.
+    """Raise if a planned stage cannot work on what the run's other stages have made or will make.
 
-    planned: parameters of the stages that will run, by stage. run_id: the run, or the one that it
-    starts from.
+    planned: parameters by stage. run_id: the run, or the one that it starts from.
     """
     builds_on_run = any("02" <= stage < "08" for stage in planned)
     facts = list_facts(planned, run_id) if builds_on_run else {}
@@ -310,9 +300,7 @@ def _find_params(stage: str, planned: dict[str, dict], run_id: str) -> dict:
 
 
 def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
-    """How many prompts 04 has kept or, if it will run, can keep at most; None where it is not known
-    yet, or the file that says it is damaged: `store` names that.
-    """
+    """How many prompts 04 has kept or, if it will run, keeps at most; None if unknown."""
     with suppress(OSError, ValueError):
         if CURATION not in planned:
             path = stage_folder(CURATION, run_id) / "metrics.json"
@@ -327,10 +315,9 @@ def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
 
 
 def leave_out(params: dict[str, dict], run_id: str, is_every_stage: bool) -> dict[str, dict]:
-    """`params`, by stage, without 02 and 03 where the run has no cold start.
+    """`params` by stage, without 02 and 03 if the run has no cold start; named stages stay.
 
-    run_id: the run, or the one that it starts from, whose 01 counts where none will run.
-    is_every_stage: nobody named stages; named ones stay.
+    run_id: the run, or the one that it starts from. is_every_stage: nobody named stages.
     """
     teacher = _find_params(RUN_PARAMS_STAGE, params, run_id).get("teacher")
     if not is_every_stage or teacher != "none":
@@ -339,11 +326,7 @@ def leave_out(params: dict[str, dict], run_id: str, is_every_stage: bool) -> dic
 
 
 def check_reward_params(params: dict, default_weights: dict[str, float]) -> None:
-    """One sentence with the fix where rewards or their weights cannot act.
-
-    params: all of 05. Raises FileNotFoundError where a file of rewards does not exist, else
-    ValueError.
-    """
+    """FileNotFoundError for a missing file of rewards, ValueError for weights that cannot act."""
     references = params["rewards"]
     if not references:
         raise ValueError("rewards is []; list names of rewards, such as [format, image, box, "

@@ -1,7 +1,4 @@
-"""Launchers: command prefixes that start several processes, each of which trains.
-
-An example is `torchrun --standalone --nproc-per-node 8`.
-"""
+"""Launchers, such as `torchrun --nproc-per-node 8`: commands that start training processes."""
 
 import argparse
 import os
@@ -17,8 +14,7 @@ MODULE = "mig_kit.stages.launched_worker"  # a launcher starts it, with the stag
 
 @dataclass(frozen=True)
 class Launch:
-    """A launcher with what its words say; local, nodes: processes per node and nodes, 0 if unknown.
-    """
+    """A launcher's words, processes per node (local) and nodes; 0 if unknown."""
 
     words: tuple[str, ...]
     local: int

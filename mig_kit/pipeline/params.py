@@ -1,18 +1,9 @@
 """Parameters of the stages: what they are called, which profile has which, what each may be.
 
-The `parameters` cell of a stage's notebook holds its parameters: type, default and one line of help
-each. The defaults are the tiny profile; params/<profile>/<stage>.yaml holds only what another
-profile changes. Whoever edits a cell changes what later commands take; params/shipped.yaml, a copy
-of the cells, lets them name that. RUN_PARAMS are set once, in stage 01, and every later stage of
-the run takes them from there. What holds between parameters is in `joint_rules`.
-
-The parameter `trl` of 02 and 05 is a mapping from names of SFTConfig or GRPOConfig to values. Each
-of its entries counts as a parameter of its own: a profile's file, `-p num_iterations 2` and the
-rules name it directly. A setting that stands neither in that mapping nor in SETTINGS has TRL's
-default; a stage gets it with `-p trl "{top_p: 0.9}"`.
-
-A new parameter needs its line in the `parameters` cell and in shipped.yaml, its row in RULES, a
-joint rule where it can be idle, and new lesson pages (`mig-kit lessons`).
+A notebook's `parameters` cell holds type, default (the tiny profile's) and help of each;
+params/<profile>/<stage>.yaml what a profile changes; params/shipped.yaml a copy of the cells, so
+that edits can be named. A new parameter needs its line in the cell and in shipped.yaml, its row in
+RULES, a joint rule if it can be idle, and new lesson pages (`mig-kit lessons`).
 """
 
 import ast
@@ -121,9 +112,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a stage: its shipped default, its line of help and its value in the notebook,
-    where someone may have edited it.
-    """
+    """A parameter's shipped default, its line of help, and its value in the (edited) notebook."""
 
     default: str | int | float | bool | list | dict
     help: str
@@ -131,9 +120,7 @@ class Parameter:
 
 
 def stage_parameters(stage: str) -> dict[str, Parameter]:
-    """The parameters of a stage by name, as its notebook's `parameters` cell has them; in place of
-    `trl` its entries and the others of SETTINGS.
-    """
+    """A stage's parameters by name, from its notebook; SETTINGS' entries in place of `trl`."""
     cell = next(cell for cell in notebook_cells(stage)
                 if "parameters" in cell["metadata"].get("tags", ()))
     source, shipped, parameters = "".join(cell["source"]), _shipped_values(PROFILES)[stage], {}
@@ -171,8 +158,7 @@ def shipped_params(stage: str) -> dict:
 
 
 def describe_edits(stage: str, values: dict, is_cell: bool = False) -> str:
-    """Those of `values` that someone has edited in the notebook, as "max_steps 10 (shipped: 125)";
-    "" where there is none. An edit that a profile or `-p` overrides is left out.
+    """Those of `values` that the notebook edits, as "max_steps 10 (shipped: 125)", or "".
 
     is_cell: the values are those of a running cell, which may not be saved yet.
     """
@@ -189,12 +175,7 @@ def list_profiles() -> list[str]:
 
 
 def profile_params(stage: str, profile: str = "tiny") -> dict:
-    """All parameters of a stage in a profile: the notebook's defaults, and what the profile
-    changes.
-
-    FileNotFoundError names the profiles where there is no such one; otherwise raises as
-    `complete_params`.
-    """
+    """All parameters of a stage in a profile; FileNotFoundError if there is no such profile."""
     if profile not in list_profiles():
         raise FileNotFoundError(f"no profile '{profile}' in params/; the profiles are "
                                 f"{', '.join(list_profiles())}")
@@ -230,11 +211,10 @@ def _is_flat(value) -> bool:
 
 
 def complete_params(values: dict, stage: str) -> dict:
-    """`values` completed from the stage's defaults, of the defaults' types, each as RULES says.
+    """`values` completed by the stage's defaults, converted to their types, checked by RULES.
 
-    KeyError for an unknown name, TypeError for a wrong type, ValueError for a number out of its
-    range and an unknown word; each names the fix. A number that YAML reads as a word (1e-5, without
-    a point) counts as a number where one is due. Of a mapping, what is not set keeps its default.
+    Raises: KeyError for an unknown name, TypeError for a wrong type, ValueError for a number out of
+    its range or an unknown word; each names the fix.
     """
     parameters = stage_parameters(stage)
     defaults = {name: parameter.default for name, parameter in parameters.items()}
@@ -257,9 +237,7 @@ def merge_mappings(value, change):
 
 
 def unknown_parameter_message(name: str, where: str, names) -> str:
-    """One sentence on a parameter that `where` does not have, with the nearest of `names` if one is
-    near.
-    """
+    """One sentence on a parameter that `where` lacks, with the nearest of `names`."""
     if name in RUN_PARAMS:
         return f"'{name}' is set once per run, in {RUN_PARAMS_STAGE}; run that stage with it"
     hint = suggest_word(name, names) or f"its parameters are {', '.join(sorted(names))}"
@@ -310,8 +288,7 @@ def _to_number(value):
 
 @cache
 def trl_defaults(stage: str) -> dict:
-    """TRL's own defaults of all settings of the stage's config class; {} where nothing is trained.
-    """
+    """TRL's defaults of all settings of the stage's config class; {} if it trains nothing."""
     if stage not in CONFIGS:
         return {}
     import trl  # seconds, which a command with known parameters alone need not wait for

@@ -1,8 +1,4 @@
-"""What `mig-kit run` will do: which stages of which runs, with which parameters.
-
-A run may start from another one's stages (a branch), and several runs may differ in their seed.
-All is checked before anything is written.
-"""
+"""What `mig-kit run` will do, checked before anything is written: stages, runs and parameters."""
 
 import os
 import re
@@ -46,9 +42,7 @@ MODEL_WORDS = ("tiny", "merged", "base", "adapter")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Stages to run, each with its parameters. source: the run that this one starts from, or "";
-    overrides: of `-p`, by name and text.
-    """
+    """The stages to run, with parameters; source: the run that this one starts from, or ""."""
 
     run_id: str
     source: str
@@ -59,10 +53,9 @@ class PlannedRun:
 
 def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: list[int],
               overrides: tuple[tuple[str, str], ...]) -> list[PlannedRun]:
-    """The run or, with seeds, one run per seed, whose number stands for {seed} in names and values.
+    """The run, or one run per seed, with the seed in place of {seed} in names and values.
 
-    names: stages; all that are the run's own where there are none. Raises with one sentence where
-    one of the runs could not start; nothing is written.
+    names: stages; [] for all that are the run's own. Raises if one of the runs could not start.
     """
     require_seed_in_name(run_id, seeds)
     if not seeds:
@@ -112,9 +105,9 @@ def _drop_finished(params: dict[str, dict], run_id: str) -> dict[str, dict]:
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
-    """What `-p name value` gave: words as they stand, all other values read as YAML.
+    """The values of `-p name value`: words as they stand, all others read as YAML.
 
-    KeyError for a name that none of the stages has, ValueError for a value that cannot be read.
+    Raises: KeyError for a name that no stage has, ValueError for a value that cannot be read.
     """
     known = {name: parameter for stage in stages
              for name, parameter in stage_parameters(stage).items()}
@@ -144,12 +137,7 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
 
 
 def locate_paths(name: str, value: object) -> object:
-    """A value of `-p`, whose paths are relative to where the command is given, as a parameter has
-    it: paths relative to the project, or absolute outside it. Other values as they are.
-
-    The parameters of a model name a folder only where there is one. rewards: file.py:function;
-    groups: name=run,record.json.
-    """
+    """A value of `-p`; paths relative to the working directory become relative to the project."""
     if isinstance(value, list):
         return [locate_paths(name, item) for item in value]
     if not isinstance(value, str) or not value:
@@ -180,11 +168,10 @@ def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dic
 
 
 def check_full_profile(profile: str, params: dict[str, dict], is_data_given: bool) -> None:
-    """Refuse to start a full profile on drawn scenes that nobody asked for, or without a GPU.
+    """Raise if a full profile would train on synthetic scenes that nobody asked for, or without a
+    GPU.
 
-    params: of every stage that will run. A profile is full where a stage of it has the device
-    "cuda". is_data_given: `data` was set on the command line. ValueError or RuntimeError with one
-    sentence.
+    params: of every stage that will run. is_data_given: `data` was set on the command line.
     """
     if not needs_gpu(profile):
         return
@@ -204,10 +191,7 @@ def check_full_profile(profile: str, params: dict[str, dict], is_data_given: boo
 
 
 def _check_run_params(run_id: str, profile: str) -> None:
-    """Refuse to go on under `profile` with a run that has the model or box format of another.
-
-    Values that no profile has were set by `-p`, and fit to any.
-    """
+    """Raise ValueError if the run has the model or box format of another profile."""
     record = load_record(RUN_PARAMS_STAGE, run_id)
     if record is None:
         return
@@ -228,10 +212,7 @@ def _run_params_of(profile: str) -> dict:
 
 
 def plan_stages(names: list[str], run_id: str) -> list[str]:
-    """`names` or, where there are none, the stages of the recipe that are the run's own.
-
-    ValueError where one of `names` is that of the run that this one starts from.
-    """
+    """`names`, or all stages of the recipe that are the run's own; ValueError for its source's."""
     for stage in names:
         require_own_stage(stage, run_id)
     inherited = load_branch(run_id).get("stages", ())
@@ -250,8 +231,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def require_seed_in_name(run_id: str, seeds: list[int]) -> None:
-    """Raise ValueError where several seeds would share a run, or a name has {seed} without seeds.
-    """
+    """ValueError if several seeds would share a run, or if a name has {seed} without seeds."""
     if len(seeds) > 1 and SEED not in run_id:
         raise ValueError(f"{len(seeds)} seeds cannot share the run '{run_id}'; put {SEED} into "
                          f"--run-id, such as {run_id}-{SEED}")

@@ -1,6 +1,4 @@
-"""What a finished run says of itself: its data and parameters, its control run, its models, and the
-machine and packages that made it.
-"""
+"""What a finished run says of itself: data, parameters, models, machine and packages."""
 
 import importlib.metadata
 import os
@@ -36,18 +34,14 @@ MODELS = {"base": "", "sft": "03_merge/merged", "grpo": "05_grpo/model"}
 
 
 def run_params(run_id: str, needed_by: str) -> dict:
-    """RUN_PARAMS of a run, which its stage 01 has set; FileNotFoundError with the command if that
-    has not finished.
-    """
+    """RUN_PARAMS of a run, set by its stage 01; FileNotFoundError if that has not finished."""
     params = require_record(RUN_PARAMS_STAGE, run_id, needed_by)["params"]
     defaults = stage_parameters(RUN_PARAMS_STAGE)
     return {name: params.get(name, defaults[name].default) for name in RUN_PARAMS}
 
 
 def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
-    """Stage -> its parameters that differ from the shipped ones, for those of `stages` that have
-    finished; parameters that only say how a stage ran, and where, or name a run are left out.
-    """
+    """Finished stage -> its parameters that differ from the shipped ones and change results."""
     changed = {}
     for stage in stages:
         params = (load_record(stage, run_id) or {}).get("params", {})
@@ -66,10 +60,9 @@ def name_data(run_id: str) -> str:
 
 
 def describe_control(run_id: str) -> dict:
-    """{"run_id", "model", "minutes", "changed"} of a run whose SFT model is evaluated beside
-    another's; {} for "".
+    """{"run_id", "model", "minutes", "changed"} of a run that serves as control; {} for "".
 
-    model: SHA-256 over the files of its 03; minutes: of 02 and 03; changed: of `changed_params`.
+    model: `model_digest`. minutes: of stages 02 and 03. changed: `changed_params`.
     """
     if not run_id:
         return {}
@@ -91,9 +84,7 @@ def model_digest(run_id: str) -> str:
 
 @dataclass(frozen=True)
 class RunModel:
-    """folder: of the model, or a base's hub name. evaluation: parameters of the run's 06, {} where
-    that has not run. stage, run_id: what made it, "" for another model.
-    """
+    """A model's folder or hub name and box format; evaluation: parameters of its run's 06."""
 
     folder: Path | str
     box_format: BoxFormat
@@ -103,11 +94,9 @@ class RunModel:
 
 
 def find_run_model(text: str) -> RunModel | None:
-    """The model that "RUN", "RUN/sft", "RUN/base" or a run's folder names; None where it names no
-    run, and for a model's own folder.
+    """The model that "RUN", "RUN/sft", "RUN/base" or a run's folder names; None for other texts.
 
-    FileNotFoundError where the run has not made that model yet, and for one word that names nothing
-    here: a hub name has two.
+    Raises FileNotFoundError if the run lacks that model, or if a single word names nothing here.
     """
     path = Path(text)
     if path.is_dir() and path.resolve().parent == runs_root().resolve():
@@ -136,9 +125,7 @@ def find_run_model(text: str) -> RunModel | None:
 
 
 def git_revision() -> str:
-    """The commit of the project, with "+" if the tree has changes; "" outside a clone, and with a
-    line that says why where git does not tell it.
-    """
+    """The project's commit, "+" for a changed tree; "" if unknown, and a line says why."""
     if not IS_CLONE:
         return ""
     # named, a clone may be another user's, and a repository around it is not asked
@@ -164,9 +151,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_cpu() -> str:
-    """The CPU and how many of its cores compute: with others, sums are rounded otherwise, and the
-    same seed gives other digits.
-    """
+    """The CPU and its number of threads: another one rounds sums otherwise, with other digits."""
     import torch  # not at the top: a command that only looks at runs need not wait for it
 
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()

@@ -1,5 +1,4 @@
-"""Where a stage of a run lies: in the run's own folder or, for a branch, in the run that it starts
-from; and who writes a run.
+"""Where a stage of a run lies, and who writes a run.
 
 A branch has a branch.json, {"from": source, "stages": [stage]}: these stages are the source's, by
 reference. A source may be a branch itself.
@@ -35,9 +34,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 def runs_root() -> Path:
-    """Where run folders are kept: $MIG_KIT_RUNS (relative to the project), else runs/ beside the
-    package.
-    """
+    """The folder of all runs: $MIG_KIT_RUNS (relative to the project), else the project's runs/."""
     return PROJECT_ROOT / os.environ.get("MIG_KIT_RUNS", "runs")
 
 
@@ -55,10 +52,7 @@ def list_runs() -> set[str]:
 
 
 def require_runs(*run_ids: str) -> None:
-    """Raise FileNotFoundError, with the nearest name, where there is no run of one of these names.
-
-    Files of recorded runs are no runs.
-    """
+    """FileNotFoundError, with the nearest name, unless all these runs exist."""
     names = list_runs()
     for run_id in run_ids:
         if run_id not in names and not run_id.endswith(".json"):
@@ -69,17 +63,14 @@ def require_runs(*run_ids: str) -> None:
 def format_run_command(stage: str, run_id: str, options: str = "") -> str:
     """The command that makes this stage of a run, for error messages.
 
-    It names the stage: without one all stages of the run would be made again, with the tiny
-    profile's parameters.
+    It names the stage: without one all stages would be made again with the tiny profile.
     """
     command = " ".join(filter(None, ("mig-kit run", stage[:2], "--run-id", run_id, options)))
     return f"{command}, with the --profile and every -p of that run"
 
 
 def load_branch(run_id: str) -> dict:
-    """The branch.json of a run, {} where the run has none; ValueError with a remedy if it is
-    broken.
-    """
+    """The branch.json of a run, {} if it has none; ValueError with a remedy if it is broken."""
     path = runs_root() / run_id / BRANCH_FILE
     if not path.is_file():
         return {}
@@ -108,10 +99,7 @@ def list_sources(run_id: str) -> list[str]:
 
 
 def find_owner(stage: str, run_id: str) -> str:
-    """The run in whose folder the stage of `run_id` lies: itself, or a run that it starts from.
-
-    FileNotFoundError with a remedy where that run is gone.
-    """
+    """The run whose folder holds the stage: itself, or its source; FileNotFoundError if gone."""
     runs = list_sources(run_id)
     for branch, source in zip(runs, runs[1:]):
         if stage not in load_branch(branch)["stages"]:
@@ -129,9 +117,7 @@ def stage_folder(stage: str, run_id: str) -> Path:
 
 
 def require_own_stage(stage: str, run_id: str) -> None:
-    """Raise ValueError with the commands where a run takes the stage from the run that it starts
-    from.
-    """
+    """ValueError with the commands if the run takes the stage from its source."""
     branch = load_branch(run_id)
     if stage in branch.get("stages", ()):
         raise ValueError(
@@ -146,8 +132,7 @@ def has_cold_start(run_id: str) -> bool:
 
 
 def load_record(stage: str, run_id: str) -> dict | None:
-    """The run.json of a finished stage, or None; ValueError with a remedy if that file is broken.
-    """
+    """The run.json of a finished stage, or None; ValueError with a remedy if it is broken."""
     folder = stage_folder(stage, run_id)
     finished = folder.parent.glob(f"{folder.name}.new-*/run.json")
     if not folder.exists() and (record := next(finished, None)):
@@ -169,9 +154,7 @@ def read_record(path: Path) -> dict | None:
 
 
 def require_record(stage: str, run_id: str, by: str) -> dict:
-    """The run.json of a stage that another needs; FileNotFoundError with the command if it has not
-    finished.
-    """
+    """The run.json of a stage that `by` needs; FileNotFoundError if it has not finished."""
     record = load_record(stage, run_id)
     if record is None:
         owner = find_owner(stage, run_id)
@@ -181,11 +164,10 @@ def require_record(stage: str, run_id: str, by: str) -> dict:
 
 
 def lock_run(run: Path, stage: str = "", patience: float = 5.0) -> None:
-    """Keep other processes from writing this run until `unlock_run` or the end of this process.
+    """Keep other processes from writing this run until `unlock_run` or this process ends.
 
-    stage: what is written there. Raises RuntimeError if another process holds it for longer than
-    `patience` seconds. A notebook whose caller was killed ends within one second. On a disk without
-    locks a line says that nobody is kept out.
+    Raises RuntimeError if another process holds it for `patience` seconds; a notebook whose caller
+    was killed ends within one. On a disk without locks a line says so.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock = _LOCKS.get(run) or FileLock(run / "lock", thread_local=False, fallback_to_soft=False)
@@ -240,11 +222,9 @@ def find_writer(run: Path) -> str:
 
 
 def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
-    """The stages that a branch of `source` takes from it: all of the recipe's before `stages` that
-    the source has, which is without 00, of the machine, and 02 and 03 where it has no cold start.
+    """The stages before `stages` that a branch takes from `source`; [] if it has them already.
 
-    [] where the run is that branch already. ValueError or FileNotFoundError with one sentence where
-    it cannot be one.
+    Raises ValueError or FileNotFoundError if the run cannot be that branch.
     """
     validate_run_id(source)
     if source == run_id:
@@ -275,9 +255,9 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
 
 
 def start_branch(source: str, run_id: str, *stages: str) -> None:
-    """Let the run start from `source`, whose stages before `stages` it then has by reference.
+    """Let the run start from `source`, whose stages before `stages` it has by reference.
 
-    Nothing is copied. Does nothing where the run is that branch already; raises as `check_branch`.
+    Does nothing if the run is that branch already; raises as `check_branch`.
     """
     validate_run_id(run_id)
     if not check_branch(source, run_id, list(stages)):

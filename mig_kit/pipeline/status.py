@@ -1,6 +1,4 @@
-"""What `mig-kit status` and `mig-kit diff` show: runs as a tree, their stages and scores, and what
-differs between two of them.
-"""
+"""What `mig-kit status` and `mig-kit diff` show: runs, stages and scores, and their differences."""
 
 import re
 
@@ -28,10 +26,7 @@ MANY = 40  # a mapping with more entries holds one value per sample, so it is no
 
 
 def run_tree() -> list[tuple[str, int]]:
-    """(run, depth) of all runs: a branch follows the run that it starts from, one deeper.
-
-    A branch whose source is gone stands at depth 0.
-    """
+    """(run, depth) of all runs: a branch follows its source, one deeper, if that is there."""
     names = list_runs()
     paths = [[name for name in reversed(list_sources(run_id)) if name in names]
              for run_id in names]
@@ -39,11 +34,7 @@ def run_tree() -> list[tuple[str, int]]:
 
 
 def run_lines(run_id: str, with_reasons: bool = False) -> list[str]:
-    """The run's name, then its own stages and its greedy scores (percent), indented.
-
-    A branch has one line for the stages of the run that it starts from. with_reasons: below each
-    stale stage a line that says why.
-    """
+    """A run's name, own stages and greedy scores; with_reasons: why stages are stale, too."""
     branch, stale = load_branch(run_id), store.find_stale(run_id)
     lines = [f"  {_inherited_state(run_id, branch, stale)}"] if branch else []
     for stage in store.STAGES:
@@ -94,9 +85,7 @@ def _stage_state(stage: str, run_id: str, cause: str) -> str:
 
 
 def damaged_files(run_id: str) -> list[str]:
-    """A line for every stage of the run, its source's included, one of whose files is not what the
-    stage wrote.
-    """
+    """A line for every stage of the run or its source that has a damaged file."""
     lines = []
     for stage in store.STAGES:
         record = store.load_record(stage, run_id)
@@ -117,10 +106,7 @@ def _score_lines(systems: dict, mark: str) -> list[str]:
 
 
 def list_differences(first: str, second: str) -> list[dict]:
-    """Rows {stage, name, a, b}, in order of stage; None where a run lacks a value.
-
-    Raises FileNotFoundError for a run that does not exist.
-    """
+    """Rows {stage, name, a, b}, None for a missing value; FileNotFoundError for a missing run."""
     require_runs(first, second)
     rows = []
     for stage in store.STAGES:
@@ -134,8 +120,9 @@ def list_differences(first: str, second: str) -> list[dict]:
 
 def format_differences(rows: list[dict], first: str, second: str,
                        with_metrics: bool = False) -> list[str]:
-    """Lines of the rows of `list_differences` in columns, under a header with the runs' names; the
-    scores last. with_metrics: also the other metrics, which are only counted otherwise.
+    """Lines of `list_differences` in columns, the scores last.
+
+    with_metrics: also list the other metrics, which are otherwise only counted.
     """
     if not rows:
         return ["no difference"]
@@ -162,9 +149,7 @@ def _shown_values(row: dict) -> list[str]:
 
 
 def _comparable_facts(stage: str, run_id: str) -> dict:
-    """A finished stage's parameters, inputs (hashes), versions, machine and metrics, under names as
-    "metric loss.last"; {} of one that has not finished.
-    """
+    """A finished stage's values by name ("metric loss.last"); {} if it has not finished."""
     record = load_record(stage, run_id)
     if record is None:
         return {}
@@ -183,10 +168,7 @@ def _comparable_facts(stage: str, run_id: str) -> dict:
 
 
 def flatten(data: dict, prefix: str = "") -> dict[str, float | str | None]:
-    """Scalars of a nested mapping under dotted names.
-
-    Lists, and mappings of more than MANY entries, are left out.
-    """
+    """Scalars of a nested mapping under dotted names; lists and large mappings are left out."""
     scalars = {}
     for key, value in data.items():
         name = f"{prefix}{key}"

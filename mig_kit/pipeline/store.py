@@ -1,8 +1,7 @@
 """Stages of a run: what makes one up to date, and how one begins and finishes.
 
-A stage lives in runs/<run id>/NN_stage/. It is made beside that, in an attempt of its own
-(`attempts`), whose run.json is written last and which takes its place by renaming: whatever fails,
-what has finished stays as it was. In a branch, earlier stages are those of another run.
+A stage lives in runs/<run id>/NN_stage/. It is made in an attempt beside that (`attempts`), whose
+run.json is written last and which is then renamed. So a failure leaves what has finished intact.
 """
 
 import ast
@@ -70,9 +69,7 @@ DEFAULT_RUN = "default"  # which a new run of a notebook starts from
 
 
 def input_stages(stage: str, run_id: str, params: dict) -> tuple[str, ...]:
-    """The stages that a stage of this run builds on: those of STAGES but, where the run has no
-    cold start, 02 and 03; 02 also where 05 goes on with its adapter.
-    """
+    """The stages that this one reads. A run without a cold start has no 02 and 03."""
     if stage <= COLD_START[-1] or has_cold_start(run_id):
         adapter = ("02_sft",) if params.get("start_from") == "adapter" else ()
         return adapter + STAGES[stage]
@@ -85,11 +82,9 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 
 
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
-    """All that a stage's results follow from, by kind (KEY_FACTS), what its code is made of, for
-    sentences, and "key", a hash of the KEY_FACTS. A finished stage with another key is stale.
+    """All that a stage's results follow from, by kind (KEY_FACTS), and "key", their hash.
 
-    These are its parameters but for EXECUTION_PARAMS and names of runs, the files, model and run
-    that they name, what the stages before it made, and the code that it uses.
+    A finished stage with another key is stale. Its code stands there in words, too, for sentences.
     """
     params = with_run_params(stage, run_id, params)
     inputs = {name: require_record(name, run_id, stage)["outputs"]
@@ -162,10 +157,9 @@ def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:
 
 
 def describe_staleness(stage: str, run_id: str, params: dict) -> str:
-    """Why a stage has to run, in words; "" where it finished with these parameters, inputs and
-    code, and all that it made is still there.
+    """Why a stage has to run, in words; "" if it is up to date and its files are all there.
 
-    ValueError where something that it read is damaged, FileNotFoundError where that is gone.
+    Raises: ValueError if an input is damaged, FileNotFoundError if an input is gone.
     """
     record = load_record(stage, run_id)
     if record is None:
@@ -180,10 +174,9 @@ def describe_staleness(stage: str, run_id: str, params: dict) -> str:
 
 
 def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str, tuple[str, str]]:
-    """Finished stage -> (the first stage that makes it stale, why that one is), for all stages of a
-    run and of its source that `describe_staleness` calls stale or that build on a stale one.
+    """Stale stage -> (the first stage that makes it stale, why), in a run and its source.
 
-    planned: parameters of stages; the others count with those that they finished with.
+    planned: parameters of stages; the other stages keep those that they finished with.
     """
     stale: dict[str, tuple[str, str]] = {}
     for stage in STAGES:
@@ -202,9 +195,9 @@ def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str,
 
 def find_stale_inputs(stage: str, run_id: str, params: dict,
                       stale: dict[str, tuple[str, str]] | None = None) -> dict[str, str]:
-    """Stale stage -> why, of those that a stage would read; of its control run, too.
+    """Stale stage -> why, of the stages (its control run's, too) that this one would read.
 
-    stale: of `find_stale`, if it is known.
+    stale: the result of `find_stale`, if it is known.
     """
     stale = find_stale(run_id) if stale is None else stale
     control = params.get("control_run")
@@ -215,9 +208,7 @@ def find_stale_inputs(stage: str, run_id: str, params: dict,
 
 
 def stale_notes(stage: str, run_id: str) -> list[str]:
-    """Sentences on a stage of a run whose results are not those of the code and parameters of now:
-    it is stale, or it or an earlier one was made from a stale one.
-    """
+    """Sentences on why results differ from those of the code and parameters of now."""
     cause, reason = find_stale(run_id).get(stage, ("", ""))
     through = f" through {cause}" if cause != stage else ""
     notes = [f"{stage} of run '{run_id}' is stale{through}: {reason}"] if reason else []
@@ -233,9 +224,7 @@ def list_marks(stages: Sequence[str], run_id: str) -> list[str]:
 
 
 def recorded_params(stage: str, record: dict) -> dict:
-    """The parameters that a finished stage had, further settings of TRL included; one that is new
-    has its default, and one that is gone is left out.
-    """
+    """The parameters that a finished stage had; new ones have their default, old ones are gone."""
     known, recorded = stage_parameters(stage), record["params"]
     params = {name: recorded.get(name, parameter.default) for name, parameter in known.items()}
     return params | {name: value for name, value in recorded.items()
@@ -243,10 +232,9 @@ def recorded_params(stage: str, record: dict) -> dict:
 
 
 def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bool = False) -> None:
-    """ValueError with the file and the command where an earlier stage's output is not what that
-    stage wrote.
+    """ValueError with file and command if an earlier stage's output has changed since.
 
-    is_thorough: hash all of them (gigabytes in a second), also those of unchanged size and time.
+    is_thorough: also hash files of unchanged size and time (gigabytes in a second).
     """
     for name in input_stages(stage, run_id, params):
         owner, folder = find_owner(name, run_id), stage_folder(name, run_id)
@@ -259,11 +247,9 @@ def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bo
 
 @dataclass
 class Stage:
-    """A running stage.
+    """A running stage; attempt: the folder it writes to, params: its own and the run's.
 
-    attempt: where it writes; params: its validated parameters and those of the whole run; inputs:
-    what the earlier stages had made when it started; marker: of `attempts.open_attempt`;
-    stale_inputs: of `find_stale_inputs`; control: of `describe_control`.
+    inputs: what the earlier stages had made when it started. marker: of `attempts.open_attempt`.
     """
 
     name: str
@@ -280,9 +266,7 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Where the stage writes; RuntimeError once it has finished, so that no cell that is run
-        again changes what has.
-        """
+        """Where the stage writes; RuntimeError once it has finished."""
         if self.is_finished:
             raise RuntimeError(f"{self.name} of run '{self.run_id}' has finished; run the setup "
                                "cell again, and the cells show what is there")
@@ -300,15 +284,13 @@ class Stage:
         return runs_root() / self.run_id / self.name
 
     def input_path(self, stage: str, name: str = "") -> Path:
-        """A file or folder that an earlier stage made, in this run or the one that it starts from.
-        """
+        """A file or folder that an earlier stage of this run, or of its source, has made."""
         return stage_folder(stage, self.run_id) / name
 
     def finish(self, metrics: dict, summary: str = "", **facts) -> None:
-        """Write metrics.json, then run.json, and take the place of what had finished before; only
-        now does the stage count as finished.
+        """Write metrics.json, then run.json, and replace what had finished; it now counts as
+        finished.
 
-        Cells that only showed what has finished leave that as it is, whatever they made.
         summary: the result in a few words, for the command line. facts: more entries of run.json.
         """
         write_json(self.folder / "metrics.json", metrics)
@@ -345,13 +327,11 @@ def _output_files(folder: Path) -> list[Path]:
 
 
 def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
-    """Start a stage from its notebook; gives the stage and its parameters, and prints them.
+    """Start a stage from its notebook; prints its parameters and returns the stage and them.
 
-    names: globals(), where the parameters cell left its values. Whatever a parameters cell assigns
-    must be a parameter of the stage, or a mistyped `-p` would be ignored in silence. A run that
-    does not exist becomes a branch of the notebook's own. Until the stage finishes, no other
-    process can write this run, and what has finished stays as it is. Raises with one sentence for
-    a kernel of another copy of the kit, and where an earlier stage's output is damaged.
+    names: the notebook's globals(). A run that does not exist becomes a branch of the notebook's
+    own. Until the stage finishes, no other process can write this run. Raises for a kernel of
+    another copy of the kit, an unknown parameter, and a damaged input.
     """
     _require_own_notebook()
     assigned = set(stage_parameters(stage)) | _assigned_in_parameter_cells(names.get("In", []))

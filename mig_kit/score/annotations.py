@@ -1,9 +1,7 @@
 """Readers of the public benchmarks' own annotation files into plain items.
 
-Nothing here opens an image, except for its size and only where a protocol needs one; image names
-must stay inside the image root. Sources of the formats: thunlp/Migician (MIG-Bench, MMIU as it
-scores it), AMAP-ML/UniVG-R1 (revised MIG-Bench, LISA-grounding, ReVOS-grounding),
-zeyofu/BLINK_Benchmark, FanqingM/MMIU-Benchmark (fields of MMIU), JierunChen/Ref-L4.
+Images are opened only for their sizes, and must lie below the image root. Formats: thunlp/Migician,
+AMAP-ML/UniVG-R1, zeyofu/BLINK_Benchmark, FanqingM/MMIU-Benchmark, JierunChen/Ref-L4.
 """
 
 import re
@@ -37,15 +35,7 @@ LARGEST = 1e9  # a coordinate or score beyond it is none
 
 @dataclass(frozen=True)
 class BenchmarkItem:
-    """One question, as annotated.
-
-    index: place in the annotation file, from 0. id: the benchmark's own id, or "". box: xyxy in
-    `coordinates`, or None. coordinates: of `box`; PIXELS are those of the target image. target:
-    image number from 1, None where the file does not say. image_stated: whether the question itself
-    names the image. size: (width, height) of the target image, pixels, where the file gives it.
-    letter, options and choices: the correct letter, all letters and what they stand for, of a
-    multiple-choice question. category: the kind of the object, of Ref-L4.
-    """
+    """One question, as annotated."""
 
     index: int
     id: str
@@ -70,11 +60,7 @@ class BenchmarkItem:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """An annotation file, read.
-
-    version: which release, told by content. complete: whether it has every item of that release;
-    None where that cannot be told. left_out: indices of records that have no answer to score.
-    """
+    """An annotation file, read; version: which release, told by its content."""
 
     name: str
     version: str
@@ -114,8 +100,7 @@ def _to_box(values, index: int, benchmark: str) -> Box:
 def read_mig_bench(records: list[dict]) -> Benchmark:
     """MIG-Bench: `{task, images, question, answer: [x1,y1,x2,y2], additional_info, ...}`.
 
-    Answers of the original (Migician) are in 0..1, of the revised file (UniVG-R1) in 0..1000: that
-    tells the two apart.
+    The original (Migician) answers in 0..1, the revised file (UniVG-R1) in 0..1000.
     """
     boxes = [_to_box(record.get("answer"), index, "MIG-Bench")
              for index, record in enumerate(records)]
@@ -141,10 +126,7 @@ def read_mig_bench(records: list[dict]) -> Benchmark:
 
 
 def _mig_bench_target(task: str, question: str, info: str) -> tuple[int | None, bool]:
-    """(image number or None, whether the question names it).
-
-    A static difference is in the same place of both images, so it has no number.
-    """
+    """(image number or None, whether the question names it)."""
     if task in TARGETS:
         return TARGETS[task], True
     if task == "group_grounding":
@@ -157,7 +139,7 @@ def _mig_bench_target(task: str, question: str, info: str) -> tuple[int | None, 
 def read_lisa(records: list[dict]) -> Benchmark:
     """LISA-grounding: `{image_path, instruction, boxes: [[x1,y1,x2,y2], ...]}` in pixels.
 
-    The first box is the answer; an item without one is kept, and nothing answers it.
+    The first box is the answer; nothing answers an item without one.
     """
     items = []
     for index, record in enumerate(records):
@@ -173,12 +155,10 @@ def read_lisa(records: list[dict]) -> Benchmark:
 
 
 def read_revos(records: list[dict]) -> Benchmark:
-    """ReVOS-grounding: `{video_id, frames, question, bbox_list}`; the answer is in the third of
-    several frames.
+    """ReVOS-grounding: `{video_id, frames, question, bbox_list}`; the third frame has the answer.
 
-    frames are places in the video's sorted file list, so image names here are "video_id#place",
-    which resolve_image_path resolves. Box values are cut to whole pixels, as UniVG-R1's script
-    does. An item without a third box is kept, and nothing answers it.
+    Images are named "video_id#place", a place in the video's sorted files. Boxes are cut to whole
+    pixels, as in UniVG-R1's script. Nothing answers an item without a third box.
     """
     items = []
     for index, record in enumerate(records):
@@ -201,9 +181,7 @@ def read_revos(records: list[dict]) -> Benchmark:
 
 
 def read_ref_l4(records: list[dict]) -> Benchmark:
-    """Ref-L4: `{id, caption, bbox: [x,y,w,h] px, file_name, ...}`; tasks are the answers' sizes as
-    its evaluator cuts them: small (sqrt(w*h) under 128), medium (to 256), large.
-    """
+    """Ref-L4: `{id, caption, bbox: [x,y,w,h] px, file_name, ...}`; tasks are the boxes' sizes."""
     items = []
     for index, record in enumerate(records):
         x, y, width, height = _to_box(record.get("bbox"), index, "Ref-L4")
@@ -221,11 +199,9 @@ def read_ref_l4(records: list[dict]) -> Benchmark:
 
 
 def read_blink(records: list[dict]) -> Benchmark:
-    """BLINK: `{idx, task or sub_task, answer: "(B)"}`, its own records; options from `choices`,
-    else from the task's answers; the task from `idx` ("val_Jigsaw_1") where no field has it.
+    """BLINK: `{idx, task or sub_task, answer: "(B)"}`, and `choices` if the record has them.
 
-    `images`, file names, is ours: the benchmark holds the pictures themselves, which must be saved
-    as files to be asked about.
+    `images`, file names, is ours: the benchmark holds the pictures themselves.
     """
     names, letters, tasks = [], [], []
     for index, record in enumerate(records):
@@ -269,8 +245,7 @@ def _text_list(values) -> tuple[str, ...]:
 def read_mmiu(records: list[dict]) -> Benchmark:
     """MMIU: `{task, options: "A: ... B: ...", question, context, input_image_path, output: "C"}`.
 
-    Items without an output are left out, as the authors do, and letters may be lower case. Source:
-    OpenGVLab/MMIU, evaluate_correct.py.
+    As in OpenGVLab/MMIU, evaluate_correct.py, items without an output are left out.
     """
     items, left_out = [], []
     for index, record in enumerate(records):
@@ -310,11 +285,7 @@ READERS: dict[str, Callable[[list[dict]], Benchmark]] = {
 
 
 def resolve_image_path(root: str | Path, name: str) -> Path:
-    """The file that a benchmark's image name means below the image root.
-
-    ReVOS's "video#place" is the place among the video's frames. Raises image_files.BadImage where
-    the name leaves the root.
-    """
+    """The file below the root that a benchmark's image name means; BadImage if it leads out."""
     path = resolve_under_root(Path(root), name)
     folder, _, place = name.rpartition("#")
     if not folder or not place.isdecimal():
@@ -331,8 +302,7 @@ def resolve_image_path(root: str | Path, name: str) -> Path:
 
 def read_image_sizes(names: Iterable[str],
                      root: str | Path | None) -> dict[str, tuple[int, int]]:
-    """Image name -> (width, height), from the headers of the files below the root; photos count as
-    upright.
+    """Image name -> upright (width, height), from the headers of the files below the root.
 
     Raises ValueError listing what is missing, refused or no image.
     """
@@ -362,9 +332,7 @@ def read_image_sizes(names: Iterable[str],
 
 def add_image_sizes(items: tuple[BenchmarkItem, ...],
                     root: str | Path | None) -> list[BenchmarkItem]:
-    """The items with the size of each target image, read from the files where it is not annotated;
-    an item without a box needs none. Raises as read_image_sizes.
-    """
+    """The items with their target images' sizes, read if not annotated; see `read_image_sizes`."""
     names = {item.index: item.images[(item.target or len(item.images)) - 1] for item in items
              if item.size is None and item.box is not None}
     sizes = read_image_sizes(names.values(), root) if names else {}

@@ -1,8 +1,7 @@
 """Replies whose boxes are measured otherwise than a benchmark's own rule reads them.
 
-The authors' rules read 0 to 1000. Qwen2.5-VL answers in pixels of the resized image, which would
-be read as 0 to 1000, silently. `mig-kit score --coordinates`, `mig-kit eval` and stage 06 convert
-here.
+The authors' rules read 0 to 1000. Qwen2.5-VL answers in pixels of the resized image, which these
+rules would silently read as 0 to 1000.
 """
 
 import json
@@ -35,10 +34,7 @@ _ROUNDING = 1  # pixels that a box of the model may reach outside, as rounding m
 
 
 def wrap_native_json(reply: str) -> str:
-    """A reply that is a Qwen-VL's or Gemini's own JSON of boxes, [{"bbox_2d": [...]}], or holds one
-    fenced block of it, as an <answer>, the words around the block included. Any other reply as it
-    is.
-    """
+    """Qwen-VL's or Gemini's own JSON of boxes as an <answer>; other replies as they are."""
     shown = shown_text(reply).strip()
     fenced = FENCE.findall(shown)
     text = fenced[0] if len(fenced) == 1 else shown
@@ -57,7 +53,7 @@ def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
                coordinates: Coordinates, box_format: BoxFormat) -> tuple[int, int]:
     """(width, height) in `coordinates` of the image that the reply names, else of the target.
 
-    sizes: of the original images; target: the number of the target image, from 1.
+    sizes: of the original images; target: its number, from 1.
     """
     image, _ = parse_named_box(reply)
     number = image if image is not None and 1 <= image <= len(sizes) else target or 1
@@ -65,11 +61,10 @@ def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
 
 
 def convert_reply(reply: str, size: tuple[int, int], in_place: bool = False) -> str:
-    """The reply with every box in whole 0..1000, as the authors' rules read.
+    """The reply with every box in whole 0..1000, as the authors' rules read; below 0 becomes 0.
 
-    size: (width, height) of the image in the reply's coordinates. in_place: whether a box keeps its
-    brackets, for rules that go by them; else it becomes "(x1,y1),(x2,y2)". Which box counts is left
-    to the authors' rule. Below 0 is written as 0, for their patterns have no sign.
+    size: of the image in the reply's coordinates. in_place: whether a box keeps its brackets, for
+    rules that go by them; else it becomes "(x1,y1),(x2,y2)".
     """
     def convert(match: re.Match) -> str:
         box = tuple(float(number) for number in match.groups() if number)
@@ -84,9 +79,7 @@ def convert_reply(reply: str, size: tuple[int, int], in_place: bool = False) -> 
 
 
 def reorder_boxes(reply: str, order: str | None) -> str:
-    """The reply with the numbers of every box in the order x1, y1, x2, y2; order: the one they have
-    now, of BOX_ORDERS; None is as xyxy.
-    """
+    """The reply with every box as x1, y1, x2, y2; order: one of BOX_ORDERS, None for xyxy."""
     if order in (None, "xyxy"):
         return reply
     return _BOX.sub(lambda match: _replace_numbers(match, BOX_ORDERS[order](
@@ -112,11 +105,9 @@ def _replace_numbers(match: re.Match, values: Iterable[object]) -> str:
 
 def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None,
                     box_format: BoxFormat) -> str:
-    """The reply's one box as an <answer> in 0..1000 with decimals, for the strict protocol; a reply
-    without one stays as it is. See model_size.
+    """The reply's one box as an <answer> in 0..1000 with decimals; a reply without one as it is.
 
-    A box that is outside by one unit of the model's, as rounding makes it, is cut to the image.
-    target: None where no image has to be named.
+    target: None if no image has to be named. One unit of rounding outside the image is cut.
     """
     answer = parse_strict_answer(wrap_native_json(reply), target is not None, len(sizes))
     image, box = answer.image, answer.box
@@ -133,8 +124,8 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
 def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
                      sizes: list[tuple[int, int]], coordinates: Coordinates,
                      box_format: BoxFormat) -> dict:
-    """A line {"response", ...} as the benchmark's own rule reads it: boxes in 0..1000, and of
-    Ref-L4 "pred_bbox" in pixels of the original image, four zeros where the reply has none.
+    """A line as the benchmark's own rule reads it: boxes in 0..1000; Ref-L4's "pred_bbox" in
+    pixels.
 
     sizes: of the item's original images. coordinates: of the reply's boxes.
     """

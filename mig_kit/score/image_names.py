@@ -1,8 +1,7 @@
-"""Which images a free text names: "image 2", "Image-2", "image_2", "img 2", "the second image",
-"2nd image", and the same in Chinese. Every box of the text is BOX.
+"""Which images a free text names: "image 2", "img_2", "the second image", also in Chinese.
 
-Nothing is guessed: an image without its number ("the other image") is none, and what a text says
-about an image is not read. Any string is read; none raises.
+Every box of the text is BOX. Nothing is guessed: "the other image" names none. Any string is read;
+none raises.
 """
 
 import re
@@ -52,7 +51,7 @@ def find_names(text: str) -> list[Name]:
 
 
 def find_images_of_boxes(text: str) -> list[set[int]]:
-    """For every BOX of a text, in its order, the numbers of the image named last before it.
+    """For every BOX of a text, the numbers of the image named last before it.
 
     In a sentence whose first box stands before its first name, the names follow their boxes.
     """
@@ -72,18 +71,14 @@ def find_images_of_boxes(text: str) -> list[set[int]]:
 
 
 def find_key_numbers(text: str) -> set[int]:
-    """The numbers of the images that the JSON keys of a text give: {"image": 2}, {"target_image":
-    "the second"}, {"img_idx": [1, 2]}.
-    """
+    """The image numbers that JSON keys give: {"image": 2}, {"img_idx": [1, 2]}."""
     values = [value.strip("\"'") for value in _KEY.findall(text.lower())]
     return {number for value in values for name in find_names(f"image {value} image")
             for number in name.numbers}
 
 
 def find_image_numbers(text: str) -> set[int]:
-    """The numbers (from 1) of all images that a text names; a JSON key goes before the words in its
-    braces.
-    """
+    """The numbers (from 1) of all images that a text names; a JSON key goes before its words."""
     numbers = find_key_numbers(text)
     if numbers:
         text = f"{text.partition('{')[0]} {text.rpartition('}')[2]}"

@@ -1,7 +1,4 @@
-"""Published numbers to set beside one's own, each with its version, protocol and source.
-
-Percent, Acc@0.5 unless a row says otherwise.
-"""
+"""Published numbers to set beside one's own: percent, Acc@0.5 unless a row says otherwise."""
 
 from dataclasses import dataclass
 
@@ -17,11 +14,7 @@ UNIVG_R1 = "arXiv 2505.14231"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One system's published numbers.
-
-    tasks: task -> percent, may be empty. avg: percent. doubt: why it stands below the table and not
-    in a column; "" where version and metric are known.
-    """
+    """One system's published percentages; doubt: why it stands below the table, or ""."""
 
     system: str
     source: str
@@ -91,10 +84,7 @@ PUBLISHED = {
 
 
 def score_markdown(result: dict) -> str:
-    """A result of `mig-kit score` as a Markdown table, and the notes below it.
-
-    Published numbers stand in the last columns, those of unknown version or metric below.
-    """
+    """A result of `mig-kit score` as a Markdown table beside published numbers, with notes."""
     rows = ()
     if result["complete"] is not False and result["protocol"] == "official":
         rows = PUBLISHED.get((result["benchmark"], result["version"]), ())

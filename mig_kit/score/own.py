@@ -1,6 +1,4 @@
-"""Own data (see data/own_data.py) as a benchmark: any system's replies to one's own questions,
-judged as `mig-kit eval --suite own` judges the kit's; and replies in any text as the kit's own.
-"""
+"""Own data as a benchmark: replies of any system, judged as `mig-kit eval --suite own` judges."""
 
 import json
 import re
@@ -57,12 +55,10 @@ def read_own(records: list[dict]) -> Benchmark:
 
 
 def read_freely(reply: str, sample: Sample) -> str:
-    """The reply in the kit's answer format where its text names a box or a letter, its text being
-    the reasoning; else as it is.
+    """The reply in the kit's answer format if its text names a box or a letter, else as it is.
 
-    A box in a reply that names no image is in the only image there is, else in none. Where all
-    boxes are asked for, one whose image stays open leaves the reply as it is, and a reply of one
-    sentence may say that there is none.
+    A box whose reply names no image is in the only image, if there is one. If all boxes are asked
+    for, one without an image leaves the reply as it is; one sentence may say that there is none.
     """
     if is_well_formed(reply, sample) or sample.find_all and parse_boxes(reply) is not None:
         return reply
@@ -86,10 +82,10 @@ def read_freely(reply: str, sample: Sample) -> str:
 
 def judge_own(item: OwnItem, reply: str, protocol: str, coordinates: Coordinates,
               box_format: BoxFormat, sizes: dict[str, tuple[int, int]]) -> tuple[float, str]:
-    """(1 or 0, problem) of a reply.
+    """(1 or 0, problem) of a reply; sizes: of the images, if coordinates are converted.
 
-    protocol: strict reads the kit's answer format alone; free_text also a box or letter from any
-    text that names its image. sizes: of the images, where coordinates are converted.
+    protocol: strict reads the kit's answer format alone; free_text also a box or letter in any
+    text.
     """
     def convert(image: int, box: Box) -> Box:
         size = sizes.get(item.images[image - 1], (1, 1))

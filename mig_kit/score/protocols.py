@@ -1,11 +1,9 @@
 """Scores of any model's predictions on the public benchmarks, by several protocols.
 
-`official` repeats what each benchmark's own script does with a reply, quirks included, so that
-numbers compare with published ones; each function names its source. `strict` asks for what the
-question asks for: the last <answer>, one box in it, the correct image, the stated coordinates. One
-deviation: where BLINK's and MMIU's authors ask another model which option a free text means,
-`official` here reads the text alone, options named by their words included. The authors' rules are
-in `official.py` and, of MC-Bench and OdinW, in `coco.py`.
+`official` repeats what each benchmark's own script does with a reply, quirks included (official.py,
+coco.py). One deviation: where BLINK's and MMIU's authors ask another model which option a free text
+means, `official` reads the text alone. `strict` asks for one box in the last <answer>, in the
+correct image and the stated coordinates.
 """
 
 import math
@@ -72,9 +70,7 @@ Judge = Callable[[BenchmarkItem, str], tuple[float, str]]
 def image_problem(item: BenchmarkItem, image: int | None) -> str:
     """Why a reply that names this image (None: no image) does not answer the item, or "".
 
-    A reply that names no image passes where the question names it, and where the annotations do not
-    say (static differences, which are in the same place of both images); it fails where finding the
-    image is the task.
+    Naming no image is a problem only if finding the image is the task.
     """
     if image is None:
         return "no image named" if not item.image_stated and item.target is not None else ""
@@ -84,12 +80,13 @@ def image_problem(item: BenchmarkItem, image: int | None) -> str:
 
 def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
                box_format: BoxFormat) -> tuple[float, str]:
-    """(IoU, problem or "") of the one box in the last <answer>.
+    """(IoU, problem or "") of the one box in the last <answer>, by a rule of ours.
 
-    0 for a box outside the image and for another image than the target; see image_problem. A box
-    that is outside by one unit, as rounding makes it (-1, 1001), is cut to the image. coordinates:
-    what the reply's numbers are measured in. box_format: the processor's limits, for absolute
-    coordinates. The rule is ours.
+    0 for a box in another image, or outside its image; one unit of rounding (-1, 1001) is cut.
+
+    Args:
+        coordinates: of the reply's box.
+        box_format: the processor's limits, for absolute coordinates.
     """
     if item.box is None:
         return 0.0, NO_BOX_ANNOTATED
@@ -117,9 +114,7 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
 
 
 def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box | None:
-    """The box, cut to an image of (width, height); None where it reaches further than `tolerance`
-    outside, or nothing of it is inside.
-    """
+    """The box cut to an image of (width, height); None if it is over `tolerance` outside."""
     limits = (*size, *size)
     if any(not -tolerance <= v <= limit + tolerance for v, limit in zip(box, limits)):
         return None
@@ -129,10 +124,7 @@ def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box 
 
 def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
               judge: Judge) -> tuple[np.ndarray, list[str]]:
-    """((n,) values, a problem or "" each) of each line's "response"; None counts 0 and as missing,
-    as does an empty reply, and a cell cut by a spreadsheet is counted apart where nothing is read
-    from it.
-    """
+    """(n,) values and n problems of each line's "response"; a missing or empty reply counts 0."""
     def judge_line(item: BenchmarkItem, line: dict | None) -> tuple[float, str]:
         if line is None or not line["response"].strip():
             return 0.0, "missing" if line is None else "empty"
@@ -149,15 +141,17 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                       coordinates: Coordinates = Coordinates.NORMALIZED_1000,
                       images: str | None = None, allow_missing: bool = False,
                       box_order: str | None = None) -> Scored:
-    """Judge predictions: dicts with "index" or "id", and "response", or the logs that
-    align_predictions reads.
+    """Judge predictions: dicts with "index" or "id", and "response", or logs of other kits.
 
-    Ref-L4's own protocol takes "pred_bbox" and "format" in place of "response". source: the
-    predictions' name, for errors. coordinates: what the replies' boxes are measured in; under
-    `official` other ones than 0..1000 are converted before the authors' rule reads them.
-    box_format: see strict_iou. images: the folder of the images, where their sizes are needed.
-    box_order: of BOX_ORDERS, None for one that nobody stated. Raises ValueError for missing,
-    doubled and unknown items and for what the protocol cannot use.
+    Args:
+        predictions: Ref-L4's own protocol wants "pred_bbox" and "format" for "response".
+        source: what errors call the predictions.
+        box_format: the processor's limits, for absolute coordinates.
+        coordinates: of the replies' boxes; `official` converts all but 0..1000 before it reads
+            them.
+        images: the folder of the images, if their sizes are needed.
+        box_order: one of BOX_ORDERS, or None if the user did not say.
+    Raises: ValueError for missing, doubled or unknown items, and what the protocol cannot use.
     """
     items, is_choice = list(benchmark.items), benchmark.name in CHOICE_BENCHMARKS
     converts = (protocol == "official" and not is_choice
@@ -215,13 +209,15 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
 
 
 def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = None) -> list[dict]:
-    """What became of each question, for `--items`: {"index", "id", "task", "value", "image",
-    "box", "problem"}, of multiple choice "letter", the correct one, in place of image and box.
+    """A row per question, for `--items`: {"index", "id", "task", "value", "image", "box",
+    "problem"}.
 
-    value: its IoU, or 1 for a correct reply. image, box: as read from the reply (None: not read;
-    the authors' rules read no image). problem: why it scored nothing. other: a second model's, adds
-    "other" (its value) and "result": win, loss or tie by the first metric. Raises ValueError for
-    benchmarks that take COCO results.
+    Multiple choice has "letter", the correct one, in place of image and box.
+
+    Args:
+        other: a second model's scores; adds its value as "other", and "result": win, loss or tie.
+    Returns: value: IoU, or 1 for a correct reply. image, box: as read, None if not read.
+    Raises: ValueError for benchmarks that take COCO results.
     """
     if not scored.judged:
         raise ValueError(f"--items needs one reply a question; {name} takes lists of boxes")
@@ -265,9 +261,7 @@ def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: 
 
 
 def _list_of_images(item: BenchmarkItem) -> tuple[str, ...]:
-    """What the items of one list of images share; a video counts as one, whichever frames are
-    shown. An item without images shares none.
-    """
+    """What items about the same images share; a video counts as one, whatever its frames."""
     videos = [name.rpartition("#")[0] for name in item.images] if item.task == "revos" else []
     return tuple(dict.fromkeys(videos)) or item.images or (f"item {item.index}",)
 
@@ -299,9 +293,8 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
                 box_order: str | None = None) -> tuple[dict, Scored]:
     """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
 
-    complete: see Benchmark, and False where replies are missing. protocol: "" for the first of
-    PROTOCOLS. box_format and the rest: see score_predictions. Raises ValueError for an unknown
-    benchmark or protocol, and as score_predictions.
+    protocol: "" for the first of PROTOCOLS. Other arguments and raises: see `score_predictions`;
+    also ValueError for an unknown benchmark or protocol.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
@@ -341,9 +334,7 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
 def _coordinate_remarks(benchmark: Benchmark, records: list[dict], scored: Scored,
                         score_in: Callable[..., Scored], images: str | None,
                         box_order: str | None) -> tuple[str, ...]:
-    """What other coordinates or another order of the numbers would score, as far as the sizes of
-    the images are at hand, or that they would tell. Nothing is scored otherwise than asked for.
-    """
+    """What other coordinates or another order of the numbers would score, as far as is known."""
     average = headline_average(scored)
     extents = sorted(filter(None, map(largest_coordinate, (
         str(record.get("response")) for record in records))))

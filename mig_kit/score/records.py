@@ -1,12 +1,8 @@
-"""Files of records (JSON, JSON lines, tables, folders of them), and predictions as lines that each
-answer one item.
+"""Files of records, and predictions as lines that each answer one item.
 
-The kit's own line is {"index" or "id", "response"}. Told by their fields and read as well:
-lmms-eval's samples (`doc_id`, `resps`), VLMEvalKit's tables (`index`, `prediction`), BLINK's
-released outputs (`idx`, `full_prediction`) and OpenAI's batch outputs (`custom_id`). What is broken
-is refused with a sentence that names the file and the line. Sources: EvolvingLMMs-Lab/lmms-eval,
-evaluator.py and loggers/evaluation_tracker.py; open-compass/VLMEvalKit, inference.py;
-zeyofu/BLINK_Benchmark, eval/saved_outputs.
+The kit's own line is {"index" or "id", "response"}. Logs of other kits are told by their fields:
+lmms-eval (`doc_id`, `resps`), VLMEvalKit (`index`, `prediction`), BLINK (`idx`, `full_prediction`)
+and OpenAI's batches (`custom_id`).
 """
 
 import csv
@@ -35,9 +31,7 @@ WRAPPERS = ("val", "logs")  # of BLINK's released outputs, of lmms-eval's older 
 def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     """The objects of a .json, .jsonl, .parquet, .tsv, .csv or .xlsx file, or of a folder of files.
 
-    A .json file holds a list, a list below "val" or "logs", columns with "index" and "prediction",
-    or one object a line. Of a folder see _folder_files. Raises FileNotFoundError for a missing
-    file, and ValueError naming the file and line.
+    Raises FileNotFoundError for a missing file, and ValueError naming the file and line.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,11 +56,7 @@ def read_json(path: str | Path):
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """The files of records below a folder, in the order of their names.
-
-    Of BLINK's data set only the validation parts, for the test answers are not public; of
-    lmms-eval's results only the samples. Raises ValueError where there is none.
-    """
+    """The files of records below a folder, by name; of BLINK's data set the validation parts."""
     files = sorted(path for path in folder.rglob("*")
                    if path.suffix in FOLDER_SUFFIXES and path.is_file())
     for is_wanted in (lambda name: name.startswith("val"), lambda name: "samples_" in name):
@@ -95,9 +85,7 @@ def _require_file(path: Path) -> None:
 
 
 def _read_table(path: Path) -> list[dict]:
-    """The rows of a table by the names of its columns, without columns of image bytes, which no
-    score needs; an empty cell of text is "".
-    """
+    """The rows of a table, without columns of image bytes; an empty cell of text is ""."""
     try:
         if path.suffix == ".parquet":
             from pyarrow import parquet
@@ -172,10 +160,7 @@ def _parse_json(text: bytes, where: str):
 
 
 def _unwrap(value) -> list:
-    """The records that one JSON value holds; see read_records.
-
-    {"val_Counting_1": "(B)", ...}, the form of BLINK's final predictions, is a record for each id.
-    """
+    """The records in one JSON value; {"val_Counting_1": "(B)", ...} are BLINK's predictions."""
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
@@ -198,15 +183,15 @@ def _unwrap(value) -> list:
 def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], field: str,
                       source: str, allow_missing: bool = False,
                       left_out: tuple[int, ...] = ()) -> list[dict | None]:
-    """Each item's record (None where one may be missing and is), in the items' order, with its
-    prediction under `field`.
+    """Each item's record, in the items' order, with its prediction under `field`; None if missing.
 
-    A record names its item by "index" (place in the annotation file, from 0) or "id"; a table of
-    VLMEvalKit that counts from 1 to the number of items is taken as counting from 0. The correct
-    letter that a log of another kit repeats must be the annotations', else it counts other
-    questions. source: the predictions' name, for errors. left_out: indices without an answer, whose
-    predictions are dropped. Raises ValueError that lists records without the field, and indices
-    that are unknown, doubled or missing.
+    A record names its item by "index" (from 0) or "id"; a table of VLMEvalKit may count from 1. A
+    correct letter that the record repeats must be the annotations', else its index counts others.
+
+    Args:
+        source: what errors call the predictions.
+        left_out: indices without an answer, whose predictions are dropped.
+    Raises: ValueError for records without the field, and unknown, doubled or missing indices.
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
@@ -253,9 +238,7 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
 
 def _read_batch_line(record: dict, by_id: dict[str, BenchmarkItem], where: str,
                      field: str) -> dict:
-    """A line of OpenAI's batch output as a prediction; `custom_id` is the item's index or id. A
-    reply that was filtered or refused is empty; a server may tell its reasoning apart.
-    """
+    """A line of OpenAI's batch output as a prediction; a refused reply is empty."""
     name, answer = str(record["custom_id"]), record.get("response")
     body = answer.get("body") if isinstance(answer, dict) else None
     choices = body.get("choices") if isinstance(body, dict) else None
@@ -278,12 +261,7 @@ def _read_batch_line(record: dict, by_id: dict[str, BenchmarkItem], where: str,
 
 def _read_names(record: dict, by_id: dict[str, BenchmarkItem],
                 first: int = 0) -> tuple[object, object]:
-    """(index, id) that a record names its item by, None for one that it lacks.
-
-    first: the index of the first item. For a gap in the column, which it writes as not a number,
-    pandas makes the other indices floats. lmms-eval's `doc_id` counts within a task, so an id of
-    the benchmark, which some tasks log with their metric, comes first.
-    """
+    """(index, id) that a record gives, or None each; first: index of the first item."""
     index, item_id, idx, doc_id = (None if value != value else value for value in map(
         record.get, ("index", "id", "idx", "doc_id")))
     if {"resps", "filtered_resps"} & set(record) and "response" not in record:
@@ -302,12 +280,7 @@ def _read_names(record: dict, by_id: dict[str, BenchmarkItem],
 
 def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...],
                  source: str) -> int:
-    """1 where the records are a table whose index is one more than the annotations', else 0.
-
-    scored, left_out: the annotations' indices from 0, with an answer and without; a table may leave
-    out the latter. ValueError where rows are missing, so that it could be either, and no letters
-    tell.
-    """
+    """1 if the records are a table that counts from 1, else 0; ValueError if it could be either."""
     if not records or not all("prediction" in record and "response" not in record
                               and "full_prediction" not in record for record in records):
         return 0
@@ -324,12 +297,7 @@ def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ..
 
 
 def _read_prediction(record: dict, field: str, where: str):
-    """What a record predicts: its `field`, or the reply of another kit's log.
-
-    Of lmms-eval `resps`, nested in lists, is the whole reply; the log leaves it out where the
-    filter changed nothing. VLMEvalKit can put the reasoning into a column of its own; an empty
-    cell, which pandas may read as not a number, is an empty reply.
-    """
+    """What a record predicts: its `field`, or the reply of another kit's log."""
     reply = record.get(field)
     if field not in record and {"resps", "filtered_resps"} & set(record):
         reply = record.get("resps", record.get("filtered_resps"))

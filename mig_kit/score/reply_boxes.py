@@ -1,9 +1,7 @@
 """Boxes of a free text, each with the image that it is in, read by rules of ours.
 
-A box is read in any writing that says four numbers: brackets of all kinds, pairs of corners, tags,
-keys such as x1, or bare numbers. `parse_strict_answer` wants one box in the last <answer>;
-`parse_named_box` and `parse_named_boxes` also read text that does not keep to that form. Any string
-is read; none raises.
+A box is four numbers in any brackets, tags or keys, or bare. `parse_strict_answer` wants one box in
+the last <answer>; the other readers take any text. Any string is read; none raises.
 """
 
 import json
@@ -53,10 +51,7 @@ NamedBox = tuple[int | None, Box]
 
 @dataclass(frozen=True)
 class StrictAnswer:
-    """What the last <answer> block says.
-
-    image: number from 1, or None. box: xyxy as written, or None. problem: why there is no box.
-    """
+    """What the last <answer> says."""
 
     image: int | None
     box: Box | None
@@ -73,11 +68,10 @@ class _WrittenBox:
 
 
 def parse_strict_answer(text: str, one_image: bool = True, count: int = 0) -> StrictAnswer:
-    """The one box of the last <answer> block, and the one image that it speaks of; see
-    spoken_images.
+    """The one box of the last <answer>, and the one image that it speaks of.
 
-    Several boxes count as none, unless all are the same; so do several images, unless one_image is
-    False: then the answer names none of them. count: of the question's images, 0 if unknown.
+    Several different boxes count as none; so do several images, unless one_image is False: then the
+    answer names no image. count: of the question's images, 0 if unknown.
     """
     return _read_answer(text, one_image, lambda marked: find_spoken_images(marked, count))
 
@@ -108,8 +102,7 @@ def _read_answer(text: str, one_image: bool,
 
 
 def parse_named_box(reply: str, count: int | None = None) -> tuple[int | None, Box | None]:
-    """(image, box) that a reply names, as written, in its last <answer> or else anywhere; of
-    several boxes the first that the authors' rule reads.
+    """The first (image, box) that a reply names, in its last <answer> or else anywhere.
 
     count: of the question's images; None reads only plain names of images, for the authors' rules.
     """
@@ -128,12 +121,10 @@ def parse_named_box(reply: str, count: int | None = None) -> tuple[int | None, B
 
 
 def parse_named_boxes(reply: str) -> list[NamedBox]:
-    """The (image, box) of every box in a reply, in its order; image: a number from 1, or None where
-    the text leaves it open.
+    """Every (image, box) of a reply's last <answer> or, without one, after </think>.
 
-    Only the last <answer> is read, or, without one, the text after </think>. JSON whose keys name
-    images is read as JSON; else a box is in the image that its sentence, or one before it, names
-    for it.
+    image: from 1, None if the text leaves it open. JSON counts by its keys; else a box is in the
+    image that its sentence, or an earlier one, names for it.
     """
     block = last_answer_block(reply)
     text = shown_text(reply) if block is None else block
@@ -193,9 +184,7 @@ def _find_boxes(text: str) -> list[_WrittenBox]:
 
 
 def _find_labelled(text: str) -> list[_WrittenBox]:
-    """Boxes written as x1, y1, x2, y2 (or left, top, ...; or x, y, width, height, of which x and y
-    are the upper left corner) with a number each, in any order.
-    """
+    """Boxes with a key per number: x1, y1, x2, y2, or left, top, ..., or x, y, width, height."""
     sides = list(_SIDE.finditer(text))
     boxes, place = [], 0
     while place + 4 <= len(sides):
@@ -221,9 +210,7 @@ def _mark_boxes(text: str, written: list[_WrittenBox]) -> str:
 
 
 def _read_json(text: str) -> list[NamedBox]:
-    """The boxes of a text that is JSON, objects with commas between, or has one fenced block; []
-    for any other.
-    """
+    """The boxes of a text that is JSON or has one fenced block of it; [] for any other."""
     fenced = FENCE.findall(text)
     for candidate in (*(fenced if len(fenced) == 1 else ()), text, f"[{text}]"):
         try:

@@ -1,8 +1,4 @@
-"""What scoring gives: values per item, with summaries, intervals and paired differences.
-
-Figures are percent and not rounded: tables round them. Intervals are over lists of images, which
-several questions may share, not over questions.
-"""
+"""What scoring gives, in percent and not rounded; intervals are over lists of images."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -19,15 +15,7 @@ from mig_kit.stats import (
 
 @dataclass(frozen=True)
 class Scored:
-    """Predictions, judged.
-
-    tasks: (n,) task of each item. metrics: name -> (n,) shares in 0..1, the first is the headline.
-    is_macro: whether the average is over tasks. values: (n,) IoU, or 1 for a correct item.
-    problems: why replies scored nothing, and how many. aggregates: "avg" or task -> metric ->
-    percent, for what is no mean over items (AP). lists: (n,) what each item's images are, the same
-    for items that show the same ones; empty where no two items do. remarks: sentences on what the
-    protocol did. judged: (item, line as it was read or None, problem) of each; empty for AP.
-    """
+    """Judged predictions of n items; the first metric is the headline."""
 
     tasks: tuple[str, ...]
     metrics: dict[str, np.ndarray]
@@ -67,8 +55,7 @@ def summarize(scored: Scored) -> dict:
     """{"n", "lists", "tasks", "avg", "problems", "remarks"}, in percent, not rounded.
 
     tasks: task -> {"n", "lists", metrics, "ci95"}; avg: {metrics, "ci95"}. lists: how many lists of
-    images the questions are about. ci95: 95 % interval of the first metric; see
-    stats.share_interval_by_list.
+    images there are. ci95: of the first metric, by `stats.share_interval_by_list`.
     """
     headline = next(iter(scored.metrics.values()), None)
     lists = number_lists(scored)
@@ -94,10 +81,9 @@ def summarize(scored: Scored) -> dict:
 
 
 def paired_difference(first: Scored, second: Scored, is_same: bool = False) -> dict:
-    """Paired difference first - second of every metric, in points: {metric: {"value", "ci95"}}.
+    """Paired difference first - second in points: {metric: {"value", "ci95"}}, not rounded.
 
-    Not rounded; intervals over lists of images, see stats.gap_interval_by_list, of the same replies
-    (is_same) from 0 to 0. Metrics that are not means over items (AP) have a value and no interval.
+    is_same: the replies are the same, so the interval is [0, 0]. AP has no interval.
     """
     lists = number_lists(first)
     differences = {}

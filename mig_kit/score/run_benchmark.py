@@ -1,9 +1,4 @@
-"""Real benchmarks for `mig-kit eval`: their items as samples of the kit, and models' replies as
-lines that both protocols judge.
-
-Images are decoded when they are looked at and must lie below one root. All of them are looked for
-before any model is loaded.
-"""
+"""Real benchmarks for `mig-kit eval`: items as samples, and replies as lines for both protocols."""
 
 import re
 from collections import Counter
@@ -32,11 +27,10 @@ _INLINE_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_
 
 def read_runnable(name: str, annotations: str | Path, root: str | Path,
                   limit: int = 0) -> tuple[Benchmark, list[Sample]]:
-    """A benchmark of RUNNABLE whose images all exist, and its items as samples. limit: only so many
-    first items of every task; 0 for all.
+    """A benchmark of RUNNABLE and its items as samples; limit: items per task, 0 for all.
 
-    Raises ValueError with one sentence for items without images, multiple choice without options,
-    and missing images; BadImage for a file that is no image.
+    Raises ValueError for items without images, multiple choice without options, and missing images;
+    BadImage for a file that is no image.
     """
     benchmark = _first_per_task(READERS[name](read_records(annotations)), limit)
     without_images = [item.name for item in benchmark.items if not item.images]
@@ -77,9 +71,7 @@ def _first_per_task(benchmark: Benchmark, limit: int) -> Benchmark:
 
 
 def to_sample(item: BenchmarkItem, benchmark: str, images: LazyImages) -> Sample:
-    """The item with its images; boxes in pixels of the original images. A static difference has a
-    target in every image; "{ref}" stands for a box in the question.
-    """
+    """The item as a sample; boxes in pixels of the original images, "{ref}" for one in the text."""
     question = item.question.replace("<|object_ref_start|>", "").replace("<|object_ref_end|>", "")
     question, reference = question.strip(), None
     if match := _INLINE_BOX.search(question):  # in 0..1000 of the first image
@@ -101,8 +93,7 @@ def prediction_lines(benchmark: Benchmark, samples: Sequence[Sample], replies: S
                      box_format: BoxFormat, exact: bool = False) -> list[dict]:
     """Lines for `mig-kit score`: {"index", "response"}; of Ref-L4 also "pred_bbox" and "format".
 
-    samples, replies: of the items, in their order. Boxes are converted from the model's
-    coordinates, see convert_boxes. exact: for the strict protocol, else for the authors' rules.
+    Boxes are converted from the model's coordinates. exact: for the strict protocol.
     """
     lines = []
     for item, sample, reply in zip(benchmark.items, samples, replies, strict=True):

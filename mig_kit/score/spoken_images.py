@@ -1,8 +1,8 @@
 """The image that a strict answer speaks of, in any wording. Every box of the text is BOX.
 
-Wordings that say a number ("image three", "the third one", "the last", "3:") become "image 3",
-which `image_names` reads. Whatever else speaks of an image gives NOT_READ, so that it cannot pass
-for an answer that names none. Letters ("image C") are not read.
+Wordings that say a number ("image three", "the last", "3:") become "image 3", which `image_names`
+reads. Other words about an image give NOT_READ, so that the answer names some image. Letters
+("image C") are not read.
 """
 
 import re
@@ -82,9 +82,9 @@ _LONE_NUMBER = re.compile(r"(?<![\w.])-?\d{1,3}(?![\w%]|\.\d)")
 
 
 def find_spoken_images(text: str, count: int = 0) -> set[int]:
-    """The numbers (from 1) of all images that an answer speaks of, NOT_READ among them where one is
-    not read; a JSON key goes before the words in its braces. count: of the question's images, 0 if
-    unknown.
+    """The numbers (from 1) of the images that an answer speaks of; NOT_READ for one it cannot tell.
+
+    A JSON key goes before the words in its braces. count: of the question's images, 0 if unknown.
     """
     text = text.lower()
     values = [value.strip("\"' ") for value in _KEY.findall(text)]

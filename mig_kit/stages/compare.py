@@ -1,10 +1,8 @@
 """Stage 09: groups of runs side by side, such as a variant's seeds beside the recipe's.
 
-Scores are of greedy replies, in percent. Every row holds a 95 % interval over test samples and,
-where a group has several runs, over runs, too (`stats.joint_interval`). Two groups are compared by
-sample and, where both have runs from the same cold start's seed, by run (`pair_runs`).
-No two questions of the drawn suites are about the same images, so samples are independent.
-Questions of own data may share images, so there the sample is the list of images.
+Scores are of greedy replies, in percent, with 95 % intervals over samples (of own data: lists of
+images) and, if a group has several runs, over runs (`stats.joint_interval`). Two groups are
+compared by sample and, if runs share a seed of the cold start, by run (`pair_runs`).
 """
 
 from typing import NamedTuple
@@ -39,9 +37,7 @@ FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},  # system -> of run
 
 
 class _Scope(NamedTuple):
-    """The samples that a figure averages. rows: their indices, of each task; lists: of each task, a
-    number per sample, the same for samples with the same images; None for drawn suites.
-    """
+    """The samples that a figure averages."""
 
     suite: str
     rows: list[np.ndarray]
@@ -52,18 +48,19 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "",
                    system: str = "grpo") -> dict:
     """{"reference", "system", "rows", "runs", "notes"} of groups of runs.
 
-    reference: the group that the others are compared with, the first by default. system: whose
-    scores are compared, one of SYSTEMS; ValueError where a run has no such model.
-
-    rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run, is_same},
-    unrounded, in percent or points. suite: of SUITES, or "ood_grounding/lisa" and so on.
-    figure: a system's score ("grpo"), a difference within runs ("grpo-sft"), or "vs NAME", the
-    system's score less that of the group NAME. improvement: of "vs NAME" alone, the probability
-    that a run scores higher than one of NAME on a task (rliable, arXiv 2108.13264), None with one
-    run a side. by_run: the value of each run, or of each pair of runs; [] where the difference is
-    of no pairs. is_same: of a difference, whether both sides answer the same questions correctly.
-    runs: {group, run, data_seed, seed, tokens, minutes, control_minutes, git, machine}. notes:
-    sentences on what the intervals are and do not cover.
+    Args:
+        reference: the group that the others are compared with, "" for the first.
+        system: whose scores are compared, one of SYSTEMS.
+    Returns: rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run,
+    is_same}.
+        value, low, high: percent or points, unrounded.
+        figure: a score ("grpo"), a gap within runs ("grpo-sft"), or a gap between groups ("vs
+            NAME").
+        improvement: of "vs NAME", rliable's probability (arXiv 2108.13264); None with one run a
+            side.
+        by_run: the value of each run or pair of runs; [] for a difference without pairs.
+        is_same: of a difference, whether both sides answer the same questions correctly.
+    Raises: ValueError if a run has no such model.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:
@@ -150,8 +147,7 @@ def _by_run(values: list[np.ndarray]) -> list[float]:
 
 def _estimate(values: list[np.ndarray], lists: list[np.ndarray] | None,
               is_gap: bool = False) -> dict:
-    """`joint_interval` of scores or, with is_gap, of differences, within their range; of a single
-    run, and where the samples of each task agree, which others need not, as 06 has it.
+    """`joint_interval` within the values' range; of a run whose samples agree, 06's interval.
 
     values: (runs, samples) of each task, percent or points.
     """
@@ -261,9 +257,7 @@ def _claims_frame(rows: list[dict]) -> pd.DataFrame:
 
 
 def figure_rows(result: dict, differences: bool = False) -> list[dict]:
-    """Rows of the system's scores, or of the differences to the reference, for
-    `plots.plot_groups`; ValueError for the differences of a single group.
-    """
+    """Rows for `plots.plot_groups`; ValueError for differences of a single group."""
     figure = f"vs {result['reference']}" if differences else result["system"]
     rows = [row | {"suite": scope_title(row["suite"]),
                    "is_reference": row["group"] == result["reference"]}
@@ -274,9 +268,7 @@ def figure_rows(result: dict, differences: bool = False) -> list[dict]:
 
 
 def render_table(result: dict, form: str = "md") -> str:
-    """The comparison as Markdown, as LaTeX (needs booktabs, titles and notes are comments), or all
-    rows unrounded as CSV.
-    """
+    """The comparison as Markdown, as LaTeX (needs booktabs), or all rows unrounded as CSV."""
     if form == "csv":
         facts = pd.DataFrame(result["runs"]).groupby("group")
         table = pd.DataFrame(result["rows"])

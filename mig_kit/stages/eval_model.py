@@ -1,9 +1,8 @@
-"""`mig-kit eval`: one model on the drawn suites, on own data or on a real benchmark.
+"""`mig-kit eval`: one model on synthetic suites, own data or a real benchmark, asked as by stage
+06.
 
-Questions, prompts, decoding and scores are those of stage 06, so a run's model gets the run's own
-figures. Each reply is judged twice. Drawn suites and own data: "strict" reads the kit's answer
-format alone, as stage 06; "free_text" also finds a box or letter in any text. Real benchmarks:
-"official" and "strict", as `mig-kit score`, for their authors' rules are not 06's.
+Each reply is judged twice. "strict" reads the kit's answer format alone. Beside it, own data and
+synthetic suites have "free_text", a box or letter in any text; benchmarks have "official".
 """
 
 import json
@@ -51,12 +50,7 @@ BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked. suite: drawn, own or one of RUNNABLE. file: annotations or own data; root: of
-    its images.
-
-    limit: so many first questions of every task (of own data: of the file), 0 for all. sizes: as
-    DRAWN_SIZES.
-    """
+    """What is asked."""
 
     suite: str
     file: Path | None = None
@@ -68,12 +62,14 @@ class Task:
 def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
                    params: SimpleNamespace, adapter: Path | None = None,
                    four_bit: bool = False) -> dict:
-    """Ask, judge and write to `out`: replies, predictions.jsonl, eval.json, which is also returned.
+    """Ask, judge, and write replies, predictions.jsonl and eval.json to `out`; returns the last.
 
-    A call that was interrupted goes on. ValueError where `out` holds another model's or other
-    questions' replies; nothing is written before all questions are known to be usable. params:
-    as of 06, with 0 replies at temperature 1. adapter: a LoRA adapter to merge into the model
-    first; four_bit: whether it was trained on 4-bit weights.
+    An interrupted call goes on. Nothing is written before all questions are known to be usable.
+
+    Args:
+        params: as of 06, with 0 replies at temperature 1.
+        adapter: a LoRA adapter to merge into the model; four_bit: trained on 4-bit weights.
+    Raises: ValueError if `out` holds replies of another model or to other questions.
     """
     folder, box_format = model.folder, model.box_format
     samples, benchmark = load_questions(task)
@@ -134,11 +130,7 @@ def claim_folder(out: Path, settings: dict) -> None:
 
 
 def load_questions(task: Task) -> tuple[dict[str, Sequence[Sample]], Benchmark | None]:
-    """The samples by suite, and the benchmark if it is a real one.
-
-    Own data: the first `limit` lines of a JSONL, or questions of a table of stage 01, as 06 scores
-    it. ValueError where there is no question.
-    """
+    """The samples by suite, and the benchmark if it is a real one; ValueError if there are none."""
     if task.suite in run_benchmark.RUNNABLE:
         benchmark, part = run_benchmark.read_runnable(task.suite, task.file, task.root, task.limit)
         return {task.suite: part}, benchmark
@@ -160,12 +152,10 @@ def load_questions(task: Task) -> tuple[dict[str, Sequence[Sample]], Benchmark |
 
 def judge_suites(samples: dict[str, Sequence[Sample]], replies: dict[str, dict],
                  box_format: BoxFormat) -> tuple[dict, list[dict]]:
-    """({"scores", "items", "unread"}, lines of predictions) of drawn suites or own data.
+    """({"scores", "items", "unread"}, lines of predictions) of synthetic suites or own data.
 
-    replies: suite -> its part of `suite_replies`. scores: protocol -> suite -> summary. items:
-    suite -> columns, a value for each question: its id, the part of the score that it is in, the
-    number of its list of images, and of each protocol whether the reply is correct. unread: how
-    many replies name no box or letter that can be read.
+    scores: protocol -> suite -> summary. items: suite -> columns with a value per question. unread:
+    how many replies name no box or letter. replies: suite -> its part of `suite_replies`.
     """
     free = {suite: replies[suite] | {
         "greedy": list(map(read_freely, replies[suite]["greedy"], part))}
@@ -216,8 +206,8 @@ def read_result(folder: Path) -> dict:
 
 
 def item_rows(out: Path, others: Mapping[str, dict]) -> list[dict]:
-    """What became of each question of a finished evaluation, for `--items`: {"suite", "id", "task",
-    each protocol's value, "image", "box" and "letter" as read (None: not read), "problem"}.
+    """A row per question of a finished evaluation, for `--items`: {"suite", "id", "task", each
+    protocol's value, "image", "box" and "letter" as read, None if not, "problem"}.
 
     others: name -> a compared result, adds PROTOCOL " against NAME": win, loss or tie.
     """
@@ -242,9 +232,7 @@ def item_rows(out: Path, others: Mapping[str, dict]) -> list[dict]:
 
 
 def result_tables(results: Mapping[str, dict]) -> list[str]:
-    """What a terminal shows of results by name: scores, how replies ended, differences between the
-    first and each other one, and a sentence where a tenth of the first's could not be read.
-    """
+    """What a terminal shows of results by name: scores, endings, and gaps to the first result."""
     endings = {name: describe_endings(result["endings"]) for name, result in results.items()
                if "endings" in result}  # an older kit's result has none
     ends = [{"percent, greedy": "replies cut or empty"} | endings] * bool(
@@ -277,9 +265,7 @@ def score_rows(results: Mapping[str, dict]) -> list[dict]:
 
 
 def _suite_cells(suite: str, summary: dict) -> dict[str, str]:
-    """Part of the suite -> its score; that of the whole with its interval. Only a drawn suite, or
-    own data, has a title.
-    """
+    """Part of the suite -> its score, that of the whole with its interval."""
     if "score" in summary:
         cells = {suite_title(suite): _with_interval(summary["score"], summary["ci95"])}
         parts = {label: summary["boxes"][key] for key, label in BOX_FIGURES.items()
@@ -298,10 +284,9 @@ def _with_interval(value: float | None, interval: Sequence[float] | None) -> str
 
 
 def difference_rows(results: Mapping[str, dict]) -> list[dict]:
-    """Rows {compared, protocol, suite, points}: the first result less each other, paired by
-    question, with an interval; where questions share images it is over lists of images.
+    """Rows {compared, protocol, suite, points}: the first result less each other, by question.
 
-    ValueError where they did not answer the same questions.
+    Raises ValueError if they did not answer the same questions.
     """
     (name, first), *others = results.items()
     rows = []

@@ -1,11 +1,8 @@
 """Stage 06: base, SFT and GRPO models on all suites, greedy and sampled, with intervals.
 
-A reply is correct if its one box reaches IoU 0.5 in the correct image; naming several boxes counts
-as naming none. A question for all boxes is answered correctly by as many boxes as there are
-targets, each with IoU 0.5, or by saying that there is none; `summarize_boxes` counts box by box. A
-suite's score is the unweighted mean over its tasks (MIG-Bench's AVG), that of own data the mean
-over its questions. Intervals: `stats.share_interval_by_list` and, of differences, which are paired
-by sample, `stats.gap_interval_by_list`.
+A reply is correct if its one box reaches IoU 0.5 in the correct image. A suite's score is the
+unweighted mean over its tasks (MIG-Bench's AVG), that of own data the mean over its questions.
+Intervals are by list of images (`stats`).
 """
 
 import hashlib
@@ -40,8 +37,7 @@ PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"),
 
 
 def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample]]:
-    """Suite -> the samples that are scored: the held-out part of the run's own data, where it has
-    some, then the drawn suites whose size is not 0.
+    """Suite -> the samples that are scored: the run's held-out own data, then synthetic suites.
 
     params: of 06.
     """
@@ -53,10 +49,7 @@ def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample
 
 
 def draw_test_samples(params: Mapping) -> dict[str, list[Sample]]:
-    """Suite -> its drawn test samples, of the suites whose size is not 0.
-
-    params: of 06; a run that was finished before a suite came has no size of it, which counts as 0.
-    """
+    """Suite -> its synthetic test samples, if its size in the parameters of 06 is not 0."""
     sizes = {name: params.get(suite.size_param, 0) for name, suite in suites.SUITES.items()}
     return {name: suites.make_suite(name, "test", size, params["eval_seed"])
             for name, size in sizes.items() if size}
@@ -82,10 +75,7 @@ def has_own_data(run_id: str) -> bool:
 
 
 def find_rl_start(start_from: str) -> Path | None:
-    """The folder that 05 started from; None where that is one of the run's own models.
-
-    start_from: of 05. FileNotFoundError where the folder is gone.
-    """
+    """The folder that 05 started from, None for a run's model; FileNotFoundError if it is gone."""
     if start_from in ("merged", "base", "adapter"):
         return None
     folder = model_folder(start_from)
@@ -103,9 +93,9 @@ def list_pairs(systems: Mapping) -> list[tuple[str, str]]:
 def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, float]:
     """{"iou", "correct", "image", "format"} of one reply, 0..1 each.
 
-    image: whether the image is correct; format: whether the reply is well formed. A sample without
-    a target is answered by naming no box; there, and in multiple choice, iou and image repeat
-    correct. Where all boxes are asked for, iou is that of the weakest box and image is shared.
+    image: whether the image is correct; of a question for all boxes, the share. iou of such a
+    question is that of its weakest box. In multiple choice, and without a target, iou and image
+    repeat correct.
     """
     correct = float(is_correct(reply, sample, box_format))
     well_formed = float(is_well_formed(reply, sample))
@@ -140,9 +130,7 @@ def split_by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.nda
 
 
 def score_parts(samples: Sequence[Sample]) -> list[str]:
-    """(samples,) the part of a score that each is in, of those whose means count alike: its task,
-    or "" of own data, whose tasks are its author's words and may be of one question each.
-    """
+    """(samples,) names of the parts whose means count alike: the task, "" for all of own data."""
     return ["" if sample.suite == suites.OWN else sample.task for sample in samples]
 
 
@@ -167,8 +155,7 @@ def _group_with_lists(samples: Sequence[Sample],
 
 def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[str]],
                     box_format: BoxFormat) -> dict:
-    """One system on one suite, in percent: n, score and ci95 (greedy), sampled (mean at temperature
-    1), pass@k, and every task.
+    """One system on one suite, in percent: greedy score and ci95, sampled, pass@k, and tasks.
 
     drawn: (samples, replies) at temperature 1; samples with none are left out of sampled and
     pass@k, and sampled is None if all are.
@@ -207,10 +194,11 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
 def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFormat) -> dict:
     """The questions for all boxes, box by box, in percent; others are left out.
 
-    precision, recall and f1 over all their boxes: a box is right if Hungarian matching pairs it
-    with a target at IoU >= 0.5. rejection: of the n_none questions without a target, those whose
-    reply says so; wrong_rejection: of the others, those whose reply says that there is none. An
-    unreadable reply names no box and rejects nothing. A figure without a case is None.
+    Returns:
+        precision, recall, f1: over all boxes; Hungarian matching pairs boxes at IoU >= 0.5.
+        rejection: share of the questions without a target whose reply says that there is none.
+        wrong_rejection: that share of the questions with a target. None for a figure without a
+            case.
     """
     counts, rejected = [], {True: [], False: []}  # rejected: by whether there is no target
     for sample, reply in zip(samples, replies, strict=True):
@@ -251,9 +239,7 @@ def _share_correct(samples: list[Sample], replies: list[list[str]],
 
 
 def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
-    """Greedy scores of one task in percent; columns: of score_reply, and the lists of images,
-    (samples,) each.
-    """
+    """Greedy scores of one task in percent; columns: of `score_reply`, and the lists of images."""
     overlap = columns["iou"]
     accuracies = {f"acc@{t}": to_percent((overlap >= t).mean()) for t in (0.3, 0.5, 0.7)}
     return {"n": len(overlap), **accuracies, "mean_iou": to_percent(overlap.mean()),
@@ -279,10 +265,9 @@ def _sampled_averages(groups: list[np.ndarray]) -> dict:
 def paired_difference(samples: list[Sample], after: list[str], before: list[str],
                       after_drawn: list[list[str]], before_drawn: list[list[str]],
                       box_format: BoxFormat) -> dict:
-    """Paired difference of two systems in points: value and ci95 (greedy), sampled and sampled_ci95
-    (mean at temperature 1).
+    """Paired difference of two systems in points: value, ci95 (greedy), sampled, sampled_ci95.
 
-    Samples without drawn replies of either system are left out of the latter two.
+    Samples without drawn replies of either system are left out of the sampled figures.
     """
     gaps, drawn_gaps = (
         _share_correct(samples, a, box_format) - _share_correct(samples, b, box_format)
@@ -323,9 +308,7 @@ def compare_systems(samples: dict[str, list[Sample]], replies: dict,
 
 def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
                       box_format: BoxFormat) -> Sample:
-    """The first sample that some systems answer correctly and some do not, else the first of all;
-    replies: per system by sample id.
-    """
+    """The first sample that only some systems (replies by id) answer correctly, else the first."""
     for sample in samples:
         outcomes = {is_correct(by_id[sample.id], sample, box_format) for by_id in replies.values()}
         if len(outcomes) == 2:

@@ -1,9 +1,7 @@
-"""Evaluated runs as comparisons read them, from their folders or from a small file; which of them
-are compared with each other, and what that leaves open.
+"""Evaluated runs as comparisons read them, from their folders or from a small recorded file.
 
 A recorded run is a JSON file of some kilobytes: which answers were correct, and how the run was
-made. It takes the place of the run in a comparison, so that a table can be made again, and grow,
-where the runs themselves are not at hand.
+made. A comparison takes it in place of the run's folder.
 """
 
 import json
@@ -33,13 +31,7 @@ README_RECORD = "notebooks/guide/ablations/default.json"  # the run whose scores
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """What a comparison reads of a run. data_seed: the seed of 01; seed: that of 05; correct: of
-    system and suite, a "1" for each sample that is answered correctly, else a "0"; tokens: of a
-    reply in 05's last ten updates; minutes: of stages 02 to 05; params: SAMPLE_PARAMS of 06;
-    start_from: what 05 trained, as its parameter says it; control: of `run_facts.describe_control`;
-    questions: of `evaluate.digest_questions`; changed: of `run_facts.changed_params`; stale: of
-    `store.stale_notes`.
-    """
+    """What a comparison reads of a run."""
 
     run_id: str
     data_seed: int
@@ -59,11 +51,10 @@ class EvaluatedRun:
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
         dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
-    """(samples by suite, runs by group); a member of a group is a run id or a recorded run's file.
+    """(samples by suite, runs by group); a group's member is a run id or a recorded run's file.
 
-    FileNotFoundError for a run without a finished 06. ValueError where runs answered different
-    questions, or others than the same parameters draw now, and where a model was trained again
-    since, that of a control run too.
+    Raises: FileNotFoundError for a run without a finished 06. ValueError if runs answered different
+    questions, or others than are drawn now, or if a model was trained again since.
     """
     members = [run for group in groups.values() for run in group]
     params = {run: read_recorded(run).params if is_recorded(run) else
@@ -166,10 +157,9 @@ def is_recorded(name: str) -> bool:
 
 
 def record_run(run_id: str, folder: Path) -> Path:
-    """Write FOLDER/RUN_ID.json, a recorded run, and give its path.
+    """Write FOLDER/RUN_ID.json, a recorded run, and return its path.
 
-    Raises as `load_groups`; ValueError for a run that was scored on own data, whose questions
-    cannot be drawn again.
+    Raises as `load_groups`; ValueError for own data, whose questions cannot be drawn again.
     """
     if is_recorded(run_id):
         raise ValueError(f"{run_id} is a recorded run already; name a run")
@@ -184,9 +174,9 @@ def record_run(run_id: str, folder: Path) -> Path:
 
 
 def read_recorded(path: str) -> EvaluatedRun:
-    """A recorded run; FileNotFoundError or ValueError with one sentence.
+    """A recorded run; path: relative to the working directory or to the project.
 
-    path: relative to the working directory or, as a notebook's parameter, to the project.
+    Raises FileNotFoundError or ValueError.
     """
     file = next((file for file in (Path(path), PROJECT_ROOT / path) if file.is_file()), None)
     if file is None:
@@ -203,12 +193,10 @@ def read_recorded(path: str) -> EvaluatedRun:
 
 def pair_runs(runs: Sequence[EvaluatedRun],
               others: Sequence[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
-    """The (run, other) pairs that share a seed of 01 which exactly one run of each group has;
-    without two of them, the pairs by the seed of 05.
+    """The (run, other) pairs that share a seed of 01, else those that share a seed of 05.
 
-    The seed of 01 goes first because it decides the traces of the cold start, which move a score
-    by more than the random numbers of RL do. A single pair counts only where each group is one
-    run: of several runs it would say nothing about the others.
+    Exactly one run of each group must have the seed. The seed of 01 goes first because it decides
+    the traces, which move a score most. A single pair counts only if each group is one run.
     """
     for name in ("data_seed", "seed"):
         by_seed, others_by_seed = (_unique_by_seed(group, name) for group in (runs, others))

@@ -1,21 +1,8 @@
 """Stage 05: rule-based RL with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
 
-With `start_from` it starts elsewhere: from the base (no cold start), from another model's folder,
-or from 02's adapter, which it goes on training on the 4-bit base (no merge).
-
-Where this deviates from the paper, or fills a gap in it:
-- The paper publishes no group size, rates or KL weight; the tiny values are ours, those of the full
-  profiles VLM-R1's and MG-Thinker's.
-- The loss is the mean over the tokens of an update (`loss_type` dapo, TRL's default), not the mean
-  per reply of the GRPO paper (arXiv 2402.03300).
-- By default an update learns once from its replies, so the ratio of new to old probabilities is
-  exactly 1 and no clip can act; with `num_iterations` 2 or more `epsilon` acts from the second
-  update on. `mig_kit.pipeline.joint_rules` refuses what could not act.
-- Steps hold whole groups of like lengths, where TRL's are mixed: `bnpo` and `top_entropy_quantile`
-  look at a step at a time (the latter at the steps of all processes side by side), so their results
-  depend on what shares a step, and on the number of processes.
-- `RecipeTrainer` computes what TRL computes, reading each prompt once per group;
-  `share_prefix: false` is stock TRL.
+The paper publishes no group size, rates or KL weight: the tiny values are ours, those of the full
+profiles VLM-R1's and MG-Thinker's. The loss is the mean over the tokens of an update (TRL's
+`loss_type` dapo), not the mean per reply of the GRPO paper (arXiv 2402.03300).
 """
 
 import shutil
@@ -78,10 +65,7 @@ CURVES = {
 
 
 def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> list[Callable]:
-    """The rewards in TRL's form, which logs each under its name.
-
-    TRL's column `sample` is the index into `samples`. The first one also logs `detail_shares`.
-    """
+    """The rewards in TRL's form; its column `sample` is the index into `samples`."""
     first = next(iter(scores))
     return [_trl_reward(name, score, samples, logs_details=name == first)
             for name, score in scores.items()]
@@ -112,16 +96,14 @@ def _trl_reward(name: str, score: Score, samples: Sequence[Sample],
 
 
 def detail_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-    """Share of the replies that reason at each of the teacher's DETAILS; {} but for drawn samples,
-    whose teacher writes at these levels.
-    """
+    """Share of the replies that reason at each of the teacher's DETAILS; {} for own data."""
     details = [recognize_detail(reply) for reply, sample in zip(replies, samples) if sample.notes]
     return {detail: details.count(detail) / len(details) for detail in DETAILS} if details else {}
 
 
 def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: dict[str, Score],
                    weights: dict[str, float]) -> dict:
-    """What is kept of a rollout: its rewards, their weighted sum, whether it is correct, its boxes.
+    """What is kept of a rollout: rewards, their weighted sum, whether it is correct, and boxes.
 
     boxes: (image number, box in pixels of the original) pairs.
     """
@@ -135,10 +117,9 @@ def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: di
 
 
 def grpo_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bool) -> Dataset:
-    """A table of prompt and sample index; with images only where TRL itself reads them. Elsewhere
-    the prompt's first message holds the sample index, too.
+    """A table of prompt and sample index, whose rows are made when they are looked at.
 
-    A row is made, and its images are decoded, when it is looked at.
+    with_images: for stock TRL, which reads them; else the first message also holds the index.
     """
     table = Dataset.from_dict({"sample": range(len(samples))})
     return table.with_transform(partial(_make_rows, samples, box_format, with_images))
@@ -159,10 +140,7 @@ def _make_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bo
 
 def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params: SimpleNamespace,
                  min_new_tokens: int = 0) -> GRPOTrainer:
-    """The GRPO trainer over `samples`, with a new adapter on the policy.
-
-    params: the stage's; those that GRPOConfig has are passed on.
-    """
+    """The GRPO trainer over `samples`, with a new adapter on the policy; params: the stage's."""
     hardware = policy.hardware
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -203,11 +181,7 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
 
 
 def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrainer:
-    """The trainer, on a GPU with its adapter in float32.
-
-    TRL makes that of a 4-bit model bfloat16, which rounds away three quarters of the updates of A
-    at the full profiles' learning rate. On a CPU, whose tiny profile has larger updates, it stays.
-    """
+    """The trainer, on a GPU with its adapter in float32."""
     if hardware.device == "cuda":
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
@@ -217,11 +191,10 @@ def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrain
 
 def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
                       params: SimpleNamespace) -> RecipeTrainer:
-    """The trainer of one prompt whose update is one group, for `engine.one_group` to look at.
+    """A trainer whose update is one prompt's group, for `engine.one_group` to look at, not to
+    train.
 
-    It is not there to train. Rewards, group size, temperature, LoRA and memory are the stage's, the
-    loss is the plain one of loss_type dapo, of replies that this process draws. Random states stay
-    as they were. Layers are checkpointed from here on, as `train` would do it. folder: the stage's.
+    The loss is plain dapo, of replies that this process draws. Random states stay as they were.
     """
     plain = {
         "share_prefix": True, "server": "", "report_to": "none",
@@ -249,10 +222,9 @@ def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
 
 
 def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[str, str | Path]:
-    """What `train` starts from: {"start": a model}, and "adapter" where it goes on with 02's.
+    """What `train` starts from: {"start": a model}, and "adapter" if it goes on with 02's.
 
-    params: the stage's and the run's. merged: of 03; adapter: of 02. Raises as
-    `check_model_folder` for a folder that holds no model.
+    Raises as `check_model_folder` for a folder that holds no model.
     """
     if params.start_from == "merged":
         return {"start": merged}
@@ -279,8 +251,8 @@ def load_start(hardware: Hardware, box_format: BoxFormat, start: str | Path,
 def train(folder: Path, params: SimpleNamespace, kept: str, start: str, adapter: str = "") -> None:
     """Train the model `start` on the samples of file `kept`, or go on; save the adapter.
 
-    The one job of all processes that train together. folder: the stage's; params: its parameters
-    and the run's. adapter: goes on being trained, on the 4-bit `start`; "" for a new one.
+    The one job of all processes that train together. params: the stage's and the run's. adapter:
+    trained on the 4-bit `start`; "" for a new one.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     hardware = choose_hardware(params.dtype, params.device)
@@ -298,9 +270,8 @@ def train(folder: Path, params: SimpleNamespace, kept: str, start: str, adapter:
 def training_curves(history: list[dict]) -> list[dict]:
     """Rows of a trainer's log history: step, reward, every single reward, and CURVES.
 
-    A row is the update that first learns from a batch of replies. None where a figure is missing,
-    or NaN because no sample of the step has that reward. clip_ratio: the share of clipped ratios in
-    the last update that learns from the same replies; only where a clip can act.
+    A row is the update that first learns from a batch of replies; None for a missing figure.
+    clip_ratio: of the last update that learns from the same replies, if a clip can act.
     """
     updates = []
     for row in history:
@@ -323,12 +294,7 @@ def training_curves(history: list[dict]) -> list[dict]:
 
 
 def length_collapse_warning(rows: list[dict], span: int = 10, share: float = 0.8) -> str:
-    """One sentence if the last `span` updates' replies have less than `share` of the first ones'
-    tokens, else "".
-
-    rows: of `training_curves`. Where listing what is in each image pays only later, this is how RL
-    fails in the tiny world.
-    """
+    """One sentence if replies, `span` updates' mean, shrink below `share` of the first, or ""."""
     if len(rows) < 2 * span:
         return ""
     first, last = (sum(row["length"] for row in part) / span

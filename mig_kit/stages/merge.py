@@ -1,8 +1,7 @@
 """Stage 03: merge the adapter into the weights that training saw.
 
-QLoRA trains the adapter on top of NF4 weights, so the base to merge into is the dequantised one.
-Merging into the original weights, or into 4-bit weights, gives another model;
-`compare_merge_methods` measures by how much.
+QLoRA trains the adapter on NF4 weights, so it belongs to the dequantised base. Merging into other
+weights gives another model; `compare_merge_methods` measures by how much.
 """
 
 import gc
@@ -41,10 +40,9 @@ def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> P
 
 def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
                     method: str = DEQUANTISED) -> VisionLanguageModel:
-    """The merged model in memory, by PEFT: DEQUANTISED, the right method, or FOUR_BIT.
+    """A fresh base merged in memory by PEFT; method: one of MERGE_METHODS.
 
-    The stage itself writes the right one with `write_merged_model`, tensor by tensor. A fresh base
-    is loaded every time.
+    The stage itself writes the right one with `write_merged_model`, tensor by tensor.
     """
     if method == FOUR_BIT:
         trained = load_trained_model(base, adapter, hardware)
@@ -54,10 +52,7 @@ def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
 
 
 def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
-    """The MERGE_METHODS to compare with the merged folder: all, or one where the base is large.
-
-    Each is a whole model that is made and read; a large base is compared with ORIGINAL alone.
-    """
+    """The MERGE_METHODS to compare with the merged folder; ORIGINAL alone if the base is large."""
     files = {path for path in locate_tensors(base).values()}
     is_large = sum(path.stat().st_size for path in files) > LARGE_MODEL_BYTES
     return (ORIGINAL,) if is_large else MERGE_METHODS
@@ -66,10 +61,10 @@ def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
 def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples: list[Sample],
                           replies: list[str], hardware: Hardware,
                           box_format: BoxFormat) -> list[dict]:
-    """How far every method's model is from what training saw; one model in memory at a time.
+    """How far every method's model is from what SFT trained; one model in memory at a time.
 
-    Rows {"way", "mean_gap", "max_gap"}: |difference| in log-probability per token of the replies,
-    of the merged folder and then of `choose_merge_methods`. merged: the folder that stage 03 wrote.
+    Returns a row {"way", "mean_gap", "max_gap"} per method, the written folder `merged` first:
+    |difference| in log-probability per token of the replies.
     """
     processor = load_processor(base, box_format)
 
@@ -99,8 +94,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
 
 
 def merge_warning(gaps: list[dict]) -> str:
-    """One sentence where the merged folder is not what training saw, or not nearest to it; "" if
-    all is well.
+    """One sentence if the merged folder is not nearest to what SFT trained, else "".
 
     gaps: of `compare_merge_methods`.
     """

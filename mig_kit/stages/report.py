@@ -1,8 +1,4 @@
-"""Stage 07: one self-contained HTML page with claims, figures and a gallery.
-
-The templates in report.html.jinja escape every text that a model or a data set produced, as tables
-do; the page holds no script.
-"""
+"""Stage 07: one HTML page, self-contained and without a script; all texts of models are escaped."""
 
 import re
 from collections import Counter
@@ -45,10 +41,7 @@ def suite_rows(samples: dict[str, Sequence[Sample]]) -> list[dict]:
 
 
 def claim_rows(metrics: dict) -> list[dict]:
-    """Rows with this run's difference beside the paper's, in points. A claim on a suite or model
-    that the run does not have is left out, that of RL over SFT where RL started elsewhere, and all
-    of a run on own data. metrics: of stage 06.
-    """
+    """This run's differences beside the paper's, in points, of what both have; metrics: of 06."""
     if any(OWN in by_suite for by_suite in metrics["deltas"].values()):
         return []
     from_sft = metrics.get("start_from", "merged") in NEEDS_SFT
@@ -75,8 +68,7 @@ def kl_rows(kl: dict) -> list[dict]:
 
 
 def difference_rows(deltas: dict) -> list[dict]:
-    """A row per pair of systems, a column per suite, of `gap_text`; deltas: of stage 06's metrics.
-    """
+    """A row per pair of systems, a column per suite, of `gap_text`; deltas: of 06's metrics."""
     return _rows_by_suite("compared", deltas, gap_text)
 
 
@@ -94,10 +86,7 @@ def own_data_rows(deltas: dict) -> list[dict]:
 
 
 def held_out_rows(systems: dict) -> list[dict]:
-    """A row per system on the held-out part of own data, in percent; [] for a run without such.
-
-    systems: of stage 06's metrics.
-    """
+    """A row per system on the held-out part of own data, in percent; systems: of 06's metrics."""
     return [{"system": SYSTEM_LABELS[system], "questions": result["n"],
              "correct": result["score"], "95 %": result["ci95"], "right image": result["image"],
              "well formed": result["format"], "at temperature 1": result["sampled"]}
@@ -107,10 +96,9 @@ def held_out_rows(systems: dict) -> list[dict]:
 
 def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
                        box_format: BoxFormat) -> list[dict]:
-    """Per suite out of domain: percent correct of every system, and their differences as
-    `gap_text`.
+    """Per suite out of domain: percent correct of every system, and differences as `gap_text`.
 
-    replies: of base, sft (where the run has it) and grpo, by sample id.
+    replies: of base, sft (if the run has it) and grpo, by sample id.
     """
     correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
                                  for sample in samples], dtype=float)
@@ -142,9 +130,7 @@ def _signed(points: float | None) -> str | None:
 
 
 def describe_outcome(metrics: dict) -> str:
-    """One sentence on the first suite: every model's score, and what RL added to what it began
-    with; metrics: of stage 06.
-    """
+    """One sentence on the first suite: all scores, and what RL added; metrics: of 06."""
     systems, deltas = metrics["systems"], metrics["deltas"]
     suite = next(iter(systems["grpo"]))
     scores = " → ".join(f"{SYSTEM_LABELS[name]} {systems[name][suite]['score']:.1f}"
@@ -158,9 +144,7 @@ def describe_outcome(metrics: dict) -> str:
 
 
 def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
-    """Rows {stage, parameter, this run, "run SOURCE" or "default"} of what differs from the run
-    that a branch stands on, else from the tiny profile; records: stage -> run.json.
-    """
+    """Rows of parameters that differ from the run's source, else from the tiny profile."""
     source = next((record["run_id"] for record in records.values()
                    if record["run_id"] != run_id), "")
     rows = []
@@ -176,9 +160,7 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
 
 
 def pass_at_k_rows(systems: dict) -> list[dict]:
-    """Rows {suite, system, samples, pass@1, ...} of GRPO and what it began with, in percent; []
-    where 06 drew no replies. systems: of stage 06's metrics.
-    """
+    """Rows {suite, system, samples, pass@1, ...} of GRPO and its start, percent; may be []."""
     return [{"suite": suite_title(suite), "system": SYSTEM_LABELS[system],
              "samples": result["n_sampled"],
              **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
@@ -187,9 +169,7 @@ def pass_at_k_rows(systems: dict) -> list[dict]:
 
 
 def box_rows(systems: dict) -> list[dict]:
-    """Rows {suite, system, questions, precision, ...} of the suites whose questions ask for all
-    boxes, rounded to one decimal; [] where there is none. systems: of stage 06's metrics.
-    """
+    """Rows {suite, system, questions, precision, ...} of suites that ask for all boxes, rounded."""
     def rounded(figure):
         return np.round(figure, 1).tolist() if figure is not None else None
 
@@ -206,8 +186,7 @@ def box_rows(systems: dict) -> list[dict]:
 def stage_rows(records: dict[str, dict]) -> list[dict]:
     """Rows {stage, run, minutes, seed, commit, machine} of finished stages, and their sum.
 
-    records: stage -> run.json; that of a stage which a branch took from its source is the source's.
-    The + of a commit says that its tree had changes.
+    records: stage -> run.json. The + of a commit says that its tree had changes.
     """
     rows = []
     for stage, record in records.items():
@@ -223,10 +202,7 @@ def stage_rows(records: dict[str, dict]) -> list[dict]:
 
 
 def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]]) -> str:
-    """One line on a run: what it was asked, minutes and hardware.
-
-    records: stage -> run.json. samples: by suite, those that 06 asked.
-    """
+    """One line on a run: questions by suite, minutes and hardware; records: stage -> run.json."""
     own = len(samples.get(OWN, ()))
     drawn = sum(map(len, samples.values())) - own
     facts = [f"{own} held-out questions of own data"] * bool(own)
@@ -237,9 +213,7 @@ def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]])
 
 
 def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
-    """A row per reward that 05 was trained with: its weight, and its mean over the first and the
-    last `span` updates; params: of 05.
-    """
+    """A row per reward of 05: its weight, its mean over the first and the last `span` updates."""
     rows = []
     for reference in params["rewards"]:
         name = reference.rpartition(":")[2]
@@ -263,11 +237,9 @@ def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
 
 def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
                             bins: int = 5) -> list[dict]:
-    """Mean pass rate over the number of objects in all images of a question, in at most `bins`
-    parts of about as many questions.
+    """Mean pass rate by number of objects in a question's images, in `bins` parts of like size.
 
-    Rows {"objects": "3 to 4, n = 9", "pass rate", "ci95"}, 0..1. rates: by sample id, 0..1; counted
-    are the samples whose notes list their images, as those of drawn scenes do.
+    rates: by sample id, 0..1. Only samples whose notes list their images are counted.
     """
     table = pd.DataFrame([(count_listed_objects(sample.notes), rates[sample.id])
                           for sample in samples if sample.notes and sample.id in rates],
@@ -282,8 +254,7 @@ def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
 
 
 def score_bars(systems: dict) -> list[dict]:
-    """Rows {suite, system, score, ci95, n} for `plots.plot_scores`; systems: of stage 06's metrics.
-    """
+    """Rows {suite, system, score, ci95, n} for `plots.plot_scores`; systems: of 06's metrics."""
     return [{"suite": suite_title(suite), "system": system, "score": result["score"],
              "ci95": result["ci95"], "n": result["n"]}
             for system, suites in systems.items() for suite, result in suites.items()]
@@ -298,10 +269,7 @@ def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
 
 
 def html_table(rows: list[dict]) -> Markup:
-    """An HTML table of plain rows, escaped; pairs are shown as intervals.
-
-    Columns without a value are left out; "" if only one has any.
-    """
+    """Plain rows as escaped HTML, pairs as intervals, without empty columns; "" for one column."""
     table = pd.DataFrame(rows, dtype=object).dropna(axis=1, how="all")
     if len(table.columns) < 2:
         return Markup("")
@@ -320,9 +288,7 @@ def _cell_text(value) -> str:
 
 def render_page(title: str, sections: list[tuple[str, Markup]], facts: str = "",
                 outcome: str = "") -> str:
-    """The whole page. sections: (heading, HTML) pairs; a section without content is left out.
-    facts, outcome: lines below the title.
-    """
+    """The whole page of (heading, HTML) sections; facts, outcome: lines below the title."""
     return str(macros.page(title, sections, facts, outcome)) + "\n"
 
 
@@ -343,9 +309,10 @@ def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None]
                     tables: dict[str, list[dict]]) -> list[tuple[str, Markup]]:
     """The sections of the run's page, for `render_page`.
 
-    metrics: of stage 06. figures: "suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
-    "dropped", "difficulty", "shares", "rollouts"; None for one that cannot be drawn. tables: rows
-    of "changed", "ood", "rewards" and "stages".
+    Args:
+        figures: "suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow", "dropped",
+            "difficulty", "shares", "rollouts"; None for one that cannot be drawn.
+        tables: rows of "changed", "ood", "rewards" and "stages".
     """
     systems = metrics["systems"]
     has_sft = "sft" in systems

@@ -40,9 +40,7 @@ macros = _templates.get_template("report.html.jinja").module
 
 def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
                         systems: Iterable[str]) -> dict[str, dict[str, str]]:
-    """System -> sample id -> its greedy reply, of those SYSTEMS that are in `systems`; {}
-    without samples. folder: "replies" of 06.
-    """
+    """System -> sample id -> greedy reply; {} without samples. folder: "replies" of 06."""
     replies = {}
     for system in [name for name in SYSTEMS if samples and name in systems]:
         stored = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
@@ -57,11 +55,10 @@ def list_objects(samples: Sequence[Sample], seed: int) -> dict[str, list[list[Bo
 
 def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat,
                      objects: Objects | None = None) -> str:
-    """One of OUTCOMES.
+    """One of OUTCOMES; the last three are of questions for all boxes.
 
-    A box in the right image whose IoU is under 0.5 is a "loose box" if it overlaps the target more
-    than any other object, else around a "wrong object". Of a sample that `objects` does not have,
-    it is loose from LOOSE_IOU on. The last three are of questions for all boxes.
+    A box in the correct image with IoU under 0.5 is a "loose box" if it overlaps the target more
+    than any other object, else a "wrong object". Without `objects` it is loose from LOOSE_IOU on.
     """
     answer = parse_reply(reply)
     if is_correct(reply, sample, box_format):
@@ -85,9 +82,7 @@ def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat,
 
 
 def _classify_list(reply: str, sample: Sample, box_format: BoxFormat) -> str:
-    """What is wrong with a reply to a question for all boxes that is not correct: one of
-    OUTCOMES. As many boxes as targets are "loose box" if each overlaps one of its own.
-    """
+    """One of OUTCOMES for a reply to a question for all boxes that is not correct."""
     boxes = parse_boxes(reply)
     if boxes is None:
         return "no answer"
@@ -119,8 +114,7 @@ def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[
                  box_format: BoxFormat, per_kind: int = 4) -> list[tuple[str, Sample]]:
     """(kind, sample) pairs, by what changed from `before` to `after` (replies by sample id).
 
-    At most `per_kind` samples of each of KINDS, each of another task where there are so many, and
-    tasks first that are not shown yet.
+    At most `per_kind` samples of each of KINDS, of as many tasks as possible.
     """
     outcomes = [tuple(is_correct(replies[sample.id], sample, box_format)
                       for replies in (before, after)) for sample in samples]
@@ -142,9 +136,7 @@ def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[
 def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems: Iterable[str],
                     box_format: BoxFormat, per_kind: int) -> tuple[list[tuple[str, Sample]],
                                                                    dict[str, dict[str, str]]]:
-    """(gallery of all suites, replies per system by sample id), from the first of RL_STARTS to the
-    GRPO model; folder: "replies" of 06. Other arguments: see `pick_gallery`.
-    """
+    """(gallery of all suites, replies per system by sample id); folder: "replies" of 06."""
     gallery: list[tuple[str, Sample]] = []
     replies: dict[str, dict[str, str]] = {}
     for suite, part in samples.items():
@@ -161,10 +153,9 @@ def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems:
 def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
                  box_format: BoxFormat, scores: dict[str, Score],
                  objects: Objects | None = None) -> Markup:
-    """Cards of (kind, sample) pairs with filters above them; replies: per system by sample id.
+    """Cards of (kind, sample) pairs below filters, which are style sheets; replies: by sample id.
 
-    scores: the rewards to show, of `reward_loading.score_functions`; {} for none. The filters, by
-    FILTERS, are style sheets, no script; the outcome is that of the last system.
+    scores: the rewards to show, of `reward_loading.score_functions`; {} for none.
     """
     last = list(replies.values())[-1]
     labels = [{"suite": suite_title(sample.suite), "task": task_title(sample.task),
@@ -185,9 +176,9 @@ def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str,
 def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
                 scores: dict[str, Score], kind: str = "", classes: str = "",
                 objects: Objects | None = None) -> Markup:
-    """One sample with the replies of some systems: one picture with all boxes, then a line each.
+    """One sample as a picture with all boxes, and a line for each system's reply.
 
-    kind: stands in its head. classes: what the filters know the card by.
+    kind: the card's heading. classes: CSS classes that the page's filters select.
     """
     rows = [_reply_row(system, reply, sample, box_format, scores, objects)
             for system, reply in replies.items()]

@@ -1,8 +1,7 @@
 """Checks that stop a training which cannot teach what it should, and say why.
 
 Mixed-up images, boxes in other coordinates or a reward that nobody can earn raise no error by
-themselves: loss falls, curves move, and the model learns to answer without looking. Token counts,
-padding and adapters are checked in `engine.processors` and `engine.models`.
+themselves: loss falls, and the model learns to answer without looking.
 """
 
 import math
@@ -30,8 +29,8 @@ def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box
                           lowest_share: float = 0.9) -> float:
     """Share of the replies with a box that meet their target (IoU >= 0.5).
 
-    Stage 01 lets only correct replies through, so a miss means that it saw images of another size,
-    or wrote boxes in other coordinates. Raises ValueError below `lowest_share`.
+    Raises ValueError below `lowest_share`: 01 keeps only correct replies, so a miss means that it
+    saw images of another size, or wrote boxes in other coordinates.
     """
     correct = [is_correct(reply, sample, box_format)
                for reply, sample in zip(replies, samples, strict=True) if sample.targets]
@@ -46,12 +45,11 @@ def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box
 
 def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: Sequence[str],
                             fewest_pairs: int = 8) -> dict:
-    """How much likelier the replies are with their own images than with those of another sample.
+    """How much likelier the replies are with their own images than with another sample's.
 
-    Pairs are samples of one task with as many, but other, images. {"pairs", "gap" (mean difference
-    in log-probability per reply), "error" (its standard error)}. With fewer than `fewest_pairs`
-    nothing is judged. Raises ValueError if the gap is below two standard errors: images and
-    questions are then probably mixed up, or the model does not see.
+    Returns: {"pairs", "gap": mean difference in log-probability per reply, "error": standard
+    error}.
+    Raises: ValueError if the gap of `fewest_pairs` or more is below two standard errors.
     """
     pairs = _pair_with_other_images(samples, replies)
     if len(pairs) < fewest_pairs:
@@ -71,10 +69,7 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
 
 def _pair_with_other_images(samples: list[Sample],
                             replies: list[str]) -> list[tuple[Sample, Sample, str]]:
-    """(sample, the same with the next sample's images, reply), within task and image count.
-
-    A "none" is as likely with other images, so questions for all boxes without one are left out.
-    """
+    """(sample, the same with the next sample's images, reply), by task and number of images."""
     alike = defaultdict(list)
     for sample, reply in zip(samples, replies, strict=True):
         if sample.find_all and not sample.targets:
@@ -91,10 +86,10 @@ def _pair_with_other_images(samples: list[Sample],
 
 def nothing_earned_warnings(policy: Policy, samples: Sequence[Sample], rates: dict[str, float],
                             rewards: dict[str, Reward], params: SimpleNamespace) -> list[str]:
-    """A sentence per kind of question whose first replies earn none of the rewards beside format.
+    """A sentence per kind of question whose first replies earn no reward but for their format.
 
-    policy: what RL starts from; rates: pass rates of 04 by sample id; params: of 05. A group is
-    drawn for each of FIRST_PROMPTS samples of every kind that 04 has seen no correct reply to.
+    policy: what RL starts from; rates: pass rates of 04 by sample id; params: of 05. Only kinds
+    that 04 has seen no correct reply to are tried, FIRST_PROMPTS samples of each.
     """
     kinds = unsolved_kinds(samples, np.array([rates.get(sample.id, 0) for sample in samples]))
     warnings = (_nothing_earned(policy, [sample for sample in samples if question_kind(sample)
@@ -119,12 +114,7 @@ def _nothing_earned(policy: Policy, prompts: list[Sample], rewards: dict[str, Re
 
 
 class StopIfNothingLearns(TrainerCallback):
-    """Stops a training whose logged figures say that nothing can be learnt.
-
-    At any step: a loss or gradient that is not finite. If it holds in all of the first `patience`
-    steps: no reward for letters, or none for anything else beside the format, no box reward though
-    images are correct, no group with a spread. A reward that is constant in them is only said.
-    """
+    """Stops a training whose logged figures say that nothing can be learnt."""
 
     def __init__(self, patience: int = 8):
         self.patience, self.rows = patience, []

@@ -1,5 +1,4 @@
-"""Stage 01, the questions: drawn scenes or your own data, as one cold-start, RL and validation set.
-"""
+"""Stage 01, the questions: synthetic scenes or own data, as cold-start, RL and validation set."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,14 +27,11 @@ NAMES_FILE = "left_out_names.txt"  # everything that the report counts, where th
 
 
 def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, TableRows], str]:
-    """The three sets that the parameters of 01 ask for, and a text on what was left out and why, ""
-    for a source that leaves nothing out.
+    """The three sets that the parameters of 01 ask for, and a text on what was left out, or "".
 
-    They are written to FILE_OF_SET in `folder` as they are read, real images to its images/ as
-    they are; what an earlier, killed run completed is read from there. The questions of the set
-    cot hold the replies that came with them. Relative paths start at the project's folder. A
-    damaged image's question is left out and counted. ValueError for a set that stays empty or
-    for a wrong line, before anything is written.
+    They are written to FILE_OF_SET in `folder`, real images as they are to its images/; what a
+    killed run completed is read from there. A question with a damaged image is left out and
+    counted. ValueError for a wrong line or a set that stays empty.
     """
     report_file = folder / REPORT_FILE
     files = [report_file, *(folder / file for file in FILE_OF_SET.values())]
@@ -118,10 +114,7 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
 
 
 def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
-    """How many questions nothing trains on, and, of own data, what a few of them need.
-
-    98 / sqrt(n) points is half the widest 95 % interval of a share of n.
-    """
+    """How many questions nothing trains on, and what a few of them mean for own data."""
     text = f"{n_questions} held out"
     if p.data == "scenes" or n_questions >= 96:
         return text
@@ -146,10 +139,9 @@ def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipR
 
 
 def choose_set(sha256: str, shares: list[float]) -> str:
-    """One of SET_NAMES, by the hash of a question's first image: all questions on it share a set.
+    """One of SET_NAMES, by the hash of a question's first image; other images may be shared.
 
-    shares: of cot, rl and val. Other images of a question may still be shared between sets;
-    compare folders with `mig-kit data duplicates`.
+    shares: of cot, rl and val. Compare folders with `mig-kit data duplicates`.
     """
     position = int(sha256[:16], 16) / 2**64
     if position < shares[0]:

@@ -1,7 +1,6 @@
 """Stage 01: synthesise the cold-start set, by a teacher's traces and a filter that keeps good ones.
 
-The paper publishes neither its prompts nor its filter. Our filter (`filters.drop_reason`) asks for
-the format, the right image, IoU >= 0.5, and no answer given away inside the thinking.
+The paper publishes neither its prompts nor its filter; ours is `filters.drop_reason`.
 """
 
 import random
@@ -20,10 +19,9 @@ from mig_kit.world.teacher import write_trace
 
 @dataclass(frozen=True)
 class RuleBasedTraces(Sequence):
-    """The rule-based teacher's trace for every sample, written when it is looked at, each from its
-    own random state.
+    """The rule-based teacher's trace for every sample, written when it is looked at.
 
-    error_rate, jitter, mix: see `teacher.write_trace`.
+    Each has its own random state. error_rate, jitter, mix: see `teacher.write_trace`.
     """
 
     samples: Sequence[Sample]
@@ -51,10 +49,9 @@ def read_own_traces(path: Path) -> TableRows:
 
 def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Trace],
                      reasons: Iterable[str]) -> dict:
-    """Write the samples whose trace is kept to `path`, one at a time, and count the others.
+    """Write the samples whose trace is kept to `path`, and return `count_drops` of all.
 
-    reasons: why a trace is dropped, "" for one to keep; read once. Gives the counts of
-    `count_drops`. Raises ValueError where there are traces and none is kept.
+    reasons: why a trace is dropped, "" for one to keep. Raises ValueError if none is kept.
     """
     outcomes = []
     rows = zip(samples, traces, reasons, strict=True)
@@ -81,9 +78,9 @@ def _describe_drops(counts: dict) -> str:
 
 
 def count_drops(outcomes: list[tuple[str, str, str]]) -> dict:
-    """How many traces were kept and dropped per reason, and what became of the teacher's errors.
+    """How many traces were kept, dropped per reason, and of which errors.
 
-    outcomes: (reason of `filters.drop_reason`, "" for a kept one; detail; error) of each trace.
+    outcomes: (reason of `filters.drop_reason`, detail, error) of each trace.
     """
     reasons = Counter(reason for reason, _, _ in outcomes)
     names = [*DROP_REASONS, *sorted(reasons.keys() - {*DROP_REASONS, ""})]
@@ -100,7 +97,7 @@ def data_card(seed: int, counts: dict, sizes: dict[str, int], coordinates: str,
     """The data card in Markdown: what the set holds and how it was made.
 
     counts: of `count_drops`. sizes: samples by file. coordinates: of the boxes inside replies.
-    data: of 01. teacher: who wrote the traces, for a sentence; "" for the rules.
+    teacher: who wrote the traces, "" for the rules.
     """
     is_drawn = data == "scenes"
     source = (f"Drawn scenes (seed {seed})" if is_drawn
