@@ -161,10 +161,10 @@ def attend_packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
                   value: torch.Tensor, attention_mask: None, cu_seq_lens_q: torch.Tensor,
                   max_length_q: int, scaling: float | None = None,
                   **kwargs) -> tuple[torch.Tensor, None]:
-    """Attention within each of the windows or images of a vision tower, all in one call.
+    """Attention within each of a vision tower's windows or images; needs a GPU and 16 bits.
 
     query, key, value (1, heads, tokens, width) -> (mixed values (1, tokens, heads, width), None).
-    cu_seq_lens_q: (windows + 1,), where each begins and the last ends. Needs a GPU and 16 bits.
+    cu_seq_lens_q: (windows + 1,), where each begins and the last ends.
     """
     packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     bounds = cu_seq_lens_q.to(torch.int32)

@@ -147,7 +147,7 @@ class Decoder:
         return self._project(self.language.norm(hidden), self.head)
 
     def _angles_of_step(self, angles: torch.Tensor, of_values: int) -> torch.Tensor:
-        """(prefixes, 1 or rows, heads + 2 * kv_heads, width); `of_values` keeps values as they are."""
+        """(prefixes, 1 or rows, heads + 2 * kv_heads, width); of_values keeps values unturned."""
         of_step = angles[:, :, self.step, None]
         turned = of_step.expand(-1, -1, self.heads + self.kv_heads, -1)
         unturned = of_step.new_full((1, 1, self.kv_heads, self.width), of_values)

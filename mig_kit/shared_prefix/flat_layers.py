@@ -202,8 +202,8 @@ def _plain_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 class _Projection(torch.autograd.Function):
     """Frozen layers with the same input, and their adapters: x W^T + bias + scale * x A^T B^T.
 
-    down: the adapters' A, one below the other; up: their B. A layer whose scale is None has none.
-    Adapters learn from the first `count` tokens alone: padding would change the rounding of sums.
+    down: the adapters' A, one below the other; up: their B; scales: None without one. Adapters
+    learn from `count` tokens alone: padding would change the rounding of sums.
     """
 
     @staticmethod

@@ -25,8 +25,7 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
                      temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of every completion token, (rows, tokens) each; 0 for padding.
 
-    Arguments as of `completion_states`. With checkpointed layers the head is computed HEAD_TOKENS
-    tokens at a time, too.
+    Arguments as of `completion_states`. With checkpointed layers the head is, too.
     """
     model = unwrap_peft(model)
     states = completion_states(model, prompts, prompt_index, ids, mask)

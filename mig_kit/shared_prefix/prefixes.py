@@ -37,9 +37,8 @@ def additive_mask(is_allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def embed_with_images(embeds: torch.Tensor, is_image: torch.Tensor, prompts: list[Prompt]) -> dict:
-    """Inputs of the language model: embeddings that hold the images' features at their tokens.
-
-    embeds: (prompts, tokens, hidden); is_image: (prompts, tokens) bool.
+    """Inputs of the language model: embeddings (prompts, tokens, hidden) with the images'
+    features where is_image (prompts, tokens) is true.
     """
     features = [prompt.features for prompt in prompts if prompt.features is not None]
     if not features:

@@ -95,12 +95,11 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, ready for the model.
+    """A prompt, ready for the model; features are None without images and in the cache's copy.
 
-    ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), None without images
-    and where the cache keeps the prompt. Qwen3-VL feeds further features to its first layers; its
-    features are (image tokens, (1 + layers) * hidden). image_digests: of its images, in order.
-    prefix_length: tokens up to and including the last image token.
+    ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), of Qwen3-VL, which
+    feeds some to its first layers, (image tokens, (1 + layers) * hidden). image_digests: of its
+    images, in order. prefix_length: tokens up to and including the last image token.
     """
 
     ids: torch.Tensor

@@ -104,9 +104,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                           f"{self.unsupported_sampling}; updates share prompts", stacklevel=2)
         if self.args.per_device_train_batch_size % self.num_generations:
             warnings.warn(f"a step of {self.args.per_device_train_batch_size} completions splits "
-                          "groups, and each part reads its prompt again; set "
-                          "per_device_train_batch_size to a multiple of num_generations, "
-                          f"{self.num_generations}", stacklevel=2)
+                          "groups, and each part reads its prompt again; set per_device_train_"
+                          "batch_size to a multiple of num_generations", stacklevel=2)
 
     def _stop_sharing(self, reason: str) -> None:
         """Go on as stock TRL."""
@@ -149,9 +148,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return [row for row in range(count) if row == 0 or (first + row) % group == 0]
 
     def _generate_and_score_completions(self, inputs):
-        rows = inputs
         if not self.unshared:
-            kept = set() if self.model.training else self.training_numbers
+            kept = () if self.model.training else self.training_numbers
             self.sources = {number: self.sources[number] for number in kept}
             rows = [move_images(row) for row in inputs]
             self._check_sharing([row["prompt"] for row in rows])
@@ -165,8 +163,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return output
 
     def _check_sharing(self, prompts: list) -> None:
-        """Stop sharing where passes are not stock TRL's: before the first draw, and once the adapter
-        has moved by two updates.
+        """Stop sharing where passes are not stock TRL's; compared before the first draw, and again
+        once the adapter has moved by two updates.
         """
         if reason := find_trained_tower(self.model):
             self._stop_sharing(reason)
