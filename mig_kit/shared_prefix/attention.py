@@ -1,12 +1,9 @@
 """Attention for CPUs, registered with transformers under NAME.
 
-transformers has two kinds of attention. "eager" writes the scores several times, in float32. The
-fused kernel of "sdpa" is fast in the forward pass of short rows only. On CPUs that multiply
-bfloat16 fast, both wait for memory. This one uses the fused kernel where no gradient is wanted and
-the rows are short. Otherwise it uses plain products: scores have the products' dtype, are written
-in place, and those of a long prompt are computed block by block. The results equal those of
-"eager" except for rounding in the last bit. In float32 a training step is 1.1 to 1.2 times as fast,
-mostly because `prefixes` reads shared prompts once.
+Of transformers' kinds, "eager" writes the scores several times, in float32, and the fused kernel of
+"sdpa" is fast only in the forward pass of short rows. This one uses that kernel there, and plain
+products elsewhere: scores have the products' dtype, are written in place, and those of a long
+prompt are computed block by block. The results equal those of "eager" but for the last bit.
 """
 
 import torch
@@ -32,12 +29,9 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
     values (rows, tokens, heads, width), weights or None).
 
     attention_mask: (rows, 1, tokens, past), bool (True: is attended to) or added to the scores;
-    None: every token attends to all, in a causal module to itself and those before it.
-
-    transformers hands keyword arguments to all layers alike, so a module that differs from others
-    says so by an attribute. With `keep_weights` true it also gets its weights (rows, heads, tokens,
-    past). With `in_blocks` true a causal module without a mask leaves out most scores of the
-    future, however short the rows; its weights are then as in `_attend_in_blocks`.
+    None: every token attends to all, in a causal module to itself and those before it. A module
+    with `keep_weights` also gets its weights (rows, heads, tokens, past); one with `in_blocks`
+    leaves out most scores of the future, and its weights are as in `_attend_in_blocks`.
     """
     tokens, width, past = query.shape[2], query.shape[3], key.shape[2]
     keep_weights = getattr(module, "keep_weights", False)
@@ -114,11 +108,9 @@ def _attend_in_blocks(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
         keep_weights: bool, causal: bool = True,
         mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Attention of BLOCK tokens at a time to what stands before the block's end; if not causal, of
-    NONCAUSAL_BLOCK tokens at a time to everything.
+    """BLOCK tokens at a time (NONCAUSAL_BLOCK) attend to what stands before the block's end.
 
     The weights, if kept, are a list of (rows, heads, tokens of the block, tokens attended to).
-    mask: as of `attention`, where no gradient is wanted.
     """
     rows, heads, tokens, width = query.shape
     kv_heads = key.shape[1]
@@ -148,10 +140,7 @@ def _attend_in_blocks(
 
 
 def _lowest(dtype: torch.dtype) -> float:
-    """What is added to the score of a token that must not be seen.
-
-    Never -inf: a row of padding sees nothing and must not become NaN.
-    """
+    """What is added to the score of a hidden token; -inf would make a row of padding NaN."""
     return torch.finfo(dtype).min / 2
 
 
@@ -172,10 +161,10 @@ def attend_packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
                   value: torch.Tensor, attention_mask: None, cu_seq_lens_q: torch.Tensor,
                   max_length_q: int, scaling: float | None = None,
                   **kwargs) -> tuple[torch.Tensor, None]:
-    """Attention within each of the windows or images of a vision tower, all in one call.
+    """Attention within each of a vision tower's windows or images; needs a GPU and 16 bits.
 
     query, key, value (1, heads, tokens, width) -> (mixed values (1, tokens, heads, width), None).
-    cu_seq_lens_q: (windows + 1,), where each begins and the last ends. Needs a GPU and 16 bits.
+    cu_seq_lens_q: (windows + 1,), where each begins and the last ends.
     """
     packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     bounds = cu_seq_lens_q.to(torch.int32)

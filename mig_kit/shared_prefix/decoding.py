@@ -28,13 +28,10 @@ class Decoder:
     """One decoding step for all rows: `rows_per_prefix` rows to each of several prefixes.
 
     A prefix is a prompt, and its rows are the replies to it. With `suffixes` it is the images that
-    several prompts begin with, and each of the prefix's slots has as many rows.
-
-    cache: keys and values of the prefixes, and of the suffixes behind them. capacity: tokens that a
-    row can hold. A step consists of many small operations, and starting one costs more than its
-    work. So layers with the same input are one product where `fused_weights` has their weights,
-    positions are turned into angles once for all steps, and a row's keys and values lie in the
-    order in which its prefix's scores are computed.
+    several prompts begin with, and each of the prefix's slots has as many rows. cache: keys and
+    values of the prefixes, and of the suffixes behind them. capacity: tokens that a row can hold.
+    Starting an operation costs more than its work, so a step has few: layers with the same input
+    are one product where `fused_weights` has them, and angles are computed once for all steps.
     """
 
     def __init__(self, model, cache: Cache, prefixes: PaddedPrompts, rows_per_prefix: int,
@@ -118,10 +115,7 @@ class Decoder:
 
     def _prepare_angles(self, next_position: torch.Tensor, capacity: int,
                         embeds: torch.Tensor) -> None:
-        """Cosines and sines of all steps, (prefixes, 1 or rows, steps, width).
-
-        next_position: (prefixes, 1 or rows).
-        """
+        """Cosines and sines of all steps, (prefixes, 1 or rows, steps, width)."""
         steps = torch.arange(capacity, device=embeds.device)
         positions = (next_position.flatten()[:, None] + steps).expand(3, -1, -1)
         cosines, sines = self.language.rotary_emb(embeds, positions)
@@ -153,10 +147,7 @@ class Decoder:
         return self._project(self.language.norm(hidden), self.head)
 
     def _angles_of_step(self, angles: torch.Tensor, of_values: int) -> torch.Tensor:
-        """(prefixes, 1 or rows, heads + 2 * kv_heads, width), for queries, keys and values.
-
-        of_values: the cosine or sine that leaves values as they are.
-        """
+        """(prefixes, 1 or rows, heads + 2 * kv_heads, width); of_values keeps values unturned."""
         of_step = angles[:, :, self.step, None]
         turned = of_step.expand(-1, -1, self.heads + self.kv_heads, -1)
         unturned = of_step.new_full((1, 1, self.kv_heads, self.width), of_values)
@@ -191,9 +182,7 @@ class Decoder:
 
     def _attend(self, heads: torch.Tensor, index: int) -> torch.Tensor:
         """(prefixes, rows, heads + 2 * kv_heads, width): queries, keys, values -> (all rows,
-        heads * width).
-
-        Every row attends to its prefix, which it shares, and to its own past.
+        heads * width). Every row attends to its prefix, which it shares, and to its own past.
         """
         prefix_keys, prefix_values = self.prefix_cache[index]
         n_prefixes, prefix_length = prefix_keys.shape[0], prefix_keys.shape[2]
@@ -267,10 +256,7 @@ def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def _float32_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """`_scores` of bfloat16 in float32, as the fused kernels of a GPU have them.
-
-    Keys of Qwen2.5 are so large that a score in bfloat16 would be off by several units.
-    """
+    """`_scores` of bfloat16 in float32: in bfloat16, Qwen2.5's large keys err by whole units."""
     left, right = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (queries, keys))
     scores = torch.bmm(left, right.transpose(1, 2), out_dtype=torch.float32)
     return scores.view(*queries.shape[:-1], keys.shape[-2])
@@ -281,12 +267,9 @@ def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
     """While it lasts, adapters are folded into the weights, and under autocast weights are bf16.
 
     Otherwise every step would cast every weight and run every adapter again. Afterwards the weights
-    are what they were, bit for bit: the sums lie beside them meanwhile, under autocast in bfloat16.
-    Only plain LoRA is folded. 4-bit layers stay as they are, and so do adapters on weights that are
-    kept in bfloat16 (on a GPU), because folding would round a young adapter away.
-
-    Yields the weights of plain layers. Where weights are cast, layers with the same input are
-    fused, because they then need no more memory.
+    are what they were, bit for bit. Only plain LoRA on float32 weights is folded: in bfloat16 a
+    young adapter would be rounded away. Yields the weights of plain layers; where weights are cast,
+    layers with the same input are fused, because they then need no more memory.
     """
     layers = dict(model.model.language_model.layers.named_modules())
     folded = [layer for layer in layers.values() if _is_foldable(layer)]
@@ -374,12 +357,10 @@ def _fuse_layers(fused_weights: FusedWeights, layers: tuple[torch.nn.Module, ...
 
 
 def train_mode_for_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
-    """Put the 4-bit layers alone in train mode, where they compute the same and leave their weights
-    alone.
+    """Put the 4-bit layers alone in train mode; call it after what puts the model in eval mode.
 
     In eval mode, on CPUs with avx512_bf16, a 4-bit layer repacks its weights in place at its first
-    use; merging it or training it afterwards gives garbage. Call it after whatever puts the whole
-    model in eval mode.
+    use; merging it or training it afterwards gives garbage.
     """
     for module in model.modules():
         kind = type(module)  # by name, because bitsandbytes may not be installed

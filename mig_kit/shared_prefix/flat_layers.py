@@ -1,10 +1,9 @@
 """A language model's layers over the tokens of all rows, one behind the other, on a CPU.
 
-transformers pads rows to the longest one, and every LoRA adapter, activation and norm writes its
-intermediate results to memory several times. Here layers with the same input are one product,
-backward passes are written out, and the last layer computes only the states that are asked for.
-Outputs and gradients are those of transformers and PEFT, but for rounding. Only the end is padding:
-a kernel is compiled for one shape, which takes longer than to run it, so shapes should come again.
+Layers with the same input are one product, backward passes are written out, and the last layer
+computes only the states that are asked for. Outputs and gradients are those of transformers and
+PEFT, but for rounding. Only the end is padding: a kernel is compiled for one shape, which takes
+longer than to run it, so shapes should come again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,7 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 
 
 class Group(NamedTuple):
-    """A prompt's tokens, and those of its completions right behind it; lengths in tokens.
-
-    A completion attends to the prompt and to itself.
-    """
+    """Tokens of a prompt, and of its completions behind it, each of which sees it and itself."""
 
     prompt: int
     completions: tuple[int, ...]
@@ -37,9 +33,8 @@ class Group(NamedTuple):
 def can_read_flat(model) -> bool:
     """Do the layers of this model consist of what `read_flat` computes, on a CPU?
 
-    Projections must be plain, 4-bit or adapted by LoRA of the plain kind, whose products have the
-    model's dtype; where gradients are wanted, nothing behind the embeddings but LoRA adapters may
-    be trained.
+    Projections must be plain, 4-bit or adapted by plain LoRA in the model's dtype; where gradients
+    are wanted, nothing behind the embeddings but LoRA adapters may be trained.
     """
     language = model.model.language_model
     config, layer = language.config, language.layers[0]
@@ -75,10 +70,7 @@ def is_plain_lora(layer: torch.nn.Module) -> bool:
 
 
 def _is_plain(layer: torch.nn.Module, dtype: torch.dtype | None) -> bool:
-    """Is this a layer, 4-bit or not, with one LoRA adapter in use or none?
-
-    dtype: which the adapter must have; None for any.
-    """
+    """Is this a layer, 4-bit or not, with one LoRA adapter, of this dtype if given, or none?"""
     if is_plain_lora(layer):
         in_use = {layer.lora_A[name].weight.dtype for name in layer.active_adapters
                   if name in layer.lora_A}
@@ -210,8 +202,8 @@ def _plain_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 class _Projection(torch.autograd.Function):
     """Frozen layers with the same input, and their adapters: x W^T + bias + scale * x A^T B^T.
 
-    down: the adapters' A, one below the other; up: their B. A layer whose scale is None has none.
-    Adapters learn from the first `count` tokens alone: padding would change the rounding of sums.
+    down: the adapters' A, one below the other; up: their B; scales: None without one. Adapters
+    learn from `count` tokens alone: padding would change the rounding of sums.
     """
 
     @staticmethod
@@ -291,10 +283,7 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """Turn heads (tokens, heads, width) by their positions' angles, and cast them to `dtype`.
-
-    cosines, sines: (tokens, width), whose halves are equal; the product has their dtype.
-    """
+    """Turn heads (tokens, heads, width) by cosines and sines (tokens, width), and cast them."""
 
     @staticmethod
     def forward(ctx, heads, cosines, sines, dtype):
@@ -315,8 +304,7 @@ def _turn(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
 
 
 class _Attention(torch.autograd.Function):
-    """q (tokens, heads, width); k, v (tokens, kv_heads, width) -> mixed values (tokens, heads *
-    width).
+    """q (tokens, heads, width); k, v (tokens, kv_heads, width) -> (tokens, heads * width).
 
     only_asked_for: of a prompt's tokens the last alone is computed; the others stay undefined.
     """

@@ -1,9 +1,5 @@
-"""Rollouts that read a shared prompt once.
-
-In multi-image grounding a prompt is hundreds of image tokens and a reply a few dozen tokens. The
-replies to one prompt share it, and several questions about the same images share these
-(`prefixes`). What is shared is read once, and its keys and values serve all replies (`decoding`).
-With a frozen vision tower the features of an image are computed once, too (`prompt_cache`).
+"""Rollouts that read a shared prompt once: a multi-image prompt is hundreds of tokens, a reply a
+few dozen, and several questions about the same images share these (`prefixes`).
 """
 
 from contextlib import nullcontext
@@ -46,8 +42,7 @@ class SamplingOptions:
 def draw_uniforms(seed: int, prompts: int, group: int, tokens: int) -> torch.Tensor:
     """The uniform numbers in [0, 1) that decide every token: (prompts, group, tokens), float64.
 
-    They are drawn on the CPU, and each completion has its own: it does not depend on the device,
-    nor on what else is in its batch.
+    Each completion has its own: it does not depend on the device, nor on the rest of its batch.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(prompts, group, tokens, dtype=torch.float64, generator=generator)
@@ -58,8 +53,7 @@ def sample_tokens(logits: torch.Tensor, sampling: SamplingOptions,
     """One token per row of logits (rows, vocabulary): greedy at temperature 0, else top-p.
 
     uniforms: (rows,); a row's token is the first at which the cumulative probability exceeds its
-    number. `torch.multinomial` would draw a number for every token of the vocabulary, which takes
-    thirty times as long on a CPU.
+    number. On a CPU `torch.multinomial` takes thirty times as long.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -75,10 +69,8 @@ def sample_tokens(logits: torch.Tensor, sampling: SamplingOptions,
 
 
 def max_kv_bytes(device: torch.device) -> int:
-    """Bytes that the keys and values of a draw may take on the device.
-
-    On a GPU half of what is free, with what PyTorch keeps for later; on a CPU KV_BYTES, or half of
-    what is free if that is less.
+    """Bytes that a draw's keys and values may take: half of what is free, on a CPU KV_BYTES at
+    most, on a GPU with what PyTorch keeps for later.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -88,12 +80,11 @@ def max_kv_bytes(device: torch.device) -> int:
 
 def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int,
                           max_bytes: int, reading_bytes: int = 0, row_bytes: int = 0) -> int:
-    """How many of `count` prompts to draw completions to at once, so that max_bytes hold them.
+    """How many of `count` prompts to draw completions to at once; rounds are of about one size.
 
-    The rounds are of about the same size. longest: tokens of the longest prompt; tokens: of the
-    longest completion; token_bytes: of one token's keys and values. reading_bytes: what reading a
-    prompt takes per token besides, while twice max_bytes are free; 0 where that does not matter.
-    row_bytes: what a completion takes besides its tokens' keys and values.
+    longest, tokens: of the longest prompt and completion; token_bytes: of a token's keys and
+    values. reading_bytes: extra bytes per prompt token while it is read, checked against twice
+    max_bytes; 0 to ignore. row_bytes: of a completion besides its tokens' keys and values.
     """
     bytes_per_prompt = (longest + group * tokens) * token_bytes + group * row_bytes
     most = max_bytes // bytes_per_prompt
@@ -126,16 +117,10 @@ def reading_bytes_per_token(model) -> int:
 
 
 def end_token_ids(generation_config, processor) -> list[int]:
-    """Every token that ends a completion: the tokenizer's, and those that the model declares.
-
-    transformers and TRL end at the same ones.
-    """
+    """Every token that ends a completion: the tokenizer's, and those that the model declares."""
     declared = generation_config.eos_token_id
-    if declared is None:
-        declared = []
-    elif not isinstance(declared, list):
-        declared = [declared]
-    return sorted({processor.tokenizer.eos_token_id, *declared})
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({processor.tokenizer.eos_token_id, *declared} - {None})
 
 
 @torch.no_grad()
@@ -143,14 +128,13 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int,
                       sampling: SamplingOptions, uniforms: torch.Tensor | None = None,
                       autocast: bool = False, fused_weights: FusedWeights | None = None,
                       max_bytes: int | None = None) -> list[list[list[int]]]:
-    """`group` completions to each prompt: token ids up to and including the end token.
+    """`group` completions to each prompt: token ids up to and including the end token, or
+    sampling.max_new_tokens without one.
 
-    A completion without one has sampling.max_new_tokens tokens. Prompts that begin with the same
-    images share these images' keys and values (`group_by_prefix`). So many prompts are read at a
-    time that max_bytes hold their keys and values (None: `max_kv_bytes`).
-
-    uniforms: of `draw_uniforms`; None: new ones. fused_weights: of `fuse_decoding_weights`, where
-    the caller has folded the model's adapters, as it must if several threads use the model.
+    Prompts that begin with the same images share these images' keys and values. uniforms: of
+    `draw_uniforms`; None: new ones. fused_weights: of `fuse_decoding_weights`, where the caller has
+    folded the adapters, as it must if several threads use the model. max_bytes: of keys and values
+    at a time; None: `max_kv_bytes`.
     """
     model = unwrap_peft(model)
     device = model.device
@@ -208,9 +192,8 @@ def _prefill_prompts(
         fused_weights: FusedWeights) -> tuple[Decoder | StateDecoder, torch.Tensor, torch.Tensor]:
     """Read the prompts, those with the same images together.
 
-    Returns a decoder for completions of at most `capacity` tokens, the states at the prompts' last
-    tokens (prompts, hidden), and the prompt of each of its rows (rows,). Every prefix has as many
-    rows as the one with the most prompts; a row without a prompt has -1.
+    Returns a decoder, the states at the prompts' last tokens (prompts, hidden), and the prompt of
+    each of its rows (rows,), -1 where a prefix has fewer prompts than others.
     """
     if has_linear_attention(model):  # states of prefixes cannot be read on prompt by prompt
         batch = pad_prompts(model, prompts)
@@ -239,8 +222,7 @@ def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, is_done: torc
             forbidden_tokens: list[int]) -> list[list[int]]:
     """Draw tokens until all rows have ended; a completion per row.
 
-    logits: (rows, vocabulary) of the first token; is_done: (rows,) bool, the rows that get no
-    completion; uniforms: (rows, tokens), None at temperature 0.
+    logits: (rows, vocabulary) of the first token; is_done: (rows,) rows without a completion.
     """
     device = logits.device
     ends = torch.tensor(end_tokens, device=device)

@@ -1,9 +1,8 @@
 """Models with linear attention: Gated DeltaNet layers beside attention, as in Qwen3.5.
 
-Such a layer keeps no keys and values of what it has read, but one state that every token changes.
-So nothing may stand between a prompt and its completion, neither padding nor another completion:
-prompts are padded on the left and masked, which leaves a state of zeros as it is, and each
-completion goes on from a copy of its prompt's state.
+Such a layer keeps one state that every token changes, so nothing may stand between a prompt and its
+completion: prompts are padded on the left and masked, which leaves a state of zeros as it is, and
+each completion goes on from a copy of its prompt's state.
 """
 
 import torch

@@ -25,8 +25,7 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
                      temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of every completion token, (rows, tokens) each; 0 for padding.
 
-    Arguments as of `completion_states`. With checkpointed layers the head is computed HEAD_TOKENS
-    tokens at a time, too.
+    Arguments as of `completion_states`. With checkpointed layers the head is, too.
     """
     model = unwrap_peft(model)
     states = completion_states(model, prompts, prompt_index, ids, mask)
@@ -45,9 +44,8 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
     """The states from which the completions' tokens are predicted, (tokens under the mask, hidden).
 
     prompt_index: (rows,) the prompt of each row; ids, mask: (rows, tokens), padded on the right.
-    Each prompt has a row at least. It is read with all its completions behind it, in one pass
-    without a cache, so that layers can be checkpointed; a completion's token attends to the prompt
-    and to its own past. On a CPU `read_flat` does that.
+    Each prompt, which has a row at least, is read with all its completions behind it, without a
+    cache, so that layers can be checkpointed. On a CPU `read_flat` does that.
     """
     model = unwrap_peft(model)
     if has_linear_attention(model):  # a state would run on through the neighbour's tokens
@@ -74,10 +72,8 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
 
 def _layered_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
                     mask: torch.Tensor) -> torch.Tensor:
-    """What `completion_states` gives, for a model with linear attention.
-
-    Each layer reads the prompts, and then the completions on what it keeps of them. So its cache
-    lives inside the layer, which can be checkpointed as a whole.
+    """`completion_states` of a model with linear attention: its cache lives inside a layer, which
+    can be checkpointed, and reads the prompts and then the completions.
     """
     language = model.model.language_model
     batch = pad_prompts(model, prompts)
@@ -107,10 +103,7 @@ def _layered_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, id
 
 def _read_layer(language, layer, prompt_index: torch.Tensor, angles: list, masks: Sequence,
                 prompts: torch.Tensor, completions: torch.Tensor) -> tuple:
-    """States of prompts and completions, (rows, tokens, hidden) each, behind a layer.
-
-    angles, masks: of the prompts and of the completions.
-    """
+    """States of prompts and completions, (rows, tokens, hidden) each, behind a layer."""
     cache = make_cache(language)
     # transformers' own checkpoints would take the cache away
     is_checkpointed, layer.gradient_checkpointing = layer.gradient_checkpointing, False

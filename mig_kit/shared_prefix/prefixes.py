@@ -1,7 +1,5 @@
-"""Prompts as batches, and what they share: questions about the same images begin alike.
-
-MIG-Bench's 4,295 questions are about 1,974 lists of images. The kit reads the images once, and then
-all the questions about them in one pass: each sees the images' keys and values and its own tokens.
+"""Prompts as batches, and what they share: questions about the same images begin alike, so the
+images are read once, and then all questions about them in one pass.
 """
 
 from dataclasses import dataclass
@@ -39,9 +37,8 @@ def additive_mask(is_allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def embed_with_images(embeds: torch.Tensor, is_image: torch.Tensor, prompts: list[Prompt]) -> dict:
-    """Inputs of the language model: embeddings that hold the images' features at their tokens.
-
-    embeds: (prompts, tokens, hidden); is_image: (prompts, tokens) bool.
+    """Inputs of the language model: embeddings (prompts, tokens, hidden) with the images'
+    features where is_image (prompts, tokens) is true.
     """
     features = [prompt.features for prompt in prompts if prompt.features is not None]
     if not features:
@@ -56,9 +53,8 @@ def embed_with_images(embeds: torch.Tensor, is_image: torch.Tensor, prompts: lis
 
 @dataclass(frozen=True)
 class PaddedPrompts:
-    """Prompts as one batch, padded on the right; on the left for a model with linear attention.
-
-    Attention alone reads it without a mask, at half the cost of reading it with one.
+    """Prompts as one batch, padded on the right, which attention reads without a mask at half the
+    cost; on the left for a model with linear attention.
 
     inputs: of `embed_with_images`; mask: (prompts, tokens), 0 where padding is; positions: (3,
     prompts, tokens); next_position: (prompts,) position of the token that follows a prompt.
@@ -123,9 +119,8 @@ def pad_prompts(model, prompts: list[Prompt]) -> PaddedPrompts:
 def group_by_prefix(prompts: list[Prompt]) -> list[list[int]]:
     """Indices of the prompts that begin with the same images, in order.
 
-    Every prompt is a group of its own where one has no images, and where sharing gains little: a
-    prefix gets as many rows as the largest group, and prefixes are not shared if that more than
-    doubles the batch.
+    Every prompt is a group of its own where one has no images, or where padding each prefix to the
+    largest group would more than double the batch.
     """
     alone = [[index] for index in range(len(prompts))]
     if not all(prompt.prefix_length for prompt in prompts):
@@ -141,10 +136,7 @@ def group_by_prefix(prompts: list[Prompt]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Suffixes:
-    """What prompts have behind their shared prefixes, read on the prefixes' keys and values.
-
-    The suffixes of a prefix stand one behind the other in its row. A slot is a suffix's place in
-    that row, and a prefix with fewer prompts than others has empty slots.
+    """What prompts have behind their shared prefixes; those of a prefix share its row, in slots.
 
     prompt_index: (prefixes, slots) the prompt, -1 in an empty slot; start, length: (prefixes,
     slots) the suffix's tokens in its row; next_position: (prefixes, slots) position of the token
@@ -160,10 +152,7 @@ class Suffixes:
 
 def prefill_suffixes(model, prompts: list[Prompt], groups: list[list[int]], prefixes: PaddedPrompts,
                   cache: Cache) -> Suffixes:
-    """Read what follows the prefixes. groups: of `group_by_prefix`.
-
-    cache: what reading `prefixes` left; the suffixes' keys and values are added to it.
-    """
+    """Read what follows the prefixes, and add its keys and values to their cache."""
     device = prefixes.mask.device
     rows = [[prompts[index] for index in group] for group in groups]
     slots = max(map(len, groups))

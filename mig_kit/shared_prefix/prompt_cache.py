@@ -1,7 +1,5 @@
-"""Prompts ready for the model: token ids, positions, and the features of their images.
-
-The vision tower is not trained. So an image's features stay valid for a whole run, across
-questions, replies, passes and epochs, and every distinct image goes through the tower once.
+"""Prompts ready for the model: token ids, positions, and the features of their images. The vision
+tower is not trained, so every distinct image goes through it once per run.
 """
 
 import hashlib
@@ -15,6 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import pad
 from transformers import (
+    AutoConfig,
     Qwen2_5_VLProcessor,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
@@ -53,17 +52,24 @@ class ImagePrompts(Qwen2_5_VLProcessor):
                          chat_template=chat_template)
 
 
-def load_image_prompts(model: str, family: str, **options) -> ImagePrompts:
-    """The processor of a model folder or hub name, which is saved as its family's own."""
+def load_image_prompts(model, args, families: Sequence[str]) -> ImagePrompts | None:
+    """The processor that TRL would load for a model or its name, saved as its family's own; None
+    if it is of none of the families. args: the trainer's, or None.
+    """
+    options = (args.model_init_kwargs if args else None) or {}
+    options = {"revision": options.get("revision", "main")}
+    source = model if isinstance(model, str) else model.config._name_or_path
+    family = AutoConfig.from_pretrained(source, **options).model_type
+    if family not in families:
+        return None
     named = type(PROCESSOR_MAPPING_NAMES[family], (ImagePrompts,), {})
-    return named.from_pretrained(model, padding_side="left", truncation_side="left", **options)
+    return named.from_pretrained(source, padding_side="left", truncation_side="left", **options)
 
 
 def describe_image(image, image_processor) -> tuple[bytes, tuple[int, int]]:
-    """(digest, (width, height)) of an image in any form that the processor takes but a path's.
+    """(digest, (width, height)) of an image as the processor reads it, before it resizes it.
 
-    The digest is of what the processor makes of it before it resizes it: whatever its mode,
-    palette, transparency or type, images with equal digests have equal pixel values.
+    Whatever their mode, palette or type, images with equal digests have equal pixel values.
     """
     pixels = image_processor.process_image(image, do_convert_rgb=image_processor.do_convert_rgb)
     pixels = np.ascontiguousarray(np.moveaxis(np.asarray(pixels), 0, -1))
@@ -74,11 +80,10 @@ def describe_image(image, image_processor) -> tuple[bytes, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """What a prompt is made of. The cache renders and decodes it only if it does not hold it.
+    """What a prompt is made of; the cache renders and decodes it only if it does not hold it.
 
     key: equal for equal prompts alone. render: returns the text with one image token for each
-    image. images: decoded when they are indexed, if the sequence is a lazy one. sizes: (width,
-    height) of each. digests: returns a hash of each image.
+    image. images: may be lazy. sizes: (width, height) of each. digests: a hash of each image.
     """
 
     key: Hashable
@@ -90,12 +95,11 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, ready for the model.
+    """A prompt, ready for the model; features are None without images and in the cache's copy.
 
-    ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), None without images
-    and where the cache keeps the prompt. Qwen3-VL feeds further features to its first layers; its
-    features are (image tokens, (1 + layers) * hidden). image_digests: of its images, in order.
-    prefix_length: tokens up to and including the last image token.
+    ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), of Qwen3-VL, which
+    feeds some to its first layers, (image tokens, (1 + layers) * hidden). image_digests: of its
+    images, in order. prefix_length: tokens up to and including the last image token.
     """
 
     ids: torch.Tensor
@@ -136,14 +140,11 @@ def tower_digest(model) -> bytes:
 class PromptCache:
     """Prompts by key and features by image; the least recently used are dropped first.
 
-    MAX_BYTES and MAX_TEXT_BYTES are kept. What a call of `get` asks for is kept until it returns,
-    but of its images PIXELS_AT_ONCE pixels are decoded at a time.
+    MAX_BYTES and MAX_TEXT_BYTES are kept, but for what one call of `get` asks for. PIXELS_AT_ONCE
+    pixels are decoded, and PATCHES_AT_ONCE patches of large images read, at a time.
 
-    Large images go through the tower PATCHES_AT_ONCE patches at a time. autocast: compute images of
-    LARGE_IMAGE_PATCHES or more in bfloat16. Smaller ones are computed in the tower's own dtype, all
-    together: in bfloat16 their features depend on what else is in the batch, and a run that goes on
-    after a kill would see other features.
-
+    autocast: compute images of LARGE_IMAGE_PATCHES or more in bfloat16. Features of smaller ones
+    would depend on what else is in the batch, so they are computed in the tower's own dtype.
     check_grids: called with the patch grids (images, 3) and the sizes of images that are new, to
     raise where the processor resizes them otherwise than the caller computes.
     """
@@ -167,10 +168,7 @@ class PromptCache:
             self.released_tower, self.model = tower_digest(self.model), None
 
     def serve(self, model) -> None:
-        """Go on with another model of the same processor.
-
-        Prompts stay; features stay if its tower has the same weights.
-        """
+        """Go on with another model; features stay if its tower has the same weights."""
         self.release()
         self.model = unwrap_peft(model)
         if tower_digest(self.model) != self.released_tower:
@@ -253,10 +251,7 @@ class PromptCache:
         return output.pooler_output
 
     def _encode(self, sources: list[PromptSource]) -> None:
-        """Add the texts of sources, encoded as the processor itself would encode them.
-
-        But an image that several prompts hold is prepared once.
-        """
+        """Add the texts of sources, as the processor encodes them, but with each image once."""
         processor = self.processor
         texts = [source.render() for source in sources]
         digests = [source.digests() for source in sources]
@@ -296,8 +291,7 @@ class PromptCache:
 
 
 def _drop_least_recent(kept: OrderedDict, max_bytes: int, count: Callable[..., int]) -> None:
-    """Drop what is first in `kept` until the rest has max_bytes at most; count: bytes of a value.
-    """
+    """Drop what is first in `kept` until `count` of the rest gives max_bytes at most."""
     held = sum(map(count, kept.values()))
     while held > max_bytes:
         held -= count(kept.popitem(last=False)[1])
@@ -309,10 +303,8 @@ class _ImageBatch(NamedTuple):
 
 
 def _batch_images(n_patches: list[int], autocast: bool) -> list[_ImageBatch]:
-    """Which images go through the tower together.
-
-    Under autocast all small images are one batch in the tower's dtype. The others are batched in
-    the order of their sizes, PATCHES_AT_ONCE patches at a time.
+    """Which images go through the tower together: under autocast all small ones; the others in the
+    order of their sizes, PATCHES_AT_ONCE patches at a time.
     """
     small = [i for i, size in enumerate(n_patches) if autocast and size < LARGE_IMAGE_PATCHES]
     batches = [_ImageBatch(small, False)] if small else []

@@ -10,10 +10,7 @@ IMAGES = "images of the row"  # column that takes a row's images past TRL's proc
 
 
 class RowsOnce:
-    """A data set that decodes a row once, and not for every completion of it.
-
-    The rows of the last batch stay: TRL asks for them again while it learns from them.
-    """
+    """A data set that decodes a row once; TRL asks again for those that it learns from."""
 
     def __init__(self, dataset: Dataset):
         self.dataset, self.rows = dataset, {}
@@ -30,9 +27,8 @@ class RowsOnce:
 
 
 def move_images(row: dict) -> dict:
-    """A row whose prompt holds its images, and whose column of images is IMAGES.
-
-    TRL hands the images of the columns that it knows to the processor, once for every completion.
+    """A row whose prompt holds its images, and whose column of images is IMAGES: TRL would hand
+    the images of the columns that it knows to the processor, once for every completion.
     """
     columns = {name: row[name] for name in IMAGE_COLUMNS if name in row}
     if not columns or not is_conversational(row):  # TRL refuses images beside a text

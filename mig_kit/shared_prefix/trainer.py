@@ -1,10 +1,7 @@
-"""GRPO with shared prefixes: TRL's GRPOTrainer, reading every prompt once per group.
-
-    from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
-
-takes what `trl.GRPOTrainer` takes and logs what it logs. Only this is another way to the same
-numbers: a prompt and its images are read once per group, when completions are drawn and when
-log-probabilities are computed, and an image goes through the frozen vision tower once per run.
+"""GRPO with shared prefixes: `SharedPrefixGRPOTrainer` takes what `trl.GRPOTrainer` takes and logs
+what it logs. Only this is another way to the same numbers: a prompt and its images are read once
+per group, when completions are drawn and when log-probabilities are computed, and an image goes
+through the frozen vision tower once per run.
 """
 
 import logging
@@ -16,26 +13,24 @@ from math import gcd
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig
 from transformers.utils import is_torchvision_available
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
-from trl.trainer.utils import get_config_model_id
 
 from mig_kit.shared_prefix.decoding import evaluation_mode
-from mig_kit.shared_prefix.generation import (
-    SamplingOptions,
-    draw_uniforms,
-    end_token_ids,
-    forbidden_token_ids,
-    generate_rollouts,
-)
+from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
 from mig_kit.shared_prefix.logprobs import completion_logps
-from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
+from mig_kit.shared_prefix.obstacles import (
+    FAMILIES,
+    find_obstacle,
+    find_sampling_obstacle,
+    find_trained_tower,
+)
+from mig_kit.shared_prefix.prefixes import pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import (
     ImagePrompts,
     Prompt,
@@ -53,18 +48,7 @@ from mig_kit.shared_prefix.rows import (
     move_images,
     restore_images,
 )
-
-# whose passes are known to be shareable
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-# PEFT's methods that replace layers one by one, so that any order of passes computes the same
-LAYERWISE_PEFT = ("ADALORA", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
-                  "LORA", "MISS", "OFT", "ROAD", "SHIRA", "VBLORA", "VERA")
-# By how much log-probabilities may differ from stock TRL's. In bfloat16 a logit of 16 to 32 is
-# rounded to a multiple of 1/8: random models of the 3B's and the 7B's shape differ by 0.02 to 0.06
-# in the mean. A lost image or a wrong mask moves single tokens by whole units.
-MAX_DIFFERENCE_FLOAT32, MEAN_DIFFERENCE_16_BITS = 1e-4, 0.15
-CHECKED_TOKENS = 32  # of each completion that the self-check draws
-LANGUAGE_LAYERS = r".*language_model.*(q|k|v|o|gate|up|down)_proj"  # target_modules without tower
+from mig_kit.shared_prefix.self_check import compare_with_stock
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +66,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     Deviations from TRL: a step holds groups of like lengths, where TRL mixes the completions of an
     update; `bnpo` and `top_entropy_quantile` look at one step at a time. The decoder never draws
-    vision tokens. Drawn tokens are a function of seed, step, number of the draw within the step,
-    and row, so that a resumed training draws the same ones.
-
-    micro_completions: completions whose graph is kept at a time (0: those of a step); fewer need
-    less memory and one more forward pass.
+    vision tokens. Drawn tokens are a function of seed, step, draw within the step, and row, so that
+    a resumed training draws the same ones. micro_completions: completions whose graph is kept at a
+    time (0: those of a step); fewer need less memory and one more forward pass.
 
     TRL 1.16's methods that are overridden: `_generate_and_score_completions` (takes the images out
     of the rows), `_calculate_rewards` (gives them back), `_tokenize_prompts` (a row's prompt
@@ -99,12 +81,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, *others, micro_completions: int = 0, **kwargs):
         if processing_class is None and not is_torchvision_available():  # AutoProcessor needs it
-            options = dict(args.model_init_kwargs or {}) if args else {}
-            source = model if isinstance(model, str) else get_config_model_id(model.config)
-            revision = {"revision": options["revision"]} if "revision" in options else {}
-            family = AutoConfig.from_pretrained(source, **revision).model_type
-            if family in FAMILIES:
-                processing_class = load_image_prompts(source, family, **revision)
+            processing_class = load_image_prompts(model, args, FAMILIES)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
                          *others, **kwargs)
         self.micro_completions = micro_completions
@@ -114,71 +91,21 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
         self.is_checked, self.first_check = False, -1  # global step of the first self-check
-        self.unshared = self._find_obstacle() or self._find_trained_tower()
+        self.unshared = find_obstacle(self) or find_trained_tower(self.model)
         if self.unshared:
             warnings.warn(f"prompts are not shared: {self.unshared}", stacklevel=2)
             return
         # bfloat16 products over float32 weights
         self.autocasts = self.args.bf16 and unwrap_peft(self.model).dtype == torch.float32
         self.cache = self._make_cache()
-        self.unsupported_sampling = self._find_sampling_obstacle()
+        self.unsupported_sampling = find_sampling_obstacle(self)
         if self.unsupported_sampling and not self.use_vllm:
             warnings.warn(f"completions are drawn by transformers, prompt by prompt: "
                           f"{self.unsupported_sampling}; updates share prompts", stacklevel=2)
         if self.args.per_device_train_batch_size % self.num_generations:
             warnings.warn(f"a step of {self.args.per_device_train_batch_size} completions splits "
-                          "groups, and each part reads its prompt again; set "
-                          "per_device_train_batch_size to a multiple of num_generations, "
-                          f"{self.num_generations}", stacklevel=2)
-
-    def _find_obstacle(self) -> str:
-        """Why no pass can be shared, with a remedy; "" if all can."""
-        model = unwrap_peft(self.model)
-        family, attention = model.config.model_type, model.config._attn_implementation
-        used = [name for name in ("tools", "environment_factories", "rollout_func")
-                if getattr(self, name)]
-        if family not in FAMILIES:
-            return f"{family} is none of {', '.join(FAMILIES)}"
-        if used:
-            return f"{used[0]} adds tokens to completions"
-        if "flash" in str(attention):
-            return f"{attention} takes no mask of groups; load the model with sdpa"
-        if self.aux_loss_enabled:
-            return ("the load-balancing loss of experts needs whole rows; do without it with "
-                    "router_aux_loss_coef 0.0")
-        if self._entropy_bonus_enabled:
-            return "entropy_coef and use_adaptive_entropy need gradients of entropies"
-        if any(getattr(self._tokenizer, name, None)
-               for name in ("response_template", "response_schema")):
-            return "the tokenizer parses responses with their prompts"
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return "DeepSpeed and FSDP split the weights that shared passes read; use DDP"
-        if is_peft_model(self.model):
-            config = self.model.active_peft_config
-            kind = getattr(config.peft_type, "value", config.peft_type)
-            if kind not in LAYERWISE_PEFT or getattr(config, "alora_invocation_tokens", None):
-                return f"{kind} of PEFT acts on whole rows, or was not tried; use LoRA"
-        return ""
-
-    def _find_trained_tower(self) -> str:
-        """How to freeze the vision tower, if it is trained; else ""."""
-        trained = [name for name, parameter in unwrap_peft(self.model).model.visual
-                   .named_parameters() if parameter.requires_grad]
-        if any(".base_layer" in name or "lora_" in name for name in trained):
-            return f'adapters reach the vision tower; set target_modules to r"{LANGUAGE_LAYERS}"'
-        return ("the vision tower is trained; freeze it with "
-                "model.model.visual.requires_grad_(False) before the trainer is made"
-                if trained else "")
-
-    def _find_sampling_obstacle(self) -> str:
-        """A sampling option that the kit's decoder lacks; "" if there is none."""
-        args, extra = self.args, set(self.args.generation_kwargs or {}) - {"min_new_tokens"}
-        options = {"top_k": args.top_k, "min_p": args.min_p,
-                   "repetition_penalty": args.repetition_penalty != 1,
-                   "cache_implementation": args.cache_implementation,
-                   "use_transformers_continuous_batching":
-                       self.use_transformers_continuous_batching}
-        return ", ".join([name for name, is_set in options.items() if is_set] + sorted(extra))
+                          "groups, and each part reads its prompt again; set per_device_train_"
+                          "batch_size to a multiple of num_generations", stacklevel=2)
 
     def _stop_sharing(self, reason: str) -> None:
         """Go on as stock TRL."""
@@ -190,10 +117,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return PromptCache(self.model, self.processor, autocast=self.autocasts)
 
     def _read_prompts(self, prompts: list) -> list[tuple[int, PromptSource]]:
-        """For each prompt a number that tells it from the others, and what it is made of.
-
-        prompts: messages that hold their images, or texts.
-        """
+        """For each prompt (messages with images, or a text) its number, and what it is made of."""
         first = max(self.sources, default=-1) + 1
         return [(first + row, self._to_source(prompt)) for row, prompt in enumerate(prompts)]
 
@@ -224,9 +148,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return [row for row in range(count) if row == 0 or (first + row) % group == 0]
 
     def _generate_and_score_completions(self, inputs):
-        rows = inputs
         if not self.unshared:
-            kept = set() if self.model.training else self.training_numbers
+            kept = () if self.model.training else self.training_numbers
             self.sources = {number: self.sources[number] for number in kept}
             rows = [move_images(row) for row in inputs]
             self._check_sharing([row["prompt"] for row in rows])
@@ -240,13 +163,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return output
 
     def _check_sharing(self, prompts: list) -> None:
-        """Stop sharing where shared passes are not what stock TRL computes.
-
-        The passes are compared before the first draw, and once two updates have moved the adapter.
+        """Stop sharing where passes are not stock TRL's; compared before the first draw, and again
+        once the adapter has moved by two updates.
         """
-        trained_tower = self._find_trained_tower()
-        if trained_tower:
-            self._stop_sharing(trained_tower)
+        if reason := find_trained_tower(self.model):
+            self._stop_sharing(reason)
         step, is_first = self.state.global_step, self.first_check < 0
         if self.unshared or self.is_checked or not is_first and step < self.first_check + 2:
             return
@@ -259,60 +180,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         first = next(iter(sources))
         others = sorted(sources, key=lambda number: (
             number == first, sources[number].digests() == sources[first].digests()))
-        logps, choices = self.accelerator.gather(torch.stack(self._compare_with_stock(
-            [first, others[0]]))[None]).amax(0).tolist()
-        limit = MEAN_DIFFERENCE_16_BITS if self._computes_in_16_bits() else MAX_DIFFERENCE_FLOAT32
+        gaps, limit = compare_with_stock(self, [first, others[0]])
+        gaps = self.accelerator.gather(gaps[None]).amax(0).tolist()  # processes go on alike
         when = "the first batch" if is_first else f"update {step}"
         logger.info("self-check at %s: %.2g in log-probability, %.2g in the decoder's choices, of "
-                    "%.2g; %.1f s", when, logps, choices, limit, time.perf_counter() - start)
-        for gap, what in ((logps, "log-probabilities"), (choices, "the decoder's choices")):
-            if not gap <= limit:  # NaN, too
+                    "%.2g; %.1f s", when, *gaps, limit, time.perf_counter() - start)
+        for gap, what in zip(gaps, ("log-probabilities", "the decoder's choices")):
+            if not gap <= limit and not self.unshared:  # NaN, too
                 self._stop_sharing(f"{what} at {when} are {gap:.2g} from stock TRL's, more than "
                                    f"{limit}; training goes on with stock passes")
-                return
-
-    def _computes_in_16_bits(self) -> bool:
-        return self.args.bf16 or self.args.fp16 or any(  # TRL makes an adapter of 4 bits bfloat16
-            parameter.is_floating_point() and parameter.dtype.itemsize == 2
-            for parameter in self.model.parameters())
-
-    @torch.no_grad()
-    def _compare_with_stock(self, numbers: list[int]) -> list[torch.Tensor]:
-        """By how much greedy completions to two prompts differ from the model's own forward pass:
-        in log-probability, and in logits below the token that the model would choose.
-
-        In 16 bits the mean over all tokens, else the largest.
-        """
-        prompts, device = self._prompts_of(numbers), self.accelerator.device
-        length = min(self.max_completion_length, CHECKED_TOKENS)
-        sampling = SamplingOptions(0.0, max_new_tokens=length, min_new_tokens=length + 1)
-        ids, images, inputs = self._stock_inputs(numbers)
-        with evaluation_mode(self.model):  # without dropout
-            drawn = torch.tensor([completions[-1] for completions in generate_rollouts(
-                self.accelerator.unwrap_model(self.model), self.processor, prompts, 2, sampling,
-                autocast=self.autocasts)], device=device)
-            # in each group a completion with another one before it, which it must not see
-            rows = torch.stack([drawn.flip(1), drawn], 1).flatten(0, 1)
-            own = self._logps(self.model, torch.tensor(numbers).repeat_interleave(2).to(device),
-                              rows, torch.ones_like(rows))[0][1::2]
-            longest = max(map(len, ids))
-            prompt_ids = pad_rows(list(map(torch.tensor, ids)), longest, on_left=True).to(device)
-            mask = pad_rows([torch.ones(len(row)) for row in ids], longest, on_left=True)
-            types = pad_rows(list(map(torch.tensor, inputs.pop("mm_token_type_ids"))), longest,
-                             on_left=True).to(device)
-            with self.accelerator.autocast():
-                logits = self.model(
-                    input_ids=torch.cat([prompt_ids, drawn], 1),
-                    attention_mask=pad(mask, (0, length), value=1).long().to(device),
-                    mm_token_type_ids=pad(types, (0, length)), use_cache=False,
-                    logits_to_keep=length + 1, **inputs).logits[:, :-1].float()
-        stock = (logits / self.temperature).log_softmax(-1).gather(2, drawn[..., None])[..., 0]
-        never = forbidden_token_ids(self.processor) + end_token_ids(
-            unwrap_peft(self.model).generation_config, self.processor)
-        logits[..., never] = -torch.inf
-        below = logits.amax(-1) - logits.gather(2, drawn[..., None])[..., 0]
-        summary = torch.mean if self._computes_in_16_bits() else torch.max
-        return [summary(gap) for gap in ((own - stock).abs(), below)]
 
     def _stock_inputs(self, numbers: Sequence[int]) -> tuple[list[list[int]], list | None, dict]:
         """What TRL's `_tokenize_prompts` makes of these prompts: ids, images and further inputs."""
@@ -360,10 +236,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return self._draw_completions(numbers, num_generations), None
 
     def _draw_completions(self, numbers: list[int], group: int) -> list[list[int]]:
-        """Token ids of a completion to each of this process's rows.
-
-        numbers: of the rows' prompts; group: completions to a prompt, over all processes.
-        """
+        """Token ids of a completion to each of this process's rows; numbers: of their prompts."""
         accelerator, length, count = self.accelerator, self.max_completion_length, len(numbers)
         draw = self.state.global_step, self.model.training
         seed = self.args.seed * 1_000_003 + self.state.global_step
@@ -400,9 +273,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _logps(self, model, numbers, ids, mask):
         """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked.
 
-        numbers: (rows,) of the prompts. Only rows with tokens are read. `micro_completions`
-        completions, or a step's, are in memory at a time: the reference's pass is over the
-        completions of several steps.
+        numbers: (rows,) of the prompts. Only rows with tokens are read, `micro_completions` or a
+        step's at a time: the reference reads completions of several steps.
         """
         with_tokens = mask.any(1).nonzero()[:, 0]
         # a loss needs something to differentiate
@@ -475,10 +347,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
 
 def average_gradients(model: torch.nn.Module, processes: int) -> None:
-    """Give every trained parameter its mean gradient over all processes, as DDP would.
-
-    A process that has read no completion has none, and counts 0.
-    """
+    """Give every trained parameter its mean gradient over all processes, 0 where one has none."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
