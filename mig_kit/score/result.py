@@ -17,15 +17,16 @@ from mig_kit.stats import (
 class Scored:
     """Judged predictions of n items; the first metric is the headline."""
 
-    tasks: tuple[str, ...]
-    metrics: dict[str, np.ndarray]
-    is_macro: bool
-    values: np.ndarray
-    problems: dict[str, int] = field(default_factory=dict)
+    tasks: tuple[str, ...]  # (n,)
+    metrics: dict[str, np.ndarray]  # name -> (n,) shares in 0..1
+    is_macro: bool  # whether the average is over tasks
+    values: np.ndarray  # (n,) IoU, or 1 for a correct item
+    problems: dict[str, int] = field(default_factory=dict)  # why replies scored nothing: how many
+    # "avg" or task -> metric -> percent, for what is no mean over items (AP)
     aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
-    lists: tuple[Hashable, ...] = ()
-    remarks: tuple[str, ...] = ()
-    judged: tuple[tuple, ...] = ()
+    lists: tuple[Hashable, ...] = ()  # (n,) keys, equal for the same images; () if none are
+    remarks: tuple[str, ...] = ()  # sentences on what the protocol did
+    judged: tuple[tuple, ...] = ()  # (item, line as read or None, problem) each; () for AP
 
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:

@@ -40,7 +40,8 @@ class _Scope(NamedTuple):
     """The samples that a figure averages."""
 
     suite: str
-    rows: list[np.ndarray]
+    rows: list[np.ndarray]  # indices of samples, of each task
+    # a number per sample, the same for the same images; None for synthetic suites, which share none
     lists: list[np.ndarray] | None = None
 
 
