@@ -175,8 +175,7 @@ class ServedRollouts:
                         f"--enable-lora, --max-lora-rank {self.params.lora_r} or more and this "
                         "machine's disk") from None
                 server.is_alive = False
-                print(f"the server {server.url} is left out: it does not load {name}",
-                      flush=True)
+                print(f"the server {server.url} is left out: it does not load {name}", flush=True)
 
 
 class StopIfServerIsStale(TrainerCallback):

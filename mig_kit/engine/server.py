@@ -16,13 +16,7 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, seen_size
 from mig_kit.engine.processors import StillImageProcessor, render_prompt
 from mig_kit.image_files import to_data_url
-from mig_kit.openai_client import (
-    KEY_VARIABLE,
-    Connection,
-    RequestFailed,
-    iter_results,
-    read_choice,
-)
+from mig_kit.openai_client import KEY_VARIABLE, Connection, RequestFailed, iter_results, read_choice
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, forbidden_token_ids
@@ -216,7 +210,7 @@ class ServedModel:
         return list(inputs["input_ids"][0])
 
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
-        """The fields of a request that say how to draw, with log-probabilities (processed) if asked."""
+        """The fields of a request that say how to draw, with log-probabilities if asked."""
         if self.processor is None:
             return {"temperature": sampling.temperature, "top_p": sampling.top_p,
                     "max_tokens": sampling.max_new_tokens,

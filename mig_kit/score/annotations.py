@@ -300,8 +300,7 @@ def resolve_image_path(root: str | Path, name: str) -> Path:
     return resolve_under_root(Path(root), f"{folder}/{frames[int(place)].name}")
 
 
-def read_image_sizes(names: Iterable[str],
-                     root: str | Path | None) -> dict[str, tuple[int, int]]:
+def read_image_sizes(names: Iterable[str], root: str | Path | None) -> dict[str, tuple[int, int]]:
     """Image name -> upright (width, height), from the headers of the files below the root.
 
     Raises ValueError listing what is missing, refused or no image.

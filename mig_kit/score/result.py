@@ -5,12 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mig_kit.stats import (
-    gap_interval_by_list,
-    group_by_task,
-    macro_mean,
-    share_interval_by_list,
-)
+from mig_kit.stats import gap_interval_by_list, group_by_task, macro_mean, share_interval_by_list
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,7 @@ def summarize(scored: Scored) -> dict:
     average = {name: _percent(macro_mean([values[places] for places in groups]))
                for name, values in scored.metrics.items()}
     if headline is not None:
-        interval = share_interval_by_list([(headline[places], lists[places])
-                                           for places in groups])
+        interval = share_interval_by_list([(headline[places], lists[places]) for places in groups])
         average["ci95"] = [_percent(bound) for bound in interval]
     average |= scored.aggregates.get("avg", {})
     return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,

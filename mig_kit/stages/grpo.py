@@ -71,8 +71,7 @@ def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> lis
             for name, score in scores.items()]
 
 
-def _trl_reward(name: str, score: Score, samples: Sequence[Sample],
-                logs_details: bool) -> Callable:
+def _trl_reward(name: str, score: Score, samples: Sequence[Sample], logs_details: bool) -> Callable:
     is_batch = isinstance(score.reward, BatchReward)
 
     def score_all(completions, sample, log_metric=None, **given) -> list[float | None]:
