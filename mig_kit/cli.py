@@ -13,12 +13,7 @@ from mig_kit.engine.commands import absolute_folder, eval_command, ground
 from mig_kit.pipeline import attempts, store
 from mig_kit.pipeline.failures import describe_os_error
 from mig_kit.pipeline.params import describe_edits, profile_params
-from mig_kit.pipeline.run_folders import (
-    list_runs,
-    remove_run,
-    require_no_branches,
-    require_runs,
-)
+from mig_kit.pipeline.run_folders import list_runs, remove_run, require_no_branches, require_runs
 from mig_kit.score.commands import score_command
 
 

@@ -99,11 +99,14 @@ def iter_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 def progress_bar(steps: Iterable, label: str, **more) -> tqdm:
     """A bar with the time left, as text on standard output; more: as of tqdm."""
+    # tqdm's own choice in a notebook is a widget, of which papermill and a terminal show nothing
     return tqdm(steps, desc=label, file=sys.stdout, mininterval=5, ascii=" =", **more)
 
 
 def release_memory() -> None:
     """Give memory that glibc and CUDA's allocator keep for later back to the system."""
+    # With rows of many lengths the heap grows to several times what is in use. Memory that is given
+    # back has to be faulted in again, so a training step pads its rows to few lengths instead.
     torch = sys.modules.get("torch")  # who has not imported it has no CUDA memory
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

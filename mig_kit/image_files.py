@@ -210,9 +210,9 @@ def to_data_url(image: Image.Image, form: str = "PNG", **options) -> str:
 class EncodedImage:
     """An image that is decoded when it is opened."""
 
-    content: bytes | Path
-    size: tuple[int, int]
-    sha256: str = ""
+    content: bytes | Path  # of a PNG or JPEG file
+    size: tuple[int, int]  # (width, height) of the upright picture, pixels
+    sha256: str = ""  # of a stored file, whose bytes must not have changed
 
     def open(self) -> Image.Image:
         """The upright picture as RGB; BadImage for a missing, broken or changed file."""

@@ -23,10 +23,10 @@ REMEDY = "delete it and run its stage again with --force"
 
 
 class Target(NamedTuple):
-    """An acceptable answer: the image's number, from 1, and the box in it."""
+    """An acceptable answer."""
 
-    image: int
-    box: Box
+    image: int  # number, from 1
+    box: Box  # xyxy, pixels of that original image
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Sample:
     suite: str
     task: str
     split: str
-    images: Sequence[Image.Image]
-    question: str
-    targets: tuple[Target, ...] = ()
-    reference: Box | None = None
-    options: tuple[str, ...] = ()
+    images: Sequence[Image.Image]  # in prompt order, RGB; of a table, decoded when looked at
+    question: str  # "{ref}" stands for the reference box
+    targets: tuple[Target, ...] = ()  # any one answers; empty if nothing in the images does
+    reference: Box | None = None  # xyxy, pixels of the original first image
+    options: tuple[str, ...] = ()  # of multiple choice, with the correct letter
     letter: str = ""
-    notes: tuple[str, ...] = ()
-    finding: str = ""
-    find_all: bool = False
+    notes: tuple[str, ...] = ()  # the scene graph's way to the answer, with the finding, for the
+    finding: str = ""  # tiny profile's teacher
+    find_all: bool = False  # all targets must be found, be they none, one or several
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(Target(*target) for target in self.targets))
@@ -63,13 +63,13 @@ class Trace:
     """A teacher's reply to a sample."""
 
     text: str
-    detail: str
-    error: str
+    detail: str  # how much its reasoning says
+    error: str  # the mistake it was given, or ""
 
 
 def table_schema(with_traces: bool):
     """The pyarrow schema of a table of samples, or of samples with their traces."""
-    from datasets import Features, Image, List, Value
+    from datasets import Features, Image, List, Value  # late: scoring and checking need neither
 
     text, number, coordinates = Value("string"), Value("int32"), List(Value("float32"))
     columns = {"id": text, "suite": text, "task": text, "split": text, "images": List(Image()),

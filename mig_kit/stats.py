@@ -205,8 +205,7 @@ def joint_interval(groups: list[np.ndarray], lists: list[np.ndarray] | None = No
     singles = sum(len(scores) == 1 for scores in sides)
     parts += [(scores.var(ddof=1) * (1 / len(scores) + singles), len(scores) - 1)
               for scores in sides if len(scores) > 1]
-    half = sum(float(student_t.ppf(0.975, degrees)) ** 2 * part
-               for part, degrees in parts) ** 0.5
+    half = sum(float(student_t.ppf(0.975, degrees)) ** 2 * part for part, degrees in parts) ** 0.5
     half = float("nan") if is_one_list else half
     value = macro_mean(effects)
     over = "seeds and samples" if len(parts) > 1 else "samples"

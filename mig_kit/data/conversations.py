@@ -18,7 +18,8 @@ from mig_kit.data.records import ImportRules, Problem, require
 MAX_TEXT = 20_000  # characters of a turn
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant", "model")
 TALKS = ("messages", "conversations", "prompt", "problem", "query")
-ANSWERS = ("response", "solution", "answer")
+ANSWERS = ("response", "solution", "answer")  # beside a conversation, as in EasyR1's files
+# ms-swift's bbox_type; no file of the LLaVA kind, whose boxes stand in the text, states its own
 SWIFT_COORDINATES = {"real": Coordinates.PIXELS, "norm1": Coordinates.NORMALIZED_1}
 
 _NUMBER = r"\s{0,3}(-?[0-9]{1,7}(?:\.[0-9]{1,17})?)\s{0,3}"
@@ -45,13 +46,13 @@ TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; earlier_tags: how many <image> tags the turns before hold."""
+    """A question and its answer."""
 
     question: str
-    references: list[tuple[int | None, list]]
-    answers: list[tuple[int | None, list]]
+    references: list[tuple[int | None, list]]  # (image number from 1 or None, box)
+    answers: list[tuple[int | None, list]]  # as references
     coordinates: str
-    earlier_tags: int
+    earlier_tags: int  # <image> tags in the turns before
 
 
 def conversation_lines(record: dict, rules: ImportRules) -> list[dict | Problem]:

@@ -128,7 +128,7 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
                                  "model": endpoint.model, **entry}
                 unwritten.append(json.dumps(log[call.key]) + "\n")
             has_replied = has_replied or "reply" in entry
-            if has_replied and unwritten:
+            if has_replied and unwritten:  # a refusal counts once the endpoint is known to work
                 file.write("".join(unwritten).encode())
                 file.flush()
                 os.fsync(file.fileno())

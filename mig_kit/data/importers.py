@@ -18,12 +18,7 @@ from PIL import Image
 
 from mig_kit.boxes import Coordinates, rescale_box
 from mig_kit.common import write_atomically
-from mig_kit.data.conversations import (
-    clean_question,
-    conversation_lines,
-    name_images,
-    target_keys,
-)
+from mig_kit.data.conversations import clean_question, conversation_lines, name_images, target_keys
 from mig_kit.data.line_checks import (
     box_places,
     find_file_problems,
@@ -45,7 +40,12 @@ from mig_kit.data.records import (
 from mig_kit.data.remarks import Remarks
 from mig_kit.image_files import DECODE_ERRORS, BadImage
 
-FORMATS = ("own", "swift", "llava", "verl", "coco", "refcoco", "mgrounding")
+FORMATS = (
+    "own",  # own data whose images are in the file, or whose questions hold tags such as <image>
+    "swift", "llava", "verl",  # conversations, see conversations.py
+    "coco",  # a question per image and category, or per `caption` of an image (MDETR's RefCOCO)
+    "refcoco",  # refs and their COCO file (`instances`), VLM-R1's list, or rows of lmms-lab
+    "mgrounding")
 MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
 SYSTEM_REMARK = ("have a system turn that says how boxes are written ({!r}); it is left out, and "
                  "they are read as x1, y1, x2, y2 in {}")
@@ -178,8 +178,7 @@ def _write_image(content: object, folder: Path) -> Path:
     return path
 
 
-def _move_boxes(line: dict, sizes: Callable,
-                move: Callable[[list, tuple[int, int]], list]) -> None:
+def _move_boxes(line: dict, sizes: Callable, move: Callable[[list, tuple[int, int]], list]) -> None:
     """Replace every box of the line by `move` of it and its image's size."""
     for _, number, holder, key in box_places(line):
         require(1 <= number <= len(line["images"]), "the box is in an image that is not there")

@@ -32,10 +32,10 @@ class Line:
     """A checked line, numbered from 1; sample: None if there are problems."""
 
     number: int
-    problems: list[str]
+    problems: list[str]  # sentences
     sample: Sample | None = None
-    reply: str = ""
-    is_damaged: bool = False
+    reply: str = ""  # the line's own
+    is_damaged: bool = False  # nothing is wrong but that image files cannot be read
 
 
 # of `filters.drop_reason` -> what is wrong with a reply
@@ -94,8 +94,7 @@ def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
                             for size in sizes)
             yield Line(number, problems, is_damaged=len(problems) == n_damaged)
         else:
-            yield Line(number, [], _make_sample(data, root, sizes, find_all),
-                       data.get("reply", ""))
+            yield Line(number, [], _make_sample(data, root, sizes, find_all), data.get("reply", ""))
 
 
 def file_asks_for_all(path: Path) -> bool:
@@ -142,8 +141,7 @@ def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[S
     return (line.sample for line in islice(lines, limit))
 
 
-def _make_sample(data: dict, root: Path, sizes: list[tuple[int, int]],
-                 find_all: bool) -> Sample:
+def _make_sample(data: dict, root: Path, sizes: list[tuple[int, int]], find_all: bool) -> Sample:
     images = LazyImages(tuple(EncodedImage(resolve_under_root(root, name), size)
                               for name, size in zip(data["images"], sizes)))
     coordinates = Coordinates(data.get("coordinates", Coordinates.PIXELS))

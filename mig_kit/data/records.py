@@ -73,11 +73,11 @@ class ImportRules:
     """How a file of another project is read; root: the folder that holds all images."""
 
     root: Path
-    coordinates: str = ""
-    is_padded: bool = False
-    several: str = ""
-    instances: Path | None = None
-    split: str = "train"
+    coordinates: str = ""  # of all boxes in texts, "" if the file states them
+    is_padded: bool = False  # boxes are of the padded square, as in haotian-liu/LLaVA#606
+    several: str = ""  # several boxes in an answer: any is correct, all must be found, "" not used
+    instances: Path | None = None  # the COCO file of RefCOCO's annotations
+    split: str = "train"  # taken of a file that has several
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -33,9 +33,9 @@ class Adapter:
     """A LoRA adapter, read."""
 
     folder: Path
-    config: object
-    modules: dict[str, dict[str, torch.Tensor]]
-    replaced: dict[str, torch.Tensor]
+    config: object  # PEFT's LoraConfig
+    modules: dict[str, dict[str, torch.Tensor]]  # adapted module -> its tensors by name
+    replaced: dict[str, torch.Tensor]  # by the name of the model's tensor that they replace
 
 
 def load_adapter(folder: Path, four_bit: bool = False) -> Adapter:

@@ -164,7 +164,6 @@ def read_adapter(adapter: Path,
 def _first_projection(names: Iterable[str], lora_targets: str) -> str:
     """The name of the first adapted projection that the language model's first layer has."""
     # Qwen3.5 has a layer more under mtp, which predicts further tokens and is never loaded
-    in_first_layer = [name for name in names
-                      if "layers.0." in name and not name.startswith("mtp.")]
+    in_first_layer = [name for name in names if "layers.0." in name and not name.startswith("mtp.")]
     return next(name for projection in ADAPTED_PROJECTIONS[lora_targets]
                 for name in in_first_layer if name.endswith(f".{projection}"))

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    BitsAndBytesConfig,
-    Qwen2_5_VLConfig,
-)
+from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import apply_umask, model_folder, release_memory
@@ -62,6 +59,8 @@ class Hardware:
 
 def settle_vector_math() -> None:
     """Let MKL choose the code of its vector functions now, on one thread."""
+    # If two threads make the first call at once, one of them now and then gets a cosine that is
+    # correct to four digits only: 22 of 1,030 fresh processes saw other image features.
     torch.cos(torch.ones(8))
 
 
@@ -69,6 +68,8 @@ def fast_bf16_instructions() -> str:
     """The instructions of this CPU that multiply bf16 numbers faster than float32, or ""."""
     capabilities = torch.cpu.get_capabilities()
     is_intel = "Intel" in capabilities.get("cpu_name", "")
+    # looked up, not timed: a busy machine would now and then choose another dtype, and with it
+    # other digits; a Xeon without AMX multiplies bf16 at 0.6 of its float32 rate
     fast = ("amx_bf16",) if is_intel else ("amx_bf16", "avx512_bf16")
     return next((name for name in fast if capabilities.get(name)), "")
 
@@ -127,12 +128,15 @@ def resolve_model(model: str) -> str | Path:
 
 def pack_windows(tower: torch.nn.Module, hardware: Hardware) -> None:
     """Let a vision tower attend to all of its windows in one call, on a GPU in bfloat16."""
+    # sdpa makes a call per window. Set after loading: while it loads, transformers asks the hub for
+    # a kernel of any name with "flash" in it.
     if hardware.device == "cuda" and hardware.dtype == torch.bfloat16:
         tower.config._attn_implementation = attention.PACKED_NAME
 
 
 def run_tower_without_graph(model: VisionLanguageModel) -> None:
     """Let the frozen vision tower run without autograd from here on."""
+    # gradient checkpointing makes patches require a gradient, so backward would go through it
     tower = model.model.visual
     tower.forward = torch.no_grad()(tower.forward)
 
@@ -142,6 +146,7 @@ class PatchProduct(torch.nn.Module):
 
     def __init__(self, convolution: torch.nn.Conv3d):
         super().__init__()
+        # names and shapes stay, and so do checkpoints; the kernel covers a whole patch
         self.weight, self.bias = convolution.weight, convolution.bias
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
@@ -196,10 +201,10 @@ def load_model(model: str | Path, hardware: Hardware,
 class Policy:
     """A model with all that it needs to read prompts and write replies."""
 
-    model: torch.nn.Module
-    processor: StillImageProcessor
+    model: torch.nn.Module  # a VisionLanguageModel, or PEFT's around one
+    processor: StillImageProcessor  # its folder's, with the pixel limits of box_format
     hardware: Hardware
-    box_format: BoxFormat
+    box_format: BoxFormat  # how it sees images and writes boxes
 
 
 def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
@@ -217,6 +222,8 @@ def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFo
     # whether layers are checkpointed, the trainer's gradient_checkpointing says
     model = prepare_model_for_kbit_training(policy.model, use_gradient_checkpointing=False)
     run_tower_without_graph(model)
+    # In float32 between the layers, a quarter of a step on a CPU would go into conversions. The
+    # vision tower, which locates, keeps float32.
     if hardware.autocast or hardware.dtype == torch.bfloat16:
         for name, parameter in model.named_parameters():
             keeps_float32 = hardware.autocast and "visual" in name

@@ -120,6 +120,8 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
                   replies: int, sampling: SamplingOptions, seed: int,
                   cache: SampleCache) -> Iterator[dict[str, Drawn]]:
     """Replies by id, batch by batch, each with its own seed; ids: of the samples."""
+    # Batches are cut before anything is skipped, so a resumed run draws what it would have drawn.
+    # Where products round by the number of cores (AMX in bf16), a few replies in a hundred differ.
     todo = [(number, batch) for number, batch in enumerate(_cut_batches(samples))
             if not is_stored >= {ids[index] for index in batch}]
     one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
@@ -157,6 +159,7 @@ def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterato
     if threads == 1 or torch.cuda.is_available():
         yield from map(function, parts)
         return
+    # a step of a small model is hundreds of operations too short for all cores to share
     cores = torch.get_num_threads()
     share = max(1, cores // threads)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,))
@@ -184,4 +187,5 @@ def _image_list_key(sample: Sample) -> int | str:
     if not isinstance(sample.images, LazyImages):
         return hash(tuple(map(id, sample.images)))
     contents = [image.content for image in sample.images.encoded]
+    # a sample whose images a table holds is alone with them
     return sample.id if bytes in map(type, contents) else hash(tuple(contents))

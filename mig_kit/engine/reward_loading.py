@@ -133,8 +133,7 @@ def _source(reward: Reward) -> tuple[str, str]:
     """(file, " (file, line n)") of a function; both "" of what is none."""
     function = reward.function if isinstance(reward, BatchReward) else reward
     function = inspect.unwrap(function.func if isinstance(function, partial) else function)
-    code = getattr(function, "__code__", None) or getattr(
-        type(function).__call__, "__code__", None)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return (code.co_filename, f" ({code.co_filename}, line {code.co_firstlineno})") if code else (
         "", "")
 

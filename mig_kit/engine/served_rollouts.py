@@ -48,7 +48,7 @@ class ServedRollouts:
                  params: SimpleNamespace):
         self.model, self.box_format, self.folder, self.params = model, box_format, folder, params
         self.served: ServedModel | None = None
-        self.version, self.adapter = 0, ""
+        self.version, self.adapter = 0, ""  # the update, from 1, whose adapter servers loaded last
         self.probe: Question | None = None  # what the canary is asked
         self.context = ExitStack()
 
@@ -103,6 +103,8 @@ class ServedRollouts:
             model = trainer.accelerator.unwrap_model(trainer.model)
             model.save_pretrained(saved, safe_serialization=True)
             apply_umask(saved)  # a server may be another user's
+            # a server keeps what it has read of a prompt under the adapter's name: a stage that
+            # goes on after a kill must not give new weights an old name
             name = f"{saved.name}-{file_sha256(saved / 'adapter_model.safetensors')[:8]}"
             self._load(name, saved.resolve(), before)
             for old in folder.iterdir():
@@ -160,10 +162,10 @@ class ServedRollouts:
         for server in (server for server in self.served.servers if server.is_alive):
             try:
                 listed = server.connection.list_models()
-                if name not in listed:
+                if name not in listed:  # it may have outlived a killed stage
                     server.connection.post("/load_lora_adapter",
                                            {"lora_name": name, "lora_path": str(path)})
-                if before in listed:
+                if before in listed:  # not if it was started again
                     server.connection.post("/unload_lora_adapter", {"lora_name": before})
             except RequestFailed as failure:
                 if failure.status:
@@ -173,8 +175,7 @@ class ServedRollouts:
                         f"--enable-lora, --max-lora-rank {self.params.lora_r} or more and this "
                         "machine's disk") from None
                 server.is_alive = False
-                print(f"the server {server.url} is left out: it does not load {name}",
-                      flush=True)
+                print(f"the server {server.url} is left out: it does not load {name}", flush=True)
 
 
 class StopIfServerIsStale(TrainerCallback):

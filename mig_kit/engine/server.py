@@ -16,13 +16,7 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, seen_size
 from mig_kit.engine.processors import StillImageProcessor, render_prompt
 from mig_kit.image_files import to_data_url
-from mig_kit.openai_client import (
-    KEY_VARIABLE,
-    Connection,
-    RequestFailed,
-    iter_results,
-    read_choice,
-)
+from mig_kit.openai_client import KEY_VARIABLE, Connection, RequestFailed, iter_results, read_choice
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, forbidden_token_ids
@@ -67,22 +61,24 @@ class ServedReply:
     """One reply of a server."""
 
     text: str
-    ids: list[int] | None = None
-    logps: list[float] | None = None
-    finish_reason: str = ""
+    ids: list[int] | None = None  # with the end token; None if the server does not tell
+    logps: list[float] | None = None  # of ids
+    finish_reason: str = ""  # why it ended, in the server's word
 
 
 @dataclass
 class ServedModel:
     """A model that servers hold; it takes the place of a Policy where replies are drawn."""
 
-    name: str
+    name: str  # what requests call the model
     servers: list[Server]
-    concurrency: int
+    concurrency: int  # requests under way
+    # None for a model that the kit cannot load: its prompts are not compared, and it is asked with
+    # OpenAI's fields alone
     processor: StillImageProcessor | None
     box_format: BoxFormat
-    end_tokens: list[int]
-    failure: Callable[[], str] = str
+    end_tokens: list[int]  # every token that ends a reply
+    failure: Callable[[], str] = str  # says why a server that the stage has started ended, or ""
     count_lock: Lock = field(default_factory=Lock, repr=False)
     probe_lock: Lock = field(default_factory=Lock, repr=False)
     # a tokenizer serves one thread at a time
@@ -214,11 +210,12 @@ class ServedModel:
         return list(inputs["input_ids"][0])
 
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
-        """The fields of a request that say how to draw, with log-probabilities if asked for."""
+        """The fields of a request that say how to draw, with log-probabilities if asked."""
         if self.processor is None:
             return {"temperature": sampling.temperature, "top_p": sampling.top_p,
                     "max_tokens": sampling.max_new_tokens,
                     "max_completion_tokens": sampling.max_new_tokens}
+        # all of them: a server takes what is missing from the model's generation_config.json
         bias = {str(token): FORBIDDEN_BIAS for token in forbidden_token_ids(self.processor)}
         fields = {
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0,

@@ -92,7 +92,7 @@ def train_or_resume(trainer, folder: Path) -> None:
     checkpoint = last_checkpoint(folder)
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps:  # the trainer itself would take a step too many
             trainer.state = state
             trainer._load_from_checkpoint(checkpoint)
             return
@@ -106,9 +106,8 @@ def save_adapter(trainer, folder: Path) -> None:
     adapter = folder / "adapter"
     config, model = trainer.model.peft_config["default"], trainer.model
     base = config.base_model_name_or_path
-    if os.path.isabs(base):
-        config.base_model_name_or_path = os.path.relpath(
-            Path(base).resolve(), adapter.resolve())
+    if os.path.isabs(base):  # relative to the adapter: what holds both may be moved
+        config.base_model_name_or_path = os.path.relpath(Path(base).resolve(), adapter.resolve())
     model.save_pretrained(adapter)
     record_base(adapter, base, getattr(model.config, "quantization_config", None) is not None)
     apply_umask(adapter)
@@ -134,6 +133,8 @@ def _is_complete(state: Path) -> bool:
 class KeepAdapterDtype:
     """Mixin of a trainer that resumes its adapter in the dtype in which it is trained."""
 
+    # TRL trains the adapter of a 4-bit model in bfloat16, but PEFT loads it as float32: a run that
+    # was killed would go on in other numbers.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -152,6 +153,7 @@ class EpochRepeatSampler(RepeatSampler):
 
     def __iter__(self):
         if self.shuffle:
+            # TRL's own sampler would begin with the first pass's order in a resumed training
             self.generator.manual_seed(self.seed)
             for _ in range(self.epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
@@ -161,6 +163,7 @@ class EpochRepeatSampler(RepeatSampler):
 class SetSamplerEpoch(TrainerCallback):
     """Tells the sampler which pass begins."""
 
+    # transformers does, but not in one process of several that resume in the middle of a pass
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Find the sampler below all batches and set its epoch."""
         batches = train_dataloader.batch_sampler
@@ -208,8 +211,7 @@ def _short_name(name: str) -> str:
 
 
 class LiveCurves(TrainerCallback):
-    """In a notebook, curves of the running training, drawn every `seconds` at most, gone at its
-    end.
+    """In a notebook, curves of the running training, drawn again every `seconds` at most.
 
     to_rows: from the log history to rows of the figures named. draw: a picture of rollouts or None.
     """

@@ -16,13 +16,7 @@ from contextlib import suppress
 
 import yaml
 
-from mig_kit.common import (
-    PROFILES,
-    PROJECT_ROOT,
-    model_folder,
-    split_function_name,
-    suggest_word,
-)
+from mig_kit.common import PROFILES, PROJECT_ROOT, model_folder, split_function_name, suggest_word
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
 from mig_kit.pipeline.launchers import parse_launcher
 from mig_kit.pipeline.params import (

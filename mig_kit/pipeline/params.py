@@ -19,13 +19,16 @@ from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import PROFILES, suggest_word
 from mig_kit.pipeline.dependencies import notebook_cells
 
+# set once, in stage 01; every later stage of the run takes them from there
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
 EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
 # parameters that name a run, not what is in it
 NAMES_OF_RUNS = ("run_id", "control_run")
-GROUP = "trl"  # the parameter of a notebook that holds them
+# The notebook parameter that maps settings of SFTConfig or GRPOConfig to values. Each counts as
+# a parameter of its own: `-p num_iterations 2` and the rules name it directly.
+GROUP = "trl"
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
 HELP = {
     "lr_scheduler_type": "after warm-up: linear (to 0), cosine or constant_with_warmup",

@@ -3,12 +3,7 @@
 import re
 
 from mig_kit.pipeline import store
-from mig_kit.pipeline.attempts import (
-    NOT_PRODUCTS,
-    find_damaged,
-    list_attempts,
-    seconds_spent,
-)
+from mig_kit.pipeline.attempts import NOT_PRODUCTS, find_damaged, list_attempts, seconds_spent
 from mig_kit.pipeline.run_folders import (
     RECIPE,
     find_writer,
@@ -28,8 +23,7 @@ MANY = 40  # a mapping with more entries holds one value per sample, so it is no
 def run_tree() -> list[tuple[str, int]]:
     """(run, depth) of all runs: a branch follows its source, one deeper, if that is there."""
     names = list_runs()
-    paths = [[name for name in reversed(list_sources(run_id)) if name in names]
-             for run_id in names]
+    paths = [[name for name in reversed(list_sources(run_id)) if name in names] for run_id in names]
     return [(path[-1], len(path) - 1) for path in sorted(paths)]
 
 
@@ -72,8 +66,7 @@ def _stage_state(stage: str, run_id: str, cause: str) -> str:
     attempts = list_attempts(stage, run_id)
     process, _, written = (find_writer(run) if attempts else "").partition(" in ")
     if record is None:
-        return (f"running ({process})" if written == stage else "not finished" if attempts
-                else "-")
+        return (f"running ({process})" if written == stage else "not finished" if attempts else "-")
     word = f"stale through {cause[:2]}, made" if cause not in ("", stage) else (
         "stale, made" if cause else "done")
     state = f"{word} in {record['seconds'] / 60:.1f} min"

@@ -147,8 +147,7 @@ def find_replaced_input(stage: str, run_id: str) -> str:
 
 
 def _stage_products(outputs: dict[str, str]) -> dict[str, str]:
-    return {name: digest for name, digest in outputs.items()
-            if name not in attempts.NOT_PRODUCTS}
+    return {name: digest for name, digest in outputs.items() if name not in attempts.NOT_PRODUCTS}
 
 
 def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:

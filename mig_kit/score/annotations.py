@@ -37,20 +37,20 @@ LARGEST = 1e9  # a coordinate or score beyond it is none
 class BenchmarkItem:
     """One question, as annotated."""
 
-    index: int
-    id: str
+    index: int  # place in the annotation file, from 0
+    id: str  # the benchmark's own, or ""
     task: str
     question: str
     images: tuple[str, ...] = ()
-    box: Box | None = None
-    coordinates: Coordinates = Coordinates.NORMALIZED_1
-    target: int | None = None
-    image_stated: bool = True
-    size: tuple[int, int] | None = None
-    letter: str = ""
-    options: str = ""
-    choices: tuple[str, ...] = ()
-    category: str = ""
+    box: Box | None = None  # xyxy
+    coordinates: Coordinates = Coordinates.NORMALIZED_1  # of box; PIXELS are the target image's
+    target: int | None = None  # image number from 1, None if the file does not say
+    image_stated: bool = True  # whether the question itself names the image
+    size: tuple[int, int] | None = None  # of the target image, pixels, if the file gives it
+    letter: str = ""  # the correct one of a multiple-choice question
+    options: str = ""  # all its letters
+    choices: tuple[str, ...] = ()  # what the letters stand for
+    category: str = ""  # kind of the object, of Ref-L4
 
     @property
     def name(self) -> str:
@@ -60,13 +60,13 @@ class BenchmarkItem:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """An annotation file, read; version: which release, told by its content."""
+    """An annotation file, read."""
 
     name: str
-    version: str
+    version: str  # told by content
     items: tuple[BenchmarkItem, ...]
-    complete: bool | None
-    left_out: tuple[int, ...] = ()
+    complete: bool | None  # whether it has every item of its release; None if unknown
+    left_out: tuple[int, ...] = ()  # indices of records that have no answer to score
 
 
 def is_number(value) -> bool:
@@ -300,8 +300,7 @@ def resolve_image_path(root: str | Path, name: str) -> Path:
     return resolve_under_root(Path(root), f"{folder}/{frames[int(place)].name}")
 
 
-def read_image_sizes(names: Iterable[str],
-                     root: str | Path | None) -> dict[str, tuple[int, int]]:
+def read_image_sizes(names: Iterable[str], root: str | Path | None) -> dict[str, tuple[int, int]]:
     """Image name -> upright (width, height), from the headers of the files below the root.
 
     Raises ValueError listing what is missing, refused or no image.

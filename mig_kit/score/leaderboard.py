@@ -14,13 +14,13 @@ UNIVG_R1 = "arXiv 2505.14231"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One system's published percentages; doubt: why it stands below the table, or ""."""
+    """One system's published percentages."""
 
     system: str
     source: str
-    tasks: dict[str, float]
+    tasks: dict[str, float]  # may be empty
     avg: float
-    doubt: str = ""
+    doubt: str = ""  # why it stands below the table and not in a column
 
 
 def _published_row(system: str, source: str, *values: float, doubt: str = "") -> PublishedRow:

@@ -278,8 +278,7 @@ def _box_order_remarks(lines: list[dict | None], protocol: str,
         return (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
     replies = [line["response"] for line in lines if line]
     y_first = 0 if box_order else sum(bool(Y_FIRST_KEY.search(reply)) for reply in replies)
-    sized = 0 if protocol == "official" else sum(
-        bool(SIZE_KEYS.search(reply)) for reply in replies)
+    sized = 0 if protocol == "official" else sum(bool(SIZE_KEYS.search(reply)) for reply in replies)
     remarks = ((y_first, f'Replies with "box_2d", in which Gemini writes y first: {y_first}. They '
                          "were read x first: say --box-order yxyx, or xyxy if x comes first."),
                (sized, f"Replies with x, y, width and height: {sized}. x and y were read as the "

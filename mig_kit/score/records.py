@@ -236,8 +236,7 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
     return [lines.get(item.index) for item in items]
 
 
-def _read_batch_line(record: dict, by_id: dict[str, BenchmarkItem], where: str,
-                     field: str) -> dict:
+def _read_batch_line(record: dict, by_id: dict[str, BenchmarkItem], where: str, field: str) -> dict:
     """A line of OpenAI's batch output as a prediction; a refused reply is empty."""
     name, answer = str(record["custom_id"]), record.get("response")
     body = answer.get("body") if isinstance(answer, dict) else None
@@ -264,12 +263,13 @@ def _read_names(record: dict, by_id: dict[str, BenchmarkItem],
     """(index, id) that a record gives, or None each; first: index of the first item."""
     index, item_id, idx, doc_id = (None if value != value else value for value in map(
         record.get, ("index", "id", "idx", "doc_id")))
+    # lmms-eval's doc_id counts within a task, so an id of the benchmark goes before it
     if {"resps", "filtered_resps"} & set(record) and "response" not in record:
         parts = [part for part in record.values() if isinstance(part, dict)]
         names = [str(part[key]) for part in parts for key in ("idx", "id") if key in part]
         known = next((name for name in names if name in by_id), None)
         return (doc_id if known is None else None), known
-    if isinstance(index, float) and index.is_integer():
+    if isinstance(index, float) and index.is_integer():  # of pandas, if the column has gaps
         index = int(index)
     elif isinstance(index, str):  # of a table in CSV
         index = re.sub(r"\.0$", "", index) or None

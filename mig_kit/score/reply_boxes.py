@@ -18,12 +18,7 @@ from mig_kit.score.image_names import (
     find_images_of_boxes,
     find_key_numbers,
 )
-from mig_kit.score.official import (
-    FENCE,
-    last_answer_block,
-    parse_revised_mig_bench_box,
-    shown_text,
-)
+from mig_kit.score.official import FENCE, last_answer_block, parse_revised_mig_bench_box, shown_text
 from mig_kit.score.spoken_images import NOT_READ, find_spoken_images
 
 AMBIGUOUS, IMAGE_NOT_READ = "ambiguous: several images", "image not read"
@@ -53,9 +48,9 @@ NamedBox = tuple[int | None, Box]
 class StrictAnswer:
     """What the last <answer> says."""
 
-    image: int | None
-    box: Box | None
-    problem: str = ""
+    image: int | None  # from 1
+    box: Box | None  # xyxy, as written
+    problem: str = ""  # why there is no box
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mig_kit.stats import (
-    gap_interval_by_list,
-    group_by_task,
-    macro_mean,
-    share_interval_by_list,
-)
+from mig_kit.stats import gap_interval_by_list, group_by_task, macro_mean, share_interval_by_list
 
 
 @dataclass(frozen=True)
 class Scored:
     """Judged predictions of n items; the first metric is the headline."""
 
-    tasks: tuple[str, ...]
-    metrics: dict[str, np.ndarray]
-    is_macro: bool
-    values: np.ndarray
-    problems: dict[str, int] = field(default_factory=dict)
+    tasks: tuple[str, ...]  # (n,)
+    metrics: dict[str, np.ndarray]  # name -> (n,) shares in 0..1
+    is_macro: bool  # whether the average is over tasks
+    values: np.ndarray  # (n,) IoU, or 1 for a correct item
+    problems: dict[str, int] = field(default_factory=dict)  # why replies scored nothing: how many
+    # "avg" or task -> metric -> percent, for what is no mean over items (AP)
     aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
-    lists: tuple[Hashable, ...] = ()
-    remarks: tuple[str, ...] = ()
-    judged: tuple[tuple, ...] = ()
+    lists: tuple[Hashable, ...] = ()  # (n,) keys, equal for the same images; () if none are
+    remarks: tuple[str, ...] = ()  # sentences on what the protocol did
+    judged: tuple[tuple, ...] = ()  # (item, line as read or None, problem) each; () for AP
 
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:
@@ -72,8 +68,7 @@ def summarize(scored: Scored) -> dict:
     average = {name: _percent(macro_mean([values[places] for places in groups]))
                for name, values in scored.metrics.items()}
     if headline is not None:
-        interval = share_interval_by_list([(headline[places], lists[places])
-                                           for places in groups])
+        interval = share_interval_by_list([(headline[places], lists[places]) for places in groups])
         average["ci95"] = [_percent(bound) for bound in interval]
     average |= scored.aggregates.get("avg", {})
     return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,

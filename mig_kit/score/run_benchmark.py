@@ -9,12 +9,7 @@ from pathlib import Path
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.image_files import EncodedImage, LazyImages, is_regular_file, read_size
 from mig_kit.sample import Sample, Target
-from mig_kit.score.annotations import (
-    READERS,
-    Benchmark,
-    BenchmarkItem,
-    resolve_image_path,
-)
+from mig_kit.score.annotations import READERS, Benchmark, BenchmarkItem, resolve_image_path
 from mig_kit.score.convert_boxes import convert_exactly, to_official_line
 from mig_kit.score.records import read_records
 

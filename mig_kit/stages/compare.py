@@ -14,13 +14,7 @@ from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
-from mig_kit.stages.evaluated_runs import (
-    SYSTEMS,
-    EvaluatedRun,
-    list_notes,
-    load_groups,
-    pair_runs,
-)
+from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, list_notes, load_groups, pair_runs
 from mig_kit.stages.report import CLAIMS
 from mig_kit.stats import (
     gap_interval_by_list,
@@ -40,12 +34,12 @@ class _Scope(NamedTuple):
     """The samples that a figure averages."""
 
     suite: str
-    rows: list[np.ndarray]
+    rows: list[np.ndarray]  # indices of samples, of each task
+    # a number per sample, the same for the same images; None for synthetic suites, which share none
     lists: list[np.ndarray] | None = None
 
 
-def compare_groups(groups: dict[str, list[str]], reference: str = "",
-                   system: str = "grpo") -> dict:
+def compare_groups(groups: dict[str, list[str]], reference: str = "", system: str = "grpo") -> dict:
     """{"reference", "system", "rows", "runs", "notes"} of groups of runs.
 
     Args:
@@ -122,8 +116,7 @@ def _values(runs: list[EvaluatedRun], system: str, scope: _Scope) -> list[np.nda
     return [correct[:, rows] for rows in scope.rows]
 
 
-def _group_rows(group: str, runs: list[EvaluatedRun], suite: str,
-                scope: _Scope) -> list[dict]:
+def _group_rows(group: str, runs: list[EvaluatedRun], suite: str, scope: _Scope) -> list[dict]:
     by_system = {system: _values(runs, system, scope) for system in SYSTEMS
                  if all(system in run.correct for run in runs)}
     estimates = {system: _estimate(values, scope.lists) for system, values in by_system.items()}

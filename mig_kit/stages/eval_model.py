@@ -52,11 +52,11 @@ BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "
 class Task:
     """What is asked."""
 
-    suite: str
-    file: Path | None = None
-    root: Path | None = None
-    limit: int = 0
-    sizes: Mapping | None = None
+    suite: str  # synthetic, own or one of RUNNABLE
+    file: Path | None = None  # annotations or own data
+    root: Path | None = None  # of its images
+    limit: int = 0  # first questions of every task (of own data: of the file), 0 for all
+    sizes: Mapping | None = None  # as DRAWN_SIZES
 
 
 def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,

@@ -34,19 +34,19 @@ class EvaluatedRun:
     """What a comparison reads of a run."""
 
     run_id: str
-    data_seed: int
-    seed: int
-    correct: dict[str, dict[str, str]]
-    tokens: float
-    minutes: float
+    data_seed: int  # of 01
+    seed: int  # of 05
+    correct: dict[str, dict[str, str]]  # by system and suite: "1" or "0" for each sample
+    tokens: float  # of a reply in 05's last ten updates
+    minutes: float  # of stages 02 to 05
     git: str
     machine: str
-    params: dict
-    start_from: str = "merged"
-    control: dict = field(default_factory=dict)
-    questions: dict[str, str] = field(default_factory=dict)
-    changed: dict[str, dict] = field(default_factory=dict)
-    stale: list[str] = field(default_factory=list)
+    params: dict  # SAMPLE_PARAMS of 06
+    start_from: str = "merged"  # what 05 trained
+    control: dict = field(default_factory=dict)  # of `run_facts.describe_control`
+    questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
+    changed: dict[str, dict] = field(default_factory=dict)  # of `run_facts.changed_params`
+    stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
 
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[

@@ -71,8 +71,7 @@ def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> lis
             for name, score in scores.items()]
 
 
-def _trl_reward(name: str, score: Score, samples: Sequence[Sample],
-                logs_details: bool) -> Callable:
+def _trl_reward(name: str, score: Score, samples: Sequence[Sample], logs_details: bool) -> Callable:
     is_batch = isinstance(score.reward, BatchReward)
 
     def score_all(completions, sample, log_metric=None, **given) -> list[float | None]:
@@ -169,12 +168,15 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
                       # these also draw a few replies before the first update
                       *_rollout_callbacks(policy, samples, folder, params, scores)]}
-    if not params.share_prefix:
+    if not params.share_prefix:  # stock TRL
         return _with_float32_adapter(ResumableGRPOTrainer(**common), hardware)
     served = None
     if params.server:
         served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
         common["callbacks"].append(StopIfServerIsStale())
+    # It computes what TRL computes, reading each prompt once per group. Steps hold groups of like
+    # lengths, where TRL's are mixed: `bnpo` and `top_entropy_quantile`, which look at a step at a
+    # time, depend on what shares a step, and on the number of processes.
     return _with_float32_adapter(RecipeTrainer(
         **common, samples=samples, box_format=policy.box_format, autocast=hardware.autocast,
         micro_completions=params.micro_replies, served=served), hardware)
@@ -182,6 +184,8 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
 
 def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrainer:
     """The trainer, on a GPU with its adapter in float32."""
+    # TRL makes the adapter of a 4-bit model bfloat16, which rounds away three quarters of the
+    # updates of A at the full profiles' learning rate. The tiny profile has larger updates.
     if hardware.device == "cuda":
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
@@ -191,8 +195,7 @@ def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrain
 
 def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
                       params: SimpleNamespace) -> RecipeTrainer:
-    """A trainer whose update is one prompt's group, for `engine.one_group` to look at, not to
-    train.
+    """A trainer whose update is one prompt's group, for `engine.one_group` to look at.
 
     The loss is plain dapo, of replies that this process draws. Random states stay as they were.
     """
@@ -203,7 +206,7 @@ def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
         "mask_truncated_completions": False, "top_entropy_quantile": 1.0}
     with keep_global_state():
         trainer = grpo_trainer(policy, [sample], folder, SimpleNamespace(**vars(params) | plain))
-    if params.gradient_checkpointing:
+    if params.gradient_checkpointing:  # as `train` would switch it on
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()  # a layer in evaluation keeps everything
     return trainer

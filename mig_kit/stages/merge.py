@@ -39,7 +39,7 @@ def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> P
 
 
 def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
-                    method: str = DEQUANTISED) -> VisionLanguageModel:
+                         method: str = DEQUANTISED) -> VisionLanguageModel:
     """A fresh base merged in memory by PEFT; method: one of MERGE_METHODS.
 
     The stage itself writes the right one with `write_merged_model`, tensor by tensor.
@@ -53,7 +53,7 @@ def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
 
 def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
     """The MERGE_METHODS to compare with the merged folder; ORIGINAL alone if the base is large."""
-    files = {path for path in locate_tensors(base).values()}
+    files = set(locate_tensors(base).values())  # each method makes and reads a whole model
     is_large = sum(path.stat().st_size for path in files) > LARGE_MODEL_BYTES
     return (ORIGINAL,) if is_large else MERGE_METHODS
 

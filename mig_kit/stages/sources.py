@@ -9,13 +9,7 @@ from mig_kit.common import PROJECT_ROOT, progress_bar, write_atomically
 from mig_kit.data import own_data
 from mig_kit.data.records import SkipReport
 from mig_kit.data.remarks import Remarks
-from mig_kit.image_files import (
-    IMAGE_FOLDER,
-    IMAGE_MANIFEST,
-    BadImage,
-    ImageStore,
-    LazyImages,
-)
+from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, BadImage, ImageStore, LazyImages
 from mig_kit.sample import SampleWriter, TableRows, Trace, read_samples
 from mig_kit.world import suites
 
@@ -118,6 +112,7 @@ def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
     text = f"{n_questions} held out"
     if p.data == "scenes" or n_questions >= 96:
         return text
+    # half the widest 95 % interval of a share of n is 98 / sqrt(n) points
     points = min(50, round(98 / max(1, n_questions)**0.5))
     return f"{text}, which tell a score to about {points} points either way: {_advise_shares(p)}"
 
