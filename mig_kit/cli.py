@@ -30,7 +30,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         if sys.argv[1:2] == ["rm"]:
-            sys.exit("nothing removed; --yes removes without asking")
+            sys.exit("interrupted; mig-kit status shows what is left of the run")
         words = "the same command without --force" if "--force" in sys.argv else "the same command"
         sys.exit(f"interrupted; {words} goes on where this one stopped")
     except ModuleNotFoundError as error:
@@ -82,13 +82,16 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
     run_id = run_id or (store.DEFAULT_RUN if profile == "tiny" else profile)
     plans = plan_runs([stage_name(text) for text in stages], profile, run_id, source,
                       parse_seeds(seeds) if seeds else [], overrides)
+    files = set()
     for plan in plans:
         p = plan.params.get("01_synthesize", {"data": "scenes"})
         if p["data"] != "scenes" and not store.is_up_to_date("01_synthesize", plan.run_id, p):
-            from mig_kit.data.own_data import require_correct_lines  # a moment
-
             path = PROJECT_ROOT / p["data"]
-            require_correct_lines(path, PROJECT_ROOT / (p["image_root"] or path.parent))
+            files.add((path, PROJECT_ROOT / (p["image_root"] or path.parent)))
+    for path, root in files:
+        from mig_kit.data.own_data import require_correct_lines  # a moment
+
+        require_correct_lines(path, root)
     run_plans(plans, force)
     for plan in plans:
         if "07_report" in plan.params:
@@ -139,10 +142,15 @@ def restore(run_id: str, stage: str | None) -> None:
     """Bring back what the last command replaced in RUN_ID, or what STAGE replaced; the same command
     undoes it.
     """
-    for name in attempts.restore(run_id, stage_name(stage) if stage else ""):
+    restored = attempts.restore(run_id, stage_name(stage) if stage else "")
+    for name in restored:
         record = store.require_record(name, run_id, name)
         click.echo(f"{name}: that of {record['started'].replace('T', ' ')[:16]} UTC is back; "
                    f"{record.get('summary') or 'no summary'}")
+    for name in store.STAGES:
+        if name not in restored and (store.runs_root() / run_id / f"{name}.before").is_dir():
+            click.echo(f"{name} keeps what another command replaced: mig-kit restore {run_id} "
+                       f"{name[:2]}")
 
 
 @cli.command()
@@ -229,7 +237,8 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
         raise ValueError("--differences says what --figure draws; add --figure FILE, or leave it "
                          "out: the tables have the differences")
     by_group = parse_groups([*groups, *run_ids])
-    require_runs(*(name for members in by_group.values() for name in members))
+    require_runs(*(name for members in by_group.values() for name in members
+                   if not name.endswith(".json")))
     result = compare.compare_groups(by_group, reference, system)
     drawn = compare.figure_rows(result, differences) if figure else []
     click.echo(compare.render_table(result, form))

@@ -43,14 +43,15 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
     from mig_kit.data import own_data, records
     from mig_kit.data.remarks import Remarks
 
-    if out and out.resolve() == file.resolve():
+    if out and out.exists() and out.samefile(file):
         raise ValueError(f"--out {out} is FILE itself; name another file")
     total, wrong, word, remarks = 0, 0, records.entry_word(file), Remarks()
     measure, formats = _prompt_measure(profile), _box_formats(profile)
     lines, is_held = [], root is None  # held: as long as no image was found, --root may be missing
     checked = zip(own_data.check_file(file, root or file.parent, measure, formats, remarks),
                   records.iter_entries(file))
-    with out.open("w") if out else nullcontext() as correct:
+    temporary = out and out.with_name(f"{out.name}.tmp")
+    with temporary.open("w") if out else nullcontext() as correct:
         for (number, problems), (_, record, _) in checked:
             total += 1
             wrong += bool(problems)
@@ -62,13 +63,15 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
                 lines = []
             if correct and not problems:
                 correct.write(json.dumps(record) + "\n")
+    is_written = bool(out) and wrong < total  # an older file is not replaced by none
+    if out:
+        temporary.replace(out) if is_written else temporary.unlink()
     if lines:
         click.echo(f"no image was found below {file.absolute().parent}; name the folder of the "
                    f"images with --root ({lines[0]})")
     more = f" (the first {SHOWN} shown)" if wrong > SHOWN else ""
-    click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}"
-               + (f"; the correct ones are in {out} (image root: {root or file.parent})" if out
-                  else ""))
+    place = f"; the correct ones are in {out} (image root: {root or file.parent})"
+    click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}{place * is_written}")
     for sentence in remarks.sentences():
         click.echo(f"remark: {sentence}")
     if not total:

@@ -29,8 +29,8 @@ OTHER_IMAGE = re.compile(
 # words that point back at what was said before; the second kind may mean a word before them
 POINTS_BACK = re.compile(
     r"\b(?:it|they|them|he|him|she|this|these|those|another|else|previous|earlier|former|latter"
-    r"|(?<!each )others?(?! than)|remaining|(?<!number )ones?(?! of))\b"
-    r"|[它他她另]|那(?!么)|这(?!张|幅|些|组|两)", re.IGNORECASE)
+    r"|(?<!each )others?(?! than)|remaining|(?<!number )ones?(?! of|-))\b"
+    r"|[它她另]|(?<![吉其])他|那(?!么)|这(?!张|幅|些|组|两)", re.IGNORECASE)
 MAY_POINT_BACK = re.compile(r"\b(?:that|its|his|her|their|same)\b", re.IGNORECASE)
 # "this sentence describes", "in these images": nothing that was said before
 POINTS_AHEAD = re.compile(
@@ -73,12 +73,13 @@ def asked_numbers(text: str) -> set[int]:
 
 def is_follow_up(question: str, image_count: int) -> bool:
     """Whether a question needs the one before it ("Where is it?") or names nothing to be found."""
-    text = POINTS_AHEAD.sub(" ", question)
+    text = POINTS_AHEAD.sub(" ", re.sub(r"\b(photo|picture) (frames?)\b", r"\1\2", question))
     text = ONE_IMAGE.sub(" ", text) if image_count == 1 else text
     if find_names(text):  # it is said which images the others are
         text = OTHER_IMAGE.sub(" ", text)
     before = MAY_POINT_BACK.split(text, maxsplit=1)[0]
-    return bool(POINTS_BACK.search(text)) or not WITHOUT_CONTENT.sub("", before)
+    has_box = re.search(r"\{ref\}|\d\W{1,3}\d+\W{1,3}\d+\W{1,3}\d", text)
+    return bool(POINTS_BACK.search(text)) or not (has_box or WITHOUT_CONTENT.sub("", before))
 
 
 def _is_no_description(before: str) -> bool:

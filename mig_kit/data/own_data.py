@@ -129,7 +129,9 @@ def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None
         if line.problems and not line.is_damaged:
             n_wrong += 1
             first = first or f"{word} {line.number}: {line.problems[0]}"
-    if n_wrong or not n_lines:
+    if not n_lines:
+        raise ValueError(f"{path} has no {word}; write one JSON object a line, a question each")
+    if n_wrong:
         raise ValueError(f"{path} has {n_wrong} wrong of {n_lines} {word}s; {first} (mig-kit "
                          f"data check {path} --root {root} lists them, --out FILE writes the rest)")
     return n_lines

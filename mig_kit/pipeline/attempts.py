@@ -24,6 +24,7 @@ from mig_kit.pipeline.run_folders import (
 
 COMMAND = "MIG_KIT_COMMAND"  # in the environment of a stage: the command that runs it
 MARKER = "started.json"
+SWAP = ".new-swap"  # a stage's folder while `restore` exchanges it
 NOT_PRODUCTS = ("metrics.json", MARKER)  # they hold times and names of runs
 WORTH_KEEPING = 60.0  # seconds; an attempt of less is no loss
 
@@ -35,7 +36,8 @@ def attempt_folder(stage: str, run_id: str, key: str) -> Path:
 
 def list_attempts(stage: str, run_id: str) -> list[Path]:
     """The folders of attempts that have not finished."""
-    return sorted((runs_root() / run_id).glob(f"{stage}.new-*"))
+    folders = (runs_root() / run_id).glob(f"{stage}.new-*")
+    return sorted(folder for folder in folders if not folder.name.endswith(SWAP))
 
 
 def open_attempt(stage: str, run_id: str, facts: dict) -> tuple[Path, dict]:
@@ -112,6 +114,9 @@ def restore(run_id: str, stage: str = "") -> list[str]:
     run, last = runs_root() / run_id, {}  # last: the later of a stage's two records
     lock_run(run)
     for name in [stage] if stage else STAGES:
+        aside, before = run / f"{name}{SWAP}", run / f"{name}.before"
+        if aside.exists() and (run / name).exists() and not before.exists():  # a kill between
+            aside.rename(before)
         if before := read_record(run / f"{name}.before" / "run.json"):
             last[name] = max(before, read_record(run / name / "run.json") or before, key=_start)
     if not last:
@@ -120,7 +125,7 @@ def restore(run_id: str, stage: str = "") -> list[str]:
     command = _command(max(last.values(), key=_start))
     chosen = [name for name, record in last.items() if _command(record) == command]
     for name in chosen:
-        before, final, aside = (run / f"{name}{suffix}" for suffix in (".before", "", ".new-swap"))
+        before, final, aside = (run / f"{name}{suffix}" for suffix in (".before", "", SWAP))
         if final.exists():
             final.rename(aside)  # which `load_record` brings back after a kill
         before.rename(final)

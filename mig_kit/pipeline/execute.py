@@ -81,7 +81,8 @@ def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
     due = {stage for stage in params if force or stage in stale or stage not in finished}
     origin = run_id if load_branch(run_id) or not plan.source else plan.source
     if not force:
-        _refuse_stale_inputs({stage: params[stage] for stage in params if stage in due}, origin)
+        _refuse_stale_inputs({stage: params[stage] for stage in params if stage in due}, params,
+                             origin)
     lines = [f"{stage}: edited in notebooks/{stage}.ipynb: {edits}" for stage in params
              if stage in due and (edits := describe_edits(stage, params[stage]))]
     replaced = [stage for stage in params if stage in finished & due]
@@ -89,38 +90,49 @@ def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
         return lines
     causes = {stage: stale.get(stage, (stage, "--force")) for stage in replaced}
     names = [f"{stage} ({why})" for stage, (cause, why) in causes.items() if cause == stage]
-    others = [stage for stage, (cause, _) in stale.items() if cause != stage
-              and (stage in replaced or cause in replaced)]
+    named = [stage for stage in replaced if not names or causes[stage][0] == stage]
+    others = [stage for stage in replaced if stage not in named]
+    left = [stage[:2] for stage, (cause, _) in stale.items()
+            if cause in replaced and stage not in params]
     if not force and (other := _find_other_profile(plan, replaced)):
         raise ValueError(f"--profile {plan.profile} would replace {', '.join(replaced)} of run "
                          f"'{run_id}', which are of profile {other}; leave --run-id out or name "
                          "another for a run beside it, or add --force to replace them")
     also = f", and {', '.join(stage[:2] for stage in others)}, which build on it" if others else ""
+    also += f"; {', '.join(left)} then stand on what was" if left else ""
     return [*lines, f"this replaces finished stages of run '{run_id}': "
             f"{', '.join(names or replaced)}{also}. What is there is kept, and mig-kit restore "
             f"{run_id} puts it back; for a run beside it: {_branch_command(plan, replaced[0])}"]
 
 
-def _refuse_stale_inputs(params: dict[str, dict], origin: str) -> None:
+def _refuse_stale_inputs(due: dict[str, dict], planned: dict[str, dict], origin: str) -> None:
     """ValueError where a stage would read a stale one that does not run before it."""
-    known_stale = store.find_stale(origin)
-    for stage, values in params.items():
-        if store.STAGES[stage] and "01_synthesize" not in params:
-            for name in ("01_synthesize", *store.input_stages(stage, origin, values)):
-                if name not in params:
-                    store.require_record(name, origin, stage)
-        for name, why in store.find_stale_inputs(stage, origin, values, known_stale).items():
-            if name not in params:
-                stale = [other for other in known_stale if "00_preflight" < other < stage
-                         and other not in params] or ["03_merge"]
-                is_own = name in known_stale
-                owner = store.find_owner(name, origin) if is_own else values["control_run"]
-                numbers = " ".join(other[:2] for other in stale)
-                raise ValueError(
-                    f"{stage} would build on a stale {name} of run '{owner}': {why}; run again "
-                    f"what is stale (mig-kit run {numbers} --run-id {owner}, with the --profile "
-                    "and every -p of that run), or add --force: what comes of it is then marked "
-                    "in run.json, status and tables")
+    known_stale = store.find_stale(origin, planned)
+    for stage, values in due.items():
+        inputs = [name for name in store.input_stages(stage, origin, values) if name not in planned]
+        if store.STAGES[stage] and "01_synthesize" not in planned:
+            for name in ("01_synthesize", *inputs):
+                store.require_record(name, origin, stage)
+        for name in inputs:
+            if name in known_stale:
+                _refuse(stage, name, origin, known_stale, planned)
+        if control := values.get("control_run"):
+            stale = {name: cause for name, cause in store.find_stale(control).items()
+                     if name <= "03_merge"}
+            if "03_merge" in stale:
+                _refuse(stage, "03_merge", control, stale, {})
+
+
+def _refuse(stage: str, name: str, run_id: str, stale: dict[str, tuple[str, str]],
+            planned: dict[str, dict]) -> None:
+    owner, (cause, why) = store.find_owner(name, run_id), stale[name]
+    through = f"through {cause}: " if cause != name else ""
+    numbers = " ".join(other[:2] for other in stale if "00_preflight" < other < stage
+                       and other not in planned and store.find_owner(other, run_id) == owner)
+    raise ValueError(f"{stage} would build on a stale {name} of run '{owner}': {through}{why}; run "
+                     f"again what is stale (mig-kit run {numbers} --run-id {owner}, with the "
+                     "--profile and every -p of that run), or add --force: what comes of it is "
+                     "then marked in run.json, status and tables")
 
 
 def _find_other_profile(plan: PlannedRun, stages: list[str]) -> str:

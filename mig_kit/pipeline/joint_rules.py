@@ -268,7 +268,8 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
         check_joint_rules(params, shipped_params(stage), stage, **facts)
         groups = parse_groups(params["groups"]) if "groups" in params else {}
         control = [params["control_run"]] if params.get("control_run") else []
-        require_runs(*control, *(name for members in groups.values() for name in members))
+        require_runs(*control, *(name for members in groups.values() for name in members
+                                 if not name.endswith(".json")))
 
 
 def list_facts(planned: dict[str, dict], run_id: str) -> dict:

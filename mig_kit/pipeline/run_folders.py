@@ -55,7 +55,7 @@ def require_runs(*run_ids: str) -> None:
     """FileNotFoundError, with the nearest name, unless all these runs exist."""
     names = list_runs()
     for run_id in run_ids:
-        if run_id not in names and not run_id.endswith(".json"):
+        if run_id not in names:
             hint = suggest_word(run_id, names, 0.5) or "mig-kit status lists the runs"
             raise FileNotFoundError(f"no run '{run_id}' in {runs_root()}; {hint}")
 
@@ -203,7 +203,13 @@ def remove_run(run_id: str) -> None:
 def require_no_branches(run_id: str) -> None:
     """ValueError, with their names, where runs start from this one."""
     require_runs(validate_run_id(run_id))
-    if branches := sorted(name for name in list_runs() if load_branch(name).get("from") == run_id):
+    branches = []
+    for name in sorted(list_runs() - {run_id}):
+        try:
+            branches += [name] if load_branch(name).get("from") == run_id else []
+        except ValueError:  # a broken branch.json
+            pass
+    if branches:
         raise ValueError(f"run '{run_id}' stays: {', '.join(branches)} start from it; remove these "
                          f"first, as mig-kit rm {branches[0]}")
 

@@ -26,7 +26,7 @@ from mig_kit.engine.processors import prompt_measure
 from mig_kit.engine.stored_replies import count_endings, describe_endings
 from mig_kit.pipeline.fingerprints import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.prompts import format_question, is_well_formed, parse_reply
+from mig_kit.prompts import format_question, is_well_formed, parse_boxes, parse_reply
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
@@ -219,9 +219,13 @@ def item_rows(out: Path, others: Mapping[str, dict]) -> list[dict]:
             reply = next(replies)
             image, box = parse_named_box(reply, 0)
             letter = parse_reply(reply).letter or None
+            boxes = None if letter else parse_boxes(reply)
+            if boxes is not None and len(boxes) != 1:  # none or several, as some questions ask for
+                image, box = [number for number, _ in boxes], [box for _, box in boxes]
             row = {"suite": suite, "id": name, "task": part, **{
                 protocol: float(columns[protocol][place]) for protocol in rules},
-                "image": image, "box": box, "letter": letter, "problem": "" if box or letter else
+                "image": image, "box": box, "letter": letter,
+                "problem": "" if box is not None or letter else
                 "no box or letter is read" if reply.strip() else "empty"}
             for other, compared in others.items():
                 for protocol in rules:

@@ -215,7 +215,7 @@ def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFo
     summary = {"n": len(counts), "n_none": len(rejected[True])}
     for name, (part, total) in ratios.items():
         summary[name] = to_percent(part.sum() / total.sum()) if total.any() else None
-    summary["f1_ci95"] = _percents(ratio_interval(*ratios["f1"]))
+    summary["f1_ci95"] = None if summary["f1"] is None else _percents(ratio_interval(*ratios["f1"]))
     for name, outcomes in (("rejection", rejected[True]), ("wrong_rejection", rejected[False])):
         interval = _percents(share_interval(sum(outcomes), len(outcomes)))
         summary[name] = to_percent(np.mean(outcomes)) if outcomes else None

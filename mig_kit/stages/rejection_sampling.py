@@ -46,7 +46,7 @@ def unsolved_warning(samples: Sequence[Sample], rates: np.ndarray) -> str:
     rates: of the candidates, 0..1.
     """
     kinds = " and ".join(unsolved_kinds(samples, rates))
-    return kinds and f"no reply to the questions for {kinds} is correct: {RL_NEEDS}"
+    return kinds and f"no reply to the questions whose answer is {kinds} is correct: {RL_NEEDS}"
 
 
 def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:

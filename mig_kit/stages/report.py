@@ -150,6 +150,8 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
     rows = []
     for stage, record in records.items():
         others = (load_record(stage, source) or {}).get("params") if source else None
+        if source and not others:
+            continue
         others = others or profile_params(stage)
         rows += [{"stage": stage, "parameter": name, "this run": str(value),
                   f"run {source}" if source else "default": str(others[name])}

@@ -109,8 +109,8 @@ def _nothing_earned(policy: Policy, prompts: list[Sample], rewards: dict[str, Re
     if not names or any(earned[name] != {0.0} for name in names):
         return ""
     return (f"none of the first {params.num_generations * len(prompts)} replies, to {len(prompts)} "
-            f"prompts for {question_kind(prompts[0])}, earned anything for {', '.join(names)}: "
-            f"{RL_NEEDS}")
+            f"prompts whose answer is {question_kind(prompts[0])}, earned anything for "
+            f"{', '.join(names)}: {RL_NEEDS}")
 
 
 class StopIfNothingLearns(TrainerCallback):
