@@ -77,9 +77,9 @@ def fast_bf16_instructions() -> str:
 def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
-    dtype: "auto", "float32" or "bfloat16"; "auto" is bfloat16 on a CPU with
-    `fast_bf16_instructions`. device: "auto" (a GPU if there is one), "cuda" or "cpu". ValueError
-    for other words, RuntimeError if PyTorch sees no GPU for "cuda".
+    dtype: "auto" (bf16 products where they are faster), "float32" or "bfloat16". device: "auto" (a
+    GPU if there is one), "cuda" or "cpu". ValueError for other words, RuntimeError if PyTorch sees
+    no GPU for "cuda".
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")

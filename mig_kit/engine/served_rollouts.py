@@ -179,10 +179,7 @@ class ServedRollouts:
 
 
 class StopIfServerIsStale(TrainerCallback):
-    """Ends a training whose log-probabilities are over MAX_DIFFERENCE from the servers'.
-
-    It judges the means of the last three updates that drew replies.
-    """
+    """Ends a training whose log-probabilities are far from the servers' in three updates."""
 
     def __init__(self):
         self.differences: deque[float] = deque(maxlen=3)

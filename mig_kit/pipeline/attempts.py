@@ -164,6 +164,7 @@ def _copy_finished(source: Path, folder: Path, key: str) -> dict | None:
         return None
 
     def bring_along(path: str, target: str) -> None:
+        # never written in place, so a hard link will do
         is_fixed = path.endswith(".safetensors") or any(
             part in Path(path).parts for part in ("checkpoints", IMAGE_FOLDER))
         if is_fixed:

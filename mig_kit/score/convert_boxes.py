@@ -53,7 +53,7 @@ def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
                coordinates: Coordinates, box_format: BoxFormat) -> tuple[int, int]:
     """(width, height) in `coordinates` of the image that the reply names, else of the target.
 
-    sizes: of the original images; target: its number, from 1.
+    sizes: of the original images. target: number of the target image, from 1.
     """
     image, _ = parse_named_box(reply)
     number = image if image is not None and 1 <= image <= len(sizes) else target or 1

@@ -209,14 +209,13 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
 
 
 def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = None) -> list[dict]:
-    """A row per question, for `--items`: {"index", "id", "task", "value", "image", "box",
-    "problem"}.
-
-    Multiple choice has "letter", the correct one, in place of image and box.
+    """A row per question, for `--items`.
 
     Args:
         other: a second model's scores; adds its value as "other", and "result": win, loss or tie.
-    Returns: value: IoU, or 1 for a correct reply. image, box: as read, None if not read.
+    Returns: {"index", "id", "task", "value": IoU, or 1 for a correct reply, "image", "box": as
+    read, None if not read, "problem"}. Multiple choice has "letter", the correct one, for image and
+    box.
     Raises: ValueError for benchmarks that take COCO results.
     """
     if not scored.judged:

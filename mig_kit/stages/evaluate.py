@@ -208,7 +208,7 @@ def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFo
         larger = max(len(boxes or ()), len(sample.targets))
         right = match_score(reply, sample, box_format, _reaches_half, right_none=0.0) * larger
         counts.append((round(right), len(boxes or ()), len(sample.targets)))
-        rejected[not sample.targets].append(boxes == [])
+        rejected[not sample.targets].append(boxes == [])  # unreadable: None
     right, named, wanted = np.array(counts, dtype=float).T
     ratios = {"precision": (right, named), "recall": (right, wanted),
               "f1": (2 * right, named + wanted)}
