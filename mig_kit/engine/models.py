@@ -159,8 +159,7 @@ def load_model(model: str | Path, hardware: Hardware,
                four_bit: bool = False) -> VisionLanguageModel:
     """A model of FAMILIES from a folder or hub name, in eval mode, on hardware.device.
 
-    four_bit: NF4 with double quantisation; the vision tower, the head and fused experts stay in
-    hardware.dtype.
+    four_bit: NF4 with double quantisation, but for the vision tower, the head and fused experts.
     """
     check_model_folder(model)
     config, quantization = load_config(model), None

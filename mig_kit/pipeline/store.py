@@ -84,8 +84,7 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     """All that a stage's results follow from, by kind (KEY_FACTS), and "key", their hash.
 
-    A finished stage with another key is stale. The names of cells and definitions are for
-    sentences.
+    A finished stage with another key is stale. Names of cells and definitions are for sentences.
     """
     params = with_run_params(stage, run_id, params)
     inputs = {name: require_record(name, run_id, stage)["outputs"]

@@ -124,8 +124,7 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
 def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
                      sizes: list[tuple[int, int]], coordinates: Coordinates,
                      box_format: BoxFormat) -> dict:
-    """A line as the benchmark's own rule reads it: boxes in 0..1000; Ref-L4's "pred_bbox" in
-    pixels.
+    """A line as the benchmark's own rule reads it; Ref-L4's gets "pred_bbox" in pixels.
 
     sizes: of the item's original images. coordinates: of the reply's boxes.
     """

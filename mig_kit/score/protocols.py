@@ -147,8 +147,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         predictions: Ref-L4's own protocol wants "pred_bbox" and "format" for "response".
         source: what errors call the predictions.
         box_format: the processor's limits, for absolute coordinates.
-        coordinates: of the replies' boxes; `official` converts all but 0..1000 before it reads
-            them.
+        coordinates: of the replies' boxes; `official` first converts all but 0..1000.
         images: the folder of the images, if their sizes are needed.
         box_order: one of BOX_ORDERS, or None if the user did not say.
     Raises: ValueError for missing, doubled or unknown items, and what the protocol cannot use.
@@ -214,8 +213,7 @@ def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = N
     Args:
         other: a second model's scores; adds its value as "other", and "result": win, loss or tie.
     Returns: {"index", "id", "task", "value": IoU, or 1 for a correct reply, "image", "box": as
-    read, None if not read, "problem"}. Multiple choice has "letter", the correct one, for image and
-    box.
+    read, None if not read, "problem"}. Multiple choice has the correct "letter" for image and box.
     Raises: ValueError for benchmarks that take COCO results.
     """
     if not scored.judged:

@@ -297,8 +297,7 @@ def training_curves(history: list[dict]) -> list[dict]:
 
 
 def length_collapse_warning(rows: list[dict], span: int = 10, share: float = 0.8) -> str:
-    """A sentence if the last `span` updates' replies are under `share` of the first length, or "".
-    """
+    """A sentence if the last `span` updates' replies have shrunk below `share`, or ""."""
     if len(rows) < 2 * span:
         return ""
     first, last = (sum(row["length"] for row in part) / span
