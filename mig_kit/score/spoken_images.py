@@ -79,8 +79,8 @@ _UNCLEAR = re.compile(  # a letter, "the former", "top left", a number in JSON
     rf"|cent(?:er|re))(?:most)?(?: ones?)?\W{{0,9}}{BOX}"
     rf"|{_ORDINAL}(?= (?:of|in|from|to|with|on|at|by)\b)"
     r"|(?:^|[\n{,;|])[\s\"'*]{0,9}(?:image|img|picture|photo)[\s\"'*]{0,9}[:=][\s\"'*]{0,9}[^\W_]"
-    r"|[\"']\s?:\s?[\"']?-?\d{1,3}[\"']?\s?[,}\]\n]|^\W{0,9}(?:it is )?(?:in )?the one (?:on|at|to)\b"
-    r"|(?:image|img|picture|photo)[\"'*:= ]{0,3}\?|[图圖张張幅帧枚番]|照片")
+    r"|[\"']\s?:\s?[\"']?-?\d{1,3}[\"']?\s?[,}\]\n]|^\W{0,9}(?:it is )?(?:in )?the one (?:on|at"
+    r"|to)\b|(?:image|img|picture|photo)[\"'*:= ]{0,3}\?|[图圖张張幅帧枚番]|照片")
 _LONE_NUMBER = re.compile(r"(?<![\w.])-?\d{1,3}(?![\w%]|\.\d)")
 
 
