@@ -1,9 +1,8 @@
 """Scores of any model's predictions on the public benchmarks, by several protocols.
 
-`official` repeats what each benchmark's own script does with a reply, quirks included (official.py,
-coco.py). One deviation: where BLINK's and MMIU's authors ask another model which option a free text
-means, `official` reads the text alone. `strict` asks for one box in the last <answer>, in the
-correct image and the stated coordinates.
+`official` repeats each benchmark's own script, quirks included (official.py, coco.py); where
+BLINK's and MMIU's authors ask another model which option a text means, it reads the text alone.
+`strict` wants one box in the last <answer>, in the correct image and the stated coordinates.
 """
 
 import math
