@@ -105,8 +105,7 @@ def read_size(path: Path, takes_frames: bool = True,
               takes_any_depth: bool = False) -> tuple[int, int]:
     """(width, height) of the upright picture, pixels, from the header alone; BadImage if unusable.
 
-    takes_frames: whether a film's first frame will do. takes_any_depth: for those who need no
-    pixels.
+    takes_frames: whether a film's first frame will do. takes_any_depth: no pixels are needed.
     """
     with _name_fault(path, "is no readable image: give a PNG or JPEG file"):
         if not is_regular_file(path):

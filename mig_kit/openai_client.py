@@ -99,12 +99,8 @@ def parse_server(server: str) -> list[str]:
 def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:
     """Text and finish_reason of a choice of a chat completion's JSON.
 
-    Reasoning that the server tells apart stands before the answer. Text left out for a reason is
-    "".
-
-    Args:
-        opened_tag: what the prompt opened the reply with, which no server repeats.
-    Raises: ValueError if it has no text and no reason for that.
+    Reasoning that the server tells apart stands before the answer. A text left out for a reason is
+    "". ValueError if there is neither. opened_tag: what the prompt opened the reply with.
     """
     message, reason = choice["message"], choice.get("finish_reason") or ""
     content = message.get("content")
@@ -208,8 +204,7 @@ class Connection:
     def chat(self, body: dict, retries: int = 0) -> tuple[object, int]:
         """The answer to a chat completion, None if it is no JSON, and the attempts that it took.
 
-        retries: after temporary failures. What the server's filter refuses is an answer without
-        text.
+        retries: after temporary failures. A request that the server's filter refuses has no text.
         """
         fields = {name: value for name, value in body.items() if name not in ("model", "messages")}
         try:

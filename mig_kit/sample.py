@@ -120,7 +120,7 @@ def _image_from_row(image: dict, size: list[int], folder: Path) -> EncodedImage:
 
 
 class SampleWriter:
-    """Writes samples, or samples with traces, to a parquet file; an old file stays until `close`.
+    """Writes samples, with or without traces, to a parquet file; an old file stays until `close`.
     """
 
     def __init__(self, path: Path, with_traces: bool = False):

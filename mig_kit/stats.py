@@ -29,11 +29,11 @@ def ratio_interval(parts: np.ndarray, totals: np.ndarray, resamples: int = 2000)
     Percentile bootstrap over the n cases; if all have the same ratio, `share_interval_by_list`. A
     resample whose totals are all 0 counts as 0.
     """
-    filled = totals > 0
-    if len(set(parts[filled] / totals[filled])) < 2:
-        ratios = parts[filled] / totals[filled]
-        return (share_interval_by_list([(ratios, np.arange(len(ratios)))]) if len(ratios)
-                else share_interval(0, 0))
+    ratios = parts[totals > 0] / totals[totals > 0]
+    if not len(ratios):
+        return share_interval(0, 0)
+    if len(set(ratios)) == 1:
+        return share_interval_by_list([(ratios, np.arange(len(ratios)))])
     draws = np.random.default_rng(0).integers(0, len(parts), (resamples, len(parts)))
     sums = totals[draws].sum(1)
     ratios = np.divide(parts[draws].sum(1), sums, out=np.zeros(resamples), where=sums != 0)
@@ -116,6 +116,7 @@ def share_interval_by_list(groups: Groups) -> list[float]:
         size = len(values) / (1 + (len(values) / _count_effective_lists(lists) - 1) * CORRELATIONS)
         variances += share * (1 - share) / size
     sizes = mean * (1 - mean) * (len(groups) / _shared_list_factor(groups)) ** 2 / variances
+    # averaged over how much outcomes may correlate within a list of images
     chances = _weigh_correlations(groups) if count < len(all_lists) else CORRELATIONS < 0.01
 
     def excess(bound: float, tail: float) -> float:
@@ -141,6 +142,7 @@ def gap_interval_by_list(groups: Groups) -> list[float]:
         unseen = share_interval(0, len(np.unique(all_lists)))[1]
         return [mean - unseen * (mean + 1), mean + unseen * (1 - mean)]
     size = len(groups) ** 2 / sum(1 / len(values) for values, _ in groups)
+    # where almost nothing differs, as if four questions did (one in five of few)
     least = min(4, size / 5) * (len(groups) / size) ** 2
     degrees = sum(_count_effective_lists(lists) for _, lists in groups) - len(groups)
     error = max(variance, least) ** 0.5 * _shared_list_factor(groups) / len(groups)

@@ -1,5 +1,4 @@
-"""Conversations of other projects as lines of own data, in the forms that their documentation
-states.
+"""Conversations of other projects as lines of own data, in the forms that these projects document.
 
 A turn of question and answer becomes a line, or one for every image that its boxes are in. What
 stays unclear, such as a later turn that needs the turns before it, is a Problem, never guessed.

@@ -105,13 +105,12 @@ def file_asks_for_all(path: Path) -> bool:
                                for _, record, _ in iter_entries(path))
 
 
-def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True,
-                      remarks: Remarks | None = None) -> Iterator[Line]:
+def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True) -> Iterator[Line]:
     """Every line, without reading pixels; ValueError at the first wrong line.
 
     takes_damaged: whether lines whose only fault is a damaged image are given, without sample.
     """
-    for line in iter_checked_lines(path, root, remarks=remarks):
+    for line in iter_checked_lines(path, root):
         if line.problems and not (takes_damaged and line.is_damaged):
             word = entry_word(path)
             raise ValueError(f"{path} {word} {line.number}: {line.problems[0]} "

@@ -1,7 +1,6 @@
 """What a model teacher is asked; edit RULES to try another prompt. The wording is ours.
 
-As in MG-Thinker (section 3.2, appendix B), the teacher gets the verified answer as a check that it
-must not reveal.
+As in MG-Thinker (section 3.2, appendix B), the teacher must not reveal the verified answer it gets.
 """
 
 from PIL import Image

@@ -149,8 +149,8 @@ def describe_adapter(adapter: Path) -> dict:
 
 
 def check_adapter_base(adapter: Path, base: str | Path, four_bit: bool | None = None) -> str:
-    """"", or one sentence: it is unknown whether the adapter was trained on the weights of `base`
-    (folder or hub name), or four_bit is not as in its training.
+    """One sentence if it is unknown whether the adapter was trained on the weights of `base` (a
+    folder or hub name), or if four_bit is not as in its training; else "".
 
     Raises: ValueError for an adapter of other weights, FileNotFoundError for no adapter.
     """

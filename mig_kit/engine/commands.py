@@ -23,8 +23,7 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
                max_pixels: int | None, server: str = "") -> RunModel:
     """What --model names, with its box format; options change that of a folder or hub name.
 
-    With a server, a name that the kit cannot load becomes a ServedName; ValueError if it has no
-    --coordinates.
+    With a server, a name that the kit cannot load becomes a ServedName, which needs --coordinates.
     """
     from mig_kit.engine import models
     from mig_kit.engine.model_folders import (

@@ -107,8 +107,8 @@ def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
                 source: Collection[str] = ()) -> tuple[dict[str, str], StateDictSplit]:
     """(name in a file -> name in the model, the files of at most SHARD_BYTES).
 
-    model: may be on the meta device. source: names in the base's files; experts that are one tensor
-    there stay one.
+    model: may be on the meta device. source: names in the base's files, whose fused experts stay
+    one.
     """
     is_tied = model.config.tie_word_embeddings
     names, tensors = {}, {}

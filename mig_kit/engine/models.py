@@ -77,9 +77,9 @@ def fast_bf16_instructions() -> str:
 def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
-    dtype: "auto", "float32" or "bfloat16"; "auto" is bfloat16 on a CPU with
-    `fast_bf16_instructions`. device: "auto" (a GPU if there is one), "cuda" or "cpu". ValueError
-    for other words, RuntimeError if PyTorch sees no GPU for "cuda".
+    dtype: "auto" (bf16 products where they are faster), "float32" or "bfloat16". device: "auto" (a
+    GPU if there is one), "cuda" or "cpu". ValueError for other words, RuntimeError if PyTorch sees
+    no GPU for "cuda".
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
@@ -159,8 +159,7 @@ def load_model(model: str | Path, hardware: Hardware,
                four_bit: bool = False) -> VisionLanguageModel:
     """A model of FAMILIES from a folder or hub name, in eval mode, on hardware.device.
 
-    four_bit: NF4 with double quantisation; the vision tower, the head and fused experts stay in
-    hardware.dtype.
+    four_bit: NF4 with double quantisation, but for the vision tower, the head and fused experts.
     """
     check_model_folder(model)
     config, quantization = load_config(model), None

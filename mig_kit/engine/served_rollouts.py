@@ -1,9 +1,8 @@
 """Rollouts that servers draw for stage 05, and the correction that they need.
 
-Once per update the servers load the adapter under a new name. They round otherwise than the
-learner, so replies bring their log-probabilities, and TRL weights the loss by the ratio. Servers
-may silently ignore an adapter or keep an old one: a canary, which no model can overlook, is tried
-first, and log-probabilities that stay apart end the training.
+Servers round otherwise than the learner, so replies bring their log-probabilities, and TRL weights
+the loss by the ratio. Servers may silently ignore an adapter or keep an old one: a canary, which no
+model can overlook, is tried first, and log-probabilities that stay apart end the training.
 """
 
 import shutil
@@ -179,10 +178,7 @@ class ServedRollouts:
 
 
 class StopIfServerIsStale(TrainerCallback):
-    """Ends a training whose log-probabilities are over MAX_DIFFERENCE from the servers'.
-
-    It judges the means of the last three updates that drew replies.
-    """
+    """Ends a training whose log-probabilities are far from the servers' in three updates."""
 
     def __init__(self):
         self.differences: deque[float] = deque(maxlen=3)

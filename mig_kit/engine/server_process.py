@@ -35,7 +35,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE",
 
 
 class ServerProcess:
-    """A server that `command` starts for one model, on a free port; `guard` ends it with us.
+    """A server that `command` starts for one model, on a free port; it ends with this process.
 
     url: up to and with /v1. log: the file of its output. See `wait_until_ready`.
     """

@@ -81,8 +81,7 @@ def kl_from_base(models: dict[str, str | Path], samples: dict[str, list[Sample]]
     """KL(system || base) in nats: system -> suite -> figures; one model in memory at a time.
 
     The mean of log p_system - log p_base over the first reply at temperature 1 to KL_SAMPLES
-    samples of a suite. Figures: "per_token", "per_reply", "standard_error" (of per_reply),
-    "replies".
+    samples of a suite: {"per_token", "per_reply", "standard_error" (of per_reply), "replies"}.
     """
     questions: dict[str, dict[str, list[tuple[Sample, str]]]] = {
         system: {suite: _spread_replies(samples[suite], answers["drawn"])

@@ -41,11 +41,10 @@ def list_attempts(stage: str, run_id: str) -> list[Path]:
 
 
 def open_attempt(stage: str, run_id: str, facts: dict) -> tuple[Path, dict]:
-    """The folder in which an attempt goes on or begins, and its marker {"facts", "spent",
-    "repeats"}.
+    """The folder in which an attempt goes on or begins, and its marker.
 
-    facts: of `store.stage_facts`. spent: seconds of the same attempt before. repeats: whether all
-    was finished already; its files are then linked or copied, so that cells find them.
+    The marker is {"facts" of `store.stage_facts`, "spent": seconds of the same attempt before,
+    "repeats": whether all was finished already; its files are then linked or copied}.
     """
     key = facts["key"]
     folder = attempt_folder(stage, run_id, key)
@@ -169,6 +168,7 @@ def _copy_finished(source: Path, folder: Path, key: str) -> dict | None:
         return None
 
     def bring_along(path: str, target: str) -> None:
+        # never written in place, so a hard link will do
         is_fixed = path.endswith(".safetensors") or any(
             part in Path(path).parts for part in ("checkpoints", IMAGE_FOLDER))
         if is_fixed:

@@ -164,7 +164,7 @@ def _branch_command(plan: PlannedRun, first: str) -> str:
 
 
 def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> None:
-    """Run the stages of `params` in order; those that are up to date only with `force`.
+    """Run the stages of `params` in order; force: also those that are up to date, from nothing.
 
     Raises RuntimeError if a stage fails; its attempt is kept for resuming.
     """

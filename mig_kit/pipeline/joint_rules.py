@@ -321,7 +321,7 @@ def leave_out(params: dict[str, dict], run_id: str, is_every_stage: bool) -> dic
 
 
 def check_reward_params(params: dict, default_weights: dict[str, float]) -> None:
-    """FileNotFoundError for a missing file of rewards, ValueError for weights that cannot act."""
+    """FileNotFoundError for a missing file, ValueError if rewards or weights cannot act."""
     references = params["rewards"]
     if not references:
         raise ValueError("rewards is []; list names of rewards, such as [format, image, box, "

@@ -1,9 +1,8 @@
 """Parameters of the stages: what they are called, which profile has which, what each may be.
 
-A notebook's `parameters` cell holds type, default (the tiny profile's) and help of each;
-params/<profile>/<stage>.yaml what a profile changes; params/shipped.yaml a copy of the cells, so
-that edits can be named. A new parameter needs its line in the cell and in shipped.yaml, its row in
-RULES, a joint rule if it can be idle, and new lesson pages (`mig-kit lessons`).
+A notebook's `parameters` cell holds type, tiny default and help of each; params/<profile>/ what a
+profile changes; params/shipped.yaml a copy of the cells. A new parameter needs its line in the cell
+and in shipped.yaml, its row in RULES, a joint rule if it can be idle, and new lesson pages.
 """
 
 import ast

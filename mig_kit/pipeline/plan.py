@@ -168,8 +168,7 @@ def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dic
 
 
 def check_full_profile(profile: str, params: dict[str, dict], is_data_given: bool) -> None:
-    """Raise if a full profile would train on synthetic scenes that nobody asked for, or without a
-    GPU.
+    """Raise if a full profile has no GPU, or synthetic scenes to train on that nobody asked for.
 
     params: of every stage that will run. is_data_given: `data` was set on the command line.
     """

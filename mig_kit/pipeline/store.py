@@ -84,7 +84,7 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     """All that a stage's results follow from, by kind (KEY_FACTS), and "key", their hash.
 
-    A finished stage with another key is stale. Its code stands there in words, too, for sentences.
+    A finished stage with another key is stale. Names of cells and definitions are for sentences.
     """
     params = with_run_params(stage, run_id, params)
     inputs = {name: require_record(name, run_id, stage)["outputs"]
@@ -287,14 +287,14 @@ class Stage:
         return stage_folder(stage, self.run_id) / name
 
     def finish(self, metrics: dict, summary: str = "", **facts) -> None:
-        """Write metrics.json, then run.json, and replace what had finished; it now counts as
-        finished.
+        """Write metrics.json, then run.json, and take the place of what had finished.
 
         summary: the result in a few words, for the command line. facts: more entries of run.json.
         """
         write_json(self.folder / "metrics.json", metrics)
         files = {str(path.relative_to(self.folder)): path for path in _output_files(self.folder)}
         outputs = {name: file_sha256(path) for name, path in files.items()}
+        # cells that only showed what has finished leave it as it is
         if self.marker["repeats"] and load_record(self.name, self.run_id):
             shutil.rmtree(self.folder)
             print(f"{self.name} of run '{self.run_id}' is as it was")
@@ -333,6 +333,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     another copy of the kit, an unknown parameter, and a damaged input.
     """
     _require_own_notebook()
+    # whatever the cell assigns must be a parameter, or a mistyped -p would be ignored in silence
     assigned = set(stage_parameters(stage)) | _assigned_in_parameter_cells(names.get("In", []))
     values = {name: names[name] for name in sorted(assigned) if name in names}
     params = validate_params(values, stage)

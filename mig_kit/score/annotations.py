@@ -133,6 +133,7 @@ def _mig_bench_target(task: str, question: str, info: str) -> tuple[int | None, 
         ordinal = re.search(rf"\bin the ({'|'.join(ORDINALS)}) image", info)
         return (ORDINALS.index(ordinal.group(1)) + 1 if ordinal else None), False
     number = re.search(r"in the (\d+)(?:st|nd|rd|th) image", question)
+    # a static difference is in the same place of both images, so it has no number
     return (int(number.group(1)), True) if number else (None, False)
 
 

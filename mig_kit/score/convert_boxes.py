@@ -53,7 +53,7 @@ def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
                coordinates: Coordinates, box_format: BoxFormat) -> tuple[int, int]:
     """(width, height) in `coordinates` of the image that the reply names, else of the target.
 
-    sizes: of the original images; target: its number, from 1.
+    sizes: of the original images. target: number of the target image, from 1.
     """
     image, _ = parse_named_box(reply)
     number = image if image is not None and 1 <= image <= len(sizes) else target or 1
@@ -124,8 +124,7 @@ def convert_exactly(reply: str, sizes: list[tuple[int, int]], target: int | None
 def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
                      sizes: list[tuple[int, int]], coordinates: Coordinates,
                      box_format: BoxFormat) -> dict:
-    """A line as the benchmark's own rule reads it: boxes in 0..1000; Ref-L4's "pred_bbox" in
-    pixels.
+    """A line as the benchmark's own rule reads it; Ref-L4's gets "pred_bbox" in pixels.
 
     sizes: of the item's original images. coordinates: of the reply's boxes.
     """

@@ -84,8 +84,7 @@ def judge_own(item: OwnItem, reply: str, protocol: str, coordinates: Coordinates
               box_format: BoxFormat, sizes: dict[str, tuple[int, int]]) -> tuple[float, str]:
     """(1 or 0, problem) of a reply; sizes: of the images, if coordinates are converted.
 
-    protocol: strict reads the kit's answer format alone; free_text also a box or letter in any
-    text.
+    protocol: strict reads the kit's answer format alone, free_text a box or letter in any text.
     """
     def convert(image: int, box: Box) -> Box:
         size = sizes.get(item.images[image - 1], (1, 1))

@@ -1,9 +1,8 @@
 """Scores of any model's predictions on the public benchmarks, by several protocols.
 
-`official` repeats what each benchmark's own script does with a reply, quirks included (official.py,
-coco.py). One deviation: where BLINK's and MMIU's authors ask another model which option a free text
-means, `official` reads the text alone. `strict` asks for one box in the last <answer>, in the
-correct image and the stated coordinates.
+`official` repeats each benchmark's own script, quirks included (official.py, coco.py); where
+BLINK's and MMIU's authors ask another model which option a text means, it reads the text alone.
+`strict` wants one box in the last <answer>, in the correct image and the stated coordinates.
 """
 
 import math
@@ -147,8 +146,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         predictions: Ref-L4's own protocol wants "pred_bbox" and "format" for "response".
         source: what errors call the predictions.
         box_format: the processor's limits, for absolute coordinates.
-        coordinates: of the replies' boxes; `official` converts all but 0..1000 before it reads
-            them.
+        coordinates: of the replies' boxes; `official` first converts all but 0..1000.
         images: the folder of the images, if their sizes are needed.
         box_order: one of BOX_ORDERS, or None if the user did not say.
     Raises: ValueError for missing, doubled or unknown items, and what the protocol cannot use.
@@ -209,14 +207,12 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
 
 
 def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = None) -> list[dict]:
-    """A row per question, for `--items`: {"index", "id", "task", "value", "image", "box",
-    "problem"}.
-
-    Multiple choice has "letter", the correct one, in place of image and box.
+    """A row per question, for `--items`.
 
     Args:
         other: a second model's scores; adds its value as "other", and "result": win, loss or tie.
-    Returns: value: IoU, or 1 for a correct reply. image, box: as read, None if not read.
+    Returns: {"index", "id", "task", "value": IoU, or 1 for a correct reply, "image", "box": as
+    read, None if not read, "problem"}. Multiple choice has the correct "letter" for image and box.
     Raises: ValueError for benchmarks that take COCO results.
     """
     if not scored.judged:

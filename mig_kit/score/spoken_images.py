@@ -14,26 +14,28 @@ _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 _CHINESE = "一二三四五六七八九十"
 _COUNT = rf"(?:\d{{1,3}}|[{_CHINESE}])(?![\d{_CHINESE}])"
 _JOINS = "to|through|thru|until|till|plus|versus|vs|as well as|nor|then"
+# words of other lists and languages that become "image"
 _SYNONYM = re.compile(r"(?<![a-z])(?:pic|photograph|screenshot|snapshot|bild|imagen|imagem|foto"
                       r"|immagine|画像|이미지)(s?)(?![a-z])")
 _NUMBERED = re.compile(  # images only in front of a number or a letter
     rf"(?<![a-z])(?:fig(?:ure)?|view|panel|slide|shot|scene|page|camera)s?\b\.?(?={_LABEL}"
     rf"(?:-?\d|(?:{'|'.join(_WORDS)}|[b-h]|[ivx]{{1,4}})\b|a(?=[^\w\s])))")
-_PLACE = re.compile(
+_PLACE = re.compile(  # "the third image", "the second to last one"
     rf"(?:(?P<back>next|penultimate|{_ORDINAL})(?:(?<=penultimate)|[ -](?:to[ -])?(?:the )?last)\b"
     rf"|(?P<word>{_ORDINAL}|\blast\b(?! but)|\bfinal(?= one|[ -]?{_NOUN})))"
     r"(?:(?: (?:input|given|provided|target|original|of (?:the|these|those|all)(?: \w{1,12})?))?"
     rf"[ -]{{0,2}}{_NOUN}|(?: one)?"
     rf"(?=[ -]?(?:[^\w\s]|$|\n)| ?\b(?:is|has|shows|contains|and|or|{_JOINS})\b))")
-_CHINESE_PLACE = re.compile(
+_CHINESE_PLACE = re.compile(  # the same, and "image 3"
     rf"(?:(?P<last>最后一?)|(?P<back>倒数)?第?(?P<count>(?<=第){_COUNT}))(?:[张張幅帧副]\s?"
     r"(?:[图圖][片像]?|照片)?|个?\s?(?:[图圖][片像]?|照片)|个?(?=\W|$))"
     rf"|[图圖][片像]?\s?(?P<number>{_COUNT})")
+# a number alone in front of a box or behind it: "3: BOX"
 _ALONE = (rf"(?:(?:in|the|no|nr|number)\b\.?)?[^\w-]{{0,9}}(-?\d{{1,3}}"
           rf"|(?:{'|'.join(_WORDS)})\b)(?!\.\d)")
 _HEADING = re.compile(rf"^(?:[^\w{BOX}-]|- )*{_ALONE}\W{{0,9}}{BOX}"
                       rf"|{BOX}[^\w-]{{0,9}}{_ALONE}\W{{0,9}}$")
-_KEY = re.compile(
+_KEY = re.compile(  # of JSON: the value of "target_image" and the like
     r"[\"'](?:(?:target|answer|selected|chosen|which|in|final|predicted|correct|result|output)"
     r"[ _-]?)?(?:image|img|picture|pic|photo|frame|fig(?:ure)?)s?"
     r"(?:[ _-]?(?:id|idx|index|number|num|no|nr)s?)?[\"']\s?:\s?"
@@ -46,38 +48,39 @@ _ASIDE = re.compile(  # numbers and words that say nothing about images
     r"(?:-?[\d.]+%?|\"[^\"]*\"|'[^']*'|\[[^\]]*\])"
     r"|[\"'](?:name|desc\w{0,12}|caption|text|reason\w{0,9}|type|colou?r)[\"']\s?:\s?\"[^\"]*\""
     r"|\b0(?:\.0)?\s?(?:-|to|and|,)\s?1(?:000|\.0)?\b|^\s*1[.)] (?=[a-z])")
+# words beside "image" that say nothing about which one
 _BEFORE = frozenset("the this that a an same target source region given input provided in of on "
                     "current original whole entire per".split()) | {""}
 _AFTER = frozenset("at is are was has have shows contains the it its we you there and as by box "
                    "bbox bounding coordinates located location frame frames".split()) | {""}
-_BARE = re.compile(r"(?:([^\W\d_]{1,20})[ _-])?(?<![a-z])(?:image|img|picture|photo)(?![a-z])"
-                   r"(?:[ _-]*(?:(?:a|i|an) (?!(?:shows|contains|has|is)\b)(?=\w)"
-                   r"|in the (?:source|target|original)\b|([^\W_]{1,20})))?")
-_SEVERAL = re.compile(
+_BARE = re.compile(  # "image" with the words before and after it
+    r"(?:([^\W\d_]{1,20})[ _-])?(?<![a-z])(?:image|img|picture|photo)(?![a-z])"
+    r"(?:[ _-]*(?:(?:a|i|an) (?!(?:shows|contains|has|is)\b)(?=\w)"
+    r"|in the (?:source|target|original)\b|([^\W_]{1,20})))?")
+_SEVERAL = re.compile(  # "all images", "both"
     rf"\b(?:all|both|each|every|any|either)(?: (?:of|the|these|those|single"
     rf"|\w{{1,12}}(?= {_NOUN}s))){{0,4}}"
     rf" {_NOUN}|\b(?:in|for|(?:{'|'.join(_WORDS)}|some) of)"
     r"(?: (?:the|these|those|given|input|\w{1,12}(?= (?:image|picture|photo)s))){0,3}"
     rf" (?:image|img|picture|photo)s(?![a-z])|(?:image|img|picture|photo)s\W{{0,9}}{BOX}"
     rf"|^\W{{0,9}}(?:both|all|each|every)(?: one| of \w{{1,12}})?\W{{0,9}}{BOX}")
-_OTHER = re.compile(
+_OTHER = re.compile(  # "the other image", "none of the images"
     rf"\b(?:other|another|next|previous|following|preceding|opposite|neither|no) {_NOUN}(?<!s)\b"
     rf"|\bnone of\b[\w ]{{1,20}}{_NOUN}|{_NOUN}[ \d]{{0,5}} from (?:the )?(?:end|last|back|right)"
     rf"|\b(?:other|another|latter|former)(?: ones?)?\b(?=\W{{0,9}}$|\W{{0,9}}{BOX})|\blast but\b"
     rf"|第|另|其[他它]")
 _PLURAL = re.compile(r"(?:image|img|picture|photo|frame)s")
-_UNCLEAR = re.compile(
+_UNCLEAR = re.compile(  # a letter, "the former", "top left", a number in JSON
     rf"^\W{{0,9}}(?:(?:option|choice|letter) )?(?:[a-h]|[ivx]{{1,4}})\W{{0,9}}{BOX}"
     rf"|{BOX}\W{{0,9}}[a-h]\W{{0,9}}$"
     rf"|\b(?:other|latter|former|both|neither|none)(?: ones?| of \w{{1,12}})?\b(?=\W{{0,9}}$"
     rf"|\W{{0,9}}{BOX})"
     r"|^\W{0,9}(?:(?:in|on) )?(?:the )?(?:far )?(?:left|right|top|bottom|upper|lower|middle"
-    r"|cent(?:er|re)"
-    rf")(?:most)?(?: ones?)?\W{{0,9}}{BOX}|{_ORDINAL}(?= (?:of|in|from|to|with|on|at|by)\b)"
+    rf"|cent(?:er|re))(?:most)?(?: ones?)?\W{{0,9}}{BOX}"
+    rf"|{_ORDINAL}(?= (?:of|in|from|to|with|on|at|by)\b)"
     r"|(?:^|[\n{,;|])[\s\"'*]{0,9}(?:image|img|picture|photo)[\s\"'*]{0,9}[:=][\s\"'*]{0,9}[^\W_]"
     r"|[\"']\s?:\s?[\"']?-?\d{1,3}[\"']?\s?[,}\]\n]|^\W{0,9}(?:it is )?(?:in )?the one (?:on|at"
-    r"|to)\b"
-    r"|(?:image|img|picture|photo)[\"'*:= ]{0,3}\?|[图圖张張幅帧枚番]|照片")
+    r"|to)\b|(?:image|img|picture|photo)[\"'*:= ]{0,3}\?|[图圖张張幅帧枚番]|照片")
 _LONE_NUMBER = re.compile(r"(?<![\w.])-?\d{1,3}(?![\w%]|\.\d)")
 
 
@@ -144,18 +147,16 @@ def _write_numbers(text: str, count: int) -> str:
     text = _CHINESE_PLACE.sub(write_chinese, text)
     text = _NUMBERED.sub("image", _SYNONYM.sub(r"image\1", text))
     word = rf"({'|'.join(_WORDS)})\b(?! (?:can|may|could|of the)\b)"
-    for pattern in (rf"({_NOUN}{_LABEL}){word}", rf"(\d[ ,/&+-]{{1,3}}(?:(?:and|or"
-                    rf"|{_JOINS}) )?){word}"):
+    for pattern in (rf"({_NOUN}{_LABEL}){word}",  # "image three", "1 and three"
+                    rf"(\d[ ,/&+-]{{1,3}}(?:(?:and|or|{_JOINS}) )?){word}"):
         text = re.sub(pattern, lambda match: f"{match[1]}{number_of(match[2])}", text)
     text = _PLACE.sub(write_place, text)
     text = re.sub(rf"({_NOUN}[\"'`*_#:=(\[{{< ]{{1,6}})-(?=\d)", r"\g<1>0 : ", text)
     text = re.sub(rf"({_NOUN}{_LABEL}\d+)\.0+(?!\d)", r"\1", text)
-    text = re.sub(rf"({_NOUN})[\"'*]* (?:is|was)[ :\"'*]+(?:(?:number|no\.?) )?(?=\d"
-                  rf"|image)", r"\1 ", text)
-    text = re.sub(rf"(?<![\d/])(\d{{1,3}})\s?(?:/"
-                  rf"|(?:out )?of)\s?(?:the )?{count}(?![\d/.])", r"\1 ",
-                  text)
-    text = re.sub(rf"(\d)\s*(?:\b(?:{_JOINS})\b|[;|至到与及]|\.\.+"
-                  rf"|…)\s*(?:the )?(?=(?:{_NOUN}{_LABEL})?\d)",
-                  r"\1 and ", text)
+    text = re.sub(rf"({_NOUN})[\"'*]* (?:is|was)[ :\"'*]+(?:(?:number|no\.?) )?(?=\d|image)",
+                  r"\1 ", text)  # "the image is number 3"
+    text = re.sub(rf"(?<![\d/])(\d{{1,3}})\s?(?:/|(?:out )?of)\s?(?:the )?{count}(?![\d/.])",
+                  r"\1 ", text)  # "image 2 of 3"
+    text = re.sub(rf"(\d)\s*(?:\b(?:{_JOINS})\b|[;|至到与及]|\.\.+|…)\s*(?:the )?"
+                  rf"(?=(?:{_NOUN}{_LABEL})?\d)", r"\1 and ", text)
     return _HEADING.sub(write_heading, text)

@@ -42,19 +42,15 @@ class _Scope(NamedTuple):
 def compare_groups(groups: dict[str, list[str]], reference: str = "", system: str = "grpo") -> dict:
     """{"reference", "system", "rows", "runs", "notes"} of groups of runs.
 
+    rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run, is_same}, in
+    percent or points, unrounded. figure: a score ("grpo"), a gap within runs ("grpo-sft"), or a gap
+    between groups ("vs NAME"). improvement: of "vs NAME", rliable's probability (arXiv 2108.13264),
+    None with one run a side. by_run: the value of each run or pair of runs. is_same: of a
+    difference, whether both sides answer the same questions correctly.
+
     Args:
         reference: the group that the others are compared with, "" for the first.
-        system: whose scores are compared, one of SYSTEMS.
-    Returns: rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run,
-    is_same}.
-        value, low, high: percent or points, unrounded.
-        figure: a score ("grpo"), a gap within runs ("grpo-sft"), or a gap between groups ("vs
-            NAME").
-        improvement: of "vs NAME", rliable's probability (arXiv 2108.13264); None with one run a
-            side.
-        by_run: the value of each run or pair of runs; [] for a difference without pairs.
-        is_same: of a difference, whether both sides answer the same questions correctly.
-    Raises: ValueError if a run has no such model.
+        system: whose scores are compared, one of SYSTEMS; ValueError if a run has no such model.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:

@@ -1,5 +1,4 @@
-"""`mig-kit eval`: one model on synthetic suites, own data or a real benchmark, asked as by stage
-06.
+"""`mig-kit eval`: one model on synthetic suites, own data or a real benchmark, as stage 06 asks.
 
 Each reply is judged twice. "strict" reads the kit's answer format alone. Beside it, own data and
 synthetic suites have "free_text", a box or letter in any text; benchmarks have "official".

@@ -37,10 +37,7 @@ PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"),
 
 
 def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample]]:
-    """Suite -> the samples that are scored: the run's held-out own data, then synthetic suites.
-
-    params: of 06.
-    """
+    """Suite -> scored samples: held-out own data, then synthetic suites; params: of 06."""
     samples: dict[str, Sequence[Sample]] = {}
     if has_own_data(run_id):
         folder = store.stage_folder("01_synthesize", run_id)
@@ -93,9 +90,8 @@ def list_pairs(systems: Mapping) -> list[tuple[str, str]]:
 def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, float]:
     """{"iou", "correct", "image", "format"} of one reply, 0..1 each.
 
-    image: whether the image is correct; of a question for all boxes, the share. iou of such a
-    question is that of its weakest box. In multiple choice, and without a target, iou and image
-    repeat correct.
+    image: whether the image is correct; of a question for all boxes, the share; its iou is the
+    weakest box's. In multiple choice, and without a target, iou and image repeat correct.
     """
     correct = float(is_correct(reply, sample, box_format))
     well_formed = float(is_well_formed(reply, sample))
@@ -197,8 +193,8 @@ def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFo
     Returns:
         precision, recall, f1: over all boxes; Hungarian matching pairs boxes at IoU >= 0.5.
         rejection: share of the questions without a target whose reply says that there is none.
-        wrong_rejection: that share of the questions with a target. None for a figure without a
-            case.
+        wrong_rejection: that share of the questions with a target.
+        Figures without a case are None.
     """
     counts, rejected = [], {True: [], False: []}  # rejected: by whether there is no target
     for sample, reply in zip(samples, replies, strict=True):
@@ -208,7 +204,7 @@ def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFo
         larger = max(len(boxes or ()), len(sample.targets))
         right = match_score(reply, sample, box_format, _reaches_half, right_none=0.0) * larger
         counts.append((round(right), len(boxes or ()), len(sample.targets)))
-        rejected[not sample.targets].append(boxes == [])
+        rejected[not sample.targets].append(boxes == [])  # unreadable: None
     right, named, wanted = np.array(counts, dtype=float).T
     ratios = {"precision": (right, named), "recall": (right, wanted),
               "f1": (2 * right, named + wanted)}

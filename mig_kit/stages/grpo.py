@@ -297,7 +297,7 @@ def training_curves(history: list[dict]) -> list[dict]:
 
 
 def length_collapse_warning(rows: list[dict], span: int = 10, share: float = 0.8) -> str:
-    """One sentence if replies, `span` updates' mean, shrink below `share` of the first, or ""."""
+    """A sentence if the last `span` updates' replies have shrunk below `share`, or ""."""
     if len(rows) < 2 * span:
         return ""
     first, last = (sum(row["length"] for row in part) / span

@@ -40,7 +40,7 @@ def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> P
 
 def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
                          method: str = DEQUANTISED) -> VisionLanguageModel:
-    """A fresh base merged in memory by PEFT; method: one of MERGE_METHODS.
+    """A fresh base merged in memory by PEFT; method: DEQUANTISED, the right one, or FOUR_BIT.
 
     The stage itself writes the right one with `write_merged_model`, tensor by tensor.
     """

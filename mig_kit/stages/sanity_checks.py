@@ -47,9 +47,9 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
                             fewest_pairs: int = 8) -> dict:
     """How much likelier the replies are with their own images than with another sample's.
 
-    Returns: {"pairs", "gap": mean difference in log-probability per reply, "error": standard
-    error}.
-    Raises: ValueError if the gap of `fewest_pairs` or more is below two standard errors.
+    Returns: {"pairs", "gap": mean difference in log-probability per reply, "error": its standard
+    error}; gap and error are None for fewer pairs than `fewest_pairs`.
+    Raises: ValueError if the gap is below two standard errors.
     """
     pairs = _pair_with_other_images(samples, replies)
     if len(pairs) < fewest_pairs:
