@@ -305,10 +305,13 @@ def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", [{"min_p": 0.1}, {"top_k": 5}], ids=str)
-def test_transformers_draws_with_options_that_the_decoder_lacks(tmp_path, make_trainer, option):
-    with pytest.warns(UserWarning, match="completions are drawn by transformers"):
-        trainer = make_trainer(tmp_path, max_steps=1, **option)
+def test_transformers_draws_with_options_that_the_decoder_lacks(tmp_path, make_trainer,
+                                                                monkeypatch):
+    arguments = grpo.trainer_arguments
+    monkeypatch.setattr(grpo, "trainer_arguments", lambda *own, **others: arguments(
+        *own, **others, min_p=0.1))
+    with pytest.warns(UserWarning, match="drawn by transformers, prompt by prompt: min_p"):
+        trainer = make_trainer(tmp_path, max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
 
