@@ -22,6 +22,7 @@ from mig_kit.engine.reward_loading import as_completions
 from mig_kit.engine.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS
+from mig_kit.shared_prefix import obstacles, self_check
 from mig_kit.shared_prefix import trainer as trainer_module
 from mig_kit.shared_prefix.prompt_cache import PromptCache
 from mig_kit.stages import grpo
@@ -350,6 +351,18 @@ def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypa
 
 
 @pytest.mark.slow
+def test_transformers_draws_with_options_that_the_decoder_lacks(tmp_path, make_trainer,
+                                                                monkeypatch):
+    arguments = grpo.trainer_arguments
+    monkeypatch.setattr(grpo, "trainer_arguments", lambda *own, **others: arguments(
+        *own, **others, min_p=0.1))
+    with pytest.warns(UserWarning, match="drawn by transformers, prompt by prompt: min_p"):
+        trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.slow
 def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, make_trainer, monkeypatch):
     trainer = make_trainer(tmp_path, beta=0.1, gradient_accumulation_steps=4, max_steps=1,
                            gradient_checkpointing=True)
@@ -419,10 +432,10 @@ def test_replies_that_got_short_are_named():
 @pytest.mark.slow
 def test_a_model_whose_prompts_cannot_be_shared_is_one_sentence(tmp_path, make_trainer,
                                                                 monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_DIFFERENCE_FLOAT32", -1.0)
+    monkeypatch.setattr(self_check, "MAX_DIFFERENCE_FLOAT32", -1.0)
     with pytest.raises(RuntimeError, match="prompts cannot be shared: log-probabilities .* from "
                                            "stock TRL's.*; set share_prefix to false"):
         make_trainer(tmp_path).train()
-    monkeypatch.setattr(trainer_module, "FAMILIES", ("another",))
+    monkeypatch.setattr(obstacles, "FAMILIES", ("another",))
     with pytest.raises(ValueError, match="qwen2_5_vl is none of another, or set share_prefix to f"):
         make_trainer(tmp_path)
