@@ -52,6 +52,8 @@ def load_adapter(folder: Path, four_bit: bool = False) -> Adapter:
     config = PeftConfig.from_pretrained(folder)
     if config.peft_type != "LORA":
         raise ValueError(f"{folder} is no LoRA but {config.peft_type.value}; {ELSEWHERE}")
+    if config.target_parameters:
+        raise ValueError(f"{folder} adapts single parameters (target_parameters); {ELSEWHERE}")
     start = "kasa" if config.kasa_config else str(config.init_lora_weights).lower()
     if start not in PLAIN + (() if four_bit else REPEATABLE):
         cause = "in 4 bit" if four_bit else "without its data or random numbers"
@@ -131,7 +133,7 @@ def weights_digest(model: str | Path) -> str:
         first = first.float().contiguous().numpy().tobytes()
         # layouts of one model differ in these words, and in whether they hold a tied head
         name = name.replace("language_model.", "").removeprefix("model.")
-        if not name.startswith("lm_head"):
+        if not name.startswith(("lm_head", "mtp.")):  # neither is always saved
             rows.append(f"{name} {hashlib.sha256(first).hexdigest()}")
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 

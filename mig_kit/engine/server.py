@@ -228,6 +228,8 @@ class ServedModel:
     def parse_replies(self, answer: dict, with_logps: bool) -> list[ServedReply]:
         """The replies of a chat completion; ValueError if it is incomplete."""
         try:
+            if not answer["choices"]:
+                raise ValueError("an answer without choices")
             return [self._parse_choice(choice, with_logps) for choice in answer["choices"]]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError("an answer that is no complete chat completion") from error

@@ -40,6 +40,10 @@ _ALONE = r"(?=[^\w\n]{0,9}[A-Z][^\w\n]{0,9}$)"
 # Tokens of chat templates, other ways to write "Answer:", letters alone in marks, and emphasis.
 _REWRITES = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), new) for pattern, new in (
     (r"<\|?(?:im_start|start_header_id|start_of_turn)\|?>\s?(?:assistant|model)?", "\n"),
+    (r"\bn/a\b", "none"),
+    (r"\((?-i:[A-Z])(?:\s?[-,/|\u2013]\s?(?-i:[A-Z])){1,9}\)(?=\W{0,3}[:=])", ""),
+    (r"\b(?:confidence|certainty|grade|difficulty|(?:second|third|alternative) (?:choice|option"
+     r"|guess))\W{1,3}(?:is )?\W?[a-z\d.%]+", ""),
     (r"\\boxed|<(?:\|begin_of_box\||answer)>", "\nAnswer: "),
     (r"(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3)(?:\u662f|\u4e3a|\u306f)?", "\nAnswer: "),
     (r"\u6211?\u9009(?:\u62e9)?", "I choose "),
@@ -80,7 +84,7 @@ _TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
 _LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b"
          r"|'s\b|[:=]|\s[\u2013\u2014-]\s)")
 _OTHER = rf"\s*(?:the )?(?:{_LABEL}\s)?{_OPTION}"
-_ALSO = r"(?:\s*(?:[/&]|,? ?\b(?:and|or|nor)\b)|,)"
+_ALSO = r"(?:\s*(?:[/&|]|,? ?\b(?:and|or|nor)\b)|,)"
 _GOOD = r"(?:correct|final|best|most (?:appropriate|suitable|likely|accurate|plausible))"
 _CUE = re.compile(
     r"(?P<noun>(?<![a-z])(?<!to )(?:answer|choice|prediction|conclusion|selection|verdict|decision"
@@ -123,7 +127,7 @@ _LINE = re.compile(
     rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?"
     rf"{_OPTION}(?P<end>{_SIGN}*$|(?(link)(?!)|[\s.),\u2013\u2014-]{{1,4}})"
     r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)"
-    r"(?:[^\u2039\xab\n]|.\2.){1,80}$)")
+    r"(?:[^\u2039\xab\n]|[\u2039\xab]\2.){1,80}$)")
 _NEGATES = re.compile(r"\b(?:not|less|none|neither|cannot|nor)\b|n't\b", re.IGNORECASE)
 _REFUSES_ALL = re.compile(
     r"\b(?:none of (?:the|these|those|them)\b(?! other| rest| remaining)"
@@ -203,15 +207,15 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     ask another model.
     """
     block = last_answer_block(text)
-    plain = text.rpartition("</think>")[2] if block is None else block
-    plain = _FOREIGN.get(plain.strip(), unicodedata.normalize("NFKC", plain).translate(_PLAIN))
+    said = text.rpartition("</think>")[2] if block is None else block
+    plain = _FOREIGN.get(said.strip(), unicodedata.normalize("NFKC", said).translate(_PLAIN))
     for pattern, new in _REWRITES:
         plain = pattern.sub(new, plain)
     plain = _SAME.sub(r"\1\2", _mark_letters(mark_options(plain, choices), valid))
     marked = _DENIED.sub(lambda match: "" if match["but"] else "not it", plain)
     if (conclusion := _find_conclusion(marked)) is not None:
         return conclusion, conclusion and CONCLUSION
-    if is_blink and (letter := parse_blink_letter(text, valid)):
+    if is_blink and (letter := parse_blink_letter(said, valid)):
         return letter, ONLY_ONE
     return ("", "") if _REFUSES_ALL.search(marked) else _read_loosely(marked)
 

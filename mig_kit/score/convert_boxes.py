@@ -86,6 +86,11 @@ def reorder_boxes(reply: str, order: str | None) -> str:
         *filter(None, match.groups()))), reply)
 
 
+def has_bracketed_box(reply: str) -> bool:
+    """Whether the reply has a box that `reorder_boxes` rewrites."""
+    return bool(_BOX.search(reply))
+
+
 def largest_coordinate(reply: str) -> float:
     """The largest number in any box of the reply; 0 without a box."""
     return max((float(number) for match in _BOX.finditer(reply)

@@ -161,7 +161,7 @@ def table_notes(result: dict, published: tuple[PublishedRow, ...]) -> list[str]:
                      "pixels of the resized image (Qwen2.5-VL), with the --min-pixels and "
                      "--max-pixels that its processor had, or pixels for those of the original; "
                      "both with --images.")
-    if is_usual("within 0 to 1"):
+    if is_usual("within 0 to 1") and not any("normalized_1" in note for note in notes):
         notes.append("For boxes in 0 to 1 say --coordinates normalized_1.")
     return notes + (_comparison_notes(result) if "compare" in result else [])
 

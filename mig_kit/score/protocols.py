@@ -29,6 +29,7 @@ from mig_kit.score.choice_parsers import CHOICE_JUDGES, count_ways
 from mig_kit.score.convert_boxes import (
     SIZE_KEYS,
     Y_FIRST_KEY,
+    has_bracketed_box,
     largest_coordinate,
     reorder_boxes,
     to_official_line,
@@ -271,7 +272,9 @@ def _box_order_remarks(lines: list[dict | None], protocol: str,
                        box_order: str | None) -> tuple[str, ...]:
     """Sentences on replies whose keys do not say x1, y1, x2, y2, and on what was made of them."""
     if box_order not in (None, "xyxy"):
-        return (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
+        bare = sum(line is not None and not has_bracketed_box(line["response"]) for line in lines)
+        more = f" {bare} replies have no box in brackets and were left as they are." if bare else ""
+        return (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.{more}",)
     replies = [line["response"] for line in lines if line]
     y_first = 0 if box_order else sum(bool(Y_FIRST_KEY.search(reply)) for reply in replies)
     sized = 0 if protocol == "official" else sum(bool(SIZE_KEYS.search(reply)) for reply in replies)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mig_kit.common import MAX_LINE, iter_lines
 from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
+from mig_kit.openai_client import read_choice
 from mig_kit.score.annotations import BenchmarkItem, count_and_list
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -37,7 +38,7 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     if path.is_dir():
         return [record for file in _folder_files(path) for record in read_records(file)]
     _require_file(path)
-    numbered = (list(enumerate(_read_table(path), 1)) if path.suffix in TABLES
+    numbered = (list(enumerate(_read_table(path), 1)) if path.suffix.lower() in TABLES
                 else _read_numbered(path))
     for number, record in numbered:
         if not isinstance(record, dict):
@@ -58,7 +59,7 @@ def read_json(path: str | Path):
 def _folder_files(folder: Path) -> list[Path]:
     """The files of records below a folder, by name; of BLINK's data set the validation parts."""
     files = sorted(path for path in folder.rglob("*")
-                   if path.suffix in FOLDER_SUFFIXES and path.is_file())
+                   if path.suffix.lower() in FOLDER_SUFFIXES and path.is_file())
     for is_wanted in (lambda name: name.startswith("val"), lambda name: "samples_" in name):
         files = [path for path in files if is_wanted(path.name)] or files
     if not files:
@@ -76,29 +77,32 @@ def _require_file(path: Path) -> None:
         raise ValueError(f"{path} {LFS_POINTER}")
     with path.open("rb") as file:
         opening = file.read(8)
-    formats = {} if path.suffix in (".parquet", ".xlsx") else FORMATS
+    formats = {} if path.suffix.lower() in (".parquet", ".xlsx") else FORMATS
     for start, advice in formats.items():
         if opening.startswith(start):
             raise ValueError(f"{path} is {advice}")
-    if b"\0" in opening and path.suffix not in (".parquet", ".xlsx"):
+    if b"\0" in opening and path.suffix.lower() not in (".parquet", ".xlsx"):
         raise ValueError(f"{path} is no text in UTF-8, perhaps UTF-16; save it as UTF-8")
 
 
 def _read_table(path: Path) -> list[dict]:
     """The rows of a table, without columns of image bytes; an empty cell of text is ""."""
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             from pyarrow import parquet
 
             file = parquet.ParquetFile(path)
             columns = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
             return file.read(columns).to_pylist()
-        if path.suffix in (".tsv", ".csv"):
+        if path.suffix.lower() in (".tsv", ".csv"):
             return _read_text_table(path)
         import openpyxl  # a moment
 
         sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
-        names, *rows = sheet.iter_rows(values_only=True)
+        sheet.reset_dimensions()  # which some exporters write wrongly
+        rows = iter(sheet.iter_rows(values_only=True))
+        names = next(rows, ())
+        rows = [(*row, *[None] * (len(names) - len(row))) for row in rows]
     except ImportError as error:
         raise ValueError(f"{path} needs {error.name} to be read; run pip install "
                          f"{error.name}") from error
@@ -114,7 +118,8 @@ def _read_text_table(path: Path) -> list[dict]:
     """The rows of a table of text; pandas would read a row that was cut as empty cells."""
     csv.field_size_limit(MAX_LINE)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader, records = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","), []
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        reader, records = csv.DictReader(file, delimiter=delimiter), []
         for record in reader:
             if None in record or None in record.values():
                 raise ValueError(f"line {reader.line_num} has another number of cells than the "
@@ -135,7 +140,7 @@ def _read_numbered(path: Path) -> list[tuple[int, object]]:
     """(line or place from 1, JSON value) of every record of a JSON or JSON lines file."""
     with path.open("rb") as file:
         opening = file.read(1 << 16).removeprefix(BYTE_ORDER_MARK).lstrip()
-    if opening.startswith(b"[") or opening and path.suffix == ".json":
+    if opening.startswith(b"[") or opening and path.suffix.lower() == ".json":
         try:
             return list(enumerate(_unwrap(read_json(path)), 1))
         except ValueError as error:
@@ -248,13 +253,9 @@ def _read_batch_line(record: dict, by_id: dict[str, BenchmarkItem], where: str, 
         cause = next(filter(None, errors), "no choices")
         raise ValueError(f"{where}, {name!r}, holds no reply ({str(cause)[:80]}); ask it again, or "
                          "take the line out and pass --allow-missing")
-    reply, reasoning = message.get("content"), message.get("reasoning_content",
-                                                           message.get("reasoning"))
-    if isinstance(reply, list):
-        reply = "".join(str(part.get("text", "")) for part in reply)
-    reply = reply or ""
-    if reasoning:
-        reply = f"<think>{reasoning}" + (f"</think>{reply}" if reply else "")
+    if isinstance(parts := message.get("content"), list):
+        message = message | {"content": "".join(str(part.get("text", "")) for part in parts)}
+    reply, _ = read_choice({"finish_reason": "none", **choice, "message": message})
     return {"id" if name in by_id else "index": name, field: reply}
 
 

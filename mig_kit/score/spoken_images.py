@@ -64,8 +64,11 @@ _SEVERAL = re.compile(  # "all images", "both"
     r"(?: (?:the|these|those|given|input|\w{1,12}(?= (?:image|picture|photo)s))){0,3}"
     rf" (?:image|img|picture|photo)s(?![a-z])|(?:image|img|picture|photo)s\W{{0,9}}{BOX}"
     rf"|^\W{{0,9}}(?:both|all|each|every)(?: one| of \w{{1,12}})?\W{{0,9}}{BOX}")
-_OTHER = re.compile(  # "the other image", "none of the images"
-    rf"\b(?:other|another|next|previous|following|preceding|opposite|neither|no) {_NOUN}(?<!s)\b"
+_OTHER = re.compile(  # "the other image", "none of the images", "after image 1", "image 1b"
+    rf"\b(?:after|before|following|preceding|next to|opposite(?: to)?|beside|other than|except"
+    rf"|besides|but|not(?: in| on)?) (?:the )?(?:{_NOUN}|{_ORDINAL})"
+    rf"|{_NOUN}{_LABEL}\d+(?:\+|[b-wyz]\b| ?(?:on)?wards\b| \d+\s?:)"
+    rf"|\b(?:other|another|next|previous|following|preceding|opposite|neither|no) {_NOUN}(?<!s)\b"
     rf"|\bnone of\b[\w ]{{1,20}}{_NOUN}|{_NOUN}[ \d]{{0,5}} from (?:the )?(?:end|last|back|right)"
     rf"|\b(?:other|another|latter|former)(?: ones?)?\b(?=\W{{0,9}}$|\W{{0,9}}{BOX})|\blast but\b"
     rf"|第|另|其[他它]")
@@ -144,6 +147,10 @@ def _write_numbers(text: str, count: int) -> str:
         return f"{start}image {number_of(match[1] or match[2])} {'' if start else BOX}"
 
     text = re.sub("[\u2010-\u2015]", "-", text)
+    text = re.sub(r"[(\[]\s?\d+[ -]?(?:based|indexed|(?:-|to)\s?\d+)[)\]](?=\W{0,3}[:=])", " ",
+                  text)  # "index (1-based):", "(1-4):"
+    text = re.sub(rf"({_ORDINAL}|\blast) (?:fig(?:ure)?|view|panel|shot|scene|slide|page|camera"
+                  r"|input|candidate|crop)\b", r"\1 image", text)
     text = _CHINESE_PLACE.sub(write_chinese, text)
     text = _NUMBERED.sub("image", _SYNONYM.sub(r"image\1", text))
     word = rf"({'|'.join(_WORDS)})\b(?! (?:can|may|could|of the)\b)"

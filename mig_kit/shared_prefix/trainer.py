@@ -108,8 +108,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                           "batch_size to a multiple of num_generations", stacklevel=2)
 
     def _stop_sharing(self, reason: str) -> None:
-        """Go on as stock TRL."""
-        self.unshared = reason
+        """Go on as stock TRL, which draws again what was drawn for shared passes."""
+        self.unshared, self._buffered_inputs = reason, None
         warnings.warn(f"prompts are not shared: {reason}", stacklevel=2)
 
     def _make_cache(self) -> PromptCache:

@@ -25,10 +25,11 @@ from mig_kit.engine.processors import prompt_measure
 from mig_kit.engine.stored_replies import count_endings, describe_endings
 from mig_kit.pipeline.fingerprints import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.prompts import format_question, is_well_formed, parse_boxes, parse_reply
+from mig_kit.prompts import format_question, is_well_formed, parse_boxes
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
+from mig_kit.score.choice_parsers import parse_choice_letter
 from mig_kit.score.own import read_freely
 from mig_kit.score.records import read_records
 from mig_kit.score.reply_boxes import parse_named_box
@@ -217,8 +218,8 @@ def item_rows(out: Path, others: Mapping[str, dict]) -> list[dict]:
         for place, (name, part) in enumerate(zip(columns["id"], columns["part"])):
             reply = next(replies)
             image, box = parse_named_box(reply, 0)
-            letter = parse_reply(reply).letter or None
-            boxes = None if letter else parse_boxes(reply)
+            boxes = parse_boxes(reply)
+            letter = parse_choice_letter(reply) or None if box is None and not boxes else None
             if boxes is not None and len(boxes) != 1:  # none or several, as some questions ask for
                 image, box = [number for number, _ in boxes], [box for _, box in boxes]
             row = {"suite": suite, "id": name, "task": part, **{

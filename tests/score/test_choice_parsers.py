@@ -20,6 +20,8 @@ from mig_kit.score.records import read_records
 
 @pytest.mark.parametrize("text,letter", [
     ("B", "B"),
+    ("Option A is red. Option B is not.\nAnswer (A-D): C", "C"), ("Answer: C\nConfidence: A", "C"),
+    ("Answer: C (second choice: A)", "C"), ("Answer: N/A", ""), ("Answer: A|B", ""),
     (" (B) the third image", "B"),
     ("<s> A </s>", "A"),
     ("b.", "B"),

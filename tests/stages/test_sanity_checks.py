@@ -160,8 +160,8 @@ def test_a_start_that_earns_nothing_is_said_before_the_first_update(lesson, rand
 
     four = {name: REWARDS[name] for name in ("format", "image", "box", "choice")}
     assert warn(four).startswith(
-        "none of the first 32 replies, to 16 prompts whose answer is a box, earned anything for image, box: "
-        "RL makes likelier what a model sometimes gets right;")
+        "none of the first 32 replies, to 16 prompts whose answer is a box, earned anything for "
+        "image, box: RL makes likelier what a model sometimes gets right;")
     assert warn({"format": REWARDS["format"]}) == ""
     assert warn(four, {lesson[0][0].id: 0.5}) == "", "04 has seen a correct one of the kind"
     assert warn(four | {"own": lambda reply, sample, box_format: 0.5}) == ""
