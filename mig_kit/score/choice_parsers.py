@@ -207,15 +207,15 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     ask another model.
     """
     block = last_answer_block(text)
-    said = text.rpartition("</think>")[2] if block is None else block
-    plain = _FOREIGN.get(said.strip(), unicodedata.normalize("NFKC", said).translate(_PLAIN))
+    final = text.rpartition("</think>")[2] if block is None else block
+    plain = _FOREIGN.get(final.strip(), unicodedata.normalize("NFKC", final).translate(_PLAIN))
     for pattern, new in _REWRITES:
         plain = pattern.sub(new, plain)
     plain = _SAME.sub(r"\1\2", _mark_letters(mark_options(plain, choices), valid))
     marked = _DENIED.sub(lambda match: "" if match["but"] else "not it", plain)
     if (conclusion := _find_conclusion(marked)) is not None:
         return conclusion, conclusion and CONCLUSION
-    if is_blink and (letter := parse_blink_letter(said, valid)):
+    if is_blink and (letter := parse_blink_letter(final, valid)):
         return letter, ONLY_ONE
     return ("", "") if _REFUSES_ALL.search(marked) else _read_loosely(marked)
 

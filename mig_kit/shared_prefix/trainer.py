@@ -69,13 +69,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     vision tokens. Drawn tokens are a function of seed, step, draw within the step, and row, so that
     a resumed training draws the same ones. micro_completions: completions whose graph is kept at a
     time (0: those of a step); fewer need less memory and one more forward pass.
-
-    TRL 1.16's methods that are overridden: `_generate_and_score_completions` (takes the images out
-    of the rows), `_calculate_rewards` (gives them back), `_tokenize_prompts` (a row's prompt
-    becomes a number, in place of its token ids), `_generate_single_turn`,
-    `_get_per_token_logps_and_entropies` (reads prompts by that number), `_get_dataloader` (decodes
-    a row's images once), `_prepare_inputs` (keeps groups together) and `training_step` (averages
-    gradients, because shared passes go around DDP).
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
@@ -147,7 +140,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * count
         return [row for row in range(count) if row == 0 or (first + row) % group == 0]
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs):  # takes the images out of the rows
         if not self.unshared:
             kept = () if self.model.training else self.training_numbers
             self.sources = {number: self.sources[number] for number in kept}
@@ -205,7 +198,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         rows = list(map(restore_images, inputs))
         return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
 
-    def _tokenize_prompts(self, prompts: list):
+    def _tokenize_prompts(self, prompts: list):  # a row's prompt becomes a number
         if self.unshared:
             return super()._tokenize_prompts(prompts)
         starts = self._find_group_starts(len(prompts))
@@ -308,12 +301,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                                 for total, value in zip((logps, entropies), values))
         return logps, entropies
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
+    def _get_dataloader(self, dataset, *args, **kwargs):  # decodes a row's images once
         if isinstance(dataset, Dataset):
             dataset = RowsOnce(dataset)
         return super()._get_dataloader(dataset, *args, **kwargs)
 
-    def _prepare_inputs(self, generation_batch):
+    def _prepare_inputs(self, generation_batch):  # keeps groups together
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         steps = self._buffered_inputs
@@ -339,7 +332,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return [steps[0] | {name: chunks[number] for name, chunks in per_row.items()}
                 for number in range(len(steps))]
 
-    def training_step(self, model, inputs, num_items_in_batch):
+    def training_step(self, model, inputs, num_items_in_batch):  # shared passes go around DDP
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.unshared and self.accelerator.sync_gradients:
             average_gradients(model, self.accelerator.num_processes)

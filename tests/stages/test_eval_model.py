@@ -285,14 +285,14 @@ def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(serve, ow
     words = (*words, "--coordinates", "normalized_1000")
     tables = [ask_own(own_task, tmp_path / "out", *words).stdout.splitlines()]
     stored = tmp_path / "out" / "replies" / "model_own_greedy.jsonl"
-    whole, result = stored.read_text(), (tmp_path / "out" / "eval.json").read_text()
+    replies, result = stored.read_text(), (tmp_path / "out" / "eval.json").read_text()
     assert json.loads(result)["endings"] == {"replies": 3, "cut": 1, "empty": {"content_filter": 1}}
     assert any("1 cut, 1 empty (content_filter 1)" in line for line in tables[0])
-    stored.write_text(whole[:-20])  # as a kill leaves it
+    stored.write_text(replies[:-20])  # as a kill leaves it
     _, words = serve(messages[0])
     words = (*words, "--coordinates", "normalized_1000")
     tables.append(ask_own(own_task, tmp_path / "out", *words).stdout.splitlines())
-    assert stored.read_text() == whole and (tmp_path / "out" / "eval.json").read_text() == result
+    assert stored.read_text() == replies and (tmp_path / "out" / "eval.json").read_text() == result
     assert tables[0][-6:] == tables[1][-6:]
 
 
