@@ -229,7 +229,7 @@ class ServedModel:
         """The replies of a chat completion; ValueError if it is incomplete."""
         try:
             if not answer["choices"]:
-                raise ValueError("an answer without choices")
+                raise ValueError("an answer without choices is no complete chat completion")
             return [self._parse_choice(choice, with_logps) for choice in answer["choices"]]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError("an answer that is no complete chat completion") from error
