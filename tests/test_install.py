@@ -69,8 +69,8 @@ def test_every_import_is_declared():
     tests = {Requirement(text).name for text in EXTRAS["test"]}
     declared = {canonicalize_name(wanted.name) for wanted in REQUIREMENTS} - tests
     # they come with what is declared, whose types or exceptions these are
-    declared |= {"beautifulsoup4", "ipython", "jupyter-client", "markupsafe", "nbclient", "nbformat",
-                 "httpx", "pydantic", "tokenizers", "traitlets"}
+    declared |= {"beautifulsoup4", "ipython", "jupyter-client", "markupsafe", "nbclient",
+                 "nbformat", "httpx", "pydantic", "tokenizers", "traitlets"}
     distributions = packages_distributions()
     for name in imported - set(sys.stdlib_module_names) - {"mig_kit"}:
         assert declared & {canonicalize_name(one)
