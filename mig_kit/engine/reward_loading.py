@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import split_function_name, write_atomically
 from mig_kit.prompts import chat_messages, correct_answer
@@ -173,7 +171,7 @@ class Score:
 
     def _check_batch(self, values, replies, samples) -> list[float | None]:
         with _name_errors(self.name, self.reward):
-            values = [value.item() if isinstance(value, torch.Tensor) else value
+            values = [value.item() if type(value).__module__ == "torch" else value
                       for value in values]
             if len(values) != len(replies):
                 raise ValueError(f"it gave {len(values)} values for {len(replies)} completions")
