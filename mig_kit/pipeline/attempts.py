@@ -112,25 +112,28 @@ def restore(run_id: str, stage: str = "") -> list[str]:
     require_own_stage(stage, run_id)
     run, last = runs_root() / run_id, {}  # last: the later of a stage's two records
     lock_run(run)
-    for name in [stage] if stage else STAGES:
-        aside, before = run / f"{name}{SWAP}", run / f"{name}.before"
-        if aside.exists() and (run / name).exists() and not before.exists():  # a kill between
-            aside.rename(before)
-        if before := read_record(run / f"{name}.before" / "run.json"):
-            last[name] = max(before, read_record(run / name / "run.json") or before, key=_start)
-    if not last:
-        raise FileNotFoundError(f"run '{run_id}' keeps nothing that {stage or 'a stage'} replaced; "
-                                f"mig-kit status {run_id} shows what it has")
-    command = _command(max(last.values(), key=_start))
-    chosen = [name for name, record in last.items() if _command(record) == command]
-    for name in chosen:
-        before, final, aside = (run / f"{name}{suffix}" for suffix in (".before", "", SWAP))
-        if final.exists():
-            final.rename(aside)  # which `load_record` brings back after a kill
-        before.rename(final)
-        if aside.exists():
-            aside.rename(before)
-    unlock_run(run)
+    try:
+        for name in [stage] if stage else STAGES:
+            aside, before = run / f"{name}{SWAP}", run / f"{name}.before"
+            if aside.exists() and (run / name).exists() and not before.exists():  # a kill between
+                aside.rename(before)
+            if before := read_record(run / f"{name}.before" / "run.json"):
+                last[name] = max(before, read_record(run / name / "run.json") or before, key=_start)
+        if not last:
+            raise FileNotFoundError(
+                f"run '{run_id}' keeps nothing that {stage or 'a stage'} replaced; mig-kit status "
+                f"{run_id} shows what it has")
+        command = _command(max(last.values(), key=_start))
+        chosen = [name for name, record in last.items() if _command(record) == command]
+        for name in chosen:
+            before, final, aside = (run / f"{name}{suffix}" for suffix in (".before", "", SWAP))
+            if final.exists():
+                final.rename(aside)  # which `load_record` brings back after a kill
+            before.rename(final)
+            if aside.exists():
+                aside.rename(before)
+    finally:
+        unlock_run(run)
     return chosen
 
 

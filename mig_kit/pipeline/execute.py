@@ -99,7 +99,7 @@ def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
                          f"'{run_id}', which are of profile {other}; leave --run-id out or name "
                          "another for a run beside it, or add --force to replace them")
     also = f", and {', '.join(stage[:2] for stage in others)}, which build on it" if others else ""
-    also += f"; {', '.join(left)} then stand on what was" if left else ""
+    also += f"; {', '.join(left)} become stale" if left else ""
     return [*lines, f"this replaces finished stages of run '{run_id}': "
             f"{', '.join(names or replaced)}{also}. What is there is kept, and mig-kit restore "
             f"{run_id} puts it back; for a run beside it: {_branch_command(plan, replaced[0])}"]

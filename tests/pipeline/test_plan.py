@@ -311,6 +311,10 @@ def test_a_command_says_what_it_replaces_and_restore_brings_it_back(root, no_ker
     invoke("restore", "a", "6")
     assert describe_files(root / "a" / "06_evaluate") == before[1]
     assert describe_files(root / "a" / "05_grpo") == after[0]
+    kept = root / "a" / "05_grpo.before"
+    kept.rename(kept.with_suffix(".new-swap"))  # as a kill in the middle leaves it
+    assert "05_grpo: that of 20" in invoke("restore", "a", "5")
+    assert describe_files(root / "a" / "05_grpo") == before[0]
     assert "keeps nothing that 03_merge replaced" in error_of("restore", "a", "03")
     assert "no run 'aa'" in error_of("restore", "aa")
 
