@@ -22,10 +22,10 @@ from matplotlib import pyplot as plt
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from mig_kit.cli import cli, main
+from mig_kit.commands.main import cli, main
 from mig_kit.pipeline import store
 
-CLI = [sys.executable, "-c", "from mig_kit.cli import main; main()"]
+CLI = [sys.executable, "-c", "from mig_kit.commands.main import main; main()"]
 
 
 def run_mig_kit(*words: str, **environment: str) -> subprocess.CompletedProcess:

@@ -19,7 +19,7 @@ from try_blocks import read_blocks
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS
-from mig_kit.engine import models
+from mig_kit.models import loading
 from mig_kit.pipeline import execute
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import STAGES
@@ -59,7 +59,7 @@ def stage_params():
 @pytest.fixture(scope="session")
 def float32():
     """Float32 on the CPU, whatever this CPU does best: the exactness tests need it."""
-    return models.Hardware("cpu", torch.float32, False, "sdpa", "float32 for tests")
+    return loading.Hardware("cpu", torch.float32, False, "sdpa", "float32 for tests")
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def first_gradients():
 @pytest.fixture(scope="session")
 def processor():
     """The shipped base's processor."""
-    return models.load_processor(models.TINY_BASE, BoxFormat())
+    return loading.load_processor(loading.TINY_BASE, BoxFormat())
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +113,7 @@ def random_folder(make_once, processor):
     """A folder with a random model of some 200,000 parameters, loadable like any other."""
     def save(folder):
         torch.manual_seed(0)
-        config = models.tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
+        config = loading.tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
         model = Qwen2_5_VLForConditionalGeneration._from_config(config)
         # livelier than the default, so that differences show
         for parameter in model.model.language_model.parameters():
@@ -160,7 +160,7 @@ def relatives(make_once, published, float32):
     """The random models of `published`, livelier and as transformers saves them, by model_type."""
     def save(root):
         for family, base in published.items():
-            policy = models.load_policy(base, float32, format_of(family))
+            policy = loading.load_policy(base, float32, format_of(family))
             for parameter in policy.model.parameters():
                 if parameter.ndim > 1:
                     parameter.data *= 4
@@ -176,13 +176,13 @@ def relatives(make_once, published, float32):
 @pytest.fixture
 def random_model(random_folder, float32):
     """The random model, fresh."""
-    return models.load_model(random_folder, float32)
+    return loading.load_model(random_folder, float32)
 
 
 @pytest.fixture
 def random_policy(random_model, processor, float32):
     """The random model, fresh, as a policy."""
-    return models.Policy(random_model, processor, float32, BoxFormat())
+    return loading.Policy(random_model, processor, float32, BoxFormat())
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerState
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import jobs
 from mig_kit.pipeline.params import profile_params
 from mig_kit.sample import write_samples
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
 from mig_kit.stages import grpo, launched_worker, sft, synthesize
+from mig_kit.training import jobs
 from mig_kit.world.tasks import TASKS, make_sample
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.engine import models
+from mig_kit.models import loading
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -92,7 +92,7 @@ for family in RELATIVES:
         del tower["deepstack_visual_indexes"]
     CONFIGS[family] = stock | {
         "text_config": text, "vision_config": tower,
-        "architectures": [models.FAMILIES[family].__name__]}
+        "architectures": [loading.FAMILIES[family].__name__]}
 GENERATION = {"bos_token_id": 0, "pad_token_id": 0, "do_sample": True, "eos_token_id": [2, 0],
               "repetition_penalty": 1.05, "temperature": 1e-6, "transformers_version": "4.49.0"}
 VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size": 16,
@@ -131,16 +131,16 @@ def published(tmp_path_factory):
         write(folder / "preprocessor_config.json", PREPROCESSORS[family])
         if PREPROCESSORS[family] is PREPROCESSORS["qwen3_vl"]:
             write(folder / "video_preprocessor_config.json", VIDEO)
-        template = (models.TINY_BASE / "chat_template.jinja").read_text()
+        template = (loading.TINY_BASE / "chat_template.jinja").read_text()
         write(folder / "chat_template.json", {"chat_template": template})
-        shutil.copy(models.TINY_BASE / "tokenizer.json", folder)
+        shutil.copy(loading.TINY_BASE / "tokenizer.json", folder)
         write(folder / "tokenizer_config.json", {
             "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>", "model_max_length": 131072})
         write(folder / "special_tokens_map.json", {"eos_token": "<|im_end|>",
                                                    "pad_token": "<|endoftext|>"})
         torch.manual_seed(0)
-        model = models.FAMILIES[family](AutoConfig.from_pretrained(folder)).to(torch.bfloat16)
+        model = loading.FAMILIES[family](AutoConfig.from_pretrained(folder)).to(torch.bfloat16)
         tensors = {published_name(name, family): tensor.detach().clone()
                    for name, tensor in model.named_parameters()}
         if family == "qwen3_vl_moe":  # whose experts are published with inputs first

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
-from mig_kit.engine import merging, models
+from mig_kit.models import loading, merging
 
 IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
        "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
@@ -49,7 +49,7 @@ def write_random_qwen(folder: Path, tokenizer_json: Path, layers: int = 36) -> N
             "do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6},
         "preprocessor_config.json": IMAGES,
         "chat_template.json": {
-            "chat_template": (models.TINY_BASE / "chat_template.jinja").read_text()}}
+            "chat_template": (loading.TINY_BASE / "chat_template.jinja").read_text()}}
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2))
     tokenizer = Qwen2TokenizerFast(tokenizer_file=str(tokenizer_json), eos_token="<|im_end|>",

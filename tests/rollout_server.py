@@ -11,7 +11,7 @@ from local_server import IS_JSON, LocalServer
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from PIL import Image
 
-from mig_kit.engine.sample_prompts import make_cache
+from mig_kit.models.sample_prompts import make_cache
 from mig_kit.prompts import GROUNDING_INSTRUCTION
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts

@@ -15,13 +15,13 @@ from PIL import Image
 from mig_kit import prompts, rewards
 from mig_kit.boxes import BoxFormat, iou
 from mig_kit.data.teacher_prompt import teacher_prompt
-from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.filters import drop_reason
 from mig_kit.sample import Sample, Target, read_samples, write_samples
 from mig_kit.stages import evaluate, report, report_gallery
 from mig_kit.stages.grpo import describe_reply
 from mig_kit.stages.rejection_sampling import accuracy_by_detail, pass_rates
 from mig_kit.stages.sanity_checks import _pair_with_other_images
+from mig_kit.training.reward_loading import correct_reply
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample
 

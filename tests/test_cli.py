@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from command_line import run_mig_kit
 
 from mig_kit import PROCESS_ENVIRONMENT
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 from mig_kit.world.tasks import make_sample
 
 
@@ -22,7 +22,7 @@ def test_help():
 
 def test_bench_starts_again_on_the_heap_that_stages_have():
     code = ("import os; print(os.environ.get('MALLOC_TOP_PAD_'), flush=True); "
-            "from mig_kit.cli import main; main()")
+            "from mig_kit.commands.main import main; main()")
     bare = {name: value for name, value in os.environ.items() if name not in PROCESS_ENVIRONMENT}
     result = subprocess.run([sys.executable, "-c", code, "bench", "--repeats", "0"],
                             capture_output=True, text=True, env=bare)

@@ -6,7 +6,7 @@ import torch
 
 from mig_kit import common
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import reply_files
+from mig_kit.serving import reply_files
 
 
 def test_cudas_cache_is_emptied_where_there_is_one(monkeypatch):

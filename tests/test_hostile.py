@@ -17,8 +17,8 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.data import own_data
-from mig_kit.engine import models
 from mig_kit.image_files import BadImage, open_rgb
+from mig_kit.models import loading
 from mig_kit.score.records import read_records
 
 
@@ -103,15 +103,15 @@ def test_code_and_pickles_in_a_model_folder_are_not_run(tmp_path, random_folder,
     (folder / "harm.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\n"
                                     "class Model: pass\nclass T: pass\n")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm(marker)))
-    models.load_model(folder, float32)
-    models.load_processor(folder, BoxFormat())
+    loading.load_model(folder, float32)
+    loading.load_processor(folder, BoxFormat())
     assert not marker.exists()
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="only safetensors"):
-        models.load_model(folder, float32)
+        loading.load_model(folder, float32)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Harm(marker)))
     with pytest.raises(Exception, match="(?i)header|safetensor"):
-        models.load_model(folder, float32)
+        loading.load_model(folder, float32)
     assert not marker.exists()
 
 
@@ -139,4 +139,4 @@ def test_a_template_that_the_sandbox_blocks_is_one_sentence(random_folder, tmp_p
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=f"^the chat template fails with {cause}.*; copy "
                                          "chat_template.jinja from the model that this one"):
-        models.load_processor(folder, BoxFormat())
+        loading.load_processor(folder, BoxFormat())

@@ -9,7 +9,6 @@ from PIL import Image, ImageOps
 
 from mig_kit.data.duplicates import find_near_duplicates, hash_images
 from mig_kit.data.records import SkipReport, iter_entries
-from mig_kit.engine.model_folders import check_model_folder
 from mig_kit.image_files import (
     BadImage,
     EncodedImage,
@@ -20,6 +19,7 @@ from mig_kit.image_files import (
     read_size,
     resolve_under_root,
 )
+from mig_kit.models.model_folders import check_model_folder
 from mig_kit.score.records import read_records
 from mig_kit.world.tasks import make_sample
 

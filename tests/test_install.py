@@ -24,8 +24,8 @@ PYTHONS = ("3.11.7", "3.12.0", "3.13.0", "3.14.0")
 OF_NOTEBOOKS = ["bitsandbytes", "trl", "papermill", "ipywidgets", "IPython", "nbconvert",
                 "nbformat"]
 MODULES = {
-    ("mig_kit.cli", "mig_kit.score.run_benchmark", "mig_kit.data.importers", "mig_kit.rewards",
-     "mig_kit.data.duplicates", "mig_kit.pipeline.status"): [
+    ("mig_kit.commands.main", "mig_kit.score.run_benchmark", "mig_kit.data.importers",
+     "mig_kit.rewards", "mig_kit.data.duplicates", "mig_kit.pipeline.status"): [
         *OF_NOTEBOOKS, "torch", "transformers", "peft", "datasets", "pandas", "pyarrow",
         "matplotlib", "seaborn", "openai", "jinja2", "psutil", "safetensors", "huggingface_hub"],
     ("mig_kit.stages.eval_model", "mig_kit.data.preview"): OF_NOTEBOOKS}
@@ -109,10 +109,12 @@ def test_nothing_is_of_linux_alone():
 
 
 @pytest.mark.parametrize("code,lacking,sentence", [
-    ("cli", "papermill", "mig-kit: papermill is not installed; what this needs comes with: "
-                         "pip install 'mig-kit[notebooks]'"),
-    ("cli", "jinja2", "mig-kit: jinja2 is not installed; what this needs comes with: "
-                      "pip install 'mig-kit[eval]'"),
+    ("commands.main", "papermill",
+     "mig-kit: papermill is not installed; what this needs comes with: "
+     "pip install 'mig-kit[notebooks]'"),
+    ("commands.main", "jinja2",
+     "mig-kit: jinja2 is not installed; what this needs comes with: "
+     "pip install 'mig-kit[eval]'"),
     ("shared_prefix.trainer", "transformers",
      "ModuleNotFoundError: transformers is not installed; mig_kit.shared_prefix needs: "
      "pip install 'mig-kit[trainer]'")])

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 from command_line import describe_files
 
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
 from mig_kit.pipeline.plan import choose_params

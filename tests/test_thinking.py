@@ -12,13 +12,15 @@ from command_line import run_mig_kit
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, reply_files, reward_loading
-from mig_kit.engine.processors import load_processor, render_prompt
-from mig_kit.engine.sample_prompts import reply_logps
+from mig_kit.models import loading
+from mig_kit.models.processors import load_processor, render_prompt
+from mig_kit.models.sample_prompts import reply_logps
 from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.prompts import NO_BOX, chat_messages, format_answer, parse_reply
 from mig_kit.sample import Sample
+from mig_kit.serving import reply_files
 from mig_kit.stages import eval_model, grpo, rejection_sampling, sft
+from mig_kit.training import reward_loading
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -78,7 +80,7 @@ def taught(make_once, folders, questions, traces, float32):
     """A folder of a thinking model that has learnt the traces by heart, with SFT's own labels."""
     def fill(folder):
         shutil.copytree(folders("rewrites"), folder, dirs_exist_ok=True)
-        policy = models.load_policy(folder, float32, BOX_FORMAT)
+        policy = loading.load_policy(folder, float32, BOX_FORMAT)
         rows = [sft.sft_row(*row, BOX_FORMAT) for row in zip(questions, traces)]
         batch = DataCollatorForVisionLanguageModeling(
             policy.processor, completion_only_loss=True)(rows)
@@ -90,7 +92,7 @@ def taught(make_once, folders, questions, traces, float32):
                 optimizer.step()
                 optimizer.zero_grad()
         assert loss < 0.05
-        models.save_model(policy.model, policy.processor, folder, folders("rewrites"))
+        loading.save_model(policy.model, policy.processor, folder, folders("rewrites"))
 
     return make_once("taught", fill)
 
@@ -129,7 +131,7 @@ def test_what_a_template_writes_itself_is_learnt_to_the_token(folders):
 
 def test_log_probabilities_are_of_what_was_generated(folders, float32, questions):
     """What the prompt has opened is the prompt's, whatever a template does with a reply."""
-    policy = models.load_policy(folders("rewrites"), float32, BOX_FORMAT)
+    policy = loading.load_policy(folders("rewrites"), float32, BOX_FORMAT)
     reply, = reply_files.greedy_replies(policy, questions[:1], 12)
     prompt = render_prompt(policy.processor, questions[0], BOX_FORMAT)
     ids = policy.processor(text=[prompt], images=list(questions[0].images),
@@ -143,7 +145,7 @@ def test_log_probabilities_are_of_what_was_generated(folders, float32, questions
 
 
 def test_evaluation_and_rejection_sampling_read_replies_whole(taught, questions, float32, tmp_path):
-    policy = models.load_policy(taught, float32, BOX_FORMAT)
+    policy = loading.load_policy(taught, float32, BOX_FORMAT)
     replies = reply_files.sample_replies(
         policy, questions, tmp_path / "replies.jsonl", replies=3, temperature=0.1,
         max_new_tokens=64, seed=0)
@@ -174,7 +176,7 @@ def test_rewards_read_replies_whole(taught, questions, float32, stage_params, tm
         per_device_train_batch_size=8, gradient_accumulation_steps=1, max_steps=1,
         max_completion_length=64, temperature=0.1, lora_r=4)
     reward_loading.copy_reward_files(params.rewards, tmp_path)
-    policy = models.load_policy(taught, float32, BOX_FORMAT)
+    policy = loading.load_policy(taught, float32, BOX_FORMAT)
     trainer = grpo.grpo_trainer(policy, questions, tmp_path, params)
     trainer.train()
     logged = trainer.state.log_history[0]

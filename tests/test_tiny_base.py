@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit.engine import models
+from mig_kit.models import loading
 from mig_kit.prompts import parse_reply
 from mig_kit.shared_prefix import attention
 from mig_kit.world.scenes import PLAIN, UNSEEN_PAIRS, Object, Scene, object_cell
@@ -141,7 +141,7 @@ def test_short_and_long_dialogues_apart_teach_the_same(random_model, writer):
 
 def test_codes_are_orthonormal():
     table, sizes = vision.codes()
-    assert table.shape == (sum(sizes), models.TINY_HIDDEN)
+    assert table.shape == (sum(sizes), loading.TINY_HIDDEN)
     assert torch.allclose(table @ table.T, torch.eye(len(table)), atol=1e-5)
 
 
@@ -164,7 +164,7 @@ def test_dialogues_weigh_only_what_is_said(writer):
     assert {row.ids.index(5) + 4} == {index for index in row.object_token if index >= 0}
     mention, = {index for index in row.question_token if index >= 0}
     assert decode(row.ids[mention - 2:mention + 2]) == " image 1?"
-    assert models.TINY_BASE.is_dir()
+    assert loading.TINY_BASE.is_dir()
 
 
 def test_an_answer_asks_for_the_number_it_wrote_itself(writer):
@@ -176,7 +176,7 @@ def test_an_answer_asks_for_the_number_it_wrote_itself(writer):
 
 
 def small_model():
-    config = models.tiny_config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2)
+    config = loading.tiny_config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2)
     return Qwen2_5_VLForConditionalGeneration._from_config(
         config, attn_implementation=attention.NAME)
 

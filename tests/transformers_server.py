@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 from transformers.cli.serve import Serve
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.processors import load_processor
+from mig_kit.models.processors import load_processor
 
 AutoProcessor.from_pretrained = lambda model, *_, **__: load_processor(model, BoxFormat())
 

@@ -11,9 +11,6 @@ import torch
 
 from mig_kit.common import progress_bar, release_memory
 from mig_kit.drawing.method_plots import count_tokens
-from mig_kit.engine.models import Hardware, Policy, load_model
-from mig_kit.engine.processors import load_processor, render_prompt
-from mig_kit.engine.sample_prompts import make_cache
 from mig_kit.lab.trainers import gradient_error, make_sides, same_batches
 from mig_kit.lab.workload import (
     BOX_FORMAT,
@@ -24,6 +21,9 @@ from mig_kit.lab.workload import (
     make_questions,
     peak_memory,
 )
+from mig_kit.models.loading import Hardware, Policy, load_model
+from mig_kit.models.processors import load_processor, render_prompt
+from mig_kit.models.sample_prompts import make_cache
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from mig_kit.common import model_folder
-from mig_kit.engine.model_folders import FAMILIES
+from mig_kit.models.model_folders import FAMILIES
 from mig_kit.pipeline.params import profile_params
 from mig_kit.shared_prefix.linear_attention import list_linear_attention
 from mig_kit.shared_prefix.logprobs import HEAD_TOKENS
@@ -74,7 +74,7 @@ class Shape:
         return 2 * (self.layers - self.linear_layers) * self.kv_heads * self.head_dim * 2
 
 
-# from each model's config.json; tests/engine/test_full_profile.py counts their parameters
+# from each model's config.json; tests/models/test_full_profile.py counts their parameters
 SHAPES = {
     "Qwen/Qwen2.5-VL-3B-Instruct": Shape(
         2048, 11008, 36, 16, 2, 151936, 3_754_622_976, 668_684_288),

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import torch
 from trl import GRPOTrainer
 
-from mig_kit.engine.models import Hardware, Policy, load_model
-from mig_kit.engine.processors import load_processor
 from mig_kit.lab.workload import BOX_FORMAT, Workload, load_stock_model, make_questions
+from mig_kit.models.loading import Hardware, Policy, load_model
+from mig_kit.models.processors import load_processor
 from mig_kit.pipeline.params import profile_params
 from mig_kit.sample import Sample
 from mig_kit.stages.grpo import grpo_trainer

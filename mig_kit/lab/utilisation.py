@@ -10,10 +10,10 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import TINY_BASE, Hardware, tiny_config
-from mig_kit.engine.processors import load_processor
 from mig_kit.lab.trainers import make_side
 from mig_kit.lab.workload import Workload, time_call
+from mig_kit.models.loading import TINY_BASE, Hardware, tiny_config
+from mig_kit.models.processors import load_processor
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 MATRIX_SIZES = ((2048, 1024, 1024), (2048, 1024, 2816), (4096, 1024, 4096))  # rows, inputs, outputs

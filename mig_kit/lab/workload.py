@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
-from mig_kit.engine.models import Hardware
+from mig_kit.models.loading import Hardware
 from mig_kit.sample import Sample, Target
 from mig_kit.world.scenes import PLAIN, render_scene
 

@@ -17,12 +17,11 @@ import pandas as pd
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
-from mig_kit.engine import merging, models, systems
-from mig_kit.engine.adapters import describe_adapter
-from mig_kit.engine.model_folders import ServedName, find_file
-from mig_kit.engine.models import Hardware
-from mig_kit.engine.processors import prompt_measure
-from mig_kit.engine.stored_replies import count_endings, describe_endings
+from mig_kit.models import loading, merging
+from mig_kit.models.adapters import describe_adapter
+from mig_kit.models.loading import Hardware
+from mig_kit.models.model_folders import ServedName, find_file
+from mig_kit.models.processors import prompt_measure
 from mig_kit.pipeline.fingerprints import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.prompts import format_question, is_well_formed, parse_boxes
@@ -34,6 +33,8 @@ from mig_kit.score.own import read_freely
 from mig_kit.score.records import read_records
 from mig_kit.score.reply_boxes import parse_named_box
 from mig_kit.score.result import number_lists, summarize
+from mig_kit.serving import systems
+from mig_kit.serving.stored_replies import count_endings, describe_endings
 from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, paired_gap_by_list
 from mig_kit.world.suites import SUITES, suite_title
@@ -90,7 +91,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     if adapter:
         folder = out / "merged"
         if not folder.is_dir():  # it is there whole or not at all
-            processor = models.load_processor(model.folder, box_format)
+            processor = loading.load_processor(model.folder, box_format)
             merging.write_merged_model(model.folder, adapter, folder, hardware, processor, four_bit)
     replies = systems.suite_replies({MODEL: folder}, samples, {}, hardware, box_format,
                                     out / "replies", params)[MODEL]

@@ -282,7 +282,7 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
 
 def summarize_systems(samples: dict[str, list[Sample]], replies: dict,
                       box_format: BoxFormat) -> dict:
-    """system -> suite -> `summarize_suite`; replies: of `engine.systems.suite_replies`."""
+    """system -> suite -> `summarize_suite`; replies: of `serving.systems.suite_replies`."""
     return {system: {suite: summarize_suite(samples[suite], answers["greedy"], answers["drawn"],
                                             box_format)
                      for suite, answers in by_suite.items()}

@@ -19,8 +19,7 @@ from trl.trainer.utils import is_async_callable
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import model_folder
-from mig_kit.engine.model_folders import check_model_folder
-from mig_kit.engine.models import (
+from mig_kit.models.loading import (
     Hardware,
     Policy,
     check_adapters,
@@ -29,18 +28,24 @@ from mig_kit.engine.models import (
     load_policy,
     resolve_model,
 )
-from mig_kit.engine.one_group import keep_global_state
-from mig_kit.engine.processors import describe_other_format
-from mig_kit.engine.recipe_trainer import KeepRollouts, RecipeTrainer, ResumableGRPOTrainer
-from mig_kit.engine.reward_loading import BatchReward, Score, load_rewards, score_functions
-from mig_kit.engine.served_rollouts import (
+from mig_kit.models.model_folders import check_model_folder
+from mig_kit.models.processors import describe_other_format
+from mig_kit.prompts import chat_messages, reply_boxes_in_original
+from mig_kit.rewards import is_correct
+from mig_kit.sample import Sample, read_samples
+from mig_kit.serving.served_rollouts import (
     SAMPLING_CURVES,
     SERVED_ADAPTERS,
     ServedRollouts,
     StopIfServerIsStale,
 )
-from mig_kit.engine.stored_replies import draw_first_rollouts
-from mig_kit.engine.training import (
+from mig_kit.serving.stored_replies import draw_first_rollouts
+from mig_kit.shared_prefix.generation import SamplingOptions
+from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
+from mig_kit.stages.sanity_checks import StopIfNothingLearns
+from mig_kit.training.one_group import keep_global_state
+from mig_kit.training.recipe_trainer import KeepRollouts, RecipeTrainer, ResumableGRPOTrainer
+from mig_kit.training.resuming import (
     LiveCurves,
     ProgressLines,
     lora_config,
@@ -49,12 +54,7 @@ from mig_kit.engine.training import (
     trainer_arguments,
     use_one_device,
 )
-from mig_kit.prompts import chat_messages, reply_boxes_in_original
-from mig_kit.rewards import is_correct
-from mig_kit.sample import Sample, read_samples
-from mig_kit.shared_prefix.generation import SamplingOptions
-from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
-from mig_kit.stages.sanity_checks import StopIfNothingLearns
+from mig_kit.training.reward_loading import BatchReward, Score, load_rewards, score_functions
 from mig_kit.world.teacher import DETAILS, recognize_detail
 
 ROLLOUT_STEPS = 25  # the replies to a few prompts are kept every so many updates
@@ -195,7 +195,7 @@ def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrain
 
 def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
                       params: SimpleNamespace) -> RecipeTrainer:
-    """A trainer whose update is one prompt's group, for `engine.one_group` to look at.
+    """A trainer whose update is one prompt's group, for `training.one_group` to look at.
 
     The loss is plain dapo, of replies that this process draws. Random states stay as they were.
     """

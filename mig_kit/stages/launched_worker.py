@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mig_kit.engine import guard, jobs, training
 from mig_kit.stages import grpo, sft
+from mig_kit.training import guard, jobs, resuming
 
 TRAIN = {"02_sft": sft.train, "05_grpo": grpo.train}
 
@@ -20,7 +20,7 @@ def train_job(folder: Path) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if os.environ.get("RANK", "0") == "0":
-        print(f"processes that train together: {training.count_processes()}", flush=True)
+        print(f"processes that train together: {resuming.count_processes()}", flush=True)
     TRAIN[stage](folder, params, **inputs)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

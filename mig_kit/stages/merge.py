@@ -13,11 +13,11 @@ from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
-from mig_kit.engine.merging import write_merged_model
-from mig_kit.engine.model_folders import VisionLanguageModel, locate_tensors
-from mig_kit.engine.models import Hardware, load_model
-from mig_kit.engine.processors import load_processor
-from mig_kit.engine.sample_prompts import reply_logps
+from mig_kit.models.loading import Hardware, load_model
+from mig_kit.models.merging import write_merged_model
+from mig_kit.models.model_folders import VisionLanguageModel, locate_tensors
+from mig_kit.models.processors import load_processor
+from mig_kit.models.sample_prompts import reply_logps
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 

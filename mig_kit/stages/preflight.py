@@ -8,7 +8,7 @@ from statistics import median
 import psutil
 import torch
 
-from mig_kit.engine.models import TINY_BASE, Hardware, load_model
+from mig_kit.models.loading import TINY_BASE, Hardware, load_model
 from mig_kit.pipeline.run_folders import runs_root
 
 # Minutes of each stage of `make run` on two cores of an AMD EPYC (Zen 4, no AMX), and GiB of memory

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.reward_loading import RL_NEEDS
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, question_kind, unsolved_kinds
+from mig_kit.training.reward_loading import RL_NEEDS
 from mig_kit.world.teacher import recognize_detail
 
 

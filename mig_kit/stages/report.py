@@ -63,7 +63,7 @@ def score_rows(systems: dict, figure: str = "score") -> list[dict]:
 
 
 def kl_rows(kl: dict) -> list[dict]:
-    """Rows {system, suite -> nats per token}; kl: of `engine.systems.kl_from_base`."""
+    """Rows {system, suite -> nats per token}; kl: of `serving.systems.kl_from_base`."""
     return _rows_by_suite("system", kl, lambda figures: round(figures["per_token"], 3))
 
 

@@ -14,11 +14,11 @@ from matplotlib import pyplot as plt
 from mig_kit.boxes import Box, BoxFormat, iou
 from mig_kit.drawing.palette import PREDICTED, SYSTEM_COLOURS, SYSTEM_LABELS, text_colour
 from mig_kit.drawing.pictures import SYSTEM_MARKS, draw_sample, draw_systems
-from mig_kit.engine.reward_loading import Score
-from mig_kit.engine.stored_replies import load_replies
 from mig_kit.prompts import format_question, parse_boxes, parse_reply, reply_boxes_in_original
 from mig_kit.rewards import image_set_iou, is_correct, reply_iou, weakest_iou
 from mig_kit.sample import Sample
+from mig_kit.serving.stored_replies import load_replies
+from mig_kit.training.reward_loading import Score
 from mig_kit.world.objects import is_drawn, is_on_target, list_object_boxes
 from mig_kit.world.suites import suite_title, task_title
 

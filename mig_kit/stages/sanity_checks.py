@@ -14,13 +14,13 @@ import numpy as np
 from transformers import TrainerCallback
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import Policy
-from mig_kit.engine.reply_files import draw_replies
-from mig_kit.engine.reward_loading import RL_NEEDS, compute_reward
-from mig_kit.engine.sample_prompts import reply_logps
 from mig_kit.image_files import image_digests
+from mig_kit.models.loading import Policy
+from mig_kit.models.sample_prompts import reply_logps
 from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample, question_kind, unsolved_kinds
+from mig_kit.serving.reply_files import draw_replies
+from mig_kit.training.reward_loading import RL_NEEDS, compute_reward
 
 FIRST_PROMPTS = 16  # that are answered before the first update where no pass rate is known
 

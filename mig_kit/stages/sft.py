@@ -18,16 +18,23 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import apply_chat_template
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine.models import (
+from mig_kit.models.loading import (
     Hardware,
     Policy,
     check_adapters,
     choose_hardware,
     load_four_bit_policy,
 )
-from mig_kit.engine.processors import describe_other_format
-from mig_kit.engine.sample_prompts import SampleCache, make_cache
-from mig_kit.engine.training import (
+from mig_kit.models.processors import describe_other_format
+from mig_kit.models.sample_prompts import SampleCache, make_cache
+from mig_kit.prompts import chat_messages, cut_reasoning
+from mig_kit.sample import Sample, TableRows, read_replies, read_samples
+from mig_kit.shared_prefix.logprobs import completion_states
+from mig_kit.shared_prefix.prefixes import pad_rows
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
+from mig_kit.shared_prefix.trainer import average_gradients
+from mig_kit.stages.sanity_checks import StopIfNothingLearns
+from mig_kit.training.resuming import (
     KeepAdapterDtype,
     LiveCurves,
     ProgressLines,
@@ -37,13 +44,6 @@ from mig_kit.engine.training import (
     trainer_arguments,
     use_one_device,
 )
-from mig_kit.prompts import chat_messages, cut_reasoning
-from mig_kit.sample import Sample, TableRows, read_replies, read_samples
-from mig_kit.shared_prefix.logprobs import completion_states
-from mig_kit.shared_prefix.prefixes import pad_rows
-from mig_kit.shared_prefix.prompt_cache import unwrap_peft
-from mig_kit.shared_prefix.trainer import average_gradients
-from mig_kit.stages.sanity_checks import StopIfNothingLearns
 
 
 def sft_row(sample: Sample, reply: str, box_format: BoxFormat) -> dict:

@@ -19,9 +19,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256, progress_bar, release_memory, write_atomically
-from mig_kit.engine.models import Hardware, PatchProduct, load_policy, tiny_config
-from mig_kit.engine.processors import StillImageProcessor
-from mig_kit.engine.reply_files import greedy_replies
+from mig_kit.models.loading import Hardware, PatchProduct, load_policy, tiny_config
+from mig_kit.models.processors import StillImageProcessor
+from mig_kit.serving.reply_files import greedy_replies
 from mig_kit.shared_prefix import attention
 from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
 from mig_kit.stages.evaluate import summarize_suite

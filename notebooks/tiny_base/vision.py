@@ -20,7 +20,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.common import progress_bar, write_json
-from mig_kit.engine.models import TINY_HIDDEN, PatchProduct, tiny_config
+from mig_kit.models.loading import TINY_HIDDEN, PatchProduct, tiny_config
 from mig_kit.world.scenes import (
     CELL,
     COLOURS,

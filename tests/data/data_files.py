@@ -4,8 +4,8 @@ import json
 
 from click.testing import CliRunner
 
+from mig_kit.commands.data import data
 from mig_kit.data import own_data
-from mig_kit.data.commands import data
 
 GOOD = {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2,
         "box": [10, 20, 60, 90], "coordinates": "pixels"}

@@ -289,15 +289,16 @@ def test_any_answer_is_a_completion_or_none(body):
 @pytest.mark.slow
 def test_a_real_server_with_the_tiny_base(tmp_path):
     """`transformers serve` answers with the shipped base; a second run makes no call."""
-    from mig_kit.engine import models
-    from mig_kit.engine.server_process import ServerProcess
+    from mig_kit.models import loading
+    from mig_kit.serving.server_process import ServerProcess
 
     samples, path = make_samples(3), tmp_path / "calls.jsonl"
     script = Path(__file__).parents[1] / "transformers_server.py"
     command = f"{sys.executable} {script} {{model}} {{port}}"
-    with closing(ServerProcess(command, models.TINY_BASE, tmp_path / "log")) as server:
+    with closing(ServerProcess(command, loading.TINY_BASE, tmp_path / "log")) as server:
         server.wait_until_ready(120)
-        teacher = endpoint.Endpoint(server.url, str(models.TINY_BASE), max_tokens=60, concurrency=2)
+        teacher = endpoint.Endpoint(server.url, str(loading.TINY_BASE), max_tokens=60,
+                                    concurrency=2)
         traces, direct = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)
         assert {trace.error for trace in traces} <= {"", "cut at 60 tokens (finish_reason length)"}
         assert any(trace.text for trace in traces)

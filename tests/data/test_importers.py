@@ -10,8 +10,8 @@ from command_line import run_mig_kit
 from data_files import call, write_lines
 from PIL import Image
 
+from mig_kit.commands.data import import_command
 from mig_kit.data import importers, line_checks, own_data
-from mig_kit.data.commands import import_command
 from mig_kit.data.records import ImportRules
 
 SWIFT = {"messages": [{"role": "system", "content": "You help."},

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from data_files import CHOICE, GOOD, call, problems_of, write_lines
 from PIL import Image
 
+from mig_kit.commands.data import data
 from mig_kit.data import own_data
-from mig_kit.data.commands import data
 from mig_kit.data.conversations import clean_question
 from mig_kit.data.line_checks import text_problem
 from mig_kit.data.records import Problem

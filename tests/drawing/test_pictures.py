@@ -6,8 +6,8 @@ from PIL import ImageColor
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.drawing import palette, pictures
-from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.prompts import format_answer
+from mig_kit.training.reward_loading import correct_reply
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()

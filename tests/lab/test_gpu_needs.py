@@ -6,18 +6,18 @@ from peft import get_peft_model
 from published import CONFIGS
 from transformers import Qwen3_5Config
 
-from mig_kit.engine import models
-from mig_kit.engine.training import lora_config
 from mig_kit.lab import gpu_needs
 from mig_kit.lab.gpu_needs import GIB, SHAPES, Load, Shape
+from mig_kit.models import loading
 from mig_kit.shared_prefix import prompt_cache
+from mig_kit.training.resuming import lora_config
 
 SEVEN = SHAPES["Qwen/Qwen2.5-VL-7B-Instruct"]
 
 
 def attention_config(hidden: int, inner: int, layers: int):
     """A small Qwen2.5-VL."""
-    config = models.tiny_config(640, hidden=hidden, layers=layers, vision_layers=1)
+    config = loading.tiny_config(640, hidden=hidden, layers=layers, vision_layers=1)
     config.text_config.intermediate_size = inner
     return config
 
@@ -36,7 +36,7 @@ def delta_net_config(hidden: int, inner: int, layers: int, heads: int, width: in
 def saved_bytes(config, tokens: int, lora_r: int) -> int:
     """Bytes that the language model of a random model keeps for its backward pass."""
     hidden = config.text_config.hidden_size
-    model = models.FAMILIES[config.model_type]._from_config(
+    model = loading.FAMILIES[config.model_type]._from_config(
         config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model = get_peft_model(model, lora_config(lora_r, 0.05)).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -136,8 +136,8 @@ def test_the_tiny_profile_needs_no_gpu():
 
 def test_a_folder_is_counted_and_an_unknown_name_is_not_downloaded(relatives):
     shape = gpu_needs.find_shape(str(relatives["qwen3_vl"]))
-    hardware = models.Hardware("cpu", torch.float32, False, "sdpa", "test")
-    weights = models.load_model(relatives["qwen3_vl"], hardware)
+    hardware = loading.Hardware("cpu", torch.float32, False, "sdpa", "test")
+    weights = loading.load_model(relatives["qwen3_vl"], hardware)
     assert shape.total == sum(parameter.numel() for parameter in weights.parameters())
     assert (shape.head_dim, shape.token_side) == (32, 32)
     assert gpu_needs.find_shape("somebody/else") is None

@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 from command_line import error_of
 
-from mig_kit import cli as cli_module
-from mig_kit.cli import cli
+from mig_kit.commands import main as cli_module
+from mig_kit.commands.main import cli
 from mig_kit.common import PROJECT_ROOT, write_json
 from mig_kit.pipeline import execute, joint_rules, params, plan
 from mig_kit.stages.evaluated_runs import read_recorded

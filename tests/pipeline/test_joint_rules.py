@@ -2,10 +2,10 @@
 
 import pytest
 
-from mig_kit.engine.served_rollouts import SAMPLING_CURVES
 from mig_kit.pipeline import joint_rules, store
 from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.rewards import REWARDS
+from mig_kit.serving.served_rollouts import SAMPLING_CURVES
 from mig_kit.stages.grpo import CURVES
 
 SINGLE = "with num_iterations 1 the ratio of new to old probabilities is exactly 1"

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from command_line import describe_files, error_of
 
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 from mig_kit.common import write_json
 from mig_kit.pipeline import (
     execute,

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from command_line import describe_files
 
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 from mig_kit.pipeline import params, store
 from mig_kit.pipeline.joint_rules import validate_params
 

@@ -3,8 +3,8 @@
 import pytest
 from click.testing import CliRunner
 
-from mig_kit.cli import cli
-from mig_kit.engine import models
+from mig_kit.commands.main import cli
+from mig_kit.models import loading
 from mig_kit.pipeline import run_facts, run_folders
 from mig_kit.world.tasks import make_sample
 
@@ -13,7 +13,7 @@ from mig_kit.world.tasks import make_sample
 def root(tmp_path, monkeypatch):
     """A folder of runs with an empty run "default"; no model is looked for on the hub."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    monkeypatch.setattr(models, "resolve_model", lambda name: pytest.fail(f"asks for {name}"))
+    monkeypatch.setattr(loading, "resolve_model", lambda name: pytest.fail(f"asks for {name}"))
     (tmp_path / "default").mkdir()
     return tmp_path
 

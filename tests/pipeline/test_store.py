@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from command_line import describe_files
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 from mig_kit.common import file_sha256, write_json
 from mig_kit.pipeline import attempts, dependencies, execute, params, store
 from mig_kit.pipeline.joint_rules import validate_params

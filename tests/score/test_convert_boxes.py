@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, smart_resize
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 from mig_kit.score.convert_boxes import (
     convert_exactly,
     convert_reply,

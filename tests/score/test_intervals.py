@@ -145,7 +145,7 @@ def test_equal_replies_differ_by_exactly_0(tmp_path):
     """Other replies with the same questions correct do not."""
     from click.testing import CliRunner
 
-    from mig_kit.score.commands import score_command
+    from mig_kit.commands.score import score_command
 
     own = [{"id": str(row), "images": [f"{row}.png"], "question": "Where?",
             "coordinates": "normalized_1000", "image": 1, "box": [0, 0, 500, 500]}

@@ -8,7 +8,7 @@ from mig_bench_records import write_lines
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 from mig_kit.data import own_data
 from mig_kit.prompts import format_answer, parse_boxes
 from mig_kit.rewards import is_correct

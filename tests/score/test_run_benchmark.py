@@ -12,7 +12,6 @@ from PIL import Image
 
 from mig_kit import image_files
 from mig_kit.boxes import BoxFormat, seen_size, to_model_box
-from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.prompts import format_answer, format_question
 from mig_kit.rewards import is_correct
@@ -26,6 +25,7 @@ from mig_kit.score.run_benchmark import (
     read_runnable,
     to_sample,
 )
+from mig_kit.training.reward_loading import correct_reply
 
 BOX_FORMAT = BoxFormat()
 
@@ -155,7 +155,7 @@ def test_questions_about_the_same_images_are_asked_side_by_side(root):
     write_records(root, "mig_bench", [*RECORDS["mig_bench"], *RECORDS["mig_bench"]])
     _, samples = read(root)
     pytest.importorskip("torch")
-    from mig_kit.engine.reply_files import _cut_batches  # imports torch
+    from mig_kit.serving.reply_files import _cut_batches  # imports torch
 
     assert _cut_batches(samples) == [[1, 4, 0, 3, 2, 5]]
 

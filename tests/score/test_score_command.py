@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from mig_bench_records import REPLIES, mig_records, prediction_lines, write_lines
 from PIL import Image
 
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 
 START = """
 import importlib, pkgutil, sys, time
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 cli(["score", "--help"], standalone_mode=False)
 seconds = time.process_time()
 from mig_kit import score

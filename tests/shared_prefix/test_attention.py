@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models
+from mig_kit.models import loading
 from mig_kit.prompts import chat_messages
 from mig_kit.shared_prefix import attention
 from mig_kit.world.tasks import make_sample
@@ -25,7 +25,7 @@ def window_by_window(query, key, value, bounds, *_, scale=None):
     return mixed
 
 
-@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+@pytest.mark.parametrize("family", sorted(loading.FAMILIES))
 def test_packed_windows_are_seen_as_one_by_one(family, published, float32, samples, monkeypatch):
     """The tower hands over all windows at once, and gets back what it computes one by one."""
     calls = []
@@ -35,11 +35,11 @@ def test_packed_windows_are_seen_as_one_by_one(family, published, float32, sampl
         return window_by_window(*arguments, **options)
 
     monkeypatch.setattr(attention, "varlen_attn", attend)
-    processor = models.load_processor(published[family], format_of(family))
+    processor = loading.load_processor(published[family], format_of(family))
     images = processor.image_processor([image.resize((252, 168)) for image in samples[0].images],
                                        return_tensors="pt")
     inputs = images["pixel_values"], images["image_grid_thw"]
-    tower = models.load_model(published[family], float32).model.visual
+    tower = loading.load_model(published[family], float32).model.visual
     with torch.no_grad():
         expected = tower(*inputs).pooler_output
         assert not calls
@@ -51,19 +51,20 @@ def test_packed_windows_are_seen_as_one_by_one(family, published, float32, sampl
 
 def load_as_on_a_gpu(folder, monkeypatch):
     """The model as `load_model` loads it for a GPU, on the CPU and from the folder's float32."""
-    family = models.FAMILIES[models.load_config(folder).model_type]
+    family = loading.FAMILIES[loading.load_config(folder).model_type]
     load = family.from_pretrained
     monkeypatch.setattr(family, "from_pretrained", lambda *words, **options: load(
         *words, **options | {"device_map": "cpu", "dtype": torch.float32}))
-    return models.load_model(folder, models.Hardware("cuda", torch.bfloat16, False, "sdpa", "GPU"))
+    hardware = loading.Hardware("cuda", torch.bfloat16, False, "sdpa", "GPU")
+    return loading.load_model(folder, hardware)
 
 
 def test_windows_are_packed_on_a_gpu_in_bfloat16_alone():
-    gpu = models.Hardware("cuda", torch.bfloat16, False, "sdpa", "a GPU")
+    gpu = loading.Hardware("cuda", torch.bfloat16, False, "sdpa", "a GPU")
     others = replace(gpu, dtype=torch.float32), replace(gpu, device="cpu")
     for hardware, name in ((gpu, attention.PACKED_NAME), *((other, "sdpa") for other in others)):
         tower = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
-        models.pack_windows(tower, hardware)
+        loading.pack_windows(tower, hardware)
         assert tower.config._attn_implementation == name
 
 
@@ -244,7 +245,7 @@ def test_the_first_layer_of_the_tower_is_its_convolution():
     convolution = torch.nn.Conv3d(3, 16, (2, 14, 14), stride=(2, 14, 14))
     patches = torch.randn(5, 3, 2, 14, 14)
     convolved = convolution(patches).view(5, 16)
-    assert largest_gap(models.PatchProduct(convolution)(patches), convolved) < 1e-5
+    assert largest_gap(loading.PatchProduct(convolution)(patches), convolved) < 1e-5
 
 
 def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float32, processor):
@@ -257,7 +258,7 @@ def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float3
     assert not is_token.all()
     results = []
     for name in ("eager", attention.NAME):
-        model = models.load_model(random_folder, replace(float32, attention=name))
+        model = loading.load_model(random_folder, replace(float32, attention=name))
         with torch.no_grad():
             without_gradient = model(**batch).logits[is_token]
         logits = model(**batch).logits[is_token]
@@ -278,4 +279,4 @@ def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float3
 def test_every_cpu_uses_it():
     expected = "sdpa" if torch.cuda.is_available() else attention.NAME
     for dtype in ("bfloat16", "float32"):
-        assert models.choose_hardware(dtype).attention == expected
+        assert loading.choose_hardware(dtype).attention == expected

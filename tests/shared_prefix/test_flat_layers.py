@@ -5,8 +5,8 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models
-from mig_kit.engine.sample_prompts import SampleCache
+from mig_kit.models import loading
+from mig_kit.models.sample_prompts import SampleCache
 from mig_kit.shared_prefix import flat_layers, logprobs, prefixes
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
@@ -18,14 +18,14 @@ PROMPT_INDEX, LENGTHS = [2, 2, 0, 3, 3, 3, 1], [5, 9, 3, 9, 1, 7, 8]
 def adapted(request, random_folder, relatives, float32):
     """A random model whose LoRA adapters are not 0, and its processor."""
     folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
-    model = models.load_model(folder, float32).requires_grad_(False)
+    model = loading.load_model(folder, float32).requires_grad_(False)
     torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(
-        r=3, lora_alpha=5, target_modules=models.LORA_TARGETS["all"]))
+        r=3, lora_alpha=5, target_modules=loading.LORA_TARGETS["all"]))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight.data, std=0.2)
-    return adapted, models.load_processor(folder, BoxFormat(coordinates="normalized_1000"))
+    return adapted, loading.load_processor(folder, BoxFormat(coordinates="normalized_1000"))
 
 
 def values_and_gradients(adapted, samples):

@@ -10,9 +10,9 @@ from peft import get_peft_model
 from published import format_of
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, training
-from mig_kit.engine.sample_prompts import SampleCache
 from mig_kit.image_files import pixel_digest
+from mig_kit.models import loading
+from mig_kit.models.sample_prompts import SampleCache
 from mig_kit.prompts import chat_messages
 from mig_kit.shared_prefix import attention, decoding, generation, prefixes, prompt_cache
 from mig_kit.shared_prefix.generation import (
@@ -24,19 +24,20 @@ from mig_kit.shared_prefix.generation import (
 from mig_kit.shared_prefix.linear_attention import has_linear_attention
 from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prompt_cache import Prompt
+from mig_kit.training import resuming
 
 ABSOLUTE = BoxFormat()
 NEVER_DRAWN = [3, 4, 5, 6]  # the vision tokens
 END = 2
 
 
-@pytest.fixture(params=sorted(models.FAMILIES))
+@pytest.fixture(params=sorted(loading.FAMILIES))
 def family(request, random_folder, relatives, float32):
     """(model, processor, box_format) of every family that the kit loads."""
     folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
     box_format = format_of(request.param)
-    model = models.load_model(folder, float32)
-    return model, models.load_processor(folder, box_format), box_format
+    model = loading.load_model(folder, float32)
+    return model, loading.load_processor(folder, box_format), box_format
 
 
 def make_prompts(model, processor, samples, box_format=ABSOLUTE, **options) -> list[Prompt]:
@@ -303,7 +304,7 @@ def test_another_model_is_served_what_the_same_tower_saw(random_model, random_fo
         return [a.features is not None and torch.equal(a.features, b.features)
                 for a, b in zip(first, cache.get(samples[:3]))]
 
-    same_tower = models.load_model(random_folder, float32)
+    same_tower = loading.load_model(random_folder, float32)
     same_tower.model.language_model.norm.weight.data += 1
     cache.serve(same_tower)
     assert cache.images
@@ -313,7 +314,7 @@ def test_another_model_is_served_what_the_same_tower_saw(random_model, random_fo
     cache.serve(random_model)
     assert cache.model is random_model
     assert cache.images, "the same tower again, though it was released"
-    other_tower = models.load_model(random_folder, float32)
+    other_tower = loading.load_model(random_folder, float32)
     other_tower.model.visual.merger.mlp[2].bias.data += 1
     cache.serve(other_tower)
     assert not cache.images
@@ -488,7 +489,7 @@ def test_rounds_by_hand(random_model):
 
 @pytest.mark.slow
 def test_folding_adapters_for_decoding_changes_no_weight(random_model, processor, samples):
-    model = get_peft_model(random_model, training.lora_config(4))
+    model = get_peft_model(random_model, resuming.lora_config(4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
@@ -510,7 +511,7 @@ def test_a_young_adapter_beside_bfloat16_weights_is_not_rounded_away(random_mode
     """Replies are drawn with what training computes with, though the weights' grid is coarser than
     the adapter's effect.
     """
-    model = get_peft_model(random_model.to(torch.bfloat16), training.lora_config(4))
+    model = get_peft_model(random_model.to(torch.bfloat16), resuming.lora_config(4))
     adapted = next(module for module in model.modules() if hasattr(module, "lora_B"))
     adapted.lora_B["default"].weight.data.fill_(1e-4)
     unwrapped = prompt_cache.unwrap_peft(model)

@@ -16,10 +16,11 @@ from trl import GRPOConfig
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, training
+from mig_kit.models import loading
 from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.pipeline.params import profile_params
 from mig_kit.stages import grpo
+from mig_kit.training import resuming
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -92,7 +93,7 @@ def make_trainer(random_folder, float32, tmp_path_factory):
     """
     def make(four_bit=False, **changes):
         samples = [make_sample(task, "rl", 0) for task in TASKS]
-        policy = models.load_policy(random_folder, float32, BOX_FORMAT, four_bit)
+        policy = loading.load_policy(random_folder, float32, BOX_FORMAT, four_bit)
         torch.manual_seed(0)
         params = SimpleNamespace(**profile_params("05_grpo") | SETTINGS | changes)
         trainer = grpo.grpo_trainer(policy, samples, tmp_path_factory.mktemp("stage"), params)
@@ -371,7 +372,7 @@ def test_a_training_that_goes_on_draws_the_same_replies(make_trainer):
     cut.train()
     resumed = make_trainer(**changes)
     resumed.args.output_dir = cut.args.output_dir
-    training.train_or_resume(resumed, Path(cut.args.output_dir).parent)
+    resuming.train_or_resume(resumed, Path(cut.args.output_dir).parent)
     assert resumed.state.global_step == 4
     for name, parameter in adapter(resumed).items():
         assert torch.equal(parameter, adapter(uninterrupted)[name]), name

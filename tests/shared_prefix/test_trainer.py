@@ -38,8 +38,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.engine.processors import load_processor
 from mig_kit.image_files import pixel_digest
+from mig_kit.models.processors import load_processor
 from mig_kit.shared_prefix import decoding, generation, logprobs, prefixes
 from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image

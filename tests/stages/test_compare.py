@@ -17,15 +17,15 @@ from click.testing import CliRunner
 from command_line import run_mig_kit
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.cli import cli
+from mig_kit.commands.main import cli
 from mig_kit.common import write_json
 from mig_kit.drawing import plots
-from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.pipeline.joint_rules import parse_groups
 from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.stages import compare, evaluate, evaluated_runs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import joint_interval, probability_of_improvement
+from mig_kit.training.reward_loading import correct_reply
 from mig_kit.world import suites
 
 PER_TASK = 4

@@ -16,8 +16,8 @@ from rollout_server import RolloutServer
 from teacher_server import TeacherServer, completion
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.cli import cli
-from mig_kit.engine import commands
+from mig_kit.commands import ask
+from mig_kit.commands.main import cli
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer
 from mig_kit.score.run_benchmark import RUNNABLE
@@ -355,13 +355,13 @@ def test_a_runs_folder_names_the_run(smoke_runs, monkeypatch):
 
 def test_a_runs_box_format_is_not_changed(monkeypatch):
     model = RunModel("folder", BOX_FORMAT, {})
-    monkeypatch.setattr(commands, "find_run_model", lambda text: model)
-    assert commands.find_model("mine", "absolute", None, 401408) == model
+    monkeypatch.setattr(ask, "find_run_model", lambda text: model)
+    assert ask.find_model("mine", "absolute", None, 401408) == model
     for options, name, own in (((None, None, 50000), "max_pixels", 401408),
                                (("normalized_1000", None, None), "coordinates", "absolute")):
         sentence = f"model has the {name} {own}; leave --{name.replace('_', '-')} out, or name the"
         with pytest.raises(ValueError, match=sentence):
-            commands.find_model("mine", *options)
+            ask.find_model("mine", *options)
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

@@ -17,15 +17,17 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou, to_model_box
-from mig_kit.engine import models, recipe_trainer, reward_loading, stored_replies, training
-from mig_kit.engine.reward_loading import as_completions
-from mig_kit.engine.sample_prompts import SampleCache, prompt_source
+from mig_kit.models import loading
+from mig_kit.models.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS
+from mig_kit.serving import stored_replies
 from mig_kit.shared_prefix import obstacles, self_check
 from mig_kit.shared_prefix import trainer as trainer_module
 from mig_kit.shared_prefix.prompt_cache import PromptCache
 from mig_kit.stages import grpo
+from mig_kit.training import recipe_trainer, resuming, reward_loading
+from mig_kit.training.reward_loading import as_completions
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -43,7 +45,7 @@ def make_trainer(random_folder, float32, stage_params):
     def make(folder, hardware=float32, **changes):
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
         samples += list(iter_free_form("rl", 1))[:7]  # 27 in all: no pass ends with a step
-        policy = models.load_policy(random_folder, hardware, BOX_FORMAT)
+        policy = loading.load_policy(random_folder, hardware, BOX_FORMAT)
         torch.manual_seed(0)
         params = stage_params("05_grpo", **(SETTINGS | changes))
         return grpo.grpo_trainer(policy, samples, folder, params)
@@ -190,12 +192,12 @@ def test_no_step_is_kept_twice(tmp_path, make_trainer, monkeypatch):
     monkeypatch.setattr(grpo, "ROLLOUT_STEPS", 1)
     first = make_trainer(tmp_path, max_steps=3)
     first.add_callback(StopAfter(1))
-    training.train_or_resume(first, tmp_path)
+    resuming.train_or_resume(first, tmp_path)
     rows = stored_replies.load_rollouts(tmp_path)
     later = [{**row, "step": 2, "reply": "of a step that was lost"} for row in rows[:16]]
     text = "".join(json.dumps(row) + "\n" for row in rows + later)
     (tmp_path / stored_replies.ROLLOUTS).write_text(text)
-    training.train_or_resume(make_trainer(tmp_path, max_steps=3), tmp_path)
+    resuming.train_or_resume(make_trainer(tmp_path, max_steps=3), tmp_path)
     resumed = stored_replies.load_rollouts(tmp_path)
     assert [row["step"] for row in resumed] == [step for step in range(4) for _ in range(16)]
     assert resumed[:32] == rows and "lost" not in str(resumed)
@@ -235,7 +237,7 @@ def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, make_trainer
         trainer = make_trainer(tmp_path / folder, **settings)
         trainer.add_callback(StopAfter(steps))
         record_prompts(trainer, drawn.setdefault(name, []))
-        training.train_or_resume(trainer, tmp_path / folder)
+        resuming.train_or_resume(trainer, tmp_path / folder)
         return trainer
 
     uninterrupted = train("uninterrupted", "uninterrupted", 8)
@@ -251,25 +253,25 @@ def test_a_pass_has_the_order_of_a_training_that_nobody_interrupts():
     stock = RepeatSampler(*arguments)
     for epoch in range(3):
         expected = list(stock)
-        sampler = training.EpochRepeatSampler(*arguments)
+        sampler = resuming.EpochRepeatSampler(*arguments)
         sampler.set_epoch(epoch)
         assert list(sampler) == list(sampler) == expected and len(sampler) == len(expected) == 24
-    ordered = training.EpochRepeatSampler(range(3), 1, shuffle=False)
+    ordered = resuming.EpochRepeatSampler(range(3), 1, shuffle=False)
     ordered.set_epoch(1)
     assert list(ordered) == [0, 1, 2]
 
 
 def test_the_sampler_of_several_processes_is_told_its_pass():
     """As it is after a kill in the middle of a pass, where transformers tells it nothing."""
-    sampler = training.EpochRepeatSampler(range(8), 2, seed=5)
+    sampler = resuming.EpochRepeatSampler(range(8), 2, seed=5)
     loader = accelerate.data_loader.prepare_data_loader(
         DataLoader(range(8), batch_size=2, sampler=sampler), num_processes=2, process_index=1,
         put_on_device=False)
-    training.SetSamplerEpoch().on_epoch_begin(
+    resuming.SetSamplerEpoch().on_epoch_begin(
         None, SimpleNamespace(epoch=1.25), None, train_dataloader=loader)
     rest = accelerate.skip_first_batches(loader, 1)
     rest.set_epoch(1)  # as transformers does
-    expected = training.EpochRepeatSampler(range(8), 2, seed=5)
+    expected = resuming.EpochRepeatSampler(range(8), 2, seed=5)
     expected.set_epoch(1)
     assert torch.cat(list(rest)).tolist() == torch.tensor(list(expected)).view(4, 2, 2)[
         1:, 1].flatten().tolist()
@@ -301,7 +303,7 @@ def test_killed_after_the_last_step_takes_no_step_more(tmp_path, make_trainer):
     uninterrupted = make_trainer(tmp_path)
     uninterrupted.train()
     resumed = make_trainer(tmp_path)
-    training.train_or_resume(resumed, tmp_path)
+    resuming.train_or_resume(resumed, tmp_path)
     assert resumed.state.global_step == 2
     check_same_training(uninterrupted, resumed)
     curves, expected = (grpo.training_curves(trainer.state.log_history)
@@ -384,7 +386,7 @@ def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
     """Weights in bfloat16, checkpointed layers, a reference: what the full profiles do on a GPU;
     the adapter learns in float32.
     """
-    as_on_a_gpu = models.Hardware("cpu", torch.bfloat16, False, "sdpa", "as on a GPU")
+    as_on_a_gpu = loading.Hardware("cpu", torch.bfloat16, False, "sdpa", "as on a GPU")
     trainer = make_trainer(tmp_path, hardware=as_on_a_gpu, beta=0.04, micro_replies=4,
                            gradient_accumulation_steps=2, gradient_checkpointing=True)
     trainer.train()
@@ -407,7 +409,7 @@ def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypa
     with pytest.raises(ValueError, match="image tokens but the images give"):
         PromptCache.get(cache, [replace(source, render=lambda: text)])
     no_image = [{"role": "user", "content": "no image here"}]
-    monkeypatch.setattr("mig_kit.engine.processors.chat_messages", lambda *_: no_image)
+    monkeypatch.setattr("mig_kit.models.processors.chat_messages", lambda *_: no_image)
     with pytest.raises(ValueError, match="has 0 places for its 2 images"):
         cache.get(samples[:2])
 

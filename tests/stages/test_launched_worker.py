@@ -15,9 +15,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from mig_kit.engine import jobs, training
 from mig_kit.pipeline import launchers
 from mig_kit.stages import launched_worker
+from mig_kit.training import jobs, resuming
 
 pytestmark = pytest.mark.slow
 TESTS = str(Path(launched.__file__).parent)
@@ -75,7 +75,7 @@ def check_same_training(folder, expected, processes):
 
 
 def losses(folder):
-    state = json.loads(Path(training.last_checkpoint(folder), "trainer_state.json").read_text())
+    state = json.loads(Path(resuming.last_checkpoint(folder), "trainer_state.json").read_text())
     return [row["loss"] for row in state["log_history"] if "loss" in row]
 
 
@@ -149,7 +149,7 @@ def test_killed_in_the_second_pass_and_started_again_it_trains_as_if_undisturbed
 
 def is_saved(folder, update):
     """Whether a checkpoint of that update, or of a later one, is complete."""
-    checkpoint = training.last_checkpoint(folder)
+    checkpoint = resuming.last_checkpoint(folder)
     return checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= update
 
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import merging, models, sample_prompts, training
+from mig_kit.models import loading, merging, sample_prompts
 from mig_kit.stages import merge, sft
+from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -16,7 +17,7 @@ BOX_FORMAT = BoxFormat()
 
 @pytest.mark.slow
 def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, monkeypatch):
-    lora = training.lora_config(4)
+    lora = resuming.lora_config(4)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     torch.manual_seed(1)
     for name, parameter in policy.model.named_parameters():
@@ -27,7 +28,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
                                four_bit=True)
     merged = merge.merge_for_comparison(random_folder, adapter, float32)
-    models.save_model(merged, policy.processor, tmp_path / "in memory", random_folder)
+    loading.save_model(merged, policy.processor, tmp_path / "in memory", random_folder)
     for file in sorted((tmp_path / "in memory").iterdir()):
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
     for saved in (folder, tmp_path / "in memory"):
@@ -49,7 +50,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
 
 @pytest.mark.slow
 def test_shards_hold_the_same_model(tmp_path, random_folder, float32, monkeypatch):
-    lora = training.lora_config(4)
+    lora = resuming.lora_config(4)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     policy.model.save_pretrained(tmp_path / "adapter")
     arguments = (random_folder, tmp_path / "adapter")
@@ -57,7 +58,7 @@ def test_shards_hold_the_same_model(tmp_path, random_folder, float32, monkeypatc
     monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
     merging.write_merged_model(*arguments, tmp_path / "many", float32, policy.processor, True)
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
-    one, many = (models.load_model(tmp_path / name, float32).state_dict()
+    one, many = (loading.load_model(tmp_path / name, float32).state_dict()
                  for name in ("one", "many"))
     assert all(torch.equal(weight, many[name]) for name, weight in one.items())
 
@@ -67,7 +68,7 @@ def test_adapter_of_another_model_is_refused(tmp_path, random_folder, float32, p
                torch.ones(2, 2),
                "base_model.model.model.language_model.layers.9.mlp.up_proj.lora_B.weight":
                torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
-    training.lora_config(2).save_pretrained(tmp_path)
+    resuming.lora_config(2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="give the base that the adapter was trained on"):
         merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
                                    four_bit=True)
@@ -98,10 +99,10 @@ def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
     """A tokenizer that has padded a batch writes that into its file: a stage that was resumed would
     leave another one.
     """
-    fresh, used = (models.load_processor(models.TINY_BASE, BOX_FORMAT) for _ in range(2))
+    fresh, used = (loading.load_processor(loading.TINY_BASE, BOX_FORMAT) for _ in range(2))
     used.tokenizer(["a", "a longer line"], padding=True, truncation=True, max_length=8)
-    models.save_model(random_model, fresh, tmp_path / "fresh", models.TINY_BASE)
-    models.save_model(random_model, used, tmp_path / "used", models.TINY_BASE)
+    loading.save_model(random_model, fresh, tmp_path / "fresh", loading.TINY_BASE)
+    loading.save_model(random_model, used, tmp_path / "used", loading.TINY_BASE)
     for name in sorted(path.name for path in (tmp_path / "fresh").iterdir()):
         fresh_file, used_file = (tmp_path / folder / name for folder in ("fresh", "used"))
         assert fresh_file.read_bytes() == used_file.read_bytes(), name

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mig_kit.engine import models
+from mig_kit.models import loading
 from mig_kit.stages import preflight
 
 
@@ -23,7 +23,7 @@ def test_expected_minutes_scale_with_the_machine():
         rows = preflight.predict_minutes(scale * preflight.REFERENCE_SECONDS)
         assert {row["stage"]: row["minutes"] for row in rows} == {
             stage: round(scale * cost, 1) for stage, (cost, _) in preflight.TINY_COST.items()}
-    assert 0 < preflight.time_reference_step(models.choose_hardware("float32"), 1) < 60
+    assert 0 < preflight.time_reference_step(loading.choose_hardware("float32"), 1) < 60
 
 
 def test_the_machine_is_described_even_where_no_run_exists_yet(tmp_path, monkeypatch):

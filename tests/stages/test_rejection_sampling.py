@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.engine import reply_files, sample_prompts, stored_replies
+from mig_kit.models import sample_prompts
 from mig_kit.prompts import format_answer
+from mig_kit.serving import reply_files, stored_replies
 from mig_kit.shared_prefix import generation
 from mig_kit.stages import rejection_sampling
 from mig_kit.stats import pass_at_k

@@ -2,8 +2,8 @@
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing import plots
-from mig_kit.engine.reward_loading import correct_reply
 from mig_kit.stages import report
+from mig_kit.training.reward_loading import correct_reply
 from mig_kit.world.suites import SUITES, make_suite
 from mig_kit.world.tasks import make_sample
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from bs4 import BeautifulSoup
 
 from mig_kit.boxes import BoxFormat, to_model_box
-from mig_kit.engine.reward_loading import score_functions
 from mig_kit.prompts import correct_answer, format_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.stages import report, report_gallery
 from mig_kit.stages.report_gallery import classify_outcome, gallery_html, pick_gallery
+from mig_kit.training.reward_loading import score_functions
 from mig_kit.world.suites import iter_free_form, make_suite
 from mig_kit.world.tasks import make_sample
 

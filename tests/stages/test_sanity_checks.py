@@ -11,9 +11,10 @@ import torch
 from peft import get_peft_model
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import models, training
+from mig_kit.models import loading
 from mig_kit.rewards import REWARDS
 from mig_kit.stages import sanity_checks, sft, synthesize
+from mig_kit.training import resuming
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -100,7 +101,7 @@ def test_planted_figures_stop_it(row, sentence):
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_the_trainer(tmp_path, random_folder, float32, lesson,
                                                          stage_params):
-    lora = training.lora_config(4)
+    lora = resuming.lora_config(4)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     params = stage_params("02_sft", num_train_epochs=2.0, per_device_train_batch_size=10,
                           gradient_accumulation_steps=1, warmup_steps=1)
@@ -123,7 +124,7 @@ def test_boxes_in_other_coordinates_are_noticed(lesson):
 @pytest.mark.slow
 def test_swapped_images_are_noticed_by_a_model_that_sees(lesson, float32):
     samples, replies = lesson
-    policy = models.load_policy(models.TINY_BASE, float32, BOX_FORMAT)
+    policy = loading.load_policy(loading.TINY_BASE, float32, BOX_FORMAT)
     result = sanity_checks.check_model_uses_images(policy, samples, replies)
     assert result["pairs"] > 30 and result["gap"] > 3 * result["error"]
     # images of another sample of the same task
@@ -169,13 +170,13 @@ def test_a_start_that_earns_nothing_is_said_before_the_first_update(lesson, rand
 
 @pytest.mark.slow
 def test_adapters_and_four_bit_folders_are_not_evaluated(tmp_path, random_folder, float32):
-    model = models.load_model(random_folder, float32, four_bit=True)
+    model = loading.load_model(random_folder, float32, four_bit=True)
     model.save_pretrained(tmp_path / "four_bit")
     for name in ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json"):
         (tmp_path / "four_bit" / name).write_bytes((random_folder / name).read_bytes())
     with pytest.raises(ValueError, match="holds quantised weights"):
-        models.load_model(tmp_path / "four_bit", float32)
+        loading.load_model(tmp_path / "four_bit", float32)
     torch.manual_seed(0)
-    get_peft_model(model, training.lora_config(4)).save_pretrained(tmp_path / "adapter")
+    get_peft_model(model, resuming.lora_config(4)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="holds an adapter, not a model; merge it"):
-        models.load_model(tmp_path / "adapter", float32)
+        loading.load_model(tmp_path / "adapter", float32)

@@ -12,12 +12,12 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import training
 from mig_kit.image_files import image_digests
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Trace, write_samples
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 from mig_kit.stages import sft, synthesize
+from mig_kit.training import resuming
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -45,7 +45,7 @@ def collate_as_trl(policy, samples, replies):
 def load_policy(random_folder, float32):
     """Call it for the random model in 4 bit with a fresh adapter."""
     def load(hardware=float32, folder=random_folder, box_format=BOX_FORMAT):
-        return sft.load_qlora_policy(folder, hardware, box_format, training.lora_config(4), 0)
+        return sft.load_qlora_policy(folder, hardware, box_format, resuming.lora_config(4), 0)
 
     return load
 
@@ -78,7 +78,7 @@ def test_loss_falls_and_only_the_adapter_moves(tmp_path, relatives, random_folde
     trainer = sft.sft_trainer(policy, samples, replies, tmp_path, params)
     before = {name: parameter.detach().clone()
               for name, parameter in trainer.model.named_parameters() if "visual" in name}
-    training.train_or_resume(trainer, tmp_path)
+    resuming.train_or_resume(trainer, tmp_path)
     curve = sft.loss_curve(trainer.state.log_history)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
     after = dict(trainer.model.named_parameters())
@@ -258,14 +258,14 @@ def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, make_trainer
     settings = {"num_train_epochs": 2.0, "per_device_train_batch_size": 5, "save_steps": 3,
                 "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
     uninterrupted = make_trainer(tmp_path / "uninterrupted", **settings)
-    training.train_or_resume(uninterrupted, tmp_path / "uninterrupted")
+    resuming.train_or_resume(uninterrupted, tmp_path / "uninterrupted")
     first = make_trainer(tmp_path / "cut", **settings)
     first.add_callback(StopAfter(3))
     first.train()
     resumed = make_trainer(tmp_path / "cut", **settings)
     taken, step = [], resumed.training_step
     resumed.training_step = lambda *given, **more: taken.append(1) or step(*given, **more)
-    training.train_or_resume(resumed, tmp_path / "cut")
+    resuming.train_or_resume(resumed, tmp_path / "cut")
     assert len(taken) == 2, "one update of two steps is left"
     assert resumed.state.global_step == uninterrupted.state.global_step == 4
     expected = dict(uninterrupted.model.named_parameters())
@@ -298,8 +298,8 @@ def test_newest_complete_checkpoint(tmp_path):
     cut = tmp_path / "checkpoints" / "checkpoint-30"
     cut.mkdir()
     (cut / "trainer_state.json").write_text('{"global_step": 3')
-    assert training.last_checkpoint(tmp_path).endswith("checkpoint-20")
-    assert training.last_checkpoint(tmp_path / "none") is None
+    assert resuming.last_checkpoint(tmp_path).endswith("checkpoint-20")
+    assert resuming.last_checkpoint(tmp_path / "none") is None
 
 
 def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer):
@@ -317,17 +317,17 @@ def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path, monkeypatch):
     for name in variables:
         monkeypatch.setenv(name, "unset afterwards")
         monkeypatch.delenv(name)
-    assert training.tracker_arguments("none", tmp_path) == {"report_to": "none"}
+    assert resuming.tracker_arguments("none", tmp_path) == {"report_to": "none"}
     assert not {*variables} & {*os.environ}
-    assert training.tracker_arguments("wandb", tmp_path / "02_sft.new-1")["report_to"] == "wandb"
+    assert resuming.tracker_arguments("wandb", tmp_path / "02_sft.new-1")["report_to"] == "wandb"
     assert [os.environ[name] for name in variables] == [
         str(tmp_path), str(tmp_path / "tensorboard" / "02_sft")], "not in the clone"
 
 
 def test_the_time_left_follows_the_last_steps(monkeypatch, capsys):
     """Ten steps beside a busy process took a minute each; then it ended, and one takes a second."""
-    lines, now = training.ProgressLines(("loss",)), 0.0
-    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    lines, now = resuming.ProgressLines(("loss",)), 0.0
+    monkeypatch.setattr(resuming.time, "monotonic", lambda: now)
     for step in range(1, 41):
         now += 60.0 if step <= 10 else 1.0
         state = SimpleNamespace(global_step=step, max_steps=100, is_world_process_zero=True)
@@ -335,7 +335,7 @@ def test_the_time_left_follows_the_last_steps(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert "step 10/100: loss 0.500; 90.0 min left" in printed
     assert printed[-1] == "step 40/100: loss 0.500; 1.0 min left"
-    short = training.ProgressLines(("loss",))
+    short = resuming.ProgressLines(("loss",))
     short.on_train_begin(None, SimpleNamespace(global_step=0), None)
     now += 60.0
     short.on_log(None, SimpleNamespace(global_step=1, max_steps=3, is_world_process_zero=True),

@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.engine import merging, models, sample_prompts, training
+from mig_kit.models import loading, merging, sample_prompts
 from mig_kit.sample import write_samples
 from mig_kit.shared_prefix import decoding, generation
 from mig_kit.shared_prefix import trainer as trainer_module
 from mig_kit.stages import grpo, sft
+from mig_kit.training import resuming
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -27,7 +28,7 @@ SETTINGS = {
 @pytest.fixture
 def adapter(tmp_path, random_folder, float32):
     """The folder of an adapter that changes the random model, as 02 leaves it."""
-    lora = training.lora_config(4, 0.1)
+    lora = resuming.lora_config(4, 0.1)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
     torch.manual_seed(1)
     for name, parameter in policy.model.named_parameters():
@@ -83,7 +84,7 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
     start = grpo.resolve_start(params(start_from="adapter"), tmp_path, adapter)
 
     def read_logps(model):
-        processor = models.load_processor(random_folder, BOX_FORMAT)
+        processor = loading.load_processor(random_folder, BOX_FORMAT)
         return torch.cat(sample_prompts.reply_logps(model, processor, samples[:3], replies,
                                                     BOX_FORMAT))
 
@@ -91,7 +92,7 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
     trained = [name for name, parameter in policy.model.named_parameters()
                if parameter.requires_grad]
     assert len(trained) == 28 and all("lora_" in name for name in trained)
-    fresh = PeftModel.from_pretrained(models.load_model(random_folder, float32, four_bit=True),
+    fresh = PeftModel.from_pretrained(loading.load_model(random_folder, float32, four_bit=True),
                                       adapter)
     decoding.train_mode_for_4bit_layers(fresh.eval())
     decoding.train_mode_for_4bit_layers(policy.model.eval())
@@ -103,7 +104,7 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
     after = read_logps(policy.model)
     merging.write_merged_model(random_folder, folder / "adapter", folder / "model", float32,
                                policy.processor, four_bit=True)
-    merged = read_logps(models.load_model(folder / "model", float32))
+    merged = read_logps(loading.load_model(folder / "model", float32))
     assert (merged - after).abs().mean() < 1e-3
     assert (after - before).abs().mean() > 5 * (merged - after).abs().mean()
 
@@ -111,7 +112,7 @@ def test_it_goes_on_with_the_adapter_on_the_4_bit_base(tmp_path, params, adapter
 @pytest.mark.slow
 def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, adapter, random_folder, float32,
                                             monkeypatch):
-    policy = models.load_adapter_policy(random_folder, adapter, float32, BOX_FORMAT)
+    policy = loading.load_adapter_policy(random_folder, adapter, float32, BOX_FORMAT)
     assert policy.model.peft_config["default"].lora_dropout == 0.0
     samples = [make_sample("diff", "rl", i) for i in range(2)]
     trainer = grpo.grpo_trainer(policy, samples, tmp_path, params(start_from="adapter"))

@@ -1,0 +1,225 @@
+"""`mig-kit eval` and `mig-kit ground`: ask any model, a run's or another's."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.common import suggest_word, write_json_lines
+from mig_kit.pipeline.run_facts import RunModel, find_run_model
+from mig_kit.pipeline.run_folders import list_runs
+from mig_kit.pipeline.store import stale_notes
+
+
+def absolute_folder(model: str) -> str:
+    """A folder that is named from where the command is given; anything else as it is."""
+    path = Path(model)
+    return str(path.absolute()) if path.is_dir() and model != "tiny" else model
+
+
+def find_model(model: str, coordinates: str | None, min_pixels: int | None,
+               max_pixels: int | None, server: str = "") -> RunModel:
+    """What --model names, with its box format; options change that of a folder or hub name.
+
+    With a server, a name that the kit cannot load becomes a ServedName, which needs --coordinates.
+    """
+    from mig_kit.models import loading
+    from mig_kit.models.model_folders import (
+        FAMILIES,
+        ServedName,
+        check_model_folder,
+        read_model_type,
+    )
+    from mig_kit.models.processors import read_box_format
+    from mig_kit.openai_client import parse_server
+
+    options = {"coordinates": coordinates, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    options = {name: value for name, value in options.items() if value is not None}
+    is_run = {model.partition("/")[0], Path(model).name} & list_runs()
+    run_model = find_run_model(model) if is_run or not server else None
+    if run_model is not None:
+        for name, value in options.items():
+            if value != (own := getattr(run_model.box_format, name)):
+                raise ValueError(f"the run's model has the {name} {own}; leave "
+                                 f"--{name.replace('_', '-')} out, or name the model's folder")
+        notes = stale_notes(run_model.stage, run_model.run_id) if run_model.stage else []
+        click.echo("\n".join(f"warning: {note}" for note in notes), nl=bool(notes), err=True)
+        return run_model
+    folder = loading.resolve_model(absolute_folder(model))
+    # a server that runs already has the model, and the hub may be out of reach
+    if server and read_model_type(folder, not parse_server(server)) not in FAMILIES:
+        if coordinates is None:
+            hint = suggest_word(model, list_runs())
+            raise ValueError(f"only the server knows the model {model}{hint and f' ({hint})'}; say "
+                             "with --coordinates how it writes boxes: normalized_1000, or "
+                             "absolute for pixels of the image that is sent")
+        box_format = BoxFormat(**options)
+        click.echo(f"{model} is asked through its server alone, with {box_format.description}: "
+                   "its prompts are not compared with the kit's", err=True)
+        return RunModel(ServedName(folder), box_format, {})
+    check_model_folder(folder)
+    own = read_box_format(folder)
+    box_format = replace(own, **options)
+    its_own = f" (its own: {own.description})" if box_format != own else ""
+    too_large = box_format.max_pixels > BoxFormat.max_pixels and not its_own
+    advice = "; a lower --max-pixels takes less time and memory" if too_large else ""
+    click.echo(f"{model} is asked with {box_format.description}{its_own}{advice}", err=True)
+    return RunModel(folder, box_format, {})
+
+
+def model_options(command):
+    """The options that name a model and how it sees images."""
+    options = [
+        click.option("--model", required=True,
+                     help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny, or a "
+                          "folder or hub name of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5; "
+                          "with --server also another model's name there."),
+        click.option("--coordinates", type=click.Choice(["absolute", "normalized_1000"]),
+                     help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
+                          "(the other families); the model's own if left out."),
+        click.option("--min-pixels", type=click.IntRange(3136),
+                     help="Smaller images are enlarged to so many pixels; the model's own if left "
+                          "out."),
+        click.option("--max-pixels", type=click.IntRange(3136),
+                     help="Larger images are shrunk to so many; the model's own if left out.")]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("eval")
+@model_options
+@click.option("--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="A LoRA adapter of that model, merged into it first.")
+@click.option("--four-bit", is_flag=True, help="The adapter was trained on 4-bit weights (QLoRA).")
+@click.option("--suite", default="drawn", show_default=True,
+              help="drawn, own, or mig_bench, lisa, revos, ref_l4, blink, mmiu.")
+@click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Own data (a JSONL, or a run's 01_synthesize/val.parquet: its held-out part), "
+                   "or the benchmark's annotation file.")
+@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="The folder that FILE's image names are relative to; else FILE's own.")
+@click.option("--limit", default=0, type=click.IntRange(0),
+              help="Only the first so many questions of every task; of own data, of the file.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="Folder for replies, predictions and scores; goes on where it stopped.")
+@click.option("--compare", multiple=True,
+              type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="The --out of another model: one table, and the paired difference; repeat.")
+@click.option("--items", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write a line a question here: its values, what was read, wins and losses.")
+@click.option("--server", default="", help="Draws the replies: addresses, or a command with "
+                                           "{model} and {port}.")
+@click.option("--concurrency", default=16, show_default=True, type=click.IntRange(1),
+              help="Requests under way at the servers.")
+@click.option("--max-new-tokens", type=click.IntRange(1),
+              help="Longest reply: 128, or what the run's 06 has; a model that reasons at length "
+                   "needs 1024.")
+@click.option("--dtype", help="auto, float32 or bfloat16: auto, or what the run's 06 has.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda or cpu.")
+def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
+                 images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
+                 items: Path | None, coordinates: str | None, min_pixels: int | None,
+                 max_pixels: int | None, device: str, **params) -> None:
+    """Ask MODEL all questions of a suite and score its replies by two protocols."""
+    _check_words(suite, file, images, adapter, four_bit)
+    if items and (not items.parent.is_dir() or items.exists() and items in (
+            file, *(out / name for name in ("predictions.jsonl", "eval.json", "settings.json")))):
+        raise ValueError(f"{items} cannot be written; name a new file in a folder that exists")
+    from mig_kit.models import loading  # seconds, which wrong words need not wait for
+    from mig_kit.models.adapters import check_adapter_base
+    from mig_kit.models.model_folders import ServedName
+    from mig_kit.stages import eval_model
+
+    others = {str(folder): eval_model.read_result(folder) for folder in compare}
+    run_model = find_model(model, coordinates, min_pixels, max_pixels, params["server"])
+    if adapter and isinstance(run_model.folder, ServedName):
+        raise ValueError("--adapter is merged into a model that the kit loads; have the server "
+                         "load it, and give --model the adapter's name there")
+    if adapter and (remark := check_adapter_base(adapter, run_model.folder, four_bit)):
+        click.echo(f"warning: {remark}", err=True)
+    chosen = {name: value for name, value in params.items() if value is not None}
+    of_run = {name: value for name, value in run_model.evaluation.items()
+              if name in eval_model.DEFAULTS}
+    settings = eval_model.DEFAULTS | of_run | chosen
+    sizes = {name: settings.pop(name) for name in eval_model.DRAWN_SIZES}
+    hardware = loading.choose_hardware(settings.pop("dtype"), device)
+    task = eval_model.Task(suite, file, images or (file.parent if file else None), limit, sizes)
+    result = eval_model.evaluate_model(run_model, task, hardware, out,
+                                       SimpleNamespace(**settings, seed=0, replies=0),
+                                       adapter, four_bit)
+    for text in eval_model.result_tables({str(out): result, **others}):
+        click.echo(text)
+    if items:
+        write_json_lines(items, eval_model.item_rows(out, others))
+
+
+def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Path | None,
+                 four_bit: bool) -> None:
+    """ValueError for words of `eval` that do not go together."""
+    from mig_kit.score.run_benchmark import RUNNABLE
+
+    suites = ("drawn", "own", *RUNNABLE)
+    if suite not in suites:
+        reason = (" (MC-Bench and OdinW ask for every box with a score, which no reply holds: "
+                  "mig-kit score judges finished predictions on them)"
+                  if suite in ("mc_bench", "odinw") else "")
+        raise ValueError(f"no suite '{suite}'; use one of {', '.join(suites)}{reason}")
+    if suite == "drawn" and (file or images):
+        raise ValueError("--suite drawn has no --file and no --images; leave them out, or name the "
+                         "suite of the file")
+    if suite != "drawn" and file is None:
+        raise ValueError(f"--suite {suite} needs a --file: its questions")
+    if four_bit and adapter is None:
+        raise ValueError("--four-bit says how the --adapter was trained; give one, or leave it out")
+
+
+@click.command()
+@model_options
+@click.option("--image", "images", multiple=True, required=True, type=click.Path(),
+              help="An image; repeat in order.")
+@click.option("--all", "find_all", is_flag=True,
+              help="Ask for all boxes, or none: for models trained on such questions.")
+@click.option("--out", default="grounded.png", show_default=True,
+              help="Where the image with the box goes.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.argument("question")
+def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_new_tokens: int,
+           coordinates: str | None, min_pixels: int | None, max_pixels: int | None,
+           question: str) -> None:
+    """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
+    from mig_kit.image_files import BadImage, open_rgb
+
+    opened = []
+    for path in images:
+        try:
+            opened.append(open_rgb(Path(path)))
+        except BadImage as error:
+            raise ValueError(f"--image {path}: {error}") from error
+
+    from mig_kit.drawing.pictures import draw_sample
+    from mig_kit.models import loading
+    from mig_kit.prompts import parse_reply, reply_boxes_in_original
+    from mig_kit.sample import Sample
+    from mig_kit.score.own import read_freely
+    from mig_kit.serving import reply_files
+
+    run_model = find_model(model, coordinates, min_pixels, max_pixels)
+    box_format = run_model.box_format
+    policy = loading.load_policy(run_model.folder, loading.choose_hardware(), box_format)
+    sample = Sample("ground", "", "", "", tuple(opened), question, find_all=find_all)
+    reply = reply_files.greedy_replies(policy, [sample], max_new_tokens)[0]
+    read_reply = read_freely(reply, sample)
+    boxes = reply_boxes_in_original(sample, read_reply, box_format)
+    click.echo(f"reasoning: {parse_reply(read_reply).thinking or '-'}")
+    if not boxes:
+        click.echo(f"no box; the model said: {reply}")
+        return
+    for number, box in boxes:
+        click.echo(f"image: {number} ({images[number - 1]})")
+        numbers = ", ".join(f"{value:.0f}" for value in box)
+        click.echo(f"box: {numbers} (xyxy, pixels of that image)")
+    draw_sample(sample, read_reply, box_format, 320).save(Path(out))
+    click.echo(f"image: {out}")

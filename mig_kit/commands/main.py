@@ -1,0 +1,311 @@
+"""The entry point `mig-kit` and the commands about runs."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from mig_kit import LATE
+from mig_kit.commands.ask import absolute_folder, eval_command, ground
+from mig_kit.commands.data import data
+from mig_kit.commands.score import score_command
+from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
+from mig_kit.pipeline import attempts, store
+from mig_kit.pipeline.failures import describe_os_error
+from mig_kit.pipeline.params import describe_edits, profile_params
+from mig_kit.pipeline.run_folders import list_runs, remove_run, require_no_branches, require_runs
+
+
+def main() -> None:
+    """Entry point: bad input ends with one sentence, not with a traceback."""
+    # bench measures in this process, whose heap heeds its environment only from its start
+    if LATE and sys.argv[1:2] == ["bench"]:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    try:
+        if code := cli(standalone_mode=False):
+            sys.exit(code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        if sys.argv[1:2] == ["rm"]:
+            sys.exit("interrupted; mig-kit status shows what is left of the run")
+        words = "the same command without --force" if "--force" in sys.argv else "the same command"
+        sys.exit(f"interrupted; {words} goes on where this one stopped")
+    except ModuleNotFoundError as error:
+        extra = "eval" if sys.argv[1:2] in (["score"], ["data"], ["eval"], ["ground"]) else (
+            "notebooks")
+        sys.exit(f"mig-kit: {error.name} is not installed; what this needs comes with: "
+                 f"pip install 'mig-kit[{extra}]'")
+    except OSError as error:
+        sys.exit(f"mig-kit: {describe_os_error(error)}")
+    except (ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:
+        sys.exit(f"mig-kit: {error.args[0] if error.args else error}")
+
+
+@click.group()
+@click.version_option(package_name="mig-kit", prog_name="mig-kit")
+def cli() -> None:
+    """mig-kit: multi-image visual grounding by reinforcement learning."""
+
+
+def stage_name(text: str) -> str:
+    """A stage from its number or name ("5", "05", "grpo", "05_grpo")."""
+    for stage in store.STAGES:
+        if text in (stage, stage[3:]) or text.zfill(2) == stage[:2]:
+            if not (NOTEBOOKS / f"{stage}.ipynb").is_file():
+                raise click.UsageError(f"{stage} comes with a clone of the repository alone")
+            return stage
+    raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(store.STAGES)}")
+
+
+@cli.command()
+@click.argument("stages", nargs=-1)
+@click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
+@click.option("--run-id", default="",
+              help="Folder under runs/; default with the profile tiny, else the profile's name.")
+@click.option("--from", "source", default="", metavar="RUN",
+              help="Take the stages before STAGES from this run, by reference.")
+@click.option("--seeds", default="", metavar="0,1,2",
+              help="Run once per seed; {seed} in --run-id, --from and -p stands for its number.")
+@click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="Set a parameter in every stage that has it.")
+@click.option("--force", is_flag=True, help="Run even what is up to date, another profile's run, "
+                                            "and what builds on a stale stage.")
+def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: str, overrides,
+        force: bool) -> None:
+    """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
+    from mig_kit.pipeline.execute import run_plans
+    from mig_kit.pipeline.plan import parse_seeds, plan_runs
+
+    run_id = run_id or (store.DEFAULT_RUN if profile == "tiny" else profile)
+    plans = plan_runs([stage_name(text) for text in stages], profile, run_id, source,
+                      parse_seeds(seeds) if seeds else [], overrides)
+    files = set()
+    for plan in plans:
+        p = plan.params.get("01_synthesize", {"data": "scenes"})
+        if p["data"] != "scenes" and not store.is_up_to_date("01_synthesize", plan.run_id, p):
+            path = PROJECT_ROOT / p["data"]
+            files.add((path, PROJECT_ROOT / (p["image_root"] or path.parent)))
+    for path, root in files:
+        from mig_kit.data.own_data import require_correct_lines  # a moment
+
+        require_correct_lines(path, root)
+    run_plans(plans, force)
+    for plan in plans:
+        if "07_report" in plan.params:
+            report = store.runs_root() / plan.run_id / "07_report" / "report.html"
+            click.echo(f"report: {report}")
+        if "06_evaluate" in plan.params:
+            from mig_kit.stages.evaluated_runs import compare_with_readme  # imports torch
+
+            if line := compare_with_readme(plan.run_id):
+                click.echo(line)
+
+
+@cli.command()
+@click.argument("run_id", required=False)
+@click.option("--verify", is_flag=True, help="Hash all files: exit code 1 where one is damaged.")
+@click.option("--why", is_flag=True, help="Say why a stage is stale, that is would run again.")
+def status(run_id: str | None, verify: bool, why: bool) -> None:
+    """What has finished in a run, or in all runs, with the greedy scores (percent); a branch stands
+    below the run that it starts from.
+    """
+    from mig_kit.pipeline.status import damaged_files, run_lines, run_tree
+
+    if run_id:
+        require_runs(run_id)
+    is_damaged = False
+    for name, depth in [(run_id, 0)] if run_id else run_tree():
+        damaged = damaged_files(name) if verify else []
+        is_damaged |= bool(damaged)
+        for line in damaged:
+            click.echo(line)
+        for line in run_lines(name, why):
+            click.echo("  " * depth + line)
+        if verify and not damaged:
+            click.echo("  every file is what its stage wrote")
+    if not run_id and not list_runs():
+        click.echo(f"no run in {store.runs_root()} yet; mig-kit run makes one, all stages in some "
+                   "20 minutes, and mig-kit run --profile smoke tries them in a few")
+    for stage in store.RECIPE:
+        if edits := describe_edits(stage, profile_params(stage)):
+            click.echo(f"edited in notebooks/{stage}.ipynb: {edits}")
+    sys.exit(int(is_damaged))
+
+
+@cli.command()
+@click.argument("run_id")
+@click.argument("stage", required=False)
+def restore(run_id: str, stage: str | None) -> None:
+    """Bring back what the last command replaced in RUN_ID, or what STAGE replaced; the same command
+    undoes it.
+    """
+    restored = attempts.restore(run_id, stage_name(stage) if stage else "")
+    for name in restored:
+        record = store.require_record(name, run_id, name)
+        click.echo(f"{name}: that of {record['started'].replace('T', ' ')[:16]} UTC is back; "
+                   f"{record.get('summary') or 'no summary'}")
+    for name in store.STAGES:
+        if name not in restored and (store.runs_root() / run_id / f"{name}.before").is_dir():
+            click.echo(f"{name} keeps what another command replaced: mig-kit restore {run_id} "
+                       f"{name[:2]}")
+
+
+@cli.command()
+@click.argument("run_id")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(run_id: str, yes: bool) -> None:
+    """Delete the run RUN_ID with all its stages, unless branches start from it."""
+    require_no_branches(run_id)
+    folder = store.runs_root() / run_id
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+    if not yes and not click.confirm(f"delete {folder}, {size:.0f} MB?"):
+        return click.echo("nothing removed")
+    remove_run(run_id)
+    click.echo(f"removed: run '{run_id}'")
+
+
+@cli.command("params")
+@click.argument("stage")
+@click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
+def params_command(stage: str, profile: str) -> None:
+    """All parameters of STAGE, their values in a profile and what they mean."""
+    from mig_kit.pipeline.joint_rules import params_text
+
+    click.echo(params_text(stage_name(stage), profile))
+
+
+@cli.command()
+@click.argument("run_a")
+@click.argument("run_b")
+@click.option("--all", "with_metrics", is_flag=True, help="All metrics, not the scores alone.")
+def diff(run_a: str, run_b: str, with_metrics: bool) -> None:
+    """What differs between two runs: parameters, inputs, versions, machine and scores."""
+    from mig_kit.pipeline import status
+
+    rows = status.list_differences(run_a, run_b)
+    click.echo("\n".join(status.format_differences(rows, run_a, run_b, with_metrics)))
+
+
+@cli.command("lessons")
+@click.argument("run_ids", nargs=-1, required=True)
+@click.option("--out", default="notebooks/guide/lessons", show_default=True,
+              type=click.Path(file_okay=False, path_type=Path), help="Folder of the pages.")
+def lessons_command(run_ids: tuple[str, ...], out: Path) -> None:
+    """The executed notebooks of RUN_IDS as pages for a repository's web view; a notebook that the
+    first run does not have is taken from the next. The README's question.png, which 07 has drawn,
+    goes into the folder above.
+    """
+    from mig_kit.pipeline import lesson_pages
+
+    require_runs(*run_ids)
+    for stage, origin in lesson_pages.write_lessons(list(run_ids), out).items():
+        click.echo(f"{stage:<24}{origin}")
+
+
+@cli.command()
+@click.argument("run_ids", nargs=-1)
+@click.option("--group", "groups", multiple=True, metavar="NAME=RUN,RUN",
+              help="Runs that count as one, such as the seeds of a variant; repeat.")
+@click.option("--reference", default="", help="The group that the others are compared with.")
+@click.option("--system", default="grpo", show_default=True,
+              type=click.Choice(["grpo", "sft", "base", "sft_long"]),
+              help="Whose scores are compared; sft_long: the SFT models of the control runs that "
+                   "06 had (control_run).")
+@click.option("--format", "form", default="md", show_default=True,
+              type=click.Choice(["md", "csv", "latex"]))
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),
+              help="Draw the scores here: a .png, .pdf or .svg.")
+@click.option("--differences", is_flag=True,
+              help="With --figure, draw the differences to the reference, not the scores.")
+def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, system: str,
+          form: str, figure: Path | None, differences: bool) -> None:
+    """Runs, or groups of runs, side by side: scores, differences and their intervals.
+
+    A run that is named without a group is a group of its own; a file of a recorded run takes the
+    place of a run.
+    """
+    from mig_kit.drawing import plots
+    from mig_kit.pipeline.joint_rules import parse_groups
+    from mig_kit.stages import compare
+
+    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
+    if differences and not figure:
+        raise ValueError("--differences says what --figure draws; add --figure FILE, or leave it "
+                         "out: the tables have the differences")
+    by_group = parse_groups([*groups, *run_ids])
+    require_runs(*(name for members in by_group.values() for name in members
+                   if not name.endswith(".json")))
+    result = compare.compare_groups(by_group, reference, system)
+    drawn = compare.figure_rows(result, differences) if figure else []
+    click.echo(compare.render_table(result, form))
+    if form == "csv":  # the other forms have the notes below the tables
+        click.echo("\n".join(result["notes"]), nl=bool(result["notes"]), err=True)
+    if figure:
+        plots.set_style()
+        reference = result["reference"] if differences else ""
+        plots.plot_groups(drawn, system, reference).savefig(figure, bbox_inches="tight")
+        click.echo(f"figure: {figure}", err=True)
+
+
+@cli.command()
+@click.argument("run_ids", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="Write RUN.json of every run into this folder.")
+def record(run_ids: tuple[str, ...], out: Path) -> None:
+    """Keep what `table` reads of RUNS as small files, which take the place of the runs in it."""
+    from mig_kit.stages.evaluated_runs import record_run
+
+    require_runs(*run_ids)
+    for run_id in run_ids:
+        click.echo(f"recorded: {record_run(run_id, out)}")
+
+
+@cli.command()
+@click.option("--model", default="tiny", show_default=True, help="tiny, or a Qwen2.5-VL folder.")
+@click.option("--images", default=6, show_default=True, type=click.IntRange(1, 8),
+              help="Images of a prompt.")
+@click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960),
+              help="Side of an image, pixels.")
+@click.option("--group", default=8, show_default=True, type=click.IntRange(2),
+              help="Replies to a prompt, G.")
+@click.option("--reply", "tokens", default=64, show_default=True, type=click.IntRange(2),
+              help="Tokens of a reply, R.")
+@click.option("--prompts", default=4, show_default=True, type=click.IntRange(1),
+              help="Prompts of a step; fewer need less memory.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1),
+              help="Turns of either side.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write the figures here.")
+def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -> None:
+    """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection
+    sampling, evaluation.
+    """
+    import tempfile
+
+    if out and not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
+    from mig_kit.lab import benchmark, utilisation
+    from mig_kit.lab.workload import Workload
+    from mig_kit.models import loading
+
+    hardware, workload = loading.choose_hardware(dtype), Workload(**load)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result = benchmark.run_headline(loading.resolve_model(absolute_folder(model)), hardware,
+                                        workload, folder / "headline", repeats)
+        if hardware.device == "cpu":
+            wide = utilisation.save_random_model(folder / "wide", hidden=2048)
+            result["utilisation"] = utilisation.measure_utilisation(
+                wide, hardware, workload, folder / "utilisation", repeats)
+    click.echo(benchmark.headline_text(result, workload))
+    if out:
+        write_json(out, result)
+
+
+for command in (score_command, eval_command, ground, data):
+    cli.add_command(command)

@@ -1,1 +1,0 @@
-"""Models, shared-prefix generation and log-probabilities, and training that resumes."""

@@ -1,0 +1,1 @@
+"""Folder to policy: processors, weights, adapters and their merge, tokenized prompts."""

@@ -1,0 +1,321 @@
+"""Models and processors: loading, checking and saving.
+
+One place decides device, dtype and attention, and says why. Qwen2.5-VL, Qwen2-VL, Qwen3-VL and
+Qwen3.5 load here. Only safetensors are read, and no code of a model folder is ever run.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.common import apply_umask, model_folder, release_memory
+from mig_kit.models.adapters import check_adapter_base
+from mig_kit.models.model_folders import (
+    FAMILIES,
+    VisionLanguageModel,
+    check_model_folder,
+    copy_unchanged_files,
+    load_config,
+)
+from mig_kit.models.processors import StillImageProcessor, load_processor
+from mig_kit.shared_prefix import attention
+from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
+
+TINY_BASE = model_folder("tiny")
+TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
+
+# LoRA goes on projections of the language model and nowhere else. A list of names such as
+# "gate_proj" would also land in the vision tower, whose MLP uses the same names, hence regular
+# expressions over full module paths. in_proj_* and out_proj are those of linear attention, whose
+# in_proj_a and in_proj_b have as few outputs as heads. Fused experts get no adapter.
+_MIXERS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
+ADAPTED_PROJECTIONS = {
+    "all": (*_MIXERS, "gate_proj", "up_proj", "down_proj"),
+    "attention": _MIXERS,
+    "gate_up": ("gate_proj", "up_proj"),
+}
+LORA_TARGETS = {name: rf".*language_model\..*\.({'|'.join(projections)})"
+                for name, projections in ADAPTED_PROJECTIONS.items()}
+
+# Never 4-bit. The tower needs its full path: plain "visual" is ignored and the tower quantised.
+FULL_PRECISION_MODULES = ["model.visual", "lm_head"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and in which numbers to compute; autocast: bf16 products over float32 weights."""
+
+    device: str
+    dtype: torch.dtype
+    autocast: bool
+    attention: str
+    reason: str
+
+
+def settle_vector_math() -> None:
+    """Let MKL choose the code of its vector functions now, on one thread."""
+    # If two threads make the first call at once, one of them now and then gets a cosine that is
+    # correct to four digits only: 22 of 1,030 fresh processes saw other image features.
+    torch.cos(torch.ones(8))
+
+
+def fast_bf16_instructions() -> str:
+    """The instructions of this CPU that multiply bf16 numbers faster than float32, or ""."""
+    capabilities = torch.cpu.get_capabilities()
+    is_intel = "Intel" in capabilities.get("cpu_name", "")
+    # looked up, not timed: a busy machine would now and then choose another dtype, and with it
+    # other digits; a Xeon without AMX multiplies bf16 at 0.6 of its float32 rate
+    fast = ("amx_bf16",) if is_intel else ("amx_bf16", "avx512_bf16")
+    return next((name for name in fast if capabilities.get(name)), "")
+
+
+def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
+    """Decide device, dtype and attention once; `reason` is one sentence for the log.
+
+    dtype: "auto" (bf16 products where they are faster), "float32" or "bfloat16". device: "auto" (a
+    GPU if there is one), "cuda" or "cpu". ValueError for other words, RuntimeError if PyTorch sees
+    no GPU for "cuda".
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"device is '{device}'; use auto, cuda or cpu")
+    settle_vector_math()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} sees no GPU, and device is 'cuda'; check the driver with "
+            "nvidia-smi, or set device to cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        return _choose_on_gpu(dtype)
+    return _choose_on_cpu(dtype)
+
+
+def _choose_on_gpu(dtype: str) -> Hardware:
+    name = torch.cuda.get_device_name()
+    if dtype == "float32":
+        return Hardware("cuda", torch.float32, False, "sdpa", "a GPU, float32 by parameter")
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Hardware("cuda", torch.bfloat16, False, "sdpa", f"{name}: weights in bfloat16")
+    reason = f"{name} has no bfloat16: float32 throughout, twice the memory and slower"
+    return Hardware("cuda", torch.float32, False, "sdpa", reason)
+
+
+def _choose_on_cpu(dtype: str) -> Hardware:
+    if dtype == "bfloat16":
+        reason = "CPU, bfloat16 by parameter: weights in bfloat16"
+        return Hardware("cpu", torch.bfloat16, False, attention.NAME, reason)
+    autocast = False
+    cause = "CPU, float32 by parameter"
+    if dtype == "auto":
+        instructions = fast_bf16_instructions()
+        autocast = bool(instructions)
+        cause = (f"CPU, {torch.get_num_threads()} threads, "
+                 f"{instructions or 'no fast instructions'} for bf16 products")
+    effect = "float32 weights, bf16 products (autocast)" if autocast else "float32 throughout"
+    return Hardware("cpu", torch.float32, autocast, attention.NAME, f"{cause}: {effect}")
+
+
+def resolve_model(model: str) -> str | Path:
+    """"tiny" for the shipped base, a folder (relative to the project), or else a hub name."""
+    folder = model_folder(model)
+    return folder if folder.is_dir() else model
+
+
+def pack_windows(tower: torch.nn.Module, hardware: Hardware) -> None:
+    """Let a vision tower attend to all of its windows in one call, on a GPU in bfloat16."""
+    # sdpa makes a call per window. Set after loading: while it loads, transformers asks the hub for
+    # a kernel of any name with "flash" in it.
+    if hardware.device == "cuda" and hardware.dtype == torch.bfloat16:
+        tower.config._attn_implementation = attention.PACKED_NAME
+
+
+def run_tower_without_graph(model: VisionLanguageModel) -> None:
+    """Let the frozen vision tower run without autograd from here on."""
+    # gradient checkpointing makes patches require a gradient, so backward would go through it
+    tower = model.model.visual
+    tower.forward = torch.no_grad()(tower.forward)
+
+
+class PatchProduct(torch.nn.Module):
+    """The vision tower's first layer as a matrix product, faster than its equal convolution."""
+
+    def __init__(self, convolution: torch.nn.Conv3d):
+        super().__init__()
+        # names and shapes stay, and so do checkpoints; the kernel covers a whole patch
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(patches, channels, frames, height, width) -> (patches, width of the tower)."""
+        weight = self.weight.flatten(1)
+        return torch.nn.functional.linear(patches.flatten(1), weight, self.bias)
+
+
+def load_model(model: str | Path, hardware: Hardware,
+               four_bit: bool = False) -> VisionLanguageModel:
+    """A model of FAMILIES from a folder or hub name, in eval mode, on hardware.device.
+
+    four_bit: NF4 with double quantisation, but for the vision tower, the head and fused experts.
+    """
+    check_model_folder(model)
+    config, quantization = load_config(model), None
+    if four_bit and config.model_type.endswith("_moe"):
+        warnings.warn(f"the experts of {model} stay in {hardware.dtype}: bitsandbytes quantises "
+                      "single matrices alone; provide the memory of the full model", stacklevel=2)
+    if four_bit:
+        bf16_products = hardware.autocast or hardware.dtype == torch.bfloat16
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16_products else torch.float32,
+            llm_int8_skip_modules=FULL_PRECISION_MODULES)
+    try:
+        weights = FAMILIES[config.model_type].from_pretrained(
+            model,
+            config=config,
+            dtype=hardware.dtype,
+            attn_implementation=hardware.attention,
+            quantization_config=quantization,
+            device_map=hardware.device,
+            use_safetensors=True)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise FileNotFoundError(
+            f"the weights of {model} are not complete on this machine; hf download {model} again "
+            "(weights in another format than safetensors are not loaded)") from error
+    pack_windows(weights.model.visual, hardware)
+    patch_embed = weights.model.visual.patch_embed
+    patch_embed.proj = PatchProduct(patch_embed.proj)
+    weights.eval()
+    return train_mode_for_4bit_layers(weights) if four_bit else weights
+
+
+@dataclass
+class Policy:
+    """A model with all that it needs to read prompts and write replies."""
+
+    model: torch.nn.Module  # a VisionLanguageModel, or PEFT's around one
+    processor: StillImageProcessor  # its folder's, with the pixel limits of box_format
+    hardware: Hardware
+    box_format: BoxFormat  # how it sees images and writes boxes
+
+
+def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
+                four_bit: bool = False) -> Policy:
+    """Model and processor of a folder or hub name; raises as `load_model` and `load_processor`."""
+    processor = load_processor(folder, box_format)  # first: it takes no minutes to refuse
+    return Policy(load_model(folder, hardware, four_bit), processor, hardware, box_format)
+
+
+def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat) -> Policy:
+    """The frozen 4-bit base, ready to carry an adapter."""
+    from peft import prepare_model_for_kbit_training
+
+    policy = load_policy(base, hardware, box_format, four_bit=True)
+    # whether layers are checkpointed, the trainer's gradient_checkpointing says
+    model = prepare_model_for_kbit_training(policy.model, use_gradient_checkpointing=False)
+    run_tower_without_graph(model)
+    # In float32 between the layers, a quarter of a step on a CPU would go into conversions. The
+    # vision tower, which locates, keeps float32.
+    if hardware.autocast or hardware.dtype == torch.bfloat16:
+        for name, parameter in model.named_parameters():
+            keeps_float32 = hardware.autocast and "visual" in name
+            if parameter.dtype == torch.float32 and not keeps_float32:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    policy.model = model
+    release_memory()  # of the copies in float32, gigabytes in a real model
+    return policy
+
+
+def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
+                        box_format: BoxFormat) -> Policy:
+    """The 4-bit base under a saved adapter that goes on being trained, without dropout.
+
+    Raises ValueError as `check_adapters`, and for another base's adapter.
+    """
+    from peft import LoraConfig, PeftModel
+
+    check_adapter_base(adapter, base)
+    policy = load_four_bit_policy(base, hardware, box_format)
+    config = LoraConfig.from_pretrained(adapter)
+    config.lora_dropout, config.inference_mode = 0.0, False
+    policy.model = train_mode_for_4bit_layers(
+        PeftModel.from_pretrained(policy.model, adapter, is_trainable=True, config=config))
+    check_adapters(policy.model)
+    return policy
+
+
+def check_adapters(model: torch.nn.Module) -> list[str]:
+    """Full names of the modules that carry a LoRA adapter; ValueError if they are wrong ones."""
+    names = sorted(name for name, module in model.named_modules()
+                   if "lora_A" in dict(module.named_children()))
+    outside = [name for name in names if "language_model" not in name]
+    targets = model.peft_config["default"].target_modules
+    key = next((key for key, pattern in LORA_TARGETS.items() if pattern == targets), "all")
+    # told by the modules' names, not by the pattern that PEFT has applied
+    expected = sum("language_model." in name and name.rpartition(".")[2] in ADAPTED_PROJECTIONS[key]
+                   for name, _ in model.named_modules())
+    if outside:
+        raise ValueError(f"LoRA landed outside the language model ({outside[0]}); "
+                         "use models.LORA_TARGETS")
+    if len(names) != expected:
+        raise ValueError(f"LoRA is on {len(names)} projections, expected {expected}; "
+                         "use models.LORA_TARGETS")
+    return names
+
+
+def save_model(model, processor: StillImageProcessor, folder: Path, base: str | Path) -> None:
+    """Write a model folder that opens like `base`, whose unchanged files it takes over.
+
+    The image settings hold the pixel limits that the model was trained with.
+    """
+    model = unwrap_peft(model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder, safe_serialization=True)
+    copy_unchanged_files(base, folder)
+    processor.save_image_settings(Path(folder))
+    apply_umask(Path(folder))
+
+
+def tiny_config(vocab_size: int, hidden: int = TINY_HIDDEN, layers: int = 5,
+                vision_hidden: int = TINY_VISION_HIDDEN,
+                vision_layers: int = 4) -> Qwen2_5_VLConfig:
+    """The tiny Qwen2.5-VL. Widths are multiples of 64, the block size of NF4; heads are 32 wide."""
+    heads = hidden // 32
+    text_config = dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=-(-hidden * 11 // 256) * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0,
+                         "mrope_section": [4, 6, 6]},
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0)
+    vision_config = dict(
+        depth=vision_layers,
+        hidden_size=vision_hidden,
+        intermediate_size=vision_hidden * 2,
+        num_heads=vision_hidden // 32,
+        out_hidden_size=hidden,
+        fullatt_block_indexes=list(range(vision_layers)))
+    return Qwen2_5_VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        tie_word_embeddings=True)

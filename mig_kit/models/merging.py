@@ -1,0 +1,169 @@
+"""Merge an adapter into a model's weights file by file: no whole model is ever in memory.
+
+Each tensor is read from the base, rounded to NF4 if training saw it so, merged and written.
+"""
+
+import copy
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from mig_kit.common import apply_umask, release_memory, write_json
+from mig_kit.models.adapters import (
+    check_adapter_base,
+    check_adapter_fits,
+    load_adapter,
+    merge_layer,
+)
+from mig_kit.models.loading import ADAPTED_PROJECTIONS, FULL_PRECISION_MODULES, Hardware
+from mig_kit.models.model_folders import (
+    FAMILIES,
+    INDEX,
+    check_model_folder,
+    copy_unchanged_files,
+    load_config,
+    locate_tensors,
+)
+from mig_kit.models.processors import StillImageProcessor
+
+SHARD_BYTES = 2 * 2**30
+
+
+def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
+                       processor: StillImageProcessor, four_bit: bool) -> None:
+    """Write `base` with the LoRA `adapter` merged in as a model folder, as `save_model` writes one.
+
+    Merges as PEFT's merge_and_unload in hardware.dtype; four_bit: into the base after NF4 with
+    double quantisation, as `load_model(..., four_bit=True)` computes. The folder is complete or
+    missing. ValueError for another model's adapter, or one that cannot be merged.
+    """
+    check_model_folder(base)
+    config = load_config(base)
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type](config)
+    lora = load_adapter(adapter, four_bit)
+    check_adapter_fits(lora, model, base)
+    check_adapter_base(adapter, base)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    source = locate_tensors(base)
+    names, shards = plan_shards(model, hardware.dtype, source)
+    quantised = {f"{name}.weight" for name, module in model.named_modules()
+                 if four_bit and type(module) is torch.nn.Linear
+                 and not name.startswith(tuple(FULL_PRECISION_MODULES))}
+
+    def read(saved_name: str, name: str) -> torch.Tensor:
+        tensor = lora.replaced[name] if name in lora.replaced else read_tensor(
+            source, saved_name, name)
+        tensor = tensor.to(hardware.device, hardware.dtype)
+        return round_to_nf4(tensor) if name in quantised else tensor
+
+    def merge(saved_name: str) -> torch.Tensor:
+        name = names[saved_name]
+        layer_name, _, part = name.rpartition(".")
+        is_changed = part == "weight" or lora.config.lora_bias
+        if layer_name not in lora.modules or not is_changed:
+            return read(saved_name, name)
+        layer = copy.deepcopy(model.get_submodule(layer_name))
+        prefix = saved_name.removesuffix(part)  # as the base's files say it
+        layer.load_state_dict({key: read(prefix + key, f"{layer_name}.{key}")
+                               for key in layer.state_dict()}, assign=True)
+        return merge_layer(lora, layer_name, layer)[part]
+
+    for file, saved_names in shards.filename_to_tensors.items():
+        shard = {name: merge(name).detach().cpu().contiguous() for name in saved_names}
+        save_file(shard, temporary / file, metadata={"format": "pt"})
+        del shard
+        release_memory()
+    if shards.is_sharded:
+        write_json(temporary / INDEX, {"metadata": shards.metadata,
+                                       "weight_map": shards.tensor_to_filename})
+    write_settings(model, base, temporary, hardware.dtype)
+    processor.save_image_settings(temporary)
+    apply_umask(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as a 4-bit layer computes with it; same dtype and device."""
+    # late: 03 alone needs it, and it comes with the notebooks
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4",
+                                  quant_storage=torch.uint8)
+    return dequantize_4bit(packed, state).to(weight.dtype)
+
+
+def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
+                source: Collection[str] = ()) -> tuple[dict[str, str], StateDictSplit]:
+    """(name in a file -> name in the model, the files of at most SHARD_BYTES).
+
+    model: may be on the meta device. source: names in the base's files, whose fused experts stay
+    one.
+    """
+    is_tied = model.config.tie_word_embeddings
+    names, tensors = {}, {}
+    for name, tensor in model.state_dict().items():
+        if is_tied and name == "lm_head.weight":
+            continue
+        tensor = tensor.to("meta", dtype)
+        saved = revert_weight_conversion(model, {name: tensor})
+        if len(saved) > 1 and name in source:
+            saved = {name: tensor}
+        # a view would count as the whole tensor
+        tensors |= {saved_name: part.clone() for saved_name, part in saved.items()}
+        names |= dict.fromkeys(saved, name)
+    return names, split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+
+
+def read_tensor(source: dict[str, Path], *names: str) -> torch.Tensor:
+    """The tensor under the first of `names` that `source` has; KeyError if it has none."""
+    for name in names:
+        if name in source:
+            with safe_open(source[name], "pt") as file:
+                return file.get_tensor(name)
+    raise KeyError(f"the base has no tensor {names[0]}; copy or download its weights again")
+
+
+def write_settings(model, base: str | Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write what a model folder holds beside weights and image settings."""
+    config = model.config
+    config.architectures = [type(model).__name__]
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    copy_unchanged_files(base, folder)
+
+
+def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
+    """First adapted projection of the language model's first layer, (outputs, inputs) float32."""
+    tensors = locate_tensors(base)
+    name = _first_projection([name.removesuffix(".weight") for name in tensors], lora_targets)
+    return read_tensor(tensors, f"{name}.weight").float()
+
+
+def read_adapter(adapter: Path,
+                 lora_targets: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A, B and alpha / r * B A of a plain adapter for the matrix of `read_projection`, float32."""
+    lora = load_adapter(adapter)
+    matrices = lora.modules[_first_projection(lora.modules, lora_targets)]
+    a, b = (matrices[f"lora_{letter}.weight"].float() for letter in "AB")
+    return a, b, b @ a * (lora.config.lora_alpha / lora.config.r)
+
+
+def _first_projection(names: Iterable[str], lora_targets: str) -> str:
+    """The name of the first adapted projection that the language model's first layer has."""
+    # Qwen3.5 has a layer more under mtp, which predicts further tokens and is never loaded
+    in_first_layer = [name for name in names if "layers.0." in name and not name.startswith("mtp.")]
+    return next(name for projection in ADAPTED_PROJECTIONS[lora_targets]
+                for name in in_first_layer if name.endswith(f".{projection}"))

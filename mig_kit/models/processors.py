@@ -1,0 +1,286 @@
+"""Processors: load them with the run's pixel limits, save them, check what the model sees."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+
+from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
+from mig_kit.models.model_folders import PROCESSORS, check_model_folder, find_file, load_config
+from mig_kit.prompts import chat_messages, parse_reply
+from mig_kit.sample import Sample
+
+SETTINGS_FILE = "mig_kit.json"  # of a model folder: what its other files have no place for
+MOST_PROBED = 2**22  # pixels of a probe; larger ones take seconds and a gigabyte
+
+
+class StillImageProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor for still images, without the video part, which needs torchvision.
+
+    Args:
+        stock_class: processor class of the model's family, which all saved files name.
+        coordinates: those in which the model writes boxes; kept in SETTINGS_FILE.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None,
+                 stock_class: str = "Qwen2_5_VLProcessor",
+                 coordinates: Coordinates | None = None, **kwargs):
+        tokenizer.padding_side = "left"  # on the right, trainers misplace image tokens' positions
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        self.stock_class, self.coordinates = stock_class, coordinates
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def get_attributes(cls):
+        """The parts that transformers looks for."""
+        return ["image_processor", "tokenizer"]
+
+    @cached_property
+    def opened_tag(self) -> str:
+        """"<think>" and what follows it, if the chat template ends a prompt with it, else ""."""
+        messages = [{"role": "user", "content": [{"type": "text", "text": "Where is it?"}]}]
+        texts = [_fill_template(self, messages, asks_reply) for asks_reply in (False, True)]
+        _, tag, rest = texts[1][len(os.path.commonprefix(texts)):].partition("<think>")
+        # Qwen3.5 with thinking off closes the block as well; the reply then writes one of its own
+        return "" if "</think>" in rest else tag + rest
+
+    def batch_decode(self, *args, **kwargs) -> list[str]:
+        """Completions as replies: the tag that the prompt has opened, then what was generated."""
+        return [self.opened_tag + text for text in super().batch_decode(*args, **kwargs)]
+
+    def cut_opened(self, reply: str) -> str:
+        """What a model has to write after its prompt for this to be its reply."""
+        if reply.startswith(self.opened_tag):
+            return reply.removeprefix(self.opened_tag)
+        _, tag, rest = reply.partition("<think>")
+        return rest.lstrip() if tag else f"</think>{reply}"  # without reasoning: close the block
+
+    def tokenize_replies(self, replies: Sequence[str]) -> list[list[int]]:
+        """Token ids with which a model writes each reply after its prompt, without an end token."""
+        texts = [self.cut_opened(reply) for reply in replies]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As transformers' method, but text with a reply starts with the prompt asking for it."""
+        text = super().apply_chat_template(conversation, *args, **kwargs)
+        is_continued = kwargs.get("continue_final_message")
+        if not isinstance(text, str) or conversation[-1]["role"] != "assistant" or is_continued:
+            return text
+        content = conversation[-1]["content"]
+        reply = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        # some templates drop the reasoning or repeat the prompt's tag, which SFT would then learn
+        asking = kwargs | {"add_generation_prompt": True}
+        prompt = super().apply_chat_template(conversation[:-1], *args, **asking)
+        if text.startswith(prompt) and parse_reply(reply).thinking in text[len(prompt):]:
+            return text
+        last = conversation[-1] | {"content": [{"type": "text", "text": "It is there."}]}
+        plain = super().apply_chat_template([*conversation[:-1], last], *args, **kwargs)
+        return prompt + self.cut_opened(reply) + plain.rpartition("It is there.")[2]
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
+        """Write tokenizer, chat template and image settings; ValueError for push_to_hub."""
+        if push_to_hub:
+            raise ValueError("the trainers send nothing to the Hub; use: hf upload")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(self.chat_template)
+        self.save_image_settings(folder)
+
+    def save_image_settings(self, folder: Path) -> None:
+        """Write preprocessor_config.json; every file of the folder then names the stock class."""
+        settings = self.image_processor.to_dict() | {"processor_class": self.stock_class}
+        # older releases of transformers read these two, newer ones `size`
+        settings["min_pixels"] = settings["size"]["shortest_edge"]
+        settings["max_pixels"] = settings["size"]["longest_edge"]
+        _write_settings(folder / "preprocessor_config.json", settings)
+        (folder / "processor_config.json").unlink(missing_ok=True)  # it would win over this file
+        if self.coordinates:
+            _write_settings(folder / SETTINGS_FILE, {"coordinates": self.coordinates})
+        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
+        if tokenizer_settings.get("processor_class", self.stock_class) != self.stock_class:
+            tokenizer_settings["processor_class"] = self.stock_class
+            _write_settings(folder / "tokenizer_config.json", tokenizer_settings)
+
+
+def _write_settings(path: Path, values: dict) -> None:
+    """Write a settings file in transformers' form."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProcessor:
+    """The processor of a model folder or hub name; the one place that sets its pixel limits.
+
+    Raises: FileNotFoundError without processor files; ValueError unless the model sees images and
+    writes boxes as `box_format` says.
+    """
+    check_model_folder(model)
+    family = load_config(model).model_type
+    if family != "qwen2_5_vl" and box_format.coordinates != Coordinates.NORMALIZED_1000:
+        raise ValueError(f"{model} is a {family}, which writes boxes in 0 to 1000; "
+                         "set the parameter coordinates to normalized_1000")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # what reads tokenizer.json raises nothing narrower
+        raise ValueError(f"the tokenizer of {model} cannot be read ({error}); copy tokenizer.json "
+                         "and tokenizer_config.json again") from error
+    # Two limits in two places would resize twice and shift every box. By these names, because a
+    # `size` would lose against the limits in a published folder's file.
+    images = Qwen2VLImageProcessorPil.from_pretrained(
+        model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
+    processor = StillImageProcessor(
+        images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
+        stock_class=PROCESSORS[family],
+        coordinates=box_format.coordinates)
+    check_chat_template(processor, box_format, model)
+    check_probe_images(processor, box_format, model)
+    return processor
+
+
+def read_box_format(model: str | Path) -> BoxFormat:
+    """The box format of a model folder or hub name: as the kit saved it, else its family's.
+
+    Raises: as `load_config`; ValueError for settings that cannot be used.
+    """
+    is_absolute = load_config(model).model_type == "qwen2_5_vl"
+    coordinates = Coordinates.ABSOLUTE if is_absolute else Coordinates.NORMALIZED_1000
+    path = find_file(model, SETTINGS_FILE)
+    try:
+        size = Qwen2VLImageProcessorPil.from_pretrained(model).size
+        if path:
+            coordinates = json.loads(path.read_text())["coordinates"]
+        return BoxFormat(size["shortest_edge"], size["longest_edge"], coordinates)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"{model} has image settings that cannot be used ({cause}); mend "
+                         f"min_pixels and max_pixels in its preprocessor_config.json, or "
+                         f"coordinates in its {SETTINGS_FILE}") from error
+
+
+def describe_other_format(model: str | Path, box_format: BoxFormat) -> str:
+    """A sentence if the kit saved the model after training it with another box format, else ""."""
+    if not (Path(model) / SETTINGS_FILE).is_file():
+        return ""
+    own = read_box_format(model)
+    return "" if own == box_format else (
+        f"{model} was trained on {own.description}, and this run has {box_format.description}; "
+        "set min_pixels, max_pixels and coordinates of 01 to the model's unless you want to change "
+        "them")
+
+
+def load_chat_template(model: str | Path) -> str | None:
+    """The chat template beside the tokenizer of a folder or hub name, or None."""
+    if path := find_file(model, "chat_template.jinja"):
+        return path.read_text()
+    if path := find_file(model, "chat_template.json"):
+        return json.loads(path.read_text())["chat_template"]
+    return None
+
+
+def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
+                        model: str | Path) -> None:
+    """Raise ValueError unless the chat template gives every image of a prompt a place."""
+    remedy = "copy chat_template.jinja or .json from the model that this one was made from"
+    if not processor.chat_template:
+        raise ValueError(f"{model} has no chat template; {remedy}")
+    probe = Sample("", "", "", "", (None, None), "Where is it?")
+    text = _fill_template(processor, chat_messages(probe, box_format))
+    if text.count(processor.image_token) != 2:
+        raise ValueError(f"the chat template of {model} leaves images out; {remedy}")
+
+
+def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
+                       model: str | Path) -> None:
+    """Raise ValueError unless images below, between and above the limits get the right size."""
+    low, high = box_format.min_pixels, box_format.max_pixels
+    areas = (low / 2, math.sqrt(low * high), 2 * high)
+    sizes = [(math.ceil(math.sqrt(area * 4 / 3)), math.ceil(math.sqrt(area * 3 / 4)))
+             for area in areas if area < MOST_PROBED]
+    images = [Image.new("RGB", size) for size in sizes]
+    try:
+        grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"]
+        check_image_grids(processor, box_format, grids, sizes)
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}; mend do_resize, patch_size and merge_size in its "
+                         "preprocessor_config.json") from error
+
+
+def render_prompt(processor: StillImageProcessor, sample: Sample, box_format: BoxFormat) -> str:
+    """The sample's prompt as text; ValueError unless it has one place for each image."""
+    text = _fill_template(processor, chat_messages(sample, box_format))
+    token, n_images = processor.image_token, len(sample.images)
+    if text.count(token) != n_images:
+        raise ValueError(f"the prompt of {sample.id} has {text.count(token)} places for its "
+                         f"{n_images} images; take {token} out of the question")
+    return text
+
+
+def _fill_template(processor: StillImageProcessor, messages: list[dict],
+                   asks_reply: bool = True) -> str:
+    """The messages as text; ValueError if the template fails."""
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=asks_reply,
+                                             tokenize=False)
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"the chat template fails with {type(error).__name__}: {error}; copy "
+            "chat_template.jinja from the model that this one was made from") from error
+
+
+def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample], str]:
+    """A function that says in a sentence if a prompt is longer than the model reads, else "".
+
+    It decodes no image and loads no weights.
+    """
+    processor = load_processor(model, box_format)
+    limit = load_config(model).get_text_config().max_position_embeddings
+    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+
+    def measure(sample: Sample) -> str:
+        text = render_prompt(processor, sample, box_format)
+        seen = [seen_size(size, box_format, factor) for size in sample.sizes]
+        n_image_tokens = sum(width * height for width, height in seen) // factor**2
+        if len(text.encode()) + n_image_tokens <= limit:  # a token is a byte or more
+            return ""
+        n_tokens = len(processor.tokenizer(text)["input_ids"]) - len(seen) + n_image_tokens
+        return "" if n_tokens <= limit else (
+            f"the prompt takes {n_tokens} tokens, {n_image_tokens} of them for images, and the "
+            f"model reads {limit}; shorten the question, take fewer images, or lower max_pixels")
+
+    return measure
+
+
+def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
+                      grid_thw: torch.Tensor | None, sizes: list[tuple[int, int]]) -> None:
+    """Raise ValueError unless the model sees each image at the size for which boxes are computed.
+
+    grid_thw: (images, 3) int, patches of each image; sizes: (width, height) of the originals.
+    """
+    grids = [] if grid_thw is None else grid_thw.tolist()
+    if len(grids) != len(sizes):
+        raise ValueError(f"the batch holds {len(sizes)} images but {len(grids)} image grids; "
+                         "images were lost on the way")
+    patch = processor.image_processor.patch_size
+    factor = patch * processor.image_processor.merge_size
+    for number, ((_, rows, columns), size) in enumerate(zip(grids, sizes, strict=True), 1):
+        seen = columns * patch, rows * patch
+        computed = seen_size(size, box_format, factor)
+        if box_format.coordinates == Coordinates.ABSOLUTE:
+            computed = coordinate_size(size, Coordinates.ABSOLUTE, box_format)
+        if seen != computed:
+            raise ValueError(
+                f"image {number} of {size[0]}x{size[1]} px reaches the model at "
+                f"{seen[0]}x{seen[1]} px, but boxes are computed for "
+                f"{computed[0]}x{computed[1]} px (min_pixels {box_format.min_pixels}, max_pixels "
+                f"{box_format.max_pixels})")

@@ -1,0 +1,201 @@
+"""Rollouts that servers draw for stage 05, and the correction that they need.
+
+Servers round otherwise than the learner, so replies bring their log-probabilities, and TRL weights
+the loss by the ratio. Servers may silently ignore an adapter or keep an old one: a canary, which no
+model can overlook, is tried first, and log-probabilities that stay apart end the training.
+"""
+
+import shutil
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.common import apply_umask, file_sha256
+from mig_kit.openai_client import RequestFailed
+from mig_kit.sample import Sample
+from mig_kit.serving.server import Question, ServedModel, ServedReply, Server
+from mig_kit.serving.server_process import serve_model
+from mig_kit.shared_prefix.generation import SamplingOptions
+from mig_kit.shared_prefix.prompt_cache import Prompt
+
+SERVED_ADAPTERS = "served"  # folder of the adapters that servers load, beside the checkpoints
+DIFFERENCE = "sampling/sampling_logp_difference/mean"  # TRL's name
+SAMPLING_CURVES = {
+    "sampling/importance_sampling_ratio/mean": "ratio", "sampling/staleness": "staleness",
+    "sampling/adapter_version": "adapter"}
+# Nats a token, so that learner and server are apart by a ratio of 0.86 to 1.16. vLLM in bfloat16
+# beside a learner in float32 had 0.006 to 0.017. The ratio of whole replies would not do: it leaves
+# any band when replies are long.
+MAX_DIFFERENCE = 0.15
+CANARY_STD = 0.5  # of B; with A as it is drawn, an adapted layer's change exceeds its output
+LEAST_CHANGE = 0.05  # nats by which the canary must move the first token
+
+
+class ServedRollouts:
+    """Draws a trainer's completions from servers, and keeps their adapter up to date."""
+
+    def __init__(self, model: str | Path, box_format: BoxFormat, folder: Path,
+                 params: SimpleNamespace):
+        self.model, self.box_format, self.folder, self.params = model, box_format, folder, params
+        self.served: ServedModel | None = None
+        self.version, self.adapter = 0, ""  # the update, from 1, whose adapter servers loaded last
+        self.probe: Question | None = None  # what the canary is asked
+        self.context = ExitStack()
+
+    def draw(self, trainer, samples: list[Sample], prompts: list[Prompt], group: int,
+             sampling: SamplingOptions) -> tuple[list[list[int]], list[list[float]]]:
+        """`group` completions to each prompt, in sequence: token ids and their log-probabilities.
+
+        One without an end token is cut. RuntimeError for a stale adapter or other prompt ids.
+        """
+        if self.served is None:
+            self._open(trainer.accelerator)
+        if self.version != trainer.state.global_step + 1:
+            self._try_canary(trainer, Question(samples[0], 1, prompts[0].ids.tolist()))
+            self._sync(trainer)
+        questions = [Question(sample, group, prompt.ids.tolist())
+                     for sample, prompt in zip(samples, prompts)]
+        answers = {id(question): replies for question, replies
+                   in self.served.ask(questions, sampling, with_logps=True)}
+        replies = [reply for question in questions for reply in answers[id(question)]]
+        log = trainer._metrics["train"]
+        log["sampling/staleness"].append(float(trainer.state.global_step + 1 - self.version))
+        log["sampling/adapter_version"].append(float(self.version))
+        return [reply.ids for reply in replies], [reply.logps for reply in replies]
+
+    def close(self) -> None:
+        """End a server that this has started."""
+        self.context.close()
+        self.served = None
+
+    def _open(self, accelerator: Accelerator) -> None:
+        """Reach the servers; a command is started once, by the first process of all."""
+        server = self.params.server
+        if accelerator.is_main_process:
+            self._enter(server)
+            server = " ".join(server.url for server in self.served.servers)
+        server = broadcast_object_list([server])[0]
+        if not accelerator.is_main_process:
+            self._enter(server)
+
+    def _enter(self, server: str) -> None:
+        self.served = self.context.enter_context(serve_model(
+            server, self.params.concurrency, self.model, "sft", self.box_format,
+            self.folder / "server_grpo.log"))
+        self.model_name = self.served.name
+
+    def _sync(self, trainer) -> None:
+        """Have all servers draw with this update's adapter, named step-<update>-<its hash>."""
+        version, before, name = trainer.state.global_step + 1, self.adapter, ""
+        if trainer.accelerator.is_main_process:
+            folder = self.folder / "checkpoints" / SERVED_ADAPTERS
+            saved = folder / f"step-{version}"
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            model.save_pretrained(saved, safe_serialization=True)
+            apply_umask(saved)  # a server may be another user's
+            # a server keeps what it has read of a prompt under the adapter's name: a stage that
+            # goes on after a kill must not give new weights an old name
+            name = f"{saved.name}-{file_sha256(saved / 'adapter_model.safetensors')[:8]}"
+            self._load(name, saved.resolve(), before)
+            for old in folder.iterdir():
+                if old.name not in (saved.name, before.rpartition("-")[0]):
+                    shutil.rmtree(old)  # not read any more
+        self.adapter = broadcast_object_list([name])[0]
+        self.served.name, self.version = self.adapter, version
+
+    def _try_canary(self, trainer, question: Question) -> None:
+        """RuntimeError if an adapter with large weights changes nothing at a server."""
+        if not trainer.accelerator.is_main_process:
+            return
+        folder, before = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary", self.adapter
+        if self.probe is None:
+            self._save_canary(trainer, folder)
+            self.probe = question
+        self.adapter = f"{folder.name}-{file_sha256(folder / 'adapter_model.safetensors')[:8]}"
+        self._load(self.adapter, folder.resolve(), before)
+        for server in self.served.servers:
+            without, with_canary = (self._first_token(server, name)
+                                    for name in (self.model_name, self.adapter))
+            if not server.is_alive:
+                continue
+            change = abs(with_canary.logps[0] - without.logps[0])
+            if with_canary.ids == without.ids and change < LEAST_CHANGE:
+                remedy = ("it has lost them since the last update; start it again, then the stage, "
+                          "which goes on from its last checkpoint" if self.version else
+                          "its engine has no adapters for this model, so take another version of "
+                          "it, or leave server empty")
+                raise RuntimeError(
+                    f"the server {server.url} takes adapters and ignores them: one with large "
+                    f"weights moved the log-probability of a token by {change:.1g}; {remedy}")
+
+    def _save_canary(self, trainer, folder: Path) -> None:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(0)
+        weights = {name: CANARY_STD * torch.randn(value.shape, generator=generator).to(value.dtype)
+                   if "lora_B" in name else value for name, value in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+        apply_umask(folder)
+
+    def _first_token(self, server: Server, name: str) -> ServedReply | None:
+        """The likeliest first token of model `name` at `server`; None if the server has died."""
+        served = replace(self.served, name=name, servers=[server], concurrency=1)
+        sampling = SamplingOptions(temperature=0.0, max_new_tokens=1)
+        try:
+            return next(served.ask([self.probe], sampling, with_logps=True))[1][0]
+        except RuntimeError:
+            if server.is_alive:
+                raise
+            return None
+
+    def _load(self, name: str, path: Path, before: str) -> None:
+        """Load an adapter at every server, and unload the one before."""
+        for server in (server for server in self.served.servers if server.is_alive):
+            try:
+                listed = server.connection.list_models()
+                if name not in listed:  # it may have outlived a killed stage
+                    server.connection.post("/load_lora_adapter",
+                                           {"lora_name": name, "lora_path": str(path)})
+                if before in listed:  # not if it was started again
+                    server.connection.post("/unload_lora_adapter", {"lora_name": before})
+            except RequestFailed as failure:
+                if failure.status:
+                    raise RuntimeError(
+                        f"the server {server.url} does not take the adapter {name} ({failure}); "
+                        "vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, "
+                        f"--enable-lora, --max-lora-rank {self.params.lora_r} or more and this "
+                        "machine's disk") from None
+                server.is_alive = False
+                print(f"the server {server.url} is left out: it does not load {name}", flush=True)
+
+
+class StopIfServerIsStale(TrainerCallback):
+    """Ends a training whose log-probabilities are far from the servers' in three updates."""
+
+    def __init__(self):
+        self.differences: deque[float] = deque(maxlen=3)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Raise RuntimeError with one sentence, or do nothing."""
+        # without it, an update learns again from the same replies, or nothing is corrected
+        if not logs or DIFFERENCE not in logs:
+            return
+        self.differences.append(logs[DIFFERENCE])
+        is_full = len(self.differences) == self.differences.maxlen
+        if not is_full or min(self.differences) <= MAX_DIFFERENCE:
+            return
+        listed = ", ".join(f"{difference:.2g}" for difference in self.differences)
+        raise RuntimeError(
+            f"the learner's and the server's log-probabilities of a token were {listed} nats apart "
+            f"in the last updates, more than {MAX_DIFFERENCE:g}: the server draws with other "
+            "weights, or tells other log-probabilities (vLLM needs --logprobs-mode "
+            "processed_logprobs); start it again, then the stage, which goes on from its last "
+            "checkpoint")

@@ -1,0 +1,149 @@
+"""Training jobs of stages 02 and 05: in this process, or in those that a launcher starts.
+
+A launcher is a command prefix, such as `torchrun --standalone --nproc-per-node 8`. Its processes,
+on any node that runs the command, read the job from the stage folder.
+"""
+
+import gc
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import TrainerState
+
+from mig_kit.common import PACKAGE, release_memory, write_json
+from mig_kit.pipeline.launchers import Launch, parse_launcher, search_path
+from mig_kit.training.resuming import count_processes, last_checkpoint
+
+JOB_FILE = "job.json"
+ERROR_MARK = "mig-kit, process"  # how a process begins the line that says why it ended
+KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")  # torchrun, of the process that failed first
+TAIL = 5  # last lines of the output that an error quotes where no process has said why it ended
+
+
+def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
+            **inputs: str | Path) -> TrainerState:
+    """Train as `params.launcher` says; returns the state of the finished trainer.
+
+    A job that job.json calls "done" is not trained again: its saved state is returned.
+
+    Args:
+        train: the stage's train(folder, params, **inputs), which starts or resumes.
+    Raises: as `plan_launch` and `train`; RuntimeError with its reason if a launched process fails.
+    """
+    path = folder / JOB_FILE
+    is_done = path.is_file() and json.loads(path.read_text()).get("done")
+    if is_done and last_checkpoint(folder):
+        state = _load_state(folder)
+        ended = datetime.fromtimestamp(Path(last_checkpoint(folder)).stat().st_mtime)
+        print(f"this training has ended, and is taken from disk: {state.global_step} updates of "
+              f"{ended:%Y-%m-%d %H:%M}")
+        return state
+    launch = plan_launch(params.launcher)
+    if launch is None and count_processes() > 1:
+        raise ValueError(f"WORLD_SIZE is {count_processes()} in the environment, and this process "
+                         "trains alone; unset it, or name what starts the others in launcher")
+    # other processes have other folders; a hub name stays as it is
+    inputs = {name: str(Path(path).resolve() if Path(path).exists() else path)
+              for name, path in inputs.items()}
+    job = {"stage": stage, "params": vars(params), "inputs": inputs}
+    write_json(path, job)
+    if launch is None:
+        if params.launcher:
+            print(f"one GPU or one core: training runs in here, without '{params.launcher}'")
+        train(folder, params, **inputs)
+        gc.collect()  # a trainer and its model refer to each other
+        release_memory()
+    else:
+        run_command(launch.command(folder.resolve()), launch.local)
+    write_json(path, {**job, "done": True})
+    return _load_state(folder)
+
+
+def _load_state(folder: Path) -> TrainerState:
+    return TrainerState.load_from_json(f"{last_checkpoint(folder)}/trainer_state.json")
+
+
+def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
+    """(stage, parameters, inputs) of a folder's job; FileNotFoundError if it has none."""
+    path = folder / JOB_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; the stage's notebook writes it: start that "
+                                "first, and see that the folder is on a disk that all nodes share")
+    job = json.loads(path.read_text())
+    return job["stage"], SimpleNamespace(**job["params"]), job["inputs"]
+
+
+def plan_launch(launcher: str) -> Launch | None:
+    """How to launch a job; None to train in this process, as on a machine with one GPU or core.
+
+    Raises: ValueError if the launcher's program is missing, or starts more processes here than
+    there are GPUs.
+    """
+    if not launcher.strip():
+        return None
+    launch = parse_launcher(launcher)
+    gpus = torch.cuda.device_count()
+    devices = gpus or count_cores()
+    # several processes cannot share the only GPU, and gain nothing on the only core
+    if devices == 1 and launch.local > 1 and launch.nodes == 1:
+        return None
+    if gpus and launch.local > gpus:
+        raise ValueError(f"launcher '{launcher}' starts {launch.local} processes, and this machine "
+                         f"has {gpus} GPUs; start one per GPU, or set launcher to \"\"")
+    return launch
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_command(command: list[str], local: int = 0) -> None:
+    """Run a launcher's command, print its output as it comes, and end it with this process.
+
+    local: processes that it starts here; they share the cores unless OMP_NUM_THREADS is set. Raises
+    RuntimeError with what the first failing process said.
+    """
+    threads = {}
+    if local and "OMP_NUM_THREADS" not in os.environ:
+        threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // local))}
+    python_path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **threads, "PATH": search_path(), "PYTHONUNBUFFERED": "1",
+                   "TQDM_DISABLE": "1", "MPLBACKEND": "agg",
+                   "PYTHONPATH": python_path.rstrip(os.pathsep)}
+    assignments = [f"{name}={value}" for name, value in threads.items()]
+    print("training is started with:", shlex.join([*assignments, *command]), flush=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mig_kit.training.guard", *command], env=environment, text=True,
+        errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True)  # an interrupt of the notebook is not the training's
+    reasons, tail = [], deque(maxlen=TAIL)
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith(ERROR_MARK):
+                reasons.append(line.strip())
+            if killed := KILLED.search(line):  # what the others say follows from this
+                reasons.insert(0, f"a process was ended by signal {killed[1]}; 9 often means that "
+                                  "memory ran out")
+            if line.strip(" -=\n"):
+                tail.append(line.strip())
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        status = process.wait()
+    if status:
+        reason = reasons[0] if reasons else " / ".join(tail)
+        raise RuntimeError(f"the launched training ended with exit status {status}: {reason}")

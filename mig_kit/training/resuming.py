@@ -1,0 +1,246 @@
+"""What stages 02 and 05 share: LoRA and trainer settings, progress, and training that resumes."""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from IPython import get_ipython
+from IPython.display import HTML, display
+from peft import LoraConfig
+from PIL.Image import Image
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.utils.notebook import NotebookProgressCallback
+from trl.trainer.utils import RepeatSampler
+
+from mig_kit.common import apply_umask
+from mig_kit.drawing import plots
+from mig_kit.models.adapters import record_base
+from mig_kit.models.loading import LORA_TARGETS, Hardware
+
+LORA_SCALE = 2  # lora_alpha / lora_r: by how much an adapter's product is multiplied
+
+
+def lora_config(lora_r: int, lora_dropout: float = 0.0, lora_targets: str = "all") -> LoraConfig:
+    """LoRA on projections of the language model; lora_targets: which, a name of LORA_TARGETS."""
+    return LoraConfig(r=lora_r, lora_alpha=LORA_SCALE * lora_r, lora_dropout=lora_dropout,
+                      target_modules=LORA_TARGETS[lora_targets], bias="none",
+                      task_type="CAUSAL_LM")
+
+
+def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Hardware,
+                      folder: Path, **own) -> dict:
+    """A TRL config's arguments: every parameter of the stage that it has, and the kit's own.
+
+    Processes that train together share the steps of an update, whose number of rows stays equal.
+    folder: the stage's. own: what the stage sets itself. ValueError if a parameter would be
+    overwritten, or if the steps cannot be shared evenly.
+    """
+    is_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
+    own |= tracker_arguments(params.report_to, folder) | {
+        "output_dir": str(folder / "checkpoints"), "data_seed": params.seed, "logging_steps": 1,
+        "save_total_limit": 1, "use_cpu": hardware.device == "cpu", "bf16": is_bfloat16,
+        "dataloader_pin_memory": False, "ddp_find_unused_parameters": False}
+    names = {field.name for field in fields(config_class)} - {"report_to"}
+    passed_on = {name: value for name, value in vars(params).items() if name in names}
+    if overwritten := sorted(passed_on.keys() & own.keys()):
+        raise ValueError(f"the kit sets {overwritten[0]} itself; take it out of the parameters")
+    steps, processes = params.gradient_accumulation_steps, count_processes()
+    if steps % processes:
+        raise ValueError(
+            f"{processes} processes cannot share {steps} steps of an update evenly; set "
+            "gradient_accumulation_steps to a multiple of the launcher's processes")
+    return passed_on | own | {"gradient_accumulation_steps": steps // processes}
+
+
+def count_processes() -> int:
+    """Processes that train together with this one, itself included, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def tracker_arguments(report_to: str, folder: Path) -> dict:
+    """The settings that also send a trainer's curves to a tracker; "none" sends nothing.
+
+    Keys come from the tracker's own environment variables.
+    """
+    if report_to == "none":
+        return {"report_to": "none"}
+    stage, run = folder.stem, folder.parent.resolve()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard" / stage))
+    os.environ.setdefault("WANDB_DIR", str(run))
+    return {"report_to": report_to, "project": "mig-kit",
+            "run_name": f"{run.name}/{stage}",  # without an attempt's .new-KEY
+            "trackio_static_space_id": False}
+
+
+def use_one_device(config) -> None:
+    """Let a process train on its own GPU alone: TRL refuses transformers' use of all in threads."""
+    if config.n_gpu > 1:
+        config._n_gpu = 1
+
+
+def train_or_resume(trainer, folder: Path) -> None:
+    """Train, from the newest checkpoint under folder/checkpoints if there is one."""
+    for callback in (NotebookProgressCallback, PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)  # ProgressLines and LiveCurves say it in fewer lines
+    trainer.add_callback(SetSamplerEpoch())
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.global_step >= state.max_steps:  # the trainer itself would take a step too many
+            trainer.state = state
+            trainer._load_from_checkpoint(checkpoint)
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def save_adapter(trainer, folder: Path) -> None:
+    """Let the first process write the adapter, and what tells its base, to folder/adapter."""
+    if not trainer.is_world_process_zero():
+        return
+    adapter = folder / "adapter"
+    config, model = trainer.model.peft_config["default"], trainer.model
+    base = config.base_model_name_or_path
+    if os.path.isabs(base):  # relative to the adapter: what holds both may be moved
+        config.base_model_name_or_path = os.path.relpath(Path(base).resolve(), adapter.resolve())
+    model.save_pretrained(adapter)
+    record_base(adapter, base, getattr(model.config, "quantization_config", None) is not None)
+    apply_umask(adapter)
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's card: empty but for the base's path
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint under folder/checkpoints, or None."""
+    checkpoints = [path for path in (folder / "checkpoints").glob("checkpoint-*")
+                   if _is_complete(path / "trainer_state.json")]
+    newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return str(newest) if newest else None
+
+
+def _is_complete(state: Path) -> bool:
+    """Whether a checkpoint's last file is there and was not cut, by a full disk for instance."""
+    try:
+        return bool(json.loads(state.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+class KeepAdapterDtype:
+    """Mixin of a trainer that resumes its adapter in the dtype in which it is trained."""
+
+    # TRL trains the adapter of a 4-bit model in bfloat16, but PEFT loads it as float32: a run that
+    # was killed would go on in other numbers.
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler of prompts, whose order of a pass is a function of seed and pass."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the pass over the prompts, from 0; the trainer does, also when it resumes."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            # TRL's own sampler would begin with the first pass's order in a resumed training
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        yield from super().__iter__()
+
+
+class SetSamplerEpoch(TrainerCallback):
+    """Tells the sampler which pass begins."""
+
+    # transformers does, but not in one process of several that resume in the middle of a pass
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Find the sampler below all batches and set its epoch."""
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        batches.sampler.set_epoch(int(state.epoch))
+
+
+RECENT = 12  # a machine that was busy an hour ago says nothing of the hour to come
+
+
+class ProgressLines(TrainerCallback):
+    """Prints a line at every twentieth of a training, with the time left by its RECENT steps.
+
+    names: the logged figures on the line; a step that does not log the first one is passed over.
+    """
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names, self.printed_step = names, 0
+        self.ends: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)  # of steps: number, time
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock: the first step, too, tells how long the others take."""
+        self.printed_step = state.global_step
+        self.ends.append((state.global_step, time.monotonic()))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print the step, the named figures and the minutes left."""
+        self.ends.append((state.global_step, time.monotonic()))
+        is_due = state.global_step - self.printed_step >= max(1, state.max_steps // 20)
+        is_update = bool(logs) and "loss" in logs and self.names[0] in logs
+        if not state.is_world_process_zero or not is_update or not is_due:
+            return
+        self.printed_step = state.global_step
+        (first, start), (last, end) = self.ends[0], self.ends[-1]
+        minutes = (end - start) / max(1, last - first) * (state.max_steps - last) / 60
+        figures = ", ".join(f"{_short_name(name)} {logs[name]:.3f}" for name in self.names
+                            if logs.get(name) is not None)
+        print(f"step {state.global_step}/{state.max_steps}: {figures}; {minutes:.1f} min left",
+              flush=True)
+
+
+def _short_name(name: str) -> str:
+    return name.split("/")[-2] if "/" in name else name  # "rewards/box/mean" -> "box"
+
+
+class LiveCurves(TrainerCallback):
+    """In a notebook, curves of the running training, drawn again every `seconds` at most.
+
+    to_rows: from the log history to rows of the figures named. draw: a picture of rollouts or None.
+    """
+
+    def __init__(self, to_rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...],
+                 seconds: float = 60, draw: Callable[[], Image | None] = lambda: None):
+        self.to_rows, self.names, self.seconds = to_rows, list(names), seconds
+        self.draw, self.handles, self.drawn_at = draw, [], time.monotonic()
+
+    def on_log(self, args, state, control, **kwargs):
+        """Draw, where there is a notebook and it is time."""
+        is_due = time.monotonic() - self.drawn_at >= self.seconds
+        if get_ipython() is None or not is_due:
+            return
+        rows = self.to_rows(state.log_history)
+        if len(rows) < 2:
+            return
+        title = f"step {state.global_step} of {state.max_steps}"
+        figure = plots.plot_curves(rows, self.names, title)
+        shown = [figure, self.draw() or HTML("")]
+        if not self.handles:
+            self.handles = [display(part, display_id=True) for part in shown]
+        else:
+            for handle, part in zip(self.handles, shown):
+                handle.update(part)
+        plots.plt.close(figure)
+        self.drawn_at = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Make room for the finished curves."""
+        for handle in self.handles:
+            handle.update(HTML(""))

@@ -1,0 +1,243 @@
+"""Loading, adapters, and the checks that make blind training impossible."""
+
+import json
+import re
+import shutil
+
+import bitsandbytes
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mig_kit.boxes import BoxFormat, Coordinates, seen_size
+from mig_kit.models import loading, sample_prompts
+from mig_kit.models.model_folders import load_config
+from mig_kit.pipeline.params import stage_parameters
+from mig_kit.prompts import chat_messages
+from mig_kit.training import resuming
+from mig_kit.world.tasks import make_sample
+
+NORMALIZED = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
+
+
+def make_batch(processor, samples):
+    texts = [processor.apply_chat_template(chat_messages(sample, BoxFormat()), tokenize=False,
+                                           add_generation_prompt=True)
+             for sample in samples]
+    images = [list(sample.images) for sample in samples]
+    return processor(text=texts, images=images, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize(("lora_targets", "names"), [
+    ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}), ("gate_up", {"gate_proj", "up_proj"})])
+def test_lora_lands_on_what_is_asked_for(lora_targets, names, random_model):
+    model = get_peft_model(random_model, resuming.lora_config(4, lora_targets=lora_targets))
+    adapted = loading.check_adapters(model)
+    assert {name.rpartition(".")[2] for name in adapted} == names
+    assert len(adapted) == 2 * len(names)
+    del model.base_model.model.model.language_model.layers[1]
+    model.peft_config["default"].target_modules = loading.LORA_TARGETS["all"]
+    with pytest.raises(ValueError, match=f"LoRA is on {len(names)} projections, expected 7"):
+        loading.check_adapters(model)
+
+
+def test_ranks_of_equal_size():
+    """The ranks that the help of lora_r in 02 names give adapters of one size, within 2 %."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(load_config(loading.TINY_BASE))
+    sizes = {}
+    help_line = stage_parameters("02_sft")["lora_r"].help
+    ranks = re.findall(r"(\d+) on (\w+)", help_line)
+    for rank, lora_targets in ranks:
+        config = resuming.lora_config(int(rank), lora_targets=lora_targets)
+        adapted = get_peft_model(model, config)
+        sizes[lora_targets], _ = adapted.get_nb_trainable_parameters()
+        model = adapted.unload()
+    assert sizes.keys() == loading.LORA_TARGETS.keys()
+    assert max(sizes.values()) < 1.02 * min(sizes.values())
+
+
+def test_a_wrong_target_list_is_refused(random_model):
+    model = get_peft_model(random_model, LoraConfig(r=4, target_modules=["q_proj", "gate_proj"]))
+    with pytest.raises(ValueError, match="outside the language model"):
+        loading.check_adapters(model)
+
+
+def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
+    model = loading.load_model(random_folder, float32, four_bit=True)
+    packed = [name for name, module in model.named_modules()
+              if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(packed) == 14 and all("language_model" in name for name in packed)
+
+
+def test_model_folders_that_lack_something(random_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        loading.check_model_folder(tmp_path / "none" / "model")
+    folder = tmp_path / "model"
+    shutil.copytree(random_folder, folder)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="preprocessor_config.json"):
+        loading.load_processor(folder, box_format=BoxFormat())
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        loading.check_model_folder(folder)
+
+
+@pytest.mark.parametrize(("file", "content", "sentence"), [
+    ("tokenizer.json", None, "has no tokenizer.json; copy it"),
+    ("tokenizer.json", b"{", "the tokenizer of .* cannot be read .*; copy tokenizer.json and"),
+    ("config.json", b"{", "config.json' is not a valid JSON file.*; copy it from the model"),
+    ("model.safetensors", b"\x09", "model.safetensors is cut or broken .*; copy it again"),
+    ("chat_template.jinja", None, "has no chat template; copy chat_template.jinja or .json"),
+    ("chat_template.jinja", b"{% for", "chat template fails with TemplateSyntaxError: .*; copy"),
+    ("chat_template.jinja", b"{{ messages[0].role }}", "leaves images out; copy chat_template")])
+def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
+        file, content, sentence, random_folder, float32, tmp_path, monkeypatch):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    (folder / file).unlink()
+    if content:
+        (folder / file).write_bytes(content)
+    monkeypatch.setattr(loading, "load_model", None)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        loading.load_policy(folder, float32, BoxFormat())
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "model-00002-of-00002.safetensors",
+                                     "tokenizer.json"])
+def test_a_download_that_was_cut_is_named(missing, random_folder, tmp_path):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    (folder / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "download" / "a.incomplete").touch()
+    loading.check_model_folder(folder)  # another attempt's, of a download that was finished
+    if (folder / missing).is_file():
+        (folder / missing).unlink()
+    else:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(
+            {"weight_map": {"a": "model.safetensors", "b": missing}}))
+    sentence = r"is not complete, \S+ is missing; hf download or copy it again"
+    with pytest.raises(FileNotFoundError, match=sentence):
+        loading.check_model_folder(folder)
+
+
+def test_an_adapters_folder_names_the_command_that_asks_it(random_folder, tmp_path):
+    base = shutil.copytree(random_folder, tmp_path / "merged")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "../merged"}')
+    command = f"mig-kit eval --model {base} --adapter {tmp_path / 'adapter'} "
+    with pytest.raises(FileNotFoundError, match=f"not a model; merge it .*, or ask: {command}"):
+        loading.check_model_folder(tmp_path / "adapter")
+
+
+def test_a_relative_folder_starts_at_the_project(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert loading.resolve_model("tiny") == loading.TINY_BASE
+    assert loading.resolve_model("mig_kit/tiny_base") == loading.TINY_BASE
+    assert loading.resolve_model(str(tmp_path)) == tmp_path
+    assert loading.resolve_model("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def test_hardware_says_why():
+    hardware = loading.choose_hardware("float32")
+    assert hardware.dtype == torch.float32 and "parameter" in hardware.reason
+    with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
+        loading.choose_hardware("fp8")
+    with pytest.raises(ValueError, match="auto, cuda or cpu"):
+        loading.choose_hardware("auto", "tpu")
+
+
+def test_bfloat16_means_bfloat16_weights_also_on_a_cpu(random_folder):
+    hardware = loading.choose_hardware("bfloat16", "cpu")
+    assert hardware.dtype == torch.bfloat16 and not hardware.autocast
+    weights = loading.load_model(random_folder, hardware).state_dict().values()
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+
+
+def test_cuda_is_not_replaced_by_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="sees no GPU"):
+        loading.choose_hardware("auto", "cuda")
+
+
+def test_no_graph_in_the_frozen_tower(random_model, processor, samples):
+    """What gradient checkpointing does to the patches would start one."""
+    tower = random_model.model.visual
+    tower.patch_embed.register_forward_hook(lambda *arguments: arguments[-1].requires_grad_(True))
+    loading.run_tower_without_graph(random_model)
+    batch = make_batch(processor, samples[:1])
+    features = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+    assert not features.pooler_output.requires_grad and torch.is_grad_enabled()
+
+
+def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(loading.torch, "cos", lambda x: calls.append(x.numel()) or x)
+    monkeypatch.setattr(loading, "fast_bf16_instructions", lambda: calls.append("dtype") or "")
+    loading.choose_hardware()
+    assert calls == [8, "dtype"]  # eight numbers are computed by one thread
+
+
+@pytest.mark.parametrize(("capabilities", "autocast"), [
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+    ({"avx512_bf16": True}, True),
+    ({"cpu_name": "AMD EPYC"}, False),
+    ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True),
+    ({}, False),
+    ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),
+    ({"avx2": True, "avx512_bf16": False}, False)])
+def test_the_dtype_follows_from_what_the_cpu_has_alone(capabilities, autocast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    hardware = loading.choose_hardware()
+    assert hardware.autocast == autocast and hardware.dtype == torch.float32
+    assert ("bf16 products (autocast)" in hardware.reason) == autocast
+    assert ("no fast instructions" in hardware.reason) != autocast
+
+
+def test_the_shipped_base_is_small_and_whole(processor):
+    files = list(loading.TINY_BASE.glob("*.safetensors"))
+    assert sum(f.stat().st_size for f in files) < 16 * 2**20
+    assert (loading.TINY_BASE / "README.md").is_file()
+    for text in ('<answer>{"image": 2, "box": [12,30,26,44]}</answer>',
+                 "image 1: striped red star, blue ring."):
+        ids = processor.tokenizer(text)["input_ids"]
+        assert processor.tokenizer.decode(ids) == text
+        tokens = [processor.tokenizer.decode([i]) for i in ids]
+        assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))
+
+
+# projections: 4 of attention, 3 of linear attention, 3 of an MLP that is no expert
+@pytest.mark.parametrize(("family", "projections"), [
+    ("qwen2_vl", 14), ("qwen3_vl", 14), ("qwen3_vl_moe", 8), ("qwen3_5", 19), ("qwen3_5_moe", 19)])
+@pytest.mark.filterwarnings("ignore:the experts of")
+def test_relatives_load_in_normalized_coordinates_only(family, projections, relatives, float32,
+                                                        samples):
+    folder = relatives[family]
+    with pytest.raises(ValueError, match="set the parameter coordinates to normalized_1000"):
+        loading.load_processor(folder, box_format=BoxFormat())
+    processor = loading.load_processor(folder, NORMALIZED)
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    assert side == (28 if family == "qwen2_vl" else 32)
+    model = loading.load_model(folder, float32, four_bit=True)
+    adapted = loading.check_adapters(get_peft_model(model, resuming.lora_config(4)))
+    assert len(adapted) == projections
+    assert type(model.model.visual).__module__.endswith(family)
+
+
+def test_another_kind_of_model_is_refused(tmp_path, random_folder, float32):
+    shutil.copytree(random_folder, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model" / "tokenizer.json").unlink()  # which nobody should have to find first
+    with pytest.raises(ValueError, match="is a llama; .* --server URL .* mig-kit score"):
+        loading.load_model(tmp_path / "model", float32)
+
+
+@pytest.mark.parametrize("base_model", ["tiny", "Qwen/Qwen2.5-VL-7B-Instruct"])
+def test_every_image_takes_a_token_for_each_square_of_28_pixels(base_model):
+    sample = make_sample("diff", "val", 0)
+    tokens, sizes = sample_prompts.read_prompt(base_model, sample, BoxFormat())
+    assert sizes == [seen_size(size, BoxFormat()) for size in sample.sizes]
+    n_squares = sum(width * height // 28**2 for width, height in sizes)
+    assert tokens.count("<|image_pad|>") == n_squares > 2
+    assert sample.question in "".join(tokens)

@@ -1,0 +1,217 @@
+"""Parts of merging by hand, and folders that cannot be merged."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import KasaConfig
+from published import RELATIVES
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.models import adapters, loading, merging
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
+from mig_kit.training import resuming
+
+
+def test_a_folder_without_an_adapter_of_loras_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no adapter; run the stage that trains it"):
+        adapters.load_adapter(tmp_path)
+    LoHaConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="is no LoRA but LOHA; merge it where it was trained"):
+        adapters.load_adapter(tmp_path)
+
+
+LANGUAGE = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+SHARED = "the adapter changes {}, but embeddings and head of .* are one tensor"
+# changes to a LoraConfig -> what the refusal says, "" where the merge equals stock PEFT's
+KINDS = [
+    ({}, ""), ({"use_rslora": True}, ""), ({"use_dora": True}, ""), ({"bias": "all"}, ""),
+    ({"lora_bias": True, "target_modules": LANGUAGE[:35] + ")"}, ""),
+    ({"lora_bias": True}, "o_proj of this base .Impossible to merge .* has no bias"),
+    ({"init_lora_weights": "pissa", "use_rslora": True}, ""), ({"init_lora_weights": "olora"}, ""),
+    ({"init_lora_weights": "pissa_niter_4"}, "the initialisation pissa_niter_4 of .* took a part"),
+    ({"init_lora_weights": "orthogonal"}, ""), ({"init_lora_weights": "gaussian"}, ""),
+    ({"init_lora_weights": "mica"}, ""), ({"init_lora_weights": "eva"}, ""),
+    ({"kasa_config": KasaConfig()}, ""),
+    ({"rank_pattern": {"q_proj": 8, "1.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 9}}, ""),
+    ({"target_modules": "all-linear"}, ""),
+    ({"target_modules": ["q_proj", "patch_embed.proj"]}, ""),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}, ""),
+    ({"modules_to_save": ["norm"]}, ""),
+    ({"modules_to_save": ["lm_head"]}, SHARED.format("lm_head")),
+    ({"target_modules": ["embed_tokens"]}, SHARED.format("model.language_model.embed_tokens")),
+    ({"trainable_token_indices": {"embed_tokens": [7]}}, "tokens_delta, which is neither")]
+
+
+@pytest.mark.parametrize(("changes", "refusal"), KINDS, ids=[str(kind) for kind, _ in KINDS])
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_of_lora_is_merged_as_by_peft_or_refused(
+        changes, refusal, random_folder, float32, processor, tmp_path):
+    torch.manual_seed(0)
+    stock = [Qwen2_5_VLForConditionalGeneration.from_pretrained(random_folder) for _ in range(2)]
+    model = get_peft_model(stock[0], LoraConfig(
+        **{"r": 4, "lora_alpha": 12, "target_modules": LANGUAGE, **changes}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = (random_folder, tmp_path / "adapter", tmp_path / "merged", float32, processor)
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
+            merging.write_merged_model(*arguments, four_bit=False)
+        assert not (tmp_path / "merged").exists()
+        return
+    merging.write_merged_model(*arguments, four_bit=False)
+    plain, *others = [
+        [each(input_ids=torch.arange(20, 60)[None]).logits,
+         unwrap_peft(each).model.visual(torch.ones(64, 1176), torch.tensor([[1, 8, 8]]))[1]]
+        for each in (loading.load_model(random_folder, float32),
+                     loading.load_model(tmp_path / "merged", float32),
+                     PeftModel.from_pretrained(stock[1], tmp_path / "adapter").eval())]
+    for merged, expected in zip(*others):
+        assert torch.allclose(merged, expected, atol=1e-5)
+    assert not torch.allclose(plain[0], others[0][0], atol=1e-2)
+
+
+def test_what_is_left_of_a_base_in_4_bit_is_refused(random_folder, random_model, float32,
+                                                    processor, tmp_path):
+    config = LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights="pissa")
+    get_peft_model(random_model, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pissa of .* cannot be computed again in 4 bit"):
+        merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
+                                   four_bit=True)
+
+
+@pytest.fixture
+def bases(random_folder, float32, tmp_path):
+    """(the base of an adapter that the kit has saved, another base, the adapter)."""
+    right, other = (shutil.copytree(random_folder, tmp_path / name) for name in ("right", "other"))
+    weights = load_file(other / "model.safetensors")
+    next(tensor for name, tensor in weights.items() if "up_proj" in name).mul_(1.01)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    model = get_peft_model(loading.load_model(right, float32), resuming.lora_config(4))
+    resuming.save_adapter(SimpleNamespace(model=model, is_world_process_zero=lambda: True),
+                          tmp_path / "run")
+    return right, other, tmp_path / "run" / "adapter"
+
+
+def test_an_adapter_of_the_kit_goes_on_the_weights_that_it_was_trained_on(
+        bases, float32, processor, tmp_path):
+    right, other, adapter = bases
+    assert adapters.check_adapter_base(adapter, right, False) == ""
+    moved = right.rename(tmp_path / "moved")
+    assert adapters.check_adapter_base(adapter, moved, False) == ""
+    assert adapters.check_adapter_base(adapter, moved, True).endswith(
+        "was trained on full weights; leave out --four-bit")
+    for put in (lambda: merging.write_merged_model(other, adapter, tmp_path / "out", float32,
+                                                   processor, False),
+                lambda: loading.load_adapter_policy(other, adapter, float32, BoxFormat())):
+        with pytest.raises(ValueError, match="was not trained on the weights of .*other"):
+            put()
+
+
+@pytest.mark.parametrize(("name", "base", "answer"), [
+    ("{right}", "right", ""), ("../../right", "right", ""), ("{right}", "other", "refused"),
+    ("gone", "right", "says that its base is gone; whether .* cannot be known here"),
+    ("/gone/model", "other", "cannot be known"), (None, "right", "its base is nothing; whether"),
+    ("Qwen/A", "right", "cannot be known"), ("Qwen/A", "Qwen/A", ""),
+    ("Qwen/A", "Qwen/B", "refused"), ("cached/right", "right", ""),
+    ("cached/right", "other", "refused")])
+def test_the_base_of_an_adapter_from_elsewhere(bases, name, base, answer, tmp_path, monkeypatch):
+    right, _, adapter = bases
+    monkeypatch.setattr(adapters, "cached_file", lambda hub_name, file, **_: (
+        str(right / file) if hub_name == "cached/right" else None))
+    (adapter / adapters.RECORD).unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = name and name.format(right=right)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    base = tmp_path / base if "/" not in base else base
+    if answer == "refused":
+        with pytest.raises(ValueError, match="was not trained on the weights of"):
+            adapters.check_adapter_base(adapter, base)
+    else:
+        remark = adapters.check_adapter_base(adapter, base)
+        assert re.search(answer, remark) and bool(answer) == bool(remark)
+
+
+@pytest.mark.parametrize("family", RELATIVES)
+def test_a_relative_with_an_adapter_is_merged_into_its_published_layout(published, family, float32,
+                                                                       tmp_path):
+    base = published[family]
+    policy = loading.load_policy(base, float32, BoxFormat(coordinates=Coordinates.NORMALIZED_1000))
+    model = get_peft_model(policy.model, resuming.lora_config(4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merging.write_merged_model(base, tmp_path / "adapter", tmp_path / "merged", float32,
+                               policy.processor, four_bit=False)
+    sizes = [{name: merging.read_tensor({name: path}, name).shape
+              for name, path in merging.locate_tensors(folder).items()}
+             for folder in (base, tmp_path / "merged")]
+    assert sizes[0] == sizes[1]
+    merged, ids = loading.load_model(tmp_path / "merged", float32), torch.arange(20, 60)[None]
+    with torch.no_grad():
+        expected, plain = model(input_ids=ids).logits, model.unload()(input_ids=ids).logits
+        logits = merged(input_ids=ids).logits
+    assert torch.allclose(logits, expected, atol=1e-5) and not torch.allclose(plain, expected)
+
+
+def test_a_weight_in_4_bit_takes_sixteen_values_of_each_block():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64, dtype=torch.bfloat16)
+    rounded = merging.round_to_nf4(weight)
+    assert rounded.dtype == weight.dtype and rounded.shape == weight.shape
+    assert all(len(row.unique()) <= 16 for row in rounded), "a row is a block"
+    assert 0 < (rounded - weight).abs().mean() < 0.15
+
+
+def test_tensors_are_found_by_their_index_or_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
+        merging.locate_tensors(tmp_path)
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / merging.INDEX).write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="has no two.safetensors, which its index names"):
+        merging.locate_tensors(tmp_path)
+    save_file({"b": torch.zeros(2)}, tmp_path / "two.safetensors")
+    source = merging.locate_tensors(tmp_path)
+    assert merging.read_tensor(source, "old name of b", "b").tolist() == [0.0, 0.0]
+    with pytest.raises(KeyError, match="the base has no tensor c"):
+        merging.read_tensor(source, "c")
+
+
+@pytest.mark.parametrize(("targets", "part", "shape"), [
+    ("all", "self_attn.q_proj", (256, 256)), ("gate_up", "mlp.gate_proj", (704, 256))])
+def test_the_matrix_is_the_first_adapted_one(targets, part, shape, float32):
+    model = loading.load_model(loading.TINY_BASE, float32)
+    weight = merging.read_projection(loading.TINY_BASE, targets)
+    loaded = model.model.language_model.layers[0].get_submodule(part).weight
+    assert weight.shape == shape and torch.equal(weight, loaded)
+
+
+def test_the_matrix_is_of_no_layer_that_is_never_loaded(tmp_path):
+    ones = torch.ones(2, 2)
+    save_file({"mtp.layers.0.self_attn.q_proj.weight": ones * 9,
+               "model.language_model.layers.0.linear_attn.in_proj_qkv.weight": ones},
+              tmp_path / "model.safetensors")
+    assert torch.equal(merging.read_projection(tmp_path, "all"), ones)
+
+
+def test_the_adapter_of_the_matrix_is_alpha_over_r_times_b_a(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "x"}')
+    prefix = "base_model.model.model.language_model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 2.0]])
+    save_file({prefix.format(0, "A"): a, prefix.format(0, "B"): b, prefix.format(1, "A"): a * 9,
+               prefix.format(1, "B"): b * 9}, tmp_path / "adapter_model.safetensors")
+    read_a, read_b, delta = merging.read_adapter(tmp_path, "all")
+    assert torch.equal(read_a, a) and torch.equal(read_b, b)
+    assert delta.tolist() == [[2.0, 4.0]]

@@ -1,0 +1,71 @@
+"""The contract of a served reply: what is asked for, what is read, what is refused."""
+
+import pytest
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.openai_client import read_choice
+from mig_kit.serving.server import ServedModel, ServedReply
+from mig_kit.shared_prefix.generation import SamplingOptions
+
+
+@pytest.fixture
+def served(processor):
+    return ServedModel("m", [], 1, processor, BoxFormat(), [2])
+
+
+def choice(text="", ids=None, logps=None) -> dict:
+    content = None if logps is None else {"content": [{"logprob": logp} for logp in logps]}
+    return {"message": {"content": text}, "token_ids": ids, "logprobs": content}
+
+
+def test_every_sampling_parameter_is_said(served):
+    fields = served.sampling_fields(SamplingOptions(0.7, 0.9, 33, 2), with_logps=True)
+    expected = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 33, "min_tokens": 2, "top_k": -1,
+                "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [2], "logprobs": True}
+    assert {name: fields[name] for name in expected} == expected
+    assert fields["logit_bias"] == dict.fromkeys("3456", -100.0), "the vision tokens"
+    assert "seed" not in fields, "vLLM's CPU engine dies of it"
+    assert "logprobs" not in served.sampling_fields(SamplingOptions(), with_logps=False)
+
+
+def test_replies_are_read_from_ids_where_there_are_any(served):
+    ids = served.processor.tokenizer.encode("Find it.") + [2]
+    answer = {"choices": [choice("as the server has it", ids), choice("text alone")]}
+    assert served.parse_replies(answer, with_logps=False) == [
+        ServedReply("Find it.", ids), ServedReply("text alone")]
+    logps = [-0.5] * len(ids)
+    assert served.parse_replies({"choices": [choice("", ids, logps)]}, with_logps=True) == [
+        ServedReply("Find it.", ids, logps)]
+
+
+@pytest.mark.parametrize(("message", "text"), [
+    ({"content": "so</think>x"}, "<think>\nso</think>x"),
+    ({"content": "<think>so</think>x"}, "<think>so</think>x"),
+    ({"reasoning_content": "so", "content": "x"}, "<think>so</think>x"),
+    ({"reasoning": "so", "content": None}, "<think>so")])
+def test_a_reply_begins_with_what_its_prompt_has_opened(served, monkeypatch, message, text):
+    monkeypatch.setattr(served.processor, "opened_tag", "<think>\n")
+    answer = {"choices": [{"message": message}]}
+    assert served.parse_replies(answer, with_logps=False) == [ServedReply(text)]
+
+
+@pytest.mark.parametrize(("message", "reason", "expected"), [
+    ({"content": None}, "content_filter", ("", "content_filter")),
+    ({}, "content_filter: PROHIBITED", ("", "content_filter: PROHIBITED")),
+    ({"content": None, "refusal": "No."}, "stop", ("", "refusal")),
+    ({"content": None}, "length", ("", "length")),
+    ({"content": None, "reasoning_content": "so"}, "length", ("<think>so", "length"))])
+def test_a_reply_without_a_text_says_why(message, reason, expected):
+    assert read_choice({"message": message, "finish_reason": reason}) == expected
+
+
+@pytest.mark.parametrize(("answer", "with_logps", "sentence"), [
+    ({}, False, "no complete chat completion"),
+    ({"choices": None}, False, "no complete chat completion"),
+    ({"choices": [{}]}, False, "no complete chat completion"),
+    ({"choices": [choice(None)]}, False, "without a text"),
+    ({"choices": [choice("a")]}, True, "return_token_ids and logprobs, such as vLLM"),
+    ({"choices": [choice("a", [7, 2], [-1.0])]}, True, "2 tokens with 1 log-probabilities")])
+def test_other_answers_are_refused(served, answer, with_logps, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        served.parse_replies(answer, with_logps)

@@ -1,0 +1,146 @@
+"""Launchers: what their words say, what is refused, and how a command that fails is told."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerState
+
+from mig_kit.common import write_json
+from mig_kit.pipeline import launchers
+from mig_kit.training import jobs
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    """As on a machine with two cores and no GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(jobs, "count_cores", lambda: 2)
+
+
+@pytest.mark.parametrize(("launcher", "local", "nodes"), [
+    ("torchrun --standalone --nproc-per-node 8", 8, 1),
+    ("torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend c10d", 4, 2),
+    ("torchrun --nnodes 1:4 --nproc-per-node gpu", 0, 0),
+    ("accelerate launch --multi_gpu --num_processes 4 --num_machines 2", 2, 2),
+    ("python -m torch.distributed.run --nproc-per-node 2", 2, 1),
+    ("env A=1 torchrun", 0, 1)])
+def test_words_of_a_launcher(launcher, local, nodes, tmp_path):
+    launch = jobs.plan_launch(launcher)
+    assert (launch.local, launch.nodes) == (local, nodes)
+    command = launch.command(tmp_path)
+    assert command[1:] == [*launcher.split()[1:], "-m", launchers.MODULE, str(tmp_path)]
+    assert os.access(command[0], os.X_OK)
+
+
+def test_programs_beside_python_come_first(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    program = jobs.plan_launch("torchrun --nproc-per-node 1").words[0]
+    assert os.path.dirname(program) == os.path.dirname(sys.executable)
+
+
+@pytest.mark.parametrize(("launcher", "sentence"), [
+    ("torchrunn --nproc-per-node 2", "starts with 'torchrunn', which is neither beside .*install"),
+    ("torchrun 'a", "is no command"),
+    ("torchrun --nnodes 1 --nproc-per-node", "is cut .*expected one argument")])
+def test_what_cannot_work_is_refused_at_once(launcher, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        jobs.plan_launch(launcher)
+
+
+def test_one_gpu_or_core_needs_no_launcher(monkeypatch):
+    two, many = "torchrun --nproc-per-node 2", "torchrun --nproc-per-node 8"
+    assert jobs.plan_launch("") is jobs.plan_launch(" ") is None
+    monkeypatch.setattr(jobs, "count_cores", lambda: 1)
+    assert jobs.plan_launch(two) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert jobs.plan_launch(two) is None
+    assert jobs.plan_launch("torchrun --nnodes 2 --nproc-per-node 1").nodes == 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert jobs.plan_launch(two).local == 2
+    with pytest.raises(ValueError, match="starts 8 processes, and this machine has 4 GPUs"):
+        jobs.plan_launch(many)
+
+
+def save_state(folder, params, **inputs):
+    """What a stage's `train` leaves, at least."""
+    checkpoint = folder / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    TrainerState(global_step=3, max_steps=3).save_to_json(checkpoint / "trainer_state.json")
+    (folder / "inputs.json").write_text(json.dumps(inputs))
+
+
+@pytest.mark.parametrize("launcher", ["", "python"])
+def test_a_job_runs_alike_here_and_launched(launcher, tmp_path, monkeypatch, capsys):
+    module = tmp_path / "saving.py"
+    module.write_text("import sys; from pathlib import Path\n"
+                      "from mig_kit.training import jobs\nfrom test_jobs import save_state\n"
+                      "folder = Path(sys.argv[1]); stage, params, inputs = jobs.read_job(folder)\n"
+                      "print(stage, params.seed); save_state(folder, params, **inputs)\n")
+    tests = os.path.dirname(__file__)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), tests]))
+    monkeypatch.setattr(launchers, "MODULE", "saving")
+    monkeypatch.chdir(tmp_path)
+    params = SimpleNamespace(launcher=launcher, gradient_accumulation_steps=4, seed=7)
+    state = jobs.run_job(save_state, "05_grpo", tmp_path, params, kept="saving.py", base="a/hub")
+    assert state.global_step == 3
+    assert json.loads((tmp_path / "inputs.json").read_text()) == {
+        "kept": str(module), "base": "a/hub"}
+    output = capsys.readouterr().out
+    if launcher:
+        assert f"bin/python -m saving {tmp_path}" in output and "05_grpo 7\n" in output
+
+
+def test_what_another_launcher_has_set_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    params = SimpleNamespace(launcher="", gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 .* trains alone; unset it"):
+        jobs.run_job(save_state, "05_grpo", tmp_path, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_job_is_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="job.json; the stage's notebook writes it"):
+        jobs.read_job(tmp_path)
+
+
+def test_a_failure_is_told_by_the_process_that_failed_first(capfd):
+    code = ("import sys; print('loading'); print('mig-kit, process 1: KeyError: no image'); "
+            "print('mig-kit, process 0: RuntimeError: connection closed'); sys.exit(3)")
+    with pytest.raises(RuntimeError, match="status 3: mig-kit, process 1: KeyError: no image$"):
+        jobs.run_command([sys.executable, "-c", code])
+    with pytest.raises(RuntimeError, match="status 1: .*NameError: name 'x' is not defined$"):
+        jobs.run_command([sys.executable, "-c", "x"])
+
+
+def test_processes_share_the_cores_unless_it_is_said_how(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    command = [sys.executable, "-c", "import os; print('has', os.environ['OMP_NUM_THREADS'])"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    jobs.run_command(command, 2)
+    assert "with: OMP_NUM_THREADS=4 /" in (output := capsys.readouterr().out)
+    assert "\nhas 4\n" in output
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    jobs.run_command(command, 2)
+    assert "\nhas 3\n" in capsys.readouterr().out
+
+
+def test_a_training_that_has_ended_is_taken_from_disk(tmp_path, capsys):
+    """So a notebook whose cells are run again shows it and trains nothing."""
+    trained = []
+
+    def train(folder, params):
+        trained.append(1)
+        checkpoint = folder / "checkpoints" / "checkpoint-3"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        write_json(checkpoint / "trainer_state.json", {"global_step": 3, "max_steps": 3})
+
+    params = SimpleNamespace(launcher="", gradient_accumulation_steps=1)
+    for _ in range(2):
+        assert jobs.run_job(train, "02_sft", tmp_path, params).global_step == 3
+    assert trained == [1]
+    assert "this training has ended, and is taken from disk: 3 updates of 20" in (
+        capsys.readouterr().out)

@@ -1,0 +1,180 @@
+"""Rewards in files of users: loaded from the stage's copy, tried, and errors with file and line."""
+
+import asyncio
+import inspect
+
+import pytest
+from transformers import TrainerState
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.pipeline.joint_rules import check_reward_params
+from mig_kit.rewards import REWARDS, is_correct
+from mig_kit.training.reward_loading import (
+    Score,
+    as_completions,
+    compute_reward,
+    copy_reward_files,
+    correct_reply,
+    describe_error,
+    load_rewards,
+    try_rewards,
+)
+from mig_kit.world.suites import iter_free_form
+from mig_kit.world.tasks import make_sample
+
+BOX_FORMAT = BoxFormat()
+HEAD = "def center(reply, sample, box_format):\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Call it with the text of a file of rewards for the loaded reward and the file."""
+    def load_text(text):
+        file = tmp_path / "my_rewards.py"
+        file.write_text(text)
+        copy_reward_files(["box", f"{file}:center"], tmp_path)
+        rewards = load_rewards(["box", f"{file}:center"], tmp_path)
+        assert list(rewards) == ["box", "center"] and rewards["box"] is REWARDS["box"]
+        return rewards["center"], file
+
+    return load_text
+
+
+@pytest.fixture
+def samples():
+    return [make_sample("diff", "val", 0), *iter_free_form("val", 2)]
+
+
+def test_the_copy_counts(load, tmp_path, samples):
+    text = HEAD + "    return None if sample.options else len(reply) / 2\n"
+    reward, file = load(text)
+    assert [compute_reward("center", reward, "four", sample, BOX_FORMAT)
+            for sample in samples[:2]] == [2.0, None]
+    assert (tmp_path / "rewards" / "my_rewards.py").read_text() == text
+    file.write_text(text.replace("/ 2", "/ 4"))
+    again = load_rewards([f"{file}:center"], tmp_path)["center"]
+    assert again("four", samples[0], BOX_FORMAT) == 2.0, "not from the copy"
+
+
+def test_dataclasses_and_the_kit_can_be_used(load, samples):
+    reward, _ = load("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                     "from mig_kit.rewards import box_reward\n"
+                     "@dataclass\nclass Part:\n    value: float\n"
+                     + HEAD + "    return Part(box_reward(reply, sample, box_format)).value\n")
+    assert reward(correct_reply(samples[0], BOX_FORMAT), samples[0], BOX_FORMAT) > 0.9
+
+
+BATCH = "def center(completions, solution, {}**columns):\n    return "
+
+
+@pytest.mark.parametrize(("text", "values"), [
+    (BATCH.format("") + "[len(text[0]['content']) for text in completions]\n", [1, 3]),
+    ("def center(completions, **columns):\n    sizes = [len(c[0]['content']) for c in completions]"
+     "\n    return [float(size == min(sizes)) for size in sizes]\n", [1, 0]),
+    ("async def center(prompts, completions, **columns):\n    return [1, float('nan')]\n",
+     [1, None]),
+    ("from trl.rewards import get_soft_overlong_punishment\n"
+     "center = get_soft_overlong_punishment(5, 4)\n", [-0.25, -1]),
+    ("class Judge:\n    async def __call__(self, prompts, **columns):\n        return [1, 2]\n"
+     "center = Judge()\n", [1, 2]),
+    ("import numpy\ndef center(completions, **columns):\n    groups = numpy.reshape("
+     "[len(c[0]['content']) for c in completions], (-1, 2))\n"
+     "    return (groups - groups.mean(1, keepdims=True)).ravel()\n", [-1, 1]),
+    ("import torch\ndef center(completions, **columns):\n    return torch.tensor([3., 4.])\n",
+     [3, 4]),
+    ("def center(**columns):\n    return [len(rows) for rows in columns['images']]\n", None),
+    ("from functools import partial\ndef f(completions, by, **columns):\n    return [by, by]\n"
+     "center = partial(f, by=7)\n", [7, 7]),
+    (BATCH.format("log_metric, trainer_state, ") + "[log_metric('a', trainer_state.max_steps), 2]"
+     "\n", [None, 2])])
+def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):
+    reward, file = load(text)
+    check_reward_params({"rewards": [f"{file}:center"], "reward_weights": {}}, {})
+    try_rewards({"center": reward}, samples, BOX_FORMAT)
+    score = Score("center", reward, BOX_FORMAT)
+    results = score.judge_batch(
+        ["a", "bcd"], samples[:2], completions=as_completions(["a", "bcd"]),
+        completion_ids=[[1, 2], [1] * 6], trainer_state=TrainerState(), log_metric=print)
+    results = asyncio.run(results) if inspect.isawaitable(results) else results
+    assert results == (values or [len(sample.images) for sample in samples[:2]])
+    assert score("a", samples[0]) is None, "a reply alone is no batch"
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("def center(completions, **columns):\n    return [1 / 0]\n", "line 2: ZeroDivisionError"),
+    ("async def center(completions, **columns):\n    return [1 / 0]\n", "line 2: ZeroDivision"),
+    ("def center(completions, **columns):\n    return [1.0]\n", "gave 1 values for 2 completions"),
+    ("def center(completions, **columns):\n    return None\n", "TypeError: 'NoneType'"),
+    ("def center(completions, nowhere, **columns):\n    return 1\n", "argument: 'nowhere'"),
+    ("def center(completions, **columns):\n    return [1e999, 1]\n", "gave inf for sample"),
+    ("def center(completions, **columns):\n    import beside\n", "copied into the run alone")])
+def test_an_error_in_trls_form_is_one_sentence(load, samples, text, sentence):
+    reward, file = load(text)
+    (file.parent / "beside.py").touch()
+    with pytest.raises(ValueError, match=f"reward 'center'.*{file}.*{sentence}") as caught:
+        try_rewards({"center": reward}, samples, BOX_FORMAT)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("import nothing_of_this_name\n" + HEAD + "    return 1\n", "line 1: ModuleNotFoundError"),
+    ("from .beside import x\n" + HEAD + "    return 1\n", "line 1: Import.*into the run alone"),
+    ("x = 1\n\n\nx / 0\n" + HEAD + "    return 1\n", "line 4: ZeroDivisionError"),
+    (HEAD + "return 1\n", "line 2: IndentationError"),
+    ("center = 3\n", "has no function 'center'"),
+])
+def test_a_file_that_cannot_be_imported_names_file_and_line(load, text, sentence):
+    with pytest.raises(ValueError, match=f"my_rewards.py.*{sentence}") as caught:
+        load(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("body", "sentence"), [
+    ("    x = len(reply)\n    return 1 / (x - x)\n",
+     "'center' failed in .*my_rewards.py, line 3: ZeroDivisionError: division by zero"),
+    ("    return sample.nothing\n", "line 2: AttributeError"),
+    ("    return float('nan')\n", "my_rewards.py, line 1.* gave nan for sample "),
+    ("    return float('inf')\n", "gave inf for sample"), ("    return 'much'\n", "gave 'much'"),
+    ("    return len(reply) if reply else float('nan')\n", "gave nan"),
+])
+def test_every_reward_is_tried_before_training(load, samples, body, sentence):
+    reward, _ = load(HEAD + body)
+    with pytest.raises(ValueError, match=sentence):
+        try_rewards({"center": reward}, samples, BOX_FORMAT)
+    try_rewards(REWARDS, samples, BOX_FORMAT)
+
+
+@pytest.mark.parametrize("body", ["    len(reply)\n", "    return None\n",
+                                  "    if reply == 'never':\n        return 1\n"])
+def test_a_reward_that_gives_none_for_every_reply_is_refused(load, samples, body):
+    reward, file = load(HEAD + body)
+    with pytest.raises(ValueError) as caught:
+        try_rewards({"box": REWARDS["box"], "center": reward}, samples, BOX_FORMAT)
+    assert str(caught.value).startswith(
+        f"the reward 'center' ({file}, line 1) gave None for every reply, so nothing would learn "
+        "from it: it may lack a return; ")
+
+
+@pytest.mark.parametrize("condition", ["sample.options", "not sample.options", "not reply",
+                                       "sample.task == 'region'"])
+def test_a_reward_may_be_about_some_questions_or_replies(load, samples, condition):
+    reward, _ = load(HEAD + f"    return 1 if {condition} else None\n")
+    many = [*samples, *(make_sample("diff", "val", i) for i in range(70)),
+            make_sample("region", "val", 0)]
+    try_rewards({"center": reward}, many, BOX_FORMAT)
+    try_rewards({"choice": REWARDS["choice"]}, many[-9:], BOX_FORMAT)
+
+
+def test_too_few_arguments_are_one_sentence(load, samples):
+    reward, _ = load("def center(reply):\n    return 1\n")
+    with pytest.raises(ValueError, match="'center' failed in .*takes 1 positional argument"):
+        try_rewards({"center": reward}, samples, BOX_FORMAT)
+
+
+def test_a_correct_reply_is_correct(samples):
+    for sample in samples:
+        assert is_correct(correct_reply(sample, BOX_FORMAT), sample, BOX_FORMAT)
+
+
+def test_an_error_from_elsewhere_has_no_line():
+    assert describe_error(KeyError("a"), "/x.py") == "/x.py: KeyError: 'a'"
